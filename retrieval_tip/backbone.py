@@ -1,0 +1,418 @@
+"""Backbones: what turns pictures and sentences into features. open_clip stands behind the protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval_tip.errors import BackboneError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL, DEFAULT_PRETRAINED = "RN50", "openai"
+PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+
+VIEW_SCALE = (0.5, 1.0)
+VIEW_RATIO = (3 / 4, 4 / 3)
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which backbone made a feature, enough to refuse another one.
+
+    ``model`` and ``pretrained`` say how to load it; ``weights`` (digest over every tensor), ``config`` (digest of the
+    architecture) and ``preprocess`` say what it is. The same weights from a tag and from a file are the same backbone.
+    """
+
+    model: str
+    pretrained: str | None
+    weights: str
+    config: str
+    preprocess: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that agree exactly where features can be compared."""
+        what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in manifests and feature tables."""
+        return asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Identity:
+        """The inverse of :meth:`to_dict`. Raises BackboneError where a part is missing or of the wrong type."""
+        if not isinstance(data, Mapping):
+            raise BackboneError("backbone: not an object")
+        kinds = {"model": str, "pretrained": (str, type(None)), "weights": str, "config": str, "preprocess": Mapping}
+        for key, kind in kinds.items():
+            if not isinstance(data.get(key), kind):  # type: ignore[arg-type]  # a type or a tuple of types
+                raise BackboneError(f"backbone: {key} is missing or of the wrong type")
+        return cls(**{key: data[key] for key in kinds})
+
+
+class Backbone(Protocol):
+    """A frozen dual encoder."""
+
+    @property
+    def identity(self) -> Identity:
+        """Which one it is."""
+
+    @property
+    def dim(self) -> int:
+        """Length ``d`` of its features."""
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the zero-shot logits (100 for OpenAI's CLIP)."""
+
+    @property
+    def precision(self) -> str:
+        """``float32``, or the autocast dtype: part of what an encoding is cached under."""
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """An RGB picture as the model's own centre view, ``[3, h, w]`` float32."""
+
+    def view(self, image: Image.Image, seed: str) -> torch.Tensor:
+        """An augmented view, ``[3, h, w]`` float32; the same picture and seed give the same view."""
+
+    def encode_images(self, pixels: torch.Tensor) -> FloatArray:
+        """Raw features ``[b, d]`` of views ``[b, 3, h, w]``: not normalised, so that views can be averaged first."""
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Raw features ``[t, d]`` of sentences."""
+
+
+def unit(features: FloatArray, what: str = "feature") -> FloatArray:
+    """Rows scaled to length 1, ``[m, d]`` float32: the one place where features are normalised.
+
+    Raises InputError naming the row where a feature is zero or not finite.
+    """
+    norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    if bad.size:
+        raise InputError(f"{what} {int(bad[0])}: zero or not finite, so it has no direction")
+    scaled: FloatArray = (features / norms).astype(np.float32)
+    return scaled
+
+
+def resolve_device(device: str = "auto") -> str:
+    """``auto`` to ``cuda`` where there is a GPU, else ``cpu``. Raises UsageError for a device that is not here."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    if device == "cuda" or device.startswith("cuda:"):
+        if not torch.cuda.is_available():
+            raise UsageError(f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)")
+        if device != "cuda" and int(device[5:] or -1) not in range(torch.cuda.device_count()):
+            raise UsageError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs")
+        return device
+    raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
+
+
+def load_backbone(
+    model: str = DEFAULT_MODEL, pretrained: str | None = None, *, device: str = "auto", precision: str = "auto"
+) -> Backbone:
+    """An open_clip model, in evaluation mode.
+
+    Args:
+        model: an open_clip architecture (``RN50``, ``ViT-B-32``), ``local-dir:PATH`` (a folder with
+            ``open_clip_config.json`` and weights) or ``hf-hub:ORG/REPO``.
+        pretrained: with an architecture: a tag (``openai``, ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE``
+            (a local copy of that tag's weights, with the preprocessing and activation that belong to the tag).
+            ``None`` means ``openai`` for the default model.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``float32``; ``float16`` or ``bfloat16`` autocast; ``auto`` is float32 on a CPU, float16 on a GPU.
+
+    Raises:
+        UsageError: an unknown architecture, tag, device or precision.
+        BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted).
+    """
+    device = resolve_device(device)
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "float32" if device == "cpu" else "float16"
+    plan = _plan(model, pretrained)
+    return OpenClipBackbone(plan, device, precision)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How open_clip is asked for a model."""
+
+    model: str
+    pretrained: str | None
+    checkpoint: str | None
+    arguments: dict[str, Any]
+    wanted: str
+
+
+def _plan(model: str, pretrained: str | None) -> _Plan:
+    import open_clip
+
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        config = _local_config(folder)
+        arguments = {}
+        text: dict[str, Any] = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
+        tower = text.get("hf_model_name")
+        if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
+            # the text tower lies in this very folder, wherever we run from
+            arguments["text_cfg"] = text | {"hf_model_name": str(folder), "hf_model_pretrained": False}
+        return _Plan(f"local-dir:{folder.resolve()}", None, None, arguments, str(folder))
+    if model.startswith("hf-hub:"):
+        return _Plan(model, None, None, {}, f"open_clip_config.json and the weights of {model[7:]} on huggingface.co")
+    if open_clip.get_model_config(model) is None:
+        near = [name for name in open_clip.list_models() if name.lower().startswith(model.lower()[:4])]
+        raise UsageError(
+            f"model {model!r}: not an open_clip architecture, local-dir:PATH or hf-hub:ORG/REPO"
+            + (f"; near it are {', '.join(near[:8])}" if near else "")
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained is None and model == DEFAULT_MODEL:
+        pretrained = DEFAULT_PRETRAINED
+    if pretrained is None:
+        raise UsageError(f"model {model!r}: --pretrained is missing; a checkpoint file or one of {', '.join(tags)}")
+    tag, _, file = pretrained.rpartition("=")
+    facts = open_clip.get_pretrained_cfg(model, tag or pretrained)
+    if tag and facts:
+        if not Path(file).is_file():
+            raise BackboneError(f"{file}: no such checkpoint (wanted as the weights of {model}/{tag})")
+        return _Plan(model, tag, file, _tag_arguments(facts), file)
+    if facts:
+        return _Plan(
+            model, pretrained, None, _tag_arguments(facts), f"{_remote(facts)} as weights of {model}/{pretrained}"
+        )
+    if Path(pretrained).is_file():
+        log.warning(
+            "%s: no tag is named, so open_clip's default preprocessing and activation are used with these weights; "
+            "if they belong to a tag, give --pretrained TAG=%s (tags: %s)",
+            pretrained,
+            pretrained,
+            ", ".join(tags) or "none",
+        )
+        return _Plan(model, str(Path(pretrained).resolve()), pretrained, {}, pretrained)
+    raise UsageError(
+        f"pretrained {pretrained!r}: neither a checkpoint file nor a tag of {model}; its tags are {', '.join(tags)}"
+    )
+
+
+def _remote(facts: Mapping[str, Any]) -> str:
+    """Where open_clip fetches a tag's weights from."""
+    repository, _, file = facts.get("hf_hub", "").rpartition("/")
+    return f"{file or 'open_clip_model.safetensors'} of huggingface.co/{repository}" if repository else facts["url"]
+
+
+def _local_config(folder: Path) -> dict[str, Any]:
+    path = folder / "open_clip_config.json"
+    if not folder.is_dir():
+        raise BackboneError(f"{folder}: no such model folder; give its place with --model local-dir:PATH")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        if not isinstance(config, dict):
+            raise TypeError("model_cfg is not an object")
+    except FileNotFoundError:
+        raise BackboneError(f"{path}: missing; a local-dir: model is a folder with this file and weights") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BackboneError(f"{path}: not an open_clip configuration ({error})") from None
+    return config
+
+
+def _tag_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Activation and preprocessing of a pretrained tag: open_clip only warns where the activation differs."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    arguments: dict[str, Any] = {f"image_{key}": facts[key] for key in keys if facts.get(key) is not None}
+    if facts.get("quick_gelu"):
+        arguments["force_quick_gelu"] = True
+    return arguments
+
+
+class OpenClipBackbone:
+    """A :class:`Backbone` by open_clip. Make one with :func:`load_backbone`."""
+
+    def __init__(self, plan: _Plan, device: str, precision: str) -> None:
+        import open_clip
+        import torch
+
+        name = plan.model
+        try:
+            with _quiet():
+                config = open_clip.get_model_config(name)
+                self._model, _, self._preprocess = open_clip.create_model_and_transforms(
+                    name, plan.checkpoint or plan.pretrained, device=device, **plan.arguments
+                )
+                self._tokenizer = open_clip.get_tokenizer(name)
+                has_weights = name.startswith("local-dir:") is False or _has_weights(Path(name[10:]))
+        except Exception as error:  # open_clip, the hub, torch and safetensors each raise their own
+            raise _load_error(plan, error) from error
+        if not has_weights:
+            raise BackboneError(f"{plan.wanted}: holds no weights (*.safetensors, *.bin or *.pth)")
+        self._model.eval().requires_grad_(False)
+        self._device = torch.device(device)
+        self._precision = precision
+        preprocess = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self._model.visual.preprocess_cfg.items()
+        }
+        self._identity = Identity(
+            model=name,
+            pretrained=plan.pretrained,
+            weights=_weights_digest(self._model),
+            config=_config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu"))),
+            preprocess=preprocess,
+        )
+        size = preprocess["size"]
+        self._size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self._dim = int(self.encode_texts(["a"]).shape[1])
+
+    @property
+    def identity(self) -> Identity:
+        """Which one it is."""
+        return self._identity
+
+    @property
+    def dim(self) -> int:
+        """Length ``d`` of its features."""
+        return self._dim
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's own temperature, ``exp`` of its stored logarithm."""
+        return float(self._model.logit_scale.exp())
+
+    @property
+    def precision(self) -> str:
+        """``float32``, or the autocast dtype."""
+        return self._precision
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """The model's own centre view, ``[3, h, w]`` float32."""
+        tensor: torch.Tensor = self._preprocess(image)
+        return tensor
+
+    def view(self, image: Image.Image, seed: str) -> torch.Tensor:
+        """The paper's augmented view: random resized crop (area 0.5 to 1, bicubic), flipped half the time."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as vision
+
+        generator = random.Random(seed)  # noqa: S311
+        top, left, height, width = _crop(image.width, image.height, generator)
+        crop = vision.resized_crop(image, top, left, height, width, list(self._size), InterpolationMode.BICUBIC)
+        if generator.random() < 0.5:
+            crop = vision.hflip(crop)
+        config = self._identity.preprocess
+        tensor: torch.Tensor = vision.normalize(vision.to_tensor(crop), config["mean"], config["std"])
+        return tensor
+
+    def encode_images(self, pixels: torch.Tensor) -> FloatArray:
+        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``."""
+        return self._encode(lambda: self._model.encode_image(pixels.to(self._device, non_blocking=True)))
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Raw features ``[t, d]`` float32 of sentences."""
+        return self._encode(lambda: self._model.encode_text(self._tokenizer(list(texts)).to(self._device)))
+
+    def _encode(self, run: Any) -> FloatArray:
+        import torch
+
+        cast = nullcontext()
+        if self._precision != "float32":
+            cast = torch.autocast(self._device.type, dtype=getattr(torch, self._precision))  # type: ignore[assignment]
+        with torch.inference_mode(), cast:
+            features = run()
+        array: FloatArray = features.float().cpu().numpy()
+        return array
+
+
+def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop of random area and aspect; the largest allowed centre after ten misses."""
+    for _ in range(10):
+        area = width * height * generator.uniform(*VIEW_SCALE)
+        ratio = float(np.exp(generator.uniform(*np.log(VIEW_RATIO))))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            return generator.randint(0, height - h), generator.randint(0, width - w), h, w
+    ratio = min(max(width / height, VIEW_RATIO[0]), VIEW_RATIO[1])
+    w, h = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pth"))
+
+
+def _weights_digest(model: Any) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor: the same from a tag, a hub and a file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).numpy())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _config_digest(config: Mapping[str, Any], *, quick_gelu: bool) -> str:
+    """Digest of the architecture: names of files and hubs are left out, what they held is in the weights."""
+
+    def plain(part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        names = ("hf_model_name", "hf_tokenizer_name", "hf_model_pretrained", "timm_model_pretrained")
+        return {key: plain(value) for key, value in part.items() if key not in names}
+
+    what = plain(config) | {"quick_gelu": quick_gelu or bool(config.get("quick_gelu"))}
+    return f"sha256:{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}"
+
+
+def _load_error(plan: _Plan, error: Exception) -> BackboneError:
+    reason = (str(error).strip() or type(error).__name__).rpartition("Last error: ")[2].splitlines()[0]
+    if "pip install transformers" in str(error):
+        return BackboneError(f"{plan.model}: its text tower needs transformers; pip install 'retrieval-tip[hf]'")
+    if plan.checkpoint or plan.model.startswith("local-dir:"):
+        return BackboneError(f"{plan.wanted}: cannot be loaded as {plan.model}: {reason}")
+    way_out = (
+        "--model local-dir:FOLDER with that repository's files"
+        if plan.model.startswith("hf-hub:")
+        else f"--pretrained {plan.pretrained}=FILE"
+    )
+    return BackboneError(f"wanted {plan.wanted}, which is not cached and cannot be fetched ({reason}); give {way_out}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip and the hub log each step through the root logger, and warn where we have already chosen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

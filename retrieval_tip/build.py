@@ -1,0 +1,227 @@
+"""From labelled images or features to an index folder."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from retrieval_tip import store
+from retrieval_tip.backbone import Identity
+from retrieval_tip.cache_model import (
+    ALPHA,
+    BETA,
+    KEY_BLOCK,
+    LOGIT_SCALE,
+    CacheModel,
+    check_settings,
+    label_table,
+)
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.features import Encoder, read_features, table_identity
+from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
+from retrieval_tip.shots import few_shot
+from retrieval_tip.sources import Source, open_source
+from retrieval_tip.vector_index import VectorIndex
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "float16")
+
+
+def build_index(
+    source: Source,
+    out: str | os.PathLike[str],
+    encoder: Encoder,
+    *,
+    shots: int | None = None,
+    templates: Sequence[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    index: str = "Flat",
+    dtype: str = "float32",
+    alpha: float | None = None,
+    beta: float | None = None,
+    k: int | None = None,
+    logit_scale: float | None = None,
+    device: str = "auto",
+) -> CacheModel:
+    """Build an index folder from a labelled source, as a new version where there is one already.
+
+    Features stream from the encoder into a memory-mapped file, so a feature table may be larger than memory.
+
+    Args:
+        source: labelled images or features (see :func:`sources.open_source`).
+        out: the index folder.
+        encoder: backbone, views, seed and caching; ``encoder.skipped`` names the images that could not be read.
+        shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
+        templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
+        text: a feature table of text features instead, labelled by class: one or more prompts a class. Its classes, in
+            its order, are the index's; a class without an image is allowed, an unknown label is not.
+        index: FAISS factory string.
+        dtype: of the stored keys, ``float32`` or ``float16``.
+        alpha: residual ratio; the paper's 1.0 by default.
+        beta: sharpness; the paper's 5.5 by default.
+        k: how many keys a query uses by default; ``None`` is all.
+        logit_scale: the backbone's own by default, 100 where there is none.
+        device: of the classifier that is returned.
+
+    Raises:
+        InputError, UsageError, BackboneError: as their messages say; nothing was changed.
+        StoreError: the folder cannot be written, or is being written by another process.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
+    if text is not None and templates:
+        raise UsageError("text and templates: give one of them; a text table already holds the prompts' features")
+    backbone = encoder.backbone
+    scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else LOGIT_SCALE
+    check_settings(ALPHA if alpha is None else alpha, BETA if beta is None else beta, k, scale)
+    class_names = source.class_names
+    weights: npt.NDArray[np.float32] | None = None
+    chosen_templates: list[str] = []
+    if text is not None:
+        class_names, weights = read_text_table(text)
+    elif backbone is not None:
+        chosen_templates = list(check_templates(templates or DEFAULT_TEMPLATES))
+    elif templates:
+        raise UsageError("templates: text weights from templates need a backbone; give --model")
+    else:
+        log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
+    ids = _ids(source, class_names)
+    if shots is not None:
+        drawn = np.sort(np.asarray(few_shot(ids.tolist(), shots, encoder.seed), dtype=np.int64))
+        few = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
+        if few:
+            log.warning("%d classes have fewer than %d images, so some repeat: %s", len(few), shots, _few(few))
+        source, ids = source.take(drawn), ids[drawn]
+    else:
+        drawn = np.arange(len(source), dtype=np.int64)
+    order = np.argsort(ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
+
+    with store.write(Path(out)) as writer:
+        if chosen_templates:
+            assert backbone is not None
+            weights = text_weights(backbone, class_names, chosen_templates)
+        keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
+        order = order[kept]
+        if weights is not None and weights.shape[1] != keys.shape[1]:
+            raise InputError(
+                f"{source.name}: features of {keys.shape[1]} values, but text weights of {weights.shape[1]}; "
+                "they have to come from the same backbone"
+            )
+        bare = sorted(set(range(len(class_names))) - set(ids[order].tolist()))
+        if bare:
+            log.warning("%d classes have no key: %s", len(bare), _few([class_names[i] for i in bare]))
+        items = source.items.take(pa.array(order))
+        if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
+            digests = items["digest"].to_pylist()
+        extra = items.select([c for c in items.column_names if c not in (*store.LABEL_SCHEMA.names, "id")])
+        cache = CacheModel(
+            keys=keys,
+            labels=label_table(
+                class_names,
+                ids[order],
+                items["source"],
+                key_ids=drawn[order] if shots is None else order,
+                views=encoder.views,
+                digests=digests,
+                extra=extra,
+            ),
+            class_names=list(class_names),
+            text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
+            index=VectorIndex.build(keys, index, device="cpu"),
+            alpha=ALPHA if alpha is None else alpha,
+            beta=BETA if beta is None else beta,
+            logit_scale=scale,
+            k=k,
+            templates=chosen_templates,
+            backbone=_identity(source, encoder),
+            provenance={
+                "source": source.name,
+                "shots": shots,
+                "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
+                "views": encoder.views,
+                "text": "templates" if chosen_templates else None if text is None else str(text),
+                "alpha": "the paper's default" if alpha is None else "given",
+                "beta": "the paper's default" if beta is None else "given",
+                "skipped": [str(skipped) for skipped in encoder.skipped],
+            },
+        )
+        cache.commit(writer)
+    return CacheModel.load(out, device=device)
+
+
+def read_text_table(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
+    """Class names and text weights ``[c, d]`` of a table of text features, classes in order of first appearance.
+
+    Rows of one class are prompts: averaged, then normalised. Raises InputError where the table is none.
+    """
+    table = open_source(path)
+    if table.table is None:
+        raise InputError(f"{table.name}: has no column 'feature'; text weights are a feature table labelled by class")
+    features = np.concatenate(list(read_features(table.table)))
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(table.labels):
+        rows.setdefault(label, []).append(row)
+    means = [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
+    return tuple(rows), np.stack(means)
+
+
+def _ids(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
+    position = {name: i for i, name in enumerate(class_names)}
+    labels = source.labels
+    unknown = sorted(set(labels) - position.keys())
+    if unknown:
+        raise InputError(f"{source.name}: labels without text weights: {_few(unknown)}; add them to the text table")
+    return np.array([position[label] for label in labels], dtype=np.int64)
+
+
+def _write_keys(
+    writer: store.Writer, source: Source, encoder: Encoder, order: npt.NDArray[np.int64], dtype: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[str | None]]:
+    """Stream features into the keys' file; the keys, which of ``order`` they are, and their images' digests."""
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    blocks = encoder.blocks(source)
+    first = next(blocks)
+    shape = (len(order), first.features.shape[1])
+    staged, array = writer.stage_array("keys", shape, dtype)
+    present = np.zeros(len(order), dtype=bool)
+    digests: list[str | None] = [None] * len(order)
+    for block in itertools.chain([first], blocks):
+        rows = place[block.positions]
+        array[rows] = block.features
+        present[rows] = True
+        for row, digest in zip(rows.tolist(), block.digests, strict=True):
+            digests[row] = digest
+    kept = np.flatnonzero(present)
+    if len(kept) < len(order):  # images that could not be read leave no hole
+        whole, old = writer.stage_array("keys", (len(kept), shape[1]), dtype)
+        for start in range(0, len(kept), KEY_BLOCK):
+            old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
+        writer.discard(staged)
+        staged, array = whole, old
+    array.flush()  # type: ignore[attr-defined]  # a memmap
+    del array
+    sealed = writer.seal("keys", staged, len(kept))
+    return np.load(sealed, mmap_mode="c"), kept, [digests[row] for row in kept]
+
+
+def _identity(source: Source, encoder: Encoder) -> Identity | None:
+    """The backbone that the features came from: the one in use, or the one that the table names."""
+    if encoder.backbone is not None:
+        return encoder.backbone.identity
+    return table_identity(source.table) if source.table is not None else None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,98 @@
+"""What is installed, what it can do here, and what to repair."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+FAISS_DISTRIBUTIONS = ("faiss-gpu", "faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss")
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "pyarrow", "duckdb", "click", "transformers")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts, name by name, and problems, each with what to do."""
+
+    facts: dict[str, str]
+    problems: list[str]
+
+
+def examine() -> Report:
+    """Look at the installation: versions, devices, and how FAISS was built and installed."""
+    facts = {
+        "retrieval-tip": _version("retrieval-tip") or "not installed as a package",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "cores": str(os.cpu_count()),
+    }
+    problems: list[str] = []
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        problems.append(
+            f"Python {platform.python_version()}: 3.11 to 3.13 is supported; make a new environment with one"
+        )
+    for name in PACKAGES:
+        found = _version(name)
+        facts[name] = found or "not installed"
+        if found is None and name == "transformers":
+            facts[name] += " (needed only for text towers from Hugging Face: pip install 'retrieval-tip[hf]')"
+        elif found is None:
+            problems.append(f"{name}: not installed; pip install retrieval-tip")
+    _torch(facts, problems)
+    _faiss(facts, problems)
+    return Report(facts, problems)
+
+
+def faiss_distributions() -> dict[str, str]:
+    """The installed distributions that bring a ``faiss`` module, with their versions."""
+    return {name: found for name in FAISS_DISTRIBUTIONS if (found := _version(name)) is not None}
+
+
+def _torch(facts: dict[str, str], problems: list[str]) -> None:
+    try:
+        torch = importlib.import_module("torch")
+    except Exception as error:  # a broken installation fails in many ways
+        problems.append(f"torch cannot be imported ({error}); reinstall it")
+        return
+    facts["torch device"] = "cpu"
+    facts["torch build"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts["torch device"] = f"cuda ({', '.join(names)})"
+
+
+def _faiss(facts: dict[str, str], problems: list[str]) -> None:
+    installed = faiss_distributions()
+    facts["faiss distribution"] = ", ".join(f"{name} {found}" for name, found in installed.items()) or "none"
+    right = "faiss-gpu" if sys.platform == "linux" and platform.machine() == "x86_64" else "faiss-cpu"
+    if len(installed) > 1:
+        problems.append(
+            f"{' and '.join(installed)} are both installed and overwrite each other's files; "
+            f"pip uninstall -y {' '.join(installed)} && pip install {right}"
+        )
+    try:
+        faiss = importlib.import_module("faiss")
+    except Exception as error:
+        problems.append(f"faiss cannot be imported ({error}); pip install --force-reinstall {right}")
+        return
+    facts["faiss"] = str(faiss.__version__)
+    facts["faiss build"] = str(faiss.get_compile_options()).strip()
+    simd: Any = getattr(faiss, "SIMDConfig", None)
+    facts["faiss SIMD level"] = str(simd.get_level_name()) if hasattr(simd, "get_level_name") else "unknown"
+    gpus = int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0
+    facts["faiss GPUs"] = str(gpus)
+    if gpus == 0 and facts.get("torch device", "cpu") != "cpu":
+        problems.append(
+            "torch finds a GPU, but FAISS does not, so searches run on the CPU; "
+            f"pip install --force-reinstall {right}, and look at the driver's CUDA version (nvidia-smi)"
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

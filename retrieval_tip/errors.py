@@ -1,0 +1,36 @@
+"""What can go wrong, said in one line: the file or argument, what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class RetrievalTipError(Exception):
+    """Base of every error that this package raises on purpose. The command line prints it and exits with 1."""
+
+
+class UsageError(RetrievalTipError, ValueError):
+    """An argument or option that cannot work as given. The command line exits with 2."""
+
+
+class InputError(RetrievalTipError, ValueError):
+    """A file or array that was given as input and cannot be used."""
+
+
+class BackboneError(RetrievalTipError):
+    """A backbone that cannot be loaded, or is not the one that the features came from."""
+
+
+class StoreError(RetrievalTipError):
+    """An index folder that is missing, damaged, of another format, or cannot be written."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One input that could not be read: its name, and the reason in a few words."""
+
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}"

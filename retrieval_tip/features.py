@@ -1,0 +1,483 @@
+"""Features as they flow: blocks from a backbone or a feature table, the encoding cache, and feature tables on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import threading
+import uuid
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from retrieval_tip import images
+from retrieval_tip.backbone import Backbone, Identity, unit
+from retrieval_tip.errors import BackboneError, InputError, Skipped, UsageError
+from retrieval_tip.sources import FEATURE, Source, open_parquet, row_list, show
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+
+IDENTITY_KEY = b"retrieval_tip.backbone"
+NORMS = ("check", "unit", "keep")
+NORM_TOLERANCE = 0.01
+TABLE_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some items of a source with their features.
+
+    ``positions`` ``[b]`` into the source, ascending; ``features`` ``[b, d]`` float32; ``digests`` of the images'
+    bytes (``None`` for rows of a feature table).
+    """
+
+    positions: npt.NDArray[np.int64]
+    features: FloatArray
+    digests: list[str | None]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How sources become features: everything but the source itself.
+
+    - ``backbone``: needed for images only
+    - ``views``: 1 for the backbone's own centre view; V > 1 for the mean of V augmented views (``seed`` draws them)
+    - ``norms``: for feature tables, ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them
+    - ``cache``: where encodings are kept; ``None`` keeps none
+    - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
+    """
+
+    backbone: Backbone | None = None
+    views: int = 1
+    seed: int = 1
+    norms: str = "check"
+    batch_size: int = 64
+    workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
+    cache: EncodingCache | None = None
+    strict: bool = False
+    progress: bool = False
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("views", "batch_size", "workers"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.norms not in NORMS:
+            raise UsageError(f"norms {self.norms!r}: expected one of {', '.join(NORMS)}")
+
+    def blocks(self, source: Source) -> Iterator[Block]:
+        """Features of the items of a source, in its order, without those that could not be read.
+
+        Raises:
+            InputError: a feature table with missing, unequal, non-finite or (``norms="check"``) unnormalised rows; with
+                ``strict`` an unreadable image; no readable item at all.
+            UsageError: images, but no backbone.
+            BackboneError: a feature table made with another backbone.
+        """
+        done = 0
+        blocks = self._table_blocks(source) if source.paths is None else self._image_blocks(source)
+        with tqdm(total=len(source), unit="image", disable=None if self.progress else True, leave=False) as bar:
+            for block in blocks:
+                done += len(block.positions)
+                bar.update(int(block.positions[-1]) + 1 - bar.n if len(block.positions) else 0)
+                if len(block.positions):
+                    yield block
+        if not done and len(source):
+            first = self.skipped[-1] if self.skipped else source.name
+            raise InputError(f"{source.name}: none of its {len(source)} items could be read ({first})")
+
+    def _table_blocks(self, source: Source) -> Iterator[Block]:
+        assert source.table is not None
+        assert source.rows is not None
+        identity = table_identity(source.table)
+        if identity is not None and self.backbone is not None:
+            same_backbone(identity, self.backbone.identity, show(source.table))
+        order = np.argsort(source.rows, kind="stable")
+        ordered = source.rows[order]
+        in_order = bool((order[1:] > order[:-1]).all())
+        start = 0
+        held: list[tuple[npt.NDArray[np.int64], FloatArray]] = []
+        for batch in read_features(source.table, self.norms):
+            low, high = np.searchsorted(ordered, (start, start + len(batch)))
+            if high > low:
+                part = (order[low:high], batch[ordered[low:high] - start])
+                if in_order:
+                    yield Block(part[0], part[1], [None] * len(part[0]))
+                else:
+                    held.append(part)
+            start += len(batch)
+        if held:
+            positions = np.concatenate([part[0] for part in held])
+            features = np.concatenate([part[1] for part in held])
+            back = np.argsort(positions)
+            yield Block(positions[back], features[back], [None] * len(positions))
+
+    def _image_blocks(self, source: Source) -> Iterator[Block]:
+        if self.backbone is None:
+            raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+        assert source.paths is not None
+        repeated = {path for path, times in Counter(source.paths).items() if times > 1}
+        seen: dict[str, tuple[FloatArray, str] | None] = {}
+        backbone = self.backbone
+        scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
+        views = ["centre"] if self.views == 1 else [f"crop/{self.seed}/{v}" for v in range(self.views)]
+        unique = list(dict.fromkeys(source.paths))
+        chunks = [unique[i : i + self.batch_size] for i in range(0, len(unique), self.batch_size)]
+        encoded = self._encode_chunks(chunks, backbone, scope, views)
+        chunk_results: dict[str, tuple[FloatArray, str] | None] = {}
+        positions: list[int] = []
+        features: list[FloatArray] = []
+        digests: list[str | None] = []
+        for position, path in enumerate(source.paths):
+            while path not in chunk_results and path not in seen:
+                if positions:
+                    yield Block(np.array(positions), np.stack(features), digests)
+                    positions, features, digests = [], [], []
+                chunk_results = next(encoded)
+                seen.update((p, result) for p, result in chunk_results.items() if p in repeated)
+            result = seen[path] if path in repeated else chunk_results[path]
+            if result is not None:
+                positions.append(position)
+                features.append(result[0])
+                digests.append(result[1])
+        if positions:
+            yield Block(np.array(positions), np.stack(features), digests)
+
+    def _encode_chunks(
+        self, chunks: Sequence[Sequence[str]], backbone: Backbone, scope: str, views: Sequence[str]
+    ) -> Iterator[dict[str, tuple[FloatArray, str] | None]]:
+        """Unit features and digests of each chunk's images; the chunks behind are read and decoded meanwhile."""
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+            waiting: deque[list[Future[_Loaded]]] = deque()
+            ahead = iter(chunks)
+
+            def submit() -> None:
+                for chunk in ahead:
+                    waiting.append([pool.submit(self._load, path, backbone, scope, views) for path in chunk])
+                    return
+
+            try:
+                submit()
+                submit()
+                while waiting:
+                    futures = waiting.popleft()
+                    submit()
+                    yield self._encode_chunk([future.result() for future in futures], backbone, scope)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, path: str, backbone: Backbone, scope: str, views: Sequence[str]) -> _Loaded:
+        """Read an image once: its digest, the views that are cached, and the pixels of those that are not."""
+        try:
+            data = images.read(path)
+            digest = hashlib.sha256(data).hexdigest()
+            features = {view: self.cache.get(scope, digest, view) if self.cache else None for view in views}
+            pixels: dict[str, torch.Tensor] = {}
+            if any(feature is None for feature in features.values()):
+                picture = images.decode(data)
+                for view in (view for view, feature in features.items() if feature is None):
+                    centre = view == "centre"
+                    pixels[view] = (
+                        backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
+                    )
+        except InputError as error:
+            return _Loaded(path, "", {}, {}, str(error))
+        return _Loaded(path, digest, features, pixels, None)
+
+    def _encode_chunk(
+        self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str
+    ) -> dict[str, tuple[FloatArray, str] | None]:
+        import torch
+
+        todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
+        fresh: dict[tuple[str, str], FloatArray] = {}
+        keys = list(todo)
+        for start in range(0, len(keys), self.batch_size):
+            batch = keys[start : start + self.batch_size]
+            fresh.update(zip(batch, backbone.encode_images(torch.stack([todo[key] for key in batch])), strict=True))
+        if self.cache is not None and fresh:
+            self.cache.put(scope, fresh)
+        results: dict[str, tuple[FloatArray, str] | None] = {}
+        for item in chunk:
+            results[item.path] = None
+            problem = item.problem
+            if problem is None:
+                raw = [fresh[item.digest, view] if f is None else f for view, f in item.features.items()]
+                try:
+                    results[item.path] = (unit(np.stack(raw).mean(axis=0, keepdims=True))[0], item.digest)
+                except InputError as error:
+                    problem = str(error)
+            if problem is not None:
+                skipped = Skipped(show(item.path), problem)
+                if self.strict:
+                    raise InputError(f"{skipped}; leave out --strict to go on without it")
+                log.warning("skipped %s", skipped)
+                self.skipped.append(skipped)
+        return results
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    path: str
+    digest: str
+    features: dict[str, FloatArray | None]
+    pixels: dict[str, torch.Tensor]
+    problem: str | None
+
+
+class EncodingCache:
+    """Raw features by backbone, image content and view, in one SQLite file: what was encoded once is never again.
+
+    Safe to share between threads and processes. A damaged entry counts as absent; a damaged file is put aside.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder) / "encodings.sqlite"
+        self._lock = threading.Lock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise self._unusable(error) from None
+            aside = self.path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
+            self.path.rename(aside)
+            log.warning("%s: damaged, put aside as %s; encoding anew", self.path, aside.name)
+            self._db = self._open()
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    @staticmethod
+    def default_folder() -> Path:
+        """``$RETRIEVAL_TIP_CACHE``, else ``retrieval-tip`` in the user's cache folder."""
+        own = os.environ.get("RETRIEVAL_TIP_CACHE")
+        return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(
+            f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
+        )
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+        try:
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL, "
+                "feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view))"
+            )
+            db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
+        """The raw feature ``[d]`` of a view, or ``None``."""
+        query = "SELECT feature, crc FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
+        try:
+            with self._lock:
+                row = self._db.execute(query, (scope, digest, view)).fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        if row is None or zlib.crc32(row[0]) != row[1]:
+            return None
+        return np.frombuffer(row[0], dtype="<f4")
+
+    def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
+        """Keep raw features by (digest, view)."""
+        rows = []
+        for (digest, view), feature in features.items():
+            blob = feature.astype("<f4").tobytes()
+            rows.append((scope, digest, view, blob, zlib.crc32(blob)))
+        try:
+            with self._lock:
+                self._db.execute("BEGIN")
+                try:
+                    self._db.executemany("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._db.execute("ROLLBACK")
+                    raise
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def same_backbone(one: Identity, other: Identity, what: str) -> None:
+    """Raise BackboneError naming both, unless features of the two can be compared."""
+    if one.fingerprint != other.fingerprint:
+        raise BackboneError(
+            f"{what}: made with backbone {one}, but {other} is in use; their features cannot be compared"
+        )
+
+
+def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
+    """Raise where features of ``sources`` cannot be compared with an index of ``d`` values by ``identity``.
+
+    BackboneError names both backbones; InputError the two lengths.
+    """
+    if backbone is not None:
+        if identity is not None:
+            same_backbone(identity, backbone.identity, "index")
+        if backbone.dim != d:
+            raise BackboneError(f"backbone {backbone.identity}: its features have {backbone.dim} values, the index {d}")
+    for source in sources:
+        if source.table is not None:
+            found = table_identity(source.table)
+            if identity is not None and found is not None:
+                same_backbone(found, identity, source.name)
+            if table_dim(source.table) != d:
+                raise InputError(f"{source.name}: features of {table_dim(source.table)} values, the index has {d}")
+
+
+def table_identity(path: Path) -> Identity | None:
+    """The backbone in a feature table's metadata, if there is one."""
+    raw = (open_parquet(path).schema_arrow.metadata or {}).get(IDENTITY_KEY)
+    if raw is None:
+        return None
+    try:
+        return Identity.from_dict(json.loads(raw))
+    except (ValueError, BackboneError) as error:
+        raise InputError(f"{show(path)}: its backbone metadata cannot be read ({error})") from None
+
+
+def table_dim(path: Path) -> int:
+    """Length ``d`` of the features of a table."""
+    for batch in read_features(path, "keep"):
+        return int(batch.shape[1])
+    raise InputError(f"{show(path)}: has no rows")
+
+
+def read_features(path: Path, norms: str = "check") -> Iterator[FloatArray]:
+    """The features of a table in file order, ``[b, d]`` float32 a time, so that no table has to fit in memory.
+
+    Raises InputError naming the rows where features are missing, of unequal length, not finite, or not of unit norm.
+    """
+    name = show(path)
+    file = open_parquet(path)
+    if FEATURE not in file.schema_arrow.names:
+        raise InputError(f"{name}: no column {FEATURE!r} among {', '.join(file.schema_arrow.names)}")
+    kind = file.schema_arrow.field(FEATURE).type
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_floating(kind.value_type):
+        raise InputError(f"{name}: column {FEATURE!r} is {kind}; expected lists of float32 or float16")
+    start, dim = 0, None
+    try:
+        for batch in file.iter_batches(TABLE_ROWS, columns=[FEATURE]):
+            if batch.num_rows:
+                features = _matrix(batch.column(0), start, dim, name)
+                dim = features.shape[1]
+                yield _checked(features, start, norms, name)
+                start += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
+    if column.null_count:
+        rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+        raise InputError(f"{name}: {row_list(rows + start)} without a feature")
+    if pa.types.is_fixed_size_list(column.type):
+        lengths = np.full(len(column), column.type.list_size)
+    else:
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    dim = int(lengths[0]) if dim is None else dim
+    wrong = np.flatnonzero(lengths != dim)
+    if wrong.size:
+        row = int(wrong[0])
+        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values, the rows before have {dim}")
+    if dim == 0:
+        raise InputError(f"{name}: row {start} has no values")
+    values = column.flatten()
+    if values.null_count:
+        rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
+        raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
+    matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
+    return matrix
+
+
+def _checked(features: FloatArray, start: int, norms: str, name: str) -> FloatArray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
+    rows = np.flatnonzero(~np.isfinite(lengths))
+    if rows.size:
+        raise InputError(f"{name}: {row_list(rows + start)}: the feature holds NaN or infinity")
+    rows = np.flatnonzero(lengths == 0)
+    if rows.size and norms != "keep":
+        raise InputError(f"{name}: {row_list(rows + start)}: the feature is zero, so it has no direction")
+    if norms == "unit":
+        features = (features / lengths[:, None]).astype(np.float32)
+    rows = np.flatnonzero(np.abs(lengths - 1) > NORM_TOLERANCE)
+    if rows.size and norms == "check":
+        raise InputError(
+            f"{name}: {row_list(rows + start)}: norm {lengths[rows[0]]:.4g} instead of 1; "
+            "give --norms unit to normalise here, or --norms keep where it is meant"
+        )
+    return features
+
+
+def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
+    """Encode a source into a feature table: ``id``, ``label``, ``feature``, ``digest`` and its further columns.
+
+    Written beside ``out`` and renamed in when whole. Returns the number of rows.
+    """
+    path = Path(out)
+    if source.table is not None:
+        dim, identity = table_dim(source.table), table_identity(source.table)
+    elif encoder.backbone is not None:
+        dim, identity = encoder.backbone.dim, encoder.backbone.identity
+    else:
+        raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+    kept = {
+        c: source.items[c] for c in source.items.column_names if c not in ("source", "label", FEATURE, "digest", "id")
+    }
+    with_label = "label" in source.items.column_names
+    schema = pa.schema(
+        [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.float32(), dim)), ("digest", pa.string())]
+        + [(name, column.type) for name, column in kept.items()],
+        metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity else None,
+    )
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    number = 0
+    try:
+        plain = [column for column in schema.names if column != FEATURE]
+        with pq.ParquetWriter(temporary, schema, use_dictionary=plain, compression="none") as writer:
+            for block in encoder.blocks(source):
+                items = source.items.take(pa.array(block.positions))
+                columns = {
+                    "id": items["source"],
+                    "label": items["label"] if with_label else pa.nulls(len(items), pa.string()),
+                    FEATURE: pa.FixedSizeListArray.from_arrays(pa.array(block.features.reshape(-1)), dim),
+                    "digest": pa.array(block.digests, pa.string()),
+                } | {name: items[name] for name in kept}
+                writer.write_table(pa.table(columns, schema=schema))
+                number += len(items)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return number

@@ -1,0 +1,126 @@
+"""How results are printed: rows as a table, JSON lines, CSV or Parquet, to standard output or to a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrieval_tip.errors import InputError, UsageError
+
+FORMATS = ("table", "json", "csv", "parquet")
+CHUNK = 1024
+
+Row = Mapping[str, Any]
+
+
+def write_rows(rows: Iterable[Row], columns: Sequence[str], style: str, path: Path | None, schema: pa.Schema) -> None:
+    """Write rows of these columns in one of ``FORMATS``, as they come; a file is renamed in when whole.
+
+    ``table`` is for eyes: floats are rounded, lists get lines of their own. ``schema`` gives the Parquet types.
+
+    Raises UsageError for Parquet on a terminal; InputError for a file that cannot be written.
+    """
+    if style == "parquet" and path is None and sys.stdout.isatty():
+        raise UsageError("format parquet is binary: give --output FILE, or send standard output somewhere")
+    with _target(path) as target:
+        if style == "parquet":
+            _parquet(rows, schema, target)
+            return
+        text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
+        try:
+            {"table": _table, "json": _json, "csv": _csv}[style](rows, columns, text)
+        finally:
+            text.detach()
+
+
+def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
+    """Aligned lines with a heading; numbers to the right."""
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in ([*columns], *cells):
+        padded = [t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right, strict=True)]
+        yield "  ".join(padded).rstrip()
+
+
+def _table(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        shown = [column for column in columns if not isinstance(chunk[0].get(column), list)]
+        for line in _with_details(chunk, shown):
+            target.write(line + "\n")
+
+
+def _with_details(chunk: Sequence[Row], shown: Sequence[str]) -> Iterator[str]:
+    lines = table_lines(chunk, shown)
+    yield next(lines)
+    for row, line in zip(chunk, lines, strict=True):
+        yield line
+        near = row.get("neighbours") or []
+        for text in table_lines(near, ["affinity", "weight", "label", "source", "key_id"]) if near else ():
+            yield f"    {text}"
+        others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
+        if others:
+            yield "    " + ", ".join(f"{_printable(label)} {probability:.4f}" for label, probability in others)
+
+
+def _json(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
+    for row in rows:
+        target.write(json.dumps({column: row[column] for column in columns}, ensure_ascii=False, default=str) + "\n")
+
+
+def _csv(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        values = (row[column] for column in columns)
+        writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in values])
+
+
+def _parquet(rows: Iterable[Row], schema: pa.Schema, target: IO[bytes]) -> None:
+    rows = iter(rows)
+    with pq.ParquetWriter(target, schema) as writer:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            writer.write_table(pa.Table.from_pylist([dict(row) for row in chunk], schema=schema))
+
+
+@contextmanager
+def _target(path: Path | None) -> Iterator[IO[bytes]]:
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "-" if value is None else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Text on one line, without control characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,340 @@
+"""Where labelled images and features come from: folders, tables and split files; and the inputs of a classification."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from retrieval_tip import images
+from retrieval_tip.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+FEATURE = "feature"
+MAX_TEXT = 4096
+"""Longest label or id, in characters: more is a table read wrongly."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items to encode or classify, in order.
+
+    ``items`` has the columns ``source`` (the item's path or id, printable) and, where known, ``label``, then any
+    further columns of a table. An item is either an image (``paths[i]``) or row ``rows[i]`` of the feature table
+    ``table``. ``class_names`` are the labels in order; empty where items carry none.
+    """
+
+    name: str
+    items: pa.Table
+    class_names: tuple[str, ...] = ()
+    paths: tuple[str, ...] | None = None
+    table: Path | None = None
+    rows: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return int(self.items.num_rows)
+
+    @property
+    def labels(self) -> list[str]:
+        """Label of each item. Raises InputError naming items that have none."""
+        if "label" not in self.items.column_names:
+            raise InputError(f"{self.name}: has no labels; a column 'label' is needed here")
+        column = self.items["label"]
+        if column.null_count:
+            rows = np.flatnonzero(column.is_null().to_numpy())
+            raise InputError(f"{self.name}: {row_list(rows)} without a label; every item needs one here")
+        labels: list[str] = column.to_pylist()
+        return labels
+
+    @property
+    def sources(self) -> list[str]:
+        """Path or id of each item."""
+        names: list[str] = self.items["source"].to_pylist()
+        return names
+
+    def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
+        """The items at ``positions``, in that order; the class names stay."""
+        index = np.asarray(positions, dtype=np.int64)
+        return replace(
+            self,
+            items=self.items.take(pa.array(index)),
+            paths=None if self.paths is None else tuple(self.paths[i] for i in index),
+            rows=None if self.rows is None else self.rows[index],
+        )
+
+
+def open_source(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+    """A labelled source, told apart by what it is.
+
+    - a folder of class folders: classes are the folders in name order, images are searched below each
+    - ``.json``: a CoOp split file; ``split`` names the part (default ``train``), ``root`` the image folder (default:
+      the split file's folder or the folder in it that holds the images)
+    - ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``path`` and ``label``; paths are relative to ``root``
+      (default: the table's folder)
+    - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``)
+
+    Raises InputError naming the file, what is wrong with it, and the row where there is one.
+    """
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if file.is_dir():
+        return _class_folders(file)
+    if not file.exists():
+        raise InputError(f"{show(file)}: no such file or folder")
+    if suffix == ".json":
+        return _split_file(file, split or "train", root)
+    if suffix in (".csv", ".tsv", ".parquet"):
+        return _table(file, root, labelled=True)
+    raise InputError(
+        f"{show(file)}: not a source; expected a folder of class folders, a .csv, .tsv or .parquet, or a split .json"
+    )
+
+
+def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+    """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
+    file = Path(path)
+    if file.is_dir() and not any(next(images.find(Path(e.path)), None) for e in os.scandir(file) if e.is_dir()):
+        found = [str(image) for image in images.find(file)]
+        if not found:
+            raise InputError(f"{show(file)}: no images in this folder")
+        return of_images(found, show(file))
+    if file.suffix.lower() in (".csv", ".tsv", ".parquet") and file.is_file():
+        return _table(file, root, labelled=False)
+    return open_source(path, split=split, root=root)
+
+
+def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
+    """Things to classify: images, folders (searched for images), globs, tables, and ``-`` for paths from ``stdin``.
+
+    Neighbouring images come as one source. A path that does not exist is an image that cannot be read: whoever reads it
+    reports it.
+    """
+    paths: list[str] = []
+    for argument in arguments:
+        file = Path(argument)
+        if argument == "-":
+            paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
+        elif file.is_dir():
+            found = [str(image) for image in images.find(file)]
+            if not found:
+                raise InputError(f"{show(file)}: no images in this folder")
+            paths += found
+        elif file.is_file() and file.suffix.lower() in (".csv", ".tsv", ".parquet"):
+            if paths:
+                yield of_images(paths)
+                paths = []
+            yield _table(file, None, labelled=False)
+        elif not file.exists() and glob.has_magic(argument):
+            found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - also absolute patterns
+            if not found:
+                raise InputError(f"{argument}: no file matches")
+            paths += found
+        else:
+            paths.append(argument)
+    if paths:
+        yield of_images(paths)
+
+
+def of_images(paths: Sequence[str], name: str = "images") -> Source:
+    """Images without labels."""
+    return Source(name, pa.table({"source": pa.array([show(path) for path in paths], pa.string())}), (), tuple(paths))
+
+
+def show(path: str | os.PathLike[str]) -> str:
+    """A path as text that every terminal and file format can hold, whatever bytes it is made of."""
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, from JSON
+        return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _class_folders(folder: Path) -> Source:
+    classes = sorted((e for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")), key=lambda e: e.name)
+    paths: list[str] = []
+    labels: list[str] = []
+    names: list[str] = []
+    for entry in classes:
+        found = [str(path) for path in images.find(Path(entry.path))]
+        name = show(entry.name)
+        names.append(name)
+        paths += found
+        labels += [name] * len(found)
+        if not found:
+            log.warning("%s: class folder without images", show(entry.path))
+    if not paths:
+        raise InputError(f"{show(folder)}: no images; expected one folder a class with images in it")
+    stray = sum(1 for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+    if stray:
+        log.warning("%s: %d files beside the class folders are ignored", show(folder), stray)
+    items = pa.table({"source": [show(path) for path in paths], "label": labels})
+    return Source(show(folder), items, tuple(names), tuple(paths))
+
+
+def _split_file(file: Path, split: str, root: str | None) -> Source:
+    name = f"{show(file)} ({split})"
+    try:
+        data = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{show(file)}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{show(file)}: not JSON ({error})") from None
+    if not isinstance(data, dict) or split not in data:
+        has = ", ".join(map(repr, data)) if isinstance(data, dict) else "no parts at all"
+        raise InputError(f"{show(file)}: no part {split!r}; a split file has train, val and test, this one {has}")
+    entries: list[tuple[str, int, str]] = []
+    for row, entry in enumerate(data[split] if isinstance(data[split], list) else [None]):
+        match entry:
+            case [str() as path, int() as label, str() as class_name] if not isinstance(label, bool):
+                entries.append((path, label, class_name))
+            case _:
+                raise InputError(f"{name}: entry {row} is not [path, label, class name]")
+    if not entries:
+        raise InputError(f"{name}: empty")
+    names: dict[int, str] = {}
+    for row, (_, label, class_name) in enumerate(entries):
+        if names.setdefault(label, class_name) != class_name:
+            raise InputError(f"{name}: entry {row} calls label {label} {class_name!r}, before it was {names[label]!r}")
+    ordered = tuple(show(names[label]) for label in sorted(names))
+    twice = [class_name for class_name, times in Counter(ordered).items() if times > 1]
+    if twice:
+        raise InputError(f"{name}: class name {twice[0]!r} stands for several labels")
+    folder = Path(root) if root else _image_root(file, [path for path, _, _ in entries])
+    paths = [os.path.join(folder, path) for path, _, _ in entries]  # noqa: PTH118 - many, and kept as text
+    items = pa.table({"source": [show(path) for path in paths], "label": [show(entry[2]) for entry in entries]})
+    _check_texts(items, name)
+    return Source(name, items, ordered, tuple(paths))
+
+
+def _image_root(file: Path, paths: Sequence[str]) -> Path:
+    """The split file's own folder, or the one in it that holds most of a sample of the images."""
+    sample = paths[:: max(1, len(paths) // 16)]
+    candidates = [file.parent, *sorted(Path(e.path) for e in os.scandir(file.parent or ".") if e.is_dir())]
+    best = max(candidates, key=lambda folder: sum((folder / path).is_file() for path in sample))
+    if not any((best / path).is_file() for path in sample):
+        raise InputError(f"{show(file)}: its images, {show(sample[0])} first, are not beside it; give --root FOLDER")
+    return best
+
+
+def _table(file: Path, root: str | None, *, labelled: bool) -> Source:
+    name = show(file)
+    if file.suffix.lower() == ".parquet":
+        parquet = open_parquet(file)
+        columns = parquet.schema_arrow.names
+        has_features = FEATURE in columns
+        items = _read(name, lambda: parquet.read(columns=[c for c in columns if c != FEATURE]))
+    else:
+        has_features = False
+        items = _read_csv(file)
+    if len(items) == 0 and not (has_features and parquet.metadata.num_rows):
+        raise InputError(f"{name}: has no rows")
+    key = "id" if has_features else "path"
+    if has_features and "id" not in items.column_names:
+        count = parquet.metadata.num_rows
+        ids = pa.array([str(row) for row in range(count)])
+        items = pa.table({"id": ids}) if not items.num_columns else items.append_column("id", ids)
+    needed = [key, "label"] if labelled else [key]
+    missing = [column for column in needed if column not in items.column_names]
+    if missing:
+        kind = "a feature table has id, label and feature" if has_features else "an image table has path and label"
+        raise InputError(f"{name}: no column {missing[0]!r} among {', '.join(items.column_names)}; {kind}")
+    front = {"source": _texts(items[key], name, key)}
+    if "label" in items.column_names:
+        front["label"] = _texts(items["label"], name, "label")
+    for column, values in front.items():
+        if column == "source" and values.null_count:
+            raise InputError(f"{name}: {row_list(np.flatnonzero(values.is_null().to_numpy()))} without {key}")
+    if labelled and front["label"].null_count:
+        raise InputError(f"{name}: {row_list(np.flatnonzero(front['label'].is_null().to_numpy()))} without a label")
+    for column in items.column_names:
+        if column not in (key, *front):
+            front[column] = items[column]
+    items = pa.table(front)
+    _check_texts(items, name)
+    names = tuple(sorted(set(items["label"].drop_null().to_pylist()))) if "label" in items.column_names else ()
+    if has_features:
+        return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))
+    folder = Path(root) if root else file.parent
+    paths = [os.path.join(folder, path) for path in items["source"].to_pylist()]  # noqa: PTH118
+    items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
+    return Source(name, items, names, tuple(paths))
+
+
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """A Parquet file, memory-mapped. Raises InputError where it is not one."""
+    result: pq.ParquetFile = _read(show(file), lambda: pq.ParquetFile(file, memory_map=True))
+    return result
+
+
+def _read(name: str, read: Any) -> Any:
+    try:
+        return read()
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: cannot be read: {reason}") from None
+
+
+def _read_csv(file: Path) -> pa.Table:
+    """All columns as text; quoted fields may hold commas, quotes and line breaks."""
+    name = show(file)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+
+    def read(types: dict[str, pa.DataType]) -> pa.Table:
+        convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+        return pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+
+    def header() -> list[str]:
+        with pyarrow.csv.open_csv(file, parse_options=parse) as reader:
+            columns: list[str] = reader.schema.names
+            return columns
+
+    columns = _read(name, header)
+    if len(set(columns)) < len(columns):
+        raise InputError(f"{name}: a column name stands twice in {', '.join(columns)}")
+    return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))
+
+
+def _texts(column: pa.ChunkedArray, name: str, what: str) -> pa.ChunkedArray:
+    """Ids and labels as text; whole numbers are taken as their digits."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise InputError(f"{name}: column {what!r} is {column.type}; expected text")
+    values = _read(name, lambda: column.cast(kind).cast(pa.string()))
+    if pa.types.is_integer(kind):
+        return values
+    trimmed = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
+    return trimmed if isinstance(trimmed, pa.ChunkedArray) else pa.chunked_array([trimmed])
+
+
+def _check_texts(items: pa.Table, name: str) -> None:
+    for column in ("source", "label"):
+        if column in items.column_names:
+            long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
+            if long.any():
+                raise InputError(
+                    f"{name}: {row_list(np.flatnonzero(long))}: {column} longer than {MAX_TEXT} characters"
+                )
+
+
+def row_list(rows: npt.NDArray[np.int64]) -> str:
+    """Row numbers, from 0, as they stand in a message."""
+    shown = ", ".join(str(int(row)) for row in rows[:5])
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -1,0 +1,137 @@
+"""The method, once: Tip-Adapter (Zhang et al., ECCV 2022, section 3) as functions of torch tensors.
+
+Letters used throughout:
+
+- ``f`` features of the queries, ``[q, d]``, unit norm
+- ``K`` keys, ``[n, d]``: features of the labelled shots (unit norm, unless they were fine-tuned)
+- ``y`` class ids of the keys, integers in ``0 .. c - 1``
+- ``W`` text weights of the classes, ``[c, d]``
+
+and the whole method::
+
+    affinity   A = f K^T
+    cache      C[:, c] = sum over keys i of class c of exp(-beta (1 - A[:, i]))
+    logits     = logit_scale * f W^T + alpha * C
+
+A query need not meet every key. :func:`cache_logits` sums over the keys it is given: all of them, or the k that were
+retrieved, with or without an estimate of the rest (the tail). :func:`certificate` tells when retrieving more keys
+cannot change the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def affinity(features: Tensor, keys: Tensor) -> Tensor:
+    """Inner products ``A = f K^T``: features ``[q, d]`` and keys ``[n, d]`` to ``[q, n]`` (paper, equation 4)."""
+    return features @ keys.T
+
+
+def weight(affinity: Tensor, beta: float) -> Tensor:
+    """What one key adds to the cache logit of its class: ``exp(-beta (1 - A))``, elementwise (paper, equation 4).
+
+    ``beta`` is the sharpness: at 0 every key counts 1, and the larger it is the more only near keys count.
+    """
+    return torch.exp(beta * (affinity - 1))
+
+
+def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int) -> Tensor:
+    """Sum values over the keys of each class, ``[q, k]`` to ``[q, c]``, without the one-hot product.
+
+    ``class_ids`` is ``[k]`` where all queries meet the same keys, or ``[q, k]`` where each met its own. The id ``c``
+    marks an empty slot and is left out.
+    """
+    q = values.shape[0]
+    if class_ids.ndim == 1:  # keys along the rows: each addition is one contiguous run over the queries
+        sums = values.new_zeros(n_classes + 1, q).index_add_(0, class_ids, values.T)
+        return sums[:n_classes].T
+    return values.new_zeros(q, n_classes + 1).scatter_add_(1, class_ids, values)[:, :n_classes]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What is known of all keys of each class before any is retrieved: enough to estimate those that are not.
+
+    ``counts`` ``[c]``: the number of keys ``n_c``. ``affinities`` ``[q, c]``: the sum of the affinities to all keys
+    of the class, ``n_c f mu_c``, which costs one product with the ``c`` sums of keys instead of the ``n`` keys.
+    """
+
+    counts: Tensor
+    affinities: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, key_sums: Tensor, counts: Tensor) -> Totals:
+        """Totals of queries ``f`` ``[q, d]`` for classes whose keys sum to ``key_sums`` ``[c, d]``."""
+        return cls(counts.to(features.dtype), affinity(features, key_sums))
+
+    def rest(self, affinity: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Number ``r_c`` and mean affinity ``m_c`` of the keys of each class that are not among the given ones.
+
+        ``m_c = (n_c f mu_c - sum of the given affinities of c) / r_c``, exact up to rounding; both ``[q, c]``.
+        Where ``r_c`` is 0 the mean is 0.
+        """
+        n_classes = self.counts.shape[0]
+        number = self.counts - sum_by_class(torch.ones_like(affinity), class_ids, n_classes)
+        total = self.affinities - sum_by_class(affinity, class_ids, n_classes)
+        some = number > 0
+        return number, torch.where(some, total / torch.where(some, number, 1), 0)
+
+
+def cache_logits(
+    affinity: Tensor, class_ids: Tensor, n_classes: int, beta: float, tail: Totals | None = None
+) -> Tensor:
+    """Cache logits ``C[:, c] = sum over the given keys i of class c of exp(-beta (1 - A[:, i]))`` (equation 5).
+
+    - ``k = all``: ``affinity`` ``[q, n]`` to every key and ``class_ids`` ``[n]``. Exact. Sums over disjoint blocks of
+      keys add up.
+    - ``k = N``: ``affinity`` and ``class_ids`` ``[q, N]`` of the retrieved keys.
+    - with ``tail``: the ``r_c`` keys of class ``c`` that were not retrieved count at their mean affinity ``m_c``, as
+      ``r_c exp(-beta (1 - m_c))``. The exponential is convex, so this never exceeds what they would add.
+
+    Returns ``[q, c]`` of the dtype of ``affinity``. Empty slots have the class id ``c``.
+    """
+    cache = sum_by_class(weight(affinity, beta), class_ids, n_classes)
+    if tail is not None:
+        number, mean = tail.rest(affinity, class_ids)
+        cache = cache + number * weight(mean, beta)
+    return cache
+
+
+def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float) -> Tensor:
+    """CLIP's zero-shot logits ``logit_scale * f W^T``: ``[q, d]`` and ``[c, d]`` to ``[q, c]``."""
+    return logit_scale * (features @ text_weights.T)
+
+
+def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
+    """The classifier's logits, text plus ``alpha`` (the residual ratio) times cache (paper, equation 6)."""
+    return text_logits + alpha * cache_logits
+
+
+def certificate(
+    logits: Tensor, affinity: Tensor, class_ids: Tensor, totals: Totals, alpha: float, beta: float, *, tail: bool
+) -> Tensor:
+    """Which predictions from retrieved keys provably equal those from all keys: ``[q]``, bool.
+
+    ``logits`` ``[q, c]`` come from :func:`blend` over the retrieved ``affinity`` and ``class_ids`` ``[q, k]``, with or
+    without the ``tail``; either way they are a lower bound of the exact ones. Keys that were not retrieved have an
+    affinity of at most ``s_k``, the smallest retrieved one, so the logit of class ``c`` can rise by at most
+    ``alpha r_c (exp(-beta (1 - s_k)) - what the tail already counts)``. The prediction is proved where the winner's
+    logit exceeds every other class's raised one.
+
+    Holds for exact retrieval, ``alpha >= 0`` and ``beta >= 0``; after approximate search it is evidence, not proof.
+    """
+    n_classes = totals.counts.shape[0]
+    filled = class_ids < n_classes
+    smallest = torch.where(filled, affinity, torch.inf).amin(dim=1, keepdim=True)
+    number, mean = totals.rest(affinity, class_ids)
+    counted = weight(mean, beta) if tail else torch.zeros_like(mean)
+    rise = torch.where(number > 0, number * (weight(smallest, beta) - counted).clamp_min(0), 0)
+    winner = logits.argmax(dim=1, keepdim=True)
+    raised = (logits + alpha * rise).scatter(1, winner, -torch.inf).amax(dim=1)
+    best = logits.gather(1, winner).squeeze(1)
+    rounding = 32 * torch.finfo(logits.dtype).eps * (best.abs() + raised.abs().nan_to_num(posinf=0, neginf=0))
+    return best - raised > rounding

@@ -1,0 +1,63 @@
+"""What the tests share: the data beside the repository, and one real backbone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from retrieval_tip.backbone import Backbone
+from retrieval_tip.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
+
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> None:
+    """The hub is asked for nothing: a test that needed it would hang for a minute, then fail."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One encoding cache for the whole run, so that no test encodes what another has."""
+    folder = tmp_path_factory.mktemp("encodings")
+    os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def lit_mini() -> Backbone:
+    """A small real dual encoder."""
+    from retrieval_tip.backbone import load_backbone
+
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return load_backbone(f"local-dir:{SHARED / 'models' / 'lit-mini'}", device="cpu")
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """The command line, in this process. An exception that would be a traceback fails the test."""
+
+    def invoke(*arguments: object, stdin: str | bytes | None = None) -> Result:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
