@@ -1,7 +1,8 @@
 """The main job from end to end on photographs: build an index, classify, explain, evaluate.
 
-With the shared data beside the repository: 16 photographs of each of eight Caltech101 classes and lit-mini, a small real
-dual encoder. Without it (a bare clone, no network needed): crops of eight public-domain photographs that come with
+With the shared data beside the repository: 16 photographs of each of eight Caltech101 classes and lit-mini, a small
+real dual encoder; alpha 50 and beta 1 were chosen on validation images.
+Without it (a bare clone, no network needed): crops of eight public-domain photographs that come with
 scikit-image, and an encoder with random weights, made here. Random convolutions tell textures and colours apart, but
 know no words, so there the cache alone decides; --model and --pretrained take a real CLIP instead.
 """

@@ -93,6 +93,10 @@ class Backbone(Protocol):
     def precision(self) -> str:
         """``float32``, or the autocast dtype: part of what an encoding is cached under."""
 
+    @property
+    def batch_size(self) -> int:
+        """How many views it encodes best at a time, on the device that it is on."""
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """An RGB picture as the model's own centre view, ``[3, h, w]`` float32."""
 
@@ -312,6 +316,11 @@ class OpenClipBackbone:
         """``float32``, or the autocast dtype."""
         return self._precision
 
+    @property
+    def batch_size(self) -> int:
+        """64 on a GPU. 4 on a CPU, where larger batches spend their time on fresh memory (benchmarks/encoding.py)."""
+        return 4 if self._device.type == "cpu" else 64
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """The model's own centre view, ``[3, h, w]`` float32."""
         tensor: torch.Tensor = self._preprocess(image)
@@ -333,7 +342,10 @@ class OpenClipBackbone:
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
         """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``."""
-        return self._encode(lambda: self._model.encode_image(pixels.to(self._device, non_blocking=True)))
+        import torch
+
+        channels_last = pixels.to(self._device, memory_format=torch.channels_last)  # convolutions prefer it
+        return self._encode(lambda: self._model.encode_image(channels_last))
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Raw features ``[t, d]`` float32 of sentences."""

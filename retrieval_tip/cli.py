@@ -346,7 +346,7 @@ def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json:
         for name, value in result.items():
             click.echo(f"{name:<15}  {_shown(value)}")
         worst = sorted(per_class.items(), key=lambda pair: pair[1])[:5]
-        click.echo(f"{'worst classes':<15}  {', '.join(f'{name} {value:.4f}' for name, value in worst)}")
+        click.echo(f"{'worst classes':<15}  {', '.join(f'{name} {_shown(value)}' for name, value in worst)}")
         click.echo(f"{'confusions':<15}  {', '.join(f'{a} as {b} ({times})' for a, b, times in confusions) or 'none'}")
     _finish(ctx, encoder.skipped)
 
@@ -472,7 +472,7 @@ def _classify_schema(columns: list[str]) -> Any:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}" if 0 < abs(value) < 1000 and value != int(value) else f"{value:g}"
+        return f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(part)}" for key, part in value.items())
     if isinstance(value, list):

@@ -12,16 +12,12 @@ from click.testing import CliRunner, Result
 from retrieval_tip.backbone import Backbone
 from retrieval_tip.cli import main
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_network() -> None:
-    """The hub is asked for nothing: a test that needed it would hang for a minute, then fail."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

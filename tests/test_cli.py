@@ -1,0 +1,293 @@
+"""The command line: formats, settings, explanations, exit statuses, and the whole job by real processes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval_tip import cli
+from retrieval_tip.cache_model import CacheModel
+
+
+def write_table(path, features, labels=None, ids=None, **extra):
+    """A feature table."""
+    features = np.asarray(features, dtype=np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    ids = ids or [f"item-{i}" for i in range(len(features))]
+    columns = {"id": ids} | ({} if labels is None else {"label": labels}) | {"feature": column} | extra
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def unit_rows(n, d, seed=0):
+    rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def small(tmp_path, run):
+    """Six keys of two classes, built by the command line."""
+    table = write_table(tmp_path / "train.parquet", unit_rows(6, 8), ["cat", "dog"] * 3, camera=list("abcabc"))
+    text = write_table(tmp_path / "text.parquet", unit_rows(2, 8, 1), ["cat", "dog"])
+    out = tmp_path / "index"
+    built = run("index", "build", table, "--text", text, "--out", out)
+    assert built.exit_code == 0, built.output
+    return out
+
+
+@pytest.fixture
+def queries(tmp_path):
+    return write_table(tmp_path / "queries.parquet", unit_rows(5, 8, 2), ids=["a", "b,c", 'd"', "é\n", "e"])
+
+
+def commands(group=cli.main, prefix=()):
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*prefix, name))
+        else:
+            yield (*prefix, name)
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_every_command_and_option_has_help(run, command):
+    shown = run(*command, "--help")
+    assert shown.exit_code == 0
+    found = cli.main
+    for name in command:
+        found = found.commands[name]
+    assert found.help
+    assert all(option.help for option in found.params if isinstance(option, click.Option))
+
+
+def test_json_csv_and_parquet_tell_the_same(run, small, queries, tmp_path):
+    options = ("--top", 2, "--explain", "--logits", "--neighbours", 3)
+    lines = [
+        json.loads(line) for line in run("classify", small, queries, *options, "--format", "json").stdout.splitlines()
+    ]
+    rows = list(csv.DictReader(io.StringIO(run("classify", small, queries, *options, "--format", "csv").stdout)))
+    target = tmp_path / "out.parquet"
+    done = run("classify", small, queries, *options, "--format", "parquet", "--output", target)
+    assert (done.exit_code, done.stdout) == (0, "")
+    table = pq.read_table(target).to_pylist()
+    columns = ["input", "label", "probability", "labels", "probabilities", "logits"]
+    columns += ["text_logit", "cache_logit", "neighbours"]
+    assert list(lines[0]) == list(rows[0]) == list(table[0]) == columns
+    assert [line["input"] for line in lines] == [row["input"] for row in rows] == ["a", "b,c", 'd"', "é\n", "e"]
+    for line, row, record in zip(lines, rows, table, strict=True):
+        assert {c: json.loads(row[c]) for c in ("labels", "neighbours")} == {
+            c: line[c] for c in ("labels", "neighbours")
+        }
+        assert float(row["probability"]) == line["probability"] == record["probability"]
+        assert record["neighbours"] == line["neighbours"]
+        assert record["logits"] == pytest.approx(line["logits"])
+        assert line["label"] == line["labels"][0]
+        assert line["text_logit"] + line["cache_logit"] == pytest.approx(max(line["logits"]), rel=1e-5)
+        assert set(line["neighbours"][0]) == {"key_id", "source", "label", "affinity", "weight"}
+
+
+def test_the_table_is_for_eyes_and_holds_no_control_characters(run, small, queries):
+    shown = run("classify", small, queries, "--explain", "--top", 2).stdout
+    assert "é\\n" in shown
+    assert shown.splitlines()[0].split() == ["input", "label", "probability", "text_logit", "cache_logit"]
+    assert "affinity" in shown
+
+
+def test_columns_without_options_are_the_three(run, small, queries):
+    line = json.loads(run("classify", small, queries, "--format", "json").stdout.splitlines()[0])
+    assert list(line) == ["input", "label", "probability"]
+
+
+def test_answers_are_the_python_faces(run, small, queries):
+    features = np.stack(pq.read_table(queries)["feature"].to_pylist()).astype(np.float32)
+    cache = CacheModel.load(small)
+    cache.alpha, cache.beta = 3.0, 2.0
+    for k in ("all", 2):
+        for tail in ("--tail", "--no-tail"):
+            settings = ("--alpha", 3, "--beta", 2, "-k", k, tail)
+            shown = run("classify", small, queries, *settings, "--logits", "--format", "json").stdout
+            expected = cache.logits(features, None if k == "all" else k, tail == "--tail").numpy()
+            np.testing.assert_allclose([json.loads(line)["logits"] for line in shown.splitlines()], expected, rtol=1e-5)
+
+
+def test_settings_of_the_index_hold_where_none_are_given(run, tmp_path, queries):
+    table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
+    built = run("index", "build", table, "--alpha", 7, "--beta", 2, "-k", 3, "--out", tmp_path / "i")
+    assert built.exit_code == 0
+    test = write_table(tmp_path / "test.parquet", unit_rows(4, 8, 5), ["cat", "dog"] * 2)
+    result = json.loads(run("evaluate", tmp_path / "i", test, "--json").stdout)
+    assert (result["alpha"], result["beta"], result["k"], result["tail"]) == (7, 2, 3, True)
+    assert result["zero_shot_top1"] is None  # no text weights were given
+    result = json.loads(run("evaluate", tmp_path / "i", test, "-k", "all", "--no-tail", "--alpha", 0, "--json").stdout)
+    assert (result["alpha"], result["k"], result["tail"]) == (0, "all", False)
+    assert "zero_shot_top1" in run("evaluate", tmp_path / "i", test).stdout
+
+
+def test_info_verify_and_query(run, small):
+    facts = json.loads(run("index", "info", small, "--json").stdout)
+    assert facts["n"] == 6
+    assert facts["class_names"] == ["cat", "dog"]
+    assert facts["provenance"]["alpha"] == "the paper's default"
+    assert "keys_per_class" in run("index", "info", small).stdout
+    assert "is whole (6 keys, 2 classes)" in run("index", "verify", small).stdout
+    sql = "SELECT camera, count(*) AS n FROM labels GROUP BY camera ORDER BY camera"
+    rows = [json.loads(line) for line in run("index", "query", small, sql, "--format", "json").stdout.splitlines()]
+    assert rows == [{"camera": letter, "n": 2} for letter in "abc"]  # a table's further columns are kept
+    assert "keys" in run("index", "query", small, "SELECT * FROM class_counts").stdout
+    refused = run("index", "query", small, "DROP TABLE labels")
+    assert refused.exit_code == 2
+    assert "read-only" in refused.stderr
+
+
+def test_a_recipe_gives_settings_that_the_command_line_overrides(run, tmp_path):
+    table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"source = {str(table)!r}\nout = {str(tmp_path / 'i')!r}\nalpha = 4.0\nbeta = 3.0\nk = 5\n")
+    assert run("index", "build", "--recipe", recipe, "--beta", 9).exit_code == 0
+    facts = json.loads(run("index", "info", tmp_path / "i", "--json").stdout)
+    assert (facts["alpha"], facts["beta"], facts["k"]) == (4, 9, 5)
+    recipe.write_text("nonsense = 1\n")
+    wrong = run("index", "build", "--recipe", recipe)
+    assert wrong.exit_code == 2
+    assert "unknown setting 'nonsense'" in wrong.stderr
+
+
+def test_another_backbone_than_the_indexs_is_refused_with_both_named(run, shared, tmp_path):
+    from test_backbone import tiny
+
+    one, other = tiny(tmp_path / "one"), tiny(tmp_path / "other", seed=1)
+    photographs = shared / "data/caltech101/101_ObjectCategories"
+    for name in ("panda", "pizza"):
+        shutil.copytree(photographs / name, tmp_path / "photos" / name)
+    built = run("index", "build", tmp_path / "photos", "--model", f"local-dir:{one}", "--out", tmp_path / "i")
+    assert built.exit_code == 0, built.output
+    image = next((tmp_path / "photos" / "panda").iterdir())
+    assert run("classify", tmp_path / "i", image).exit_code == 0
+    refused = run("classify", tmp_path / "i", image, "--model", f"local-dir:{other}")
+    assert refused.exit_code == 1
+    assert str(one) in refused.stderr
+    assert str(other) in refused.stderr
+    # the same for a table that says where it comes from
+    table = tmp_path / "t.parquet"
+    assert run("encode", tmp_path / "photos", "--model", f"local-dir:{other}", "--out", table).exit_code == 0
+    for command in (("classify", tmp_path / "i", table), ("evaluate", tmp_path / "i", table)):
+        refused = run(*command)
+        assert refused.exit_code == 1
+        assert str(one) in refused.stderr
+        assert str(other) in refused.stderr
+    # the same weights in another folder are the same backbone
+    shutil.move(one, tmp_path / "moved")
+    gone = run("classify", tmp_path / "i", image)
+    assert gone.exit_code == 1
+    assert "local-dir" in gone.stderr
+    assert run("classify", tmp_path / "i", image, "--model", f"local-dir:{tmp_path / 'moved'}").exit_code == 0
+
+
+def test_a_table_that_was_encoded_here_gives_the_index_that_its_images_give(run, shared, tmp_path):
+    from test_backbone import tiny
+
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    photographs = tmp_path / "photos"
+    for name in ("panda", "pizza"):
+        shutil.copytree(shared / "data/caltech101/101_ObjectCategories" / name, photographs / name)
+    assert run("encode", photographs, *model, "--out", tmp_path / "t.parquet").exit_code == 0
+    assert run("index", "build", photographs, *model, "--out", tmp_path / "a").exit_code == 0
+    assert (
+        run("index", "build", tmp_path / "t.parquet", "--out", tmp_path / "b").exit_code == 0
+    )  # its metadata name the model
+    a, b = CacheModel.load(tmp_path / "a"), CacheModel.load(tmp_path / "b")
+    np.testing.assert_array_equal(a.keys, b.keys)
+    np.testing.assert_array_equal(a.text_weights, b.text_weights)
+    assert a.backbone == b.backbone
+    columns = ["key_id", "class_id", "label", "source", "digest"]
+    assert a.labels.select(columns).equals(b.labels.select(columns))
+    # and classifying images needs no --model: the manifest names it
+    image = next((photographs / "pizza").iterdir())
+    assert run("classify", tmp_path / "b", image).stdout == run("classify", tmp_path / "a", image).stdout
+
+
+def test_unreadable_images_are_named_and_the_exit_status_is_3(run, shared, tmp_path):
+    from test_backbone import tiny
+
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    photographs = tmp_path / "photos"
+    for name in ("panda", "pizza"):
+        shutil.copytree(shared / "data/caltech101/101_ObjectCategories" / name, photographs / name)
+    broken = sorted((photographs / "panda").iterdir())[1]
+    broken.chmod(0o644)
+    broken.write_bytes(broken.read_bytes()[:1000])
+    strict = run("index", "build", photographs, *model, "--strict", "--out", tmp_path / "i")
+    assert strict.exit_code == 1
+    assert str(broken) in strict.stderr
+    assert not (tmp_path / "i").exists()
+    built = run("index", "build", photographs, *model, "--out", tmp_path / "i")
+    assert built.exit_code == 3
+    assert f"skipped {broken}: damaged image" in built.stderr
+    number = sum(1 for _ in photographs.glob("*/*.jpg"))
+    cache = CacheModel.load(tmp_path / "i")
+    assert cache.n == number - 1
+    assert str(broken) not in cache.labels["source"].to_pylist()
+    whole = next((photographs / "pizza").iterdir())
+    some = run("classify", tmp_path / "i", whole, broken, tmp_path / "missing.jpg", "--format", "json")
+    assert some.exit_code == 3
+    assert [json.loads(line)["input"] for line in some.stdout.splitlines()] == [str(whole)]
+    assert "missing.jpg: no such file" in some.stderr
+    none = run("classify", tmp_path / "i", broken)
+    assert none.exit_code == 1
+    # paths on standard input
+    piped = run("classify", tmp_path / "i", "-", "--format", "csv", stdin=f"{whole}\n")
+    assert piped.stdout.splitlines()[1].startswith(str(whole))
+
+
+def test_doctor_reports_and_finds_both_faiss_packages(run, monkeypatch):
+    from retrieval_tip import doctor
+
+    done = run("doctor")
+    assert "faiss SIMD level" in done.stdout
+    assert json.loads(run("doctor", "--json").stdout)["facts"]["torch"]
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.15.1" if name in ("faiss-cpu", "faiss-gpu") else real(name))
+    both = run("doctor")
+    assert both.exit_code == 1
+    assert "pip uninstall -y faiss-gpu faiss-cpu" in both.stdout
+
+
+def process(*arguments, **options):
+    command = [sys.executable, "-m", "retrieval_tip", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, check=False, **options)
+
+
+def test_as_a_program(small, queries, tmp_path):
+    done = process("classify", small, queries, "--format", "json")
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert len(done.stdout.splitlines()) == 5
+    failed = process("classify", tmp_path / "nowhere", queries)
+    assert failed.returncode == 1
+    assert failed.stdout == b""
+    assert failed.stderr.decode().startswith("Error: ")
+    assert b"Traceback" not in failed.stderr
+    assert process("classify", small).returncode == 2
+    assert shutil.which("retrieval-tip", path=str(Path(sys.executable).parent))
+
+
+def test_a_reader_that_stops_early_is_no_error(small, tmp_path):
+    many = write_table(tmp_path / "many.parquet", unit_rows(20000, 8, 3))
+    command = [sys.executable, "-m", "retrieval_tip", "classify", str(small), str(many), "--format", "json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+        assert child.wait() in (0, 141)

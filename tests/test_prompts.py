@@ -1,0 +1,39 @@
+"""Class names, templates and text weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.prompts import clean_class_name, mean_by_class, text_weights
+
+
+def test_class_names_are_read_as_words():
+    assert clean_class_name("yin_yang") == "yin yang"
+    assert clean_class_name("  a__b\n c ") == "a b c"
+    assert clean_class_name("Übergröße") == "Übergröße"
+
+
+def test_text_weights_average_unit_prompts(lit_mini):
+    """Each prompt's feature normalised, averaged over templates, normalised: written out for one class."""
+    names, templates = ["grand_piano", "cat"], ["a photo of a {}.", "itap of a {}.", "{}"]
+    weights = text_weights(lit_mini, names, templates, batch_size=2)
+    prompts = lit_mini.encode_texts(["a photo of a grand piano.", "itap of a grand piano.", "grand piano"])
+    mean = (prompts / np.linalg.norm(prompts, axis=1, keepdims=True)).mean(axis=0)
+    assert weights.shape == (2, 1280)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights[0], mean / np.linalg.norm(mean), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(weights, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("templates", [[], ["no place"], ["{} and {}"], ["a photo of a {}.", "x"]])
+def test_templates_need_one_place_for_the_class(lit_mini, templates):
+    with pytest.raises(UsageError, match="template"):
+        text_weights(lit_mini, ["cat"], templates)
+
+
+def test_prompts_that_cancel_out_name_their_class():
+    features = np.array([[[1, 0], [-1, 0]]], dtype=np.float32)
+    with pytest.raises(InputError, match="'cat'"):
+        mean_by_class(features, ["cat"])
