@@ -27,7 +27,7 @@ from retrieval_tip.cache_model import (
     label_table,
 )
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.features import Encoder, read_features, table_identity
+from retrieval_tip.features import Encoder, read_features, same_backbone, table_identity
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.shots import few_shot
 from retrieval_tip.sources import Source, open_source
@@ -89,7 +89,10 @@ def build_index(
     weights: npt.NDArray[np.float32] | None = None
     chosen_templates: list[str] = []
     if text is not None:
-        class_names, weights = read_text_table(text)
+        class_names, weights = read_text_table(text, encoder.norms)
+        theirs, ours = table_identity(Path(text)), _identity(source, encoder)
+        if theirs is not None and ours is not None:
+            same_backbone(theirs, ours, str(text))
     elif backbone is not None:
         chosen_templates = list(check_templates(templates or DEFAULT_TEMPLATES))
     elif templates:
@@ -103,8 +106,6 @@ def build_index(
         if few:
             log.warning("%d classes have fewer than %d images, so some repeat: %s", len(few), shots, _few(few))
         source, ids = source.take(drawn), ids[drawn]
-    else:
-        drawn = np.arange(len(source), dtype=np.int64)
     order = np.argsort(ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
 
     with store.write(Path(out)) as writer:
@@ -131,7 +132,7 @@ def build_index(
                 class_names,
                 ids[order],
                 items["source"],
-                key_ids=drawn[order] if shots is None else order,
+                key_ids=order,
                 views=encoder.views,
                 digests=digests,
                 extra=extra,
@@ -160,15 +161,18 @@ def build_index(
     return CacheModel.load(out, device=device)
 
 
-def read_text_table(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
+def read_text_table(
+    path: str | os.PathLike[str], norms: str = "check"
+) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
     """Class names and text weights ``[c, d]`` of a table of text features, classes in order of first appearance.
 
-    Rows of one class are prompts: averaged, then normalised. Raises InputError where the table is none.
+    Rows of one class are prompts of norm 1 (or scaled to it, unless ``norms`` is ``check``): averaged, then normalised.
+    Raises InputError where the table is none.
     """
     table = open_source(path)
     if table.table is None:
         raise InputError(f"{table.name}: has no column 'feature'; text weights are a feature table labelled by class")
-    features = np.concatenate(list(read_features(table.table)))
+    features = np.concatenate(list(read_features(table.table, "check" if norms == "check" else "unit")))
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(table.labels):
         rows.setdefault(label, []).append(row)
@@ -199,6 +203,8 @@ def _write_keys(
     digests: list[str | None] = [None] * len(order)
     for block in itertools.chain([first], blocks):
         rows = place[block.positions]
+        if np.abs(block.features).max() > np.finfo(array.dtype).max:
+            raise InputError(f"{source.name}: features hold values too large for {dtype}; use --dtype float32")
         array[rows] = block.features
         present[rows] = True
         for row, digest in zip(rows.tolist(), block.digests, strict=True):

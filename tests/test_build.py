@@ -1,0 +1,168 @@
+"""Building an index: shots, views, text weights, key types, versions, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_cli import unit_rows, write_table
+
+from retrieval_tip.build import build_index, read_text_table
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.features import Encoder
+from retrieval_tip.shots import few_shot
+from retrieval_tip.sources import open_source
+
+NAMES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Thirty rows of three classes, in no order."""
+    labels = np.random.default_rng(1).permutation(NAMES * 10).tolist()
+    return write_table(tmp_path / "t.parquet", unit_rows(30, 8), labels, camera=[f"c{i % 4}" for i in range(30)])
+
+
+def features(path):
+    return np.stack(pq.read_table(path)["feature"].to_pylist()).astype(np.float32)
+
+
+def build(path, out, **options):
+    return build_index(open_source(path), out, Encoder(seed=options.pop("seed", 1)), **options)
+
+
+def test_keys_are_the_rows_grouped_by_class_in_file_order(table, tmp_path):
+    cache = build(table, tmp_path / "i")
+    labels = np.array(open_source(table).labels)
+    order = np.argsort([NAMES.index(label) for label in labels], kind="stable")
+    np.testing.assert_array_equal(cache.keys, features(table)[order])
+    store = cache.labels.to_pydict()
+    assert store["key_id"] == order.tolist()
+    assert store["label"] == labels[order].tolist()
+    assert store["source"] == [f"item-{i}" for i in order]
+    assert store["camera"] == [f"c{i % 4}" for i in order]
+    assert store["shot"] == [*range(10)] * 3
+    assert cache.class_names == NAMES
+
+
+def test_the_classifier_is_the_one_from_arrays(table, tmp_path):
+    text = unit_rows(3, 8, 9)
+    weights = write_table(tmp_path / "text.parquet", text, NAMES)
+    built = build(table, tmp_path / "i", text=weights, alpha=2.0, beta=3.0)
+    made = CacheModel.from_features(features(table), open_source(table).labels, NAMES, text, alpha=2.0, beta=3.0)
+    queries = unit_rows(20, 8, 4)
+    for k in (None, 5):
+        np.testing.assert_allclose(built.logits(queries, k), made.logits(queries, k), rtol=1e-5, atol=1e-5)
+
+
+def test_shots_are_the_published_draw(table, tmp_path):
+    cache = build(table, tmp_path / "i", shots=4, seed=7)
+    labels = open_source(table).labels
+    assert sorted(cache.labels["source"].to_pylist()) == sorted(f"item-{i}" for i in few_shot(labels, 4, 7))
+    assert cache.provenance["shots"] == 4
+    assert cache.provenance["seed"] == 7
+
+
+def test_short_classes_repeat_images_and_are_named(table, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        cache = build(table, tmp_path / "i", shots=12)
+    assert cache.n == 36
+    assert "3 classes have fewer than 12 images, so some repeat: ant, bee, cat" in caplog.text
+
+
+def test_text_tables_average_prompts_and_order_the_classes(tmp_path, table):
+    rows = unit_rows(5, 8, 3)
+    text = write_table(tmp_path / "text.parquet", rows, ["cat", "dog", "ant", "cat", "bee"])
+    names, weights = read_text_table(text)
+    assert names == ("cat", "dog", "ant", "bee")
+    mean = (rows[0] + rows[3]) / 2
+    np.testing.assert_allclose(weights[0], mean / np.linalg.norm(mean), rtol=1e-5)
+    np.testing.assert_allclose(weights[1:], rows[[1, 2, 4]], rtol=1e-5)
+    cache = build(table, tmp_path / "i", text=text)  # dog has no key, which is allowed
+    assert cache.class_names == ["cat", "dog", "ant", "bee"]
+    assert cache.logits(unit_rows(2, 8)).shape == (2, 4)
+
+
+def test_labels_without_text_weights_are_refused(tmp_path, table):
+    text = write_table(tmp_path / "text.parquet", unit_rows(2, 8), ["ant", "bee"])
+    with pytest.raises(InputError, match="labels without text weights: cat"):
+        build(table, tmp_path / "i", text=text)
+    assert not (tmp_path / "i").exists()
+
+
+def test_text_weights_of_another_length_are_refused(tmp_path, table):
+    text = write_table(tmp_path / "text.parquet", unit_rows(3, 4), NAMES)
+    with pytest.raises(InputError, match=r"features of 8 values, but text weights of 4"):
+        build(table, tmp_path / "i", text=text)
+    assert not (tmp_path / "i").exists()
+
+
+def test_float16_keys_answer_within_their_rounding(table, tmp_path):
+    half, full = build(table, tmp_path / "h", dtype="float16"), build(table, tmp_path / "f")
+    assert half.keys.dtype == np.float16
+    queries = unit_rows(20, 8, 4)
+    np.testing.assert_allclose(half.logits(queries), full.logits(queries), rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(half.logits(queries, 6), full.logits(queries, 6), rtol=5e-3, atol=5e-3)
+
+
+def test_building_again_makes_a_version_and_shares_what_is_the_same(table, tmp_path):
+    first, second = build(table, tmp_path / "i"), build(table, tmp_path / "i", beta=2.0)
+    assert (first.version, second.version) == (1, 2)
+    assert len(list((tmp_path / "i/data").glob("keys-*"))) == 1
+    assert json.loads((tmp_path / "i/manifest.json").read_text())["parent"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"beta": float("nan")}, "beta"),
+        ({"k": 0}, "k is 0"),
+        ({"logit_scale": 0.0}, "logit_scale"),
+        ({"shots": 0}, "shots"),
+        ({"index": "Nonsense"}, "Nonsense"),
+        ({"index": "IVF4096,Flat"}, "IVF4096"),
+        ({"index": "L2norm,Flat"}, "normalises"),
+        ({"templates": ["a {}"]}, "need a backbone"),
+        ({"templates": ["a {}"], "text": "t"}, "one of them"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(table, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        build(table, tmp_path / "i", **options)
+    assert not (tmp_path / "i").exists()
+
+
+def test_views_of_photographs_are_averaged_then_normalised(shared, lit_mini, tmp_path):
+    from retrieval_tip import images
+
+    source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 1, 20])
+    cache = build_index(source, tmp_path / "i", Encoder(lit_mini, views=3, seed=5))
+    data = images.read(source.paths[2])
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256(data).hexdigest()
+    pixels = [lit_mini.view(images.decode(data), f"{digest}/crop/5/{v}") for v in range(3)]
+    mean = lit_mini.encode_images(torch.stack(pixels)).mean(axis=0)
+    row = cache.labels["digest"].to_pylist().index(digest)
+    np.testing.assert_allclose(cache.keys[row], mean / np.linalg.norm(mean), atol=1e-5)
+    assert cache.labels["views"].to_pylist() == [3, 3, 3]
+
+
+def test_further_columns_of_a_table_of_paths_reach_the_label_store(shared, lit_mini, tmp_path):
+    photographs = shared / "data/caltech101/101_ObjectCategories"
+    files = sorted((photographs / "panda").iterdir())[:2]
+    pq.write_table(
+        pa.table({"path": list(map(str, files)), "label": ["panda"] * 2, "iso": [100, 200]}), tmp_path / "p.parquet"
+    )
+    cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Encoder(lit_mini))
+    assert cache.labels["iso"].to_pylist() == [100, 200]
+    assert CacheModel.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]
