@@ -10,12 +10,12 @@ lock                      held by the process that writes
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.backbone import Identity
+from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
 
 FORMAT = "retrieval-tip index"
 FORMAT_VERSION = 1
@@ -53,7 +54,10 @@ LABEL_SCHEMA = pa.schema(
 )
 """Columns of the label store; row i describes row i of the keys. A table's further columns follow."""
 
-_FILE_NAME = re.compile(r"data/(keys|index|labels|text)-[0-9a-f]{16}\.(npy|faiss|parquet)")
+_ZEROS = bytes(1 << 20)
+_FILE_NAME = re.compile(r"(keys|index|labels|text)-[0-9a-f]{16}\.(npy|faiss|parquet)")
+_TEMPORARY = re.compile(r"\.((keys|index|labels|text)-[0-9a-f]{32}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{32})\.tmp")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -97,27 +101,42 @@ class Manifest:
     @classmethod
     def from_bytes(cls, raw: bytes, name: str) -> Manifest:
         """The inverse of :meth:`to_bytes`. Raises StoreError for anything missing, changed or of another format."""
-        damaged = f"{name}: damaged"
+        damaged, remedy = f"{name}: damaged", "restore it, or delete the folder and build the index again"
         try:
-            body = json.loads(raw)
+            body = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{damaged} (not UTF-8: byte {error.start}); {remedy}") from None
         except (ValueError, RecursionError) as error:
-            raise StoreError(f"{damaged} (not JSON: {error}); restore it, or rebuild the index") from None
+            raise StoreError(f"{damaged} (not JSON: {error}); {remedy}") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
-        if isinstance(body.get("format_version"), int) and body["format_version"] > FORMAT_VERSION:
+        found = body.get("format_version")
+        if isinstance(found, int) and found > FORMAT_VERSION:
+            writer = ascii(body.get("created_by", "a newer version")).strip("'")
             raise StoreError(
-                f"{name}: index format {body['format_version']}, this program reads up to {FORMAT_VERSION}; "
-                f"it was written by {body.get('created_by', 'a newer version')}: install that"
+                f"{name}: index format {found}, this program reads up to {FORMAT_VERSION}; "
+                f"it was written by {writer}: install that"
             )
-        if _seal({key: value for key, value in body.items() if key != "sha256"}) != raw:
-            raise StoreError(f"{damaged} (its own checksum does not fit); restore it, or rebuild the index")
         try:
-            return cls._checked({key: body[key] for key in (f.name for f in fields(cls))})
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{damaged} ({error!r})") from None
+            sealed = _seal({key: value for key, value in body.items() if key != "sha256"}) == raw
+        except (
+            ValueError,
+            RecursionError,
+        ):  # half a surrogate pair, or nested too deeply: nothing that was written here
+            sealed = False
+        if not sealed:
+            raise StoreError(f"{damaged} (its own checksum does not fit); {remedy}")
+        try:
+            if type(found) is not int or found < 1:
+                raise ValueError("format_version")
+            return cls._parse(body)
+        except (KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
+            raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
 
     @classmethod
-    def _checked(cls, body: dict[str, Any]) -> Manifest:
+    def _parse(cls, found: Mapping[str, Any]) -> Manifest:
+        body = {key: found[key] for key in (f.name for f in fields(cls))}
+
         def need(condition: bool, what: str) -> None:
             if not condition:
                 raise ValueError(what)
@@ -126,10 +145,12 @@ class Manifest:
             return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
         def real(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            return (
+                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            )
 
         need(whole(body["version"], 1), "version")
-        need(body["parent"] is None or whole(body["parent"], 1), "parent")
+        need(body["parent"] is None or (whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
         need(all(isinstance(body[key], str) for key in ("created_at", "created_by", "dtype", "index")), "text")
         need(whole(body["n"], 1) and whole(body["d"], 1), "n or d")
         need(body["dtype"] in ("float32", "float16"), "dtype")
@@ -137,23 +158,26 @@ class Manifest:
             need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
         need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
         need(all(real(body[key]) for key in ("logit_scale", "alpha", "beta")), "alpha, beta or logit_scale")
+        need(body["logit_scale"] > 0, "logit_scale")
         need(body["k"] is None or whole(body["k"], 1), "k")
         need(isinstance(body["tail"], bool), "tail")
-        need(body["backbone"] is None or isinstance(body["backbone"], dict), "backbone")
+        if body["backbone"] is not None:
+            Identity.from_dict(body["backbone"])
         need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
         need(files.keys() == KINDS.keys(), "files")
         for kind, file in files.items():
-            matches = _FILE_NAME.fullmatch(file.name) is not None and file.name.startswith(f"data/{kind}-")
-            need(matches and whole(file.rows, 1) and whole(file.bytes, 1), f"files.{kind}")
-            need(file.name.endswith(f"{file.sha256[:16]}{KINDS[kind]}") and len(file.sha256) == 64, f"files.{kind}")
+            need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
+            need(file.name == f"data/{kind}-{file.sha256[:16]}{KINDS[kind]}", f"files.{kind}.name")
+            need(whole(file.bytes, 1), f"files.{kind}.bytes")
+            rows = len(body["class_names"]) if kind == "text" else body["n"]
+            need(whole(file.rows, 1) and file.rows == rows, f"files.{kind}.rows")
         return cls(**(body | {"files": files}))
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:
-    text = json.dumps(body, indent=1, ensure_ascii=False)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return json.dumps(dict(body) | {"sha256": digest}, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(json.dumps(body, indent=1, ensure_ascii=False).encode()).hexdigest()
+    return json.dumps(dict(body) | {"sha256": digest}, indent=1, ensure_ascii=False).encode()
 
 
 def is_index(folder: Path) -> bool:
@@ -163,6 +187,7 @@ def is_index(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> Manifest:
     """The current version of an index. Raises StoreError where the folder is not one, or the manifest is damaged."""
+    _check_name(folder)
     path = folder / "manifest.json"
     try:
         return Manifest.from_bytes(path.read_bytes(), str(path))
@@ -211,10 +236,14 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     """The label store as a table. Raises StoreError where it does not describe the manifest's keys and classes."""
     path = folder / manifest.files["labels"].name
     try:
-        table = pq.read_table(path)
+        with path.open("rb") as file:  # by its path, a folder named x=1 would become a column x
+            table = pq.ParquetFile(file).read()
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if table.schema.names[: len(LABEL_SCHEMA)] != LABEL_SCHEMA.names or len(table) != manifest.n:
+    own = table.schema.names[: len(LABEL_SCHEMA)] == LABEL_SCHEMA.names and all(
+        table.schema.field(i).type == LABEL_SCHEMA.field(i).type for i in range(len(LABEL_SCHEMA))
+    )
+    if not own or len(table) != manifest.n or any(table[name].null_count for name in ("key_id", "class_id", "label")):
         raise StoreError(f"{path}: does not describe the {manifest.n} keys of the manifest")
     ids = table["class_id"].to_numpy()
     if ids.min() < 0 or ids.max() >= len(manifest.class_names) or (ids[1:] < ids[:-1]).any():
@@ -250,19 +279,24 @@ def describe(folder: Path) -> dict[str, Any]:
 def query(folder: Path, sql: str) -> pa.Table:
     """The answer of a SELECT over the label store, table ``labels``; ``class_counts`` is a view of it.
 
-    duckdb runs in memory, without access to any file but the label store, and with its configuration locked.
+    duckdb runs on a copy in memory, without access to any file, and with its configuration locked.
 
     Raises UsageError where the statement is not one SELECT or duckdb refuses it; StoreError where the index is damaged.
     """
+    if not _is_text(sql):
+        raise UsageError("query: not UTF-8 text")
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    path = str(folder / manifest.files["labels"].name).replace("'", "''")
+    path = glob.escape(str(folder / manifest.files["labels"].name)).replace("'", "''")
     with duckdb.connect(":memory:") as database:
         for setting in ("autoinstall_known_extensions", "autoload_known_extensions", "python_enable_replacements"):
             database.execute(f"SET {setting} = false")
-        database.execute(f"SET allowed_paths = ['{path}']")
+        try:
+            read = f"read_parquet('{path}', hive_partitioning = false)"
+            database.execute(f"CREATE TABLE labels AS SELECT * FROM {read}")  # noqa: S608 - quoted above
+        except duckdb.Error as error:
+            raise StoreError(f"{folder}: label store cannot be read ({str(error).splitlines()[0]})") from None
         database.execute("SET enable_external_access = false")
-        database.execute(f"CREATE VIEW labels AS SELECT * FROM read_parquet('{path}')")  # noqa: S608 - quoted above
         database.execute(
             "CREATE VIEW class_counts AS SELECT class_id, label, count(*) AS keys FROM labels "
             "GROUP BY class_id, label ORDER BY class_id"
@@ -275,6 +309,8 @@ def query(folder: Path, sql: str) -> pa.Table:
             result: pa.Table = database.sql(sql).to_arrow_table()
         except duckdb.Error as error:
             raise UsageError(f"query: {str(error).splitlines()[0]}") from None
+        except pa.ArrowException as error:
+            raise UsageError(f"query: its answer cannot be kept ({str(error).splitlines()[0]})") from None
     return result
 
 
@@ -304,8 +340,9 @@ class Writer:
             file.flush()
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), start, size)
-            else:
-                file.truncate(start + size)
+            else:  # macOS and Windows: writing is what reserves
+                for at in range(0, size, len(_ZEROS)):
+                    file.write(_ZEROS[: size - at])
         return path, np.lib.format.open_memmap(path, mode="r+")
 
     def seal(self, kind: str, staged: Path, rows: int) -> Path:
@@ -326,18 +363,29 @@ class Writer:
         self._staged.remove(staged)
 
     def commit(self, manifest: Manifest) -> None:
-        """Make the sealed files the current version. Until the last rename the old version stands."""
-        raw = manifest.to_bytes()
+        """Make the sealed files the current version. Until the last rename the old version stands.
+
+        Raises InputError for a setting or a name that a manifest cannot hold.
+        """
+        try:
+            raw = manifest.to_bytes()
+            Manifest._parse(json.loads(raw))  # what could not be read again is never written
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise InputError(f"{self.folder}: a manifest cannot hold this ({error}); nothing was changed") from None
         _sync(self.folder / "data")
         if self.parent is not None:
             earlier = self.folder / "manifests"
             earlier.mkdir(exist_ok=True)
-            _write(earlier / f"{self.parent.version:06d}.json", self.parent.to_bytes())
+            _write(earlier / _manifest_name(self.parent), self.parent.to_bytes())
             _sync(earlier)
-        _write(self.folder / "manifest.json", raw)
         _sync(self.folder)
-        for path in sorted(self.folder.glob("manifests/*.json"))[: 1 - KEPT_VERSIONS]:
-            path.unlink()
+        _write(self.folder / "manifest.json", raw)
+        # The new version stands, so nothing below may fail; what is not done here the next writer does.
+        _sync(self.folder)
+        _sync(self.folder.parent)
+        with suppress(OSError):
+            for path in sorted(self.folder.glob("manifests/*.json"))[: 1 - KEPT_VERSIONS]:
+                path.unlink()
 
     @property
     def files(self) -> dict[str, DataFile]:
@@ -355,34 +403,52 @@ class Writer:
 def write(folder: Path) -> Iterator[Writer]:
     """Write a new version of an index, alone: another writer is refused.
 
-    An exception, or a kill at any moment, leaves the version that was there; a folder that was not there is removed
+    An exception, or a kill at any moment, leaves the version that was there; folders that were not there are removed
     again. Raises StoreError: the folder is something else, is locked, cannot be written, or the disk is full.
     """
-    if folder.is_file():
-        raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
-    existed = folder.is_dir()
-    if existed and not is_index(folder) and any(entry.name not in _OWN for entry in os.scandir(folder)):
-        raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
+    _check_name(folder)
+    made: list[Path] = []
     try:
+        made += [path for path in (folder, *folder.parents) if not path.exists()]
+        if folder.is_file():
+            raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
+        if folder.is_dir() and not is_index(folder) and not all(_is_own(entry.name) for entry in folder.iterdir()):
+            raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
         (folder / "data").mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            _collect(folder)
-            writer = Writer(folder)
             try:
-                yield writer
-            finally:
-                writer.abandon()
                 _collect(folder)
+                writer = Writer(folder)
+                try:
+                    yield writer
+                finally:
+                    writer.abandon()
+                    _collect(folder)
+            finally:
+                if not is_index(folder):
+                    _remove_own(folder)
     except OSError as error:
         raise StoreError(
             f"{error.filename or folder}: cannot be written: {error.strerror or error}; nothing was changed"
         ) from error
     finally:
-        if not existed and not is_index(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # a folder that is not empty stays: another writer may have moved in
+            for path in made if not is_index(folder) else ():
+                path.rmdir()
 
 
-_OWN = ("data", "manifests", "lock")
+def _is_own(name: str) -> bool:
+    """Whether an interrupted writer of a first version can have left this in the folder."""
+    return name in ("data", "manifests", "lock") or _TEMPORARY.fullmatch(name) is not None
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove what a failed first version leaves; under its lock, for after it these could be another writer's."""
+    with suppress(OSError):
+        for empty in (folder / "manifests", folder / "data"):
+            if empty.exists():
+                empty.rmdir()
+        (folder / "lock").unlink()
 
 
 @contextmanager
@@ -393,13 +459,13 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
+        owner = ""
         with suppress(OSError):
-            raise StoreError(
-                f"{folder}: is being written by {path.read_text() or 'another process'}; try later"
-            ) from None
-        raise StoreError(f"{folder}: is being written by another process; try later") from None
+            owner = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
+        raise StoreError(f"{folder}: is being written by {owner or 'another process'}; try later") from None
     try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
         yield
     finally:
         lock.release()
@@ -407,22 +473,51 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def earlier_manifests(folder: Path) -> list[Manifest]:
     """The earlier versions that are kept, oldest first. Raises StoreError where one is damaged."""
-    return [Manifest.from_bytes(path.read_bytes(), str(path)) for path in sorted((folder / "manifests").glob("*.json"))]
+    manifests = []
+    for path in sorted((folder / "manifests").glob("*.json")):
+        try:
+            manifests.append(Manifest.from_bytes(path.read_bytes(), str(path)))
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+    return manifests
 
 
 def _collect(folder: Path) -> None:
-    """Remove what an interrupted writer left: data files that no kept manifest names, and temporary files."""
+    """Remove what an interrupted or failed writer left: data files that no kept manifest names, and temporary files."""
     try:
-        manifests = [*earlier_manifests(folder), *([read_manifest(folder)] if is_index(folder) else [])]
-    except StoreError:
+        current = read_manifest(folder) if is_index(folder) else None
+        if current is not None:  # put there for a next version that never was
+            (folder / "manifests" / _manifest_name(current)).unlink(missing_ok=True)
+        manifests = [*earlier_manifests(folder), *([current] if current else [])]
+        named = {folder / file.name for manifest in manifests for file in manifest.files.values()}
+        found = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
+    except (OSError, StoreError):
         return  # what a damaged manifest names is not known, so everything stays
-    named = {folder / file.name for manifest in manifests for file in manifest.files.values()}
-    leftovers = [path for path in (folder / "data").iterdir() if path not in named]
-    leftovers += [*folder.glob(".*.tmp"), *(folder / "manifests").glob(".*.tmp")]
-    for path in leftovers:
-        if path.name.endswith(".tmp") or _FILE_NAME.fullmatch(f"data/{path.name}"):
+    for path in (path for path in found if path not in named):
+        if _FILE_NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
+    with suppress(OSError):  # only if it is empty
+        (folder / "manifests").rmdir()
+
+
+def _manifest_name(manifest: Manifest) -> str:
+    return f"{manifest.version:06d}.json"
+
+
+def _is_text(text: str) -> bool:
+    """Whether text is whole Unicode, which duckdb, Parquet and FAISS insist on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_name(folder: Path) -> None:
+    if not _is_text(str(folder)):
+        shown = str(folder).encode("utf-8", "backslashreplace").decode()
+        raise StoreError(f"{shown}: the folder's name is not UTF-8, which FAISS needs; give another one")
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -434,7 +529,8 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
 def write_labels(path: Path, table: pa.Table) -> None:
     """Write the label store. Raises InputError where a further column has a type that Parquet cannot hold."""
     try:
-        pq.write_table(table, path)
+        with path.open("wb") as file:
+            pq.write_table(table, file)
     except pa.ArrowException as error:
         raise InputError(f"labels: a column cannot be kept ({str(error).splitlines()[0]})") from None
 
@@ -447,8 +543,10 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync(folder: Path) -> None:

@@ -1,0 +1,317 @@
+"""A build that is killed leaves the index as it was or as it would be.
+
+Run as a script, this file is the builder: it imports everything once, then forks a child for each build that it is told
+of on standard input. No thread has been started by then, so the fork is sound, and a build costs no imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+N, D, CLASSES = 120, 16, 6
+MOMENTS = 40
+
+if __name__ != "__main__":
+    import torch
+
+    from retrieval_tip import CacheModel, vector_index, verify
+    from retrieval_tip.store import is_index, read_manifest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork and SIGKILL")
+
+
+# --- the builder
+
+
+def _serve() -> None:
+    import faiss
+    import torch
+
+    import retrieval_tip.build
+    import retrieval_tip.cli  # noqa: F401
+
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _build(job)
+        if job["after"] is not None:
+            time.sleep(job["after"])
+            os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps(status), flush=True)
+
+
+def _build(job: dict[str, Any]) -> None:
+    """One build, killed before its step number ``job["step"]``; the number of steps goes to a file."""
+    from retrieval_tip.cli import main
+
+    steps = 0
+
+    def step(*_: object) -> None:
+        nonlocal steps
+        if steps == job["step"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps += 1
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        # Reading changes nothing on disk, so a kill before it is the kill before the next step.
+        written = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if written or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"):
+            step()
+
+    def before(module: Any, name: str) -> None:
+        call = getattr(module, name)
+
+        def counted(*arguments: Any) -> Any:
+            step()
+            return call(*arguments)
+
+        setattr(module, name, counted)
+
+    import faiss
+
+    for name in ("fsync", "posix_fallocate"):
+        if hasattr(os, name):
+            before(os, name)
+    before(faiss, "write_index")
+    sys.addaudithook(audit)
+    status = 1
+    try:
+        main(job["arguments"], standalone_mode=False)
+        status = 0
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+    job["step"] = None
+    Path(job["steps"]).write_text(str(steps))
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()
+    raise SystemExit
+
+
+# --- the tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The sums here are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
+    torch_threads, faiss_threads = torch.get_num_threads(), vector_index.faiss().omp_get_max_threads()
+    torch.set_num_threads(1)
+    vector_index.faiss().omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(torch_threads)
+    vector_index.faiss().omp_set_num_threads(faiss_threads)
+
+
+class Builder:
+    """Runs ``index build`` in children of one process, and kills them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.counted = folder / "steps"
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True)
+
+    def start(self, table: Path, out: Path, *, step: int | None = None, after: float | None = None) -> None:
+        arguments = ["-q", "index", "build", str(table), "--out", str(out)]
+        job = {"arguments": arguments, "step": step, "after": after, "steps": str(self.counted)}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> int:
+        assert self.process.stdout is not None
+        while not (line := self.process.stdout.readline()).strip().lstrip("-").isdigit():
+            assert line, "the builder has died"  # a line of another kind is what the command itself prints
+        return int(line)
+
+    def build(self, table: Path, out: Path, **when: Any) -> int:
+        self.start(table, out, **when)
+        return self.wait()
+
+    @property
+    def steps(self) -> int:
+        return int(self.counted.read_text())
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
+    builder = Builder(tmp_path_factory.mktemp("builder"))
+    yield builder
+    builder.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tables")
+    paths = (folder / "before.parquet", folder / "after.parquet")
+    for seed, path in enumerate(paths):
+        features = np.random.default_rng(seed).standard_normal((N, D), dtype=np.float32)
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        columns = {
+            "id": [f"{path.stem} {i}" for i in range(N)],
+            "label": [f"class {i % CLASSES}" for i in range(N)],
+            "feature": pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), D),
+        }
+        pq.write_table(pa.table(columns), path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def old(builder: Builder, tables: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of the first table, at its second version, so that a build also has something to collect."""
+    folder = tmp_path_factory.mktemp("old") / "index"
+    assert builder.build(tables[1], folder) == 0
+    assert builder.build(tables[0], folder) == 0
+    return folder
+
+
+QUERIES = np.eye(D, dtype=np.float32)[:4]
+
+
+def answer(folder: Path) -> tuple[bytes, list[str]]:
+    """All that a reader can tell versions apart by, after a check of every byte."""
+    cache = verify(folder)
+    logits = cache.logits(QUERIES, k=10).numpy().tobytes() + cache.logits(QUERIES).numpy().tobytes()
+    return logits, cache.labels["source"].to_pylist()
+
+
+@pytest.fixture(scope="module")
+def answers(builder: Builder, tables: tuple[Path, Path], old: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The answers before and after, of builds that nobody killed; and the seconds and steps that one takes."""
+    new = tmp_path_factory.mktemp("new") / "index"
+    seconds = []
+    for _ in range(3):
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(old, new)
+        start = time.perf_counter()
+        assert builder.build(tables[1], new) == 0
+        seconds.append(time.perf_counter() - start)
+    assert answer(old) != answer(new)
+    return answer(old), answer(new), min(seconds), builder.steps
+
+
+def check_tidy(folder: Path) -> None:
+    """Nothing is there but what the kept manifests name."""
+    manifests = [folder / "manifest.json", *(folder / "manifests").glob("*.json")]
+    named = {folder / file["name"] for path in manifests for file in json.loads(path.read_bytes())["files"].values()}
+    assert {path for path in folder.rglob("*") if path.is_file()} == {*manifests, *named, folder / "lock"}
+
+
+def check_killed(folder: Path, answers: Any, builder: Builder, table: Path) -> str:
+    """A killed build left one version or the other, and the next build succeeds and tidies up."""
+    before, after, *_ = answers
+    version, found = read_manifest(folder).version, answer(folder)
+    assert (version, found) in [(2, before), (3, after)]
+    assert builder.build(table, folder) == 0
+    assert read_manifest(folder).version == version + 1
+    assert answer(folder) == after
+    check_tidy(folder)
+    return "before" if found == before else "after"
+
+
+def test_killed_at_every_step_the_index_is_the_old_or_the_new(
+    builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
+) -> None:
+    steps = answers[3]
+    assert steps > 20  # the hooks see the build
+    outcomes = []
+    for step in range(steps):
+        folder = tmp_path / str(step)
+        shutil.copytree(old, folder)
+        assert builder.build(tables[1], folder, step=step) == -signal.SIGKILL
+        outcomes.append(check_killed(folder, answers, builder, tables[1]))
+        shutil.rmtree(folder)
+    # There is one moment at which the new version takes over, and steps on both sides of it.
+    assert sorted(outcomes, key=["before", "after"].index) == outcomes
+    assert set(outcomes) == {"before", "after"}
+
+
+def test_killed_at_any_moment_the_index_is_the_old_or_the_new(
+    builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
+) -> None:
+    moments = random.Random(0)
+    killed = 0
+    for number in range(MOMENTS):
+        folder = tmp_path / str(number)
+        shutil.copytree(old, folder)
+        killed += builder.build(tables[1], folder, after=moments.uniform(0, answers[2])) == -signal.SIGKILL
+        check_killed(folder, answers, builder, tables[1])
+        shutil.rmtree(folder)
+    assert killed  # the moments lie within the build
+
+
+def test_killed_first_build_leaves_a_whole_index_or_a_place_to_build_one(
+    builder: Builder, tables: tuple[Path, Path], answers: Any, tmp_path: Path
+) -> None:
+    assert builder.build(tables[1], tmp_path / "counted" / "index") == 0
+    whole = 0
+    for step in range(builder.steps):
+        folder = tmp_path / str(step) / "index"
+        assert builder.build(tables[1], folder, step=step) == -signal.SIGKILL
+        if is_index(folder):
+            whole += 1
+            assert answer(folder) == answers[1]
+        assert builder.build(tables[1], folder) == 0
+        assert answer(folder) == answers[1]
+        check_tidy(folder)
+    assert whole  # the last steps come after the first manifest
+
+
+def test_a_real_command_killed_while_it_writes_keys_changes_nothing(
+    builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
+) -> None:
+    """The console script itself, whose threads run; with a table that takes long enough to be met."""
+    folder, table = tmp_path / "index", tmp_path / "large.parquet"
+    shutil.copytree(old, folder)
+    part = pq.read_table(tables[1])
+    pq.write_table(pa.concat_tables([part] * 4000), table)
+    command = [str(Path(sys.executable).with_name("retrieval-tip")), "-q", "index", "build", str(table)]
+    process = subprocess.Popen([*command, "--out", str(folder)], stdout=subprocess.DEVNULL)
+    while not list((folder / "data").glob(".keys-*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert check_killed(folder, answers, builder, tables[1]) == "before"
+
+
+def test_readers_see_one_version_or_the_other_while_builds_run(
+    builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "index"
+    shutil.copytree(old, folder)
+    reads = 0
+    for number in range(6):
+        builder.start(tables[(number + 1) % 2], folder)
+        last = read_manifest(folder).version + 1
+        version = 0
+        while version < last:
+            cache = CacheModel.load(folder, device="cpu")
+            assert cache.version is not None
+            version = cache.version
+            # Versions of the first table have even numbers.
+            logits = cache.logits(QUERIES, k=10).numpy().tobytes() + cache.logits(QUERIES).numpy().tobytes()
+            assert logits == answers[version % 2][0]
+            reads += 1
+        assert builder.wait() == 0
+    assert reads > 6

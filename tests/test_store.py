@@ -1,0 +1,1074 @@
+"""The index folder: manifests, versions, lock, damage, full disks, and questions in SQL."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from retrieval_tip import CacheModel, store, verify
+from retrieval_tip.backbone import Identity
+from retrieval_tip.cache_model import label_table
+from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
+from retrieval_tip.store import Manifest
+from retrieval_tip.vector_index import faiss
+
+CLASSES = ["cat", "dog", "owl", "eel"]
+N, D = 40, 8
+POSITIONS = 24
+AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The sums here are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
+    torch_threads, faiss_threads = torch.get_num_threads(), faiss().omp_get_max_threads()
+    torch.set_num_threads(1)
+    faiss().omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(torch_threads)
+    faiss().omp_set_num_threads(faiss_threads)
+
+
+def model(seed: int = 0, n: int = N, d: int = D) -> CacheModel:
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((n, d), dtype=np.float32)
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    text = np.eye(len(CLASSES), d, dtype=np.float32)  # the same for every seed: versions share its file
+    return CacheModel.from_features(keys, np.arange(n) % len(CLASSES), CLASSES, text, device="cpu")
+
+
+def answer(cache: CacheModel) -> bytes:
+    return cache.logits(np.eye(D, dtype=np.float32), k=10).numpy().tobytes()
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder with its bytes, but for the lock, which names whoever wrote last."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != "lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def one_line(error: pytest.ExceptionInfo[RetrievalTipError] | RetrievalTipError, *parts: object) -> None:
+    text = str(error.value if isinstance(error, pytest.ExceptionInfo) else error)
+    assert "\n" not in text
+    for part in parts:
+        assert str(part) in text
+
+
+def refusal(call: Callable[[Path], object], folder: Path, what: str) -> StoreError:
+    try:
+        call(folder)
+    except StoreError as error:
+        return error
+    pytest.fail(f"not found by {call.__name__}: {what}")
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    folder = tmp_path / "index"
+    model().save(folder)
+    return folder
+
+
+# --- manifests
+
+
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """What a hand that knows the format would write: the digest is that of everything before it."""
+    body = {key: value for key, value in body.items() if key != "sha256"}
+    text = json.dumps(body, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    entry = {"sha256": hashlib.sha256(text).hexdigest()}
+    return json.dumps(body | entry, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def body_of(folder: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+    return body
+
+
+def test_manifest_comes_back_as_it_was(index: Path) -> None:
+    manifest = store.read_manifest(index)
+    assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
+    assert sealed(body_of(index)) == (index / "manifest.json").read_bytes() == manifest.to_bytes()
+    assert (manifest.version, manifest.parent, manifest.n, manifest.d) == (1, None, N, D)
+    assert manifest.class_names == CLASSES
+
+
+def test_manifest_keeps_names_in_any_script_and_settings_to_the_last_bit(tmp_path: Path) -> None:
+    cache = model()
+    cache.class_names = ["Käse", "猫", "a\nb", '"\\\u2028\x00']
+    cache.labels = label_table(cache.class_names, cache.labels["class_id"].to_numpy())
+    cache.alpha, cache.beta, cache.k, cache.tail = 0.1 + 0.2, 1e-300, 7, False
+    cache.templates = ["a photo of {}."]
+    cache.backbone = Identity.from_dict(BACKBONE)
+    cache.provenance = {"seed": 1, "nested": {"list": [None, True, 1.5, "ü"]}}
+    cache.save(tmp_path / "x")
+    found = CacheModel.load(tmp_path / "x", device="cpu")
+    for name in ("class_names", "backbone", "alpha", "beta", "k", "tail", "templates", "provenance", "logit_scale"):
+        assert getattr(found, name) == getattr(cache, name)
+
+
+HUGE = 10**400  # fits in no float
+NOT_TEXT: list[Any] = [None, 5, ["x"], {}]
+NOT_POSITIVE: list[Any] = [0, -1, 1.5, "1", None, True, [], HUGE]
+NOT_REAL: list[Any] = [-1, -0.5, float("nan"), float("inf"), float("-inf"), "1", None, True, [], HUGE]
+BACKBONE = {"model": "RN50", "pretrained": None, "weights": "ab", "config": "cd", "preprocess": {"mean": [0.5]}}
+WRONG: dict[str, list[Any]] = {
+    "format": [None, "", "retrieval-tip", 5],
+    "format_version": [0, -1, "1", 1.0, None, True, []],
+    "version": [v for v in NOT_POSITIVE if v != HUGE],
+    "parent": [0, -1, "x", 1, 2, True, 0.5],  # 1 is the version itself
+    "created_at": NOT_TEXT,
+    "created_by": NOT_TEXT,
+    "n": [*NOT_POSITIVE, N + 1, N - 1],
+    "d": [v for v in NOT_POSITIVE if v != HUGE],
+    "dtype": ["float64", "int8", "object", "", *NOT_TEXT],
+    "class_names": [
+        [],
+        "abcd",
+        [1, 2, 3, 4],
+        ["a", "a", "b", "c"],
+        None,
+        {},
+        CLASSES[:3],
+        [*CLASSES, "fly"],
+        [None] * 4,
+    ],
+    "templates": ["x", [1], None, {}, [["x"]]],
+    "logit_scale": [*NOT_REAL, 0],
+    "alpha": NOT_REAL,
+    "beta": NOT_REAL,
+    "k": [v for v in NOT_POSITIVE if v is not None and v != HUGE] + ["all"],
+    "tail": [1, 0, None, "yes"],
+    "index": NOT_TEXT,
+    "backbone": [[], "RN50", 5, True, {}, {"model": "RN50"}, BACKBONE | {"model": 5}, BACKBONE | {"preprocess": []}],
+    "provenance": [[], None, "x"],
+    "files": [{}, [], None, "x", {"keys": None}],
+}
+NAMES = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "data/../manifest.json",
+    "manifest.json",
+    "data/keys-{}/../../x.npy",
+    "data/./keys-{}.npy",
+    "data//keys-{}.npy",
+    "data\\keys-{}.npy",
+    "data/keys-{}.npy\n",
+    "data/keys-{}.npy\x00",
+    "data/keys-{}.npz",
+    "data/text-{}.npy",
+    "data/index-{}.faiss",
+    "data/keys-0123456789abcdef.npy",
+    "file:///etc/passwd",
+    "",
+    None,
+    5,
+    ["data"],
+]
+WRONG_FILE: dict[str, list[Any]] = {
+    "rows": [*NOT_POSITIVE, N + 1],
+    "bytes": [v for v in NOT_POSITIVE if v != HUGE],
+    "sha256": ["", "0" * 64, "0" * 63, None, 5, [], "Z" * 64],
+    "name": NAMES,
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_manifest_with_a_wrong_value_is_refused(index: Path, field: str) -> None:
+    body = body_of(index)
+    assert field in body
+    for value in WRONG[field]:
+        (index / "manifest.json").write_bytes(sealed(body | {field: value}))
+        for opened in (CacheModel.load, verify, store.describe):
+            with pytest.raises(StoreError) as error:
+                opened(index)
+            one_line(error, index / "manifest.json")
+
+
+@pytest.mark.parametrize("field", WRONG_FILE)
+def test_manifest_with_a_wrong_file_is_refused(index: Path, field: str) -> None:
+    body = body_of(index)
+    keys = body["files"]["keys"]
+    for value in WRONG_FILE[field]:
+        wrong = value.format(keys["sha256"][:16]) if isinstance(value, str) else value
+        files = body["files"] | {"keys": keys | {field: wrong}}
+        (index / "manifest.json").write_bytes(sealed(body | {"files": files}))
+        with pytest.raises(StoreError) as error:
+            CacheModel.load(index)
+        one_line(error, index / "manifest.json", "damaged")
+
+
+def test_manifest_without_a_field_is_refused(index: Path) -> None:
+    body = body_of(index)
+    files = body["files"]
+    keys = files["keys"]
+
+    def without(entries: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in entries.items() if k != left_out} for left_out in entries]
+
+    wrong = without({key: value for key, value in body.items() if key != "sha256"})
+    wrong += [body | {"files": part} for part in without(files)]
+    wrong += [body | {"files": files | {"keys": part}} for part in without(keys)]
+    wrong += [body | {"files": files | {"extra": keys}}, body | {"files": files | {"keys": keys | {"extra": 1}}}]
+    assert len(wrong) == 20 + 4 + 4 + 2
+    for manifest in wrong:
+        with pytest.raises(StoreError) as error:
+            Manifest.from_bytes(sealed(manifest), "m.json")
+        one_line(error, "m.json")
+
+
+def test_manifest_that_does_not_fit_the_arrays_is_refused(index: Path) -> None:
+    body = body_of(index)
+    for change in ({"d": D + 1}, {"d": 10**30}, {"dtype": "float16"}):
+        (index / "manifest.json").write_bytes(sealed(body | change))
+        with pytest.raises(StoreError) as error:
+            CacheModel.load(index)
+        one_line(error, index)
+
+
+def test_manifest_edited_by_hand_is_refused(index: Path) -> None:
+    raw = (index / "manifest.json").read_bytes()
+    for old, new in [
+        (b'"alpha": 1.0', b'"alpha": 2.0'),
+        (b'"cat"', b'"cow"'),
+        (b'"tail": true', b'"tail": false'),
+        (b'"alpha": 1.0', b'"alpha": 1'),
+        (b"{\n", b"{ \n"),  # the same JSON in other bytes
+        (b'"cat"', b'"c\\u0061t"'),
+        (b'"format"', b'"format": "x",\n "format"'),
+    ]:
+        assert raw.count(old) >= 1
+        (index / "manifest.json").write_bytes(raw.replace(old, new, 1))
+        with pytest.raises(StoreError, match="its own checksum does not fit"):
+            CacheModel.load(index)
+
+
+def test_newer_format_is_refused_with_the_version_that_is_needed(index: Path) -> None:
+    body = body_of(index) | {"format_version": 2, "created_by": "retrieval-tip 9.9", "alpha": {"new": "meaning"}}
+    # However the newer format is sealed: its seal is not this one's to judge.
+    for raw in (sealed(body), json.dumps(body).encode()):
+        (index / "manifest.json").write_bytes(raw)
+        for opened in (CacheModel.load, verify, store.describe):
+            with pytest.raises(StoreError) as error:
+                opened(index)
+            one_line(error, "index format 2", "reads up to 1", "retrieval-tip 9.9")
+        before = snapshot(index)
+        with pytest.raises(StoreError, match="index format 2"):
+            model(1).save(index)
+        assert snapshot(index) == before
+    with pytest.raises(StoreError) as error:
+        Manifest.from_bytes(json.dumps(body | {"created_by": "a\n\x1b[31mb"}).encode(), "m.json")
+    one_line(error)
+    assert "\x1b" not in str(error.value)
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"5",
+        b"\x00",
+        b"{",
+        b"\xff\xfe{}",
+        '{"format": "retrieval-tip index"}'.encode("utf-16"),
+        b'{"format": "retrieval-tip index", "x": "\xe9"}',
+        b'{"format": "retrieval-tip index", "x": "\xed\xa0\x80"}',
+        b'{"format": "retrieval-tip index", "x": "\\ud800"}',
+        b'{"format": "retrieval-tip index", "x": ' + b"9" * 5000 + b"}",
+        *(b'{"format": "retrieval-tip index", "x": ' + nested(depth) + b"}" for depth in (100, 300, 900, 990, 10**5)),
+        nested(10**5),
+    ],
+    ids=lambda raw: f"{raw[:44]!r}",
+)
+def test_what_is_no_manifest_is_refused(index: Path, raw: bytes) -> None:
+    (index / "manifest.json").write_bytes(raw)
+    for opened in (CacheModel.load, verify, store.describe):
+        with pytest.raises(StoreError) as error:
+            opened(index)
+        one_line(error, index / "manifest.json")
+
+
+def test_lone_surrogates_are_refused_in_manifests(index: Path) -> None:
+    body = body_of(index)
+    for wrong in ({"class_names": ["\ud800", *CLASSES[1:]]}, {"provenance": {"\udfff": 1}}):
+        escaped = json.dumps(body | wrong, indent=1).encode()
+        for raw in (sealed(body | wrong), escaped):
+            with pytest.raises(StoreError) as error:
+                Manifest.from_bytes(raw, "m.json")
+            one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("alpha", float("nan")),
+        ("beta", -1.0),
+        ("logit_scale", float("inf")),
+        ("k", 0),
+        ("alpha", np.float32(1)),
+        ("templates", ["\ud800"]),
+        ("provenance", {"x": {1, 2}}),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_read_again_is_not_written(index: Path, setting: str, value: Any) -> None:
+    before = snapshot(index)
+    cache = model(1)
+    setattr(cache, setting, value)
+    with pytest.raises(RetrievalTipError) as error:
+        cache.save(index)
+    one_line(error)
+    assert snapshot(index) == before
+
+
+# --- versions
+
+
+def test_versions_count_up_and_name_their_parents(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    for version in range(1, 6):
+        model(version).save(folder)
+        manifest = store.read_manifest(folder)
+        assert (manifest.version, manifest.parent) == (version, version - 1 or None)
+        assert [m.version for m in store.earlier_manifests(folder)] == ([version - 1] if version > 1 else [])
+    assert store.describe(folder)["earlier_versions"] == [4]
+
+
+def test_the_version_before_is_kept_whole_and_older_ones_are_collected(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    answers = []
+    for seed in (1, 2, 3):
+        model(seed).save(folder)
+        answers.append(answer(CacheModel.load(folder, device="cpu")))
+    kept = [store.read_manifest(folder), *store.earlier_manifests(folder)]
+    assert [manifest.version for manifest in kept] == [3, 2]
+    named = {file.name for manifest in kept for file in manifest.files.values()}
+    assert {f"data/{path.name}" for path in (folder / "data").iterdir()} == named
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "lock", "manifest.json", "manifests"]
+    assert answer(CacheModel.load(folder, device="cpu")) == answers[2]
+    # Going back is a rename.
+    (folder / "manifests" / "000002.json").replace(folder / "manifest.json")
+    assert answer(verify(folder)) == answers[1]
+    model(4).save(folder)
+    assert store.read_manifest(folder).version == 3
+    verify(folder)
+
+
+def test_files_that_did_not_change_are_shared(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    model(1).save(folder)
+    model(2).save(folder)
+    earlier, current = store.earlier_manifests(folder)[0], store.read_manifest(folder)
+    assert earlier.files["text"] == current.files["text"]
+    assert earlier.files["keys"] != current.files["keys"]
+    model(2).save(folder)  # collects version 1, whose text the others share
+    assert verify(folder).version == 3
+
+
+def test_an_index_can_be_saved_over_itself_while_it_is_mapped(index: Path) -> None:
+    before = answer(CacheModel.load(index, device="cpu"))
+    for _ in range(3):
+        CacheModel.load(index, device="cpu").save(index)
+    cache = CacheModel.load(index, device="cpu")
+    cache.remove([0])
+    cache.save(index)
+    assert cache.n == N - 1
+    assert verify(index).version == 5
+    (index / "manifests" / "000004.json").replace(index / "manifest.json")
+    assert answer(verify(index)) == before
+
+
+LEFTOVERS = [
+    "data/.keys-0123456789abcdef0123456789abcdef.npy.tmp",
+    "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp",
+    "data/keys-0123456789abcdef.npy",
+    "data/index-0123456789abcdef.faiss",
+    "manifests/.000001.json.0123456789abcdef0123456789abcdef.tmp",
+    ".manifest.json.0123456789abcdef0123456789abcdef.tmp",
+]
+
+
+def test_leftovers_of_an_interrupted_writer_are_collected_by_the_next_and_nothing_else_is(index: Path) -> None:
+    foreign = ["data/notes.txt", ".notes.tmp", "data/.notes.tmp", "notes.tmp", "data/keys.npy", "README"]
+    (index / "manifests").mkdir()
+    for name in [*LEFTOVERS, *foreign]:
+        (index / name).write_bytes(b"x")
+    shutil.copy(index / "manifest.json", index / "manifests" / "000001.json")  # for a next version that never was
+    model(1).save(index)
+    assert not [name for name in LEFTOVERS if (index / name).exists()]
+    assert all((index / name).exists() for name in foreign)
+    assert verify(index).version == 2
+
+
+def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    (folder / "data").mkdir(parents=True)
+    (folder / "manifests").mkdir()
+    (folder / "lock").write_text("process 1 on elsewhere")
+    for name in LEFTOVERS:
+        (folder / name).write_bytes(b"x")
+    model().save(folder)
+    assert verify(folder).version == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "lock", "manifest.json"]
+    assert len(list((folder / "data").iterdir())) == 4
+
+
+def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    model(1).save(folder)
+    model(2).save(folder)
+    (folder / "manifests" / "000001.json").write_bytes(b"{}")
+    files = set((folder / "data").iterdir())
+    with store.write(folder):
+        assert set((folder / "data").iterdir()) == files  # they may be what the damaged one names
+    model(3).save(folder)  # its commit is what lets go of version 1
+    assert verify(folder).version == 3
+    kept = [store.read_manifest(folder), *store.earlier_manifests(folder)]
+    assert [manifest.version for manifest in kept] == [3, 2]
+    named = {folder / file.name for manifest in kept for file in manifest.files.values()}
+    assert set((folder / "data").iterdir()) == named
+
+
+# --- writers
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, InputError])
+def test_an_exception_leaves_the_folder_as_it_was(index: Path, tmp_path: Path, kind: type[BaseException]) -> None:
+    def interrupted(folder: Path) -> None:
+        with store.write(folder) as writer:
+            staged, array = writer.stage_array("keys", (N, D), "float32")
+            array[:] = 1
+            writer.seal("keys", staged, N)
+            writer.stage("labels").write_bytes(b"half")
+            raise kind
+
+    (tmp_path / "empty").mkdir()
+    before = snapshot(tmp_path)
+    for place in (index, tmp_path / "new", tmp_path / "a" / "b" / "c", tmp_path / "empty"):
+        with pytest.raises(kind):
+            interrupted(place)
+        assert snapshot(tmp_path) == before
+    assert not (tmp_path / "empty" / "lock").exists()
+
+
+def test_a_second_writer_is_refused_with_the_name_of_the_first(index: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom retrieval_tip import store\n"
+        "with store.write(Path(sys.argv[1])) as writer:\n"
+        "    writer.stage('keys').write_bytes(b'x')\n    print('writing', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(index)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        with pytest.raises(StoreError) as error:
+            model(1).save(index)
+        one_line(error, index, "is being written by process", process.pid, os.uname().nodename)
+        assert len(list((index / "data").glob(".keys-*.tmp"))) == 1  # the first one's work is not collected
+        assert verify(index).version == 1  # readers need no lock
+        process.send_signal(signal.SIGKILL)
+    # A dead writer blocks nobody, and what it left goes.
+    model(1).save(index)
+    assert not list((index / "data").glob(".*.tmp"))
+    assert verify(index).version == 2
+
+
+def test_two_writers_of_one_process_are_kept_apart(index: Path, tmp_path: Path) -> None:
+    for folder in (index, tmp_path / "new"):
+        with store.write(folder) as writer:
+            staged = writer.stage("keys")
+            staged.write_bytes(b"x")
+            with pytest.raises(StoreError, match="is being written by process"):
+                model(1).save(folder)
+            assert staged.exists()
+    assert not (tmp_path / "new").exists()  # nothing was committed
+    model(1).save(index)
+    assert verify(index).version == 2
+
+
+def test_whoever_loses_the_race_for_a_new_folder_does_not_remove_the_winners_work(
+    tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "new"
+    refuse = store.filelock.Timeout
+
+    class Late:
+        """Another process has made the folder between the first look and the lock, and is still at it."""
+
+        def __init__(self, path: Path) -> None:
+            shutil.copytree(index, path.parent, dirs_exist_ok=True)
+            (path.parent / "manifest.json").unlink()
+
+        def acquire(self, timeout: float) -> None:
+            raise refuse("lock")
+
+    monkeypatch.setattr(store.filelock, "FileLock", Late)
+    with pytest.raises(StoreError, match="is being written"):
+        model().save(folder)
+    assert len(list((folder / "data").iterdir())) == 4
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00", b"a\nb\x1b[31m" * 1000])
+def test_a_lock_with_strange_text_makes_no_strange_error(index: Path, text: bytes) -> None:
+    with store.write(index):
+        (index / "lock").write_bytes(text)
+        with pytest.raises(StoreError) as error:
+            model().save(index)
+        one_line(error, "is being written by")
+        assert len(str(error.value)) < 1500
+        assert "\x1b" not in str(error.value)
+
+
+def test_files_get_the_permissions_that_the_user_s_mask_gives(tmp_path: Path) -> None:
+    for mask in (0o022, 0o027):
+        previous = os.umask(mask)
+        try:
+            folder = tmp_path / f"{mask:o}"
+            model(1).save(folder)
+            model(2).save(folder)
+        finally:
+            os.umask(previous)
+        for path in folder.rglob("*"):
+            if path.name != "lock":
+                assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+# --- folders that will not do
+
+
+def test_a_folder_that_cannot_hold_an_index_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "photo.jpg").write_text("x")
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "data").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = snapshot(tmp_path)
+    for name in ("file", "file/below", "other", "blocked", "dangling", "x" * 300, "\udcff"):
+        with pytest.raises(StoreError) as error:
+            model().save(tmp_path / name)
+        one_line(error, name.encode("utf-8", "backslashreplace").decode())
+        assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_is_no_index_is_named_with_the_way_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "strange" / "manifest.json").mkdir(parents=True)
+    for name in ("nowhere", "empty", "file", "strange", "\udcff"):
+        for opened in (CacheModel.load, verify, store.describe, lambda folder: store.query(folder, "SELECT 1")):
+            with pytest.raises(StoreError) as error:
+                opened(tmp_path / name)
+            one_line(error, name.encode("utf-8", "backslashreplace").decode())
+    with pytest.raises(StoreError, match="no such folder; make one with retrieval-tip index build SOURCE --out"):
+        CacheModel.load(tmp_path / "nowhere")
+
+
+def mount(place: Path, options: str) -> None:
+    result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"SKIPPED: cannot mount a small file system here: {result.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes an empty file system of so many KiB, in place of the one before."""
+    if not AS_ROOT or not sys.platform.startswith("linux"):
+        pytest.skip("SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested")
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def make(kibibytes: int) -> Path:
+        while mounted:
+            subprocess.run(["umount", "-l", mounted.pop()], check=True)
+        mount(place, f"size={kibibytes}k")
+        mounted.append(place)
+        return place
+
+    yield make
+    while mounted:
+        subprocess.run(["umount", "-l", mounted.pop()], check=True)
+
+
+def test_a_read_only_folder_is_left_alone(tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    if AS_ROOT:  # permissions do not stop root, a read-only file system does
+        mount(place, "size=1m")
+    try:
+        model().save(place / "index")
+        (place / "empty").mkdir()
+        before = snapshot(place)
+        if AS_ROOT:
+            subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        else:
+            for path in [place, *place.rglob("*")]:
+                path.chmod(0o555 if path.is_dir() else 0o444)
+        for name in ("index", "empty", "new", "new/deep"):
+            with pytest.raises(StoreError) as error:
+                model(1).save(place / name)
+            one_line(error, place, "cannot be written", "nothing was changed")
+        assert snapshot(place) == before
+        assert verify(place / "index").version == 1  # reading needs no right to write
+        assert store.query(place / "index", "SELECT count(*) AS n FROM labels").to_pylist() == [{"n": N}]
+    finally:
+        if AS_ROOT:
+            subprocess.run(["umount", "-l", place], check=True)
+        for path in [place, *place.rglob("*")]:
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize("reserve", ["posix_fallocate", "by writing"])
+def test_a_full_disk_is_one_clear_error_and_changes_nothing(
+    small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, reserve: str
+) -> None:
+    """At every size up to the one that is enough, so that each file in turn is the one that does not fit."""
+    if reserve == "by writing":
+        monkeypatch.delattr(os, "posix_fallocate")
+    one, two = model(1, 300), model(2, 300)
+    failed = {1: 0, 2: 0}
+    for pages in range(4, 64):
+        disk = small_disk(4 * pages)
+        problem, number, before = None, 1, snapshot(disk)
+        try:
+            one.save(disk / "deep" / "index")
+            number, before = 2, snapshot(disk)
+            two.save(disk / "deep" / "index")
+        except RetrievalTipError as error:
+            problem = error
+        if problem is None:
+            break
+        one_line(problem, "No space left", disk / "deep" / "index")
+        assert snapshot(disk) == before
+        failed[number] += 1
+    assert verify(disk / "deep" / "index").version == 2
+    assert min(failed.values()) > 3
+
+
+class Faults:
+    """Makes one file system call of a save fail: that with number ``at``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+        self.at, self.count, self.error = -1, 0, error
+        for name in ("fsync", "posix_fallocate", "rename", "replace", "mkdir", "unlink", "rmdir", "listdir", "scandir"):
+            if hasattr(os, name):
+                monkeypatch.setattr(os, name, self.wrapped(getattr(os, name)))
+        monkeypatch.setattr(io, "open", self.wrapped(io.open))
+
+    def wrapped(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            self.count += 1
+            if self.count - 1 == self.at:
+                raise self.error
+            return call(*arguments, **named)
+
+        return run
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(5, "Input/output error")], ids=str)
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_call_that_fails_leaves_the_old_version_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, existing: bool
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    if existing:
+        model(0).save(place / "index")
+        model(1).save(place / "index")
+    before = snapshot(place)
+    new = model(2)
+    answers = {answer(model(1)): "before", answer(new): "after"}
+    at, failures = 0, 0
+    while True:
+        shutil.rmtree(place)
+        for name, data in before.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).mkdir(exist_ok=True) if data is None else (place / name).write_bytes(data)
+        place.mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            faults = Faults(patch, error)
+            faults.at = at
+            problem = None
+            try:
+                new.save(place / "index")
+            except RetrievalTipError as raised:
+                problem = str(raised)
+            reached = faults.count > at
+        if problem is not None:
+            failures += 1
+            assert "\n" not in problem
+            assert error.strerror in problem
+            # Where tidying up is what fails, some leftover may stay, for the next writer.
+            for name, data in before.items():
+                assert (place / name).is_dir() if data is None else (place / name).read_bytes() == data
+        if store.is_index(place / "index"):
+            found = answers[answer(verify(place / "index"))]
+            assert (found == "before") == (problem is not None)
+        else:
+            assert problem is not None
+        new.save(place / "index")  # and the next writer succeeds and leaves nothing behind
+        assert answer(verify(place / "index")) == answer(new)
+        assert not [path for path in place.rglob("*") if path.name.endswith(".tmp")]
+        if not reached:
+            break
+        at += 1
+    assert failures > 10
+
+
+def test_an_array_reserved_by_writing_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no posix_fallocate."""
+    model().save(tmp_path / "a")
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    monkeypatch.setattr(store, "_ZEROS", bytes(100))  # several blocks, and a rest
+    model().save(tmp_path / "b")
+    assert store.read_manifest(tmp_path / "a").files["keys"] == store.read_manifest(tmp_path / "b").files["keys"]
+    verify(tmp_path / "b")
+
+
+# --- damage
+
+
+def damages(path: Path, seed: int) -> Iterator[str]:
+    """One damage of a file at a time; it is whole again after."""
+    raw = path.read_bytes()
+    places = random.Random(seed)
+    for at in (0, len(raw) - 1, *(places.randrange(len(raw)) for _ in range(POSITIONS))):
+        flipped = bytearray(raw)
+        flipped[at] ^= 1 << places.randrange(8)
+        path.write_bytes(flipped)
+        yield f"{path.name}: byte {at} of {len(raw)}"
+    for what, data in [
+        ("last byte lost", raw[:-1]),
+        ("half lost", raw[: len(raw) // 2]),
+        ("empty", b""),
+        ("a byte more", raw + b"\0"),
+        ("a line more", raw + b"\n"),
+        ("twice", raw + raw),
+        ("a byte put in front", b" " + raw),
+    ]:
+        path.write_bytes(data)
+        yield f"{path.name}: {what}"
+    path.unlink()
+    yield f"{path.name}: missing"
+    path.mkdir()
+    yield f"{path.name}: a folder"
+    path.rmdir()
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("kind", ["manifest", *store.KINDS])
+def test_damage_of_any_byte_is_found_by_load_and_verify(index: Path, kind: str) -> None:
+    path = index / ("manifest.json" if kind == "manifest" else store.read_manifest(index).files[kind].name)
+    for damage in damages(path, 1):
+        for opened in (CacheModel.load, verify):
+            error = refusal(opened, index, damage)
+            one_line(error, path if "manifest.json: missing" not in damage else index)
+    assert verify(index).n == N
+
+
+def test_damage_of_an_earlier_version_is_found_by_verify(index: Path) -> None:
+    model(1).save(index)
+    earlier, current = store.earlier_manifests(index)[0], store.read_manifest(index)
+    own = {file.name for file in earlier.files.values()} - {file.name for file in current.files.values()}
+    assert len(own) == 3
+    for name in sorted(own):
+        for damage in damages(index / name, 2):
+            assert CacheModel.load(index, device="cpu").version == 2  # the current one is whole
+            one_line(refusal(verify, index, damage), index / name)
+    manifest = index / "manifests" / "000001.json"
+    for damage in damages(manifest, 3):
+        assert CacheModel.load(index, device="cpu").version == 2
+        if "missing" in damage:
+            verify(index)  # a version that is not kept is no damage: going back to an earlier one leaves such an index
+        else:
+            one_line(refusal(verify, index, damage), manifest)
+    assert verify(index).version == 2
+
+
+def test_building_again_repairs_damaged_files(index: Path) -> None:
+    name = store.read_manifest(index).files["text"].name
+    (index / name).write_bytes(b"x")
+    with pytest.raises(StoreError, match="build the index again"):
+        CacheModel.load(index)
+    model().save(index)
+    assert verify(index).version == 2
+
+
+def relabelled(index: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Put another label store into an index, with all digests right."""
+    body = body_of(index)
+    entry = body["files"]["labels"]
+    pq.write_table(change(pq.ParquetFile(index / entry["name"]).read()), index / "changed")
+    raw = (index / "changed").read_bytes()
+    digest = hashlib.sha256(raw).hexdigest()
+    name = f"data/labels-{digest[:16]}.parquet"
+    (index / "changed").rename(index / name)
+    files = body["files"] | {"labels": entry | {"name": name, "bytes": len(raw), "sha256": digest}}
+    (index / "manifest.json").write_bytes(sealed(body | {"files": files}))
+
+
+def replaced(name: str, values: list[Any], kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
+    return lambda t: t.set_column(t.column_names.index(name), name, pa.array(values, kind or t.schema.field(name).type))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.slice(1),
+        lambda table: table.drop_columns(["source"]),
+        lambda table: table.select(table.column_names[::-1]),
+        replaced("class_id", [0] * (N - 1) + [4]),
+        replaced("class_id", [-1] + [0] * (N - 1)),
+        replaced("class_id", [1, 0] + [2] * (N - 2)),
+        replaced("class_id", [None] + [0] * (N - 1)),
+        replaced("class_id", [0.5] * N, pa.float64()),
+        replaced("class_id", ["0"] * N, pa.string()),
+        replaced("key_id", [None] * N),
+        replaced("key_id", ["x"] * N, pa.string()),
+        replaced("label", [None] * N),
+        replaced("label", [1] * N, pa.int64()),
+    ],
+    ids=range(13),
+)
+def test_a_label_store_that_does_not_describe_the_keys_is_refused(
+    index: Path, change: Callable[[pa.Table], pa.Table]
+) -> None:
+    relabelled(index, change)
+    for opened in (CacheModel.load, verify, store.describe):
+        with pytest.raises(StoreError) as error:
+            opened(index)
+        one_line(error, index / "data" / "labels-")
+
+
+# --- questions in SQL
+
+
+def test_query_answers_over_labels_and_class_counts(index: Path) -> None:
+    rows = store.query(index, "SELECT class_id, label, keys FROM class_counts").to_pylist()
+    assert rows == [{"class_id": i, "label": name, "keys": 10} for i, name in enumerate(CLASSES)]
+    names = store.query(index, "FROM labels LIMIT 1").column_names
+    assert names == store.LABEL_SCHEMA.names
+    same = store.query(index, "SELECT * FROM labels ORDER BY class_id, shot")
+    assert (
+        same["key_id"].to_pylist()
+        == pq.ParquetFile(index / store.read_manifest(index).files["labels"].name).read()["key_id"].to_pylist()
+    )
+    assert store.query(index, "WITH x AS (SELECT 1 AS a) SELECT a FROM x;").to_pylist() == [{"a": 1}]
+    assert store.query(index, "SELECT 1 WHERE false").num_rows == 0
+
+
+def test_query_describes_its_tables(index: Path) -> None:
+    described = store.query(index, "DESCRIBE labels").to_pylist()
+    assert [row["column_name"] for row in described] == store.LABEL_SCHEMA.names
+    assert {row["column_name"] for row in store.query(index, "SUMMARIZE labels").to_pylist()} == set(
+        store.LABEL_SCHEMA.names
+    )
+    assert [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()] == ["class_counts", "labels"]
+
+
+def test_query_takes_one_select_only(index: Path) -> None:
+    before = snapshot(index)
+    for sql in [
+        "",
+        ";",
+        "-- nothing",
+        "SELECT 1; SELECT 2",
+        "SELECT 1; DROP TABLE labels",
+        "INSERT INTO labels SELECT * FROM labels",
+        "UPDATE labels SET class_id = 0",
+        "DELETE FROM labels",
+        "CREATE TABLE x AS SELECT 1",
+        "DROP TABLE labels",
+        "ALTER TABLE labels ADD COLUMN x INT",
+        "EXPLAIN SELECT 1",
+        "PRAGMA database_list",
+        "CALL pragma_version()",
+        "BEGIN",
+        "CHECKPOINT",
+        "VACUUM",
+        "PREPARE p AS SELECT 1",
+        "SELEC 1",
+        "SELECT nothing FROM labels",
+        "SELECT 'x'::INT",
+        "SELECT ?",
+        "SELECT \ud800",
+    ]:
+        with pytest.raises(UsageError) as error:
+            store.query(index, sql)
+        one_line(error, "query: ")
+        assert len(str(error.value)) > len("query: ")
+    assert snapshot(index) == before
+
+
+def test_query_reaches_no_file_no_network_and_no_setting(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = "labels.parquet"
+    shutil.copy(index / store.read_manifest(index).files["labels"].name, tmp_path / table)
+    (tmp_path / "secret.csv").write_text("a,b\n1,secret\n")
+    (tmp_path / "secret.json").write_text('{"a": "secret"}\n')
+    database = duckdb_file(tmp_path / "other.db")
+    own = index / store.read_manifest(index).files["labels"].name
+    monkeypatch.setenv("SECRET", "secret")
+    before = snapshot(tmp_path)
+    for sql in [
+        "SELECT * FROM read_csv('secret.csv')",
+        "SELECT * FROM read_csv_auto('secret.csv')",
+        "SELECT * FROM 'secret.csv'",
+        'SELECT * FROM "secret.csv"',
+        "SELECT * FROM sniff_csv('secret.csv')",
+        "SELECT * FROM read_json('secret.json')",
+        "SELECT * FROM read_ndjson_objects('secret.json')",
+        "SELECT * FROM 'secret.json'",
+        "SELECT * FROM read_text('secret.csv')",
+        "SELECT * FROM read_blob('secret.csv')",
+        "SELECT content FROM read_text('*.csv')",
+        f"SELECT * FROM read_parquet('{table}')",
+        f"SELECT * FROM parquet_scan('{table}')",
+        f"SELECT * FROM '{table}'",
+        f"SELECT * FROM parquet_metadata('{table}')",
+        f"SELECT * FROM parquet_schema('{table}')",
+        f"SELECT * FROM parquet_kv_metadata('{table}')",
+        f"SELECT * FROM read_parquet('{own}')",
+        f"SELECT * FROM read_text('{index / 'manifest.json'}')",
+        "SELECT * FROM glob('*')",
+        f"SELECT * FROM glob('{tmp_path}/**')",
+        "SELECT getenv('SECRET')",
+        "SELECT * FROM query('SELECT * FROM read_text(''secret.csv'')')",
+        "SELECT * FROM query('COPY labels TO ''out.csv''')",
+        "SELECT * FROM query_table('secret.csv')",
+        "SELECT (SELECT count(*) FROM read_text('secret.csv')) FROM labels",
+        "WITH x AS (SELECT * FROM read_csv('secret.csv')) SELECT * FROM x",
+        "COPY labels TO 'out.csv'",
+        "COPY (SELECT 1) TO 'out.parquet'",
+        "COPY labels FROM 'secret.csv'",
+        "EXPORT DATABASE 'out'",
+        "IMPORT DATABASE 'out'",
+        f"ATTACH '{database}' AS other",
+        f"ATTACH '{database}' AS other; SELECT * FROM other.t",
+        f"SELECT * FROM '{database}'",
+        "USE other",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "LOAD 'secret.csv'",
+        "SELECT * FROM read_csv('http://127.0.0.1:9/x.csv')",
+        "SELECT * FROM read_parquet('s3://bucket/x.parquet')",
+        "SELECT * FROM sqlite_scan('other.db', 't')",
+        "SET enable_external_access = true",
+        "SET GLOBAL lock_configuration = false",
+        "RESET enable_external_access",
+        "SET allowed_directories = ['/']",
+        "PRAGMA enable_profiling",
+        "SET VARIABLE x = 1",
+        "CREATE SECRET (TYPE s3)",
+        "SELECT * FROM duckdb_secrets()",
+        "SELECT * FROM snapshot",  # variables of the Python program
+        "SELECT * FROM manifest",
+        "SELECT * FROM statements",
+        "SELECT * FROM arrow_scan(1, 2, 3)",
+        "SELECT * FROM pandas_scan(1)",
+        "CREATE MACRO x() AS TABLE SELECT * FROM read_text('secret.csv')",
+    ]:
+        with pytest.raises(UsageError) as error:
+            print(sql, store.query(index, sql))
+        one_line(error, "query: ")
+    assert snapshot(tmp_path) == before
+
+
+def duckdb_file(path: Path) -> Path:
+    import duckdb
+
+    with duckdb.connect(str(path)) as database:
+        database.execute("CREATE TABLE t AS SELECT 'secret' AS a")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["it's", "a b", 'q"q', "a[1]", "[ab]", "a*", "**", "wh?", "x=1", "ünï", "{a,b}", "a;b", "file:x"]
+)
+def test_query_and_load_work_whatever_the_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # What the name would match if it were a pattern: another index.
+    model(9).save(tmp_path / "a1")
+    cache = model(1, N + 4)
+    cache.save(tmp_path / name / "sub=2")
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / name / "sub=2", Path(name) / "sub=2"):
+        table = store.query(folder, "SELECT * FROM labels")
+        assert table.column_names == store.LABEL_SCHEMA.names
+        assert len(table) == N + 4
+        assert verify(folder).labels.column_names == store.LABEL_SCHEMA.names
+        assert answer(CacheModel.load(folder, device="cpu")) == answer(cache)
+
+
+def test_query_gives_further_columns_of_every_type_that_parquet_holds(index: Path) -> None:
+    further = {
+        "half": pa.array(np.arange(N, dtype=np.float16)),
+        "vector": pa.array([[1.0, 2.0]] * N, pa.list_(pa.float32(), 2)),
+        "dictionary": pa.array(["x", "y"] * (N // 2)).dictionary_encode(),
+        "nothing": pa.nulls(N),
+        "nested": pa.array([{"a": [1, None]}] * N),
+        "bytes": pa.array([b"\xff"] * N),
+        "order": pa.array(range(N)),  # a word of SQL
+        'quo"ted': pa.array(range(N)),
+    }
+
+    def extend(table: pa.Table) -> pa.Table:
+        for name, values in further.items():
+            table = table.append_column(name, values)
+        return table
+
+    relabelled(index, extend)
+    table = store.query(index, "SELECT * FROM labels")
+    assert table.column_names == [*store.LABEL_SCHEMA.names, *further]
+    assert table["half"].to_pylist() == list(range(N))
+    assert store.query(index, 'SELECT sum("order") AS s FROM labels').to_pylist() == [{"s": N * (N - 1) // 2}]
+
+
+def test_query_of_a_damaged_index_is_refused(index: Path) -> None:
+    path = index / store.read_manifest(index).files["labels"].name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError) as error:
+        store.query(index, "SELECT 1")
+    one_line(error, path)
+
+
+def test_query_prints_its_answer_and_nothing_else(index: Path) -> None:
+    """The command itself, with every warning on."""
+    environment = os.environ | {"PYTHONWARNINGS": "always"}
+    command = [str(Path(sys.executable).with_name("retrieval-tip")), "index", "query", str(index)]
+
+    def ask(sql: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, sql, "--format", "json"], capture_output=True, text=True, env=environment)
+
+    answered = ask("SELECT label, keys FROM class_counts LIMIT 1")
+    assert (answered.returncode, answered.stdout, answered.stderr) == (0, '{"label": "cat", "keys": 10}\n', "")
+    refused = ask("SELECT * FROM read_text('/etc/hostname')")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.splitlines()[-1].startswith("Error: query: Permission Error")
+    assert "Traceback" not in refused.stderr
