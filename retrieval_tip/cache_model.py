@@ -152,6 +152,8 @@ class CacheModel:
         names = _class_names(class_names)
         ids = _class_ids(labels, names, len(matrix))
         device = resolve_device(device)
+        if sources is not None and len(sources) != len(ids):
+            raise InputError(f"sources: {len(sources)} for {len(ids)} keys")
         order = np.argsort(ids, kind="stable")
         table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
         ordered = np.ascontiguousarray(matrix[order])
@@ -252,8 +254,7 @@ class CacheModel:
 
         Arguments and errors as for :meth:`logits`.
         """
-        if k is not None and k < 1:
-            raise UsageError(f"k is {k}: at least 1 key has to be retrieved, or None for all")
+        check_settings(self.alpha, self.beta, k, self.logit_scale)
         f = _tensor(features, self.d).to(self.device)
         text = torch.empty(len(f), len(self.class_names), device=self.device)
         cache = torch.empty_like(text)
@@ -266,6 +267,11 @@ class CacheModel:
             raise InputError(
                 f"beta {self.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
             )
+        if not torch.isfinite(tip.blend(text, cache, self.alpha)).all():
+            raise InputError(
+                f"alpha {self.alpha:g} or logit_scale {self.logit_scale:g}: too large, the logits overflow; "
+                "use smaller ones"
+            )
         return text, cache
 
     def logits(self, features: Features, k: int | None = None, tail: bool = True) -> Tensor:
@@ -276,7 +282,8 @@ class CacheModel:
             k: how many of the nearest keys a query uses; ``None`` is all of them, Tip-Adapter exactly.
             tail: with ``k``, estimate what the keys that were not retrieved add (see :func:`tip.cache_logits`).
 
-        Raises InputError where features are not finite or not ``[q, d]``; UsageError where ``k`` is below 1.
+        Raises InputError where features are not finite or not ``[q, d]``, or logits overflow; UsageError where ``k``
+        is below 1.
         """
         text, cache = self.terms(features, k, tail)
         return tip.blend(text, cache, self.alpha)
@@ -335,9 +342,15 @@ class CacheModel:
         matrix = _matrix(keys, "keys")
         if matrix.shape[1] != self.d:
             raise InputError(f"keys: have {matrix.shape[1]} values, the index has {self.d}")
+        if np.abs(matrix).max() > np.finfo(self.keys.dtype).max:
+            raise InputError(f"keys: hold values too large for the {self.keys.dtype} of the index")
         ids = _class_ids(labels, self.class_names, len(matrix))
         first = int(np.max(self.labels["key_id"].to_numpy())) + 1
         added = label_table(self.class_names, ids, sources, key_ids=np.arange(first, first + len(matrix)))
+        next_shot = np.zeros(len(self.class_names), dtype=np.int32)
+        np.maximum.at(next_shot, self.labels["class_id"].to_numpy(), self.labels["shot"].to_numpy() + 1)
+        shots = pa.array(added["shot"].to_numpy() + next_shot[ids], pa.int32())
+        added = added.set_column(added.column_names.index("shot"), "shot", shots)
         table = pa.concat_tables([self.labels, added], promote_options="default")
         order = np.argsort(table["class_id"].to_numpy(), kind="stable")
         self._replace(np.concatenate([self.keys, matrix.astype(self.keys.dtype)])[order], table.take(pa.array(order)))
@@ -457,8 +470,8 @@ def check_settings(alpha: float, beta: float, k: int | None, logit_scale: float)
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not (np.isfinite(value) and value >= 0):
             raise UsageError(f"{name} is {value}: expected a finite number, 0 or more")
-    if k is not None and k < 1:
-        raise UsageError(f"k is {k}: at least 1 key has to be retrieved, or all")
+    if k is not None and not (isinstance(k, int | np.integer) and k >= 1):
+        raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or None for all")
     if not (np.isfinite(logit_scale) and logit_scale > 0):
         raise UsageError(f"logit_scale is {logit_scale}: expected a finite number above 0")
 
@@ -511,15 +524,26 @@ def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArr
 
 def _matrix(features: Features, what: str) -> npt.NDArray[Any]:
     """Features as a finite ``[n, d]`` array of float32 (float16 stays)."""
-    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else np.asarray(features)
+    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{what}: shape {array.shape}; expected [n, d] with n and d at least 1")
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
-    array = array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # refused just below
+        array = array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if bad.size:
         raise InputError(f"{what}: row {int(bad[0])} holds NaN or infinity")
+    return array
+
+
+def _array(values: Any, what: str) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InputError(f"{what}: rows of unequal length; expected an array") from None
+    if what != "labels" and array.dtype.kind not in "fiu":
+        raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
     return array
 
 
@@ -527,7 +551,8 @@ def _tensor(features: Features, d: int) -> Tensor:
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
-        f = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
+        with np.errstate(over="ignore"):  # refused just below
+            f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
     if f.ndim != 2 or f.shape[1] != d:
         raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
     if not torch.isfinite(f).all():
@@ -546,7 +571,7 @@ def _class_names(names: Sequence[str]) -> list[str]:
 
 
 def _class_ids(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np.int64]:
-    array = np.asarray(labels)
+    array = _array(labels, "labels")
     if array.shape != (n,):
         raise InputError(f"labels: shape {array.shape} for {n} keys; expected one a key")
     if np.issubdtype(array.dtype, np.integer):
@@ -558,7 +583,7 @@ def _class_ids(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArra
         bad = np.flatnonzero(ids < 0)
     if bad.size:
         raise InputError(
-            f"labels: row {int(bad[0])} is {array[bad[0]]!r}, which is none of the {len(class_names)} classes"
+            f"labels: row {int(bad[0])} is {array[bad].tolist()[0]!r}, which is none of the {len(class_names)} classes"
         )
     return ids
 
@@ -569,4 +594,4 @@ def _text_weights(weights: Features | None, c: int, d: int) -> Tensor:
     matrix = _matrix(weights, "text_weights")
     if matrix.shape != (c, d):
         raise InputError(f"text_weights: shape {matrix.shape}; expected [{c}, {d}], one a class")
-    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
+    return torch.from_numpy(np.array(matrix, dtype=np.float32))  # a copy: what the caller does to theirs is theirs

@@ -51,10 +51,12 @@ def evaluate(
 ) -> Evaluation:
     """Classify a labelled source and compare. ``k`` and ``tail`` as for :meth:`CacheModel.logits`.
 
-    Raises InputError where the source has labels that are no class of the index.
+    Raises InputError where the source has no items, or labels that are no class of the index.
     """
     position = {name: i for i, name in enumerate(cache.class_names)}
     labels = source.labels
+    if not labels:
+        raise InputError(f"{source.name}: has no items to evaluate")
     unknown = sorted(set(labels) - position.keys())
     if unknown:
         raise InputError(

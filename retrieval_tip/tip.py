@@ -120,7 +120,8 @@ def certificate(
     without the ``tail``; either way they are a lower bound of the exact ones. Keys that were not retrieved have an
     affinity of at most ``s_k``, the smallest retrieved one, so the logit of class ``c`` can rise by at most
     ``alpha r_c (exp(-beta (1 - s_k)) - what the tail already counts)``. The prediction is proved where the winner's
-    logit exceeds every other class's raised one.
+    logit exceeds every other class's raised one by more than rounding can make: the relative error of a weight is
+    ``1 + beta`` times that of an affinity, and text and cache may cancel out in a logit.
 
     Holds for exact retrieval, ``alpha >= 0`` and ``beta >= 0``; after approximate search it is evidence, not proof.
     """
@@ -130,8 +131,9 @@ def certificate(
     number, mean = totals.rest(affinity, class_ids)
     counted = weight(mean, beta) if tail else torch.zeros_like(mean)
     rise = torch.where(number > 0, number * (weight(smallest, beta) - counted).clamp_min(0), 0)
+    most = cache_logits(affinity, class_ids, n_classes, beta)
+    most = most + torch.where(number > 0, number * weight(smallest, beta), 0)
+    rounding = 16 * torch.finfo(logits.dtype).eps * (logits.abs() + alpha * (2 + beta) * most)
     winner = logits.argmax(dim=1, keepdim=True)
-    raised = (logits + alpha * rise).scatter(1, winner, -torch.inf).amax(dim=1)
-    best = logits.gather(1, winner).squeeze(1)
-    rounding = 32 * torch.finfo(logits.dtype).eps * (best.abs() + raised.abs().nan_to_num(posinf=0, neginf=0))
-    return best - raised > rounding
+    raised = (logits + alpha * rise + rounding).scatter(1, winner, -torch.inf).amax(dim=1)
+    return (logits - rounding).gather(1, winner).squeeze(1) > raised

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 GPU_MAX_K = 2048
-"""FAISS on a GPU retrieves no more than this; beyond it the CPU copy answers."""
+"""FAISS on a GPU retrieves no more keys, and probes no more lists; beyond it the CPU copy answers."""
 
 TRAINING_PER_LIST = 256
 """Keys a list that a clustered index is trained on; FAISS itself uses no more."""
@@ -56,6 +57,8 @@ class VectorIndex:
         not know, that would normalise, or that cannot be trained on so few keys.
         """
         n, d = keys.shape
+        if re.search(r"(?<!\d)0+(?!\d)|(HNSW|NSG)0*1(?!\d)", factory):  # FAISS takes some of these, then crashes
+            raise UsageError(f"index {factory!r}: a count in it is 0, or its graph has 1 link a key, which is too few")
         if "norm" in factory.lower():
             raise UsageError(
                 f"index {factory!r}: normalises, which an index must not: fine-tuned keys are not unit vectors"
@@ -68,9 +71,9 @@ class VectorIndex:
             if lists and n > lists * TRAINING_PER_LIST:
                 sample = np.sort(np.random.default_rng(0).choice(n, lists * TRAINING_PER_LIST, replace=False))
             training = np.ascontiguousarray(keys[sample], dtype=np.float32)
-            _attempt(factory, lambda: index.train(training))
+            _attempt(factory, lambda: index.train(training), f" (training it on {len(sample)} keys of {d} values)")
         for start in range(0, n, block):
-            index.add(np.ascontiguousarray(keys[start : start + block], dtype=np.float32))
+            _attempt(factory, partial(index.add, np.ascontiguousarray(keys[start : start + block], dtype=np.float32)))
         return cls(index, factory, device)
 
     @classmethod
@@ -122,7 +125,7 @@ class VectorIndex:
 
         Where an approximate index finds fewer, the rest has row -1. ``k`` is cut to the number of keys.
         """
-        k = min(k, self.n)
+        k = int(min(k, self.n))
         features = np.ascontiguousarray(features, dtype=np.float32)
         if self._gpu is not None and k <= GPU_MAX_K:
             with self._lock:  # the resources are one stream and one scratch memory
@@ -152,11 +155,11 @@ def _on_gpu(index: Any, device: str) -> Any | None:
         return None
 
 
-def _attempt(factory: str, run: Callable[[], Any]) -> Any:
+def _attempt(factory: str, run: Callable[[], Any], when: str = "") -> Any:
     try:
         return run()
-    except RuntimeError as error:
-        raise UsageError(f"index {factory!r}: {_reason(error)}") from None
+    except (RuntimeError, MemoryError) as error:
+        raise UsageError(f"index {factory!r}: {_reason(error)}{when}") from None
 
 
 def _reason(error: Exception) -> str:
@@ -181,6 +184,8 @@ def _set_search_effort(index: Any) -> None:
     """FAISS probes one list and keeps 16 candidates by default: far too few for a cache, whose keys all count."""
     for part in _inner(index):
         if hasattr(part, "nprobe"):
-            part.nprobe = min(int(part.nlist), max(8, int(part.nlist) // 8))
+            part.nprobe = min(int(part.nlist), max(8, int(part.nlist) // 8), GPU_MAX_K)
         if hasattr(part, "hnsw"):
             part.hnsw.efSearch = 128
+        if hasattr(part, "do_polysemous_training"):
+            part.do_polysemous_training = False  # seconds a subquantizer, for a search by Hamming distance

@@ -1,0 +1,666 @@
+"""CacheModel against Tip-Adapter's definition in dense float64."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import retrieval_tip
+from retrieval_tip import CacheModel, cache_model
+from retrieval_tip.backbone import Identity
+from retrieval_tip.cache_model import Prediction, check_settings
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.features import Encoder
+from retrieval_tip.sources import open_inputs
+
+Array = npt.NDArray[Any]
+Q, D, C = 70, 32, 12
+NAMES = [f"class {i}" for i in range(C)]
+BARE = 7  # the class without keys
+ALPHA, BETA, SCALE = 1.3, 5.5, 100.0
+
+EXACT_TYPES = ["Flat", "IVF16,Flat", "HNSW32"]
+COMPRESSED = ["SQfp16", "SQ8", "IVF16,SQfp16", "PQ8", "PCA16,Flat"]
+
+
+def unit(x: Array) -> npt.NDArray[np.float32]:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+_rng = np.random.default_rng(0)
+_means = unit(_rng.standard_normal((C, D)))
+Y = _rng.permutation(np.repeat(np.arange(C), [1, 60, 3, 20, 40, 16, 16, 0, 80, 5, 25, 54]))
+N = len(Y)
+KEYS = unit(_means[Y] + 0.35 * _rng.standard_normal((N, D)) / math.sqrt(D) * 2)
+TEXT = unit(_means + 0.2 * _rng.standard_normal((C, D)))
+QUERIES = unit(_means[_rng.integers(C, size=Q)] + 0.25 * _rng.standard_normal((Q, D)))
+
+
+def model(**changes: Any) -> CacheModel:
+    arguments: dict[str, Any] = {
+        "keys": KEYS,
+        "labels": Y,
+        "class_names": NAMES,
+        "text_weights": TEXT,
+        "alpha": ALPHA,
+        "beta": BETA,
+        "logit_scale": SCALE,
+        "device": "cpu",
+    } | changes
+    return CacheModel.from_features(**arguments)
+
+
+def dense(
+    k: int | None = None,
+    *,
+    keys: Array = KEYS,
+    y: Array = Y,
+    queries: Array = QUERIES,
+    tail: bool = False,
+    beta: float = BETA,
+) -> tuple[Array, Array]:
+    """Text and cache logits by definition; with k, from the k nearest, and a tail class by class."""
+    f, K = queries.astype(np.float64), keys.astype(np.float64)
+    A = f @ K.T
+    mask = np.ones_like(A, dtype=bool)
+    if k is not None:
+        mask = np.argsort(np.argsort(-A, axis=1), axis=1) < k
+    cache = (np.exp(-beta * (1 - A)) * mask) @ np.eye(C)[y]
+    if tail:
+        for q in range(len(f)):
+            for c in range(C):
+                rest = A[q, ~mask[q] & (y == c)]
+                if rest.size:
+                    cache[q, c] += rest.size * np.exp(-beta * (1 - rest.mean()))
+    return SCALE * (f @ TEXT.astype(np.float64).T), cache
+
+
+def close(model_: CacheModel, expected: tuple[Array, Array], atol: float = 1e-4, **how: Any) -> None:
+    logits = model_.logits(QUERIES, **how)
+    assert logits.dtype == torch.float32
+    np.testing.assert_allclose(logits.cpu(), expected[0] + model_.alpha * expected[1], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
+def test_all_keys_are_tip_adapter_whatever_the_index(index: str) -> None:
+    cache = model(index=index)
+    close(cache, dense())
+    text, alone = cache.terms(QUERIES)
+    np.testing.assert_allclose(text, dense()[0], atol=1e-4)
+    np.testing.assert_allclose(alone, dense()[1], atol=1e-4)
+    close(cache, dense(), k=N)
+    close(cache, dense(), k=10 * N, tail=False)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.1, 50), st.floats(0, 20), st.integers(1, 2 * N), st.booleans())
+def test_any_setting_is_the_dense_definition(beta: float, alpha: float, k: int, tail: bool) -> None:
+    cache = model(beta=beta, alpha=alpha)
+    text, alone = dense(k, tail=tail, beta=beta)
+    np.testing.assert_allclose(cache.terms(QUERIES, k, tail)[1], alone, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(cache.logits(QUERIES, k, tail), text + alpha * alone, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("k", [1, 5, 64, N - 1])
+def test_top_k_of_a_flat_index_is_dense_over_the_top_k(k: int, tail: bool) -> None:
+    close(model(), dense(k, tail=tail), k=k, tail=tail)
+
+
+@pytest.mark.parametrize("index", ["IVF16,Flat", "HNSW32", *COMPRESSED])
+def test_top_k_of_any_index_with_the_tail_is_near_to_all(index: str) -> None:
+    cache = model(index=index)
+    exact = cache.logits(QUERIES)
+    agree = (cache.logits(QUERIES, k=64).argmax(1) == exact.argmax(1)).float().mean()
+    assert agree > 0.95
+    # by convexity, and because affinities are the keys' own also where the index holds a compressed copy
+    assert (cache.terms(QUERIES, 64)[1] <= cache.terms(QUERIES)[1] + 1e-4).all()
+
+
+def test_slots_that_the_index_cannot_fill_count_nothing() -> None:
+    cache = model(index="IVF16,Flat")  # probes 8 of 16 lists
+    _, rows = cache.index.search(QUERIES, N - 1)
+    assert (rows < 0).any()
+    A = QUERIES.astype(np.float64) @ cache.keys.T.astype(np.float64)
+    found = np.zeros_like(A)
+    for q, row in enumerate(rows):
+        found[q, row[row >= 0]] = 1
+    expected = (np.exp(-BETA * (1 - A)) * found) @ np.eye(C)[cache.labels["class_id"].to_numpy()]
+    np.testing.assert_allclose(cache.terms(QUERIES, N - 1, tail=False)[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "SQfp16"])
+def test_float16_keys_are_off_by_their_own_rounding_only(index: str) -> None:
+    half = KEYS.astype(np.float16)
+    cache = model(keys=half, index=index)
+    assert cache.keys.dtype == np.float16
+    close(cache, dense(keys=half))
+    np.testing.assert_allclose(cache.terms(QUERIES)[1], dense()[1], rtol=BETA * 2e-3)
+    close(cache, dense(64, keys=half, tail=True), k=64, atol=1e-4 if index == "Flat" else 0.2)
+
+
+def test_fine_tuned_keys_are_not_normalised() -> None:
+    keys = KEYS * np.random.default_rng(1).uniform(0.5, 1.5, (N, 1)).astype(np.float32)
+    cache = model(keys=keys)
+    text, alone = dense(keys=keys)
+    np.testing.assert_allclose(cache.terms(QUERIES)[1], alone, rtol=1e-4)
+    np.testing.assert_allclose(
+        cache.logits(QUERIES, 40), text + ALPHA * dense(40, keys=keys, tail=True)[1], rtol=1e-4, atol=1e-3
+    )
+
+
+def test_real_features_give_the_published_accuracy(shared: Path) -> None:
+    def table(part: str) -> tuple[npt.NDArray[np.float32], list[str]]:
+        rows = pq.read_table(shared / "data" / "clip-food9" / f"{part}.parquet")
+        return np.stack(rows["feature"].to_numpy()), rows["label"].to_pylist()
+
+    (K, labels), (f, truth), (W, names) = table("train"), table("test"), table("text")
+    cache = CacheModel.from_features(K, labels, names, W, alpha=1.17, beta=5.5, device="cpu")
+    y = np.array([names.index(label) for label in labels])
+    A = f.astype(np.float64) @ K.T.astype(np.float64)
+    expected = 100 * (f.astype(np.float64) @ W.T) + 1.17 * np.exp(-5.5 * (1 - A)) @ np.eye(9)[y]
+    logits = cache.logits(f)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
+    assert np.mean([names[i] == label for i, label in zip(logits.argmax(1), truth, strict=True)]) > 0.97
+    zero_shot = cache.terms(f)[0].argmax(1)
+    assert round(np.mean([names[i] == label for i, label in zip(zero_shot, truth, strict=True)]), 3) == 0.973
+
+
+def in_batches(ask: Callable[[Array], torch.Tensor], size: int) -> torch.Tensor:
+    return torch.cat([ask(QUERIES[i : i + size]) for i in range(0, Q, size)])
+
+
+@pytest.mark.parametrize(
+    ("index", "blocks"),
+    [
+        ("Flat", (512, 16384)),
+        ("Flat", (7, 50)),
+        ("Flat", (1, N)),
+        ("Flat", (64, N - 1)),
+        ("IVF16,Flat", (512, 16384)),
+        ("SQ8", (7, 50)),
+    ],
+)
+def test_predictions_do_not_depend_on_batches_or_blocks(
+    index: str, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = model(index=index)
+    for k in (None, 16):
+        whole = cache.logits(QUERIES, k)
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_model, "QUERY_BLOCK", blocks[0])
+            patch.setattr(cache_model, "KEY_BLOCK", blocks[1])
+            cache._key_sums = None  # made by blocks of keys too
+            for size in (1, 7, 64, Q):
+                part = in_batches(lambda f, k=k: cache.logits(f, k), size)
+                torch.testing.assert_close(part, whole, rtol=0, atol=1e-4)
+                assert torch.equal(part.argmax(1), whole.argmax(1))
+
+
+def test_classify_in_batches_is_classify_at_once() -> None:
+    cache = model()
+    whole = cache.classify(QUERIES, top=3, k=16)
+    single = [cache.classify(QUERIES[i : i + 1], top=3, k=16)[0] for i in range(Q)]
+    assert [p.labels for p in single] == [p.labels for p in whole]
+    assert [[n.key_id for n in p.neighbours] for p in single] == [[n.key_id for n in p.neighbours] for p in whole]
+
+
+def test_order_of_the_keys_does_not_matter() -> None:
+    order = np.random.default_rng(3).permutation(N)
+    cache = model(keys=KEYS[order], labels=Y[order])
+    close(cache, dense())
+    close(cache, dense(20, tail=True), k=20)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        Y.astype(np.int32),
+        Y.astype(np.uint8),
+        Y.tolist(),
+        tuple(Y.tolist()),
+        torch.from_numpy(Y),
+        [NAMES[i] for i in Y],
+        np.array([NAMES[i] for i in Y]),
+        np.array([NAMES[i] for i in Y], dtype=object),
+    ],
+    ids=["int32", "uint8", "list of ids", "tuple", "tensor", "list of names", "array of names", "objects"],
+)
+def test_labels_may_be_names_or_ids(labels: Any) -> None:
+    assert torch.equal(model(labels=labels).logits(QUERIES), model().logits(QUERIES))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.from_numpy,
+        lambda x: torch.from_numpy(x).requires_grad_(),
+        lambda x: torch.from_numpy(x).double(),
+        lambda x: x.astype(np.float64),
+        np.asfortranarray,
+        lambda x: x.tolist(),
+        lambda x: np.broadcast_to(x, x.shape),  # read-only
+    ],
+    ids=["tensor", "with gradient", "double tensor", "float64", "by column", "list", "read-only"],
+)
+@pytest.mark.filterwarnings("error")
+def test_features_may_be_tensors_or_arrays(make: Callable[[Array], Any]) -> None:
+    cache = model(keys=make(KEYS), text_weights=make(TEXT))
+    logits = cache.logits(make(QUERIES))
+    assert not logits.requires_grad
+    assert torch.equal(logits, model().logits(QUERIES))
+    assert [p.label for p in cache.classify(make(QUERIES))] == [p.label for p in model().classify(QUERIES)]
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_what_happens_to_the_arrays_later_is_no_matter(make: Callable[[Array], Any]) -> None:
+    keys, text, queries = make(KEYS), make(TEXT), make(QUERIES)
+    cache = model(keys=keys, text_weights=text)
+    before = cache.logits(queries)
+    keys *= 2
+    text *= 2
+    assert torch.equal(cache.logits(QUERIES), before)
+    assert (np.asarray(queries) == QUERIES).all()
+
+
+def test_a_class_without_keys_can_still_win_by_its_text() -> None:
+    cache = model()
+    assert (cache.terms(QUERIES)[1][:, BARE] == 0).all()
+    assert (cache.terms(QUERIES, 16)[1][:, BARE] == 0).all()
+    won = cache.classify(TEXT[BARE : BARE + 1])[0]
+    assert (won.label, won.cache_logit) == (NAMES[BARE], 0)
+
+
+def test_without_text_the_cache_alone_decides() -> None:
+    cache = model(text_weights=None)
+    assert (cache.has_text, model().has_text) == (False, True)
+    text, alone = cache.terms(QUERIES)
+    assert (text == 0).all()
+    np.testing.assert_allclose(alone, dense()[1], atol=1e-4)
+    answer = cache.classify(QUERIES)
+    assert [p.label for p in answer] == [NAMES[i] for i in dense()[1].argmax(1)]
+    assert all(p.text_logit == 0 for p in answer)
+
+
+def test_alpha_zero_is_zero_shot() -> None:
+    cache = model(alpha=0.0)
+    np.testing.assert_allclose(cache.logits(QUERIES), dense()[0], atol=1e-4)
+    assert all(p.cache_logit == 0 for p in cache.classify(QUERIES))
+
+
+def test_beta_zero_counts_keys() -> None:
+    for k in (None, 9):
+        assert model(beta=0.0).terms(QUERIES, k)[1].tolist() == [np.bincount(Y, minlength=C).tolist()] * Q
+
+
+@pytest.mark.parametrize("k", [None, 16])
+def test_an_explanation_adds_up(k: int | None) -> None:
+    cache = model()
+    logits = cache.logits(QUERIES, k)
+    answers = cache.classify(QUERIES, top=3, k=k, neighbours=N)
+    for row, answer in enumerate(answers):
+        winner = NAMES.index(answer.label)
+        assert winner == int(logits[row].argmax())
+        assert answer.logits == logits[row].tolist()
+        assert answer.text_logit + answer.cache_logit == pytest.approx(answer.logits[winner], abs=1e-4)
+        assert len(answer.neighbours) == (k or N)
+        own = [n.weight for n in answer.neighbours if n.label == answer.label]
+        plain = ALPHA * sum(own)
+        if k is None:
+            assert plain == pytest.approx(answer.cache_logit, abs=1e-4)
+        else:
+            assert plain <= answer.cache_logit + 1e-4  # the rest is the tail
+        probabilities = np.exp(np.array(answer.logits) - max(answer.logits))
+        probabilities /= probabilities.sum()
+        best = np.argsort(-probabilities)[:3]
+        assert answer.labels == [NAMES[i] for i in best]
+        np.testing.assert_allclose(answer.probabilities, probabilities[best], atol=1e-6)
+        assert (answer.label, answer.probability) == (answer.labels[0], answer.probabilities[0])
+
+
+@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
+def test_neighbours_are_keys_with_their_real_affinity(index: str) -> None:
+    sources = [f"photo {i}.jpg" for i in range(N)]
+    recall = []
+    for row, answer in enumerate(model(index=index, sources=sources).classify(QUERIES, k=16, neighbours=10)):
+        affinities = [n.affinity for n in answer.neighbours]
+        assert affinities == sorted(affinities, reverse=True)
+        assert len({n.key_id for n in answer.neighbours}) == 10
+        for n in answer.neighbours:
+            assert (n.source, n.label) == (sources[n.key_id], NAMES[Y[n.key_id]])  # ids are positions in the input
+            assert n.affinity == pytest.approx(
+                float(QUERIES[row].astype(float) @ KEYS[n.key_id].astype(float)), abs=1e-5
+            )
+            assert n.weight == pytest.approx(math.exp(-BETA * (1 - n.affinity)), rel=1e-5)
+        nearest = np.argsort(-(QUERIES[row] @ KEYS.T))[:10].tolist()
+        recall.append(len({n.key_id for n in answer.neighbours} & set(nearest)) / 10)
+        if index == "Flat":
+            assert [n.key_id for n in answer.neighbours] == nearest
+    assert np.mean(recall) > (0.35 if index in ("PQ8", "PCA16,Flat") else 0.85)
+
+
+def test_neighbours_are_no_more_than_k_or_n_or_wanted() -> None:
+    cache = model()
+    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2])] == [5, 5]
+    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], k=3)] == [3, 3]
+    assert [len(p.neighbours) for p in cache.classify(QUERIES[:2], neighbours=10 * N)] == [N, N]
+    assert [p.neighbours for p in cache.classify(QUERIES[:2], neighbours=0)] == [[], []]
+
+
+def test_top_is_cut_to_the_classes() -> None:
+    answer = model().classify(QUERIES[:1], top=99)[0]
+    assert sorted(answer.labels) == sorted(NAMES)
+    assert sum(answer.probabilities) == pytest.approx(1)
+
+
+def test_no_queries_are_no_answers() -> None:
+    for k in (None, 5):
+        assert model().logits(QUERIES[:0], k).shape == (0, C)
+        assert model().classify(QUERIES[:0], k=k) == []
+
+
+def test_one_class_and_one_key() -> None:
+    answer = CacheModel.from_features(KEYS[:1], ["only"], ["only"], device="cpu").classify(QUERIES[:1], k=9)[0]
+    assert (answer.label, answer.probability, len(answer.neighbours)) == ("only", 1.0, 1)
+
+
+def test_k_may_be_a_numpy_integer() -> None:
+    assert torch.equal(model().logits(QUERIES, np.int64(9)), model().logits(QUERIES, 9))
+
+
+def nan(x: Array, row: int = 3) -> Array:
+    x = x.copy()
+    x[row, 0] = np.nan
+    return x
+
+
+BAD_MODELS: dict[str, tuple[dict[str, Any], type[RetrievalTipError], str]] = {
+    "keys of one dimension": ({"keys": KEYS[0]}, InputError, r"^keys: shape \(32,\); expected \[n, d\]"),
+    "no keys": ({"keys": KEYS[:0], "labels": []}, InputError, r"^keys: shape \(0, 32\)"),
+    "keys of integers": ({"keys": np.ones((N, D), int)}, InputError, "^keys: int64; expected floating-point"),
+    "keys of text": ({"keys": np.full((N, D), "x")}, InputError, "^keys: <U1; expected floating-point"),
+    "keys of unequal length": ({"keys": [[1.0], [1.0, 2.0]]}, InputError, "^keys: rows of unequal length"),
+    "a key with NaN": ({"keys": nan(KEYS)}, InputError, "^keys: row 3 holds NaN or infinity"),
+    "a key too large": ({"keys": KEYS.astype(float) * 1e300}, InputError, "^keys: row 0 holds NaN or infinity"),
+    "a label too few": ({"labels": Y[:-1]}, InputError, rf"^labels: shape \({N - 1},\) for {N} keys"),
+    "an unknown name": ({"labels": ["zebra"] * N}, InputError, "^labels: row 0 is 'zebra', which is none of the 12"),
+    "an unknown id": ({"labels": [0] * (N - 1) + [C]}, InputError, f"^labels: row {N - 1} is 12, which is none"),
+    "a negative id": ({"labels": [-1] * N}, InputError, "^labels: row 0 is -1, which is none"),
+    "a missing label": ({"labels": [None] * N}, InputError, "^labels: row 0 is None, which is none"),
+    "labels of fractions": ({"labels": Y + 0.5}, InputError, "^labels: row 0 is "),
+    "labels of unequal length": ({"labels": [[1], [1, 2]]}, InputError, "^labels: rows of unequal length"),
+    "no classes": ({"class_names": []}, InputError, "^class_names: expected at least one name"),
+    "a class without name": ({"class_names": [*NAMES[:-1], ""]}, InputError, "^class_names: "),
+    "a class twice": ({"class_names": [*NAMES[:-1], NAMES[0]]}, InputError, "^class_names: 'class 0' stands twice"),
+    "text of other classes": (
+        {"text_weights": TEXT[:-1]},
+        InputError,
+        r"^text_weights: shape \(11, 32\); expected \[12",
+    ),
+    "text of another length": ({"text_weights": TEXT[:, :-1]}, InputError, r"^text_weights: shape \(12, 31\)"),
+    "text with NaN": ({"text_weights": nan(TEXT)}, InputError, "^text_weights: row 3 holds NaN"),
+    "a source too few": ({"sources": ["x"] * (N - 1)}, InputError, f"^sources: {N - 1} for {N} keys"),
+    "a source too many": ({"sources": ["x"] * (N + 1)}, InputError, f"^sources: {N + 1} for {N} keys"),
+    "negative alpha": ({"alpha": -0.1}, UsageError, "^alpha is -0.1: expected a finite number, 0 or more"),
+    "alpha NaN": ({"alpha": math.nan}, UsageError, "^alpha is nan"),
+    "alpha infinite": ({"alpha": math.inf}, UsageError, "^alpha is inf"),
+    "negative beta": ({"beta": -1}, UsageError, "^beta is -1"),
+    "beta NaN": ({"beta": math.nan}, UsageError, "^beta is nan"),
+    "logit scale 0": ({"logit_scale": 0}, UsageError, "^logit_scale is 0"),
+    "logit scale NaN": ({"logit_scale": math.nan}, UsageError, "^logit_scale is nan"),
+    "an unknown index": ({"index": "Flut"}, UsageError, "^index 'Flut': "),
+    "an index that normalises": ({"index": "L2norm,Flat"}, UsageError, "^index 'L2norm,Flat': normalises"),
+    "an unknown device": ({"device": "tpu"}, UsageError, "^device 'tpu'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_MODELS.values(), ids=BAD_MODELS.keys())
+def test_what_cannot_be_a_model_is_refused_in_one_line(
+    changes: dict[str, Any], error: type[RetrievalTipError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        model(**changes)
+    assert "\n" not in str(caught.value)
+    assert "np." not in str(caught.value)
+
+
+BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[RetrievalTipError], str]] = {
+    "one dimension": ((QUERIES[0],), {}, InputError, r"^features: shape \(32,\); expected \[q, 32\]"),
+    "another length": ((QUERIES[:, :-1],), {}, InputError, r"^features: shape \(70, 31\); expected \[q, 32\]"),
+    "a tensor of another length": ((torch.ones(2, 3),), {}, InputError, r"^features: shape \(2, 3\)"),
+    "NaN": ((nan(QUERIES),), {}, InputError, "^features: row 3 holds NaN or infinity"),
+    "a tensor with NaN": ((torch.from_numpy(nan(QUERIES)),), {}, InputError, "^features: row 3 holds NaN"),
+    "infinity": ((QUERIES * np.inf,), {}, InputError, "^features: row 0 holds NaN or infinity"),
+    "too large": ((QUERIES.astype(float) * 1e300,), {}, InputError, "^features: row 0 holds NaN or infinity"),
+    "text": ((["a"],), {}, InputError, "^features: <U1; expected floating-point"),
+    "complex": ((QUERIES * 1j,), {}, InputError, "^features: complex64; expected floating-point"),
+    "unequal rows": (([[1.0], [1.0, 2.0]],), {}, InputError, "^features: rows of unequal length"),
+    "k 0": ((QUERIES,), {"k": 0}, UsageError, "^k is 0: expected a whole number of keys, at least 1"),
+    "k negative": ((QUERIES,), {"k": -5}, UsageError, "^k is -5"),
+    "k a fraction": ((QUERIES,), {"k": 1.5}, UsageError, "^k is 1.5"),
+    "k a word": ((QUERIES,), {"k": "all"}, UsageError, "^k is all"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "settings_", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_what_cannot_be_asked_is_refused_in_one_line(
+    arguments: tuple[Any, ...], settings_: dict[str, Any], error: type[RetrievalTipError], message: str
+) -> None:
+    cache = model()
+    for ask in (cache.logits, cache.terms, cache.classify):
+        with pytest.raises(error, match=message) as caught:
+            ask(*arguments, **settings_)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_class_is_too_few_to_report() -> None:
+    with pytest.raises(UsageError, match=r"^top is 0: "):
+        model().classify(QUERIES, top=0)
+
+
+@pytest.mark.parametrize("k", [None, 16])
+def test_what_overflows_is_said_instead_of_answered(k: int | None) -> None:
+    with pytest.raises(InputError, match=r"^beta 1000: .*overflows for these keys; use a smaller one$"):
+        model(keys=KEYS * 10, beta=1000).logits(QUERIES, k)
+    with pytest.raises(InputError, match=r"^alpha 1e\+39 .*overflow"):
+        model(alpha=1e39).classify(QUERIES, k=k)
+    with pytest.raises(InputError, match=r"logit_scale 1e\+39: .*overflow"):
+        model(logit_scale=1e39).terms(QUERIES, k)
+    assert torch.isfinite(model(beta=1000.0).logits(QUERIES, k)).all()  # underflow is no error
+
+
+def test_settings_are_checked_where_they_are_kept_too() -> None:
+    check_settings(0, 0, None, 1)
+    check_settings(1.0, 5.5, 1, 100.0)
+    for bad in ((-1, 1, None, 1), (1, math.inf, None, 1), (1, 1, 0, 1), (1, 1, 2.5, 1), (1, 1, None, -1)):
+        with pytest.raises(UsageError):
+            check_settings(*bad)
+
+
+def table(cache: CacheModel) -> dict[str, list[Any]]:
+    return cache.labels.drop_columns(["added_at"]).to_pydict()
+
+
+@pytest.mark.parametrize("index", ["Flat", "SQfp16", "IVF16,Flat"])
+def test_adding_equals_building_from_all(index: str) -> None:
+    half = N // 2
+    sources = [f"{i}.jpg" for i in range(N)]
+    cache = model(keys=KEYS[:half], labels=Y[:half], index=index, sources=sources[:half])
+    cache.logits(QUERIES, 9)  # fills what is kept between calls
+    assert cache.add(KEYS[half:], [NAMES[i] for i in Y[half:]], sources[half:]) == list(range(half, N))
+    whole = model(index=index, sources=sources)
+    assert table(cache) == table(whole)  # key ids and shot numbers go on
+    np.testing.assert_array_equal(cache.keys, whole.keys)
+    assert cache.index.n == N
+    for k in (None, 16):
+        assert torch.equal(cache.logits(QUERIES, k), whole.logits(QUERIES, k))
+
+
+def test_removing_equals_never_having_had() -> None:
+    gone = np.flatnonzero((Y == 4) | (np.arange(N) % 3 == 0))
+    kept = np.setdiff1d(np.arange(N), gone)
+    cache = model()
+    cache.logits(QUERIES, 9)
+    cache.remove(gone.tolist())
+    assert cache.n == cache.index.n == len(kept)
+    assert sorted(cache.labels["key_id"].to_pylist()) == kept.tolist()
+    assert cache.class_names == NAMES  # also the one that lost all its keys
+    close(cache, dense(keys=KEYS[kept], y=Y[kept]))
+    close(cache, dense(16, keys=KEYS[kept], y=Y[kept], tail=True), k=16)
+
+
+def test_adding_then_removing_is_back_where_it_was() -> None:
+    cache, plain = model(), model()
+    ids = cache.add(torch.from_numpy(QUERIES[:4]), [BARE, BARE, 0, 11])
+    assert not torch.equal(cache.logits(QUERIES), plain.logits(QUERIES))
+    cache.remove(ids)
+    assert torch.equal(cache.logits(QUERIES), plain.logits(QUERIES))
+    assert table(cache) == table(plain)
+
+
+def test_adding_to_float16_keys_keeps_them_float16() -> None:
+    cache = model(keys=KEYS[:50].astype(np.float16), labels=Y[:50])
+    cache.add(KEYS[50:], Y[50:])
+    assert cache.keys.dtype == np.float16
+    close(cache, dense(keys=KEYS.astype(np.float16)))
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        (lambda c: c.add(QUERIES[:, :-1], [0] * Q), InputError, "^keys: have 31 values, the index has 32"),
+        (lambda c: c.add(QUERIES, [0]), InputError, r"^labels: shape \(1,\) for 70 keys"),
+        (lambda c: c.add(QUERIES, ["zebra"] * Q), InputError, "^labels: row 0 is 'zebra'"),
+        (lambda c: c.add(nan(QUERIES), [0] * Q), InputError, "^keys: row 3 holds NaN"),
+        (lambda c: c.add(QUERIES[:0], []), InputError, r"^keys: shape \(0, 32\)"),
+        (lambda c: c.add(QUERIES[:2], [0, 1], ["one"]), InputError, "^sources: 1 for 2 keys"),
+        (lambda c: c.add(QUERIES[:2] * 1e6, [0, 1]), InputError, "^keys: hold values too large for the float16"),
+        (lambda c: c.remove([5, N + 3]), InputError, f"^key ids {N + 3}: not in this index"),
+        (lambda c: c.remove(range(N)), InputError, "^remove: an index needs at least one key"),
+        (lambda c: c.remove(range(N - 3)), UsageError, r"^index 'IVF16,Flat': .*training"),
+    ],
+    ids=["length", "labels", "name", "NaN", "nothing", "sources", "float16", "missing", "all", "too few to train"],
+)
+def test_a_change_that_cannot_be_changes_nothing(
+    act: Callable[[CacheModel], object], error: type[RetrievalTipError], message: str
+) -> None:
+    cache = model(keys=KEYS.astype(np.float16), index="IVF16,Flat")
+    before, labels = cache.logits(QUERIES, 16), cache.labels
+    with pytest.raises(error, match=message):
+        act(cache)
+    assert (cache.n, cache.index.n) == (N, N)
+    assert cache.labels.equals(labels)
+    assert torch.equal(cache.logits(QUERIES, 16), before)
+
+
+@pytest.mark.parametrize(
+    ("index", "dtype"),
+    [(index, np.float32) for index in EXACT_TYPES + COMPRESSED] + [("Flat", np.float16), ("SQ8", np.float16)],
+)
+def test_loaded_it_answers_bit_for_bit(index: str, dtype: type, tmp_path: Path) -> None:
+    cache = model(keys=KEYS.astype(dtype), index=index, sources=[f"ü{i}" for i in range(N)])
+    cache.save(tmp_path / "x")
+    loaded = CacheModel.load(str(tmp_path / "x"), device="cpu")
+    for k, tail in ((None, True), (16, True), (16, False)):
+        assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
+    assert loaded.classify(QUERIES, top=3, k=16) == cache.classify(QUERIES, top=3, k=16)
+    assert loaded.keys.dtype == dtype
+    assert loaded.labels.equals(cache.labels)
+
+
+def test_every_setting_survives_saving(tmp_path: Path) -> None:
+    identity = Identity("RN50", "openai", "w" * 64, "c" * 64, {"size": 224})
+    made = model(text_weights=None)
+    cache = CacheModel(
+        keys=made.keys, labels=made.labels, class_names=NAMES, text_weights=torch.from_numpy(TEXT), index=made.index,
+        alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, templates=["a {}."], backbone=identity,
+        provenance={"alpha": "given"},
+    )  # fmt: skip
+    cache.save(tmp_path / "x")
+    loaded = CacheModel.load(tmp_path / "x", device="cpu")
+    for name in (
+        "class_names", "alpha", "beta", "logit_scale", "k", "tail", "templates", "backbone", "provenance", "version",
+    ):  # fmt: skip
+        assert getattr(loaded, name) == getattr(cache, name), name
+    assert torch.equal(loaded.text_weights, cache.text_weights)
+    assert loaded.index.factory == "Flat"
+    assert (
+        repr(loaded) == "CacheModel(320 keys of 32, 12 classes, index='Flat', alpha=0.25, beta=7.5, k=9, device='cpu')"
+    )
+
+
+def test_saving_again_is_a_new_version_and_a_loaded_one_can_change(tmp_path: Path) -> None:
+    model(keys=KEYS[:100], labels=Y[:100]).save(tmp_path / "x")
+    cache = CacheModel.load(tmp_path / "x", device="cpu")
+    assert cache.version == 1
+    cache.add(KEYS[100:], Y[100:])
+    assert CacheModel.load(tmp_path / "x", device="cpu").n == 100  # not before it is saved
+    cache.save(tmp_path / "x")
+    again = CacheModel.load(tmp_path / "x", device="cpu")
+    assert (again.n, again.version, cache.version) == (N, 2, 2)
+    assert torch.equal(again.logits(QUERIES), model().logits(QUERIES))
+    again.remove([0])
+    again.save(tmp_path / "y")  # elsewhere it is the first
+    shutil.rmtree(tmp_path / "x")
+    other = CacheModel.load(tmp_path / "y", device="cpu")
+    assert (other.n, other.version) == (N - 1, 1)
+
+
+def test_a_saved_folder_is_verified(tmp_path: Path) -> None:
+    model(index="HNSW32").save(tmp_path / "x")
+    assert retrieval_tip.verify(tmp_path / "x").n == N
+
+
+def test_classify_source_names_each_answer(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    ids = [f"row {i}" for i in range(Q)]
+    pq.write_table(pa.table({"id": ids, "feature": list(QUERIES)}), tmp_path / "queries.parquet")
+    (source,) = open_inputs([str(tmp_path / "queries.parquet")])
+    cache = model()
+    named = list(cache.classify_source(source, Encoder(), top=2, k=16, neighbours=3))
+    assert [name for name, _ in named] == ids
+    assert [answer for _, answer in named] == cache.classify(QUERIES, top=2, k=16, neighbours=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="SKIPPED: torch finds no CUDA GPU, so no GPU answer is compared with the CPU's",
+)
+@pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
+def test_gpu_answers_as_the_cpu_does(index: str, tmp_path: Path) -> None:
+    cpu = model(index=index)
+    cpu.save(tmp_path / "x")
+    gpu = CacheModel.load(tmp_path / "x", device="cuda")  # the very same index
+    for k, tail in ((None, True), (16, True), (16, False)):
+        one, other = cpu.logits(QUERIES, k, tail), gpu.logits(torch.from_numpy(QUERIES).cuda(), k, tail)
+        assert other.device.type == "cuda"
+        torch.testing.assert_close(other.cpu(), one, rtol=0, atol=2e-3 if k is None or index == "Flat" else 0.05)
+    answers: list[list[Prediction]] = [m.classify(QUERIES, k=16) for m in (cpu, gpu)]
+    assert [a.label for a in answers[0]] == [a.label for a in answers[1]]
+    gpu.add(QUERIES[:2], [0, 1])
+    gpu.save(tmp_path / "x")
+    cpu.add(QUERIES[:2], [0, 1])
+    torch.testing.assert_close(
+        CacheModel.load(tmp_path / "x", device="cpu").logits(QUERIES), cpu.logits(QUERIES), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.skipif(faiss.get_num_gpus() > 0 or torch.cuda.is_available(), reason="SKIPPED: there is a GPU here")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
+    assert model(device="auto").device == "cpu"
+    with pytest.raises(UsageError, match=r"^device 'cuda': torch finds no CUDA GPU"):
+        model(device="cuda")

@@ -1,0 +1,134 @@
+"""The sampler against the published draws, and by its rule."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval_tip.errors import UsageError
+from retrieval_tip.shots import few_shot, few_shot_split
+
+DATASETS = {
+    "caltech101": "Caltech101",
+    "dtd": "DescribableTextures",
+    "eurosat": "EuroSAT",
+    "oxford_flowers": "OxfordFlowers",
+    "oxford_pets": "OxfordPets",
+    "stanford_cars": "StanfordCars",
+    "ucf101": "UCF101",
+}
+
+
+@cache
+def split_labels(path: Path) -> dict[str, list[int]]:
+    return {part: [label for _, label, _ in items] for part, items in json.loads(path.read_bytes()).items()}
+
+
+@pytest.mark.parametrize("shots", [1, 16])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_published_draw_is_reproduced(shared: Path, dataset: str, shots: int) -> None:
+    splits = shared / "data" / "splits"
+    labels = split_labels(splits / f"split_zhou_{DATASETS[dataset]}.json")
+    published = json.loads((splits / "indices" / f"{dataset}_shots{shots}_seed1.json").read_bytes())
+    train, val = few_shot_split(labels["train"], labels["val"], shots, seed=1)
+    assert train == published["train"]
+    assert val == published["val"]
+    assert few_shot(labels["train"], shots, seed=1) == published["train"]
+    classes = len(set(labels["train"]))
+    assert len(train) == shots * classes
+    assert len(val) == min(shots, 4) * classes
+
+
+def test_every_published_draw_is_compared(shared: Path) -> None:
+    files = {path.name for path in (shared / "data" / "splits" / "indices").glob("*.json")}
+    assert files == {f"{dataset}_shots{shots}_seed1.json" for dataset in DATASETS for shots in (1, 16)}
+
+
+def test_short_classes_are_drawn_with_replacement() -> None:
+    labels = ["cat"] * 2 + ["dog"] * 5 + ["cat"] + ["owl"]
+    generator = random.Random(7)
+    expected = generator.choices([0, 1, 7], k=4) + generator.sample([2, 3, 4, 5, 6], 4) + generator.choices([8], k=4)
+    assert few_shot(labels, 4, seed=7) == expected
+
+
+def test_a_class_of_exactly_k_is_drawn_without_replacement() -> None:
+    generator = random.Random(3)
+    expected = generator.sample([0, 2, 4], 3) + generator.sample([1, 3, 5], 3)
+    assert few_shot("ababab", 3, seed=3) == expected
+    assert sorted(expected) == list(range(6))
+
+
+def test_groups_come_in_order_of_first_appearance() -> None:
+    drawn = few_shot([3, 1, 3, 2, 1, 2], 2, seed=1)
+    assert [set(drawn[i : i + 2]) for i in (0, 2, 4)] == [{0, 2}, {1, 4}, {3, 5}]
+
+
+def test_validation_goes_on_with_the_generator_of_training() -> None:
+    train, val = ["a"] * 9 + ["b"] * 2, ["a"] * 3 + ["b"] * 8
+    generator = random.Random(5)
+    drawn = generator.sample(range(9), 6) + generator.choices([9, 10], k=6)
+    # 4 a class at most, and with replacement where even those are not there
+    held = generator.choices(range(3), k=4) + generator.sample(range(3, 11), 4)
+    assert few_shot_split(train, val, 6, seed=5) == (drawn, held)
+
+
+labels_ = st.lists(st.integers(0, 5), max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(labels_, st.integers(1, 8), st.integers(0, 2**32))
+def test_every_class_gets_k_of_its_own(labels: list[int], shots: int, seed: int) -> None:
+    drawn = few_shot(labels, shots, seed)
+    sizes = Counter(labels)
+    assert Counter(labels[i] for i in drawn) == dict.fromkeys(sizes, shots)
+    for label, size in sizes.items():
+        own = [i for i in drawn if labels[i] == label]
+        assert size < shots or len(set(own)) == shots  # repeats only where there are too few
+    assert drawn == few_shot(labels, shots, seed)
+    assert drawn == few_shot([f"name {label}" for label in labels], shots, seed)  # what labels are called is no matter
+
+
+@settings(max_examples=100, deadline=None)
+@given(labels_, labels_, st.integers(1, 8), st.integers(0, 2**32))
+def test_split_draws_training_first_and_at_most_four_for_validation(
+    train: list[int], val: list[int], shots: int, seed: int
+) -> None:
+    drawn, held = few_shot_split(train, val, shots, seed)
+    assert drawn == few_shot(train, shots, seed)
+    assert Counter(val[i] for i in held) == dict.fromkeys(set(val), min(shots, 4))
+
+
+def test_seeds_differ_and_the_default_is_one() -> None:
+    labels = [i % 3 for i in range(90)]
+    assert few_shot(labels, 4) == few_shot(labels, 4, seed=1)
+    assert len({tuple(few_shot(labels, 4, seed)) for seed in range(10)}) == 10
+
+
+def test_global_random_state_is_neither_read_nor_moved() -> None:
+    labels = [i % 3 for i in range(30)]
+    random.seed(123)
+    before = random.getstate()
+    first = few_shot(labels, 4), few_shot_split(labels, labels, 4)
+    assert random.getstate() == before
+    random.seed(456)
+    assert (few_shot(labels, 4), few_shot_split(labels, labels, 4)) == first
+
+
+def test_nothing_is_drawn_from_nothing() -> None:
+    assert few_shot([], 4) == []
+    assert few_shot_split(["a"], [], 1) == ([0], [])
+
+
+@pytest.mark.parametrize("shots", [0, -3])
+def test_shots_have_to_be_positive(shots: int) -> None:
+    with pytest.raises(UsageError, match=rf"^shots is {shots}: at least 1 image a class is needed$"):
+        few_shot(["a"], shots)
+    with pytest.raises(UsageError, match=rf"^shots is {shots}: "):
+        few_shot_split(["a"], ["a"], shots)

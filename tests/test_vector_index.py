@@ -1,0 +1,345 @@
+"""The FAISS index against plain matrix products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from retrieval_tip import vector_index
+from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.vector_index import GPU_MAX_K, VectorIndex
+
+D = 64
+needs_gpu = pytest.mark.skipif(
+    faiss.get_num_gpus() < 1, reason="SKIPPED: FAISS finds no GPU, so no GPU answer is checked"
+)
+
+# by factory string: the nearest are always found; affinities are the keys' own; how far off affinities are
+TYPES: dict[str, tuple[bool, bool, float]] = {
+    "Flat": (True, True, 1e-5),
+    "IVF16,Flat": (False, True, 1e-5),
+    "HNSW32": (False, True, 1e-5),
+    "HNSW32,Flat": (False, True, 1e-5),
+    "SQfp16": (False, False, 2e-3),
+    "SQ8": (False, False, 3e-2),
+    "IVF16,SQfp16": (False, False, 2e-3),
+    "PQ8": (False, False, 1.0),
+    "PCA32,Flat": (False, False, 1.0),
+}
+every_type = pytest.mark.parametrize("factory", TYPES)
+
+
+def made(seed: int, n: int, d: int = D, spread: float = 0.7) -> npt.NDArray[np.float32]:
+    """Vectors around 12 centres, so that clusters exist; lengths from 0.5 to 1.5, as fine-tuned keys have."""
+    centres = np.random.default_rng(99).standard_normal((12, d))
+    rng = np.random.default_rng(seed)
+    x = centres[rng.integers(12, size=n)] + spread * rng.standard_normal((n, d))
+    x *= rng.uniform(0.5, 1.5, size=(n, 1)) / np.linalg.norm(x, axis=1, keepdims=True)
+    return x.astype(np.float32)
+
+
+KEYS, QUERIES = made(1, 640), made(2, 9)
+EXACT = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
+NEAREST = np.argsort(-EXACT, axis=1)
+
+_built: dict[str, VectorIndex] = {}
+
+
+def built(factory: str) -> VectorIndex:
+    if factory not in _built:
+        _built[factory] = VectorIndex.build(KEYS, factory, "cpu")
+    return _built[factory]
+
+
+@every_type
+def test_search_returns_near_keys_with_their_affinities(factory: str) -> None:
+    exact_search, _, tolerance = TYPES[factory]
+    affinity, rows = built(factory).search(QUERIES, 10)
+    assert affinity.shape == rows.shape == (9, 10)
+    assert (affinity.dtype, rows.dtype) == (np.float32, np.int64)
+    assert (np.diff(affinity, axis=1) <= 0).all()
+    assert all(len(set(row)) == 10 for row in rows.tolist())
+    if exact_search:
+        assert (rows == NEAREST[:, :10]).all()
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), NEAREST[:, :10].tolist(), strict=True)])
+    assert recall > (0.3 if factory in ("PQ8", "PCA32,Flat") else 0.85)
+    np.testing.assert_allclose(affinity, np.take_along_axis(EXACT, rows, axis=1), atol=tolerance)
+
+
+@every_type
+def test_it_says_what_is_exact(factory: str) -> None:
+    index = built(factory)
+    assert (index.exact_search, index.exact_affinity) == TYPES[factory][:2]
+    assert (index.n, index.d, index.device, index.factory) == (640, D, "cpu", factory)
+
+
+@pytest.mark.parametrize("factory", ["PQ8", "SQ8", "PCA32,Flat"])
+def test_an_inexact_affinity_really_is(factory: str) -> None:
+    affinity, rows = built(factory).search(QUERIES, 10)
+    assert np.abs(affinity - np.take_along_axis(EXACT, rows, axis=1)).max() > 1e-4
+
+
+@every_type
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_saved_and_loaded_it_answers_the_same(factory: str, device: str, tmp_path: Path) -> None:
+    index = built(factory)
+    index.save(tmp_path / "index.faiss")
+    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, device)
+    assert (loaded.n, loaded.d, loaded.exact_search, loaded.exact_affinity) == (640, D, *TYPES[factory][:2])
+    if loaded.device == "cpu":
+        for one, other in zip(index.search(QUERIES, 20), loaded.search(QUERIES, 20), strict=True):
+            np.testing.assert_array_equal(one, other)
+    again = tmp_path / "again.faiss"
+    loaded.save(again)
+    assert again.read_bytes() == (tmp_path / "index.faiss").read_bytes()
+
+
+@every_type
+def test_k_above_n_is_cut(factory: str) -> None:
+    affinity, rows = built(factory).search(QUERIES, 10_000)
+    assert affinity.shape == rows.shape == (9, 640)
+    assert rows.max() < 640
+    found = rows[0][rows[0] >= 0]
+    assert len(found) == len(set(found.tolist()))
+    if TYPES[factory][0]:
+        assert (np.sort(rows) == np.arange(640)).all()
+
+
+def test_slots_that_an_approximate_index_cannot_fill_have_row_minus_one() -> None:
+    index = built("IVF16,Flat")  # probes 8 lists of 16
+    affinity, rows = index.search(QUERIES, 640)
+    empty = rows < 0
+    assert empty.any()
+    assert (np.diff(empty.astype(int), axis=1) >= 0).all()  # they come last
+    np.testing.assert_allclose(
+        affinity[~empty], np.take_along_axis(EXACT, np.maximum(rows, 0), axis=1)[~empty], atol=1e-5
+    )
+
+
+def test_k_may_be_a_numpy_integer() -> None:
+    assert built("Flat").search(QUERIES, np.int64(3))[1].shape == (9, 3)
+
+
+def test_no_queries_and_queries_of_other_layouts() -> None:
+    index = built("Flat")
+    assert index.search(QUERIES[:0], 3)[1].shape == (0, 3)
+    for other in (QUERIES.astype(np.float64), np.asfortranarray(QUERIES), np.repeat(QUERIES, 2, axis=0)[::2]):
+        np.testing.assert_array_equal(index.search(other, 3)[1], NEAREST[:, :3])
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW32", "SQfp16", "SQ8"])
+def test_keys_are_never_normalised(factory: str) -> None:
+    """A long key answers before a short one of the same direction, by its length."""
+    keys = KEYS.copy()
+    keys[5], keys[6] = 2 * keys[5] / np.linalg.norm(keys[5]), 0.5 * keys[5] / np.linalg.norm(keys[5])
+    query = keys[5:6] / 2
+    affinity, rows = VectorIndex.build(keys, factory, "cpu").search(query, 3)
+    assert rows[0, 0] == 5
+    np.testing.assert_allclose(affinity[0, 0], 2, atol=0.1)
+    assert affinity[0, 1] < 1.6
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "SQ8"])
+def test_float16_keys_are_taken_as_they_are(factory: str) -> None:
+    half = KEYS.astype(np.float16)
+    affinity, rows = VectorIndex.build(half, factory, "cpu").search(QUERIES, 10)
+    expected, same = VectorIndex.build(half.astype(np.float32), factory, "cpu").search(QUERIES, 10)
+    np.testing.assert_array_equal(rows, same)
+    np.testing.assert_array_equal(affinity, expected)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "SQ8"])
+def test_keys_are_read_in_blocks_also_from_a_file(factory: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "keys.npy", KEYS)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    for one, other in zip(
+        VectorIndex.build(mapped, factory, "cpu", block=100).search(QUERIES, 10),
+        built(factory).search(QUERIES, 10),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_one_key_is_enough() -> None:
+    affinity, rows = VectorIndex.build(KEYS[:1], "Flat", "cpu").search(QUERIES, 5)
+    assert (rows == 0).all()
+    np.testing.assert_allclose(affinity, EXACT[:, :1], atol=1e-6)
+
+
+def test_a_sample_trains_a_clustered_index_and_every_key_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_index, "TRAINING_PER_LIST", 20)
+    index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")  # on 320 of 640
+    _, rows = index.search(KEYS, 1)
+    assert index.n == 640
+    assert set(rows[:, 0].tolist()) <= set(range(640))
+    again = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")
+    np.testing.assert_array_equal(index.search(QUERIES, 20)[1], again.search(QUERIES, 20)[1])  # the sample is fixed
+
+
+@pytest.mark.parametrize(("lists", "probes"), [(4, 4), (16, 8), (256, 32), (1_000_000, GPU_MAX_K)])
+def test_enough_lists_are_probed_but_no_more_than_a_gpu_can(lists: int, probes: int) -> None:
+    index = faiss.index_factory(2, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+    vector_index._set_search_effort(index)
+    assert index.nprobe == probes
+
+
+def test_wrapped_indexes_are_searched_with_the_same_effort() -> None:
+    index = built("PCA32,Flat")
+    assert index.n == 640
+    wrapped = VectorIndex.build(KEYS, "PCA32,IVF16,Flat", "cpu")
+    inner = faiss.downcast_index(faiss.downcast_index(wrapped._cpu).index)
+    assert inner.nprobe == 8
+    assert faiss.downcast_index(built("HNSW32")._cpu).hnsw.efSearch == 128
+
+
+def test_no_time_goes_into_codes_for_a_search_that_is_never_made() -> None:
+    assert not faiss.downcast_index(built("PQ8")._cpu).do_polysemous_training
+
+
+BAD = {
+    "nonsense": "could not parse",
+    "": "could not parse",
+    "flat": "could not parse",
+    "IVF16": "could not parse",
+    "IVF16,nonsense": "could not parse",
+    "PQ7": "should be a multiple",
+    "PCA128,Flat": "cannot output 128 dimensions from 64",
+    "IVF1000,Flat": r"Number of training points \(640\) should be at least as large as number of clusters \(1000\)",
+    "IMI2x4,Flat": "not implemented for inner prod",
+    "LSH": "METRIC_L2",
+    "L2norm,Flat": "normalises",
+    "L2Norm,IVF16,Flat": "normalises",
+    "PCA32,L2norm,Flat": "normalises",
+    "IDMap,Flat": "add does not make sense",
+    # FAISS builds these, then ends the process or fails at the first search
+    "IVF0,Flat": "is 0",
+    "HNSW0": "is 0",
+    "HNSW1": "1 link",
+    "IVF16_HNSW1,Flat": "1 link",
+    "PQ8x0": "is 0",
+    "RQ0x8": "is 0",
+}
+
+
+@pytest.mark.parametrize("factory", BAD)
+def test_a_type_that_cannot_be_is_a_usage_error_of_one_line(factory: str) -> None:
+    with pytest.raises(UsageError, match=BAD[factory]) as caught:
+        VectorIndex.build(KEYS, factory, "cpu")
+    message = str(caught.value)
+    assert message.startswith(f"index {factory!r}: ")
+    assert "\n" not in message
+    assert "/faiss/" not in message  # no place in FAISS's source
+
+
+def test_a_type_that_outgrows_the_memory_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(faiss, "index_factory", full)  # as for HNSW99999999, which might bring the machine down
+    with pytest.raises(UsageError, match=r"^index 'HNSW32': std::bad_alloc$"):
+        VectorIndex.build(KEYS, "HNSW32", "cpu")
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "PQ8", "PCA32,IVF16,Flat"])
+def test_too_few_keys_to_train_on_is_a_usage_error(factory: str) -> None:
+    with pytest.raises(UsageError, match=r"^index '.*': .* \(training it on 5 keys of 64 values\)$"):
+        VectorIndex.build(KEYS[:5], factory, "cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an index", None])
+def test_a_file_that_is_no_index_is_a_store_error(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "index.faiss"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StoreError) as caught:
+        VectorIndex.load(path, "Flat")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_file_is_a_store_error(tmp_path: Path) -> None:
+    for factory in ("Flat", "IVF16,Flat"):
+        built(factory).save(tmp_path / "whole")
+        raw = (tmp_path / "whole").read_bytes()
+        (tmp_path / "cut").write_bytes(raw[: len(raw) // 2])
+        with pytest.raises(StoreError, match="cut"):
+            VectorIndex.load(tmp_path / "cut", factory)
+
+
+def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nowhere"):
+        built("Flat").save(tmp_path / "nowhere" / "index.faiss")
+
+
+class FakeGpu:
+    """Stands for the GPU copy where there is none: counts the searches that reach it."""
+
+    def __init__(self, index: Any) -> None:
+        self.index, self.searches = index, 0
+
+    def search(self, features: npt.NDArray[np.float32], k: int) -> tuple[Any, Any]:
+        assert k <= GPU_MAX_K
+        self.searches += 1
+        affinity, rows = self.index.search(features, k)
+        return affinity, rows
+
+
+def test_the_gpu_copy_answers_up_to_its_largest_k_and_the_cpu_beyond() -> None:
+    keys = made(3, GPU_MAX_K + 10, d=4)
+    index = VectorIndex.build(keys, "Flat", "cpu")
+    gpu = FakeGpu(index._cpu)
+    index._gpu = gpu
+    assert index.device == "cuda"
+    assert index.search(keys[:2], GPU_MAX_K)[1].shape == (2, GPU_MAX_K)
+    assert gpu.searches == 1
+    assert index.search(keys[:2], GPU_MAX_K + 1)[1].shape == (2, GPU_MAX_K + 1)
+    assert gpu.searches == 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@every_type
+def test_gpu_answers_as_the_cpu_does(factory: str) -> None:
+    cpu, gpu = built(factory), VectorIndex(built(factory)._cpu, factory, "auto")
+    if factory in ("Flat", "IVF16,Flat"):  # which of the others have a GPU form is FAISS's affair
+        assert gpu.device == "cuda"
+    for k in (1, 10, 100):
+        expected, rows = cpu.search(QUERIES, k)
+        affinity, gpu_rows = gpu.search(QUERIES, k)
+        filled = (rows >= 0) & (gpu_rows >= 0)
+        np.testing.assert_array_equal(rows >= 0, gpu_rows >= 0)
+        np.testing.assert_allclose(affinity[filled], expected[filled], atol=2e-3)
+        if TYPES[factory][1]:  # rows may swap where affinities are a rounding apart
+            own = np.take_along_axis(EXACT, np.maximum(gpu_rows, 0), axis=1)
+            np.testing.assert_allclose(affinity[filled], own[filled], atol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_index_answers_a_large_k_from_the_cpu() -> None:
+    keys = made(3, GPU_MAX_K + 500, d=8)
+    index = VectorIndex.build(keys, "Flat", "cuda")
+    assert index.device == "cuda"
+    for k in (GPU_MAX_K, GPU_MAX_K + 1, len(keys)):
+        affinity, rows = index.search(keys[:3], k)
+        expected = -np.sort(-(keys[:3].astype(np.float64) @ keys.T.astype(np.float64)), axis=1)[:, :k]
+        assert rows.shape == (3, k)
+        np.testing.assert_allclose(affinity, expected, atol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat"])
+def test_gpu_index_is_saved_from_its_cpu_copy(factory: str, tmp_path: Path) -> None:
+    index = VectorIndex(built(factory)._cpu, factory, "cuda")
+    assert index.device == "cuda"
+    index.save(tmp_path / "gpu.faiss")
+    built(factory).save(tmp_path / "cpu.faiss")
+    assert (tmp_path / "gpu.faiss").read_bytes() == (tmp_path / "cpu.faiss").read_bytes()
+    loaded = VectorIndex.load(tmp_path / "gpu.faiss", factory, "cpu")
+    np.testing.assert_array_equal(loaded.search(QUERIES, 5)[1], built(factory).search(QUERIES, 5)[1])
