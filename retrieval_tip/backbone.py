@@ -134,7 +134,8 @@ def resolve_device(device: str = "auto") -> str:
     if device == "cuda" or device.startswith("cuda:"):
         if not torch.cuda.is_available():
             raise UsageError(f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)")
-        if device != "cuda" and int(device[5:] or -1) not in range(torch.cuda.device_count()):
+        number = device[5:]
+        if device != "cuda" and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
             raise UsageError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs")
         return device
     raise UsageError(f"device {device!r}: expected auto, cpu or cuda")

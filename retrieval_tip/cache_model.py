@@ -50,7 +50,7 @@ class Prediction:
 
     ``label`` and ``probability`` (softmax over the blended logits) of the winner; ``labels`` and ``probabilities`` of
     the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit (the latter with
-    alpha, so that they add up to it); ``logits`` of every class in the index's order; the nearest ``neighbours``.
+    alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order; the nearest ``neighbours``.
     """
 
     label: str
@@ -59,7 +59,7 @@ class Prediction:
     probabilities: list[float]
     text_logit: float
     cache_logit: float
-    logits: list[float]
+    logits: npt.NDArray[np.float32] = field(compare=False)
     neighbours: list[Neighbour]
 
 
@@ -92,6 +92,7 @@ class CacheModel:
         self._class_ids = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64)).to(self.device)
         self.text_weights = self.text_weights.to(self.device)
         self._key_sums: Tensor | None = None
+        self._on_device: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -225,10 +226,9 @@ class CacheModel:
         store.write_array(staged, self.text_weights.cpu().numpy())
         writer.seal("text", staged, len(self.class_names))
         parent = writer.parent.version if writer.parent else None
-        self.version = (parent or 0) + 1
         writer.commit(
             store.Manifest(
-                version=self.version,
+                version=(parent or 0) + 1,
                 parent=parent,
                 created_at=now().isoformat(timespec="seconds"),
                 created_by=f"retrieval-tip {version('retrieval-tip')}",
@@ -237,9 +237,9 @@ class CacheModel:
                 dtype=str(self.keys.dtype),
                 class_names=self.class_names,
                 templates=self.templates,
-                logit_scale=self.logit_scale,
-                alpha=self.alpha,
-                beta=self.beta,
+                logit_scale=float(self.logit_scale),
+                alpha=float(self.alpha),
+                beta=float(self.beta),
                 k=self.k,
                 tail=self.tail,
                 index=self.index.factory,
@@ -248,6 +248,7 @@ class CacheModel:
                 files=writer.files,
             )
         )
+        self.version = (parent or 0) + 1
 
     def terms(self, features: Features, k: int | None = None, tail: bool = True) -> tuple[Tensor, Tensor]:
         """The two parts of the logits: text ``logit_scale * f W^T`` and cache ``C`` (without alpha), ``[q, c]`` each.
@@ -263,11 +264,12 @@ class CacheModel:
             part = slice(start, start + len(block))
             text[part] = tip.text_logits(block, self.text_weights, self.logit_scale)
             cache[part] = self._all(block) if k is None or k >= self.n else self._retrieved(block, k, tail)
-        if not torch.isfinite(cache).all():
+        largest = (text.abs().max(), cache.max()) if len(f) else (text.new_zeros(()), cache.new_zeros(()))
+        if not torch.isfinite(largest[1]):
             raise InputError(
                 f"beta {self.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
             )
-        if not torch.isfinite(tip.blend(text, cache, self.alpha)).all():
+        if not torch.isfinite(tip.blend(*largest, self.alpha)):
             raise InputError(
                 f"alpha {self.alpha:g} or logit_scale {self.logit_scale:g}: too large, the logits overflow; "
                 "use smaller ones"
@@ -301,22 +303,22 @@ class CacheModel:
         logits = tip.blend(text, cache, self.alpha)
         best = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
         near = self._neighbours(features, min(neighbours, k or neighbours)) if neighbours > 0 else [[]] * len(logits)
-        predictions = []
-        for row, (probabilities, ids) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            labels = [self.class_names[i] for i in ids]
-            predictions.append(
-                Prediction(
-                    label=labels[0],
-                    probability=probabilities[0],
-                    labels=labels,
-                    probabilities=probabilities,
-                    text_logit=float(text[row, ids[0]]),
-                    cache_logit=self.alpha * float(cache[row, ids[0]]),
-                    logits=logits[row].tolist(),
-                    neighbours=near[row],
-                )
+        winner = best.indices[:, :1]
+        parts = torch.cat([text.gather(1, winner), self.alpha * cache.gather(1, winner)], dim=1).tolist()
+        by_query = zip(best.values.tolist(), best.indices.tolist(), parts, logits.cpu().numpy(), near, strict=True)
+        return [
+            Prediction(
+                label=self.class_names[ids[0]],
+                probability=probabilities[0],
+                labels=[self.class_names[i] for i in ids],
+                probabilities=probabilities,
+                text_logit=part[0],
+                cache_logit=part[1],
+                logits=row,
+                neighbours=nearest,
             )
-        return predictions
+            for probabilities, ids, part, row, nearest in by_query
+        ]
 
     def classify_source(
         self,
@@ -429,6 +431,13 @@ class CacheModel:
         ]
 
     def _block(self, start: int) -> Tensor:
+        """A block of keys, float32. On a GPU all of them stay there, where half of its free memory holds them."""
+        if self._on_device is None and self.device != "cpu":
+            free, _ = torch.cuda.mem_get_info(torch.device(self.device))
+            if self.keys.nbytes < free // 2:
+                self._on_device = torch.from_numpy(self.keys).to(self.device)
+        if self._on_device is not None:
+            return self._on_device[start : start + KEY_BLOCK].float()
         return torch.from_numpy(self.keys[start : start + KEY_BLOCK]).to(self.device).float()
 
     def _counts(self) -> Tensor:

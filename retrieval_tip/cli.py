@@ -446,7 +446,7 @@ def _row(name: str, found: Prediction, columns: list[str]) -> dict[str, Any]:
         "probability": found.probability,
         "labels": found.labels,
         "probabilities": found.probabilities,
-        "logits": found.logits,
+        "logits": found.logits.tolist() if "logits" in columns else None,
         "text_logit": found.text_logit,
         "cache_logit": found.cache_logit,
         "neighbours": [vars(neighbour) for neighbour in found.neighbours],

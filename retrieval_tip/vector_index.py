@@ -91,9 +91,12 @@ class VectorIndex:
     def save(self, path: Path) -> None:
         """Write the index file, from the CPU copy."""
         try:
-            faiss().write_index(self._cpu, str(path))
+            with path.open("wb") as file:  # by its name FAISS would take a full disk for success
+                faiss().write_index(self._cpu, faiss().PyCallbackIOWriter(file.write))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot write it ({_reason(error)})") from None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     @property
     def n(self) -> int:

@@ -313,7 +313,7 @@ def test_an_explanation_adds_up(k: int | None) -> None:
     for row, answer in enumerate(answers):
         winner = NAMES.index(answer.label)
         assert winner == int(logits[row].argmax())
-        assert answer.logits == logits[row].tolist()
+        np.testing.assert_array_equal(answer.logits, logits[row].numpy())
         assert answer.text_logit + answer.cache_logit == pytest.approx(answer.logits[winner], abs=1e-4)
         assert len(answer.neighbours) == (k or N)
         own = [n.weight for n in answer.neighbours if n.label == answer.label]
