@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrieval_tip import __version__
-from retrieval_tip.errors import RetrievalTipError, Skipped, UsageError
+from retrieval_tip.errors import RetrievalTipError, Skipped, UsageError, one_line
 
 if TYPE_CHECKING:
     from retrieval_tip.backbone import Backbone
@@ -56,9 +57,9 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except UsageError as error:
-            raise click.UsageError(str(error), ctx) from error
+            raise click.UsageError(one_line(str(error)), ctx) from error
         except RetrievalTipError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(one_line(str(error))) from error
         except BrokenPipeError:  # whoever reads has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
@@ -66,7 +67,7 @@ class _Group(click.Group):
             raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{name}{error.strerror or error}") from error
+            raise click.ClickException(one_line(f"{name}{error.strerror or error}")) from error
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -80,10 +81,12 @@ def _recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path |
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise click.BadParameter(f"{path}: {error}", ctx) from None
-        known = {parameter.name for parameter in ctx.command.params}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise click.BadParameter(f"{path}: unknown setting {unknown[0]!r}", ctx)
+        known = {parameter.name: parameter for parameter in ctx.command.params}
+        for name, value in values.items():
+            if name not in known:
+                raise click.BadParameter(f"{path}: unknown setting {name!r}", ctx)
+            if isinstance(value, list | dict) and not getattr(known[name], "multiple", False):
+                raise click.BadParameter(f"{path}: {name} takes one value, not {value!r}", ctx)
         ctx.default_map = values
     return path
 
@@ -102,8 +105,8 @@ _READING = _options(
 _ENCODING = _options(
     click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
                  help="Rows of feature tables: must have norm 1, are scaled to it, or are kept as they are."),
-    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True,
-                 help="Images encoded at a time."),
+    click.option("--batch-size", type=click.IntRange(1),
+                 help="Images encoded at a time.  [default: the backbone's best, 4 on a CPU, 64 on a GPU]"),
     click.option("--workers", type=click.IntRange(1), default=min(16, os.cpu_count() or 1), show_default="cores",
                  help="Threads that read and decode images."),
     click.option("--cache", type=FOLDER,
@@ -140,13 +143,21 @@ def main(ctx: click.Context, quiet: bool) -> None:
     Exit status: 0 done; 1 failed, nothing was changed; 2 wrong usage; 3 done, but some inputs could not be read.
     """
     handler = logging.StreamHandler(_Stderr())
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is said by us, with its name
     ctx.obj = quiet
+
+
+class _OneLine(logging.Formatter):
+    """A name in a message cannot start another line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 class _Stderr:
@@ -191,7 +202,7 @@ def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
     id, label and feature), or a split .json (its train part).
     """
     from retrieval_tip.build import build_index
-    from retrieval_tip.sources import open_source
+    from retrieval_tip.sources import open_source, show
 
     shots = open_source(source, split=given["split"], root=given["root"])
     backbone = _backbone_of(shots, given, needed=given["text"] is None)
@@ -211,7 +222,9 @@ def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
             logit_scale=given["logit_scale"],
             device="cpu",
         )
-    click.echo(f"{out}: version {cache.version}, {cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+    click.echo(
+        f"{one_line(show(out))}: version {cache.version}, {cache.n} keys of {cache.d}, {len(cache.class_names)} classes"
+    )
     _finish(ctx, encoder.skipped)
 
 
@@ -273,12 +286,12 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
     SOURCE as for index build, or a folder of images without labels.
     """
     from retrieval_tip.features import encode_table
-    from retrieval_tip.sources import open_items
+    from retrieval_tip.sources import open_items, show
 
     items = open_items(source, split=given["split"], root=given["root"])
     with _encoder(ctx, _backbone_of(items, given), given) as encoder:
         rows = encode_table(items, out, encoder)
-    click.echo(f"{out}: {rows} rows")
+    click.echo(f"{one_line(show(out))}: {rows} rows")
     _finish(ctx, encoder.skipped)
 
 
@@ -303,7 +316,7 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
     from retrieval_tip.sources import open_inputs
 
     cache, k, tail = _index(folder, given)
-    sources = list(open_inputs(inputs, sys.stdin))
+    sources = list(open_inputs(inputs, _paths_on_stdin()))
     backbone = _backbone_for(cache, sources, given)
     columns = ["input", "label", "probability"]
     columns += ["labels", "probabilities"] if given["top"] > 1 else []
@@ -370,6 +383,12 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         if not report.problems:
             click.echo("no problems found")
     ctx.exit(FAILED if report.problems else 0)
+
+
+def _paths_on_stdin() -> Iterator[str]:
+    """One path a line, or separated by NUL (``find -print0``), whatever bytes they are made of."""
+    data = sys.stdin.buffer.read()
+    yield from map(os.fsdecode, data.split(b"\0" if b"\0" in data else b"\n"))
 
 
 def _index(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]:

@@ -25,6 +25,11 @@ class StoreError(RetrievalTipError):
     """An index folder that is missing, damaged, of another format, or cannot be written."""
 
 
+def one_line(text: str) -> str:
+    """Text on one line, without control characters that a terminal would obey, whatever names it holds."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """One input that could not be read: its name, and the reason in a few words."""

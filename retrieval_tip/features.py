@@ -14,6 +14,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ class Encoder:
     - ``backbone``: needed for images only
     - ``views``: 1 for the backbone's own centre view; V > 1 for the mean of V augmented views (``seed`` draws them)
     - ``norms``: for feature tables, ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them
+    - ``batch_size``: images encoded at a time, the backbone's best by default; ``workers``: threads that read them
     - ``cache``: where encodings are kept; ``None`` keeps none
     - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
     """
@@ -70,7 +72,7 @@ class Encoder:
     views: int = 1
     seed: int = 1
     norms: str = "check"
-    batch_size: int = 64
+    batch_size: int | None = None
     workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
     cache: EncodingCache | None = None
     strict: bool = False
@@ -79,8 +81,9 @@ class Encoder:
 
     def __post_init__(self) -> None:
         for name in ("views", "batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: at least 1 is needed")
         if self.norms not in NORMS:
             raise UsageError(f"norms {self.norms!r}: expected one of {', '.join(NORMS)}")
 
@@ -141,7 +144,8 @@ class Encoder:
         scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
         views = ["centre"] if self.views == 1 else [f"crop/{self.seed}/{v}" for v in range(self.views)]
         unique = list(dict.fromkeys(source.paths))
-        chunks = [unique[i : i + self.batch_size] for i in range(0, len(unique), self.batch_size)]
+        size = self.batch_size or backbone.batch_size
+        chunks = [unique[i : i + size] for i in range(0, len(unique), size)]
         encoded = self._encode_chunks(chunks, backbone, scope, views)
         chunk_results: dict[str, tuple[FloatArray, str] | None] = {}
         positions: list[int] = []
@@ -211,8 +215,9 @@ class Encoder:
         todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
         fresh: dict[tuple[str, str], FloatArray] = {}
         keys = list(todo)
-        for start in range(0, len(keys), self.batch_size):
-            batch = keys[start : start + self.batch_size]
+        size = self.batch_size or backbone.batch_size
+        for start in range(0, len(keys), size):
+            batch = keys[start : start + size]
             fresh.update(zip(batch, backbone.encode_images(torch.stack([todo[key] for key in batch])), strict=True))
         if self.cache is not None and fresh:
             self.cache.put(scope, fresh)
@@ -244,6 +249,9 @@ class _Loaded:
     problem: str | None
 
 
+_DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
+
+
 class EncodingCache:
     """Raw features by backbone, image content and view, in one SQLite file: what was encoded once is never again.
 
@@ -256,13 +264,10 @@ class EncodingCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise self._unusable(error) from None
-            aside = self.path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
-            self.path.rename(aside)
-            log.warning("%s: damaged, put aside as %s; encoding anew", self.path, aside.name)
-            self._db = self._open()
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from None
+        except _DAMAGE:
+            self._renew()
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -276,6 +281,16 @@ class EncodingCache:
         return InputError(
             f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
         )
+
+    def _renew(self) -> None:
+        """Put a damaged file aside and start another."""
+        aside = self.path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
+        try:
+            self.path.rename(aside)
+            log.warning("%s: damaged, put aside as %s; encoding anew", show(self.path), aside.name)
+            self._db = self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from None
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
@@ -296,9 +311,9 @@ class EncodingCache:
         try:
             with self._lock:
                 row = self._db.execute(query, (scope, digest, view)).fetchone()
-        except sqlite3.Error as error:
-            raise self._unusable(error) from None
-        if row is None or zlib.crc32(row[0]) != row[1]:
+        except _DAMAGE:
+            return None
+        if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
             return None
         return np.frombuffer(row[0], dtype="<f4")
 
@@ -307,23 +322,35 @@ class EncodingCache:
         rows = []
         for (digest, view), feature in features.items():
             blob = feature.astype("<f4").tobytes()
-            rows.append((scope, digest, view, blob, zlib.crc32(blob)))
+            rows.append((scope, digest, view, blob, _crc(scope, digest, view, blob)))
+        with self._lock:
+            try:
+                self._insert(rows)
+            except sqlite3.OperationalError as error:
+                raise self._unusable(error) from None
+            except _DAMAGE:
+                self._db.close()
+                self._renew()
+                self._insert(rows)
+
+    def _insert(self, rows: Sequence[tuple[str, str, str, bytes, int]]) -> None:
+        self._db.execute("BEGIN")
         try:
-            with self._lock:
-                self._db.execute("BEGIN")
-                try:
-                    self._db.executemany("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._db.execute("ROLLBACK")
-                    raise
-        except sqlite3.Error as error:
-            raise self._unusable(error) from None
+            self._db.executemany("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
+    """Over the key too: a damaged file must not give one image the feature of another."""
+    return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))
 
 
 def same_backbone(one: Identity, other: Identity, what: str) -> None:
@@ -360,7 +387,7 @@ def table_identity(path: Path) -> Identity | None:
         return None
     try:
         return Identity.from_dict(json.loads(raw))
-    except (ValueError, BackboneError) as error:
+    except (ValueError, RecursionError, BackboneError) as error:
         raise InputError(f"{show(path)}: its backbone metadata cannot be read ({error})") from None
 
 
@@ -388,12 +415,12 @@ def read_features(path: Path, norms: str = "check") -> Iterator[FloatArray]:
     try:
         for batch in file.iter_batches(TABLE_ROWS, columns=[FEATURE]):
             if batch.num_rows:
-                features = _matrix(batch.column(0), start, dim, name)
+                features = _matrix(batch.column(FEATURE), start, dim, name)
                 dim = features.shape[1]
                 yield _checked(features, start, norms, name)
                 start += batch.num_rows
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{name}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
 
 
 def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
@@ -415,7 +442,8 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
     if values.null_count:
         rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
         raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
-    matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
     return matrix
 
 
@@ -455,29 +483,47 @@ def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) 
         c: source.items[c] for c in source.items.column_names if c not in ("source", "label", FEATURE, "digest", "id")
     }
     with_label = "label" in source.items.column_names
+    with_digest = source.table is not None and pa.field("digest", pa.string()) in list(source.items.schema)
     schema = pa.schema(
         [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.float32(), dim)), ("digest", pa.string())]
         + [(name, column.type) for name, column in kept.items()],
         metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity else None,
     )
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     number = 0
+    plain = [column for column in schema.names if column != FEATURE]
+    with (
+        replacing(path) as temporary,
+        pa.OSFile(os.fsencode(temporary), "wb") as file,  # bytes: the name may not be UTF-8
+        pq.ParquetWriter(file, schema, use_dictionary=plain, compression="none") as writer,
+    ):
+        for block in encoder.blocks(source):
+            items = source.items.take(pa.array(block.positions))
+            columns = {
+                "id": items["source"],
+                "label": items["label"] if with_label else pa.nulls(len(items), pa.string()),
+                FEATURE: pa.FixedSizeListArray.from_arrays(pa.array(block.features.reshape(-1)), dim),
+                "digest": items["digest"] if with_digest else pa.array(block.digests, pa.string()),
+            } | {name: items[name] for name in kept}
+            writer.write_table(pa.table(columns, schema=schema))
+            number += len(items)
+    return number
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file that takes the name ``path`` when it is whole; a link is written through.
+
+    Raises InputError where ``path`` cannot be written; then nothing is left of it.
+    """
+    place = Path(os.path.realpath(path))
+    temporary = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        plain = [column for column in schema.names if column != FEATURE]
-        with pq.ParquetWriter(temporary, schema, use_dictionary=plain, compression="none") as writer:
-            for block in encoder.blocks(source):
-                items = source.items.take(pa.array(block.positions))
-                columns = {
-                    "id": items["source"],
-                    "label": items["label"] if with_label else pa.nulls(len(items), pa.string()),
-                    FEATURE: pa.FixedSizeListArray.from_arrays(pa.array(block.features.reshape(-1)), dim),
-                    "digest": pa.array(block.digests, pa.string()),
-                } | {name: items[name] for name in kept}
-                writer.write_table(pa.table(columns, schema=schema))
-                number += len(items)
-        temporary.replace(path)
+        if place.exists() and not place.is_file():
+            raise InputError(f"{show(path)}: cannot be written: not a file")
+        yield temporary
+        temporary.replace(place)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
-    return number
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

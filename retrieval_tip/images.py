@@ -40,15 +40,29 @@ def extensions() -> frozenset[str]:
 
 def find(folder: Path) -> Iterator[Path]:
     """Image files below a folder, depth first in name order. Hidden files and folders are left out."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
+    waiting = _entries(folder)
+    while waiting:
+        entry = waiting.pop()
+        if is_folder(entry):
             if not entry.is_symlink():  # a link may lead back up
-                yield from find(Path(entry.path))
+                waiting += _entries(entry.path)
         elif Path(entry.name).suffix.lower() in extensions():
             yield Path(entry.path)
+
+
+def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What is in a folder and not hidden, last name first."""
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(seen, key=lambda entry: entry.name, reverse=True)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link to itself is neither."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def read(path: str | os.PathLike[str]) -> bytes:

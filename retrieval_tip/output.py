@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import sys
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import UsageError, one_line
+from retrieval_tip.features import replacing
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
@@ -73,7 +73,7 @@ def _with_details(chunk: Sequence[Row], shown: Sequence[str]) -> Iterator[str]:
             yield f"    {text}"
         others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
         if others:
-            yield "    " + ", ".join(f"{_printable(label)} {probability:.4f}" for label, probability in others)
+            yield "    " + ", ".join(f"{one_line(label)} {probability:.4f}" for label, probability in others)
 
 
 def _json(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
@@ -82,11 +82,21 @@ def _json(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
 
 
 def _csv(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
-    writer = csv.writer(target, lineterminator="\n")
+    writer = csv.writer(_Lines(target), lineterminator="\r\n")  # which makes it quote both of them within a field
     writer.writerow(columns)
     for row in rows:
         values = (row[column] for column in columns)
         writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in values])
+
+
+class _Lines:
+    """What a CSV writer writes to: its lines end here as they do everywhere."""
+
+    def __init__(self, target: IO[str]) -> None:
+        self._target = target
+
+    def write(self, line: str) -> None:
+        self._target.write(line.removesuffix("\r\n") + "\n")
 
 
 def _parquet(rows: Iterable[Row], schema: pa.Schema, target: IO[bytes]) -> None:
@@ -102,25 +112,17 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or pipe is not replaced
+        with path.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        return
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
-    return "-" if value is None else _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Text on one line, without control characters that a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "-" if value is None else one_line(str(value))

@@ -92,10 +92,12 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
     """
     file = Path(path)
     suffix = file.suffix.lower()
-    if file.is_dir():
+    if os.path.isdir(file):  # noqa: PTH112 - unlike pathlib it also takes names that cannot be
         return _class_folders(file)
-    if not file.exists():
+    if not os.path.exists(file):  # noqa: PTH110
         raise InputError(f"{show(file)}: no such file or folder")
+    if not file.is_file():
+        raise InputError(f"{show(file)}: not a file")  # a pipe would wait for ever
     if suffix == ".json":
         return _split_file(file, split or "train", root)
     if suffix in (".csv", ".tsv", ".parquet"):
@@ -108,12 +110,13 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
 def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
     """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
     file = Path(path)
-    if file.is_dir() and not any(next(images.find(Path(e.path)), None) for e in os.scandir(file) if e.is_dir()):
+    folders = _folders(file) if os.path.isdir(file) else None  # noqa: PTH112
+    if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
         found = [str(image) for image in images.find(file)]
         if not found:
             raise InputError(f"{show(file)}: no images in this folder")
         return of_images(found, show(file))
-    if file.suffix.lower() in (".csv", ".tsv", ".parquet") and file.is_file():
+    if _is_table(file):
         return _table(file, root, labelled=False)
     return open_source(path, split=split, root=root)
 
@@ -125,29 +128,36 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
     reports it.
     """
     paths: list[str] = []
-    for argument in arguments:
+    waiting = list(arguments)[::-1]
+    while waiting:
+        argument = waiting.pop()
         file = Path(argument)
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
-        elif file.is_dir():
+        elif os.path.isdir(file):  # noqa: PTH112
             found = [str(image) for image in images.find(file)]
             if not found:
                 raise InputError(f"{show(file)}: no images in this folder")
             paths += found
-        elif file.is_file() and file.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        elif _is_table(file):
             if paths:
                 yield of_images(paths)
                 paths = []
             yield _table(file, None, labelled=False)
-        elif not file.exists() and glob.has_magic(argument):
-            found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - also absolute patterns
+        elif not os.path.exists(file) and glob.has_magic(argument):  # noqa: PTH110
+            matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - also absolute patterns
+            found = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
             if not found:
-                raise InputError(f"{argument}: no file matches")
-            paths += found
+                raise InputError(f"{show(argument)}: no file matches")
+            waiting += found[::-1]
         else:
             paths.append(argument)
     if paths:
         yield of_images(paths)
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file)  # noqa: PTH113
 
 
 def of_images(paths: Sequence[str], name: str = "images") -> Source:
@@ -164,11 +174,10 @@ def show(path: str | os.PathLike[str]) -> str:
 
 
 def _class_folders(folder: Path) -> Source:
-    classes = sorted((e for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")), key=lambda e: e.name)
     paths: list[str] = []
     labels: list[str] = []
     names: list[str] = []
-    for entry in classes:
+    for entry in _folders(folder):
         found = [str(path) for path in images.find(Path(entry.path))]
         name = show(entry.name)
         names.append(name)
@@ -178,11 +187,22 @@ def _class_folders(folder: Path) -> Source:
             log.warning("%s: class folder without images", show(entry.path))
     if not paths:
         raise InputError(f"{show(folder)}: no images; expected one folder a class with images in it")
-    stray = sum(1 for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise InputError(f"{show(folder)}: two class folders show as {twice[0]}; rename the one that is not UTF-8")
+    with os.scandir(folder) as entries:
+        stray = sum(1 for e in entries if not e.name.startswith(".") and os.path.isfile(e.path))  # noqa: PTH113
     if stray:
         log.warning("%s: %d files beside the class folders are ignored", show(folder), stray)
     items = pa.table({"source": [show(path) for path in paths], "label": labels})
     return Source(show(folder), items, tuple(names), tuple(paths))
+
+
+def _folders(folder: Path) -> list[os.DirEntry[str]]:
+    """The folders in a folder, in name order, without the hidden ones."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def _split_file(file: Path, split: str, root: str | None) -> Source:
@@ -199,7 +219,7 @@ def _split_file(file: Path, split: str, root: str | None) -> Source:
     entries: list[tuple[str, int, str]] = []
     for row, entry in enumerate(data[split] if isinstance(data[split], list) else [None]):
         match entry:
-            case [str() as path, int() as label, str() as class_name] if not isinstance(label, bool):
+            case [str() as path, int() as label, str() as class_name] if type(label) is int and class_name.strip():
                 entries.append((path, label, class_name))
             case _:
                 raise InputError(f"{name}: entry {row} is not [path, label, class name]")
@@ -223,10 +243,15 @@ def _split_file(file: Path, split: str, root: str | None) -> Source:
 def _image_root(file: Path, paths: Sequence[str]) -> Path:
     """The split file's own folder, or the one in it that holds most of a sample of the images."""
     sample = paths[:: max(1, len(paths) // 16)]
-    candidates = [file.parent, *sorted(Path(e.path) for e in os.scandir(file.parent or ".") if e.is_dir())]
-    best = max(candidates, key=lambda folder: sum((folder / path).is_file() for path in sample))
-    if not any((best / path).is_file() for path in sample):
-        raise InputError(f"{show(file)}: its images, {show(sample[0])} first, are not beside it; give --root FOLDER")
+
+    def held(folder: Path) -> int:
+        return sum(os.path.isfile(folder / path) for path in sample)  # noqa: PTH113 - also names that cannot be
+
+    best = max([file.parent, *(Path(entry.path) for entry in _folders(file.parent))], key=held)
+    if not held(best):
+        raise InputError(
+            f"{show(file)}: its images, {show(sample[0])[:200]} first, are not beside it; give --root FOLDER"
+        )
     return best
 
 
@@ -235,6 +260,7 @@ def _table(file: Path, root: str | None, *, labelled: bool) -> Source:
     if file.suffix.lower() == ".parquet":
         parquet = open_parquet(file)
         columns = parquet.schema_arrow.names
+        _once(columns, name)
         has_features = FEATURE in columns
         items = _read(name, lambda: parquet.read(columns=[c for c in columns if c != FEATURE]))
     else:
@@ -276,7 +302,7 @@ def _table(file: Path, root: str | None, *, labelled: bool) -> Source:
 
 def open_parquet(file: Path) -> pq.ParquetFile:
     """A Parquet file, memory-mapped. Raises InputError where it is not one."""
-    result: pq.ParquetFile = _read(show(file), lambda: pq.ParquetFile(file, memory_map=True))
+    result: pq.ParquetFile = _read(show(file), lambda: pq.ParquetFile(pa.memory_map(os.fsencode(file))))
     return result
 
 
@@ -296,17 +322,22 @@ def _read_csv(file: Path) -> pa.Table:
 
     def read(types: dict[str, pa.DataType]) -> pa.Table:
         convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-        return pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+        with pa.OSFile(os.fsencode(file)) as raw:  # bytes: the name may not be UTF-8
+            return pyarrow.csv.read_csv(raw, parse_options=parse, convert_options=convert)
 
     def header() -> list[str]:
-        with pyarrow.csv.open_csv(file, parse_options=parse) as reader:
+        with pa.OSFile(os.fsencode(file)) as raw, pyarrow.csv.open_csv(raw, parse_options=parse) as reader:
             columns: list[str] = reader.schema.names
             return columns
 
     columns = _read(name, header)
+    _once(columns, name)
+    return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))
+
+
+def _once(columns: Sequence[str], name: str) -> None:
     if len(set(columns)) < len(columns):
         raise InputError(f"{name}: a column name stands twice in {', '.join(columns)}")
-    return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))
 
 
 def _texts(column: pa.ChunkedArray, name: str, what: str) -> pa.ChunkedArray:
@@ -314,9 +345,11 @@ def _texts(column: pa.ChunkedArray, name: str, what: str) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise InputError(f"{name}: column {what!r} is {column.type}; expected text")
     values = _read(name, lambda: column.cast(kind).cast(pa.string()))
+    _read(f"{name}: column {what!r}", lambda: values.validate(full=True))
     if pa.types.is_integer(kind):
         return values
     trimmed = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)

@@ -236,7 +236,9 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     """The label store as a table. Raises StoreError where it does not describe the manifest's keys and classes."""
     path = folder / manifest.files["labels"].name
     try:
-        with path.open("rb") as file:  # by its path, a folder named x=1 would become a column x
+        # A file of Arrow's: buffers of a Python file are freed by its threads, even while the interpreter ends. And not
+        # just the path: then a folder named x=1 would become a column x.
+        with pa.OSFile(os.fsencode(path)) as file:
             table = pq.ParquetFile(file).read()
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None

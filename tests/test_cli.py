@@ -247,6 +247,10 @@ def test_unreadable_images_are_named_and_the_exit_status_is_3(run, shared, tmp_p
     # paths on standard input
     piped = run("classify", tmp_path / "i", "-", "--format", "csv", stdin=f"{whole}\n")
     assert piped.stdout.splitlines()[1].startswith(str(whole))
+    odd = tmp_path / "two\nlines.jpg"
+    shutil.copy(whole, odd)
+    piped = run("classify", tmp_path / "i", "-", "--format", "json", stdin=f"{odd}\0{whole}\0")  # find -print0
+    assert [json.loads(line)["input"] for line in piped.stdout.splitlines()] == [str(odd), str(whole)]
 
 
 def test_doctor_reports_and_finds_both_faiss_packages(run, monkeypatch):

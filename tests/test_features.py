@@ -1,0 +1,775 @@
+"""Images are read once and encoded once; feature tables are read exactly or refused by row."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from retrieval_tip import features as features_module
+from retrieval_tip import images
+from retrieval_tip.backbone import Identity
+from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
+from retrieval_tip.features import (
+    IDENTITY_KEY,
+    Encoder,
+    EncodingCache,
+    check_backbone,
+    encode_table,
+    read_features,
+    table_dim,
+    table_identity,
+)
+from retrieval_tip.sources import Source, of_images, open_items, open_source
+
+IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4, "mean": [0, 0, 0]})
+
+
+@dataclass
+class Fake:
+    """A backbone whose feature of a view is its mean colour and its corner, ``d = 6``; it counts what it is asked."""
+
+    identity: Identity = IDENTITY
+    precision: str = "float32"
+    dim: int = 6
+    logit_scale: float = 100.0
+    batch_size: int = 4
+    prepared: int = 0
+    batches: list[int] = field(default_factory=list)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        self.prepared += 1
+        return torch.from_numpy(np.asarray(image.resize((4, 4))).astype(np.float32)).permute(2, 0, 1)
+
+    def view(self, image: Image.Image, seed: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash_of(seed))
+        return self.preprocess(image) * torch.rand(3, 1, 1, generator=generator)
+
+    def encode_images(self, pixels: torch.Tensor) -> np.ndarray:
+        self.batches.append(len(pixels))
+        means = pixels.double().mean(dim=(2, 3)).float()
+        return torch.cat([means, pixels[:, :, 0, 0] + 1], dim=1).numpy()
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        raise AssertionError("no text is encoded here")
+
+    def expected(self, image: Image.Image) -> np.ndarray:
+        raw = self.encode_images(self.preprocess(image)[None])[0]
+        return raw / np.linalg.norm(raw)
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode()[-6:], "big")
+
+
+def picture(number: int) -> Image.Image:
+    generator = np.random.default_rng(number)
+    return Image.fromarray(generator.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve pictures."""
+    place = tmp_path / "images"
+    place.mkdir()
+    for number in range(12):
+        picture(number).save(place / f"{number:02}.png")
+    return place
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was read and how often anything was decoded."""
+    counts: Counter[str] = Counter()
+    read, decode = images.read, images.decode
+
+    def counted_read(path: str) -> bytes:
+        counts[Path(path).name] += 1
+        return read(path)
+
+    def counted_decode(data: bytes) -> Image.Image:
+        counts["decoded"] += 1
+        return decode(data)
+
+    monkeypatch.setattr(images, "read", counted_read)
+    monkeypatch.setattr(images, "decode", counted_decode)
+    return counts
+
+
+def all_of(encoder: Encoder, source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and features of every block, one after the other."""
+    blocks = list(encoder.blocks(source))
+    return np.concatenate([b.positions for b in blocks]), np.concatenate([b.features for b in blocks])
+
+
+def source_of(folder: Path) -> Source:
+    return of_images([str(path) for path in images.find(folder)])
+
+
+# -- encoding --
+
+
+def test_each_image_is_read_and_decoded_once(folder: Path, reads: Counter[str], tmp_path: Path) -> None:
+    for views in (1, 3):
+        reads.clear()
+        with_cache(tmp_path / f"cache{views}", lambda cache: all_of(Encoder(Fake(), views=views, cache=cache), source_of(folder)))  # fmt: skip  # noqa: B023, E501
+        assert reads.pop("decoded") == 12
+        assert set(reads.values()) == {1}
+        assert len(reads) == 12
+
+
+def with_cache(folder: Path, use: Callable[[EncodingCache], Any]) -> Any:
+    cache = EncodingCache(folder)
+    try:
+        return use(cache)
+    finally:
+        cache.close()
+
+
+def test_features_are_those_of_the_backbone_with_length_one(folder: Path) -> None:
+    backbone = Fake()
+    positions, found = all_of(Encoder(backbone), source_of(folder))
+    assert positions.tolist() == list(range(12))
+    for number, feature in enumerate(found):
+        assert np.allclose(feature, backbone.expected(picture(number)), atol=1e-6)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1)
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("views", [1, 2, 5])
+def test_batch_size_and_workers_change_nothing(folder: Path, views: int) -> None:
+    source = source_of(folder)
+    expected = all_of(Encoder(Fake(), views=views), source)
+    for batch_size, workers in ((1, 1), (5, 3), (12, 2), (64, 8)):
+        backbone = Fake()
+        found = all_of(Encoder(backbone, views=views, batch_size=batch_size, workers=workers), source)
+        assert np.array_equal(found[0], expected[0])
+        assert np.array_equal(found[1], expected[1])
+        assert max(backbone.batches) <= batch_size
+        assert sum(backbone.batches) == 12 * views
+
+
+def test_blocks_come_in_order_whichever_image_is_slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_of(folder)
+    read = images.read
+    opened = []
+
+    def late(path: str) -> bytes:
+        data = read(path)
+        opened.append(path)
+        if path.endswith("00.png"):
+            while len(opened) < 4:  # the first is ready after the others of its chunk
+                pass
+        return data
+
+    monkeypatch.setattr(images, "read", late)
+    blocks = list(Encoder(Fake(), batch_size=4, workers=4).blocks(source))
+    assert [block.positions.tolist() for block in blocks] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_a_second_run_encodes_and_decodes_nothing(folder: Path, reads: Counter[str], tmp_path: Path) -> None:
+    source = source_of(folder)
+    first = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(Fake(), cache=cache), source))
+    reads.clear()
+    backbone = Fake()
+    second = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source))
+    assert np.array_equal(first[1], second[1])
+    assert backbone.batches == []
+    assert backbone.prepared == 0
+    assert reads["decoded"] == 0
+
+
+def test_the_cache_goes_by_content_not_by_name(folder: Path, tmp_path: Path) -> None:
+    backbone = Fake()
+    with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source_of(folder)))
+    (folder / "00.png").rename(folder / "renamed.png")
+    picture(99).save(folder / "01.png")
+    backbone.batches.clear()
+    _, found = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source_of(folder)))
+    assert sum(backbone.batches) == 1
+    assert np.allclose(found[0], backbone.expected(picture(99)))
+    assert np.allclose(found[11], backbone.expected(picture(0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "fresh"),
+    [
+        ({}, 0),
+        ({"identity": replace(IDENTITY, weights="sha256:02")}, 12),
+        ({"identity": replace(IDENTITY, config="sha256:02")}, 12),
+        ({"identity": replace(IDENTITY, preprocess={"size": 5})}, 12),
+        ({"identity": replace(IDENTITY, model="same weights, other name", pretrained=None)}, 0),
+        ({"precision": "bfloat16"}, 12),
+    ],
+)
+def test_another_backbone_or_precision_encodes_again(
+    folder: Path, tmp_path: Path, change: dict[str, Any], fresh: int
+) -> None:
+    source = source_of(folder)
+    with_cache(tmp_path / "c", lambda cache: all_of(Encoder(Fake(), cache=cache), source))
+    backbone = Fake(**change)
+    with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source))
+    assert sum(backbone.batches) == fresh
+
+
+@pytest.mark.parametrize(("views", "seed", "fresh"), [(3, 1, 0), (2, 1, 0), (4, 1, 12), (3, 2, 36), (1, 1, 12)])
+def test_other_views_or_another_seed_encode_what_is_new(
+    folder: Path, tmp_path: Path, views: int, seed: int, fresh: int
+) -> None:
+    source = source_of(folder)
+    with_cache(tmp_path / "c", lambda cache: all_of(Encoder(Fake(), views=3, seed=1, cache=cache), source))
+    backbone = Fake()
+    encoder = Encoder(backbone, views=views, seed=seed)
+    alone = all_of(encoder, source)
+    backbone.batches.clear()
+    found = with_cache(tmp_path / "c", lambda cache: all_of(replace(encoder, cache=cache), source))
+    assert sum(backbone.batches) == fresh
+    assert np.array_equal(found[1], alone[1])
+
+
+def test_several_views_are_averaged_before_they_are_normalised(folder: Path) -> None:
+    backbone = Fake()
+    source = source_of(folder).take([3])
+    data = images.read(str(folder / "03.png"))
+    digest = features_module.hashlib.sha256(data).hexdigest()
+    raw = [backbone.encode_images(backbone.view(picture(3), f"{digest}/crop/7/{v}")[None])[0] for v in range(4)]
+    mean = np.mean(raw, axis=0)
+    _, found = all_of(Encoder(backbone, views=4, seed=7), source)
+    assert np.allclose(found[0], mean / np.linalg.norm(mean), atol=1e-6)
+    normalised_first = np.mean([r / np.linalg.norm(r) for r in raw], axis=0)
+    assert not np.allclose(found[0], normalised_first / np.linalg.norm(normalised_first), atol=1e-4)
+
+
+def test_the_seed_draws_the_views(folder: Path) -> None:
+    source = source_of(folder)
+    one, again, other = (all_of(Encoder(Fake(), views=2, seed=seed), source)[1] for seed in (1, 1, 2))
+    assert np.array_equal(one, again)
+    assert not np.allclose(one, other)
+
+
+def test_a_path_that_comes_again_is_read_once(folder: Path, reads: Counter[str]) -> None:
+    order = [3, 0, 3, 11, 5, 3, 0, 7, 11]
+    backbone = Fake()
+    for batch_size in (1, 2, 64):
+        reads.clear()
+        backbone.batches.clear()
+        positions, found = all_of(Encoder(backbone, batch_size=batch_size), source_of(folder).take(order))
+        assert positions.tolist() == list(range(len(order)))
+        assert reads["decoded"] == sum(backbone.batches) == 5
+        for number, feature in zip(order, found, strict=True):
+            assert np.allclose(feature, Fake().expected(picture(number)), atol=1e-6)
+
+
+def test_equal_contents_are_encoded_once_a_batch(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
+    backbone = Fake()
+    _, found = all_of(Encoder(backbone), source_of(folder))
+    assert sum(backbone.batches) == 12
+    assert np.array_equal(found[0], found[12])
+
+
+def test_digests_are_those_of_the_files(folder: Path) -> None:
+    (block,) = Encoder(Fake()).blocks(source_of(folder).take([4]))
+    assert block.digests == [features_module.hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()]
+
+
+def test_an_image_that_cannot_be_read_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "05.png").write_bytes(b"garbage")
+    (folder / "07.png").unlink()
+    (folder / "gone.png").symlink_to("nowhere")
+    encoder = Encoder(Fake(), batch_size=4)
+    source = of_images([str(folder / f"{n:02}.png") for n in range(12)] + [str(folder / "gone.png")])
+    positions, found = all_of(encoder, source)
+    assert positions.tolist() == [0, 1, 2, 3, 4, 6, 8, 9, 10, 11]
+    assert [Path(skipped.source).name for skipped in encoder.skipped] == ["05.png", "07.png", "gone.png"]
+    assert [skipped.reason for skipped in encoder.skipped][1:] == ["no such file"] * 2
+    for name in ("05.png", "07.png", "gone.png"):
+        assert f"{folder / name}" in caplog.text
+    assert np.allclose(found[5], Fake().expected(picture(6)), atol=1e-6)
+
+
+def test_strict_stops_at_the_first_one(folder: Path) -> None:
+    (folder / "05.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"05\.png: empty file; leave out --strict"):
+        all_of(Encoder(Fake(), strict=True, batch_size=2), source_of(folder))
+
+
+def test_no_readable_image_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none of its 2 items could be read .*no such file"):
+        all_of(Encoder(Fake()), of_images([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
+
+
+def test_a_feature_without_direction_is_an_image_that_cannot_be_used(folder: Path) -> None:
+    class Broken(Fake):
+        def encode_images(self, pixels: torch.Tensor) -> np.ndarray:
+            raw = super().encode_images(pixels)
+            raw[0] = np.nan
+            return raw
+
+    encoder = Encoder(Broken(), batch_size=6)
+    positions, _ = all_of(encoder, source_of(folder))
+    assert positions.tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert "not finite" in encoder.skipped[0].reason
+
+
+def test_whoever_stops_early_leaves_nothing_running(folder: Path) -> None:
+    backbone = Fake()
+    blocks = Encoder(backbone, batch_size=1, workers=2).blocks(source_of(folder))
+    next(blocks)
+    blocks.close()
+    assert sum(backbone.batches) <= 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"views": 0}, {"batch_size": 0}, {"workers": 0}, {"batch_size": -1}, {"norms": "sometimes"}]
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        Encoder(Fake(), **wrong)
+
+
+def test_images_without_a_backbone_are_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--model"):
+        all_of(Encoder(), source_of(folder))
+
+
+# -- the encoding cache --
+
+
+def fill(folder: Path, source: Source) -> np.ndarray:
+    return with_cache(folder, lambda cache: all_of(Encoder(Fake(), cache=cache), source))[1]
+
+
+@pytest.mark.parametrize("what", ["feature", "crc", "type", "null"])
+def test_a_damaged_entry_is_encoded_again(folder: Path, tmp_path: Path, what: str) -> None:
+    source = source_of(folder)
+    right = fill(tmp_path / "c", source)
+    with sqlite3.connect(tmp_path / "c/encodings.sqlite") as db:
+        change = {
+            "feature": "UPDATE encodings SET feature = zeroblob(24)",
+            "crc": "UPDATE encodings SET crc = crc + 1",
+            "type": "UPDATE encodings SET feature = 'text'",
+            "null": "UPDATE encodings SET crc = 'x'",
+        }[what]
+        db.execute(change)
+    db.close()
+    backbone = Fake()
+    found = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source))
+    assert np.array_equal(found[1], right)
+    assert sum(backbone.batches) == 12
+    assert np.array_equal(fill(tmp_path / "c", source), right)
+
+
+def test_an_entry_under_the_key_of_another_is_encoded_again(folder: Path, tmp_path: Path) -> None:
+    """What a flipped bit in SQLite's own index comes to."""
+    source = source_of(folder)
+    right = fill(tmp_path / "c", source)
+    with sqlite3.connect(tmp_path / "c/encodings.sqlite") as db:
+        rows = db.execute("SELECT digest, feature, crc FROM encodings").fetchall()
+        for (digest, _, _), (_, feature, crc) in zip(rows, rows[1:] + rows[:1], strict=True):
+            db.execute("UPDATE encodings SET feature = ?, crc = ? WHERE digest = ?", (feature, crc, digest))
+    db.close()
+    assert np.array_equal(fill(tmp_path / "c", source), right)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_flipped_bytes_in_the_cache_never_give_wrong_features(folder: Path, tmp_path: Path, seed: int) -> None:
+    source = source_of(folder)
+    right = fill(tmp_path / "c", source)
+    file = tmp_path / "c/encodings.sqlite"
+    generator = np.random.default_rng(seed)
+    damaged = bytearray(file.read_bytes())
+    for place in generator.integers(0, len(damaged) if seed % 2 else 4096, 40):
+        damaged[place] ^= 1 << generator.integers(0, 8)
+    file.write_bytes(damaged)
+    encoder = Encoder(Fake())
+    try:
+        found = with_cache(tmp_path / "c", lambda cache: all_of(replace(encoder, cache=cache), source))
+    except InputError as error:
+        assert "--no-cache" in str(error)  # noqa: PT017 - it may be raised, but needs not
+    else:
+        assert np.array_equal(found[1], right)
+    assert encoder.skipped == []  # the images are not to blame
+
+
+@pytest.mark.parametrize("raw", [b"garbage" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_file_of_something_else_is_put_aside(
+    folder: Path, tmp_path: Path, raw: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "c").mkdir()
+    file = tmp_path / "c/encodings.sqlite"
+    file.write_bytes(raw)
+    source = source_of(folder)
+    right = all_of(Encoder(Fake()), source)[1]
+    assert np.array_equal(fill(tmp_path / "c", source), right)
+    (aside,) = (tmp_path / "c").glob("*damaged*")
+    assert aside.read_bytes() == raw
+    assert "put aside" in caplog.text
+
+
+def test_damage_that_is_met_while_writing_is_put_aside(folder: Path, tmp_path: Path) -> None:
+    source = source_of(folder)
+    right = fill(tmp_path / "c", source)
+    file = tmp_path / "c/encodings.sqlite"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:4096] + b"\xee" * (len(raw) - 4096))  # every page but the first
+    assert np.array_equal(fill(tmp_path / "c", source), right)
+    backbone = Fake()
+    found = with_cache(tmp_path / "c", lambda cache: all_of(Encoder(backbone, cache=cache), source))
+    assert np.array_equal(found[1], right)
+    assert backbone.batches == []
+
+
+def test_a_cache_that_cannot_be_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "d/encodings.sqlite").mkdir(parents=True)
+    for place in (tmp_path / "file", tmp_path / "file/below", tmp_path / "d"):
+        with pytest.raises(InputError, match="--no-cache"):
+            EncodingCache(place)
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert EncodingCache.default_folder() == Path("/a")
+    monkeypatch.delenv("RETRIEVAL_TIP_CACHE")
+    assert EncodingCache.default_folder() == Path("/b/retrieval-tip")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert EncodingCache.default_folder() == Path("/home/me/.cache/retrieval-tip")
+
+
+def _busy(folder: str, number: int) -> None:
+    cache = EncodingCache(folder)
+    for turn in range(30):
+        own, common = np.full(6, number, np.float32), np.full(6, turn, np.float32)
+        cache.put("s", {(f"{number}-{turn}", "centre"): own, (f"common-{turn}", "centre"): common})
+        found = cache.get("s", f"common-{turn}", "centre")
+        assert found is not None
+        assert (found == turn).all()
+    cache.close()
+
+
+def test_two_processes_share_a_cache(tmp_path: Path) -> None:
+    start = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    workers = [start.Process(target=_busy, args=(str(tmp_path), number)) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    cache = EncodingCache(tmp_path)
+    for number in range(2):
+        for turn in range(30):
+            found = cache.get("s", f"{number}-{turn}", "centre")
+            assert found is not None
+            assert (found == number).all()
+    cache.close()
+
+
+# -- feature tables --
+
+
+def unit_rows(rows: int, d: int = 4, seed: int = 0) -> np.ndarray:
+    raw = np.random.default_rng(seed).normal(size=(rows, d)).astype(np.float32)
+    return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+
+
+def table_of(path: Path, column: pa.Array | list[Any], **more: Any) -> Path:
+    pq.write_table(pa.table({"feature": column} | more), path)
+    return path
+
+
+def read_all(path: Path, norms: str = "check") -> np.ndarray:
+    return np.concatenate(list(read_features(path, norms)))
+
+
+FLOATS = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
+LISTS = {"fixed": lambda t: pa.list_(t, 4), "list": pa.list_, "large": pa.large_list}
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("shape", LISTS)
+def test_features_of_every_float_and_list_type_are_read(tmp_path: Path, kind: str, shape: str) -> None:
+    rows = unit_rows(5).astype(kind)
+    path = table_of(tmp_path / "t.parquet", pa.array(list(rows), LISTS[shape](FLOATS[kind])))
+    found = read_all(path)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, rows.astype(np.float32))
+    assert table_dim(path) == 4
+
+
+def test_large_tables_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "TABLE_ROWS", 7)
+    rows = unit_rows(30)
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"feature": pa.array(list(rows), pa.list_(pa.float32(), 4))}), path, row_group_size=11)
+    parts = list(read_features(path))
+    assert all(1 <= len(part) <= 7 for part in parts)
+    assert np.array_equal(np.concatenate(parts), rows)
+
+
+GOOD = [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([GOOD, None, GOOD, None], "rows 1, 3 without a feature"),
+        ([GOOD, GOOD, [1.0, 0.0]], "row 2 has 2 values, the rows before have 4"),
+        ([GOOD, []], "row 1 has 0 values"),
+        ([[], []], "row 0 has no values"),
+        ([GOOD, [1.0, None, 0.0, 0.0]], "row 1 with a missing value"),
+        ([GOOD, [np.nan, 0, 0, 0], GOOD], "row 1: the feature holds NaN or infinity"),
+        ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature holds NaN or infinity"),
+        ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature holds NaN or infinity"),
+        ([GOOD, [0.0, 0, 0, 0]], "row 1: the feature is zero"),
+        ([GOOD, [2.0, 0, 0, 0]], "row 1: norm 2 instead of 1; give --norms unit"),
+        ([[0.5, 0, 0, 0], GOOD], "row 0: norm 0.5 instead of 1"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_wrong_row_is_named(tmp_path: Path, rows: list[Any], words: str) -> None:
+    path = table_of(tmp_path / "my table.parquet", pa.array(rows, pa.list_(pa.float64())))
+    with pytest.raises(InputError) as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_rows_are_counted_over_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "TABLE_ROWS", 4)
+    rows: list[Any] = list(unit_rows(20))
+    cases = {"row 13 has 3": [1.0, 0.0, 0.0], "row 13: the feature holds": [np.nan] * 4, "row 13 without": None}
+    for words, wrong in cases.items():
+        path = table_of(tmp_path / "t.parquet", pa.array([*rows[:13], wrong, *rows[14:]], pa.list_(pa.float32())))
+        with pytest.raises(InputError, match=words):
+            read_all(path)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1.0, 2.0]),
+        pa.array(["a", "b"]),
+        pa.array([[1, 0], [0, 1]]),
+        pa.array([["a"], ["b"]]),
+        pa.array([[[1.0]], [[1.0]]]),
+        pa.array([b"1234", b"1234"]),
+        pa.array([{"x": 1.0}, {"x": 1.0}]),
+        pa.nulls(2),
+        pa.array([[None], [None]]),
+    ],
+)
+def test_a_feature_of_another_type_is_refused(tmp_path: Path, column: pa.Array) -> None:
+    path = table_of(tmp_path / "t.parquet", column)
+    with pytest.raises(InputError, match=r"t\.parquet: column 'feature' is .*expected lists of float"):
+        read_all(path)
+
+
+def test_an_empty_table_and_one_without_features_are_refused(tmp_path: Path) -> None:
+    empty = table_of(tmp_path / "e.parquet", pa.array([], pa.list_(pa.float32(), 4)))
+    assert list(read_features(empty)) == []
+    with pytest.raises(InputError, match=r"e\.parquet: has no rows"):
+        table_dim(empty)
+    pq.write_table(pa.table({"id": ["a"], "vector": ["b"]}), tmp_path / "n.parquet")
+    with pytest.raises(InputError, match="no column 'feature' among id, vector"):
+        read_all(tmp_path / "n.parquet")
+
+
+def test_norms_can_be_made_or_kept(tmp_path: Path) -> None:
+    rows = unit_rows(6) * np.arange(1, 7, dtype=np.float32)[:, None]
+    path = table_of(tmp_path / "t.parquet", list(rows))
+    assert np.allclose(read_all(path, "unit"), unit_rows(6), atol=1e-6)
+    assert np.array_equal(read_all(path, "keep"), rows)
+    zero = table_of(tmp_path / "z.parquet", pa.array([GOOD, [0.0] * 4]))
+    assert read_all(zero, "keep").tolist() == [GOOD, [0.0] * 4]
+    with pytest.raises(InputError, match="row 1: the feature is zero"):
+        read_all(zero, "unit")
+
+
+def test_half_precision_passes_for_unit_norm(tmp_path: Path) -> None:
+    rows = unit_rows(50, 512).astype(np.float16)
+    assert np.array_equal(read_all(table_of(tmp_path / "t.parquet", list(rows))), rows.astype(np.float32))
+
+
+def test_a_column_named_like_a_part_of_the_feature_is_not_taken_for_it(tmp_path: Path) -> None:
+    rows = unit_rows(2)
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"feature.note": ["a", "b"], "feature": list(rows), "feature.more": [1, 2]}), path)
+    assert np.array_equal(read_all(path), rows)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [19, 3, 11], [5, 5, 5], [19, 0, 19, 7, 0], [12], list(range(20))[::-1]])
+def test_rows_are_picked_in_any_order_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int]
+) -> None:
+    monkeypatch.setattr(features_module, "TABLE_ROWS", 6)
+    rows = unit_rows(20)
+    source = open_items(table_of(tmp_path / "t.parquet", list(rows))).take(order)
+    positions, found = all_of(Encoder(), source)
+    assert positions.tolist() == list(range(len(order)))
+    assert np.array_equal(found, rows[order])
+
+
+def test_a_table_in_order_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features_module, "TABLE_ROWS", 6)
+    source = open_items(table_of(tmp_path / "t.parquet", list(unit_rows(20))))
+    assert [len(block.positions) for block in Encoder().blocks(source)] == [6, 6, 6, 2]
+
+
+def with_identity(path: Path, raw: bytes | None, rows: np.ndarray | None = None) -> Path:
+    table = pa.table({"id": ["a", "b"], "feature": list(unit_rows(2, 6) if rows is None else rows)})
+    pq.write_table(table.replace_schema_metadata(None if raw is None else {IDENTITY_KEY: raw}), path)
+    return path
+
+
+def test_a_table_knows_its_backbone(tmp_path: Path) -> None:
+    path = with_identity(tmp_path / "t.parquet", json.dumps(IDENTITY.to_dict()).encode())
+    assert table_identity(path) == IDENTITY
+    assert table_identity(with_identity(tmp_path / "u.parquet", None)) is None
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"model": 1}', b"[" * 100_000])
+def test_backbone_metadata_that_cannot_be_read_is_refused(tmp_path: Path, raw: bytes) -> None:
+    with pytest.raises(InputError, match=r"t\.parquet: its backbone metadata cannot be read"):
+        table_identity(with_identity(tmp_path / "t.parquet", raw))
+
+
+def test_a_table_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    other = replace(IDENTITY, model="other", weights="sha256:09")
+    source = open_items(with_identity(tmp_path / "t.parquet", json.dumps(other.to_dict()).encode()))
+    with pytest.raises(BackboneError, match=r"other/tag .*fake/tag"):
+        all_of(Encoder(Fake()), source)
+    with pytest.raises(BackboneError, match=r"t\.parquet"):
+        check_backbone(IDENTITY, 6, None, [source])
+    check_backbone(None, 6, None, [source])
+    with pytest.raises(InputError, match="features of 6 values, the index has 5"):
+        check_backbone(None, 5, None, [source])
+    with pytest.raises(BackboneError, match="index: made with backbone"):
+        check_backbone(other, 6, Fake(), [])
+    with pytest.raises(BackboneError, match="its features have 6 values, the index 5"):
+        check_backbone(None, 5, Fake(), [])
+
+
+# -- encode --
+
+
+def test_an_encoded_table_holds_what_was_encoded(folder: Path, tmp_path: Path) -> None:
+    lines = "".join(f"images/{n:02}.png,{'even' if n % 2 == 0 else 'odd'},note {n}\n" for n in range(12))
+    (tmp_path / "list.csv").write_text(f"path,label,note\n{lines}")
+    out = tmp_path / "out.parquet"
+    source = open_source(tmp_path / "list.csv")
+    assert encode_table(source, out, Encoder(Fake(), batch_size=5)) == 12
+    table = pq.read_table(out)
+    assert table.column_names == ["id", "label", "feature", "digest", "note"]
+    assert table["feature"].type == pa.list_(pa.float32(), 6)
+    assert table["id"].to_pylist() == source.sources
+    assert table["label"].to_pylist() == source.labels
+    assert table["note"].to_pylist() == [f"note {n}" for n in range(12)]
+    assert all(len(digest) == 64 for digest in table["digest"].to_pylist())
+    assert table_identity(out) == IDENTITY
+    assert np.array_equal(read_all(out), all_of(Encoder(Fake()), source)[1])
+    assert open_source(out).class_names == source.class_names
+
+
+def test_encoding_a_table_again_keeps_it(folder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
+    encode_table(source_of(folder), first, Encoder(Fake()))
+    encode_table(open_items(first), second, Encoder())
+    one, two = pq.read_table(first), pq.read_table(second)
+    assert one.equals(two, check_metadata=True)
+
+
+def test_unlabelled_images_have_null_labels(folder: Path, tmp_path: Path) -> None:
+    encode_table(source_of(folder), tmp_path / "o.parquet", Encoder(Fake()))
+    assert pq.read_table(tmp_path / "o.parquet")["label"].to_pylist() == [None] * 12
+
+
+def test_what_cannot_be_read_leaves_no_row(folder: Path, tmp_path: Path) -> None:
+    (folder / "03.png").write_bytes(b"")
+    encoder = Encoder(Fake())
+    assert encode_table(source_of(folder), tmp_path / "o.parquet", encoder) == 11
+    assert "03.png" not in "".join(pq.read_table(tmp_path / "o.parquet")["id"].to_pylist())
+    assert len(encoder.skipped) == 1
+
+
+def test_further_columns_of_any_type_are_kept(tmp_path: Path) -> None:
+    more = {
+        "tags": pa.array([["a"], []]),
+        "box": pa.array([{"x": 1, "y": None}, None]),
+        "when": pa.array([1, None], pa.timestamp("us", "UTC")),
+        "kind": pa.array(["u", "v"]).dictionary_encode(),
+        "nothing": pa.nulls(2),
+        "dotted.name": pa.array([1, 2]),
+        "feature.note": pa.array(["n", "m"]),
+    }
+    path = table_of(tmp_path / "t.parquet", list(unit_rows(2)), id=["a", "b"], **more)
+    encode_table(open_items(path), tmp_path / "o.parquet", Encoder())
+    found = pq.read_table(tmp_path / "o.parquet")
+    for name, column in more.items():
+        assert found[name].to_pylist() == column.to_pylist()
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_failure_leaves_the_folder_as_it_was(folder: Path, tmp_path: Path, existed: bool) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    out = place / "o.parquet"
+    if existed:
+        out.write_bytes(b"what was there")
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    (folder / "11.png").write_bytes(b"")
+    failing: list[tuple[Source, Encoder]] = [
+        (source_of(folder), Encoder(Fake(), strict=True, batch_size=2)),
+        (of_images([str(tmp_path / "gone.png")]), Encoder(Fake())),
+        (source_of(folder), Encoder()),
+        (open_items(table_of(tmp_path / "t.parquet", pa.array([GOOD, [np.nan] * 4]))), Encoder()),
+    ]
+    for source, encoder in failing:
+        with pytest.raises(RetrievalTipError):
+            encode_table(source, out, encoder)
+        assert {path: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.parquet").mkdir()
+    os.mkfifo(tmp_path / "pipe.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    for out in ("gone/o.parquet", "file/o.parquet", "folder.parquet", "pipe.parquet", "x" * 300):
+        with pytest.raises(InputError) as caught:
+            encode_table(source_of(folder), tmp_path / out, Encoder(Fake()))
+        assert f"{tmp_path / out}: cannot be written" in str(caught.value)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "pipe.parquet").is_fifo()
+    with pytest.raises(InputError, match="cannot be written"):
+        encode_table(source_of(folder), "", Encoder(Fake()))
+
+
+def test_a_linked_table_is_written_through_its_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.parquet").symlink_to("real/o.parquet")
+    encode_table(source_of(folder), tmp_path / "link.parquet", Encoder(Fake()))
+    assert (tmp_path / "link.parquet").is_symlink()
+    assert pq.read_metadata(tmp_path / "real/o.parquet").num_rows == 12
+
+
+def test_a_table_may_have_a_name_that_is_not_utf8(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "caf\udce9.parquet"
+    encode_table(source_of(folder), out, Encoder(Fake()))
+    assert len(open_items(out)) == 12
+    assert all_of(Encoder(), open_items(out))[1].shape == (12, 6)

@@ -1,0 +1,610 @@
+"""Every kind of source gives its items in order, or says which row of which file is wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval_tip.errors import InputError
+from retrieval_tip.sources import Source, of_images, open_inputs, open_items, open_source, row_list, show
+
+
+def touch(folder: Path, *paths: str) -> None:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def parquet(path: Path, columns: dict[str, Any] | pa.Table) -> Path:
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), path)
+    return path
+
+
+def features(rows: int) -> pa.Array:
+    return pa.array(np.eye(4, dtype=np.float32)[np.arange(rows) % 4].tolist(), pa.list_(pa.float32(), 4))
+
+
+def relative(source: Source, folder: Path) -> list[str]:
+    assert source.paths is not None
+    return [os.path.relpath(path, folder) for path in source.paths]
+
+
+def refused(path: Path, *words: str, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        open_source(path, **options)
+    message = str(caught.value)
+    for word in (path.name, *words):
+        assert word in message
+    return message
+
+
+# -- folders --
+
+
+def test_classes_are_the_folders_in_name_order(tmp_path: Path) -> None:
+    touch(tmp_path, "dog/2.png", "dog/1.png", "cat/deep/x.jpg", "cat/a.png", "Bird/b.webp", "cat/notes.txt")
+    source = open_source(tmp_path)
+    assert source.class_names == ("Bird", "cat", "dog")
+    assert relative(source, tmp_path) == ["Bird/b.webp", "cat/a.png", "cat/deep/x.jpg", "dog/1.png", "dog/2.png"]
+    assert source.labels == ["Bird", "cat", "cat", "dog", "dog"]
+    assert source.sources == list(source.paths or ())
+    assert len(source) == 5
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    touch(tmp_path, ".git/x.png", "cat/.thumbs/x.png", "cat/a.png")
+    source = open_source(tmp_path)
+    assert source.class_names == ("cat",)
+    assert relative(source, tmp_path) == ["cat/a.png"]
+
+
+def test_a_class_folder_without_images_is_named_and_stays_a_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "cat/a.png", "empty/readme.txt", "stray.png")
+    source = open_source(tmp_path)
+    assert source.class_names == ("cat", "empty")
+    assert "empty: class folder without images" in caplog.text
+    assert "1 files beside the class folders are ignored" in caplog.text
+
+
+def test_links_that_lead_nowhere_or_in_circles_do_not_stop_a_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/a.png")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "cat" / "up").symlink_to("..")
+    (tmp_path / "linked").symlink_to("cat")
+    source = open_source(tmp_path)
+    assert relative(source, tmp_path) == ["cat/a.png", "linked/a.png"]
+    assert source.class_names == ("cat", "linked")
+
+
+@pytest.mark.parametrize("make", [[], ["a.png"], ["cat/notes.txt"], [".hidden/a.png"]])
+def test_a_folder_without_class_folders_is_refused(tmp_path: Path, make: list[str]) -> None:
+    touch(tmp_path, *make)
+    refused(tmp_path, "no images", "one folder a class")
+
+
+def test_names_that_are_not_utf8_are_readable_and_shown(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)  # noqa: PTH102 - bytes
+    Path(os.fsdecode(folder + b"/\xff.png")).write_bytes(b"x")
+    source = open_source(tmp_path)
+    assert source.class_names == ("caf\\xe9",)
+    assert source.sources == [f"{tmp_path}/caf\\xe9/\\xff.png"]
+    assert source.paths is not None
+    assert Path(source.paths[0]).read_bytes() == b"x"
+
+
+def test_two_folders_that_show_alike_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "caf\\xe9/a.png")
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)  # noqa: PTH102 - bytes
+    Path(os.fsdecode(folder + b"/b.png")).touch()
+    refused(tmp_path, "caf\\xe9", "two")
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", 'quo"te', "apo'strophe", "new\nline", "日本語", "a,b", "*[x]?", "-dash", "é"]
+)
+def test_any_name_can_be_a_class(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, f"{name}/{name}.png")
+    source = open_source(tmp_path)
+    assert source.class_names == (name,)
+    assert relative(source, tmp_path) == [f"{name}/{name}.png"]
+
+
+# -- CSV and TSV --
+
+
+def test_paths_of_a_table_are_relative_to_it(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", "path,label\nb/2.png,dog\n/abs/1.png,cat\nc.png,dog\n")
+    source = open_source(table)
+    assert source.paths == (str(tmp_path / "b/2.png"), "/abs/1.png", str(tmp_path / "c.png"))
+    assert source.labels == ["dog", "cat", "dog"]
+    assert source.class_names == ("cat", "dog")
+
+
+def test_a_root_replaces_the_folder_of_the_table(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", "path,label\nx.png,cat\n")
+    assert open_source(table, root="/images").paths == ("/images/x.png",)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "\ufeffpath,label,note\nx.png,cat,n\n"),
+        ("t.csv", "path,label,note\r\nx.png,cat,n\r\n"),
+        ("t.csv", "path,label,note\nx.png,cat,n"),
+        ("t.csv", "note,label,path\nn,cat,x.png\n"),
+        ("t.csv", '"path","label","note"\n"x.png","cat","n"\n'),
+        ("t.csv", "path,label,note\n\nx.png,cat,n\n\n"),
+        ("t.tsv", "path\tlabel\tnote\nx.png\tcat\tn\n"),
+        ("T.CSV", "path,label,note\nx.png,cat,n\n"),
+    ],
+)
+def test_the_usual_ways_to_write_a_table_are_the_same(tmp_path: Path, name: str, text: str) -> None:
+    source = open_source(write(tmp_path / name, text))
+    assert relative(source, tmp_path) == ["x.png"]
+    assert source.labels == ["cat"]
+    assert source.items["note"].to_pylist() == ["n"]
+
+
+def test_a_table_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    table = write(tmp_path / "caf\udce9.csv", "path,label\nx.png,cat\n")
+    assert open_source(table).paths == (str(tmp_path / "x.png"),)
+    assert open_source(table).name == f"{tmp_path}/caf\\xe9.csv"
+
+
+def test_quoted_fields_hold_anything(tmp_path: Path) -> None:
+    table = write(
+        tmp_path / "t.csv", 'path,label,note\n"a, b.png","the ""best"" cat","two\nlines"\n"new\nline.png",é,\n'
+    )
+    source = open_source(table)
+    assert relative(source, tmp_path) == ["a, b.png", "new\nline.png"]
+    assert source.labels == ['the "best" cat', "é"]
+    assert source.items["note"].to_pylist() == ["two\nlines", None]
+
+
+def test_text_that_looks_like_something_else_stays_text(tmp_path: Path) -> None:
+    """A table reader that guesses types turns these into numbers, dates and nothing."""
+    labels = ["007", "1e3", "NA", "null", "nan", "True", "2020-01-01", "-", "0x10", "inf", " cat "]
+    table = write(tmp_path / "t.csv", "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels)))
+    assert open_source(table).labels == labels
+
+
+def test_further_columns_are_kept_in_order(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", "when,path,who,label\n2020,x.png,me,cat\n")
+    assert open_source(table).items.column_names == ["source", "label", "when", "who"]
+
+
+def test_classes_without_labels_are_those_that_occur(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", "path,label\na.png,dog\nb.png,\nc.png,cat\n")
+    source = open_items(table)
+    assert source.class_names == ("cat", "dog")
+    with pytest.raises(InputError, match="row 1 without a label"):
+        _ = source.labels
+    refused(table, "row 1 without a label")
+
+
+def test_missing_labels_are_counted(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", "path,label\n" + "x.png,\n" * 9)
+    refused(table, "rows 0, 1, 2, 3, 4 and 4 more without a label")
+
+
+@pytest.mark.parametrize("blank", ["", '""', '" "', '"\t"', '"\u00a0"'])
+def test_a_blank_label_is_a_missing_one(tmp_path: Path, blank: str) -> None:
+    refused(write(tmp_path / "t.csv", f"path,label\nx.png,cat\ny.png,{blank}\n"), "row 1 without a label")
+
+
+def test_a_blank_path_is_named(tmp_path: Path) -> None:
+    refused(write(tmp_path / "t.csv", "path,label\nx.png,cat\n,cat\n"), "row 1 without path")
+
+
+def test_the_same_path_can_stand_twice(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", "path,label\nx.png,cat\nx.png,dog\nx.png,cat\n")
+    assert len(open_source(table)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", ["cannot be read"]),
+        (b"\n\n", ["cannot be read"]),
+        (b"path,label\n", ["no rows"]),
+        (b"file,label\nx.png,cat\n", ["no column 'path'", "file, label"]),
+        (b"path,class\nx.png,cat\n", ["no column 'label'", "path, class"]),
+        (b"path;label\nx.png;cat\n", ["no column 'path'", "path;label"]),
+        (b"path,label,path\nx.png,cat,y.png\n", ["twice"]),
+        (b"path,label\nx.png,cat,more\n", ["cannot be read"]),
+        (b"path,label\nx.png\n", ["cannot be read"]),
+        (b"path,label\n\xff.png,cat\n", ["cannot be read", "UTF8"]),
+        ("path,label\nx.png,cat\n".encode("utf-16"), []),
+        (b"\x00" * 100, []),
+        (b"PAR1garbage", []),
+        (b"path,label\nx.png," + b"c" * 5000 + b"\n", ["row 0", "longer than"]),
+        (b'path,label\n"x.png,cat\n', []),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(tmp_path: Path, text: bytes, words: Sequence[str]) -> None:
+    refused(write(tmp_path / "t.csv", text), *words)
+
+
+# -- Parquet --
+
+
+def dictionary(values: list[Any]) -> pa.Array:
+    return pa.array(values).dictionary_encode()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["7", "8", "7"]),
+        pa.array(["7", "8", "7"], pa.large_string()),
+        pa.array(["7", "8", "7"], pa.string_view()),
+        dictionary(["7", "8", "7"]),
+        dictionary([7, 8, 7]),
+        pa.array([7, 8, 7], pa.int8()),
+        pa.array([7, 8, 7], pa.uint64()),
+    ],
+)
+def test_labels_and_ids_of_any_text_or_whole_number_type(tmp_path: Path, column: pa.Array) -> None:
+    for key, more in (("path", {}), ("id", {"feature": features(3)})):
+        source = open_source(parquet(tmp_path / "t.parquet", {key: column, "label": column} | more))
+        assert source.labels == ["7", "8", "7"]
+        assert [Path(name).name for name in source.sources] == ["7", "8", "7"]
+        assert source.class_names == ("7", "8")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([0.5, 1.0]),
+        pa.array([True, False]),
+        pa.array([b"a", b"b"]),
+        pa.array([["a"], ["b"]]),
+        pa.array([{"a": 1}, {"a": 2}]),
+        pa.array([1, 2], pa.timestamp("s")),
+    ],
+)
+def test_other_types_of_label_are_refused(tmp_path: Path, column: pa.Array) -> None:
+    refused(parquet(tmp_path / "t.parquet", {"path": ["a", "b"], "label": column}), "'label'", "expected text")
+    refused(
+        parquet(tmp_path / "u.parquet", {"id": column, "label": ["a", "b"], "feature": features(2)}), "'id'", "expected"
+    )
+
+
+def test_a_column_of_nothing_is_a_table_without_labels(tmp_path: Path) -> None:
+    table = parquet(tmp_path / "t.parquet", {"id": ["a", "b"], "label": pa.nulls(2), "feature": features(2)})
+    source = open_items(table)
+    assert len(source) == 2
+    assert source.class_names == ()
+    refused(table, "rows 0, 1 without a label")
+
+
+def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
+    table = parquet(
+        tmp_path / "t.parquet",
+        {"feature": features(3), "who": [1, 2, 3], "label": ["b", "a", "b"], "id": ["x", "y", "x"], "path": ["p"] * 3},
+    )
+    source = open_source(table)
+    assert source.table == table
+    assert source.paths is None
+    assert source.rows is not None
+    assert source.rows.tolist() == [0, 1, 2]
+    assert source.sources == ["x", "y", "x"]
+    assert source.class_names == ("a", "b")
+    assert source.items.column_names == ["source", "label", "who", "path"]
+
+
+def test_features_without_ids_are_numbered(tmp_path: Path) -> None:
+    assert open_items(parquet(tmp_path / "t.parquet", {"feature": features(3)})).sources == ["0", "1", "2"]
+    table = parquet(tmp_path / "u.parquet", {"feature": features(2), "label": ["a", "b"]})
+    assert open_source(table).sources == ["0", "1"]
+
+
+def test_further_columns_keep_their_types(tmp_path: Path) -> None:
+    more = pa.table(
+        {
+            "path": ["a.png", "b.png"],
+            "label": ["x", "y"],
+            "tags": [["a"], []],
+            "box": [{"x": 1}, {"x": 2}],
+            "when": pa.array([1, None], pa.timestamp("us", "UTC")),
+            "meta.dotted": [1.5, 2.5],
+        }
+    )
+    items = open_source(parquet(tmp_path / "t.parquet", more)).items
+    for name in ("tags", "box", "when", "meta.dotted"):
+        assert items[name].to_pylist() == more[name].to_pylist()
+        assert items[name].type == more[name].type
+
+
+def test_a_column_named_like_a_part_of_the_feature_is_kept(tmp_path: Path) -> None:
+    columns = {"feature.note": ["n", "m"], "id": ["a", "b"], "label": ["x", "y"], "feature": features(2)}
+    assert open_source(parquet(tmp_path / "t.parquet", columns)).items["feature.note"].to_pylist() == ["n", "m"]
+
+
+def test_parquet_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    bad_text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
+    )
+    tables: list[tuple[pa.Table, list[str]]] = [
+        (pa.table({"path": pa.array([], pa.string()), "label": pa.array([], pa.string())}), ["no rows"]),
+        (pa.table({"id": ["a"], "label": ["a"]}), ["no column 'path'"]),
+        (pa.table({"path": ["a"]}), ["no column 'label'"]),
+        (pa.table({"id": ["a"], "feature": features(1)}), ["no column 'label'", "feature table"]),
+        (pa.table({"path": bad_text, "label": ["x"]}), ["UTF8"]),
+        (pa.table({"path": ["x"], "label": bad_text}), ["UTF8"]),
+        (pa.table([["a"], ["b"], ["c"]], names=["path", "path", "label"]), ["twice"]),
+        (pa.table([["a"], ["b"], features(1), features(1)], names=["id", "label", "feature", "feature"]), ["twice"]),
+    ]
+    for number, (table, words) in enumerate(tables):
+        refused(parquet(tmp_path / f"{number}.parquet", table), *words)
+    for number, raw in enumerate([b"", b"PAR1", b"PAR1" * 50, b"garbage" * 50]):
+        refused(write(tmp_path / f"raw{number}.parquet", raw), "cannot be read")
+
+
+# -- split files --
+
+
+def split(path: Path, entries: object, part: str = "train") -> Path:
+    return write(path, json.dumps({"train": [], "val": [], "test": []} | {part: entries}))
+
+
+def test_classes_of_a_split_are_in_the_order_of_its_label_numbers(tmp_path: Path) -> None:
+    touch(tmp_path, "z.png")
+    file = split(tmp_path / "s.json", [["z.png", 5, "ant"], ["y.png", 0, "zebra"], ["x.png", 5, "ant"]])
+    source = open_source(file)
+    assert source.class_names == ("zebra", "ant")
+    assert source.labels == ["ant", "zebra", "ant"]
+    assert relative(source, tmp_path) == ["z.png", "y.png", "x.png"]
+    assert source.name == f"{file} (train)"
+
+
+def test_each_part_of_a_split_can_be_asked_for(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    file = split(tmp_path / "s.json", [["a.png", 0, "ant"]], "test")
+    assert open_source(file, split="test").labels == ["ant"]
+    refused(file, "(train)", "empty")
+    refused(file, "no part 'validation'", "'train', 'val', 'test'", split="validation")
+
+
+def test_the_image_folder_beside_a_split_is_found(tmp_path: Path) -> None:
+    touch(tmp_path, "wrong/readme.txt", "images/cat/1.png", "images/cat/2.png", ".hidden/x")
+    file = split(tmp_path / "s.json", [["cat/1.png", 0, "cat"], ["cat/2.png", 0, "cat"]])
+    assert relative(open_source(file), tmp_path) == ["images/cat/1.png", "images/cat/2.png"]
+
+
+def test_an_image_folder_that_is_given_is_not_searched_for(tmp_path: Path) -> None:
+    file = split(tmp_path / "s.json", [["cat/1.png", 0, "cat"]])
+    assert open_source(file, root="/images").paths == ("/images/cat/1.png",)
+    refused(file, "cat/1.png", "--root")
+
+
+def test_a_split_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    text = json.dumps({"train": [["a.png", 0, "ant"]]})
+    assert len(open_source(write(tmp_path / "s.json", text.encode("utf-8-sig")))) == 1
+    assert len(open_source(write(tmp_path / "s.json", text.encode("utf-16")))) == 1
+
+
+def test_half_a_surrogate_pair_is_shown_escaped(tmp_path: Path) -> None:
+    raw = '{"train": [["x\\ud800.png", 0, "c\\udfff"], ["\\udcff.png", 0, "c\\udfff"]]}'
+    source = open_source(write(tmp_path / "s.json", raw), root="/images")
+    assert source.class_names == ("c\\udfff",)
+    assert source.sources == ["/images/x\\ud800.png", "/images/\\xff.png"]
+
+
+def test_a_split_with_impossible_paths_says_so(tmp_path: Path) -> None:
+    for path in ("a\0b.png", "\ud800.png", "x" * 300, "d/" * 3000, ""):
+        refused(split(tmp_path / "s.json", [[path, 0, "cat"]]), "s.json")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        ["a.png", 0],
+        ["a.png", 0, "cat", 1],
+        ["a.png", "0", "cat"],
+        ["a.png", 0.0, "cat"],
+        ["a.png", True, "cat"],
+        [1, 0, "cat"],
+        ["a.png", 0, None],
+        {"path": "a.png"},
+        "a.png",
+    ],
+)
+def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> None:
+    touch(tmp_path, "a.png")
+    refused(split(tmp_path / "s.json", [["a.png", 0, "cat"], entry]), "entry 1", "[path, label, class name]")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["not JSON"]),
+        ("{", ["not JSON"]),
+        ("[" * 100_000, ["not JSON"]),
+        (b"\xff\xfe\xff", ["not JSON"]),
+        ("[]", ["no parts at all"]),
+        ("null", ["no parts at all"]),
+        ('{"a": []}', ["no part 'train'", "'a'"]),
+        ('{"train": {}}', ["entry 0"]),
+        ('{"train": "abc"}', ["entry 0"]),
+        ('{"train": []}', ["empty"]),
+        ('{"train": [["a.png", 0, "x"], ["a.png", 0, "y"]]}', ["entry 1", "'x'", "'y'"]),
+        ('{"train": [["a.png", 0, "x"], ["a.png", 1, "x"]]}', ["'x'", "several"]),
+        ('{"train": [["a.png", 0, ""]]}', ["entry 0"]),
+        ('{"train": [["a.png", 0, "  "]]}', ["entry 0"]),
+        ('{"train": [["a.png", 0, "%s"]]}' % ("x" * 5000), ["row 0", "longer"]),
+        ('{"train": [["a.png", %s, "x"]]}' % ("9" * 5000), ["not JSON"]),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
+    touch(tmp_path, "a.png")
+    refused(write(tmp_path / "s.json", text), *words)
+
+
+# -- whatever else --
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.png", "x.npy", "x.jsonl"])
+def test_a_file_of_another_kind_is_no_source(tmp_path: Path, name: str) -> None:
+    refused(write(tmp_path / name, "x"), "not a source")
+
+
+@pytest.mark.parametrize("name", ["gone.csv", "gone", "a\0b", "x" * 5000])
+def test_what_is_not_there_is_no_source(tmp_path: Path, name: str) -> None:
+    refused(tmp_path / name, "no such file")
+
+
+def test_a_pipe_is_no_source(tmp_path: Path) -> None:
+    for name in ("p.csv", "p.parquet", "p.json"):
+        os.mkfifo(tmp_path / name)
+        refused(tmp_path / name, "not a file")  # opening it would wait for ever
+
+
+def test_take_picks_items_in_any_order_and_again(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", "path,label,n\na,x,0\nb,y,1\nc,z,2\n")
+    source = open_source(table).take([2, 0, 2])
+    assert relative(source, tmp_path) == ["c", "a", "c"]
+    assert source.labels == ["z", "x", "z"]
+    assert source.items["n"].to_pylist() == ["2", "0", "2"]
+    assert source.class_names == ("x", "y", "z")
+    table = parquet(tmp_path / "t.parquet", {"id": ["a", "b", "c"], "label": ["x", "y", "z"], "feature": features(3)})
+    taken = open_source(table).take(np.array([2, 0, 2])).take([1, 2])
+    assert taken.rows is not None
+    assert taken.rows.tolist() == [0, 2]
+    assert taken.sources == ["a", "c"]
+    assert len(source.take([])) == 0
+
+
+def test_a_source_without_labels_says_what_is_needed() -> None:
+    with pytest.raises(InputError, match="has no labels"):
+        _ = of_images(["a.png"]).labels
+
+
+def test_row_lists_name_the_first_rows() -> None:
+    assert row_list(np.array([3])) == "row 3"
+    assert row_list(np.arange(5)) == "rows 0, 1, 2, 3, 4"
+    assert row_list(np.arange(7)) == "rows 0, 1, 2, 3, 4 and 2 more"
+
+
+def test_paths_are_shown_as_text_that_every_file_can_hold() -> None:
+    for path in ("plain", "é", "\udcff", "\ud800", "日本"):
+        show(path).encode("utf-8")
+    assert show(Path("é\udcff\ud800")) != ""
+
+
+# -- things to classify --
+
+
+def test_items_of_a_folder_of_images_have_no_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "b.png", "a.jpg", ".c.png", ".thumbs/b.png", "empty/notes.txt")
+    (tmp_path / "loop").symlink_to("loop")
+    source = open_items(tmp_path)
+    assert relative(source, tmp_path) == ["a.jpg", "b.png"]
+    assert source.class_names == ()
+
+
+def test_items_of_class_folders_have_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/b.png")
+    assert open_items(tmp_path).labels == ["cat"]
+
+
+def test_an_empty_folder_has_no_items(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no images in this folder"):
+        open_items(tmp_path)
+
+
+def test_items_of_tables_need_no_label(tmp_path: Path) -> None:
+    assert open_items(write(tmp_path / "t.csv", "path\na.png\n")).paths == (str(tmp_path / "a.png"),)
+    assert open_items(parquet(tmp_path / "t.parquet", {"id": ["a"], "feature": features(1)})).sources == ["a"]
+
+
+def test_items_of_a_split_or_of_nothing_are_as_for_a_source(tmp_path: Path) -> None:
+    file = split(tmp_path / "s.json", [["a.png", 0, "cat"]], "val")
+    assert open_items(file, split="val", root="/r").paths == ("/r/a.png",)
+    with pytest.raises(InputError, match="no such file"):
+        open_items(tmp_path / "gone.csv")
+
+
+def opened(arguments: Sequence[object], stdin: Sequence[str] = ()) -> list[Source]:
+    return list(open_inputs([str(argument) for argument in arguments], stdin))
+
+
+def test_inputs_come_in_the_order_given(tmp_path: Path) -> None:
+    touch(tmp_path, "f/2.png", "f/1.png", "f/sub/3.png", "z.png", "a.png")
+    table = write(tmp_path / "t.csv", "path\nfrom-table.png\n")
+    first, second, third = opened([tmp_path / "z.png", tmp_path / "f", table, "-", tmp_path / "a.png"], ["in.png\n"])
+    assert relative(first, tmp_path) == ["z.png", "f/1.png", "f/2.png", "f/sub/3.png"]
+    assert relative(second, tmp_path) == ["from-table.png"]
+    assert third.paths == ("in.png", str(tmp_path / "a.png"))
+
+
+def test_lines_of_standard_input_are_paths() -> None:
+    lines = ["a b.png\n", "\n", "c.png\r\n", " d.png\n", "-\n", "*.png\n", "é.png"]
+    (source,) = opened(["-"], lines)
+    assert source.paths == ("a b.png", "c.png", " d.png", "-", "*.png", "é.png")
+    assert opened(["-"], []) == []
+
+
+def test_globs_are_expanded_in_name_order(tmp_path: Path) -> None:
+    touch(tmp_path, "b.png", "a.png", "c.txt", "deep/er/d.png")
+    (source,) = opened([f"{tmp_path}/*.png"])
+    assert relative(source, tmp_path) == ["a.png", "b.png"]
+    (source,) = opened([f"{tmp_path}/**/*.png"])
+    assert relative(source, tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
+
+
+def test_a_glob_gives_tables_as_tables_and_passes_folders(tmp_path: Path) -> None:
+    """As a shell that expands it would, but for folders, whose images a ** meets anyway."""
+    touch(tmp_path, "deep/er/d.png")
+    write(tmp_path / "t.csv", "path\nx.png\n")
+    images, table = opened([f"{tmp_path}/**"])
+    assert relative(images, tmp_path) == ["deep/er/d.png"]
+    assert relative(table, tmp_path) == ["x.png"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "a[1].png", "a1.png")
+    (source,) = opened([tmp_path / "a[1].png"])
+    assert relative(source, tmp_path) == ["a[1].png"]
+
+
+def test_a_glob_or_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no file matches"):
+        opened([f"{tmp_path}/*.png"])
+    with pytest.raises(InputError, match="no images in this folder"):
+        opened([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["gone.png", "gone.csv", "x" * 5000, "a\0b.png", "\udcff.png", "\ud800"])
+def test_an_image_that_is_not_there_is_left_to_whoever_reads_it(name: str) -> None:
+    (source,) = opened([name])
+    assert source.paths == (name,)
+    assert source.sources == [show(name)]
+
+
+def test_warnings_go_to_the_package_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "cat/a.png", "stray.txt")
+    open_source(tmp_path)
+    assert [(record.name, record.levelno) for record in caplog.records] == [("retrieval_tip.sources", logging.WARNING)]
