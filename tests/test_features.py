@@ -276,7 +276,7 @@ def test_a_path_that_comes_again_is_read_once(folder: Path, reads: Counter[str])
 def test_equal_contents_are_encoded_once_a_batch(folder: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     backbone = Fake()
-    _, found = all_of(Encoder(backbone), source_of(folder))
+    _, found = all_of(Encoder(backbone, batch_size=64), source_of(folder))
     assert sum(backbone.batches) == 12
     assert np.array_equal(found[0], found[12])
 

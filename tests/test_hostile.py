@@ -888,7 +888,7 @@ def test_names_that_are_not_utf8_come_through_standard_input(see: Run, gallery: 
     check(see("classify", gallery.index, "-", stdin=raw + b"\n"), 0)
 
 
-@pytest.mark.parametrize("name", ["new\nline", "\x1b[2Jcleared", "bell\a", "back\rward"])
+@pytest.mark.parametrize("name", ["new\nline", "\x1b]2;title", "bell\a", "back\rward"])
 def test_a_name_in_a_message_stays_in_its_line(see: Run, gallery: Gallery, tmp_path: Path, name: str) -> None:
     """Neither a second line that looks like another message, nor codes that a terminal obeys."""
     result = see("classify", gallery.index, tmp_path / name, gallery.good)
