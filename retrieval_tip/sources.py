@@ -92,9 +92,9 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
     """
     file = Path(path)
     suffix = file.suffix.lower()
-    if os.path.isdir(file):  # noqa: PTH112 - unlike pathlib it also takes names that cannot be
+    if os.path.isdir(file):
         return _class_folders(file)
-    if not os.path.exists(file):  # noqa: PTH110
+    if not os.path.exists(file):
         raise InputError(f"{show(file)}: no such file or folder")
     if not file.is_file():
         raise InputError(f"{show(file)}: not a file")  # a pipe would wait for ever
@@ -110,7 +110,7 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
 def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
     """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
     file = Path(path)
-    folders = _folders(file) if os.path.isdir(file) else None  # noqa: PTH112
+    folders = _folders(file) if os.path.isdir(file) else None
     if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
         found = [str(image) for image in images.find(file)]
         if not found:
@@ -134,7 +134,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         file = Path(argument)
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
-        elif os.path.isdir(file):  # noqa: PTH112
+        elif os.path.isdir(file):
             found = [str(image) for image in images.find(file)]
             if not found:
                 raise InputError(f"{show(file)}: no images in this folder")
@@ -144,9 +144,9 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
                 yield of_images(paths)
                 paths = []
             yield _table(file, None, labelled=False)
-        elif not os.path.exists(file) and glob.has_magic(argument):  # noqa: PTH110
-            matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - also absolute patterns
-            found = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
+        elif not os.path.exists(file) and glob.has_magic(argument):
+            matches = sorted(glob.glob(argument, recursive=True))
+            found = [match for match in matches if not os.path.isdir(match)]
             if not found:
                 raise InputError(f"{show(argument)}: no file matches")
             waiting += found[::-1]
@@ -157,7 +157,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
 
 
 def _is_table(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file)  # noqa: PTH113
+    return file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file)
 
 
 def of_images(paths: Sequence[str], name: str = "images") -> Source:
@@ -191,7 +191,7 @@ def _class_folders(folder: Path) -> Source:
     if twice:
         raise InputError(f"{show(folder)}: two class folders show as {twice[0]}; rename the one that is not UTF-8")
     with os.scandir(folder) as entries:
-        stray = sum(1 for e in entries if not e.name.startswith(".") and os.path.isfile(e.path))  # noqa: PTH113
+        stray = sum(1 for e in entries if not e.name.startswith(".") and os.path.isfile(e.path))
     if stray:
         log.warning("%s: %d files beside the class folders are ignored", show(folder), stray)
     items = pa.table({"source": [show(path) for path in paths], "label": labels})
@@ -234,7 +234,7 @@ def _split_file(file: Path, split: str, root: str | None) -> Source:
     if twice:
         raise InputError(f"{name}: class name {twice[0]!r} stands for several labels")
     folder = Path(root) if root else _image_root(file, [path for path, _, _ in entries])
-    paths = [os.path.join(folder, path) for path, _, _ in entries]  # noqa: PTH118 - many, and kept as text
+    paths = [os.path.join(folder, path) for path, _, _ in entries]
     items = pa.table({"source": [show(path) for path in paths], "label": [show(entry[2]) for entry in entries]})
     _check_texts(items, name)
     return Source(name, items, ordered, tuple(paths))
@@ -245,7 +245,7 @@ def _image_root(file: Path, paths: Sequence[str]) -> Path:
     sample = paths[:: max(1, len(paths) // 16)]
 
     def held(folder: Path) -> int:
-        return sum(os.path.isfile(folder / path) for path in sample)  # noqa: PTH113 - also names that cannot be
+        return sum(os.path.isfile(folder / path) for path in sample)
 
     best = max([file.parent, *(Path(entry.path) for entry in _folders(file.parent))], key=held)
     if not held(best):
@@ -257,47 +257,44 @@ def _image_root(file: Path, paths: Sequence[str]) -> Path:
 
 def _table(file: Path, root: str | None, *, labelled: bool) -> Source:
     name = show(file)
-    if file.suffix.lower() == ".parquet":
-        parquet = open_parquet(file)
-        columns = parquet.schema_arrow.names
-        _once(columns, name)
-        has_features = FEATURE in columns
-        items = _read(name, lambda: parquet.read(columns=[c for c in columns if c != FEATURE]))
-    else:
-        has_features = False
-        items = _read_csv(file)
-    if len(items) == 0 and not (has_features and parquet.metadata.num_rows):
-        raise InputError(f"{name}: has no rows")
+    items, has_features = _items(file)
     key = "id" if has_features else "path"
-    if has_features and "id" not in items.column_names:
-        count = parquet.metadata.num_rows
-        ids = pa.array([str(row) for row in range(count)])
-        items = pa.table({"id": ids}) if not items.num_columns else items.append_column("id", ids)
-    needed = [key, "label"] if labelled else [key]
-    missing = [column for column in needed if column not in items.column_names]
+    missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
         kind = "a feature table has id, label and feature" if has_features else "an image table has path and label"
         raise InputError(f"{name}: no column {missing[0]!r} among {', '.join(items.column_names)}; {kind}")
-    front = {"source": _texts(items[key], name, key)}
+    front = {"source": _texts(items[key], name, key, needed=True)}
     if "label" in items.column_names:
-        front["label"] = _texts(items["label"], name, "label")
-    for column, values in front.items():
-        if column == "source" and values.null_count:
-            raise InputError(f"{name}: {row_list(np.flatnonzero(values.is_null().to_numpy()))} without {key}")
-    if labelled and front["label"].null_count:
-        raise InputError(f"{name}: {row_list(np.flatnonzero(front['label'].is_null().to_numpy()))} without a label")
-    for column in items.column_names:
-        if column not in (key, *front):
-            front[column] = items[column]
-    items = pa.table(front)
+        front["label"] = _texts(items["label"], name, "label", needed=labelled)
+    items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
     _check_texts(items, name)
     names = tuple(sorted(set(items["label"].drop_null().to_pylist()))) if "label" in items.column_names else ()
     if has_features:
         return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))
     folder = Path(root) if root else file.parent
-    paths = [os.path.join(folder, path) for path in items["source"].to_pylist()]  # noqa: PTH118
+    paths = [os.path.join(folder, path) for path in items["source"].to_pylist()]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
     return Source(name, items, names, tuple(paths))
+
+
+def _items(file: Path) -> tuple[pa.Table, bool]:
+    """Every column of a table but the features, and whether there are any; rows without an id get their number."""
+    name = show(file)
+    if file.suffix.lower() != ".parquet":
+        items = _read_csv(file)
+        number, has_features = len(items), False
+    else:
+        parquet = open_parquet(file)
+        columns = parquet.schema_arrow.names
+        _once(columns, name)
+        number, has_features = parquet.metadata.num_rows, FEATURE in columns
+        items = _read(name, lambda: parquet.read(columns=[column for column in columns if column != FEATURE]))
+    if number == 0:
+        raise InputError(f"{name}: has no rows")
+    if has_features and "id" not in items.column_names:
+        ids = pa.array([str(row) for row in range(number)])
+        items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
+    return items, has_features
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -340,8 +337,8 @@ def _once(columns: Sequence[str], name: str) -> None:
         raise InputError(f"{name}: a column name stands twice in {', '.join(columns)}")
 
 
-def _texts(column: pa.ChunkedArray, name: str, what: str) -> pa.ChunkedArray:
-    """Ids and labels as text; whole numbers are taken as their digits."""
+def _texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
+    """Ids, paths and labels as text, blanks as missing; whole numbers are taken as their digits."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -350,10 +347,11 @@ def _texts(column: pa.ChunkedArray, name: str, what: str) -> pa.ChunkedArray:
         raise InputError(f"{name}: column {what!r} is {column.type}; expected text")
     values = _read(name, lambda: column.cast(kind).cast(pa.string()))
     _read(f"{name}: column {what!r}", lambda: values.validate(full=True))
-    if pa.types.is_integer(kind):
-        return values
-    trimmed = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
-    return trimmed if isinstance(trimmed, pa.ChunkedArray) else pa.chunked_array([trimmed])
+    values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
+    if needed and values.null_count:
+        rows = row_list(np.flatnonzero(values.is_null().to_numpy()))
+        raise InputError(f"{name}: {rows} without {'a label' if what == 'label' else what}")
+    return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
 def _check_texts(items: pa.Table, name: str) -> None:
