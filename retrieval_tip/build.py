@@ -80,38 +80,17 @@ def build_index(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
-    if text is not None and templates:
-        raise UsageError("text and templates: give one of them; a text table already holds the prompts' features")
     backbone = encoder.backbone
     scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else LOGIT_SCALE
     check_settings(ALPHA if alpha is None else alpha, BETA if beta is None else beta, k, scale)
-    class_names = source.class_names
-    weights: npt.NDArray[np.float32] | None = None
-    chosen_templates: list[str] = []
-    if text is not None:
-        class_names, weights = read_text_table(text, encoder.norms)
-        theirs, ours = table_identity(Path(text)), _identity(source, encoder)
-        if theirs is not None and ours is not None:
-            same_backbone(theirs, ours, str(text))
-    elif backbone is not None:
-        chosen_templates = list(check_templates(templates or DEFAULT_TEMPLATES))
-    elif templates:
-        raise UsageError("templates: text weights from templates need a backbone; give --model")
-    else:
-        log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
+    class_names, weights, prompts = _text(source, encoder, templates, text)
     ids = _ids(source, class_names)
     if shots is not None:
-        drawn = np.sort(np.asarray(few_shot(ids.tolist(), shots, encoder.seed), dtype=np.int64))
-        few = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
-        if few:
-            log.warning("%d classes have fewer than %d images, so some repeat: %s", len(few), shots, _few(few))
+        drawn = _draw(ids, class_names, shots, encoder.seed)
         source, ids = source.take(drawn), ids[drawn]
     order = np.argsort(ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
 
     with store.write(Path(out)) as writer:
-        if chosen_templates:
-            assert backbone is not None
-            weights = text_weights(backbone, class_names, chosen_templates)
         keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
         order = order[kept]
         if weights is not None and weights.shape[1] != keys.shape[1]:
@@ -144,14 +123,14 @@ def build_index(
             beta=BETA if beta is None else beta,
             logit_scale=scale,
             k=k,
-            templates=chosen_templates,
+            templates=prompts,
             backbone=_identity(source, encoder),
             provenance={
                 "source": source.name,
                 "shots": shots,
                 "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
                 "views": encoder.views,
-                "text": "templates" if chosen_templates else None if text is None else str(text),
+                "text": "templates" if prompts else None if text is None else str(text),
                 "alpha": "the paper's default" if alpha is None else "given",
                 "beta": "the paper's default" if beta is None else "given",
                 "skipped": [str(skipped) for skipped in encoder.skipped],
@@ -178,6 +157,35 @@ def read_text_table(
         rows.setdefault(label, []).append(row)
     means = [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
     return tuple(rows), np.stack(means)
+
+
+def _text(
+    source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
+) -> tuple[Sequence[str], npt.NDArray[np.float32] | None, list[str]]:
+    """The classes in order, their text weights (from a table, from prompts, or none), and the prompts' templates."""
+    if text is not None:
+        if templates:
+            raise UsageError("text and templates: give one of them; a text table already holds the prompts' features")
+        class_names, weights = read_text_table(text, encoder.norms)
+        theirs, ours = table_identity(Path(text)), _identity(source, encoder)
+        if theirs is not None and ours is not None:
+            same_backbone(theirs, ours, str(text))
+        return class_names, weights, []
+    if encoder.backbone is not None:
+        prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
+        return source.class_names, text_weights(encoder.backbone, source.class_names, prompts), prompts
+    if templates:
+        raise UsageError("templates: text weights from templates need a backbone; give --model")
+    log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
+    return source.class_names, None, []
+
+
+def _draw(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
+    """Positions of the published draw, in the order of the source."""
+    few = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
+    if few:
+        log.warning("%d classes have fewer than %d images, so some repeat: %s", len(few), shots, _few(few))
+    return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
 
 
 def _ids(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
