@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from retrieval_tip.build import build_index
     from retrieval_tip.cache_model import CacheModel, Neighbour, Prediction, verify
     from retrieval_tip.errors import RetrievalTipError
+    from retrieval_tip.estimator import TipAdapterClassifier
     from retrieval_tip.evaluate import Evaluation
     from retrieval_tip.features import Encoder, EncodingCache
     from retrieval_tip.sources import Source, open_inputs, open_source
@@ -30,6 +31,7 @@ _HOMES = {
     "Prediction": "cache_model",
     "RetrievalTipError": "errors",
     "Source": "sources",
+    "TipAdapterClassifier": "estimator",
     "build_index": "build",
     "load_backbone": "backbone",
     "open_inputs": "sources",
@@ -48,6 +50,7 @@ __all__ = [
     "Prediction",
     "RetrievalTipError",
     "Source",
+    "TipAdapterClassifier",
     "build_index",
     "load_backbone",
     "open_inputs",

@@ -17,15 +17,8 @@ import torch
 
 from retrieval_tip import store
 from retrieval_tip.backbone import Identity
-from retrieval_tip.cache_model import (
-    ALPHA,
-    BETA,
-    KEY_BLOCK,
-    LOGIT_SCALE,
-    CacheModel,
-    check_settings,
-    label_table,
-)
+from retrieval_tip.cache_model import KEY_BLOCK, LOGIT_SCALE, CacheModel, check_settings, label_table
+from retrieval_tip.defaults import NORMALIZE, measure, plain_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, read_features, same_backbone, table_identity
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
@@ -50,6 +43,7 @@ def build_index(
     dtype: str = "float32",
     alpha: float | None = None,
     beta: float | None = None,
+    normalize: str | None = None,
     k: int | None = None,
     logit_scale: float | None = None,
     device: str = "auto",
@@ -68,8 +62,11 @@ def build_index(
             its order, are the index's; a class without an image is allowed, an unknown label is not.
         index: FAISS factory string.
         dtype: of the stored keys, ``float32`` or ``float16``.
-        alpha: residual ratio; the paper's 1.0 by default.
-        beta: sharpness; the paper's 5.5 by default.
+        alpha: residual ratio.
+        beta: sharpness.
+        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). Where all three are left out they
+            follow from the shots' own affinities (``both``); where one of alpha and beta is given it is ``none``, and
+            the other is the paper's (1.0 and 5.5).
         k: how many keys a query uses by default; ``None`` is all.
         logit_scale: the backbone's own by default, 100 where there is none.
         device: of the classifier that is returned.
@@ -82,7 +79,10 @@ def build_index(
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
     backbone = encoder.backbone
     scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else LOGIT_SCALE
-    check_settings(ALPHA if alpha is None else alpha, BETA if beta is None else beta, k, scale)
+    check_settings(alpha or 0.0, beta or 0.0, k, scale)
+    form = normalize or ("both" if alpha is None and beta is None else "none")
+    if form not in NORMALIZE:
+        raise UsageError(f"normalize {form!r}: expected one of {', '.join(NORMALIZE)}")
     class_names, weights, prompts = _text(source, encoder, templates, text)
     ids = _ids(source, class_names)
     if shots is not None:
@@ -101,6 +101,8 @@ def build_index(
         bare = sorted(set(range(len(class_names))) - set(ids[order].tolist()))
         if bare:
             log.warning("%d classes have no key: %s", len(bare), _few([class_names[i] for i in bare]))
+        statistics = measure(keys, ids[order])
+        plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
         items = source.items.take(pa.array(order))
         if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
             digests = items["digest"].to_pylist()
@@ -119,20 +121,22 @@ def build_index(
             class_names=list(class_names),
             text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
             index=VectorIndex.build(keys, index, device="cpu"),
-            alpha=ALPHA if alpha is None else alpha,
-            beta=BETA if beta is None else beta,
+            alpha=plain_alpha,
+            beta=plain_beta,
             logit_scale=scale,
             k=k,
             templates=prompts,
             backbone=_identity(source, encoder),
             provenance={
                 "source": source.name,
+                "dataset": source.dataset,
                 "shots": shots,
                 "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
                 "views": encoder.views,
                 "text": "templates" if prompts else None if text is None else str(text),
-                "alpha": "the paper's default" if alpha is None else "given",
-                "beta": "the paper's default" if beta is None else "given",
+                "alpha": _provenance(alpha, form),
+                "beta": _provenance(beta, form),
+                "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
                 "skipped": [str(skipped) for skipped in encoder.skipped],
             },
         )
@@ -235,6 +239,13 @@ def _identity(source: Source, encoder: Encoder) -> Identity | None:
     if encoder.backbone is not None:
         return encoder.backbone.identity
     return table_identity(source.table) if source.table is not None else None
+
+
+def _provenance(given: float | None, form: str) -> str:
+    """Where a setting comes from."""
+    if given is not None:
+        return "given" if form == "none" else f"given as {given:g}, normalize {form}"
+    return "the paper's default" if form == "none" else f"default, normalize {form}"
 
 
 def _few(names: Sequence[str]) -> str:

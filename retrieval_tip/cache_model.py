@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -48,9 +48,10 @@ class Neighbour:
 class Prediction:
     """The answer to one query.
 
-    ``label`` and ``probability`` (softmax over the blended logits) of the winner; ``labels`` and ``probabilities`` of
-    the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit (the latter with
-    alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order; the nearest ``neighbours``.
+    ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
+    ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
+    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order; the nearest
+    ``neighbours``.
     """
 
     label: str
@@ -68,7 +69,8 @@ class CacheModel:
     """Tip-Adapter's cache as a searchable index. Make one with :meth:`from_features` or :meth:`load`.
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class; ``labels`` describes them, row by row; ``text_weights``
-    ``[c, d]`` float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index.
+    ``[c, d]`` float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index;
+    ``temperature`` divides the logits where they become probabilities, and nowhere else.
     """
 
     keys: npt.NDArray[Any]
@@ -81,6 +83,7 @@ class CacheModel:
     logit_scale: float = LOGIT_SCALE
     k: int | None = None
     tail: bool = True
+    temperature: float = 1.0
     templates: list[str] = field(default_factory=list)
     backbone: Identity | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +91,7 @@ class CacheModel:
     version: int | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.alpha, self.beta, self.k, self.logit_scale)
+        check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
         self._class_ids = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64)).to(self.device)
         self.text_weights = self.text_weights.to(self.device)
         self._key_sums: Tensor | None = None
@@ -197,6 +200,7 @@ class CacheModel:
             logit_scale=manifest.logit_scale,
             k=manifest.k,
             tail=manifest.tail,
+            temperature=manifest.temperature,
             templates=manifest.templates,
             backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
             provenance=manifest.provenance,
@@ -214,6 +218,21 @@ class CacheModel:
             writer.seal("keys", staged, self.n)
             self.commit(writer)
 
+    def save_settings(self, folder: str | os.PathLike[str]) -> None:
+        """Write alpha, beta, k, tail, temperature and provenance as a new version of the folder this was loaded from.
+
+        No data file is written again. Raises StoreError where the index has changed since it was loaded.
+        """
+        with store.write(Path(folder)) as writer:
+            found = writer.parent.version if writer.parent else None
+            if found is None or found != self.version:
+                raise StoreError(
+                    f"{folder}: is at version {found}, not at {self.version} as when it was opened; try again"
+                )
+            for kind in store.KINDS:
+                writer.keep(kind)
+            self._commit(writer)
+
     def commit(self, writer: store.Writer) -> None:
         """Write everything but the keys, which the writer already has, and make it the current version."""
         staged = writer.stage("index")
@@ -225,6 +244,9 @@ class CacheModel:
         staged = writer.stage("text")
         store.write_array(staged, self.text_weights.cpu().numpy())
         writer.seal("text", staged, len(self.class_names))
+        self._commit(writer)
+
+    def _commit(self, writer: store.Writer) -> None:
         parent = writer.parent.version if writer.parent else None
         writer.commit(
             store.Manifest(
@@ -242,6 +264,7 @@ class CacheModel:
                 beta=float(self.beta),
                 k=self.k,
                 tail=self.tail,
+                temperature=float(self.temperature),
                 index=self.index.factory,
                 backbone=self.backbone.to_dict() if self.backbone else None,
                 provenance=self.provenance,
@@ -301,11 +324,12 @@ class CacheModel:
             raise UsageError(f"top is {top}: at least 1 class has to be reported")
         text, cache = self.terms(features, k, tail)
         logits = tip.blend(text, cache, self.alpha)
-        best = logits.softmax(dim=1).topk(min(top, len(self.class_names)), dim=1)
+        ranked = logits.topk(min(top, len(self.class_names)), dim=1).indices  # no temperature can change it
+        chances = tip.probabilities(logits, self.temperature).gather(1, ranked)
         near = self._neighbours(features, min(neighbours, k or neighbours)) if neighbours > 0 else [[]] * len(logits)
-        winner = best.indices[:, :1]
+        winner = ranked[:, :1]
         parts = torch.cat([text.gather(1, winner), self.alpha * cache.gather(1, winner)], dim=1).tolist()
-        by_query = zip(best.values.tolist(), best.indices.tolist(), parts, logits.cpu().numpy(), near, strict=True)
+        by_query = zip(chances.tolist(), ranked.tolist(), parts, logits.cpu().numpy(), near, strict=True)
         return [
             Prediction(
                 label=self.class_names[ids[0]],
@@ -339,6 +363,23 @@ class CacheModel:
             found = self.classify(block.features, top, k, tail, neighbours)
             yield from zip((names[i] for i in block.positions), found, strict=True)
 
+    def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
+        """Class ids of the items of a labelled source.
+
+        Raises InputError where it has no items, or labels that are no class of the index.
+        """
+        position = {name: i for i, name in enumerate(self.class_names)}
+        labels = source.labels
+        if not labels:
+            raise InputError(f"{source.name}: has no items")
+        unknown = sorted(set(labels) - position.keys())
+        if unknown:
+            raise InputError(
+                f"{source.name}: {len(unknown)} labels are no class of the index: {', '.join(unknown[:5])}; "
+                f"its classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
+            )
+        return np.array([position[label] for label in labels], dtype=np.int64)
+
     def add(self, keys: Features, labels: Labels, sources: Sequence[str] | None = None) -> list[int]:
         """Add keys ``[m, d]`` of known classes; returns their key ids. On disk after :meth:`save`, as a new version."""
         matrix = _matrix(keys, "keys")
@@ -371,6 +412,14 @@ class CacheModel:
         if not keep.size:
             raise InputError("remove: an index needs at least one key")
         self._replace(self.keys[keep], self.labels.take(pa.array(keep)))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
+        """A classifier over some of the keys, by row (a row may repeat); everything else is this one's."""
+        ids = self.labels["class_id"].to_numpy()[rows]
+        grouped = np.asarray(rows)[np.argsort(ids, kind="stable")]
+        keys = np.asarray(self.keys[grouped])
+        index = VectorIndex.build(keys, self.index.factory, self.device)
+        return replace(self, keys=keys, labels=self.labels.take(pa.array(grouped)), index=index, version=None)
 
     def _replace(self, keys: npt.NDArray[Any], labels: pa.Table) -> None:
         self.index = VectorIndex.build(keys, self.index.factory, self.device)
@@ -474,15 +523,16 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     return cache
 
 
-def check_settings(alpha: float, beta: float, k: int | None, logit_scale: float) -> None:
-    """Raise UsageError unless alpha and beta are finite and not negative, k at least 1, logit_scale positive."""
+def check_settings(alpha: float, beta: float, k: int | None, logit_scale: float, temperature: float = 1.0) -> None:
+    """Raise UsageError unless alpha and beta are finite, at least 0, k at least 1, scale and temperature positive."""
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not (np.isfinite(value) and value >= 0):
             raise UsageError(f"{name} is {value}: expected a finite number, 0 or more")
     if k is not None and not (isinstance(k, int | np.integer) and k >= 1):
         raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or None for all")
-    if not (np.isfinite(logit_scale) and logit_scale > 0):
-        raise UsageError(f"logit_scale is {logit_scale}: expected a finite number above 0")
+    for name, value in (("logit_scale", logit_scale), ("temperature", temperature)):
+        if not (np.isfinite(value) and value > 0):
+            raise UsageError(f"{name} is {value}: expected a finite number above 0")
 
 
 def label_table(

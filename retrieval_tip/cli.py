@@ -99,9 +99,11 @@ _BACKBONE = _options(
 )  # fmt: skip
 _DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 _READING = _options(
-    click.option("--split", help="Part of a split .json."),
+    click.option("--dataset", metavar="NAME",
+                 help="SOURCE is the folder that holds this dataset's folder (names: datasets list)."),
+    click.option("--split", help="Part of a split .json or dataset: train, val or test."),
     click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to."),
-)
+)  # fmt: skip
 _ENCODING = _options(
     click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
                  help="Rows of feature tables: must have norm 1, are scaled to it, or are kept as they are."),
@@ -126,6 +128,8 @@ _ANSWER = _options(
     click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: the index's]"),
     click.option("--beta", type=float, help="Sharpness of the affinity.  [default: the index's]"),
 )
+_ABSTAIN = click.option("--abstain", type=click.FloatRange(0, 1), metavar="P",
+                        help="Withhold answers of a probability below P.")  # fmt: skip
 _FORMAT = _options(
     click.option("--format", "style", type=click.Choice(["table", "json", "csv", "parquet"]), default="table",
                  show_default=True, help="json: one object a line."),
@@ -188,8 +192,11 @@ def index() -> None:
 @click.option("--index", "factory", default="Flat", show_default=True, help="FAISS factory string.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
-@click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: 1]")
-@click.option("--beta", type=float, help="Sharpness of the affinity.  [default: 5.5]")
+@click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
+@click.option("--beta", type=float, help="Sharpness of the affinity.  [default: from the shots]")
+@click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
+              help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
+                   "[default: both; none where alpha or beta is given]")  # fmt: skip
 @click.option("-k", "k", type=_K(), default="all", show_default=True, help="Nearest keys that a query uses.")
 @click.option("--logit-scale", type=float, help="Factor of the text logits.  [default: the backbone's, else 100]")
 @_READING
@@ -199,12 +206,15 @@ def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
     """Build an index folder from labelled images or features.
 
     SOURCE is a folder of class folders, a .csv, .tsv or .parquet with path and label, a feature table (.parquet with
-    id, label and feature), or a split .json (its train part).
+    id, label and feature), or a split .json (its train part). With --dataset, it is the folder that holds the datasets,
+    and the prompts are the dataset's own.
     """
     from retrieval_tip.build import build_index
-    from retrieval_tip.sources import open_source, show
+    from retrieval_tip.datasets import facts
+    from retrieval_tip.sources import show
 
-    shots = open_source(source, split=given["split"], root=given["root"])
+    shots = _source(source, given, "train")
+    templates = given["template"] or (facts(shots.dataset).templates if shots.dataset and not given["text"] else ())
     backbone = _backbone_of(shots, given, needed=given["text"] is None)
     with _encoder(ctx, backbone, given) as encoder:
         cache = build_index(
@@ -212,12 +222,13 @@ def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
             out,
             encoder,
             shots=given["shots"],
-            templates=given["template"],
+            templates=templates,
             text=given["text"],
             index=given["factory"],
             dtype=given["dtype"],
             alpha=given["alpha"],
             beta=given["beta"],
+            normalize=given["normalize"],
             k=given["k"] or None,
             logit_scale=given["logit_scale"],
             device="cpu",
@@ -286,9 +297,9 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
     SOURCE as for index build, or a folder of images without labels.
     """
     from retrieval_tip.features import encode_table
-    from retrieval_tip.sources import open_items, show
+    from retrieval_tip.sources import show
 
-    items = open_items(source, split=given["split"], root=given["root"])
+    items = _source(source, given, "train", labelled=False)
     with _encoder(ctx, _backbone_of(items, given), given) as encoder:
         rows = encode_table(items, out, encoder)
     click.echo(f"{one_line(show(out))}: {rows} rows")
@@ -303,6 +314,7 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
 @click.option("--explain", is_flag=True, help="The nearest keys, and what text and cache gave to the winner.")
 @click.option("--neighbours", type=click.IntRange(1), default=5, show_default=True, help="Keys shown by --explain.")
 @click.option("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order.")
+@_ABSTAIN
 @_FORMAT
 @_BACKBONE
 @_ENCODING
@@ -310,7 +322,8 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
 def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **given: Any) -> None:
     """Classify images or features with an index.
 
-    INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input.
+    INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input. With
+    --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability.
     """
     from retrieval_tip.output import write_rows
     from retrieval_tip.sources import open_inputs
@@ -328,7 +341,7 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
             for source in sources:
                 near = given["neighbours"] if given["explain"] else 0
                 for name, found in cache.classify_source(source, encoder, given["top"], k, tail, near):
-                    yield _row(name, found, columns)
+                    yield _row(name, found, columns, given["abstain"])
 
         write_rows(rows(), columns, given["style"], given["output"], _classify_schema(columns))
     _finish(ctx, encoder.skipped)
@@ -338,20 +351,65 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
 @click.argument("folder", type=FOLDER)
 @click.argument("source", type=FOLDER)
 @_ANSWER
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_ABSTAIN
+@click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
+@click.option(
+    "--shots",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Draw so many a class from the index's keys, again for each seed and method; repeat for more.",
+)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="With --shots: seeds 1 to N.")
+@click.option("--method", "methods", multiple=True, help="With --shots: a method, repeat for more.  [default: all]")
+@click.option("--val", type=FOLDER, help="With --shots: choose settings on this.  [default: leave-one-out]")
+@click.option(
+    "--protocol",
+    type=click.Choice(["honest", "paper"]),
+    default="honest",
+    show_default=True,
+    help="With --shots: how settings are chosen.",
+)
+@click.option(
+    "--scales",
+    type=(float, float),
+    default=(7.0, 3.0),
+    show_default=True,
+    help="Largest beta and alpha of the published grid.",
+)
+@click.option("--results", type=FILE, help="With --shots: Parquet file, one row a run; what is in it is not run again.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
 @_BACKBONE
 @_READING
 @_ENCODING
-@click.pass_context
+@click.pass_context  # fmt: skip
 def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json: bool, **given: Any) -> None:
-    """Accuracy of an index on a labelled source (a split .json: its test part): blend, zero-shot and cache alone."""
-    from retrieval_tip.evaluate import evaluate
-    from retrieval_tip.sources import open_source
+    """Accuracy of an index on a labelled source (a split .json: its test part): blend, zero-shot and cache alone.
 
+    ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is the fraction of
+    the items that are answered and selective_top1 the accuracy of these.
+
+    With --shots, the index is a pool of labelled keys: every run draws its shots from it by the published rule, chooses
+    its settings without the test source, and becomes a row of --results.
+    """
+    if given["shots"]:
+        _sweep(ctx, folder, source, as_json, given)
+        return
+    from retrieval_tip import plots
+    from retrieval_tip.evaluate import evaluate
+    from retrieval_tip.sources import show
+
+    if given["plot"]:
+        plots.check(given["plot"])
     cache, k, tail = _index(folder, given)
-    test = open_source(source, split=given["split"] or "test", root=given["root"])
+    test = _source(source, given, "test")
     with _encoder(ctx, _backbone_for(cache, [test], given), given) as encoder:
-        result = evaluate(cache, test, encoder, k=k, tail=tail).to_dict()
+        found = evaluate(
+            cache, test, encoder, k=k, tail=tail, abstain=given["abstain"], affinities=given["plot"] is not None
+        )
+    if given["plot"]:
+        files = plots.write_plots(found, given["plot"])
+        click.echo(f"{one_line(show(given['plot']))}: {', '.join(file.name for file in files)}", err=True)
+    result = found.to_dict()
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False))
     else:
@@ -362,6 +420,193 @@ def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json:
         click.echo(f"{'worst classes':<15}  {', '.join(f'{name} {_shown(value)}' for name, value in worst)}")
         click.echo(f"{'confusions':<15}  {', '.join(f'{a} as {b} ({times})' for a, b, times in confusions) or 'none'}")
     _finish(ctx, encoder.skipped)
+
+
+def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given: dict[str, Any]) -> None:
+    """Shots x seeds x methods."""
+    from retrieval_tip import sweep
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.output import table_lines
+    from retrieval_tip.store import read_manifest
+
+    if given["results"] is None:
+        raise UsageError("--shots needs --results FILE, where every run becomes a row")
+    if given["val"] is None and given["protocol"] == "paper":
+        raise UsageError("--protocol paper chooses on a validation source; give --val")
+    pool = CacheModel.load(folder, device=given["device"])
+    sources = [_source(source, given, "test")]
+    if given["val"] is not None:
+        sources.append(_source(given["val"], given | {"split": None}, "val"))
+    with _encoder(ctx, _backbone_for(pool, sources, given), given) as encoder:
+        test, val = [sweep.encode(pool, items, encoder) for items in sources] + [None] * (2 - len(sources))
+    assert test is not None
+    rows = []
+    for row in sweep.sweep(
+        pool,
+        read_manifest(folder).files["keys"].sha256[:16],
+        test,
+        given["results"],
+        shots=given["shots"],
+        seeds=range(1, given["seeds"] + 1),
+        methods=given["methods"] or sweep.METHODS,
+        val=val,
+        protocol=given["protocol"],
+        scales=given["scales"],
+    ):
+        rows.append(row)
+        if as_json:
+            click.echo(json.dumps(row))
+    if not as_json:
+        for line in table_lines(sweep.summary(rows), ["method", "shots", "seeds", "top1", "half"]):
+            click.echo(line)
+    _finish(ctx, encoder.skipped)
+
+
+@main.command("search-hp")
+@click.argument("folder", type=FOLDER)
+@click.option("--val", "source", type=FOLDER, help="Labelled validation source; of a split .json its val part.")
+@click.option(
+    "--leave-one-out", is_flag=True, help="Score each shot with its own image's keys hidden; needs no images."
+)
+@click.option("--folds", type=click.IntRange(2), help="Score each shot with its fold's keys hidden.")
+@click.option(
+    "--val-shots", type=_K(), help="Validation images a class, or all.  [default: min(shots, 4), as published]"
+)
+@click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
+              help="paper: the published grid over the whole validation source.")  # fmt: skip
+@click.option("--scales", type=(float, float), default=(7.0, 3.0), show_default=True,
+              help="Largest beta and alpha of the published grid.")  # fmt: skip
+@click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
+@click.option("--plot", type=FILE, help="PNG file for the same as a heat map (needs matplotlib).")
+@click.option(
+    "--greedy",
+    is_flag=True,
+    help="Take the best found even where so few images cannot tell it from the untouched settings.",
+)
+@click.option("--dry-run", is_flag=True, help="Report only; the index keeps its settings.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
+@_BACKBONE
+@_ENCODING
+@click.pass_context
+def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **given: Any) -> None:
+    """Choose alpha, beta and k on validation images or on the shots themselves, and write them into the index.
+
+    Never on test: a split .json gives its val part. The choice is exact in alpha, and makes a new version of the index.
+    """
+    from retrieval_tip import search_hp
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.sources import open_source
+
+    if sum((source is not None, given["leave_one_out"], given["folds"] is not None)) != 1:
+        raise UsageError("give one of --val SOURCE, --leave-one-out and --folds N: settings are chosen on one of them")
+    cache = CacheModel.load(folder, device=given["device"])
+    skipped: list[Skipped] = []
+    if source is None:
+        queries = search_hp.leave_one_out(cache) if given["folds"] is None else search_hp.folds(cache, given["folds"])
+    else:
+        val = open_source(source, split="val", root=given["root"])
+        if given["protocol"] == "honest" and given["val_shots"] != 0:
+            val = val.take(search_hp.validation_shots(cache, val, source, given["val_shots"]))
+        with _encoder(ctx, _backbone_for(cache, [val], given), given) as encoder:
+            queries = search_hp.on_validation(cache, val, encoder)
+        skipped = encoder.skipped
+    paper = given["protocol"] == "paper"
+    choice = (
+        search_hp.search_paper(cache, queries, given["scales"])
+        if paper
+        else search_hp.search(cache, queries, cautious=not given["greedy"])
+    )
+    for warning in choice.warnings:
+        logging.getLogger("retrieval_tip").warning("%s", warning)
+    if given["surface"]:
+        search_hp.write_surface(choice, given["surface"])
+    if given["plot"]:
+        from retrieval_tip.plots import draw_surface
+
+        draw_surface(choice.surface, given["plot"])
+    if not given["dry_run"]:
+        search_hp.apply(cache, choice)
+        cache.save_settings(folder)
+    facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
+    facts |= {"k": choice.k or "all", "version": cache.version}
+    if as_json := given["as_json"]:
+        facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
+        click.echo(json.dumps(facts | {"warnings": choice.warnings}))
+    for name, value in facts.items() if not as_json else ():
+        click.echo(f"{name:<12}  {_shown(list(value) if isinstance(value, tuple) else value)}")
+    _finish(ctx, skipped)
+
+
+@main.command("calibrate")
+@click.argument("folder", type=FOLDER)
+@click.option("--val", "source", type=FOLDER, required=True,
+              help="Labelled validation source, neither shots nor test; of a split .json its val part.")  # fmt: skip
+@click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
+@_BACKBONE
+@_ENCODING
+@click.pass_context
+def calibrate_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any) -> None:
+    """Fit the temperature of an index's probabilities on validation images, and write a new version with it.
+
+    Predictions stay; their probabilities become softmax(logits / temperature). It is fitted for the index's own keys,
+    alpha, beta, k and tail: calibrate again when these change.
+    """
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.evaluate import calibrate
+    from retrieval_tip.sources import open_source
+
+    cache = CacheModel.load(folder, device=given["device"])
+    val = open_source(source, split="val", root=given["root"])
+    with _encoder(ctx, _backbone_for(cache, [val], given), given) as encoder:
+        result = calibrate(cache, val, encoder)
+    cache.save_settings(folder)
+    for name, value in (vars(result) | {"version": cache.version}).items():
+        click.echo(f"{name:<15}  {_shown(value)}")
+    _finish(ctx, encoder.skipped)
+
+
+@main.group("datasets")
+def datasets_group() -> None:
+    """The datasets that --dataset knows: what they are, and whether they are there."""
+
+
+@datasets_group.command("list")
+@_FORMAT
+def datasets_list(style: str, output: Path | None) -> None:
+    """List the datasets: name, folder below the one that holds all of them, number of classes, templates."""
+    import pyarrow as pa
+
+    from retrieval_tip.datasets import facts, names
+    from retrieval_tip.output import write_rows
+
+    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": pa.list_(pa.string())}
+    rows = [{column: getattr(facts(name), column) for column in types} for name in names()]
+    for row in rows:  # a table shows no lists
+        row["templates"] = " | ".join(row["templates"]) if style == "table" else list(row["templates"])
+    write_rows(rows, list(types), style, output, pa.schema(list(types.items())))
+
+
+@datasets_group.command("check")
+@click.argument("root", type=FOLDER)
+@click.argument("names", nargs=-1)
+@click.pass_context
+def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> None:
+    """Check that datasets lie in the folder ROOT as CoOp lays them out, and say what is missing.
+
+    NAMES are datasets, by default all. Exit status 0 where all that are named are there, or where none is named, any.
+    """
+    from retrieval_tip import datasets
+
+    rows = [datasets.facts(name) for name in names or datasets.names()]
+    width = max(len(row.name) for row in rows)
+    good = 0
+    for row in rows:
+        problems = datasets.check(row.name, root)
+        good += not problems
+        shown = f"missing: {'; '.join(problems)}" if problems else "ok"
+        click.echo(one_line(f"{row.name:<{width}}  {shown}"))
+    ctx.exit(0 if good == len(rows) or (good and not names) else FAILED)
 
 
 @main.command()
@@ -389,6 +634,20 @@ def _paths_on_stdin() -> Iterator[str]:
     """One path a line, or separated by NUL (``find -print0``), whatever bytes they are made of."""
     data = sys.stdin.buffer.read()
     yield from map(os.fsdecode, data.split(b"\0" if b"\0" in data else b"\n"))
+
+
+def _source(path: Path, given: dict[str, Any], split: str, *, labelled: bool = True) -> Source:
+    """The source of a command, with ``split`` as the part where none is given; or the dataset that it names."""
+    from retrieval_tip.sources import open_items, open_source
+
+    part = given["split"] or split
+    if given["dataset"] is None:
+        return (open_source if labelled else open_items)(path, split=part, root=given["root"])
+    from retrieval_tip.datasets import open_dataset
+
+    if given["root"] is not None:
+        raise UsageError("--root does not go with --dataset: SOURCE is the folder that holds the dataset's folder")
+    return open_dataset(given["dataset"], path, part)
 
 
 def _index(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]:
@@ -458,10 +717,10 @@ def _encoder(ctx: click.Context, backbone: Backbone | None, given: dict[str, Any
             cache.close()
 
 
-def _row(name: str, found: Prediction, columns: list[str]) -> dict[str, Any]:
+def _row(name: str, found: Prediction, columns: list[str], abstain: float | None = None) -> dict[str, Any]:
     row = {
         "input": name,
-        "label": found.label,
+        "label": found.label if abstain is None or found.probability >= abstain else None,
         "probability": found.probability,
         "labels": found.labels,
         "probabilities": found.probabilities,

@@ -1,21 +1,69 @@
-"""How often an index is right: top-1 and top-5, by class, and each of its two parts alone."""
+"""How often an index is right, by class and by part, and how well its probabilities say so."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import InputError
+from retrieval_tip.cache_model import KEY_BLOCK, QUERY_BLOCK, CacheModel
+from retrieval_tip.calibration import (
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    temperature_bounds,
+)
+from retrieval_tip.errors import UsageError
 from retrieval_tip.features import Encoder
 from retrieval_tip.sources import Source
 
+log = logging.getLogger(__name__)
+
 CONFUSIONS = 10
+AFFINITY_BINS = 2000
+ITSELF = 1e-4
+"""A validation item whose squared distance to a key is no more than this is itself a shot."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Affinities:
+    """How many pairs of a query and a key have an affinity within each bin: ``edges`` ``[m + 1]``, counts ``[m]``.
+
+    ``same``: the key is of the query's true class; ``other``: of another. Pairs beyond the edges count at the ends.
+    """
+
+    edges: Floats
+    same: Ints
+    other: Ints
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an evaluation saw, item by item: class ids ``truth`` and ``predicted``, and the answers' ``confidence``.
+
+    ``[n]`` each, in the order of the source; ``affinities`` where they were asked for.
+    """
+
+    truth: Ints
+    predicted: Ints
+    confidence: Floats
+    class_names: list[str]
+    affinities: Affinities | None = None
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Whether each answer is right, ``[n]``."""
+        found: npt.NDArray[np.bool_] = self.truth == self.predicted
+        return found
 
 
 @dataclass(frozen=True)
@@ -24,7 +72,11 @@ class Evaluation:
 
     ``top1`` and ``top5`` of the blended logits; ``zero_shot_top1`` of the text logits alone (``None`` without text
     weights) and ``cache_top1`` of the cache logits alone; ``per_class`` top-1 by label (of classes that occur);
-    ``mean_per_class`` their mean; ``confusions`` the most frequent (label, predicted, count).
+    ``mean_per_class`` their mean; ``ece`` the expected calibration error of ``softmax(blended logits / temperature)``
+    in 15 bins; ``confusions`` the most frequent (label, predicted, count).
+
+    Where ``abstain`` was given, ``coverage`` is the fraction of answers with at least that probability, and
+    ``selective_top1`` their accuracy (``None`` where there are none).
     """
 
     top1: float
@@ -32,66 +84,200 @@ class Evaluation:
     zero_shot_top1: float | None
     cache_top1: float
     mean_per_class: float
+    ece: float
     n: int
     skipped: int
     alpha: float
     beta: float
     k: int | None
     tail: bool
+    temperature: float
     per_class: dict[str, float]
     confusions: list[tuple[str, str, int]]
+    answers: Answers = field(compare=False, repr=False)
+    abstain: float | None = None
+    coverage: float | None = None
+    selective_top1: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As ``evaluate --json`` prints it; ``k`` is ``"all"`` where every key is used."""
-        return asdict(self) | {"k": self.k or "all"}
+        left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return facts | {"k": self.k or "all"}
 
 
 def evaluate(
-    cache: CacheModel, source: Source, encoder: Encoder, *, k: int | None = None, tail: bool = True
+    cache: CacheModel,
+    source: Source,
+    encoder: Encoder,
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    abstain: float | None = None,
+    affinities: bool = False,
 ) -> Evaluation:
     """Classify a labelled source and compare. ``k`` and ``tail`` as for :meth:`CacheModel.logits`.
 
-    Raises InputError where the source has no items, or labels that are no class of the index.
+    ``abstain``: a probability below which an answer would be withheld; ``affinities``: also count the affinities to
+    keys of the same class and of others.
+
+    Raises InputError where the source has no items, or labels that are no class of the index; UsageError for
+    ``abstain`` outside of 0 to 1.
     """
-    position = {name: i for i, name in enumerate(cache.class_names)}
-    labels = source.labels
-    if not labels:
-        raise InputError(f"{source.name}: has no items to evaluate")
-    unknown = sorted(set(labels) - position.keys())
-    if unknown:
-        raise InputError(
-            f"{source.name}: {len(unknown)} labels are no class of the index: {', '.join(unknown[:5])}; "
-            f"its classes are {', '.join(cache.class_names[:5])}{' ...' if len(cache.class_names) > 5 else ''}"
-        )
-    truth = torch.tensor([position[label] for label in labels])
+    if abstain is not None and not 0 <= abstain <= 1:
+        raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
+    truth = torch.from_numpy(cache.ids_of(source))
+    seen = _Pairs(cache) if affinities else None
     parts: list[torch.Tensor] = []
+    chances: list[torch.Tensor] = []
     true: list[torch.Tensor] = []
     for block in encoder.blocks(source):
         text, alone = cache.terms(block.features, k, tail)
-        ranked = tip.blend(text, alone, cache.alpha).topk(min(5, len(cache.class_names)), dim=1).indices
+        logits = tip.blend(text, alone, cache.alpha)
+        ranked = logits.topk(min(5, len(cache.class_names)), dim=1).indices
         parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
+        chances.append(tip.probabilities(logits, cache.temperature).gather(1, ranked[:, :1]).cpu())
         true.append(truth[torch.from_numpy(block.positions)])
+        if seen is not None:
+            seen.add(block.features, true[-1])
     y = torch.cat(true)
     found = torch.cat(parts)
+    confidence = torch.cat(chances)[:, 0].double().numpy()
     hits = found == y[:, None]
     right = hits[:, 0].numpy()
     classes = y.numpy()
     per_class = {cache.class_names[i]: float(right[classes == i].mean()) for i in np.unique(classes)}
     wrong = Counter(zip(classes[~right].tolist(), found[:, 0].numpy()[~right].tolist(), strict=True))
+    answered = None if abstain is None else confidence >= abstain
     return Evaluation(
         top1=float(right.mean()),
         top5=float(hits[:, :-2].any(dim=1).double().mean()),
         zero_shot_top1=float(hits[:, -2].double().mean()) if cache.has_text else None,
         cache_top1=float(hits[:, -1].double().mean()),
         mean_per_class=float(np.mean(list(per_class.values()))),
+        ece=expected_calibration_error(confidence, right),
         n=len(y),
         skipped=len(encoder.skipped),
         alpha=cache.alpha,
         beta=cache.beta,
         k=k,
         tail=tail,
+        temperature=cache.temperature,
         per_class=per_class,
         confusions=[
             (cache.class_names[a], cache.class_names[b], times) for (a, b), times in wrong.most_common(CONFUSIONS)
         ],
+        answers=Answers(
+            truth=classes,
+            predicted=found[:, 0].numpy(),
+            confidence=confidence,
+            class_names=cache.class_names,
+            affinities=seen.counted() if seen is not None else None,
+        ),
+        abstain=abstain,
+        coverage=None if answered is None else float(answered.mean()),
+        selective_top1=None if answered is None or not answered.any() else float(right[answered].mean()),
     )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature fitted on ``n`` items, and what it did: ECE and negative log likelihood (nats) before and after.
+
+    ``before`` is at the temperature that the index had. ``at_bound`` where no finite or positive T is best.
+    """
+
+    temperature: float
+    n: int
+    top1: float
+    ece_before: float
+    ece_after: float
+    nll_before: float
+    nll_after: float
+    at_bound: bool
+
+
+def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibration:
+    """Fit the temperature of an index, at its own settings, to a labelled validation source, and set it in ``cache``.
+
+    See :func:`calibration.fit_temperature`. No logit and no prediction changes. On disk after :meth:`CacheModel.save`,
+    with its provenance. It belongs to the settings and keys that it was fitted with: fit again after changing them.
+
+    Raises InputError as :func:`evaluate` does.
+    """
+    truth = torch.from_numpy(cache.ids_of(source))
+    parts: list[torch.Tensor] = []
+    true: list[torch.Tensor] = []
+    shots = 0
+    for block in encoder.blocks(source):
+        parts.append(cache.logits(block.features, cache.k, cache.tail).cpu())
+        true.append(truth[torch.from_numpy(block.positions)])
+        nearest = cache.keys[np.maximum(cache.index.search(block.features, 1)[1][:, 0], 0)]
+        shots += int((((block.features - nearest.astype(np.float32)) ** 2).sum(axis=1) <= ITSELF).sum())
+    logits, y = torch.cat(parts), torch.cat(true)
+    fitted = fit_temperature(logits, y)
+    chosen = logits.argmax(dim=1)
+    right = chosen == y
+
+    def error(temperature: float) -> float:
+        confidence = tip.probabilities(logits, temperature).gather(1, chosen[:, None])[:, 0]
+        return expected_calibration_error(confidence.numpy(), right.numpy())
+
+    at_bound = any(np.isclose(fitted, bound, rtol=1e-9) for bound in temperature_bounds(logits))
+    if at_bound:
+        what = "every answer is right" if bool(right.all()) else "the logits do not tell the classes apart"
+        log.warning(
+            "%s: %s, so no temperature is best and %.4g is the bound of the search; use more validation items",
+            source.name, what, fitted,
+        )  # fmt: skip
+    if shots:
+        log.warning(
+            "%s: %d of its %d items are keys of the index, so these probabilities will be too sure; "
+            "use items that the index was not built from",
+            source.name, shots, len(y),
+        )  # fmt: skip
+    result = Calibration(
+        temperature=fitted,
+        n=len(y),
+        top1=float(right.double().mean()),
+        ece_before=error(cache.temperature),
+        ece_after=error(fitted),
+        nll_before=negative_log_likelihood(logits, y, cache.temperature),
+        nll_after=negative_log_likelihood(logits, y, fitted),
+        at_bound=at_bound,
+    )
+    cache.temperature = fitted
+    cache.provenance = cache.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
+    return result
+
+
+class _Pairs:
+    """Counts affinities between queries and keys, block by block."""
+
+    def __init__(self, cache: CacheModel) -> None:
+        self._cache = cache
+        self._ids = torch.from_numpy(cache.labels["class_id"].to_numpy().astype(np.int64)).to(cache.device)
+        self._reach: float | None = None
+        self._same = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
+        self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
+
+    def add(self, features: npt.NDArray[Any], truth: torch.Tensor) -> None:
+        """Count the pairs of these queries ``[q, d]``, of classes ``truth`` ``[q]``, with every key."""
+        cache, device = self._cache, self._cache.device
+        for first in range(0, len(features), QUERY_BLOCK):
+            f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
+            y = truth[first : first + QUERY_BLOCK].to(device)
+            for start in range(0, cache.n, KEY_BLOCK):
+                keys = torch.from_numpy(cache.keys[start : start + KEY_BLOCK]).to(device).float()
+                found = tip.affinity(f, keys)
+                same = y[:, None] == self._ids[None, start : start + KEY_BLOCK]
+                if self._reach is None:  # unit vectors: 1; fine-tuned keys may go beyond
+                    self._reach = max(1.0, float(found.abs().max()))
+                at = ((found / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)
+                self._same += torch.bincount(at[same], minlength=AFFINITY_BINS).cpu()
+                self._other += torch.bincount(at[~same], minlength=AFFINITY_BINS).cpu()
+
+    def counted(self) -> Affinities:
+        """The histograms of all pairs so far."""
+        reach = self._reach or 1.0
+        return Affinities(np.linspace(-reach, reach, AFFINITY_BINS + 1), self._same.numpy(), self._other.numpy())

@@ -108,6 +108,15 @@ class Encoder:
             first = self.skipped[-1] if self.skipped else source.name
             raise InputError(f"{source.name}: none of its {len(source)} items could be read ({first})")
 
+    def encode(self, source: Source) -> Block:
+        """All of :meth:`blocks` as one."""
+        blocks = list(self.blocks(source))
+        return Block(
+            np.concatenate([block.positions for block in blocks]),
+            np.concatenate([block.features for block in blocks]),
+            [digest for block in blocks for digest in block.digests],
+        )
+
     def _table_blocks(self, source: Source) -> Iterator[Block]:
         assert source.table is not None
         assert source.rows is not None

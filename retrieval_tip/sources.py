@@ -36,7 +36,8 @@ class Source:
 
     ``items`` has the columns ``source`` (the item's path or id, printable) and, where known, ``label``, then any
     further columns of a table. An item is either an image (``paths[i]``) or row ``rows[i]`` of the feature table
-    ``table``. ``class_names`` are the labels in order; empty where items carry none.
+    ``table``. ``class_names`` are the labels in order; empty where items carry none. ``dataset`` is the name of a
+    dataset that was opened by its name.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Source:
     paths: tuple[str, ...] | None = None
     table: Path | None = None
     rows: npt.NDArray[np.int64] | None = None
+    dataset: str | None = None
 
     def __len__(self) -> int:
         return int(self.items.num_rows)
@@ -110,7 +112,7 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
 def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
     """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
     file = Path(path)
-    folders = _folders(file) if os.path.isdir(file) else None
+    folders = subfolders(file) if os.path.isdir(file) else None
     if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
         found = [str(image) for image in images.find(file)]
         if not found:
@@ -177,7 +179,7 @@ def _class_folders(folder: Path) -> Source:
     paths: list[str] = []
     labels: list[str] = []
     names: list[str] = []
-    for entry in _folders(folder):
+    for entry in subfolders(folder):
         found = [str(path) for path in images.find(Path(entry.path))]
         name = show(entry.name)
         names.append(name)
@@ -198,7 +200,7 @@ def _class_folders(folder: Path) -> Source:
     return Source(show(folder), items, tuple(names), tuple(paths))
 
 
-def _folders(folder: Path) -> list[os.DirEntry[str]]:
+def subfolders(folder: Path) -> list[os.DirEntry[str]]:
     """The folders in a folder, in name order, without the hidden ones."""
     with os.scandir(folder) as entries:
         found = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
@@ -247,7 +249,7 @@ def _image_root(file: Path, paths: Sequence[str]) -> Path:
     def held(folder: Path) -> int:
         return sum(os.path.isfile(folder / path) for path in sample)
 
-    best = max([file.parent, *(Path(entry.path) for entry in _folders(file.parent))], key=held)
+    best = max([file.parent, *(Path(entry.path) for entry in subfolders(file.parent))], key=held)
     if not held(best):
         raise InputError(
             f"{show(file)}: its images, {show(sample[0])[:200]} first, are not beside it; give --root FOLDER"

@@ -88,6 +88,7 @@ class Manifest:
     beta: float
     k: int | None
     tail: bool
+    temperature: float
     index: str
     backbone: dict[str, Any] | None
     provenance: dict[str, Any]
@@ -159,6 +160,7 @@ class Manifest:
         need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
         need(all(real(body[key]) for key in ("logit_scale", "alpha", "beta")), "alpha, beta or logit_scale")
         need(body["logit_scale"] > 0, "logit_scale")
+        need(real(body["temperature"]) and body["temperature"] > 0, "temperature")
         need(body["k"] is None or whole(body["k"], 1), "k")
         need(isinstance(body["tail"], bool), "tail")
         if body["backbone"] is not None:
@@ -358,6 +360,11 @@ class Writer:
         self._staged.remove(staged)
         self._files[kind] = entry
         return place
+
+    def keep(self, kind: str) -> None:
+        """Share the data file of this kind with the version before."""
+        assert self.parent is not None
+        self._files[kind] = self.parent.files[kind]
 
     def discard(self, staged: Path) -> None:
         """Give up a staged file."""

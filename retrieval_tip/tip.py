@@ -56,8 +56,9 @@ def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int) -> Tensor:
 class Totals:
     """What is known of all keys of each class before any is retrieved: enough to estimate those that are not.
 
-    ``counts`` ``[c]``: the number of keys ``n_c``. ``affinities`` ``[q, c]``: the sum of the affinities to all keys
-    of the class, ``n_c f mu_c``, which costs one product with the ``c`` sums of keys instead of the ``n`` keys.
+    ``counts`` ``[c]`` (or ``[q, c]``, where queries meet different keys): the number of keys ``n_c``. ``affinities``
+    ``[q, c]``: the sum of the affinities to all keys of the class, ``n_c f mu_c``, which costs one product with the
+    ``c`` sums of keys instead of the ``n`` keys.
     """
 
     counts: Tensor
@@ -74,7 +75,7 @@ class Totals:
         ``m_c = (n_c f mu_c - sum of the given affinities of c) / r_c``, exact up to rounding; both ``[q, c]``.
         Where ``r_c`` is 0 the mean is 0.
         """
-        n_classes = self.counts.shape[0]
+        n_classes = self.counts.shape[-1]
         number = self.counts - sum_by_class(torch.ones_like(affinity), class_ids, n_classes)
         total = self.affinities - sum_by_class(affinity, class_ids, n_classes)
         some = number > 0
@@ -109,6 +110,14 @@ def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float) -> T
 def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
     """The classifier's logits, text plus ``alpha`` (the residual ratio) times cache (paper, equation 6)."""
     return text_logits + alpha * cache_logits
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``softmax(logits / T)``, ``[q, c]`` to ``[q, c]`` float32. The temperature T > 0 changes no ranking.
+
+    Finite for every T: the winner's logit is subtracted first, and the division is in float64.
+    """
+    return ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()
 
 
 def certificate(

@@ -585,13 +585,15 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
     made = model(text_weights=None)
     cache = CacheModel(
         keys=made.keys, labels=made.labels, class_names=NAMES, text_weights=torch.from_numpy(TEXT), index=made.index,
-        alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, templates=["a {}."], backbone=identity,
+        alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, temperature=2.5, templates=["a {}."],
+        backbone=identity,
         provenance={"alpha": "given"},
     )  # fmt: skip
     cache.save(tmp_path / "x")
     loaded = CacheModel.load(tmp_path / "x", device="cpu")
     for name in (
-        "class_names", "alpha", "beta", "logit_scale", "k", "tail", "templates", "backbone", "provenance", "version",
+        "class_names", "alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "backbone",
+        "provenance", "version",
     ):  # fmt: skip
         assert getattr(loaded, name) == getattr(cache, name), name
     assert torch.equal(loaded.text_weights, cache.text_weights)

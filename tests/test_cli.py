@@ -137,7 +137,7 @@ def test_info_verify_and_query(run, small):
     facts = json.loads(run("index", "info", small, "--json").stdout)
     assert facts["n"] == 6
     assert facts["class_names"] == ["cat", "dog"]
-    assert facts["provenance"]["alpha"] == "the paper's default"
+    assert facts["provenance"]["alpha"] == "default, normalize both"
     assert "keys_per_class" in run("index", "info", small).stdout
     assert "is whole (6 keys, 2 classes)" in run("index", "verify", small).stdout
     sql = "SELECT camera, count(*) AS n FROM labels GROUP BY camera ORDER BY camera"

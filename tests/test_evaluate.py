@@ -172,7 +172,7 @@ def test_unknown_labels_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_source_without_items_is_refused(source: Source) -> None:
-    with pytest.raises(InputError, match="has no items to evaluate"):
+    with pytest.raises(InputError, match="has no items"):
         evaluate(model(), source.take([]), Encoder())
 
 

@@ -156,6 +156,7 @@ WRONG: dict[str, list[Any]] = {
     "beta": NOT_REAL,
     "k": [v for v in NOT_POSITIVE if v is not None and v != HUGE] + ["all"],
     "tail": [1, 0, None, "yes"],
+    "temperature": [*NOT_REAL, 0],
     "index": NOT_TEXT,
     "backbone": [[], "RN50", 5, True, {}, {"model": "RN50"}, BACKBONE | {"model": 5}, BACKBONE | {"preprocess": []}],
     "provenance": [[], None, "x"],
@@ -227,7 +228,7 @@ def test_manifest_without_a_field_is_refused(index: Path) -> None:
     wrong += [body | {"files": part} for part in without(files)]
     wrong += [body | {"files": files | {"keys": part}} for part in without(keys)]
     wrong += [body | {"files": files | {"extra": keys}}, body | {"files": files | {"keys": keys | {"extra": 1}}}]
-    assert len(wrong) == 20 + 4 + 4 + 2
+    assert len(wrong) == 21 + 4 + 4 + 2
     for manifest in wrong:
         with pytest.raises(StoreError) as error:
             Manifest.from_bytes(sealed(manifest), "m.json")

@@ -1,0 +1,207 @@
+"""The paper's tables and figures beside what is measured here: runs what images and weights are there for.
+
+Published figures: benchmarks/published.csv (facts, each with its source), RN50 unless it says otherwise. Measured: mean
+top-1 over seeds 1 to N with half the 95 % interval (Student's t), one centre view a shot, settings as --protocol says
+(honest: chosen on the published validation draw, min(shots, 4) a class, or by leave-one-out where there is no
+validation part; paper: the published grid over the whole validation part). Runs resume from --work.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from retrieval_tip import Encoder, EncodingCache, build_index, datasets, load_backbone, open_source, sweep
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import RetrievalTipError
+from retrieval_tip.store import read_manifest
+
+HERE = Path(__file__).resolve().parent
+SHOTS = (1, 2, 4, 8, 16)
+PAPER = {"zero-shot": "zero-shot", "tip-adapter": "tip-adapter"}
+"""Which published method a measured one stands beside."""
+
+
+def published() -> list[dict[str, str]]:
+    """The rows of published.csv."""
+    with (HERE / "published.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def place(name: str, root: Path) -> Path:
+    """The folder to look for a dataset in: its usual one below root, or one named after it, or root."""
+    facts = datasets.facts(name)
+    found = (root / folder for folder in (facts.folder, name.lower()) if (root / folder).is_dir())
+    return next(found, root)
+
+
+def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure one of the datasets from its photographs."""
+    facts, folder = datasets.facts(name), place(name, root)
+    with_cache = EncodingCache(EncodingCache.default_folder())
+    encoder = Encoder(backbone, cache=with_cache, progress=True)
+    train = datasets.open_dataset(name, folder, "train")
+    out = work / f"{name}-{backbone.identity.fingerprint}"
+    pool = build_index(train, out, encoder, templates=facts.templates)
+    test = sweep.encode(pool, datasets.open_dataset(name, folder, "test"), encoder)
+    try:
+        val = sweep.encode(pool, datasets.open_dataset(name, folder, "val"), encoder)
+    except RetrievalTipError:  # ImageNet has none
+        val = None
+    return list(measure(pool, out, test, val, facts.scale, options))
+
+
+def table_rows(train: Path, test: Path, text: Path, work: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure feature tables."""
+    out = work / f"{train.parent.name}-{train.stem}"
+    pool = build_index(open_source(train), out, Encoder(), text=text)
+    items = sweep.encode(pool, open_source(test), Encoder())
+    return list(measure(pool, out, items, None, sweep.PAPER_SCALES, options))
+
+
+def measure(
+    pool: CacheModel,
+    out: Path,
+    test: sweep.Items,
+    val: sweep.Items | None,
+    scales: tuple[float, float],
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Every shot count, seed and method, kept beside the index."""
+    digest = read_manifest(out).files["keys"].sha256[:16]
+    results = out.with_suffix(".parquet")
+    yield from sweep.sweep(pool, digest, test, results, shots=SHOTS, val=val, scales=scales, **options)
+
+
+def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:
+    """Accuracy against shots, measured beside published."""
+    click.echo(f"\n{name}, measured with {label}, {rows[0]['n']} test items (published: RN50)")
+    click.echo(f"{'':<18}" + "".join(f"{f'{shots} shots':>15}" for shots in SHOTS))
+    lines = sweep.summary(rows)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = {line["shots"]: line for line in lines if line["method"] == method}
+        text = "".join(
+            f"{100 * cell['top1']:>9.1f} +-{100 * (cell['half'] or 0):4.1f}" for cell in map(cells.get, SHOTS) if cell
+        )
+        click.echo(f"{method:<18}{text}")
+    for method, other in PAPER.items():
+        found = {row["shots"]: row["accuracy"] for row in facts if row["method"] == other}
+        if found:
+            cells = [found.get(str(shots), found.get("0", "-")) for shots in SHOTS]
+            click.echo(f"  published {method:<12}"[:18].ljust(18) + "".join(f"{cell:>15}" for cell in cells))
+
+
+def print_published(table: str, title: str, why: str, facts: list[dict[str, str]]) -> None:
+    """Rows of the paper that cannot be run here, and why."""
+    click.echo(f"\n{title}: {why}")
+    for row in facts:
+        if row["table"] == table:
+            parts = (row["backbone"], row["method"], row["trained"] and f"trained: {row['trained']}", row["train_time"])
+            click.echo(f"  published {row['accuracy']:>10}  {', '.join(filter(None, parts))}")
+
+
+def draw(measured: dict[str, list[dict[str, Any]]], facts: list[dict[str, str]], folder: Path) -> None:
+    """Accuracy against shots, and the gain over zero-shot at 16 shots (the paper's Figure 1), as PNG files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in measured.items():
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        for method in dict.fromkeys(row["method"] for row in rows):
+            lines = [line for line in sweep.summary(rows) if line["method"] == method]
+            axes.errorbar(
+                [line["shots"] for line in lines],
+                [100 * line["top1"] for line in lines],
+                [100 * (line["half"] or 0) for line in lines],
+                label=method,
+                marker="o",
+                capsize=3,
+            )
+        axes.set(title=name, xlabel="shots a class", ylabel="top-1, %", xscale="log", xticks=SHOTS, xticklabels=SHOTS)
+        axes.legend(fontsize=8)
+        figure.savefig(folder / f"{name}-shots.png", dpi=120)
+        pyplot.close(figure)
+    gains = {}
+    for name, rows in measured.items():
+        at = {line["method"]: 100 * line["top1"] for line in sweep.summary(rows) if line["shots"] == SHOTS[-1]}
+        if {"tip-adapter", "zero-shot"} <= at.keys():
+            gains[f"{name} (measured)"] = at["tip-adapter"] - at["zero-shot"]
+    by = {(row["dataset"], row["method"], row["shots"]): row["accuracy"] for row in facts if row["table"] == "shots"}
+    for name in datasets.names():
+        if (name, "tip-adapter", "16") in by:
+            gains[name] = float(by[name, "tip-adapter", "16"]) - float(by[name, "zero-shot", "0"])
+    ordered = sorted(gains.items(), key=lambda pair: pair[1])
+    figure, axes = pyplot.subplots(figsize=(7, 0.35 * len(ordered) + 1.2), layout="constrained")
+    colours = ["#d55e00" if "measured" in name else "#0072b2" for name, _ in ordered]
+    bars = axes.barh([name for name, _ in ordered], [gain for _, gain in ordered], color=colours)
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.set(title="Gain over zero-shot at 16 shots (blue: published, RN50)", xlabel="points of top-1")
+    figure.savefig(folder / "gain-16-shots.png", dpi=120)
+    pyplot.close(figure)
+
+
+@click.command(help=__doc__)
+@click.option("--root", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
+@click.option("--model", default="local-dir:../shared/models/lit-mini", show_default=True)
+@click.option("--pretrained")
+@click.option("--dataset", "chosen", multiple=True, help="A dataset; repeat for more.  [default: all that are there]")
+@click.option("--tables", type=(str, str, str), multiple=True, help="Feature tables: train, test, text.")
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True)
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder for the figures (PNG).")
+def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tuple[str, ...], **given: Any) -> None:
+    """Run what can be run, and say what cannot."""
+    facts = published()
+    names = ("retrieval-tip", "torch", "open_clip_torch", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    click.echo(f"{datetime.date.today()}, {platform.machine()}, Python {platform.python_version()}, {versions}")
+    click.echo(f"protocol {given['protocol']}, seeds 1 to {given['seeds']}")
+    options = {"seeds": range(1, given["seeds"] + 1), "protocol": given["protocol"]}
+    work.mkdir(parents=True, exist_ok=True)
+    measured: dict[str, list[dict[str, Any]]] = {}
+    missing: list[str] = []
+    backbone = None
+    for name in chosen or datasets.names():
+        lacking = datasets.check(name, place(name, root))
+        if lacking:
+            missing.append(f"{name}: {lacking[0]}")
+            continue
+        try:
+            backbone = backbone or load_backbone(model, pretrained)
+            measured[name] = dataset_rows(name, root, work, backbone, options)
+            print_rows(name, str(backbone.identity), measured[name], [r for r in facts if r["dataset"] == name])
+        except RetrievalTipError as error:
+            missing.append(f"{name}: {error}")
+    food = root / "clip-food9"
+    tables = given["tables"]
+    if not tables and food.is_dir() and not chosen and given["protocol"] == "honest":
+        tables = ((str(food / "train.parquet"), str(food / "test.parquet"), str(food / "text.parquet")),)
+    for train, test, text in tables:
+        name = Path(train).parent.name
+        measured[name] = table_rows(Path(train), Path(test), Path(text), work, options)
+        print_rows(name, "the features of its tables", measured[name], [])
+    print_published(
+        "1", "Table 1, what is fine-tuned (16 shots, ImageNet)", "not run, fine-tuning is not built yet", facts
+    )
+    print_published("2", "Table 2, ImageNet", "not run, needs ImageNet and ViT-L/14", facts)
+    if missing:
+        click.echo("\nNot run:")
+        for line in missing:
+            click.echo(f"  {line}")
+    if given["plots"]:
+        draw(measured, facts, given["plots"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Whether a probability means what it says: calibration error, the temperature that mends it, and abstaining.
+
+Letters: of n answers, ``confidence`` ``[n]`` is the probability of each and ``right`` ``[n]`` whether it was correct.
+
+C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, is "Guo et al." below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip.errors import InputError
+
+BINS = 15
+"""Bins of Guo et al."""
+
+LOWEST, HIGHEST = 1e-4, 1e4
+"""A fitted temperature lies between these multiples of the largest spread of a row of logits."""
+
+_BLOCK = 1 << 21
+_STEPS, _TOLERANCE = 200, 1e-12
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Answers with ``low < confidence <= high`` (the first bin also holds 0); means are ``None`` where it is empty."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+class Coverage(NamedTuple):
+    """What is answered and how well, for every threshold that makes a difference, highest first; ``[m]`` each.
+
+    ``coverage[j]`` is the fraction of answers with ``confidence >= threshold[j]``, ``accuracy[j]`` theirs.
+    """
+
+    threshold: Floats
+    coverage: Floats
+    accuracy: Floats
+
+
+def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
+    """Confidence against accuracy in ``bins`` equal bins of [0, 1]: ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
+
+    Raises InputError unless ``confidence`` and ``right`` are ``[n]``, n at least 1, of numbers within [0, 1].
+    """
+    p, hit = _answers(confidence, right)
+    if bins < 1:
+        raise InputError(f"bins is {bins}: at least 1 is needed")
+    edges = np.linspace(0, 1, bins + 1)
+    of = np.searchsorted(edges[1:-1], p, side="left")
+    counts = np.bincount(of, minlength=bins)
+    sums = [np.bincount(of, weights=values, minlength=bins) for values in (p, hit)]
+    return [
+        Bin(
+            low=float(edges[m]),
+            high=float(edges[m + 1]),
+            count=int(counts[m]),
+            confidence=float(sums[0][m] / counts[m]) if counts[m] else None,
+            accuracy=float(sums[1][m] / counts[m]) if counts[m] else None,
+        )
+        for m in range(bins)
+    ]
+
+
+def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
+    """``ECE = sum over bins m of (n_m / n) |accuracy_m - mean confidence_m|``, between 0 and 1 (Guo et al., eq. 3).
+
+    Bins and errors as for :func:`reliability`. It is an estimate, biased upwards where bins hold few answers.
+    """
+    found = reliability(confidence, right, bins)
+    n = sum(b.count for b in found)
+    gaps = (
+        b.count * abs(b.accuracy - b.confidence) for b in found if b.accuracy is not None and b.confidence is not None
+    )
+    return float(sum(gaps) / n)
+
+
+def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Coverage:
+    """Accuracy of the answers at or above each confidence that occurs; equal confidences are answered together.
+
+    The last entry answers everything. Errors as for :func:`reliability`.
+    """
+    p, hit = _answers(confidence, right)
+    order = np.argsort(-p, kind="stable")
+    p, hit = p[order], hit[order]
+    last = np.flatnonzero(np.append(p[1:] < p[:-1], True))
+    answered = last + 1.0
+    return Coverage(p[last], answered / len(p), np.cumsum(hit)[last] / answered)
+
+
+def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> float:
+    """The temperature T > 0 that makes ``softmax(logits / T)`` most likely (Guo et al., section 4.2).
+
+    Minimises ``NLL(u) = mean over i of [log sum_c exp(u z_ic) - u z_i,label]`` over ``u = 1 / T``. It is convex, so its
+    slope ``mean(E_p[z] - z_label)`` has one sign change, which Newton's method finds within a shrinking bracket, in
+    float64. Multiplying the logits by s multiplies T by s; no prediction changes.
+
+    Where every answer is right the likelihood grows as T tends to 0, and where logits are no better than chance as T
+    tends to infinity. So T is kept within ``LOWEST`` and ``HIGHEST`` times the largest difference within a row of
+    logits (see :func:`temperature_bounds`), and lies at a bound in these cases. Logits that are all equal give 1.
+
+    Args:
+        logits: ``[n, c]``, n and c at least 1.
+        labels: ``[n]`` class ids within ``0 .. c - 1``.
+
+    Raises InputError for other shapes, logits that are not finite, labels out of range.
+    """
+    z, y = _logits(logits, labels)
+    low, high = (1 / t for t in reversed(temperature_bounds(z)))
+    if low == high:
+        return 1.0
+    if _slope(z, y, high)[0] <= 0:
+        return 1 / high
+    if _slope(z, y, low)[0] >= 0:
+        return 1 / low
+    u = float(np.sqrt(low * high))
+    for _ in range(_STEPS):
+        slope, curvature = _slope(z, y, u)
+        low, high = (u, high) if slope < 0 else (low, u)
+        step = u - slope / curvature if curvature > 0 else low
+        following = step if low < step < high else float(np.sqrt(low * high))
+        if slope == 0 or abs(following - u) <= _TOLERANCE * u:
+            return 1 / following if slope else 1 / u
+        u = following
+    return 1 / u
+
+
+def temperature_bounds(logits: npt.ArrayLike | Tensor) -> tuple[float, float]:
+    """Least and greatest T that :func:`fit_temperature` returns for these logits ``[n, c]``; (1, 1) if all equal."""
+    z = torch.as_tensor(logits)
+    spread = float((z.amax(dim=1).double() - z.amin(dim=1).double()).max())
+    return (LOWEST * spread, HIGHEST * spread) if spread > 0 else (1.0, 1.0)
+
+
+def negative_log_likelihood(
+    logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, temperature: float
+) -> float:
+    """``mean of -log softmax(logits / T)[label]`` in nats, float64. Arguments and errors as for fit_temperature."""
+    z, y = _logits(logits, labels)
+    total = 0.0
+    for rows, label in _blocks(z, y):
+        scaled = rows / temperature
+        total += float((scaled.logsumexp(dim=1) - scaled.gather(1, label).squeeze(1)).sum())
+    return total / len(z)
+
+
+def _slope(z: Tensor, y: Tensor, u: float) -> tuple[float, float]:
+    """First and second derivative of NLL by u: ``mean(E_p[z] - z_y)`` and ``mean(Var_p[z])``."""
+    first = second = 0.0
+    for rows, label in _blocks(z, y):
+        p = (u * rows).softmax(dim=1)
+        mean = (p * rows).sum(dim=1, keepdim=True)
+        first += float((mean - rows.gather(1, label)).sum())
+        second += float((p * (rows - mean) ** 2).sum())
+    return first / len(z), second / len(z)
+
+
+def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time, float64, their largest logit moved to 0 (which changes no softmax)."""
+    step = max(1, _BLOCK // z.shape[1])
+    for start in range(0, len(z), step):
+        rows = z[start : start + step].double()
+        yield rows - rows.amax(dim=1, keepdim=True), y[start : start + step, None]
+
+
+def _logits(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
+    z, y = torch.as_tensor(logits), torch.as_tensor(labels)
+    if z.ndim != 2 or 0 in z.shape:
+        raise InputError(f"logits: shape {tuple(z.shape)}; expected [n, c] with n and c at least 1")
+    if not z.is_floating_point():
+        z = z.double()
+    if not torch.isfinite(z).all():
+        row = int((~torch.isfinite(z).all(dim=1)).nonzero()[0])
+        raise InputError(f"logits: row {row} holds NaN or infinity")
+    if y.shape != z.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
+        raise InputError(
+            f"labels: {y.dtype} {tuple(y.shape)} for {len(z)} rows of logits; expected a class id for each"
+        )
+    if int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
+        raise InputError(f"labels: from {int(y.min())} to {int(y.max())}; expected 0 to {z.shape[1] - 1}")
+    return z, y.to(z.device, torch.int64)
+
+
+def _answers(confidence: npt.ArrayLike, right: npt.ArrayLike) -> tuple[Floats, Floats]:
+    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if p.ndim != 1 or not len(p) or hit.shape != p.shape:
+        raise InputError(f"confidence and right: shapes {p.shape} and {hit.shape}; expected [n] each, n at least 1")
+    for name, values in (("confidence", p), ("right", hit)):
+        if not ((values >= 0) & (values <= 1)).all():
+            raise InputError(f"{name}: holds values outside of 0 to 1")
+    return p, hit

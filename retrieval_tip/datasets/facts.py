@@ -1,0 +1,123 @@
+"""The table of facts: where each dataset lies, what its prompts are, and the published settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from retrieval_tip.errors import UsageError
+
+Layout = Literal["split file", "variant lists", "class folders", "numbered class folders"]
+
+PHOTO = ("a photo of a {}.",)
+IMAGENET = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of one dataset before its files are seen. Its class names are read from its files.
+
+    Attributes:
+        name: as the papers write it.
+        folder: its folder below the one that holds all datasets (CoOp's ``DATA``).
+        layout: how its images are listed.
+        images: folder of the images of each part that it has, within ``folder``; empty: ``folder`` itself.
+        listing: the file that names its classes: the split file, ``variants.txt`` or ``classnames.txt``.
+        classes: how many classes it has.
+        templates: prompts, averaged where there are several.
+        scale: the published search scales of beta and alpha.
+        alpha: the published initial alpha.
+        beta: the published initial beta.
+        aliases: further names, beside ``name`` and ``folder``.
+    """
+
+    name: str
+    folder: str
+    layout: Layout
+    images: Mapping[str, str]
+    listing: str
+    classes: int
+    templates: tuple[str, ...]
+    scale: tuple[float, float]
+    alpha: float
+    beta: float = 1.0
+    aliases: tuple[str, ...] = ()
+
+
+def _all(folder: str) -> dict[str, str]:
+    return dict.fromkeys(("train", "val", "test"), folder)
+
+
+# fmt: off
+DATASETS = (
+    # ImageNet's images/val is what everyone tests on: it is the test part, and there is no validation part.
+    Dataset("ImageNet", "imagenet", "class folders", {"train": "images/train", "test": "images/val"},
+            "classnames.txt", 1000, IMAGENET, (7, 3), 1.17, aliases=("imagenet-1k", "ilsvrc2012")),
+    Dataset("Caltech101", "caltech-101", "split file", _all("101_ObjectCategories"),
+            "split_zhou_Caltech101.json", 100, PHOTO, (12, 5), 3, aliases=("caltech",)),
+    Dataset("OxfordPets", "oxford_pets", "split file", _all("images"),
+            "split_zhou_OxfordPets.json", 37, ("a photo of a {}, a type of pet.",), (7, 3), 1.17, aliases=("pets",)),
+    Dataset("StanfordCars", "stanford_cars", "split file", _all(""),
+            "split_zhou_StanfordCars.json", 196, PHOTO, (20, 10), 3, aliases=("cars",)),
+    Dataset("Flowers102", "oxford_flowers", "split file", _all("jpg"),
+            "split_zhou_OxfordFlowers.json", 102, ("a photo of a {}, a type of flower.",), (50, 50), 10,
+            aliases=("flowers", "oxford-flowers-102")),
+    Dataset("Food101", "food-101", "split file", _all("images"),
+            "split_zhou_Food101.json", 101, ("a photo of {}, a type of food.",), (10, 10), 1.17, aliases=("food",)),
+    Dataset("FGVCAircraft", "fgvc_aircraft", "variant lists", _all("images"),
+            "variants.txt", 100, ("a photo of a {}, a type of aircraft.",), (30, 30), 5,
+            aliases=("fgvc", "aircraft")),
+    Dataset("SUN397", "sun397", "split file", _all("SUN397"),
+            "split_zhou_SUN397.json", 397, PHOTO, (12, 10), 1.17, aliases=("sun",)),
+    Dataset("DTD", "dtd", "split file", _all("images"),
+            "split_zhou_DescribableTextures.json", 47, ("{} texture.",), (13, 13), 2,
+            aliases=("describable-textures",)),
+    Dataset("EuroSAT", "eurosat", "split file", _all("2750"),
+            "split_zhou_EuroSAT.json", 10, ("a centered satellite photo of {}.",), (12, 10), 2),
+    Dataset("UCF101", "ucf101", "split file", _all("UCF-101-midframes"),
+            "split_zhou_UCF101.json", 101, ("a photo of a person doing {}.",), (7, 3), 3, aliases=("ucf",)),
+    # Test sets for an index of ImageNet, whose prompts and settings they take.
+    Dataset("ImageNet-V2", "imagenetv2", "numbered class folders",
+            {"test": "imagenetv2-matched-frequency-format-val"},
+            "classnames.txt", 1000, IMAGENET, (7, 3), 1.17),
+    Dataset("ImageNet-Sketch", "imagenet-sketch", "class folders", {"test": "images"},
+            "classnames.txt", 1000, IMAGENET, (7, 3), 1.17),
+    Dataset("ImageNet-A", "imagenet-adversarial", "class folders", {"test": "imagenet-a"},
+            "classnames.txt", 200, IMAGENET, (7, 3), 1.17),
+    Dataset("ImageNet-R", "imagenet-rendition", "class folders", {"test": "imagenet-r"},
+            "classnames.txt", 200, IMAGENET, (7, 3), 1.17),
+)
+# fmt: on
+
+
+def _plain(name: str) -> str:
+    """A name without case, spaces, ``-`` and ``_``."""
+    return "".join(c for c in name.casefold() if c not in " -_")
+
+
+_BY_NAME = {_plain(name): row for row in DATASETS for name in (row.name, row.folder, *row.aliases)}
+
+
+def names() -> list[str]:
+    """Names of the datasets, in the order of the papers' tables; the variants of ImageNet are last."""
+    return [row.name for row in DATASETS]
+
+
+def facts(name: str) -> Dataset:
+    """The facts of a dataset, by its name, its folder's, or a common short one (``pets``, ``fgvc``, ``imagenet_a``).
+
+    Case, spaces, ``-`` and ``_`` do not matter. Raises UsageError for an unknown name.
+    """
+    row = _BY_NAME.get(_plain(name))
+    if row is None:
+        raise UsageError(f"no dataset {name!r}; the datasets are {', '.join(names())}")
+    return row

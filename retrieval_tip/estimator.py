@@ -1,0 +1,269 @@
+"""Tip-Adapter as a scikit-learn classifier over features: a thin layer over :class:`CacheModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrieval_tip import tip
+from retrieval_tip.backbone import resolve_device, unit
+from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel, Features, check_settings
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.vector_index import VectorIndex
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        f"TipAdapterClassifier needs scikit-learn 1.6 or newer ({error}); pip install 'retrieval-tip[sklearn]'"
+    ) from None
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+
+
+class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+    """Tip-Adapter over features, with scikit-learn's interface: for its searches, pipelines and calibration.
+
+    The rows of ``X`` given to :meth:`fit` become the keys of a :class:`CacheModel`, which answers every query:
+    ``logits = logit_scale * f W^T + alpha * C`` (:mod:`retrieval_tip.tip`; the paper's equations 4 to 6). Parameters
+    are read by :meth:`fit` and by the first :meth:`partial_fit`; what is set later counts from the next fit.
+
+    Args:
+        text_weights: ``[c, d]`` unit vectors ``W``, one a class in sorted order (or that of ``class_names``), used as
+            they are. ``None`` leaves the decision to the cache alone.
+        class_names: the ``c`` labels in the order of ``text_weights``. It may name classes that ``y`` lacks, which
+            are then decided by their text alone. ``None``: the sorted labels of ``y``.
+        alpha: residual ratio, how much the cache counts beside the text; 0 or more.
+        beta: sharpness of the exponential; 0 or more.
+        k: how many of the nearest keys a query uses; ``None`` is all of them, Tip-Adapter exactly.
+        tail: with ``k``, estimate what the other keys add.
+        logit_scale: factor of the text logits, the backbone's own (100 for OpenAI's CLIP).
+        index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32`` ...
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        normalize: scale each row of ``X`` to unit length. A zero row has no direction and stays zero: its affinity to
+            everything is 0, so that as a query it gets the class with the most keys. ``False`` uses rows as they are;
+            fine-tuned keys are not unit vectors.
+
+    Attributes:
+        classes_: ``[c]`` the labels in sorted order, of the dtype they came in.
+        n_features_in_: ``d``, the length of a feature.
+        feature_names_in_: ``[d]`` names of the columns, where ``X`` had some.
+        cache_: the :class:`CacheModel` behind it, its key ids being rows of ``X``; ``cache_.save`` makes it an index.
+
+    A fitted estimator can be pickled: the keys are, and the FAISS index is built again from them (an approximate
+    one may then retrieve slightly different keys). As with any pickle, open only your own.
+    """
+
+    classes_: Array
+    n_features_in_: int
+    cache_: CacheModel
+
+    def __init__(
+        self,
+        text_weights: Features | None = None,
+        class_names: Sequence[Any] | Array | None = None,
+        *,
+        alpha: float = ALPHA,
+        beta: float = BETA,
+        k: int | None = None,
+        tail: bool = True,
+        logit_scale: float = LOGIT_SCALE,
+        index: str = "Flat",
+        device: str = "auto",
+        normalize: bool = True,
+    ) -> None:
+        self.text_weights = text_weights
+        self.class_names = class_names
+        self.alpha = alpha
+        self.beta = beta
+        self.k = k
+        self.tail = tail
+        self.logit_scale = logit_scale
+        self.index = index
+        self.device = device
+        self.normalize = normalize
+
+    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803 - scikit-learn's name
+        """Make the rows of ``X`` ``[n, d]`` (real, finite) the keys, of the classes ``y`` ``[n]`` (any labels).
+
+        Raises:
+            ValueError: what scikit-learn says of ``X`` and ``y`` that cannot be used.
+            InputError: a label outside ``class_names``; ``text_weights`` that are not ``[c, d]``. A ValueError too.
+            UsageError: alpha, beta, k, logit_scale, index or device that cannot work. A ValueError too.
+        """
+        return self._first(X, y, self.class_names)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:  # noqa: N803
+        """Add the rows of ``X`` ``[m, d]``, of the classes ``y`` ``[m]``, to the keys that are there.
+
+        The same as :meth:`fit` on everything given so far. ``classes`` lists all labels that will ever come: the
+        first call needs it where there are no ``class_names``; later ones may leave it out. The index is built again
+        at each call, so give many rows at a time. Errors as for :meth:`fit`; after one the keys are what they were.
+        """
+        if not hasattr(self, "cache_"):
+            if classes is None and self.class_names is None:
+                raise UsageError("classes: missing; the first partial_fit needs all classes, here or as class_names")
+            if classes is not None and self.class_names is not None:
+                _same_classes(classes, _classes(self.class_names, once=True)[0])
+            return self._first(X, y, classes if self.class_names is None else self.class_names)
+        if classes is not None:
+            _same_classes(classes, self.classes_)
+        X, y = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))  # noqa: N806
+        check_classification_targets(y)
+        self.cache_.add(_rows(X, self._normalize), _ids(y, self.classes_))
+        return self
+
+    def decision_function(self, X: Any) -> FloatArray:  # noqa: N803
+        """Blended logits ``logit_scale * f W^T + alpha * C`` of queries ``X`` ``[q, d]``, float32.
+
+        ``[q, c]`` in the order of ``classes_``; for two classes, as scikit-learn wants, the second's logit minus the
+        first's, ``[q]``. Raises NotFittedError, ValueError for an ``X`` that cannot be used, and InputError where
+        logits overflow, as they can without ``normalize``.
+        """
+        logits = self._logits(X).cpu().numpy()
+        scores: FloatArray = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+        return scores
+
+    def predict_proba(self, X: Any) -> FloatArray:  # noqa: N803
+        """Softmax of the logits of queries ``X`` ``[q, d]``: ``[q, c]``, float32 as the logits are.
+
+        Errors as for :meth:`decision_function`.
+        """
+        logits = self._logits(X)
+        probabilities: FloatArray = tip.probabilities(logits, self.cache_.temperature).cpu().numpy()
+        return probabilities
+
+    def predict(self, X: Any) -> Array:  # noqa: N803
+        """Label of the largest logit of queries ``X`` ``[q, d]``: ``[q]``, of the dtype of ``classes_``.
+
+        Equal logits give the class that sorts first. Errors as for :meth:`decision_function`.
+        """
+        best = self._logits(X).cpu().numpy().argmax(axis=1)
+        labels: Array = self.classes_[best]
+        return labels
+
+    def kneighbors(self, X: Any, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:  # noqa: N803
+        """The nearest keys of queries ``X`` ``[q, d]``.
+
+        Returns affinities (inner products, not distances) ``[q, m]`` float32, largest first, and the rows ``[q, m]``
+        int64 of the keys in the ``X`` they were fitted on, counted on over the calls of :meth:`partial_fit`. ``m`` is
+        ``n_neighbors``, at most the number of keys. Where an approximate index finds fewer, the affinity is -inf and
+        the row -1. Raises UsageError where ``n_neighbors`` is below 1; else as :meth:`decision_function`.
+        """
+        features = self._queries(X)
+        if not (isinstance(n_neighbors, int | np.integer) and n_neighbors >= 1):
+            raise UsageError(f"n_neighbors is {n_neighbors}: expected a whole number of keys, at least 1")
+        queries = torch.from_numpy(features).to(self.cache_.device)
+        nearest, rows = self.cache_._nearest(queries, int(n_neighbors))
+        affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
+        order = np.argsort(-affinity, axis=1, kind="stable")  # a compressed index orders by its own affinities
+        key_ids = np.where(rows < 0, -1, self.cache_.labels["key_id"].to_numpy()[rows])
+        return np.take_along_axis(affinity, order, axis=1), np.take_along_axis(key_ids, order, axis=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = dict(super().__getstate__())
+        cache = state.get("cache_")
+        if cache is not None:
+            parts = {field.name: getattr(cache, field.name) for field in fields(cache)}
+            state["cache_"] = parts | {"index": cache.index.factory, "text_weights": cache.text_weights.cpu()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parts = state.get("cache_")
+        if parts is not None:
+            device = resolve_device(state["device"])
+            index = VectorIndex.build(parts["keys"], parts["index"], device)
+            state = state | {"cache_": CacheModel(**parts | {"index": index, "device": device})}
+        super().__setstate__(state)
+
+    def _first(self, X: Any, y: Any, labels: Any) -> Self:  # noqa: N803
+        """Fit on the first rows; ``labels`` are all that there can be, ``None`` for those of ``y``."""
+        normalize = bool(self.normalize)
+        X, y = validate_data(self, X, y, dtype=_dtypes(normalize))  # noqa: N806
+        check_classification_targets(y)
+        check_settings(self.alpha, self.beta, self.k, self.logit_scale)
+        ordered = self.class_names is not None
+        classes, order = _classes(y if labels is None else labels, once=ordered)
+        text = self.text_weights
+        if text is not None:
+            text = text.detach().cpu().float().numpy() if isinstance(text, torch.Tensor) else text
+            text = check_array(text, dtype=_dtypes(normalize), input_name="text_weights")
+            if len(text) != len(classes):
+                raise InputError(
+                    f"text_weights: {len(text)} rows for {len(classes)} classes; where y lacks some, give class_names"
+                )
+            text = text[order] if ordered else text
+        cache = CacheModel.from_features(
+            _rows(X, normalize),
+            _ids(y, classes),
+            [str(label) or repr(label) for label in classes.tolist()],
+            text,
+            alpha=self.alpha,
+            beta=self.beta,
+            logit_scale=self.logit_scale,
+            index=self.index,
+            device=self.device,
+        )
+        cache.k, cache.tail = self.k, self.tail
+        self.classes_, self.cache_, self._normalize = classes, cache, normalize
+        return self
+
+    def _queries(self, X: Any) -> FloatArray:  # noqa: N803
+        check_is_fitted(self, "cache_")
+        return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
+
+    def _logits(self, X: Any) -> torch.Tensor:  # noqa: N803
+        features = self._queries(X)
+        return self.cache_.logits(features, self.cache_.k, self.cache_.tail)
+
+
+def _dtypes(normalize: bool) -> Any:
+    """What scikit-learn's validation makes of an array: what is not scaled has to fit the float32 of a key."""
+    return [np.float64, np.float32] if normalize else np.float32
+
+
+def _rows(X: Array, normalize: bool) -> FloatArray:  # noqa: N803
+    """Features ``[m, d]`` float32; normalised, each row but a zero one has length 1, however long or short it was."""
+    if not normalize:
+        return np.require(X, np.float32, ["C", "W"])
+    _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
+    X = np.ldexp(X.astype(np.float64), -exponent)  # noqa: N806 - exact, so that no length over- or underflows
+    rows = np.zeros(X.shape, dtype=np.float32)
+    some = X.any(axis=1)
+    rows[some] = unit(X[some])
+    return rows
+
+
+def _classes(labels: Any, *, once: bool) -> tuple[Array, Array]:
+    """The labels that there are, sorted, and where each stands in the given ones."""
+    given = np.asarray(labels)
+    try:
+        classes, order = np.unique(given, return_index=True)
+    except TypeError:
+        raise InputError("classes: labels of different kinds, which cannot be sorted") from None
+    if given.ndim != 1 or (once and len(classes) < len(given)):
+        raise InputError(f"class_names: shape {given.shape}, {len(classes)} of them distinct; expected each label once")
+    return classes, order
+
+
+def _same_classes(given: Any, known: Array) -> None:
+    if not np.array_equal(_classes(given, once=False)[0], known):
+        raise UsageError("classes: not those that are known; they cannot change, leave them out or fit again")
+
+
+def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
+    """Position of each label in ``classes``."""
+    position = {label: i for i, label in enumerate(classes.tolist())}
+    ids = np.array([position.get(label, -1) for label in labels.tolist()], dtype=np.int64)
+    if (ids < 0).any():
+        row = int(np.argmin(ids))
+        raise InputError(f"y: row {row} is {labels[row]!r}, which is none of the {len(classes)} classes")
+    return ids

@@ -1,0 +1,400 @@
+"""Calibration against definitions spelled out in loops, planted temperatures, and the two commands that use it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_cli import unit_rows, write_table
+
+from retrieval_tip import CacheModel
+from retrieval_tip import calibration as cal
+from retrieval_tip.calibration import (
+    accuracy_coverage,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability,
+    temperature_bounds,
+)
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.evaluate import calibrate, evaluate
+from retrieval_tip.features import Encoder
+from retrieval_tip.sources import open_source
+
+few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+answers = st.lists(
+    st.tuples(st.one_of(st.floats(0, 1), st.integers(0, 15).map(lambda i: i / 15)), st.booleans()), min_size=1
+)
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def nll(logits, labels, temperature):
+    """The negative log likelihood, written out."""
+    z = np.asarray(logits, dtype=np.float64) / temperature
+    z = z - z.max(axis=1, keepdims=True)
+    return float(np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels]))
+
+
+def planted(n, c, temperature, seed, scale=1.0):
+    """Logits, and labels drawn from their softmax at a temperature."""
+    rng = np.random.default_rng(seed)
+    logits = scale * rng.normal(size=(n, c))
+    chances = softmax(logits / temperature).cumsum(axis=1)
+    labels = (rng.random((n, 1)) > chances[:, :-1]).sum(axis=1)
+    return logits, labels
+
+
+@few
+@given(answers, st.integers(1, 20))
+def test_error_and_bins_are_those_of_a_loop_over_bins(items, bins):
+    confidence, right = (list(column) for column in zip(*items, strict=True))
+    total, edges = 0.0, [m / bins for m in range(bins + 1)]
+    found = reliability(confidence, right, bins)
+    assert len(found) == bins
+    for m, got in enumerate(found):
+        inside = [
+            i
+            for i, p in enumerate(confidence)
+            if np.linspace(0, 1, bins + 1)[m] < p <= np.linspace(0, 1, bins + 1)[m + 1] or (m == 0 and p == 0)
+        ]
+        assert (got.low, got.high) == pytest.approx((edges[m], edges[m + 1]))
+        assert got.count == len(inside)
+        if inside:
+            accuracy = sum(right[i] for i in inside) / len(inside)
+            mean = sum(confidence[i] for i in inside) / len(inside)
+            assert (got.accuracy, got.confidence) == pytest.approx((accuracy, mean))
+            total += len(inside) / len(items) * abs(accuracy - mean)
+        else:
+            assert got.accuracy is got.confidence is None
+    assert sum(b.count for b in found) == len(items)
+    error = expected_calibration_error(confidence, right, bins)
+    assert error == pytest.approx(total, abs=1e-12)
+    assert 0 <= error <= 1
+
+
+def test_errors_whose_value_is_known():
+    assert expected_calibration_error([1.0, 1.0], [True, True]) == 0
+    assert expected_calibration_error([1.0], [False]) == 1
+    assert expected_calibration_error([0.5] * 4, [True, False] * 2) == 0
+    assert expected_calibration_error([0.9, 0.9, 0.6, 0.6], [1, 1, 1, 0]) == pytest.approx(0.5 * 0.1 + 0.5 * 0.1)
+    # one bin: only the means count
+    assert expected_calibration_error([0.2, 0.8], [True, False], bins=1) == pytest.approx(0)
+    # a border belongs to the bin below it
+    assert [b.count for b in reliability([0.5, 0.0, 1.0], [1, 1, 1], 2)] == [2, 1]
+
+
+@few
+@given(answers)
+def test_accuracy_coverage_is_that_of_every_threshold(items):
+    confidence, right = (np.array(column) for column in zip(*items, strict=True))
+    curve = accuracy_coverage(confidence, right)
+    assert curve.threshold.tolist() == sorted(set(confidence.tolist()), reverse=True)
+    for threshold, coverage, accuracy in zip(*curve, strict=True):
+        given_ = confidence >= threshold
+        assert coverage == pytest.approx(given_.mean())
+        assert accuracy == pytest.approx(right[given_].mean())
+    assert (curve.coverage[-1], curve.accuracy[-1]) == (1, pytest.approx(right.mean()))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 3.0, 40.0])
+def test_a_planted_temperature_is_found(temperature):
+    logits, labels = planted(20000, 6, temperature, seed=int(temperature * 100), scale=3 * temperature)
+    assert fit_temperature(logits, labels) == pytest.approx(temperature, rel=0.05)
+
+
+@few
+@given(
+    st.integers(2, 40), st.integers(2, 8), st.integers(0, 10**6), st.sampled_from([0.02, 1.0, 30.0, 700.0]),
+    st.floats(1e-3, 1e3),
+)  # fmt: skip
+def test_the_optimum_is_one_and_scales_with_the_logits(n, c, seed, spread, factor):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, c)) * spread
+    labels = np.where(rng.random(n) < 0.7, logits.argmax(axis=1), rng.integers(0, c, n))
+    found = fit_temperature(logits, labels)
+    low, high = temperature_bounds(logits)
+    assert low <= found * (1 + 1e-12)
+    assert found <= high * (1 + 1e-12)
+    best = nll(logits, labels, found)
+    assert negative_log_likelihood(logits, labels, found) == pytest.approx(best, rel=1e-9, abs=1e-12)
+    for other in (*np.geomspace(low, high, 80), found * 0.99, found * 1.01):
+        if low <= other <= high:
+            assert best <= nll(logits, labels, other) + 1e-10 * (1 + best)
+    assert fit_temperature(logits * factor, labels) == pytest.approx(found * factor, rel=1e-6)
+    assert (logits / found).argmax(axis=1).tolist() == logits.argmax(axis=1).tolist()
+
+
+def test_huge_logits_have_an_ordinary_optimum():
+    logits, labels = planted(4000, 100, 400.0, seed=3, scale=2000.0)
+    found = fit_temperature(logits.astype(np.float32), labels)
+    assert found == pytest.approx(400, rel=0.1)
+    assert fit_temperature(torch.tensor(logits), torch.tensor(labels)) == pytest.approx(found, rel=1e-4)
+
+
+def test_the_ends_of_the_search():
+    logits = np.array([[5.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
+    assert fit_temperature(logits, [0, 1]) == pytest.approx(cal.LOWEST * 5)  # all right: T tends to 0
+    assert fit_temperature(logits, [2, 0]) == pytest.approx(cal.HIGHEST * 5)  # all wrong: T tends to infinity
+    assert fit_temperature(1e6 * logits, [0, 1]) == pytest.approx(cal.LOWEST * 5e6)
+    assert fit_temperature(logits[:1], [0]) == pytest.approx(cal.LOWEST * 5)
+    assert fit_temperature(np.zeros((4, 3)), [0, 1, 2, 0]) == 1  # nothing to fit
+    assert fit_temperature(np.full((1, 1), 7.0), [0]) == 1
+    assert fit_temperature([[1, 0], [1, 0], [1, 0]], [0, 0, 1]) == pytest.approx(1 / math.log(2))  # by hand
+
+
+def test_blocks_of_rows_add_up(monkeypatch):
+    logits, labels = planted(500, 7, 2.0, seed=1, scale=4)
+    whole, likelihood = fit_temperature(logits, labels), negative_log_likelihood(logits, labels, 2.0)
+    monkeypatch.setattr(cal, "_BLOCK", 7 * 64)
+    assert fit_temperature(logits, labels) == pytest.approx(whole, rel=1e-9)
+    assert negative_log_likelihood(logits, labels, 2.0) == pytest.approx(likelihood)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: expected_calibration_error([], []), "n at least 1"),
+        (lambda: expected_calibration_error([0.5], [True, False]), r"shapes \(1,\) and \(2,\)"),
+        (lambda: expected_calibration_error([1.5], [True]), "confidence: .*outside of 0 to 1"),
+        (lambda: expected_calibration_error([math.nan], [True]), "confidence"),
+        (lambda: expected_calibration_error([0.5], [2]), "right"),
+        (lambda: reliability([0.5], [True], 0), "bins is 0"),
+        (lambda: accuracy_coverage([[0.5]], [[True]]), "expected"),
+        (lambda: fit_temperature(np.zeros((0, 3)), []), r"shape \(0, 3\)"),
+        (lambda: fit_temperature(np.zeros(3), [0]), "expected"),
+        (lambda: fit_temperature([[1.0, math.inf]], [0]), "row 0 holds NaN or infinity"),
+        (lambda: fit_temperature([[1.0, 2.0]], [2]), "from 2 to 2; expected 0 to 1"),
+        (lambda: fit_temperature([[1.0, 2.0]], [-1]), "labels"),
+        (lambda: fit_temperature([[1.0, 2.0]], [0, 1]), "expected a class id"),
+        (lambda: fit_temperature([[1.0, 2.0]], [0.5]), "expected a class id"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(call, says):
+    with pytest.raises(InputError, match=says) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- the index and its commands
+
+
+def rows_of(table):
+    return np.stack(table["feature"].to_numpy()).astype(np.float32)
+
+
+def food(shared, per_class=8, **changes):
+    """CLIP features of nine foods: an index of some shots of each, and a validation table of others."""
+    data = shared / "data" / "clip-food9"
+    text, train = pq.read_table(data / "text.parquet"), pq.read_table(data / "train.parquet")
+    labels = np.array(train["label"].to_pylist())
+    of = [np.flatnonzero(labels == name) for name in text["label"].to_pylist()]
+    shots = np.concatenate([rows[:per_class] for rows in of])
+    settings_ = {"alpha": 20.0, "beta": 5.5} | changes
+    cache = CacheModel.from_features(
+        rows_of(train)[shots], labels[shots].tolist(), text["label"].to_pylist(), rows_of(text), device="cpu",
+        **settings_,
+    )  # fmt: skip
+    return cache, train.take(np.concatenate([rows[20:70] for rows in of]))
+
+
+@pytest.fixture
+def food_index(shared, tmp_path):
+    cache, val = food(shared)
+    cache.save(tmp_path / "food")
+    pq.write_table(val, tmp_path / "val.parquet")
+    return tmp_path / "food", tmp_path / "val.parquet", shared / "data/clip-food9/test.parquet"
+
+
+def test_real_features_calibrated_on_validation_are_better_on_test(shared, tmp_path):
+    cache, val = food(shared)
+    pq.write_table(val, tmp_path / "val.parquet")
+    test = open_source(shared / "data/clip-food9/test.parquet")
+    features = rows_of(pq.read_table(shared / "data/clip-food9/test.parquet"))
+    before, logits, labels = evaluate(cache, test, Encoder()), cache.logits(features), cache.classify(features)
+    result = calibrate(cache, open_source(tmp_path / "val.parquet"), Encoder())
+    after = evaluate(cache, test, Encoder())
+    assert (
+        cache.temperature == after.temperature == result.temperature > 1.5
+    )  # 20 times the cache is too sure of itself
+    assert result.ece_after < result.ece_before
+    assert result.nll_after < result.nll_before
+    assert after.ece < before.ece
+    assert torch.equal(cache.logits(features), logits)
+    again = cache.classify(features)
+    assert [p.label for p in again] == [p.label for p in labels]
+    expected = softmax(logits.numpy().astype(np.float64) / result.temperature).max(axis=1)
+    np.testing.assert_allclose([p.probability for p in again], expected, rtol=1e-5)
+    truth = np.array(test.labels) == [p.label for p in again]
+    assert after.ece == pytest.approx(expected_calibration_error(expected, truth), abs=1e-5)
+    assert (after.top1, after.top5, after.per_class) == (before.top1, before.top5, before.per_class)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-3, 1.0, 1e3, 1e30, 1e300])
+def test_no_temperature_changes_an_answer(shared, temperature):
+    cache, val = food(shared)
+    features = rows_of(val)[::9]
+    plain = cache.classify(features, top=9, k=16)
+    cache.temperature = temperature
+    for one, other in zip(plain, cache.classify(features, top=9, k=16), strict=True):
+        assert one.labels == other.labels
+        assert np.isfinite(other.probabilities).all()
+        assert sum(other.probabilities) == pytest.approx(1, abs=1e-5)
+        assert sorted(other.probabilities, reverse=True) == pytest.approx(other.probabilities, abs=1e-6)
+        np.testing.assert_array_equal(one.logits, other.logits)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
+def test_temperatures_that_are_none_are_refused(shared, wrong):
+    cache, _ = food(shared, 1)
+    cache.temperature = wrong
+    with pytest.raises(UsageError, match="temperature is"):
+        cache.__post_init__()
+
+
+def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
+    folder, val, test = food_index
+    features = rows_of(pq.read_table(test))
+    before = json.loads(run("evaluate", folder, test, "--json").stdout)
+    shown = run("calibrate", folder, "--val", val)
+    assert shown.exit_code == 0, shown.output
+    facts = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
+    assert {"temperature", "n", "ece_before", "ece_after", "nll_before", "nll_after", "version"} <= facts.keys()
+    assert (facts["n"], facts["version"], facts["at_bound"]) == ("450", "2", "False")
+    info = json.loads(run("index", "info", folder, "--json").stdout)
+    assert info["temperature"] == pytest.approx(float(facts["temperature"]), rel=1e-3)
+    assert info["provenance"]["temperature"] == f"fitted on {val}, n=450"
+    assert (info["version"], info["earlier_versions"]) == (2, [1])
+    cache = CacheModel.load(folder, device="cpu")
+    assert cache.temperature == info["temperature"]
+    assert cache.classify(features[:3])[0].probability < 1
+    after = json.loads(run("evaluate", folder, test, "--json").stdout)
+    assert after["ece"] < before["ece"]
+    assert after["temperature"] == cache.temperature
+    assert {k: v for k, v in before.items() if k not in ("ece", "temperature")} == {
+        k: v for k, v in after.items() if k not in ("ece", "temperature")
+    }
+    # fitting again starts from the logits, not from the last temperature
+    assert run("calibrate", folder, "--val", val).exit_code == 0
+    assert CacheModel.load(folder, device="cpu").temperature == cache.temperature
+
+
+def test_a_failed_calibration_changes_nothing(run, food_index, tmp_path):
+    folder, _, _ = food_index
+    manifest = (folder / "manifest.json").read_bytes()
+    odd = write_table(tmp_path / "odd.parquet", unit_rows(3, 512), ["apple_pie", "nonsense", "tacos"])
+    refused = run("calibrate", folder, "--val", odd)
+    assert refused.exit_code == 1
+    assert "nonsense" in refused.stderr
+    assert run("calibrate", folder, "--val", tmp_path / "nowhere.parquet").exit_code == 1
+    assert run("calibrate", folder).exit_code == 2
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+def test_no_test_part_is_read(run, shared, tmp_path):
+    """The test part of the split is poisoned: other labels, and images that are not there."""
+    from test_backbone import tiny
+
+    data = shared / "data/caltech101"
+    split = json.loads((data / "split_zhou_Caltech101.json").read_text())
+    names = ("panda", "pizza", "camera")
+    small = {part: [item for item in split[part] if item[2] in names] for part in ("train", "val", "test")}
+    for part in ("train", "val"):
+        for file, *_ in small[part]:
+            to = tmp_path / "101_ObjectCategories" / file
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / "101_ObjectCategories" / file, to)
+    temperatures = []
+    for number, test in enumerate((small["test"], [["gone.jpg", 77, "poison"]])):
+        path = tmp_path / f"split{number}.json"
+        path.write_text(json.dumps(small | {"test": test}))
+        model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}") if not number else ()
+        if model:
+            assert run("index", "build", path, *model, "--out", tmp_path / "i").exit_code == 0
+        done = run("calibrate", tmp_path / "i", "--val", path)
+        assert done.exit_code == 0, done.output
+        cache = CacheModel.load(tmp_path / "i", device="cpu")
+        assert cache.provenance["temperature"] == f"fitted on {path} (val), n={len(small['val'])}"
+        temperatures.append(cache.temperature)
+    assert temperatures[0] == temperatures[1]
+    assert run("calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
+
+
+def test_what_a_temperature_cannot_mend_is_said(run, shared, food_index, tmp_path):
+    folder, _, _ = food_index
+    cache = CacheModel.load(folder, device="cpu")
+    # the shots themselves: all right, and at an affinity of 1
+    shots = write_table(tmp_path / "shots.parquet", cache.keys, cache.labels["label"].to_pylist())
+    done = run("calibrate", folder, "--val", shots)
+    assert done.exit_code == 0
+    assert "72 of its 72 items are keys of the index" in done.stderr
+    assert "every answer is right" in done.stderr
+    assert "at_bound         True" in done.stdout
+    one = pq.read_table(shots).slice(0, 1)
+    pq.write_table(one, tmp_path / "one.parquet")
+    assert "every answer is right" in run("calibrate", folder, "--val", tmp_path / "one.parquet").stderr
+    wrong = write_table(tmp_path / "wrong.parquet", cache.keys, [cache.class_names[-1]] * 64 + ["apple_pie"] * 8)
+    assert "do not tell the classes apart" in run("calibrate", folder, "--val", wrong).stderr
+
+
+def test_withheld_answers_are_those_that_evaluate_leaves_out(run, food_index, tmp_path):
+    folder, val, test = food_index
+    assert run("calibrate", folder, "--val", val).exit_code == 0
+    truth = pq.read_table(test)["label"].to_pylist()
+    for threshold in (0.0, 0.7, 0.97, 1.0):
+        result = json.loads(run("evaluate", folder, test, "--abstain", threshold, "-k", 32, "--json").stdout)
+        shown = run("classify", folder, test, "--abstain", threshold, "-k", 32, "--format", "json").stdout
+        rows = [json.loads(line) for line in shown.splitlines()]
+        for row in rows:
+            assert (row["label"] is not None) == (row["probability"] >= threshold)
+        given_ = [(row["label"], name) for row, name in zip(rows, truth, strict=True) if row["label"] is not None]
+        assert result["abstain"] == threshold
+        assert result["coverage"] == pytest.approx(len(given_) / len(rows))
+        right = [one == other for one, other in given_]
+        assert result["selective_top1"] == (pytest.approx(np.mean(right)) if right else None)
+    assert result["coverage"] < 1
+    everything = json.loads(run("evaluate", folder, test, "--json").stdout)
+    assert not {"abstain", "coverage", "selective_top1"} & everything.keys()
+    assert "selective_top1" in run("evaluate", folder, test, "--abstain", 0.9).stdout
+
+
+def test_a_withheld_label_in_every_format(run, food_index, tmp_path):
+    folder, _, test = food_index
+    table = run("classify", folder, test, "--abstain", 1, "--top", 2).stdout.splitlines()
+    plain = run("classify", folder, test, "--top", 2).stdout.splitlines()
+    changed = [(a.split(), b.split()) for a, b in zip(plain, table, strict=True) if a.split() != b.split()]
+    assert changed
+    assert all(b[1] == "-" and (a[0], a[2]) == (b[0], b[2]) for a, b in changed)  # the probability is kept
+    out = tmp_path / "out.parquet"
+    run("classify", folder, test, "--abstain", 1, "--format", "parquet", "--output", out)
+    withheld = pq.read_table(out)["label"].null_count
+    assert withheld == len(changed)
+    csv = run("classify", folder, test, "--abstain", 1, "--format", "csv").stdout.splitlines()
+    assert sum(line.split(",")[1] == "" for line in csv) == withheld
+    for wrong in (-0.1, 1.1, "x"):
+        assert run("classify", folder, test, "--abstain", wrong).exit_code == 2
+        assert run("evaluate", folder, test, "--abstain", wrong).exit_code == 2
+
+
+def test_a_threshold_outside_of_0_to_1_is_refused(shared):
+    cache, _ = food(shared, 1)
+    for wrong in (-0.1, 1.5, math.nan):
+        with pytest.raises(UsageError, match="expected a probability"):
+            evaluate(cache, open_source(shared / "data/clip-food9/test.parquet"), Encoder(), abstain=wrong)
+
+
+def test_an_index_needs_its_temperature(food_index):
+    folder: Path = food_index[0]
+    assert '"temperature": 1.0' in (folder / "manifest.json").read_text()

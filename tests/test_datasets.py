@@ -1,0 +1,484 @@
+"""The datasets by name: the table of facts, their layouts on disk, what is missing, and the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.datasets import check, facts, names, open_dataset
+from retrieval_tip.datasets.facts import DATASETS
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.prompts import clean_class_name
+from retrieval_tip.sources import open_source
+
+IMAGENET = [
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+]
+PUBLISHED = {  # name: templates, [beta, alpha] of the search, initial alpha
+    "imagenet": (IMAGENET, (7, 3), 1.17),
+    "caltech101": (["a photo of a {}."], (12, 5), 3),
+    "dtd": (["{} texture."], (13, 13), 2),
+    "eurosat": (["a centered satellite photo of {}."], (12, 10), 2),
+    "fgvc": (["a photo of a {}, a type of aircraft."], (30, 30), 5),
+    "food101": (["a photo of {}, a type of food."], (10, 10), 1.17),
+    "flowers": (["a photo of a {}, a type of flower."], (50, 50), 10),
+    "pets": (["a photo of a {}, a type of pet."], (7, 3), 1.17),
+    "cars": (["a photo of a {}."], (20, 10), 3),
+    "sun397": (["a photo of a {}."], (12, 10), 1.17),
+    "ucf101": (["a photo of a person doing {}."], (7, 3), 3),
+}
+SPLIT_FILES = [row.name for row in DATASETS if row.layout == "split file"]
+VARIANTS = ["ImageNet-V2", "ImageNet-Sketch", "ImageNet-A", "ImageNet-R"]
+WNIDS = [f"n{number:08d}" for number in range(1000)]
+
+
+def tiny_image(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (2, 2)).save(path)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """One small image; the made datasets hold links to it."""
+    path = tmp_path_factory.mktemp("picture") / "one.png"
+    tiny_image(path)
+    return path
+
+
+def place(picture, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.hardlink_to(picture)
+
+
+def made_split(classes):
+    """A split file of one image a class and part."""
+    return {
+        split: [[f"c_{label}/{split}.png", label, f"class_{label}"] for label in range(classes)]
+        for split in ("train", "val", "test")
+    }
+
+
+def lay_split(root, picture, name, split_json=None, every=1):
+    """A dataset with a split file; only every so-manieth image is there."""
+    row = facts(name)
+    data = split_json or made_split(row.classes)
+    folder = root / row.folder
+    folder.mkdir(parents=True)
+    (folder / row.listing).write_text(json.dumps(data))
+    for split, entries in data.items():
+        (folder / row.images[split]).mkdir(exist_ok=True)
+        for path, _, _ in entries[::every]:
+            place(picture, folder / row.images[split] / path)
+    return folder
+
+
+def lay_aircraft(root, picture):
+    folder = root / "fgvc_aircraft"
+    variants = [*(f"A{number}" for number in range(99)), "F/A-18 Hornet"]
+    folder.mkdir()
+    (folder / "variants.txt").write_text("\n".join(variants) + "\n")
+    for start, split in enumerate(("train", "val", "test")):
+        lines = [f"{start}{number:06d} {variant}" for number, variant in enumerate(variants)]
+        (folder / f"images_variant_{split}.txt").write_text("\n".join(reversed(lines)) + "\r\n")
+        for line in lines:
+            place(picture, folder / "images" / f"{line.split()[0]}.jpg")
+    return folder
+
+
+def lay_imagenet(root, picture, name="ImageNet", class_names=None):
+    row = facts(name)
+    folder = root / row.folder
+    folder.mkdir(parents=True)
+    named = class_names or [f"thing {number}" for number in range(1000)]
+    (folder / "classnames.txt").write_text("".join(f"{w} {n}\n" for w, n in zip(WNIDS, named, strict=True)))
+    own = WNIDS if row.classes == 1000 else WNIDS[::5]
+    own = [str(number) for number in range(1000)] if name == "ImageNet-V2" else own
+    for part in row.images.values():
+        for class_folder in own:
+            place(picture, folder / part / class_folder / "one.png")
+    (folder / next(iter(row.images.values())) / "README.txt").write_text("not a class")
+    return folder
+
+
+def test_the_names():
+    assert names() == [
+        *("ImageNet", "Caltech101", "OxfordPets", "StanfordCars", "Flowers102", "Food101", "FGVCAircraft"),
+        *("SUN397", "DTD", "EuroSAT", "UCF101", *VARIANTS),
+    ]
+    for name in names():
+        row = facts(name)
+        spellings = (name.lower(), name.upper(), row.folder, row.folder.replace("_", "-"), *row.aliases, f" {name}")
+        assert all(facts(spelling) is row for spelling in spellings)
+    assert facts("imagenet_a").name == "ImageNet-A"
+    assert facts("imagenetv2").name == "ImageNet-V2"
+    assert facts("fgvc").name == "FGVCAircraft"
+
+
+def test_no_name_stands_for_two_datasets():
+    spellings = [
+        spelling
+        for row in DATASETS
+        for spelling in {"".join(c for c in n.lower() if c not in "-_") for n in (row.name, row.folder, *row.aliases)}
+    ]
+    assert not [spelling for spelling, times in Counter(spellings).items() if times > 1]
+
+
+@pytest.mark.parametrize("name", ["", "imagenet-b", "pet", "../caltech-101"])
+def test_an_unknown_name_is_answered_with_the_names(name):
+    for ask in (lambda: facts(name), lambda: open_dataset(name, ".", "train"), lambda: check(name, ".")):
+        with pytest.raises(UsageError, match=r"ImageNet, Caltech101, .*, ImageNet-R"):
+            ask()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_templates_and_settings_are_the_published_ones(name):
+    row = facts(name)
+    assert (list(row.templates), row.scale, row.alpha) == PUBLISHED[name]
+    assert row.beta == 1
+
+
+def test_the_variants_of_imagenet_take_its_prompts_and_settings():
+    imagenet = facts("imagenet")
+    for name in VARIANTS:
+        row = facts(name)
+        assert (row.templates, row.scale, row.alpha) == (imagenet.templates, imagenet.scale, imagenet.alpha)
+
+
+def test_the_shared_part_of_caltech101(shared, tmp_path):
+    photographs = shared / "data/caltech101"
+    (tmp_path / "caltech-101").symlink_to(photographs)
+    assert check("Caltech101", tmp_path) == []
+    assert check("Caltech101", photographs) == []  # the dataset's own folder, whatever it is called
+    for split, number in (("train", 1600), ("val", 400), ("test", 999)):
+        source = open_dataset("caltech101", tmp_path, split)
+        assert (len(source), len(source.class_names), source.dataset) == (number, 100, "Caltech101")
+        assert all(Path(path).is_file() for path in source.paths)
+        plain = open_source(tmp_path / "caltech-101" / "split_zhou_Caltech101.json", split=split)
+        assert (source.name, source.paths, source.labels) == (plain.name, plain.paths, plain.labels)
+        direct = open_dataset("caltech101", photographs, split)
+        assert (direct.labels, direct.class_names) == (source.labels, source.class_names)
+
+
+@pytest.mark.parametrize("name", sorted(set(SPLIT_FILES) - {"Food101", "SUN397", "Caltech101"}))
+def test_the_real_split_files(shared, tmp_path, picture, name):
+    row = facts(name)
+    data = json.loads((shared / "data/splits" / row.listing).read_text())
+    sample = {split: entries[:: max(1, len(entries) // 16)] for split, entries in data.items()}
+    folder = lay_split(tmp_path, picture, name, sample)
+    shutil.copy(shared / "data/splits" / row.listing, folder / row.listing)
+    assert check(name, tmp_path) == []
+    source = open_dataset(name, tmp_path, "test")
+    assert len(source) == len(data["test"])
+    assert source.labels == [entry[2] for entry in data["test"]]
+    assert list(source.class_names) == [n for _, n in sorted({(entry[1], entry[2]) for entry in data["test"]})]
+    assert Path(source.paths[0]).is_file()
+    assert len(source.class_names) == row.classes
+
+
+@pytest.mark.parametrize("name", ["Food101", "SUN397"])
+def test_made_split_files(tmp_path, picture, name):
+    folder = lay_split(tmp_path, picture, name)
+    assert check(name, tmp_path) == check(name, folder) == []
+    assert open_dataset(name, tmp_path, "val").labels[:2] == ["class_0", "class_1"]
+
+
+def test_aircraft_by_its_variant_lists(tmp_path, picture):
+    folder = lay_aircraft(tmp_path, picture)
+    assert check("FGVCAircraft", tmp_path) == check("fgvc", folder) == []
+    for start, split in enumerate(("train", "val", "test")):
+        source = open_dataset("fgvc", tmp_path, split)
+        assert source.class_names[:2] == ("A0", "A1")  # in the order of variants.txt, not of the images
+        assert source.class_names[-1] == source.labels[0] == "F/A-18 Hornet"
+        assert source.paths[0] == str(folder / "images" / f"{start}000099.jpg")
+        assert Path(source.paths[0]).is_file()
+        assert source.sources == list(source.paths)
+        assert (len(source), source.dataset) == (100, "FGVCAircraft")
+
+
+def test_imagenet_by_its_class_folders(tmp_path, picture, caplog):
+    folder = lay_imagenet(tmp_path, picture)
+    assert check("ImageNet", tmp_path) == check("ImageNet", folder) == []
+    for split, part in (("train", "train"), ("test", "val")):
+        source = open_dataset("imagenet", tmp_path, split)
+        assert (len(source), source.class_names[7], source.labels[7]) == (1000, "thing 7", "thing 7")
+        assert source.paths[7] == str(folder / "images" / part / WNIDS[7] / "one.png")
+    assert not caplog.records
+    with pytest.raises(UsageError, match="no part 'val', it has train, test; its images/val is its test part"):
+        open_dataset("imagenet", tmp_path, "val")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_variants_of_imagenet(tmp_path, picture, name, caplog):
+    folder = lay_imagenet(tmp_path, picture, name)
+    assert check(name, tmp_path) == check(name, folder) == []
+    source = open_dataset(name, tmp_path, "test")
+    step = 1000 // facts(name).classes
+    assert source.class_names == tuple(f"thing {number}" for number in range(0, 1000, step))
+    assert source.labels[1] == f"thing {step}"
+    assert Path(source.paths[1]).parent.name == ("1" if name == "ImageNet-V2" else WNIDS[step])
+    assert not caplog.records
+    with pytest.raises(UsageError, match=f"{name} has no part 'train', it has test"):
+        open_dataset(name, tmp_path, "train")
+
+
+def test_two_classes_of_one_name_stay_apart_with_the_same_prompt(tmp_path, picture):
+    class_names = [f"thing {number}" for number in range(1000)]
+    class_names[3] = class_names[500] = class_names[501] = "missile"
+    lay_imagenet(tmp_path, picture, class_names=class_names)
+    lay_imagenet(tmp_path, picture, "ImageNet-A", class_names)
+    source = open_dataset("imagenet", tmp_path, "test")
+    assert [source.class_names[number] for number in (3, 500, 501)] == ["missile", "missile_", "missile__"]
+    assert {clean_class_name(source.class_names[number]) for number in (3, 500, 501)} == {"missile"}
+    part = open_dataset("imagenet-a", tmp_path, "test")  # has the folder of 500, and not that of 3
+    assert part.class_names[100] == "missile_"
+    assert set(part.class_names) < set(source.class_names)
+
+
+def test_some_of_imagenet_is_opened_with_a_warning_and_no_whole_dataset(tmp_path, picture, caplog):
+    folder = lay_imagenet(tmp_path, picture)
+    for wnid in WNIDS[10:]:
+        shutil.rmtree(folder / "images/train" / wnid)
+    (folder / "images/train" / WNIDS[4] / "one.png").unlink()
+    with caplog.at_level(logging.WARNING):
+        source = open_dataset("imagenet", tmp_path, "train")
+    assert (len(source), len(source.class_names)) == (9, 10)
+    assert "10 of the 1000 class folders of ImageNet" in caplog.text
+    assert f"{WNIDS[4]}: class folder without images" in caplog.text
+    problems = check("imagenet", tmp_path)
+    assert problems[0].startswith(f"{folder}/images/train: 10 classes; ImageNet has 1000: a folder for each class")
+    assert any(f"1 class folders have no image, {folder}/images/train/{WNIDS[4]} first" in p for p in problems)
+
+
+@pytest.mark.parametrize("name", names())
+def test_nothing_there(tmp_path, name):
+    (problem,) = check(name, tmp_path)
+    row = facts(name)
+    assert problem.startswith(f"{tmp_path / row.folder}: no such folder; expected in it: ")
+    assert row.listing in problem
+    assert all(part in problem for part in row.images.values())
+    with pytest.raises(InputError, match="no such folder; expected in it"):
+        open_dataset(name, tmp_path, "test")
+    (tmp_path / row.folder).mkdir()  # and called so, but empty
+    problems = check(name, tmp_path)
+    assert problems == check(name, tmp_path / row.folder)
+    assert problems[0].startswith(f"{tmp_path / row.folder / row.listing}: no such file; ")
+    with pytest.raises(InputError, match="no such file"):
+        open_dataset(name, tmp_path, "test")
+
+
+def test_each_missing_part_is_named(tmp_path, picture):
+    folder = lay_split(tmp_path, picture, "dtd")
+    shutil.rmtree(folder / "images" / "c_0")
+    problems = check("dtd", tmp_path)
+    assert len(problems) == 3  # one a part
+    listing = folder / "split_zhou_DescribableTextures.json"
+    assert problems[0].startswith(f"{listing} (train): of a sample of ")
+    assert problems[0].endswith(f", 1 images are not there, {folder}/images/c_0/train.png first")
+    assert len(open_dataset("dtd", tmp_path, "train")) == 47  # whoever reads the images reports them
+    shutil.rmtree(folder / "images")
+    assert check("dtd", tmp_path) == [f"{folder}/images: no such folder; the images, where the split file says"]
+    with pytest.raises(InputError, match="images: no such folder; the images, where the split file says"):
+        open_dataset("dtd", tmp_path, "train")
+    listing.unlink()
+    assert len(check("dtd", tmp_path)) == 2
+    with pytest.raises(InputError, match=r"json: no such file; CoOp's split file, .* \(1 more missing\)"):
+        open_dataset("dtd", tmp_path, "train")
+
+    folder = lay_aircraft(tmp_path, picture)
+    (folder / "images_variant_val.txt").unlink()
+    (problem,) = check("fgvc", tmp_path)
+    assert (
+        problem == f"{folder}/images_variant_val.txt: no such file; a line for each image: its number and its variant"
+    )
+    assert len(open_dataset("fgvc", tmp_path, "train")) == 100  # the other parts are whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b"[]", "no part 'train'"),
+        (b'{"train": [["a", 0]], "val": [], "test": []}', r"\(train\): entry 0 is not \[path, label, class name\]"),
+        (json.dumps(made_split(46)).encode(), r"46 classes; DTD has 47"),
+    ],
+)
+def test_a_damaged_split_file_is_named(tmp_path, picture, content, message):
+    folder = lay_split(tmp_path, picture, "dtd")
+    (folder / facts("dtd").listing).write_bytes(content)
+    problems = check("dtd", tmp_path)
+    assert str(folder / facts("dtd").listing) in problems[0]
+    assert re.search(message, problems[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("variants.txt", b"", r"variants\.txt: empty"),
+        ("variants.txt", b"A0\nA0\n", r"variants\.txt: class name 'A0' stands there twice"),
+        ("variants.txt", b"\xff\n", r"variants\.txt: not text in UTF-8 \(byte 0\)"),
+        ("images_variant_test.txt", b"\n\n", r"images_variant_test\.txt: empty"),
+        ("images_variant_test.txt", b"0000001 A1\n\n0000002\n", "line 3 is not an image's number and its variant"),
+        ("images_variant_test.txt", b"0000001 Zeppelin\n", r"line 1: variant 'Zeppelin' is not in variants\.txt"),
+        ("images_variant_test.txt", b"1 " + b"a" * 5000, "line 1 is longer than 4096 characters"),
+    ],
+)
+def test_damaged_variant_lists_are_named(tmp_path, picture, file, content, message):
+    (lay_aircraft(tmp_path, picture) / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_dataset("fgvc", tmp_path, "test")
+    assert check("fgvc", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n00000000\n", r"classnames\.txt: line 1 is not a folder's name and the class's"),
+        ("n00000000 a\nn00000000 b\n", r"classnames\.txt: line 2: folder n00000000 stands there twice"),
+        ("n00000000 a\nn00000005 b\n", "names no class for the folder n00000010 and 197 more; expected folders n000"),
+        (" \n", r"classnames\.txt: empty"),
+    ],
+)
+def test_damaged_class_names_are_named(tmp_path, picture, content, message):
+    folder = lay_imagenet(tmp_path, picture, "ImageNet-R")
+    (folder / "classnames.txt").write_text(content)
+    with pytest.raises(InputError, match=message):
+        open_dataset("imagenet-r", tmp_path, "test")
+    (problem,) = check("imagenet-r", tmp_path)
+    assert str(folder) in problem
+
+
+def test_validation_images_that_still_lie_in_one_heap_are_no_class_folders(tmp_path, picture):
+    folder = lay_imagenet(tmp_path, picture)
+    shutil.rmtree(folder / "images/val")
+    place(picture, folder / "images/val/ILSVRC2012_val_00000001.JPEG")
+    look = "a folder for each class (n01440764), with its images"
+    assert check("imagenet", tmp_path) == [f"{folder}/images/val: 0 classes; ImageNet has 1000: {look}"]
+    with pytest.raises(InputError, match=f"images/val: no images; expected {re.escape(look)}"):
+        open_dataset("imagenet", tmp_path, "test")
+
+
+def test_list_prints_the_table(run):
+    lines = run("datasets", "list").stdout.splitlines()
+    assert lines[0].split() == ["name", "folder", "classes", "templates"]
+    assert len(lines) == 16
+    assert lines[2].split(maxsplit=3) == ["Caltech101", "caltech-101", "100", "a photo of a {}."]
+    rows = [json.loads(line) for line in run("datasets", "list", "--format", "json").stdout.splitlines()]
+    assert [row["name"] for row in rows] == names()
+    assert rows[0]["templates"] == IMAGENET
+
+
+def test_check_prints_a_line_a_dataset_and_its_status(run, tmp_path, picture):
+    none = run("datasets", "check", tmp_path)
+    assert (none.exit_code, len(none.stdout.splitlines())) == (1, 15)
+    assert run("datasets", "check", tmp_path / "nowhere").exit_code == 1
+    lay_split(tmp_path, picture, "eurosat")
+    some = run("datasets", "check", tmp_path)
+    assert some.exit_code == 0
+    assert [line.split()[0] for line in some.stdout.splitlines() if line.split()[1] == "ok"] == ["EuroSAT"]
+    assert run("datasets", "check", tmp_path, "EUROSAT").stdout == "EuroSAT  ok\n"
+    both = run("datasets", "check", tmp_path, "eurosat", "pets")
+    assert both.exit_code == 1
+    pets = f"OxfordPets  missing: {tmp_path}/oxford_pets: no such folder; expected in it: images/, split_zhou"
+    assert both.stdout.splitlines()[1].startswith(pets)
+    wrong = run("datasets", "check", tmp_path, "eurosat", "pest")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "no dataset 'pest'; the datasets are ImageNet, " in wrong.stderr
+
+
+@pytest.fixture
+def photographs(shared, tmp_path):
+    """A ROOT with a few real classes as Caltech101, one image in each part."""
+    row = facts("caltech101")
+    whole = json.loads((shared / "data/caltech101" / row.listing).read_text())
+    own = {"panda": 0, "pizza": 1, "yin_yang": 2}
+    data = {
+        split: [[path, own[name], name] for path, _, name in entries if name in own][:: 2 if split == "train" else 1]
+        for split, entries in whole.items()
+    }
+    folder = tmp_path / "data" / row.folder
+    folder.mkdir(parents=True)
+    (folder / "101_ObjectCategories").symlink_to(shared / "data/caltech101/101_ObjectCategories")
+    (folder / row.listing).write_text(json.dumps(data))
+    return tmp_path / "data"
+
+
+def test_build_encode_and_evaluate_by_name(run, photographs, tmp_path):
+    from test_backbone import tiny
+
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    built = run("index", "build", photographs, "--dataset", "caltech", *model, "--out", tmp_path / "a")
+    assert built.exit_code == 0, built.output
+    cache = CacheModel.load(tmp_path / "a")
+    assert list(cache.templates) == ["a photo of a {}."]
+    assert cache.class_names == ["panda", "pizza", "yin_yang"]
+    assert cache.provenance["dataset"] == "Caltech101"
+    assert cache.n == len(open_dataset("caltech", photographs, "train"))
+
+    listing = photographs / "caltech-101" / "split_zhou_Caltech101.json"
+    by_name = run("evaluate", tmp_path / "a", photographs, "--dataset", "caltech101", "--json")
+    by_file = run("evaluate", tmp_path / "a", listing, "--json")
+    assert by_name.exit_code == 0
+    assert json.loads(by_name.stdout)["n"] == len(open_dataset("caltech", photographs, "test"))
+    assert {k: v for k, v in json.loads(by_name.stdout).items() if "second" not in k} == {
+        k: v for k, v in json.loads(by_file.stdout).items() if "second" not in k
+    }
+    val = run("evaluate", tmp_path / "a", photographs, "--dataset", "caltech101", "--split", "val", "--json")
+    assert json.loads(val.stdout)["n"] == len(open_dataset("caltech", photographs, "val"))
+
+    table = tmp_path / "t.parquet"
+    encoded = run("encode", photographs, "--dataset", "Caltech101", "--split", "test", *model, "--out", table)
+    assert encoded.exit_code == 0, encoded.output
+    assert pq.read_table(table)["id"].to_pylist() == open_dataset("caltech", photographs, "test").sources
+
+
+def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_path):
+    from test_backbone import tiny
+
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
+    folder = photographs / "caltech-101"
+    folder.rename(photographs / "dtd")
+    (photographs / "dtd/101_ObjectCategories").rename(photographs / "dtd/images")
+    listing = photographs / "dtd" / facts("caltech101").listing
+    listing.rename(listing.with_name(facts("dtd").listing))
+    build = ("index", "build", photographs / "dtd", "--dataset", "dtd", *model)  # the dataset's own folder
+    assert run(*build, "--out", tmp_path / "own").exit_code == 0
+    assert list(CacheModel.load(tmp_path / "own").templates) == ["{} texture."]
+    assert run(*build, "--template", "a {}", "--template", "the {}", "--out", tmp_path / "given").exit_code == 0
+    assert list(CacheModel.load(tmp_path / "given").templates) == ["a {}", "the {}"]
+    text = tmp_path / "text.parquet"
+    from test_cli import unit_rows, write_table
+
+    dim = CacheModel.load(tmp_path / "own").d
+    write_table(text, unit_rows(3, dim), ["panda", "pizza", "yin_yang"])
+    done = run(*build, "--text", text, "--out", tmp_path / "text")
+    assert done.exit_code == 0, done.output
+    assert list(CacheModel.load(tmp_path / "text").templates) == []
+
+
+def test_wrong_use_is_said_and_builds_nothing(run, photographs, tmp_path):
+    build = ("index", "build", photographs, "--out", tmp_path / "a")
+    for options, status, message in (
+        (("--dataset", "kaltech"), 2, "no dataset 'kaltech'; the datasets are ImageNet, "),
+        (("--dataset", "pets"), 1, "oxford_pets: no such folder; expected in it: images/, split_zhou_OxfordPets.json"),
+        (("--dataset", "caltech", "--split", "all"), 2, "Caltech101 has no part 'all', it has train, val, test"),
+        (("--dataset", "caltech", "--root", tmp_path), 2, "--root does not go with --dataset"),
+    ):
+        done = run(*build, *options)
+        assert done.exit_code == status
+        assert message in done.stderr
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,416 @@
+"""TipAdapterClassifier: scikit-learn's own checks, and the same answers as the CacheModel under it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from retrieval_tip import CacheModel, TipAdapterClassifier
+from retrieval_tip.errors import InputError, UsageError
+
+Array = npt.NDArray[Any]
+D, C = 16, 4
+NAMES = np.array(["dog", "ant", "cat", "bee"])
+SORTED = np.array(["ant", "bee", "cat", "dog"])
+SORTING = [1, 3, 2, 0]
+
+
+def unit(x: Array) -> npt.NDArray[np.float32]:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+_rng = np.random.default_rng(0)
+TEXT = unit(_rng.standard_normal((C, D)))  # in the order of NAMES
+IDS = _rng.permutation(np.repeat(np.arange(C), [9, 20, 14, 17]))
+X = unit(TEXT[IDS] + 0.3 * _rng.standard_normal((len(IDS), D)))
+Y = NAMES[IDS]
+QUERIES = unit(TEXT[_rng.integers(C, size=40)] + 0.4 * _rng.standard_normal((40, D)))
+
+
+def classifier(**changes: Any) -> TipAdapterClassifier:
+    return TipAdapterClassifier(**{"text_weights": TEXT, "class_names": NAMES, "device": "cpu"} | changes)
+
+
+def cache(**changes: Any) -> CacheModel:
+    """The same model by hand, classes in sorted order."""
+    arguments: dict[str, Any] = {
+        "keys": X,
+        "labels": Y,
+        "class_names": SORTED.tolist(),
+        "text_weights": TEXT[SORTING],
+        "device": "cpu",
+    }
+    return CacheModel.from_features(**arguments | changes)
+
+
+# Without normalize, exp(beta (A - 1)) overflows on scikit-learn's data of length 1000, and is refused: a small beta.
+@parametrize_with_checks(
+    [
+        TipAdapterClassifier(),
+        TipAdapterClassifier(k=3),
+        TipAdapterClassifier(k=8, tail=False, index="HNSW8"),
+        TipAdapterClassifier(normalize=False, beta=1e-4),
+    ],
+    expected_failed_checks=lambda _: {},  # none: each check that runs passes
+)
+def test_scikit_learns_own_checks(estimator: TipAdapterClassifier, check: Any) -> None:
+    check(estimator)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    alpha=st.floats(0, 20),
+    beta=st.floats(0, 50),
+    k=st.none() | st.integers(1, 80),
+    tail=st.booleans(),
+    text=st.booleans(),
+    normalize=st.booleans(),
+)
+def test_logits_are_those_of_the_cache_model(
+    alpha: float, beta: float, text: bool, normalize: bool, **how: Any
+) -> None:
+    weights = TEXT if text else None
+    made = classifier(text_weights=weights, alpha=alpha, beta=beta, logit_scale=30.0, normalize=normalize, **how)
+    expected = cache(text_weights=weights if weights is None else weights[SORTING], alpha=alpha, beta=beta)
+    expected.logit_scale = 30.0
+    logits = expected.logits(QUERIES, **how)
+    scores = made.fit(X, Y).decision_function(QUERIES)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, logits, rtol=1e-5, atol=1e-4)
+    proba = made.predict_proba(QUERIES)
+    np.testing.assert_allclose(proba, logits.softmax(dim=1), atol=1e-4)
+    np.testing.assert_array_equal(made.predict(QUERIES), SORTED[scores.argmax(axis=1)])
+
+
+def food(shared: Path, name: str) -> tuple[Array, Array]:
+    table = pq.read_table(shared / "data" / "clip-food9" / f"{name}.parquet")
+    features = np.stack(table["feature"].to_numpy()).astype(np.float32)
+    return features, np.array(table["label"].to_pylist())
+
+
+def test_on_real_features(shared: Path) -> None:
+    (keys, labels), (queries, truth), (text, names) = (food(shared, part) for part in ("train", "test", "text"))
+    shots = np.concatenate([np.flatnonzero(labels == name)[:16] for name in names])
+    numbers: dict[str, Any] = {"alpha": 1.17, "beta": 5.5, "device": "cpu"}
+    order = np.argsort(names)
+    for normalize, of in ((False, lambda x: x), (True, unit)):  # stored as unit to three digits only
+        made = TipAdapterClassifier(text, names, normalize=normalize, **numbers).fit(keys[shots], labels[shots])
+        by_hand = CacheModel.from_features(of(keys[shots]), labels[shots].tolist(), names.tolist(), text, **numbers)
+        expected = by_hand.logits(of(queries))[:, order]
+        np.testing.assert_array_equal(made.classes_, names[order])
+        np.testing.assert_allclose(made.decision_function(queries), expected, atol=1e-4)
+    assert made.score(queries, truth) > 0.97
+    alone = clone(made).set_params(text_weights=None, k=32).fit(keys[shots], labels[shots])
+    assert alone.score(queries, truth) > 0.95
+
+
+def test_text_weights_stand_in_sorted_order_without_class_names() -> None:
+    expected = classifier().fit(X, Y).decision_function(QUERIES)
+    for text in (TEXT[SORTING], TEXT[SORTING].tolist(), torch.from_numpy(TEXT[SORTING])):
+        made = classifier(text_weights=text, class_names=None).fit(X, Y)
+        np.testing.assert_array_equal(made.decision_function(QUERIES), expected)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([30, -1, 20, 10]),
+        np.array([2.0, -1.0, 3.0, 0.0]),
+        np.array(["", "ü b", "a\nb", " "]),
+        np.array(["dog", "ant", "cat", "bee"], dtype=object),
+        np.array(["dog", "ant", "cat", "bee"]).tolist(),
+    ],
+    ids=["ints", "floats", "odd strings", "objects", "list"],
+)
+def test_labels_of_any_kind(labels: Any) -> None:
+    y = [labels[i] for i in IDS]
+    made = classifier(class_names=labels).fit(X, y)
+    np.testing.assert_array_equal(made.classes_, np.unique(np.asarray(labels)))
+    assert made.classes_.dtype == np.asarray(labels).dtype
+    got = made.predict(QUERIES)
+    assert got.tolist() == [labels[NAMES.tolist().index(name)] for name in classifier().fit(X, Y).predict(QUERIES)]
+    assert made.score(X, y) > 0.9
+
+
+def test_two_classes_and_one() -> None:
+    two = np.isin(Y, ["ant", "cat"])
+    made = TipAdapterClassifier(device="cpu").fit(X[two], Y[two])
+    scores, proba = made.decision_function(QUERIES), made.predict_proba(QUERIES)
+    assert scores.shape == (40,)
+    np.testing.assert_array_equal(made.predict(QUERIES), np.where(scores > 0, "cat", "ant"))
+    np.testing.assert_allclose(proba[:, 1], 1 / (1 + np.exp(-scores)), rtol=1e-4)
+    one = TipAdapterClassifier(device="cpu").fit(X, np.full(len(X), 7))
+    assert one.predict_proba(QUERIES).tolist() == [[1.0]] * 40
+    assert one.predict(QUERIES).tolist() == [7] * 40
+
+
+def test_a_class_without_keys_is_decided_by_its_text() -> None:
+    seen = Y != "bee"
+    made = classifier().fit(X[seen], Y[seen])
+    assert made.classes_.tolist() == SORTED.tolist()
+    assert made.predict(TEXT).tolist() == NAMES.tolist()
+    assert classifier(text_weights=None).fit(X[seen], Y[seen]).predict(TEXT)[3] != "bee"
+
+
+def test_rows_are_scaled_unless_told_otherwise() -> None:
+    lengths = np.random.default_rng(1).uniform(0.1, 100, (len(X), 1))
+    expected = classifier().fit(X, Y).decision_function(QUERIES)
+    long = classifier().fit(X * lengths, Y)
+    np.testing.assert_allclose(long.decision_function(7 * QUERIES), expected, atol=1e-4)
+    for extreme in (1e-320, 1e-200, 1e200):
+        np.testing.assert_allclose(long.decision_function(QUERIES[:1].astype(float) * extreme), expected[:1], rtol=0.02)
+    as_is = classifier(normalize=False).fit(X / 2, Y)
+    by_hand = cache(keys=X / 2)
+    np.testing.assert_allclose(as_is.decision_function(QUERIES), by_hand.logits(QUERIES), atol=1e-4)
+    with pytest.raises(InputError, match="overflows"):
+        classifier(normalize=False).fit(100 * X, Y).predict(QUERIES)
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match="too large for dtype"):
+        classifier(normalize=False).fit(1e200 * X.astype(float), Y)
+
+
+def test_a_zero_row_stays_zero() -> None:
+    keys, queries = X.copy(), QUERIES.copy()
+    keys[3], queries[2] = 0, 0
+    queries[5] = 0.5 * np.eye(D)[7]  # one zero makes no zero row
+    made = classifier().fit(keys, Y)
+    scores = made.decision_function(queries)
+    np.testing.assert_allclose(scores[2], np.exp(-5.5) * np.unique(Y, return_counts=True)[1], rtol=1e-5)
+    assert made.predict(queries)[2] == "ant"  # it has the most keys
+    np.testing.assert_allclose(scores, cache(keys=keys).logits(np.where(queries == 0.5, 1, queries)), atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{}, {"k": 7}, {"k": 7, "tail": False, "index": "IVF2,Flat"}], ids=str)
+def test_partial_fit_is_fit_on_all_of_it(how: dict[str, Any]) -> None:
+    whole = classifier(**how).fit(X, Y)
+    parts = classifier(**how)
+    for some in np.array_split(np.arange(len(X)), [20, 21, 45]):
+        assert parts.partial_fit(X[some], Y[some]) is parts
+    np.testing.assert_array_equal(parts.decision_function(QUERIES), whole.decision_function(QUERIES))
+    for a, b in zip(parts.kneighbors(QUERIES, 9), whole.kneighbors(QUERIES, 9), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert parts.fit(X[:30], Y[:30]).cache_.n == 30
+
+
+def test_partial_fit_needs_to_know_the_classes() -> None:
+    made = classifier(text_weights=TEXT[SORTING], class_names=None)
+    with pytest.raises(UsageError, match="the first partial_fit needs all classes"):
+        made.partial_fit(X, Y)
+    made.partial_fit(X[:1], Y[:1], classes=NAMES)
+    assert made.classes_.tolist() == SORTED.tolist()
+    made.partial_fit(X[1:], Y[1:], classes=SORTED)
+    whole = classifier().fit(X, Y).decision_function(QUERIES)
+    np.testing.assert_array_equal(made.decision_function(QUERIES), whole)
+    for wrong in (["ant"], [*NAMES, "cow"]):
+        with pytest.raises(UsageError, match="they cannot change"):
+            made.partial_fit(X, Y, classes=wrong)
+        with pytest.raises(UsageError, match="they cannot change"):
+            classifier().partial_fit(X, Y, classes=wrong)
+    with pytest.raises(InputError, match=r"row 1 is .*cow.*none of the 4 classes"):
+        made.partial_fit(X[:2], ["ant", "cow"])
+    with pytest.raises(ValueError, match="expecting 16 features"):
+        made.partial_fit(X[:, 1:], Y)
+    np.testing.assert_array_equal(made.decision_function(QUERIES), whole)
+
+
+@pytest.mark.parametrize("index", ["Flat", "HNSW8", "SQ8"])
+def test_kneighbors_are_sorted_and_rows_of_what_was_fitted(index: str) -> None:
+    made = classifier(index=index).fit(X, Y)
+    affinity, rows = made.kneighbors(QUERIES, n_neighbors=10)
+    assert (affinity.shape, affinity.dtype, rows.shape, rows.dtype) == ((40, 10), np.float32, (40, 10), np.int64)
+    assert (np.diff(affinity, axis=1) <= 0).all()
+    np.testing.assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
+    if index == "Flat":
+        np.testing.assert_array_equal(rows, np.argsort(-(QUERIES @ X.T), axis=1)[:, :10])
+    named = [neighbour.key_id for neighbour in made.cache_.classify(QUERIES[:1], neighbours=10)[0].neighbours]
+    assert rows[0].tolist() == named
+    assert made.kneighbors(X)[0].shape == (len(X), 5)
+    if index != "SQ8":
+        assert made.kneighbors(X, 1)[1].ravel().tolist() == list(range(len(X)))
+    everything = made.kneighbors(QUERIES, 10_000)[1]
+    assert everything.shape == (40, len(X))
+    for wrong in (0, -1, 1.5, None):
+        with pytest.raises(UsageError, match="n_neighbors"):
+            made.kneighbors(QUERIES, wrong)
+
+
+def test_kneighbors_that_an_approximate_index_does_not_find() -> None:
+    made = classifier(index="IVF15,Flat").fit(X, Y)
+    affinity, rows = made.kneighbors(QUERIES, len(X))
+    missing = rows < 0
+    assert missing.any()
+    assert (rows[missing] == -1).all()
+    assert np.isneginf(affinity[missing]).all()
+    assert (affinity[:, :-1] >= affinity[:, 1:]).all()
+
+
+def test_grid_search_over_alpha_and_beta() -> None:
+    grid = {"alpha": [0.0, 1.0, 5.0], "beta": [1.0, 5.5]}
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    search = GridSearchCV(classifier(logit_scale=10.0), grid, cv=folds, scoring="neg_log_loss").fit(X, Y)
+    mine = {}
+    for alpha in grid["alpha"]:
+        for beta in grid["beta"]:
+            losses = []
+            for train, test in folds.split(X, Y):
+                model = cache(keys=X[train], labels=Y[train], alpha=alpha, beta=beta, logit_scale=10.0)
+                losses.append(log_loss(Y[test], model.logits(X[test]).softmax(dim=1).numpy(), labels=SORTED))
+            mine[alpha, beta] = -np.mean(losses)
+    np.testing.assert_allclose(search.cv_results_["mean_test_score"], list(mine.values()), rtol=1e-4)
+    assert search.best_params_ == dict(zip(("alpha", "beta"), max(mine, key=mine.__getitem__), strict=True))
+    assert search.best_estimator_.cache_.alpha == search.best_params_["alpha"]
+    assert search.score(QUERIES, classifier().fit(X, Y).predict(QUERIES)) < 0
+    processes = GridSearchCV(TipAdapterClassifier(device="cpu"), {"beta": [1.0, 5.5]}, cv=2, n_jobs=2).fit(X, Y)
+    assert processes.best_score_ > 0.8
+
+
+def test_in_a_pipeline() -> None:
+    pipeline = make_pipeline(StandardScaler(), TipAdapterClassifier(device="cpu", k=16))
+    assert cross_val_score(pipeline, X, Y, cv=3).mean() > 0.8
+    half = make_pipeline(FunctionTransformer(lambda x: x / 2), classifier()).fit(X, Y)
+    np.testing.assert_allclose(
+        half.decision_function(QUERIES), classifier().fit(X, Y).decision_function(QUERIES), atol=1e-4
+    )
+    half.set_params(tipadapterclassifier__alpha=0.0).fit(X, Y)
+    np.testing.assert_allclose(half.decision_function(QUERIES), 100 * QUERIES @ TEXT[SORTING].T, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sigmoid", "isotonic"])
+def test_calibrated(method: str) -> None:
+    calibrated = CalibratedClassifierCV(classifier(), method=method, cv=3).fit(X, Y)
+    proba = calibrated.predict_proba(QUERIES)
+    np.testing.assert_allclose(proba.sum(axis=1), 1, atol=1e-6)
+    assert (calibrated.predict(X) == Y).mean() > 0.9
+    fitted = classifier().fit(X[::2], Y[::2])
+    held = CalibratedClassifierCV(FrozenEstimator(fitted), method=method, cv=3).fit(X[1::2], Y[1::2])
+    assert (held.predict(X) == Y).mean() > 0.8
+
+
+def test_clone_takes_the_parameters_only() -> None:
+    made = classifier(alpha=3.0, k=5).fit(X, Y)
+    copied = clone(made)
+    assert not hasattr(copied, "cache_")
+    got, had = copied.get_params(), made.get_params()
+    np.testing.assert_array_equal(got.pop("text_weights"), had.pop("text_weights"))
+    np.testing.assert_array_equal(got.pop("class_names"), had.pop("class_names"))
+    assert got == had
+    np.testing.assert_array_equal(copied.fit(X, Y).decision_function(QUERIES), made.decision_function(QUERIES))
+
+
+def test_parameters_count_from_the_next_fit() -> None:
+    made = classifier().fit(X, Y)
+    before = made.decision_function(QUERIES)
+    made.set_params(alpha=9.0, k=1, normalize=False)
+    np.testing.assert_allclose(made.decision_function(3 * QUERIES), before, atol=1e-4)
+    np.testing.assert_array_equal(made.decision_function(QUERIES), before)
+    assert not np.allclose(made.fit(X, Y).decision_function(QUERIES), before)
+
+
+def by_joblib(made: TipAdapterClassifier) -> Any:
+    buffer = io.BytesIO()
+    joblib.dump(made, buffer)
+    buffer.seek(0)
+    return joblib.load(buffer)
+
+
+@pytest.mark.parametrize("index", ["Flat", "IVF2,Flat", "SQ8"])
+@pytest.mark.parametrize("carry", [lambda made: pickle.loads(pickle.dumps(made)), by_joblib, copy.deepcopy])
+def test_a_fitted_estimator_survives_a_pickle(carry: Any, index: str) -> None:
+    made = classifier(index=index, k=6, alpha=2.0).partial_fit(X[:30], Y[:30]).partial_fit(X[30:], Y[30:])
+    there = carry(made)
+    np.testing.assert_array_equal(there.decision_function(QUERIES), made.decision_function(QUERIES))
+    for a, b in zip(there.kneighbors(QUERIES, 9), made.kneighbors(QUERIES, 9), strict=True):
+        np.testing.assert_array_equal(a, b)
+    there.partial_fit(QUERIES[:1], ["ant"])  # it goes on, and its source is another
+    assert (there.cache_.n, made.cache_.n) == (len(X) + 1, len(X))
+    assert there.kneighbors(QUERIES[:1], 1)[1].tolist() == [[len(X)]]
+    made.predict(QUERIES)  # pickling took nothing away
+
+
+def test_the_cache_behind_it_can_be_saved(tmp_path: Path) -> None:
+    made = classifier(alpha=2.0, k=6).fit(X, Y)
+    made.cache_.save(tmp_path / "index")
+    opened = CacheModel.load(tmp_path / "index", device="cpu")
+    assert (opened.class_names, opened.alpha, opened.k) == (SORTED.tolist(), 2.0, 6)
+    np.testing.assert_array_equal(opened.logits(QUERIES, opened.k, opened.tail), made.decision_function(QUERIES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"alpha": -1.0}, UsageError, "alpha is -1"),
+        ({"beta": float("nan")}, UsageError, "beta is nan"),
+        ({"k": 0}, UsageError, "k is 0"),
+        ({"logit_scale": 0.0}, UsageError, "logit_scale is 0"),
+        ({"index": "Nonsense"}, UsageError, "index 'Nonsense'"),
+        ({"device": "abacus"}, UsageError, "device 'abacus'"),
+        ({"text_weights": TEXT[1:]}, InputError, "3 rows for 4 classes"),
+        ({"text_weights": TEXT[:, 1:]}, InputError, r"shape \(4, 15\); expected \[4, 16\]"),
+        ({"text_weights": TEXT * np.nan}, ValueError, "text_weights contains NaN"),
+        ({"text_weights": TEXT[0]}, ValueError, "Expected 2D array, got 1D"),
+        ({"class_names": ["dog", "ant", "cat", "dog"]}, InputError, "class_names.*each label once"),
+        ({"class_names": [["dog", "ant", "cat", "bee"]]}, InputError, "class_names.*each label once"),
+        ({"class_names": ["dog", "ant", "cat", "cow"]}, InputError, "'bee'.*none of the 4 classes"),
+        ({"class_names": np.array(["dog", None, "cat", "bee"], dtype=object)}, InputError, "different kinds"),
+        ({"class_names": [3, 1, 2, 0]}, InputError, "none of the 4 classes"),
+    ],
+    ids=lambda value: "" if isinstance(value, type | str) else next(iter(value)),
+)
+def test_what_cannot_work_is_said(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    made = classifier(**changes)  # the constructor takes anything, as scikit-learn demands
+    with pytest.raises(error, match=message):
+        made.fit(X, Y)
+    with pytest.raises(NotFittedError):
+        made.predict(X)
+
+
+def test_a_fit_that_fails_leaves_the_fitted_model() -> None:
+    made = classifier().fit(X, Y)
+    before = made.decision_function(QUERIES)
+    with pytest.raises(UsageError):
+        made.set_params(index="Nonsense").fit(X, Y[::-1])
+    np.testing.assert_array_equal(made.decision_function(QUERIES), before)
+
+
+def fresh(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_scikit_learn_is_imported_for_its_own_name_only() -> None:
+    done = fresh("import sys, retrieval_tip; retrieval_tip.CacheModel; print('sklearn' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_without_scikit_learn_one_line_says_what_to_install() -> None:
+    done = fresh(
+        "import sys; sys.modules['sklearn'] = sys.modules['sklearn.base'] = None\n"
+        "import retrieval_tip; retrieval_tip.CacheModel\n"
+        "from retrieval_tip import TipAdapterClassifier"
+    )
+    assert done.returncode == 1
+    assert "during handling" not in done.stderr.lower()
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: TipAdapterClassifier needs scikit-learn 1.6 or newer")
+    assert last.endswith("pip install 'retrieval-tip[sklearn]'")

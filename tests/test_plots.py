@@ -1,0 +1,228 @@
+"""Diagrams: what they show against plain counting, and that files are pictures with something on them."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_calibration import food, rows_of
+
+from retrieval_tip import plots
+from retrieval_tip.errors import UsageError
+from retrieval_tip.evaluate import Affinities, Answers, Evaluation, evaluate
+from retrieval_tip.features import Encoder
+from retrieval_tip.sources import open_source
+
+pytest.importorskip("matplotlib")
+
+FILES = ["confusion.png", "per_class.png", "reliability.png", "coverage.png", "affinity.png"]
+
+
+def made_up(truth, predicted, names, confidence=None, affinities=True, **changes):
+    """An evaluation of these answers."""
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    right = truth == predicted
+    confidence = np.linspace(0.05, 1, len(truth)) if confidence is None else np.asarray(confidence)
+    edges = np.linspace(-1, 1, 2001)
+    counts = [np.histogram(np.random.default_rng(0).normal(m, 0.07, 999).clip(-1, 1), edges)[0] for m in (0.75, 0.5)]
+    facts = {
+        "top1": float(right.mean()), "top5": 1.0, "zero_shot_top1": None, "cache_top1": 0.5,
+        "mean_per_class": 0.5, "ece": 0.1, "n": len(truth), "skipped": 0, "alpha": 1.0, "beta": 5.5, "k": None,
+        "tail": True, "temperature": 1.0, "confusions": [],
+        "per_class": {names[i]: float(right[truth == i].mean()) for i in np.unique(truth)},
+        "answers": Answers(truth, predicted, confidence, names, Affinities(edges, *counts) if affinities else None),
+    }  # fmt: skip
+    return Evaluation(**(facts | changes))
+
+
+def check_png(path, least=3):
+    """A PNG of some size on which more than one thing is drawn."""
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 200
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) >= least
+    assert (pixels != 255).any(axis=2).mean() > 0.01
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (border == 255).all(), "something is cut off at the edge"
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def test_confusion_counts_every_pair():
+    rng = np.random.default_rng(0)
+    names = [f"class {i}" for i in range(7)]
+    truth, predicted = rng.integers(0, 6, 300), rng.integers(0, 6, 300)  # the last never occurs
+    found = plots.confusion(made_up(truth, predicted, names).answers)
+    pairs = Counter(zip(truth.tolist(), predicted.tolist(), strict=True))
+    assert (found.names, found.of) == (names[:6], 6)
+    assert found.counts.tolist() == [[pairs[i, j] for j in range(6)] for i in range(6)]
+    assert found.totals.tolist() == found.counts.sum(axis=1).tolist()
+
+
+def test_of_many_classes_the_most_confused_are_shown():
+    c = plots.MOST_CLASSES + 50
+    names = [f"class {i}" for i in range(c)]
+    truth = np.repeat(np.arange(c), 3)
+    predicted = truth.copy()
+    confused = np.arange(5, 5 + 3 * 30, 3)  # thirty pairs of neighbours, twice each
+    for i in confused:
+        predicted[3 * i : 3 * i + 2] = i + 1
+    found = plots.confusion(made_up(truth, predicted, names).answers)
+    assert found.of == c
+    assert len(found.names) == plots.FEWER_CLASSES
+    errors = Counter(np.concatenate([truth[truth != predicted], predicted[truth != predicted]]).tolist())
+    assert min(errors[names.index(n)] for n in found.names) == 2
+    assert found.names == sorted(found.names, key=names.index)
+    i = found.names.index("class 5")
+    assert found.counts[i, found.names.index("class 6")] == 2
+    assert (found.totals == 3).all()
+    at_most = made_up(truth[:300], truth[:300], names).answers
+    assert len(plots.confusion(at_most).names) == plots.MOST_CLASSES
+
+
+def test_class_accuracies_are_sorted_and_the_worst_of_many():
+    names, values = plots.class_accuracies({"a": 0.5, "b": 1.0, "c": 0.0})
+    assert (names, values.tolist()) == (["b", "a", "c"], [1.0, 0.5, 0.0])
+    names, values = plots.class_accuracies({str(i): i / 200 for i in range(200)})
+    assert names == [str(i) for i in range(plots.FEWER_CLASSES - 1, -1, -1)]
+    assert (np.diff(values) <= 0).all()
+
+
+def test_affinities_are_those_of_every_pair(shared, tmp_path):
+    cache, val = food(shared, 4)
+    pq.write_table(val, tmp_path / "val.parquet")
+    source = open_source(tmp_path / "val.parquet")
+    assert evaluate(cache, source, Encoder()).answers.affinities is None
+    found = evaluate(cache, source, Encoder(), affinities=True).answers.affinities
+    assert found is not None
+    affinity = rows_of(val).astype(np.float64) @ cache.keys.T.astype(np.float64)
+    same = np.array(val["label"].to_pylist())[:, None] == np.array(cache.labels["label"].to_pylist())[None]
+    for counts, values in ((found.same, affinity[same]), (found.other, affinity[~same])):
+        assert counts.sum() == len(values)
+        expected = np.histogram(values, found.edges)[0]
+        assert np.abs(np.cumsum(counts) - np.cumsum(expected)).max() <= 0.001 * len(values) + 2  # rounding at edges
+        assert plots.mean_affinity(found, counts) == pytest.approx(values.mean(), abs=1e-3)
+    edges, own, others = plots.affinity_bars(found)
+    assert len(edges) == len(own) + 1 == len(others) + 1 <= plots.AFFINITY_BARS + 1
+    assert (own.sum(), others.sum()) == (pytest.approx(1), pytest.approx(1))
+    assert edges[0] <= affinity.min() + 1e-3
+    assert edges[-1] >= affinity.max() - 1e-3
+
+
+def test_keys_off_the_sphere_widen_the_histogram(shared, tmp_path):
+    cache, val = food(shared, 1)
+    cache.keys = cache.keys * np.float32(3)
+    pq.write_table(val.slice(0, 5), tmp_path / "val.parquet")
+    found = evaluate(cache, open_source(tmp_path / "val.parquet"), Encoder(), affinities=True).answers.affinities
+    affinity = rows_of(val.slice(0, 5)) @ cache.keys.T
+    assert affinity.max() > 1.5
+    assert found.edges[-1] == pytest.approx(affinity.max(), rel=1e-5)
+    assert found.same.sum() + found.other.sum() == affinity.size
+    edges, own, others = plots.affinity_bars(Affinities(found.edges, 0 * found.same, 0 * found.other))
+    assert (len(edges), own.tolist(), others.tolist()) == (2, [0], [0])
+    assert plots.mean_affinity(found, 0 * found.same) is None
+
+
+# -------------------------------------------------------------------------------------------------- how they are drawn
+
+
+def test_the_command_writes_pictures_and_prints_the_same(run, shared, tmp_path):
+    cache, _ = food(shared)
+    cache.save(tmp_path / "i")
+    test = shared / "data/clip-food9/test.parquet"
+    plain = run("evaluate", tmp_path / "i", test, "--json")
+    done = run("evaluate", tmp_path / "i", test, "--json", "--plot", tmp_path / "new" / "plots")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == json.loads(plain.stdout)
+    assert done.stderr.strip() == f"{tmp_path / 'new' / 'plots'}: {', '.join(FILES)}"
+    assert sorted(path.name for path in (tmp_path / "new" / "plots").iterdir()) == sorted(FILES)
+    for name in FILES:
+        check_png(tmp_path / "new" / "plots" / name, least=20)
+
+
+ODD = ["$a$_^{", "$", "n\new\x1b[31m", "猫 \u200f", "long " * 40, "\\frac", "%", "x", "y", "z"]
+
+
+def test_a_surface_is_drawn_by_k(tmp_path):
+    ks, betas, alphas = [0, 1, 2, 4, 8, 16, 32, 64], np.geomspace(0.1, 100, 9), np.append(0, np.geomspace(1, 1e9, 12))
+    rows = [(k, b, a) for k in ks for b in betas for a in alphas]
+    accuracy = np.random.default_rng(0).random(len(rows)) * 0.5 + 0.3 + 0.02 * np.array([k == 4 for k, _, _ in rows])
+    order = np.random.default_rng(1).permutation(len(rows))
+    columns = dict(zip(("k", "beta", "alpha"), map(list, zip(*(rows[i] for i in order), strict=True)), strict=True))
+    surface = pa.table(columns | {"accuracy": accuracy[order]})
+    panels = plots.surface_panels(surface)
+    found = [panel.k for panel in panels]
+    best = {k: accuracy[[i for i, row in enumerate(rows) if row[0] == k]].max() for k in ks}
+    assert set(found) == set(sorted(ks, key=lambda k: -best[k])[: plots.PANELS])
+    assert found == sorted(found, key=lambda k: k or np.inf, reverse=True)
+    for panel in panels:
+        for (i, j), value in np.ndenumerate(panel.accuracy):
+            assert value == accuracy[rows.index((panel.k, panel.betas[i], panel.alphas[j]))]
+    plots.draw_surface(surface, tmp_path / "surface.png")
+    check_png(tmp_path / "surface.png", least=20)
+    plots.draw_surface(surface.slice(0, 1), tmp_path / "one.png")
+    check_png(tmp_path / "one.png")
+
+
+@pytest.mark.parametrize(
+    "evaluation",
+    [
+        made_up([0], [0], ["only"], [1.0], abstain=1.0, coverage=1.0, selective_top1=1.0),
+        made_up([0], [1], ["a", "b"], [0.5], abstain=1.0, coverage=0.0, mean_per_class=0.0),
+        made_up(range(10), range(10), ODD, [0.2] * 10, abstain=0.9, coverage=0.0),
+        made_up(np.arange(600) % 150, np.arange(600) % 149, [f"class {i}" for i in range(150)], mean_per_class=0.2),
+    ],
+    ids=["one item", "all wrong", "odd names", "many classes"],
+)
+def test_degenerate_evaluations_are_drawn(evaluation, tmp_path, recwarn):
+    files = plots.write_plots(evaluation, tmp_path / "p")
+    assert [file.name for file in files] == FILES
+    for file in files:
+        check_png(file)
+    assert not [str(w.message) for w in recwarn]
+
+
+def test_without_affinities_there_is_no_such_picture_and_old_files_are_replaced(tmp_path):
+    (tmp_path / "coverage.png").write_text("old")
+    (tmp_path / "mine.txt").write_text("mine")
+    files = plots.write_plots(made_up([0, 1], [0, 0], ["a", "b"], affinities=False), tmp_path)
+    assert [file.name for file in files] == FILES[:-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES[:-1], "mine.txt"])
+    check_png(tmp_path / "coverage.png")
+
+
+def test_a_file_in_the_way_and_a_missing_matplotlib_are_said_before_any_work(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    refused = run("evaluate", tmp_path / "no index", tmp_path / "none", "--plot", tmp_path / "file")
+    assert refused.exit_code == 2
+    assert "is a file; --plot writes into a folder" in refused.stderr
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UsageError, match=r"pip install 'retrieval-tip\[plot\]'"):
+        plots.check(tmp_path)
+    refused = run("evaluate", tmp_path / "no index", tmp_path / "none", "--plot", tmp_path / "p")
+    assert refused.exit_code == 2
+    assert "pip install" in refused.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    script = "import sys, retrieval_tip.plots; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

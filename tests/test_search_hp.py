@@ -1,0 +1,348 @@
+"""The search for alpha, beta and k: against brute force, honest about what it saw, through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cli import unit_rows, write_table
+
+from retrieval_tip import search_hp
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.search_hp import Queries, leave_one_out, right_between, search, search_paper
+
+
+def clusters(n, c, d, seed, spread=0.6):
+    """Unit rows around one centre a class, and their class ids."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(c, d))
+    ids = np.arange(n) % c
+    rows = centres[ids] + spread * generator.normal(size=(n, d)) * np.sqrt(d) / 2
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), ids
+
+
+C, D = 5, 12
+
+
+def made(shots=6, text=True, spread=0.6):
+    keys, ids = clusters(shots * C, C, D, 1, spread)
+    weights = unit_rows(C, D, 5) if text else None
+    names = [f"class {i}" for i in range(C)]
+    return CacheModel.from_features(keys, ids, names, weights, logit_scale=10.0, device="cpu")
+
+
+def asked(cache, n=60, seed=2):
+    features, ids = clusters(n, C, D, seed)
+    return search_hp.unseen(cache, features, ids, "made")
+
+
+def dense(cache, features, beta):
+    """The plain form in float64: text and cache logits."""
+    keys = np.asarray(cache.keys, dtype=np.float64)
+    one_hot = np.eye(C)[cache.labels["class_id"].to_numpy()]
+    f = features.astype(np.float64)
+    return 10 * f @ cache.text_weights.numpy().astype(np.float64).T, np.exp(-beta * (1 - f @ keys.T)) @ one_hot
+
+
+def brute(text, alone, y):
+    """Most right answers over every alpha: between and beyond all crossings of any two classes."""
+    q = np.arange(len(y))
+    gain, lead = alone[q, y][:, None] - alone, text[q, y][:, None] - text
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossings = -lead / gain
+    ends = np.unique(np.concatenate([[0], crossings[np.isfinite(crossings) & (crossings > 0)]]))
+    alphas = [0.0, *((ends[:-1] + ends[1:]) / 2), ends[-1] * 2 + 1]
+    return max(int(((text + alpha * alone).argmax(1) == y).sum()) for alpha in alphas)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_good_as_every_crossing_at_every_beta(seed):
+    cache = made()
+    queries = asked(cache, seed=seed)
+    betas = [0.5, 2.0, 5.5, 12.0]
+    choice = search(cache, queries, betas=betas, ks=[None])
+    best = max(brute(*dense(cache, queries.features, beta), queries.ids) for beta in betas)
+    assert round(choice.accuracy * len(queries.ids)) == best
+    # and the model itself, given the choice, is that often right: also at both ends of the interval
+    low, high = choice.interval
+    for alpha in (choice.alpha, low + 1e-3 * (choice.alpha - low), *([high * 0.999] if np.isfinite(high) else [])):
+        cache.alpha, cache.beta = alpha, choice.beta
+        right = (cache.logits(queries.features, choice.k).argmax(1).numpy() == queries.ids).sum()
+        assert right == best
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.booleans())
+def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse):
+    generator = np.random.default_rng(seed)
+    draw = (
+        (lambda: generator.integers(0, 4, (20, c)).astype(np.float64))
+        if coarse
+        else (lambda: generator.normal(size=(20, c)))
+    )
+    text, alone, y = draw(), draw(), generator.integers(0, c, 20)
+    low, high = right_between(torch.from_numpy(text), torch.from_numpy(alone), torch.from_numpy(y))
+    for alpha in (0.001, 0.37, 1.013, 2.71, 50.3):
+        logits = text + alpha * alone
+        rivals = np.where(np.eye(c, dtype=bool)[y], -np.inf, logits).max(axis=1)
+        own = logits[np.arange(20), y]
+        clear = np.abs(own - rivals) > 1e-9
+        assert (((low < alpha) & (alpha < high)) == (own > rivals))[clear].all()
+
+
+def test_retrieval_and_tail_are_searched_as_the_model_answers():
+    cache, ks = made(shots=8), [2, 8]
+    queries = asked(cache)
+    low, high = search_hp._intervals(cache, queries, [3.0], ks)
+    cache.beta = 3.0
+    for j, k in enumerate(ks):
+        for alpha in (0.5, 4.0, 40.0):
+            cache.alpha = alpha
+            right = cache.logits(queries.features, k).argmax(1).numpy() == queries.ids
+            assert (((low[0, j] < alpha) & (alpha < high[0, j])) == right).all()
+
+
+def test_leaving_one_out_is_an_index_without_that_shot():
+    cache = made(shots=4)
+    queries = leave_one_out(cache)
+    low, high = search_hp._intervals(cache, queries, [4.0], [None, 4])
+    for row in (0, 7, 19):
+        without = made(shots=4)
+        without.remove([int(cache.labels["key_id"][row].as_py())])
+        for j, k in enumerate((None, 4)):
+            text, alone = without.terms(queries.features[row : row + 1], k)
+            scale = torch.ones(C)
+            scale[queries.ids[row]] = 4 / 3  # its own class has three of four keys left
+            without.beta = 4.0
+            text, alone = without.terms(queries.features[row : row + 1], k)
+            for alpha in (0.3, 3.0, 30.0):
+                right = int((text + alpha * scale * alone).argmax()) == queries.ids[row]
+                assert (low[0, j, row] < alpha < high[0, j, row]) == right
+
+
+def test_views_and_repeats_of_an_image_are_left_out_together():
+    keys, ids = clusters(20, C, D, 3)
+    sources = [f"image {i // 2 if i < 10 else i}" for i in range(20)]
+    order = np.argsort(np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]]), kind="stable")
+    labels = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, *ids[10:]])
+    cache = CacheModel.from_features(keys, labels, list("abcde"), sources=sources, device="cpu")
+    queries = leave_one_out(cache)
+    assert len(queries.ids) == 15  # five images have two keys each
+    assert np.bincount(queries.groups).max() == 2
+    assert [sources[i] for i in order] == cache.labels["source"].to_pylist()
+
+
+def test_one_image_a_class_cannot_be_left_out():
+    with pytest.raises(UsageError, match="has one image"):
+        leave_one_out(made(shots=1))
+
+
+def test_folds_hide_a_fold_of_each_class():
+    cache = made(shots=6)
+    queries = search_hp.folds(cache, 3)
+    ids = cache.labels["class_id"].to_numpy()
+    for fold in range(3):
+        assert (np.bincount(ids[queries.groups == fold], minlength=C) == 2).all()
+    np.testing.assert_array_equal(queries.hidden, queries.groups)
+    assert search(cache, queries).n == 30
+    with pytest.raises(UsageError, match="folds"):
+        search_hp.folds(cache, 1)
+
+
+def test_text_alone_and_cache_alone_are_candidates():
+    features, ids = clusters(60, C, D, 2, spread=0.2)
+    centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)])
+    keys, key_ids = clusters(30, C, D, 1, spread=0.2)
+    names = list("abcde")
+
+    def chosen(weights, labels):
+        cache = CacheModel.from_features(keys, labels, names, weights, logit_scale=10.0, device="cpu")
+        return search(cache, search_hp.unseen(cache, features, ids, "made"))
+
+    right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
+    text = chosen(right, (key_ids + 1) % C)  # every key is labelled wrongly
+    assert (text.part, text.accuracy, text.zero_shot) == ("text", 1.0, 1.0)
+    assert text.interval[0] == 0
+    alone = chosen(right[::-1].copy(), key_ids)  # the text is wrong
+    assert (alone.part, alone.cache_alone) == ("cache", 1.0)
+    assert alone.interval[1] == np.inf
+    assert alone.accuracy == 1.0
+
+
+def test_the_published_grid_is_searched_as_published():
+    cache = made()
+    queries = asked(cache)
+    best, found = -1, (0.0, 0.0)
+    for i in range(200):
+        beta = 0.1 + i * (7 - 0.1) / 200
+        text, alone = dense(cache, queries.features, beta)
+        for j in range(20):
+            alpha = 0.1 + j * (3 - 0.1) / 20
+            right = int(((text + alpha * alone).argmax(1) == queries.ids).sum())
+            if right > best:
+                best, found = right, (beta, alpha)
+    choice = search_paper(cache, queries)
+    assert (choice.beta, choice.alpha) == pytest.approx(found)
+    assert round(choice.accuracy * len(queries.ids)) == best
+    assert choice.surface.num_rows == 4000
+    assert choice.protocol == "paper"
+
+
+def test_the_surface_is_the_accuracy_there():
+    cache = made()
+    queries = asked(cache)
+    choice = search(cache, queries, betas=[1.0, 6.0], ks=[None, 4])
+    for row in choice.surface.slice(0, 60).to_pylist() + choice.surface.slice(100, 60).to_pylist():
+        cache.alpha, cache.beta = row["alpha"], row["beta"]
+        answers = cache.logits(queries.features, row["k"] or None).argmax(1).numpy()
+        assert row["accuracy"] == pytest.approx((answers == queries.ids).mean())
+    assert 0 <= choice.flat <= 1
+    assert choice.low <= choice.accuracy <= choice.high
+
+
+def test_weak_choices_are_said():
+    cache = made()
+    queries = asked(cache)
+    few = search(cache, asked(cache, 6, 0))
+    assert any("6 queries cannot tell this choice from cache alone (66.7 %" in warning for warning in few.warnings)
+    edge = search(cache, queries, betas=[0.001, 0.002], ks=[None])
+    assert any("edge" in warning for warning in edge.warnings)
+
+
+def test_nothing_to_choose_on_is_refused():
+    cache = made()
+    queries = asked(cache)
+    for wrong in (
+        Queries(queries.features[:0], queries.ids[:0], queries.hidden[:0], queries.groups, "x"),
+        Queries(queries.features[:, :3], queries.ids, queries.hidden, queries.groups, "x"),
+        Queries(queries.features, queries.ids + C, queries.hidden, queries.groups, "x"),
+    ):
+        with pytest.raises(InputError, match="x:"):
+            search(cache, wrong)
+
+
+# -- through the command line --
+
+
+@pytest.fixture
+def split(tmp_path, shared):
+    """A split file whose photographs are four classes of Caltech101."""
+    data = json.loads((shared / "data/caltech101/split_zhou_Caltech101.json").read_text())
+    kept = {part: [e for e in data[part] if e[2] in ("panda", "pizza", "camera", "butterfly")] for part in data}
+    (tmp_path / "101_ObjectCategories").symlink_to(shared / "data/caltech101/101_ObjectCategories")
+    (tmp_path / "split.json").write_text(json.dumps(kept))
+    return tmp_path / "split.json"
+
+
+def test_test_labels_cannot_reach_the_search(run, split, shared, tmp_path):
+    model = ("--model", f"local-dir:{shared / 'models/lit-mini'}")
+    chosen = []
+    for poisoned in (False, True):
+        if poisoned:
+            data = json.loads(split.read_text())
+            labels = [entry[1:] for entry in data["test"]]
+            data["test"] = [[e[0], *labels[-1 - i]] for i, e in enumerate(data["test"])]
+            split.write_text(json.dumps(data))
+        out = tmp_path / f"i{poisoned}"
+        assert run("index", "build", split, *model, "--shots", 4, "--out", out).exit_code == 0
+        done = run("search-hp", out, "--val", split, "--json")
+        assert done.exit_code == 0, done.output
+        facts = json.loads(done.stdout)
+        assert facts["source"].endswith("split.json (val)")
+        chosen.append({name: facts[name] for name in ("alpha", "beta", "k", "accuracy", "n")})
+    assert chosen[0] == chosen[1]
+    assert chosen[0]["n"] == 16  # four a class
+
+
+def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp_path):
+    food, out = shared / "data/clip-food9", tmp_path / "i"
+    built = run("index", "build", food / "train.parquet", "--text", food / "text.parquet", "--shots", 16, "--out", out)
+    assert built.exit_code == 0
+    before = json.loads(run("index", "info", out, "--json").stdout)
+    dry = json.loads(run("search-hp", out, "--leave-one-out", "--dry-run", "--json").stdout)
+    assert json.loads(run("index", "info", out, "--json").stdout) == before
+    surface = tmp_path / "s.parquet"
+    done = run("search-hp", out, "--leave-one-out", "--surface", surface, "--json")
+    facts = json.loads(done.stdout)
+    assert {name: facts[name] for name in ("alpha", "beta", "k")} == {
+        name: dry[name] for name in ("alpha", "beta", "k")
+    }
+    after = json.loads(run("index", "info", out, "--json").stdout)
+    assert (after["version"], after["alpha"], after["beta"]) == (2, facts["alpha"], facts["beta"])
+    assert after["files"] == before["files"]  # no data file was written again
+    assert after["provenance"]["search"]["chosen_on"] == "its own shots, each left out"
+    assert pq.read_table(surface).column_names == ["k", "beta", "alpha", "accuracy"]
+    result = json.loads(run("evaluate", out, food / "test.parquet", "--json").stdout)
+    assert result["alpha"] == facts["alpha"]
+    assert run("search-hp", out, "--folds", 4, "--dry-run").exit_code == 0
+    paper = run("search-hp", out, "--leave-one-out", "--protocol", "paper", "--scales", 10, 10, "--dry-run", "--json")
+    assert json.loads(paper.stdout)["protocol"] == "paper"
+
+
+def test_one_source_of_validation_has_to_be_named(run, tmp_path):
+    table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
+    assert run("index", "build", table, "--out", tmp_path / "i").exit_code == 0
+    for options in ((), ("--leave-one-out", "--folds", 2), ("--val", table, "--leave-one-out")):
+        refused = run("search-hp", tmp_path / "i", *options)
+        assert refused.exit_code == 2
+        assert "--leave-one-out" in refused.stderr
+
+
+def test_settings_of_an_index_that_changed_meanwhile_are_not_written(tmp_path):
+    cache = made()
+    cache.save(tmp_path / "i")
+    other = CacheModel.load(tmp_path / "i")
+    other.alpha = 9.0
+    other.save_settings(tmp_path / "i")
+    with pytest.raises(StoreError, match="version 2, not at 1"):
+        cache.save_settings(tmp_path / "i")
+    assert CacheModel.load(tmp_path / "i").alpha == 9.0
+
+
+def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, tmp_path):
+    """Against the published index file."""
+    from retrieval_tip.sources import Source
+
+    split = shared / "data/splits/split_zhou_OxfordPets.json"
+    published = json.loads((shared / "data/splits/indices/oxford_pets_shots16_seed1.json").read_text())["val"]
+    import pyarrow as pa
+
+    labels = [entry[2] for entry in json.loads(split.read_text())["val"]]
+    val = Source("val", pa.table({"source": labels, "label": labels}))
+    (tmp_path / "images").mkdir()
+    first = json.loads(split.read_text())["train"]
+    for entry in first:
+        (tmp_path / "images" / entry[0]).touch()
+    (tmp_path / "pets.json").symlink_to(split)
+    cache = made()
+    cache.provenance = {"shots": 16, "seed": 1, "source": f"{tmp_path / 'pets.json'} (train)"}
+    assert search_hp.validation_shots(cache, val, tmp_path / "pets.json") == published
+    assert len(search_hp.validation_shots(cache, val, number=2)) == 2 * 37
+
+
+def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_speaks_against_them():
+    from retrieval_tip.defaults import measure, plain_settings
+
+    cache = made()
+    alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
+    queries = asked(cache, 20, 0)
+    careful, greedy = search(cache, queries, cautious=True), search(cache, queries)
+    assert (careful.alpha, careful.beta, careful.k) == (alpha, beta, None)
+    assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
+    cache.alpha, cache.beta = alpha, beta
+    assert careful.accuracy == (cache.logits(queries.features).argmax(1).numpy() == queries.ids).mean()
+    if careful.best > careful.accuracy:
+        assert any("the untouched settings stay" in warning for warning in careful.warnings)
+    # where text is right and every key is labelled wrongly, the evidence is plain
+    features, ids = clusters(200, C, D, 2, spread=0.2)
+    centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)]).astype(np.float32)
+    keys, key_ids = clusters(30, C, D, 1, spread=0.2)
+    wrong = CacheModel.from_features(keys, (key_ids + 1) % C, list("abcde"), centres, logit_scale=1.0, device="cpu")
+    moved = search(wrong, search_hp.unseen(wrong, features, ids, "made"), cautious=True)
+    assert moved.accuracy == moved.best == 1.0

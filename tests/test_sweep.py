@@ -1,0 +1,138 @@
+"""Accuracy over shots, seeds and methods: draws, methods, resuming, intervals, and that test is only answered."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_cli import unit_rows, write_table
+from test_search_hp import C, D, clusters
+
+from retrieval_tip import sweep
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.shots import few_shot
+
+NAMES = [f"class {i}" for i in range(C)]
+
+
+@pytest.fixture
+def pool():
+    keys, ids = clusters(60, C, D, 1)
+    return CacheModel.from_features(keys, ids, NAMES, unit_rows(C, D, 5), logit_scale=10.0, device="cpu")
+
+
+@pytest.fixture
+def test_items():
+    return sweep.Items(*clusters(80, C, D, 2), "test")
+
+
+def rows_of(pool, items, path, **options):
+    options = {"shots": [1, 4], "seeds": [1, 2]} | options
+    return list(sweep.sweep(pool, "digest", items, path, **options))
+
+
+def test_shots_are_the_published_draw_from_the_pool(pool):
+    drawn = sweep.draw(pool, 3, 7)
+    labels = [i % C for i in range(60)]
+    assert sorted(drawn.labels["key_id"].to_pylist()) == sorted(few_shot(labels, 3, 7))
+    source = {key: row for row, key in enumerate(pool.labels["key_id"].to_pylist())}
+    for key, row in zip(drawn.labels["key_id"].to_pylist(), drawn.keys, strict=True):
+        np.testing.assert_array_equal(row, pool.keys[source[key]])
+
+
+def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path):
+    rows = rows_of(pool, test_items, tmp_path / "r.parquet")
+    assert len(rows) == 2 * 2 * len(sweep.METHODS)
+    assert pq.read_table(tmp_path / "r.parquet").to_pylist() == rows
+    for row in rows:
+        drawn = sweep.draw(pool, row["shots"], row["seed"])
+        drawn.alpha, drawn.beta = row["alpha"], row["beta"]
+        text, alone = drawn.terms(test_items.features, row["k"] or None)
+        logits = alone if row["method"] == "cache-alone" else text + row["alpha"] * alone
+        assert row["top1"] == pytest.approx((logits.argmax(1).numpy() == test_items.ids).mean())
+        assert row["parameters_trained"] == 0
+        assert row["seconds"] > 0
+    by = {(row["method"], row["shots"], row["seed"]): row for row in rows}
+    assert by["paper-constants", 4, 1]["beta"] == 5.5
+    assert by["zero-shot", 4, 1]["alpha"] == 0
+    assert by["tip-adapter", 4, 1]["chosen_on"] == "its own shots, each left out"
+    assert by["tip-adapter", 1, 1]["chosen_on"] == "the shots' affinities"  # one image cannot be left out
+
+
+def test_runs_resume_where_they_stopped(pool, test_items, tmp_path, monkeypatch):
+    path = tmp_path / "r.parquet"
+    runs = sweep.sweep(pool, "digest", test_items, path, shots=[1, 4], seeds=[1, 2])
+    first = [next(runs) for _ in range(7)]
+    runs.close()
+    assert pq.read_table(path).num_rows == 7
+    answered = []
+    answer = sweep._answer
+    monkeypatch.setattr(sweep, "_answer", lambda *a: answered.append(1) or answer(*a))
+    rows = rows_of(pool, test_items, path)
+    assert rows[:7] == first
+    assert len(answered) == len(rows) - 7
+    assert rows_of(pool, test_items, path) == rows
+    assert len(answered) == len(rows) - 7
+
+
+def test_validation_is_the_published_draw_and_the_paper_sees_it_whole(pool, test_items, tmp_path):
+    val = sweep.Items(*clusters(50, C, D, 3), "val")
+    rows = rows_of(pool, test_items, tmp_path / "h.parquet", val=val, methods=["tip-adapter"])
+    assert {row["chosen_on"] for row in rows} == {"val, 1 a class", "val, 4 a class"}
+    rows = rows_of(pool, test_items, tmp_path / "p.parquet", val=val, methods=["tip-adapter"], protocol="paper")
+    assert {row["chosen_on"] for row in rows} == {"val"}
+    assert all(row["protocol"] == "paper" and row["alpha"] <= 3 and row["beta"] <= 7 for row in rows)
+
+
+def test_poisoned_test_labels_change_no_setting(pool, test_items, tmp_path):
+    poisoned = sweep.Items(test_items.features, (test_items.ids + 1) % C, "test")
+    a = rows_of(pool, test_items, tmp_path / "a.parquet")
+    b = rows_of(pool, poisoned, tmp_path / "b.parquet")
+    assert [row["top1"] for row in a] != [row["top1"] for row in b]
+    for name in ("alpha", "beta", "k", "chosen_on"):
+        assert [row[name] for row in a] == [row[name] for row in b]
+
+
+def test_intervals_are_students():
+    rows = [{"method": "m", "shots": 4, "top1": value} for value in (0.5, 0.6, 0.7)]
+    (line,) = sweep.summary(rows)
+    assert line["top1"] == pytest.approx(0.6)
+    assert line["half"] == pytest.approx(4.303 * 0.1 / np.sqrt(3))
+    assert sweep.summary(rows[:1])[0]["half"] is None
+    many = [{"method": "m", "shots": 4, "top1": i / 100} for i in range(20)]
+    assert sweep.summary(many)[0]["half"] == pytest.approx(1.96 * np.std(np.arange(20) / 100, ddof=1) / np.sqrt(20))
+
+
+def test_what_cannot_be_run_is_refused(pool, test_items, tmp_path):
+    for options in ({"methods": ["x"]}, {"protocol": "x"}, {"protocol": "paper"}):
+        with pytest.raises(UsageError):
+            rows_of(pool, test_items, tmp_path / "r.parquet", **options)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    (tmp_path / "text.parquet").write_text("no")
+    for name in ("other.parquet", "text.parquet"):
+        with pytest.raises(InputError, match=name):
+            rows_of(pool, test_items, tmp_path / name)
+
+
+def test_through_the_command_line(run, tmp_path):
+    keys, ids = clusters(60, C, D, 1)
+    train = write_table(tmp_path / "train.parquet", keys, [NAMES[i] for i in ids])
+    features, ids = clusters(40, C, D, 2)
+    test = write_table(tmp_path / "test.parquet", features, [NAMES[i] for i in ids])
+    text = write_table(tmp_path / "text.parquet", unit_rows(C, D, 5), NAMES)
+    assert run("index", "build", train, "--text", text, "--out", tmp_path / "i").exit_code == 0
+    options = ("--shots", 2, "--shots", 4, "--seeds", 2, "--results", tmp_path / "r.parquet")
+    done = run("evaluate", tmp_path / "i", test, *options)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[0].split() == ["method", "shots", "seeds", "top1", "half"]
+    lines = [json.loads(line) for line in run("evaluate", tmp_path / "i", test, *options, "--json").stdout.splitlines()]
+    assert len(lines) == 20
+    assert pq.read_table(tmp_path / "r.parquet").to_pylist() == lines
+    assert run("evaluate", tmp_path / "i", test, "--shots", 2).exit_code == 2
+    paper = ("--protocol", "paper", "--results", tmp_path / "p.parquet", "--shots", 2)
+    assert "give --val" in run("evaluate", tmp_path / "i", test, *paper).stderr
+    assert run("evaluate", tmp_path / "i", test, *paper, "--val", test).exit_code == 0
