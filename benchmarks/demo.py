@@ -1,7 +1,7 @@
 """The main job from end to end on photographs: build an index, classify, explain, evaluate.
 
 With the shared data beside the repository: 16 photographs of each of eight Caltech101 classes and lit-mini, a small
-real dual encoder; alpha 50 and beta 1 were chosen on validation images.
+real dual encoder.
 Without it (a bare clone, no network needed): crops of eight public-domain photographs that come with
 scikit-image, and an encoder with random weights, made here. Random convolutions tell textures and colours apart, but
 know no words, so there the cache alone decides; --model and --pretrained take a real CLIP instead.
@@ -41,18 +41,15 @@ def main(work: Path, shared: Path, model: str | None, pretrained: str | None) ->
     if (shared / "models" / "lit-mini").is_dir():
         click.echo(f"Photographs: {len(CLASSES)} classes of Caltech101 (CC BY 4.0). Backbone: lit-mini.")
         root = caltech(shared / "data" / "caltech101", work)
-        backbone, settings = f"local-dir:{shared / 'models' / 'lit-mini'}", ["--alpha", "50", "--beta", "1"]
+        backbone = f"local-dir:{shared / 'models' / 'lit-mini'}"
     else:
         click.echo(f"Photographs: crops of {len(PHOTOGRAPHS)} from scikit-image (public domain).")
         click.echo("Backbone: random weights, which know no words; for the real thing give --model RN50.")
         root = crops(work)
         backbone = f"local-dir:{random_encoder(work)}"
-        settings = ["--alpha", "50", "--beta", "5"]
-    if model:
-        backbone, settings = model, []
-    chosen = ["--model", backbone, *(["--pretrained", pretrained] if pretrained else [])]
+    chosen = ["--model", model or backbone, *(["--pretrained", pretrained] if pretrained else [])]
     index = str(work / "index")
-    tip("index", "build", str(work / "train.csv"), *chosen, *settings, "--root", str(root), "--out", index)
+    tip("index", "build", str(work / "train.csv"), *chosen, "--root", str(root), "--out", index)
     tests = [str(root / line.split(",")[0]) for line in (work / "test.csv").read_text().splitlines()[1:]]
     tip("classify", index, *tests[:: max(1, len(tests) // 8)][:8], "--explain", "--neighbours", "3")
     tip("evaluate", index, str(work / "test.csv"), "--root", str(root))

@@ -82,20 +82,20 @@ def measure(
 
 def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:
     """Accuracy against shots, measured beside published."""
-    click.echo(f"\n{name}, measured with {label}, {rows[0]['n']} test items (published: RN50)")
-    click.echo(f"{'':<18}" + "".join(f"{f'{shots} shots':>15}" for shots in SHOTS))
+    click.echo(f"\n{name}, measured with {label}, {rows[0]['n']} test items; published: (RN50)")
+    click.echo(f"{'':<24}" + "".join(f"{f'{shots} shots':>15}" for shots in SHOTS))
     lines = sweep.summary(rows)
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = {line["shots"]: line for line in lines if line["method"] == method}
         text = "".join(
             f"{100 * cell['top1']:>9.1f} +-{100 * (cell['half'] or 0):4.1f}" for cell in map(cells.get, SHOTS) if cell
         )
-        click.echo(f"{method:<18}{text}")
+        click.echo(f"{method:<24}{text}")
     for method, other in PAPER.items():
         found = {row["shots"]: row["accuracy"] for row in facts if row["method"] == other}
         if found:
             cells = [found.get(str(shots), found.get("0", "-")) for shots in SHOTS]
-            click.echo(f"  published {method:<12}"[:18].ljust(18) + "".join(f"{cell:>15}" for cell in cells))
+            click.echo(f"{f'{method} (RN50)':<24}" + "".join(f"{cell:>9}      " for cell in cells))
 
 
 def print_published(table: str, title: str, why: str, facts: list[dict[str, str]]) -> None:

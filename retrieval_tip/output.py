@@ -124,5 +124,5 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.4f}"
     return "-" if value is None else one_line(str(value))

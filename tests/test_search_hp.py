@@ -30,6 +30,13 @@ def clusters(n, c, d, seed, spread=0.6):
 C, D = 5, 12
 
 
+def centres_of(n, seed):
+    """The mean direction of each class of clusters."""
+    rows, ids = clusters(n, C, D, seed)
+    means = np.stack([rows[ids == i].mean(axis=0) for i in range(C)])
+    return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+
+
 def made(shots=6, text=True, spread=0.6):
     keys, ids = clusters(shots * C, C, D, 1, spread)
     weights = unit_rows(C, D, 5) if text else None
@@ -330,15 +337,23 @@ def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_
     from retrieval_tip.defaults import measure, plain_settings
 
     cache = made()
+    cache.text_weights = torch.from_numpy(centres_of(400, 7))
     alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
-    queries = asked(cache, 20, 0)
-    careful, greedy = search(cache, queries, cautious=True), search(cache, queries)
-    assert (careful.alpha, careful.beta, careful.k) == (alpha, beta, None)
-    assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
     cache.alpha, cache.beta = alpha, beta
-    assert careful.accuracy == (cache.logits(queries.features).argmax(1).numpy() == queries.ids).mean()
-    if careful.best > careful.accuracy:
-        assert any("the untouched settings stay" in warning for warning in careful.warnings)
+    kept = 0
+    for seed in range(8):
+        queries = asked(cache, 12, seed)
+        careful, greedy = search(cache, queries, cautious=True), search(cache, queries)
+        assert careful.accuracy <= careful.best == greedy.accuracy == greedy.best
+        right = cache.logits(queries.features).argmax(1).numpy() == queries.ids
+        if (careful.alpha, careful.beta, careful.k) == (alpha, beta, None):
+            assert careful.accuracy == right.mean()
+            if careful.best > careful.accuracy:
+                assert any("the untouched settings stay" in warning for warning in careful.warnings)
+                kept += 1
+        else:  # on every query that the two answer differently, or nearly, the choice is the better
+            assert careful.accuracy > right.mean()
+    assert kept
     # where text is right and every key is labelled wrongly, the evidence is plain
     features, ids = clusters(200, C, D, 2, spread=0.2)
     centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)]).astype(np.float32)
