@@ -103,7 +103,9 @@ def print_published(table: str, title: str, why: str, facts: list[dict[str, str]
     click.echo(f"\n{title}: {why}")
     for row in facts:
         if row["table"] == table:
-            parts = (row["backbone"], row["method"], row["trained"] and f"trained: {row['trained']}", row["train_time"])
+            parameters = row["parameters_millions"] and f"{row['parameters_millions']} M parameters"
+            trained = row["trained"] and f"trained: {row['trained']}"
+            parts = (row["backbone"], row["method"], trained, parameters, row["train_time"])
             click.echo(f"  published {row['accuracy']:>10}  {', '.join(filter(None, parts))}")
 
 

@@ -224,41 +224,17 @@ def search(
     ]
     *_, b, j = max(ranked)
     _, interval = solved[b][j]
-    alone = (high == np.inf).mean(axis=2)
-    zero_shot = float(((low[0, 0] < 0) & (high[0, 0] > 0)).mean())
     alpha = _middle(interval)
     part = "cache" if interval[1] == math.inf else "text" if interval[0] <= 0 else "both"
-    hits = (low[b, j] < alpha) & (alpha < high[b, j])
-    best = float(hits.mean())
+    best = _hits(low[b, j], high[b, j], alpha)
     if cautious:
-        at = betas.index(untouched[1])
-        kept = (low[at, ks.index(None)] < untouched[0]) & (untouched[0] < high[at, ks.index(None)])
-        more = hits.astype(np.float64) - kept
+        at, every = betas.index(untouched[1]), ks.index(None)
+        more = best.astype(np.float64) - _hits(low[at, every], high[at, every], untouched[0])
         if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
-            b, j, alpha, hits, part = at, ks.index(None), untouched[0], kept, "both"
-            interval = (alpha, alpha)
+            b, j, alpha, part, interval = at, every, untouched[0], "both", (untouched[0], untouched[0])
     surface = _surface(low, high, betas, ks)
-    lower, upper = _bootstrap(hits.astype(np.float64), seed)
-    rivals = {"text alone": (low[b, j] < 0) & (high[b, j] > 0), "cache alone": high[b, j] == np.inf}
-    accuracy = surface["accuracy"].to_numpy()
-    return Choice(
-        alpha=alpha,
-        beta=float(betas[b]),
-        k=ks[j],
-        part=part,
-        accuracy=float(hits.mean()),
-        best=best,
-        interval=interval,
-        zero_shot=zero_shot,
-        cache_alone=float(alone.max()),
-        low=lower,
-        high=upper,
-        flat=float((accuracy >= hits.mean() - FLAT).mean()),
-        n=len(hits),
-        source=queries.name,
-        protocol="honest",
-        warnings=(*_warnings(hits, rivals, b, betas, seed), *_kept(hits.mean(), best, len(hits))),
-        surface=surface,
+    return _choice(
+        queries, betas, ks, low, high, (b, j), alpha, interval, part, float(best.mean()), "honest", surface, (), seed
     )
 
 
@@ -279,37 +255,69 @@ def search_paper(
     at = np.asarray(alphas)
     right = np.stack([_count(low[b, 0], high[b, 0], at) for b in range(len(betas))])
     b, a = divmod(int(right.argmax()), len(at))
-    hits = (low[b, 0] < at[a]) & (at[a] < high[b, 0])
+    alpha = float(at[a])
+    surface = pa.table(
+        {
+            "k": np.zeros(right.size, dtype=np.int64),
+            "beta": np.repeat(betas, len(at)),
+            "alpha": np.tile(at, len(betas)),
+            "accuracy": right.reshape(-1) / len(queries.ids),
+        }
+    )
+    edge = () if 0 < a < len(at) - 1 else (f"alpha {alpha:.3g} is at the edge of the grid",)
+    best = float(right.max()) / len(queries.ids)
+    return _choice(
+        queries, betas, [None], low, high, (b, 0), alpha, (alpha, alpha), "both", best, "paper", surface, edge, seed
+    )
+
+
+def _choice(
+    queries: Queries,
+    betas: Sequence[float],
+    ks: Sequence[int | None],
+    low: FloatArray,
+    high: FloatArray,
+    at: tuple[int, int],
+    alpha: float,
+    interval: tuple[float, float],
+    part: str,
+    best: float,
+    protocol: str,
+    surface: pa.Table,
+    warnings: tuple[str, ...],
+    seed: int,
+) -> Choice:
+    """What is known about the settings ``betas[b]``, ``ks[j]`` and ``alpha``, where ``at`` is ``(b, j)``."""
+    b, j = at
+    hits = _hits(low[b, j], high[b, j], alpha)
     lower, upper = _bootstrap(hits.astype(np.float64), seed)
-    rivals = {"text alone": (low[b, 0] < 0) & (high[b, 0] > 0), "cache alone": high[b, 0] == np.inf}
-    edge = [] if 0 < a < len(at) - 1 else [f"alpha {at[a]:.3g} is at the edge of the grid"]
-    accuracy = right / len(hits)
+    rivals = {"text alone": _hits(low[b, j], high[b, j], 0.0), "cache alone": high[b, j] == np.inf}
+    accuracy = float(hits.mean())
     return Choice(
-        alpha=float(at[a]),
+        alpha=alpha,
         beta=float(betas[b]),
-        k=None,
-        part="both",
-        accuracy=float(hits.mean()),
-        best=float(hits.mean()),
-        interval=(float(at[a]), float(at[a])),
+        k=ks[j],
+        part=part,
+        accuracy=accuracy,
+        best=best,
+        interval=interval,
         zero_shot=float(rivals["text alone"].mean()),
         cache_alone=float((high == np.inf).mean(axis=2).max()),
         low=lower,
         high=upper,
-        flat=float((accuracy >= hits.mean() - FLAT).mean()),
+        flat=float((surface["accuracy"].to_numpy() >= accuracy - FLAT).mean()),
         n=len(hits),
         source=queries.name,
-        protocol="paper",
-        warnings=(*_warnings(hits, rivals, b, betas, seed), *edge),
-        surface=pa.table(
-            {
-                "k": np.zeros(right.size, dtype=np.int64),
-                "beta": np.repeat(betas, len(at)),
-                "alpha": np.tile(at, len(betas)),
-                "accuracy": accuracy.reshape(-1),
-            }
-        ),
+        protocol=protocol,
+        warnings=(*_warnings(hits, rivals, b, betas, seed), *_kept(accuracy, best, len(hits)), *warnings),
+        surface=surface,
     )
+
+
+def _hits(low: FloatArray, high: FloatArray, alpha: float) -> npt.NDArray[np.bool_]:
+    """Which queries are right at one alpha."""
+    hits: npt.NDArray[np.bool_] = (low < alpha) & (alpha < high)
+    return hits
 
 
 def _check(cache: CacheModel, queries: Queries) -> None:
