@@ -18,7 +18,7 @@ import torch
 from retrieval_tip import store
 from retrieval_tip.backbone import Identity
 from retrieval_tip.cache_model import KEY_BLOCK, LOGIT_SCALE, CacheModel, check_settings, label_table
-from retrieval_tip.defaults import NORMALIZE, measure, plain_settings
+from retrieval_tip.defaults import check_form, measure, plain_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, read_features, same_backbone, table_identity
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
@@ -81,8 +81,7 @@ def build_index(
     scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else LOGIT_SCALE
     check_settings(alpha or 0.0, beta or 0.0, k, scale)
     form = normalize or ("both" if alpha is None and beta is None else "none")
-    if form not in NORMALIZE:
-        raise UsageError(f"normalize {form!r}: expected one of {', '.join(NORMALIZE)}")
+    check_form(form)
     class_names, weights, prompts = _text(source, encoder, templates, text)
     ids = _ids(source, class_names)
     if shots is not None:

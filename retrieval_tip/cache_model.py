@@ -70,7 +70,8 @@ class CacheModel:
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class; ``labels`` describes them, row by row; ``text_weights``
     ``[c, d]`` float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index;
-    ``temperature`` divides the logits where they become probabilities, and nowhere else.
+    ``temperature`` divides the logits where they become probabilities, and nowhere else. ``class_ids`` ``[n]`` int64,
+    on the device, repeats what ``labels`` say.
     """
 
     keys: npt.NDArray[Any]
@@ -92,7 +93,7 @@ class CacheModel:
 
     def __post_init__(self) -> None:
         check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
-        self._class_ids = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64)).to(self.device)
+        self.class_ids = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64)).to(self.device)
         self.text_weights = self.text_weights.to(self.device)
         self._key_sums: Tensor | None = None
         self._on_device: Tensor | None = None
@@ -429,11 +430,9 @@ class CacheModel:
     def _all(self, features: Tensor) -> Tensor:
         """Cache logits over every key, a block at a time; keys are grouped, so a block meets few classes."""
         cache = torch.zeros(len(features), len(self.class_names), device=self.device)
-        for start in range(0, self.n, KEY_BLOCK):
-            affinity = tip.affinity(features, self._block(start))
-            ids = self._class_ids[start : start + KEY_BLOCK]
+        for keys, ids in self.key_blocks():
             low, high = int(ids[0]), int(ids[-1]) + 1
-            cache[:, low:high] += tip.cache_logits(affinity, ids - low, high - low, self.beta)
+            cache[:, low:high] += tip.cache_logits(tip.affinity(features, keys), ids - low, high - low, self.beta)
         return cache
 
     def _retrieved(self, features: Tensor, k: int, tail: bool) -> Tensor:
@@ -443,14 +442,17 @@ class CacheModel:
 
     def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Affinities ``[q, k]`` and class ids of the nearest keys; empty slots have affinity 0 and class id ``c``."""
-        affinity, rows = self._nearest(features, k)
+        affinity, rows = self.nearest(features, k)
         empty = rows < 0
-        ids = self._class_ids[torch.from_numpy(np.where(empty, 0, rows)).to(self.device)]
+        ids = self.class_ids[torch.from_numpy(np.where(empty, 0, rows)).to(self.device)]
         mask = torch.from_numpy(empty).to(self.device)
         return affinity.masked_fill(mask, 0), ids.masked_fill(mask, len(self.class_names))
 
-    def _nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Affinities to the keys themselves, also where the index holds a compressed copy, and rows."""
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
+
+        Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
+        """
         found, rows = self.index.search(features.cpu().numpy(), k)
         affinity = torch.from_numpy(found).to(self.device)
         if not self.index.exact_affinity:
@@ -464,7 +466,7 @@ class CacheModel:
     def _neighbours(self, features: Features, number: int) -> list[list[Neighbour]]:
         """The nearest keys of each query, described."""
         f = _tensor(features, self.d).to(self.device)
-        affinity, rows = self._nearest(f, number)
+        affinity, rows = self.nearest(f, number)
         weights = tip.weight(affinity, self.beta).tolist()
         used, where = np.unique(rows, return_inverse=True)
         used = np.maximum(used, 0)
@@ -479,25 +481,29 @@ class CacheModel:
             for q, values in enumerate(affinity.tolist())
         ]
 
-    def _block(self, start: int) -> Tensor:
-        """A block of keys, float32. On a GPU all of them stay there, where half of its free memory holds them."""
+    def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
+
+        On a GPU all keys stay there, where half of its free memory holds them.
+        """
         if self._on_device is None and self.device != "cpu":
             free, _ = torch.cuda.mem_get_info(torch.device(self.device))
             if self.keys.nbytes < free // 2:
                 self._on_device = torch.from_numpy(self.keys).to(self.device)
-        if self._on_device is not None:
-            return self._on_device[start : start + KEY_BLOCK].float()
-        return torch.from_numpy(self.keys[start : start + KEY_BLOCK]).to(self.device).float()
+        for start in range(0, self.n, KEY_BLOCK):
+            part = slice(start, start + KEY_BLOCK)
+            keys = torch.from_numpy(self.keys[part]) if self._on_device is None else self._on_device[part]
+            yield keys.to(self.device).float(), self.class_ids[part]
 
     def _counts(self) -> Tensor:
-        return torch.bincount(self._class_ids, minlength=len(self.class_names))
+        return torch.bincount(self.class_ids, minlength=len(self.class_names))
 
     def _sums(self) -> Tensor:
         """Sum of the keys of each class ``[c, d]``: what the tail needs of the keys that are not retrieved."""
         if self._key_sums is None:
             sums = torch.zeros(len(self.class_names), self.d, dtype=torch.float64, device=self.device)
-            for start in range(0, self.n, KEY_BLOCK):
-                sums.index_add_(0, self._class_ids[start : start + KEY_BLOCK], self._block(start).double())
+            for keys, ids in self.key_blocks():
+                sums.index_add_(0, ids, keys.double())
             self._key_sums = sums.float()
         return self._key_sums
 

@@ -130,6 +130,8 @@ _ANSWER = _options(
 )
 _ABSTAIN = click.option("--abstain", type=click.FloatRange(0, 1), metavar="P",
                         help="Withhold answers of a probability below P.")  # fmt: skip
+_SCALES = click.option("--scales", type=(float, float), default=(7.0, 3.0), show_default=True,
+                       help="Largest beta and alpha of the published grid.")  # fmt: skip
 _FORMAT = _options(
     click.option("--format", "style", type=click.Choice(["table", "json", "csv", "parquet"]), default="table",
                  show_default=True, help="json: one object a line."),
@@ -369,19 +371,13 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
     show_default=True,
     help="With --shots: how settings are chosen.",
 )
-@click.option(
-    "--scales",
-    type=(float, float),
-    default=(7.0, 3.0),
-    show_default=True,
-    help="Largest beta and alpha of the published grid.",
-)
+@_SCALES
 @click.option("--results", type=FILE, help="With --shots: Parquet file, one row a run; what is in it is not run again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
 @_BACKBONE
 @_READING
 @_ENCODING
-@click.pass_context  # fmt: skip
+@click.pass_context
 def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json: bool, **given: Any) -> None:
     """Accuracy of an index on a labelled source (a split .json: its test part): blend, zero-shot and cache alone.
 
@@ -438,8 +434,7 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
     if given["val"] is not None:
         sources.append(_source(given["val"], given | {"split": None}, "val"))
     with _encoder(ctx, _backbone_for(pool, sources, given), given) as encoder:
-        test, val = [sweep.encode(pool, items, encoder) for items in sources] + [None] * (2 - len(sources))
-    assert test is not None
+        test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
     rows = []
     for row in sweep.sweep(
         pool,
@@ -449,7 +444,7 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
         shots=given["shots"],
         seeds=range(1, given["seeds"] + 1),
         methods=given["methods"] or sweep.METHODS,
-        val=val,
+        val=rest[0] if rest else None,
         protocol=given["protocol"],
         scales=given["scales"],
     ):
@@ -474,8 +469,7 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
 )
 @click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
               help="paper: the published grid over the whole validation source.")  # fmt: skip
-@click.option("--scales", type=(float, float), default=(7.0, 3.0), show_default=True,
-              help="Largest beta and alpha of the published grid.")  # fmt: skip
+@_SCALES
 @click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
 @click.option("--plot", type=FILE, help="PNG file for the same as a heat map (needs matplotlib).")
 @click.option(
@@ -530,11 +524,12 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
         cache.save_settings(folder)
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
     facts |= {"k": choice.k or "all", "version": cache.version}
-    if as_json := given["as_json"]:
+    if given["as_json"]:
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         click.echo(json.dumps(facts | {"warnings": choice.warnings}))
-    for name, value in facts.items() if not as_json else ():
-        click.echo(f"{name:<12}  {_shown(list(value) if isinstance(value, tuple) else value)}")
+    else:
+        for name, value in (facts | {"interval": list(choice.interval)}).items():
+            click.echo(f"{name:<12}  {_shown(value)}")
     _finish(ctx, skipped)
 
 

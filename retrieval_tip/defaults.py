@@ -48,6 +48,17 @@ def measure(keys: npt.NDArray[Any], class_ids: npt.NDArray[np.int64]) -> Statist
     return Statistics(float(other.mean(dtype=np.float64)), float(other.std(dtype=np.float64)), shots)
 
 
+def untouched_settings(keys: npt.NDArray[Any], class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """Alpha and beta of an index over these keys where nothing else is asked for."""
+    return plain_settings(None, None, "both", measure(keys, class_ids))
+
+
+def check_form(normalize: str) -> None:
+    """Raise UsageError for an unknown form."""
+    if normalize not in NORMALIZE:
+        raise UsageError(f"normalize {normalize!r}: expected one of {', '.join(NORMALIZE)}")
+
+
 def plain_settings(
     alpha: float | None, beta: float | None, normalize: str, statistics: Statistics | None
 ) -> tuple[float, float]:
@@ -63,8 +74,7 @@ def plain_settings(
 
     Raises UsageError for an unknown form, and where statistics are missing for given settings.
     """
-    if normalize not in NORMALIZE:
-        raise UsageError(f"normalize {normalize!r}: expected one of {', '.join(NORMALIZE)}")
+    check_form(normalize)
     if statistics is None and normalize != "none":
         if alpha is not None or beta is not None:
             raise UsageError(f"normalize {normalize!r}: needs keys of at least two classes that differ; use none")

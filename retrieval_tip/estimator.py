@@ -162,7 +162,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         if not (isinstance(n_neighbors, int | np.integer) and n_neighbors >= 1):
             raise UsageError(f"n_neighbors is {n_neighbors}: expected a whole number of keys, at least 1")
         queries = torch.from_numpy(features).to(self.cache_.device)
-        nearest, rows = self.cache_._nearest(queries, int(n_neighbors))
+        nearest, rows = self.cache_.nearest(queries, int(n_neighbors))
         affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
         order = np.argsort(-affinity, axis=1, kind="stable")  # a compressed index orders by its own affinities
         key_ids = np.where(rows < 0, -1, self.cache_.labels["key_id"].to_numpy()[rows])

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import KEY_BLOCK, QUERY_BLOCK, CacheModel
+from retrieval_tip.cache_model import QUERY_BLOCK, CacheModel
 from retrieval_tip.calibration import (
     expected_calibration_error,
     fit_temperature,
@@ -256,7 +256,6 @@ class _Pairs:
 
     def __init__(self, cache: CacheModel) -> None:
         self._cache = cache
-        self._ids = torch.from_numpy(cache.labels["class_id"].to_numpy().astype(np.int64)).to(cache.device)
         self._reach: float | None = None
         self._same = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
         self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
@@ -267,10 +266,9 @@ class _Pairs:
         for first in range(0, len(features), QUERY_BLOCK):
             f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
             y = truth[first : first + QUERY_BLOCK].to(device)
-            for start in range(0, cache.n, KEY_BLOCK):
-                keys = torch.from_numpy(cache.keys[start : start + KEY_BLOCK]).to(device).float()
+            for keys, ids in cache.key_blocks():
                 found = tip.affinity(f, keys)
-                same = y[:, None] == self._ids[None, start : start + KEY_BLOCK]
+                same = y[:, None] == ids[None]
                 if self._reach is None:  # unit vectors: 1; fine-tuned keys may go beyond
                     self._reach = max(1.0, float(found.abs().max()))
                 at = ((found / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)

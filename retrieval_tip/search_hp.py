@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.defaults import measure, plain_settings
+from retrieval_tip.defaults import untouched_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, replacing
 from retrieval_tip.shots import VAL_SHOTS, few_shot, few_shot_split
@@ -125,7 +125,7 @@ def leave_one_out(cache: CacheModel) -> Queries:
     where a class with keys has fewer than two images: without its only one nothing is left to recognise it by.
     """
     groups = _images(cache)
-    ids = cache.labels["class_id"].to_numpy().astype(np.int64)
+    ids = cache.class_ids.cpu().numpy()
     _, first = np.unique(groups, return_index=True)  # an image drawn twice is asked once
     single = np.flatnonzero(np.bincount(ids[first], minlength=len(cache.class_names)) == 1)
     if single.size:
@@ -209,7 +209,7 @@ def search(
 
     Raises InputError where queries are empty, of classes that are none, or not ``[q, d]``.
     """
-    untouched = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
+    untouched = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
     betas = sorted({*BETAS, untouched[1]} if betas is None else {*betas, *([untouched[1]] if cautious else [])})
     ks = _powers(cache.n) if ks is None else list(ks)
     if cautious and None not in ks:
@@ -356,17 +356,16 @@ def _blocks(
     cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
 ) -> Iterator[tuple[slice, Tensor, Tensor, Iterator[tuple[int, int, Tensor]]]]:
     """Blocks of queries with their text logits, labels, and cache logits by beta and k. One affinity a block."""
-    keys = torch.from_numpy(np.asarray(cache.keys, dtype=np.float32)).to(cache.device)
-    ids = torch.from_numpy(cache.labels["class_id"].to_numpy().astype(np.int64)).to(cache.device)
     groups = torch.from_numpy(queries.groups).to(cache.device)
     for start in range(0, len(queries.ids), QUERY_BLOCK):
         part = slice(start, min(start + QUERY_BLOCK, len(queries.ids)))
         f = torch.from_numpy(queries.features[part]).to(cache.device)
         hidden = torch.from_numpy(queries.hidden[part]).to(cache.device)
-        affinity = tip.affinity(f, keys).masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
+        affinity = torch.cat([tip.affinity(f, keys) for keys, _ in cache.key_blocks()], dim=1)
+        affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
         text = tip.text_logits(f, cache.text_weights, cache.logit_scale)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
-        yield part, text, y, _caches(affinity, ids, len(cache.class_names), betas, ks)
+        yield part, text, y, _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks)
 
 
 def _caches(

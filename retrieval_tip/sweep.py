@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.defaults import measure, plain_settings
+from retrieval_tip.defaults import plain_settings, untouched_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, replacing
 from retrieval_tip.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
@@ -107,12 +107,13 @@ def sweep(
     for number in shots:
         for seed in seeds:
             drawn: CacheModel | None = None
+            seen: Items | None = None
             for method in methods:
                 run = (keys_digest, test.name, method, protocol, number, seed)
                 if run not in done:
-                    drawn = drawn or draw(pool, number, seed)
+                    if drawn is None:
+                        drawn, seen = draw(pool, number, seed), _validation(pool, val, number, seed, protocol)
                     start = time.perf_counter()
-                    seen = _validation(pool, val, number, seed, protocol)
                     answering, chosen_on = _set(drawn, method, protocol, scales, seen)
                     figures = _answer(answering, test)
                     done[run] = (
@@ -147,8 +148,7 @@ def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
     """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched."""
     order, labels = _in_file_order(pool)
     drawn = pool.take(np.sort(order[few_shot(labels, shots, seed)]))
-    statistics = measure(drawn.keys, drawn.labels["class_id"].to_numpy())
-    drawn.alpha, drawn.beta = plain_settings(None, None, "both", statistics)
+    drawn.alpha, drawn.beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
     return drawn
 
 
@@ -186,7 +186,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
     """Rows of the keys in the order that the source had, and the class ids in that order."""
     order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
-    labels: list[int] = pool.labels["class_id"].to_numpy()[order].tolist()
+    labels: list[int] = pool.class_ids.cpu().numpy()[order].tolist()
     return order, labels
 
 
@@ -210,7 +210,7 @@ def _set(
         return replace(cache, alpha=alpha, beta=beta), "nothing"
     if method == "cache-alone":
         cache = replace(cache, text_weights=torch.zeros_like(cache.text_weights))
-    counts = np.bincount(cache.labels["class_id"].to_numpy())
+    counts = np.bincount(cache.class_ids.cpu().numpy())
     if method == "untouched" or (val is None and counts[counts > 0].min() < 2):
         return cache, "the shots' affinities"
     queries = leave_one_out(cache) if val is None else unseen(cache, val.features, val.ids, val.name)
