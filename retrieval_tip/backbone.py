@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +20,8 @@ import numpy.typing as npt
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import torch
     from PIL import Image
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL, DEFAULT_PRETRAINED = "RN50", "openai"
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+PARTS = ("visual", "text")
 
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
@@ -75,7 +78,7 @@ class Identity:
 
 
 class Backbone(Protocol):
-    """A frozen dual encoder."""
+    """A dual encoder, as who only needs its features sees it."""
 
     @property
     def identity(self) -> Identity:
@@ -110,6 +113,35 @@ class Backbone(Protocol):
         """Raw features ``[t, d]`` of sentences."""
 
 
+class Trainable(Backbone, Protocol):
+    """A backbone whose towers, ``visual`` and ``text``, can be trained and stored apart from their base.
+
+    Every method that takes parts raises UsageError for another name.
+    """
+
+    def parameters(self, part: str) -> list[torch.nn.Parameter]:
+        """The parameters of one tower, in the model's order; the logit scale and bias belong to neither."""
+
+    def training(self, parts: Sequence[str]) -> AbstractContextManager[list[torch.nn.Parameter]]:
+        """Within it, the parameters of ``parts``, which it gives, take gradients; behind it, none does."""
+
+    def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, on the backbone's device, with gradient."""
+
+    def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Raw features ``[t, d]`` float32 of sentences, on the backbone's device, with gradient."""
+
+    def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """A copy of every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
+
+    def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put the tensors of whole towers, as :meth:`tuned` gives them, in place of the model's own.
+
+        The backbone is then another one: its identity follows its weights. Raises BackboneError naming the tensor
+        that is unknown, missing, or of another shape or type; then nothing was changed.
+        """
+
+
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
     """Rows scaled to length 1, ``[m, d]`` float32: the one place where features are normalised.
 
@@ -142,8 +174,13 @@ def resolve_device(device: str = "auto") -> str:
 
 
 def load_backbone(
-    model: str = DEFAULT_MODEL, pretrained: str | None = None, *, device: str = "auto", precision: str = "auto"
-) -> Backbone:
+    model: str = DEFAULT_MODEL,
+    pretrained: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    tuned: str | os.PathLike[str] | None = None,
+) -> Trainable:
     """An open_clip model, in evaluation mode.
 
     Args:
@@ -154,18 +191,60 @@ def load_backbone(
             ``None`` means ``openai`` for the default model.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``; ``float16`` or ``bfloat16`` autocast; ``auto`` is float32 on a CPU, float16 on a GPU.
+        tuned: a file by :func:`write_tuned`, whose tensors take the place of the model's.
 
     Raises:
         UsageError: an unknown architecture, tag, device or precision.
-        BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted).
+        BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted);
+            ``tuned`` is missing, damaged, or holds tensors that do not fit the model.
     """
     device = resolve_device(device)
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     if precision == "auto":
         precision = "float32" if device == "cpu" else "float16"
-    plan = _plan(model, pretrained)
-    return OpenClipBackbone(plan, device, precision)
+    state = None if tuned is None else _read_tuned(Path(tuned))
+    backbone = OpenClipBackbone(_plan(model, pretrained), device, precision)
+    if state is not None:
+        try:
+            backbone.adopt(state)
+        except BackboneError as error:
+            raise BackboneError(f"{tuned}: {error}") from None
+    return backbone
+
+
+def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors of :meth:`Trainable.tuned` as a safetensors file, for ``load_backbone(..., tuned=path)``.
+
+    The same tensors give the same bytes. Raises BackboneError naming the file where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"{path}: cannot be written: {_first_line(error)}") from None
+
+
+def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    try:
+        if not file.is_file():  # a pipe would wait for ever
+            raise FileNotFoundError("no such file")
+        state: dict[str, torch.Tensor] = load(file.read_bytes())  # load_file refuses names that are not UTF-8
+    except OSError as error:
+        reason = error.strerror or error
+        raise BackboneError(f"{file}: tuned weights cannot be read: {reason}; restore it or fine-tune again") from None
+    except Exception as error:  # safetensors raises its own error, KeyError or torch's
+        reason = _first_line(error)
+        raise BackboneError(f"{file}: damaged, or not tuned weights: {reason}; restore it or fine-tune again") from None
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -260,7 +339,7 @@ def _tag_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OpenClipBackbone:
-    """A :class:`Backbone` by open_clip. Make one with :func:`load_backbone`."""
+    """A :class:`Trainable` backbone by open_clip. Make one with :func:`load_backbone`."""
 
     def __init__(self, plan: _Plan, device: str, precision: str) -> None:
         import open_clip
@@ -279,6 +358,8 @@ class OpenClipBackbone:
             raise _load_error(plan, error) from error
         if not has_weights:
             raise BackboneError(f"{plan.wanted}: holds no weights (*.safetensors, *.bin or *.pth)")
+        # Also while it is trained: batch statistics and dropout would give a picture another feature in each batch, and
+        # other features than the ones that it is compared with.
         self._model.eval().requires_grad_(False)
         self._device = torch.device(device)
         self._precision = precision
@@ -289,17 +370,22 @@ class OpenClipBackbone:
         self._identity = Identity(
             model=name,
             pretrained=plan.pretrained,
-            weights=_weights_digest(self._model),
+            weights="",
             config=_config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu"))),
             preprocess=preprocess,
         )
+        self._digested: list[int] | None = None
         size = preprocess["size"]
         self._size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         self._dim = int(self.encode_texts(["a"]).shape[1])
 
     @property
     def identity(self) -> Identity:
-        """Which one it is."""
+        """Which one it is: the digest is of the weights as they are now, so that no cache takes old for new."""
+        versions = _versions(self._model)
+        if versions != self._digested:
+            self._identity = replace(self._identity, weights=_weights_digest(self._model))
+            self._digested = versions
         return self._identity
 
     @property
@@ -343,25 +429,100 @@ class OpenClipBackbone:
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
         """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``."""
-        import torch
-
-        channels_last = pixels.to(self._device, memory_format=torch.channels_last)  # convolutions prefer it
-        return self._encode(lambda: self._model.encode_image(channels_last))
+        return _without_gradient(self.forward_images, pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Raw features ``[t, d]`` float32 of sentences."""
-        return self._encode(lambda: self._model.encode_text(self._tokenizer(list(texts)).to(self._device)))
+        return _without_gradient(self.forward_texts, texts)
 
-    def _encode(self, run: Any) -> FloatArray:
+    def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, with gradient."""
         import torch
 
-        cast = nullcontext()
-        if self._precision != "float32":
-            cast = torch.autocast(self._device.type, dtype=getattr(torch, self._precision))  # type: ignore[assignment]
-        with torch.inference_mode(), cast:
-            features = run()
-        array: FloatArray = features.float().cpu().numpy()
-        return array
+        channels_last = pixels.to(self._device, memory_format=torch.channels_last)  # convolutions prefer it
+        return self._forward(self._model.encode_image, channels_last)
+
+    def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Raw features ``[t, d]`` float32 of sentences, with gradient."""
+        return self._forward(self._model.encode_text, self._tokenizer(list(texts)).to(self._device))
+
+    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self._precision == "float32":
+            return tower(given)
+        with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
+            return tower(given).float()
+
+    def parameters(self, part: str) -> list[torch.nn.Parameter]:
+        """The parameters of one tower, in the model's order."""
+        return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
+
+    @contextmanager
+    def training(self, parts: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
+        """Within it, the parameters of ``parts``, which it gives, take gradients; behind it, none does."""
+        parameters = [parameter for part in parts for parameter in self.parameters(part)]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield parameters
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """A copy of every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
+        return {name: _copied(tensor) for part in parts for name, tensor in self._tensors(part).items()}
+
+    def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put the tensors of whole towers in place of the model's own; the identity follows."""
+        towers = [self._tensors(part) for part in PARTS]
+        _check_fit(state, towers, self._identity.model)
+        self._model.load_state_dict(dict(state), strict=False)
+
+    def _tensors(self, part: str) -> dict[str, torch.Tensor]:
+        """What the state of one tower holds: parameters and buffers."""
+        return {name: tensor for name, tensor in self._model.state_dict().items() if self._is_of(part, name)}
+
+    def _is_of(self, part: str, name: str) -> bool:
+        if part not in PARTS:
+            raise UsageError(f"part {part!r}: expected one of {', '.join(PARTS)}")
+        if part == "visual":
+            return name.startswith("visual.")
+        if hasattr(self._model, "text"):
+            return name.startswith("text.")
+        # OpenAI's CLIP: the modules of the text tower lie on the model itself
+        return not name.startswith(("visual.", "logit_scale", "logit_bias"))
+
+
+def _without_gradient(forward: Callable[[Any], torch.Tensor], given: Any) -> FloatArray:
+    import torch
+
+    with torch.no_grad():  # not inference_mode: what a tower keeps from then could not take part in training later
+        array: FloatArray = forward(given).float().cpu().numpy()
+    return array
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
+    """Raise BackboneError naming the tensor, unless ``state`` holds one or more of the towers, each whole."""
+    own = {name: tensor for tower in towers for name, tensor in tower.items()}
+    for name, tensor in state.items():
+        if name not in own:
+            raise BackboneError(f"tensor {name!r} is in neither tower of {model}; they were tuned from another model")
+        found, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
+        if found != wanted:
+            raise BackboneError(f"tensor {name!r} is {found}, in {model} {wanted}; they were tuned from another model")
+    missing = [name for tower in towers if not state.keys().isdisjoint(tower) for name in tower if name not in state]
+    if missing or not state:
+        what = f"tensor {missing[0]!r} is missing" if missing else "holds no tensors"
+        raise BackboneError(f"{what}; a tuned tower of {model} is stored whole")
 
 
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
@@ -379,6 +540,12 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
 
 def _has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pth"))
+
+
+def _versions(model: Any) -> list[int]:
+    """How often each tensor was changed in place, as torch counts it: whoever trains it, and however."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _weights_digest(model: Any) -> str:

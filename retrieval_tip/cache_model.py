@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +72,11 @@ class CacheModel:
     ``[c, d]`` float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index;
     ``temperature`` divides the logits where they become probabilities, and nowhere else. ``class_ids`` ``[n]`` int64,
     on the device, repeats what ``labels`` say.
+
+    A fine-tuned cache may have more: ``values`` ``[n, c]`` float32, on the device, what each key gives to each class in
+    place of 1 to its own (:class:`tip.Values`); ``tuned``, the safetensors file of the fine-tuned encoder that the
+    features come from; ``curve``, the loss curve of the training, a row an epoch. Change ``keys`` or ``values`` of a
+    copy, with :func:`dataclasses.replace`. Raises InputError for values of another shape or a curve without rows.
     """
 
     keys: npt.NDArray[Any]
@@ -90,12 +95,21 @@ class CacheModel:
     provenance: dict[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     version: int | None = None
+    values: Tensor | None = None
+    tuned: Path | None = None
+    curve: pa.Table | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
         self.class_ids = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64)).to(self.device)
         self.text_weights = self.text_weights.to(self.device)
+        if self.values is not None:
+            _check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row a key")
+            self.values = self.values.detach().to(self.device, torch.float32)
+        if self.curve is not None and not len(self.curve):
+            raise InputError("curve: has no rows; give one an epoch, or None")
         self._key_sums: Tensor | None = None
+        self._value_sums: Tensor | None = None
         self._on_device: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -133,6 +147,7 @@ class CacheModel:
         index: str = "Flat",
         device: str = "auto",
         sources: Sequence[str] | None = None,
+        values: Features | None = None,
     ) -> Self:
         """A classifier from features that are already at hand.
 
@@ -148,6 +163,7 @@ class CacheModel:
             index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             sources: path or id of each key, for explanations.
+            values: ``[n, c]`` what each key gives to each class, trained; ``None`` is 1 to its own class.
 
         Raises:
             InputError: shapes that do not fit, values that are not finite, labels that are no class.
@@ -172,21 +188,28 @@ class CacheModel:
             beta=beta,
             logit_scale=logit_scale,
             device=device,
+            values=None if values is None else _values(values, len(ids), len(names))[order],
         )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: str = "auto") -> Self:
         """Open the current version of an index folder; every file is checked against its digest first.
 
-        Raises StoreError naming the file that is missing, damaged, or of a newer format.
+        Keys and values stay on disk, memory-mapped. Raises StoreError naming the file that is missing, damaged, does
+        not fit the manifest, or is of a newer format.
         """
         place = Path(folder)
         device = resolve_device(device)
         manifest = store.read_manifest(place)
         store.check_files(place, manifest)
-        files = manifest.files
+        files, classes = manifest.files, len(manifest.class_names)
         keys = store.read_array(place, files["keys"], (manifest.n, manifest.d))
-        text = store.read_array(place, files["text"], (len(manifest.class_names), manifest.d))
+        text = store.read_array(place, files["text"], (classes, manifest.d))
+        values = (
+            torch.from_numpy(store.read_array(place, files["values"], (manifest.n, classes), (np.float32,)))
+            if "values" in files
+            else None
+        )
         index = VectorIndex.load(place / files["index"].name, manifest.index, device)
         if (index.n, index.d) != (manifest.n, manifest.d) or keys.dtype != manifest.dtype:
             raise StoreError(f"{place / files['index'].name}: does not fit the manifest; build the index again")
@@ -207,22 +230,26 @@ class CacheModel:
             provenance=manifest.provenance,
             device=device,
             version=manifest.version,
+            values=values,
+            tuned=store.find_weights(place, files["weights"]) if "weights" in files else None,
+            curve=store.read_curve(place, files["curve"]) if "curve" in files else None,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a new version of an index folder (the first one, where there is none). See :func:`store.write`."""
+        """Write a new version of an index folder (the first one, where there is none). See :func:`store.write`.
+
+        Raises StoreError where the folder cannot be written, or ``tuned`` is no safetensors file; InputError for what
+        a version cannot hold. After either nothing was changed.
+        """
         with store.write(Path(folder)) as writer:
-            staged, array = writer.stage_array("keys", (self.n, self.d), self.keys.dtype)
-            for start in range(0, self.n, KEY_BLOCK):
-                array[start : start + KEY_BLOCK] = self.keys[start : start + KEY_BLOCK]
-            array.flush()  # type: ignore[attr-defined]  # a memmap
-            writer.seal("keys", staged, self.n)
+            writer.seal_array("keys", self.keys)
             self.commit(writer)
 
     def save_settings(self, folder: str | os.PathLike[str]) -> None:
         """Write alpha, beta, k, tail, temperature and provenance as a new version of the folder this was loaded from.
 
-        No data file is written again. Raises StoreError where the index has changed since it was loaded.
+        No data file is written again: all are that version's. Raises StoreError where the index has changed since it
+        was loaded.
         """
         with store.write(Path(folder)) as writer:
             found = writer.parent.version if writer.parent else None
@@ -230,22 +257,32 @@ class CacheModel:
                 raise StoreError(
                     f"{folder}: is at version {found}, not at {self.version} as when it was opened; try again"
                 )
-            for kind in store.KINDS:
-                writer.keep(kind)
+            writer.keep_all()
             self._commit(writer)
 
     def commit(self, writer: store.Writer) -> None:
-        """Write everything but the keys, which the writer already has, and make it the current version."""
+        """Write everything but the keys, which the writer already has, and make it the current version.
+
+        ``tuned`` is copied, by content, and is the copy from then on. Errors as for :meth:`save`.
+        """
         staged = writer.stage("index")
         self.index.save(staged)
         writer.seal("index", staged, self.n)
         staged = writer.stage("labels")
-        store.write_labels(staged, self.labels)
+        store.write_table(staged, self.labels, "labels")
         writer.seal("labels", staged, self.n)
         staged = writer.stage("text")
         store.write_array(staged, self.text_weights.cpu().numpy())
         writer.seal("text", staged, len(self.class_names))
+        if self.values is not None:
+            writer.seal_array("values", self.values.cpu().numpy())
+        tuned = None if self.tuned is None else writer.seal_weights(self.tuned)
+        if self.curve is not None:
+            staged = writer.stage("curve")
+            store.write_table(staged, self.curve, "curve")
+            writer.seal("curve", staged, len(self.curve))
         self._commit(writer)
+        self.tuned = tuned
 
     def _commit(self, writer: store.Writer) -> None:
         parent = writer.parent.version if writer.parent else None
@@ -288,7 +325,7 @@ class CacheModel:
             part = slice(start, start + len(block))
             text[part] = tip.text_logits(block, self.text_weights, self.logit_scale)
             cache[part] = self._all(block) if k is None or k >= self.n else self._retrieved(block, k, tail)
-        largest = (text.abs().max(), cache.max()) if len(f) else (text.new_zeros(()), cache.new_zeros(()))
+        largest = (text.abs().max(), cache.abs().max()) if len(f) else (text.new_zeros(()), cache.new_zeros(()))
         if not torch.isfinite(largest[1]):
             raise InputError(
                 f"beta {self.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
@@ -382,7 +419,11 @@ class CacheModel:
         return np.array([position[label] for label in labels], dtype=np.int64)
 
     def add(self, keys: Features, labels: Labels, sources: Sequence[str] | None = None) -> list[int]:
-        """Add keys ``[m, d]`` of known classes; returns their key ids. On disk after :meth:`save`, as a new version."""
+        """Add keys ``[m, d]`` of known classes; returns their key ids. On disk after :meth:`save`, as a new version.
+
+        Where the cache has values, a new key gives 1 to its own class: it was not trained. Raises InputError for keys
+        or labels that do not fit; then nothing was changed.
+        """
         matrix = _matrix(keys, "keys")
         if matrix.shape[1] != self.d:
             raise InputError(f"keys: have {matrix.shape[1]} values, the index has {self.d}")
@@ -397,7 +438,12 @@ class CacheModel:
         added = added.set_column(added.column_names.index("shot"), "shot", shots)
         table = pa.concat_tables([self.labels, added], promote_options="default")
         order = np.argsort(table["class_id"].to_numpy(), kind="stable")
-        self._replace(np.concatenate([self.keys, matrix.astype(self.keys.dtype)])[order], table.take(pa.array(order)))
+        values = None
+        if self.values is not None:
+            one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), len(self.class_names)).to(self.values)
+            values = torch.cat([self.values, one_hot])[order]
+        every = np.concatenate([self.keys, matrix.astype(self.keys.dtype)])
+        self._replace(every[order], table.take(pa.array(order)), values)
         return list(range(first, first + len(matrix)))
 
     def remove(self, key_ids: Sequence[int]) -> None:
@@ -412,7 +458,7 @@ class CacheModel:
         keep = np.flatnonzero(~np.isin(present, np.asarray(list(key_ids), dtype=np.int64)))
         if not keep.size:
             raise InputError("remove: an index needs at least one key")
-        self._replace(self.keys[keep], self.labels.take(pa.array(keep)))
+        self._replace(self.keys[keep], self.labels.take(pa.array(keep)), self._values_of(keep))
 
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
         """A classifier over some of the keys, by row (a row may repeat); everything else is this one's."""
@@ -420,33 +466,45 @@ class CacheModel:
         grouped = np.asarray(rows)[np.argsort(ids, kind="stable")]
         keys = np.asarray(self.keys[grouped])
         index = VectorIndex.build(keys, self.index.factory, self.device)
-        return replace(self, keys=keys, labels=self.labels.take(pa.array(grouped)), index=index, version=None)
+        labels = self.labels.take(pa.array(grouped))
+        return replace(self, keys=keys, labels=labels, index=index, version=None, values=self._values_of(grouped))
 
-    def _replace(self, keys: npt.NDArray[Any], labels: pa.Table) -> None:
+    def _values_of(self, rows: npt.NDArray[np.int64]) -> Tensor | None:
+        return None if self.values is None else self.values[rows]
+
+    def _replace(self, keys: npt.NDArray[Any], labels: pa.Table, values: Tensor | None) -> None:
         self.index = VectorIndex.build(keys, self.index.factory, self.device)
-        self.keys, self.labels = keys, labels
+        self.keys, self.labels, self.values = keys, labels, values
         self.__post_init__()
 
     def _all(self, features: Tensor) -> Tensor:
         """Cache logits over every key, a block at a time; keys are grouped, so a block meets few classes."""
         cache = torch.zeros(len(features), len(self.class_names), device=self.device)
+        start = 0
         for keys, ids in self.key_blocks():
-            low, high = int(ids[0]), int(ids[-1]) + 1
-            cache[:, low:high] += tip.cache_logits(tip.affinity(features, keys), ids - low, high - low, self.beta)
+            affinity = tip.affinity(features, keys)
+            if self.values is None:
+                low, high = int(ids[0]), int(ids[-1]) + 1
+                cache[:, low:high] += tip.cache_logits(affinity, ids - low, high - low, self.beta)
+            else:
+                values = tip.Values(self.values[start : start + len(keys)])
+                cache += tip.cache_logits(affinity, ids, len(self.class_names), self.beta, values=values)
+            start += len(keys)
         return cache
 
     def _retrieved(self, features: Tensor, k: int, tail: bool) -> Tensor:
-        affinity, ids = self._search(features, k)
-        totals = tip.Totals.of(features, self._sums(), self._counts()) if tail else None
-        return tip.cache_logits(affinity, ids, len(self.class_names), self.beta, totals)
-
-    def _search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Affinities ``[q, k]`` and class ids of the nearest keys; empty slots have affinity 0 and class id ``c``."""
-        affinity, rows = self.nearest(features, k)
+        """Cache logits over the nearest keys; empty slots have affinity 0, row 0 and class id ``c``."""
+        c = len(self.class_names)
+        affinity, found = self.nearest(features, k)
+        rows = torch.from_numpy(found).to(self.device)
         empty = rows < 0
-        ids = self.class_ids[torch.from_numpy(np.where(empty, 0, rows)).to(self.device)]
-        mask = torch.from_numpy(empty).to(self.device)
-        return affinity.masked_fill(mask, 0), ids.masked_fill(mask, len(self.class_names))
+        rows = rows.clamp_min(0)
+        ids = self.class_ids[rows].masked_fill(empty, c)
+        totals = tip.Totals.of(features, self._sums(), self._counts()) if tail else None
+        values = None
+        if self.values is not None:
+            values = tip.Values(self.values, rows, self._sums_of_values() if tail else None)
+        return tip.cache_logits(affinity.masked_fill(empty, 0), ids, c, self.beta, totals, values)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
@@ -501,11 +559,24 @@ class CacheModel:
     def _sums(self) -> Tensor:
         """Sum of the keys of each class ``[c, d]``: what the tail needs of the keys that are not retrieved."""
         if self._key_sums is None:
-            sums = torch.zeros(len(self.class_names), self.d, dtype=torch.float64, device=self.device)
-            for keys, ids in self.key_blocks():
-                sums.index_add_(0, ids, keys.double())
-            self._key_sums = sums.float()
+            self._key_sums = self._by_class(self.key_blocks(), self.d)
         return self._key_sums
+
+    def _sums_of_values(self) -> Tensor:
+        """Sum of the values of the keys of each class ``[c, c]``: what the tail needs with values."""
+        assert self.values is not None
+        if self._value_sums is None:
+            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
+            blocks = ((self.values[part], self.class_ids[part]) for part in parts)
+            self._value_sums = self._by_class(blocks, len(self.class_names))
+        return self._value_sums
+
+    def _by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
+        """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
+        sums = torch.zeros(len(self.class_names), columns, dtype=torch.float64, device=self.device)
+        for rows, ids in blocks:
+            sums.index_add_(0, ids, rows.double())
+        return sums.float()
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
@@ -521,6 +592,8 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     queries = np.ascontiguousarray(cache.keys[sample], dtype=np.float32)
     if not np.isfinite(queries).all() or not torch.isfinite(cache.text_weights).all():
         raise StoreError(f"{place}: keys or text weights that are not finite; build the index again")
+    if cache.values is not None and not torch.isfinite(cache.values).all():
+        raise StoreError(f"{place}: values that are not finite; fine-tune again, or go back to the version before")
     found, rows = cache.index.search(queries, 1)
     if cache.index.exact_affinity:
         own = np.einsum("qd,qd->q", queries, cache.keys[np.maximum(rows[:, 0], 0)], dtype=np.float64)
@@ -657,6 +730,16 @@ def _text_weights(weights: Features | None, c: int, d: int) -> Tensor:
     if weights is None:
         return torch.zeros(c, d)
     matrix = _matrix(weights, "text_weights")
-    if matrix.shape != (c, d):
-        raise InputError(f"text_weights: shape {matrix.shape}; expected [{c}, {d}], one a class")
+    _check_shape("text_weights", matrix.shape, (c, d), "one a class")
     return torch.from_numpy(np.array(matrix, dtype=np.float32))  # a copy: what the caller does to theirs is theirs
+
+
+def _values(values: Features, n: int, c: int) -> Tensor:
+    matrix = _matrix(values, "values")
+    _check_shape("values", matrix.shape, (n, c), "one row a key")
+    return torch.from_numpy(np.require(matrix, np.float32, ["C", "W"]))
+
+
+def _check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:
+    if tuple(shape) != expected:
+        raise InputError(f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}")

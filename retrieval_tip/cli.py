@@ -9,7 +9,7 @@ import os
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,9 +91,12 @@ def _recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path |
     return path
 
 
-_BACKBONE = _options(
+_MODEL = _options(
     click.option("--model", help="open_clip architecture, local-dir:PATH or hf-hub:ORG/REPO.  [default: RN50, openai]"),
     click.option("--pretrained", help="Tag, checkpoint file, or TAG=FILE for a local copy of a tag's weights."),
+)
+_BACKBONE = _options(
+    _MODEL,
     click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
                  show_default=True, help="Arithmetic of the backbone; auto: float32, on a GPU float16 autocast."),
 )  # fmt: skip
@@ -275,7 +278,8 @@ def query(folder: Path, sql: str, style: str, output: Path | None) -> None:
     """Ask the label store: one SELECT, read-only, without access to other files.
 
     The table labels has key_id, class_id, label, source, shot, views, digest, added_at and the further columns of the
-    table that the index was built from; the view class_counts has class_id, label and keys.
+    table that the index was built from; the view class_counts has class_id, label and keys. A fine-tuned index has its
+    loss curve as table curve.
     """
     from retrieval_tip.output import write_rows
     from retrieval_tip.store import query as ask
@@ -362,7 +366,8 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
     help="Draw so many a class from the index's keys, again for each seed and method; repeat for more.",
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="With --shots: seeds 1 to N.")
-@click.option("--method", "methods", multiple=True, help="With --shots: a method, repeat for more.  [default: all]")
+@click.option("--method", "methods", multiple=True,
+              help="With --shots: a method, repeat for more.  [default: all but tip-adapter-f]")  # fmt: skip
 @click.option("--val", type=FOLDER, help="With --shots: choose settings on this.  [default: leave-one-out]")
 @click.option(
     "--protocol",
@@ -422,6 +427,7 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
     """Shots x seeds x methods."""
     from retrieval_tip import sweep
     from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.finetune import shots_of
     from retrieval_tip.output import table_lines
     from retrieval_tip.store import read_manifest
 
@@ -433,24 +439,27 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
     sources = [_source(source, given, "test")]
     if given["val"] is not None:
         sources.append(_source(given["val"], given | {"split": None}, "val"))
-    with _encoder(ctx, _backbone_for(pool, sources, given), given) as encoder:
-        test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
+    methods = given["methods"] or sweep.PLAIN
+    images = [shots_of(pool)] if "tip-adapter-f" in methods else []
     rows = []
-    for row in sweep.sweep(
-        pool,
-        read_manifest(folder).files["keys"].sha256[:16],
-        test,
-        given["results"],
-        shots=given["shots"],
-        seeds=range(1, given["seeds"] + 1),
-        methods=given["methods"] or sweep.METHODS,
-        val=rest[0] if rest else None,
-        protocol=given["protocol"],
-        scales=given["scales"],
-    ):
-        rows.append(row)
-        if as_json:
-            click.echo(json.dumps(row))
+    with _encoder(ctx, _backbone_for(pool, [*sources, *images], given), given) as encoder:
+        test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
+        for row in sweep.sweep(
+            pool,
+            read_manifest(folder).files["keys"].sha256[:16],
+            test,
+            given["results"],
+            shots=given["shots"],
+            seeds=range(1, given["seeds"] + 1),
+            methods=methods,
+            val=rest[0] if rest else None,
+            protocol=given["protocol"],
+            scales=given["scales"],
+            views=(images[0], encoder) if images else None,
+        ):
+            rows.append(row)
+            if as_json:
+                click.echo(json.dumps(row))
     if not as_json:
         for line in table_lines(sweep.summary(rows), ["method", "shots", "seeds", "top1", "half"]):
             click.echo(line)
@@ -490,7 +499,6 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
     """
     from retrieval_tip import search_hp
     from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.sources import open_source
 
     if sum((source is not None, given["leave_one_out"], given["folds"] is not None)) != 1:
         raise UsageError("give one of --val SOURCE, --leave-one-out and --folds N: settings are chosen on one of them")
@@ -499,9 +507,7 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
     if source is None:
         queries = search_hp.leave_one_out(cache) if given["folds"] is None else search_hp.folds(cache, given["folds"])
     else:
-        val = open_source(source, split="val", root=given["root"])
-        if given["protocol"] == "honest" and given["val_shots"] != 0:
-            val = val.take(search_hp.validation_shots(cache, val, source, given["val_shots"]))
+        val = _validation(cache, source, given, every=given["protocol"] == "paper")
         with _encoder(ctx, _backbone_for(cache, [val], given), given) as encoder:
             queries = search_hp.on_validation(cache, val, encoder)
         skipped = encoder.skipped
@@ -511,8 +517,7 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
         if paper
         else search_hp.search(cache, queries, cautious=not given["greedy"])
     )
-    for warning in choice.warnings:
-        logging.getLogger("retrieval_tip").warning("%s", warning)
+    _warn(choice.warnings)
     if given["surface"]:
         search_hp.write_surface(choice, given["surface"])
     if given["plot"]:
@@ -531,6 +536,111 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
         for name, value in (facts | {"interval": list(choice.interval)}).items():
             click.echo(f"{name:<12}  {_shown(value)}")
     _finish(ctx, skipped)
+
+
+@main.command("finetune")
+@click.argument("folder", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Index folder for the result.")
+@click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
+              show_default=True, help="What is trained; repeat for more.")  # fmt: skip
+@click.option("--source", type=FOLDER,
+              help="The shots, as images or as a table whose rows are views (rows of one id: of one shot).  "
+                   "[default: where the index was built from]")  # fmt: skip
+@click.option("--val", type=FOLDER, help="Labelled validation source, which chooses epoch and settings; of a "
+                                         "split .json its val part.")  # fmt: skip
+@click.option("--val-shots", type=_K(), help="Validation images a class, or all.  [default: min(shots, 4)]")
+@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True, help="Passes over the shots.")
+@click.option("--batch", type=click.IntRange(1), default=256, show_default=True, help="Queries a step.")
+@click.option("--lr", type=float, default=1e-3, show_default=True,
+              help="Learning rate, falling along a cosine; of encoders a thousandth.")  # fmt: skip
+@click.option("--eps", type=float, default=1e-4, show_default=True, help="AdamW's.")
+@click.option("--weight-decay", type=float, default=0.01, show_default=True, help="AdamW's.")
+@click.option("--views-cache", type=click.IntRange(1), metavar="M",
+              help="Encode M augmented views of each shot once, and draw from them.  "
+                   "[default: 8; with an encoder in training, fresh ones]")  # fmt: skip
+@click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode another view of each shot every epoch.")
+@click.option("--train-k", type=click.IntRange(1), metavar="N",
+              help="Train only the N nearest keys of each query: for caches too large for dense steps.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+              help="Of the matrix products; auto: bfloat16 where it is measured to be worth it.")  # fmt: skip
+@click.option("--settings", type=click.Choice(["tried", "own"]), default="tried", show_default=True,
+              help="Alpha and beta to train with; tried: with --val, the best of a few; own: the index's.")  # fmt: skip
+@click.option("--alpha", type=float, help="Train with this alpha instead.  [implies --settings own]")
+@click.option("--beta", type=float, help="Train with this beta instead.  [implies --settings own]")
+@click.option("--seed", type=int, default=1, show_default=True, help="Draws batches and views.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run (its state is OUT.checkpoint).")
+@click.option("--plot", type=FILE, help="PNG file for loss and accuracy by epoch (needs matplotlib).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@_MODEL
+@_READING
+@_ENCODING
+@click.pass_context
+def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Path | None, **given: Any) -> None:
+    """Fine-tune an index on its shots (Tip-Adapter-F) into another index folder.
+
+    Trained are its keys, or what --train says, by AdamW on augmented views of the shots. With --val the epoch is chosen
+    on it, and alpha, beta and k are searched again. What was interrupted goes on with --resume, to the same result.
+    """
+    from retrieval_tip import plots
+    from retrieval_tip.cache_model import CacheModel, check_settings
+    from retrieval_tip.finetune import finetune, own_shots, shots_of
+    from retrieval_tip.sources import show
+    from retrieval_tip.trainer import VIEWS, Recipe
+
+    if given["views"] and given["views_cache"]:
+        raise UsageError("--views fresh and --views-cache: give one of them")
+    if given["plot"]:
+        plots.needs_matplotlib()
+    encoders = {"visual", "text"} & set(given["train"])
+    fresh = given["views"] or (encoders and not given["views_cache"])
+    names = ("epochs", "batch", "lr", "eps", "weight_decay", "train_k", "precision", "seed")
+    own = given["settings"] == "own" or given["alpha"] is not None or given["beta"] is not None
+    recipe = Recipe(
+        train=tuple(dict.fromkeys(given["train"])),
+        views=None if fresh else given["views_cache"] or VIEWS,
+        settings="own" if own else "tried",
+        **{name: given[name] for name in names},
+    )
+    cache = CacheModel.load(folder, device=given["device"])
+    cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
+    cache.beta = cache.beta if given["beta"] is None else given["beta"]
+    check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale)
+    shots = shots_of(cache) if source is None else own_shots(cache, _source(source, given, "train"))
+    sources = [shots]
+    if given["val"] is not None:
+        sources.append(_validation(cache, given["val"], given))
+    checkpoint = Path(f"{out}.checkpoint")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    backbone = _backbone_for(cache, sources, given | {"precision": "auto"})
+    settings = {name: given[name] for name in given if name not in ("views", "seed")}
+    with _encoder(ctx, backbone, settings) as encoder, _to_be_resumed(checkpoint):
+        tuned = finetune(
+            cache,
+            shots,
+            encoder,
+            recipe,
+            val=sources[1] if len(sources) > 1 else None,
+            parent=show(folder),
+            checkpoint=checkpoint,
+            resume=given["resume"],
+        )
+    tuned.save(out)
+    checkpoint.unlink(missing_ok=True)
+    if given["plot"]:
+        plots.draw_curve(tuned.curve, tuned.epoch, given["plot"])
+    _warn(tuned.choice.warnings if tuned.choice else ())
+    last = tuned.curve.to_pylist()[tuned.epoch]
+    facts: dict[str, Any] = {"version": tuned.cache.version, "trained": list(recipe.train), "epoch": tuned.epoch}
+    facts |= {name: None if last[name] != last[name] else last[name] for name in ("loss", "accuracy")}
+    facts |= {"val_accuracy": tuned.choice.accuracy if tuned.choice else None}
+    facts |= {"alpha": tuned.cache.alpha, "beta": tuned.cache.beta, "k": tuned.cache.k or "all"}
+    facts |= {"collapsed": tuned.collapsed, "seconds": tuned.cache.provenance["finetune"]["seconds"]}
+    if given["as_json"]:
+        click.echo(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            click.echo(f"{name:<12}  {_shown(value)}")
+    _finish(ctx, encoder.skipped)
 
 
 @main.command("calibrate")
@@ -645,6 +755,32 @@ def _source(path: Path, given: dict[str, Any], split: str, *, labelled: bool = T
     return open_dataset(given["dataset"], path, part)
 
 
+@contextmanager
+def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
+    """Say how an interrupted run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            click.echo("interrupted; the same command with --resume goes on from the last checkpoint", err=True)
+        raise
+
+
+def _validation(cache: CacheModel, path: Path, given: dict[str, Any], *, every: bool = False) -> Source:
+    """Validation images: ``--val-shots`` a class, as published, or every one."""
+    from retrieval_tip.search_hp import validation_shots
+    from retrieval_tip.sources import open_source
+
+    val = open_source(path, split="val", root=given["root"])
+    every = every or given["val_shots"] == 0
+    return val if every else val.take(validation_shots(cache, val, path, given["val_shots"]))
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        logging.getLogger("retrieval_tip").warning("%s", warning)
+
+
 def _index(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]:
     """The index with the settings of the command line, or its own."""
     from retrieval_tip.cache_model import CacheModel, check_settings
@@ -657,7 +793,9 @@ def _index(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None,
     return cache, k, cache.tail if given["tail"] is None else given["tail"]
 
 
-def _load(given: dict[str, Any], model: str | None = None, pretrained: str | None = None) -> Backbone:
+def _load(
+    given: dict[str, Any], model: str | None = None, pretrained: str | None = None, tuned: Path | None = None
+) -> Backbone:
     from retrieval_tip.backbone import DEFAULT_MODEL, load_backbone
 
     model, pretrained = (given["model"], given["pretrained"]) if given["model"] else (model, pretrained)
@@ -666,6 +804,7 @@ def _load(given: dict[str, Any], model: str | None = None, pretrained: str | Non
         given["pretrained"] or pretrained,
         device=given["device"],
         precision=given["precision"],
+        tuned=tuned,
     )
 
 
@@ -691,7 +830,8 @@ def _backbone_for(cache: CacheModel, sources: list[Source], given: dict[str, Any
         )
     backbone = None
     if images:
-        backbone = _load(given, identity.model, identity.pretrained) if identity else _load(given)
+        model, pretrained = (identity.model, identity.pretrained) if identity else (None, None)
+        backbone = _load(given, model, pretrained, cache.tuned)
     check_backbone(cache.backbone, cache.d, backbone, sources)
     return backbone
 

@@ -12,12 +12,12 @@ import threading
 import uuid
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+_Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
+_T = TypeVar("_T")
 
+CENTRE = "centre"
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORMS = ("check", "unit", "keep")
 NORM_TOLERANCE = 0.01
@@ -51,9 +55,27 @@ class Block:
     bytes (``None`` for rows of a feature table).
     """
 
-    positions: npt.NDArray[np.int64]
+    positions: IntArray
     features: FloatArray
     digests: list[str | None]
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of every shot of a source, each on its own.
+
+    ``positions`` ``[m]`` int64: where in the source the first item of each shot stands, ascending; ``features``
+    ``[r, d]`` float32; ``starts`` ``[m + 1]`` int64: rows ``starts[i]:starts[i + 1]`` are the views of shot ``i``.
+    """
+
+    positions: IntArray
+    features: FloatArray
+    starts: IntArray
+
+
+def view_names(seed: int, number: int) -> list[str]:
+    """Names of the views that ``number`` views a shot are: the centre view alone, or augmented ones by ``seed``."""
+    return [CENTRE] if number == 1 else [f"crop/{seed}/{view}" for view in range(number)]
 
 
 @dataclass(frozen=True)
@@ -96,17 +118,8 @@ class Encoder:
             UsageError: images, but no backbone.
             BackboneError: a feature table made with another backbone.
         """
-        done = 0
-        blocks = self._table_blocks(source) if source.paths is None else self._image_blocks(source)
-        with tqdm(total=len(source), unit="image", disable=None if self.progress else True, leave=False) as bar:
-            for block in blocks:
-                done += len(block.positions)
-                bar.update(int(block.positions[-1]) + 1 - bar.n if len(block.positions) else 0)
-                if len(block.positions):
-                    yield block
-        if not done and len(source):
-            first = self.skipped[-1] if self.skipped else source.name
-            raise InputError(f"{source.name}: none of its {len(source)} items could be read ({first})")
+        for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
+            yield Block(positions, features[:, 0], digests)
 
     def encode(self, source: Source) -> Block:
         """All of :meth:`blocks` as one."""
@@ -117,7 +130,96 @@ class Encoder:
             [digest for block in blocks for digest in block.digests],
         )
 
-    def _table_blocks(self, source: Source) -> Iterator[Block]:
+    def encode_views(self, source: Source, names: Sequence[str]) -> Views:
+        """Features of each view of each shot, every one of unit norm.
+
+        Of images, each distinct path is a shot and ``names`` (as :func:`view_names` gives them) are its views, in that
+        order; an image that cannot be read is left out. Of a feature table, the rows that share an ``id`` are the views
+        of one shot, in the table's order, and ``names`` says nothing; norms are those that ``norms`` asks for. Shots
+        come in order of first appearance.
+
+        Raises as :meth:`blocks`; UsageError where ``names`` is empty or names a view twice, InputError where the source
+        is empty.
+        """
+        if not len(source):
+            raise InputError(f"{source.name}: empty; at least one item is needed")
+        first, shots = _grouped(source.sources if source.paths is None else source.paths)
+        if source.paths is not None:
+            if not names or len(set(names)) < len(names):
+                raise UsageError(f"views {', '.join(names) or 'none'}: at least one is needed, and each of them once")
+            source, shots = source.take(first), np.arange(len(first))
+        parts = list(self._parts(source, names, _each_view))
+        shots = shots[np.concatenate([positions for positions, _, _ in parts])]
+        features = np.concatenate([features for _, features, _ in parts])[np.argsort(shots, kind="stable")]
+        counts = np.bincount(shots, minlength=len(first)) * features.shape[1]
+        starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
+        return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
+
+    def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
+        """View ``name`` of the items of a source, in its order: positions ``[b]`` and pixels ``[b, 3, h, w]`` float32.
+
+        ``size`` items are read at a time, and while the caller uses them, the next. A view depends on the image's bytes
+        and on ``name`` only. Items that cannot be read are left out (``b < size``).
+
+        Raises:
+            InputError: with ``strict`` an unreadable image; no readable item at all.
+            UsageError: a feature table; no backbone; ``size`` below 1.
+        """
+        import torch
+
+        if source.paths is None:
+            raise UsageError(f"{source.name}: a feature table has no pixels; training an encoder needs the images")
+        if size < 1:
+            raise UsageError(f"size is {size}: at least 1 is needed")
+        backbone = self._needed_backbone(source)
+        start, done = 0, 0
+        chunks = _chunks(source.paths, size)
+        for chunk in self._ahead(chunks, lambda path: _load(path, backbone, [name], lambda *_: None), depth=1):
+            for item in chunk:
+                if item.problem is not None:
+                    self._skip(item.path, item.problem)
+            found = [place for place, item in enumerate(chunk, start) if item.problem is None]
+            if found:
+                yield np.array(found), torch.stack([chunk[place - start].pixels[name] for place in found])
+            start, done = start + len(chunk), done + len(found)
+        if not done and start:
+            raise self._none_read(source)
+
+    def _parts(
+        self, source: Source, names: Sequence[str], merge: Callable[[FloatArray], FloatArray]
+    ) -> Iterator[_Part]:
+        """Items of a source with the features ``[v, d]`` that ``merge`` makes of their raw views; rows are one view."""
+        done = 0
+        parts = self._table_parts(source) if source.paths is None else self._image_parts(source, names, merge)
+        with tqdm(total=len(source), unit="image", disable=None if self.progress else True, leave=False) as bar:
+            for part in parts:
+                done += len(part[0])
+                bar.update(int(part[0][-1]) + 1 - bar.n if len(part[0]) else 0)
+                if len(part[0]):
+                    yield part
+        if not done and len(source):
+            raise self._none_read(source)
+
+    def _none_read(self, source: Source) -> InputError:
+        own = set(source.sources)
+        first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
+        return InputError(f"{source.name}: none of its {len(source)} items could be read ({first})")
+
+    def _needed_backbone(self, source: Source) -> Backbone:
+        if self.backbone is None:
+            raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+        return self.backbone
+
+    def _skip(self, path: str, problem: str) -> None:
+        """Name an image that cannot be used, the first time that it is met; with ``strict``, raise."""
+        skipped = Skipped(show(path), problem)
+        if self.strict:
+            raise InputError(f"{skipped}; leave out --strict to go on without it")
+        if skipped not in self.skipped:
+            log.warning("skipped %s", skipped)
+            self.skipped.append(skipped)
+
+    def _table_parts(self, source: Source) -> Iterator[_Part]:
         assert source.table is not None
         assert source.rows is not None
         identity = table_identity(source.table)
@@ -127,13 +229,13 @@ class Encoder:
         ordered = source.rows[order]
         in_order = bool((order[1:] > order[:-1]).all())
         start = 0
-        held: list[tuple[npt.NDArray[np.int64], FloatArray]] = []
+        held: list[tuple[IntArray, FloatArray]] = []
         for batch in read_features(source.table, self.norms):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
             if high > low:
-                part = (order[low:high], batch[ordered[low:high] - start])
+                part = (order[low:high], batch[ordered[low:high] - start, None])
                 if in_order:
-                    yield Block(part[0], part[1], [None] * len(part[0]))
+                    yield *part, [None] * len(part[0])
                 else:
                     held.append(part)
             start += len(batch)
@@ -141,21 +243,16 @@ class Encoder:
             positions = np.concatenate([part[0] for part in held])
             features = np.concatenate([part[1] for part in held])
             back = np.argsort(positions)
-            yield Block(positions[back], features[back], [None] * len(positions))
+            yield positions[back], features[back], [None] * len(positions)
 
-    def _image_blocks(self, source: Source) -> Iterator[Block]:
-        if self.backbone is None:
-            raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+    def _image_parts(
+        self, source: Source, names: Sequence[str], merge: Callable[[FloatArray], FloatArray]
+    ) -> Iterator[_Part]:
+        backbone = self._needed_backbone(source)
         assert source.paths is not None
         repeated = {path for path, times in Counter(source.paths).items() if times > 1}
         seen: dict[str, tuple[FloatArray, str] | None] = {}
-        backbone = self.backbone
-        scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
-        views = ["centre"] if self.views == 1 else [f"crop/{self.seed}/{v}" for v in range(self.views)]
-        unique = list(dict.fromkeys(source.paths))
-        size = self.batch_size or backbone.batch_size
-        chunks = [unique[i : i + size] for i in range(0, len(unique), size)]
-        encoded = self._encode_chunks(chunks, backbone, scope, views)
+        encoded = self._encode_images(list(dict.fromkeys(source.paths)), backbone, names, merge)
         chunk_results: dict[str, tuple[FloatArray, str] | None] = {}
         positions: list[int] = []
         features: list[FloatArray] = []
@@ -163,7 +260,7 @@ class Encoder:
         for position, path in enumerate(source.paths):
             while path not in chunk_results and path not in seen:
                 if positions:
-                    yield Block(np.array(positions), np.stack(features), digests)
+                    yield np.array(positions), np.stack(features), digests
                     positions, features, digests = [], [], []
                 chunk_results = next(encoded)
                 seen.update((p, result) for p, result in chunk_results.items() if p in repeated)
@@ -173,60 +270,58 @@ class Encoder:
                 features.append(result[0])
                 digests.append(result[1])
         if positions:
-            yield Block(np.array(positions), np.stack(features), digests)
+            yield np.array(positions), np.stack(features), digests
 
-    def _encode_chunks(
-        self, chunks: Sequence[Sequence[str]], backbone: Backbone, scope: str, views: Sequence[str]
+    def _encode_images(
+        self,
+        paths: Sequence[str],
+        backbone: Backbone,
+        names: Sequence[str],
+        merge: Callable[[FloatArray], FloatArray],
     ) -> Iterator[dict[str, tuple[FloatArray, str] | None]]:
-        """Unit features and digests of each chunk's images; the chunks behind are read and decoded meanwhile."""
+        """Merged features ``[v, d]`` and digests of images, a batch at a time."""
+        scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
+        size = self.batch_size or backbone.batch_size
+
+        def kept(digest: str, view: str) -> FloatArray | None:
+            return None if self.cache is None else self.cache.get(scope, digest, view)
+
+        for chunk in self._ahead(_chunks(paths, size), lambda path: _load(path, backbone, names, kept), depth=2):
+            yield self._encode_chunk(chunk, backbone, scope, size, merge)
+
+    def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
+        """What ``load`` gives for each chunk's images; ``depth`` chunks behind are read and decoded meanwhile."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            waiting: deque[list[Future[_Loaded]]] = deque()
+            waiting: deque[list[Future[_T]]] = deque()
             ahead = iter(chunks)
 
             def submit() -> None:
                 for chunk in ahead:
-                    waiting.append([pool.submit(self._load, path, backbone, scope, views) for path in chunk])
+                    waiting.append([pool.submit(load, path) for path in chunk])
                     return
 
             try:
-                submit()
-                submit()
-                while waiting:
-                    futures = waiting.popleft()
+                for _ in range(depth):
                     submit()
-                    yield self._encode_chunk([future.result() for future in futures], backbone, scope)
+                while waiting:
+                    submit()
+                    yield [future.result() for future in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, path: str, backbone: Backbone, scope: str, views: Sequence[str]) -> _Loaded:
-        """Read an image once: its digest, the views that are cached, and the pixels of those that are not."""
-        try:
-            data = images.read(path)
-            digest = hashlib.sha256(data).hexdigest()
-            features = {view: self.cache.get(scope, digest, view) if self.cache else None for view in views}
-            pixels: dict[str, torch.Tensor] = {}
-            if any(feature is None for feature in features.values()):
-                picture = images.decode(data)
-                for view in (view for view, feature in features.items() if feature is None):
-                    centre = view == "centre"
-                    pixels[view] = (
-                        backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
-                    )
-        except InputError as error:
-            return _Loaded(path, "", {}, {}, str(error))
-        return _Loaded(path, digest, features, pixels, None)
-
     def _encode_chunk(
-        self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str
+        self,
+        chunk: Sequence[_Loaded],
+        backbone: Backbone,
+        scope: str,
+        size: int,
+        merge: Callable[[FloatArray], FloatArray],
     ) -> dict[str, tuple[FloatArray, str] | None]:
         import torch
 
         todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
         fresh: dict[tuple[str, str], FloatArray] = {}
-        keys = list(todo)
-        size = self.batch_size or backbone.batch_size
-        for start in range(0, len(keys), size):
-            batch = keys[start : start + size]
+        for batch in _chunks(list(todo), size):
             fresh.update(zip(batch, backbone.encode_images(torch.stack([todo[key] for key in batch])), strict=True))
         if self.cache is not None and fresh:
             self.cache.put(scope, fresh)
@@ -237,15 +332,11 @@ class Encoder:
             if problem is None:
                 raw = [fresh[item.digest, view] if f is None else f for view, f in item.features.items()]
                 try:
-                    results[item.path] = (unit(np.stack(raw).mean(axis=0, keepdims=True))[0], item.digest)
+                    results[item.path] = (merge(np.stack(raw)), item.digest)
                 except InputError as error:
                     problem = str(error)
             if problem is not None:
-                skipped = Skipped(show(item.path), problem)
-                if self.strict:
-                    raise InputError(f"{skipped}; leave out --strict to go on without it")
-                log.warning("skipped %s", skipped)
-                self.skipped.append(skipped)
+                self._skip(item.path, problem)
         return results
 
 
@@ -256,6 +347,48 @@ class _Loaded:
     features: dict[str, FloatArray | None]
     pixels: dict[str, torch.Tensor]
     problem: str | None
+
+
+def _load(
+    path: str, backbone: Backbone, names: Sequence[str], kept: Callable[[str, str], FloatArray | None]
+) -> _Loaded:
+    """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others."""
+    try:
+        data = images.read(path)
+        digest = hashlib.sha256(data).hexdigest()
+        features = {view: kept(digest, view) for view in names}
+        pixels: dict[str, torch.Tensor] = {}
+        missing = [view for view, feature in features.items() if feature is None]
+        if missing:
+            picture = images.decode(data)
+            for view in missing:
+                centre = view == CENTRE
+                pixels[view] = backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
+    except InputError as error:
+        return _Loaded(path, "", {}, {}, str(error))
+    return _Loaded(path, digest, features, pixels, None)
+
+
+def _mean_view(raw: FloatArray) -> FloatArray:
+    """Raw views ``[v, d]`` as the one unit feature ``[1, d]`` of their mean."""
+    return unit(raw.mean(axis=0, keepdims=True))
+
+
+def _each_view(raw: FloatArray) -> FloatArray:
+    """Raw views ``[v, d]``, each scaled to unit norm on its own."""
+    return unit(raw, "feature of view")
+
+
+def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
+    return [things[start : start + size] for start in range(0, len(things), size)]
+
+
+def _grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
+    """Where each distinct name stands first ``[m]``, and the number of each name among them ``[n]``."""
+    numbers: dict[str, int] = {}
+    shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+    _, first = np.unique(shots, return_index=True)
+    return first.astype(np.int64), shots
 
 
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)

@@ -146,12 +146,13 @@ def surface_panels(surface: pa.Table) -> list[Panel]:
 
 def check(folder: Path) -> None:
     """Raise UsageError, before any work is done, where no diagram could be drawn or the folder is something else."""
-    _needs_matplotlib()
+    needs_matplotlib()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{show(folder)}: is a file; --plot writes into a folder, give another one")
 
 
-def _needs_matplotlib() -> None:
+def needs_matplotlib() -> None:
+    """Raise UsageError where it is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -332,7 +333,7 @@ def draw_surface(surface: pa.Table, path: Path) -> None:
 
     Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
     """
-    _needs_matplotlib()
+    needs_matplotlib()
     panels = surface_panels(surface)
     across = min(3, len(panels))
     down = -(-len(panels) // across)
@@ -357,6 +358,32 @@ def draw_surface(surface: pa.Table, path: Path) -> None:
         bar = figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min")
         bar.set_label("accuracy, %")
         figure.suptitle("Accuracy by alpha, beta and k (circle: the best of a panel)", fontsize=12, fontweight="bold")
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+
+
+def draw_curve(curve: pa.Table, kept: int, path: Path) -> None:
+    """Write the loss curve of a fine-tuning as a PNG file: cross-entropy and accuracy by epoch.
+
+    ``curve`` has the columns of :data:`finetune.CURVE`, ``kept`` is the epoch that was kept.
+
+    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
+    """
+    needs_matplotlib()
+    with _style(), replacing(path) as temporary:
+        figure, drawn = _grid(9.4, 3.8, 1, 2)
+        epochs = curve["epoch"].to_numpy()
+        for axes, name, scale, label in zip(
+            drawn, ("loss", "accuracy"), (1, 100), ("cross-entropy", "top-1, %"), strict=True
+        ):
+            met, held_out = (scale * curve[f"{part}{name}"].to_numpy() for part in ("", "val_"))
+            axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="shots, as they were met")
+            if np.isfinite(held_out).any():
+                axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation images")
+            axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="the epoch that was kept")
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+        drawn[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+        figure.suptitle("Fine-tuning", fontsize=12, fontweight="bold")
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
 
 

@@ -29,6 +29,12 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     return tuple(templates)
 
 
+def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The sentences of each class, class by class. Raises UsageError as :func:`check_templates`."""
+    templates = check_templates(templates)
+    return [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
+
+
 def text_weights(
     backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES, batch_size: int = 256
 ) -> npt.NDArray[np.float32]:
@@ -39,13 +45,12 @@ def text_weights(
 
     Raises UsageError for a template without ``{}``; InputError where prompts of a class cancel out or are not finite.
     """
-    templates = check_templates(templates)
-    prompts = [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
+    prompts = prompts_of(class_names, templates)
     features = [
         unit(backbone.encode_texts(prompts[start : start + batch_size]), "prompt")
         for start in range(0, len(prompts), batch_size)
     ]
-    grouped = np.concatenate(features).reshape(len(class_names), len(templates), backbone.dim)
+    grouped = np.concatenate(features).reshape(len(class_names), -1, backbone.dim)
     return mean_by_class(grouped, class_names)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.cache_model import CacheModel, check_settings
 from retrieval_tip.defaults import untouched_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, replacing
@@ -68,7 +68,7 @@ class Choice:
     is ``both``, or ``text`` or ``cache`` where the interval reaches 0 or has no end: the other is not needed. ``low``
     and ``high`` bound the accuracy (95 %, bootstrap over the queries), ``flat`` is the share of the surface within one
     point of the best. ``best`` is the highest accuracy that was found: more than ``accuracy`` only where a cautious
-    search kept the untouched settings. ``warnings`` say where the choice is weak. ``surface`` has the columns k (0 is
+    search kept those it was to keep. ``warnings`` say where the choice is weak. ``surface`` has the columns k (0 is
     all), beta, alpha, accuracy.
     """
 
@@ -189,6 +189,7 @@ def search(
     betas: Sequence[float] | None = None,
     ks: Sequence[int | None] | None = None,
     cautious: bool = False,
+    kept: tuple[float, float] | None = None,
     seed: int = 1,
 ) -> Choice:
     """Choose alpha, beta and k where the accuracy on the queries is highest.
@@ -196,21 +197,28 @@ def search(
     The affinity is computed once; for each beta and k there is one exponential and one sum by class, and alpha is
     solved exactly. Ties go to the widest interval of alpha (as a ratio), then to ``k = all``, and alpha to its middle.
     Keys hidden from a query are made up for: the sum of a class of which it sees ``m`` of ``n`` keys counts ``n / m``
-    times, so that settings carry over to the whole cache.
+    times, so that settings carry over to the whole cache. With trained values it is the weight of each of those keys
+    that counts ``n / m`` times.
 
     Args:
         cache: the index; its own alpha, beta and k are not looked at.
         queries: from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
-        betas: values to try; by default 0.1 to 100 in steps of 1.26, and the untouched one.
+        betas: values to try; by default 0.1 to 100 in steps of 1.26, and the untouched one or that of ``kept``.
         ks: values to try, ``None`` is all; by default all and the powers of two below half the keys.
         cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are right on more queries than
             chance explains (paired, 95 %): few queries choose among thousands of settings, and mislead.
+        kept: alpha and beta that a cautious search keeps instead, with ``k = all``: of fine-tuned keys, those that they
+            were trained with. This beta is always tried.
         seed: of the bootstrap.
 
-    Raises InputError where queries are empty, of classes that are none, or not ``[q, d]``.
+    Raises InputError where queries are empty, of classes that are none, or not ``[q, d]``; UsageError for ``kept`` that
+    are no settings.
     """
-    untouched = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
-    betas = sorted({*BETAS, untouched[1]} if betas is None else {*betas, *([untouched[1]] if cautious else [])})
+    if kept is not None:
+        check_settings(*kept, None, cache.logit_scale)
+    stay = untouched_settings(cache.keys, cache.class_ids.cpu().numpy()) if kept is None else kept
+    always = {stay[1]} if betas is None or cautious or kept is not None else set()
+    betas = sorted({*(BETAS if betas is None else betas), *always})
     ks = _powers(cache.n) if ks is None else list(ks)
     if cautious and None not in ks:
         ks = [None, *ks]
@@ -228,13 +236,15 @@ def search(
     part = "cache" if interval[1] == math.inf else "text" if interval[0] <= 0 else "both"
     best = _hits(low[b, j], high[b, j], alpha)
     if cautious:
-        at, every = betas.index(untouched[1]), ks.index(None)
-        more = best.astype(np.float64) - _hits(low[at, every], high[at, every], untouched[0])
+        at, every = betas.index(stay[1]), ks.index(None)
+        more = best.astype(np.float64) - _hits(low[at, every], high[at, every], stay[0])
         if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
-            b, j, alpha, part, interval = at, every, untouched[0], "both", (untouched[0], untouched[0])
+            b, j, alpha, part, interval = at, every, stay[0], "both", (stay[0], stay[0])
+    accuracy, most = float(_hits(low[b, j], high[b, j], alpha).mean()), float(best.mean())
+    warnings = tuple(_kept("the untouched settings" if kept is None else "the settings", accuracy, most, len(best)))
     surface = _surface(low, high, betas, ks)
     return _choice(
-        queries, betas, ks, low, high, (b, j), alpha, interval, part, float(best.mean()), "honest", surface, (), seed
+        queries, betas, ks, low, high, (b, j), alpha, interval, part, most, "honest", surface, warnings, seed
     )
 
 
@@ -309,7 +319,7 @@ def _choice(
         n=len(hits),
         source=queries.name,
         protocol=protocol,
-        warnings=(*_warnings(hits, rivals, b, betas, seed), *_kept(accuracy, best, len(hits)), *warnings),
+        warnings=(*_warnings(hits, rivals, b, betas, seed), *warnings),
         surface=surface,
     )
 
@@ -365,11 +375,16 @@ def _blocks(
         affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
         text = tip.text_logits(f, cache.text_weights, cache.logit_scale)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
-        yield part, text, y, _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks)
+        yield part, text, y, _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks, cache.values)
 
 
 def _caches(
-    affinity: Tensor, ids: Tensor, c: int, betas: Sequence[float], ks: Sequence[int | None]
+    affinity: Tensor,
+    ids: Tensor,
+    c: int,
+    betas: Sequence[float],
+    ks: Sequence[int | None],
+    values: Tensor | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Cache logits ``[q, c]`` for every beta and k; hidden keys have affinity minus infinity."""
     seen = affinity > -torch.inf
@@ -379,15 +394,22 @@ def _caches(
     totals = tip.Totals(counts, tip.sum_by_class(affinity.where(seen, 0), ids, c))
     largest = max((k for k in ks if k is not None), default=0)
     found, rows = affinity.topk(largest, dim=1) if largest else (affinity[:, :0], torch.empty(0))
-    for b, beta in enumerate(betas):
-        for j, k in enumerate(ks):
-            if k is None:
-                yield b, j, made_up * tip.cache_logits(affinity, ids, c, beta)
-            else:
-                near = found[:, :k]
-                filled = near > -torch.inf
-                near_ids = torch.where(filled, ids[rows[:, :k]], c)
-                yield b, j, made_up * tip.cache_logits(near.where(filled, 0), near_ids, c, beta, totals)
+    for j, k in enumerate(ks):
+        near, near_ids, tail = affinity, ids, None
+        if k is not None:
+            filled = found[:, :k] > -torch.inf
+            near, near_ids, tail = found[:, :k].where(filled, 0), torch.where(filled, ids[rows[:, :k]], c), totals
+        if values is None:
+            for b, beta in enumerate(betas):
+                yield b, j, made_up * tip.cache_logits(near, near_ids, c, beta, tail)
+            continue
+        counted = affinity
+        if tail is not None:  # key by key, for the values of hidden keys are in no sum of a class
+            _, mean = tail.rest(near, near_ids)
+            counted = mean[:, ids].scatter_(1, rows[:, :k], near).masked_fill_(~seen, -torch.inf)
+        factor = made_up[:, ids]
+        for b, beta in enumerate(betas):
+            yield b, j, tip.Values(values).weighted(tip.weight(counted, beta).mul_(factor))
 
 
 def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
@@ -472,10 +494,10 @@ def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _kept(accuracy: float, best: float, n: int) -> Iterator[str]:
+def _kept(what: str, accuracy: float, best: float, n: int) -> Iterator[str]:
     if best > accuracy:
         yield (
-            f"the untouched settings stay ({100 * accuracy:.1f} %): {n} queries cannot tell the best found "
+            f"{what} stay ({100 * accuracy:.1f} %): {n} queries cannot tell the best found "
             f"({100 * best:.1f} %) from chance; --greedy takes it"
         )
 

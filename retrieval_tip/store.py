@@ -5,6 +5,7 @@ Readers see the old version or the new one, never half of one.
 manifest.json             the current version, replaced by one rename
 manifests/000003.json     earlier versions
 data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
+data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       where it was fine-tuned
 lock                      held by the process that writes
 """
 
@@ -16,9 +17,10 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -31,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
 
 from retrieval_tip.backbone import Identity
 from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
@@ -40,6 +43,9 @@ FORMAT_VERSION = 1
 KEPT_VERSIONS = 2
 """The current version and the one before; the files of older ones are collected by the next writer."""
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
+OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet"}
+"""Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training."""
+
 LABEL_SCHEMA = pa.schema(
     [
         ("key_id", pa.int64()),
@@ -55,14 +61,19 @@ LABEL_SCHEMA = pa.schema(
 """Columns of the label store; row i describes row i of the keys. A table's further columns follow."""
 
 _ZEROS = bytes(1 << 20)
-_FILE_NAME = re.compile(r"(keys|index|labels|text)-[0-9a-f]{16}\.(npy|faiss|parquet)")
-_TEMPORARY = re.compile(r"\.((keys|index|labels|text)-[0-9a-f]{32}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{32})\.tmp")
+_SUFFIXES = KINDS | OPTIONAL_KINDS
+_ANY_KIND, _ANY_SUFFIX = "|".join(_SUFFIXES), "|".join(sorted({suffix[1:] for suffix in _SUFFIXES.values()}))
+_FILE_NAME = re.compile(rf"({_ANY_KIND})-[0-9a-f]{{16}}\.({_ANY_SUFFIX})")
+_TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{{32}})\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One immutable file of an index: its place below the folder, rows, bytes and SHA-256."""
+    """One immutable file of an index: its place below the folder, rows, bytes and SHA-256.
+
+    ``rows``: keys, or classes (text), tensors (weights) or epochs (curve).
+    """
 
     name: str
     rows: int
@@ -167,13 +178,14 @@ class Manifest:
             Identity.from_dict(body["backbone"])
         need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
-        need(files.keys() == KINDS.keys(), "files")
+        need(KINDS.keys() <= files.keys() <= _SUFFIXES.keys(), "files")
         for kind, file in files.items():
             need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
-            need(file.name == f"data/{kind}-{file.sha256[:16]}{KINDS[kind]}", f"files.{kind}.name")
+            need(file.name == f"data/{kind}-{file.sha256[:16]}{_SUFFIXES[kind]}", f"files.{kind}.name")
             need(whole(file.bytes, 1), f"files.{kind}.bytes")
             rows = len(body["class_names"]) if kind == "text" else body["n"]
-            need(whole(file.rows, 1) and file.rows == rows, f"files.{kind}.rows")
+            free = kind in ("weights", "curve")  # no array of keys or classes
+            need(whole(file.rows, 1) and (free or file.rows == rows), f"files.{kind}.rows")
         return cls(**(body | {"files": files}))
 
 
@@ -222,14 +234,19 @@ def check_files(folder: Path, manifest: Manifest) -> None:
                 raise StoreError(f"{problem}; restore it, or build the index again")
 
 
-def read_array(folder: Path, file: DataFile, shape: tuple[int, int]) -> npt.NDArray[Any]:
-    """A ``.npy`` file of an index, memory-mapped (copy on write, so that torch takes it without a copy)."""
+def read_array(
+    folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
+) -> npt.NDArray[Any]:
+    """A ``.npy`` file of an index, memory-mapped (copy on write, so that torch takes it without a copy).
+
+    Raises StoreError where it cannot be read, or is not of this shape and one of these dtypes.
+    """
     path = folder / file.name
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise StoreError(f"{path}: cannot be read ({error})") from None
-    if array.shape != shape or array.dtype not in (np.float32, np.float16):
+    if array.shape != shape or array.dtype not in dtypes:
         raise StoreError(f"{path}: {array.dtype} {array.shape} does not fit the manifest ({shape})")
     return array
 
@@ -237,13 +254,7 @@ def read_array(folder: Path, file: DataFile, shape: tuple[int, int]) -> npt.NDAr
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     """The label store as a table. Raises StoreError where it does not describe the manifest's keys and classes."""
     path = folder / manifest.files["labels"].name
-    try:
-        # A file of Arrow's: buffers of a Python file are freed by its threads, even while the interpreter ends. And not
-        # just the path: then a folder named x=1 would become a column x.
-        with pa.OSFile(os.fsencode(path)) as file:
-            table = pq.ParquetFile(file).read()
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    table = _read_table(path)
     own = table.schema.names[: len(LABEL_SCHEMA)] == LABEL_SCHEMA.names and all(
         table.schema.field(i).type == LABEL_SCHEMA.field(i).type for i in range(len(LABEL_SCHEMA))
     )
@@ -253,6 +264,42 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     if ids.min() < 0 or ids.max() >= len(manifest.class_names) or (ids[1:] < ids[:-1]).any():
         raise StoreError(f"{path}: class ids are out of range or not grouped by class")
     return table
+
+
+def read_curve(folder: Path, file: DataFile) -> pa.Table:
+    """The loss curve of a fine-tuning, a row an epoch. Raises StoreError where it is not what the manifest says."""
+    table = _read_table(folder / file.name)
+    if len(table) != file.rows:
+        raise StoreError(f"{folder / file.name}: has {len(table)} rows, the manifest says {file.rows}")
+    return table
+
+
+def find_weights(folder: Path, file: DataFile) -> Path:
+    """The safetensors file of a fine-tuned encoder. Raises StoreError where it is not what the manifest says."""
+    path = folder / file.name
+    number = count_tensors(path)
+    if number != file.rows:
+        raise StoreError(f"{path}: holds {number} tensors, the manifest says {file.rows}")
+    return path
+
+
+def count_tensors(path: Path) -> int:
+    """How many tensors a safetensors file holds; only its header is read. Raises StoreError where it is none."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return len(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})") from None
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        # A file of Arrow's: buffers of a Python file are freed by its threads, even while the interpreter ends. And not
+        # just the path: then a folder named x=1 would become a column x.
+        with pa.OSFile(os.fsencode(path)) as file:
+            return pq.ParquetFile(file).read()
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -283,6 +330,8 @@ def describe(folder: Path) -> dict[str, Any]:
 def query(folder: Path, sql: str) -> pa.Table:
     """The answer of a SELECT over the label store, table ``labels``; ``class_counts`` is a view of it.
 
+    A fine-tuned index that has the loss curve of its training has it as table ``curve``, a row an epoch.
+
     duckdb runs on a copy in memory, without access to any file, and with its configuration locked.
 
     Raises UsageError where the statement is not one SELECT or duckdb refuses it; StoreError where the index is damaged.
@@ -291,15 +340,12 @@ def query(folder: Path, sql: str) -> pa.Table:
         raise UsageError("query: not UTF-8 text")
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    path = glob.escape(str(folder / manifest.files["labels"].name)).replace("'", "''")
     with duckdb.connect(":memory:") as database:
         for setting in ("autoinstall_known_extensions", "autoload_known_extensions", "python_enable_replacements"):
             database.execute(f"SET {setting} = false")
-        try:
-            read = f"read_parquet('{path}', hive_partitioning = false)"
-            database.execute(f"CREATE TABLE labels AS SELECT * FROM {read}")  # noqa: S608 - quoted above
-        except duckdb.Error as error:
-            raise StoreError(f"{folder}: label store cannot be read ({str(error).splitlines()[0]})") from None
+        for kind in ("labels", "curve"):
+            if kind in manifest.files:
+                _copy_table(database, kind, folder / manifest.files[kind].name)
         database.execute("SET enable_external_access = false")
         database.execute(
             "CREATE VIEW class_counts AS SELECT class_id, label, count(*) AS keys FROM labels "
@@ -318,6 +364,16 @@ def query(folder: Path, sql: str) -> pa.Table:
     return result
 
 
+def _copy_table(database: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
+    """Copy a Parquet file into a table in memory. Raises StoreError where it cannot be read."""
+    quoted = glob.escape(str(path)).replace("'", "''")
+    read = f"read_parquet('{quoted}', hive_partitioning = false)"
+    try:
+        database.execute(f"CREATE TABLE {name} AS SELECT * FROM {read}")  # noqa: S608 - quoted above
+    except duckdb.Error as error:
+        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
 class Writer:
     """A new version of an index folder in the making. Make one with :func:`write`."""
 
@@ -329,7 +385,7 @@ class Writer:
 
     def stage(self, kind: str) -> Path:
         """A place to write the data file of this kind, to be closed by :meth:`seal`."""
-        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{KINDS[kind]}.tmp"
+        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{_SUFFIXES[kind]}.tmp"
         self._staged.append(path)
         return path
 
@@ -354,17 +410,43 @@ class Writer:
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         digest = _sha256(staged)
-        entry = DataFile(f"data/{kind}-{digest[:16]}{KINDS[kind]}", rows, staged.stat().st_size, digest)
+        entry = DataFile(f"data/{kind}-{digest[:16]}{_SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
         place = self.folder / entry.name
         staged.replace(place)
         self._staged.remove(staged)
         self._files[kind] = entry
         return place
 
+    def seal_array(self, kind: str, array: npt.NDArray[Any]) -> Path:
+        """Write a large array ``[rows, columns]`` as the data file of this kind. See :meth:`stage_array`."""
+        staged, place = self.stage_array(kind, array.shape, array.dtype)
+        place[:] = array
+        place.flush()  # type: ignore[attr-defined]  # a memmap
+        return self.seal(kind, staged, len(array))
+
+    def seal_weights(self, path: Path) -> Path:
+        """Copy a safetensors file as the ``weights``; one of the version before is shared with it.
+
+        Raises StoreError where the file is none.
+        """
+        shared = self.parent.files.get("weights") if self.parent else None
+        if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
+            self.keep("weights")
+            return path
+        number = count_tensors(path)
+        staged = self.stage("weights")
+        shutil.copyfile(path, staged)
+        return self.seal("weights", staged, number)
+
     def keep(self, kind: str) -> None:
         """Share the data file of this kind with the version before."""
         assert self.parent is not None
         self._files[kind] = self.parent.files[kind]
+
+    def keep_all(self) -> None:
+        """Share every data file with the version before."""
+        assert self.parent is not None
+        self._files |= self.parent.files
 
     def discard(self, staged: Path) -> None:
         """Give up a staged file."""
@@ -398,8 +480,8 @@ class Writer:
 
     @property
     def files(self) -> dict[str, DataFile]:
-        """The data files that were sealed."""
-        return {kind: self._files[kind] for kind in KINDS}
+        """The data files that were sealed or kept, by kind."""
+        return {kind: self._files[kind] for kind in _SUFFIXES if kind in self._files}
 
     def abandon(self) -> None:
         """Remove what is staged; what is sealed but in no manifest is collected."""
@@ -535,13 +617,16 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def write_labels(path: Path, table: pa.Table) -> None:
-    """Write the label store. Raises InputError where a further column has a type that Parquet cannot hold."""
+def write_table(path: Path, table: pa.Table, what: str) -> None:
+    """Write a Parquet file: the label store or the loss curve, which ``what`` names.
+
+    Raises InputError where a column has a type that Parquet cannot hold.
+    """
     try:
         with path.open("wb") as file:
             pq.write_table(table, file)
     except pa.ArrowException as error:
-        raise InputError(f"labels: a column cannot be kept ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{what}: a column cannot be kept ({str(error).splitlines()[0]})") from None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -22,13 +22,19 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.defaults import plain_settings, untouched_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, replacing
+from retrieval_tip.finetune import finetune, own_shots
 from retrieval_tip.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
 from retrieval_tip.shots import few_shot, few_shot_split
 from retrieval_tip.sources import Source
+from retrieval_tip.trainer import Recipe
 
-METHODS = ("zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants")
+METHODS = ("zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants", "tip-adapter-f")
 """zero-shot: the text alone. tip-adapter: alpha, beta and k chosen as the protocol says. cache-alone: without text,
-beta and k chosen likewise. untouched: the settings that a new index gets. paper-constants: alpha 1, beta 5.5."""
+beta and k chosen likewise. untouched: the settings that a new index gets. paper-constants: alpha 1, beta 5.5.
+tip-adapter-f: keys fine-tuned on views of the shots, with the settings and the epoch that validation images choose."""
+
+PLAIN = METHODS[:-1]
+"""Those that train nothing."""
 
 SCHEMA = pa.schema(
     [
@@ -79,17 +85,19 @@ def sweep(
     *,
     shots: Sequence[int],
     seeds: Sequence[int],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = PLAIN,
     val: Items | None = None,
     protocol: str = "honest",
     scales: tuple[float, float] = PAPER_SCALES,
+    views: tuple[Source, Encoder] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run what is not yet in ``results`` and write it there, run by run; yields every row asked for, old or new.
 
     Shots are drawn from the keys of ``pool`` by the published rule, in the order that the images had. ``honest``
     settings are chosen on the published validation draw out of ``val`` (``min(shots, 4)`` a class), without ``val`` by
     leave-one-out, and at 1 shot without ``val`` they stay untouched. ``paper`` settings come from the published grid
-    over all of ``val``. ``test`` is only ever answered.
+    over all of ``val``. ``test`` is only ever answered. ``tip-adapter-f`` needs ``views``: the pool's images or a table
+    of their views, and what encodes them.
 
     Raises UsageError for an unknown method or protocol, or the paper's protocol without ``val``; InputError where
     ``results`` is not a table of runs or cannot be written.
@@ -101,6 +109,8 @@ def sweep(
         raise UsageError(f"protocol {protocol!r}: expected honest or paper")
     if protocol == "paper" and val is None:
         raise UsageError("protocol paper: chooses on the validation source; give --val")
+    if "tip-adapter-f" in methods and views is None:
+        raise UsageError("method tip-adapter-f: needs the images of the pool, or a table of their views")
     path = Path(results)
     rows = read_results(path) if path.exists() else []
     done = {tuple(row[name] for name in RUN): row for row in rows}
@@ -114,7 +124,10 @@ def sweep(
                     if drawn is None:
                         drawn, seen = draw(pool, number, seed), _validation(pool, val, number, seed, protocol)
                     start = time.perf_counter()
-                    answering, chosen_on = _set(drawn, method, protocol, scales, seen)
+                    if method == "tip-adapter-f" and views is not None:
+                        answering, chosen_on = _fine_tune(drawn, *views, seen, seed)
+                    else:
+                        answering, chosen_on = _set(drawn, method, protocol, scales, seen)
                     figures = _answer(answering, test)
                     done[run] = (
                         dict(zip(RUN, run, strict=True))
@@ -125,7 +138,7 @@ def sweep(
                             "k": answering.k or 0,
                             "chosen_on": chosen_on,
                             "seconds": time.perf_counter() - start,
-                            "parameters_trained": 0,
+                            "parameters_trained": answering.keys.size if method == "tip-adapter-f" else 0,
                             "peak_memory": _peak_memory(),
                             "backbone": str(pool.backbone) if pool.backbone else None,
                             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -216,6 +229,15 @@ def _set(
     queries = leave_one_out(cache) if val is None else unseen(cache, val.features, val.ids, val.name)
     choice = search_paper(cache, queries, scales) if protocol == "paper" else search(cache, queries, cautious=True)
     return replace(cache, alpha=choice.alpha, beta=choice.beta, k=choice.k), choice.source
+
+
+def _fine_tune(
+    cache: CacheModel, images: Source, encoder: Encoder, val: Items | None, seed: int
+) -> tuple[CacheModel, str]:
+    """The drawn index with its keys fine-tuned; and what epoch and settings were chosen on."""
+    queries = None if val is None else unseen(cache, val.features, val.ids, val.name)
+    tuned = finetune(cache, own_shots(cache, images), encoder, Recipe(seed=seed), val=queries)
+    return tuned.cache, "nothing" if val is None else val.name
 
 
 def _answer(cache: CacheModel, test: Items) -> dict[str, Any]:

@@ -6,12 +6,15 @@ Letters used throughout:
 - ``K`` keys, ``[n, d]``: features of the labelled shots (unit norm, unless they were fine-tuned)
 - ``y`` class ids of the keys, integers in ``0 .. c - 1``
 - ``W`` text weights of the classes, ``[c, d]``
+- ``V`` values of the keys, ``[n, c]``: what each gives to the classes. One-hot, 1 for its own class, unless trained
 
 and the whole method::
 
     affinity   A = f K^T
     cache      C[:, c] = sum over keys i of class c of exp(-beta (1 - A[:, i]))
     logits     = logit_scale * f W^T + alpha * C
+
+With trained values the cache is ``C = exp(-beta (1 - A)) V``, which for one-hot ones is the sum by class above.
 
 A query need not meet every key. :func:`cache_logits` sums over the keys it is given: all of them, or the k that were
 retrieved, with or without an estimate of the rest (the tail). :func:`certificate` tells when retrieving more keys
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 def affinity(features: Tensor, keys: Tensor) -> Tensor:
@@ -36,7 +40,7 @@ def weight(affinity: Tensor, beta: float) -> Tensor:
 
     ``beta`` is the sharpness: at 0 every key counts 1, and the larger it is the more only near keys count.
     """
-    return torch.exp(beta * (affinity - 1))
+    return affinity.sub(1).mul_(beta).exp_()  # one allocation: this is the largest array there is
 
 
 def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int) -> Tensor:
@@ -82,8 +86,33 @@ class Totals:
         return number, torch.where(some, total / torch.where(some, number, 1), 0)
 
 
+@dataclass(frozen=True)
+class Values:
+    """What each key gives to each class, in place of 1 to its own: the values of a fine-tuned cache.
+
+    ``matrix`` ``[n, c]``: row i is ``V_i``, of the dtype of the weights; one-hot rows are plain Tip-Adapter. ``rows``
+    ``[q, k]`` int64: the row of each retrieved key (any row for an empty slot); ``None`` where column j of the affinity
+    is row j. ``sums`` ``[c, c]``: row g is the sum of the values of all keys of class g; only a tail needs it.
+    """
+
+    matrix: Tensor
+    rows: Tensor | None = None
+    sums: Tensor | None = None
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """``sum over the given keys i of weights[:, i] V_i``: ``[q, k]`` to ``[q, c]``, without a ``[q, k, c]``."""
+        if self.rows is None:
+            return weights @ self.matrix
+        return embedding_bag(self.rows, self.matrix, per_sample_weights=weights, mode="sum")
+
+
 def cache_logits(
-    affinity: Tensor, class_ids: Tensor, n_classes: int, beta: float, tail: Totals | None = None
+    affinity: Tensor,
+    class_ids: Tensor,
+    n_classes: int,
+    beta: float,
+    tail: Totals | None = None,
+    values: Values | None = None,
 ) -> Tensor:
     """Cache logits ``C[:, c] = sum over the given keys i of class c of exp(-beta (1 - A[:, i]))`` (equation 5).
 
@@ -92,14 +121,44 @@ def cache_logits(
     - ``k = N``: ``affinity`` and ``class_ids`` ``[q, N]`` of the retrieved keys.
     - with ``tail``: the ``r_c`` keys of class ``c`` that were not retrieved count at their mean affinity ``m_c``, as
       ``r_c exp(-beta (1 - m_c))``. The exponential is convex, so this never exceeds what they would add.
+    - with ``values``: key i gives ``V_i`` in place of 1 to its own class, ``C = exp(-beta (1 - A)) V``. With a tail
+      too, a key of class g that was not retrieved gives ``exp(-beta (1 - m_g)) V_i``.
 
-    Returns ``[q, c]`` of the dtype of ``affinity``. Empty slots have the class id ``c``.
+    Returns ``[q, c]`` of the dtype of ``affinity``. Empty slots have the class id ``c``. Raises ValueError for a tail
+    with values that lack ``sums``.
     """
-    cache = sum_by_class(weight(affinity, beta), class_ids, n_classes)
+    weights = weight(affinity, beta)
+    if values is not None:
+        return _valued(weights, affinity, class_ids, n_classes, beta, tail, values)
+    cache = sum_by_class(weights, class_ids, n_classes)
     if tail is not None:
         number, mean = tail.rest(affinity, class_ids)
         cache = cache + number * weight(mean, beta)
     return cache
+
+
+def _valued(
+    weights: Tensor,
+    affinity: Tensor,
+    class_ids: Tensor,
+    n_classes: int,
+    beta: float,
+    tail: Totals | None,
+    values: Values,
+) -> Tensor:
+    """``sum over the given keys i of (w_i - t[:, y_i]) V_i + t sums``, ``t[:, g]`` the weight of a key left of class g.
+
+    ``t sums`` counts every key at the weight of one that is left; what was given of its class takes that back.
+    """
+    filled = class_ids < n_classes
+    if tail is None:
+        return values.weighted(weights.where(filled, 0))
+    if values.sums is None:
+        raise ValueError("values: without sums; a tail needs the sum of the values of each class, [c, c]")
+    number, mean = tail.rest(affinity, class_ids)
+    left = weight(mean, beta).where(number > 0, 0)
+    own = left.gather(1, class_ids.clamp_max(n_classes - 1).expand_as(weights))
+    return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
 
 
 def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float) -> Tensor:
@@ -132,7 +191,8 @@ def certificate(
     logit exceeds every other class's raised one by more than rounding can make: the relative error of a weight is
     ``1 + beta`` times that of an affinity, and text and cache may cancel out in a logit.
 
-    Holds for exact retrieval, ``alpha >= 0`` and ``beta >= 0``; after approximate search it is evidence, not proof.
+    Holds for one-hot values (trained ones may be negative, and then what is left out can lower a logit too), exact
+    retrieval, ``alpha >= 0`` and ``beta >= 0``; after approximate search it is evidence, not proof.
     """
     n_classes = totals.counts.shape[0]
     filled = class_ids < n_classes

@@ -44,6 +44,7 @@ class VectorIndex:
     def __init__(self, index: Any, factory: str, device: str = "auto") -> None:
         self._cpu = index
         self.factory = factory
+        self._wanted = device
         self._gpu = _on_gpu(index, device)
         self._lock = threading.Lock()
 
@@ -72,9 +73,15 @@ class VectorIndex:
                 sample = np.sort(np.random.default_rng(0).choice(n, lists * TRAINING_PER_LIST, replace=False))
             training = np.ascontiguousarray(keys[sample], dtype=np.float32)
             _attempt(factory, lambda: index.train(training), f" (training it on {len(sample)} keys of {d} values)")
-        for start in range(0, n, block):
-            _attempt(factory, partial(index.add, np.ascontiguousarray(keys[start : start + block], dtype=np.float32)))
+        _fill(index, keys, factory, block)
         return cls(index, factory, device)
+
+    def refresh(self, keys: npt.NDArray[Any], block: int = 65536) -> None:
+        """Hold these keys ``[n, d]`` instead; what was trained (lists, codes) stays as it was."""
+        self._cpu.reset()
+        _fill(self._cpu, keys, self.factory, block)
+        if self._gpu is not None:
+            self._gpu = _on_gpu(self._cpu, self._wanted)
 
     @classmethod
     def load(cls, path: Path, factory: str, device: str = "auto") -> VectorIndex:
@@ -156,6 +163,11 @@ def _on_gpu(index: Any, device: str) -> Any | None:
     except RuntimeError as error:
         log.info("the index stays on the CPU: %s", _reason(error))
         return None
+
+
+def _fill(index: Any, keys: npt.NDArray[Any], factory: str, block: int) -> None:
+    for start in range(0, len(keys), block):
+        _attempt(factory, partial(index.add, np.ascontiguousarray(keys[start : start + block], dtype=np.float32)))
 
 
 def _attempt(factory: str, run: Callable[[], Any], when: str = "") -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from copy import deepcopy
 
 import numpy as np
 import open_clip
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from retrieval_tip import backbone
-from retrieval_tip.backbone import Identity, load_backbone, unit
+from retrieval_tip.backbone import PARTS, Identity, load_backbone, unit, write_tuned
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 TINY = {
@@ -217,3 +219,269 @@ def test_unit_names_the_row_without_direction():
     for bad in (0.0, np.nan, np.inf):
         with pytest.raises(InputError, match="feature 1"):
             unit(np.array([[1.0, 0.0], [bad, 0.0]], dtype=np.float32))
+
+
+# -- towers that are trained --
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(params=["tiny", "custom", "lit-mini"])
+def trainable(request, tmp_path):
+    """OpenAI's layout, the one whose text tower is a module of its own, and real towers of timm and transformers."""
+    if request.param == "lit-mini":
+        return deepcopy(request.getfixturevalue("lit_mini"))  # others use it
+    folder = request.getfixturevalue("tiny_folder")
+    if request.param == "tiny":
+        return load_backbone(f"local-dir:{folder}", device="cpu")
+    custom = tmp_path / "custom"
+    custom.mkdir()
+    model = open_clip.CustomTextCLIP(**TINY)
+    save_file(model.state_dict(), custom / "open_clip_model.safetensors")
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    settings["model_cfg"]["custom_text"] = True
+    (custom / "open_clip_config.json").write_text(json.dumps(settings))
+    return load_backbone(f"local-dir:{custom}", device="cpu")
+
+
+def some_pixels(model, number=2):
+    return torch.stack([model.view(picture(), str(seed)) for seed in range(number)])
+
+
+def a_step(model, parts, rate=1e-2):
+    """One step of gradient ascent on an arbitrary function of the features of ``parts``."""
+    with model.training(parts) as parameters:
+        torch.manual_seed(0)
+        features = []
+        if "visual" in parts:
+            features.append(model.forward_images(some_pixels(model)))
+        if "text" in parts:
+            features.append(model.forward_texts(["a cat", "a dog"]))
+        sum((f * torch.randn(f.shape)).sum() for f in features).backward()
+        with torch.no_grad():
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter += rate * parameter.grad / (parameter.grad.norm() + 1e-12)
+
+
+def test_the_towers_share_nothing_and_are_everything_but_the_logit_scale(trainable):
+    towers = {part: {id(parameter) for parameter in trainable.parameters(part)} for part in PARTS}
+    assert all(towers.values())
+    assert not towers["visual"] & towers["text"]
+    rest = {n for n, p in trainable._model.named_parameters() if id(p) not in towers["visual"] | towers["text"]}
+    assert rest == {"logit_scale"}
+    state = trainable.tuned(PARTS)
+    assert set(trainable._model.state_dict()) - set(state) == {"logit_scale"}
+    for tensor in state.values():
+        assert tensor.is_contiguous()
+        assert tensor.device.type == "cpu"
+
+
+def test_a_logit_bias_belongs_to_no_tower(tmp_path):
+    folder = tiny(tmp_path / "model", init_logit_bias=-10.0)
+    model = load_backbone(f"local-dir:{folder}", device="cpu")
+    assert "logit_bias" in model._model.state_dict()
+    assert not {"logit_bias", "logit_scale"} & set(model.tuned(PARTS))
+
+
+def test_another_part_is_refused(tiny_folder):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    for use in (lambda: model.parameters("audio"), lambda: model.tuned(["audio"]), lambda: a_step(model, ["audio"])):
+        with pytest.raises(UsageError, match="part 'audio': expected one of visual, text"):
+            use()
+
+
+def test_gradients_reach_the_tower_that_is_trained_and_no_other(trainable):
+    trainable.encode_images(some_pixels(trainable))  # what a tower keeps from here must not be in the way of training
+    trainable.encode_texts(["a cat"])
+    forward = {
+        "visual": lambda: trainable.forward_images(some_pixels(trainable)),
+        "text": lambda: trainable.forward_texts(["a cat", "a dog"]),
+    }
+    for part, other in (PARTS, PARTS[::-1]):
+        with trainable.training([part]) as parameters:
+            assert parameters == trainable.parameters(part)
+            assert not forward[other]().requires_grad
+            features = forward[part]()
+            assert features.shape == (2, trainable.dim)
+            assert features.dtype == torch.float32
+            features.square().sum().backward()
+            assert all(parameter.grad is not None for parameter in parameters)
+            assert all(parameter.grad is None for parameter in trainable.parameters(other))
+            assert not any(module.training for module in trainable._model.modules())
+        assert not forward[part]().requires_grad
+        assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_an_error_while_training_ends_it(tiny_folder):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    with pytest.raises(ZeroDivisionError), model.training(PARTS):
+        raise ZeroDivisionError
+    assert not any(parameter.requires_grad for part in PARTS for parameter in model.parameters(part))
+
+
+def test_the_gradient_is_that_of_the_features(tiny_folder):
+    """Against central differences, in double precision."""
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    model._model.double()
+    pixels = some_pixels(model, 1).double()
+    for part, forward in zip(
+        PARTS, (lambda: model.forward_images(pixels), lambda: model.forward_texts(["a cat"])), strict=True
+    ):
+        with model.training([part]) as parameters:
+            weights = torch.randn(model.dim, dtype=torch.float64)
+            (forward() @ weights).sum().backward()
+            direction = [torch.randn_like(parameter) for parameter in parameters]
+            slope = sum((parameter.grad * d).sum() for parameter, d in zip(parameters, direction, strict=True))
+            values = []
+            for step in (1e-6, -2e-6):
+                with torch.no_grad():
+                    for parameter, d in zip(parameters, direction, strict=True):
+                        parameter += step * d
+                    values.append(float((forward() @ weights).sum()))
+            assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_forward_gives_the_features_that_encode_gives(trainable):
+    with trainable.training(PARTS):
+        for found, encoded in (
+            (trainable.forward_images(some_pixels(trainable)), trainable.encode_images(some_pixels(trainable))),
+            (trainable.forward_texts(["a cat"]), trainable.encode_texts(["a cat"])),
+        ):
+            assert found.requires_grad
+            np.testing.assert_allclose(found.detach().numpy(), encoded, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tower_is_trained_under_autocast(tiny_folder):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu", precision="bfloat16")
+    with model.training(["visual"]) as parameters:
+        features = model.forward_images(some_pixels(model))
+        assert features.dtype == torch.float32
+        features.sum().backward()
+        assert all(parameter.grad.dtype == torch.float32 for parameter in parameters)
+
+
+@pytest.mark.parametrize("parts", [["visual"], ["text"], list(PARTS)])
+def test_a_trained_backbone_is_another_one_and_comes_back_from_its_file(trainable, tmp_path, parts):
+    base = trainable.identity
+    pixels, texts = some_pixels(trainable), ["a cat", "a dog"]
+    before = trainable.encode_images(pixels), trainable.encode_texts(texts)
+    original = trainable.tuned(parts)
+    a_step(trainable, parts)
+    after = trainable.encode_images(pixels), trainable.encode_texts(texts)
+    for part, old, new in zip(PARTS, before, after, strict=True):
+        assert np.array_equal(old, new) == (part not in parts)
+    tuned = trainable.identity
+    assert tuned.fingerprint != base.fingerprint
+    assert (tuned.model, tuned.pretrained, tuned.config) == (base.model, base.pretrained, base.config)
+
+    file = tmp_path / "tuned.safetensors"
+    write_tuned(file, trainable.tuned(parts))
+    again = load_backbone(base.model, base.pretrained, device="cpu", tuned=file)
+    assert again.identity == tuned
+    assert np.array_equal(again.encode_images(pixels), after[0])
+    assert np.array_equal(again.encode_texts(texts), after[1])
+
+    trainable.adopt(original)  # a copy, which training did not change
+    assert trainable.identity == base
+    assert np.array_equal(trainable.encode_images(pixels), before[0])
+    trainable.adopt(again.tuned(parts))
+    assert trainable.identity == tuned
+
+
+def test_the_identity_is_never_of_weights_that_were(tiny_folder):
+    """A cache of encodings goes by it, also between two epochs."""
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    seen = [model.identity.fingerprint]
+    with model.training(["visual"]) as parameters:
+        with model.training(["text"]):
+            assert model.identity.fingerprint == seen[0]
+        for _ in range(2):
+            with torch.no_grad():
+                parameters[0].add_(1)
+            seen.append(model.identity.fingerprint)
+        with torch.no_grad():
+            parameters[0].add_(1)
+    seen.append(model.identity.fingerprint)
+    optimizer = torch.optim.AdamW(model.parameters("text"))  # and without asking the backbone
+    for parameter in model.parameters("text"):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    seen.append(model.identity.fingerprint)
+    assert len(set(seen)) == 5
+    assert model.identity is model.identity  # not digested again
+
+
+def test_the_same_tensors_are_the_same_file(tiny_folder, tmp_path):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    state = model.tuned(PARTS)
+    write_tuned(tmp_path / "a", state)
+    write_tuned(tmp_path / "b", dict(reversed(state.items())))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pytest.raises(BackboneError, match=r"gone/a: cannot be written"):
+        write_tuned(tmp_path / "gone/a", state)
+
+
+def wrong_states(state):
+    name = "visual.proj"
+    return {
+        "'visual.other' is in neither tower": state | {"visual.other": torch.zeros(1)},
+        "'logit_scale' is in neither tower": state | {"logit_scale": torch.zeros(())},
+        r"'visual.proj' is float32 \[3\], in local-dir:.* float32 \[32, 16\]": state | {name: torch.zeros(3)},
+        "'visual.proj' is float16": state | {name: state[name].half()},
+        "'visual.proj' is missing": {key: tensor for key, tensor in state.items() if key != name},
+        "holds no tensors": {},
+    }
+
+
+def test_what_does_not_fit_is_named_and_changes_nothing(tiny_folder, tmp_path):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    before = model.identity
+    state = {name: tensor + 1 for name, tensor in model.tuned(["visual"]).items()}
+    for number, (words, wrong) in enumerate(wrong_states(state).items()):
+        with pytest.raises(BackboneError, match=words):
+            model.adopt(wrong)
+        assert model.identity == before
+        assert model.identity.weights == backbone._weights_digest(model._model)
+        file = tmp_path / f"{number}.safetensors"
+        write_tuned(file, wrong)
+        with pytest.raises(BackboneError, match=f"{file}: .*{words}") as error:
+            load_backbone(f"local-dir:{tiny_folder}", device="cpu", tuned=file)
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_files_of_tuned_weights_are_named(tiny_folder, tmp_path):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    good = tmp_path / "good"
+    write_tuned(good, model.tuned(["text"]))
+    raw = good.read_bytes()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pickle")
+    os.mkfifo(tmp_path / "pipe")
+    cases = {
+        "short": raw[:-1],
+        "half": raw[: len(raw) // 2],
+        "head": raw[:20],
+        "empty": b"",
+        "text": b"garbage" * 100,
+        "header": raw[:9] + b"\xff" + raw[10:],
+        "pickle": (tmp_path / "pickle").read_bytes(),
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    for name in (*cases, "gone", "pipe", ".", "x" * 300):
+        file = tmp_path / name
+        with pytest.raises(BackboneError) as error:
+            load_backbone(f"local-dir:{tiny_folder}", device="cpu", tuned=file)
+        assert str(error.value).startswith(f"{file}: ")
+        assert "\n" not in str(error.value)
+
+
+def test_tuned_weights_may_lie_under_a_name_that_is_not_utf8(tiny_folder, tmp_path):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    file = tmp_path / "caf\udce9.safetensors"
+    a_step(model, ["visual"])
+    write_tuned(file, model.tuned(["visual"]))
+    assert load_backbone(f"local-dir:{tiny_folder}", device="cpu", tuned=file).identity == model.identity

@@ -1,0 +1,199 @@
+"""Cache logits with a gradient of their own: two matrix products a step, and never the one-hot one.
+
+For queries ``f`` ``[q, d]``, keys ``K`` ``[n, d]`` of classes ``y`` ``[n]``, and values ``V`` ``[n, c]`` (one-hot rows
+of ``y`` where none are trained)::
+
+    forward     A^T = K f^T,  w = exp(-beta (1 - A^T))       [n, q]
+                C = w^T V                                    a sum by class where V is one-hot
+    backward    dA^T = beta w * (V dC^T)                     V dC^T picks a row of dC^T a key where V is one-hot
+                dK = dA^T f,  df = dA K,  dV = w dC
+
+Both directions take a block of keys at a time, small enough for the processor's cache: the optimiser uses its gradient
+before the next one is computed, and the whole ``dK`` need not exist. :class:`RetrievedKeys` does the same where each
+query meets its nearest keys only. The formula itself is :mod:`tip`'s; this module knows its derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from retrieval_tip import tip
+
+BLOCK = 1024
+"""Keys at a time on a CPU (benchmarks/finetune.py); a GPU takes all at once."""
+
+GATHERED = 1 << 24
+"""Values of retrieved keys that are gathered at a time: 64 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Gradients of the keys in rows ``part``: ``keys`` ``[m, d]`` and ``values`` ``[m, c]``, where asked for."""
+
+    part: slice
+    keys: Tensor | None
+    values: Tensor | None
+
+
+@dataclass(frozen=True)
+class AllKeys:
+    """Keys ``[n, d]`` that every query meets, their ``class_ids`` ``[n]`` int64, and trained ``values`` ``[n, c]``.
+
+    Matrices are multiplied in ``products`` (by default the dtype of the keys) and summed in float32 by the processor;
+    everything else is in the dtype of the queries.
+    """
+
+    keys: Tensor
+    class_ids: Tensor
+    n_classes: int
+    beta: float
+    values: Tensor | None = None
+    products: torch.dtype | None = None
+    block: int = BLOCK
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Cache logits ``C`` ``[q, c]`` of queries ``[q, d]``, and the weights ``w`` ``[n, q]`` for the backward."""
+        queries = features.to(self._products)
+        weights = features.new_empty(len(self.keys), len(features))
+        cache = features.new_zeros(self.n_classes, len(features))
+        for part in self._parts():
+            affinity = tip.affinity(self.keys[part].to(self._products), queries).to(features.dtype)
+            weights[part] = tip.weight(affinity, self.beta)
+            if self.values is None:
+                cache.index_add_(0, self.class_ids[part], weights[part])
+            else:
+                cache.addmm_(self.values[part].T, weights[part])
+        return cache.T, weights
+
+    def backward(
+        self,
+        d_cache: Tensor,
+        features: Tensor,
+        weights: Tensor,
+        *,
+        keys: bool = True,
+        values: bool = False,
+        d_features: Tensor | None = None,
+    ) -> Iterator[Block]:
+        """Gradients block by block, for ``d_cache`` ``[q, c]`` and the ``weights`` of :meth:`forward`.
+
+        The gradient of the queries is added to ``d_features`` ``[q, d]`` where that is given. A block's keys and values
+        may be changed as soon as it is there: no later one depends on them.
+        """
+        queries = features.to(self._products)
+        by_class = d_cache.T.contiguous()
+        for part in self._parts():
+            w = weights[part]
+            d_values = w @ d_cache if values else None
+            d_keys = None
+            if keys or d_features is not None:
+                met = by_class[self.class_ids[part]] if self.values is None else self.values[part] @ by_class
+                d_affinity = met.mul_(w).mul_(self.beta).to(self._products)
+                if d_features is not None:
+                    d_features += d_affinity.T @ self.keys[part].to(self._products)
+                if keys:
+                    d_keys = (d_affinity @ queries).to(features.dtype)
+            yield Block(part, d_keys, d_values)
+
+    @property
+    def _products(self) -> torch.dtype:
+        return self.products or self.keys.dtype
+
+    def _parts(self) -> Iterator[slice]:
+        n = len(self.keys)
+        return (slice(start, min(start + self.block, n)) for start in range(0, n, self.block))
+
+
+class _CacheLogits(torch.autograd.Function):
+    """:class:`AllKeys` as a node of torch's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, keys: Tensor, values: Tensor | None, *rest: Any) -> Tensor:
+        class_ids, n_classes, beta, block = rest
+        cache, weights = AllKeys(keys, class_ids, n_classes, beta, values, block=block).forward(features)
+        ctx.save_for_backward(features, keys, values, class_ids, weights)
+        ctx.rest = n_classes, beta, block
+        return cache
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_cache: Tensor) -> tuple[Tensor | None, ...]:
+        features, keys, values, class_ids, weights = ctx.saved_tensors
+        n_classes, beta, block = ctx.rest
+        over = AllKeys(keys, class_ids, n_classes, beta, values, block=block)
+        d_features = torch.zeros_like(features) if ctx.needs_input_grad[0] else None
+        d_keys = torch.empty_like(keys) if ctx.needs_input_grad[1] else None
+        d_values = torch.empty_like(values) if ctx.needs_input_grad[2] else None
+        wanted = {"keys": d_keys is not None, "values": d_values is not None}
+        for found in over.backward(d_cache, features, weights, d_features=d_features, **wanted):
+            for whole, block_of in ((d_keys, found.keys), (d_values, found.values)):
+                if whole is not None and block_of is not None:
+                    whole[found.part] = block_of
+        return d_features, d_keys, d_values, None, None, None, None
+
+
+def cache_logits(
+    features: Tensor,
+    keys: Tensor,
+    class_ids: Tensor,
+    n_classes: int,
+    beta: float,
+    values: Tensor | None = None,
+    *,
+    block: int = BLOCK,
+) -> Tensor:
+    """:func:`tip.cache_logits` over all keys as a differentiable function of queries, keys and values.
+
+    ``features`` ``[q, d]``, ``keys`` ``[n, d]``, ``class_ids`` ``[n]`` int64, ``values`` ``[n, c]`` or ``None`` for
+    one-hot rows, to ``[q, c]``. Once differentiable, with the gradient of this module instead of torch's: it never
+    makes the ``[n, c]`` one-hot matrix. Loops of your own use it; :mod:`finetune` steps block by block instead.
+    """
+    result: Tensor = _CacheLogits.apply(  # type: ignore[no-untyped-call]
+        features, keys, values, class_ids, n_classes, beta, block
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class RetrievedKeys:
+    """Keys ``[n, d]`` of which each query meets some; the others count at their class's mean affinity, as a tail.
+
+    ``sums`` ``[c, d]`` and ``counts`` ``[c]`` are those of all keys of a class. The tail of a query depends on the keys
+    that it did not retrieve alone, so the retrieved ones get their own gradient only.
+    """
+
+    keys: Tensor
+    class_ids: Tensor
+    sums: Tensor
+    counts: Tensor
+    beta: float
+
+    def forward(self, features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Cache logits ``[q, c]`` from the keys in ``rows`` ``[q, k]`` (-1: none), and their weights ``[q, k]``."""
+        n_classes = len(self.counts)
+        empty = rows < 0
+        rows = rows.clamp_min(0)
+        step = max(1, GATHERED // (rows.shape[1] * self.keys.shape[1]))
+        parts = zip(features.split(step), rows.split(step), strict=True)
+        affinity = torch.cat([torch.einsum("qd,qkd->qk", f, self.keys[r]) for f, r in parts]).masked_fill_(empty, 0)
+        ids = self.class_ids[rows].masked_fill_(empty, n_classes)
+        totals = tip.Totals.of(features, self.sums, self.counts)
+        cache = tip.cache_logits(affinity, ids, n_classes, self.beta, totals)
+        return cache, tip.weight(affinity, self.beta).masked_fill_(empty, 0)
+
+    def backward(self, d_cache: Tensor, features: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows ``[u]`` that were met, ascending, and the gradient ``[u, d]`` of their keys."""
+        query, slot = (rows >= 0).nonzero(as_tuple=True)
+        found = rows[query, slot]
+        d_affinity = d_cache[query, self.class_ids[found]].mul_(weights[query, slot]).mul_(self.beta)
+        met, place = found.unique(return_inverse=True)
+        outer = torch.sparse_coo_tensor(
+            torch.stack([place, query]), d_affinity, (len(met), len(rows)), check_invariants=False
+        )
+        return met, torch.sparse.mm(outer.coalesce(), features)

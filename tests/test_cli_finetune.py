@@ -1,0 +1,194 @@
+"""finetune through the command line: what it writes, says, refuses, and goes on with."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from test_cli import unit_rows, write_table
+from test_search_hp import C, D, clusters
+
+from retrieval_tip import CacheModel, checkpoint, verify
+
+NAMES = [f"class {i}" for i in range(C)]
+
+
+def views(n, seed, spread=0.02):
+    """Two views of each of n shots as rows that share an id, in an order of their own."""
+    features, ids = clusters(n, C, D, seed)
+    noise = np.random.default_rng(seed).standard_normal((2, *features.shape)) * spread
+    rows = np.concatenate([features + noise[0], features + noise[1]]).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    order = np.random.default_rng(seed + 1).permutation(2 * n)
+    labels = np.array([NAMES[i] for i in ids] * 2)
+    names = np.array([f"shot {i}" for i in range(n)] * 2)
+    return rows[order], labels[order].tolist(), names[order].tolist()
+
+
+@pytest.fixture
+def place(tmp_path, run):
+    """An index of 60 shots, their views, and tables to choose and to test on."""
+    features, ids = clusters(60, C, D, 1)
+    write_table(tmp_path / "train.parquet", features, [NAMES[i] for i in ids], ids=[f"shot {i}" for i in range(60)])
+    write_table(tmp_path / "text.parquet", unit_rows(C, D, 5), NAMES)
+    rows, labels, names = views(60, 1)
+    write_table(tmp_path / "views.parquet", rows, labels, ids=names)
+    for name, n, seed in (("val", 30, 3), ("test", 60, 4)):
+        features, ids = clusters(n, C, D, seed)
+        write_table(tmp_path / f"{name}.parquet", features, [NAMES[i] for i in ids])
+    built = run("index", "build", tmp_path / "train.parquet", "--text", tmp_path / "text.parquet", "--logit-scale", 10,
+                "--out", tmp_path / "index")  # fmt: skip
+    assert built.exit_code == 0, built.stderr
+    return tmp_path
+
+
+def tune(run, place, *more, out="tuned"):
+    return run("finetune", place / "index", "--out", place / out, "--source", place / "views.parquet", *more)
+
+
+def test_it_writes_another_index_with_its_story(run, place):
+    before = (place / "index/manifest.json").read_bytes()
+    result = tune(run, place, "--val", place / "val.parquet", "--epochs", 3, "--json", "--plot", place / "curve.png")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    cache = verify(place / "tuned")
+    assert (place / "index/manifest.json").read_bytes() == before
+    record = cache.provenance["finetune"]
+    assert record["parent"] == str(place / "index")
+    assert (record["parent_version"], record["epochs"], record["seed"], record["train"]) == (1, 3, 1, ["keys"])
+    assert (said["alpha"], said["beta"], said["version"]) == (cache.alpha, cache.beta, 1)
+    assert not (place / "tuned.checkpoint").exists()
+    assert (place / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    curve = run("index", "query", place / "tuned", "SELECT epoch FROM curve ORDER BY epoch", "--format", "json")
+    assert [json.loads(line)["epoch"] for line in curve.stdout.splitlines()] == [0, 1, 2, 3]
+    evaluated = run("evaluate", place / "tuned", place / "test.parquet", "--json")
+    assert 0 <= json.loads(evaluated.stdout)["top1"] <= 1
+
+
+def test_without_source_it_trains_on_the_table_that_the_index_was_built_from(run, place):
+    result = run("finetune", place / "index", "--out", place / "tuned", "--epochs", 2)
+    assert result.exit_code == 0, result.stderr
+    keys, tuned = (CacheModel.load(place / name, device="cpu").keys for name in ("index", "tuned"))
+    assert not np.array_equal(keys, tuned)
+    (place / "train.parquet").unlink()
+    result = run("finetune", place / "index", "--out", place / "again", "--epochs", 2)
+    assert result.exit_code == 1
+    assert "shot 0: no such file, though it is a shot of the index; give --source" in result.stderr
+    assert not (place / "again").exists()
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_what_is_trained_is_what_moves(run, place, part):
+    result = tune(run, place, "--train", part, "--epochs", 2, "--settings", "own")
+    assert result.exit_code == 0, result.stderr
+    before, after = (CacheModel.load(place / name, device="cpu") for name in ("index", "tuned"))
+    assert np.array_equal(before.keys, after.keys) == (part == "values")
+    assert (after.values is None) == (part == "keys")
+
+
+def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place):
+    result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1)
+    assert result.exit_code == 0, result.stderr
+    cache = CacheModel.load(place / "tuned", device="cpu")
+    assert (cache.alpha, cache.beta) == (3, 2)
+
+
+def test_the_same_seed_gives_the_same_keys_and_another_others(run, place):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert tune(run, place, "--seed", seed, "--epochs", 2, "--batch", 16, out=out).exit_code == 0
+    a, b, c = (CacheModel.load(place / name, device="cpu").keys for name in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache: give one of them"),
+        (["--train", "visual"], 2, "train visual: there is no encoder"),
+        (["--train", "text", "--views-cache", "2"], 2, "train text"),
+        (["--train-k", "4", "--train", "values"], 2, "train_k: goes with keys alone"),
+        (["--lr", "nan"], 2, "lr is nan"),
+        (["--lr", "0"], 2, "lr is 0.0: expected a finite number above 0"),
+        (["--weight-decay", "-1"], 2, "weight_decay is -1.0"),
+        (["--alpha", "-1"], 2, "alpha is -1.0"),
+        (["--epochs", "0"], 2, "--epochs"),
+        (["--train", "everything"], 2, "--train"),
+        (["--val", "nowhere.parquet"], 1, "nowhere.parquet: no such file"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(run, place, more, code, said):
+    result = tune(run, place, *more)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert not (place / "tuned").exists()
+    assert not (place / "tuned.checkpoint").exists()
+
+
+def test_a_source_without_the_shots_is_refused(run, place):
+    result = run("finetune", place / "index", "--out", place / "tuned", "--source", place / "test.parquet")
+    assert result.exit_code == 1
+    assert "none of its 60 items is a shot of the index" in result.stderr
+
+
+def test_validation_of_another_backbone_or_length_is_refused(run, place):
+    write_table(place / "other.parquet", unit_rows(6, D + 1, 9), NAMES[:1] * 6)
+    result = tune(run, place, "--val", place / "other.parquet")
+    assert result.exit_code == 1
+    assert f"features of {D + 1} values, the index has {D}" in result.stderr
+
+
+def test_what_was_interrupted_goes_on_only_when_asked(run, place, monkeypatch):
+    from retrieval_tip import finetune
+
+    assert tune(run, place, "--epochs", 4, "--batch", 16, out="whole").exit_code == 0
+    epochs = []
+    step = finetune._Run._one_epoch
+
+    def dies_after_two(self, bar):
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        epochs.append(1)
+        step(self, bar)
+
+    monkeypatch.setattr(finetune._Run, "_one_epoch", dies_after_two)
+    monkeypatch.setattr(
+        finetune.finetune, "__kwdefaults__", finetune.finetune.__kwdefaults__ | {"checkpoint_seconds": 0.0}
+    )
+    assert tune(run, place, "--epochs", 4, "--batch", 16).exit_code == 1
+    assert checkpoint.read(place / "tuned.checkpoint")[1]["epoch"] == 2
+    monkeypatch.setattr(finetune._Run, "_one_epoch", step)
+    refused = tune(run, place, "--epochs", 5, "--batch", 16, "--resume")
+    assert refused.exit_code == 2
+    assert "of a run with another epochs" in refused.stderr
+    resumed = tune(run, place, "--epochs", 4, "--batch", 16, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    whole, tuned = (CacheModel.load(place / name, device="cpu").keys for name in ("whole", "tuned"))
+    assert np.array_equal(whole, tuned)
+    assert not (place / "tuned.checkpoint").exists()
+
+
+def test_a_checkpoint_that_is_none_is_named(run, place):
+    (place / "tuned.checkpoint").write_bytes(b"not a checkpoint")
+    result = tune(run, place, "--epochs", 1, "--resume")
+    assert result.exit_code == 1
+    assert "tuned.checkpoint: not a checkpoint of finetune" in result.stderr
+    fresh = tune(run, place, "--epochs", 1)
+    assert fresh.exit_code == 0
+    assert "an interrupted run is there; starting anew" in fresh.stderr
+
+
+def test_a_sweep_fine_tunes_what_it_draws(run, place):
+    result = run("evaluate", place / "index", place / "test.parquet", "--shots", 4, "--seeds", 2, "--val",
+                 place / "val.parquet", "--method", "untouched", "--method", "tip-adapter-f", "--results",
+                 place / "runs.parquet")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    rows = pq.read_table(place / "runs.parquet").to_pylist()
+    trained = {row["method"]: row["parameters_trained"] for row in rows}
+    assert trained == {"untouched": 0, "tip-adapter-f": 4 * C * D}
+    assert all(
+        row["chosen_on"].startswith(str(place / "val.parquet")) for row in rows if row["method"] == "tip-adapter-f"
+    )

@@ -1,0 +1,728 @@
+"""Trained values, wherever an index is asked, against slow float64 forms; and the files of a fine-tuned index."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from test_store import body_of, sealed, snapshot
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from retrieval_tip import CacheModel, cache_model, search_hp, store, tip, verify
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.evaluate import evaluate
+from retrieval_tip.features import Encoder
+from retrieval_tip.search_hp import Queries, folds, leave_one_out, search, unseen
+from retrieval_tip.sources import open_source
+from retrieval_tip.store import Manifest
+
+Array = npt.NDArray[Any]
+C, D, Q = 5, 16, 23
+NAMES = [f"class {i}" for i in range(C)]
+COUNTS = [12, 1, 0, 30, 21]
+N, BETA, SCALE = sum(COUNTS), 4.0, 20.0
+
+
+def unit(x: Array) -> npt.NDArray[np.float32]:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+_rng = np.random.default_rng(0)
+_means = unit(_rng.standard_normal((C, D)))
+Y = _rng.permutation(np.repeat(np.arange(C), COUNTS))
+KEYS = unit(_means[Y] + 0.2 * _rng.standard_normal((N, D)))
+TEXT = unit(_means + 0.3 * _rng.standard_normal((C, D)))
+TRUTH = _rng.integers(C, size=Q)
+QUERIES = unit(_means[TRUTH] + 0.2 * _rng.standard_normal((Q, D)))
+VALUES = _rng.standard_normal((N, C)).astype(np.float32)
+ONE_HOT = np.eye(C, dtype=np.float32)[Y]
+
+
+def model(**changes: Any) -> CacheModel:
+    arguments: dict[str, Any] = {
+        "keys": KEYS, "labels": Y, "class_names": NAMES, "text_weights": TEXT, "alpha": 1.5, "beta": BETA,
+        "logit_scale": SCALE, "device": "cpu", "values": VALUES,
+    } | changes  # fmt: skip
+    return CacheModel.from_features(**arguments)
+
+
+def slow(
+    affinity: Array, y: Array, values: Array, c: int, beta: float, found: npt.NDArray[np.bool_], *, tail: bool
+) -> Array:
+    """One query, key by key: those found by their own affinity, with a tail the others by the mean of their class."""
+    cache = np.zeros(c)
+    for i in range(len(y)):
+        if found[i]:
+            cache += np.exp(-beta * (1 - affinity[i])) * values[i]
+        elif tail:
+            rest = (y == y[i]) & ~found
+            cache += np.exp(-beta * (1 - affinity[rest].mean())) * values[i]
+    return cache
+
+
+def slowly(k: int | None, tail: bool, keys: Array = KEYS, y: Array = Y, values: Array = VALUES) -> Array:
+    """Cache logits of QUERIES, the slow way."""
+    A = QUERIES.astype(np.float64) @ keys.T.astype(np.float64)
+    rank = np.argsort(np.argsort(-A, axis=1), axis=1)
+    found = rank < (len(y) if k is None else k)
+    return np.stack([slow(A[q], y, values.astype(np.float64), C, BETA, found[q], tail=tail) for q in range(Q)])
+
+
+# --- the method
+
+
+class Case:
+    """Affinities ``[q, n]``, class ids, random values; what k keys each query has found, with empty slots behind."""
+
+    def __init__(self, seed: int, counts: list[int], q: int, k: int, slots: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.c, self.n = len(counts), sum(counts)
+        self.y = rng.permutation(np.repeat(np.arange(self.c), counts))
+        self.A = rng.uniform(-1, 1.2, (q, self.n))
+        self.V = rng.standard_normal((self.n, self.c))
+        order = np.argsort(-self.A, axis=1)[:, :k]
+        self.found = np.zeros_like(self.A, dtype=bool)
+        np.put_along_axis(self.found, order, True, axis=1)
+        some = rng.integers(self.n, size=(q, slots))  # an empty slot may hold any row and any affinity
+        self.rows = torch.from_numpy(np.concatenate([order, some], axis=1))
+        self.near = torch.from_numpy(np.concatenate([np.take_along_axis(self.A, order, 1), rng.random((q, slots))], 1))
+        self.ids = torch.from_numpy(np.concatenate([self.y[order], np.full((q, slots), self.c)], axis=1))
+
+    def totals(self) -> tip.Totals:
+        one_hot = np.eye(self.c)[self.y]
+        return tip.Totals(torch.from_numpy(one_hot.sum(0)), torch.from_numpy(self.A @ one_hot))
+
+    def values(self, V: Array, retrieved: bool = True) -> tip.Values:
+        sums = np.eye(self.c)[self.y].T @ V
+        return tip.Values(torch.from_numpy(V), self.rows if retrieved else None, torch.from_numpy(sums))
+
+
+cases = st.builds(
+    Case,
+    seed=st.integers(0, 2**32 - 1),
+    counts=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
+    q=st.integers(1, 4),
+    k=st.integers(1, 40),
+    slots=st.integers(0, 3),
+)
+betas = st.floats(0.1, 30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases, betas)
+def test_one_hot_values_change_nothing(case: Case, beta: float) -> None:
+    y, A = torch.from_numpy(case.y), torch.from_numpy(case.A)
+    one_hot = np.eye(case.c)[case.y]
+    for tail in (None, case.totals()):
+        for near, ids, values in (
+            (A, y, case.values(one_hot, retrieved=False)),
+            (case.near, case.ids, case.values(one_hot)),
+        ):
+            plain = tip.cache_logits(near, ids, case.c, beta, tail)
+            torch.testing.assert_close(
+                tip.cache_logits(near, ids, case.c, beta, tail, values), plain, rtol=1e-9, atol=1e-11
+            )
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases, betas)
+def test_values_are_given_key_by_key(case: Case, beta: float) -> None:
+    y, A = torch.from_numpy(case.y), torch.from_numpy(case.A)
+    every = np.ones_like(case.found)
+
+    def expected(found: npt.NDArray[np.bool_], tail: bool) -> Array:
+        rows = zip(case.A, found, strict=True)
+        return np.stack([slow(a, case.y, case.V, case.c, beta, f, tail=tail) for a, f in rows])
+
+    for tail in (False, True):
+        totals = case.totals() if tail else None
+        found = tip.cache_logits(A, y, case.c, beta, totals, case.values(case.V, retrieved=False))
+        np.testing.assert_allclose(found, expected(every, tail), rtol=1e-9, atol=1e-9)
+        found = tip.cache_logits(case.near, case.ids, case.c, beta, totals, case.values(case.V))
+        np.testing.assert_allclose(found, expected(case.found, tail), rtol=1e-9, atol=1e-9)
+
+
+def test_a_marked_column_gives_nothing() -> None:
+    case = Case(3, [4, 2], q=3, k=2, slots=0)
+    y, A, V = torch.from_numpy(case.y), torch.from_numpy(case.A), torch.from_numpy(case.V)
+    marked = y.clone()
+    marked[[1, 4]] = 2
+    kept = marked < 2
+    torch.testing.assert_close(
+        tip.cache_logits(A, marked, 2, 3.0, values=tip.Values(V)),
+        tip.cache_logits(A[:, kept], y[kept], 2, 3.0, values=tip.Values(V[kept])),
+    )
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("retrieved", [False, True])
+def test_values_and_affinities_have_exact_gradients(retrieved: bool, tail: bool) -> None:
+    case = Case(5, [3, 0, 4], q=2, k=3, slots=1)
+    rows = case.rows if retrieved else None
+    affinity = (case.near if retrieved else torch.from_numpy(case.A)).clone().requires_grad_()
+    ids = case.ids if retrieved else torch.from_numpy(case.y)
+    matrix = torch.from_numpy(case.V).requires_grad_()
+    one_hot = torch.eye(case.c, dtype=torch.float64)[torch.from_numpy(case.y)]
+
+    def cache(affinity: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        values = tip.Values(matrix, rows, one_hot.T @ matrix)
+        return tip.cache_logits(affinity, ids, case.c, 2.0, case.totals() if tail else None, values)
+
+    assert torch.autograd.gradcheck(cache, (affinity, matrix))
+
+
+def test_the_weight_has_exact_gradients_and_leaves_the_affinity_alone() -> None:
+    affinity = torch.tensor([[1.0, 0.5], [-0.2, 1.3]], dtype=torch.float64, requires_grad=True)
+    before = affinity.detach().clone()
+    assert torch.autograd.gradcheck(lambda a: tip.weight(a, 3.0), affinity)
+    assert torch.equal(affinity, before)
+    np.testing.assert_allclose(tip.weight(before, 3.0), np.exp(-3 * (1 - before.numpy())), rtol=1e-15)
+
+
+def test_a_tail_needs_the_sums() -> None:
+    case = Case(1, [3, 2], q=1, k=2, slots=0)
+    with pytest.raises(ValueError, match=r"^values: without sums"):
+        tip.cache_logits(case.near, case.ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), case.rows))
+
+
+class Largest(TorchDispatchMode):
+    """The number of values in the largest tensor that any operation made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.made = max(self.made, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_no_array_of_queries_by_keys_by_classes_is_made(tail: bool) -> None:
+    case = Case(2, [20] * 10, q=30, k=50, slots=5)
+    values, totals = case.values(case.V), case.totals()
+    with Largest() as largest:
+        tip.cache_logits(case.near, case.ids, case.c, 2.0, totals if tail else None, values)
+    assert largest.made == 30 * 55
+
+
+# --- the model
+
+
+@pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "SQ8"])
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("k", [None, 1, 9, N - 1, N])
+def test_a_model_with_one_hot_values_is_the_plain_one(k: int | None, tail: bool, index: str) -> None:
+    plain, valued = model(index=index, values=None), model(index=index, values=ONE_HOT)
+    assert k != N - 1 or index != "IVF16,Flat" or (plain.index.search(QUERIES, k)[1] < 0).any()  # empty slots
+    torch.testing.assert_close(valued.logits(QUERIES, k, tail), plain.logits(QUERIES, k, tail), rtol=1e-5, atol=1e-4)
+    assert [p.label for p in valued.classify(QUERIES, k=k, tail=tail)] == [
+        p.label for p in plain.classify(QUERIES, k=k, tail=tail)
+    ]
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy, lambda v: v.astype(np.float64)])
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("k", [None, 1, 9, N - 1, 2 * N])
+def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callable[[Array], Any]) -> None:
+    cache = model(values=make(VALUES))
+    assert cache.values is not None
+    assert (cache.values.dtype, tuple(cache.values.shape)) == (torch.float32, (N, C))
+    expected = slowly(k, tail)
+    np.testing.assert_allclose(cache.terms(QUERIES, k, tail)[1], expected, rtol=1e-4, atol=1e-4)
+    text = SCALE * QUERIES.astype(np.float64) @ TEXT.T.astype(np.float64)
+    answers = cache.classify(QUERIES, k=k, tail=tail)
+    assert [a.label for a in answers] == [NAMES[i] for i in (text + 1.5 * expected).argmax(1)]
+    for a, row in zip(answers, text + 1.5 * expected, strict=True):
+        assert a.text_logit + a.cache_logit == pytest.approx(row.max(), abs=1e-3)
+
+
+def test_values_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [model().logits(QUERIES, k) for k in (None, 9)]
+    monkeypatch.setattr(cache_model, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(cache_model, "KEY_BLOCK", 7)
+    for k, before in zip((None, 9), whole, strict=True):
+        torch.testing.assert_close(model().logits(QUERIES, k), before, rtol=1e-5, atol=1e-4)
+
+
+def test_what_happens_to_the_array_later_is_no_matter() -> None:
+    values = VALUES.copy()
+    cache = model(values=values)
+    values *= 2
+    np.testing.assert_allclose(cache.terms(QUERIES)[1], slowly(None, False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (VALUES[:-1], rf"^values: shape \({N - 1}, {C}\); expected \[{N}, {C}\], one row a key$"),
+        (VALUES[:, :-1], rf"^values: shape \({N}, {C - 1}\); expected \[{N}, {C}\]"),
+        (VALUES[0], "^values: shape"),
+        (np.where(np.arange(N)[:, None] == 3, np.nan, VALUES), "^values: row 3 holds NaN or infinity$"),
+        (VALUES * np.inf, "^values: row 0 holds NaN"),
+        (np.ones((N, C), int), "^values: int64; expected floating-point"),
+        ([["x"] * C] * N, "^values: <U1; expected floating-point"),
+    ],
+    ids=["rows", "columns", "one dimension", "NaN", "infinity", "integers", "text"],
+)
+def test_what_cannot_be_values_is_refused(values: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model(values=values)
+
+
+def test_values_of_a_copy_are_checked_and_used() -> None:
+    cache = model(values=None)
+    cache.logits(QUERIES, 9)
+    copy = replace(cache, values=model().values)
+    np.testing.assert_allclose(copy.terms(QUERIES, 9)[1], slowly(9, True), rtol=1e-4, atol=1e-4)
+    again = replace(copy, alpha=0.5, values=2 * copy.values)  # sums are not those of the values before
+    np.testing.assert_allclose(again.terms(QUERIES, 9)[1], 2 * slowly(9, True), rtol=1e-4, atol=1e-4)
+    for bad in (torch.ones(N, C + 1), torch.ones(N)):
+        with pytest.raises(InputError, match=r"^values: shape"):
+            replace(cache, values=bad)
+    with pytest.raises(InputError, match=r"^curve: has no rows"):
+        replace(cache, curve=pa.table({"epoch": pa.array([], pa.int64())}))
+
+
+@pytest.mark.parametrize("k", [None, 9])
+def test_a_key_that_is_added_gives_to_its_own_class_and_one_removed_nothing(k: int | None) -> None:
+    half = N // 2
+    cache = model(keys=KEYS[:half], labels=Y[:half], values=VALUES[:half])
+    cache.logits(QUERIES, 9)  # fills what is kept between calls
+    ids = cache.add(KEYS[half:], Y[half:])
+    mixed = np.concatenate([VALUES[:half], ONE_HOT[half:]])
+    np.testing.assert_allclose(cache.terms(QUERIES, k)[1], slowly(k, True, values=mixed), rtol=1e-4, atol=1e-4)
+    assert cache.values is not None
+    key_ids = cache.labels["key_id"].to_numpy()
+    np.testing.assert_array_equal(cache.values, mixed[key_ids])
+    gone = [0, 5, *ids[::2]]
+    cache.remove(gone)
+    kept = np.setdiff1d(np.arange(N), gone)
+    expected = slowly(k, True, KEYS[kept], Y[kept], mixed[kept])
+    np.testing.assert_allclose(cache.terms(QUERIES, k)[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_change_that_cannot_be_leaves_the_values() -> None:
+    cache = model(index="IVF16,Flat")
+    before = cache.values
+    for act in (lambda: cache.add(KEYS, [0]), lambda: cache.remove(range(N)), lambda: cache.remove(range(N - 3))):
+        with pytest.raises((InputError, UsageError)):
+            act()
+        assert cache.values is before
+        assert cache.n == N
+
+
+def test_taken_rows_keep_their_values() -> None:
+    cache = model()
+    rows = np.array([40, 3, 3, 17, 60])
+    taken = cache.take(rows)
+    places = cache.labels["key_id"].to_numpy()[rows]
+    expected = slowly(None, False, KEYS[places], Y[places], VALUES[places])
+    np.testing.assert_allclose(taken.terms(QUERIES)[1], expected, rtol=1e-4, atol=1e-4)
+    assert model(values=None).take(rows).values is None
+
+
+def test_values_that_overflow_are_said() -> None:
+    for sign in (1, -1):
+        with pytest.raises(InputError, match="overflow"):
+            model(values=np.full((N, C), sign * 3e38), beta=0.0).logits(QUERIES)
+
+
+def test_evaluation_of_the_cache_alone_uses_the_values(tmp_path: Path) -> None:
+    labels = [NAMES[i] for i in TRUTH]
+    table = pa.table({"id": [str(i) for i in range(Q)], "label": labels, "feature": list(QUERIES)})
+    pq.write_table(table, tmp_path / "test.parquet")
+    source = open_source(tmp_path / "test.parquet")
+    for k in (None, 9):
+        found = evaluate(model(), source, Encoder(), k=k)
+        assert found.cache_top1 == (slowly(k, True).argmax(1) == TRUTH).mean()
+    assert evaluate(model(values=ONE_HOT), source, Encoder()).cache_top1 > found.cache_top1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: torch finds no CUDA GPU to compare with the CPU")
+def test_gpu_answers_with_values_as_the_cpu_does(tmp_path: Path) -> None:
+    model().save(tmp_path / "x")
+    gpu, cpu = (CacheModel.load(tmp_path / "x", device=device) for device in ("cuda", "cpu"))
+    for cache in (gpu, cpu):
+        cache.add(QUERIES[:2], [0, 1])
+        cache.remove([4])
+    for k, tail in ((None, True), (9, True), (9, False)):
+        assert gpu.logits(QUERIES, k, tail).device.type == "cuda"
+        torch.testing.assert_close(gpu.logits(QUERIES, k, tail).cpu(), cpu.logits(QUERIES, k, tail), rtol=0, atol=2e-3)
+    taken = [cache.take(np.array([3, 1, 30])).logits(QUERIES).cpu() for cache in (gpu, cpu)]
+    torch.testing.assert_close(*taken, rtol=0, atol=2e-3)
+    gpu.save(tmp_path / "y")
+    assert torch.equal(CacheModel.load(tmp_path / "y", device="cpu").values, cpu.values)
+    choice = [search(cache, unseen(cache, QUERIES, TRUTH, "x"), ks=[None, 4]).accuracy for cache in (gpu, cpu)]
+    assert choice[0] == pytest.approx(choice[1], abs=1.5 / Q)
+
+
+# --- the search
+
+
+def two_a_class() -> dict[str, Any]:
+    """Keys of which each class has two images or more, some with two views."""
+    enough = np.flatnonzero(~np.isin(Y, [1, 2]))
+    sources = [f"image {i // 2 if i < 20 else i}" for i in range(len(enough))]
+    y = np.sort(Y[enough], kind="stable")
+    return {"keys": KEYS[enough], "labels": y, "values": VALUES[enough], "sources": sources}
+
+
+def validation(cache: CacheModel) -> Queries:
+    return unseen(cache, QUERIES, TRUTH, "x")
+
+
+ASK = {"validation": validation, "leave-one-out": leave_one_out, "folds": lambda cache: folds(cache, 3)}
+KS = [None, 1, 4, 16]
+
+
+def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array:
+    """``[betas, ks, q, c]``"""
+    found = np.full((len(betas), len(KS), len(queries.ids), C), np.nan)
+    for part, _, _, caches in search_hp._blocks(cache, queries, betas, KS):
+        for b, j, cache_logits in caches:
+            found[b, j, part] = cache_logits
+    return found
+
+
+@pytest.mark.parametrize("ask", ASK.values(), ids=ASK.keys())
+def test_the_search_with_one_hot_values_is_the_plain_one(ask: Callable[[CacheModel], Queries]) -> None:
+    arguments = two_a_class()
+    plain = model(**arguments | {"values": None})
+    valued = model(**arguments | {"values": np.eye(C)[arguments["labels"]]})
+    queries = ask(plain)
+    one, other = (all_caches(cache, queries, [0.5, 6.0]) for cache in (plain, valued))
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ask", ASK.values(), ids=ASK.keys())
+def test_the_search_gives_values_key_by_key(ask: Callable[[CacheModel], Queries]) -> None:
+    """Each key weighs as often more as its class has keys that this query does not see."""
+    cache = model(**two_a_class())
+    assert cache.values is not None
+    queries = ask(cache)
+    y, values = cache.class_ids.numpy(), cache.values.numpy().astype(np.float64)
+    A = queries.features.astype(np.float64) @ cache.keys.T.astype(np.float64)
+    found = all_caches(cache, queries, [3.0])[0]
+    for q in range(len(queries.ids)):
+        seen = np.flatnonzero(queries.groups != queries.hidden[q])
+        factor = np.bincount(y, minlength=C) / np.maximum(np.bincount(y[seen], minlength=C), 1)
+        own = values[seen] * factor[y[seen]][:, None]
+        rank = np.argsort(np.argsort(-A[q, seen]))
+        for j, k in enumerate(KS):
+            expected = slow(A[q, seen], y[seen], own, C, 3.0, rank < (k or cache.n), tail=True)
+            np.testing.assert_allclose(found[j, q], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_choice_is_what_the_model_then_answers() -> None:
+    cache = model()
+    queries = validation(cache)
+    choice = search(cache, queries, ks=[None, 8])
+    search_hp.apply(cache, choice)
+    answers = cache.logits(QUERIES, cache.k).argmax(1).numpy()
+    assert (answers == TRUTH).mean() == pytest.approx(choice.accuracy)
+
+
+def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
+    cache = model(values=ONE_HOT + 0.2 * VALUES)
+    rng = np.random.default_rng(3)
+    hard = unit(_means[TRUTH] + 0.6 * rng.standard_normal((Q, D)))
+    queries = unseen(cache, hard, TRUTH, "x")
+    trained = (0.02, 4.321)
+    careful = search(cache, queries, cautious=True, kept=trained)
+    assert (careful.alpha, careful.beta, careful.k) == (*trained, None)
+    cache.alpha, cache.beta = trained
+    assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
+    assert careful.best > careful.accuracy
+    (said,) = [warning for warning in careful.warnings if "--greedy takes it" in warning]
+    assert said.startswith("the settings stay (")
+    assert trained[1] in careful.surface["beta"].to_pylist()
+    untouched = search(cache, queries, cautious=True)
+    assert all("the untouched settings stay" in w for w in untouched.warnings if "--greedy" in w)
+    for betas in (None, [1.0, 2.0]):
+        greedy = search(cache, queries, betas=betas, kept=trained)
+        assert trained[1] in greedy.surface["beta"].to_pylist()
+        assert greedy.accuracy == greedy.best
+    wrong = model(values=-20 * ONE_HOT)  # training gone wrong: the evidence against its settings is plain
+    assert search(wrong, queries, cautious=True, kept=(50.0, 4.0)).alpha < 1
+    with pytest.raises(UsageError, match=r"^alpha is -1"):
+        search(cache, queries, cautious=True, kept=(-1.0, 2.0))
+
+
+# --- on disk
+
+
+@pytest.fixture
+def encoder_file(tmp_path: Path) -> Path:
+    """The weights of a fine-tuned encoder: three tensors."""
+    path = tmp_path / "tuned" / "open_clip_model.safetensors"
+    path.parent.mkdir()
+    save_file({name: torch.arange(float(4 + i)) for i, name in enumerate("abc")}, path)
+    return path
+
+
+CURVE = pa.table({"epoch": [1, 2, 3], "loss": [0.9, 0.5, 0.4]})
+
+
+def tuned_model(encoder_file: Path, **changes: Any) -> CacheModel:
+    return replace(model(**changes), tuned=encoder_file, curve=CURVE)
+
+
+@pytest.fixture
+def index(tmp_path: Path, encoder_file: Path) -> Path:
+    tuned_model(encoder_file).save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def rewritten(folder: Path, kind: str, change: Callable[[Path], object], **entry: Any) -> None:
+    """Change a data file, with all digests right, and its manifest entry."""
+    body = body_of(folder)
+    old = body["files"][kind]
+    path = folder / "changed"
+    shutil.copy(folder / old["name"], path)
+    change(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = f"data/{kind}-{digest[:16]}{Path(old['name']).suffix}"
+    facts = {"name": name, "bytes": path.stat().st_size, "sha256": digest}
+    path.rename(folder / name)
+    written(folder, body["files"] | {kind: old | facts | entry})
+
+
+def written(folder: Path, files: Mapping[str, Any]) -> None:
+    """A manifest with these files, and its own digest right."""
+    (folder / "manifest.json").write_bytes(sealed(body_of(folder) | {"files": files}))
+
+
+def names(folder: Path) -> dict[str, str]:
+    return {kind: file.name for kind, file in store.read_manifest(folder).files.items()}
+
+
+def test_a_plain_index_has_no_further_files(tmp_path: Path) -> None:
+    model(values=None).save(tmp_path / "x")
+    assert names(tmp_path / "x").keys() == store.KINDS.keys()
+    loaded = CacheModel.load(tmp_path / "x", device="cpu")
+    assert (loaded.values, loaded.tuned, loaded.curve) == (None, None, None)
+
+
+def test_a_fine_tuned_index_comes_back_as_it_was(index: Path, encoder_file: Path) -> None:
+    cache, loaded = tuned_model(encoder_file), CacheModel.load(index, device="cpu")
+    for k, tail in ((None, True), (9, True), (9, False)):
+        assert torch.equal(loaded.logits(QUERIES, k, tail), cache.logits(QUERIES, k, tail))
+    assert loaded.curve.equals(CURVE)
+    assert loaded.tuned == index / names(index)["weights"]
+    assert loaded.tuned.read_bytes() == encoder_file.read_bytes()
+    manifest = store.read_manifest(index)
+    assert {kind: file.rows for kind, file in manifest.files.items()} == {
+        "keys": N, "index": N, "labels": N, "text": C, "values": N, "weights": 3, "curve": 3,
+    }  # fmt: skip
+    assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
+    described = store.describe(index)
+    assert described["files"] == names(index)
+    assert described["bytes"] == sum(path.stat().st_size for path in (index / "data").iterdir())
+    assert verify(index).n == N
+
+
+def test_values_are_mapped_and_not_copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = []
+    read = store.read_array
+    monkeypatch.setattr(store, "read_array", lambda *arguments: mapped.append(read(*arguments)) or mapped[-1])
+    cache = CacheModel.load(index, device="cpu")
+    assert cache.values is not None
+    assert cache.values.data_ptr() in [array.ctypes.data for array in mapped if isinstance(array, np.memmap)]
+
+
+def test_everything_is_carried_into_the_next_version(index: Path, encoder_file: Path, tmp_path: Path) -> None:
+    raw = encoder_file.read_bytes()
+    first = names(index)
+    shutil.rmtree(encoder_file.parent)  # the copy of the index is the one that counts
+    cache = CacheModel.load(index, device="cpu")
+    cache.alpha = 9.0
+    cache.save_settings(index)
+    assert names(index) == first
+    cache.add(QUERIES[:2], [0, 1])
+    cache.save(index)
+    second = names(index)
+    assert {kind for kind in first if first[kind] != second[kind]} == {"keys", "index", "labels", "values"}
+    cache.save(tmp_path / "elsewhere")
+    shutil.rmtree(index)
+    assert cache.tuned == tmp_path / "elsewhere" / second["weights"]
+    for folder in (tmp_path / "elsewhere", tmp_path / "again"):
+        cache.save(folder)
+        found = verify(folder)
+        assert found.curve.equals(CURVE)
+        assert found.tuned is not None
+        assert found.tuned.read_bytes() == raw
+        assert torch.equal(found.logits(QUERIES, 9), cache.logits(QUERIES, 9))
+
+
+def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, encoder_file: Path) -> None:
+    cache = replace(CacheModel.load(index, device="cpu"), values=None, tuned=None, curve=None, beta=7.0)
+    before = names(index)
+    cache.save_settings(index)
+    assert names(index) == before
+    assert CacheModel.load(index, device="cpu").beta == 7.0
+    plain = model(values=None)
+    plain.save(tmp_path / "plain")
+    plain.tuned = encoder_file
+    plain.save_settings(tmp_path / "plain")
+    assert plain.tuned == encoder_file
+    assert names(tmp_path / "plain").keys() == store.KINDS.keys()
+
+
+def test_a_version_without_them_lets_go_of_them(index: Path) -> None:
+    first = names(index)
+    for version in (2, 3):
+        model(values=None).save(index)
+        assert names(index).keys() == store.KINDS.keys()
+        assert (index / first["values"]).exists() == (version == 2)  # while the version before is kept
+    verify(index)
+
+
+def test_leftovers_of_these_kinds_are_collected_too(index: Path) -> None:
+    left = [
+        f"data/{name}"
+        for kind, suffix in store.OPTIONAL_KINDS.items()
+        for name in (f".{kind}-{'0' * 32}{suffix}.tmp", f"{kind}-{'0' * 16}{suffix}")
+    ]
+    for name in left:
+        (index / name).write_bytes(b"x")
+    with store.write(index):
+        assert not [name for name in left if (index / name).exists()]
+    assert verify(index).version == 1
+
+
+@pytest.mark.parametrize("kind", store.OPTIONAL_KINDS)
+def test_a_damaged_or_missing_file_is_named(index: Path, kind: str) -> None:
+    path = index / names(index)[kind]
+    raw = path.read_bytes()
+    damages = {
+        "damaged": [raw[:-1], raw + b"x", b"", raw[:-1] + bytes([raw[-1] ^ 1]), b"y" + raw[1:]],
+        "missing": [None],
+    }
+    for what, data in ((what, data) for what, several in damages.items() for data in several):
+        path.unlink() if data is None else path.write_bytes(data)
+        for opened in (CacheModel.load, verify):
+            with pytest.raises(StoreError) as error:
+                opened(index)
+            assert str(error.value).startswith(f"{path}: {what}")
+            assert "\n" not in str(error.value)
+    model(values=None).save(index)
+    with pytest.raises(StoreError, match="missing"):  # of the version before, which is kept
+        verify(index)
+
+
+@pytest.mark.parametrize("kind", store.OPTIONAL_KINDS)
+def test_a_manifest_with_a_wrong_entry_is_refused(index: Path, kind: str) -> None:
+    files = body_of(index)["files"]
+    entry = files[kind]
+    wrong: list[dict[str, Any]] = [
+        *({"rows": value} for value in (0, -1, 1.5, "1", None, True)),
+        *({"bytes": value} for value in (0, -1, 1.5, "1", None)),
+        *({"sha256": value} for value in ("", "0" * 64, None, 5)),
+        *({"name": value} for value in ("", "/etc/passwd", entry["name"] + "x", files["keys"]["name"], None)),
+        {"extra": 1},
+    ]
+    if kind == "values":
+        wrong += [{"rows": N + 1}, {"rows": C}]
+    for change in wrong:
+        written(index, files | {kind: entry | change})
+        with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
+            CacheModel.load(index)
+    for missing in store.KINDS:  # the others do not make up for it
+        written(index, {k: v for k, v in files.items() if k != missing})
+        with pytest.raises(StoreError, match=r"manifest\.json: damaged \(.*files"):
+            CacheModel.load(index)
+
+
+def save_array(array: Array) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, array)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "entry"),
+    [
+        ("values", save_array(VALUES[:-1]), {}),
+        ("values", save_array(VALUES[:, :-1]), {}),
+        ("values", save_array(VALUES.astype(np.float16)), {}),
+        ("values", save_array(VALUES.astype(np.float64)), {}),
+        ("values", lambda path: path.write_bytes(b"x"), {}),
+        ("weights", lambda path: path.write_bytes(b"x"), {}),
+        ("weights", lambda path: path.write_bytes(path.read_bytes() + b"x"), {}),
+        ("weights", lambda path: None, {"rows": 4}),
+        ("curve", lambda path: path.write_bytes(b"x"), {}),
+        ("curve", lambda path: None, {"rows": 4}),
+    ],
+)
+def test_a_file_that_does_not_fit_the_manifest_is_refused(
+    index: Path, kind: str, change: Callable[[Path], object], entry: dict[str, Any]
+) -> None:
+    rewritten(index, kind, change, **entry)
+    for opened in (CacheModel.load, verify):
+        with pytest.raises(StoreError) as error:
+            opened(index)
+        assert str(error.value).startswith(str(index / names(index)[kind]))
+        assert "\n" not in str(error.value)
+
+
+def test_values_that_are_not_finite_are_found_by_verify(index: Path) -> None:
+    rewritten(index, "values", save_array(np.where(np.arange(C) == 1, np.nan, VALUES).astype(np.float32)))
+    with pytest.raises(StoreError, match=r"values that are not finite"):
+        verify(index)
+
+
+def test_what_is_no_encoder_or_no_curve_is_refused_and_changes_nothing(index: Path, tmp_path: Path) -> None:
+    before = snapshot(index)
+    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
+    save_file({}, tmp_path / "empty.safetensors")
+    for name in ("garbage.safetensors", "missing.safetensors", "."):
+        with pytest.raises(StoreError, match="cannot be read as safetensors") as error:
+            replace(model(), tuned=tmp_path / name).save(index)
+        assert str(error.value).startswith(str(tmp_path / name))
+        assert snapshot(index) == before
+    with pytest.raises(InputError, match=r"files\.weights\.rows"):
+        replace(model(), tuned=tmp_path / "empty.safetensors").save(index)
+    odd = pa.table({"loss": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])})
+    with pytest.raises(InputError, match=r"^curve: a column cannot be kept"):
+        replace(model(), curve=odd).save(index)
+    assert snapshot(index) == before
+
+
+def test_the_loss_curve_can_be_asked(index: Path, tmp_path: Path) -> None:
+    best = store.query(index, "SELECT epoch FROM curve ORDER BY loss LIMIT 1")
+    assert best.to_pylist() == [{"epoch": 3}]
+    tables = [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()]
+    assert tables == ["class_counts", "curve", "labels"]
+    assert store.query(index, "SELECT count(*) AS n FROM labels, curve").to_pylist() == [{"n": 3 * N}]
+    for sql in (
+        "DROP TABLE curve",
+        "UPDATE curve SET loss = 0",
+        f"SELECT * FROM read_parquet('{index / names(index)['curve']}')",
+        f"SELECT * FROM '{index / names(index)['curve']}'",
+    ):
+        with pytest.raises(UsageError, match=r"^query: "):
+            store.query(index, sql)
+    model().save(tmp_path / "x=1' [a]")
+    replace(model(), curve=CURVE).save(tmp_path / "x=1' [a]")
+    assert store.query(tmp_path / "x=1' [a]", "FROM curve").column_names == ["epoch", "loss"]
+    model().save(index)
+    with pytest.raises(UsageError, match=r"^query: .*curve"):
+        store.query(index, "SELECT * FROM curve")

@@ -1,0 +1,255 @@
+"""Each view on its own: features by shot, and pixels for training an encoder."""
+
+# ruff: noqa: F811 - fixtures are taken from test_features
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_features import IDENTITY, Fake, folder, picture, reads, source_of, unit_rows, with_identity  # noqa: F401
+
+from retrieval_tip import features as features_module
+from retrieval_tip import images
+from retrieval_tip.backbone import unit
+from retrieval_tip.errors import BackboneError, InputError, UsageError
+from retrieval_tip.features import Encoder, EncodingCache, view_names
+from retrieval_tip.sources import Source, of_images, open_items, open_source
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[EncodingCache]:
+    cache = EncodingCache(tmp_path / "cache")
+    yield cache
+    cache.close()
+
+
+def by_hand(backbone: Any, path: str, name: str) -> torch.Tensor:
+    data = images.read(path)
+    digest = hashlib.sha256(data).hexdigest()
+    decoded = images.decode(data)
+    return backbone.preprocess(decoded) if name == "centre" else backbone.view(decoded, f"{digest}/{name}")
+
+
+def test_names_of_views() -> None:
+    assert view_names(3, 1) == ["centre"]
+    assert view_names(3, 2) == ["crop/3/0", "crop/3/1"]
+    assert view_names(3, 4)[:2] == view_names(3, 2)
+
+
+# -- images --
+
+
+def test_views_of_photographs_are_encoded_each_on_its_own(shared: Path, lit_mini: Any) -> None:
+    source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 40, 20])
+    names = ["centre", *view_names(5, 2)]
+    found = Encoder(lit_mini).encode_views(source, names)
+    assert found.positions.tolist() == [0, 1, 2]
+    assert found.starts.tolist() == [0, 3, 6, 9]
+    assert (found.positions.dtype, found.features.dtype, found.starts.dtype) == (np.int64, np.float32, np.int64)
+    assert source.paths is not None
+    for shot, path in enumerate(source.paths):
+        for view, name in enumerate(names):
+            expected = unit(lit_mini.encode_images(by_hand(lit_mini, path, name)[None]))[0]
+            np.testing.assert_allclose(found.features[found.starts[shot] + view], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_the_raw_views_of_a_shot_average_to_its_block(folder: Path, cache: EncodingCache, views: int) -> None:
+    backbone = Fake()
+    source = source_of(folder)
+    encoder = Encoder(backbone, views=views, seed=4, cache=cache)
+    each = encoder.encode_views(source, view_names(4, views))
+    encoded = sum(backbone.batches)
+    assert encoded == 12 * views
+    block = encoder.encode(source)
+    assert sum(backbone.batches) == encoded  # blocks found every view in the cache
+    assert source.paths is not None
+    for shot, path in enumerate(source.paths):
+        pixels = torch.stack([by_hand(backbone, path, name) for name in view_names(4, views)])
+        raw = backbone.encode_images(pixels)
+        np.testing.assert_allclose(each.features[each.starts[shot] : each.starts[shot + 1]], unit(raw), atol=1e-6)
+        np.testing.assert_allclose(block.features[shot], unit(raw.mean(axis=0, keepdims=True))[0], atol=1e-6)
+
+
+def test_more_views_encode_only_what_is_new(folder: Path, cache: EncodingCache) -> None:
+    backbone = Fake()
+    source = source_of(folder)
+    encoder = Encoder(backbone, seed=2, cache=cache)
+    few = encoder.encode_views(source, view_names(2, 2))
+    assert sum(backbone.batches) == 24
+    many = encoder.encode_views(source, view_names(2, 5))
+    assert sum(backbone.batches) == 60
+    assert np.array_equal(many.features.reshape(12, 5, 6)[:, :2], few.features.reshape(12, 2, 6))
+    alone = Encoder(Fake(), seed=2).encode_views(source, view_names(2, 5))
+    assert np.array_equal(alone.features, many.features)
+
+
+def test_a_path_that_comes_again_is_one_shot(folder: Path, reads: Counter[str]) -> None:
+    source = source_of(folder).take([3, 0, 3, 11, 0, 5])
+    found = Encoder(Fake(), batch_size=2).encode_views(source, ["centre"])
+    assert found.positions.tolist() == [0, 1, 3, 5]
+    assert found.starts.tolist() == [0, 1, 2, 3, 4]
+    assert reads["decoded"] == 4
+    for feature, number in zip(found.features, [3, 0, 11, 5], strict=True):
+        np.testing.assert_allclose(feature, Fake().expected(picture(number)), atol=1e-6)
+
+
+def test_an_image_that_cannot_be_read_has_no_views(folder: Path) -> None:
+    source = source_of(folder).take([2, 5, 5, 4])
+    (folder / "05.png").write_bytes(b"garbage")
+    encoder = Encoder(Fake())
+    found = encoder.encode_views(source, view_names(1, 2))
+    assert found.positions.tolist() == [0, 3]
+    assert found.starts.tolist() == [0, 2, 4]
+    assert [Path(skipped.source).name for skipped in encoder.skipped] == ["05.png"]
+    encoder.encode_views(source, view_names(2, 2))
+    assert len(encoder.skipped) == 1
+    with pytest.raises(InputError, match=r"05\.png.*--strict"):
+        Encoder(Fake(), strict=True).encode_views(source, ["centre"])
+    with pytest.raises(InputError, match=r"none of its 1 items could be read .*05\.png"):
+        encoder.encode_views(source.take([1]), ["centre"])
+
+
+@pytest.mark.parametrize("names", [[], ["centre", "centre"]])
+def test_views_that_cannot_be_are_refused(folder: Path, names: list[str]) -> None:
+    with pytest.raises(UsageError, match="views"):
+        Encoder(Fake()).encode_views(source_of(folder), names)
+
+
+def test_views_need_a_backbone_and_items(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--model"):
+        Encoder().encode_views(source_of(folder), ["centre"])
+    with pytest.raises(InputError, match="empty"):
+        Encoder(Fake()).encode_views(source_of(folder).take([]), ["centre"])
+
+
+# -- feature tables --
+
+
+def table(path: Path, ids: list[str], rows: np.ndarray) -> Source:
+    pq.write_table(pa.table({"id": ids, "label": ["x"] * len(ids), "feature": list(rows)}), path)
+    return open_items(path)
+
+
+@pytest.mark.parametrize("table_rows", [2, 8192])
+def test_rows_that_share_an_id_are_the_views_of_a_shot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table_rows: int
+) -> None:
+    monkeypatch.setattr(features_module, "TABLE_ROWS", table_rows)
+    rows = unit_rows(7)
+    source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
+    found = Encoder().encode_views(source, [])
+    assert found.positions.tolist() == [0, 1, 3, 6]
+    assert found.starts.tolist() == [0, 3, 5, 6, 7]
+    assert np.array_equal(found.features, rows[[0, 2, 5, 1, 4, 3, 6]])
+    turned = source.take([6, 4, 0, 5, 1])
+    found = Encoder().encode_views(turned, [])
+    assert found.positions.tolist() == [0, 1, 2]
+    assert found.starts.tolist() == [0, 1, 3, 5]
+    assert np.array_equal(found.features, rows[[6, 4, 1, 0, 5]])
+
+
+def test_one_row_a_shot_is_the_table_itself(tmp_path: Path) -> None:
+    rows = unit_rows(5)
+    found = Encoder().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
+    assert found.positions.tolist() == [0, 1, 2, 3, 4]
+    assert found.starts.tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.array_equal(found.features, rows)
+
+
+def test_tables_raise_as_blocks_do(tmp_path: Path) -> None:
+    rows = unit_rows(3)
+    rows[1] *= 2
+    source = table(tmp_path / "t.parquet", ["a", "a", "b"], rows)
+    with pytest.raises(InputError, match="row 1: norm 2"):
+        Encoder().encode_views(source, [])
+    assert np.allclose(Encoder(norms="unit").encode_views(source, []).features, unit_rows(3), atol=1e-6)
+    other = with_identity(tmp_path / "o.parquet", json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode())
+    with pytest.raises(BackboneError, match=r"o\.parquet"):
+        Encoder(Fake()).encode_views(open_items(other), [])
+
+
+# -- pixels --
+
+
+def epoch(encoder: Encoder, source: Source, name: str, size: int) -> tuple[list[int], torch.Tensor]:
+    chunks = list(encoder.pixels(source, name, size))
+    assert all(len(positions) == len(pixels) <= size for positions, pixels in chunks)
+    return [int(p) for positions, _ in chunks for p in positions], torch.cat([pixels for _, pixels in chunks])
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("name", ["centre", "crop/1/7"])
+def test_pixels_come_in_the_sources_order_and_again(folder: Path, size: int, name: str) -> None:
+    order = [7, 0, 11, 3, 7, 2]
+    backbone = Fake()
+    encoder = Encoder(backbone, workers=3)
+    source = source_of(folder).take(order)
+    positions, pixels = epoch(encoder, source, name, size)
+    assert positions == list(range(6))
+    assert source.paths is not None
+    assert torch.equal(pixels, torch.stack([by_hand(backbone, path, name) for path in source.paths]))
+    assert torch.equal(epoch(encoder, source, name, size)[1], pixels)
+    back = epoch(encoder, source.take([5, 4, 3, 2, 1, 0]), name, size)[1]
+    assert torch.equal(back.flip(0), pixels)
+    assert backbone.batches == []
+
+
+def test_pixels_of_another_name_are_another_view(folder: Path) -> None:
+    one, other = (epoch(Encoder(Fake()), source_of(folder), name, 4)[1] for name in ("crop/1/0", "crop/1/1"))
+    assert not torch.equal(one, other)
+
+
+def test_pixels_leave_out_and_name_once_what_cannot_be_read(folder: Path) -> None:
+    for number in (4, 5, 9):
+        (folder / f"{number:02}.png").write_bytes(b"")
+    encoder = Encoder(Fake())
+    source = source_of(folder)
+    for turn in range(3):
+        assert epoch(encoder, source, f"crop/{turn}/0", 2)[0] == [0, 1, 2, 3, 6, 7, 8, 10, 11]
+    encoder.encode_views(source, ["centre"])
+    assert [Path(skipped.source).name for skipped in encoder.skipped] == ["04.png", "05.png", "09.png"]
+    with pytest.raises(InputError, match=r"04\.png: empty file; leave out --strict"):
+        epoch(Encoder(Fake(), strict=True), source, "centre", 2)
+    with pytest.raises(InputError, match="none of its 2 items could be read"):
+        epoch(encoder, source.take([4, 5]), "centre", 2)
+
+
+def test_the_next_chunk_is_decoded_while_one_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    several = threading.Event()
+    read = images.read
+
+    def watched(path: str) -> bytes:
+        opened.append(path)
+        if len(opened) == 8:
+            several.set()
+        return read(path)
+
+    monkeypatch.setattr(images, "read", watched)
+    chunks = Encoder(Fake(), workers=2).pixels(source_of(folder), "centre", 4)
+    next(chunks)
+    assert several.wait(30)
+    chunks.close()  # type: ignore[attr-defined]
+    assert len(opened) == 8
+
+
+def test_pixels_need_images_a_backbone_and_a_size(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"t\.parquet: a feature table has no pixels"):
+        next(Encoder(Fake()).pixels(table(tmp_path / "t.parquet", ["a"], unit_rows(1)), "centre", 4))
+    with pytest.raises(UsageError, match="--model"):
+        next(Encoder().pixels(source_of(folder), "centre", 4))
+    with pytest.raises(UsageError, match="size is 0"):
+        next(Encoder(Fake()).pixels(source_of(folder), "centre", 0))
+    assert list(Encoder(Fake()).pixels(of_images([]), "centre", 4)) == []
