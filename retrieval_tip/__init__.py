@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from retrieval_tip.estimator import TipAdapterClassifier
     from retrieval_tip.evaluate import Evaluation
     from retrieval_tip.features import Encoder, EncodingCache
+    from retrieval_tip.finetune import Tuned
     from retrieval_tip.sources import Source, open_inputs, open_source
+    from retrieval_tip.trainer import Recipe
 
 __version__ = "0.1.0"
 
@@ -29,9 +31,11 @@ _HOMES = {
     "Identity": "backbone",
     "Neighbour": "cache_model",
     "Prediction": "cache_model",
+    "Recipe": "trainer",
     "RetrievalTipError": "errors",
     "Source": "sources",
     "TipAdapterClassifier": "estimator",
+    "Tuned": "finetune",
     "build_index": "build",
     "load_backbone": "backbone",
     "open_inputs": "sources",
@@ -48,9 +52,11 @@ __all__ = [
     "Identity",
     "Neighbour",
     "Prediction",
+    "Recipe",
     "RetrievalTipError",
     "Source",
     "TipAdapterClassifier",
+    "Tuned",
     "build_index",
     "load_backbone",
     "open_inputs",

@@ -130,6 +130,7 @@ class Trainer:
         Returns the mean cross-entropy before the step, and how many queries were right. Where the former is not finite
         nothing is changed.
         """
+        ids = ids.to(self.cache.device)
         visual, text = self._towers.get("visual"), self._towers.get("text")
         features = (queries if visual is None else visual.features(queries)).to(self.cache.device)
         prompts = None if text is None else text.features(self._prompts)
