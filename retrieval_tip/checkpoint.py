@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +23,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
     with replacing(path) as temporary:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(kept, temporary, {"facts": json.dumps(facts)})
+            told = json.dumps(facts)
+            save_file(kept, temporary, {"facts": told, "checksum": _checksum(kept, told)})
         except SafetensorError as error:  # it says so of a full disk too
             raise InputError(f"{show(path)}: cannot be written: {error}") from None
 
@@ -30,9 +33,24 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The inverse of :func:`write`. Raises InputError naming the file where it is damaged or something else."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        told = metadata["facts"]
+        if metadata["checksum"] != _checksum(tensors, told):
+            raise ValueError("its checksum does not fit")
+        facts: dict[str, Any] = json.loads(told)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(
-            f"{show(path)}: not a checkpoint of finetune ({error}); start again without --resume"
+            f"{show(path)}: not a checkpoint of finetune, or damaged ({error}); start again without --resume"
         ) from None
+    return tensors, facts
+
+
+def _checksum(tensors: Mapping[str, Tensor], told: str) -> str:
+    """Of every byte that matters: safetensors itself notices a wrong size only."""
+    found = zlib.crc32(told.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"

@@ -141,11 +141,14 @@ def finetune(
     facts = held[1] if held else {}
     if recipe.precision == "auto":
         recipe = replace(recipe, precision=facts.get("precision") or faster_precision(cache, recipe.batch))
+    told = {} if place is None else _told(cache, material, recipe)
+    if place is not None and held is not None:
+        _same(told, facts, show(place))
     with _repeatable(cache.device):
         alpha, beta = facts.get("settings") or _settings(cache, material, recipe)
-        run = _Run(replace(cache, alpha=alpha, beta=beta), material, recipe)
+        run = _Run(replace(cache, alpha=alpha, beta=beta), material, recipe, told)
         if held is not None:
-            run.restore(*held, show(place or ""))
+            run.restore(*held)
         run.train(place, checkpoint_seconds)
     run.report()
     return run.result(parent)
@@ -207,18 +210,24 @@ class _Material:
         recipe: Recipe,
         val: Source | search_hp.Queries | None,
     ) -> _Material:
-        encoder, backbone = _in_training(cache, encoder, recipe)
+        if recipe.train_k is not None and cache.values is not None:
+            raise UsageError("train_k: this index has trained values, which are trained over all keys; leave it out")
+        encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
         if shots.paths is not None:  # each image once; of a feature table every row is a view
             shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
         names = view_names(recipe.seed, recipe.views) if recipe.views else []
         views = encoder.encode_views(shots, names) if names or shots.paths is None else None
-        if isinstance(val, Source):
-            return cls(
-                encoder, backbone, shots, cache.ids_of(shots), views, val, search_hp.on_validation(cache, val, encoder)
-            )
-        if val is not None and "visual" in recipe.train:
-            raise UsageError("val: features are those of the untrained encoder; give the images")
-        return cls(encoder, backbone, shots, cache.ids_of(shots), views, None, val)
+        if views is not None:
+            _check_length(cache, shots.name, views.features.shape[1])
+        elif encoder.backbone is not None:
+            _check_length(cache, shots.name, encoder.backbone.dim)
+        images = val if isinstance(val, Source) else None
+        queries = search_hp.on_validation(cache, val, encoder) if isinstance(val, Source) else val
+        if queries is not None:
+            _check_length(cache, queries.name, queries.features.shape[1])
+            if images is None and "visual" in recipe.train:
+                raise UsageError("val: features are those of the untrained encoder; give the images")
+        return cls(encoder, backbone, shots, cache.ids_of(shots), views, images, queries)
 
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Queries (pixels where visual is trained) and class ids: each shot once, in one of its views."""
@@ -248,10 +257,12 @@ class _Material:
 
 
 class _Run:
-    """A fine-tuning under way."""
+    """A fine-tuning under way; ``told`` tells it from others in a checkpoint."""
 
-    def __init__(self, cache: CacheModel, material: _Material, recipe: Recipe) -> None:
-        self.cache, self.material, self.recipe = cache, material, recipe
+    def __init__(
+        self, cache: CacheModel, material: _Material, recipe: Recipe, told: dict[str, Any] | None = None
+    ) -> None:
+        self.cache, self.material, self.recipe, self.told = cache, material, recipe, told
         self.trainer = Trainer(cache, recipe, material.backbone)
         self.epoch, self.seconds = 0, 0.0
         self.curve: list[dict[str, Any]] = []
@@ -307,6 +318,8 @@ class _Run:
                 break
         self.epoch += 1
         self.trainer.refresh()
+        if self.collapsed is None and not math.isfinite(self.trainer.loss(queries, ids)):
+            self.collapsed = f"the loss is not finite after epoch {self.epoch}"
         self._record(loss / max(seen, 1), right / max(seen, 1))
 
     def _record(self, loss: float, accuracy: float) -> None:
@@ -314,6 +327,8 @@ class _Run:
         row: dict[str, Any] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
         row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
         self.curve.append(row)
+        if self.epoch and self.material.queries is not None and not math.isfinite(row["val_loss"]):
+            self.collapsed = self.collapsed or f"the validation loss is not finite after epoch {self.epoch}"
         trained = self.curve[1:]
         if self.collapsed is None and len(trained) > 1:
             most = max(earlier["accuracy"] for earlier in trained[:-1])
@@ -355,14 +370,10 @@ class _Run:
         tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
         facts = {name: getattr(self, name) for name in ("epoch", "seconds", "curve", "kept_epoch", "collapsed")}
         facts |= {"settings": [self.cache.alpha, self.cache.beta], "precision": self.recipe.precision}
-        checkpoints.write(path, tensors, facts | {"run": self._run()})
+        checkpoints.write(path, tensors, facts | {"told": self.told})
 
-    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any], name: str) -> None:
-        """Go on where a checkpoint left off. Raises UsageError where it is another run's."""
-        theirs, ours = facts.get("run", {}), self._run()
-        other = [part for part in ours if theirs.get(part) != ours[part]]
-        if other:
-            raise UsageError(f"{name}: of a run with another {', '.join(other)}; start anew without --resume")
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on where a checkpoint left off."""
         groups: dict[str, dict[str, Tensor]] = {"now": {}, "kept": {}, "moments": {}}
         for path, tensor in tensors.items():
             group, _, tensor_name = path.partition("/")
@@ -372,20 +383,6 @@ class _Run:
         self.kept = groups["kept"]
         for attribute in ("epoch", "seconds", "curve", "kept_epoch", "collapsed"):
             setattr(self, attribute, facts[attribute])
-
-    def _run(self) -> dict[str, Any]:
-        """What a run is told from another by."""
-        cache, material = self.cache, self.material
-        parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
-        parts += [] if material.views is None else [material.views.features, material.views.starts]
-        parts += [] if material.queries is None else [material.queries.features, material.queries.ids]
-        parts += [] if cache.values is None else [cache.values.cpu().numpy()]
-        digest = hashlib.sha256()
-        for array in parts:
-            digest.update(np.ascontiguousarray(array).data)
-        recipe = asdict(self.recipe) | {"train": list(self.recipe.train)}
-        settings = {name: getattr(cache, name) for name in ("logit_scale", "device")}
-        return recipe | settings | {"index, shots or validation images": digest.hexdigest()}
 
     def result(self, parent: str) -> Tuned:
         """The index with the best state, its settings searched again."""
@@ -425,6 +422,31 @@ class _Run:
         return {"parent": parent, "parent_version": self.cache.version} | recipe | settings | run | sources
 
 
+def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, Any]:
+    """What a run is told from another by, before it has begun."""
+    queries, views, backbone = material.queries, material.views, material.backbone
+    parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
+    parts += [] if views is None else [views.features, views.starts]
+    parts += [] if queries is None else [queries.features, queries.ids]
+    parts += [] if cache.values is None else [cache.values.cpu().numpy()]
+    digest = hashlib.sha256()
+    for array in parts:
+        digest.update(np.ascontiguousarray(array).data)
+    if views is None:  # they are made as they are met
+        digest.update("\n".join(material.shots.sources).encode("utf-8", "surrogatepass"))
+    known = asdict(recipe) | {"train": list(recipe.train), "index, shots or validation images": digest.hexdigest()}
+    known |= {name: getattr(cache, name) for name in ("alpha", "beta", "logit_scale", "device")}
+    return known | {"backbone": None if backbone is None else backbone.identity.fingerprint}
+
+
+def _same(told: dict[str, Any], facts: dict[str, Any], name: str) -> None:
+    """Raise UsageError where a checkpoint is another run's."""
+    theirs = facts.get("told", {})
+    other = [part for part, ours in told.items() if theirs.get(part) != ours]
+    if other:
+        raise UsageError(f"{name}: of a run with another {', '.join(other)}; start anew without --resume")
+
+
 def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[float, float]:
     """The alpha and beta to train with."""
     own = (cache.alpha, cache.beta)
@@ -439,9 +461,8 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
     for settings in [own, *((times * alpha, beta) for times in STRONGER)]:
         run = _Run(replace(cache, alpha=settings[0], beta=settings[1]), material, trial)
         run.train(None, math.inf)
-        results.append(
-            (max((row["val_accuracy"], -row["val_loss"]) for row in run.curve if row["val_loss"] < math.inf), settings)
-        )
+        finite = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve if row["val_loss"] < math.inf]
+        results.append((max(finite, default=(-1.0, -math.inf)), settings))
     return max(results)[1]
 
 
@@ -451,6 +472,11 @@ def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
     ids = torch.from_numpy(queries.ids).to(cache.device)
     alphas = [float(alpha) for alpha in np.geomspace(1e-3, 1e6, 91)]
     return min(alphas, key=lambda alpha: float(functional.cross_entropy(tip.blend(text, terms, alpha), ids)))
+
+
+def _check_length(cache: CacheModel, name: str, d: int) -> None:
+    if d != cache.d:
+        raise InputError(f"{name}: features of {d} values; those of the index have {cache.d}")
 
 
 def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, Trainable | None]:

@@ -81,10 +81,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAIN):
             raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAIN)}")
-        for name in ("epochs", "batch", "views", "train_k"):
+        for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("train_k", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: at least 1 is needed")
+            if value is not None and not (isinstance(value, int | np.integer) and value >= fewest):
+                raise UsageError(f"{name} is {value}: expected a whole number, {fewest} or more")
         for name, least in (("lr", 0.0), ("eps", 0.0), ("weight_decay", -1e-300)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > least):
@@ -132,7 +132,7 @@ class Trainer:
         """
         ids = ids.to(self.cache.device)
         visual, text = self._towers.get("visual"), self._towers.get("text")
-        features = (queries if visual is None else visual.features(queries)).to(self.cache.device)
+        features, ids = self._features(queries), ids.to(self.cache.device)
         prompts = None if text is None else text.features(self._prompts)
         cache_logits, met = self._over.forward(features)
         for tensor in (cache_logits, *([features] if visual else []), *([] if prompts is None else [prompts])):
@@ -149,6 +149,10 @@ class Trainer:
             if text is not None and prompts is not None and prompts.grad is not None:
                 text.step(self._prompts, prompts.grad, lr)
         return value, right
+
+    def loss(self, queries: Tensor, ids: Tensor) -> float:
+        """Mean cross-entropy of queries as :meth:`step` takes them, as things stand."""
+        return self.evaluate(self._features(queries), ids.to(self.cache.device))[0]
 
     @torch.no_grad()
     def evaluate(self, features: Tensor, ids: Tensor) -> tuple[float, float]:
@@ -188,8 +192,10 @@ class Trainer:
         self._over.refresh()
 
     def encoders(self) -> dict[str, Tensor]:
-        """Copies of the tensors of the encoders that are trained."""
-        return {} if self.backbone is None or not self._towers else self.backbone.tuned(list(self._towers))
+        """Copies of the tensors of the encoders that are trained; of both, where the backbone was tuned before."""
+        if self.backbone is None or not self._towers:
+            return {}
+        return self.backbone.tuned(list(self._towers) if self.cache.tuned is None else PARTS)
 
     def moments(self) -> dict[str, Tensor]:
         """State of the optimisers, by name."""
@@ -206,6 +212,10 @@ class Trainer:
 
     def _optimizers(self) -> dict[str, AdamW | RowAdamW]:
         return {**self._over.optimizers, **{part: tower.optimizer for part, tower in self._towers.items()}}
+
+    def _features(self, queries: Tensor) -> Tensor:
+        visual = self._towers.get("visual")
+        return (queries if visual is None else visual.features(queries)).to(self.cache.device)
 
     def _of(self, prompts: Tensor) -> Tensor:
         return mean_by_class(prompts, len(self.cache.class_names)).to(self.cache.device)
@@ -310,7 +320,8 @@ class _Tower:
         """Train by the gradient ``[m, d]`` of the unit features of these inputs."""
         with self._backbone.training([self._part]):
             for part, wanted in zip(self._parts(inputs), gradient.split(self._size), strict=True):
-                self._unit(part).backward(wanted)
+                features = self._unit(part)
+                features.backward(wanted.to(features.device))
             self.optimizer.step(ENCODER_RATE * lr)
 
     def _unit(self, inputs: Any) -> Tensor:

@@ -1,0 +1,974 @@
+"""Fine-tuning: the loop against plain torch, the epoch that is kept, what cannot be, and every part in training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_backbone import tiny
+from test_cli import unit_rows, write_table
+from test_search_hp import C, D, clusters
+from torch.nn import functional
+
+from retrieval_tip import CacheModel, finetune, verify
+from retrieval_tip.backbone import load_backbone
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.features import Encoder
+from retrieval_tip.finetune import CURVE, FLATTER, _Material, _Run, own_shots
+from retrieval_tip.prompts import text_weights
+from retrieval_tip.sources import Source, open_source
+from retrieval_tip.trainer import ENCODER_RATE, Recipe, Trainer, _Tower
+
+NAMES = [f"class {i}" for i in range(C)]
+SHOTS = 37  # classes of 8 and 7 shots
+OWN = Recipe(settings="own", batch=16, epochs=4, precision="float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The products here are tiny: on a busy machine, threads would wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def unit(rows: Any) -> Any:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def index(**changes: Any) -> CacheModel:
+    """An index of clusters that a sharp exponential and weak text leave something to learn."""
+    keys, ids = clusters(SHOTS, C, D, 1)
+    options = {"alpha": 1.0, "beta": 5.5, "logit_scale": 10.0, "device": "cpu"} | changes
+    dtype = options.pop("dtype", np.float32)
+    sources = [f"shot {i}" for i in range(SHOTS)]
+    cache = CacheModel.from_features(keys.astype(dtype), ids, NAMES, unit_rows(C, D, 5), sources=sources, **options)
+    cache.provenance = {"alpha": "untouched", "temperature": {"queries": 3}, "normalize": "both"}
+    return cache
+
+
+def shots_table(path: Path, counts: list[int] | None = None, spread: float = 0.05, order: int | None = 3) -> Source:
+    """Views of the shots as rows that share an id, by default ragged and interleaved."""
+    keys, ids = clusters(SHOTS, C, D, 1)
+    generator = np.random.default_rng(8)
+    counts = counts or [1 + i % 4 for i in range(SHOTS)]
+    shot = np.repeat(np.arange(SHOTS), counts)
+    rows = unit(keys[shot] + spread * generator.standard_normal((len(shot), D)))
+    turn = np.arange(len(shot)) if order is None else np.random.default_rng(order).permutation(len(shot))
+    names = [f"shot {shot[i]}" for i in turn]
+    return open_source(write_table(path, rows[turn], [NAMES[ids[shot[i]]] for i in turn], names))
+
+
+def queries_table(path: Path, n: int = 60, seed: int = 2) -> Source:
+    rows, ids = clusters(n, C, D, seed)
+    return open_source(write_table(path, rows, [NAMES[i] for i in ids]))
+
+
+@pytest.fixture
+def shots(tmp_path: Path) -> Source:
+    return shots_table(tmp_path / "shots.parquet")
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> Source:
+    return queries_table(tmp_path / "val.parquet")
+
+
+def accuracy(cache: CacheModel, n: int = 400, seed: int = 9) -> float:
+    rows, ids = clusters(n, C, D, seed)
+    return float((cache.logits(rows).argmax(1).numpy() == ids).mean())
+
+
+def losses(tuned: finetune.Tuned) -> list[float]:
+    return [row["loss"] for row in tuned.curve.to_pylist()[1:]]
+
+
+def told(curve: Any) -> str:
+    """A curve without its seconds, NaN equal to NaN."""
+    return repr(curve.drop(["seconds"]).to_pylist())
+
+
+def facts(tuned: finetune.Tuned) -> dict[str, Any]:
+    found: dict[str, Any] = tuned.cache.provenance["finetune"]
+    return found
+
+
+# --- the loop
+
+
+def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Tip-Adapter-F as one writes it in torch, over the same batches: keys, values, mean loss of each epoch."""
+    views = Encoder().encode_views(shots, [])
+    label = {name: i for i, name in enumerate(cache.class_names)}
+    ids = torch.tensor([label[shots.labels[position]] for position in views.positions])
+    features = torch.from_numpy(views.features)
+    keys = torch.nn.Parameter(torch.from_numpy(np.array(cache.keys)), requires_grad="keys" in recipe.train)
+    values = torch.nn.Parameter(functional.one_hot(cache.class_ids).float(), requires_grad="values" in recipe.train)
+    trained = [x for x in (keys, values) if x.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-4, weight_decay=0.01)
+    steps = recipe.epochs * math.ceil(len(ids) / recipe.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    curve = []
+    for epoch in range(recipe.epochs):
+        random = np.random.default_rng((recipe.seed, epoch))
+        rows = torch.from_numpy(views.starts[:-1] + random.integers(0, np.diff(views.starts)))
+        order = torch.from_numpy(random.permutation(len(rows)))
+        total = 0.0
+        for batch in order.split(recipe.batch):
+            f = features[rows[batch]]
+            affinity = f @ keys.T
+            cache_logits = ((-1) * (cache.beta - cache.beta * affinity)).exp() @ values
+            logits = cache.logit_scale * f @ cache.text_weights.T + cache_logits * cache.alpha
+            loss = functional.cross_entropy(logits, ids[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch)
+        curve.append(total / len(ids))
+    return keys.detach(), values.detach(), curve
+
+
+@pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
+@pytest.mark.parametrize("block", [5, 1024])
+def test_twenty_epochs_end_where_plain_torch_ends(
+    shots: Source, train: tuple[str, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrieval_tip.trainer.BLOCK", block)
+    cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
+    tuned = finetune.finetune(cache, shots, Encoder(), recipe)
+    keys, values, curve = plain(cache, shots, recipe)
+    found = torch.from_numpy(tuned.cache.keys)
+    assert float((found - keys).norm() / keys.norm()) < 1e-5
+    if "keys" in train:
+        moved = keys - torch.from_numpy(cache.keys)
+        assert float((found - keys).norm() / moved.norm()) < 1e-4
+        assert float(moved.abs().max()) > 0.01
+    else:
+        assert np.array_equal(tuned.cache.keys, cache.keys)
+    assert (tuned.cache.values is not None) == ("values" in train)
+    if tuned.cache.values is not None:
+        assert float((tuned.cache.values - values).norm() / (values - values.round()).norm()) < 1e-4
+    np.testing.assert_allclose(losses(tuned), curve, rtol=1e-5)
+    assert curve[-1] < curve[0] or train == ("values",)  # so few steps give values of 1 no more than a push
+
+
+def test_each_shot_is_met_once_an_epoch_in_views_that_change(shots: Source) -> None:
+    cache = index()
+    material = _Material.of(cache, shots, Encoder(), OWN, None)
+    views = Encoder().encode_views(shots, [])
+    owner = {views.features[row].tobytes(): i for i in range(SHOTS) for row in range(*views.starts[i : i + 2])}
+    seen = []
+    for epoch in range(60):
+        batches = list(material.batches(OWN, epoch))
+        assert [len(ids) for _, ids in batches] == [16, 16, 5]
+        assert len(batches) == material.steps(OWN)
+        rows = [row.numpy().tobytes() for features, _ in batches for row in features]
+        assert sorted(owner[row] for row in rows) == list(range(SHOTS))
+        classes = [shots.labels[views.positions[owner[row]]] for row in rows]
+        assert [NAMES[i] for _, ids in batches for i in ids] == classes
+        seen.append(rows)
+    assert len({tuple(owner[row] for row in rows) for rows in seen}) == 60  # another order each time
+    assert {row for rows in seen for row in rows} == set(owner)  # and in the end every view
+
+
+def test_rows_of_a_table_may_stand_in_any_order(tmp_path: Path) -> None:
+    counts = [1 + i % 4 for i in range(SHOTS)]
+    tidy = shots_table(tmp_path / "tidy.parquet", counts, order=None)
+    rows = np.arange(len(tidy))
+    dealt = rows[np.lexsort((rows, [sum(tidy.sources[j] == tidy.sources[i] for j in range(i)) for i in rows]))]
+    assert dealt.tolist() != rows.tolist()
+    one, other = (finetune.finetune(index(), source, Encoder(), OWN) for source in (tidy, tidy.take(dealt)))
+    assert np.array_equal(one.cache.keys, other.cache.keys)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(shots: Source, val: Source) -> None:
+    recipe = Recipe(batch=16, epochs=4, train=("keys", "values"))
+    one, same, other = (
+        finetune.finetune(index(), shots, Encoder(), replace(recipe, seed=seed), val=val) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(one.cache.keys, same.cache.keys)
+    assert torch.equal(one.cache.values, same.cache.values)
+    assert told(one.curve) == told(same.curve)
+    assert not np.array_equal(one.cache.keys, other.cache.keys)
+
+
+# --- what comes of it
+
+
+@pytest.mark.parametrize("train", [("keys",), ("keys", "values")])
+def test_the_result_is_an_index_that_can_be_kept(
+    shots: Source, val: Source, tmp_path: Path, train: tuple[str, ...]
+) -> None:
+    cache = index()
+    cache.save(tmp_path / "parent")
+    cache = CacheModel.load(tmp_path / "parent", device="cpu")
+    cache.temperature = 3.0
+    keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
+    tuned = finetune.finetune(
+        cache, shots, Encoder(), Recipe(batch=16, train=train), val=val, parent=str(tmp_path / "parent")
+    )
+    assert before.keys() <= cache.__dict__.keys()
+    assert {name for name in before if before[name] is not cache.__dict__[name]} == set()
+    assert np.array_equal(cache.keys, keys)
+    assert torch.equal(cache.text_weights, text)
+    tuned.save(tmp_path / "tuned")
+    found = verify(tmp_path / "tuned")
+    rows, _ = clusters(50, C, D, 9)
+    assert torch.equal(found.logits(rows, found.k), tuned.cache.logits(rows, tuned.cache.k))
+    assert not torch.equal(found.logits(rows), cache.logits(rows))
+    assert (told(found.curve), found.curve["seconds"]) == (told(tuned.curve), tuned.curve["seconds"])
+    assert found.curve.schema == CURVE
+    assert (found.values is not None) == ("values" in train)
+    assert found.temperature == 1.0
+    assert "temperature" not in found.provenance
+    record = found.provenance["finetune"]
+    assert record == json.loads(json.dumps(facts(tuned)))
+    expected = {"parent": str(tmp_path / "parent"), "parent_version": 1, "train": list(train), "epochs": 20, "seed": 1}
+    expected |= {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01, "precision": "float32", "epoch": tuned.epoch}
+    expected |= {"shots": shots.name, "val": val.name, "collapsed": None}
+    assert {name: record[name] for name in expected} == expected
+    assert (found.provenance["alpha"], found.provenance["normalize"]) == ("search-hp", "both")
+    assert tuned.choice is not None
+    assert (found.alpha, found.beta, found.k) == (tuned.choice.alpha, tuned.choice.beta, tuned.choice.k)
+    assert found.labels["source"].to_pylist() == cache.labels["source"].to_pylist()
+    assert accuracy(found) > accuracy(cache)
+
+
+def test_without_validation_the_last_epoch_is_kept_and_the_settings_stay(shots: Source) -> None:
+    tuned = finetune.finetune(index(), shots, Encoder(), Recipe(batch=16, epochs=3))
+    assert (tuned.epoch, tuned.choice, tuned.collapsed) == (3, None, None)
+    assert (tuned.cache.alpha, tuned.cache.beta) == (1.0, 5.5)
+    assert tuned.cache.provenance["alpha"] == "finetune"
+    rows = tuned.curve.to_pylist()
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    assert math.isnan(rows[0]["loss"])
+    assert all(math.isnan(row["val_loss"]) and math.isnan(row["val_accuracy"]) for row in rows)
+    assert all(row["loss"] > 0 and 0 < row["accuracy"] <= 1 for row in rows[1:])
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+
+
+def test_the_curve_tells_what_the_index_answers_on_the_validation_images(shots: Source, val: Source) -> None:
+    tuned = finetune.finetune(index(), shots, Encoder(), replace(OWN, epochs=5), val=val)
+    rows, ids = clusters(60, C, D, 2)
+    for epoch, cache in ((0, index()), (tuned.epoch, replace(tuned.cache, alpha=1.0, beta=5.5))):
+        logits = cache.logits(rows)
+        row = tuned.curve.to_pylist()[epoch]
+        assert row["val_loss"] == pytest.approx(
+            float(functional.cross_entropy(logits, torch.from_numpy(ids))), rel=1e-5
+        )
+        assert row["val_accuracy"] == pytest.approx((logits.argmax(1).numpy() == ids).mean())
+    assert tuned.epoch > 0
+
+
+def test_an_index_of_float16_stays_one(shots: Source, tmp_path: Path) -> None:
+    cache = index(dtype=np.float16)
+    tuned = finetune.finetune(cache, shots, Encoder(), OWN)
+    tuned.save(tmp_path / "tuned")
+    found = verify(tmp_path / "tuned")
+    assert found.keys.dtype == np.float16
+    assert not np.array_equal(found.keys, cache.keys)
+    exact = finetune.finetune(index(), shots, Encoder(), OWN)
+    np.testing.assert_allclose(found.keys.astype(np.float32), exact.cache.keys, atol=2e-3)
+
+
+def test_a_fine_tuned_index_can_be_fine_tuned_again(shots: Source, val: Source) -> None:
+    first = finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("keys", "values")), val=val)
+    again = finetune.finetune(first.cache, shots, Encoder(), replace(OWN, seed=2, epochs=8))
+    assert not np.array_equal(first.cache.keys, again.cache.keys)
+    assert torch.equal(first.cache.values, again.cache.values)  # they count, and are not trained
+    assert losses(again)[-1] < losses(first)[0]
+
+
+def test_training_in_bfloat16_ends_about_where_float32_ends(shots: Source) -> None:
+    recipe = replace(OWN, epochs=20)
+    exact, near = (
+        finetune.finetune(index(), shots, Encoder(), replace(recipe, precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert not np.array_equal(exact.cache.keys, near.cache.keys)
+    assert near.cache.keys.dtype == np.float32
+    assert abs(accuracy(exact.cache) - accuracy(near.cache)) <= 0.01
+    assert losses(near)[-1] == pytest.approx(losses(exact)[-1], rel=0.01)
+    assert facts(near)["precision"] == "bfloat16"
+
+
+# --- which epoch
+
+
+def slowly_kept(curve: list[tuple[float, float]], n: int) -> int:
+    """The latest epoch within a standard error of the best; none, where no epoch is better than no training."""
+    if not any(a > curve[0][0] or (a == curve[0][0] and loss < curve[0][1]) for a, loss in curve[1:]):
+        return 0
+    best = max(a for a, _ in curve)
+    return max(e for e, (a, _) in enumerate(curve) if a >= best - math.sqrt(best * (1 - best) / n))
+
+
+def drilled(run: _Run, curve: list[tuple[float, float]]) -> None:
+    """A run whose epochs add 1 to every key, and whose validation gives this curve of accuracy and loss."""
+    made = iter(curve)
+
+    def step(queries: Any, ids: Any, lr: float) -> tuple[float, int]:
+        run.trainer.keys += 1
+        return 1.0, len(ids)
+
+    run.trainer.step = step  # type: ignore[method-assign]
+    run._validate = lambda: next(made)[::-1]  # type: ignore[method-assign]
+    run.train(None, math.inf)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> _Material:
+    folder = tmp_path_factory.mktemp("material")
+    shots, val = shots_table(folder / "shots.parquet"), queries_table(folder / "val.parquet")
+    return _Material.of(index(), shots, Encoder(), OWN, val)
+
+
+def test_the_kept_epoch_is_that_of_the_rule(material: _Material) -> None:
+    kept = set()
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.tuples(st.integers(40, 60), st.sampled_from([0.5, 0.6, 0.7])), min_size=2, max_size=9))
+    def check(made: list[tuple[int, float]]) -> None:
+        curve = [(right / 60, loss) for right, loss in made]
+        cache = index()
+        run = _Run(cache, material, replace(OWN, batch=1024, epochs=len(curve) - 1))
+        drilled(run, curve)
+        assert run.kept_epoch == slowly_kept(curve, 60)
+        np.testing.assert_allclose(run.kept["keys"] - run.kept_epoch, cache.keys, atol=1e-5)
+        kept.add(min(run.kept_epoch, 2))
+
+    check()
+    assert kept == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ([(0.5, 1.0), (0.5, 1.0), (0.4, 0.5)], 0),  # none is better: less loss does not make up for accuracy
+        ([(0.5, 1.0), (0.5, 0.9)], 1),  # as often right, with less loss
+        ([(0.5, 1.0), (0.8, 0.9), (0.76, 0.9), (0.7, 0.9)], 2),  # a standard error of 0.8 on 60 is 0.052
+        ([(0.9, 1.0), (0.91, 1.0), (0.6, 1.0)], 1),
+    ],
+)
+def test_examples_of_the_rule(material: _Material, curve: list[tuple[float, float]], expected: int) -> None:
+    run = _Run(index(), material, replace(OWN, batch=1024, epochs=len(curve) - 1))
+    drilled(run, curve)
+    assert run.kept_epoch == expected == slowly_kept(curve, 60)
+
+
+def test_where_no_epoch_is_better_the_index_stays_and_it_is_said(
+    shots: Source, val: Source, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (1.0, 0.5))
+    cache = index()
+    tuned = finetune.finetune(cache, shots, Encoder(), OWN, val=val)
+    assert tuned.epoch == 0
+    assert np.array_equal(tuned.cache.keys, cache.keys)
+    assert "no epoch does better on the validation images than no training" in caplog.text
+    assert len(tuned.curve) == OWN.epochs + 1  # all were tried
+
+
+def test_validation_labels_choose_and_do_not_teach(shots: Source, val: Source, tmp_path: Path) -> None:
+    """With settings of its own, training is the same whatever the validation labels say, and without them."""
+    rows, ids = clusters(60, C, D, 2)
+    wrong = open_source(write_table(tmp_path / "wrong.parquet", rows, [NAMES[(i + 1) % C] for i in ids]))
+    right, misled, without = (finetune.finetune(index(), shots, Encoder(), OWN, val=v) for v in (val, wrong, None))
+    assert losses(right) == losses(misled) == losses(without)
+    assert right.epoch == 4
+    assert misled.epoch < 4
+    assert np.array_equal(right.cache.keys, without.cache.keys)
+
+
+# --- settings
+
+
+def test_flatter_settings_are_tried_and_taken_where_the_own_ones_saturate(shots: Source, val: Source) -> None:
+    sharp = index(beta=300.0)
+    own, tried, again = (
+        finetune.finetune(sharp, shots, Encoder(), Recipe(batch=16, epochs=8, settings=how), val=val)
+        for how in ("own", "tried", "tried")
+    )
+    assert (facts(own)["alpha"], facts(own)["beta"]) == (1.0, 300.0)
+    keys, ids = sharp.keys, sharp.class_ids.numpy()
+    between = (keys @ keys.T)[ids[:, None] != ids[None, :]]
+    assert facts(tried)["beta"] == pytest.approx(FLATTER / between.std(), rel=1e-4)
+    assert np.array_equal(tried.cache.keys, again.cache.keys)
+    assert facts(tried)["alpha"] == facts(again)["alpha"]
+    assert tried.curve["val_accuracy"].to_pylist()[-1] > own.curve["val_accuracy"].to_pylist()[-1]
+    assert tried.epoch > own.epoch == 0
+
+
+def test_settings_are_among_the_candidates_and_the_better_one_wins(
+    material: _Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    train = _Run.train
+
+    def watched(run: _Run, *arguments: Any) -> None:
+        train(run, *arguments)
+        rows = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve]
+        tried.append((max(rows), (run.cache.alpha, run.cache.beta), run.recipe.epochs))
+
+    monkeypatch.setattr(_Run, "train", watched)
+    cache = index()
+    chosen = finetune._settings(cache, material, replace(OWN, settings="tried", epochs=8))
+    assert tried[0][1] == (1.0, 5.5)
+    assert [epochs for *_, epochs in tried] == [2] * 4
+    alphas = [alpha for _, (alpha, _), _ in tried[1:]]
+    assert [alpha / alphas[0] for alpha in alphas] == [1, 4, 16]
+    assert chosen == max(tried)[1]
+    text, terms = replace(cache, beta=tried[1][1][1]).terms(material.queries.features)
+    ids = torch.from_numpy(material.queries.ids)
+
+    def loss(alpha: float) -> float:
+        return float(functional.cross_entropy(text + alpha * terms, ids))
+
+    assert all(loss(alphas[0]) <= loss(alphas[0] * times) for times in (0.5, 0.8, 1.25, 2))
+
+
+@pytest.mark.parametrize(("how", "with_val"), [("own", True), ("tried", False)])
+def test_nothing_is_tried_where_nothing_can_tell(
+    shots: Source, val: Source, how: str, with_val: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "_fitting_alpha", lambda *_: pytest.fail("tried"))
+    tuned = finetune.finetune(
+        index(beta=9.0), shots, Encoder(), replace(OWN, settings=how), val=val if with_val else None
+    )
+    assert (facts(tuned)["alpha"], facts(tuned)["beta"]) == (1.0, 9.0)
+
+
+def test_settings_that_overflow_are_not_taken(shots: Source, val: Source) -> None:
+    """Of keys far from the unit sphere a sharp exponential is infinite; the flatter ones are not."""
+    cache = index(beta=300.0)
+    cache = replace(cache, keys=cache.keys * 3)
+    tuned = finetune.finetune(cache, shots, Encoder(), Recipe(batch=16, epochs=4), val=val)
+    assert facts(tuned)["beta"] < 5
+    assert tuned.collapsed is None
+
+
+# --- collapse
+
+
+@pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
+@pytest.mark.parametrize("with_val", [False, True])
+@pytest.mark.parametrize("lr", [1e4, 1e37])
+@pytest.mark.parametrize(("epochs", "batch"), [(4, 16), (1, 1024), (2, 1024)])
+def test_a_collapse_is_noticed_said_and_nothing_of_it_kept(
+    shots: Source, val: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    train: tuple[str, ...], with_val: bool, lr: float, epochs: int, batch: int,
+) -> None:  # fmt: skip
+    cache = index()
+    recipe = replace(OWN, train=train, lr=lr, epochs=epochs, batch=batch)
+    tuned = finetune.finetune(cache, shots, Encoder(), recipe, val=val if with_val else None)
+    fell = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    if tuned.collapsed is None:  # then it is none: what is kept is sound
+        assert not any("collapsed" in message for message in fell)
+    else:
+        assert fell == [f"training collapsed: {tuned.collapsed}; epoch {tuned.epoch} is kept"]
+        assert facts(tuned)["collapsed"] == tuned.collapsed
+        assert tuned.epoch < len(tuned.curve) - 1 <= epochs
+    if "keys" in train:  # a sharp exponential knows no bounds; values may be as large as they like
+        assert tuned.collapsed is not None
+    tuned.save(tmp_path / "tuned")
+    found = verify(tmp_path / "tuned")
+    rows, _ = clusters(40, C, D, 3)
+    assert torch.isfinite(found.logits(rows)).all()
+    if tuned.epoch == 0:
+        assert np.array_equal(found.keys, cache.keys)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_changes(
+    shots: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finetune.finetune(index(), shots, Encoder(), OWN)
+    calls = 0
+    entropy = functional.cross_entropy
+
+    def infinite(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return entropy(*arguments, **options) * (math.inf if calls == 8 else 1)  # in the second step of epoch 3
+
+    monkeypatch.setattr(functional, "cross_entropy", infinite)
+    tuned = finetune.finetune(index(), shots, Encoder(), OWN)
+    assert tuned.collapsed == "the loss is not finite in epoch 3"
+    assert (tuned.epoch, len(tuned.curve)) == (2, 4)
+    assert losses(tuned)[:2] == losses(whole)[:2]
+    assert math.isinf(losses(tuned)[2])
+
+
+def test_a_fall_of_the_accuracy_is_a_collapse_too(material: _Material) -> None:
+    rights = iter([0.9, 0.95, 0.5, 0.47, 0.9])
+    run = _Run(index(), replace(material, queries=None), replace(OWN, batch=1024, epochs=5))
+    run.trainer.step = lambda q, ids, lr: (1.0 + len(run.curve), round(next(rights) * 1e6))  # type: ignore[method-assign]
+    monkey = run._record
+    run._record = lambda loss, right: monkey(loss, right * SHOTS / 1e6)  # type: ignore[method-assign]
+    run.train(None, math.inf)
+    assert run.collapsed == "in epoch 4 accuracy on the shots fell from 0.950 to 0.470"
+    assert (run.kept_epoch, len(run.curve)) == (3, 5)
+
+
+# --- nearest keys
+
+
+def test_training_all_keys_as_nearest_ones_is_training_all(shots: Source) -> None:
+    recipe = replace(OWN, epochs=20)
+    dense, nearest = (
+        finetune.finetune(index(), shots, Encoder(), replace(recipe, train_k=k)).cache.keys for k in (None, SHOTS)
+    )
+    moved = dense - index().keys
+    assert np.linalg.norm(nearest - dense) / np.linalg.norm(moved) < 1e-3
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+def test_only_retrieved_keys_are_trained(shots: Source, monkeypatch: pytest.MonkeyPatch, factory: str) -> None:
+    few = [i for i, label in enumerate(shots.labels) if label == NAMES[0]]
+    met: set[int] = set()
+    search = finetune.VectorIndex.search
+
+    def watched(self: Any, features: Any, k: int) -> Any:
+        found = search(self, features, k)
+        assert k == 3
+        met.update(found[1].ravel().tolist())
+        return found
+
+    cache = index(index=factory)
+    monkeypatch.setattr(finetune.VectorIndex, "search", watched)
+    tuned = finetune.finetune(cache, shots.take(few), Encoder(), replace(OWN, train_k=3, epochs=20))
+    monkeypatch.undo()
+    changed = np.flatnonzero((tuned.cache.keys != cache.keys).any(axis=1))
+    assert changed.tolist() == sorted(met - {-1})
+    assert 0 < len(changed) < SHOTS
+    assert losses(tuned)[-1] < losses(tuned)[0]
+    assert facts(tuned)["train_k"] == 3
+
+
+def test_training_the_nearest_keys_helps(shots: Source, val: Source) -> None:
+    tuned = finetune.finetune(index(), shots, Encoder(), replace(OWN, train_k=8, epochs=20), val=val)
+    assert losses(tuned)[-1] < 0.95 * losses(tuned)[0]
+    assert accuracy(tuned.cache) > accuracy(index())
+
+
+def test_the_sums_behind_the_tail_follow_the_keys(material: _Material) -> None:
+    cache = index()
+    trainer = Trainer(cache, replace(OWN, train_k=3), None)
+    for queries, ids in material.batches(OWN, 0):
+        trainer.step(queries, ids, 0.1)
+    sums = torch.zeros(C, D).index_add_(0, cache.class_ids, trainer.keys)
+    assert not torch.allclose(sums, torch.zeros(C, D).index_add_(0, cache.class_ids, torch.from_numpy(cache.keys)))
+    torch.testing.assert_close(trainer._over._sums, sums, rtol=1e-5, atol=1e-5)
+    rows, ids = clusters(20, C, D, 4)
+    trainer.refresh()
+    now = CacheModel.from_features(
+        trainer.keys, cache.class_ids.numpy(), NAMES, cache.text_weights, beta=5.5, logit_scale=10.0, device="cpu"
+    )
+    logits = now.logits(rows, k=3)
+    loss, right = trainer.evaluate(torch.from_numpy(rows), torch.from_numpy(ids))
+    assert loss == pytest.approx(float(functional.cross_entropy(logits, torch.from_numpy(ids))), rel=1e-5)
+    assert right == pytest.approx((logits.argmax(1).numpy() == ids).mean())
+
+
+# --- which shots
+
+
+def test_own_shots_are_those_that_the_keys_are_named_after(shots: Source, tmp_path: Path) -> None:
+    rows = unit_rows(3, D)
+    extra = open_source(write_table(tmp_path / "more.parquet", rows, NAMES[:3], ["shot 3", "other", "shot 0"]))
+    assert own_shots(index(), extra).sources == ["shot 3", "shot 0"]
+    assert own_shots(index(), shots).sources == shots.sources
+    none = open_source(write_table(tmp_path / "none.parquet", rows, NAMES[:3], ["a", "b", "c"]))
+    with pytest.raises(InputError, match=r"none\.parquet: none of its 3 items is a shot of the index.*'shot 0'.*'a'"):
+        own_shots(index(), none)
+
+
+def test_shots_and_validation_images_have_to_be_of_the_index(shots: Source, tmp_path: Path) -> None:
+    foreign = open_source(write_table(tmp_path / "foreign.parquet", unit_rows(2, D), ["class 0", "zebra"]))
+    longer = open_source(write_table(tmp_path / "longer.parquet", unit_rows(2, D + 1), NAMES[:2]))
+    for given_, words in ((foreign, "foreign.parquet.*zebra"), (longer, f"longer.parquet.*{D + 1}.*{D}")):
+        for arguments in ({"shots": given_}, {"shots": shots, "val": given_}):
+            with pytest.raises(InputError, match=words) as error:
+                finetune.finetune(index(), encoder=Encoder(), recipe=OWN, **arguments)
+            assert "\n" not in str(error.value)
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": ()}, ["train", "nothing", "keys, values, visual, text"]),
+        ({"train": ("keys", "keys")}, ["train", "keys, keys"]),
+        ({"train": ("tower",)}, ["train", "tower"]),
+        *(({name: 0}, [f"{name} is 0"]) for name in ("epochs", "batch", "views", "train_k")),
+        *(({name: 2.5}, [f"{name} is 2.5", "whole"]) for name in ("epochs", "batch", "views", "train_k", "seed")),
+        ({"seed": -1}, ["seed is -1"]),
+        *(({"lr": value}, ["lr is"]) for value in (0.0, -1.0, math.nan, math.inf)),
+        *(({"eps": value}, ["eps is"]) for value in (0.0, -1.0, math.nan)),
+        *(({"weight_decay": value}, ["weight_decay is"]) for value in (-0.1, math.nan, math.inf)),
+        ({"settings": "best"}, ["settings 'best'", "tried, own"]),
+        ({"precision": "float8"}, ["precision 'float8'", "bfloat16"]),
+        ({"train_k": 3, "train": ("keys", "values")}, ["train_k"]),
+        ({"train": ("visual",)}, ["views", "fresh"]),
+        ({"train": ("keys", "visual"), "views": 4}, ["views", "fresh"]),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        Recipe(**changes)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_recipes_at_the_edge_are_allowed() -> None:
+    Recipe(weight_decay=0.0, epochs=1, batch=1, views=1, train_k=1, seed=0)
+    Recipe(train=("keys", "values", "visual", "text"), views=None)
+
+
+def test_nearest_keys_with_trained_values_are_refused(shots: Source) -> None:
+    """What a retrieved key gives would have to be learnt through its values; the plain form would teach another."""
+    cache = finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("values",))).cache
+    with pytest.raises(UsageError, match=r"^train_k: .*values"):
+        finetune.finetune(cache, shots, Encoder(), replace(OWN, train_k=3))
+
+
+def test_encoders_need_what_they_are_made_of(shots: Source, tmp_path: Path, model: Any) -> None:
+    encoder = Encoder(model)
+    with pytest.raises(UsageError, match=r"^train visual: there is no encoder"):
+        finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("visual",), views=None))
+    with pytest.raises(UsageError, match=r"^train text: there is no encoder"):
+        finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("text",)))
+    with pytest.raises(UsageError, match=r"^train text: the index has no templates"):
+        finetune.finetune(index(), shots, encoder, replace(OWN, train=("text",)))
+    with pytest.raises(UsageError, match=r"shots\.parquet: a feature table has no pixels"):
+        finetune.finetune(index(), shots, encoder, replace(OWN, train=("visual",), views=None))
+
+
+# --- encoders
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> Any:
+    return load_backbone(f"local-dir:{model_folder}", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two splits of small noisy pictures of one colour a class."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 4), ("val", 5)):
+        for name, colour in COLOURS.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = np.clip(np.array(colour) + generator.normal(0, 50, (36, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_index(pictures: Path, model: Any) -> CacheModel:
+    cache = of_images(pictures / "train", model)
+    cache.alpha, cache.beta = 0.5, 2.0
+    return cache
+
+
+def of_images(folder: Path, model: Any) -> CacheModel:
+    source = open_source(folder)
+    encoded = Encoder(model).encode(source)
+    names = list(source.class_names)
+    cache = CacheModel.from_features(
+        encoded.features,
+        source.labels,
+        names,
+        text_weights(model, names, ["a {} thing.", "{}"]),
+        logit_scale=model.logit_scale,
+        device="cpu",
+        sources=source.sources,
+    )
+    cache.templates, cache.backbone = ["a {} thing.", "{}"], model.identity
+    return cache
+
+
+def state_of(backbone: Any) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = backbone.tuned(["visual", "text"])
+    return state
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], part: str) -> bool:
+    own = [name for name in before if name.startswith("visual.") == (part == "visual")]
+    return any(not torch.equal(before[name], after[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    "train", [("visual",), ("text",), ("visual", "text"), ("keys", "visual"), ("keys", "values", "visual", "text")]
+)
+def test_encoders_are_trained_kept_and_found_again(
+    train: tuple[str, ...], model: Any, model_folder: Path, pictures: Path, image_index: CacheModel, tmp_path: Path
+) -> None:
+    source, val = open_source(pictures / "train"), open_source(pictures / "val")
+    before, identity = state_of(model), model.identity
+    recipe = Recipe(train=train, views=None, batch=5, epochs=5, lr=0.5)
+    keys = np.array(image_index.keys)
+    tuned = finetune.finetune(image_index, source, Encoder(model, views=3), recipe, val=val, parent="p")
+    assert model.identity == identity
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(model).items())
+    assert np.array_equal(image_index.keys, keys)
+    assert tuned.epoch > 0
+    assert losses(tuned)[-1] < losses(tuned)[0]
+    after = state_of(tuned.backbone)
+    for part in ("visual", "text"):
+        assert moved(before, after, part) == (part in train)
+    assert np.array_equal(tuned.cache.keys, keys) == ("keys" not in train)
+    assert torch.equal(tuned.cache.text_weights, image_index.text_weights) == ("text" not in train)
+    assert (tuned.cache.values is not None) == ("values" in train)
+    assert set(tuned.encoders) == {name for name in after if ("visual" if "visual." in name else "text") in train}
+
+    tuned.save(tmp_path / "tuned")
+    found = verify(tmp_path / "tuned")
+    again = load_backbone(f"local-dir:{model_folder}", device="cpu", tuned=found.tuned)
+    assert again.identity == found.backbone == tuned.backbone.identity != identity
+    if "text" in train:
+        expected = text_weights(again, found.class_names, found.templates)
+        np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
+    encoded = Encoder(again).encode(val).features
+    np.testing.assert_allclose(found.logits(encoded), tuned.cache.logits(Encoder(tuned.backbone).encode(val).features))
+    right = (found.logits(encoded, found.k).argmax(1).numpy() == found.ids_of(val)).mean()
+    assert tuned.choice is not None
+    assert right == pytest.approx(tuned.choice.accuracy)
+    trained = replace(found, alpha=facts(tuned)["alpha"], beta=facts(tuned)["beta"])
+    loss = functional.cross_entropy(trained.logits(encoded), torch.from_numpy(found.ids_of(val)))
+    assert tuned.curve.to_pylist()[tuned.epoch]["val_loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_validation_images_are_one_view_whatever_the_encoder_is_set_to(
+    model: Any, pictures: Path, image_index: CacheModel
+) -> None:
+    source, val = open_source(pictures / "train"), open_source(pictures / "val")
+    recipe = replace(OWN, batch=5, epochs=2, views=2)
+    one, other = (
+        finetune.finetune(image_index, source, Encoder(model, views=views, seed=seed), recipe, val=val).curve
+        for views, seed in ((1, 1), (4, 7))
+    )
+    assert told(one) == told(other)
+
+
+@pytest.mark.parametrize("views", [1, 3, None])
+def test_images_are_met_in_the_views_that_were_asked_for(
+    model: Any, pictures: Path, image_index: CacheModel, views: int | None
+) -> None:
+    source = open_source(pictures / "train")
+    recipe = Recipe(batch=5, views=views)
+    material = _Material.of(image_index, source.take([0, 0, 3, 5, 7, 11, 3]), Encoder(model), recipe, None)
+    seen: list[bytes] = []
+    for epoch in range(8):
+        batches = list(material.batches(recipe, epoch))
+        assert sorted(int(i) for _, ids in batches for i in ids) == [0, 0, 1, 1, 2]
+        assert len(batches) == material.steps(recipe) == 1
+        again = list(material.batches(recipe, epoch))
+        assert all(
+            torch.equal(x, y) for one, two in zip(batches, again, strict=True) for x, y in zip(one, two, strict=True)
+        )
+        seen += [row.numpy().tobytes() for features, _ in batches for row in features]
+    different = len(set(seen))
+    assert different == 40 if views is None else 5 * (views - 1) < different <= 5 * views
+
+
+@pytest.mark.parametrize("part", ["visual", "text"])
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_a_tower_in_two_passes_has_the_gradient_of_one(
+    part: str, chunk: int, model_folder: Path, pictures: Path
+) -> None:
+    plain_one, ours = (load_backbone(f"local-dir:{model_folder}", device="cpu") for _ in range(2))
+    if part == "visual":
+        inputs = torch.cat([p for _, p in Encoder(ours).pixels(open_source(pictures / "val"), "fresh/1/0", 8)])[:7]
+    else:
+        inputs = ["a red thing.", "a blue thing.", "a green one", "red", "blue", "what"]
+    targets = torch.arange(len(inputs)) % 3
+    weights = torch.from_numpy(unit_rows(3, 16, 2)) * 20
+    options = {"eps": 1e-4, "weight_decay": 0.01}
+
+    parameters = plain_one.parameters(part)
+    with plain_one.training([part]):
+        forward = plain_one.forward_images if part == "visual" else plain_one.forward_texts
+        loss = functional.cross_entropy(functional.normalize(forward(inputs), dim=1) @ weights.T, targets)
+        loss.backward()
+        expected = [None if p.grad is None else p.grad.clone() for p in parameters]
+        torch.optim.AdamW(parameters, lr=0.3 * ENCODER_RATE, **options).step()
+
+    tower = _Tower(ours, part, options)
+    tower._size = chunk
+    found: list[Any] = []
+    step = tower.optimizer.step
+    own = ours.parameters(part)
+    tower.optimizer.step = lambda lr: (found.extend(None if p.grad is None else p.grad.clone() for p in own), step(lr))
+    features = tower.features(inputs)
+    assert not features.requires_grad
+    features.requires_grad_()
+    functional.cross_entropy(features @ weights.T, targets).backward()
+    tower.step(inputs, features.grad, 0.3)
+    assert any(gradient is not None and float(gradient.abs().max()) > 1e-4 for gradient in expected)
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    for parameter, wanted in zip(own, parameters, strict=True):
+        torch.testing.assert_close(parameter, wanted, rtol=0, atol=2e-5)
+        assert parameter.grad is None
+        assert not parameter.requires_grad
+
+
+def test_all_parts_at_once_have_the_gradients_of_one_plain_backward(
+    model_folder: Path, pictures: Path, image_index: CacheModel
+) -> None:
+    """One step from the same state: every part moves as one torch graph over all of it would move it."""
+    theirs, ours = (load_backbone(f"local-dir:{model_folder}", device="cpu") for _ in range(2))
+    recipe = Recipe(train=("keys", "values", "visual", "text"), views=None, precision="float32")
+    positions, pixels = next(iter(Encoder(ours).pixels(open_source(pictures / "train"), "fresh/1/0", 12)))
+    ids = image_index.class_ids[torch.from_numpy(positions)]
+    trainer = Trainer(image_index, recipe, ours)
+    towers = trainer._towers
+    towers["visual"]._size, towers["text"]._size = 5, 2
+    value, _ = trainer.step(pixels, ids, 0.01)
+
+    prompts = [t.replace("{}", name) for name in image_index.class_names for t in image_index.templates]
+    keys = torch.nn.Parameter(torch.from_numpy(np.array(image_index.keys)))
+    values = torch.nn.Parameter(functional.one_hot(image_index.class_ids).float())
+    options: dict[str, Any] = {"eps": 1e-4, "weight_decay": 0.01}
+    with theirs.training(["visual", "text"]) as parameters:
+        f = functional.normalize(theirs.forward_images(pixels), dim=1)
+        texts = functional.normalize(theirs.forward_texts(prompts), dim=1).reshape(3, 2, -1).mean(1)
+        text = functional.normalize(texts, dim=1)
+        cache = torch.exp(image_index.beta * (f @ keys.T - 1)) @ values
+        loss = functional.cross_entropy(image_index.logit_scale * f @ text.T + image_index.alpha * cache, ids)
+        loss.backward()
+        torch.optim.AdamW([keys, values], lr=0.01, **options).step()
+        torch.optim.AdamW(parameters, lr=0.01 * ENCODER_RATE, **options).step()
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(trainer.keys, keys.data, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.values, values.data, rtol=0, atol=1e-5)
+    start = state_of(load_backbone(f"local-dir:{model_folder}", device="cpu"))
+    for name, tensor in state_of(theirs).items():
+        found = state_of(ours)[name]
+        torch.testing.assert_close(found, tensor, rtol=0, atol=1e-6)
+        assert float((found - tensor).norm()) <= 0.02 * float((tensor - start[name]).norm()) + 1e-7
+
+
+def test_towers_tuned_before_stay_tuned_when_another_is(
+    model_folder: Path, pictures: Path, image_index: CacheModel, model: Any, tmp_path: Path
+) -> None:
+    source = open_source(pictures / "train")
+    recipe = Recipe(train=("text",), views=None, batch=5, epochs=1, lr=0.5)
+    finetune.finetune(image_index, source, Encoder(model), recipe).save(tmp_path / "text")
+    first = CacheModel.load(tmp_path / "text", device="cpu")
+    base = load_backbone(f"local-dir:{model_folder}", device="cpu", tuned=first.tuned)
+    both = finetune.finetune(first, source, Encoder(base), replace(recipe, train=("visual",)))
+    both.save(tmp_path / "both")
+    found = CacheModel.load(tmp_path / "both", device="cpu")
+    again = load_backbone(f"local-dir:{model_folder}", device="cpu", tuned=found.tuned)
+    assert again.identity == found.backbone
+    expected = text_weights(again, found.class_names, found.templates)
+    np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [("visual",), ("text",)])
+@pytest.mark.parametrize("with_val", [False, True])
+@pytest.mark.parametrize("batch", [5, 100])
+def test_an_encoder_that_falls_apart_is_put_back(
+    train: tuple[str, ...], with_val: bool, batch: int, model: Any, pictures: Path, image_index: CacheModel,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    val = open_source(pictures / "val") if with_val else None
+    recipe = Recipe(train=train, views=None, batch=batch, epochs=1, lr=1e40)
+    tuned = finetune.finetune(image_index, open_source(pictures / "train"), Encoder(model), recipe, val=val)
+    assert tuned.collapsed is not None
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        f"training collapsed: {tuned.collapsed}; epoch 0 is kept"
+    ]
+    before = state_of(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(tuned.backbone).items())
+    tuned.save(tmp_path / "tuned")
+    found = verify(tmp_path / "tuned")
+    assert found.backbone == model.identity
+    assert torch.equal(found.text_weights, image_index.text_weights)
+
+
+# --- real features and photographs
+
+
+def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared: Path, tmp_path: Path) -> None:
+    from retrieval_tip.shots import few_shot
+
+    train, test = (open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test"))
+    text = Encoder().encode(words := open_source(shared / "data/clip-food9/text.parquet")).features
+    before, after = [], []
+    for seed in (1, 2):
+        own = train.take(few_shot(train.labels, 16, seed))
+        encoded = Encoder().encode(own).features
+        cache = CacheModel.from_features(
+            encoded, own.labels, words.labels, text, alpha=1.17, beta=5.5, sources=own.sources, device="cpu"
+        )
+        tuned = finetune.finetune(cache, own_shots(cache, own), Encoder(), Recipe(settings="own", seed=seed)).cache
+        queries, ids = Encoder().encode(test).features, cache.ids_of(test)
+        for found, results in ((cache, before), (tuned, after)):
+            results.append(float((found.logits(queries).argmax(1).numpy() == ids).mean()))
+        assert not np.array_equal(tuned.keys, cache.keys)
+    assert np.mean(after) >= np.mean(before) > 0.97
+
+
+# --- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: torch finds no CUDA GPU to compare with the CPU")
+@pytest.mark.parametrize("changes", [{}, {"train": ("keys", "values")}, {"train_k": 8}, {"precision": "bfloat16"}])
+def test_gpu_trains_as_the_cpu_does(shots: Source, val: Source, changes: dict[str, Any]) -> None:
+    recipe = replace(OWN, **changes, epochs=20)
+    cpu, gpu, again = (
+        finetune.finetune(index(device=device), shots, Encoder(), recipe, val=val) for device in ("cpu", "cuda", "cuda")
+    )
+    assert np.array_equal(gpu.cache.keys, again.cache.keys)
+    moved_by = cpu.cache.keys - index().keys
+    bound = 0.1 if "precision" in changes else 1e-2
+    assert cpu.epoch == gpu.epoch
+    assert np.linalg.norm(gpu.cache.keys - cpu.cache.keys) < bound * np.linalg.norm(moved_by)
+    np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=2e-2 if "precision" in changes else 1e-3)
+    assert abs(accuracy(gpu.cache) - accuracy(cpu.cache)) <= 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: torch finds no CUDA GPU to compare with the CPU")
+def test_gpu_trains_encoders_as_the_cpu_does(model_folder: Path, pictures: Path) -> None:
+    source = open_source(pictures / "train")
+    recipe = Recipe(train=("keys", "visual", "text"), views=None, batch=5, epochs=3, lr=0.1)
+    curves = []
+    for device in ("cpu", "cuda"):
+        backbone = load_backbone(f"local-dir:{model_folder}", device=device, precision="float32")
+        cache = of_images(pictures / "train", backbone)
+        keys = torch.from_numpy(cache.keys)
+        cache = CacheModel.from_features(
+            keys, cache.class_ids.cpu().numpy(), cache.class_names, cache.text_weights, beta=2.0, device=device
+        )
+        cache.templates = ["a {} thing.", "{}"]
+        curves.append(losses(finetune.finetune(cache, source, Encoder(backbone), recipe)))
+    np.testing.assert_allclose(*curves, rtol=1e-2)
