@@ -21,9 +21,12 @@ class AdamW:
 
     def step(self, lr: float) -> None:
         """Update the tensors that have a gradient, and drop the gradients."""
+        self._step(lr)
+        self._optimizer.zero_grad()
+
+    def _step(self, lr: float) -> None:
         self._optimizer.param_groups[0]["lr"] = lr
         self._optimizer.step()
-        self._optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """Moments and steps, by name."""
@@ -50,8 +53,10 @@ class BlockAdamW(AdamW):
 
     def step_block(self, part: slice, gradient: Tensor, lr: float) -> None:
         """Update the rows ``part``, which is a block, by their gradient ``[m, d]``."""
-        self._rows[part.start // self._block].grad = gradient
-        self.step(lr)
+        rows = self._rows[part.start // self._block]
+        rows.grad = gradient
+        self._step(lr)
+        rows.grad = None
 
 
 class RowAdamW:

@@ -557,7 +557,7 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
 @click.option("--weight-decay", type=float, default=0.01, show_default=True, help="AdamW's.")
 @click.option("--views-cache", type=click.IntRange(1), metavar="M",
               help="Encode M augmented views of each shot once, and draw from them.  "
-                   "[default: 8; with an encoder in training, fresh ones]")  # fmt: skip
+                   "[default: 16; with an encoder in training, fresh ones]")  # fmt: skip
 @click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode another view of each shot every epoch.")
 @click.option("--train-k", type=click.IntRange(1), metavar="N",
               help="Train only the N nearest keys of each query: for caches too large for dense steps.")  # fmt: skip

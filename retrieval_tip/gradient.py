@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from retrieval_tip import tip
 
-BLOCK = 1024
+BLOCK = 2048
 """Keys at a time on a CPU (benchmarks/finetune.py); a GPU takes all at once."""
 
 GATHERED = 1 << 24
@@ -57,18 +57,24 @@ class AllKeys:
     products: torch.dtype | None = None
     block: int = BLOCK
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache logits ``C`` ``[q, c]`` of queries ``[q, d]``, and the weights ``w`` ``[n, q]`` for the backward."""
+    def forward(self, features: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cache logits ``C`` ``[q, c]`` of queries ``[q, d]``, and the weights ``w`` ``[n, q]`` for the backward.
+
+        These are put into ``memory`` (``n q`` numbers, or more) where it is given: fresh memory costs as much as them.
+        """
+        n, q = len(self.keys), len(features)
+        weights = features.new_empty(n, q) if memory is None else memory[: n * q].view(n, q)
         queries = features.to(self._products)
-        weights = features.new_empty(len(self.keys), len(features))
-        cache = features.new_zeros(self.n_classes, len(features))
+        cache = features.new_zeros(self.n_classes, q)
+        same = self._products == features.dtype
         for part in self._parts():
-            affinity = tip.affinity(self.keys[part].to(self._products), queries).to(features.dtype)
-            weights[part] = tip.weight(affinity, self.beta)
+            w = weights[part]
+            affinity = tip.affinity(self.keys[part].to(self._products), queries, out=w if same else None)
+            tip.weight(affinity if same else affinity.to(w.dtype), self.beta, out=w)
             if self.values is None:
-                cache.index_add_(0, self.class_ids[part], weights[part])
+                cache.index_add_(0, self.class_ids[part], w)
             else:
-                cache.addmm_(self.values[part].T, weights[part])
+                cache.addmm_(self.values[part].T, w)
         return cache.T, weights
 
     def backward(
@@ -84,21 +90,25 @@ class AllKeys:
         """Gradients block by block, for ``d_cache`` ``[q, c]`` and the ``weights`` of :meth:`forward`.
 
         The gradient of the queries is added to ``d_features`` ``[q, d]`` where that is given. A block's keys and values
-        may be changed as soon as it is there: no later one depends on them.
+        may be changed as soon as it is there: no later one depends on them. It is to be used before the next one is
+        asked for, which takes its memory.
         """
         queries = features.to(self._products)
-        by_class = d_cache.T.contiguous()
+        by_class = self.beta * d_cache.T.contiguous()
+        memory = torch.empty(
+            min(self.block, len(self.keys)), features.shape[1], dtype=self._products, device=features.device
+        )
         for part in self._parts():
             w = weights[part]
             d_values = w @ d_cache if values else None
             d_keys = None
             if keys or d_features is not None:
                 met = by_class[self.class_ids[part]] if self.values is None else self.values[part] @ by_class
-                d_affinity = met.mul_(w).mul_(self.beta).to(self._products)
+                d_affinity = met.mul_(w).to(self._products)
                 if d_features is not None:
                     d_features += d_affinity.T @ self.keys[part].to(self._products)
                 if keys:
-                    d_keys = (d_affinity @ queries).to(features.dtype)
+                    d_keys = torch.mm(d_affinity, queries, out=memory[: len(w)]).to(features.dtype)
             yield Block(part, d_keys, d_values)
 
     @property

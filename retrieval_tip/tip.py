@@ -30,17 +30,17 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
-def affinity(features: Tensor, keys: Tensor) -> Tensor:
+def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
     """Inner products ``A = f K^T``: features ``[q, d]`` and keys ``[n, d]`` to ``[q, n]`` (paper, equation 4)."""
-    return features @ keys.T
+    return torch.mm(features, keys.T, out=out)
 
 
-def weight(affinity: Tensor, beta: float) -> Tensor:
+def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
     """What one key adds to the cache logit of its class: ``exp(-beta (1 - A))``, elementwise (paper, equation 4).
 
     ``beta`` is the sharpness: at 0 every key counts 1, and the larger it is the more only near keys count.
     """
-    return affinity.sub(1).mul_(beta).exp_()  # one allocation: this is the largest array there is
+    return torch.sub(affinity, 1, out=out).mul_(beta).exp_()  # one allocation at most: this is the largest array
 
 
 def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int) -> Tensor:

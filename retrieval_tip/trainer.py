@@ -29,7 +29,7 @@ TRAIN = ("keys", "values", *PARTS)
 ENCODER_RATE = 1e-3
 """The learning rate of an encoder, as a part of the keys'."""
 
-VIEWS = 8
+VIEWS = 16
 """Cached views a shot, where nothing else is asked for."""
 
 SETTINGS = ("tried", "own")
@@ -233,6 +233,7 @@ class _All:
         block = BLOCK if cache.device == "cpu" else cache.n
         products = getattr(torch, trainer.recipe.precision)
         c = len(cache.class_names)
+        self._memory = trainer.keys.new_empty(0)
         self._keys = AllKeys(trainer.keys, cache.class_ids, c, cache.beta, trainer.values, products, block)
         self.optimizers = {
             part: BlockAdamW(matrix, block, **options)
@@ -242,8 +243,11 @@ class _All:
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache logits, and the weights of the keys."""
-        return self._keys.forward(features)
+        """Cache logits, and the weights of the keys, until the next forward."""
+        size = len(self._keys.keys) * len(features)
+        if len(self._memory) < size:
+            self._memory = features.new_empty(size)
+        return self._keys.forward(features, self._memory)
 
     @torch.no_grad()
     def step(self, d_cache: Tensor, features: Tensor, weights: Tensor, lr: float, d_features: Tensor | None) -> None:
