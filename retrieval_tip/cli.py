@@ -582,7 +582,6 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
     on it, and alpha, beta and k are searched again. What was interrupted goes on with --resume, to the same result.
     """
     from retrieval_tip import plots
-    from retrieval_tip.cache_model import CacheModel, check_settings
     from retrieval_tip.finetune import finetune, own_shots, shots_of
     from retrieval_tip.sources import show
     from retrieval_tip.trainer import VIEWS, Recipe
@@ -601,10 +600,7 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
         settings="own" if own else "tried",
         **{name: given[name] for name in names},
     )
-    cache = CacheModel.load(folder, device=given["device"])
-    cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
-    cache.beta = cache.beta if given["beta"] is None else given["beta"]
-    check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale)
+    cache = _opened(folder, given)
     shots = shots_of(cache) if source is None else own_shots(cache, _source(source, given, "train"))
     sources = [shots]
     if given["val"] is not None:
@@ -781,14 +777,20 @@ def _warn(warnings: Iterable[str]) -> None:
         logging.getLogger("retrieval_tip").warning("%s", warning)
 
 
-def _index(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]:
-    """The index with the settings of the command line, or its own."""
+def _opened(folder: Path, given: dict[str, Any]) -> CacheModel:
+    """The index, with the alpha and beta of the command line where they are given."""
     from retrieval_tip.cache_model import CacheModel, check_settings
 
     cache = CacheModel.load(folder, device=given["device"])
     cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
     cache.beta = cache.beta if given["beta"] is None else given["beta"]
     check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale)
+    return cache
+
+
+def _index(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]:
+    """The index with the settings of the command line, or its own."""
+    cache = _opened(folder, given)
     k = cache.k if given["k"] is None else given["k"] or None
     return cache, k, cache.tail if given["tail"] is None else given["tail"]
 
