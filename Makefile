@@ -42,4 +42,8 @@ bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/encoding.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/scale.py --memory
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/memory.py --folder /tmp

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import hashlib
+import itertools
 import json
 import logging
 import os
 import random
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -198,19 +203,40 @@ def load_backbone(
         BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted);
             ``tuned`` is missing, damaged, or holds tensors that do not fit the model.
     """
-    device = resolve_device(device)
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "float32" if device == "cpu" else "float16"
+    device, precision = _resolved(device, precision)
     state = None if tuned is None else _read_tuned(Path(tuned))
-    backbone = OpenClipBackbone(_plan(model, pretrained), device, precision)
+    with _uncollected():
+        backbone = OpenClipBackbone(model, pretrained, device, precision)
     if state is not None:
         try:
             backbone.adopt(state)
         except BackboneError as error:
             raise BackboneError(f"{tuned}: {error}") from None
     return backbone
+
+
+def load_when_needed(identity: Identity, dim: int, *, device: str = "auto", precision: str = "auto") -> Trainable:
+    """The backbone ``identity`` of features ``[m, dim]``, loaded when first something is encoded, where that can wait.
+
+    It can for a ``local-dir:`` model whose files are, byte by byte, the ones that ``identity`` names; any other is
+    loaded now, whichever it is by now. Raises as :func:`load_backbone`; one that waited raises BackboneError when it is
+    loaded and is another one after all.
+    """
+    device, precision = _resolved(device, precision)
+    model = identity.model
+    if model.startswith("local-dir:") and _lies_in(Path(model.removeprefix("local-dir:")), identity):
+        return OpenClipBackbone(model, None, device, precision, (identity, dim))
+    return load_backbone(model, identity.pretrained, device=device, precision=precision)
+
+
+def _resolved(device: str, precision: str) -> tuple[str, str]:
+    """Device and precision, each as what ``auto`` stands for. Raises UsageError for others than there are."""
+    device = resolve_device(device)
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "float32" if device == "cpu" else "float16"
+    return device, precision
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
@@ -338,50 +364,146 @@ def _tag_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What open_clip made of a plan, and which one it is, but for its weights."""
+
+    plan: _Plan
+    model: Any
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    identity: Identity
+
+
+def _open(plan: _Plan, device: torch.device) -> _Opened:
+    """Raises BackboneError for weights that are missing, damaged, or cannot be fetched."""
+    import open_clip
+
+    name = plan.model
+    try:
+        with _quiet():
+            config = open_clip.get_model_config(name)
+            model, _, preprocess = _filled_once(
+                lambda: open_clip.create_model_and_transforms(
+                    name, plan.checkpoint or plan.pretrained, device=device, **plan.arguments
+                )
+            )
+            has_weights = name.startswith("local-dir:") is False or _has_weights(Path(name[10:]))
+    except Exception as error:  # open_clip, the hub, torch and safetensors each raise their own
+        raise _load_error(plan, error) from error
+    if not has_weights:
+        raise BackboneError(f"{plan.wanted}: holds no weights (*.safetensors, *.bin or *.pth)")
+    # Also while it is trained: batch statistics and dropout would give a picture another feature in each batch, and
+    # other features than the ones that it is compared with.
+    model.eval().requires_grad_(False)
+    identity = Identity(
+        model=name,
+        pretrained=plan.pretrained,
+        weights="",
+        config=_config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu"))),
+        preprocess={
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in model.visual.preprocess_cfg.items()
+        },
+    )
+    return _Opened(plan, model, preprocess, identity)
+
+
+def _lies_in(folder: Path, identity: Identity) -> bool:
+    """Whether a folder's safetensors file and configuration are what ``identity`` names, as far as they tell.
+
+    Then it need not be loaded to know that. False where only open_clip could tell.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        settings = config.get("preprocess_cfg", {})
+        same = _config_digest(config["model_cfg"], quick_gelu=False) == identity.config and all(
+            identity.preprocess.get(key) == value for key, value in settings.items() if key != "size"
+        )  # the size is the model's own
+        state = load_file(folder / "open_clip_model.safetensors") if same else {}  # the first that open_clip looks for
+    except Exception:  # whatever it is, loading the model will say it
+        return False
+    whole = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return same and _state_digest(whole) == identity.weights
+
+
+_OPENING = threading.Lock()
+
+
 class OpenClipBackbone:
     """A :class:`Trainable` backbone by open_clip. Make one with :func:`load_backbone`."""
 
-    def __init__(self, plan: _Plan, device: str, precision: str) -> None:
-        import open_clip
+    _folded: tuple[list[int], Any] | None = None
+    """By the versions of the image tower's tensors that it was made of: see :attr:`_folded_model`."""
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None,
+        device: str,
+        precision: str,
+        awaited: tuple[Identity, int] | None = None,
+    ) -> None:
+        """``awaited``: its identity and ``d`` where they are known; then it is loaded when something is encoded."""
         import torch
 
-        name = plan.model
-        try:
-            with _quiet():
-                config = open_clip.get_model_config(name)
-                self._model, _, self._preprocess = open_clip.create_model_and_transforms(
-                    name, plan.checkpoint or plan.pretrained, device=device, **plan.arguments
-                )
-                self._tokenizer = open_clip.get_tokenizer(name)
-                has_weights = name.startswith("local-dir:") is False or _has_weights(Path(name[10:]))
-        except Exception as error:  # open_clip, the hub, torch and safetensors each raise their own
-            raise _load_error(plan, error) from error
-        if not has_weights:
-            raise BackboneError(f"{plan.wanted}: holds no weights (*.safetensors, *.bin or *.pth)")
-        # Also while it is trained: batch statistics and dropout would give a picture another feature in each batch, and
-        # other features than the ones that it is compared with.
-        self._model.eval().requires_grad_(False)
+        self._names = (model, pretrained)
         self._device = torch.device(device)
         self._precision = precision
-        preprocess = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in self._model.visual.preprocess_cfg.items()
-        }
-        self._identity = Identity(
-            model=name,
-            pretrained=plan.pretrained,
-            weights="",
-            config=_config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu"))),
-            preprocess=preprocess,
-        )
+        self._opened: _Opened | None = None
         self._digested: list[int] | None = None
-        size = preprocess["size"]
+        if awaited is None:
+            self._opened = _open(_plan(model, pretrained), self._device)
+            self._identity = self._opened.identity
+        else:
+            self._identity = awaited[0]
+        size = self._identity.preprocess["size"]
         self._size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
-        self._dim = int(self.encode_texts(["a"]).shape[1])
+        if awaited is None:
+            self._dim = _text_dim(self._model) or int(self.encode_texts(["a"]).shape[1])
+        else:
+            self._dim = awaited[1]
+
+    def _open_model(self) -> _Opened:
+        with _OPENING:  # threads that decode images ask for it at the same time
+            if self._opened is None:
+                with _uncollected():
+                    opened = _open(_plan(*self._names), self._device)
+                found = replace(opened.identity, weights=_weights_digest(opened.model))
+                if found.fingerprint != self._identity.fingerprint:
+                    raise BackboneError(
+                        f"backbone {self._identity} is needed, but {found} is in use; their features cannot be compared"
+                    )
+                self._opened, self._digested = opened, _versions(opened.model)
+            return self._opened
+
+    @property
+    def _model(self) -> Any:
+        return self._open_model().model
+
+    @property
+    def _preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
+        return self._open_model().preprocess
+
+    @cached_property
+    def _tokenizer(self) -> Callable[[list[str]], torch.Tensor]:
+        """Made when there is a text: images need none."""
+        import open_clip
+
+        plan = self._open_model().plan
+        try:
+            with _quiet():
+                tokenizer: Callable[[list[str]], torch.Tensor] = open_clip.get_tokenizer(plan.model)
+        except Exception as error:  # as those of the model
+            raise _load_error(plan, error) from error
+        return tokenizer
 
     @property
     def identity(self) -> Identity:
         """Which one it is: the digest is of the weights as they are now, so that no cache takes old for new."""
+        if self._opened is None:
+            return self._identity
         versions = _versions(self._model)
         if versions != self._digested:
             self._identity = replace(self._identity, weights=_weights_digest(self._model))
@@ -408,8 +530,20 @@ class OpenClipBackbone:
         """64 on a GPU. 4 on a CPU, where larger batches spend their time on fresh memory (benchmarks/encoding.py)."""
         return 4 if self._device.type == "cpu" else 64
 
+    @property
+    def _folded_model(self) -> Any:
+        """The model to encode with, as its weights are now: on a CPU without batch norms, where that can be."""
+        if self._device.type != "cpu":
+            return self._model
+        versions = _versions(self._model.visual)
+        if self._folded is None or self._folded[0] != versions:
+            self._folded = versions, _fold_batch_norms(self._model, self._size)
+        return self._folded[1]
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """The model's own centre view, ``[3, h, w]`` float32."""
+        # Not in numpy: while threads that decode have OpenMP threads of their own, the model's spin little at their
+        # barriers. Where they spin on cores that others use too, encoding takes several times as long.
         tensor: torch.Tensor = self._preprocess(image)
         return tensor
 
@@ -429,7 +563,8 @@ class OpenClipBackbone:
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
         """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``."""
-        return _without_gradient(self.forward_images, pixels)
+        model = self._folded_model if len(pixels) > 1 else self._model  # folding takes longer than it gains for one
+        return _without_gradient(lambda given: self._forward_pixels(model, given), pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Raw features ``[t, d]`` float32 of sentences."""
@@ -437,10 +572,13 @@ class OpenClipBackbone:
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, with gradient."""
+        return self._forward_pixels(self._model, pixels)
+
+    def _forward_pixels(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
         channels_last = pixels.to(self._device, memory_format=torch.channels_last)  # convolutions prefer it
-        return self._forward(self._model.encode_image, channels_last)
+        return self._forward(model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Raw features ``[t, d]`` float32 of sentences, with gradient."""
@@ -496,12 +634,94 @@ class OpenClipBackbone:
         return not name.startswith(("visual.", "logit_scale", "logit_bias"))
 
 
+def _filled_once(create: Callable[[], Any]) -> Any:
+    """What ``create`` returns, a model first, without drawing the random weights that its checkpoint overwrites.
+
+    Where it did not write every parameter, all is made again in the plain way.
+    """
+    import torch
+    from torch.nn import init
+    from torch.overrides import TorchFunctionMode
+
+    draws = {init.normal_, init.uniform_, init.kaiming_uniform_, torch.Tensor.normal_, torch.Tensor.uniform_}
+    written: dict[int, torch.Tensor] = {}  # by id, and held, so that no other one gets it
+
+    class Undrawn(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func in draws:
+                tensor = args[0] if args else kwargs["tensor"]
+                if isinstance(tensor, torch.nn.Parameter):
+                    return tensor
+            elif func is torch.Tensor.copy_:
+                written[id(args[0])] = args[0]
+            return func(*args, **kwargs)
+
+    with Undrawn():
+        made = create()
+    return made if all(id(parameter) in written for parameter in made[0].parameters()) else create()
+
+
+def _text_dim(model: Any) -> int | None:
+    """Length of the features of a text, from the tower's last projection; None where it has none."""
+    import torch
+
+    tower = getattr(model, "text", model)
+    projection = getattr(tower, "text_projection", getattr(tower, "proj", None))  # open_clip's own, a Hugging Face one
+    if isinstance(projection, torch.nn.Sequential):
+        projection = projection[-1]
+    if isinstance(projection, torch.nn.Linear):
+        return projection.out_features
+    return int(projection.shape[1]) if isinstance(projection, torch.Tensor) else None
+
+
 def _without_gradient(forward: Callable[[Any], torch.Tensor], given: Any) -> FloatArray:
     import torch
 
     with torch.no_grad():  # not inference_mode: what a tower keeps from then could not take part in training later
         array: FloatArray = forward(given).float().cpu().numpy()
     return array
+
+
+def _fold_batch_norms(model: Any, size: tuple[int, int]) -> Any:
+    """``model``, or one that shares its tensors and gives its features of images up to float rounding, but faster.
+
+    A convolution takes the scale and the shift of the batch norm that follows it: one pass over the activations less,
+    and one that would be written to fresh memory. Modules tell what follows them by their order only, so ``model``
+    itself is returned where the two disagree on a picture.
+    """
+    import torch
+
+    if not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.visual.modules()):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.visual.parameters(), *model.visual.buffers())}
+    folded = copy.copy(model)
+    probe = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    with torch.no_grad():
+        try:
+            visual = copy.deepcopy(model.visual, shared)
+            folded._modules = model._modules | {"visual": visual}
+            for module in list(visual.modules()):
+                _fold_children(module)
+            expected, found = model.encode_image(probe), folded.encode_image(probe)
+        except RuntimeError:  # what cannot be copied, or takes other pictures
+            return model
+    return folded if float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) else model
+
+
+def _fold_children(module: Any) -> None:
+    """Fold each batch norm that stands right behind a convolution among a module's children into it."""
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+    for (_, conv), (name, norm) in itertools.pairwise(list(module.named_children())):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            setattr(module, name, nn.Sequential(*norm.children()))  # timm's norms hold the activation
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -550,8 +770,12 @@ def _versions(model: Any) -> list[int]:
 
 def _weights_digest(model: Any) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor: the same from a tag, a hub and a file."""
+    return _state_digest(model.state_dict())
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.reshape(-1).numpy())
@@ -583,6 +807,18 @@ def _load_error(plan: _Plan, error: Exception) -> BackboneError:
         else f"--pretrained {plan.pretrained}=FILE"
     )
     return BackboneError(f"wanted {plan.wanted}, which is not cached and cannot be fetched ({reason}); give {way_out}")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: open_clip's imports make a million objects that stay, and walking them took a third."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

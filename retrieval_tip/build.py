@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,15 @@ import torch
 
 from retrieval_tip import store
 from retrieval_tip.backbone import Identity
-from retrieval_tip.cache_model import KEY_BLOCK, LOGIT_SCALE, CacheModel, check_settings, label_table
+from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel, check_settings, label_table
 from retrieval_tip.defaults import check_form, measure, plain_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, read_features, same_backbone, table_identity
+from retrieval_tip.keys import KEY_BLOCK, index_over, text_index_over
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.shots import few_shot
 from retrieval_tip.sources import Source, open_source
-from retrieval_tip.vector_index import VectorIndex
+from retrieval_tip.vector_index import auto_factory
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def build_index(
     alpha: float | None = None,
     beta: float | None = None,
     normalize: str | None = None,
-    k: int | None = None,
+    k: int | Literal["auto"] | None = "auto",
     logit_scale: float | None = None,
     device: str = "auto",
 ) -> CacheModel:
@@ -60,14 +61,15 @@ def build_index(
         templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
         text: a feature table of text features instead, labelled by class: one or more prompts a class. Its classes, in
             its order, are the index's; a class without an image is allowed, an unknown label is not.
-        index: FAISS factory string.
+        index: FAISS factory string, ``Classes``, or ``auto`` (:func:`vector_index.auto_factory`).
         dtype: of the stored keys, ``float32`` or ``float16``.
         alpha: residual ratio.
         beta: sharpness.
         normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). Where all three are left out they
             follow from the shots' own affinities (``both``); where one of alpha and beta is given it is ``none``, and
             the other is the paper's (1.0 and 5.5).
-        k: how many keys a query uses by default; ``None`` is all.
+        k: how many keys a query uses by default; ``None`` is all. ``auto`` is what goes with the choice of
+            ``index="auto"``, all with any other.
         logit_scale: the backbone's own by default, 100 where there is none.
         device: of the classifier that is returned.
 
@@ -79,7 +81,7 @@ def build_index(
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
     backbone = encoder.backbone
     scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else LOGIT_SCALE
-    check_settings(alpha or 0.0, beta or 0.0, k, scale)
+    check_settings(alpha or 0.0, beta or 0.0, None if k == "auto" else k, scale)
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_form(form)
     class_names, weights, prompts = _text(source, encoder, templates, text)
@@ -102,6 +104,7 @@ def build_index(
             log.warning("%d classes have no key: %s", len(bare), _few([class_names[i] for i in bare]))
         statistics = measure(keys, ids[order])
         plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
+        factory, few = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
         items = source.items.take(pa.array(order))
         if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
             digests = items["digest"].to_pylist()
@@ -119,11 +122,12 @@ def build_index(
             ),
             class_names=list(class_names),
             text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
-            index=VectorIndex.build(keys, index, device="cpu"),
+            index=index_over(keys, ids[order], len(class_names), factory, device="cpu"),
+            text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
             alpha=plain_alpha,
             beta=plain_beta,
             logit_scale=scale,
-            k=k,
+            k=few if k == "auto" else k,
             templates=prompts,
             backbone=_identity(source, encoder),
             provenance={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +20,27 @@ from retrieval_tip import store, tip
 from retrieval_tip.backbone import Identity, resolve_device
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.features import Encoder
+from retrieval_tip.keys import HALF_ERROR, KEY_BLOCK, QUERY_BLOCK, Keys, index_over, own_affinity, text_index_over
 from retrieval_tip.sources import Source
-from retrieval_tip.vector_index import VectorIndex
+from retrieval_tip.vector_index import VectorIndex, auto_factory
 
 ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
 """The paper's defaults (its code's, for ImageNet) and the temperature of OpenAI's CLIP."""
 
-QUERY_BLOCK, KEY_BLOCK = 512, 16384
-"""The largest affinity block that exists at a time is [512, 16384] float32, 32 MiB, whatever the sizes."""
+LOGITS = 1 << 25
+"""Logits that are computed for one purpose at a time: 128 MiB of float32."""
+
+LEAST_CLASSES = 2
+"""Classes that a query may meet whole at least: with one, only the answer's own logit would be right."""
+
+CLOSE = 4 * HALF_ERROR
+"""Answers that are decided by less than this fraction of the cache logits are not left to half precision."""
+
+SHORTLIST = 32
+"""Classes near a query by text, and as many by mean key, that are compared where there are too many to compare all."""
+
+GROWTH, ALL_FROM = 4, 8
+"""A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
 
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer[Any]]
 Features = npt.NDArray[np.floating[Any]] | Tensor
@@ -50,8 +63,9 @@ class Prediction:
 
     ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
     ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
-    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order; the nearest
-    ``neighbours``.
+    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order, ``None`` where
+    the classes are so many that only a shortlist was compared, which the probabilities are then over; the nearest
+    ``neighbours``. ``keys``: how many of the keys settled the answer, where it was certified.
     """
 
     label: str
@@ -60,8 +74,24 @@ class Prediction:
     probabilities: list[float]
     text_logit: float
     cache_logit: float
-    logits: npt.NDArray[np.float32] = field(compare=False)
+    logits: npt.NDArray[np.float32] | None = field(compare=False)
     neighbours: list[Neighbour]
+    keys: int | None = None
+
+
+@dataclass(frozen=True)
+class Certified:
+    """Logits whose winners are those over all keys, by :meth:`CacheModel.certified`.
+
+    ``text`` and ``cache`` ``[q, c]`` as :meth:`CacheModel.terms` gives them; ``keys`` ``[q]`` int64, how many of the
+    nearest keys settled each query, ``n`` where it took all; ``proved``, whether that is proof: after exact search it
+    is, after approximate search it is evidence, and the winners agree with those over all keys as far as was looked.
+    """
+
+    text: Tensor
+    cache: Tensor
+    keys: Tensor
+    proved: bool
 
 
 @dataclass
@@ -70,13 +100,17 @@ class CacheModel:
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class; ``labels`` describes them, row by row; ``text_weights``
     ``[c, d]`` float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index;
-    ``temperature`` divides the logits where they become probabilities, and nowhere else. ``class_ids`` ``[n]`` int64,
-    on the device, repeats what ``labels`` say.
+    ``temperature`` divides the logits where they become probabilities, and nowhere else; ``precision`` is that of the
+    products with all keys (:class:`keys.Keys`); ``text_index`` finds the text weights near a query, where the classes
+    are so many that not even these are all met. ``class_ids`` ``[n]`` int64, on the device, repeats what ``labels``
+    say.
 
     A fine-tuned cache may have more: ``values`` ``[n, c]`` float32, on the device, what each key gives to each class in
     place of 1 to its own (:class:`tip.Values`); ``tuned``, the safetensors file of the fine-tuned encoder that the
-    features come from; ``curve``, the loss curve of the training, a row an epoch. Change ``keys`` or ``values`` of a
-    copy, with :func:`dataclasses.replace`. Raises InputError for values of another shape or a curve without rows.
+    features come from; ``curve``, the loss curve of the training, a row an epoch.
+
+    Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with :func:`dataclasses.replace`. Raises
+    InputError for values of another shape or a curve without rows.
     """
 
     keys: npt.NDArray[Any]
@@ -98,19 +132,22 @@ class CacheModel:
     values: Tensor | None = None
     tuned: Path | None = None
     curve: pa.Table | None = None
+    precision: str = "float32"
+    text_index: VectorIndex | None = None
 
     def __post_init__(self) -> None:
         check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
-        self.class_ids = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64)).to(self.device)
+        class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
+        means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
+        self._keys = Keys(self.keys, class_ids, len(self.class_names), self.device, self.precision, means)
+        self.class_ids = self._keys.class_ids
         self.text_weights = self.text_weights.to(self.device)
         if self.values is not None:
             _check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row a key")
             self.values = self.values.detach().to(self.device, torch.float32)
         if self.curve is not None and not len(self.curve):
             raise InputError("curve: has no rows; give one an epoch, or None")
-        self._key_sums: Tensor | None = None
         self._value_sums: Tensor | None = None
-        self._on_device: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
@@ -148,6 +185,7 @@ class CacheModel:
         device: str = "auto",
         sources: Sequence[str] | None = None,
         values: Features | None = None,
+        precision: str = "float32",
     ) -> Self:
         """A classifier from features that are already at hand.
 
@@ -160,14 +198,16 @@ class CacheModel:
             alpha: residual ratio, how much the cache counts beside the text (paper, equation 6).
             beta: sharpness of the exponential (paper, equation 4).
             logit_scale: the backbone's temperature factor.
-            index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...
+            index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...; ``Classes`` for whole
+                classes; ``auto`` by :func:`vector_index.auto_factory`, which sets ``k`` too.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             sources: path or id of each key, for explanations.
             values: ``[n, c]`` what each key gives to each class, trained; ``None`` is 1 to its own class.
+            precision: of the products with all keys: ``float32``, ``bfloat16``, ``float16``, or ``auto`` (measured).
 
         Raises:
             InputError: shapes that do not fit, values that are not finite, labels that are no class.
-            UsageError: alpha, beta, device or index that cannot work.
+            UsageError: alpha, beta, device, index or precision that cannot work.
         """
         matrix = _matrix(keys, "keys")
         names = _class_names(class_names)
@@ -178,30 +218,45 @@ class CacheModel:
         order = np.argsort(ids, kind="stable")
         table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
         ordered = np.ascontiguousarray(matrix[order])
+        factory, k = auto_factory(len(ids), len(names)) if index == "auto" else (index, None)
+        weights = _text_weights(text_weights, len(names), matrix.shape[1])
         return cls(
             keys=ordered,
             labels=table,
             class_names=names,
-            text_weights=_text_weights(text_weights, len(names), matrix.shape[1]),
-            index=VectorIndex.build(ordered, index, device),
+            text_weights=weights,
+            index=index_over(ordered, ids[order], len(names), factory, device),
+            text_index=text_index_over(weights.numpy(), factory, device),
             alpha=alpha,
             beta=beta,
             logit_scale=logit_scale,
+            k=k,
             device=device,
             values=None if values is None else _values(values, len(ids), len(names))[order],
+            precision=precision,
         )
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], *, device: str = "auto") -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        check: store.Check | None = None,
+    ) -> Self:
         """Open the current version of an index folder; every file is checked against its digest first.
 
-        Keys and values stay on disk, memory-mapped. Raises StoreError naming the file that is missing, damaged, does
-        not fit the manifest, or is of a newer format.
+        ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
+        (:meth:`keys.Keys.products`); ``float32`` answers the same everywhere. ``check`` is that check where it was
+        begun before, and its version is opened. Keys and values stay on disk, memory-mapped. Raises StoreError naming
+        the file that is missing, damaged, does not fit the manifest, or is of a newer format.
         """
         place = Path(folder)
         device = resolve_device(device)
-        manifest = store.read_manifest(place)
-        store.check_files(place, manifest)
+        check = check or store.Check(place)
+        manifest = check.manifest
+        check.wait()
         files, classes = manifest.files, len(manifest.class_names)
         keys = store.read_array(place, files["keys"], (manifest.n, manifest.d))
         text = store.read_array(place, files["text"], (classes, manifest.d))
@@ -210,8 +265,9 @@ class CacheModel:
             if "values" in files
             else None
         )
-        index = VectorIndex.load(place / files["index"].name, manifest.index, device)
-        if (index.n, index.d) != (manifest.n, manifest.d) or keys.dtype != manifest.dtype:
+        index = VectorIndex.load(place / files["index"].name, manifest.index, device, keys.dtype == np.float16)
+        expected = (classes if index.by_class else manifest.n, manifest.d)
+        if (index.n, index.d) != expected or keys.dtype != manifest.dtype:
             raise StoreError(f"{place / files['index'].name}: does not fit the manifest; build the index again")
         return cls(
             keys=keys,
@@ -233,6 +289,10 @@ class CacheModel:
             values=values,
             tuned=store.find_weights(place, files["weights"]) if "weights" in files else None,
             curve=store.read_curve(place, files["curve"]) if "curve" in files else None,
+            precision=precision,
+            text_index=VectorIndex.load(place / files["text_index"].name, manifest.index, device)
+            if "text_index" in files
+            else None,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -245,11 +305,11 @@ class CacheModel:
             writer.seal_array("keys", self.keys)
             self.commit(writer)
 
-    def save_settings(self, folder: str | os.PathLike[str]) -> None:
+    def save_settings(self, folder: str | os.PathLike[str], *, index: bool = False) -> None:
         """Write alpha, beta, k, tail, temperature and provenance as a new version of the folder this was loaded from.
 
-        No data file is written again: all are that version's. Raises StoreError where the index has changed since it
-        was loaded.
+        No data file is written again, but the FAISS one with ``index``: all are that version's. Raises StoreError where
+        the index has changed since it was loaded.
         """
         with store.write(Path(folder)) as writer:
             found = writer.parent.version if writer.parent else None
@@ -258,6 +318,8 @@ class CacheModel:
                     f"{folder}: is at version {found}, not at {self.version} as when it was opened; try again"
                 )
             writer.keep_all()
+            if index:
+                self._seal_index(writer)
             self._commit(writer)
 
     def commit(self, writer: store.Writer) -> None:
@@ -265,15 +327,17 @@ class CacheModel:
 
         ``tuned`` is copied, by content, and is the copy from then on. Errors as for :meth:`save`.
         """
-        staged = writer.stage("index")
-        self.index.save(staged)
-        writer.seal("index", staged, self.n)
+        self._seal_index(writer)
         staged = writer.stage("labels")
         store.write_table(staged, self.labels, "labels")
         writer.seal("labels", staged, self.n)
         staged = writer.stage("text")
         store.write_array(staged, self.text_weights.cpu().numpy())
         writer.seal("text", staged, len(self.class_names))
+        if self.text_index is not None:
+            staged = writer.stage("text_index")
+            self.text_index.save(staged)
+            writer.seal("text_index", staged, len(self.class_names))
         if self.values is not None:
             writer.seal_array("values", self.values.cpu().numpy())
         tuned = None if self.tuned is None else writer.seal_weights(self.tuned)
@@ -283,6 +347,11 @@ class CacheModel:
             writer.seal("curve", staged, len(self.curve))
         self._commit(writer)
         self.tuned = tuned
+
+    def _seal_index(self, writer: store.Writer) -> None:
+        staged = writer.stage("index")
+        self.index.save(staged)
+        writer.seal("index", staged, self.n)
 
     def _commit(self, writer: store.Writer) -> None:
         parent = writer.parent.version if writer.parent else None
@@ -317,15 +386,12 @@ class CacheModel:
         Arguments and errors as for :meth:`logits`.
         """
         check_settings(self.alpha, self.beta, k, self.logit_scale)
-        f = _tensor(features, self.d).to(self.device)
-        text = torch.empty(len(f), len(self.class_names), device=self.device)
-        cache = torch.empty_like(text)
-        for start in range(0, len(f), QUERY_BLOCK):
-            block = f[start : start + QUERY_BLOCK]
-            part = slice(start, start + len(block))
-            text[part] = tip.text_logits(block, self.text_weights, self.logit_scale)
-            cache[part] = self._all(block) if k is None or k >= self.n else self._retrieved(block, k, tail)
-        largest = (text.abs().max(), cache.abs().max()) if len(f) else (text.new_zeros(()), cache.new_zeros(()))
+        text, cache, _ = self._terms(_tensor(features, self.d).to(self.device), k, tail, certify=False)
+        self._check_overflow(text, cache)
+        return text, cache
+
+    def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
+        largest = (_largest(text), _largest(cache)) if len(text) else (text.new_zeros(()), cache.new_zeros(()))
         if not torch.isfinite(largest[1]):
             raise InputError(
                 f"beta {self.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
@@ -335,7 +401,27 @@ class CacheModel:
                 f"alpha {self.alpha:g} or logit_scale {self.logit_scale:g}: too large, the logits overflow; "
                 "use smaller ones"
             )
-        return text, cache
+
+    def certified(self, features: Features, k: int | None = None, tail: bool = True) -> Certified:
+        """Text and cache logits from as few keys as settle each query: ``k``, then four times as many, at last all.
+
+        A query is settled where no key that it has not met can change its winner (:func:`tip.certificate`; with an
+        index over classes :func:`tip.settled`). A fine-tuned cache with values always takes all keys: what these
+        give may be negative. Arguments and errors as for :meth:`logits`.
+        """
+        check_settings(self.alpha, self.beta, k, self.logit_scale)
+        f = _tensor(features, self.d).to(self.device)
+        text = f.new_empty(len(f), len(self.class_names))
+        cache, keys = torch.empty_like(text), torch.full((len(f),), self.n)
+        left = torch.arange(len(f), device=self.device)
+        while len(left):
+            if k is not None and (k > self.n // ALL_FROM or self.values is not None):
+                k = None
+            text[left], cache[left], settled = self._terms(f[left], k, tail, certify=True)
+            keys[left.cpu()] = self.n if k is None else k
+            left, k = left[~settled], None if k is None else k * GROWTH
+        self._check_overflow(text, cache)
+        return Certified(text, cache, keys, proved=self.index.exact_search)
 
     def logits(self, features: Features, k: int | None = None, tail: bool = True) -> Tensor:
         """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
@@ -352,22 +438,31 @@ class CacheModel:
         return tip.blend(text, cache, self.alpha)
 
     def classify(
-        self, features: Features, top: int = 1, k: int | None = None, tail: bool = True, neighbours: int = 5
+        self,
+        features: Features,
+        top: int = 1,
+        k: int | None = None,
+        tail: bool = True,
+        neighbours: int = 5,
+        certify: bool = False,
     ) -> list[Prediction]:
         """One :class:`Prediction` a query: label, probability, and the ``neighbours`` nearest keys that made it.
 
-        Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first.
+        Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
+        meets as many keys as settle its label (:meth:`certified`).
         """
         if top < 1:
             raise UsageError(f"top is {top}: at least 1 class has to be reported")
-        text, cache = self.terms(features, k, tail)
+        classes, text, cache, keys = self._answers(features, top, k, tail, certify)
         logits = tip.blend(text, cache, self.alpha)
-        ranked = logits.topk(min(top, len(self.class_names)), dim=1).indices  # no temperature can change it
-        chances = tip.probabilities(logits, self.temperature).gather(1, ranked)
+        places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
+        ranked = places if classes is None else classes.gather(1, places)
+        chances = tip.probabilities(logits, self.temperature).gather(1, places)
         near = self._neighbours(features, min(neighbours, k or neighbours)) if neighbours > 0 else [[]] * len(logits)
-        winner = ranked[:, :1]
+        winner = places[:, :1]
         parts = torch.cat([text.gather(1, winner), self.alpha * cache.gather(1, winner)], dim=1).tolist()
-        by_query = zip(chances.tolist(), ranked.tolist(), parts, logits.cpu().numpy(), near, strict=True)
+        rows = logits.cpu().numpy() if classes is None else [None] * len(logits)
+        by_query = zip(chances.tolist(), ranked.tolist(), parts, rows, near, keys, strict=True)
         return [
             Prediction(
                 label=self.class_names[ids[0]],
@@ -378,9 +473,50 @@ class CacheModel:
                 cache_logit=part[1],
                 logits=row,
                 neighbours=nearest,
+                keys=number,
             )
-            for probabilities, ids, part, row, nearest in by_query
+            for probabilities, ids, part, row, nearest, number in by_query
         ]
+
+    def _answers(
+        self, features: Features, top: int, k: int | None, tail: bool, certify: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor, Sequence[int | None]]:
+        """The classes that logits are of, ``None`` for all; text and cache logits; the keys that settled each query."""
+        if certify:
+            found = self.certified(features, k, tail)
+            return None, found.text, found.cache, found.keys.tolist()
+        many = self.text_index is not None and self.index.by_class and self.values is None
+        if many and k is not None and k < self.n and top <= SHORTLIST:
+            check_settings(self.alpha, self.beta, k, self.logit_scale)
+            f = _tensor(features, self.d).to(self.device)
+            parts = [self._shortlist(part, k, tail) for part in f.split(QUERY_BLOCK)]
+            classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
+            self._check_overflow(text.nan_to_num(neginf=0.0), cache)
+            return classes, text, cache, [None] * len(f)
+        text, cache = self.terms(features, k, tail)
+        return None, text, cache, [None] * len(text)
+
+    def _shortlist(self, features: Tensor, k: int, tail: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The classes near each query by text or by mean key, ``[q, m]``, their text and their cache logits.
+
+        A class that is there twice has the text logit -inf the second time.
+        """
+        assert self.text_index is not None
+        keys = self._keys
+        near = [index.search_tensor(features, SHORTLIST)[1] for index in (self.index, self.text_index)]
+        classes, _ = torch.cat(near, dim=1).sort(dim=1)
+        again = torch.cat([classes[:, :1] < 0, (classes[:, 1:] == classes[:, :-1]) | (classes[:, 1:] < 0)], dim=1)
+        text = self.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
+        text.masked_fill_(again, -torch.inf)
+        classes = classes.clamp_min(0)
+        cache = tip.at_mean(
+            keys.counts[classes], own_affinity(features, classes, lambda rows: keys.means[rows]), self.beta
+        )
+        most = max(LEAST_CLASSES, round(k / keys.mean_count))
+        places, met = tip.promising(text, cache, self.alpha, keys.slack(self.beta), most)
+        exact = keys.class_logits(features, classes.gather(1, places), met, self.beta)
+        exact = torch.where(met, exact, cache.gather(1, places)) if tail else exact
+        return classes, text, (cache if tail else cache.zero_()).scatter_(1, places, exact)
 
     def classify_source(
         self,
@@ -390,6 +526,7 @@ class CacheModel:
         k: int | None = None,
         tail: bool = True,
         neighbours: int = 5,
+        certify: bool = False,
     ) -> Iterator[tuple[str, Prediction]]:
         """Classify images or a feature table: name and prediction of each item that could be read, in order.
 
@@ -398,8 +535,13 @@ class CacheModel:
         """
         names = source.sources
         for block in encoder.blocks(source):
-            found = self.classify(block.features, top, k, tail, neighbours)
-            yield from zip((names[i] for i in block.positions), found, strict=True)
+            for part in self.parts(len(block.positions)):
+                found = self.classify(block.features[part], top, k, tail, neighbours, certify)
+                yield from zip((names[i] for i in block.positions[part]), found, strict=True)
+
+    def parts(self, q: int) -> Iterator[slice]:
+        """Slices of ``q`` queries that have :data:`LOGITS` logits at most."""
+        return _slices(q, max(1, LOGITS // len(self.class_names)))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
         """Class ids of the items of a labelled source.
@@ -465,7 +607,8 @@ class CacheModel:
         ids = self.labels["class_id"].to_numpy()[rows]
         grouped = np.asarray(rows)[np.argsort(ids, kind="stable")]
         keys = np.asarray(self.keys[grouped])
-        index = VectorIndex.build(keys, self.index.factory, self.device)
+        index = index_over(keys, np.sort(ids), len(self.class_names), self.index.factory, self.device)
+        index.effort = self.index.effort
         labels = self.labels.take(pa.array(grouped))
         return replace(self, keys=keys, labels=labels, index=index, version=None, values=self._values_of(grouped))
 
@@ -473,53 +616,136 @@ class CacheModel:
         return None if self.values is None else self.values[rows]
 
     def _replace(self, keys: npt.NDArray[Any], labels: pa.Table, values: Tensor | None) -> None:
-        self.index = VectorIndex.build(keys, self.index.factory, self.device)
-        self.keys, self.labels, self.values = keys, labels, values
+        ids = labels["class_id"].to_numpy()
+        index = index_over(keys, ids, len(self.class_names), self.index.factory, self.device)
+        index.effort = self.index.effort
+        self.index, self.keys, self.labels, self.values = index, keys, labels, values
         self.__post_init__()
 
-    def _all(self, features: Tensor) -> Tensor:
-        """Cache logits over every key, a block at a time; keys are grouped, so a block meets few classes."""
-        cache = torch.zeros(len(features), len(self.class_names), device=self.device)
-        start = 0
-        for keys, ids in self.key_blocks():
-            affinity = tip.affinity(features, keys)
-            if self.values is None:
-                low, high = int(ids[0]), int(ids[-1]) + 1
-                cache[:, low:high] += tip.cache_logits(affinity, ids - low, high - low, self.beta)
-            else:
-                values = tip.Values(self.values[start : start + len(keys)])
-                cache += tip.cache_logits(affinity, ids, len(self.class_names), self.beta, values=values)
-            start += len(keys)
+    def _terms(self, features: Tensor, k: int | None, tail: bool, certify: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`terms` of features on the device, whose logits may overflow.
+
+        Also which queries ``[q]`` are settled; all are, unless that is to be looked at, to ``certify``.
+        """
+        c = len(self.class_names)
+        text = features.new_empty(len(features), c)
+        settled = torch.ones(len(features), dtype=torch.bool, device=self.device)
+        if k is None or k >= self.n:
+            tip.text_logits(features, self.text_weights, self.logit_scale, out=text)
+            return text, self._over_all(features, text), settled
+        cache = torch.empty_like(text)
+        meet = self._meet_classes if self.index.by_class else self._meet_nearest
+        meet(features, k, tail, text, cache, settled if certify else None)
+        return text, cache, settled
+
+    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
+        """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
+        products = self._keys.products(self.beta, len(features))
+        cache = self._keys.cache_logits(features, self.beta, self.values, products)
+        if products != torch.float32 and self.values is None:
+            parts = _slices(len(features), QUERY_BLOCK)
+            close = torch.cat([tip.close(text[part], cache[part], self.alpha, CLOSE) for part in parts])
+            cache[close] = self._keys.cache_logits(features[close], self.beta, products=torch.float32)
         return cache
 
-    def _retrieved(self, features: Tensor, k: int, tail: bool) -> Tensor:
-        """Cache logits over the nearest keys; empty slots have affinity 0, row 0 and class id ``c``."""
-        c = len(self.class_names)
-        affinity, found = self.nearest(features, k)
-        rows = torch.from_numpy(found).to(self.device)
+    def _meet_classes(
+        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
+    ) -> None:
+        """Text logits, and cache logits over the keys of the classes that can win, about ``k`` at most, ``[q, c]``.
+
+        Which queries are settled goes into ``settled`` ``[q]``, where it is given. First come all queries' classes: the
+        more queries meet a class at once, the less often its keys are read.
+        """
+        keys, slack = self._keys, self._keys.slack(self.beta)
+        most = min(max(LEAST_CLASSES, round(k / keys.mean_count)), len(self.class_names))
+        classes = torch.empty(len(features), most, dtype=torch.int64, device=self.device)
+        met = torch.empty(classes.shape, dtype=torch.bool, device=self.device)
+        for part in _slices(len(features), QUERY_BLOCK):
+            tip.text_logits(features[part], self.text_weights, self.logit_scale, out=text[part])
+            tip.affinity(features[part], keys.means, out=cache[part])
+            tip.at_mean(keys.counts, cache[part], self.beta, out=cache[part])
+            classes[part], met[part] = tip.promising(text[part], cache[part], self.alpha, slack, most)
+            if settled is not None:
+                settled[part] = tip.settled(text[part], cache[part], self.alpha, slack, classes[part])
+        if self.values is None:
+            exact = keys.class_logits(features, classes, met, self.beta)
+            exact = torch.where(met, exact, cache.gather(1, classes)) if tail else exact
+            (cache if tail else cache.zero_()).scatter_(1, classes, exact)
+            return
+        for part in _slices(len(features), QUERY_BLOCK):
+            rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
+            ids, affinity = self._met(keys.affinity(features[part], rows), rows)
+            totals = tip.Totals.of(features[part], keys.sums, keys.counts) if tail else None
+            cache[part] = self._over(rows, ids, affinity, totals)
+
+    def _meet_nearest(
+        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
+    ) -> None:
+        """Text logits and cache logits over the nearest keys, as :meth:`_meet_classes`."""
+        for part in _slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, len(self.class_names)))):
+            f = features[part]
+            tip.text_logits(f, self.text_weights, self.logit_scale, out=text[part])
+            affinity, rows = self._nearest(f, k)
+            ids, affinity = self._met(affinity, rows)
+            totals = tip.Totals.of(f, self._keys.sums, self._keys.counts) if tail or settled is not None else None
+            cache[part] = self._over(rows, ids, affinity, totals if tail else None)
+            if settled is not None and totals is not None:
+                logits = tip.blend(text[part], cache[part], self.alpha)
+                settled[part] = tip.certificate(logits, affinity, ids, totals, self.alpha, self.beta, tail=tail)
+
+    def _met(self, affinity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Class ids and affinities ``[q, k]`` of keys by row; empty slots, row -1, have the id ``c`` and affinity 0."""
         empty = rows < 0
-        rows = rows.clamp_min(0)
-        ids = self.class_ids[rows].masked_fill(empty, c)
-        totals = tip.Totals.of(features, self._sums(), self._counts()) if tail else None
+        ids = self.class_ids[rows.clamp_min(0)].masked_fill_(empty, len(self.class_names))
+        return ids, affinity.masked_fill(empty, 0)
+
+    def _over(self, rows: Tensor, ids: Tensor, affinity: Tensor, tail: tip.Totals | None) -> Tensor:
+        """Cache logits ``[q, c]`` over keys of each query's own."""
         values = None
         if self.values is not None:
-            values = tip.Values(self.values, rows, self._sums_of_values() if tail else None)
-        return tip.cache_logits(affinity.masked_fill(empty, 0), ids, c, self.beta, totals, values)
+            values = tip.Values(self.values, rows.clamp_min(0), self._sums_of_values() if tail else None)
+        return tip.cache_logits(affinity, ids, len(self.class_names), self.beta, tail, values)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
 
         Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
         """
-        found, rows = self.index.search(features.cpu().numpy(), k)
-        affinity = torch.from_numpy(found).to(self.device)
-        if not self.index.exact_affinity:
-            step = max(1, QUERY_BLOCK * KEY_BLOCK // (k * self.d))
-            for start in range(0, len(rows), step):
-                keys = torch.from_numpy(self.keys[np.maximum(rows[start : start + step], 0)]).to(self.device)
-                part = torch.einsum("qd,qkd->qk", features[start : start + step], keys.float())
-                affinity[start : start + step] = part
-        return affinity, rows
+        affinity, rows = self._nearest(features, k)
+        return affinity, rows.cpu().numpy()
+
+    def _nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """:meth:`nearest`, all on the device."""
+        if self.index.by_class:
+            return self._nearest_of_classes(features, k)
+        found, rows = self.index.search_tensor(features, k)
+        return (found if self.index.exact_affinity else self._keys.affinity(features, rows)), rows
+
+    def _nearest_of_classes(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
+        k = min(k, self.n)
+        number = min(len(self.class_names), max(8, round(4 * k / self._keys.mean_count)))
+        _, near = self.index.search_tensor(features, number)
+        while number < len(self.class_names) and (self._held(near) < k).any():
+            number = min(len(self.class_names), 4 * number)  # these have no keys, or few
+            _, near = self.index.search_tensor(features, number)
+        step = max(1, (1 << 22) // max(1, round(number * self._keys.mean_count)))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for f, own in zip(features.split(step), near.split(step), strict=True):
+            rows = self._keys.rows_of(own.clamp_min(0), own >= 0)
+            affinity = self._keys.affinity(f, rows).masked_fill_(rows < 0, -torch.inf)
+            found, place = affinity.topk(min(k, rows.shape[1]), dim=1)
+            fill = (0, k - found.shape[1])
+            parts.append(
+                (torch.nn.functional.pad(found, fill), torch.nn.functional.pad(rows.gather(1, place), fill, value=-1))
+            )
+        affinity = torch.cat([found for found, _ in parts])
+        rows = torch.cat([place for _, place in parts])
+        return affinity.masked_fill_(rows < 0, 0), rows
+
+    def _held(self, classes: Tensor) -> Tensor:
+        """Keys that classes ``[q, m]`` hold together; -1 is none."""
+        return self._keys.counts[classes.clamp_min(0)].where(classes >= 0, 0).sum(1)
 
     def _neighbours(self, features: Features, number: int) -> list[list[Neighbour]]:
         """The nearest keys of each query, described."""
@@ -540,27 +766,8 @@ class CacheModel:
         ]
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
-
-        On a GPU all keys stay there, where half of its free memory holds them.
-        """
-        if self._on_device is None and self.device != "cpu":
-            free, _ = torch.cuda.mem_get_info(torch.device(self.device))
-            if self.keys.nbytes < free // 2:
-                self._on_device = torch.from_numpy(self.keys).to(self.device)
-        for start in range(0, self.n, KEY_BLOCK):
-            part = slice(start, start + KEY_BLOCK)
-            keys = torch.from_numpy(self.keys[part]) if self._on_device is None else self._on_device[part]
-            yield keys.to(self.device).float(), self.class_ids[part]
-
-    def _counts(self) -> Tensor:
-        return torch.bincount(self.class_ids, minlength=len(self.class_names))
-
-    def _sums(self) -> Tensor:
-        """Sum of the keys of each class ``[c, d]``: what the tail needs of the keys that are not retrieved."""
-        if self._key_sums is None:
-            self._key_sums = self._by_class(self.key_blocks(), self.d)
-        return self._key_sums
+        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
+        return self._keys.blocks()
 
     def _sums_of_values(self) -> Tensor:
         """Sum of the values of the keys of each class ``[c, c]``: what the tail needs with values."""
@@ -568,15 +775,8 @@ class CacheModel:
         if self._value_sums is None:
             parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
             blocks = ((self.values[part], self.class_ids[part]) for part in parts)
-            self._value_sums = self._by_class(blocks, len(self.class_names))
+            self._value_sums = self._keys.by_class(blocks, len(self.class_names))
         return self._value_sums
-
-    def _by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
-        """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
-        sums = torch.zeros(len(self.class_names), columns, dtype=torch.float64, device=self.device)
-        for rows, ids in blocks:
-            sums.index_add_(0, ids, rows.double())
-        return sums.float()
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
@@ -588,15 +788,20 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     cache = CacheModel.load(place, device="cpu")
     for manifest in store.earlier_manifests(place):
         store.check_files(place, manifest)
-    sample = np.unique(np.linspace(0, cache.n - 1, min(cache.n, 256)).astype(int))
-    queries = np.ascontiguousarray(cache.keys[sample], dtype=np.float32)
-    if not np.isfinite(queries).all() or not torch.isfinite(cache.text_weights).all():
-        raise StoreError(f"{place}: keys or text weights that are not finite; build the index again")
+    if not torch.isfinite(cache.text_weights).all():
+        raise StoreError(f"{place}: text weights that are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():
         raise StoreError(f"{place}: values that are not finite; fine-tune again, or go back to the version before")
+    vectors = cache.keys
+    if cache.index.by_class:  # not those that the index itself holds
+        vectors = Keys(cache.keys, cache.class_ids.numpy(), len(cache.class_names)).means.numpy()
+    sample = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), 256)).astype(int))
+    queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)
+    if not np.isfinite(queries).all():
+        raise StoreError(f"{place}: keys that are not finite; build the index again")
     found, rows = cache.index.search(queries, 1)
     if cache.index.exact_affinity:
-        own = np.einsum("qd,qd->q", queries, cache.keys[np.maximum(rows[:, 0], 0)], dtype=np.float64)
+        own = np.einsum("qd,qd->q", queries, vectors[np.maximum(rows[:, 0], 0)], dtype=np.float64)
         if not np.allclose(found[:, 0], own, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index is not over these keys; build the index again")
     return cache
@@ -629,11 +834,10 @@ def label_table(
     if sources is not None and len(sources) != n:
         raise InputError(f"sources: {len(sources)} for {n} keys")
     ids = np.arange(n) if key_ids is None else key_ids
-    seen = np.zeros(len(class_names), dtype=np.int32)
+    order = np.argsort(class_ids, kind="stable")
+    counts = np.bincount(class_ids, minlength=len(class_names))
     shots = np.empty(n, dtype=np.int32)
-    for row, class_id in enumerate(class_ids):
-        shots[row] = seen[class_id]
-        seen[class_id] += 1
+    shots[order] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
     columns = {
         "key_id": pa.array(ids, pa.int64()),
         "class_id": pa.array(class_ids, pa.int32()),
@@ -658,6 +862,15 @@ def now() -> datetime.datetime:
 
 def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
+
+
+def _slices(q: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, q)) for start in range(0, q, size))
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """The largest absolute value, NaN where there is one; without a copy of the logits."""
+    return torch.stack(logits.aminmax()).abs().amax()
 
 
 def _matrix(features: Features, what: str) -> npt.NDArray[Any]:

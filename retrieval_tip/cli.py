@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import logging
 import os
 import sys
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +100,8 @@ _MODEL = _options(
 _BACKBONE = _options(
     _MODEL,
     click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-                 show_default=True, help="Arithmetic of the backbone; auto: float32, on a GPU float16 autocast."),
+                 show_default=True, help="Arithmetic of the backbone (auto: float32, on a GPU float16 autocast) and of "
+                                         "the products with all keys (auto: the fastest that is accurate, measured)."),
 )  # fmt: skip
 _DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 _READING = _options(
@@ -117,6 +120,8 @@ _ENCODING = _options(
     click.option("--cache", type=FOLDER,
                  help="Folder of the encoding cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"),
     click.option("--no-cache", is_flag=True, help="Encode without a cache."),
+    click.option("--reduce/--no-reduce", default=True, show_default=True,
+                 help="Decode large JPEGs at a reduced size for the centre view: faster, nearly the same features."),
     click.option("--strict", is_flag=True, help="Fail on the first image that cannot be read instead of skipping it."),
     _DEVICE,
 )  # fmt: skip
@@ -158,8 +163,18 @@ def main(ctx: click.Context, quiet: bool) -> None:
     logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")
+    start_lightly()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is said by us, with its name
     ctx.obj = quiet
+
+
+@functools.cache  # once a process
+def start_lightly() -> None:
+    """Before torch is imported: what makes a command of one image slow, and no other one faster."""
+    gc.set_threshold(50_000)  # imports make a million objects that stay: walking them again and again took a third
+    # A thread of OpenMP that waits for another one sleeps: where other programs, or a container's limit, leave it fewer
+    # cores than it counts, waiting busily took 3 s for an image of 0.05 s.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class _OneLine(logging.Formatter):
@@ -194,7 +209,8 @@ def index() -> None:
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
 @click.option("--shots", type=click.IntRange(1), help="Draw so many a class, as published.  [default: all]")
 @_VIEWS
-@click.option("--index", "factory", default="Flat", show_default=True, help="FAISS factory string.")
+@click.option("--index", "factory", default="Flat", show_default=True,
+              help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
 @click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
@@ -202,7 +218,9 @@ def index() -> None:
 @click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
               help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
                    "[default: both; none where alpha or beta is given]")  # fmt: skip
-@click.option("-k", "k", type=_K(), default="all", show_default=True, help="Nearest keys that a query uses.")
+@click.option(
+    "-k", "k", type=_K(), help="Nearest keys that a query uses.  [default: all; with --index auto its choice]"
+)
 @click.option("--logit-scale", type=float, help="Factor of the text logits.  [default: the backbone's, else 100]")
 @_READING
 @_ENCODING
@@ -234,7 +252,7 @@ def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
             alpha=given["alpha"],
             beta=given["beta"],
             normalize=given["normalize"],
-            k=given["k"] or None,
+            k="auto" if given["k"] is None else given["k"] or None,
             logit_scale=given["logit_scale"],
             device="cpu",
         )
@@ -289,6 +307,56 @@ def query(folder: Path, sql: str, style: str, output: Path | None) -> None:
     write_rows(rows, table.column_names, style, output, table.schema)
 
 
+@index.command("tune")
+@click.argument("folder", type=FOLDER)
+@click.option("--val", "source", type=FOLDER, required=True,
+              help="Images or features to tune on, not the shots; of a split .json its val part.")  # fmt: skip
+@click.option("--agreement", type=click.FloatRange(0, 1, min_open=True), default=0.999, show_default=True,
+              help="Share of the answers that have to be those over all keys.")  # fmt: skip
+@click.option("--index", "factories", multiple=True,
+              help="FAISS factory to try, repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print, change nothing.")
+@click.option("--plot", type=FILE, help="PNG file for cost and agreement (needs matplotlib).")
+@click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
+@_FORMAT
+@_BACKBONE
+@_ENCODING
+@click.pass_context
+def tune_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any) -> None:
+    """Find the cheapest index and k whose answers are those over all keys, and write a new version with them.
+
+    Prints the settings that no cheaper one equals, and what a query costs with each here, in one batch. Labels are not
+    needed. The answers over all keys stay what they are: -k all gives them.
+    """
+    import pyarrow as pa
+
+    from retrieval_tip import plots
+    from retrieval_tip.output import write_rows
+    from retrieval_tip.sources import open_items
+    from retrieval_tip.tuning import tune
+
+    if given["plot"]:
+        plots.needs_matplotlib()
+    cache = _checked(folder, given["device"], given["precision"])
+    val = open_items(source, split="val", root=given["root"])
+    with _encoder(ctx, _backbone_for(cache, [val], given), given) as encoder:
+        found = tune(cache, encoder.encode(val).features, agreement=given["agreement"], factories=given["factories"])
+    if given["plot"]:
+        plots.draw_frontier(found, given["plot"])
+    types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
+    types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
+    rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is found.chosen} for t in found.trials if t.best]
+    rows = [{name: row[name] for name in types} for row in rows]
+    write_rows(rows, list(types), given["style"], given["output"], pa.schema(list(types.items())))
+    if not given["dry_run"]:
+        cache.index, cache.k, cache.tail = found.index, found.chosen.k, True
+        where = f"tuned on {val.name}, n={found.n}, agreement {found.chosen.agreement:.4g}"
+        cache.provenance = cache.provenance | {"index": where, "k": where}
+        cache.save_settings(folder, index=True)
+        click.echo(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.k or 'all'}", err=True)
+    _finish(ctx, encoder.skipped)
+
+
 @main.command()
 @click.argument("source", type=FOLDER)
 @click.option("--out", type=FILE, required=True, help="Feature table to write (.parquet).")
@@ -320,6 +388,8 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
 @click.option("--explain", is_flag=True, help="The nearest keys, and what text and cache gave to the winner.")
 @click.option("--neighbours", type=click.IntRange(1), default=5, show_default=True, help="Keys shown by --explain.")
 @click.option("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order.")
+@click.option("--certify", is_flag=True,
+              help="More keys where k do not settle an answer, at last all; says how many took what.")  # fmt: skip
 @_ABSTAIN
 @_FORMAT
 @_BACKBONE
@@ -339,17 +409,28 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
     backbone = _backbone_for(cache, sources, given)
     columns = ["input", "label", "probability"]
     columns += ["labels", "probabilities"] if given["top"] > 1 else []
-    columns += ["logits"] if given["with_logits"] else []
+    if given["with_logits"]:
+        columns += ["logits"]
+        cache.text_index = None  # no shortlist: every class
     columns += ["text_logit", "cache_logit", "neighbours"] if given["explain"] else []
+    columns += ["keys"] if given["certify"] else []
+    settled: Counter[int | None] = Counter()
     with _encoder(ctx, backbone, given) as encoder:
 
         def rows() -> Iterator[dict[str, Any]]:
             for source in sources:
                 near = given["neighbours"] if given["explain"] else 0
-                for name, found in cache.classify_source(source, encoder, given["top"], k, tail, near):
+                for name, found in cache.classify_source(
+                    source, encoder, given["top"], k, tail, near, given["certify"]
+                ):
+                    settled[found.keys] += 1
                     yield _row(name, found, columns, given["abstain"])
 
         write_rows(rows(), columns, given["style"], given["output"], _classify_schema(columns))
+    if given["certify"]:
+        how = "proved" if cache.index.exact_search else "agreed with"
+        by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
+        click.echo(f"{how} the answer of all keys: {', '.join(by)}", err=True)
     _finish(ctx, encoder.skipped)
 
 
@@ -426,7 +507,6 @@ def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json:
 def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given: dict[str, Any]) -> None:
     """Shots x seeds x methods."""
     from retrieval_tip import sweep
-    from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.finetune import shots_of
     from retrieval_tip.output import table_lines
     from retrieval_tip.store import read_manifest
@@ -435,7 +515,7 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
         raise UsageError("--shots needs --results FILE, where every run becomes a row")
     if given["val"] is None and given["protocol"] == "paper":
         raise UsageError("--protocol paper chooses on a validation source; give --val")
-    pool = CacheModel.load(folder, device=given["device"])
+    pool = _checked(folder, given["device"])
     sources = [_source(source, given, "test")]
     if given["val"] is not None:
         sources.append(_source(given["val"], given | {"split": None}, "val"))
@@ -498,11 +578,10 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
     Never on test: a split .json gives its val part. The choice is exact in alpha, and makes a new version of the index.
     """
     from retrieval_tip import search_hp
-    from retrieval_tip.cache_model import CacheModel
 
     if sum((source is not None, given["leave_one_out"], given["folds"] is not None)) != 1:
         raise UsageError("give one of --val SOURCE, --leave-one-out and --folds N: settings are chosen on one of them")
-    cache = CacheModel.load(folder, device=given["device"])
+    cache = _checked(folder, given["device"])
     skipped: list[Skipped] = []
     if source is None:
         queries = search_hp.leave_one_out(cache) if given["folds"] is None else search_hp.folds(cache, given["folds"])
@@ -528,7 +607,7 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
         search_hp.apply(cache, choice)
         cache.save_settings(folder)
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
-    facts |= {"k": choice.k or "all", "version": cache.version}
+    facts |= {"k": (choice.k if given["dry_run"] else cache.k) or "all", "version": cache.version}
     if given["as_json"]:
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         click.echo(json.dumps(facts | {"warnings": choice.warnings}))
@@ -600,7 +679,7 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
         settings="own" if own else "tried",
         **{name: given[name] for name in names},
     )
-    cache = _opened(folder, given)
+    cache = _opened(folder, given | {"precision": "float32"})
     shots = shots_of(cache) if source is None else own_shots(cache, _source(source, given, "train"))
     sources = [shots]
     if given["val"] is not None:
@@ -653,11 +732,10 @@ def calibrate_command(ctx: click.Context, /, folder: Path, source: Path, **given
     Predictions stay; their probabilities become softmax(logits / temperature). It is fitted for the index's own keys,
     alpha, beta, k and tail: calibrate again when these change.
     """
-    from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.evaluate import calibrate
     from retrieval_tip.sources import open_source
 
-    cache = CacheModel.load(folder, device=given["device"])
+    cache = _checked(folder, given["device"])
     val = open_source(source, split="val", root=given["root"])
     with _encoder(ctx, _backbone_for(cache, [val], given), given) as encoder:
         result = calibrate(cache, val, encoder)
@@ -777,11 +855,21 @@ def _warn(warnings: Iterable[str]) -> None:
         logging.getLogger("retrieval_tip").warning("%s", warning)
 
 
+def _checked(folder: Path, device: str, precision: str = "float32") -> CacheModel:
+    """The index. Its files are hashed while torch is imported."""
+    from retrieval_tip.store import Check
+
+    check = Check(folder)
+    from retrieval_tip.cache_model import CacheModel
+
+    return CacheModel.load(folder, device=device, precision=precision, check=check)
+
+
 def _opened(folder: Path, given: dict[str, Any]) -> CacheModel:
     """The index, with the alpha and beta of the command line where they are given."""
-    from retrieval_tip.cache_model import CacheModel, check_settings
+    cache = _checked(folder, given["device"], given["precision"])
+    from retrieval_tip.cache_model import check_settings
 
-    cache = CacheModel.load(folder, device=given["device"])
     cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
     cache.beta = cache.beta if given["beta"] is None else given["beta"]
     check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale)
@@ -822,6 +910,7 @@ def _backbone_of(source: Source, given: dict[str, Any], *, needed: bool = False)
 
 def _backbone_for(cache: CacheModel, sources: list[Source], given: dict[str, Any]) -> Backbone | None:
     """The index's own backbone, where there are images to encode; refused if it is another by now."""
+    from retrieval_tip.backbone import load_when_needed
     from retrieval_tip.features import check_backbone
 
     images = any(source.table is None for source in sources)
@@ -830,10 +919,14 @@ def _backbone_for(cache: CacheModel, sources: list[Source], given: dict[str, Any
         raise UsageError(
             "the index was built from features of an unnamed backbone; name it with --model to encode images"
         )
-    backbone = None
+    backbone: Backbone | None = None
     if images:
-        model, pretrained = (identity.model, identity.pretrained) if identity else (None, None)
-        backbone = _load(given, model, pretrained, cache.tuned)
+        named = given["model"] or given["pretrained"]
+        if identity and not (cache.tuned or named or given["no_cache"]):  # what is in the encoding cache needs no model
+            backbone = load_when_needed(identity, cache.d, device=given["device"], precision=given["precision"])
+        else:
+            model, pretrained = (identity.model, identity.pretrained) if identity else (None, None)
+            backbone = _load(given, model, pretrained, cache.tuned)
     check_backbone(cache.backbone, cache.d, backbone, sources)
     return backbone
 
@@ -845,7 +938,7 @@ def _encoder(ctx: click.Context, backbone: Backbone | None, given: dict[str, Any
 
     use_cache = backbone is not None and not given["no_cache"]
     cache = EncodingCache(given["cache"] or EncodingCache.default_folder()) if use_cache else None
-    names = ("views", "seed", "norms", "batch_size", "workers", "strict")
+    names = ("views", "seed", "norms", "batch_size", "workers", "reduce", "strict")
     settings = {name: given[name] for name in names if name in given}
     try:
         yield Encoder(backbone=backbone, cache=cache, progress=not ctx.obj, **settings)
@@ -861,10 +954,11 @@ def _row(name: str, found: Prediction, columns: list[str], abstain: float | None
         "probability": found.probability,
         "labels": found.labels,
         "probabilities": found.probabilities,
-        "logits": found.logits.tolist() if "logits" in columns else None,
+        "logits": found.logits.tolist() if "logits" in columns and found.logits is not None else None,
         "text_logit": found.text_logit,
         "cache_logit": found.cache_logit,
         "neighbours": [vars(neighbour) for neighbour in found.neighbours],
+        "keys": found.keys,
     }
     return {column: row[column] for column in columns}
 
@@ -881,6 +975,7 @@ def _classify_schema(columns: list[str]) -> Any:
         "probabilities": pa.list_(pa.float64()),
         "logits": pa.list_(pa.float32()),
         "neighbours": pa.list_(pa.struct(list(neighbour.items()))),
+        "keys": pa.int64(),
     }
     return pa.schema([(column, types.get(column, pa.float64())) for column in columns])
 

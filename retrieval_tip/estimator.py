@@ -14,7 +14,7 @@ from retrieval_tip import tip
 from retrieval_tip.backbone import resolve_device, unit
 from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel, Features, check_settings
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.vector_index import VectorIndex
+from retrieval_tip.keys import index_over
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -180,7 +180,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         parts = state.get("cache_")
         if parts is not None:
             device = resolve_device(state["device"])
-            index = VectorIndex.build(parts["keys"], parts["index"], device)
+            ids = parts["labels"]["class_id"].to_numpy().astype(np.int64)
+            index = index_over(parts["keys"], ids, len(parts["class_names"]), parts["index"], device)
             state = state | {"cache_": CacheModel(**parts | {"index": index, "device": device})}
         super().__setstate__(state)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import QUERY_BLOCK, CacheModel
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.calibration import (
     expected_calibration_error,
     fit_temperature,
@@ -21,6 +21,7 @@ from retrieval_tip.calibration import (
 )
 from retrieval_tip.errors import UsageError
 from retrieval_tip.features import Encoder
+from retrieval_tip.keys import QUERY_BLOCK
 from retrieval_tip.sources import Source
 
 log = logging.getLogger(__name__)
@@ -132,14 +133,15 @@ def evaluate(
     chances: list[torch.Tensor] = []
     true: list[torch.Tensor] = []
     for block in encoder.blocks(source):
-        text, alone = cache.terms(block.features, k, tail)
-        logits = tip.blend(text, alone, cache.alpha)
-        ranked = logits.topk(min(5, len(cache.class_names)), dim=1).indices
-        parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
-        chances.append(tip.probabilities(logits, cache.temperature).gather(1, ranked[:, :1]).cpu())
-        true.append(truth[torch.from_numpy(block.positions)])
-        if seen is not None:
-            seen.add(block.features, true[-1])
+        for part in cache.parts(len(block.positions)):
+            text, alone = cache.terms(block.features[part], k, tail)
+            logits = tip.blend(text, alone, cache.alpha)
+            ranked = logits.topk(min(5, len(cache.class_names)), dim=1).indices
+            parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
+            chances.append(tip.probabilities(logits, cache.temperature).gather(1, ranked[:, :1]).cpu())
+            true.append(truth[torch.from_numpy(block.positions[part])])
+            if seen is not None:
+                seen.add(block.features[part], true[-1])
     y = torch.cat(true)
     found = torch.cat(parts)
     confidence = torch.cat(chances)[:, 0].double().numpy()
@@ -212,7 +214,8 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibratio
     for block in encoder.blocks(source):
         parts.append(cache.logits(block.features, cache.k, cache.tail).cpu())
         true.append(truth[torch.from_numpy(block.positions)])
-        nearest = cache.keys[np.maximum(cache.index.search(block.features, 1)[1][:, 0], 0)]
+        f = torch.from_numpy(block.features).to(cache.device)
+        nearest = cache.keys[np.maximum(cache.nearest(f, 1)[1][:, 0], 0)]
         shots += int((((block.features - nearest.astype(np.float32)) ** 2).sum(axis=1) <= ITSELF).sum())
     logits, y = torch.cat(parts), torch.cat(true)
     fitted = fit_temperature(logits, y)

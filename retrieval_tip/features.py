@@ -41,10 +41,13 @@ _Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features
 _T = TypeVar("_T")
 
 CENTRE = "centre"
+REDUCED = "centre/reduced"
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORMS = ("check", "unit", "keep")
 NORM_TOLERANCE = 0.01
 TABLE_ROWS = 8192
+REDUCED_SIDES = 3
+"""A JPEG is decoded at a size of which each side is so many times the view's: with 2, some cosines were below 0.999."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Encoder:
     - ``norms``: for feature tables, ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them
     - ``batch_size``: images encoded at a time, the backbone's best by default; ``workers``: threads that read them
     - ``cache``: where encodings are kept; ``None`` keeps none
+    - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, of which each
+      side still is ``REDUCED_SIDES`` times the view's or more: several times as fast, and a slightly other feature
     - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
     """
 
@@ -97,6 +102,7 @@ class Encoder:
     batch_size: int | None = None
     workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
     cache: EncodingCache | None = None
+    reduce: bool = True
     strict: bool = False
     progress: bool = False
     skipped: list[Skipped] = field(default_factory=list)
@@ -174,7 +180,7 @@ class Encoder:
         backbone = self._needed_backbone(source)
         start, done = 0, 0
         chunks = _chunks(source.paths, size)
-        for chunk in self._ahead(chunks, lambda path: _load(path, backbone, [name], lambda *_: None), depth=1):
+        for chunk in self._ahead(chunks, lambda path: _load(path, backbone, [name], lambda *_: None, None), depth=1):
             for item in chunk:
                 if item.problem is not None:
                     self._skip(item.path, item.problem)
@@ -282,11 +288,15 @@ class Encoder:
         """Merged features ``[v, d]`` and digests of images, a batch at a time."""
         scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
         size = self.batch_size or backbone.batch_size
+        least = _least(backbone) if self.reduce else None
 
         def kept(digest: str, view: str) -> FloatArray | None:
             return None if self.cache is None else self.cache.get(scope, digest, view)
 
-        for chunk in self._ahead(_chunks(paths, size), lambda path: _load(path, backbone, names, kept), depth=2):
+        def load(path: str) -> _Loaded:
+            return _load(path, backbone, names, kept, least)
+
+        for chunk in self._ahead(_chunks(paths, size), load, depth=2):
             yield self._encode_chunk(chunk, backbone, scope, size, merge)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
@@ -349,16 +359,35 @@ class _Loaded:
     problem: str | None
 
 
+def _least(backbone: Backbone) -> int:
+    """How many pixels each side of a picture must keep where it is decoded at less than its size."""
+    size = backbone.identity.preprocess["size"]
+    return REDUCED_SIDES * (size if isinstance(size, int) else max(size))
+
+
 def _load(
-    path: str, backbone: Backbone, names: Sequence[str], kept: Callable[[str, str], FloatArray | None]
+    path: str,
+    backbone: Backbone,
+    names: Sequence[str],
+    kept: Callable[[str, str], FloatArray | None],
+    least: int | None,
 ) -> _Loaded:
-    """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others."""
+    """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others.
+
+    With ``least``, the centre view is that of the picture which is decoded so, and where that is another one, it is
+    called ``REDUCED``: a cache holds both.
+    """
     try:
         data = images.read(path)
         digest = hashlib.sha256(data).hexdigest()
+        if least is not None and CENTRE in names and images.reducible(data, least):
+            names = [REDUCED if view == CENTRE else view for view in names]
         features = {view: kept(digest, view) for view in names}
         pixels: dict[str, torch.Tensor] = {}
         missing = [view for view, feature in features.items() if feature is None]
+        if REDUCED in missing:
+            missing.remove(REDUCED)
+            pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
         if missing:
             picture = images.decode(data)
             for view in missing:

@@ -35,9 +35,9 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.defaults import measure
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, Views, view_names
+from retrieval_tip.keys import index_over
 from retrieval_tip.sources import Source, open_source, show
 from retrieval_tip.trainer import Recipe, Trainer, faster_precision
-from retrieval_tip.vector_index import VectorIndex
 
 log = logging.getLogger(__name__)
 
@@ -396,7 +396,14 @@ class _Run:
             keys=keys,
             values=trainer.values,
             text_weights=trainer.text_weights,
-            index=VectorIndex.build(keys, self.cache.index.factory, self.cache.device),
+            index=index_over(
+                keys,
+                self.cache.class_ids.cpu().numpy(),
+                len(self.cache.class_names),
+                self.cache.index.factory,
+                self.cache.device,
+            ),
+            text_index=None,
             temperature=1.0,
             backbone=backbone.identity if encoders and backbone is not None else self.cache.backbone,
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": self._facts(parent)},

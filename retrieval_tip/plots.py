@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from retrieval_tip.tuning import Trial, Tuning
+
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 MOST_CLASSES, FEWER_CLASSES = 100, 40
 """Up to so many classes are all drawn; of more than that, so many: those of most errors."""
@@ -358,6 +360,31 @@ def draw_surface(surface: pa.Table, path: Path) -> None:
         bar = figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min")
         bar.set_label("accuracy, %")
         figure.suptitle("Accuracy by alpha, beta and k (circle: the best of a panel)", fontsize=12, fontweight="bold")
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+
+
+def draw_frontier(tuning: Tuning, path: Path) -> None:
+    """Write what a query costs against how often its answer is that over all keys as a PNG file, a point a setting.
+
+    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
+    """
+    needs_matplotlib()
+    with _style(), replacing(path) as temporary:
+        figure, drawn = _grid(7, 4.2, 1, 1)
+        axes = drawn[0]
+
+        def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
+            return [trial.microseconds for trial in trials], [100 * (1 - trial.agreement) for trial in trials]
+
+        for factory in dict.fromkeys(trial.index for trial in tuning.trials):
+            axes.scatter(*points([t for t in tuning.trials if t.index == factory]), s=24, label=factory)
+        axes.plot(*points([t for t in tuning.trials if t.best]), color=GREY, linewidth=1.2, zorder=0)
+        axes.scatter(*points([tuning.chosen]), s=120, facecolors="none", edgecolors=BLACK, label="chosen")
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=100 / tuning.n)
+        axes.set_xlabel("microseconds a query")
+        axes.set_ylabel("answers other than those over all keys, %")
+        axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
 
 

@@ -154,8 +154,12 @@ def validation_shots(
 
 
 def apply(cache: CacheModel, choice: Choice) -> None:
-    """Give the index the chosen settings, with where they come from; a fitted temperature no longer holds."""
-    cache.alpha, cache.beta, cache.k, cache.temperature = choice.alpha, choice.beta, choice.k, 1.0
+    """Give the index the chosen settings, with where they come from; a fitted temperature no longer holds.
+
+    An index over classes keeps its k: there it says what an answer may cost, and changes hardly any.
+    """
+    cache.alpha, cache.beta, cache.temperature = choice.alpha, choice.beta, 1.0
+    cache.k = cache.k if cache.index.by_class else choice.k
     kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
     cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
 
@@ -204,7 +208,8 @@ def search(
         cache: the index; its own alpha, beta and k are not looked at.
         queries: from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
         betas: values to try; by default 0.1 to 100 in steps of 1.26, and the untouched one or that of ``kept``.
-        ks: values to try, ``None`` is all; by default all and the powers of two below half the keys.
+        ks: values to try, ``None`` is all; by default all and the powers of two below half the keys, with an index over
+            classes all.
         cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are right on more queries than
             chance explains (paired, 95 %): few queries choose among thousands of settings, and mislead.
         kept: alpha and beta that a cautious search keeps instead, with ``k = all``: of fine-tuned keys, those that they
@@ -219,7 +224,7 @@ def search(
     stay = untouched_settings(cache.keys, cache.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
     betas = sorted({*(BETAS if betas is None else betas), *always})
-    ks = _powers(cache.n) if ks is None else list(ks)
+    ks = ([None] if cache.index.by_class else _powers(cache.n)) if ks is None else list(ks)
     if cautious and None not in ks:
         ks = [None, *ks]
     _check(cache, queries)

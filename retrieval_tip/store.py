@@ -6,6 +6,7 @@ manifest.json             the current version, replaced by one rename
 manifests/000003.json     earlier versions
 data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
 data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       where it was fine-tuned
+data/text_index-<digest>.faiss                                                           of very many classes
 lock                      held by the process that writes
 """
 
@@ -25,9 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import filelock
 import numpy as np
 import numpy.typing as npt
@@ -38,13 +38,17 @@ from safetensors import SafetensorError, safe_open
 from retrieval_tip.backbone import Identity
 from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
 
+if TYPE_CHECKING:
+    import duckdb
+
 FORMAT = "retrieval-tip index"
 FORMAT_VERSION = 1
 KEPT_VERSIONS = 2
 """The current version and the one before; the files of older ones are collected by the next writer."""
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
-OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet"}
-"""Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training."""
+OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss"}
+"""Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training.
+Of one of very many classes: the FAISS index over their text weights."""
 
 LABEL_SCHEMA = pa.schema(
     [
@@ -59,6 +63,9 @@ LABEL_SCHEMA = pa.schema(
     ]
 )
 """Columns of the label store; row i describes row i of the keys. A table's further columns follow."""
+
+HASHED_AT_A_TIME = 1 << 24
+"""Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
 
 _ZEROS = bytes(1 << 20)
 _SUFFIXES = KINDS | OPTIONAL_KINDS
@@ -183,7 +190,7 @@ class Manifest:
             need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
             need(file.name == f"data/{kind}-{file.sha256[:16]}{_SUFFIXES[kind]}", f"files.{kind}.name")
             need(whole(file.bytes, 1), f"files.{kind}.bytes")
-            rows = len(body["class_names"]) if kind == "text" else body["n"]
+            rows = len(body["class_names"]) if kind.startswith("text") else body["n"]
             free = kind in ("weights", "curve")  # no array of keys or classes
             need(whole(file.rows, 1) and (free or file.rows == rows), f"files.{kind}.rows")
         return cls(**(body | {"files": files}))
@@ -214,24 +221,43 @@ def read_manifest(folder: Path) -> Manifest:
 
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare every data file with the manifest's size and SHA-256. Raises StoreError naming the first bad one."""
+    Check(folder, manifest).wait()
 
-    def check(file: DataFile) -> str | None:
-        path = folder / file.name
-        try:
-            if path.stat().st_size != file.bytes:
-                return f"{path}: damaged (has {path.stat().st_size:,} bytes, the manifest says {file.bytes:,})"
-            if _sha256(path) != file.sha256:
-                return f"{path}: damaged (its SHA-256 is not the manifest's)"
-        except FileNotFoundError:
-            return f"{path}: missing"
-        except OSError as error:
-            return f"{path}: cannot be read: {error.strerror}"
-        return None
 
-    with ThreadPoolExecutor(len(manifest.files)) as pool:
-        for problem in pool.map(check, manifest.files.values()):
-            if problem:
+class Check:
+    """The comparison of every data file of one version of an index with its manifest, begun in threads of its own.
+
+    What takes long meanwhile, like an import, costs no time: hashing holds no lock of the interpreter.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
+        """Begin, with the current version where none is given. Raises StoreError as :func:`read_manifest`."""
+        self.folder = folder
+        self.manifest = read_manifest(folder) if manifest is None else manifest
+        files = self.manifest.files.values()
+        pool = ThreadPoolExecutor(len(files), thread_name_prefix="check")
+        self._found = {file.name: pool.submit(_problem, folder / file.name, file) for file in files}
+        pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return when every file is as the manifest says. Raises StoreError naming the first that is not."""
+        for file in self.manifest.files.values():
+            if problem := self._found[file.name].result():
                 raise StoreError(f"{problem}; restore it, or build the index again")
+
+
+def _problem(path: Path, file: DataFile) -> str | None:
+    """What is wrong with a data file, if anything."""
+    try:
+        if path.stat().st_size != file.bytes:
+            return f"{path}: damaged (has {path.stat().st_size:,} bytes, the manifest says {file.bytes:,})"
+        if _sha256(path) != file.sha256:
+            return f"{path}: damaged (its SHA-256 is not the manifest's)"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return None
 
 
 def read_array(
@@ -338,6 +364,8 @@ def query(folder: Path, sql: str) -> pa.Table:
     """
     if not _is_text(sql):
         raise UsageError("query: not UTF-8 text")
+    import duckdb
+
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     with duckdb.connect(":memory:") as database:
@@ -366,6 +394,8 @@ def query(folder: Path, sql: str) -> pa.Table:
 
 def _copy_table(database: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
     """Copy a Parquet file into a table in memory. Raises StoreError where it cannot be read."""
+    import duckdb
+
     quoted = glob.escape(str(path)).replace("'", "''")
     read = f"read_parquet('{quoted}', hive_partitioning = false)"
     try:
@@ -654,5 +684,9 @@ def _sync(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, size = hashlib.sha256(), path.stat().st_size
+    block = bytearray(min(max(size, 1), HASHED_AT_A_TIME))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(block):
+            digest.update(memoryview(block)[:read])
+    return digest.hexdigest()

@@ -17,8 +17,8 @@ and the whole method::
 With trained values the cache is ``C = exp(-beta (1 - A)) V``, which for one-hot ones is the sum by class above.
 
 A query need not meet every key. :func:`cache_logits` sums over the keys it is given: all of them, or the k that were
-retrieved, with or without an estimate of the rest (the tail). :func:`certificate` tells when retrieving more keys
-cannot change the answer.
+retrieved, with or without an estimate of the rest (the tail). :func:`promising` says which classes a query should meet
+whole, and :func:`settled` and :func:`certificate` when meeting more keys cannot change the answer.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+LARGEST = torch.finfo(torch.float32).max
+"""Torch refuses a larger factor. Where it matters the logits overflow anyway."""
 
 
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
@@ -41,6 +44,14 @@ def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
     ``beta`` is the sharpness: at 0 every key counts 1, and the larger it is the more only near keys count.
     """
     return torch.sub(affinity, 1, out=out).mul_(beta).exp_()  # one allocation at most: this is the largest array
+
+
+def at_mean(number: Tensor, mean: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
+    """What ``r_c`` keys of a class add at their mean affinity ``m_c``: ``r_c exp(-beta (1 - m_c))``, elementwise.
+
+    The exponential is convex, so this never exceeds what they add at their own affinities.
+    """
+    return weight(mean, beta, out=out).mul_(number)
 
 
 def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int) -> Tensor:
@@ -103,6 +114,8 @@ class Values:
         """``sum over the given keys i of weights[:, i] V_i``: ``[q, k]`` to ``[q, c]``, without a ``[q, k, c]``."""
         if self.rows is None:
             return weights @ self.matrix
+        if not self.rows.shape[1]:  # which embedding_bag refuses
+            return weights.new_zeros(len(weights), self.matrix.shape[1])
         return embedding_bag(self.rows, self.matrix, per_sample_weights=weights, mode="sum")
 
 
@@ -120,7 +133,7 @@ def cache_logits(
       keys add up.
     - ``k = N``: ``affinity`` and ``class_ids`` ``[q, N]`` of the retrieved keys.
     - with ``tail``: the ``r_c`` keys of class ``c`` that were not retrieved count at their mean affinity ``m_c``, as
-      ``r_c exp(-beta (1 - m_c))``. The exponential is convex, so this never exceeds what they would add.
+      ``r_c exp(-beta (1 - m_c))`` (:func:`at_mean`), which never exceeds what they would add.
     - with ``values``: key i gives ``V_i`` in place of 1 to its own class, ``C = exp(-beta (1 - A)) V``. With a tail
       too, a key of class g that was not retrieved gives ``exp(-beta (1 - m_g)) V_i``.
 
@@ -133,7 +146,7 @@ def cache_logits(
     cache = sum_by_class(weights, class_ids, n_classes)
     if tail is not None:
         number, mean = tail.rest(affinity, class_ids)
-        cache = cache + number * weight(mean, beta)
+        cache = cache + at_mean(number, mean, beta)
     return cache
 
 
@@ -161,14 +174,26 @@ def _valued(
     return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
 
 
-def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float) -> Tensor:
+def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out: Tensor | None = None) -> Tensor:
     """CLIP's zero-shot logits ``logit_scale * f W^T``: ``[q, d]`` and ``[c, d]`` to ``[q, c]``."""
-    return logit_scale * (features @ text_weights.T)
+    return affinity(features, text_weights, out=out).mul_(logit_scale)
 
 
 def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
     """The classifier's logits, text plus ``alpha`` (the residual ratio) times cache (paper, equation 6)."""
-    return text_logits + alpha * cache_logits
+    return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
+
+
+def close(text: Tensor, cache: Tensor, alpha: float, error: float) -> Tensor:
+    """Where the two largest logits are as near as relative errors ``error`` of the cache logits bring them, ``[q]``.
+
+    ``text`` and ``cache`` ``[q, c]``; never where there is only one class.
+    """
+    logits = blend(text, cache, alpha)
+    if logits.shape[1] < 2:
+        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    found, places = logits.topk(2, dim=1)
+    return found[:, 0] - found[:, 1] <= error * alpha * cache.gather(1, places).sum(dim=1)
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -177,6 +202,30 @@ def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Finite for every T: the winner's logit is subtracted first, and the division is in float64.
     """
     return ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()
+
+
+def promising(text: Tensor, cache: Tensor, alpha: float, slack: float, most: int) -> tuple[Tensor, Tensor]:
+    """The classes whose keys a query should meet, where so far they all count at their class's mean affinity.
+
+    ``text`` and ``cache`` ``[q, c]``, the latter by :func:`at_mean`, so that ``L = text + alpha cache`` is a lower
+    bound of the logits. With a class's keys themselves its cache logit grows by a fraction of ``slack``, hardly ever
+    more. So only classes with ``L_c + alpha slack cache_c >= max L`` can win.
+
+    Returns the ``p = min(most, c)`` classes of the largest ``L``, ``[q, p]`` int64, largest first, and which of them
+    can win, ``[q, p]`` bool (always the first).
+    """
+    found, classes = blend(text, cache, alpha).topk(min(most, text.shape[1]), dim=1)
+    can = found + alpha * slack * cache.gather(1, classes) >= found[:, :1]
+    can[:, :1] = True  # also where logits overflow
+    return classes, can
+
+
+def settled(text: Tensor, cache: Tensor, alpha: float, slack: float, classes: Tensor) -> Tensor:
+    """For which queries no class but the :func:`promising` ones, ``classes`` ``[q, p]``, can win; ``[q]`` bool."""
+    first = classes[:, :1]
+    least = text.gather(1, first) + alpha * cache.gather(1, first)
+    most = blend(text, cache, alpha * (1 + slack)).scatter_(1, classes, -torch.inf)
+    return most.amax(dim=1) < least[:, 0]
 
 
 def certificate(

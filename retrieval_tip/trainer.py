@@ -269,7 +269,8 @@ class _Nearest:
     def __init__(self, trainer: Trainer, k: int, options: dict[str, float]) -> None:
         cache = trainer.cache
         self._matrix, self._k = trainer.keys, k
-        self._index = VectorIndex.build(trainer.keys.cpu().numpy(), cache.index.factory, cache.device)
+        factory = "Flat" if cache.index.by_class else cache.index.factory
+        self._index = VectorIndex.build(trainer.keys.cpu().numpy(), factory, cache.device)
         counts = torch.bincount(cache.class_ids, minlength=len(cache.class_names))
         self._sums = torch.zeros(len(counts), cache.d, device=cache.device)
         self._keys = RetrievedKeys(trainer.keys, cache.class_ids, self._sums, counts, cache.beta)

@@ -1,4 +1,4 @@
-"""The FAISS inner-product index over the keys, on a GPU where there is one."""
+"""The FAISS inner-product index over the keys, or over the means of their classes, on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch  # noqa: F401 - before FAISS: on macOS each brings an OpenMP runtime, and torch's has to be the first
+import torch  # before FAISS: on macOS each brings an OpenMP runtime, and torch's has to be the first
+from torch import Tensor
 
 from retrieval_tip.errors import StoreError, UsageError
 
@@ -29,6 +30,41 @@ TRAINING_PER_LIST = 256
 """Keys a list that a clustered index is trained on; FAISS itself uses no more."""
 
 
+BY_CLASS = "Classes"
+"""Factory of an index over the means of the classes: ``Classes``, or ``Classes,`` and a FAISS factory for the means."""
+
+MANY_CLASSES = 32768
+"""Classes from which even their means and text weights are searched by an index."""
+
+
+def inner_factory(factory: str) -> str | None:
+    """FAISS's part of a factory over class means (``Flat`` where it names none); ``None`` for one over the keys."""
+    name, _, rest = factory.partition(",")
+    return (rest or "Flat") if name == BY_CLASS else None
+
+
+def auto_factory(n: int, c: int) -> tuple[str, int | None]:
+    """The type of index, and the keys that a query meets, for ``n`` keys of ``c`` classes (``--index auto``).
+
+    Measured by benchmarks/throughput.py, on features like CLIP's:
+
+    - up to 4 keys a class, or 2048 in all: every key (``Flat``, k = all). The text weights cost as much as the keys.
+    - up to ``4 sqrt(n)`` keys a class: whole classes (``Classes``), 8 at most. From 32,768 classes on, these too are
+      found by an index, a graph: what is common to all text weights leaves no clusters for an inverted file.
+    - more: an inverted file over the keys, of ``4 sqrt(n)`` lists; the 256 nearest.
+    """
+    if n <= max(4 * c, 2048):
+        return "Flat", None
+    if n <= 4 * c * n**0.5:
+        return f"{BY_CLASS},HNSW32" if c >= MANY_CLASSES else BY_CLASS, round(8 * n / c)
+    return lists_for(n), 256
+
+
+def lists_for(n: int) -> str:
+    """An inverted file for ``n`` vectors."""
+    return f"IVF{round(4 * n**0.5)},Flat"
+
+
 @cache
 def faiss() -> Any:
     """The FAISS module, imported when it is first needed. Raises StoreError saying how to repair an installation."""
@@ -39,13 +75,17 @@ def faiss() -> Any:
 
 
 class VectorIndex:
-    """Maximum inner product search over keys ``[n, d]``; row i of the keys is id i. It never normalises."""
+    """Maximum inner product search over vectors ``[n, d]``; row i is id i. It never normalises.
 
-    def __init__(self, index: Any, factory: str, device: str = "auto") -> None:
-        self._cpu = index
+    The vectors are the keys, or the means of their classes where the factory is ``Classes`` (``by_class``).
+    """
+
+    def __init__(self, index: Any, factory: str, device: str = "auto", half: bool = False) -> None:
+        self._cpu, self._half = index, half
         self.factory = factory
+        self.by_class = inner_factory(factory) is not None
         self._wanted = device
-        self._gpu = _on_gpu(index, device)
+        self._gpu = _on_gpu(index, device, half)
         self._lock = threading.Lock()
 
     @classmethod
@@ -64,7 +104,8 @@ class VectorIndex:
             raise UsageError(
                 f"index {factory!r}: normalises, which an index must not: fine-tuned keys are not unit vectors"
             )
-        index = _attempt(factory, lambda: faiss().index_factory(d, factory, faiss().METRIC_INNER_PRODUCT))
+        inner = inner_factory(factory) or factory
+        index = _attempt(factory, lambda: faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT))
         _set_search_effort(index)
         if not index.is_trained:
             sample = np.arange(n)
@@ -74,18 +115,21 @@ class VectorIndex:
             training = np.ascontiguousarray(keys[sample], dtype=np.float32)
             _attempt(factory, lambda: index.train(training), f" (training it on {len(sample)} keys of {d} values)")
         _fill(index, keys, factory, block)
-        return cls(index, factory, device)
+        return cls(index, factory, device, keys.dtype == np.float16)
 
     def refresh(self, keys: npt.NDArray[Any], block: int = 65536) -> None:
         """Hold these keys ``[n, d]`` instead; what was trained (lists, codes) stays as it was."""
         self._cpu.reset()
         _fill(self._cpu, keys, self.factory, block)
         if self._gpu is not None:
-            self._gpu = _on_gpu(self._cpu, self._wanted)
+            self._gpu = _on_gpu(self._cpu, self._wanted, self._half)
 
     @classmethod
-    def load(cls, path: Path, factory: str, device: str = "auto") -> VectorIndex:
-        """Read an index file, memory-mapped where its type allows. Raises StoreError naming the file."""
+    def load(cls, path: Path, factory: str, device: str = "auto", half: bool = False) -> VectorIndex:
+        """Read an index file, memory-mapped where its type allows; on a GPU, vectors are ``half`` precision if so said.
+
+        Raises StoreError naming the file.
+        """
         try:
             try:
                 index = faiss().read_index(str(path), faiss().IO_FLAG_MMAP_IFC)
@@ -93,7 +137,7 @@ class VectorIndex:
                 index = faiss().read_index(str(path))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot read it ({_reason(error)}); rebuild the index") from None
-        return cls(index, factory, device)
+        return cls(index, factory, device, half)
 
     def save(self, path: Path) -> None:
         """Write the index file, from the CPU copy."""
@@ -107,12 +151,12 @@ class VectorIndex:
 
     @property
     def n(self) -> int:
-        """Number of keys."""
+        """Number of vectors."""
         return int(self._cpu.ntotal)
 
     @property
     def d(self) -> int:
-        """Length of a key."""
+        """Length of a vector."""
         return int(self._cpu.d)
 
     @property
@@ -123,17 +167,48 @@ class VectorIndex:
     @property
     def exact_search(self) -> bool:
         """Whether the nearest keys are always found: only by ``Flat``."""
-        return self._kind() == "IndexFlat" or self._kind() == "IndexFlatIP"
+        return not self.by_class and self._kind() in ("IndexFlat", "IndexFlatIP")
 
     @property
     def exact_affinity(self) -> bool:
-        """Whether the affinities it returns are those of the keys, not of a compressed copy."""
-        return self.exact_search or self._kind() in ("IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
+        """Whether the affinities it returns are those of the vectors, not of a compressed copy."""
+        return self._kind() in ("IndexFlat", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
+
+    @property
+    def effort(self) -> int | None:
+        """How many lists a search probes, or candidates of a graph it keeps; ``None`` where it has no such setting.
+
+        Higher finds more of the nearest vectors and takes longer; it is saved with the index.
+        """
+        return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
+
+    @effort.setter
+    def effort(self, value: int | None) -> None:
+        if value is None:
+            return
+        for place in _effort_of(self._cpu):
+            setattr(*place, value)
+        if self._gpu is not None:
+            faiss().GpuParameterSpace().set_index_parameter(self._gpu, "nprobe", min(value, GPU_MAX_K))
+
+    @property
+    def effort_limit(self) -> int | None:
+        """The largest effort that makes a difference, ``None`` where there is no such setting."""
+        lists = _lists(self._cpu)
+        return lists or (self.n if self.effort is not None else None)
+
+    def vectors(self) -> FloatArray:
+        """The vectors ``[n, d]`` float32 that it holds, exactly so where :attr:`exact_affinity`."""
+        for part in _inner(self._cpu):
+            if hasattr(part, "make_direct_map"):
+                part.make_direct_map()
+        found: FloatArray = self._cpu.reconstruct_n(0, self.n)
+        return found
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Affinities ``[q, k]`` float32, largest first, and rows ``[q, k]`` int64 of the k nearest keys.
+        """Affinities ``[q, k]`` float32, largest first, and rows ``[q, k]`` int64 of the k nearest vectors.
 
-        Where an approximate index finds fewer, the rest has row -1. ``k`` is cut to the number of keys.
+        Where an approximate index finds fewer, the rest has row -1. ``k`` is cut to the number of vectors.
         """
         k = int(min(k, self.n))
         features = np.ascontiguousarray(features, dtype=np.float32)
@@ -144,6 +219,17 @@ class VectorIndex:
             affinity, rows = self._cpu.search(features, k)
         return affinity, rows
 
+    def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """:meth:`search` of queries on torch's device, with the answers there; on a GPU the host holds none of them."""
+        k = int(min(k, self.n))
+        if self._gpu is None or features.device.type == "cpu" or k > GPU_MAX_K:
+            affinity, rows = self.search(features.cpu().numpy(), k)
+            return torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
+        importlib.import_module("faiss.contrib.torch_utils")  # from then on FAISS takes tensors too
+        with self._lock:
+            found: tuple[Tensor, Tensor] = self._gpu.search(features.contiguous(), k)
+        return found
+
     def _kind(self) -> str:
         return type(faiss().downcast_index(self._cpu)).__name__
 
@@ -153,16 +239,34 @@ def _gpu_resources() -> Any:
     return faiss().StandardGpuResources()
 
 
-def _on_gpu(index: Any, device: str) -> Any | None:
-    """A copy on the GPU, or None: the CPU was asked for, there is no GPU, or the type has no GPU form."""
+def _on_gpu(index: Any, device: str, half: bool) -> Any | None:
+    """A copy on the GPU, or None: the CPU was asked for, there is no GPU, or the type has no GPU form.
+
+    Where one GPU has no room for it, and none was named, every GPU holds a part.
+    """
     if device == "cpu" or faiss().get_num_gpus() < 1:
         return None
-    number = int(device.partition(":")[2] or 0)
+    number = device.partition(":")[2]
+    options = faiss().GpuMultipleClonerOptions()
+    options.useFloat16 = half
+    options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
     try:
-        return faiss().index_cpu_to_gpu(_gpu_resources(), number, index)
+        if not number and faiss().get_num_gpus() > 1 and _bytes_on_gpu(index, half) > _free_on_gpu():
+            options.shard = True
+            return faiss().index_cpu_to_all_gpus(index, options)
+        return faiss().index_cpu_to_gpu(_gpu_resources(), int(number or 0), index, options)
     except RuntimeError as error:
         log.info("the index stays on the CPU: %s", _reason(error))
         return None
+
+
+def _bytes_on_gpu(index: Any, half: bool) -> int:
+    """About what an index takes there: its vectors and ids."""
+    return int(index.ntotal) * (int(index.d) * (2 if half else 4) + 8)
+
+
+def _free_on_gpu() -> int:
+    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else 0
 
 
 def _fill(index: Any, keys: npt.NDArray[Any], factory: str, block: int) -> None:
@@ -191,6 +295,17 @@ def _inner(index: Any) -> Iterator[Any]:
         index = getattr(index, "index", None) or getattr(index, "base_index", None)
 
 
+def _effort_of(index: Any) -> Iterator[tuple[Any, str]]:
+    """Where an index keeps its effort: object and name of an attribute, the outermost first."""
+    for part in _inner(index):
+        if hasattr(part, "nprobe"):
+            yield part, "nprobe"
+            return
+        if hasattr(part, "hnsw"):
+            yield part.hnsw, "efSearch"
+            return
+
+
 def _lists(index: Any) -> int:
     return next((int(part.nlist) for part in _inner(index) if hasattr(part, "nlist")), 0)
 
@@ -198,8 +313,12 @@ def _lists(index: Any) -> int:
 def _set_search_effort(index: Any) -> None:
     """FAISS probes one list and keeps 16 candidates by default: far too few for a cache, whose keys all count."""
     for part in _inner(index):
+        if hasattr(part, "cp"):
+            part.cp.min_points_per_centroid = 1  # FAISS prints a warning where there are fewer than 39
         if hasattr(part, "nprobe"):
-            part.nprobe = min(int(part.nlist), max(8, int(part.nlist) // 8), GPU_MAX_K)
+            part.nprobe = min(int(part.nlist), max(8, round(2 * int(part.nlist) ** 0.5)), GPU_MAX_K)
+        if hasattr(part, "k_factor"):
+            part.k_factor = 4  # of a compressed index, so many times the candidates are compared exactly
         if hasattr(part, "hnsw"):
             part.hnsw.efSearch = 128
         if hasattr(part, "do_polysemous_training"):

@@ -352,7 +352,7 @@ def test_forward_gives_the_features_that_encode_gives(trainable):
             (trainable.forward_texts(["a cat"]), trainable.encode_texts(["a cat"])),
         ):
             assert found.requires_grad
-            np.testing.assert_allclose(found.detach().numpy(), encoded, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(unit(found.detach().numpy()), unit(encoded), atol=1e-6)
 
 
 def test_a_tower_is_trained_under_autocast(tiny_folder):
@@ -485,3 +485,91 @@ def test_tuned_weights_may_lie_under_a_name_that_is_not_utf8(tiny_folder, tmp_pa
     a_step(model, ["visual"])
     write_tuned(file, model.tuned(["visual"]))
     assert load_backbone(f"local-dir:{tiny_folder}", device="cpu", tuned=file).identity == model.identity
+
+
+# -- batch norms that are folded --
+
+
+def convolutional(folder):
+    tiny(folder)
+    path = folder / "open_clip_config.json"
+    settings = json.loads(path.read_text())
+    settings["model_cfg"]["vision_cfg"] = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
+    path.write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**settings["model_cfg"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return load_backbone(f"local-dir:{folder}", device="cpu")
+
+
+@pytest.fixture(params=["ResNet", "lit-mini"])
+def with_norms(request, tmp_path):
+    if request.param == "lit-mini":
+        copied = deepcopy(request.getfixturevalue("lit_mini"))
+        copied._folded = None
+        return copied
+    return convolutional(tmp_path / "model")
+
+
+def norms_of(model):
+    return sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.visual.modules())
+
+
+def test_folded_batch_norms_change_no_feature(with_norms):
+    pixels = some_pixels(with_norms)
+    assert norms_of(with_norms._folded_model) == 0 < norms_of(with_norms._model)
+    with torch.no_grad():
+        expected = with_norms._model.encode_image(pixels).numpy()
+    np.testing.assert_allclose(unit(with_norms.encode_images(pixels)), unit(expected), atol=1e-6)
+
+
+def test_a_single_picture_does_not_wait_for_folding(with_norms):
+    pixels = some_pixels(with_norms)
+    alone = with_norms.encode_images(pixels[:1])
+    assert with_norms._folded is None
+    together = with_norms.encode_images(pixels)
+    assert with_norms._folded is not None
+    np.testing.assert_allclose(unit(alone)[0], unit(together)[0], atol=1e-6)
+    assert np.array_equal(with_norms.encode_images(pixels[:1]), alone)
+
+
+def test_folding_follows_the_weights(with_norms):
+    pixels = some_pixels(with_norms)
+    before = with_norms.encode_images(pixels)
+    folded = with_norms._folded_model
+    assert with_norms._folded_model is folded  # made once
+    a_step(with_norms, ["visual"])
+    assert with_norms._folded_model is not folded
+    after = with_norms.encode_images(pixels)
+    assert not np.allclose(unit(before), unit(after), atol=1e-5)
+    with torch.no_grad():
+        expected = with_norms._model.encode_image(pixels).numpy()
+    np.testing.assert_allclose(unit(after), unit(expected), atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in with_norms._folded_model.parameters())
+
+
+def test_a_norm_that_is_called_elsewhere_is_not_folded(tmp_path):
+    model = convolutional(tmp_path / "model")
+    first = model._model.visual.layer1[0]
+
+    class Odd(type(first)):
+        def forward(self, x):  # between conv1 and bn1 comes what their order does not tell
+            return super().forward(x) + self.bn1(self.conv1(x).abs()).mean()
+
+    first.__class__ = Odd
+    assert model._folded_model is model._model
+    pixels = some_pixels(model)
+    with torch.no_grad():
+        expected = model._model.encode_image(pixels).numpy()
+    np.testing.assert_allclose(model.encode_images(pixels), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tower_without_batch_norms_is_the_model_itself(tiny_folder):
+    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
+    assert model._folded_model is model._model

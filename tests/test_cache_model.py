@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrieval_tip
-from retrieval_tip import CacheModel, cache_model
+from retrieval_tip import CacheModel
 from retrieval_tip.backbone import Identity
 from retrieval_tip.cache_model import Prediction, check_settings
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
@@ -200,9 +200,10 @@ def test_predictions_do_not_depend_on_batches_or_blocks(
     for k in (None, 16):
         whole = cache.logits(QUERIES, k)
         with monkeypatch.context() as patch:
-            patch.setattr(cache_model, "QUERY_BLOCK", blocks[0])
-            patch.setattr(cache_model, "KEY_BLOCK", blocks[1])
-            cache._key_sums = None  # made by blocks of keys too
+            for module in ("keys", "cache_model"):  # the latter splits by them too
+                patch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", blocks[0])
+                patch.setattr(f"retrieval_tip.{module}.KEY_BLOCK", blocks[1])
+            cache.__post_init__()  # sums are made by blocks of keys too
             for size in (1, 7, 64, Q):
                 part = in_batches(lambda f, k=k: cache.logits(f, k), size)
                 torch.testing.assert_close(part, whole, rtol=0, atol=1e-4)

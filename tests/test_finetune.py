@@ -21,7 +21,7 @@ from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 from torch.nn import functional
 
-from retrieval_tip import CacheModel, finetune, verify
+from retrieval_tip import CacheModel, finetune, trainer, verify
 from retrieval_tip.backbone import load_backbone
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder
@@ -538,7 +538,7 @@ def test_training_all_keys_as_nearest_ones_is_training_all(shots: Source) -> Non
 def test_only_retrieved_keys_are_trained(shots: Source, monkeypatch: pytest.MonkeyPatch, factory: str) -> None:
     few = [i for i, label in enumerate(shots.labels) if label == NAMES[0]]
     met: set[int] = set()
-    search = finetune.VectorIndex.search
+    search = trainer.VectorIndex.search
 
     def watched(self: Any, features: Any, k: int) -> Any:
         found = search(self, features, k)
@@ -547,7 +547,7 @@ def test_only_retrieved_keys_are_trained(shots: Source, monkeypatch: pytest.Monk
         return found
 
     cache = index(index=factory)
-    monkeypatch.setattr(finetune.VectorIndex, "search", watched)
+    monkeypatch.setattr(trainer.VectorIndex, "search", watched)
     tuned = finetune.finetune(cache, shots.take(few), Encoder(), replace(OWN, train_k=3, epochs=20))
     monkeypatch.undo()
     changed = np.flatnonzero((tuned.cache.keys != cache.keys).any(axis=1))

@@ -497,3 +497,68 @@ def test_find_goes_as_deep_as_paths_can(tmp_path: Path) -> None:
 def test_find_takes_names_that_are_not_utf8(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png")).touch()
     assert [os.fsencode(path.name) for path in find(tmp_path)] == [b"\xff\xfe.png"]
+
+
+# -- JPEGs at a reduced size --
+
+
+def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    return quarters().resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "expected"),
+    [
+        ((800, 600), 301, (800, 600)),
+        ((800, 600), 300, (400, 300)),
+        ((801, 601), 300, (401, 301)),
+        ((800, 600), 151, (400, 300)),
+        ((800, 600), 150, (200, 150)),
+        ((800, 600), 75, (100, 75)),
+        ((800, 600), 1, (100, 75)),
+        ((600, 4000), 300, (300, 2000)),
+    ],
+)
+def test_a_large_jpeg_is_reduced_and_keeps_enough(size: tuple[int, int], least: int, expected: tuple[int, int]) -> None:
+    data = encoded(smooth(*size), "JPEG", quality=95)
+    assert images.reducible(data, least) == (size != expected)
+    found = decode(data, least)
+    assert found.size == expected
+    close(np.asarray(found), decode(data).resize(expected, Image.Resampling.BOX), 2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_reduced_jpeg_is_upright_and_in_colour(mode: str, progressive: bool, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(smooth(320, 240, mode), "JPEG", quality=95, progressive=progressive, exif=exif)
+    whole, reduced = decode(data), decode(data, 100)
+    assert reduced.mode == "RGB"
+    assert reduced.size == (whole.width // 2, whole.height // 2)
+    close(np.asarray(reduced), whole.resize(reduced.size, Image.Resampling.BOX), 2)
+
+
+@pytest.mark.parametrize("style", ["PNG", "MPO", "WEBP", "TIFF"])
+def test_other_formats_are_never_reduced(style: str) -> None:
+    more = {"save_all": True, "append_images": [smooth(320, 240)]} if style == "MPO" else {}
+    data = encoded(smooth(320, 240), style, **more)
+    assert not images.reducible(data, 20)
+    assert np.array_equal(np.asarray(decode(data, 20)), pixels(data))
+
+
+def test_limits_are_those_of_the_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(smooth(320, 240), "JPEG")
+    monkeypatch.setattr(images, "MAX_PIXELS", 320 * 240 - 1)
+    with pytest.raises(InputError, match="320 x 240 pixels are more than"):
+        decode(data, 20)
+
+
+def test_what_is_no_jpeg_is_not_reducible_and_a_cut_one_is_named() -> None:
+    data = encoded(smooth(320, 240), "JPEG")
+    for wrong in (b"", b"\xff\xd8", b"\xff\xd8\xff" + b"garbage" * 100, data[:20]):
+        assert not images.reducible(wrong, 20)
+    assert images.reducible(data[: len(data) // 2], 20)
+    with pytest.raises(InputError, match="damaged"):
+        decode(data[: len(data) // 2], 20)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -121,7 +122,7 @@ def test_affinities_are_those_of_every_pair(shared, tmp_path):
 
 def test_keys_off_the_sphere_widen_the_histogram(shared, tmp_path):
     cache, val = food(shared, 1)
-    cache.keys = cache.keys * np.float32(3)
+    cache = replace(cache, keys=cache.keys * np.float32(3))
     pq.write_table(val.slice(0, 5), tmp_path / "val.parquet")
     found = evaluate(cache, open_source(tmp_path / "val.parquet"), Encoder(), affinities=True).answers.affinities
     affinity = rows_of(val.slice(0, 5)) @ cache.keys.T

@@ -361,3 +361,14 @@ def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_
     wrong = CacheModel.from_features(keys, (key_ids + 1) % C, list("abcde"), centres, logit_scale=1.0, device="cpu")
     moved = search(wrong, search_hp.unseen(wrong, features, ids, "made"), cautious=True)
     assert moved.accuracy == moved.best == 1.0
+
+
+def test_an_index_over_classes_keeps_its_k() -> None:
+    keys, ids = clusters(60, 6, 16, seed=1)
+    text, _ = clusters(6, 6, 16, seed=2)
+    cache = CacheModel.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index="Classes")
+    cache.k = 20
+    choice = search_hp.search(cache, search_hp.leave_one_out(cache))
+    search_hp.apply(cache, choice)
+    assert (choice.k, cache.k) == (None, 20)
+    assert cache.alpha == choice.alpha

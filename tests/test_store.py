@@ -1079,3 +1079,41 @@ def test_settings_may_be_numpy_numbers(tmp_path: Path) -> None:
     cache.alpha, cache.beta = np.float32(2), np.float64(3)
     cache.save(tmp_path / "x")
     assert (CacheModel.load(tmp_path / "x").alpha, CacheModel.load(tmp_path / "x").beta) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 1 << 24])
+def test_every_block_of_a_file_counts(
+    index: Path, tmp_path: Path, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "HASHED_AT_A_TIME", at_a_time)
+    for content in (b"", b"x", bytes(range(256)) * 3):
+        (tmp_path / "file").write_bytes(content)
+        assert store._sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    store.Check(index).wait()
+
+
+def test_a_check_that_was_begun_names_the_first_bad_file(index: Path) -> None:
+    manifest = store.read_manifest(index)
+    for kind in ("labels", "keys"):
+        path = index / manifest.files[kind].name
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    check = store.Check(index)
+    assert check.manifest == manifest
+    for _ in range(2):
+        with pytest.raises(StoreError) as error:
+            check.wait()
+        one_line(error, index / manifest.files["keys"].name)
+
+
+def test_a_check_is_of_the_version_that_is_opened(index: Path) -> None:
+    """Another version that is committed meanwhile is not taken for it."""
+    check = store.Check(index)
+    model(7).save(index)
+    opened = CacheModel.load(index, check=check)
+    assert opened.version == check.manifest.version
+    assert CacheModel.load(index).version == check.manifest.version + 1
+
+
+def test_a_check_of_no_index_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such folder"):
+        store.Check(tmp_path / "none")

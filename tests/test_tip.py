@@ -385,3 +385,109 @@ def test_everything_is_proved_where_nothing_can_change(shared: Path, tail: bool)
     one = random_case(7, (30,))
     proved, _, _ = proofs(one, 1, 1.0, 5.5, 100.0, tail, torch.float64)
     assert proved.all()  # no other class
+
+
+# ------------------------------------------------------------------------------------------------- classes met whole
+
+
+@st.composite
+def at_the_means(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
+    """Text logits, cache logits at the mean affinities, true ones of up to ``slack`` more; alpha and slack.
+
+    Values are of few, so that ties and bounds that are just reached are common; a class may have no keys.
+    """
+    q, c = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    alpha, slack = draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])), draw(st.sampled_from([0.0, 0.125, 1.0, 10.0]))
+    beta = draw(st.sampled_from([0.0, 1.0, 5.5]))
+    numbers = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 16.0]), min_size=c, max_size=c))
+
+    def matrix(values: st.SearchStrategy[float]) -> torch.Tensor:
+        return torch.tensor(
+            [draw(st.lists(values, min_size=c, max_size=c)) for _ in range(q)], dtype=torch.float64
+        ).view(q, c)
+
+    text = matrix(st.one_of(st.sampled_from([-1.0, 0.0, 0.25, 1.0, 2.0]), st.floats(-20, 20)))
+    mean = matrix(st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(-1, 1)))
+    used = matrix(st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)))  # of the slack, by each class
+    cache = tip.at_mean(torch.tensor(numbers, dtype=torch.float64), mean, beta)
+    return text, cache, cache * (1 + slack * used), alpha, slack
+
+
+@settings(max_examples=400, deadline=None)
+@given(at_the_means(), st.integers(1, 7))
+def test_the_winner_of_a_settled_query_is_among_the_classes_it_met(
+    given_: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float], most: int
+) -> None:
+    text, cache, true, alpha, slack = given_
+    classes, met = tip.promising(text, cache, alpha, slack, most)
+    settled = tip.settled(text, cache, alpha, slack, classes)
+    lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
+    assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
+    ranked = lower.gather(1, classes)
+    assert (ranked[:, 0] == lower.amax(1)).all()
+    assert (ranked.diff(dim=1) <= 0).all()
+    assert met[:, 0].all()
+    for query in range(len(text)):
+        own = classes[query, met[query]]
+        best = exact[query].max()
+        tolerance = 1e-9 * (1 + text.abs().max() + alpha * true.max())
+        if most >= text.shape[1]:
+            assert settled[query]  # there is no other class
+        if settled[query]:
+            assert exact[query, own].max() >= best - tolerance
+            known = lower[query].clone()
+            known[own] = exact[query, own]
+            assert exact[query, known.argmax()] >= best - tolerance  # the answer that is given
+
+
+def test_a_class_that_could_win_leaves_a_query_unsettled_and_one_that_cannot_does_not() -> None:
+    text, cache = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 1.0]])
+    for slack, met_of_three, settled_by_one in ((0.5, 1, True), (0.99, 1, True), (1.01, 2, False), (2.01, 3, False)):
+        classes, met = tip.promising(text, cache, 1.0, slack, 3)
+        assert classes.tolist() == [[0, 1, 2]]
+        assert int(met.sum()) == met_of_three
+        assert tip.settled(text, cache, 1.0, slack, classes[:, :1]).tolist() == [settled_by_one]
+
+
+def test_a_tie_at_the_bound_is_met_and_not_settled() -> None:
+    text, cache = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    classes, met = tip.promising(text, cache, 1.0, 1.0, 2)  # with all its slack the second has 3 too
+    assert met.tolist() == [[True, True]]
+    assert not tip.settled(text, cache, 1.0, 1.0, classes[:, :1]).any()
+
+
+def test_without_alpha_the_text_alone_says_what_to_meet() -> None:
+    text = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
+    classes, met = tip.promising(text, torch.tensor([[1e6, 1.0, 2.0, 0.0]]), 0.0, 10.0, 4)
+    assert set(classes[met].tolist()) == {1, 2}
+    assert not tip.settled(text, torch.ones(1, 4), 0.0, 10.0, classes[:, :1]).any()
+    assert tip.settled(text, torch.ones(1, 4), 0.0, 10.0, classes[:, :2]).all()
+
+
+@pytest.mark.parametrize(("alpha", "slack"), [(1e39, 1.0), (1e300, 1e9), (0.0, 1e9), (1e38, 1e9)])
+def test_settings_that_overflow_still_meet_the_first_class(alpha: float, slack: float) -> None:
+    text, cache = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[0.0, 3.0, 1e-3]])
+    classes, met = tip.promising(text, cache, alpha, slack, 2)
+    assert met[:, 0].all()
+    assert tip.settled(text, cache, alpha, slack, classes).shape == (1,)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.floats(0, 30))
+def test_keys_at_their_mean_affinity_never_add_more_than_at_their_own(own: list[float], beta: float) -> None:
+    affinity = torch.tensor(own, dtype=torch.float64)
+    number, mean = torch.tensor([float(len(own))]).double(), affinity.mean()[None]
+    at_mean = tip.at_mean(number, mean, beta)
+    assert at_mean <= tip.weight(affinity, beta).sum() * (1 + 1e-12)
+    assert at_mean == pytest.approx(len(own) * np.exp(-beta * (1 - np.mean(own))))
+    into = torch.empty(1, dtype=torch.float64)
+    assert tip.at_mean(number, mean, beta, out=into) is into
+    assert torch.equal(into, at_mean)
+
+
+def test_text_logits_can_be_written_where_they_are_wanted() -> None:
+    case = random_case(8, (3, 4), q=5)
+    f, W = torch.from_numpy(case.f), torch.from_numpy(case.W)
+    into = torch.full((7, 2), np.nan, dtype=torch.float64)
+    tip.text_logits(f, W, 50.0, out=into[1:6])
+    np.testing.assert_allclose(into[1:6], 50 * case.f @ case.W.T)
+    assert into[[0, 6]].isnan().all()

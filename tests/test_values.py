@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from test_store import body_of, sealed, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrieval_tip import CacheModel, cache_model, search_hp, store, tip, verify
+from retrieval_tip import CacheModel, search_hp, store, tip, verify
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.evaluate import evaluate
 from retrieval_tip.features import Encoder
@@ -253,8 +253,9 @@ def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callab
 
 def test_values_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [model().logits(QUERIES, k) for k in (None, 9)]
-    monkeypatch.setattr(cache_model, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(cache_model, "KEY_BLOCK", 7)
+    for module in ("keys", "cache_model"):  # the latter splits by them too
+        monkeypatch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", 4)
+        monkeypatch.setattr(f"retrieval_tip.{module}.KEY_BLOCK", 7)
     for k, before in zip((None, 9), whole, strict=True):
         torch.testing.assert_close(model().logits(QUERIES, k), before, rtol=1e-5, atol=1e-4)
 
@@ -606,7 +607,7 @@ def test_leftovers_of_these_kinds_are_collected_too(index: Path) -> None:
     assert verify(index).version == 1
 
 
-@pytest.mark.parametrize("kind", store.OPTIONAL_KINDS)
+@pytest.mark.parametrize("kind", ["values", "weights", "curve"])
 def test_a_damaged_or_missing_file_is_named(index: Path, kind: str) -> None:
     path = index / names(index)[kind]
     raw = path.read_bytes()
@@ -626,7 +627,7 @@ def test_a_damaged_or_missing_file_is_named(index: Path, kind: str) -> None:
         verify(index)
 
 
-@pytest.mark.parametrize("kind", store.OPTIONAL_KINDS)
+@pytest.mark.parametrize("kind", ["values", "weights", "curve"])
 def test_a_manifest_with_a_wrong_entry_is_refused(index: Path, kind: str) -> None:
     files = body_of(index)["files"]
     entry = files[kind]

@@ -9,6 +9,8 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retrieval_tip import vector_index
 from retrieval_tip.errors import StoreError, UsageError
@@ -181,7 +183,7 @@ def test_a_sample_trains_a_clustered_index_and_every_key_is_in_it(monkeypatch: p
     np.testing.assert_array_equal(index.search(QUERIES, 20)[1], again.search(QUERIES, 20)[1])  # the sample is fixed
 
 
-@pytest.mark.parametrize(("lists", "probes"), [(4, 4), (16, 8), (256, 32), (1_000_000, GPU_MAX_K)])
+@pytest.mark.parametrize(("lists", "probes"), [(4, 4), (16, 8), (256, 32), (65536, 512), (1_100_000, GPU_MAX_K)])
 def test_enough_lists_are_probed_but_no_more_than_a_gpu_can(lists: int, probes: int) -> None:
     index = faiss.index_factory(2, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
     vector_index._set_search_effort(index)
@@ -343,3 +345,138 @@ def test_gpu_index_is_saved_from_its_cpu_copy(factory: str, tmp_path: Path) -> N
     assert (tmp_path / "gpu.faiss").read_bytes() == (tmp_path / "cpu.faiss").read_bytes()
     loaded = VectorIndex.load(tmp_path / "gpu.faiss", factory, "cpu")
     np.testing.assert_array_equal(loaded.search(QUERIES, 5)[1], built(factory).search(QUERIES, 5)[1])
+
+
+# --------------------------------------------------------------------------------------------- over classes, and effort
+
+
+@pytest.mark.parametrize(
+    ("factory", "inner"),
+    [
+        ("Classes", "Flat"),
+        ("Classes,", "Flat"),
+        ("Classes,Flat", "Flat"),
+        ("Classes,HNSW8", "HNSW8"),
+        ("Classes,IVF2,Flat", "IVF2,Flat"),
+        ("Flat", None),
+        ("IVF2,Flat", None),
+        ("ClassesX", None),
+        ("classes", None),
+        ("", None),
+    ],
+)
+def test_a_factory_over_classes_names_the_index_over_their_means(factory: str, inner: str | None) -> None:
+    assert vector_index.inner_factory(factory) == inner
+
+
+@pytest.mark.parametrize("factory", ["Classes", "Classes,HNSW8", "Classes,IVF2,Flat"])
+def test_an_index_over_classes_searches_the_vectors_that_it_is_given(factory: str, tmp_path: Path) -> None:
+    means = KEYS[:40]
+    index = VectorIndex.build(means, factory, "cpu")
+    assert (index.by_class, index.exact_search, index.exact_affinity, index.n) == (True, False, True, 40)
+    affinity, rows = index.search(QUERIES, 5)
+    exact = QUERIES.astype(np.float64) @ means.T.astype(np.float64)
+    np.testing.assert_array_equal(rows, np.argsort(-exact, axis=1)[:, :5])
+    np.testing.assert_allclose(affinity, -np.sort(-exact, axis=1)[:, :5], atol=1e-5)
+    index.save(tmp_path / "index.faiss")
+    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
+    assert (loaded.by_class, loaded.n, loaded.effort) == (True, 40, index.effort)
+    np.testing.assert_array_equal(loaded.search(QUERIES, 5)[1], rows)
+
+
+@pytest.mark.parametrize("factory", ["Classes,Nope", "ClassesX", "Classes,Classes", "Classes,L2norm,Flat", "Classes,,"])
+def test_a_type_over_classes_that_cannot_be_is_a_usage_error_of_one_line(factory: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        VectorIndex.build(KEYS, factory, "cpu")
+    assert str(caught.value).startswith(f"index {factory!r}: ")
+    assert "\n" not in str(caught.value)
+
+
+def lists_and_k(n: int, c: int) -> tuple[int, int | None]:
+    """Which of the three kinds auto chooses, 0 to 2, and the keys that are met."""
+    factory, k = vector_index.auto_factory(n, c)
+    kind = 0 if factory == "Flat" else 1 if factory.startswith("Classes") else 2
+    return kind, k
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 10**5), st.integers(1, 10**8), st.integers(0, 10**7))
+def test_with_more_keys_auto_moves_on_from_all_to_classes_to_lists_and_never_back(c: int, n: int, more: int) -> None:
+    kind, k = lists_and_k(n, c)
+    assert lists_and_k(n + more, c)[0] >= kind
+    assert k is None if kind == 0 else k is not None and 1 <= k < n  # fewer than all, or there is no point
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "expected"),
+    [
+        (1, 1, ("Flat", None)),
+        (2048, 2, ("Flat", None)),
+        (4000, 1000, ("Flat", None)),  # 4 a class
+        (4001, 1000, ("Classes", 32)),
+        (16000, 1000, ("Classes", 128)),  # 16 shots of ImageNet: 8 classes
+        (2049, 2, ("IVF181,Flat", 256)),
+        (1_281_167, 1000, ("Classes", 10249)),
+        (1_000_000, 100, ("IVF4000,Flat", 256)),
+        (32767 * 16, 32767, ("Classes", 128)),
+        (32768 * 16, 32768, ("Classes,HNSW32", 128)),
+    ],
+)
+def test_auto_chooses_by_the_numbers(n: int, c: int, expected: tuple[str, int | None]) -> None:
+    assert vector_index.auto_factory(n, c) == expected
+
+
+@pytest.mark.parametrize(("n", "c"), [(300, 100), (3000, 300), (3000, 3), (2500, 20)])
+def test_what_auto_chooses_can_be_built(n: int, c: int) -> None:
+    factory, _ = vector_index.auto_factory(n, c)
+    assert VectorIndex.build(made(4, c if factory.startswith("Classes") else n, d=8), factory, "cpu").factory == factory
+
+
+def test_probing_every_list_finds_what_flat_finds_and_probing_one_less() -> None:
+    index = VectorIndex.build(KEYS, "IVF16,Flat", "cpu")
+    assert (index.effort, index.effort_limit) == (8, 16)
+    index.effort = 16
+    assert index.effort == 16
+    np.testing.assert_array_equal(index.search(QUERIES, 100)[1], NEAREST[:, :100])
+    index.effort = 1
+    _, rows = index.search(QUERIES, 100)
+    found = [len(set(a) & set(b)) for a, b in zip(rows.tolist(), NEAREST[:, :100].tolist(), strict=True)]
+    assert max(found) < 100
+    index.effort = None  # leaves it as it is
+    assert index.effort == 1
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW32", "PCA32,IVF16,Flat", "Classes,IVF16,Flat", "IVF16,SQfp16"])
+def test_effort_is_saved_with_the_index(factory: str, tmp_path: Path) -> None:
+    index = VectorIndex.build(KEYS, factory, "cpu")
+    assert index.effort not in (None, 3)
+    index.effort = 3
+    index.save(tmp_path / "index.faiss")
+    loaded = VectorIndex.load(tmp_path / "index.faiss", factory, "cpu")
+    assert loaded.effort == 3
+    np.testing.assert_array_equal(loaded.search(QUERIES, 50)[1], index.search(QUERIES, 50)[1])
+    assert loaded.effort_limit == (640 if factory == "HNSW32" else 16)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "Classes"])
+def test_where_every_vector_is_compared_there_is_no_effort(factory: str) -> None:
+    index = VectorIndex.build(KEYS, factory, "cpu")
+    before = index.search(QUERIES, 20)[1]
+    assert (index.effort, index.effort_limit) == (None, None)
+    for value in (None, 1):
+        index.effort = value
+        assert index.effort is None
+    np.testing.assert_array_equal(index.search(QUERIES, 20)[1], before)
+
+
+def test_a_graph_of_more_effort_finds_more() -> None:
+    keys = np.random.default_rng(5).standard_normal((3000, 32)).astype(np.float32)
+    index = VectorIndex.build(keys, "HNSW8", "cpu")
+    queries = np.random.default_rng(6).standard_normal((40, 32)).astype(np.float32)
+    nearest = np.argsort(-queries @ keys.T, axis=1)[:, :10]
+    recall = []
+    for effort in (1, 3000):
+        index.effort = effort
+        rows = index.search(queries, 10)[1]
+        recall.append(np.mean([len(set(a) & set(b)) for a, b in zip(rows.tolist(), nearest.tolist(), strict=True)]))
+    assert recall[0] < recall[1]

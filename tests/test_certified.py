@@ -1,0 +1,671 @@
+"""Whole classes and certified answers against dense float64: winners, bounds, neighbours, and what is kept."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_keys import Case, Largest, dense, made_module, unit
+
+from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.vector_index import auto_factory
+
+Array = npt.NDArray[Any]
+C, SHOTS, D = 40, 16, 64
+BETA, SCALE = 5.5, 100.0
+
+
+@pytest.fixture(scope="module")
+def material() -> tuple[Array, Array, Array, Array]:
+    """Keys, their class ids, text weights and queries like CLIP's."""
+    maker = made_module().Made(c=C, d=D)
+    ids = np.repeat(np.arange(C), SHOTS)
+    return maker.draw(ids, 1), ids, maker.text, maker.draw(maker.classes(400, 2), 3)
+
+
+def model(array: Array, ids: Array, c: int, text: Array | None = None, **changes: Any) -> CacheModel:
+    options: dict[str, Any] = {"beta": BETA, "logit_scale": SCALE, "index": "Classes", "device": "cpu"} | changes
+    return CacheModel.from_features(array, ids, [f"class {i}" for i in range(c)], text, **options)
+
+
+def of_case(case: Case, text: bool = True, **changes: Any) -> CacheModel:
+    weights = unit(np.random.default_rng(11).standard_normal((case.c, case.array.shape[1]))) if text else None
+    return model(case.array, case.ids, case.c, weights, **({"logit_scale": 10.0} | changes))
+
+
+def exact_parts(cache: CacheModel, features: Array) -> tuple[Array, Array]:
+    """Text and cache logits over all keys by definition."""
+    ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
+    text = cache.logit_scale * features.astype(np.float64) @ cache.text_weights.numpy().astype(np.float64).T
+    values = None if cache.values is None else cache.values.numpy()
+    return text, dense(features, np.asarray(cache.keys), ids, c, cache.beta, values)
+
+
+def at_means(cache: CacheModel, features: Array) -> Array:
+    """What the classes add where each key counts at the mean affinity of its class."""
+    ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
+    one_hot = np.eye(c)[ids]
+    counts = one_hot.sum(0)
+    mean = features.astype(np.float64) @ np.asarray(cache.keys).astype(np.float64).T @ one_hot / np.maximum(counts, 1)
+    return counts * np.exp(-cache.beta * (1 - mean))
+
+
+def check_winners(winners: Array, text: Array, alone: Array, alpha: float) -> None:
+    """Each is the best of all keys, up to what float32 cannot tell apart."""
+    logits = text + alpha * alone
+    tolerance = 2e-5 * (1 + np.abs(text).max() + alpha * np.abs(alone).max())
+    chosen = np.take_along_axis(logits, np.asarray(winners)[:, None], axis=1)[:, 0]
+    assert (chosen >= logits.max(1) - tolerance).all()
+
+
+@st.composite
+def cases(draw: st.DrawFn, least: int = 1) -> Case:
+    counts = draw(st.lists(st.integers(0, 14), min_size=least, max_size=7).filter(any))
+    return Case(draw(st.integers(0, 2**32)), counts, draw(st.integers(1, 8)), draw(st.integers(2, 9)))
+
+
+# ------------------------------------------------------------------------------------------------------------ certified
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    cases(),
+    st.sampled_from([0.0, 0.3, 1.0, 20.0]),
+    st.floats(0, 30),
+    st.integers(1, 20),
+    st.booleans(),
+    st.booleans(),
+)
+def test_certified_winners_of_exact_search_are_those_over_all_keys(
+    case: Case, alpha: float, beta: float, k: int, tail: bool, text: bool
+) -> None:
+    cache = of_case(case, text, alpha=alpha, beta=beta, index="Flat")
+    found = cache.certified(case.f, k, tail)
+    check_winners((found.text + alpha * found.cache).argmax(1), *exact_parts(cache, case.f), alpha)
+    assert found.proved
+    steps, at = {cache.n}, k
+    while at <= cache.n // 8:
+        steps.add(at)
+        at *= 4
+    assert found.keys.dtype == torch.int64
+    assert set(found.keys.tolist()) <= steps
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_most_of_separated_data_is_settled_by_few_keys_and_the_rest_by_all(
+    material: tuple[Array, Array, Array, Array], tail: bool
+) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text, index="Flat", beta=20.0)
+    found = cache.certified(queries, 30, tail)
+    assert set(found.keys.tolist()) <= {30, 120, cache.n}
+    few = found.keys.numpy() < cache.n
+    assert few.mean() > 0.2
+    assert not few.all()
+    check_winners((found.text + found.cache).argmax(1), *exact_parts(cache, queries), 1.0)
+    torch.testing.assert_close(found.cache[~few], cache.terms(queries)[1][~few], rtol=1e-5, atol=1e-4)
+    # what few keys settled has the logits of few keys: they were not counted again
+    parts = cache.terms(queries, 30, tail)
+    first = found.keys.numpy() == 30
+    torch.testing.assert_close(found.cache[first], parts[1][first], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.text, parts[0])
+
+
+@pytest.mark.parametrize("index", ["Flat", "Classes", "IVF4,Flat"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_only_what_can_win_is_left_open_so_certified_winners_agree(
+    material: tuple[Array, Array, Array, Array], index: str, tail: bool
+) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text, index=index)
+    found = cache.certified(queries, 48, tail)
+    assert found.proved == (index == "Flat")
+    over_all = cache.logits(queries).argmax(1)
+    wrong = ((found.text + found.cache).argmax(1) != over_all).sum()
+    assert wrong <= (0 if index == "Flat" else 2)
+    if index == "Classes":
+        assert (found.keys < cache.n).float().mean() > 0.5
+        plain = (cache.logits(queries, 48, tail).argmax(1) != over_all).sum()
+        assert wrong <= plain
+
+
+def test_all_keys_are_taken_where_k_says_so_and_with_values(material: tuple[Array, Array, Array, Array]) -> None:
+    array, ids, text, queries = material
+    for index in ("Flat", "Classes"):
+        cache = model(array, ids, C, text, index=index)
+        for k in (None, cache.n // 8 + 1, cache.n, 10 * cache.n):
+            found = cache.certified(queries[:20], k)
+            assert found.keys.tolist() == [cache.n] * 20
+            assert torch.equal(found.cache, cache.terms(queries[:20])[1])
+        valued = replace(cache, values=torch.from_numpy(np.eye(C, dtype=np.float32)[ids]))
+        assert valued.certified(queries[:20], 4).keys.tolist() == [cache.n] * 20
+        assert [p.keys for p in valued.classify(queries[:3], k=4, certify=True)] == [cache.n] * 3
+
+
+def test_a_certified_prediction_says_how_many_keys_settled_it(material: tuple[Array, Array, Array, Array]) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text, index="Flat", beta=20.0)
+    found = cache.certified(queries[:60], 30)
+    answers = cache.classify(queries[:60], k=30, certify=True, top=2)
+    assert [a.keys for a in answers] == found.keys.tolist()
+    assert len({a.keys for a in answers}) > 1
+    over_all = cache.classify(queries[:60])
+    assert [a.label for a in answers] == [a.label for a in over_all]
+    assert [a.keys for a in over_all] == [None] * 60
+    for a in answers:
+        assert a.text_logit + a.cache_logit == pytest.approx(float(a.logits.max()), rel=1e-5)
+
+
+def test_no_queries_are_no_answers() -> None:
+    case = Case(1, [4, 0, 9], q=3, d=5)
+    none = case.f[:0]
+    for index in ("Flat", "Classes"):
+        cache = of_case(case, index=index)
+        for k in (None, 2):
+            assert cache.certified(none, k).text.shape == (0, 3)
+            assert cache.logits(none, k).shape == (0, 3)
+            assert cache.classify(none, k=k) == []
+            assert cache.classify(none, k=k, certify=True) == []
+        assert cache.nearest(torch.from_numpy(none), 2)[1].shape == (0, 2)
+
+
+# -------------------------------------------------------------------------------------------------------- whole classes
+
+
+def test_whole_classes_agree_with_all_keys_on_nearly_all(material: tuple[Array, Array, Array, Array]) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text)
+    exact_text, exact = exact_parts(cache, queries)
+    winners = (exact_text + exact).argmax(1)
+    assert (exact_text.argmax(1) != winners).mean() > 0.02  # the cache decides some
+    k = round(8 * cache.n / C)  # auto's, which takes all of so few
+    assert auto_factory(16 * 1000, 1000) == ("Classes", 8 * 16)
+    agree = [(cache.logits(queries, number).argmax(1).numpy() == winners).mean() for number in (SHOTS, k)]
+    assert agree[1] >= 0.99
+    assert agree[1] >= agree[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.sampled_from([0.0, 0.3, 1.0, 20.0]), st.floats(0, 30), st.integers(1, 90), st.booleans())
+def test_each_class_is_met_whole_or_counted_at_its_mean(
+    case: Case, alpha: float, beta: float, k: int, text: bool
+) -> None:
+    cache = of_case(case, text, alpha=alpha, beta=beta)
+    exact, lower = exact_parts(cache, case.f)[1], at_means(cache, case.f)
+    with_tail, without = (cache.terms(case.f, k, tail)[1].numpy() for tail in (True, False))
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    if k >= cache.n:
+        np.testing.assert_allclose(with_tail, exact, **close)
+        np.testing.assert_allclose(without, exact, **close)
+        return
+    assert (with_tail <= exact * (1 + 1e-4) + 1e-4).all()
+    assert (np.isclose(with_tail, exact, **close) | np.isclose(with_tail, lower, **close)).all()
+    met = without > 0
+    np.testing.assert_allclose(without[met], exact[met], **close)
+    np.testing.assert_allclose(with_tail[met], exact[met], **close)
+    np.testing.assert_allclose(with_tail[~met], lower[~met], **close)
+    most = max(cache_model.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.ids)))))
+    assert (met.sum(1) <= most).all()
+    # the most promising one is met, unless it has no keys or they count too little to be seen
+    logits = exact_parts(cache, case.f)[0] + alpha * lower
+    best = logits.argmax(1)
+    clear = (np.sort(logits, axis=1)[:, -1:] - np.sort(logits, axis=1)[:, :-1] > 1e-3).all(1)
+    seen = exact[np.arange(len(best)), best] > 1e-6
+    assert met[np.arange(len(best)), best][clear & seen].all()
+
+
+@pytest.mark.parametrize("beta", [5.5, 150.0])
+def test_a_class_is_met_however_sharp_the_exponential(beta: float) -> None:
+    """Weights that underflow must not leave the nearest class unmet."""
+    case = Case(2, [12] * 5, q=30, d=16)
+    case.f = case.array[::2].copy()  # each is a key: its own weight is 1
+    cache = of_case(case, text=False, beta=beta)
+    alone = cache.terms(case.f, 12, tail=False)[1]
+    np.testing.assert_array_equal(alone.argmax(1), case.ids[::2])
+    assert (alone.amax(1) >= 0.99).all()
+
+
+def test_one_key_a_class_is_met_too() -> None:
+    case = Case(3, [1] * 7, q=20, d=6)
+    cache = of_case(case, text=False)
+    exact = exact_parts(cache, case.f)[1]
+    met = cache.terms(case.f, 1, tail=False)[1].numpy()
+    assert (np.count_nonzero(met, axis=1) == 1).all()
+    np.testing.assert_array_equal(met.argmax(1), exact.argmax(1))
+
+
+def test_of_one_class_there_is_nothing_to_choose() -> None:
+    case = Case(4, [9], q=4, d=5)
+    cache = of_case(case)
+    np.testing.assert_allclose(cache.terms(case.f, 2)[1], exact_parts(cache, case.f)[1], rtol=1e-5)
+    assert {p.label for p in cache.classify(case.f, k=2)} == {"class 0"}
+    assert cache.certified(case.f, 1).keys.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("alpha", [1e39, 1e300])
+def test_settings_that_overflow_are_refused_in_one_line_as_over_all_keys(alpha: float) -> None:
+    case = Case(5, [4, 5], q=3, d=5)
+    cache = of_case(case, alpha=alpha)
+    for k in (None, 2):
+        with pytest.raises(InputError, match=r"^alpha .* too large, the logits overflow; use smaller ones$"):
+            cache.logits(case.f, k)
+    with pytest.raises(InputError, match="too large, the logits overflow"):
+        cache.certified(case.f, 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(), st.integers(1, 90), st.booleans(), st.integers(1, 5), st.integers(1, 6))
+def test_classes_do_not_depend_on_blocks(case: Case, k: int, tail: bool, of_queries: int, of_keys: int) -> None:
+    cache = of_case(case)
+    whole = cache.logits(case.f, k, tail)
+    with (
+        mock.patch.object(cache_model, "QUERY_BLOCK", of_queries),
+        mock.patch.multiple("retrieval_tip.keys", QUERY_BLOCK=of_queries, KEY_BLOCK=of_keys, GATHERED=17),
+    ):
+        torch.testing.assert_close(of_case(case).logits(case.f, k, tail), whole, rtol=1e-5, atol=1e-4)
+
+
+def test_values_with_classes_are_the_dense_values_form_where_k_covers_all_classes() -> None:
+    """A class that cannot win by what its keys give to itself may still decide by what they give to others."""
+    case = Case(6, [8, 12, 7, 10, 5], q=40, d=8)
+    cache = of_case(case, values=(np.eye(5)[case.ids] + 0.1 * case.values).astype(np.float32))
+    exact = exact_parts(cache, case.f)[1]
+    for tail in (False, True):
+        for k in (cache.n - 1, cache.n, 1000):
+            np.testing.assert_allclose(cache.terms(case.f, k, tail)[1], exact, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(), st.integers(1, 60))
+def test_one_hot_values_with_classes_are_met_whole_or_counted_at_the_mean_too(case: Case, k: int) -> None:
+    plain, valued = of_case(case), of_case(case, values=np.eye(case.c, dtype=np.float32)[case.ids])
+    exact, lower = exact_parts(plain, case.f)[1], at_means(plain, case.f)
+    found = valued.terms(case.f, k)[1].numpy()
+    met = plain.terms(case.f, k, tail=False)[1].numpy() > 0
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    assert (np.isclose(found, exact, **close) | np.isclose(found, lower, **close)).all()
+    np.testing.assert_allclose(found[met], exact[met], **close)  # what is met without values is met with them
+    without = valued.terms(case.f, k, tail=False)[1].numpy()
+    assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
+    np.testing.assert_allclose(without[met], exact[met], **close)
+
+
+def test_where_only_a_class_without_keys_can_win_nothing_is_met() -> None:
+    case = Case(7, [5, 0, 5], q=6, d=5)
+    text = np.zeros((3, 5), dtype=np.float32)
+    text[1] = 1
+    f = unit(1 + 0.1 * np.random.default_rng(0).standard_normal((6, 5)))
+    for values in (None, np.eye(3, dtype=np.float32)[case.ids]):
+        cache = model(case.array, case.ids, 3, text, values=values, logit_scale=1000.0)
+        met = cache.terms(f, 5, tail=False)[1]
+        assert values is not None or (met == 0).all()
+        assert {p.label for p in cache.classify(f, k=5)} == {"class 1"}
+
+
+@pytest.mark.parametrize("index", ["Classes", "Flat"])
+@pytest.mark.parametrize("valued", [False, True])
+def test_meeting_few_of_many_keys_takes_no_large_tensor(index: str, valued: bool) -> None:
+    """With few classes the logits of many queries are few; the keys that these meet are not."""
+    case = Case(8, [60, 80], q=400, d=4)
+    cache = of_case(case, index=index, values=np.eye(2, dtype=np.float32)[case.ids] if valued else None)
+    cache.logits(case.f[:2], 50)  # what is made once
+    blocks = {"QUERY_BLOCK": 16, "KEY_BLOCK": 32}
+    with (
+        mock.patch.multiple(cache_model, **blocks, LOGITS=1024),
+        mock.patch.multiple("retrieval_tip.keys", **blocks, GATHERED=1024),
+        Largest() as largest,
+    ):
+        cache.logits(case.f, 50)
+    assert largest.most <= max(400 * 4, 16 * 140, 1024)  # each meets 50 keys, or both classes
+
+
+# -------------------------------------------------------------------------------------------------- the nearest keys
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.integers(1, 120))
+def test_the_nearest_keys_have_their_true_affinities_in_order(case: Case, k: int) -> None:
+    cache = of_case(case)
+    affinity, rows = cache.nearest(case.features, k)
+    exact = case.f.astype(np.float64) @ cache.keys.astype(np.float64).T
+    assert rows.shape == tuple(affinity.shape) == (len(case.f), min(k, cache.n))
+    filled = rows >= 0
+    assert (np.diff(filled.astype(int), axis=1) <= 0).all()  # empty slots come last
+    np.testing.assert_allclose(
+        affinity, np.where(filled, np.take_along_axis(exact, np.maximum(rows, 0), axis=1), 0), atol=1e-5
+    )
+    for row, values, whole in zip(rows, affinity.numpy(), exact, strict=True):
+        found = row[row >= 0]
+        assert len(set(found.tolist())) == len(found)
+        assert (np.diff(values[row >= 0]) <= 0).all()
+        # up to 8 classes are all searched
+        assert len(found) == min(k, cache.n)
+        np.testing.assert_allclose(values, -np.sort(-whole)[: len(found)], atol=1e-5)
+
+
+def test_the_nearest_of_many_classes_are_mostly_the_nearest_of_all(material: tuple[Array, Array, Array, Array]) -> None:
+    array, ids, text, queries = material
+    classes, flat = (model(array, ids, C, text, index=index) for index in ("Classes", "Flat"))
+    f = torch.from_numpy(queries[:200])
+    for k in (1, 10, 100):
+        rows, exact = classes.nearest(f, k)[1], flat.nearest(f, k)[1]
+        assert (rows >= 0).all()
+        recall = np.mean([len(set(a) & set(b)) / k for a, b in zip(rows.tolist(), exact.tolist(), strict=True)])
+        assert recall > 0.8
+
+
+def test_classes_without_keys_leave_no_slot_empty() -> None:
+    """Their mean, 0, is nearer to a query than that of keys behind it."""
+    rng = np.random.default_rng(0)
+    array = unit(rng.standard_normal((40, 6)) + np.array([3, 0, 0, 0, 0, 0]))
+    ids = np.repeat([0, 1], 20)
+    cache = model(array, ids, 30, None)
+    f = unit(rng.standard_normal((5, 6)) - np.array([9, 0, 0, 0, 0, 0]))
+    rows = cache.nearest(torch.from_numpy(f), 4)[1]
+    assert (rows >= 0).all()
+    assert all(len(p.neighbours) == 4 for p in cache.classify(f, k=30, neighbours=4))
+
+
+def test_small_classes_near_a_query_leave_no_slot_empty() -> None:
+    """A few classes hold most keys, the ten nearest to the query one each."""
+    rng = np.random.default_rng(1)
+    near, far = (
+        unit(rng.standard_normal((10, 8)) * 0.1 + np.eye(8)[0]),
+        unit(rng.standard_normal((200, 8)) + np.eye(8)[1]),
+    )
+    ids = np.r_[np.arange(10), np.repeat([10, 11], 100)]
+    cache = model(np.concatenate([near, far]), ids, 12, None)
+    rows = cache.nearest(torch.from_numpy(np.eye(8, dtype=np.float32)[:1]), 20)[1]
+    assert (rows >= 0).all()
+
+
+@pytest.mark.parametrize("index", ["Classes", "Classes,HNSW8", "Classes,IVF2,Flat"])
+def test_neighbours_are_explained_with_their_own_labels(
+    index: str, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, _ = material
+    sources = [f"shot {i}" for i in range(len(ids))]
+    cache = model(array, ids, C, text, index=index, sources=sources)
+    for row, p in zip((0, 17, 500), cache.classify(array[[0, 17, 500]], k=128, neighbours=3), strict=True):
+        assert len(p.neighbours) == 3
+        first = p.neighbours[0]
+        assert (first.source, first.label, first.key_id) == (f"shot {row}", f"class {ids[row]}", row)
+        assert first.affinity == pytest.approx(1, abs=1e-5)
+        assert [n.affinity for n in p.neighbours] == sorted((n.affinity for n in p.neighbours), reverse=True)
+        for n in p.neighbours:
+            assert n.label == f"class {ids[n.key_id]}"
+            assert n.weight == pytest.approx(np.exp(-BETA * (1 - n.affinity)), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ what is kept
+
+
+def fresh(cache: CacheModel, **changes: Any) -> CacheModel:
+    """The same keys and labels in a classifier made anew."""
+    options = {"alpha": cache.alpha, "index": cache.index.factory} | changes
+    return model(
+        np.asarray(cache.keys), cache.labels["class_id"].to_numpy(), len(cache.class_names),
+        cache.text_weights.numpy(), **options,
+    )  # fmt: skip
+
+
+def same(one: CacheModel, other: CacheModel, queries: Array, k: int = 64) -> None:
+    for number in (None, k):
+        torch.testing.assert_close(one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3)
+    f = torch.from_numpy(queries)
+    np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
+
+
+KEPT = ["Classes", "Classes,IVF2,Flat"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("index", KEPT)
+def test_saved_and_opened_it_answers_the_same(
+    index: str, half: bool, tmp_path: Path, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, queries = material
+    cache = model(array.astype(np.float16) if half else array, ids, C, text, index=index)
+    cache.k = 128
+    cache.save(tmp_path / "index")
+    opened = verify(tmp_path / "index")
+    assert (opened.index.factory, opened.k, opened.n, opened.index.n) == (index, 128, C * SHOTS, C)
+    same(opened, cache, queries[:50])
+
+
+@pytest.mark.parametrize("change", ["take", "add", "remove", "replace"])
+@pytest.mark.parametrize("index", [*KEPT, "Flat"])
+def test_changed_keys_are_met_as_if_built_anew(
+    index: str, change: str, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text, index=index)
+    cache.logits(queries[:5], 64)  # what is made once is made
+    if change == "take":
+        cache = cache.take(np.r_[0:40, 60:400, 7, 7])
+    elif change == "add":
+        cache.add(queries[:30], (np.arange(30) * 7) % C)
+    elif change == "remove":
+        cache.remove([*range(16, 32), 100])  # one class loses all
+    else:
+        keys = unit(array + 0.05 * np.random.default_rng(3).standard_normal(array.shape))
+        cache = replace(cache, keys=keys, index=fresh(replace(cache, keys=keys)).index)
+    same(cache, fresh(cache), queries[:50])
+    text_, exact = exact_parts(cache, queries[:50])
+    np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
+    assert (cache.terms(queries[:50], 64)[1].numpy() <= exact * (1 + 1e-4) + 1e-4).all()
+
+
+@pytest.mark.parametrize("change", ["take", "add", "remove"])
+def test_the_effort_that_was_tuned_outlives_a_change_of_keys(
+    change: str, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text, index="IVF16,Flat")
+    assert cache.index.effort != 3
+    cache.index.effort = 3
+    if change == "take":
+        cache = cache.take(np.arange(600))
+    elif change == "add":
+        cache.add(queries[:3], [0, 1, 2])
+    else:
+        cache.remove([5])
+    assert cache.index.effort == 3
+
+
+def test_an_index_over_the_means_of_other_keys_is_found_by_verify(
+    tmp_path: Path, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, _ = material
+    other = model(np.ascontiguousarray(array[::-1]), ids, C, text)
+    replace(model(array, ids, C, text), index=other.index).save(tmp_path / "index")
+    with pytest.raises(StoreError, match="the FAISS index is not over these keys; build the index again"):
+        verify(tmp_path / "index")
+
+
+@pytest.mark.parametrize("wrong", ["Classes", "Flat"])
+def test_an_index_of_another_kind_than_the_manifest_says_is_refused(
+    wrong: str, tmp_path: Path, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, _ = material
+    cache = model(array, ids, C, text, index="Flat" if wrong == "Classes" else "Classes")
+    cache.index.factory = wrong  # what goes into the manifest
+    cache.save(tmp_path / "index")
+    with pytest.raises(StoreError, match="does not fit the manifest"):
+        CacheModel.load(tmp_path / "index", device="cpu")
+
+
+def test_settings_alone_and_settings_with_the_index(
+    tmp_path: Path, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, queries = material
+    model(array, ids, C, text, index="Flat").save(tmp_path / "index")
+    cache = CacheModel.load(tmp_path / "index", device="cpu")
+    files = {path.name for path in (tmp_path / "index" / "data").iterdir()}
+    cache.alpha = 2.0
+    cache.save_settings(tmp_path / "index")
+    assert {path.name for path in (tmp_path / "index" / "data").iterdir()} == files
+    cache.index, cache.k = fresh(cache, index="Classes").index, 128
+    cache.save_settings(tmp_path / "index", index=True)
+    added = {path.name for path in (tmp_path / "index" / "data").iterdir()} - files
+    assert [name.partition("-")[0] for name in added] == ["index"]
+    opened = verify(tmp_path / "index")
+    assert (opened.index.factory, opened.k, opened.alpha, opened.version) == ("Classes", 128, 2.0, 3)
+    same(opened, fresh(opened), queries[:50])
+    stale = CacheModel.load(tmp_path / "index", device="cpu")
+    cache.save_settings(tmp_path / "index")
+    with pytest.raises(StoreError, match="try again"):
+        stale.save_settings(tmp_path / "index", index=True)
+
+
+def test_auto_sets_index_and_k(material: tuple[Array, Array, Array, Array]) -> None:
+    array, ids, text, queries = material
+    few = model(array, ids, C, text, index="auto")
+    assert (few.index.factory, few.k) == ("Flat", None)
+    rows = np.tile(np.arange(len(ids)), 4)
+    many = model(array[rows], ids[rows], C, text, index="auto")
+    assert (many.index.factory, many.k) == ("Classes", 8 * 64)
+    assert (many.logits(queries, many.k).argmax(1) == many.logits(queries).argmax(1)).float().mean() >= 0.99
+    lists = model(np.tile(array[:32], (70, 1)), np.tile(ids[:32], 70), 2, None, index="auto")
+    assert (lists.index.factory, lists.k) == ("IVF189,Flat", 256)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_precision_is_that_of_all_keys_and_no_part_of_what_is_saved(
+    precision: str, tmp_path: Path, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text, precision=precision)
+    exact = model(array, ids, C, text)
+    assert torch.equal(cache.logits(queries, 64), exact.logits(queries, 64))  # what is retrieved is float32
+    assert torch.equal(cache.logits(queries), exact.logits(queries)) == (precision != "bfloat16")
+    cache.save(tmp_path / "index")
+    exact.save(tmp_path / "exact")
+    one, other = (json.loads((tmp_path / name / "manifest.json").read_bytes()) for name in ("index", "exact"))
+    assert one.keys() == other.keys()
+    assert "precision" not in one
+    assert CacheModel.load(tmp_path / "index", device="cpu").precision == "auto"
+    assert CacheModel.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
+
+
+# ------------------------------------------------------------------------------------------- very many classes
+
+
+@pytest.mark.parametrize("index", ["Classes,HNSW8", "Classes,IVF2,Flat"])
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_shortlist_of_classes_gives_the_answers_of_all_classes(
+    index: str, tail: bool, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, queries = material
+    cache = model(array, ids, C, text, index=index)
+    assert cache.text_index is not None
+    if cache.text_index.effort_limit is not None:
+        cache.index.effort, cache.text_index.effort = cache.index.effort_limit, cache.text_index.effort_limit
+    found = cache.classify(queries[:300], k=128, tail=tail, top=3, neighbours=0)
+    text_logits, alone = cache.terms(queries[:300], 128, tail)
+    logits = text_logits + alone
+    agree = np.mean([p.label == cache.class_names[i] for p, i in zip(found, logits.argmax(1), strict=True)])
+    assert agree >= 0.99
+    for p, row in zip(found, logits, strict=True):
+        assert len(set(p.labels)) == 3  # a class near by text and by mean key is there once
+        assert p.logits is None
+        if p.label == cache.class_names[int(row.argmax())]:
+            assert p.text_logit + p.cache_logit == pytest.approx(float(row.max()), abs=1e-2)
+
+
+def shortlisted(cache: CacheModel) -> CacheModel:
+    assert cache.text_index is not None
+    return cache
+
+
+CHANGES: dict[str, Callable[[CacheModel], CacheModel]] = {
+    "another index": lambda cache: replace(cache, index=fresh(cache, index="Flat").index),
+    "values": lambda cache: replace(
+        cache,
+        values=torch.roll(torch.eye(C)[cache.class_ids], 1, dims=1),  # each key gives to the class after its own
+    ),
+    "other text": lambda cache: replace(cache, text_weights=cache.text_weights.roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shortlist_is_made_only_where_it_stands_for_the_logits(
+    change: str, material: tuple[Array, Array, Array, Array]
+) -> None:
+    array, ids, text, queries = material
+    cache = CHANGES[change](shortlisted(model(array, ids, C, text, index="Classes,HNSW8")))
+    winners = cache.logits(queries[:200], 128).argmax(1)
+    found = cache.classify(queries[:200], k=128, neighbours=0)
+    agree = np.mean([p.label == cache.class_names[i] for p, i in zip(found, winners, strict=True)])
+    assert agree >= 0.98
+
+
+# ---------------------------------------------------------------------------------------------------- older indexes
+
+
+def test_an_index_as_it_was_written_before_there_were_classes_still_opens(tmp_path: Path) -> None:
+    """Its files made here by hand, with the fields that a manifest had then."""
+    rng = np.random.default_rng(0)
+    array, text = unit(rng.standard_normal((6, 4))), unit(rng.standard_normal((3, 4)))
+    (tmp_path / "data").mkdir()
+    made: dict[str, tuple[Path, int]] = {kind: (tmp_path / f"new-{kind}", 6) for kind in ("keys", "index", "labels")}
+    made["text"] = (tmp_path / "new-text", 3)
+    with made["keys"][0].open("wb") as file:
+        np.save(file, array)
+    with made["text"][0].open("wb") as file:
+        np.save(file, text)
+    flat = faiss.IndexFlatIP(4)
+    flat.add(array)
+    faiss.write_index(flat, str(made["index"][0]))
+    ids = [0, 0, 1, 1, 2, 2]
+    columns = {
+        "key_id": pa.array(range(6), pa.int64()),
+        "class_id": pa.array(ids, pa.int32()),
+        "label": pa.array([f"class {i}" for i in ids]),
+        "source": pa.array([f"shot {i}" for i in range(6)]),
+        "shot": pa.array([0, 1] * 3, pa.int32()),
+        "views": pa.array([1] * 6, pa.int32()),
+        "digest": pa.array([None] * 6, pa.string()),
+        "added_at": pa.array([datetime.datetime.now(datetime.UTC)] * 6, pa.timestamp("us", "UTC")),
+    }
+    pq.write_table(pa.table(columns), made["labels"][0])
+    files = {}
+    for kind, suffix in {"keys": "npy", "index": "faiss", "labels": "parquet", "text": "npy"}.items():
+        path, rows = made[kind]
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        name = f"data/{kind}-{digest[:16]}.{suffix}"
+        files[kind] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
+        path.rename(tmp_path / name)
+    body: dict[str, Any] = {
+        "format": "retrieval-tip index", "format_version": 1, "version": 1, "parent": None,
+        "created_at": "2026-11-20T09:42:52+00:00", "created_by": "retrieval-tip 0.1.0", "n": 6, "d": 4,
+        "dtype": "float32", "class_names": ["class 0", "class 1", "class 2"], "templates": [], "logit_scale": 100.0,
+        "alpha": 1.0, "beta": 5.5, "k": None, "tail": True, "temperature": 1.0, "index": "Flat", "backbone": None,
+        "provenance": {}, "files": files,
+    }  # fmt: skip
+    seal = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(body | {"sha256": seal}, indent=1))
+    cache = verify(tmp_path)
+    assert (cache.n, cache.k, cache.index.factory, cache.text_index, cache.version) == (6, None, "Flat", None, 1)
+    f = unit(rng.standard_normal((5, 4)))
+    text_, alone = exact_parts(cache, f)
+    np.testing.assert_allclose(cache.logits(f), text_ + alone, atol=1e-4)
+    check_winners((cache.certified(f, 1).text + cache.certified(f, 1).cache).argmax(1), text_, alone, 1.0)
+    cache.save_settings(tmp_path)
+    assert verify(tmp_path).version == 2

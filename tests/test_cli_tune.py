@@ -1,0 +1,311 @@
+"""index tune, classify --certify, index build --index auto and --precision, through the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from test_cli import write_table
+from test_keys import made_module
+
+from retrieval_tip import CacheModel, tuning, verify
+
+C, SHOTS, Q = 20, 16, 120
+NAMES = [f"class {i}" for i in range(C)]
+COLUMNS = ["index", "effort", "k", "agreement", "microseconds", "chosen"]
+
+
+@pytest.fixture(scope="module")
+def features() -> dict[str, Any]:
+    maker = made_module().Made(c=C, d=32)
+    ids = np.repeat(np.arange(C), SHOTS)
+    return {
+        "keys": maker.draw(ids, 1), "ids": ids, "text": maker.text, "queries": maker.draw(maker.classes(Q, 2), 3)
+    }  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, run: Any, features: dict[str, Any]) -> Path:
+    """A Flat index of version 1, and unlabelled queries."""
+    write_table(tmp_path / "train.parquet", features["keys"], [NAMES[i] for i in features["ids"]])
+    write_table(tmp_path / "text.parquet", features["text"], NAMES)
+    write_table(tmp_path / "queries.parquet", features["queries"])
+    build(run, tmp_path, "index", "--alpha", 1, "--beta", 5.5)
+    return tmp_path
+
+
+def build(run: Any, place: Path, out: str, *more: object, train: str = "train.parquet") -> None:
+    built = run("index", "build", place / train, "--text", place / "text.parquet", "--out", place / out, *more)
+    assert built.exit_code == 0, built.stderr
+
+
+def tune(run: Any, place: Path, *more: object, val: str = "queries.parquet") -> Any:
+    return run("index", "tune", place / "index", "--val", place / val, *more)
+
+
+def json_rows(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def labels(cache: CacheModel, features: dict[str, Any], k: int | None) -> list[int]:
+    return cache.logits(features["queries"], k, cache.tail).argmax(1).tolist()
+
+
+# -------------------------------------------------------------------------------------------------------------- tune
+
+
+@pytest.mark.parametrize("more", [(), ("--agreement", 0.8, "--index", "IVF8,Flat", "--index", "HNSW8")])
+def test_a_new_version_is_what_was_printed(
+    run: Any, place: Path, features: dict[str, Any], more: tuple[object, ...]
+) -> None:
+    data = set((place / "index" / "data").iterdir())
+    result = tune(run, place, *more, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    rows = json_rows(result.stdout)
+    assert all(list(row) == COLUMNS for row in rows)
+    assert [row["microseconds"] for row in rows] == sorted(row["microseconds"] for row in rows)
+    agreements = [row["agreement"] for row in rows]
+    assert all(less < higher for less, higher in pairwise(agreements))  # each buys something
+    assert agreements[-1] == 1
+    wanted = 0.8 if more else 0.999
+    chosen = [row for row in rows if row["chosen"]]
+    assert chosen == [next(row for row in rows if row["agreement"] >= wanted)]
+    cache = verify(place / "index")
+    assert cache.version == 2
+    assert (cache.index.factory, cache.index.effort, str(cache.k or "all")) == tuple(chosen[0][x] for x in COLUMNS[:3])
+    assert cache.tail
+    told = f"tuned on {place / 'queries.parquet'}, n={Q}, agreement {chosen[0]['agreement']:.4g}"
+    assert (cache.provenance["index"], cache.provenance["k"]) == (told, told)
+    assert result.stderr.strip() == (f"{place / 'index'}: version 2, {cache.index.factory}, k {cache.k or 'all'}")
+    added = set((place / "index" / "data").iterdir()) - data
+    assert {path.name.partition("-")[0] for path in added} <= {"index"}  # no other file is written again
+    cache = CacheModel.load(place / "index", device="cpu", precision="float32")
+    same = np.mean(np.equal(labels(cache, features, cache.k), labels(cache, features, None)))
+    assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
+    asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json").stdout)
+    assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.k)]
+
+
+def test_settings_and_answers_over_all_keys_stay(run: Any, place: Path, features: dict[str, Any]) -> None:
+    before = CacheModel.load(place / "index", device="cpu")
+    assert tune(run, place).exit_code == 0
+    after = CacheModel.load(place / "index", device="cpu")
+    assert (after.alpha, after.beta, after.logit_scale) == (before.alpha, before.beta, before.logit_scale)
+    assert labels(after, features, None) == labels(before, features, None)
+    assert after.provenance.items() >= {k: v for k, v in before.provenance.items() if k not in ("index", "k")}.items()
+    assert (place / "index" / "manifests" / "000001.json").exists()  # the version before is kept
+
+
+def test_a_dry_run_prints_the_same_and_changes_nothing(run: Any, place: Path) -> None:
+    def everything() -> dict[str, bytes]:
+        root = place / "index"
+        return {str(p): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != "lock"}
+
+    before = everything()
+    result = tune(run, place, "--dry-run", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert sum(row["chosen"] for row in json_rows(result.stdout)) == 1
+    assert "version" not in result.stderr
+    assert everything() == before
+
+
+def test_the_frontier_as_table_csv_and_parquet(run: Any, place: Path) -> None:
+    table = tune(run, place, "--dry-run").stdout
+    assert table.splitlines()[0].split() == COLUMNS
+    rows = list(csv.DictReader(io.StringIO(tune(run, place, "--dry-run", "--format", "csv").stdout)))
+    assert list(rows[0]) == COLUMNS
+    out = place / "out.parquet"
+    assert tune(run, place, "--dry-run", "--format", "parquet", "--output", out).exit_code == 0
+    found = pq.read_table(out)
+    assert found.column_names == COLUMNS
+    assert sum(found["chosen"].to_pylist()) == 1
+
+
+def test_the_frontier_is_drawn(run: Any, place: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from test_plots import check_png
+
+    result = tune(run, place, "--dry-run", "--plot", place / "tuned.png", "--index", "Classes", "--index", "IVF8,Flat")
+    assert result.exit_code == 0, result.stderr
+    check_png(place / "tuned.png", least=10)
+
+
+def test_labels_of_the_queries_are_not_looked_at(run: Any, place: Path, features: dict[str, Any]) -> None:
+    """None at all, some missing, or names of no class: the answers are compared with those over all keys."""
+    some = [None if i % 3 else "no class of the index" for i in range(Q)]
+    write_table(place / "some.parquet", features["queries"], some)
+    write_table(place / "nulls.parquet", features["queries"], [None] * Q)
+    for val in ("some.parquet", "nulls.parquet"):
+        result = tune(run, place, "--dry-run", "--format", "json", val=val)
+        assert result.exit_code == 0, result.stderr
+        assert json_rows(result.stdout)[-1]["agreement"] == 1
+
+
+def test_too_few_queries_are_one_line_and_change_nothing(run: Any, place: Path, features: dict[str, Any]) -> None:
+    write_table(place / "few.parquet", features["queries"][:99])
+    before = (place / "index" / "manifest.json").read_bytes()
+    result = tune(run, place, val="few.parquet")
+    assert result.exit_code == 1
+    assert result.stderr.strip() == ("Error: 99 queries to tune on: at least 100 are needed to see disagreement")
+    assert result.stdout == ""
+    assert (place / "index" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--agreement", "0"), 2, "--agreement"),
+        (("--agreement", "1.01"), 2, "--agreement"),
+        (("--agreement", "-1"), 2, "--agreement"),
+        (("--agreement", "nan"), 2, "agreement"),
+        (("--agreement", "much"), 2, "--agreement"),
+        (("--index", "Nope"), 2, "index 'Nope': could not parse"),
+        (("--index", "Classes,Nope"), 2, "index 'Classes,Nope': could not parse"),
+        (("--index", "ClassesX"), 2, "index 'ClassesX': could not parse"),
+        (("--precision", "half"), 2, "--precision"),
+        (("--plot", "nowhere/tuned.png"), 1, "nowhere"),
+        (("--format", "json", "--output", "nowhere/out.json"), 1, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_changes_nothing(
+    run: Any, place: Path, more: tuple[str, ...], code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    before = (place / "index" / "manifest.json").read_bytes()
+    result = tune(run, place, *more)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert (place / "index" / "manifest.json").read_bytes() == before
+
+
+def test_an_index_may_be_tuned_again_and_takes_more_keys_after(
+    run: Any, place: Path, features: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "EFFORTS", (2,))
+    costs = iter([])
+
+    def timed(cache: CacheModel, f: Any, k: int | None) -> tuple[Any, float]:
+        return tuning._winners(cache, f, k), next(costs)
+
+    monkeypatch.setattr(tuning, "_timed", timed)
+    for version, factory in ((2, "IVF8,Flat"), (3, "Classes")):
+        costs = iter(range(100, 0, -1))  # each seems cheaper than the one before, all keys dearest
+        result = tune(run, place, "--agreement", 0.01, "--index", factory)
+        assert result.exit_code == 0, result.stderr
+        cache = verify(place / "index")
+        assert (cache.version, cache.index.factory) == (version, factory)
+        assert (cache.index.effort == 2) == (factory != "Classes")
+    cache.add(features["queries"][:4], NAMES[:4])
+    cache.save(place / "index")
+    cache = verify(place / "index")
+    assert (cache.version, cache.index.factory, cache.n) == (4, "Classes", C * SHOTS + 4)
+
+
+# ------------------------------------------------------------------------------------------------------------ certify
+
+
+def test_every_format_tells_the_keys_that_settled_an_answer(run: Any, place: Path, features: dict[str, Any]) -> None:
+    asked = ("classify", place / "index", place / "queries.parquet", "--certify", "-k", 10)
+    as_json = run(*asked, "--format", "json")
+    assert as_json.exit_code == 0, as_json.stderr
+    rows = json_rows(as_json.stdout)
+    assert all(list(row) == ["input", "label", "probability", "keys"] for row in rows)
+    keys = [row["keys"] for row in rows]
+    assert set(keys) <= {10, 40, C * SHOTS}
+    assert len(set(keys)) > 1
+    assert [int(row["keys"]) for row in csv.DictReader(io.StringIO(run(*asked, "--format", "csv").stdout))] == keys
+    table = run(*asked).stdout.splitlines()
+    assert table[0].split() == ["input", "label", "probability", "keys"]
+    assert [int(line.split()[-1]) for line in table[1:] if line.split()[-1].isdigit()] == keys
+    out = place / "out.parquet"
+    assert run(*asked, "--format", "parquet", "--output", out).exit_code == 0
+    assert pq.read_table(out)["keys"].to_pylist() == keys
+    cache = CacheModel.load(place / "index", device="cpu", precision="float32")
+    assert [row["label"] for row in rows] == [NAMES[i] for i in labels(cache, features, None)]
+    parts = [f"{keys.count(k)} by {'all' if k == C * SHOTS else k} keys" for k in sorted(set(keys))]
+    assert as_json.stderr.strip() == f"proved the answer of all keys: {', '.join(parts)}"
+
+
+@pytest.mark.parametrize("index", ["Classes", "IVF4,Flat"])
+def test_after_approximate_search_nothing_is_called_proved(run: Any, place: Path, index: str) -> None:
+    build(run, place, "other", "--index", index)
+    result = run("classify", place / "other", place / "queries.parquet", "--certify", "-k", 16, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    assert re.fullmatch(r"agreed with the answer of all keys: \d+ by .*keys", result.stderr.strip())
+    counted = sum(int(n) for n in re.findall(r"(\d+) by", result.stderr))
+    assert counted == len(json_rows(result.stdout)) == Q
+
+
+def test_without_certify_nothing_is_said_of_keys(run: Any, place: Path) -> None:
+    result = run("classify", place / "index", place / "queries.parquet", "-k", 10, "--format", "json")
+    assert "keys" not in json_rows(result.stdout)[0]
+    assert "keys" not in result.stderr
+
+
+def test_certified_answers_are_explained_too(run: Any, place: Path) -> None:
+    build(run, place, "classes", "--index", "Classes", "-k", 64)
+    result = run("classify", place / "classes", place / "queries.parquet", "--certify", "--explain", "--top", 2,
+                 "--logits", "--neighbours", 3, "--format", "json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    for row in json_rows(result.stdout):
+        assert list(row)[-1] == "keys"
+        assert row["keys"] in (64, C * SHOTS)  # four times as many are more than an eighth
+        assert len(row["neighbours"]) == 3
+        assert len(row["logits"]) == C
+        assert row["text_logit"] + row["cache_logit"] == pytest.approx(max(row["logits"]), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- build, precision
+
+
+@pytest.mark.parametrize(
+    ("times", "more", "expected"),
+    [
+        (1, (), ("Flat", None)),
+        (7, (), ("Classes", 8 * 7 * SHOTS)),  # 2240 keys: more than are all met
+        (7, ("-k", "50"), ("Classes", 50)),
+        (7, ("-k", "all"), ("Classes", None)),
+    ],
+)
+def test_build_chooses_index_and_k_by_the_numbers_unless_k_is_given(
+    run: Any, place: Path, features: dict[str, Any], times: int, more: tuple[str, ...], expected: tuple[str, int | None]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.tile(features["keys"], (times, 1))
+    rows = rows + 0.02 * rng.standard_normal(rows.shape)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    write_table(place / "many.parquet", rows, [NAMES[i] for i in features["ids"]] * times)
+    build(run, place, "auto", "--index", "auto", *more, train="many.parquet")
+    cache = verify(place / "auto")
+    assert (cache.index.factory, cache.k) == expected
+
+
+@pytest.mark.parametrize("index", ["Classes,Nope", "ClassesX", "Classes,IVF99,Flat", "Auto"])
+def test_an_index_over_classes_that_cannot_be_is_one_line_and_leaves_nothing(run: Any, place: Path, index: str) -> None:
+    result = run("index", "build", place / "train.parquet", "--text", place / "text.parquet", "--index", index,
+                 "--out", place / "bad")  # fmt: skip
+    assert result.exit_code == 2
+    assert result.stderr.strip().splitlines()[-1].startswith(f"Error: index {index!r}: ")
+    assert not (place / "bad" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_precision_is_that_of_the_products_with_all_keys(
+    run: Any, place: Path, features: dict[str, Any], precision: str
+) -> None:
+    result = run("classify", place / "index", place / "queries.parquet", "--precision", precision, "--logits",
+                 "--format", "json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = np.array([row["logits"] for row in json_rows(result.stdout)])
+    exact = CacheModel.load(place / "index", device="cpu", precision="float32").logits(features["queries"]).numpy()
+    np.testing.assert_allclose(found, exact, atol=0.2)
+    assert (np.abs(found - exact).max() > 1e-4) == (precision == "bfloat16")

@@ -1,0 +1,469 @@
+"""Keys in blocks, by whole classes and by row, against dense float64; how exact half precision is; what auto takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from retrieval_tip import keys as keys_module
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.keys import PRECISIONS, Keys, index_over
+
+Array = npt.NDArray[Any]
+
+
+def made_module() -> ModuleType:
+    """benchmarks/made.py: features whose cosines are like CLIP's."""
+    name = "benchmarks_made"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "made.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def unit(x: Array) -> Array:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def dense(features: Array, array: Array, ids: Array, c: int, beta: float, values: Array | None = None) -> Array:
+    """Cache logits by definition, in float64."""
+    A = features.astype(np.float64) @ array.astype(np.float64).T
+    return np.exp(-beta * (1 - A)) @ (np.eye(c)[ids] if values is None else values.astype(np.float64))
+
+
+@contextmanager
+def blocks(queries: int, of_keys: int, gathered: int = 1 << 23) -> Iterator[None]:
+    with mock.patch.multiple(keys_module, QUERY_BLOCK=queries, KEY_BLOCK=of_keys, GATHERED=gathered):
+        yield
+
+
+class Case:
+    """Queries ``[q, d]`` and keys of classes of ``counts`` keys."""
+
+    def __init__(self, seed: int, counts: list[int], q: int, d: int, half: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        self.c, self.ids = len(counts), np.repeat(np.arange(len(counts)), counts)
+        means = rng.standard_normal((self.c, d))
+        self.array = unit(means[self.ids] + 0.7 * rng.standard_normal((len(self.ids), d)))
+        if half:
+            self.array = self.array.astype(np.float16)
+        self.f = unit(means[rng.integers(self.c, size=q)] + 0.7 * rng.standard_normal((q, d)))
+        self.values = rng.standard_normal((len(self.ids), self.c)).astype(np.float32)
+        self.rng = rng
+
+    def keys(self, **options: Any) -> Keys:
+        return Keys(self.array, self.ids, self.c, **options)
+
+    @property
+    def features(self) -> torch.Tensor:
+        return torch.from_numpy(self.f)
+
+
+counts_of_classes = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
+small_cases = st.builds(
+    Case, st.integers(0, 2**32), counts_of_classes, st.integers(0, 9), st.integers(1, 9), st.booleans()
+)
+betas = st.floats(0, 20)
+block_sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+# ---------------------------------------------------------------------------------------------------------- all keys
+
+
+@settings(max_examples=60, deadline=None)
+@given(small_cases, betas, block_sizes, st.booleans(), st.booleans())
+def test_all_keys_are_the_dense_sum_for_any_shape_and_blocks(
+    folder: Path, case: Case, beta: float, sizes: tuple[int, int, int], valued: bool, mapped: bool
+) -> None:
+    if mapped:
+        np.save(folder / "keys.npy", case.array)
+        case.array = np.load(folder / "keys.npy", mmap_mode="c")
+    values = case.values if valued else None
+    expected = dense(case.f, case.array, case.ids, case.c, beta, values)
+    with blocks(*sizes):
+        found = case.keys().cache_logits(case.features, beta, None if values is None else torch.from_numpy(values))
+    assert (found.dtype, tuple(found.shape)) == (torch.float32, expected.shape)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(small_cases, block_sizes)
+def test_sums_and_means_of_classes_are_those_of_numpy(case: Case, sizes: tuple[int, int, int]) -> None:
+    with blocks(*sizes):
+        keys = case.keys()
+        sums, means = keys.sums, keys.means
+        together = torch.cat([rows.clone() for rows, _ in keys.blocks()])
+    one_hot = np.eye(case.c)[case.ids]
+    expected = one_hot.T @ case.array.astype(np.float64)
+    np.testing.assert_allclose(sums, expected, atol=1e-6)
+    np.testing.assert_allclose(means, expected / np.maximum(one_hot.sum(0), 1)[:, None], atol=1e-6)
+    np.testing.assert_array_equal(together, case.array.astype(np.float32))
+    assert keys.mean_count == pytest.approx(len(case.ids) / len(set(case.ids.tolist())))
+
+
+@pytest.mark.parametrize("per_class", [3, 40])
+def test_no_rounding_adds_up_over_the_rows_of_a_class(per_class: int) -> None:
+    """In float32 a billion plus ones stays a billion; rows come one by one, and in runs."""
+    ids = np.repeat(np.arange(3), per_class)
+    rows = np.ones((3 * per_class, 2), dtype=np.float32)
+    rows[::per_class] = 1e8
+    keys = Keys(rows, ids, 3)
+    expected = np.float32(1e8 + per_class - 1)
+    with blocks(1, 2 * per_class + 1):
+        np.testing.assert_array_equal(keys.sums.numpy(), np.full((3, 2), expected))
+
+
+class Largest(TorchDispatchMode):
+    """The most values that any result of torch had, meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "values"])
+def test_no_tensor_is_larger_than_a_block_or_the_outputs(form: str, half: bool) -> None:
+    case = Case(1, [100, 0, 150, 50], q=96, d=5, half=half)
+    precision = "bfloat16" if form == "bfloat16" else "float32"
+    values = torch.from_numpy(case.values) if form == "values" else None
+    with blocks(16, 24):
+        keys = case.keys(precision=precision)
+        keys.cache_logits(case.features, 3.0)  # what is kept is there now: sums, and keys in half precision
+        with Largest() as largest:
+            keys.cache_logits(case.features, 3.0, values)
+    outputs, all_keys = 96 * 4, 300 * 5  # the latter as a view: no affinity to all, 300 * 96
+    assert largest.most <= max(outputs, 16 * 24, all_keys)
+
+
+def test_affinities_exist_one_block_at_a_time() -> None:
+    case = Case(2, [40, 70], q=45, d=4)
+    seen = []
+    affinity = keys_module.tip.affinity
+
+    def recorded(*arguments: Any, **named: Any) -> torch.Tensor:
+        found = affinity(*arguments, **named)
+        seen.append(tuple(found.shape))
+        return found
+
+    with blocks(16, 32), mock.patch.object(keys_module.tip, "affinity", recorded):
+        case.keys().cache_logits(case.features, 3.0)
+    sizes = [32, 32, 32, 14]
+    assert seen == [(rows, queries) for queries in (16, 16, 13) for rows in sizes]
+
+
+def test_keys_that_are_not_grouped_by_class_are_refused() -> None:
+    rows = np.ones((3, 2), dtype=np.float32)
+    for ids in ([0, 1, 0], [1, 0, 0], [0, 1]):
+        with pytest.raises(InputError, match=r"^labels: keys are not grouped by class"):
+            Keys(rows, np.array(ids), 2)
+
+
+# ---------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[Any, Array, Array, Array]:
+    """Made features: their maker, 2000 keys, their class ids, 4096 queries."""
+    maker = made_module().Made(c=100, d=256)
+    ids = np.repeat(np.arange(100), 20)
+    return maker, maker.draw(ids, 1), ids, maker.draw(maker.classes(4096, 2), 3)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_changes_hardly_any_prediction(made: tuple[Any, Array, Array, Array], precision: str) -> None:
+    maker, array, ids, queries = made
+    alpha, beta = 1.0, 5.5
+    text = 100 * queries.astype(np.float64) @ maker.text.T.astype(np.float64)
+    exact = dense(queries, array, ids, 100, beta)
+    found = Keys(array, ids, 100, precision=precision).cache_logits(torch.from_numpy(queries), beta).numpy()
+    winners = (text + alpha * exact).argmax(1)
+    assert 0.5 < (winners == text.argmax(1)).mean() < 0.99  # the cache matters
+    changed = int(((text + alpha * found).argmax(1) != winners).sum())
+    assert changed <= 0.0005 * len(queries)
+    error = np.sqrt(np.mean((found / exact - 1) ** 2))
+    assert 0 < error <= keys_module.HALF_ERROR  # it was half precision, and within what auto accepts
+
+
+def test_half_precision_is_closer_with_the_mean_of_the_keys_taken_out(made: tuple[Any, Array, Array, Array]) -> None:
+    _, array, ids, queries = made
+    beta = 5.5
+    f, K = torch.from_numpy(queries[:512]), torch.from_numpy(array)
+    exact = f.double() @ K.double().T
+    centre = K.double().mean(0).float()
+    whole = (f.bfloat16() @ K.bfloat16().T).double()
+    relative = (f.bfloat16() @ (K - centre).bfloat16().T).double() + (f.double() @ centre.double())[:, None]
+    naive, centred = ((x - exact).square().mean().sqrt() for x in (whole, relative))
+    assert centred < naive / 2
+    true = dense(queries[:512], array, ids, 100, beta)
+    of_whole = torch.exp(-beta * (1 - whole)).numpy() @ np.eye(100)[ids]
+    found = Keys(array, ids, 100, precision="bfloat16").cache_logits(f, beta).numpy()
+    assert np.abs(found / true - 1).mean() < np.abs(of_whole / true - 1).mean() / 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(small_cases, block_sizes, st.sampled_from(["bfloat16", "float16"]))
+def test_half_precision_is_near_for_any_shape_and_blocks(case: Case, sizes: tuple[int, int, int], to: str) -> None:
+    beta = 3.0
+    expected = dense(case.f, case.array, case.ids, case.c, beta)
+    with blocks(*sizes):
+        found = case.keys(precision=to).cache_logits(case.features, beta)
+    # a product of vectors of length up to 2 is off by a few roundings, and the exponent by beta times that
+    np.testing.assert_allclose(found, expected, rtol=beta * 8 * torch.finfo(getattr(torch, to)).eps, atol=1e-6)
+
+
+def test_values_are_never_added_up_in_half_precision() -> None:
+    case = Case(5, [30, 20], q=20, d=8)
+    values = torch.from_numpy(case.values)
+    found = case.keys(precision="bfloat16").cache_logits(case.features, 5.5, values)
+    assert torch.equal(found, case.keys().cache_logits(case.features, 5.5, values))
+
+
+# --------------------------------------------------------------------------------------------------------------- auto
+
+
+@contextmanager
+def as_if_large(**seconds: float) -> Iterator[None]:
+    """Half precision is tried also for few keys; products seem to take these seconds, and 1 else."""
+    now, over_all = [0.0], Keys._over_all
+
+    def timed(keys: Keys, *arguments: Any) -> torch.Tensor:
+        products = next(a for a in arguments if isinstance(a, torch.dtype))
+        now[0] += seconds.get(str(products).removeprefix("torch."), 1.0)
+        return over_all(keys, *arguments)
+
+    with (
+        mock.patch.object(keys_module, "HALF_FROM", 1),
+        mock.patch.object(keys_module.time, "perf_counter", side_effect=lambda: now[0]),
+        mock.patch.object(Keys, "_over_all", timed),
+    ):
+        yield
+
+
+FAST = {"bfloat16": 0.5, "float16": 0.1}
+
+
+@pytest.fixture(scope="module")
+def like_clip() -> tuple[Array, Array]:
+    maker = made_module().Made(c=20, d=64)
+    ids = np.repeat(np.arange(20), 10)
+    return maker.draw(ids, 1), ids
+
+
+def test_auto_is_float32_for_few_keys(like_clip: tuple[Array, Array]) -> None:
+    keys = Keys(*like_clip, 20, precision="auto")
+    with mock.patch.object(keys_module.time, "perf_counter", side_effect=AssertionError("measured")):
+        assert keys.products(5.5) == torch.float32
+
+
+def test_auto_takes_half_precision_where_it_is_faster_and_accurate(like_clip: tuple[Array, Array]) -> None:
+    with as_if_large(**FAST):
+        assert Keys(*like_clip, 20, precision="auto").products(5.5) == torch.bfloat16
+
+
+def test_auto_is_float32_where_half_precision_is_not_faster(like_clip: tuple[Array, Array]) -> None:
+    with as_if_large(bfloat16=0.8):  # not by enough
+        assert Keys(*like_clip, 20, precision="auto").products(5.5) == torch.float32
+
+
+@pytest.mark.parametrize("beta", [300.0, 1e4, 1e30])
+def test_auto_is_float32_where_the_error_is_too_large(like_clip: tuple[Array, Array], beta: float) -> None:
+    with as_if_large(**FAST):
+        assert Keys(*like_clip, 20, precision="auto").products(beta) == torch.float32
+
+
+def test_auto_is_measured_once_for_a_beta_and_then_answers_by_it(like_clip: tuple[Array, Array]) -> None:
+    array, ids = like_clip
+    f = torch.from_numpy(array[: keys_module.HALF_FROM_QUERIES])
+    keys = Keys(array, ids, 20, precision="auto")
+    with as_if_large(**FAST):
+        assert torch.equal(keys.cache_logits(f, 5.5), Keys(array, ids, 20, precision="bfloat16").cache_logits(f, 5.5))
+        assert torch.equal(keys.cache_logits(f, 300), Keys(array, ids, 20).cache_logits(f, 300))
+    with mock.patch.object(Keys, "_fastest", side_effect=AssertionError("measured again")):
+        assert (keys.products(5.5), keys.products(300)) == (torch.bfloat16, torch.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(small_cases.filter(lambda case: len(case.ids) > 0), betas, block_sizes)
+def test_auto_never_takes_float16_on_a_cpu(case: Case, beta: float, sizes: tuple[int, int, int]) -> None:
+    with as_if_large(**FAST), blocks(*sizes):
+        assert case.keys(precision="auto").products(beta) in (torch.float32, torch.bfloat16)
+
+
+def test_auto_answers_few_queries_in_float32_and_measures_nothing(like_clip: tuple[Array, Array]) -> None:
+    array, ids = like_clip
+    f = torch.from_numpy(array[: keys_module.HALF_FROM_QUERIES - 1])
+    with as_if_large(**FAST), mock.patch.object(Keys, "_fastest", side_effect=AssertionError("measured")):
+        found = Keys(array, ids, 20, precision="auto").cache_logits(f, 5.5)
+    assert torch.equal(found, Keys(array, ids, 20).cache_logits(f, 5.5))
+
+
+def test_an_unknown_precision_is_refused_naming_the_choices(like_clip: tuple[Array, Array]) -> None:
+    for name in ("float64", "half", "", "Float32"):
+        with pytest.raises(UsageError, match=f"^precision '{name}': expected one of {', '.join(PRECISIONS)}$"):
+            Keys(*like_clip, 20, precision=name)
+
+
+# ------------------------------------------------------------------------------------------------ classes and rows
+
+
+@st.composite
+def some_classes(draw: st.DrawFn) -> tuple[Case, Array, Array]:
+    """A case; a few different classes of each query; which of them it meets."""
+    case = draw(small_cases)
+    p = draw(st.integers(1, case.c))
+    classes = np.stack([case.rng.permutation(case.c)[:p] for _ in case.f]) if len(case.f) else np.empty((0, p), int)
+    return case, classes, case.rng.random(classes.shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_classes(), betas, block_sizes)
+def test_a_class_that_is_met_has_its_dense_sum_and_any_other_0(
+    given_: tuple[Case, Array, Array], beta: float, sizes: tuple[int, int, int]
+) -> None:
+    case, classes, met = given_
+    expected = np.take_along_axis(dense(case.f, case.array, case.ids, case.c, beta), classes, axis=1) * met
+    with blocks(*sizes):
+        found = case.keys().class_logits(case.features, torch.from_numpy(classes), torch.from_numpy(met), beta)
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    assert (found.numpy()[~met] == 0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(some_classes())
+def test_rows_of_classes_are_exactly_the_keys_of_those_met(given_: tuple[Case, Array, Array]) -> None:
+    case, classes, met = given_
+    rows = case.keys().rows_of(torch.from_numpy(classes), torch.from_numpy(met)).numpy()
+    assert len(rows) == len(classes)
+    longest = 0
+    for row, own, asked in zip(rows, classes, met, strict=True):
+        filled = row[row >= 0]
+        assert sorted(filled.tolist()) == np.flatnonzero(np.isin(case.ids, own[asked])).tolist()
+        assert (row[len(filled) :] == -1).all()  # they come last
+        longest = max(longest, len(filled))
+    assert rows.shape[1] == longest
+
+
+@settings(max_examples=40, deadline=None)
+@given(small_cases, st.integers(0, 7), st.integers(1, 60))
+def test_affinities_to_keys_of_ones_own_are_those_of_numpy_and_0_where_there_is_none(
+    case: Case, k: int, gathered: int
+) -> None:
+    rows = case.rng.integers(-1, len(case.ids), size=(len(case.f), k))
+    with blocks(3, 3, gathered):
+        found = case.keys().affinity(case.features, torch.from_numpy(rows))
+    exact = case.f.astype(np.float64) @ case.array.astype(np.float64).T
+    expected = np.where(rows < 0, 0, np.take_along_axis(exact, np.maximum(rows, 0), axis=1))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_meeting_classes_and_keys_takes_no_tensor_larger_than_a_block_or_what_came_in() -> None:
+    case = Case(3, [30, 50, 0, 40], q=60, d=16)
+    keys = case.keys()
+    classes = torch.arange(4).repeat(60, 1)
+    rows = torch.from_numpy(case.rng.integers(0, 120, size=(60, 11)))
+    with blocks(8, 16, gathered=128), Largest() as largest:
+        keys.class_logits(case.features, classes, torch.ones(60, 4, dtype=torch.bool), 3.0)
+        keys.affinity(case.features, rows)
+    # each query meets 3 classes that have keys: a copy for each would be 60 * 3 * 16
+    assert largest.most <= max(60 * 16, 60 * 11, 11 * 16, 8 * 16)
+
+
+@pytest.mark.parametrize("factory", ["Classes", "Classes,Flat"])
+def test_an_index_over_classes_holds_their_means(factory: str) -> None:
+    case = Case(4, [3, 0, 5, 1], q=6, d=7)
+    index = index_over(case.array, case.ids, 4, factory, "cpu")
+    means = np.zeros((4, 7))
+    for i in range(4):
+        if (case.ids == i).any():
+            means[i] = case.array[case.ids == i].astype(np.float64).mean(0)
+    affinity, classes = index.search(case.f, 9)
+    exact = case.f.astype(np.float64) @ means.T
+    assert (index.n, index.by_class, index.exact_search) == (4, True, False)
+    np.testing.assert_array_equal(classes, np.argsort(-exact, axis=1))
+    np.testing.assert_allclose(affinity, -np.sort(-exact, axis=1), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- slack
+
+
+def excess_of(array: Array, ids: Array, c: int, f: Array, own: Array, beta: float) -> Array:
+    """For the 8 nearest other classes of each query: how far the sum exceeds what the mean affinity says, float64."""
+    A = f.astype(np.float64) @ array.astype(np.float64).T
+    one_hot = np.eye(c)[ids]
+    counts = one_hot.sum(0)
+    mean = A @ one_hot / counts
+    excess = np.exp(-beta * (1 - A)) @ one_hot / counts / np.exp(-beta * (1 - mean)) - 1
+    mean[np.arange(len(f)), own] = -np.inf
+    return np.take_along_axis(excess, np.argsort(-mean, axis=1)[:, :8], axis=1)
+
+
+@pytest.mark.parametrize("beta", [1.0, 5.5, 20.0])
+def test_slack_is_hardly_ever_exceeded_by_new_queries(made: tuple[Any, Array, Array, Array], beta: float) -> None:
+    maker, array, ids, queries = made
+    slack = Keys(array, ids, 100).slack(beta)
+    excess = excess_of(array, ids, 100, queries[:1000], maker.classes(4096, 2)[:1000], beta)
+    assert 0 < (excess > slack).mean() <= 0.01  # a quantile of a sample
+    assert slack <= 1.5 * np.quantile(excess, 0.999)  # and is not simply large
+
+
+@settings(max_examples=60, deadline=None)
+@given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
+def test_slack_is_never_negative_or_undefined(case: Case, beta: float) -> None:
+    """A sum of exponentials is at least that of their mean; below 0 not even the first class would be met."""
+    assert case.keys().slack(beta) >= 0
+
+
+def test_slack_of_classes_of_one_key_is_nothing() -> None:
+    case = Case(6, [1] * 9, q=1, d=8)
+    assert case.keys().slack(5.5) == pytest.approx(0, abs=1e-5)
+    assert Case(6, [9], q=1, d=8).keys().slack(5.5) == 0  # nor is there any where no other class is
+
+
+def test_slack_grows_with_beta_and_is_nothing_at_0() -> None:
+    case = Case(7, [8] * 6, q=1, d=8)
+    slacks = [case.keys().slack(beta) for beta in (0.0, 1.0, 5.5, 20.0)]
+    assert slacks[0] == pytest.approx(0, abs=1e-6)
+    assert all(less < more for less, more in pairwise(slacks))
+
+
+def test_class_ids_may_be_read_only_and_of_another_integer_type() -> None:
+    """As Arrow gives them."""
+    case = Case(9, [4, 0, 6], q=5, d=4)
+    ids = case.ids.astype(np.int32)
+    ids.flags.writeable = False
+    keys = Keys(case.array, ids, 3)
+    assert keys.class_ids.dtype == torch.int64
+    assert keys.slack(5.5) == case.keys().slack(5.5)
+    assert torch.equal(keys.cache_logits(case.features, 5.5), case.keys().cache_logits(case.features, 5.5))

@@ -1,0 +1,417 @@
+"""Start-up: what a command imports and loads, that nothing is answered unchecked, and the benchmark of it."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+from PIL import Image
+from test_backbone import TINY, picture, tiny
+from test_cli import commands
+
+from retrieval_tip import CacheModel, backbone, cache_model, store
+from retrieval_tip.backbone import load_backbone, load_when_needed
+from retrieval_tip.errors import BackboneError, StoreError
+
+HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm")
+
+ASK = """
+import json, sys
+from retrieval_tip.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments, standalone_mode=False)
+    except SystemExit as error:
+        assert not error.code, arguments
+sys.stdout.flush()
+print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+"""
+
+
+def imported(*calls, **environment):
+    """Which of the heavy packages a fresh process has imported behind these commands, and what they printed."""
+    script = [sys.executable, "-c", ASK, json.dumps([[str(argument) for argument in call] for call in calls])]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1])) & set(HEAVY), done.stdout
+
+
+def features(n, d=16, seed=0):
+    rows = np.random.default_rng(seed).standard_normal((n, d), dtype=np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def index(tmp_path):
+    """Six keys of two classes, without a backbone."""
+    cache = CacheModel.from_features(features(6), ["cat", "dog"] * 3, ["cat", "dog"], features(2, seed=1), device="cpu")
+    cache.save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def row(tmp_path):
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features(1, seed=2)[0]), 16)
+    pq.write_table(pa.table({"id": ["q"], "feature": column}), tmp_path / "row.parquet")
+    return tmp_path / "row.parquet"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of two images."""
+    rng = np.random.default_rng(3)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def of_pictures(run, pictures, tmp_path):
+    """An index that was built from images by the model folder beside it."""
+    tiny(tmp_path / "model")
+    built = run(
+        "index", "build", pictures, "--model", f"local-dir:{tmp_path / 'model'}", "--out", tmp_path / "of-pictures"
+    )
+    assert built.exit_code == 0, built.output
+    return tmp_path / "of-pictures"
+
+
+# imports
+
+
+def test_help_of_every_command_imports_nothing_heavy():
+    groups = {command[:depth] for command in commands() for depth in range(len(command))}
+    found, shown = imported(*[[*command, "--help"] for command in (*sorted(groups), *commands())], ["--version"])
+    assert found == set()
+    assert shown.count("Usage:") == len(groups) + len(list(commands()))
+
+
+def test_the_package_imports_nothing_heavy():
+    script = "import sys, retrieval_tip; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & set(HEAVY) == set()
+
+
+def test_index_info_imports_no_torch(index):
+    found, shown = imported(["index", "info", index])
+    assert "keys_per_class" in shown
+    assert found == {"numpy", "pyarrow"}
+
+
+def test_classify_of_features_imports_no_model_and_no_database(index, row):
+    found, shown = imported(["classify", index, row])
+    assert "label" in shown
+    assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
+
+
+def test_classify_of_a_cached_image_imports_no_model(of_pictures, pictures, encodings):
+    question = ["classify", of_pictures, pictures / "cat" / "0.png", "--format", "json", "--logits"]
+    found, shown = imported(question)
+    assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
+    found, encoded = imported([*question, "--no-cache"])
+    assert {"open_clip", "torchvision"} <= found
+    assert json.loads(shown)["logits"] == pytest.approx(json.loads(encoded)["logits"], rel=1e-3)
+
+
+# nothing is answered unchecked
+
+
+def test_nothing_is_said_at_the_end_of_a_process_that_loaded_a_model(of_pictures, pictures):
+    """A library that torchvision brings (triton) reports what is not taken down at exit."""
+    command = [
+        sys.executable,
+        "-m",
+        "retrieval_tip",
+        "classify",
+        of_pictures,
+        next(pictures.rglob("*.png")),
+        "--no-cache",
+    ]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("kind", sorted(store.KINDS))
+@pytest.mark.parametrize("damage", ["a byte", "shorter", "gone"])
+def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, damage):
+    path = index / store.read_manifest(index).files[kind].name
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if damage == "a byte" else b""))
+    refused = run("classify", index, row, "--format", "json")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert str(path) in refused.stderr
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_nothing_of_a_damaged_index_is_opened(index, begun, monkeypatch):
+    """A file that FAISS must not see: it could crash on it."""
+    path = index / store.read_manifest(index).files["index"].name
+    data = bytearray(path.read_bytes())
+    data[4] ^= 255
+    path.write_bytes(data)
+    monkeypatch.setattr(cache_model.VectorIndex, "load", lambda *_: pytest.fail("opened"))
+    with pytest.raises(StoreError, match="SHA-256"):
+        CacheModel.load(index, check=store.Check(index) if begun else None)
+
+
+def test_the_verdict_is_waited_for(index, row, run, monkeypatch):
+    """However long the hashing lasts, the answer comes behind it."""
+    path = index / store.read_manifest(index).files["keys"].name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    hashed, problem = threading.Event(), store._problem
+
+    def slow(*arguments):
+        hashed.wait(0.5)  # no one sets it
+        return problem(*arguments)
+
+    monkeypatch.setattr(store, "_problem", slow)
+    refused = run("classify", index, row)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+
+
+# a model that is loaded when it is needed
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The plans of the models that open_clip was asked for."""
+    plans, real = [], backbone._open
+    monkeypatch.setattr(backbone, "_open", lambda plan, device: plans.append(plan) or real(plan, device))
+    return plans
+
+
+@pytest.fixture
+def known(tmp_path):
+    """A model folder with its identity and d."""
+    model = load_backbone(f"local-dir:{tiny(tmp_path / 'known')}", device="cpu")
+    return tmp_path / "known", model.identity, model.dim
+
+
+def test_a_known_backbone_is_loaded_when_something_is_encoded(known, opened):
+    folder, identity, dim = known
+    plain = load_backbone(f"local-dir:{folder}", device="cpu")
+    opened.clear()
+    waiting = load_when_needed(identity, dim, device="cpu")
+    same = (waiting.identity, waiting.dim, waiting.precision, waiting.batch_size)
+    assert same == (plain.identity, plain.dim, plain.precision, plain.batch_size)
+    assert not opened
+    pixels = waiting.preprocess(picture())[None]
+    np.testing.assert_array_equal(waiting.encode_images(pixels), plain.encode_images(pixels))
+    np.testing.assert_array_equal(waiting.encode_texts(["a cat"]), plain.encode_texts(["a cat"]))
+    assert waiting.identity == identity
+    assert waiting.logit_scale == plain.logit_scale
+    assert len(opened) == 1
+
+
+def test_a_half_precision_file_is_known_too(known, opened):
+    from safetensors.torch import load_file, save_file
+
+    folder, _, dim = known
+    file = folder / "open_clip_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
+    identity = load_backbone(f"local-dir:{folder}", device="cpu").identity
+    opened.clear()
+    assert load_when_needed(identity, dim, device="cpu").identity == identity
+    assert not opened
+
+
+def test_threads_load_it_once(known, opened):
+    _, identity, dim = known
+    waiting = load_when_needed(identity, dim, device="cpu")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: waiting.preprocess(picture()), range(8)))
+    assert len(opened) == 1
+
+
+def edited(folder, change):
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+CHANGES = {
+    "weights": lambda folder: shutil.copy(
+        tiny(folder.parent / "other", seed=1) / "open_clip_model.safetensors", folder
+    ),
+    "activation": lambda folder: edited(folder, lambda config: config["model_cfg"].update(quick_gelu=True)),
+    "preprocessing": lambda folder: edited(
+        folder, lambda config: config["preprocess_cfg"].update(mean=[0.5, 0.5, 0.5])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_another_model_in_the_folder_is_seen_at_once(known, opened, change):
+    folder, identity, dim = known
+    change(folder)
+    assert load_when_needed(identity, dim, device="cpu").identity.fingerprint != identity.fingerprint
+    assert opened
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_another_model_that_comes_into_the_folder_meanwhile_is_refused(known, change):
+    folder, identity, dim = known
+    waiting = load_when_needed(identity, dim, device="cpu")
+    change(folder)
+    for _ in range(2):
+        with pytest.raises(BackboneError, match=r"is needed, but .* is in use"):
+            waiting.preprocess(picture())
+
+
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_config.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff" * 64])
+def test_a_folder_that_cannot_be_loaded_is_refused_at_once(known, file, content):
+    folder, identity, dim = known
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(BackboneError, match=str(folder)):
+        load_when_needed(identity, dim, device="cpu")
+
+
+# what loading a model leaves out
+
+
+def test_no_text_is_encoded_and_no_tokenizer_made_for_images(tmp_path, monkeypatch):
+    real = open_clip.get_tokenizer
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *_: pytest.fail("made"))
+    model = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
+    assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
+    monkeypatch.setattr(open_clip, "get_tokenizer", real)
+    assert model.encode_texts(["a"]).shape == (1, model.dim)
+
+
+def test_a_tokenizer_that_cannot_be_made_is_an_error_of_the_backbone(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no vocabulary")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", fail)
+    model = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
+    with pytest.raises(BackboneError, match="no vocabulary"):
+        model.encode_texts(["a"])
+
+
+TEXT = TINY["text_cfg"]
+TOWERS = {
+    "openai": {},
+    "a wider text tower": {"text_cfg": TEXT | {"width": 48, "heads": 3}},
+    "a linear projection": {"text_cfg": TEXT | {"width": 32, "proj_bias": True}},
+    "a text tower of its own": {"text_cfg": TEXT | {"width": 24}, "custom_text": True},
+    "no projection": {"text_cfg": TEXT | {"proj_type": "none"}, "custom_text": True},
+}
+
+
+@pytest.mark.parametrize("config", TOWERS.values(), ids=TOWERS)
+def test_d_is_that_of_the_features(tmp_path, config):
+    torch.manual_seed(0)
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = TINY | {"embed_dim": 16 if "none" in str(config) else 40} | config
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    made = kind(**{key: value for key, value in config.items() if key != "custom_text"})
+    save_file(made.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 32}}))
+    model = load_backbone(f"local-dir:{folder}", device="cpu")
+    assert model.dim == config["embed_dim"]
+    assert model.encode_texts(["a", "b"]).shape == (2, model.dim)
+    assert model.encode_images(model.preprocess(picture())[None]).shape == (1, model.dim)
+
+
+def test_d_of_a_hugging_face_tower(lit_mini):
+    assert backbone._text_dim(lit_mini._model) == lit_mini.encode_texts(["a"]).shape[1] == lit_mini.dim
+
+
+def test_the_weights_are_those_of_the_file(tmp_path):
+    folder = tiny(tmp_path / "model")
+    model = load_backbone(f"local-dir:{folder}", device="cpu")
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(folder / "open_clip_model.safetensors").items():
+        assert torch.equal(model._model.state_dict()[name], tensor), name
+
+
+def test_weights_are_drawn_only_where_no_checkpoint_writes_them():
+    def create(written):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 3))
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in parameters if written == "all" else ["0.weight"]:
+                parameters[name].copy_(torch.ones_like(parameters[name]))
+        return model, None, None
+
+    before = torch.random.get_rng_state()
+    made = backbone._filled_once(lambda: create("all"))[0]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all((parameter == 1).all() for parameter in made.parameters())
+    torch.manual_seed(5)
+    expected = create("one")[0].state_dict()
+    torch.manual_seed(5)
+    found = backbone._filled_once(lambda: create("one"))[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_garbage_is_collected_again_behind_the_loading(tmp_path):
+    assert gc.isenabled()
+    load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
+    assert gc.isenabled()
+    with pytest.raises(BackboneError):
+        load_backbone(f"local-dir:{tmp_path / 'none'}", device="cpu")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load_backbone(f"local-dir:{tmp_path / 'model'}", device="cpu")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_command_lets_threads_sleep_unless_the_environment_says_otherwise():
+    script = "from click.testing import CliRunner; from retrieval_tip.cli import main; import os;"
+    script += "CliRunner().invoke(main, ['datasets', 'check', '/nowhere']); print(os.environ['OMP_WAIT_POLICY'])"
+    plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for environment, expected in ((plain, "PASSIVE"), (plain | {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+        )
+        assert done.stdout.split() == [expected]
+
+
+# the benchmark
+
+
+def test_the_benchmark(shared, tmp_path):
+    spec = importlib.util.spec_from_file_location("benchmarks_startup", ROOT / "benchmarks" / "startup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sizes = ("--runs", "1", "--images", "2", "--keys", "500", "--dim", "16")
+    result = CliRunner().invoke(module.main, ["--data", str(shared), *sizes, "--out", str(tmp_path / "out.parquet")])
+    assert result.exit_code == 0, result.output
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert {row["what"] for row in table} >= {"--help", "index info", "interpreter", "import torch", "weights digest"}
+    assert all(row["seconds"] >= 0 and row["runs"] == 1 for row in table)
+    assert all(row["what"] in result.output for row in table)
+    assert "torch" in table[0]["versions"]

@@ -1,0 +1,217 @@
+"""Tuning: which trials are best, that the choice agrees and is the cheapest, what is tried, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_keys import made_module
+
+from retrieval_tip import CacheModel, tuning
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.tuning import LEAST_QUERIES, Trial, Tuning, tune
+
+Array = npt.NDArray[Any]
+C, SHOTS = 20, 16
+QUERIES = 120
+
+
+@pytest.fixture(scope="module")
+def material() -> tuple[Array, Array, Array, Array]:
+    maker = made_module().Made(c=C, d=32)
+    ids = np.repeat(np.arange(C), SHOTS)
+    return maker.draw(ids, 1), ids, maker.text, maker.draw(maker.classes(QUERIES, 2), 3)
+
+
+def model(material: tuple[Array, Array, Array, Array], **changes: Any) -> CacheModel:
+    array, ids, text, _ = material
+    names = [f"class {i}" for i in range(C)]
+    return CacheModel.from_features(array, ids, names, text, device="cpu", **changes)
+
+
+def trial(microseconds: float, agreement: float, best: bool = False) -> Trial:
+    return Trial("Flat", None, 1, agreement, microseconds, best)
+
+
+def winners(cache: CacheModel, features: Array, k: int | None) -> Array:
+    return cache.logits(features, k).argmax(1).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------- the frontier
+
+
+def test_the_best_are_those_that_no_cheaper_one_equals() -> None:
+    given_ = [trial(5, 1.0), trial(1, 0.5), trial(2, 0.5), trial(3, 0.9), trial(4, 0.7), trial(6, 1.0), trial(3, 0.8)]
+    assert tuning._frontier(given_) == [
+        trial(1, 0.5, True), trial(2, 0.5), trial(3, 0.9, True), trial(3, 0.8), trial(4, 0.7), trial(5, 1.0, True),
+        trial(6, 1.0),
+    ]  # fmt: skip
+    assert tuning._frontier([]) == []
+    assert tuning._frontier([trial(1, 0.0)]) == [trial(1, 0.0, True)]
+
+
+@given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0]), st.sampled_from([0.0, 0.25, 0.5, 1.0]))))
+def test_a_trial_is_best_where_none_is_cheaper_and_agrees_as_often(pairs: list[tuple[float, float]]) -> None:
+    found = tuning._frontier([trial(*pair) for pair in pairs])
+    assert sorted((t.microseconds, t.agreement) for t in found) == sorted(pairs)
+    assert [t.microseconds for t in found] == sorted(t.microseconds for t in found)
+    best = {(t.microseconds, t.agreement) for t in found if t.best}
+    assert len(best) == sum(t.best for t in found)
+    for cost, agreement in pairs:
+        beaten = any(
+            (other_cost < cost and other >= agreement) or (other_cost == cost and other > agreement)
+            for other_cost, other in pairs
+        )
+        assert ((cost, agreement) in best) == (not beaten)
+
+
+# --------------------------------------------------------------------------------------------------------- the choice
+
+
+def by_cost(costs: dict[str, float]) -> Any:
+    """In place of the clock: what an index costs, by its type, more for more keys and effort."""
+
+    def timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
+        effort = (cache.index.effort or 0) / 100
+        return tuning._winners(cache, f, k), costs.get(cache.index.factory, 50.0) + (k or 5000) / 100 + effort
+
+    return mock.patch.object(tuning, "_timed", timed)
+
+
+def check_choice(found: Tuning, agreement: float) -> None:
+    assert found.chosen.agreement >= agreement
+    assert all(t.agreement < agreement for t in found.trials if t.microseconds < found.chosen.microseconds)
+    assert any(t is found.chosen for t in found.trials)
+    assert found.chosen.best
+    assert tuning._frontier([replace(t, best=False) for t in found.trials]) == found.trials
+
+
+@pytest.mark.parametrize("agreement", [0.3, 0.9, 0.98, 0.999, 1.0])
+@pytest.mark.parametrize("own", ["Flat", "Classes", "IVF4,Flat"])
+def test_the_chosen_trial_agrees_often_enough_and_none_cheaper_does(
+    own: str, agreement: float, material: tuple[Array, Array, Array, Array]
+) -> None:
+    cache, queries = model(material, index=own), material[3]
+    with by_cost({"Classes": 1.0, "IVF8,Flat": 5.0}):
+        found = tune(cache, queries, agreement=agreement, factories=["Classes", "IVF8,Flat", "HNSW8"])
+    check_choice(found, agreement)
+    assert found.n == QUERIES
+    over_all = winners(cache, queries, None)
+    chosen = replace(cache, index=found.index)
+    assert found.index.factory == found.chosen.index
+    assert found.index.effort == found.chosen.effort
+    same = (winners(chosen, queries, found.chosen.k) == over_all).mean()
+    assert same == pytest.approx(found.chosen.agreement)
+
+
+def test_every_trial_says_what_its_setting_answers(material: tuple[Array, Array, Array, Array]) -> None:
+    cache, queries = model(material), material[3]
+    found = tune(cache, queries, factories=["Classes", "IVF8,Flat"])
+    check_choice(found, 0.999)  # by the real clock
+    over_all = winners(cache, queries, None)
+    tried = {(t.index, t.effort, t.k) for t in found.trials}
+    assert len(tried) == len(found.trials)
+    assert {t for t in tried if t[0] == "Classes"} == {("Classes", None, SHOTS * n) for n in (1, 2, 4, 8, 16)}
+    assert {t for t in tried if t[0] == "IVF8,Flat"} == {
+        ("IVF8,Flat", effort, k) for effort in (1, 2, 4, 8) for k in (16, 64, 256)
+    }
+    assert {t for t in tried if t[0] == "Flat"} == {("Flat", None, None)}
+    for t in found.trials:
+        assert t.microseconds > 0
+        if t.index == "Flat":
+            assert t.agreement == 1
+            continue
+        other = model(material, index=t.index)
+        other.index.effort = t.effort
+        assert t.agreement == pytest.approx((winners(other, queries, t.k) == over_all).mean())
+    assert len({t.agreement for t in found.trials}) > 2  # they differ
+
+
+def test_all_keys_are_chosen_where_nothing_else_agrees(material: tuple[Array, Array, Array, Array]) -> None:
+    cache, queries = model(material), material[3]
+    with (
+        by_cost({"IVF64,Flat": 1.0}),
+        mock.patch.object(tuning, "KEYS", (1,)),
+        mock.patch.object(tuning, "EFFORTS", (1,)),
+    ):
+        found = tune(cache, queries, agreement=1.0, factories=["IVF64,Flat"])
+    assert [t.k for t in found.trials] == [1, None]
+    assert found.trials[0].agreement < 1
+    assert (found.chosen.k, found.index) == (None, cache.index)
+
+
+def test_tuning_leaves_the_classifier_as_it_was(material: tuple[Array, Array, Array, Array]) -> None:
+    cache, queries = model(material, index="IVF4,Flat"), material[3]
+    before = (cache.index, cache.index.effort, cache.k, cache.alpha, cache.beta)
+    answers = cache.logits(queries, 64)
+    tune(cache, queries, agreement=0.5, factories=["IVF4,Flat", "Classes"])
+    assert (cache.index, cache.index.effort, cache.k, cache.alpha, cache.beta) == before
+    assert torch.equal(cache.logits(queries, 64), answers)
+
+
+def test_what_is_tried_where_nothing_is_named(material: tuple[Array, Array, Array, Array]) -> None:
+    cache = model(material)
+    assert tuning._usual(cache) == ["Classes"]
+    rows = np.tile(np.arange(cache.n), 4)
+    assert tuning._usual(cache.take(rows)) == ["Classes", "IVF143,Flat"]  # of 1280 keys
+    one = CacheModel.from_features(material[0], np.zeros(cache.n, int), ["x"], device="cpu")
+    assert tuning._usual(one) == []
+    found = tune(one, material[3])
+    assert [(t.index, t.k, t.agreement) for t in found.trials] == [("Flat", None, 1.0)]
+
+
+def test_few_keys_of_many_classes_leave_something_to_try_or_all(material: tuple[Array, Array, Array, Array]) -> None:
+    """Of three keys in 20 classes one key is less than a class."""
+    array, _, text, queries = material
+    cache = CacheModel.from_features(array[:3], [0, 0, 7], [f"class {i}" for i in range(C)], text, device="cpu")
+    found = tune(cache, queries)
+    check_choice(found, 0.999)
+    assert all(t.k is None or 1 <= t.k < 3 for t in found.trials)
+
+
+def test_values_are_tuned_too(material: tuple[Array, Array, Array, Array]) -> None:
+    array, ids, _, queries = material
+    rng = np.random.default_rng(0)
+    values = (np.eye(C)[ids] + 0.02 * rng.standard_normal((len(array), C))).astype(np.float32)
+    cache = model(material, values=values)
+    found = tune(cache, queries, agreement=0.9)
+    check_choice(found, 0.9)
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_too_few_queries_are_refused(material: tuple[Array, Array, Array, Array]) -> None:
+    cache, queries = model(material), material[3]
+    for n in (0, 1, LEAST_QUERIES - 1):
+        with pytest.raises(InputError, match=rf"^{n} queries to tune on: at least 100 are needed to see disagreement$"):
+            tune(cache, queries[:n])
+    assert tune(cache, queries[:LEAST_QUERIES], factories=["Classes"]).n == LEAST_QUERIES
+
+
+@pytest.mark.parametrize("agreement", [0.0, -0.1, 1.0001, 99.9, float("nan"), float("inf")])
+def test_an_agreement_that_is_no_share_is_refused(
+    agreement: float, material: tuple[Array, Array, Array, Array]
+) -> None:
+    with pytest.raises(UsageError, match=r"^agreement is .*: expected a fraction above 0, at most 1$"):
+        tune(model(material), material[3], agreement=agreement)
+
+
+def test_an_index_that_cannot_be_is_refused(material: tuple[Array, Array, Array, Array]) -> None:
+    for factory in ("Nope", "Classes,Nope", "IVF999,Flat"):
+        with pytest.raises(UsageError, match=f"^index '{factory}': "):
+            tune(model(material), material[3], factories=["Classes", factory])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.01, 1))
+def test_any_agreement_is_reached(material: tuple[Array, Array, Array, Array], agreement: float) -> None:
+    with by_cost({"Classes": 1.0}):
+        check_choice(tune(model(material), material[3], agreement=agreement, factories=["Classes"]), agreement)
