@@ -149,11 +149,15 @@ SCHEMA = pa.schema(
 
 @dataclass
 class Side:
-    """One of those that take turns: ``run`` answers ``batch`` queries a call, ``calls`` times a turn."""
+    """One of those that take turns: ``run`` answers ``batch`` queries a call, ``calls`` times a turn.
+
+    Of all queries, or of its ``own``, whose answers nobody knows.
+    """
 
     run: Run
     batch: int
     calls: int = 1
+    own: Tensor | None = None
     seconds: list[float] = field(default_factory=list)
     answers: dict[int, Tensor] = field(default_factory=dict)
 
@@ -179,17 +183,18 @@ def take_turns(sides: Sequence[Side], features: Tensor, rounds: int) -> None:
     """Time the sides on the same queries; the first turn warms up, and counts only for the answers."""
     for turn in range(rounds + 1):
         for side in sides:
-            starts = range(0, len(features) - side.batch + 1, side.batch)
+            queries = features if side.own is None else side.own
+            starts = range(0, len(queries) - side.batch + 1, side.batch)
             for call in range(side.calls):
                 at = starts[(turn * side.calls + call) % len(starts)]
-                asked = features[at : at + side.batch]
+                asked = queries[at : at + side.batch]
                 synchronize(features)
                 start = time.perf_counter()
                 logits = side.run(asked)
                 synchronize(features)
                 if turn:
                     side.seconds.append(time.perf_counter() - start)
-                if logits is not None:
+                if logits is not None and side.own is None:
                     side.answers[at] = logits.argmax(dim=1).cpu()
 
 
@@ -390,7 +395,7 @@ def of_all(material: Material) -> tuple[Tensor, float]:
 
 
 def retrieval(
-    size: tuple[int, int, int], queries: int, rounds: int, device: str, with_others: bool = True
+    size: tuple[int, int, int], queries: int, large_batch: int, rounds: int, device: str, with_others: bool = True
 ) -> Iterator[Row]:
     """What `auto` chooses, other types of index and other k, with the tail and without."""
     material = Material.make(size, queries, "auto", device)
@@ -416,6 +421,9 @@ def retrieval(
 
     try_all("auto", cache, cache.k, queries, tails=(True, False))
     try_all("auto, single", cache, cache.k, 1, SINGLES)
+    made = Made(c, d, SEED)
+    many = torch.from_numpy(made.draw(made.classes(large_batch, 4), 5)).to(device)
+    ways["auto, large batch", cache.index.factory, cache.k, True] = Side(answering(cache, cache.k), len(many), own=many)
     for factory, ks, batch in others(n, d, c, queries) if with_others else ():
         other = material.with_index(factory)
         for k in ks:
@@ -442,6 +450,7 @@ def retrieval(
     for (way, factory, k, tail), side in ways.items():
         found = searches.get((factory, k or n, side.batch))
         against = plain_single if side.batch == 1 else plain
+        unknown = side.batch == 1 or side.own is not None
         yield printed(
             columns
             | {
@@ -454,8 +463,8 @@ def retrieval(
                 "microseconds": side.microseconds,
                 "ratio_dense": against.microseconds / side.microseconds,
                 "search_share": found and found.microseconds / side.microseconds,
-                "agreement": None if side.batch == 1 else side.right(expected),  # of a few queries it says nothing
-                "accuracy": None if side.batch == 1 else side.right(material.ids),
+                "agreement": None if unknown else side.right(expected),  # of a few queries it says nothing
+                "accuracy": None if unknown else side.right(material.ids),
             }
         )
 
@@ -596,6 +605,8 @@ class Size(click.ParamType):
 )
 @click.option("--rounds", default=3, show_default=True, help="Turns that are timed; exact takes twice as many.")
 @click.option("--queries", type=int, help="[default: 1000 for exact, 8192, and 4096 above 200,000 keys]")
+@click.option("--large-batch", default=32768, show_default=True,
+              help="Queries a call of auto once more: the more, the less often a class's keys are read.")  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Parquet file of the rows.")
@@ -605,6 +616,7 @@ def main(
     sizes: tuple[tuple[int, int, int], ...],
     rounds: int,
     queries: int | None,
+    large_batch: int,
     data: Path,
     device: str,
     out: Path | None,
@@ -621,7 +633,7 @@ def main(
         seen: set[int] = set()
         for size in sizes:
             asked = queries or (8192 if size[0] <= MIDDLE else 4096)
-            rows += retrieval(size, asked, rounds, device, with_others=size[0] not in seen)
+            rows += retrieval(size, asked, large_batch, rounds, device, with_others=size[0] not in seen)
             seen.add(size[0])
         rows += growth(rows)
         click.echo(f"goals: {GOALS['retrieval']}")

@@ -17,10 +17,11 @@ import torch
 
 from retrieval_tip import store
 from retrieval_tip.backbone import Identity
-from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel, check_settings, label_table
+from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel, label_table
 from retrieval_tip.defaults import check_form, measure, plain_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, read_features, same_backbone, table_identity
+from retrieval_tip.inputs import check_settings
 from retrieval_tip.keys import KEY_BLOCK, index_over, text_index_over
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.shots import few_shot

@@ -16,34 +16,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from retrieval_tip import store, tip
+from retrieval_tip import inputs, store, tip
 from retrieval_tip.backbone import Identity, resolve_device
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.features import Encoder
-from retrieval_tip.keys import HALF_ERROR, KEY_BLOCK, QUERY_BLOCK, Keys, index_over, own_affinity, text_index_over
+from retrieval_tip.inputs import Features, Labels
+from retrieval_tip.keys import QUERY_BLOCK, Keys, index_over, text_index_over
+from retrieval_tip.retrieval import LOGITS, SHORTLIST, Retrieval, slices
 from retrieval_tip.sources import Source
 from retrieval_tip.vector_index import VectorIndex, auto_factory
 
 ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
 """The paper's defaults (its code's, for ImageNet) and the temperature of OpenAI's CLIP."""
 
-LOGITS = 1 << 25
-"""Logits that are computed for one purpose at a time: 128 MiB of float32."""
-
-LEAST_CLASSES = 2
-"""Classes that a query may meet whole at least: with one, only the answer's own logit would be right."""
-
-CLOSE = 4 * HALF_ERROR
-"""Answers that are decided by less than this fraction of the cache logits are not left to half precision."""
-
-SHORTLIST = 32
-"""Classes near a query by text, and as many by mean key, that are compared where there are too many to compare all."""
-
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
-
-Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer[Any]]
-Features = npt.NDArray[np.floating[Any]] | Tensor
 
 
 @dataclass(frozen=True)
@@ -136,24 +123,29 @@ class CacheModel:
     text_index: VectorIndex | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
+        inputs.check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
         class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
         means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
         self._keys = Keys(self.keys, class_ids, len(self.class_names), self.device, self.precision, means)
         self.class_ids = self._keys.class_ids
         self.text_weights = self.text_weights.to(self.device)
         if self.values is not None:
-            _check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row a key")
+            inputs.check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row a key")
             self.values = self.values.detach().to(self.device, torch.float32)
         if self.curve is not None and not len(self.curve):
             raise InputError("curve: has no rows; give one an epoch, or None")
-        self._value_sums: Tensor | None = None
 
     def __repr__(self) -> str:
         return (
             f"CacheModel({self.n} keys of {self.d}, {len(self.class_names)} classes, index={self.index.factory!r}, "
             f"alpha={self.alpha:g}, beta={self.beta:g}, k={self.k or 'all'}, device={self.device!r})"
         )
+
+    @property
+    def _retrieval(self) -> Retrieval:
+        """With the settings as they are now."""
+        settings = (self.alpha, self.beta, self.logit_scale)
+        return Retrieval(self._keys, self.index, self.text_weights, self.text_index, self.values, *settings)
 
     @property
     def n(self) -> int:
@@ -209,9 +201,9 @@ class CacheModel:
             InputError: shapes that do not fit, values that are not finite, labels that are no class.
             UsageError: alpha, beta, device, index or precision that cannot work.
         """
-        matrix = _matrix(keys, "keys")
-        names = _class_names(class_names)
-        ids = _class_ids(labels, names, len(matrix))
+        matrix = inputs.matrix(keys, "keys")
+        names = inputs.names(class_names)
+        ids = inputs.ids_of(labels, names, len(matrix))
         device = resolve_device(device)
         if sources is not None and len(sources) != len(ids):
             raise InputError(f"sources: {len(sources)} for {len(ids)} keys")
@@ -219,7 +211,7 @@ class CacheModel:
         table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
         ordered = np.ascontiguousarray(matrix[order])
         factory, k = auto_factory(len(ids), len(names)) if index == "auto" else (index, None)
-        weights = _text_weights(text_weights, len(names), matrix.shape[1])
+        weights = inputs.text_weights(text_weights, len(names), matrix.shape[1])
         return cls(
             keys=ordered,
             labels=table,
@@ -232,7 +224,7 @@ class CacheModel:
             logit_scale=logit_scale,
             k=k,
             device=device,
-            values=None if values is None else _values(values, len(ids), len(names))[order],
+            values=None if values is None else inputs.values_of(values, len(ids), len(names))[order],
             precision=precision,
         )
 
@@ -385,8 +377,8 @@ class CacheModel:
 
         Arguments and errors as for :meth:`logits`.
         """
-        check_settings(self.alpha, self.beta, k, self.logit_scale)
-        text, cache, _ = self._terms(_tensor(features, self.d).to(self.device), k, tail, certify=False)
+        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
+        text, cache, _ = self._retrieval.terms(inputs.queries(features, self.d).to(self.device), k, tail, certify=False)
         self._check_overflow(text, cache)
         return text, cache
 
@@ -409,15 +401,15 @@ class CacheModel:
         index over classes :func:`tip.settled`). A fine-tuned cache with values always takes all keys: what these
         give may be negative. Arguments and errors as for :meth:`logits`.
         """
-        check_settings(self.alpha, self.beta, k, self.logit_scale)
-        f = _tensor(features, self.d).to(self.device)
+        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
+        f = inputs.queries(features, self.d).to(self.device)
         text = f.new_empty(len(f), len(self.class_names))
         cache, keys = torch.empty_like(text), torch.full((len(f),), self.n)
         left = torch.arange(len(f), device=self.device)
         while len(left):
             if k is not None and (k > self.n // ALL_FROM or self.values is not None):
                 k = None
-            text[left], cache[left], settled = self._terms(f[left], k, tail, certify=True)
+            text[left], cache[left], settled = self._retrieval.terms(f[left], k, tail, certify=True)
             keys[left.cpu()] = self.n if k is None else k
             left, k = left[~settled], None if k is None else k * GROWTH
         self._check_overflow(text, cache)
@@ -485,38 +477,15 @@ class CacheModel:
         if certify:
             found = self.certified(features, k, tail)
             return None, found.text, found.cache, found.keys.tolist()
-        many = self.text_index is not None and self.index.by_class and self.values is None
-        if many and k is not None and k < self.n and top <= SHORTLIST:
-            check_settings(self.alpha, self.beta, k, self.logit_scale)
-            f = _tensor(features, self.d).to(self.device)
-            parts = [self._shortlist(part, k, tail) for part in f.split(QUERY_BLOCK)]
+        if self._retrieval.has_shortlist and k is not None and k < self.n and top <= SHORTLIST:
+            inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
+            f = inputs.queries(features, self.d).to(self.device)
+            parts = [self._retrieval.shortlist(part, k, tail) for part in f.split(QUERY_BLOCK)]
             classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
             self._check_overflow(text.nan_to_num(neginf=0.0), cache)
             return classes, text, cache, [None] * len(f)
         text, cache = self.terms(features, k, tail)
         return None, text, cache, [None] * len(text)
-
-    def _shortlist(self, features: Tensor, k: int, tail: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The classes near each query by text or by mean key, ``[q, m]``, their text and their cache logits.
-
-        A class that is there twice has the text logit -inf the second time.
-        """
-        assert self.text_index is not None
-        keys = self._keys
-        near = [index.search_tensor(features, SHORTLIST)[1] for index in (self.index, self.text_index)]
-        classes, _ = torch.cat(near, dim=1).sort(dim=1)
-        again = torch.cat([classes[:, :1] < 0, (classes[:, 1:] == classes[:, :-1]) | (classes[:, 1:] < 0)], dim=1)
-        text = self.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
-        text.masked_fill_(again, -torch.inf)
-        classes = classes.clamp_min(0)
-        cache = tip.at_mean(
-            keys.counts[classes], own_affinity(features, classes, lambda rows: keys.means[rows]), self.beta
-        )
-        most = max(LEAST_CLASSES, round(k / keys.mean_count))
-        places, met = tip.promising(text, cache, self.alpha, keys.slack(self.beta), most)
-        exact = keys.class_logits(features, classes.gather(1, places), met, self.beta)
-        exact = torch.where(met, exact, cache.gather(1, places)) if tail else exact
-        return classes, text, (cache if tail else cache.zero_()).scatter_(1, places, exact)
 
     def classify_source(
         self,
@@ -541,7 +510,7 @@ class CacheModel:
 
     def parts(self, q: int) -> Iterator[slice]:
         """Slices of ``q`` queries that have :data:`LOGITS` logits at most."""
-        return _slices(q, max(1, LOGITS // len(self.class_names)))
+        return slices(q, max(1, LOGITS // len(self.class_names)))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
         """Class ids of the items of a labelled source.
@@ -566,12 +535,12 @@ class CacheModel:
         Where the cache has values, a new key gives 1 to its own class: it was not trained. Raises InputError for keys
         or labels that do not fit; then nothing was changed.
         """
-        matrix = _matrix(keys, "keys")
+        matrix = inputs.matrix(keys, "keys")
         if matrix.shape[1] != self.d:
             raise InputError(f"keys: have {matrix.shape[1]} values, the index has {self.d}")
         if np.abs(matrix).max() > np.finfo(self.keys.dtype).max:
             raise InputError(f"keys: hold values too large for the {self.keys.dtype} of the index")
-        ids = _class_ids(labels, self.class_names, len(matrix))
+        ids = inputs.ids_of(labels, self.class_names, len(matrix))
         first = int(np.max(self.labels["key_id"].to_numpy())) + 1
         added = label_table(self.class_names, ids, sources, key_ids=np.arange(first, first + len(matrix)))
         next_shot = np.zeros(len(self.class_names), dtype=np.int32)
@@ -622,134 +591,17 @@ class CacheModel:
         self.index, self.keys, self.labels, self.values = index, keys, labels, values
         self.__post_init__()
 
-    def _terms(self, features: Tensor, k: int | None, tail: bool, certify: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`terms` of features on the device, whose logits may overflow.
-
-        Also which queries ``[q]`` are settled; all are, unless that is to be looked at, to ``certify``.
-        """
-        c = len(self.class_names)
-        text = features.new_empty(len(features), c)
-        settled = torch.ones(len(features), dtype=torch.bool, device=self.device)
-        if k is None or k >= self.n:
-            tip.text_logits(features, self.text_weights, self.logit_scale, out=text)
-            return text, self._over_all(features, text), settled
-        cache = torch.empty_like(text)
-        meet = self._meet_classes if self.index.by_class else self._meet_nearest
-        meet(features, k, tail, text, cache, settled if certify else None)
-        return text, cache, settled
-
-    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
-        """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
-        products = self._keys.products(self.beta, len(features))
-        cache = self._keys.cache_logits(features, self.beta, self.values, products)
-        if products != torch.float32 and self.values is None:
-            parts = _slices(len(features), QUERY_BLOCK)
-            close = torch.cat([tip.close(text[part], cache[part], self.alpha, CLOSE) for part in parts])
-            cache[close] = self._keys.cache_logits(features[close], self.beta, products=torch.float32)
-        return cache
-
-    def _meet_classes(
-        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
-    ) -> None:
-        """Text logits, and cache logits over the keys of the classes that can win, about ``k`` at most, ``[q, c]``.
-
-        Which queries are settled goes into ``settled`` ``[q]``, where it is given. First come all queries' classes: the
-        more queries meet a class at once, the less often its keys are read.
-        """
-        keys, slack = self._keys, self._keys.slack(self.beta)
-        most = min(max(LEAST_CLASSES, round(k / keys.mean_count)), len(self.class_names))
-        classes = torch.empty(len(features), most, dtype=torch.int64, device=self.device)
-        met = torch.empty(classes.shape, dtype=torch.bool, device=self.device)
-        for part in _slices(len(features), QUERY_BLOCK):
-            tip.text_logits(features[part], self.text_weights, self.logit_scale, out=text[part])
-            tip.affinity(features[part], keys.means, out=cache[part])
-            tip.at_mean(keys.counts, cache[part], self.beta, out=cache[part])
-            classes[part], met[part] = tip.promising(text[part], cache[part], self.alpha, slack, most)
-            if settled is not None:
-                settled[part] = tip.settled(text[part], cache[part], self.alpha, slack, classes[part])
-        if self.values is None:
-            exact = keys.class_logits(features, classes, met, self.beta)
-            exact = torch.where(met, exact, cache.gather(1, classes)) if tail else exact
-            (cache if tail else cache.zero_()).scatter_(1, classes, exact)
-            return
-        for part in _slices(len(features), QUERY_BLOCK):
-            rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
-            ids, affinity = self._met(keys.affinity(features[part], rows), rows)
-            totals = tip.Totals.of(features[part], keys.sums, keys.counts) if tail else None
-            cache[part] = self._over(rows, ids, affinity, totals)
-
-    def _meet_nearest(
-        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
-    ) -> None:
-        """Text logits and cache logits over the nearest keys, as :meth:`_meet_classes`."""
-        for part in _slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, len(self.class_names)))):
-            f = features[part]
-            tip.text_logits(f, self.text_weights, self.logit_scale, out=text[part])
-            affinity, rows = self._nearest(f, k)
-            ids, affinity = self._met(affinity, rows)
-            totals = tip.Totals.of(f, self._keys.sums, self._keys.counts) if tail or settled is not None else None
-            cache[part] = self._over(rows, ids, affinity, totals if tail else None)
-            if settled is not None and totals is not None:
-                logits = tip.blend(text[part], cache[part], self.alpha)
-                settled[part] = tip.certificate(logits, affinity, ids, totals, self.alpha, self.beta, tail=tail)
-
-    def _met(self, affinity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Class ids and affinities ``[q, k]`` of keys by row; empty slots, row -1, have the id ``c`` and affinity 0."""
-        empty = rows < 0
-        ids = self.class_ids[rows.clamp_min(0)].masked_fill_(empty, len(self.class_names))
-        return ids, affinity.masked_fill(empty, 0)
-
-    def _over(self, rows: Tensor, ids: Tensor, affinity: Tensor, tail: tip.Totals | None) -> Tensor:
-        """Cache logits ``[q, c]`` over keys of each query's own."""
-        values = None
-        if self.values is not None:
-            values = tip.Values(self.values, rows.clamp_min(0), self._sums_of_values() if tail else None)
-        return tip.cache_logits(affinity, ids, len(self.class_names), self.beta, tail, values)
-
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
 
         Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
         """
-        affinity, rows = self._nearest(features, k)
+        affinity, rows = self._retrieval.nearest(features, k)
         return affinity, rows.cpu().numpy()
-
-    def _nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """:meth:`nearest`, all on the device."""
-        if self.index.by_class:
-            return self._nearest_of_classes(features, k)
-        found, rows = self.index.search_tensor(features, k)
-        return (found if self.index.exact_affinity else self._keys.affinity(features, rows)), rows
-
-    def _nearest_of_classes(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
-        k = min(k, self.n)
-        number = min(len(self.class_names), max(8, round(4 * k / self._keys.mean_count)))
-        _, near = self.index.search_tensor(features, number)
-        while number < len(self.class_names) and (self._held(near) < k).any():
-            number = min(len(self.class_names), 4 * number)  # these have no keys, or few
-            _, near = self.index.search_tensor(features, number)
-        step = max(1, (1 << 22) // max(1, round(number * self._keys.mean_count)))
-        parts: list[tuple[Tensor, Tensor]] = []
-        for f, own in zip(features.split(step), near.split(step), strict=True):
-            rows = self._keys.rows_of(own.clamp_min(0), own >= 0)
-            affinity = self._keys.affinity(f, rows).masked_fill_(rows < 0, -torch.inf)
-            found, place = affinity.topk(min(k, rows.shape[1]), dim=1)
-            fill = (0, k - found.shape[1])
-            parts.append(
-                (torch.nn.functional.pad(found, fill), torch.nn.functional.pad(rows.gather(1, place), fill, value=-1))
-            )
-        affinity = torch.cat([found for found, _ in parts])
-        rows = torch.cat([place for _, place in parts])
-        return affinity.masked_fill_(rows < 0, 0), rows
-
-    def _held(self, classes: Tensor) -> Tensor:
-        """Keys that classes ``[q, m]`` hold together; -1 is none."""
-        return self._keys.counts[classes.clamp_min(0)].where(classes >= 0, 0).sum(1)
 
     def _neighbours(self, features: Features, number: int) -> list[list[Neighbour]]:
         """The nearest keys of each query, described."""
-        f = _tensor(features, self.d).to(self.device)
+        f = inputs.queries(features, self.d).to(self.device)
         affinity, rows = self.nearest(f, number)
         weights = tip.weight(affinity, self.beta).tolist()
         used, where = np.unique(rows, return_inverse=True)
@@ -768,15 +620,6 @@ class CacheModel:
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
         return self._keys.blocks()
-
-    def _sums_of_values(self) -> Tensor:
-        """Sum of the values of the keys of each class ``[c, c]``: what the tail needs with values."""
-        assert self.values is not None
-        if self._value_sums is None:
-            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
-            blocks = ((self.values[part], self.class_ids[part]) for part in parts)
-            self._value_sums = self._keys.by_class(blocks, len(self.class_names))
-        return self._value_sums
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
@@ -805,18 +648,6 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
         if not np.allclose(found[:, 0], own, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index is not over these keys; build the index again")
     return cache
-
-
-def check_settings(alpha: float, beta: float, k: int | None, logit_scale: float, temperature: float = 1.0) -> None:
-    """Raise UsageError unless alpha and beta are finite, at least 0, k at least 1, scale and temperature positive."""
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not (np.isfinite(value) and value >= 0):
-            raise UsageError(f"{name} is {value}: expected a finite number, 0 or more")
-    if k is not None and not (isinstance(k, int | np.integer) and k >= 1):
-        raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or None for all")
-    for name, value in (("logit_scale", logit_scale), ("temperature", temperature)):
-        if not (np.isfinite(value) and value > 0):
-            raise UsageError(f"{name} is {value}: expected a finite number above 0")
 
 
 def label_table(
@@ -864,95 +695,6 @@ def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArr
     return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
 
 
-def _slices(q: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, q)) for start in range(0, q, size))
-
-
 def _largest(logits: Tensor) -> Tensor:
     """The largest absolute value, NaN where there is one; without a copy of the logits."""
     return torch.stack(logits.aminmax()).abs().amax()
-
-
-def _matrix(features: Features, what: str) -> npt.NDArray[Any]:
-    """Features as a finite ``[n, d]`` array of float32 (float16 stays)."""
-    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
-    if array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"{what}: shape {array.shape}; expected [n, d] with n and d at least 1")
-    if not np.issubdtype(array.dtype, np.floating):
-        raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
-    with np.errstate(over="ignore"):  # refused just below
-        array = array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if bad.size:
-        raise InputError(f"{what}: row {int(bad[0])} holds NaN or infinity")
-    return array
-
-
-def _array(values: Any, what: str) -> npt.NDArray[Any]:
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise InputError(f"{what}: rows of unequal length; expected an array") from None
-    if what != "labels" and array.dtype.kind not in "fiu":
-        raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
-    return array
-
-
-def _tensor(features: Features, d: int) -> Tensor:
-    if isinstance(features, Tensor):
-        f = features.detach().float()
-    else:
-        with np.errstate(over="ignore"):  # refused just below
-            f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
-    if f.ndim != 2 or f.shape[1] != d:
-        raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
-    if not torch.isfinite(f).all():
-        row = int((~torch.isfinite(f).all(dim=1)).nonzero()[0])
-        raise InputError(f"features: row {row} holds NaN or infinity")
-    return f
-
-
-def _class_names(names: Sequence[str]) -> list[str]:
-    result = list(names)
-    if not result or not all(isinstance(name, str) and name for name in result):
-        raise InputError("class_names: expected at least one name, each a non-empty string")
-    if len(set(result)) < len(result):
-        raise InputError(f"class_names: {next(n for n in result if result.count(n) > 1)!r} stands twice")
-    return result
-
-
-def _class_ids(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np.int64]:
-    array = _array(labels, "labels")
-    if array.shape != (n,):
-        raise InputError(f"labels: shape {array.shape} for {n} keys; expected one a key")
-    if np.issubdtype(array.dtype, np.integer):
-        bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
-        ids = array.astype(np.int64)
-    else:
-        position = {name: i for i, name in enumerate(class_names)}
-        ids = np.array([position.get(label, -1) for label in array.tolist()], dtype=np.int64)
-        bad = np.flatnonzero(ids < 0)
-    if bad.size:
-        raise InputError(
-            f"labels: row {int(bad[0])} is {array[bad].tolist()[0]!r}, which is none of the {len(class_names)} classes"
-        )
-    return ids
-
-
-def _text_weights(weights: Features | None, c: int, d: int) -> Tensor:
-    if weights is None:
-        return torch.zeros(c, d)
-    matrix = _matrix(weights, "text_weights")
-    _check_shape("text_weights", matrix.shape, (c, d), "one a class")
-    return torch.from_numpy(np.array(matrix, dtype=np.float32))  # a copy: what the caller does to theirs is theirs
-
-
-def _values(values: Features, n: int, c: int) -> Tensor:
-    matrix = _matrix(values, "values")
-    _check_shape("values", matrix.shape, (n, c), "one row a key")
-    return torch.from_numpy(np.require(matrix, np.float32, ["C", "W"]))
-
-
-def _check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:
-    if tuple(shape) != expected:
-        raise InputError(f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}")

@@ -868,7 +868,7 @@ def _checked(folder: Path, device: str, precision: str = "float32") -> CacheMode
 def _opened(folder: Path, given: dict[str, Any]) -> CacheModel:
     """The index, with the alpha and beta of the command line where they are given."""
     cache = _checked(folder, given["device"], given["precision"])
-    from retrieval_tip.cache_model import check_settings
+    from retrieval_tip.inputs import check_settings
 
     cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
     cache.beta = cache.beta if given["beta"] is None else given["beta"]

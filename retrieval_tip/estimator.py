@@ -12,8 +12,9 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.backbone import resolve_device, unit
-from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel, Features, check_settings
+from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.inputs import Features, check_settings
 from retrieval_tip.keys import index_over
 
 try:

@@ -33,7 +33,7 @@ GPU_BLOCKS = 8
 GATHERED = 1 << 23
 """Values of keys that are gathered at a time where each query meets its own: 32 MiB of float32."""
 
-FEW = 4
+FEW = 8
 """Queries of a class up to which a product runs along its keys; for more of them, keys are packed for it first."""
 
 SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
@@ -142,6 +142,8 @@ class Keys:
         self._slack: dict[float, float] = {}
         self._products: dict[float, torch.dtype] = {}
         self._on_device: Tensor | None = None
+        self._kept_halved: Tensor | None = None
+        self._value_sums: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def mean_count(self) -> float:
@@ -196,6 +198,14 @@ class Keys:
             for class_id, part in zip(found.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
+
+    def value_sums(self, values: Tensor) -> Tensor:
+        """Sum of the ``values`` ``[n, c]`` of the keys of each class ``[c, c]``: what a tail needs with values."""
+        if self._value_sums is None or self._value_sums[0] is not values:
+            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
+            blocks = ((values[part], self.class_ids[part]) for part in parts)
+            self._value_sums = values, self.by_class(blocks, self.n_classes)
+        return self._value_sums[1]
 
     def cache_logits(
         self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
@@ -284,8 +294,6 @@ class Keys:
             self._kept_halved = torch.cat([(keys - self._centre).to(products) for keys, _ in self.blocks()])
         for start in range(0, self.n, size):
             yield self._kept_halved[start : start + size], self.class_ids[start : start + size]
-
-    _kept_halved: Tensor | None = None
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
         """The dtype of products of ``q`` queries with all keys, as :attr:`precision` says; ``auto`` is measured once.

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import CacheModel, check_settings
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.defaults import untouched_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, replacing
+from retrieval_tip.inputs import check_settings
 from retrieval_tip.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.sources import Source, open_source
 

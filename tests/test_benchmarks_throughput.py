@@ -41,7 +41,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
     folder = tmp_path_factory.mktemp("throughput")
     out = folder / "rows.parquet"
     sizes = ("--exact-size", "512x64x32", "--sizes", "2560x64x64", "--sizes", "640x64x64", "--sizes", "2560x32x64")
-    printed = run(*sizes, "--queries", 64, "--rounds", 1, "--data", folder, "--out", out)
+    printed = run(*sizes, "--queries", 64, "--large-batch", 128, "--rounds", 1, "--data", folder, "--out", out)
     return printed, pq.read_table(out).to_pylist()
 
 
@@ -81,6 +81,7 @@ def test_retrieval_has_every_index_with_the_tail_and_without(toy: tuple[str, lis
     assert auto[0]["queries"] == auto[0]["batch"] == 64
     assert auto[0]["agreement"] >= 0.95
     assert of(rows, way="auto, single")[0]["batch"] == 1
+    assert of(rows, way="auto, large batch")[0]["batch"] == 128
     for factory in ("Flat", "IVF32,Flat", "IVF32,PQ8,RFlat", "HNSW32"):
         found = of(rows, way="k", index=factory)
         assert [(row["k"], row["tail"]) for row in found] == [
@@ -89,8 +90,8 @@ def test_retrieval_has_every_index_with_the_tail_and_without(toy: tuple[str, lis
         assert factory in printed
     for row in rows:
         assert row["microseconds"] > 0
-        assert row["batch"] == 1 or (0 <= row["agreement"] <= 1 and 0 <= row["accuracy"] <= 1)
-        assert (row["search_share"] is not None) == (row["k"] is not None)
+        assert row["batch"] in (1, 128) or (0 <= row["agreement"] <= 1 and 0 <= row["accuracy"] <= 1)
+        assert (row["search_share"] is not None) == (row["k"] is not None and row["batch"] != 128)
 
 
 def test_others_run_once_a_number_of_keys(toy: tuple[str, list[dict]]) -> None:
@@ -100,10 +101,10 @@ def test_others_run_once_a_number_of_keys(toy: tuple[str, list[dict]]) -> None:
 
 def test_growth_compares_the_most_keys_with_the_fewest(toy: tuple[str, list[dict]]) -> None:
     printed, rows = toy
-    batched, single = of(rows, section="growth")
+    batched, single, large = of(rows, section="growth")
     (few,), (many,) = (of(rows, section="retrieval", way="auto", n=n, d=64)[:1] for n in (640, 2560))
     assert batched["growth"] == pytest.approx(many["microseconds"] / few["microseconds"])
-    assert single["way"] == "auto, single"
+    assert (single["way"], large["way"]) == ("auto, single", "auto, large batch")
     assert "640 to 2,560 keys (4.0 x)" in printed
 
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 import retrieval_tip
 from retrieval_tip import CacheModel
 from retrieval_tip.backbone import Identity
-from retrieval_tip.cache_model import Prediction, check_settings
+from retrieval_tip.cache_model import Prediction
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.features import Encoder
+from retrieval_tip.inputs import check_settings
 from retrieval_tip.sources import open_inputs
 
 Array = npt.NDArray[Any]
@@ -200,9 +201,9 @@ def test_predictions_do_not_depend_on_batches_or_blocks(
     for k in (None, 16):
         whole = cache.logits(QUERIES, k)
         with monkeypatch.context() as patch:
-            for module in ("keys", "cache_model"):  # the latter splits by them too
+            for module in ("keys", "retrieval"):
                 patch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", blocks[0])
-                patch.setattr(f"retrieval_tip.{module}.KEY_BLOCK", blocks[1])
+            patch.setattr("retrieval_tip.keys.KEY_BLOCK", blocks[1])
             cache.__post_init__()  # sums are made by blocks of keys too
             for size in (1, 7, 64, Q):
                 part = in_batches(lambda f, k=k: cache.logits(f, k), size)

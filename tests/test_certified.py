@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import Case, Largest, dense, made_module, unit
 
-from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip import CacheModel, retrieval, verify
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.vector_index import auto_factory
 
@@ -220,7 +220,7 @@ def test_each_class_is_met_whole_or_counted_at_its_mean(
     np.testing.assert_allclose(without[met], exact[met], **close)
     np.testing.assert_allclose(with_tail[met], exact[met], **close)
     np.testing.assert_allclose(with_tail[~met], lower[~met], **close)
-    most = max(cache_model.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.ids)))))
+    most = max(retrieval.LEAST_CLASSES, round(k / (cache.n / np.count_nonzero(np.bincount(case.ids)))))
     assert (met.sum(1) <= most).all()
     # the most promising one is met, unless it has no keys or they count too little to be seen
     logits = exact_parts(cache, case.f)[0] + alpha * lower
@@ -275,7 +275,7 @@ def test_classes_do_not_depend_on_blocks(case: Case, k: int, tail: bool, of_quer
     cache = of_case(case)
     whole = cache.logits(case.f, k, tail)
     with (
-        mock.patch.object(cache_model, "QUERY_BLOCK", of_queries),
+        mock.patch.object(retrieval, "QUERY_BLOCK", of_queries),
         mock.patch.multiple("retrieval_tip.keys", QUERY_BLOCK=of_queries, KEY_BLOCK=of_keys, GATHERED=17),
     ):
         torch.testing.assert_close(of_case(case).logits(case.f, k, tail), whole, rtol=1e-5, atol=1e-4)
@@ -327,7 +327,7 @@ def test_meeting_few_of_many_keys_takes_no_large_tensor(index: str, valued: bool
     cache.logits(case.f[:2], 50)  # what is made once
     blocks = {"QUERY_BLOCK": 16, "KEY_BLOCK": 32}
     with (
-        mock.patch.multiple(cache_model, **blocks, LOGITS=1024),
+        mock.patch.multiple(retrieval, QUERY_BLOCK=16, LOGITS=1024),
         mock.patch.multiple("retrieval_tip.keys", **blocks, GATHERED=1024),
         Largest() as largest,
     ):

@@ -253,9 +253,9 @@ def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callab
 
 def test_values_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [model().logits(QUERIES, k) for k in (None, 9)]
-    for module in ("keys", "cache_model"):  # the latter splits by them too
+    for module in ("keys", "retrieval"):
         monkeypatch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", 4)
-        monkeypatch.setattr(f"retrieval_tip.{module}.KEY_BLOCK", 7)
+    monkeypatch.setattr("retrieval_tip.keys.KEY_BLOCK", 7)
     for k, before in zip((None, 9), whole, strict=True):
         torch.testing.assert_close(model().logits(QUERIES, k), before, rtol=1e-5, atol=1e-4)
 

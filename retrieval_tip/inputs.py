@@ -1,0 +1,119 @@
+"""What callers hand over, as arrays that fit: every error names the argument and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip.errors import InputError, UsageError
+
+Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer[Any]]
+Features = npt.NDArray[np.floating[Any]] | Tensor
+
+
+def check_settings(alpha: float, beta: float, k: int | None, logit_scale: float, temperature: float = 1.0) -> None:
+    """Raise UsageError unless alpha and beta are finite, at least 0, k at least 1, scale and temperature positive."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not (np.isfinite(value) and value >= 0):
+            raise UsageError(f"{name} is {value}: expected a finite number, 0 or more")
+    if k is not None and not (isinstance(k, int | np.integer) and k >= 1):
+        raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or None for all")
+    for name, value in (("logit_scale", logit_scale), ("temperature", temperature)):
+        if not (np.isfinite(value) and value > 0):
+            raise UsageError(f"{name} is {value}: expected a finite number above 0")
+
+
+def matrix(features: Features, what: str) -> npt.NDArray[Any]:
+    """Features as a finite ``[n, d]`` array of float32 (float16 stays)."""
+    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
+    if array.ndim != 2 or 0 in array.shape:
+        raise InputError(f"{what}: shape {array.shape}; expected [n, d] with n and d at least 1")
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
+    with np.errstate(over="ignore"):  # refused just below
+        array = array if array.dtype == np.float16 else array.astype(np.float32, copy=False)
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if bad.size:
+        raise InputError(f"{what}: row {int(bad[0])} holds NaN or infinity")
+    return array
+
+
+def _array(values: Any, what: str) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise InputError(f"{what}: rows of unequal length; expected an array") from None
+    if what != "labels" and array.dtype.kind not in "fiu":
+        raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
+    return array
+
+
+def queries(features: Features, d: int) -> Tensor:
+    """Queries as a finite tensor ``[q, d]`` float32, wherever they are. Raises InputError naming the row."""
+    if isinstance(features, Tensor):
+        f = features.detach().float()
+    else:
+        with np.errstate(over="ignore"):  # refused just below
+            f = torch.from_numpy(np.require(_array(features, "features"), np.float32, ["C", "W"]))
+    if f.ndim != 2 or f.shape[1] != d:
+        raise InputError(f"features: shape {tuple(f.shape)}; expected [q, {d}]")
+    if not torch.isfinite(f).all():
+        row = int((~torch.isfinite(f).all(dim=1)).nonzero()[0])
+        raise InputError(f"features: row {row} holds NaN or infinity")
+    return f
+
+
+def names(names: Sequence[str]) -> list[str]:
+    """Class names as a list. Raises InputError where there are none, or one is empty or stands twice."""
+    result = list(names)
+    if not result or not all(isinstance(name, str) and name for name in result):
+        raise InputError("class_names: expected at least one name, each a non-empty string")
+    if len(set(result)) < len(result):
+        raise InputError(f"class_names: {next(n for n in result if result.count(n) > 1)!r} stands twice")
+    return result
+
+
+def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np.int64]:
+    """Class ids ``[n]`` int64 of labels by name or by position. Raises InputError naming the row that is no class."""
+    array = _array(labels, "labels")
+    if array.shape != (n,):
+        raise InputError(f"labels: shape {array.shape} for {n} keys; expected one a key")
+    if np.issubdtype(array.dtype, np.integer):
+        bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
+        ids = array.astype(np.int64)
+    else:
+        position = {name: i for i, name in enumerate(class_names)}
+        ids = np.array([position.get(label, -1) for label in array.tolist()], dtype=np.int64)
+        bad = np.flatnonzero(ids < 0)
+    if bad.size:
+        raise InputError(
+            f"labels: row {int(bad[0])} is {array[bad].tolist()[0]!r}, which is none of the {len(class_names)} classes"
+        )
+    return ids
+
+
+def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
+    """Text weights ``[c, d]`` float32, a copy; zeros where there are none. Raises InputError where they do not fit."""
+    if weights is None:
+        return torch.zeros(c, d)
+    found = matrix(weights, "text_weights")
+    check_shape("text_weights", found.shape, (c, d), "one a class")
+    return torch.from_numpy(np.array(found, dtype=np.float32))  # a copy: what the caller does to theirs is theirs
+
+
+def values_of(values: Features, n: int, c: int) -> Tensor:
+    """Trained values ``[n, c]`` float32. Raises InputError where they do not fit."""
+    found = matrix(values, "values")
+    check_shape("values", found.shape, (n, c), "one row a key")
+    return torch.from_numpy(np.require(found, np.float32, ["C", "W"]))
+
+
+def check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:
+    """Raise InputError naming what is of another shape than expected, and what that means."""
+    if tuple(shape) != expected:
+        raise InputError(f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}")

@@ -1,0 +1,191 @@
+"""Text and cache logits of queries: over all keys, whole classes, or the nearest keys, as the index has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.keys import HALF_ERROR, QUERY_BLOCK, Keys, own_affinity
+from retrieval_tip.vector_index import VectorIndex
+
+LOGITS = 1 << 25
+"""Logits that are computed for one purpose at a time: 128 MiB of float32."""
+
+LEAST_CLASSES = 2
+"""Classes that a query may meet whole at least: with one, only the answer's own logit would be right."""
+
+CLOSE = 4 * HALF_ERROR
+"""Answers that are decided by less than this fraction of the cache logits are not left to half precision."""
+
+SHORTLIST = 32
+"""Classes near a query by text, and as many by mean key, that are compared where there are too many to compare all."""
+
+
+def slices(q: int, size: int) -> Iterator[slice]:
+    """``q`` queries, so many at a time."""
+    return (slice(start, min(start + size, q)) for start in range(0, q, size))
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Keys and what finds them, with the settings of the method: see :class:`cache_model.CacheModel`.
+
+    Features ``[q, d]`` are float32 on the device of the keys. Logits may overflow here.
+    """
+
+    keys: Keys
+    index: VectorIndex
+    text_weights: Tensor
+    text_index: VectorIndex | None
+    values: Tensor | None
+    alpha: float
+    beta: float
+    logit_scale: float
+
+    @property
+    def has_shortlist(self) -> bool:
+        """Whether the classes are so many that :meth:`shortlist` is for them."""
+        return self.text_index is not None and self.index.by_class and self.values is None
+
+    def terms(self, features: Tensor, k: int | None, tail: bool, certify: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Text and cache logits ``[q, c]`` over about ``k`` keys, ``None`` for all, the rest at its mean with ``tail``.
+
+        Also which queries ``[q]`` are settled; all are, unless that is to be looked at, to ``certify``.
+        """
+        c = self.keys.n_classes
+        text = features.new_empty(len(features), c)
+        settled = torch.ones(len(features), dtype=torch.bool, device=self.keys.device)
+        if k is None or k >= self.keys.n:
+            tip.text_logits(features, self.text_weights, self.logit_scale, out=text)
+            return text, self._over_all(features, text), settled
+        cache = torch.empty_like(text)
+        meet = self._meet_classes if self.index.by_class else self._meet_nearest
+        meet(features, k, tail, text, cache, settled if certify else None)
+        return text, cache, settled
+
+    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
+        """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
+        products = self.keys.products(self.beta, len(features))
+        cache = self.keys.cache_logits(features, self.beta, self.values, products)
+        if products != torch.float32 and self.values is None and len(features):
+            parts = slices(len(features), QUERY_BLOCK)
+            close = torch.cat([tip.close(text[part], cache[part], self.alpha, CLOSE) for part in parts])
+            cache[close] = self.keys.cache_logits(features[close], self.beta, products=torch.float32)
+        return cache
+
+    def _meet_classes(
+        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
+    ) -> None:
+        """Text logits, and cache logits over the keys of the classes that can win, about ``k`` at most, ``[q, c]``.
+
+        Which queries are settled goes into ``settled`` ``[q]``, where it is given. First come all queries' classes: the
+        more queries meet a class at once, the less often its keys are read.
+        """
+        keys, slack = self.keys, self.keys.slack(self.beta)
+        most = min(max(LEAST_CLASSES, round(k / keys.mean_count)), self.keys.n_classes)
+        classes = torch.empty(len(features), most, dtype=torch.int64, device=self.keys.device)
+        met = torch.empty(classes.shape, dtype=torch.bool, device=self.keys.device)
+        for part in slices(len(features), QUERY_BLOCK):
+            tip.text_logits(features[part], self.text_weights, self.logit_scale, out=text[part])
+            tip.affinity(features[part], keys.means, out=cache[part])
+            tip.at_mean(keys.counts, cache[part], self.beta, out=cache[part])
+            classes[part], met[part] = tip.promising(text[part], cache[part], self.alpha, slack, most)
+            if settled is not None:
+                settled[part] = tip.settled(text[part], cache[part], self.alpha, slack, classes[part])
+        if self.values is None:
+            exact = keys.class_logits(features, classes, met, self.beta)
+            exact = torch.where(met, exact, cache.gather(1, classes)) if tail else exact
+            (cache if tail else cache.zero_()).scatter_(1, classes, exact)
+            return
+        for part in slices(len(features), QUERY_BLOCK):
+            rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
+            ids, affinity = self._met(keys.affinity(features[part], rows), rows)
+            totals = tip.Totals.of(features[part], keys.sums, keys.counts) if tail else None
+            cache[part] = self._over(rows, ids, affinity, totals)
+
+    def _meet_nearest(
+        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
+    ) -> None:
+        """Text logits and cache logits over the nearest keys, as :meth:`_meet_classes`."""
+        for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
+            f = features[part]
+            tip.text_logits(f, self.text_weights, self.logit_scale, out=text[part])
+            affinity, rows = self.nearest(f, k)
+            ids, affinity = self._met(affinity, rows)
+            totals = tip.Totals.of(f, self.keys.sums, self.keys.counts) if tail or settled is not None else None
+            cache[part] = self._over(rows, ids, affinity, totals if tail else None)
+            if settled is not None and totals is not None:
+                logits = tip.blend(text[part], cache[part], self.alpha)
+                settled[part] = tip.certificate(logits, affinity, ids, totals, self.alpha, self.beta, tail=tail)
+
+    def _met(self, affinity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Class ids and affinities ``[q, k]`` of keys by row; empty slots, row -1, have the id ``c`` and affinity 0."""
+        empty = rows < 0
+        ids = self.keys.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.keys.n_classes)
+        return ids, affinity.masked_fill(empty, 0)
+
+    def _over(self, rows: Tensor, ids: Tensor, affinity: Tensor, tail: tip.Totals | None) -> Tensor:
+        """Cache logits ``[q, c]`` over keys of each query's own."""
+        values = None
+        if self.values is not None:
+            values = tip.Values(self.values, rows.clamp_min(0), self.keys.value_sums(self.values) if tail else None)
+        return tip.cache_logits(affinity, ids, self.keys.n_classes, self.beta, tail, values)
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """:meth:`nearest`, all on the device."""
+        if self.index.by_class:
+            return self._nearest_of_classes(features, k)
+        found, rows = self.index.search_tensor(features, k)
+        return (found if self.index.exact_affinity else self.keys.affinity(features, rows)), rows
+
+    def _nearest_of_classes(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
+        k = min(k, self.keys.n)
+        number = min(self.keys.n_classes, max(8, round(4 * k / self.keys.mean_count)))
+        _, near = self.index.search_tensor(features, number)
+        while number < self.keys.n_classes and (self._held(near) < k).any():
+            number = min(self.keys.n_classes, 4 * number)  # these have no keys, or few
+            _, near = self.index.search_tensor(features, number)
+        step = max(1, (1 << 22) // max(1, round(number * self.keys.mean_count)))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for f, own in zip(features.split(step), near.split(step), strict=True):
+            rows = self.keys.rows_of(own.clamp_min(0), own >= 0)
+            affinity = self.keys.affinity(f, rows).masked_fill_(rows < 0, -torch.inf)
+            found, place = affinity.topk(min(k, rows.shape[1]), dim=1)
+            fill = (0, k - found.shape[1])
+            parts.append(
+                (torch.nn.functional.pad(found, fill), torch.nn.functional.pad(rows.gather(1, place), fill, value=-1))
+            )
+        affinity = torch.cat([found for found, _ in parts])
+        rows = torch.cat([place for _, place in parts])
+        return affinity.masked_fill_(rows < 0, 0), rows
+
+    def _held(self, classes: Tensor) -> Tensor:
+        """Keys that classes ``[q, m]`` hold together; -1 is none."""
+        return self.keys.counts[classes.clamp_min(0)].where(classes >= 0, 0).sum(1)
+
+    def shortlist(self, features: Tensor, k: int, tail: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The classes near each query by text or by mean key, ``[q, m]``, their text and their cache logits.
+
+        A class that is there twice has the text logit -inf the second time.
+        """
+        assert self.text_index is not None
+        keys = self.keys
+        near = [index.search_tensor(features, SHORTLIST)[1] for index in (self.index, self.text_index)]
+        classes, _ = torch.cat(near, dim=1).sort(dim=1)
+        again = torch.cat([classes[:, :1] < 0, (classes[:, 1:] == classes[:, :-1]) | (classes[:, 1:] < 0)], dim=1)
+        text = self.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
+        text.masked_fill_(again, -torch.inf)
+        classes = classes.clamp_min(0)
+        cache = tip.at_mean(
+            keys.counts[classes], own_affinity(features, classes, lambda rows: keys.means[rows]), self.beta
+        )
+        most = max(LEAST_CLASSES, round(k / keys.mean_count))
+        places, met = tip.promising(text, cache, self.alpha, keys.slack(self.beta), most)
+        exact = keys.class_logits(features, classes.gather(1, places), met, self.beta)
+        exact = torch.where(met, exact, cache.gather(1, places)) if tail else exact
+        return classes, text, (cache if tail else cache.zero_()).scatter_(1, places, exact)
