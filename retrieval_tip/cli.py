@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import json
@@ -172,9 +173,16 @@ def main(ctx: click.Context, quiet: bool) -> None:
 def start_lightly() -> None:
     """Before torch is imported: what makes a command of one image slow, and no other one faster."""
     gc.set_threshold(50_000)  # imports make a million objects that stay: walking them again and again took a third
+    atexit.register(_leave_lightly)
     # A thread of OpenMP that waits for another one sleeps: where other programs, or a container's limit, leave it fewer
     # cores than it counts, waiting busily took 3 s for an image of 0.05 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _leave_lightly() -> None:
+    """Do not walk them once more at the end, a second, unless triton is there: it reports what is not taken down."""
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 class _OneLine(logging.Formatter):

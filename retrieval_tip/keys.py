@@ -80,7 +80,7 @@ def index_over(
     """
     if inner_factory(factory) is None:
         return VectorIndex.build(keys, factory, device)
-    return VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device)
+    return _of_classes(VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device))
 
 
 def text_index_over(text_weights: npt.NDArray[np.float32], factory: str, device: str = "auto") -> VectorIndex | None:
@@ -91,7 +91,14 @@ def text_index_over(text_weights: npt.NDArray[np.float32], factory: str, device:
     inner = inner_factory(factory)
     if inner in (None, "Flat") or not text_weights.any():
         return None
-    return VectorIndex.build(text_weights, inner, device)
+    return _of_classes(VectorIndex.build(text_weights, inner, device))
+
+
+def _of_classes(index: VectorIndex) -> VectorIndex:
+    """With twice the usual effort: a class that is missed counts nothing, where a missed key counts at a mean."""
+    if index.effort is not None and index.effort_limit is not None:
+        index.effort = min(2 * index.effort, index.effort_limit)
+    return index
 
 
 def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from PIL import Image
 from test_backbone import TINY, picture, tiny
 from test_cli import commands
 
-from retrieval_tip import CacheModel, backbone, cache_model, store
+from retrieval_tip import CacheModel, backbone, cache_model, cli, store
 from retrieval_tip.backbone import load_backbone, load_when_needed
 from retrieval_tip.errors import BackboneError, StoreError
 
@@ -147,6 +147,17 @@ def test_nothing_is_said_at_the_end_of_a_process_that_loaded_a_model(of_pictures
     ]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_objects_are_walked_at_the_end_only_where_a_library_reports_them(there, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    if there:
+        monkeypatch.setitem(sys.modules, "triton", object())
+    cli._leave_lightly()
+    assert bool(frozen) is not there
 
 
 @pytest.mark.parametrize("kind", sorted(store.KINDS))
