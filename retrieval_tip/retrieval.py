@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.keys import HALF_ERROR, QUERY_BLOCK, Keys, own_affinity
+from retrieval_tip.keys import QUERY_BLOCK, Keys, own_affinity
 from retrieval_tip.vector_index import VectorIndex
 
 LOGITS = 1 << 25
@@ -18,8 +18,9 @@ LOGITS = 1 << 25
 LEAST_CLASSES = 2
 """Classes that a query may meet whole at least: with one, only the answer's own logit would be right."""
 
-CLOSE = 4 * HALF_ERROR
-"""Answers that are decided by less than this fraction of the cache logits are not left to half precision."""
+CLOSE = 1e-3
+"""Times beta, the relative error of cache logits that half precision may bring; closer answers are not left to it.
+Six times the root mean square on features like CLIP's: a weight is off by beta times what its affinity is."""
 
 SHORTLIST = 32
 """Classes near a query by text, and as many by mean key, that are compared where there are too many to compare all."""
@@ -72,8 +73,8 @@ class Retrieval:
         products = self.keys.products(self.beta, len(features))
         cache = self.keys.cache_logits(features, self.beta, self.values, products)
         if products != torch.float32 and self.values is None and len(features):
-            parts = slices(len(features), QUERY_BLOCK)
-            close = torch.cat([tip.close(text[part], cache[part], self.alpha, CLOSE) for part in parts])
+            parts, error = slices(len(features), QUERY_BLOCK), min(1.0, CLOSE * self.beta)
+            close = torch.cat([tip.close(text[part], cache[part], self.alpha, error) for part in parts])
             cache[close] = self.keys.cache_logits(features[close], self.beta, products=torch.float32)
         return cache
 

@@ -185,15 +185,14 @@ def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
 
 
 def close(text: Tensor, cache: Tensor, alpha: float, error: float) -> Tensor:
-    """Where the two largest logits are as near as relative errors ``error`` of the cache logits bring them, ``[q]``.
+    """Where relative errors of up to ``error`` in the cache logits may change the winner, ``[q]`` bool.
 
-    ``text`` and ``cache`` ``[q, c]``; never where there is only one class.
+    ``text`` and ``cache`` ``[q, c]``, ``cache >= 0``.
     """
-    logits = blend(text, cache, alpha)
-    if logits.shape[1] < 2:
-        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    found, places = logits.topk(2, dim=1)
-    return found[:, 0] - found[:, 1] <= error * alpha * cache.gather(1, places).sum(dim=1)
+    winner = blend(text, cache, alpha).argmax(dim=1, keepdim=True)
+    least = text.gather(1, winner) + alpha * (1 - error) * cache.gather(1, winner)
+    most = blend(text, cache, alpha * (1 + error)).scatter_(1, winner, -torch.inf)
+    return most.amax(dim=1) >= least[:, 0]
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -669,3 +669,21 @@ def test_an_index_as_it_was_written_before_there_were_classes_still_opens(tmp_pa
     check_winners((cache.certified(f, 1).text + cache.certified(f, 1).cache).argmax(1), text_, alone, 1.0)
     cache.save_settings(tmp_path)
     assert verify(tmp_path).version == 2
+
+
+def test_half_precision_leaves_close_answers_to_float32() -> None:
+    """Queries of no class, so that many are: without that, some answers would be others."""
+    rng = np.random.default_rng(5)
+    common = 5 * rng.normal(size=48)
+    keys, queries = (
+        (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        for rows in (common + 5 * rng.normal(size=(m, 48)) for m in (1000, 4000))
+    )
+    ids, names = np.arange(1000) % 20, [f"class {i}" for i in range(20)]
+    cache = CacheModel.from_features(keys, ids, names, beta=8.0, device="cpu", precision="bfloat16")
+    exact = replace(cache, precision="float32").logits(queries)
+    assert (cache._keys.cache_logits(torch.from_numpy(queries), 8.0).argmax(1) != exact.argmax(1)).any()
+    found = cache.logits(queries)
+    assert torch.equal(found.argmax(1), exact.argmax(1))
+    assert not torch.equal(found, exact)
+    assert cache.logits(queries[:0]).shape == (0, 20)

@@ -491,3 +491,20 @@ def test_text_logits_can_be_written_where_they_are_wanted() -> None:
     tip.text_logits(f, W, 50.0, out=into[1:6])
     np.testing.assert_allclose(into[1:6], 50 * case.f @ case.W.T)
     assert into[[0, 6]].isnan().all()
+
+
+@given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
+def test_errors_change_a_winner_only_where_it_is_close(c: int, alpha: float, error: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    text, cache = torch.from_numpy(rng.normal(size=(20, c))), torch.from_numpy(rng.gamma(1, size=(20, c)))
+    other = cache * (1 + error * torch.from_numpy(rng.choice([-1.0, 1.0], (20, c))))
+    changed = tip.blend(text, cache, alpha).argmax(1) != tip.blend(text, other, alpha).argmax(1)
+    close = tip.close(text, cache, alpha, error)
+    assert (close | ~changed).all()
+    assert c > 1 or not close.any()
+
+
+def test_what_is_far_apart_is_not_close() -> None:
+    text, cache = torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])
+    assert not tip.close(text, cache, 1.0, 0.1).any()  # 6 or 5.9, against 3 or 3.2
+    assert tip.close(text, cache, 1.0, 1.0).all()  # 5 against 5
