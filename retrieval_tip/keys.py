@@ -95,9 +95,9 @@ def text_index_over(text_weights: npt.NDArray[np.float32], factory: str, device:
 
 
 def _of_classes(index: VectorIndex) -> VectorIndex:
-    """With twice the usual effort: a class that is missed counts nothing, where a missed key counts at a mean."""
+    """With four times the usual effort: a class that is missed counts nothing, where a missed key counts at a mean."""
     if index.effort is not None and index.effort_limit is not None:
-        index.effort = min(2 * index.effort, index.effort_limit)
+        index.effort = min(4 * index.effort, index.effort_limit)
     return index
 
 

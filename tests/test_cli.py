@@ -295,3 +295,20 @@ def test_a_reader_that_stops_early_is_no_error(small, tmp_path):
         assert child.stderr is not None
         assert child.stderr.read() == b""
         assert child.wait() in (0, 141)
+
+
+def test_large_photographs_are_decoded_at_reduced_size_unless_told_otherwise(run, tmp_path: Path) -> None:
+    from PIL import Image
+    from test_backbone import tiny
+
+    pixels = np.random.default_rng(0).integers(0, 255, (400, 500, 3), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).resize((800, 640)).save(tmp_path / "photos" / "large.jpg", quality=90)
+    model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}", "--no-cache")
+    features = []
+    for name, more in (("reduced", ()), ("whole", ("--no-reduce",))):
+        out = tmp_path / f"{name}.parquet"
+        assert run("encode", tmp_path / "photos", "--out", out, *model, *more).exit_code == 0
+        features.append(np.array(pq.read_table(out)["feature"].to_pylist()[0]))
+    assert not np.array_equal(*features)
+    assert features[0] @ features[1] > 0.9
