@@ -311,7 +311,7 @@ class CacheModel:
                 )
             writer.keep_all()
             if index:
-                self._seal_index(writer)
+                self._seal_index(writer, "index", self.index)
             self._commit(writer)
 
     def commit(self, writer: store.Writer) -> None:
@@ -319,7 +319,7 @@ class CacheModel:
 
         ``tuned`` is copied, by content, and is the copy from then on. Errors as for :meth:`save`.
         """
-        self._seal_index(writer)
+        self._seal_index(writer, "index", self.index)
         staged = writer.stage("labels")
         store.write_table(staged, self.labels, "labels")
         writer.seal("labels", staged, self.n)
@@ -327,9 +327,7 @@ class CacheModel:
         store.write_array(staged, self.text_weights.cpu().numpy())
         writer.seal("text", staged, len(self.class_names))
         if self.text_index is not None:
-            staged = writer.stage("text_index")
-            self.text_index.save(staged)
-            writer.seal("text_index", staged, len(self.class_names))
+            self._seal_index(writer, "text_index", self.text_index)
         if self.values is not None:
             writer.seal_array("values", self.values.cpu().numpy())
         tuned = None if self.tuned is None else writer.seal_weights(self.tuned)
@@ -340,10 +338,10 @@ class CacheModel:
         self._commit(writer)
         self.tuned = tuned
 
-    def _seal_index(self, writer: store.Writer) -> None:
-        staged = writer.stage("index")
-        self.index.save(staged)
-        writer.seal("index", staged, self.n)
+    def _seal_index(self, writer: store.Writer, kind: str, index: VectorIndex) -> None:
+        staged = writer.stage(kind)
+        index.save(staged)
+        writer.seal(kind, staged, self.n if kind == "index" else len(self.class_names))
 
     def _commit(self, writer: store.Writer) -> None:
         parent = writer.parent.version if writer.parent else None
@@ -576,8 +574,7 @@ class CacheModel:
         ids = self.labels["class_id"].to_numpy()[rows]
         grouped = np.asarray(rows)[np.argsort(ids, kind="stable")]
         keys = np.asarray(self.keys[grouped])
-        index = index_over(keys, np.sort(ids), len(self.class_names), self.index.factory, self.device)
-        index.effort = self.index.effort
+        index = self._index_over(keys, np.sort(ids))
         labels = self.labels.take(pa.array(grouped))
         return replace(self, keys=keys, labels=labels, index=index, version=None, values=self._values_of(grouped))
 
@@ -586,10 +583,14 @@ class CacheModel:
 
     def _replace(self, keys: npt.NDArray[Any], labels: pa.Table, values: Tensor | None) -> None:
         ids = labels["class_id"].to_numpy()
-        index = index_over(keys, ids, len(self.class_names), self.index.factory, self.device)
-        index.effort = self.index.effort
-        self.index, self.keys, self.labels, self.values = index, keys, labels, values
+        self.index, self.keys, self.labels, self.values = self._index_over(keys, ids), keys, labels, values
         self.__post_init__()
+
+    def _index_over(self, keys: npt.NDArray[Any], class_ids: npt.NDArray[Any]) -> VectorIndex:
+        """An index like this one, as tuned as it is, over other keys."""
+        index = index_over(keys, class_ids, len(self.class_names), self.index.factory, self.device)
+        index.effort = self.index.effort
+        return index
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.

@@ -171,13 +171,13 @@ class Keys:
             return torch.from_numpy(self._known_means()).to(self.device)
         return self.sums / self.counts.clamp_min(1)[:, None]
 
-    def blocks(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
 
         On a GPU all keys stay there, where half of its free memory holds them. Blocks may share their memory.
         """
-        size = size or KEY_BLOCK * (1 if self.device == "cpu" else GPU_BLOCKS)
-        converted = torch.empty(min(size, self.n), self.d, device=self.device)
+        size = self._block_size()
+        converted = torch.empty(size, self.d, device=self.device)
         for start in range(0, self.n, size):
             rows = self._rows(start, min(start + size, self.n))
             if rows.dtype != torch.float32:
@@ -229,7 +229,7 @@ class Keys:
         if self.device != "cpu" and values is None and (kernel := _kernel()) is not None and products in FUSED:
             return self.fused(features, beta, products, kernel)
         out = features.new_empty(len(features), self.n_classes)
-        size = QUERY_BLOCK * (1 if self.device == "cpu" else GPU_BLOCKS)
+        size = QUERY_BLOCK * self._times()
         memory = features.new_empty(self._block_size() * min(size, len(features)))
         for start in range(0, len(features), size):
             part = slice(start, start + size)
@@ -252,7 +252,10 @@ class Keys:
         return found
 
     def _block_size(self) -> int:
-        return min(self.n, KEY_BLOCK * (1 if self.device == "cpu" else GPU_BLOCKS))
+        return min(self.n, KEY_BLOCK * self._times())
+
+    def _times(self) -> int:
+        return 1 if self.device == "cpu" else GPU_BLOCKS
 
     def _over_all(
         self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor

@@ -87,7 +87,7 @@ class Retrieval:
         more queries meet a class at once, the less often its keys are read.
         """
         keys, slack = self.keys, self.keys.slack(self.beta)
-        most = min(max(LEAST_CLASSES, round(k / keys.mean_count)), self.keys.n_classes)
+        most = min(self._most(k), keys.n_classes)
         classes = torch.empty(len(features), most, dtype=torch.int64, device=self.keys.device)
         met = torch.empty(classes.shape, dtype=torch.bool, device=self.keys.device)
         for part in slices(len(features), QUERY_BLOCK):
@@ -98,9 +98,7 @@ class Retrieval:
             if settled is not None:
                 settled[part] = tip.settled(text[part], cache[part], self.alpha, slack, classes[part])
         if self.values is None:
-            exact = keys.class_logits(features, classes, met, self.beta)
-            exact = torch.where(met, exact, cache.gather(1, classes)) if tail else exact
-            (cache if tail else cache.zero_()).scatter_(1, classes, exact)
+            _put(cache, classes, met, keys.class_logits(features, classes, met, self.beta), tail)
             return
         for part in slices(len(features), QUERY_BLOCK):
             rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
@@ -137,7 +135,7 @@ class Retrieval:
         return tip.cache_logits(affinity, ids, self.keys.n_classes, self.beta, tail, values)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """:meth:`nearest`, all on the device."""
+        """The ``k`` nearest keys: affinities, to the keys themselves, and rows ``[q, k]``; an empty slot has row -1."""
         if self.index.by_class:
             return self._nearest_of_classes(features, k)
         found, rows = self.index.search_tensor(features, k)
@@ -185,8 +183,22 @@ class Retrieval:
         cache = tip.at_mean(
             keys.counts[classes], own_affinity(features, classes, lambda rows: keys.means[rows]), self.beta
         )
-        most = max(LEAST_CLASSES, round(k / keys.mean_count))
-        places, met = tip.promising(text, cache, self.alpha, keys.slack(self.beta), most)
-        exact = keys.class_logits(features, classes.gather(1, places), met, self.beta)
-        exact = torch.where(met, exact, cache.gather(1, places)) if tail else exact
-        return classes, text, (cache if tail else cache.zero_()).scatter_(1, places, exact)
+        places, met = tip.promising(text, cache, self.alpha, keys.slack(self.beta), self._most(k))
+        _put(cache, places, met, keys.class_logits(features, classes.gather(1, places), met, self.beta), tail)
+        return classes, text, cache
+
+    def _most(self, k: int) -> int:
+        """How many classes hold about ``k`` keys."""
+        return max(LEAST_CLASSES, round(k / self.keys.mean_count))
+
+
+def _put(cache: Tensor, places: Tensor, met: Tensor, exact: Tensor, tail: bool) -> None:
+    """Put logits ``[q, p]`` of classes that were met in their ``places`` of ``cache`` ``[q, c]``, all at their mean.
+
+    Without a ``tail``, every other one becomes 0.
+    """
+    if tail:
+        exact = torch.where(met, exact, cache.gather(1, places))
+    else:
+        cache.zero_()
+    cache.scatter_(1, places, exact)
