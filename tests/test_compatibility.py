@@ -32,7 +32,7 @@ def test_an_index_of_format_1_has_its_labels_and_settings() -> None:
     plain, tuned = CacheModel.load(V1 / "plain", device="cpu"), CacheModel.load(V1 / "tuned", device="cpu")
     assert (plain.version, plain.alpha, plain.beta, plain.k) == (2, 2.0, 4.0, 4)
     assert plain.provenance == {"alpha": "given", "beta": "given"}
-    assert plain.labels["camera"].to_pylist() == ["b", "b", "a", "b", "a", "a"]
+    assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b"]
     assert query(V1 / "plain", "SELECT key_id FROM labels").column("key_id").to_pylist() == [1, 3, 2, 5, 0, 4]
     assert tuned.values is not None
     assert tuned.tuned is not None
