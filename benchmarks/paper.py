@@ -98,7 +98,7 @@ def measure(
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Every shot count, seed and method, kept beside the index."""
-    digest = read_manifest(out).files["keys"].sha256[:16]
+    digest = read_manifest(out).keys_digest
     results = out.with_suffix(".parquet")
     yield from sweep.sweep(pool, digest, test, results, shots=SHOTS, val=val, scales=scales, **options)
 

@@ -144,7 +144,7 @@ def build_index(
                 "skipped": [str(skipped) for skipped in encoder.skipped],
             },
         )
-        cache.commit(writer)
+        cache.commit(writer, "build")
     return CacheModel.load(out, device=device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -21,13 +23,20 @@ from retrieval_tip.backbone import Identity, resolve_device
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.features import Encoder
 from retrieval_tip.inputs import Features, Labels
-from retrieval_tip.keys import QUERY_BLOCK, Keys, index_over, text_index_over
+from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
 from retrieval_tip.retrieval import LOGITS, SHORTLIST, Retrieval, slices
+from retrieval_tip.segments import Segments, joined, segments_of
 from retrieval_tip.sources import Source
 from retrieval_tip.vector_index import VectorIndex, auto_factory
 
 ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
 """The paper's defaults (its code's, for ImageNet) and the temperature of OpenAI's CLIP."""
+
+VERSIONS_TRIED = 16
+"""Times that opening an index starts anew because its version was given up meanwhile."""
+
+SMALL = 4096
+"""Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
 
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
@@ -85,8 +94,9 @@ class Certified:
 class CacheModel:
     """Tip-Adapter's cache as a searchable index. Make one with :meth:`from_features` or :meth:`load`.
 
-    ``keys`` ``[n, d]`` float32 or float16, grouped by class; ``labels`` describes them, row by row; ``text_weights``
-    ``[c, d]`` float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index;
+    ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
+    ``index`` was built over the first of them); ``labels`` describes them, row by row; ``text_weights`` ``[c, d]``
+    float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index;
     ``temperature`` divides the logits where they become probabilities, and nowhere else; ``precision`` is that of the
     products with all keys (:class:`keys.Keys`); ``text_index`` finds the text weights near a query, where the classes
     are so many that not even these are all met. ``class_ids`` ``[n]`` int64, on the device, repeats what ``labels``
@@ -96,11 +106,14 @@ class CacheModel:
     place of 1 to its own (:class:`tip.Values`); ``tuned``, the safetensors file of the fine-tuned encoder that the
     features come from; ``curve``, the loss curve of the training, a row an epoch.
 
-    Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with :func:`dataclasses.replace`. Raises
-    InputError for values of another shape or a curve without rows.
+    ``folder`` and ``version`` say which version of which index folder this is, ``next_key_id`` from where on key ids
+    were never given.
+
+    Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with :func:`dataclasses.replace`, never in
+    their place. Raises InputError for values of another shape or a curve without rows.
     """
 
-    keys: npt.NDArray[Any]
+    keys: npt.NDArray[Any] | Segments
     labels: pa.Table
     class_names: list[str]
     text_weights: Tensor
@@ -121,19 +134,37 @@ class CacheModel:
     curve: pa.Table | None = None
     precision: str = "float32"
     text_index: VectorIndex | None = None
+    folder: Path | None = None
+    next_key_id: int | None = None
 
     def __post_init__(self) -> None:
         inputs.check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
-        class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
-        means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
-        self._keys = Keys(self.keys, class_ids, len(self.class_names), self.device, self.precision, means)
-        self.class_ids = self._keys.class_ids
+        self._check: store.Check | None = None
+        self._own: dict[str, Any] = {}
+        self._stored: list[tuple[npt.NDArray[Any], store.Segment]] = []
         self.text_weights = self.text_weights.to(self.device)
+        self._follow()
         if self.values is not None:
             inputs.check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row a key")
             self.values = self.values.detach().to(self.device, torch.float32)
         if self.curve is not None and not len(self.curve):
             raise InputError("curve: has no rows; give one an epoch, or None")
+
+    def _follow(self) -> None:
+        """Bring up to date what follows from the keys, their labels, the classes and the text weights."""
+        class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
+        c, (base, *late) = len(self.class_names), segments_of(self.keys)
+        if late or (self.index.by_class and self.index.indexed < c):
+            counts = np.bincount(class_ids[: len(base)], minlength=c)
+            self.index = beside(self.index, late, class_ids[len(base) :], counts)
+        if self.text_index is not None and self.text_index.indexed < c:
+            at, weights = self.text_index.indexed, self.text_weights
+            self.text_index = self.text_index.plus(np.arange(at, c), lambda: weights[at:].cpu().numpy())
+        means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
+        self._keys = Keys(self.keys, class_ids, c, self.device, self.precision, means)
+        self.class_ids = self._keys.class_ids
+        if self.next_key_id is None:
+            self.next_key_id = int(pc.max(self.labels["key_id"]).as_py()) + 1
 
     def __repr__(self) -> str:
         return (
@@ -235,35 +266,60 @@ class CacheModel:
         *,
         device: str = "auto",
         precision: str = "auto",
+        verify: str = "full",
         check: store.Check | None = None,
+        version: int | None = None,
     ) -> Self:
-        """Open the current version of an index folder; every file is checked against its digest first.
+        """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
 
         ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
-        (:meth:`keys.Keys.products`); ``float32`` answers the same everywhere. ``check`` is that check where it was
-        begun before, and its version is opened. Keys and values stay on disk, memory-mapped. Raises StoreError naming
-        the file that is missing, damaged, does not fit the manifest, or is of a newer format.
+        (:meth:`keys.Keys.products`); ``float32`` answers the same everywhere. ``verify`` ``full`` compares every file
+        with its digest, ``fast`` large ones with their size only; ``check`` is that check where it was begun before,
+        and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives up the version
+        meanwhile, the one that is current then is opened. Raises StoreError naming the file that is missing, damaged,
+        does not fit the manifest, or is of a newer format.
         """
-        place = Path(folder)
-        device = resolve_device(device)
-        check = check or store.Check(place)
+        place, device = Path(folder), resolve_device(device)
+        for _ in range(VERSIONS_TRIED):
+            check = check or store.Check(
+                place, None if version is None else store.read_version(place, version), verify=verify
+            )
+            try:
+                check.wait()
+                return cls._open(place, check, device, precision)
+            except StoreError:
+                if version is not None or store.read_manifest(place) == check.manifest:
+                    raise
+            check = None
+        raise StoreError(f"{place}: changes faster than it can be opened; try again")
+
+    @classmethod
+    def _open(cls, place: Path, check: store.Check, device: str, precision: str) -> Self:
         manifest = check.manifest
-        check.wait()
         files, classes = manifest.files, len(manifest.class_names)
-        keys = store.read_array(place, files["keys"], (manifest.n, manifest.d))
+        parts = [store.read_array(place, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
+        if {part.dtype for part in parts} != {np.dtype(manifest.dtype)}:
+            raise StoreError(f"{place}: keys are not all {manifest.dtype}; build the index again")
         text = store.read_array(place, files["text"], (classes, manifest.d))
         values = (
             torch.from_numpy(store.read_array(place, files["values"], (manifest.n, classes), (np.float32,)))
             if "values" in files
             else None
         )
-        index = VectorIndex.load(place / files["index"].name, manifest.index, device, keys.dtype == np.float16)
-        expected = (classes if index.by_class else manifest.n, manifest.d)
-        if (index.n, index.d) != expected or keys.dtype != manifest.dtype:
+        labels = store.read_labels(place, manifest)
+        index = VectorIndex.load(
+            place / files["index"].name, manifest.index, device, manifest.dtype == np.dtype(np.float16)
+        )
+        if index.d != manifest.d or not (
+            index.indexed <= classes if index.by_class else index.indexed == files["keys"].rows
+        ):
             raise StoreError(f"{place / files['index'].name}: does not fit the manifest; build the index again")
-        return cls(
-            keys=keys,
-            labels=store.read_labels(place, manifest),
+        text_index = None
+        if "text_index" in files:
+            text_index = VectorIndex.load(place / files["text_index"].name, manifest.index, device)
+        cache = cls(
+            keys=joined(parts),
+            labels=labels,
             class_names=manifest.class_names,
             text_weights=torch.from_numpy(text),
             index=index,
@@ -282,93 +338,162 @@ class CacheModel:
             tuned=store.find_weights(place, files["weights"]) if "weights" in files else None,
             curve=store.read_curve(place, files["curve"]) if "curve" in files else None,
             precision=precision,
-            text_index=VectorIndex.load(place / files["text_index"].name, manifest.index, device)
-            if "text_index" in files
-            else None,
+            text_index=text_index,
+            folder=place,
+            next_key_id=manifest.next_key_id,
         )
+        cache._remember(check)
+        return cache
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def reload(self) -> CacheModel:
+        """The current version of the folder that this was loaded from or saved to; itself, where this is that.
+
+        Files that both versions share are not hashed again. Settings that were changed here, but not saved, are not
+        taken over. Raises StoreError as :meth:`load`, UsageError where there is no folder.
+        """
+        if self.folder is None or self._check is None:
+            raise UsageError("reload: this classifier was neither loaded from a folder nor saved to one")
+        manifest = store.read_manifest(self.folder)
+        if manifest == self._check.manifest:
+            return self
+        check = store.Check(self.folder, manifest, self._check.verify, set(self._check.manifest.data_files))
+        return type(self).load(self.folder, device=self.device, precision=self.precision, check=check)
+
+    def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
         """Write a new version of an index folder (the first one, where there is none). See :func:`store.write`.
 
-        Raises StoreError where the folder cannot be written, or ``tuned`` is no safetensors file; InputError for what
-        a version cannot hold. After either nothing was changed.
+        Files of the version that this was loaded from are shared, not written again. ``change`` is what its history
+        says of it. Raises StoreError where the folder cannot be written, has changed since this was loaded from it, or
+        ``tuned`` is no safetensors file; InputError for what a version cannot hold. After either nothing was changed.
         """
         with store.write(Path(folder)) as writer:
-            writer.seal_array("keys", self.keys)
-            self.commit(writer)
+            if writer.parent is not None and self._same(writer.folder):
+                self._check_current(writer)
+            self.commit(writer, change)
 
-    def save_settings(self, folder: str | os.PathLike[str], *, index: bool = False) -> None:
+    def save_settings(
+        self, folder: str | os.PathLike[str], *, index: bool = False, change: str = "change settings"
+    ) -> None:
         """Write alpha, beta, k, tail, temperature and provenance as a new version of the folder this was loaded from.
 
         No data file is written again, but the FAISS one with ``index``: all are that version's. Raises StoreError where
         the index has changed since it was loaded.
         """
         with store.write(Path(folder)) as writer:
-            found = writer.parent.version if writer.parent else None
-            if found is None or found != self.version:
-                raise StoreError(
-                    f"{folder}: is at version {found}, not at {self.version} as when it was opened; try again"
-                )
+            self._check_current(writer)
             writer.keep_all()
             if index:
                 self._seal_index(writer, "index", self.index)
-            self._commit(writer)
+            self._commit(writer, change)
 
-    def commit(self, writer: store.Writer) -> None:
-        """Write everything but the keys, which the writer already has, and make it the current version.
+    def _check_current(self, writer: store.Writer) -> None:
+        """Raise StoreError unless the current version is the one that this was loaded from."""
+        found = writer.parent.version if writer.parent else None
+        if found is None or found != self.version:
+            raise StoreError(
+                f"{writer.folder}: is at version {found}, not at {self.version} as when it was opened; try again"
+            )
 
-        ``tuned`` is copied, by content, and is the copy from then on. Errors as for :meth:`save`.
+    def _same(self, folder: Path) -> bool:
+        return self.folder is not None and self.folder.resolve() == folder.resolve()
+
+    def commit(self, writer: store.Writer, change: str) -> None:
+        """Write what the version before does not have, and make this the current version.
+
+        ``change`` says in a few words what it is. Keys that the writer has already are not written again; ``tuned`` is
+        copied, by content, and is the copy from then on. Errors as for :meth:`save`.
         """
-        self._seal_index(writer, "index", self.index)
-        staged = writer.stage("labels")
-        store.write_table(staged, self.labels, "labels")
-        writer.seal("labels", staged, self.n)
-        staged = writer.stage("text")
-        store.write_array(staged, self.text_weights.cpu().numpy())
-        writer.seal("text", staged, len(self.class_names))
-        if self.text_index is not None:
-            self._seal_index(writer, "text_index", self.text_index)
-        if self.values is not None:
+        parent = writer.parent if self._same(writer.folder) else None
+        if parent is None or parent.version != self.version:
+            parent, self._own, self._stored = None, {}, []
+        self._commit_keys(writer, parent)
+        for kind, index in (("index", self.index), ("text_index", self.text_index)):
+            if index is None:
+                continue
+            if parent is not None and kind in parent.files and index.path == writer.folder / parent.files[kind].name:
+                writer.keep(kind)
+            else:
+                self._seal_index(writer, kind, index)
+        if self._own.get("text") is self.text_weights:
+            writer.keep("text")
+        else:
+            writer.seal_array("text", self.text_weights.cpu().numpy())
+        if self.values is not None and self._own.get("values") is self.values:
+            writer.keep("values")
+        elif self.values is not None:
             writer.seal_array("values", self.values.cpu().numpy())
-        tuned = None if self.tuned is None else writer.seal_weights(self.tuned)
-        if self.curve is not None:
-            staged = writer.stage("curve")
-            store.write_table(staged, self.curve, "curve")
-            writer.seal("curve", staged, len(self.curve))
-        self._commit(writer)
-        self.tuned = tuned
+        if self.tuned is not None:
+            self.tuned = writer.seal_weights(self.tuned)
+        if self.curve is not None and self._own.get("curve") is self.curve:
+            writer.keep("curve")
+        elif self.curve is not None:
+            writer.seal_table("curve", self.curve)
+        self._commit(writer, change)
+
+    def _commit_keys(self, writer: store.Writer, parent: store.Manifest | None) -> None:
+        """Keys and labels, a segment at a time, but for those that are there."""
+        stored = {id(array): segment for array, segment in self._stored}
+        at = 0
+        for number, part in enumerate(segments_of(self.keys)):
+            found, labels = stored.get(id(part)), self.labels.slice(at, len(part))
+            at += len(part)
+            if number == 0:
+                if found is not None and parent is not None and found == parent.segments[0]:
+                    writer.keep("keys")
+                    writer.keep("labels")
+                    continue
+                if "keys" not in writer.files:
+                    writer.seal_array("keys", part)
+                writer.seal_table("labels", labels)
+            elif found is not None:
+                writer.keep_later(found)
+            else:
+                writer.seal_later(part, labels)
 
     def _seal_index(self, writer: store.Writer, kind: str, index: VectorIndex) -> None:
         staged = writer.stage(kind)
         index.save(staged)
-        writer.seal(kind, staged, self.n if kind == "index" else len(self.class_names))
+        writer.seal(kind, staged, len(segments_of(self.keys)[0]) if kind == "index" else index.indexed)
 
-    def _commit(self, writer: store.Writer) -> None:
+    def _commit(self, writer: store.Writer, change: str) -> None:
         parent = writer.parent.version if writer.parent else None
-        writer.commit(
-            store.Manifest(
-                version=(parent or 0) + 1,
-                parent=parent,
-                created_at=now().isoformat(timespec="seconds"),
-                created_by=f"retrieval-tip {version('retrieval-tip')}",
-                n=self.n,
-                d=self.d,
-                dtype=str(self.keys.dtype),
-                class_names=self.class_names,
-                templates=self.templates,
-                logit_scale=float(self.logit_scale),
-                alpha=float(self.alpha),
-                beta=float(self.beta),
-                k=self.k,
-                tail=self.tail,
-                temperature=float(self.temperature),
-                index=self.index.factory,
-                backbone=self.backbone.to_dict() if self.backbone else None,
-                provenance=self.provenance,
-                files=writer.files,
-            )
+        manifest = store.Manifest(
+            version=(parent or 0) + 1,
+            parent=parent,
+            created_at=now().isoformat(timespec="seconds"),
+            created_by=f"retrieval-tip {version('retrieval-tip')}",
+            n=self.n,
+            d=self.d,
+            dtype=str(self.keys.dtype),
+            class_names=self.class_names,
+            templates=self.templates,
+            logit_scale=float(self.logit_scale),
+            alpha=float(self.alpha),
+            beta=float(self.beta),
+            k=self.k,
+            tail=self.tail,
+            temperature=float(self.temperature),
+            index=self.index.factory,
+            backbone=self.backbone.to_dict() if self.backbone else None,
+            provenance=self.provenance,
+            files=writer.files,
+            later=writer.later,
+            next_key_id=self.next_key_id,
+            change=change,
         )
-        self.version = (parent or 0) + 1
+        writer.commit(manifest)
+        self.version, self.folder = manifest.version, writer.folder
+        self._remember(store.Check(writer.folder, manifest, known=manifest.data_files))
+
+    def _remember(self, check: store.Check) -> None:
+        """That the files of this version hold what is in memory now."""
+        manifest = check.manifest
+        self._check = check
+        self._stored = list(zip(segments_of(self.keys), manifest.segments, strict=True))
+        self._own = {"text": self.text_weights, "values": self.values, "curve": self.curve}
+        for kind, index in (("index", self.index), ("text_index", self.text_index)):
+            if index is not None:
+                index.path = check.folder / manifest.files[kind].name
 
     def terms(self, features: Features, k: int | None = None, tail: bool = True) -> tuple[Tensor, Tensor]:
         """The two parts of the logits: text ``logit_scale * f W^T`` and cache ``C`` (without alpha), ``[q, c]`` each.
@@ -527,11 +652,42 @@ class CacheModel:
             )
         return np.array([position[label] for label in labels], dtype=np.int64)
 
-    def add(self, keys: Features, labels: Labels, sources: Sequence[str] | None = None) -> list[int]:
+    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
+        """Add classes after those there are, without a key. On disk after :meth:`save`.
+
+        ``text_weights`` ``[m, d]`` unit vectors, needed where the index has text. Raises InputError for names that are
+        there, or weights that are missing or do not fit; then nothing was changed.
+        """
+        names = inputs.names(names)
+        if again := sorted(set(names) & set(self.class_names)):
+            raise InputError(f"classes: {again[0]!r} is a class of the index already")
+        if text_weights is None and self.has_text:
+            raise InputError(f"classes: {names[0]!r} needs a text weight, as every class of this index has one")
+        weights = inputs.text_weights(text_weights, len(names), self.d).to(self.text_weights)
+        self.class_names = [*self.class_names, *names]
+        self.text_weights = torch.cat([self.text_weights, weights])
+        if self.values is not None:
+            self.values = torch.nn.functional.pad(self.values, (0, len(names)))
+        self._follow()
+
+    def add(
+        self,
+        keys: Features,
+        labels: Labels,
+        sources: Sequence[str] | pa.ChunkedArray | None = None,
+        *,
+        views: int = 1,
+        digests: Sequence[str | None] | None = None,
+        extra: pa.Table | None = None,
+    ) -> list[int]:
         """Add keys ``[m, d]`` of known classes; returns their key ids. On disk after :meth:`save`, as a new version.
 
-        Where the cache has values, a new key gives 1 to its own class: it was not trained. Raises InputError for keys
-        or labels that do not fit; then nothing was changed.
+        It costs by what is added: the keys become a segment of their own, beside the index over the others. Segments
+        that are not larger are joined with it, so that there are few, and where what was added since the index was
+        built is as much as that, it is built anew (:meth:`compact`). Where the cache has values, a new key gives 1 to
+        its own class: it was not trained; and these are all one segment. ``views``, ``digests`` (SHA-256 of the images)
+        and ``extra`` columns go into the label store. Raises InputError for keys or labels that do not fit; then
+        nothing was changed.
         """
         matrix = inputs.matrix(keys, "keys")
         if matrix.shape[1] != self.d:
@@ -539,35 +695,148 @@ class CacheModel:
         if np.abs(matrix).max() > np.finfo(self.keys.dtype).max:
             raise InputError(f"keys: hold values too large for the {self.keys.dtype} of the index")
         ids = inputs.ids_of(labels, self.class_names, len(matrix))
-        first = int(np.max(self.labels["key_id"].to_numpy())) + 1
-        added = label_table(self.class_names, ids, sources, key_ids=np.arange(first, first + len(matrix)))
+        assert self.next_key_id is not None
+        key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
+        added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
+        added = self._numbered(added, ids)
+        try:
+            table = pa.concat_tables([self.labels, added], promote_options="default")
+        except pa.ArrowException as error:
+            raise InputError(f"labels: their columns do not fit the index's ({_first_line(error)})") from None
+        values = self.values
+        if values is not None:
+            one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), len(self.class_names)).to(values)
+            values = torch.cat([values, one_hot])
+        parts = [*segments_of(self.keys), matrix.astype(self.keys.dtype)]
+        first = len(parts) - 1
+        while first and (len(parts[first - 1]) <= max(SMALL, sum(map(len, parts[first:]))) or values is not None):
+            first -= 1
+        self._arrange(parts, table, values, first)
+        self.next_key_id += len(matrix)
+        return key_ids.tolist()
+
+    def _numbered(self, added: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
+        """Labels to be added, whose shots are counted on from those of their class."""
         next_shot = np.zeros(len(self.class_names), dtype=np.int32)
         np.maximum.at(next_shot, self.labels["class_id"].to_numpy(), self.labels["shot"].to_numpy() + 1)
         shots = pa.array(added["shot"].to_numpy() + next_shot[ids], pa.int32())
-        added = added.set_column(added.column_names.index("shot"), "shot", shots)
-        table = pa.concat_tables([self.labels, added], promote_options="default")
-        order = np.argsort(table["class_id"].to_numpy(), kind="stable")
-        values = None
-        if self.values is not None:
-            one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), len(self.class_names)).to(self.values)
-            values = torch.cat([self.values, one_hot])[order]
-        every = np.concatenate([self.keys, matrix.astype(self.keys.dtype)])
-        self._replace(every[order], table.take(pa.array(order)), values)
-        return list(range(first, first + len(matrix)))
+        return added.set_column(added.column_names.index("shot"), "shot", shots)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay, also those left without a key. On disk after :meth:`save`.
 
-        Raises InputError for an id that is not there, and where no key would be left.
+        Segments that hold one are written again, and with the first one everything. Raises InputError for an id that is
+        not there, and where no key would be left; then nothing was changed.
         """
+        gone = self._rows_of_ids(key_ids)
+        if len(gone) == self.n:
+            raise InputError("remove: an index needs at least one key; give up the folder instead")
+        if len(gone):
+            keep = np.ones(self.n, dtype=bool)
+            keep[gone] = False
+            self._rearrange(self.labels, ~keep, keep)
+
+    def relabel(self, key_ids: Sequence[int], label: str) -> None:
+        """Give keys to another class, as its last shots. On disk after :meth:`save`; costs as :meth:`remove`.
+
+        A trained value that a key gives stays with it. Raises InputError for an id or a label that is not there; then
+        nothing was changed.
+        """
+        rows = self._rows_of_ids(key_ids)
+        class_id = int(inputs.ids_of([label], self.class_names, 1)[0])
+        ids = self.labels["class_id"].to_numpy().copy()
+        rows = rows[ids[rows] != class_id]
+        if not len(rows):
+            return
+        names, shots = self.labels["label"].to_numpy().copy(), self.labels["shot"].to_numpy().copy()
+        first = shots[ids == class_id].max(initial=-1) + 1
+        shots[rows] = first + np.arange(len(rows))
+        ids[rows], names[rows] = class_id, label
+        table = self.labels
+        for name, column in (("class_id", ids), ("label", names), ("shot", shots)):
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, pa.array(column, store.LABEL_SCHEMA.field(name).type))
+        touched = np.zeros(self.n, dtype=bool)
+        touched[rows] = True
+        self._rearrange(table, touched, np.ones(self.n, dtype=bool))
+
+    def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
+        """Make all keys one segment, and build the index over them anew. On disk after :meth:`save`.
+
+        ``factory`` is the type of the index (``auto`` by :func:`vector_index.auto_factory`, which sets ``k`` too) and
+        ``dtype`` that of the keys, float32 or float16, where they are to become others. Raises UsageError for a factory
+        that cannot work, InputError where keys are too large for the dtype; then nothing was changed.
+        """
+        if factory == "auto":
+            factory, self.k = auto_factory(self.n, len(self.class_names))
+        order = self._order()
+        keys = self.keys[order]
+        if dtype is not None and keys.dtype != dtype:
+            with np.errstate(over="ignore"):  # refused just below
+                keys = keys.astype(dtype)
+            if not np.isfinite(keys).all():
+                raise InputError(f"keys: hold values too large for {keys.dtype}")
+        ids = self.labels["class_id"].to_numpy()[order]
+        if factory is None or factory == self.index.factory:
+            index = self._index_over(keys, ids)
+        else:
+            index = index_over(keys, ids, len(self.class_names), factory, self.device)
+        if self.text_index is not None or index.factory != self.index.factory:
+            self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
+        self.keys, self.labels, self.index = keys, self.labels.take(pa.array(order)), index
+        self.values = self._values_of(order)
+        self._follow()
+
+    def _rows_of_ids(self, key_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The rows of keys, ascending. Raises InputError naming ids that are not there."""
         present = self.labels["key_id"].to_numpy()
-        missing = sorted(set(key_ids) - set(present.tolist()))
-        if missing:
+        wanted = np.asarray(list(key_ids), dtype=np.int64)
+        missing = np.setdiff1d(wanted, present)
+        if missing.size:
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
-        keep = np.flatnonzero(~np.isin(present, np.asarray(list(key_ids), dtype=np.int64)))
-        if not keep.size:
-            raise InputError("remove: an index needs at least one key")
-        self._replace(self.keys[keep], self.labels.take(pa.array(keep)), self._values_of(keep))
+        return np.flatnonzero(np.isin(present, wanted))
+
+    def _order(self) -> npt.NDArray[np.int64]:
+        """The rows by class, and within a class by key id: the order of an index that is built at once."""
+        return np.lexsort((self.labels["key_id"].to_numpy(), self.labels["class_id"].to_numpy()))
+
+    def _rearrange(self, labels: pa.Table, touched: npt.NDArray[np.bool_], keep: npt.NDArray[np.bool_]) -> None:
+        """Take other labels for the same keys, and of these what to ``keep``, writing only segments that are touched.
+
+        The first segment is what the index is over, so where it is touched everything is.
+        """
+        parts = segments_of(self.keys)
+        spans = [slice(a, b) for a, b in itertools.pairwise(np.cumsum([0, *map(len, parts)]).tolist())]
+        if touched[spans[0]].any():
+            rows = np.flatnonzero(keep)
+            self._replace(self.keys[rows], labels.take(pa.array(rows)), self._values_of(rows))
+            return
+        ids, key_ids = labels["class_id"].to_numpy(), labels["key_id"].to_numpy()
+        kept, orders = [parts[0]], [np.arange(len(parts[0]))]
+        for part, span in zip(parts[1:], spans[1:], strict=True):
+            own = np.flatnonzero(keep[span])
+            if touched[span].any():
+                own = own[np.lexsort((key_ids[span][own], ids[span][own]))]
+            if len(own):
+                kept.append(part[own] if touched[span].any() else part)
+                orders.append(own + span.start)
+        self.keys, self.labels = joined(kept), labels.take(pa.array(np.concatenate(orders)))
+        if len(kept) == 1:
+            self.index = self.index.bare()
+        self._follow()
+
+    def _arrange(self, parts: Sequence[npt.NDArray[Any]], labels: pa.Table, values: Tensor | None, first: int) -> None:
+        """Take these segments, those from ``first`` on as one."""
+        start = sum(map(len, parts[:first]))
+        ids, key_ids = (labels[name].to_numpy()[start:] for name in ("class_id", "key_id"))
+        order = np.lexsort((key_ids, ids))
+        new = np.concatenate(parts[first:])[order]
+        labels = pa.concat_tables([labels.slice(0, start), labels.slice(start).take(pa.array(order))])
+        if not first:
+            self._replace(new, labels, None if values is None else values[order])
+            return
+        self.keys, self.labels = joined([*parts[:first], new]), labels
+        self._follow()
 
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
         """A classifier over some of the keys, by row (a row may repeat); everything else is this one's."""
@@ -576,15 +845,21 @@ class CacheModel:
         keys = np.asarray(self.keys[grouped])
         index = self._index_over(keys, np.sort(ids))
         labels = self.labels.take(pa.array(grouped))
-        return replace(self, keys=keys, labels=labels, index=index, version=None, values=self._values_of(grouped))
+        return replace(
+            self, keys=keys, labels=labels, index=index, version=None, folder=None, values=self._values_of(grouped)
+        )
 
     def _values_of(self, rows: npt.NDArray[np.int64]) -> Tensor | None:
         return None if self.values is None else self.values[rows]
 
     def _replace(self, keys: npt.NDArray[Any], labels: pa.Table, values: Tensor | None) -> None:
+        """Take these keys, in whatever order, as one segment with an index over it."""
+        order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
+        keys, labels = keys[order], labels.take(pa.array(order))
         ids = labels["class_id"].to_numpy()
-        self.index, self.keys, self.labels, self.values = self._index_over(keys, ids), keys, labels, values
-        self.__post_init__()
+        self.index, self.keys, self.labels = self._index_over(keys, ids), keys, labels
+        self.values = None if values is None else values[order]
+        self._follow()
 
     def _index_over(self, keys: npt.NDArray[Any], class_ids: npt.NDArray[Any]) -> VectorIndex:
         """An index like this one, as tuned as it is, over other keys."""
@@ -630,8 +905,10 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     """
     place = Path(folder)
     cache = CacheModel.load(place, device="cpu")
+    known: set[store.DataFile] = set()
     for manifest in store.earlier_manifests(place):
-        store.check_files(place, manifest)
+        store.Check(place, manifest, known=known).wait()
+        known |= set(manifest.data_files)
     if not torch.isfinite(cache.text_weights).all():
         raise StoreError(f"{place}: text weights that are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():
@@ -694,6 +971,10 @@ def now() -> datetime.datetime:
 
 def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _largest(logits: Tensor) -> Tensor:

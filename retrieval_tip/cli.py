@@ -534,7 +534,7 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
         test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
         for row in sweep.sweep(
             pool,
-            read_manifest(folder).files["keys"].sha256[:16],
+            read_manifest(folder).keys_digest,
             test,
             given["results"],
             shots=given["shots"],

@@ -7,9 +7,10 @@ that is used again: a fresh page costs as much as the sums that go into it. The 
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.segments import Segments, runs, segments_of
 from retrieval_tip.vector_index import VectorIndex, inner_factory
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def _kernel() -> Kernel | None:
 
 
 def index_over(
-    keys: npt.NDArray[Any], class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
+    keys: npt.NDArray[Any] | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
 ) -> VectorIndex:
     """The FAISS index over keys ``[n, d]`` grouped by class, or over the means of the classes (``Classes``).
 
@@ -81,6 +83,34 @@ def index_over(
     if inner_factory(factory) is None:
         return VectorIndex.build(keys, factory, device)
     return _of_classes(VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device))
+
+
+def beside(index: VectorIndex, late: Sequence[npt.NDArray[Any]], class_ids: IntArray, counts: IntArray) -> VectorIndex:
+    """The index over the first segment, with ``late`` ones beside it, whose keys have ``class_ids`` ``[m]``.
+
+    They are further rows. Where the index is over class means, those of their classes change; the first segment has
+    ``counts`` ``[c]`` keys a class.
+    """
+    bare = index.bare()
+    if not index.by_class:
+        return bare.plus(
+            np.arange(bare.n, bare.n + len(class_ids)),
+            lambda: np.concatenate([part.astype(np.float32, copy=False) for part in late]),
+        )
+    changed = np.union1d(class_ids, np.arange(bare.n, len(counts))).astype(np.int64)
+
+    def means() -> FloatArray:
+        sums = np.zeros((len(counts), index.d))
+        sums[: bare.n] = bare.vectors() * counts[: bare.n, None]
+        start = 0
+        for part in late:
+            np.add.at(sums, class_ids[start : start + len(part)], part)
+            start += len(part)
+        now = counts + np.bincount(class_ids, minlength=len(counts))
+        found: FloatArray = (sums / np.maximum(now, 1)[:, None])[changed].astype(np.float32)
+        return found
+
+    return bare.plus(changed, means)
 
 
 def text_index_over(text_weights: npt.NDArray[np.float32], factory: str, device: str = "auto") -> VectorIndex | None:
@@ -115,7 +145,9 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
 
 
 class Keys:
-    """Keys ``[n, d]`` float32 or float16, grouped by class, on disk or in memory; sums are float32, on ``device``.
+    """Keys ``[n, d]`` float32 or float16, on disk or in memory; sums are float32, on ``device``.
+
+    They are grouped by class, or are segments of which each is grouped by class.
 
     ``precision`` is that of the products with all keys (:meth:`cache_logits`): float32, bfloat16, float16, or ``auto``,
     the fastest that is accurate enough, by measurement here. Raises InputError where ``class_ids`` ``[n]`` do not
@@ -125,14 +157,16 @@ class Keys:
 
     def __init__(
         self,
-        array: npt.NDArray[Any],
+        array: npt.NDArray[Any] | Segments,
         class_ids: IntArray,
         n_classes: int,
         device: str = "cpu",
         precision: str = "float32",
         means: Callable[[], FloatArray] | None = None,
     ) -> None:
-        if len(class_ids) != len(array) or (np.diff(class_ids) < 0).any():
+        bounds = np.cumsum([0, *(len(part) for part in segments_of(array))])
+        descends = np.flatnonzero(class_ids[1:] < class_ids[:-1]) + 1
+        if len(class_ids) != len(array) or not np.isin(descends, bounds).all():
             raise InputError(
                 "labels: keys are not grouped by class, in the order of the classes; build the index again"
             )
@@ -141,14 +175,15 @@ class Keys:
         self.array, self.device, self.precision = array, device, precision
         self.n, self.d = int(array.shape[0]), int(array.shape[1])
         self.n_classes = n_classes
-        counts = np.bincount(class_ids, minlength=n_classes)
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
+        self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # not Arrow's own
-        self.counts = torch.from_numpy(counts.astype(np.float32)).to(device)
+        self.counts = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
         self._known_means = means
         self._slack: dict[float, float] = {}
         self._products: dict[float, torch.dtype] = {}
         self._on_device: Tensor | None = None
+        self._starts = torch.from_numpy(self.starts).to(device)
         self._kept_halved: Tensor | None = None
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
@@ -176,23 +211,22 @@ class Keys:
 
         On a GPU all keys stay there, where half of its free memory holds them. Blocks may share their memory.
         """
-        size = self._block_size()
-        converted = torch.empty(size, self.d, device=self.device)
-        for start in range(0, self.n, size):
-            rows = self._rows(start, min(start + size, self.n))
+        converted = torch.empty(self._block_size(), self.d, device=self.device)
+        for part in runs(self.array, self._block_size()):
+            rows = self._rows(part)
             if rows.dtype != torch.float32:
                 rows = converted[: len(rows)].copy_(rows)
-            yield rows, self.class_ids[start : start + size]
+            yield rows, self.class_ids[part]
 
-    def _rows(self, start: int, stop: int) -> Tensor:
+    def _rows(self, part: slice) -> Tensor:
         """Some keys as they are stored, on the device."""
         if self._on_device is None and self.device != "cpu":
             free, _ = torch.cuda.mem_get_info(torch.device(self.device))
             if self.array.nbytes < free // 2:
-                self._on_device = torch.from_numpy(self.array).to(self.device)
+                self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
         if self._on_device is not None:
-            return self._on_device[start:stop]
-        return torch.from_numpy(self.array[start:stop]).to(self.device)
+            return self._on_device[part]
+        return torch.from_numpy(self.array[part]).to(self.device)
 
     def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
         """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
@@ -240,15 +274,13 @@ class Keys:
         """:meth:`cache_logits` by a kernel that writes no affinity (:func:`fused.add_by_class`)."""
         half = products != torch.float32
         common = features @ self._centre if half else features.new_zeros(len(features))
-        queries, start = features.to(products).contiguous(), 0
-        present, ranks = self.class_ids.unique_consecutive(return_inverse=True)
-        ranks = ranks.int()
-        sums = features.new_zeros(len(features), len(present))
-        for keys, ids in self._halved(products) if half else self.blocks():
-            kernel(queries, keys.contiguous(), ranks[start : start + len(ids)], common, beta, sums)
-            start += len(ids)
+        queries = features.to(products).contiguous()
         found = features.new_zeros(len(features), self.n_classes)
-        found[:, present] = sums
+        for keys, ids in self._halved(products) if half else self.blocks():
+            present, ranks = ids.unique_consecutive(return_inverse=True)
+            sums = features.new_zeros(len(features), len(present))
+            kernel(queries, keys.contiguous(), ranks.int(), common, beta, sums)
+            found[:, present] += sums
         return found
 
     def _block_size(self) -> int:
@@ -296,14 +328,13 @@ class Keys:
 
     def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of keys less their mean, in half precision; kept, but for keys that are on disk."""
-        size = self._block_size()
-        if isinstance(self.array, np.memmap) and self.array.nbytes > 1 << 31:
+        if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
             yield from (((keys - self._centre).to(products), ids) for keys, ids in self.blocks())
             return
         if self._kept_halved is None or self._kept_halved.dtype != products:
             self._kept_halved = torch.cat([(keys - self._centre).to(products) for keys, _ in self.blocks()])
-        for start in range(0, self.n, size):
-            yield self._kept_halved[start : start + size], self.class_ids[start : start + size]
+        for part in runs(self.array, self._block_size()):
+            yield self._kept_halved[part], self.class_ids[part]
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
         """The dtype of products of ``q`` queries with all keys, as :attr:`precision` says; ``auto`` is measured once.
@@ -325,9 +356,8 @@ class Keys:
             return torch.float32
         rows = np.linspace(0, self.n - 1, min(self.n, QUERY_BLOCK), dtype=np.int64)
         features = torch.from_numpy(self.array[rows]).to(self.device).float()
-        some = Keys(
-            self.array[: 2 * KEY_BLOCK], self.class_ids[: 2 * KEY_BLOCK].cpu().numpy(), self.n_classes, self.device
-        )
+        few = segments_of(self.array)[0][: 2 * KEY_BLOCK]
+        some = Keys(few, self.class_ids[: len(few)].cpu().numpy(), self.n_classes, self.device)
         some.__dict__["_centre"] = self._centre
         present = some.counts > 0
         seconds: dict[torch.dtype, list[float]] = {}
@@ -363,9 +393,8 @@ class Keys:
         for class_id, size in zip(groups.tolist(), sizes.tolist(), strict=True):
             asked = features[query[at : at + size]]
             step = max(1, len(memory) // size)
-            first, last = int(self.starts[class_id]), int(self.starts[class_id + 1])
-            for start in range(first, last, step):
-                keys = self._rows(start, min(start + step, last)).float()
+            for part in self._ranges(class_id, step):
+                keys = self._rows(part).float()
                 rows, columns = (keys, asked) if size <= FEW else (asked, keys)
                 affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
                 sums[at : at + size] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
@@ -374,10 +403,16 @@ class Keys:
         found[query, slot] = sums
         return found
 
+    def _ranges(self, class_id: int, size: int) -> Iterator[slice]:
+        """Where the keys of a class are, at most ``size`` of them a slice."""
+        for first, last in self.starts[:, class_id : class_id + 2].tolist():
+            yield from (slice(start, min(start + size, last)) for start in range(first, last, size))
+
     def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
         """Rows ``[q, m]`` int64 of the keys of some classes ``[q, p]`` of each query, where ``met``; -1 fills up."""
-        starts = torch.from_numpy(self.starts).to(self.device)
-        lengths = torch.where(met, starts[classes + 1] - starts[classes], 0)
+        firsts, lasts = (self._starts[:, ids].permute(1, 2, 0).flatten(1) for ids in (classes, classes + 1))
+        met = met.repeat_interleave(len(self.starts), dim=1)  # each class has a run of rows in each segment
+        lengths = torch.where(met, lasts - firsts, 0)
         ends = lengths.cumsum(1)
         query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
         flat = lengths.reshape(-1)
@@ -385,7 +420,7 @@ class Keys:
         before = (ends - lengths).reshape(-1).repeat_interleave(flat)
         longest = int(ends.max()) if len(ends) else 0
         rows = torch.full((len(classes), longest), -1, device=self.device)
-        rows[query, before + within] = starts[classes].reshape(-1).repeat_interleave(flat) + within
+        rows[query, before + within] = firsts.reshape(-1).repeat_interleave(flat) + within
         return rows
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
@@ -413,7 +448,9 @@ class Keys:
         near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
         near.scatter_(1, self.class_ids[asked, None], -torch.inf)
         found, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
-        starts, counts = (torch.from_numpy(x).to(self.device) for x in (self.starts[:-1], np.diff(self.starts)))
+        every = np.diff(self.starts, axis=1)
+        most = every.argmax(axis=0), np.arange(self.n_classes)  # the segment that holds most of a class stands for it
+        starts, counts = (torch.from_numpy(x[most]).to(self.device) for x in (self.starts[:, :-1], every))
         steps = torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
         affinity = self.affinity(features, rows.reshape(len(asked), -1)).view(rows.shape).double()

@@ -3,8 +3,9 @@
 Readers see the old version or the new one, never half of one.
 
 manifest.json             the current version, replaced by one rename
-manifests/000003.json     earlier versions
+manifests/000003.json     earlier versions, until they are collected
 data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
+data/keys-<digest>.npy    data/labels-<digest>.parquet                                   of each segment that was added
 data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       where it was fine-tuned
 data/text_index-<digest>.faiss                                                           of very many classes
 lock                      held by the process that writes
@@ -21,7 +22,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -32,6 +33,7 @@ import filelock
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
@@ -42,9 +44,12 @@ if TYPE_CHECKING:
     import duckdb
 
 FORMAT = "retrieval-tip index"
-FORMAT_VERSION = 1
-KEPT_VERSIONS = 2
-"""The current version and the one before; the files of older ones are collected by the next writer."""
+FORMAT_VERSION = 2
+"""1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2."""
+KEPT_VERSIONS = 32
+"""So many versions are kept by themselves, the current one among them; :func:`collect` keeps fewer."""
+LOCK_WAIT, LOCK_POLL = 30.0, 0.02
+"""Seconds that a writer waits for another one, and between two looks."""
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss"}
 """Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training.
@@ -66,6 +71,11 @@ LABEL_SCHEMA = pa.schema(
 
 HASHED_AT_A_TIME = 1 << 24
 """Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
+VERIFY = ("full", "fast")
+FAST_BYTES = 1 << 22
+"""Files up to this size are hashed whatever is asked for; a fast check takes larger ones by their size."""
+MANIFEST_BYTES = 1 << 28
+"""A manifest that is larger was not written here: a million classes take a tenth."""
 
 _ZEROS = bytes(1 << 20)
 _SUFFIXES = KINDS | OPTIONAL_KINDS
@@ -89,8 +99,21 @@ class DataFile:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Keys, grouped by class, and the labels that describe them row by row."""
+
+    keys: DataFile
+    labels: DataFile
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Everything about one version of an index but the arrays."""
+    """Everything about one version of an index but the arrays.
+
+    ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` is over; ``later`` segments
+    were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
+    given (``None`` in format 1, which did not keep that).
+    """
 
     version: int
     parent: int | None
@@ -111,6 +134,25 @@ class Manifest:
     backbone: dict[str, Any] | None
     provenance: dict[str, Any]
     files: dict[str, DataFile] = field(default_factory=dict)
+    later: list[Segment] = field(default_factory=list)
+    next_key_id: int | None = None
+    change: str = ""
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments, in the order of their keys."""
+        return [Segment(self.files["keys"], self.files["labels"]), *self.later]
+
+    @property
+    def data_files(self) -> list[DataFile]:
+        """Every data file of this version."""
+        return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
+
+    @property
+    def keys_digest(self) -> str:
+        """What the keys are, in 16 hexadecimal digits."""
+        digests = [part.keys.sha256 for part in self.segments]
+        return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
 
     def to_bytes(self) -> bytes:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
@@ -154,6 +196,8 @@ class Manifest:
 
     @classmethod
     def _parse(cls, found: Mapping[str, Any]) -> Manifest:
+        if found["format_version"] == 1:
+            found = dict(found) | {"later": [], "next_key_id": None, "change": ""}
         body = {key: found[key] for key in (f.name for f in fields(cls))}
 
         def need(condition: bool, what: str) -> None:
@@ -184,16 +228,25 @@ class Manifest:
         if body["backbone"] is not None:
             Identity.from_dict(body["backbone"])
         need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
+        need(isinstance(body["change"], str) and isinstance(body["later"], list), "change or later")
+        need(body["next_key_id"] is None or whole(body["next_key_id"], 1), "next_key_id")
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
+        later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
         need(KINDS.keys() <= files.keys() <= _SUFFIXES.keys(), "files")
-        for kind, file in files.items():
+        need(not later or "values" not in files, "later")  # trained values are one array
+        of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
+        for kind, file in [*files.items(), *of_later]:
             need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
             need(file.name == f"data/{kind}-{file.sha256[:16]}{_SUFFIXES[kind]}", f"files.{kind}.name")
             need(whole(file.bytes, 1), f"files.{kind}.bytes")
-            rows = len(body["class_names"]) if kind.startswith("text") else body["n"]
-            free = kind in ("weights", "curve")  # no array of keys or classes
-            need(whole(file.rows, 1) and (free or file.rows == rows), f"files.{kind}.rows")
-        return cls(**(body | {"files": files}))
+            need(whole(file.rows, 1), f"files.{kind}.rows")
+        first, classes = files["keys"].rows, len(body["class_names"])
+        need(all(files[kind].rows == first for kind in ("index", "labels", "values") if kind in files), "files.rows")
+        need(files["text"].rows == classes, "files.text.rows")
+        need("text_index" not in files or files["text_index"].rows <= classes, "files.text_index.rows")
+        need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
+        need(first + sum(part.keys.rows for part in later) == body["n"], "n")
+        return cls(**(body | {"files": files, "later": later}))
 
 
 def _seal(body: Mapping[str, Any]) -> bytes:
@@ -211,7 +264,7 @@ def read_manifest(folder: Path) -> Manifest:
     _check_name(folder)
     path = folder / "manifest.json"
     try:
-        return Manifest.from_bytes(path.read_bytes(), str(path))
+        return Manifest.from_bytes(_read_manifest(folder, path), str(path))
     except FileNotFoundError:
         what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
         raise StoreError(f"{folder}: {what}; make one with retrieval-tip index build SOURCE --out {folder}") from None
@@ -219,9 +272,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every data file with the manifest's size and SHA-256. Raises StoreError naming the first bad one."""
-    Check(folder, manifest).wait()
+def read_version(folder: Path, version: int) -> Manifest:
+    """The current or an earlier version of an index. Raises StoreError where it is not there or damaged."""
+    current = read_manifest(folder)
+    if version == current.version:
+        return current
+    earlier = {manifest.version: manifest for manifest in earlier_manifests(folder)}
+    if version not in earlier:
+        there = ", ".join(map(str, [*earlier, current.version]))
+        raise StoreError(f"{folder}: has no version {version}; there are {there}")
+    return earlier[version]
+
+
+def _read_manifest(folder: Path, path: Path) -> bytes:
+    """A manifest's bytes. Raises StoreError where it is a link that leads out of the folder, or cannot be one."""
+    if not _lies_in(folder, path):
+        raise StoreError(f"{path}: is a link that leads out of the index; put the file itself there")
+    with path.open("rb") as file:
+        raw = file.read(MANIFEST_BYTES + 1)
+    if len(raw) > MANIFEST_BYTES:
+        raise StoreError(f"{path}: damaged (too large for a manifest); restore it, or build the index again")
+    return raw
+
+
+def _lies_in(folder: Path, path: Path) -> bool:
+    """Whether a path is in the folder also when all links are followed."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 class Check:
@@ -230,28 +306,44 @@ class Check:
     What takes long meanwhile, like an import, costs no time: hashing holds no lock of the interpreter.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None) -> None:
-        """Begin, with the current version where none is given. Raises StoreError as :func:`read_manifest`."""
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest | None = None,
+        verify: str = "full",
+        known: Collection[DataFile] = (),
+    ) -> None:
+        """Begin, with the current version where none is given.
+
+        ``verify`` ``full`` compares the size and SHA-256 of every file; ``fast`` the SHA-256 of small files only, up to
+        4 MiB: what changed in a large one without changing its size is then not seen. Files that are ``known`` were
+        compared before. Raises StoreError as :func:`read_manifest`, UsageError for another ``verify``.
+        """
+        if verify not in VERIFY:
+            raise UsageError(f"verify {verify!r}: expected one of {', '.join(VERIFY)}")
+        self.folder, self.verify = folder, verify
         self.manifest = read_manifest(folder) if manifest is None else manifest
-        files = self.manifest.files.values()
-        pool = ThreadPoolExecutor(len(files), thread_name_prefix="check")
-        self._found = {file.name: pool.submit(_problem, folder / file.name, file) for file in files}
+        files = [file for file in self.manifest.data_files if file not in known]
+        pool = ThreadPoolExecutor(min(len(files), 16) or 1, thread_name_prefix="check")
+        self._found = [pool.submit(_problem, folder, file, verify) for file in files]
         pool.shutdown(wait=False)
 
     def wait(self) -> None:
         """Return when every file is as the manifest says. Raises StoreError naming the first that is not."""
-        for file in self.manifest.files.values():
-            if problem := self._found[file.name].result():
-                raise StoreError(f"{problem}; restore it, or build the index again")
+        for found in self._found:
+            if problem := found.result():
+                raise StoreError(f"{problem}; restore it, go back to a version before it, or build the index again")
 
 
-def _problem(path: Path, file: DataFile) -> str | None:
+def _problem(folder: Path, file: DataFile, verify: str) -> str | None:
     """What is wrong with a data file, if anything."""
+    path = folder / file.name
     try:
+        if not _lies_in(folder, path):
+            return f"{path}: is a link that leads out of the index"
         if path.stat().st_size != file.bytes:
             return f"{path}: damaged (has {path.stat().st_size:,} bytes, the manifest says {file.bytes:,})"
-        if _sha256(path) != file.sha256:
+        if (verify == "full" or file.bytes <= FAST_BYTES) and _sha256(path) != file.sha256:
             return f"{path}: damaged (its SHA-256 is not the manifest's)"
     except FileNotFoundError:
         return f"{path}: missing"
@@ -278,14 +370,27 @@ def read_array(
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
-    """The label store as a table. Raises StoreError where it does not describe the manifest's keys and classes."""
-    path = folder / manifest.files["labels"].name
+    """The label store as a table, the segments one after the other; columns that one lacks are null there.
+
+    Raises StoreError where it does not describe the manifest's keys and classes.
+    """
+    tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise StoreError(f"{folder}: labels of its segments differ ({str(error).splitlines()[0]})") from None
+    if len(tables) > 1 and pc.count_distinct(table["key_id"]).as_py() != len(table):
+        raise StoreError(f"{folder}: its segments share key ids; restore it, or build the index again")
+    return table
+
+
+def _read_labels(path: Path, rows: int, manifest: Manifest) -> pa.Table:
     table = _read_table(path)
     own = table.schema.names[: len(LABEL_SCHEMA)] == LABEL_SCHEMA.names and all(
         table.schema.field(i).type == LABEL_SCHEMA.field(i).type for i in range(len(LABEL_SCHEMA))
     )
-    if not own or len(table) != manifest.n or any(table[name].null_count for name in ("key_id", "class_id", "label")):
-        raise StoreError(f"{path}: does not describe the {manifest.n} keys of the manifest")
+    if not own or len(table) != rows or any(table[name].null_count for name in ("key_id", "class_id", "label")):
+        raise StoreError(f"{path}: does not describe the {rows} keys of the manifest")
     ids = table["class_id"].to_numpy()
     if ids.min() < 0 or ids.max() >= len(manifest.class_names) or (ids[1:] < ids[:-1]).any():
         raise StoreError(f"{path}: class ids are out of range or not grouped by class")
@@ -334,7 +439,11 @@ def describe(folder: Path) -> dict[str, Any]:
     ids = read_labels(folder, manifest)["class_id"].to_numpy()
     counts = np.bincount(ids, minlength=len(manifest.class_names))
     facts = asdict(manifest)
-    files = facts.pop("files")
+    for name in ("files", "later"):
+        del facts[name]
+    earlier = earlier_manifests(folder)
+    own = {file.name: file.bytes for file in manifest.data_files}
+    held = {file.name: file.bytes for old in earlier for file in old.data_files}
     return (
         {"folder": str(folder)}
         | facts
@@ -346,9 +455,12 @@ def describe(folder: Path) -> dict[str, Any]:
                 "median": float(np.median(counts)),
                 "most": int(counts.max()),
             },
-            "bytes": sum(file["bytes"] for file in files.values()),
-            "files": {kind: file["name"] for kind, file in files.items()},
-            "earlier_versions": [earlier.version for earlier in earlier_manifests(folder)],
+            "segments": len(manifest.segments),
+            "not_indexed": manifest.n - manifest.files["keys"].rows,
+            "bytes": sum(own.values()),
+            "files": {kind: file.name for kind, file in manifest.files.items()},
+            "earlier_versions": [old.version for old in earlier],
+            "bytes_of_earlier": sum(size for name, size in held.items() if name not in own),
         }
     )
 
@@ -367,7 +479,7 @@ def query(folder: Path, sql: str) -> pa.Table:
     import duckdb
 
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    Check(folder, manifest).wait()
     with duckdb.connect(":memory:") as database:
         for setting in ("autoinstall_known_extensions", "autoload_known_extensions", "python_enable_replacements"):
             database.execute(f"SET {setting} = false")
@@ -412,6 +524,7 @@ class Writer:
         self.parent = read_manifest(folder) if is_index(folder) else None
         self._staged: list[Path] = []
         self._files: dict[str, DataFile] = {}
+        self._later: list[Segment] = []
 
     def stage(self, kind: str) -> Path:
         """A place to write the data file of this kind, to be closed by :meth:`seal`."""
@@ -437,22 +550,51 @@ class Writer:
 
     def seal(self, kind: str, staged: Path, rows: int) -> Path:
         """Flush a staged file to disk and move it to the name that its content gives it."""
+        self._files[kind] = entry = self._seal(kind, staged, rows)
+        return self.folder / entry.name
+
+    def _seal(self, kind: str, staged: Path, rows: int) -> DataFile:
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         digest = _sha256(staged)
         entry = DataFile(f"data/{kind}-{digest[:16]}{_SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
-        place = self.folder / entry.name
-        staged.replace(place)
+        staged.replace(self.folder / entry.name)
         self._staged.remove(staged)
-        self._files[kind] = entry
-        return place
+        return entry
 
     def seal_array(self, kind: str, array: npt.NDArray[Any]) -> Path:
         """Write a large array ``[rows, columns]`` as the data file of this kind. See :meth:`stage_array`."""
+        return self.seal(kind, self._written(kind, array), len(array))
+
+    def _written(self, kind: str, array: npt.NDArray[Any]) -> Path:
         staged, place = self.stage_array(kind, array.shape, array.dtype)
         place[:] = array
         place.flush()  # type: ignore[attr-defined]  # a memmap
-        return self.seal(kind, staged, len(array))
+        return staged
+
+    def seal_table(self, kind: str, table: pa.Table) -> Path:
+        """Write a table as the data file of this kind. Raises InputError as :func:`write_table`."""
+        return self.seal(kind, self._written_table(kind, table), len(table))
+
+    def _written_table(self, kind: str, table: pa.Table) -> Path:
+        staged = self.stage(kind)
+        write_table(staged, table, kind)
+        return staged
+
+    def seal_later(self, keys: npt.NDArray[Any], labels: pa.Table) -> Segment:
+        """Write a segment ``[m, d]`` that comes after those before, with its labels, which are grouped by class."""
+        rows = len(labels)
+        self.keep_later(
+            Segment(
+                self._seal("keys", self._written("keys", keys), rows),
+                self._seal("labels", self._written_table("labels", labels), rows),
+            )
+        )
+        return self._later[-1]
+
+    def keep_later(self, segment: Segment) -> None:
+        """Share a segment with the version before; it comes after those before."""
+        self._later.append(segment)
 
     def seal_weights(self, path: Path) -> Path:
         """Copy a safetensors file as the ``weights``; one of the version before is shared with it.
@@ -477,6 +619,7 @@ class Writer:
         """Share every data file with the version before."""
         assert self.parent is not None
         self._files |= self.parent.files
+        self._later = list(self.parent.later)
 
     def discard(self, staged: Path) -> None:
         """Give up a staged file."""
@@ -497,7 +640,7 @@ class Writer:
         if self.parent is not None:
             earlier = self.folder / "manifests"
             earlier.mkdir(exist_ok=True)
-            _write(earlier / _manifest_name(self.parent), self.parent.to_bytes())
+            _write(earlier / _manifest_name(self.parent), (self.folder / "manifest.json").read_bytes())
             _sync(earlier)
         _sync(self.folder)
         _write(self.folder / "manifest.json", raw)
@@ -505,8 +648,12 @@ class Writer:
         _sync(self.folder)
         _sync(self.folder.parent)
         with suppress(OSError):
-            for path in sorted(self.folder.glob("manifests/*.json"))[: 1 - KEPT_VERSIONS]:
-                path.unlink()
+            _forget(self.folder, KEPT_VERSIONS)
+
+    @property
+    def later(self) -> list[Segment]:
+        """The further segments that were sealed or kept."""
+        return list(self._later)
 
     @property
     def files(self) -> dict[str, DataFile]:
@@ -521,13 +668,17 @@ class Writer:
 
 
 @contextmanager
-def write(folder: Path) -> Iterator[Writer]:
-    """Write a new version of an index, alone: another writer is refused.
+def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
+    """Write a new version of an index, alone: another writer waits its turn, ``wait`` seconds at most
+    (by default :data:`LOCK_WAIT`).
 
     An exception, or a kill at any moment, leaves the version that was there; folders that were not there are removed
     again. Raises StoreError: the folder is something else, is locked, cannot be written, or the disk is full.
     """
     _check_name(folder)
+    for name in ("data", "manifests", "lock", "manifest.json"):
+        if not _lies_in(folder, folder / name):
+            raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
     made: list[Path] = []
     try:
         made += [path for path in (folder, *folder.parents) if not path.exists()]
@@ -536,15 +687,15 @@ def write(folder: Path) -> Iterator[Writer]:
         if folder.is_dir() and not is_index(folder) and not all(_is_own(entry.name) for entry in folder.iterdir()):
             raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with _lock(folder, LOCK_WAIT if wait is None else wait):
             try:
-                _collect(folder)
+                _tidy(folder)
                 writer = Writer(folder)
                 try:
                     yield writer
                 finally:
                     writer.abandon()
-                    _collect(folder)
+                    _tidy(folder)
             finally:
                 if not is_index(folder):
                     _remove_own(folder)
@@ -573,17 +724,14 @@ def _remove_own(folder: Path) -> None:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path, wait: float) -> Iterator[None]:
     """The lock is the system's, so it ends with the process that holds it; the file's text says who that is."""
     path = folder / "lock"
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait, poll_interval=LOCK_POLL)
     except filelock.Timeout:
-        owner = ""
-        with suppress(OSError):
-            owner = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
-        raise StoreError(f"{folder}: is being written by {owner or 'another process'}; try later") from None
+        raise StoreError(f"{folder}: is being written by {_owner(path)}; try later") from None
     try:
         with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
@@ -592,25 +740,43 @@ def _lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def _owner(path: Path) -> str:
+    """Who holds a lock, and whether that is gone: a process that it left behind then holds it."""
+    text = ""
+    with suppress(OSError):
+        text = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
+    found = re.fullmatch(r"process (\d{1,9}) on (\S+)", text)
+    if found is not None and found[2] == socket.gethostname():
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            return f"something that {text} started before it ended, which has to be ended too"
+        except OSError:
+            pass
+    return text or "another process"
+
+
 def earlier_manifests(folder: Path) -> list[Manifest]:
     """The earlier versions that are kept, oldest first. Raises StoreError where one is damaged."""
     manifests = []
     for path in sorted((folder / "manifests").glob("*.json")):
         try:
-            manifests.append(Manifest.from_bytes(path.read_bytes(), str(path)))
+            manifests.append(Manifest.from_bytes(_read_manifest(folder, path), str(path)))
+        except FileNotFoundError:
+            continue  # collected meanwhile
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     return manifests
 
 
-def _collect(folder: Path) -> None:
+def _tidy(folder: Path) -> None:
     """Remove what an interrupted or failed writer left: data files that no kept manifest names, and temporary files."""
     try:
         current = read_manifest(folder) if is_index(folder) else None
         if current is not None:  # put there for a next version that never was
             (folder / "manifests" / _manifest_name(current)).unlink(missing_ok=True)
         manifests = [*earlier_manifests(folder), *([current] if current else [])]
-        named = {folder / file.name for manifest in manifests for file in manifest.files.values()}
+        named = {folder / file.name for manifest in manifests for file in manifest.data_files}
         found = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
     except (OSError, StoreError):
         return  # what a damaged manifest names is not known, so everything stays
@@ -620,6 +786,35 @@ def _collect(folder: Path) -> None:
                 path.unlink()
     with suppress(OSError):  # only if it is empty
         (folder / "manifests").rmdir()
+
+
+def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
+    """Give up all versions but the last ``keep``, and remove the files that only they name: versions, bytes.
+
+    A reader that has an older version open keeps it, where the system lets an open file be removed. Raises StoreError
+    as :func:`write`, UsageError where ``keep`` is below 1.
+    """
+    if keep < 1:
+        raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
+    read_manifest(folder)
+    with write(folder):
+        before = _size(folder)
+        gone = _forget(folder, keep)
+        _tidy(folder)
+        return gone, before - _size(folder)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (*folder.glob("data/*"), *folder.glob("manifests/*")))
+
+
+def _forget(folder: Path, keep: int) -> list[int]:
+    """Remove the manifests of all versions but the last ``keep``, of which one is the current."""
+    paths = sorted(folder.glob("manifests/*.json"))
+    gone = paths[: max(0, len(paths) + 1 - keep)]
+    for path in gone:
+        path.unlink()
+    return [int(path.stem) for path in gone if path.stem.isdecimal()]
 
 
 def _manifest_name(manifest: Manifest) -> str:

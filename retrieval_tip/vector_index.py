@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import re
@@ -17,6 +18,7 @@ import torch  # before FAISS: on macOS each brings an OpenMP runtime, and torch'
 from torch import Tensor
 
 from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.segments import Segments
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +79,18 @@ def faiss() -> Any:
 class VectorIndex:
     """Maximum inner product search over vectors ``[n, d]``; row i is id i. It never normalises.
 
-    The vectors are the keys, or the means of their classes where the factory is ``Classes`` (``by_class``).
+    The vectors are the keys, or the means of their classes where the factory is ``Classes`` (``by_class``). ``path``
+    is the file that it was read from, as long as it holds what that does. Vectors beside it (:meth:`plus`) are compared
+    with every query, and are not saved.
     """
 
-    def __init__(self, index: Any, factory: str, device: str = "auto", half: bool = False) -> None:
-        self._cpu, self._half = index, half
+    def __init__(
+        self, index: Any, factory: str, device: str = "auto", half: bool = False, path: Path | None = None
+    ) -> None:
+        self._cpu, self._half, self.path = index, half, path
+        self._late: Any | None = None
+        self._late_rows: IntArray = np.empty(0, dtype=np.int64)
+        self._late_vectors: Callable[[], FloatArray] = lambda: np.empty((0, self.d), dtype=np.float32)
         self.factory = factory
         self.by_class = inner_factory(factory) is not None
         self._wanted = device
@@ -90,7 +99,7 @@ class VectorIndex:
 
     @classmethod
     def build(
-        cls, keys: npt.NDArray[Any], factory: str = "Flat", device: str = "auto", block: int = 65536
+        cls, keys: npt.NDArray[Any] | Segments, factory: str = "Flat", device: str = "auto", block: int = 65536
     ) -> VectorIndex:
         """Train (where the type needs it) and fill an index over ``keys`` ``[n, d]`` float32 or float16.
 
@@ -120,9 +129,38 @@ class VectorIndex:
     def refresh(self, keys: npt.NDArray[Any], block: int = 65536) -> None:
         """Hold these keys ``[n, d]`` instead; what was trained (lists, codes) stays as it was."""
         self._cpu.reset()
+        self._late, self._late_rows, self.path = None, self._late_rows[:0], None
         _fill(self._cpu, keys, self.factory, block)
         if self._gpu is not None:
             self._gpu = _on_gpu(self._cpu, self._wanted, self._half)
+
+    def plus(self, rows: IntArray, vectors: Callable[[], FloatArray]) -> VectorIndex:
+        """The same index with other vectors ``[m, d]`` beside it, as ascending rows ``[m]``: further ones, or in place.
+
+        Further ones leave no gap. It takes no training, every search compares with all of them, and they are asked for
+        when the first one does.
+        """
+        found = copy.copy(self)
+        found._late, found._late_rows, found._late_vectors = None, rows, vectors
+        return found
+
+    def bare(self) -> VectorIndex:
+        """The same index without what is beside it."""
+        return self.plus(np.empty(0, dtype=np.int64), lambda: np.empty((0, self.d), dtype=np.float32))
+
+    def _beside(self) -> Any:
+        """FAISS's index over the vectors beside this one."""
+        with self._lock:
+            if self._late is None:
+                late = faiss().IndexFlatIP(self.d)
+                late.add(np.ascontiguousarray(self._late_vectors(), dtype=np.float32))
+                self._late = late
+            return self._late
+
+    @property
+    def indexed(self) -> int:
+        """Vectors that the index itself holds, without those that were put beside it."""
+        return int(self._cpu.ntotal)
 
     @classmethod
     def load(cls, path: Path, factory: str, device: str = "auto", half: bool = False) -> VectorIndex:
@@ -137,7 +175,7 @@ class VectorIndex:
                 index = faiss().read_index(str(path))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot read it ({_reason(error)}); rebuild the index") from None
-        return cls(index, factory, device, half)
+        return cls(index, factory, device, half, path)
 
     def save(self, path: Path) -> None:
         """Write the index file, from the CPU copy."""
@@ -152,7 +190,7 @@ class VectorIndex:
     @property
     def n(self) -> int:
         """Number of vectors."""
-        return int(self._cpu.ntotal)
+        return max(self.indexed, int(self._late_rows[-1]) + 1 if len(self._late_rows) else 0)
 
     @property
     def d(self) -> int:
@@ -184,8 +222,9 @@ class VectorIndex:
 
     @effort.setter
     def effort(self, value: int | None) -> None:
-        if value is None:
+        if value is None or value == self.effort:
             return
+        self.path = None
         for place in _effort_of(self._cpu):
             setattr(*place, value)
         if self._gpu is not None:
@@ -202,7 +241,10 @@ class VectorIndex:
         for part in _inner(self._cpu):
             if hasattr(part, "make_direct_map"):
                 part.make_direct_map()
-        found: FloatArray = self._cpu.reconstruct_n(0, self.n)
+        found = np.empty((self.n, self.d), dtype=np.float32)
+        found[: self.indexed] = self._cpu.reconstruct_n(0, self.indexed)
+        if len(self._late_rows):
+            found[self._late_rows] = self._beside().reconstruct_n(0, len(self._late_rows))
         return found
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
@@ -212,6 +254,25 @@ class VectorIndex:
         """
         k = int(min(k, self.n))
         features = np.ascontiguousarray(features, dtype=np.float32)
+        if len(self._late_rows):
+            return self._search_both(features, k)
+        return self._search_indexed(features, k)
+
+    def _search_both(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
+        """What the index finds, without what was replaced since, and what came since, as one."""
+        replaced = int(np.searchsorted(self._late_rows, self.indexed))
+        affinity, rows = self._search_indexed(features, min(k + min(replaced, k), self.indexed))
+        if replaced:
+            gone = np.isin(rows, self._late_rows[:replaced])
+            affinity, rows = np.where(gone, -np.inf, affinity), np.where(gone, -1, rows)
+        late, places = self._beside().search(features, min(k, len(self._late_rows)))
+        affinity, rows = np.hstack([affinity, late]), np.hstack([rows, self._late_rows[places]])
+        affinity[rows < 0] = -np.inf
+        order = np.argsort(-affinity, axis=1, kind="stable")[:, :k]
+        affinity, rows = np.take_along_axis(affinity, order, 1), np.take_along_axis(rows, order, 1)
+        return np.where(rows < 0, np.finfo(np.float32).min, affinity), rows
+
+    def _search_indexed(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         if self._gpu is not None and k <= GPU_MAX_K:
             with self._lock:  # the resources are one stream and one scratch memory
                 affinity, rows = self._gpu.search(features, k)
@@ -222,7 +283,7 @@ class VectorIndex:
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """:meth:`search` of queries on torch's device, with the answers there; on a GPU the host holds none of them."""
         k = int(min(k, self.n))
-        if self._gpu is None or features.device.type == "cpu" or k > GPU_MAX_K:
+        if self._gpu is None or len(self._late_rows) or features.device.type == "cpu" or k > GPU_MAX_K:
             affinity, rows = self.search(features.cpu().numpy(), k)
             return torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
         importlib.import_module("faiss.contrib.torch_utils")  # from then on FAISS takes tensors too
@@ -269,7 +330,7 @@ def _free_on_gpu() -> int:
     return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else 0
 
 
-def _fill(index: Any, keys: npt.NDArray[Any], factory: str, block: int) -> None:
+def _fill(index: Any, keys: npt.NDArray[Any] | Segments, factory: str, block: int) -> None:
     for start in range(0, len(keys), block):
         _attempt(factory, partial(index.add, np.ascontiguousarray(keys[start : start + block], dtype=np.float32)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from retrieval_tip import store
 from retrieval_tip.backbone import Backbone
 from retrieval_tip.cli import main
 
@@ -26,6 +27,12 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encodings")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that finds another one at work gives up at once: tests that make it wait say so."""
+    monkeypatch.setattr(store, "LOCK_WAIT", 0.0)
 
 
 @pytest.fixture

@@ -228,7 +228,7 @@ def test_manifest_without_a_field_is_refused(index: Path) -> None:
     wrong += [body | {"files": part} for part in without(files)]
     wrong += [body | {"files": files | {"keys": part}} for part in without(keys)]
     wrong += [body | {"files": files | {"extra": keys}}, body | {"files": files | {"keys": keys | {"extra": 1}}}]
-    assert len(wrong) == 21 + 4 + 4 + 2
+    assert len(wrong) == 24 + 4 + 4 + 2
     for manifest in wrong:
         with pytest.raises(StoreError) as error:
             Manifest.from_bytes(sealed(manifest), "m.json")
@@ -262,16 +262,16 @@ def test_manifest_edited_by_hand_is_refused(index: Path) -> None:
 
 
 def test_newer_format_is_refused_with_the_version_that_is_needed(index: Path) -> None:
-    body = body_of(index) | {"format_version": 2, "created_by": "retrieval-tip 9.9", "alpha": {"new": "meaning"}}
+    body = body_of(index) | {"format_version": 3, "created_by": "retrieval-tip 9.9", "alpha": {"new": "meaning"}}
     # However the newer format is sealed: its seal is not this one's to judge.
     for raw in (sealed(body), json.dumps(body).encode()):
         (index / "manifest.json").write_bytes(raw)
         for opened in (CacheModel.load, verify, store.describe):
             with pytest.raises(StoreError) as error:
                 opened(index)
-            one_line(error, "index format 2", "reads up to 1", "retrieval-tip 9.9")
+            one_line(error, "index format 3", "reads up to 2", "retrieval-tip 9.9")
         before = snapshot(index)
-        with pytest.raises(StoreError, match="index format 2"):
+        with pytest.raises(StoreError, match="index format 3"):
             model(1).save(index)
         assert snapshot(index) == before
     with pytest.raises(StoreError) as error:
@@ -353,11 +353,14 @@ def test_versions_count_up_and_name_their_parents(tmp_path: Path) -> None:
         model(version).save(folder)
         manifest = store.read_manifest(folder)
         assert (manifest.version, manifest.parent) == (version, version - 1 or None)
-        assert [m.version for m in store.earlier_manifests(folder)] == ([version - 1] if version > 1 else [])
-    assert store.describe(folder)["earlier_versions"] == [4]
+        assert [m.version for m in store.earlier_manifests(folder)] == list(range(1, version))
+    assert store.describe(folder)["earlier_versions"] == [1, 2, 3, 4]
 
 
-def test_the_version_before_is_kept_whole_and_older_ones_are_collected(tmp_path: Path) -> None:
+def test_the_version_before_is_kept_whole_and_older_ones_are_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
     folder = tmp_path / "x"
     answers = []
     for seed in (1, 2, 3):
@@ -436,7 +439,10 @@ def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path
     assert len(list((folder / "data").iterdir())) == 4
 
 
-def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(tmp_path: Path) -> None:
+def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
     folder = tmp_path / "x"
     model(1).save(folder)
     model(2).save(folder)
@@ -521,7 +527,7 @@ def test_whoever_loses_the_race_for_a_new_folder_does_not_remove_the_winners_wor
             shutil.copytree(index, path.parent, dirs_exist_ok=True)
             (path.parent / "manifest.json").unlink()
 
-        def acquire(self, timeout: float) -> None:
+        def acquire(self, timeout: float, poll_interval: float) -> None:
             raise refuse("lock")
 
     monkeypatch.setattr(store.filelock, "FileLock", Late)
@@ -699,8 +705,7 @@ def test_a_call_that_fails_leaves_the_old_version_or_the_new(
         model(0).save(place / "index")
         model(1).save(place / "index")
     before = snapshot(place)
-    new = model(2)
-    answers = {answer(model(1)): "before", answer(new): "after"}
+    answers = {answer(model(1)): "before", answer(model(2)): "after"}
     at, failures = 0, 0
     while True:
         shutil.rmtree(place)
@@ -708,6 +713,7 @@ def test_a_call_that_fails_leaves_the_old_version_or_the_new(
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).mkdir(exist_ok=True) if data is None else (place / name).write_bytes(data)
         place.mkdir(exist_ok=True)
+        new = model(2)
         with monkeypatch.context() as patch:
             faults = Faults(patch, error)
             faults.at = at

@@ -585,7 +585,8 @@ def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, en
     assert names(tmp_path / "plain").keys() == store.KINDS.keys()
 
 
-def test_a_version_without_them_lets_go_of_them(index: Path) -> None:
+def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
     first = names(index)
     for version in (2, 3):
         model(values=None).save(index)

@@ -1,0 +1,89 @@
+"""Several arrays as one: an index that grows keeps what it had, and adds what is new beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval_tip.errors import InputError
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Segments:
+    """Arrays ``[n_i, d]`` of one dtype, one after the other, as one ``[n, d]``; nothing is copied to make it.
+
+    Slices within one part are views of it; anything else that is taken is a copy. Raises InputError where there are no
+    parts, or they do not fit together.
+    """
+
+    def __init__(self, parts: Sequence[npt.NDArray[Any]]) -> None:
+        if not parts or len({(part.shape[1:], part.dtype) for part in parts}) > 1 or parts[0].ndim != 2:
+            raise InputError("segments: expected arrays [n, d] with the same d and dtype, at least one")
+        self.parts = tuple(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in self.parts)]).astype(np.int64)
+        self.dtype = self.parts[0].dtype
+        self.shape = (int(self.starts[-1]), int(self.parts[0].shape[1]))
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | IntArray) -> npt.NDArray[Any]:
+        """Rows as one array: by a slice without a step, or by row numbers ``[m]``, negative ones from the end."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step != 1:
+                return self[np.arange(start, stop, step)]
+            first = int(np.searchsorted(self.starts, start, "right")) - 1
+            found = [
+                part[max(start - at, 0) : max(stop - at, 0)]
+                for part, at in zip(self.parts[first:], self.starts[first:-1].tolist(), strict=True)
+                if at < stop
+            ]
+            return found[0] if len(found) == 1 else np.concatenate(found or [self.parts[0][:0]])
+        rows = np.arange(len(self))[rows] if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"row out of range of {len(self)}")
+        out = np.empty((*rows.shape, self.shape[1]), dtype=self.dtype)
+        for part, at in zip(self.parts, self.starts[:-1], strict=True):
+            own = (rows >= at) & (rows < at + len(part))
+            if own.any():
+                out[own] = part[rows[own] - at]
+        return out
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("several segments are one array only as a copy")
+        return np.concatenate(self.parts, dtype=dtype)
+
+
+def segments_of(array: npt.NDArray[Any] | Segments) -> tuple[npt.NDArray[Any], ...]:
+    """The parts that an array consists of: its own, or itself."""
+    return array.parts if isinstance(array, Segments) else (array,)
+
+
+def joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any] | Segments:
+    """Parts as one: the array itself where there is but one."""
+    return parts[0] if len(parts) == 1 else Segments(parts)
+
+
+def runs(array: npt.NDArray[Any] | Segments, size: int) -> Iterator[slice]:
+    """Slices of at most ``size`` rows that cover an array, none of them over two parts."""
+    at = 0
+    for part in segments_of(array):
+        for start in range(0, len(part), size):
+            yield slice(at + start, at + min(start + size, len(part)))
+        at += len(part)
