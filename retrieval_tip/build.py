@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 
 from retrieval_tip import store
+from retrieval_tip.audit import Found, describe_duplicates, duplicates
 from retrieval_tip.backbone import Identity
 from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel, label_table
 from retrieval_tip.defaults import check_form, measure, plain_settings
@@ -86,9 +87,9 @@ def build_index(
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_form(form)
     class_names, weights, prompts = _text(source, encoder, templates, text)
-    ids = _ids(source, class_names)
+    ids = ids_in(source, class_names)
     if shots is not None:
-        drawn = _draw(ids, class_names, shots, encoder.seed)
+        drawn = draw_shots(ids, class_names, shots, encoder.seed)
         source, ids = source.take(drawn), ids[drawn]
     order = np.argsort(ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
 
@@ -106,21 +107,12 @@ def build_index(
         statistics = measure(keys, ids[order])
         plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
         factory, few = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
-        items = source.items.take(pa.array(order))
-        if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
-            digests = items["digest"].to_pylist()
-        extra = items.select([c for c in items.column_names if c not in (*store.LABEL_SCHEMA.names, "id")])
+        columns = item_columns(source.items.take(pa.array(order)), digests)
+        labels = label_table(class_names, ids[order], key_ids=order, views=encoder.views, **columns)
+        warn_of(duplicates(keys, labels))
         cache = CacheModel(
             keys=keys,
-            labels=label_table(
-                class_names,
-                ids[order],
-                items["source"],
-                key_ids=order,
-                views=encoder.views,
-                digests=digests,
-                extra=extra,
-            ),
+            labels=labels,
             class_names=list(class_names),
             text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
             index=index_over(keys, ids[order], len(class_names), factory, device="cpu"),
@@ -188,15 +180,33 @@ def _text(
     return source.class_names, None, []
 
 
-def _draw(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """Positions of the published draw, in the order of the source."""
+def warn_of(found: Found) -> None:
+    """Say which images are in two classes: one of the labels is wrong, or both are."""
+    for line in describe_duplicates(found):
+        log.warning("in two classes: %s", line)
+
+
+def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
+    """Positions of the published draw of so many a class (:func:`shots.few_shot`), in the order of the source."""
     few = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if few:
         log.warning("%d classes have fewer than %d images, so some repeat: %s", len(few), shots, _few(few))
     return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
 
 
-def _ids(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
+def item_columns(items: pa.Table, digests: Sequence[str | None]) -> dict[str, Any]:
+    """What a source says of its items, as :func:`labels.label_table` takes it: sources, digests, and extra columns.
+
+    Digests of the images that were read come after those that a table has.
+    """
+    if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
+        digests = items["digest"].to_pylist()
+    extra = items.select([c for c in items.column_names if c not in (*store.LABEL_SCHEMA.names, "id")])
+    return {"sources": items["source"], "digests": list(digests), "extra": extra}
+
+
+def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Class ids of the items of a source. Raises InputError for labels that are no class."""
     position = {name: i for i, name in enumerate(class_names)}
     labels = source.labels
     unknown = sorted(set(labels) - position.keys())

@@ -7,7 +7,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -460,8 +459,7 @@ class CacheModel:
         manifest = store.Manifest(
             version=(parent or 0) + 1,
             parent=parent,
-            created_at=now().isoformat(timespec="seconds"),
-            created_by=f"retrieval-tip {version('retrieval-tip')}",
+            **store.stamp(),
             n=self.n,
             d=self.d,
             dtype=str(self.keys.dtype),
@@ -676,7 +674,7 @@ class CacheModel:
         labels: Labels,
         sources: Sequence[str] | pa.ChunkedArray | None = None,
         *,
-        views: int = 1,
+        views: int | npt.NDArray[np.integer[Any]] = 1,
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
@@ -934,7 +932,7 @@ def label_table(
     sources: Sequence[str] | pa.ChunkedArray | None = None,
     *,
     key_ids: npt.NDArray[np.int64] | None = None,
-    views: int = 1,
+    views: int | npt.NDArray[np.integer[Any]] = 1,
     digests: Sequence[str | None] | None = None,
     extra: pa.Table | None = None,
 ) -> pa.Table:
@@ -953,7 +951,7 @@ def label_table(
         "label": pa.array(class_names, pa.string()).take(pa.array(class_ids)),
         "source": pa.array([f"key {i}" for i in ids], pa.string()) if sources is None else _string(sources),
         "shot": pa.array(shots),
-        "views": pa.array(np.full(n, views, dtype=np.int32)),
+        "views": pa.array(np.broadcast_to(np.asarray(views, dtype=np.int32), n)),
         "digest": pa.array(digests if digests is not None else [None] * n, pa.string()),
         "added_at": pa.array([now()] * n, pa.timestamp("us", "UTC")),
     }

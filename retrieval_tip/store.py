@@ -13,6 +13,7 @@ lock                      held by the process that writes
 
 from __future__ import annotations
 
+import datetime
 import glob
 import hashlib
 import json
@@ -26,6 +27,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -669,11 +671,11 @@ class Writer:
 
 @contextmanager
 def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
-    """Write a new version of an index, alone: another writer waits its turn, ``wait`` seconds at most
-    (by default :data:`LOCK_WAIT`).
+    """Write a new version of an index, alone: another writer waits its turn, ``wait`` seconds.
 
-    An exception, or a kill at any moment, leaves the version that was there; folders that were not there are removed
-    again. Raises StoreError: the folder is something else, is locked, cannot be written, or the disk is full.
+    By default that is :data:`LOCK_WAIT`. An exception, or a kill at any moment, leaves the version that was there;
+    folders that were not there are removed again. Raises StoreError: the folder is something else, is locked, cannot be
+    written, or the disk is full.
     """
     _check_name(folder)
     for name in ("data", "manifests", "lock", "manifest.json"):
@@ -754,6 +756,19 @@ def _owner(path: Path) -> str:
         except OSError:
             pass
     return text or "another process"
+
+
+def stamp() -> dict[str, Any]:
+    """When and by what a manifest is written."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created_at": now, "created_by": f"retrieval-tip {version('retrieval-tip')}"}
+
+
+def next_key_id(folder: Path, manifest: Manifest) -> int:
+    """The first key id that was never given up to a version, as far as it says. Raises StoreError as read_labels."""
+    if manifest.next_key_id is not None:
+        return manifest.next_key_id
+    return int(pc.max(read_labels(folder, manifest)["key_id"]).as_py()) + 1
 
 
 def earlier_manifests(folder: Path) -> list[Manifest]:

@@ -1,0 +1,370 @@
+"""What changes an index folder: each function makes one new version of it, alone, or fails and changes nothing.
+
+What takes long, encoding above all, is done before other writers have to wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from retrieval_tip import store
+from retrieval_tip.audit import Found, duplicates
+from retrieval_tip.backbone import Backbone, Identity
+from retrieval_tip.build import DTYPES, draw_shots, ids_in, item_columns, read_text_table
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.features import Encoder, check_backbone, same_backbone, table_identity
+from retrieval_tip.inputs import check_settings
+from retrieval_tip.keys import text_index_over
+from retrieval_tip.labels import rows_where
+from retrieval_tip.prompts import check_templates, text_weights
+from retrieval_tip.segments import segments_of
+from retrieval_tip.sources import Source, show
+
+Folder = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """The ``version`` of the index that a change made, or found where there was nothing to do, and the keys of it."""
+
+    version: int
+    key_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Added(Changed):
+    """What was added: ``classes`` that are new, images left out as ``known``, and poison among the new keys."""
+
+    classes: list[str]
+    known: int
+    found: Found | None
+
+
+@dataclass
+class _Change:
+    """An index in the making: ``what`` is said of it in its history, and nothing is written where it stays empty."""
+
+    cache: CacheModel
+    what: str = ""
+
+
+@contextmanager
+def _changing(folder: Folder, verify: str = "full") -> Iterator[_Change]:
+    """The current version, alone, to become the next one. What is copied from it is checked in any case."""
+    place = Path(folder)
+    store.read_manifest(place)  # where there is no index, nothing is made
+    with store.write(place) as writer:
+        check = store.Check(place, writer.parent, verify)
+        change = _Change(CacheModel.load(place, device="cpu", precision="float32", check=check))
+        yield change
+        if change.what:
+            change.cache.commit(writer, change.what)
+
+
+def add(
+    folder: Folder,
+    source: Source,
+    encoder: Encoder,
+    *,
+    text: Folder | None = None,
+    shots: int | None = None,
+    skip_known: bool = False,
+) -> Added:
+    """Add the labelled images or features of a source; classes that are new come after those there are, in its order.
+
+    It costs by what is added (:meth:`CacheModel.add`). Where the index has text, new classes get their text weights
+    from its templates by the encoder's backbone, or from ``text``.
+
+    Args:
+        folder: the index.
+        source: labelled images or features.
+        encoder: backbone, views and caching, as the index's; ``encoder.skipped`` names what could not be read.
+        text: a table of text features labelled by class, for the new classes.
+        shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
+        skip_known: leave out images that the index has under the same label, by the digest of their bytes.
+
+    Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`store.write`.
+    """
+    manifest = store.read_manifest(Path(folder))
+    identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
+    check_backbone(identity, manifest.d, encoder.backbone, [source])
+    weights = _weights_of(source.class_names, manifest, encoder, text)
+    if shots is not None:
+        ids = ids_in(source, source.class_names)
+        source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
+    block = encoder.encode(source)
+    items = source.items.take(pa.array(block.positions))
+    columns = item_columns(items, block.digests)
+    with _changing(folder, "fast") as change:
+        cache = change.cache
+        labels = np.array(items["label"].to_pylist(), dtype=object)
+        rows = _unknown(cache, labels, columns["digests"]) if skip_known else np.arange(len(labels))
+        classes = _add_classes(cache, source.class_names, weights)
+        key_ids = []
+        if len(rows):
+            picked = {name: _picked(column, rows) for name, column in columns.items()}
+            key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=encoder.views, **picked)
+        if len(rows) or classes:
+            change.what = _said(f"add {len(rows)} keys", classes)
+    return Added(_version(cache), key_ids, classes, len(labels) - len(rows), _poison(cache, key_ids))
+
+
+def merge(folder: Folder, other: Folder) -> Added:
+    """Add the keys of another index of the same backbone; classes that are new bring their text weights.
+
+    Keys get ids of this index, and keep their source, digest, views and further columns. Raises BackboneError where the
+    backbones differ, InputError where the other index has trained values, which are of no use among other keys, or has
+    no text where this one has; StoreError as :func:`store.write`.
+    """
+    theirs = CacheModel.load(folder=other, device="cpu", precision="float32")
+    if theirs.values is not None:
+        raise InputError(
+            f"{other}: has trained values, which are of no use among other keys; merge the index before them"
+        )
+    manifest = store.read_manifest(Path(folder))
+    if manifest.backbone is not None and theirs.backbone is not None:
+        same_backbone(theirs.backbone, Identity.from_dict(manifest.backbone), str(other))
+    weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
+    columns = item_columns(theirs.labels, theirs.labels["digest"].to_pylist())
+    with _changing(folder) as change:
+        cache = change.cache
+        classes = _add_classes(cache, theirs.class_names, weights)
+        labels = theirs.labels["label"].to_pylist()
+        views = theirs.labels["views"].to_numpy()
+        key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **columns)
+        change.what = _said(f"merge {show(other)}: {len(key_ids)} keys", classes)
+    return Added(_version(cache), key_ids, classes, 0, _poison(cache, key_ids))
+
+
+def remove(folder: Folder, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+    """Remove the keys that a condition in SQL over the label store holds for, or by their ids; classes stay.
+
+    Their bytes leave the folder with the last version that has them: see :func:`store.collect`. Raises UsageError
+    unless one of ``where`` and ``key_ids`` is given and can work, InputError as :meth:`CacheModel.remove`.
+    """
+    with _changing(folder) as change:
+        chosen = _chosen(change.cache, where, key_ids)
+        if chosen:
+            change.cache.remove(chosen)
+            change.what = f"remove {len(chosen)} keys"
+    return Changed(_version(change.cache), chosen)
+
+
+def relabel(folder: Folder, label: str, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+    """Give keys, chosen as for :func:`remove`, to another class of the index. Errors as there."""
+    with _changing(folder) as change:
+        cache = change.cache
+        chosen = _chosen(cache, where, key_ids)
+        old = dict(zip(cache.labels["key_id"].to_pylist(), cache.labels["label"].to_pylist(), strict=True))
+        chosen = [key_id for key_id in chosen if old[key_id] != label]
+        cache.relabel(chosen, label)
+        if chosen:
+            change.what = f"relabel {len(chosen)} keys as {label}"
+    return Changed(_version(cache), chosen)
+
+
+def configure(
+    folder: Folder,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    k: int | Literal["all"] | None = None,
+    tail: bool | None = None,
+    temperature: float | None = None,
+    templates: Sequence[str] = (),
+    backbone: Backbone | None = None,
+) -> Changed:
+    """Change settings of an index; what is ``None`` stays. Templates make new text weights, by the ``backbone``.
+
+    Raises UsageError where nothing is given, a setting cannot work, or templates come without a backbone; BackboneError
+    where that is not the index's.
+    """
+    given = {"alpha": alpha, "beta": beta, "tail": tail, "temperature": temperature}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {} if k is None else {"k": None if k == "all" else k}
+    if not given and not templates:
+        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature or templates")
+    manifest = store.read_manifest(Path(folder))
+    prompts = list(check_templates(templates)) if templates else []
+    weights: dict[str, Any] = {}
+    if prompts:
+        if backbone is None:
+            raise UsageError("templates: text weights from templates need a backbone; give --model")
+        check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
+        names = manifest.class_names
+        weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
+    with _changing(folder, "fast") as change:
+        cache = change.cache
+        for name, value in given.items():
+            setattr(cache, name, value)
+        check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale, cache.temperature)
+        if prompts:
+            if weights.keys() != set(cache.class_names):
+                raise StoreError(f"{folder}: got other classes meanwhile; try again")
+            every = np.stack([weights[name] for name in cache.class_names])
+            cache.templates, cache.text_weights = prompts, torch.from_numpy(every)
+            cache.text_index = text_index_over(every, cache.index.factory, "cpu")
+        marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
+        cache.provenance = cache.provenance | marks
+        change.what = "set " + ", ".join(_shown(name, value) for name, value in given.items())
+        if prompts:
+            change.what += (", " if given else "") + f"{len(prompts)} templates"
+    return Changed(_version(cache), [])
+
+
+def compact(folder: Folder) -> Changed:
+    """Make all keys one segment, indexed as the first one is; nothing is done where they are one.
+
+    Answers are as of a new build of the same keys. Raises StoreError as :func:`store.write`.
+    """
+    with _changing(folder) as change:
+        segments = len(segments_of(change.cache.keys))
+        if segments > 1:
+            change.cache.compact()
+            change.what = f"compact {segments} segments"
+    return Changed(_version(change.cache), [])
+
+
+def rebuild(folder: Folder, *, index: str | None = None, dtype: str | None = None) -> Changed:
+    """Build the FAISS index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
+
+    Raises UsageError for a type or dtype that cannot work, InputError where keys are too large for it.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
+    with _changing(folder) as change:
+        change.cache.compact(index, dtype)
+        change.what = f"rebuild as {change.cache.index.factory} of {change.cache.keys.dtype}"
+    return Changed(_version(change.cache), [])
+
+
+def rollback(folder: Folder, version: int | None = None) -> Changed:
+    """Make an earlier version, by default the one before, the content of a new one; history goes on in one line.
+
+    Key ids that were given since are not given again. Raises StoreError where that version is not there or damaged.
+    """
+    place = Path(folder)
+    store.read_manifest(place)
+    with store.write(place) as writer:
+        current = writer.parent
+        assert current is not None
+        wanted = version if version is not None else current.parent
+        if wanted is None:
+            raise StoreError(f"{place}: has no version before {current.version}")
+        if wanted == current.version:
+            return Changed(current.version, [])
+        old = store.read_version(place, wanted)
+        store.Check(place, old).wait()
+        found = dataclasses.replace(
+            old,
+            version=current.version + 1,
+            parent=current.version,
+            next_key_id=max(store.next_key_id(place, manifest) for manifest in (old, current)),
+            change=f"rollback to version {wanted}",
+            **store.stamp(),
+        )
+        writer.commit(found)
+    return Changed(found.version, [])
+
+
+def clone(folder: Folder, out: Folder, version: int | None = None) -> Changed:
+    """Copy the current, or an earlier, version of an index into a new folder, checked on the way.
+
+    Raises StoreError where there is an index in ``out`` already.
+    """
+    if store.is_index(Path(out)):
+        raise StoreError(f"{out}: holds an index already; give another folder")
+    cache = CacheModel.load(folder, device="cpu", version=version)
+    cache.save(out, f"clone version {cache.version} of {show(folder)}")
+    return Changed(_version(cache), [])
+
+
+def _weights_of(
+    class_names: Sequence[str], manifest: store.Manifest, encoder: Encoder, text: Folder | None
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Text weights of the classes that the index does not have, as far as there is something to make them from."""
+    known = set(manifest.class_names)
+    new = [name for name in class_names if name not in known]
+    if not new:
+        return {}
+    if text is not None:
+        names, weights = read_text_table(text, encoder.norms)
+        theirs = table_identity(Path(text))
+        if theirs is not None and manifest.backbone is not None:
+            same_backbone(theirs, Identity.from_dict(manifest.backbone), str(text))
+        if weights.shape[1] != manifest.d:
+            raise InputError(f"{text}: text features of {weights.shape[1]} values, the index has {manifest.d}")
+        return {name: row for name, row in zip(names, weights, strict=True) if name in new}
+    if encoder.backbone is None or not manifest.templates:
+        return {}
+    return dict(zip(new, text_weights(encoder.backbone, new, manifest.templates), strict=True))
+
+
+def _add_classes(cache: CacheModel, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
+    """Add the classes that the index does not have, in order, with their text weights where it has text."""
+    known = set(cache.class_names)
+    new = [name for name in names if name not in known]
+    missing = [name for name in new if name not in weights] if cache.has_text else []
+    if missing:
+        raise InputError(
+            f"class {missing[0]!r}: is new and needs a text weight, as every class of this index has one; "
+            "give its text features with --text, or the backbone with --model where the index has templates"
+        )
+    if new:
+        cache.add_classes(new, np.stack([weights[name] for name in new]) if cache.has_text else None)
+    return new
+
+
+def _unknown(cache: CacheModel, labels: npt.NDArray[Any], digests: Sequence[str | None]) -> npt.NDArray[np.int64]:
+    """Rows of images that the index does not have under the same label."""
+    known = set(zip(cache.labels["digest"].to_pylist(), cache.labels["label"].to_pylist(), strict=True))
+    pairs = zip(digests, labels.tolist(), strict=True)
+    return np.flatnonzero([digest is None or (digest, label) not in known for digest, label in pairs])
+
+
+def _picked(column: Any, rows: npt.NDArray[np.int64]) -> Any:
+    """Some rows of a column of whatever kind."""
+    return [column[row] for row in rows] if isinstance(column, list) else column.take(pa.array(rows))
+
+
+def _poison(cache: CacheModel, key_ids: Sequence[int]) -> Found | None:
+    """The new keys that are in another class too."""
+    if not key_ids:
+        return None
+    fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
+    return duplicates(cache.keys, cache.labels, fresh, search=cache.nearest)
+
+
+def _chosen(cache: CacheModel, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
+    """The ids of the keys that are meant."""
+    if (where is None) == (key_ids is None):
+        raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
+    if where is None:
+        return list(key_ids or [])
+    found: list[int] = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
+    return found
+
+
+def _said(what: str, classes: Sequence[str]) -> str:
+    return what + (f" and {len(classes)} classes" if classes else "")
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'all' if value is None else value}"
+
+
+def _version(cache: CacheModel) -> int:
+    assert cache.version is not None
+    return cache.version
