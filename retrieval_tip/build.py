@@ -18,12 +18,13 @@ import torch
 from retrieval_tip import store
 from retrieval_tip.audit import Found, describe_duplicates, duplicates
 from retrieval_tip.backbone import Identity
-from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel, label_table
+from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel
 from retrieval_tip.defaults import check_form, measure, plain_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, read_features, same_backbone, table_identity
 from retrieval_tip.inputs import check_settings
 from retrieval_tip.keys import KEY_BLOCK, index_over, text_index_over
+from retrieval_tip.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.shots import few_shot
 from retrieval_tip.sources import Source, open_source
@@ -103,10 +104,10 @@ def build_index(
             )
         bare = sorted(set(range(len(class_names))) - set(ids[order].tolist()))
         if bare:
-            log.warning("%d classes have no key: %s", len(bare), _few([class_names[i] for i in bare]))
+            log.warning("%d classes have no key: %s", len(bare), few([class_names[i] for i in bare]))
         statistics = measure(keys, ids[order])
         plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
-        factory, few = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
+        factory, met = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
         columns = item_columns(source.items.take(pa.array(order)), digests)
         labels = label_table(class_names, ids[order], key_ids=order, views=encoder.views, **columns)
         warn_of(duplicates(keys, labels))
@@ -120,7 +121,7 @@ def build_index(
             alpha=plain_alpha,
             beta=plain_beta,
             logit_scale=scale,
-            k=few if k == "auto" else k,
+            k=met if k == "auto" else k,
             templates=prompts,
             backbone=_identity(source, encoder),
             provenance={
@@ -188,9 +189,9 @@ def warn_of(found: Found) -> None:
 
 def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
     """Positions of the published draw of so many a class (:func:`shots.few_shot`), in the order of the source."""
-    few = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
-    if few:
-        log.warning("%d classes have fewer than %d images, so some repeat: %s", len(few), shots, _few(few))
+    rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
+    if rare:
+        log.warning("%d classes have fewer than %d images, so some repeat: %s", len(rare), shots, few(rare))
     return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
 
 
@@ -201,7 +202,7 @@ def item_columns(items: pa.Table, digests: Sequence[str | None]) -> dict[str, An
     """
     if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
         digests = items["digest"].to_pylist()
-    extra = items.select([c for c in items.column_names if c not in (*store.LABEL_SCHEMA.names, "id")])
+    extra = items.select([c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")])
     return {"sources": items["source"], "digests": list(digests), "extra": extra}
 
 
@@ -211,7 +212,7 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
     labels = source.labels
     unknown = sorted(set(labels) - position.keys())
     if unknown:
-        raise InputError(f"{source.name}: labels without text weights: {_few(unknown)}; add them to the text table")
+        raise InputError(f"{source.name}: labels without text weights: {few(unknown)}; add them to the text table")
     return np.array([position[label] for label in labels], dtype=np.int64)
 
 
@@ -262,5 +263,6 @@ def _provenance(given: float | None, form: str) -> str:
     return "the paper's default" if form == "none" else f"default, normalize {form}"
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first names of many, on one line."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.features import Encoder
 from retrieval_tip.inputs import Features, Labels
 from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
+from retrieval_tip.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.retrieval import LOGITS, SHORTLIST, Retrieval, slices
 from retrieval_tip.segments import Segments, joined, segments_of
 from retrieval_tip.sources import Source
@@ -153,6 +153,8 @@ class CacheModel:
         """Bring up to date what follows from the keys, their labels, the classes and the text weights."""
         class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
         c, (base, *late) = len(self.class_names), segments_of(self.keys)
+        if not self.index.by_class and self.index.indexed != len(base):
+            raise InputError(f"index: is over {self.index.indexed} vectors, the first segment has {len(base)} keys")
         if late or (self.index.by_class and self.index.indexed < c):
             counts = np.bincount(class_ids[: len(base)], minlength=c)
             self.index = beside(self.index, late, class_ids[len(base) :], counts)
@@ -186,6 +188,15 @@ class CacheModel:
     def d(self) -> int:
         """Length of a feature."""
         return int(self.keys.shape[1])
+
+    @property
+    def segments(self) -> int:
+        """Number of segments of the keys; the index is over the first one."""
+        return len(segments_of(self.keys))
+
+    def whole(self) -> CacheModel:
+        """The same classifier with all keys in one segment; itself, where they are."""
+        return self if self.segments == 1 else self.take(self._order())
 
     @property
     def has_text(self) -> bool:
@@ -370,19 +381,15 @@ class CacheModel:
                 self._check_current(writer)
             self.commit(writer, change)
 
-    def save_settings(
-        self, folder: str | os.PathLike[str], *, index: bool = False, change: str = "change settings"
-    ) -> None:
+    def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
         """Write alpha, beta, k, tail, temperature and provenance as a new version of the folder this was loaded from.
 
-        No data file is written again, but the FAISS one with ``index``: all are that version's. Raises StoreError where
-        the index has changed since it was loaded.
+        No data file is written again: all are that version's. Raises StoreError where the index has changed since it
+        was loaded.
         """
         with store.write(Path(folder)) as writer:
             self._check_current(writer)
             writer.keep_all()
-            if index:
-                self._seal_index(writer, "index", self.index)
             self._commit(writer, change)
 
     def _check_current(self, writer: store.Writer) -> None:
@@ -394,7 +401,7 @@ class CacheModel:
             )
 
     def _same(self, folder: Path) -> bool:
-        return self.folder is not None and self.folder.resolve() == folder.resolve()
+        return None not in (self.folder, self.version) and Path(self.folder or "").resolve() == folder.resolve()
 
     def commit(self, writer: store.Writer, change: str) -> None:
         """Write what the version before does not have, and make this the current version.
@@ -753,7 +760,7 @@ class CacheModel:
         table = self.labels
         for name, column in (("class_id", ids), ("label", names), ("shot", shots)):
             place = table.column_names.index(name)
-            table = table.set_column(place, name, pa.array(column, store.LABEL_SCHEMA.field(name).type))
+            table = table.set_column(place, name, pa.array(column, LABEL_SCHEMA.field(name).type))
         touched = np.zeros(self.n, dtype=bool)
         touched[rows] = True
         self._rearrange(table, touched, np.ones(self.n, dtype=bool))
@@ -924,51 +931,6 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
         if not np.allclose(found[:, 0], own, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index is not over these keys; build the index again")
     return cache
-
-
-def label_table(
-    class_names: Sequence[str],
-    class_ids: npt.NDArray[np.int64],
-    sources: Sequence[str] | pa.ChunkedArray | None = None,
-    *,
-    key_ids: npt.NDArray[np.int64] | None = None,
-    views: int | npt.NDArray[np.integer[Any]] = 1,
-    digests: Sequence[str | None] | None = None,
-    extra: pa.Table | None = None,
-) -> pa.Table:
-    """The label store of keys with these class ids; ``shot`` counts the keys of a class. ``extra`` columns follow."""
-    n = len(class_ids)
-    if sources is not None and len(sources) != n:
-        raise InputError(f"sources: {len(sources)} for {n} keys")
-    ids = np.arange(n) if key_ids is None else key_ids
-    order = np.argsort(class_ids, kind="stable")
-    counts = np.bincount(class_ids, minlength=len(class_names))
-    shots = np.empty(n, dtype=np.int32)
-    shots[order] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
-    columns = {
-        "key_id": pa.array(ids, pa.int64()),
-        "class_id": pa.array(class_ids, pa.int32()),
-        "label": pa.array(class_names, pa.string()).take(pa.array(class_ids)),
-        "source": pa.array([f"key {i}" for i in ids], pa.string()) if sources is None else _string(sources),
-        "shot": pa.array(shots),
-        "views": pa.array(np.broadcast_to(np.asarray(views, dtype=np.int32), n)),
-        "digest": pa.array(digests if digests is not None else [None] * n, pa.string()),
-        "added_at": pa.array([now()] * n, pa.timestamp("us", "UTC")),
-    }
-    table = pa.table(columns, schema=store.LABEL_SCHEMA)
-    if extra is not None:
-        for name in extra.column_names:
-            table = table.append_column(name, extra[name])
-    return table
-
-
-def now() -> datetime.datetime:
-    """The time that goes into manifests and label stores."""
-    return datetime.datetime.now(datetime.UTC)
-
-
-def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,16 +22,17 @@ import torch
 from retrieval_tip import store
 from retrieval_tip.audit import Found, duplicates
 from retrieval_tip.backbone import Backbone, Identity
-from retrieval_tip.build import DTYPES, draw_shots, ids_in, item_columns, read_text_table
+from retrieval_tip.build import DTYPES, build_index, draw_shots, ids_in, item_columns, read_text_table
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.exchange import import_table
 from retrieval_tip.features import Encoder, check_backbone, same_backbone, table_identity
 from retrieval_tip.inputs import check_settings
 from retrieval_tip.keys import text_index_over
 from retrieval_tip.labels import rows_where
 from retrieval_tip.prompts import check_templates, text_weights
 from retrieval_tip.segments import segments_of
-from retrieval_tip.sources import Source, show
+from retrieval_tip.sources import Source, open_source, show
 
 Folder = str | os.PathLike[str]
 
@@ -289,6 +291,39 @@ def clone(folder: Folder, out: Folder, version: int | None = None) -> Changed:
     cache = CacheModel.load(folder, device="cpu", version=version)
     cache.save(out, f"clone version {cache.version} of {show(folder)}")
     return Changed(_version(cache), [])
+
+
+def import_index(
+    source: Folder,
+    out: Folder,
+    *,
+    classes: Folder | None = None,
+    labels: Folder | None = None,
+    label_column: str | None = None,
+    text: Folder | None = None,
+    norms: str = "check",
+    index: str = "Flat",
+    dtype: str = "float32",
+    alpha: float | None = None,
+    beta: float | None = None,
+) -> CacheModel:
+    """Build an index folder from keys that another program made, as :func:`exchange.import_table` finds them.
+
+    The first arguments are that function's; ``norms`` as for :class:`features.Encoder`, the others as for
+    :func:`build.build_index`. Classes are in the order of ``text``, else in alphabetical order. Raises as these two.
+    """
+    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+        table = Path(folder) / "keys.parquet"
+        given = {"classes": classes, "labels": labels}
+        import_table(
+            Path(source),
+            table,
+            label_column=label_column,
+            **{name: None if path is None else Path(path) for name, path in given.items()},
+        )
+        found = dataclasses.replace(open_source(table), name=show(source))
+        settings: dict[str, Any] = {"text": text, "index": index, "dtype": dtype, "alpha": alpha, "beta": beta}
+        return build_index(found, out, Encoder(norms=norms), device="cpu", **settings)
 
 
 def _weights_of(

@@ -136,7 +136,7 @@ def finetune(
             held = checkpoints.read(place)
         else:
             log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
-    recipe = recipe or Recipe()
+    recipe, cache = recipe or Recipe(), cache.whole()
     material = _Material.of(cache, shots, encoder, recipe, val)
     facts = held[1] if held else {}
     if recipe.precision == "auto":

@@ -27,6 +27,7 @@ from retrieval_tip.defaults import untouched_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, replacing
 from retrieval_tip.inputs import check_settings
+from retrieval_tip.labels import images_of
 from retrieval_tip.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.sources import Source, open_source
 
@@ -125,7 +126,7 @@ def leave_one_out(cache: CacheModel) -> Queries:
     Keys are of one image where their content digest agrees, or their source where there is none. Raises UsageError
     where a class with keys has fewer than two images: without its only one nothing is left to recognise it by.
     """
-    groups = _images(cache)
+    groups = images_of(cache.labels)
     ids = cache.class_ids.cpu().numpy()
     _, first = np.unique(groups, return_index=True)  # an image drawn twice is asked once
     single = np.flatnonzero(np.bincount(ids[first], minlength=len(cache.class_names)) == 1)
@@ -343,13 +344,6 @@ def _check(cache: CacheModel, queries: Queries) -> None:
         raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{len(queries.ids)}, {cache.d}]")
     if queries.ids.min() < 0 or queries.ids.max() >= len(cache.class_names):
         raise InputError(f"{queries.name}: class ids outside 0 .. {len(cache.class_names) - 1}")
-
-
-def _images(cache: CacheModel) -> npt.NDArray[np.int64]:
-    """A number a key that agrees for keys of one image."""
-    names = zip(cache.labels["digest"].to_pylist(), cache.labels["source"].to_pylist(), strict=True)
-    number: dict[str, int] = {}
-    return np.array([number.setdefault(digest or f"source {source}", len(number)) for digest, source in names])
 
 
 def _powers(n: int) -> list[int | None]:

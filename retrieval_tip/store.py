@@ -14,7 +14,6 @@ lock                      held by the process that writes
 from __future__ import annotations
 
 import datetime
-import glob
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import numpy as np
@@ -39,11 +38,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from retrieval_tip import labels
 from retrieval_tip.backbone import Identity
 from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
-
-if TYPE_CHECKING:
-    import duckdb
+from retrieval_tip.labels import LABEL_SCHEMA
 
 FORMAT = "retrieval-tip index"
 FORMAT_VERSION = 2
@@ -56,20 +54,6 @@ KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss"}
 """Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training.
 Of one of very many classes: the FAISS index over their text weights."""
-
-LABEL_SCHEMA = pa.schema(
-    [
-        ("key_id", pa.int64()),
-        ("class_id", pa.int32()),
-        ("label", pa.string()),
-        ("source", pa.string()),
-        ("shot", pa.int32()),
-        ("views", pa.int32()),
-        ("digest", pa.string()),
-        ("added_at", pa.timestamp("us", "UTC")),
-    ]
-)
-"""Columns of the label store; row i describes row i of the keys. A table's further columns follow."""
 
 HASHED_AT_A_TIME = 1 << 24
 """Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
@@ -467,55 +451,44 @@ def describe(folder: Path) -> dict[str, Any]:
     )
 
 
-def query(folder: Path, sql: str) -> pa.Table:
-    """The answer of a SELECT over the label store, table ``labels``; ``class_counts`` is a view of it.
+def history(folder: Path) -> pa.Table:
+    """The versions of an index that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`.
 
-    A fine-tuned index that has the loss curve of its training has it as table ``curve``, a row an epoch.
-
-    duckdb runs on a copy in memory, without access to any file, and with its configuration locked.
-
-    Raises UsageError where the statement is not one SELECT or duckdb refuses it; StoreError where the index is damaged.
+    Raises StoreError where one of them is damaged.
     """
-    if not _is_text(sql):
-        raise UsageError("query: not UTF-8 text")
-    import duckdb
+    current = read_manifest(folder)
+    earlier = [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
+    return labels.versions_table(
+        [
+            {name: getattr(manifest, name) for name in ("version", "parent", "created_at", "created_by", "change")}
+            | {
+                "keys": manifest.n,
+                "classes": len(manifest.class_names),
+                "bytes": sum({file.name: file.bytes for file in manifest.data_files}.values()),
+                "current": manifest is current,
+            }
+            for manifest in [*earlier, current]
+        ]
+    )
 
+
+def query(folder: Path, sql: str, predictions: Path | None = None) -> pa.Table:
+    """The answer of a SELECT over the label store (:func:`labels.ask`): table ``labels`` and view ``class_counts``.
+
+    Further tables: ``versions`` (:func:`history`), ``curve`` of a fine-tuned index that has the loss curve of its
+    training, a row an epoch, and ``predictions``, where a file of them is given (:func:`labels.read_predictions`).
+
+    Raises UsageError where the statement is not one SELECT or duckdb refuses it; StoreError where the index is damaged;
+    InputError where the file is none of predictions.
+    """
     manifest = read_manifest(folder)
     Check(folder, manifest).wait()
-    with duckdb.connect(":memory:") as database:
-        for setting in ("autoinstall_known_extensions", "autoload_known_extensions", "python_enable_replacements"):
-            database.execute(f"SET {setting} = false")
-        for kind in ("labels", "curve"):
-            if kind in manifest.files:
-                _copy_table(database, kind, folder / manifest.files[kind].name)
-        database.execute("SET enable_external_access = false")
-        database.execute(
-            "CREATE VIEW class_counts AS SELECT class_id, label, count(*) AS keys FROM labels "
-            "GROUP BY class_id, label ORDER BY class_id"
-        )
-        database.execute("SET lock_configuration = true")
-        try:
-            statements = duckdb.extract_statements(sql)
-            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-                raise UsageError("query: expected one SELECT; the label store is read-only here")
-            result: pa.Table = database.sql(sql).to_arrow_table()
-        except duckdb.Error as error:
-            raise UsageError(f"query: {str(error).splitlines()[0]}") from None
-        except pa.ArrowException as error:
-            raise UsageError(f"query: its answer cannot be kept ({str(error).splitlines()[0]})") from None
-    return result
-
-
-def _copy_table(database: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
-    """Copy a Parquet file into a table in memory. Raises StoreError where it cannot be read."""
-    import duckdb
-
-    quoted = glob.escape(str(path)).replace("'", "''")
-    read = f"read_parquet('{quoted}', hive_partitioning = false)"
-    try:
-        database.execute(f"CREATE TABLE {name} AS SELECT * FROM {read}")  # noqa: S608 - quoted above
-    except duckdb.Error as error:
-        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    tables = {"labels": read_labels(folder, manifest), "versions": history(folder)}
+    if "curve" in manifest.files:
+        tables["curve"] = read_curve(folder, manifest.files["curve"])
+    if predictions is not None:
+        tables["predictions"] = labels.read_predictions(predictions)
+    return labels.ask(tables, sql)
 
 
 class Writer:

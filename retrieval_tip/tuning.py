@@ -75,6 +75,8 @@ def tune(
         raise UsageError(f"agreement is {agreement}: expected a fraction above 0, at most 1")
     if len(features) < LEAST_QUERIES:
         raise InputError(f"{len(features)} queries to tune on: at least {LEAST_QUERIES} are needed to see disagreement")
+    if cache.segments > 1:
+        raise InputError("the index has segments beside it, which a new one would not be over; compact it first")
     f = torch.from_numpy(np.ascontiguousarray(features)).to(cache.device)
     winners, cost = _timed(cache, f, None)
     trials = {Trial(cache.index.factory, cache.index.effort, None, 1.0, cost): cache.index}

@@ -522,7 +522,7 @@ def test_settings_alone_and_settings_with_the_index(
     cache.save_settings(tmp_path / "index")
     assert {path.name for path in (tmp_path / "index" / "data").iterdir()} == files
     cache.index, cache.k = fresh(cache, index="Classes").index, 128
-    cache.save_settings(tmp_path / "index", index=True)
+    cache.save(tmp_path / "index")
     added = {path.name for path in (tmp_path / "index" / "data").iterdir()} - files
     assert [name.partition("-")[0] for name in added] == ["index"]
     opened = verify(tmp_path / "index")
@@ -531,7 +531,7 @@ def test_settings_alone_and_settings_with_the_index(
     stale = CacheModel.load(tmp_path / "index", device="cpu")
     cache.save_settings(tmp_path / "index")
     with pytest.raises(StoreError, match="try again"):
-        stale.save_settings(tmp_path / "index", index=True)
+        stale.save(tmp_path / "index")
 
 
 def test_auto_sets_index_and_k(material: tuple[Array, Array, Array, Array]) -> None:

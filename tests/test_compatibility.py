@@ -1,4 +1,4 @@
-"""Indexes that older versions wrote load for ever: ``tests/indexes/v1`` was written by format 1 and is never changed."""
+"""Indexes that older versions wrote load for ever: ``indexes/v1`` was written by format 1 and is never changed."""
 
 from __future__ import annotations
 

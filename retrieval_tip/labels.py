@@ -1,0 +1,380 @@
+"""The label store's tables and how they are asked: in SQL, by conditions on rows, beside predictions and versions.
+
+SQL runs in a duckdb of its own, on copies in memory, which reaches no file, no network and no setting.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrieval_tip.errors import InputError, UsageError, one_line
+
+if TYPE_CHECKING:
+    import duckdb
+
+_NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
+_NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64()}
+PREDICTIONS = {
+    "input": pa.string(),
+    "label": pa.string(),
+    "probability": pa.float64(),
+    "labels": pa.list_(pa.string()),
+    "probabilities": pa.list_(pa.float64()),
+    "logits": pa.list_(pa.float32()),
+    "text_logit": pa.float64(),
+    "cache_logit": pa.float64(),
+    "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
+    "keys": pa.int64(),
+}
+"""The columns that ``classify`` can write, with their types."""
+
+LABEL_SCHEMA = pa.schema(
+    [
+        ("key_id", pa.int64()),
+        ("class_id", pa.int32()),
+        ("label", pa.string()),
+        ("source", pa.string()),
+        ("shot", pa.int32()),
+        ("views", pa.int32()),
+        ("digest", pa.string()),
+        ("added_at", pa.timestamp("us", "UTC")),
+    ]
+)
+"""Columns of the label store; row i describes row i of the keys. A table's further columns follow."""
+
+VERSIONS_SCHEMA = pa.schema(
+    [
+        ("version", pa.int64()),
+        ("parent", pa.int64()),
+        ("created_at", pa.timestamp("us", "UTC")),
+        ("created_by", pa.string()),
+        ("change", pa.string()),
+        ("keys", pa.int64()),
+        ("classes", pa.int64()),
+        ("bytes", pa.int64()),
+        ("current", pa.bool_()),
+    ]
+)
+"""The history of an index, a row a version; ``bytes`` are those of the version's files."""
+
+MAX_ROWS = 100_000_000
+"""Most predictions that one file may hold."""
+MAX_LINE = 1 << 26
+"""Bytes: the longest line of a text file of predictions; a thousand classes with their logits take 20 thousand."""
+MAX_OPEN = 500
+"""Most parentheses left open: duckdb's parser takes memory by their square, gigabytes for thousands, under no limit."""
+
+_SETTINGS = (
+    "autoinstall_known_extensions = false",
+    "autoload_known_extensions = false",
+    "python_enable_replacements = false",
+    "temp_directory = ''",  # before access ends: a folder for temporary files stays open to read and write
+    "secret_directory = ''",  # which would tell the home folder
+    "enable_external_access = false",
+)
+_SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
+_REMEDY = "expected what retrieval-tip classify --format parquet, csv or json --output FILE writes"
+
+
+def label_table(
+    class_names: Sequence[str],
+    class_ids: npt.NDArray[np.int64],
+    sources: Sequence[str] | pa.ChunkedArray | None = None,
+    *,
+    key_ids: npt.NDArray[np.int64] | None = None,
+    views: int | npt.NDArray[np.integer[Any]] = 1,
+    digests: Sequence[str | None] | None = None,
+    extra: pa.Table | None = None,
+) -> pa.Table:
+    """The label store of keys with these class ids; ``shot`` counts the keys of a class. ``extra`` columns follow."""
+    n = len(class_ids)
+    if sources is not None and len(sources) != n:
+        raise InputError(f"sources: {len(sources)} for {n} keys")
+    ids = np.arange(n) if key_ids is None else key_ids
+    order = np.argsort(class_ids, kind="stable")
+    counts = np.bincount(class_ids, minlength=len(class_names))
+    shots = np.empty(n, dtype=np.int32)
+    shots[order] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns = {
+        "key_id": pa.array(ids, pa.int64()),
+        "class_id": pa.array(class_ids, pa.int32()),
+        "label": pa.array(class_names, pa.string()).take(pa.array(class_ids)),
+        "source": pa.array([f"key {i}" for i in ids], pa.string()) if sources is None else _string(sources),
+        "shot": pa.array(shots),
+        "views": pa.array(np.broadcast_to(np.asarray(views, dtype=np.int32), n)),
+        "digest": pa.array(digests if digests is not None else [None] * n, pa.string()),
+        "added_at": pa.array([datetime.datetime.now(datetime.UTC)] * n, pa.timestamp("us", "UTC")),
+    }
+    table = pa.table(columns, schema=LABEL_SCHEMA)
+    if extra is not None:
+        for name in extra.column_names:
+            table = table.append_column(name, extra[name])
+    return table
+
+
+def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
+    """A number a key ``[n]`` that agrees for keys of one image: of one content digest, or of one source without one."""
+    images, sources = digest_codes(labels), _codes(labels["source"])
+    return np.where(images < 0, images.max(initial=-1) + 1 + sources, images)
+
+
+def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """A number a row that agrees for equal strings, -1 for null."""
+    encoded = column.dictionary_encode().unify_dictionaries()
+    parts = [chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
+
+
+def digest_codes(labels: pa.Table) -> npt.NDArray[np.int64]:
+    """A number a row that agrees for equal content digests, -1 where there is none."""
+    column = labels["digest"]
+    return _codes(pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column))
+
+
+def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
+
+
+def ask(tables: Mapping[str, pa.Table], sql: str) -> pa.Table:
+    """The answer of one SELECT over these tables, by name, and over ``class_counts``, a view of ``labels``.
+
+    The view has ``class_id``, ``label`` and ``keys``, a row a class that has keys. The tables are copied; columns in
+    half precision come as float32.
+
+    Raises UsageError where the statement is not one SELECT, or duckdb refuses it or runs out of its memory; InputError
+    for a table that duckdb cannot hold.
+    """
+    import duckdb
+
+    _check_text(sql, "query")
+    with _database(tables) as database:
+        try:
+            select = _one_select(database, sql, "query: expected one SELECT; the label store is read-only here")
+            answer: pa.Table = database.sql(select).to_arrow_table()
+        except duckdb.Error as error:
+            raise UsageError(f"query: {_reason(error)}") from None
+        except pa.ArrowException as error:
+            raise UsageError(f"query: its answer cannot be kept ({_reason(error)})") from None
+    return answer
+
+
+def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
+    """Positions ``[m]`` int64, ascending, of the rows where a boolean SQL expression over the columns holds.
+
+    What is NULL does not hold. Subqueries may ask ``labels`` and ``class_counts``.
+
+    Raises UsageError where the condition is not one boolean expression, or duckdb refuses it; InputError for a table
+    that duckdb cannot hold.
+    """
+    import duckdb
+
+    _check_text(condition, "where")
+    columns = ", ".join(labels.column_names)
+    expected = one_line(f"expected one condition that is true or false of a row, over the columns {columns}")
+    position = "position"
+    while position in {name.lower() for name in labels.column_names}:
+        position += "_"
+    numbered = labels.append_column(position, pa.array(np.arange(len(labels))))
+    with _database({"labels": numbered}) as database:
+        try:
+            # Bare, it can close no parenthesis of ours; within one, it can end no SELECT and open no comment.
+            _one_select(database, f"SELECT {condition}", f"where: {expected}")
+            asked = f"SELECT ({condition}) FROM labels"  # noqa: S608 - one expression, as the two of them show
+            types = [str(kind) for kind in database.sql(_one_select(database, asked, f"where: {expected}")).types]
+            if types != ["BOOLEAN"]:
+                raise UsageError(f"where: is {', '.join(types)}; {expected}")
+            select = f"SELECT {position} FROM labels WHERE ({condition})"  # noqa: S608
+            rows: npt.NDArray[np.int64] = database.sql(select).to_arrow_table()[position].to_numpy()
+        except duckdb.Error as error:
+            raise UsageError(f"where: {_reason(error)}; {expected}") from None
+    return np.sort(rows)  # duckdb's threads may hand them over in any order
+
+
+@contextmanager
+def _database(tables: Mapping[str, pa.Table]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A duckdb in memory that holds copies of these tables, and reaches nothing else."""
+    import duckdb
+
+    with duckdb.connect(":memory:") as database:
+        for setting in _SETTINGS:
+            database.execute(f"SET {setting}")
+        # Its default is most of the machine's, or of the container's; the tables and the answer need theirs beside it.
+        limit, unit = str(database.execute("SELECT current_setting('memory_limit')").fetchall()[0][0]).split()
+        database.execute(f"SET memory_limit = '{float(limit) / 2} {unit}'")
+        database.execute("SET lock_configuration = true")
+        for name, table in tables.items():
+            try:
+                plain = table.cast(pa.schema([field.with_type(_plain(field.type)) for field in table.schema]))
+                database.register("from Arrow", plain)
+                database.execute(f'CREATE TABLE "{name}" AS FROM "from Arrow"')
+                database.unregister("from Arrow")
+                if name == "labels":
+                    database.execute(
+                        "CREATE VIEW class_counts AS SELECT class_id, label, count(*) AS keys FROM labels "
+                        "GROUP BY class_id, label ORDER BY class_id"
+                    )
+            except (duckdb.Error, pa.ArrowException) as error:
+                raise InputError(f"{name}: duckdb cannot hold this table ({_reason(error)})") from None
+        yield database
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The nearest type that duckdb takes from Arrow."""
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if pa.types.is_decimal256(kind):
+        return pa.float64()
+    if pa.types.is_struct(kind):
+        return pa.struct([kind.field(i).with_type(_plain(kind.field(i).type)) for i in range(kind.num_fields)])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(_plain(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain(kind.value_type), kind.list_size)
+    return kind
+
+
+def _one_select(database: duckdb.DuckDBPyConnection, sql: str, refusal: str) -> duckdb.Statement:
+    """The statement, parsed. Raises UsageError where it is not a single SELECT, duckdb.Error where it is no SQL."""
+    import duckdb
+
+    statements = database.extract_statements(sql)
+    if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+        raise UsageError(refusal)
+    return statements[0]
+
+
+def _check_text(sql: str, what: str) -> None:
+    try:
+        sql.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{what}: not UTF-8 text") from None
+    if sql.count("(") - sql.count(")") > MAX_OPEN:
+        raise UsageError(f"{what}: more than {MAX_OPEN} parentheses are not closed")
+
+
+def _reason(error: BaseException) -> str:
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def read_predictions(path: Path) -> pa.Table:
+    """Predictions that ``classify`` wrote, a row an input: Parquet, CSV or JSON lines, told apart by what is in them.
+
+    The columns have the types of ``PREDICTIONS``; ``input`` and ``label`` are there, ``label`` may be null. Further
+    columns stay; of JSON lines, those that are text, a number or a truth value in the first one.
+
+    Raises InputError naming the file and what is wrong with it, also where it has more than ``MAX_ROWS`` rows.
+    """
+    name = one_line(str(path))
+    if not path.is_file():
+        raise InputError(f"{name}: {'not a file' if path.exists() else 'no such file'}; {_REMEDY}")
+    try:
+        with path.open("rb") as file:
+            head = file.readline(MAX_LINE).removeprefix(b"\xef\xbb\xbf").lstrip()
+        read = _parquet if head.startswith(b"PAR1") else _json if head.startswith(b"{") else _csv
+        with pa.OSFile(os.fsencode(path)) as raw:  # by its bytes, for the name may not be UTF-8
+            table = read(raw, head)
+        _check_columns(table.column_names, len(table))
+        for column in ("input", "label"):
+            if table.schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
+                raise ValueError(f"column {column!r} is {table.schema.field(column).type}, not text")
+        table.validate(full=True)  # that text is UTF-8
+        if table["input"].null_count:
+            raise ValueError(f"row {np.flatnonzero(table['input'].is_null().to_numpy())[0]} has no input")
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _reason(error)
+        raise InputError(f"{name}: cannot be read as predictions ({reason}); {_REMEDY}") from None
+    return table
+
+
+def _check_columns(columns: Sequence[str], rows: int) -> None:
+    if twice := [column for column, times in Counter(columns).items() if times > 1]:
+        raise ValueError(f"column {twice[0]!r} stands twice")
+    if missing := [column for column in ("input", "label") if column not in columns]:
+        raise ValueError(f"no column {missing[0]!r}")
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"{rows:,} rows, more than {MAX_ROWS:,}" if rows else "no rows")
+
+
+def _parquet(raw: pa.NativeFile, _: bytes) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(raw) as file:
+        _check_columns(file.schema_arrow.names, file.metadata.num_rows)  # before it takes the memory
+        return file.read()
+
+
+def _json(raw: pa.NativeFile, head: bytes) -> pa.Table:
+    first: dict[str, Any] = json.loads(head)
+    kinds = {key: PREDICTIONS.get(key, _SCALARS.get(type(value))) for key, value in first.items()}
+    return _read_json(raw, {key: kind for key, kind in kinds.items() if kind is not None})
+
+
+def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]) -> pa.Table:
+    """These columns of JSON lines; everything else is skipped, for Arrow overflows its stack on types nested deeply."""
+    import pyarrow.json
+
+    schema = pa.schema(list(kinds.items()))
+    return pyarrow.json.read_json(
+        raw,
+        pyarrow.json.ReadOptions(block_size=MAX_LINE),
+        pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    )
+
+
+def _csv(raw: pa.NativeFile, _: bytes) -> pa.Table:
+    """A CSV file, in which lists are JSON."""
+    import pyarrow.csv
+
+    nested = {column: kind for column, kind in PREDICTIONS.items() if pa.types.is_nested(kind)}
+    table = pyarrow.csv.read_csv(
+        raw,
+        pyarrow.csv.ReadOptions(block_size=MAX_LINE),
+        pyarrow.csv.ParseOptions(newlines_in_values=True),
+        pyarrow.csv.ConvertOptions(
+            column_types=PREDICTIONS | dict.fromkeys(nested, pa.string()), strings_can_be_null=True, null_values=[""]
+        ),
+    )
+    _check_columns(table.column_names, len(table))
+    for column in nested.keys() & set(table.column_names):
+        cells = table[column].to_pylist()
+        lines = "".join(f'{{"cell": {"null" if cell is None else cell}}}\n' for cell in cells)
+        parsed = _read_json(io.BytesIO(lines.encode()), {"cell": nested[column]})
+        if len(parsed) != len(table):  # a cell that closes its line and opens another
+            raise ValueError(f"column {column!r} is not JSON")
+        table = table.set_column(table.column_names.index(column), column, parsed["cell"])
+    return table
+
+
+def versions_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """The history of an index as a table of ``VERSIONS_SCHEMA``; what a row lacks is null.
+
+    ``created_at`` is ISO text, UTC where it names no zone; text that is no time becomes null. Raises InputError for a
+    value that its column cannot hold.
+    """
+    try:
+        return pa.Table.from_pylist(
+            [{**row, "created_at": _time(row.get("created_at"))} for row in rows], schema=VERSIONS_SCHEMA
+        )
+    except (pa.ArrowException, OverflowError, ValueError) as error:
+        raise InputError(f"versions: a value cannot be kept ({_reason(error)})") from None
+
+
+def _time(text: object) -> datetime.datetime | None:
+    try:
+        time = datetime.datetime.fromisoformat(str(text))
+        return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC)
+    except (ValueError, OverflowError):  # the first and the last hours of the calendar have no UTC
+        return None

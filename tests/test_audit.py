@@ -1,0 +1,489 @@
+"""Suspicious shots: against dense references, planted in made features, and in real photographs."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_cli import unit_rows
+
+from retrieval_tip import audit as audits
+from retrieval_tip.audit import NEAR, Duplicate, Found, audit, describe_duplicates, duplicates, images_of
+from retrieval_tip.build import build_index
+from retrieval_tip.cache_model import CacheModel, label_table
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.features import Encoder
+from retrieval_tip.segments import Segments
+from retrieval_tip.sources import open_source
+
+KINDS = ["identical image", "identical feature", "near-identical"]
+
+
+def labels_of(ids, digests=None, key_ids=None, c=None):
+    ids = np.asarray(ids, dtype=np.int64)
+    names = [f"class {i}" for i in range(c or int(ids.max(initial=0)) + 1)]
+    return label_table(names, ids, [f"{i}.jpg" for i in range(len(ids))], key_ids=key_ids, digests=digests)
+
+
+def poisoned(seed, n=24, c=3, d=6):
+    """Keys of any norm, some repeated, moved a little or scaled, with digests that repeat too."""
+    generator = np.random.default_rng(seed)
+    keys = generator.normal(size=(n, d)).astype(np.float32)
+    for row in range(1, n):
+        draw, other = generator.integers(6), generator.integers(row)
+        if draw == 0:
+            keys[row] = keys[other]
+        elif draw == 1:
+            keys[row] = 3 * keys[other]
+        elif draw == 2:
+            keys[row] = keys[other] + 0.05 * generator.normal(size=d)
+    some = [None, "", "a", "b", "c", "d"]
+    digests = [some[i] for i in generator.choice(6, n, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1])]
+    return keys, generator.integers(0, c, n), digests
+
+
+def dense(keys, ids, digests, fresh=None, least=NEAR, near=True):
+    """Every pair, one by one: ``{(row, row): kind}``."""
+    f = np.asarray(keys, dtype=np.float64)
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    found = {}
+    for i in range(len(f)):
+        for j in range(i + 1, len(f)):
+            if ids[i] == ids[j] or (fresh is not None and i not in fresh and j not in fresh):
+                continue
+            if digests[i] and digests[i] == digests[j]:
+                found[i, j] = KINDS[0]
+            elif (keys[i] == keys[j]).all():
+                found[i, j] = KINDS[1]
+            elif near and f[i] @ f[j] >= least:
+                found[i, j] = KINDS[2]
+    return found
+
+
+def as_found(found):
+    return {(pair.key_id, pair.other_key_id): pair.kind for pair in found.pairs}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0, 10**6]), st.booleans())
+def test_duplicates_are_those_of_every_pair(seed, some, budget, half):
+    keys, ids, digests = poisoned(seed)
+    keys = keys.astype(np.float16) if half else keys
+    cosines = unit(keys) @ unit(keys).T
+    least = 0.97 if np.abs(cosines - 0.97).min() > 1e-5 else 0.97002
+    fresh = np.random.default_rng(seed).choice(24, 5, replace=False) if some else None
+    found = duplicates(keys, labels_of(ids, digests), fresh, least=least, budget=budget)
+    assert found.compared == ("all" if budget else "digests")
+    expected = dense(keys, ids, digests, fresh, least, near=bool(budget))
+    assert as_found(found) == expected
+    assert found.total == len(found.pairs) == len(expected)
+    for pair in found.pairs:
+        assert pair.affinity == pytest.approx(cosines[pair.key_id, pair.other_key_id], abs=1e-6)
+        assert pair.label == f"class {ids[pair.key_id]}"
+        assert pair.other_label == f"class {ids[pair.other_key_id]}"
+        assert (pair.source, pair.other_source) == (f"{pair.key_id}.jpg", f"{pair.other_key_id}.jpg")
+    order = [(KINDS.index(p.kind), -p.affinity, p.key_id, p.other_key_id) for p in found.pairs]
+    assert order == sorted(order)
+
+
+def unit(keys):
+    f = np.asarray(keys, dtype=np.float64)
+    return f / np.linalg.norm(f, axis=1, keepdims=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0, 10**6]))
+def test_the_closest_are_kept_and_all_are_counted(seed, most, budget):
+    keys, ids, digests = poisoned(seed)
+    every = duplicates(keys, labels_of(ids, digests), budget=budget)
+    found = duplicates(keys, labels_of(ids, digests), budget=budget, most=most)
+    assert found.total == every.total
+    assert len(found.pairs) == min(most, every.total)
+    assert [p.kind for p in found.pairs] == [p.kind for p in every.pairs][:most] or budget
+    if budget:  # equal features are told from near ones among those that are kept
+        closest = [p for p in every.pairs if p.kind == KINDS[0]]
+        closest += sorted((p for p in every.pairs if p.kind != KINDS[0]), key=lambda p: -p.affinity)
+        key = [(p.kind == KINDS[0]) or round(p.affinity, 5) for p in found.pairs]
+        wanted = [(p.kind == KINDS[0]) or round(p.affinity, 5) for p in closest[:most]]
+        assert sorted(map(float, key)) == pytest.approx(sorted(map(float, wanted)), abs=2e-5)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    keys, ids, digests = poisoned(3, n=60)
+    labels = labels_of(ids, digests)
+    whole = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
+    monkeypatch.setattr(audits, "KEY_BLOCK", 7)
+    monkeypatch.setattr(audits, "QUERY_BLOCK", 4)
+    split = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
+    assert list(map(as_found, split)) == list(map(as_found, whole))
+    assert [x.total for x in split] == [x.total for x in whole]
+    assert whole[1].total > whole[0].total > 0
+
+
+def test_segments_and_memory_maps_are_keys_too(tmp_path):
+    keys, ids, digests = poisoned(4)
+    np.save(tmp_path / "keys.npy", keys)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    for budget in (0, 10**6):
+        plain = duplicates(keys, labels_of(ids, digests), budget=budget)
+        for other in (mapped, Segments([keys[:5], keys[5:6], keys[6:]])):
+            assert duplicates(other, labels_of(ids, digests), budget=budget) == plain
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_features_of_zeros_and_ones_are_told_apart_by_a_single_value(d, dtype):
+    bits = min(d, 8)
+    keys = np.zeros((2 * 2**bits, d), dtype=dtype)  # 16 values: words of 8 bytes, whose low bits are all zero
+    keys[:, -1 :: -(d // bits)] = [[float(bit) for bit in f"{i % 2**bits:0{bits}b}"] for i in range(len(keys))]
+    found = duplicates(keys, labels_of([0] * 2**bits + [1] * 2**bits), budget=0)
+    assert as_found(found) == {(i, i + 2**bits): KINDS[1] for i in range(2**bits)}
+
+
+def test_one_image_in_every_class_does_not_fill_the_memory():
+    n, c = 10_000, 100
+    labels = labels_of(np.arange(n) % c, ["same"] * n)
+    keys = np.ones((n, 2), dtype=np.float32)
+    found = duplicates(keys, labels, budget=0, most=10)
+    assert (len(found.pairs), found.total, found.compared) == (10, n * (n - n // c) // 2, "digests")
+    one = duplicates(keys, labels, [17])
+    assert (len(one.pairs), one.total) == (1000, n - n // c)
+    assert all(17 in (pair.key_id, pair.other_key_id) for pair in one.pairs)
+
+
+def test_repeats_within_a_class_are_no_poison():
+    keys = np.ones((6, 4), dtype=np.float32)
+    for budget in (0, 10**6):
+        assert duplicates(keys, labels_of([1] * 6, ["same"] * 6), budget=budget).pairs == []
+
+
+def test_the_lower_key_id_comes_first_whatever_the_rows():
+    keys = unit_rows(4, 8)
+    keys[3] = keys[0]
+    found = duplicates(keys, labels_of([0, 0, 1, 1], key_ids=np.array([9, 3, 4, 2])))
+    assert [(p.key_id, p.source, p.other_key_id, p.other_source) for p in found.pairs] == [(2, "3.jpg", 9, "0.jpg")]
+
+
+def test_labels_in_several_chunks():
+    keys = unit_rows(5, 8)
+    labels = labels_of([0, 0, 1, 1, 2], ["x", "y", "y", "x", None])
+    chunked = pa.concat_tables([labels[:2], labels[2:3], labels[3:]])
+    assert as_found(duplicates(keys, chunked)) == {(0, 3): KINDS[0], (1, 2): KINDS[0]}
+    assert len(set(images_of(chunked).tolist())) == 3
+
+
+def test_beyond_the_budget_a_search_finds_what_is_near_the_fresh_ones():
+    keys, ids, _ = poisoned(8, n=80, d=16)
+    keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
+    order = np.argsort(ids, kind="stable")
+    cache = CacheModel.from_features(keys, ids, [f"class {i}" for i in range(3)], device="cpu")
+    fresh = np.arange(10, 40, 3)
+    every = duplicates(cache.keys, cache.labels, fresh)
+    found = duplicates(cache.keys, cache.labels, fresh, budget=0, search=cache.nearest)
+    assert found.compared == "nearest"
+    assert found.pairs == every.pairs != []
+    few = duplicates(cache.keys, cache.labels, fresh, budget=0, search=cache.nearest, most=2)
+    assert (few.total, len(few.pairs)) == (every.total, 2)
+    assert {round(pair.affinity, 5) for pair in few.pairs} == set(
+        sorted({round(p.affinity, 5) for p in every.pairs})[-1:]
+    )
+    assert (cache.labels["key_id"].to_numpy() == order).all()
+
+    # also where it answers in arrays, with empty slots
+    def sparse(features, k):
+        affinity, rows = cache.nearest(features, k)
+        return np.pad(affinity.numpy(), ((0, 0), (0, 1))), np.pad(rows, ((0, 0), (0, 1)), constant_values=-1)
+
+    assert duplicates(cache.keys, cache.labels, fresh, budget=0, search=sparse).pairs == every.pairs
+    assert duplicates(cache.keys, cache.labels, budget=0, search=cache.nearest).compared == "digests"
+
+
+def test_duplicates_of_what_does_not_fit_are_refused():
+    keys, labels = unit_rows(4, 8), labels_of([0, 0, 1, 1])
+    with pytest.raises(InputError, match="labels: 4 rows for 3 keys"):
+        duplicates(keys[:3], labels)
+    for row in (-1, 4):
+        with pytest.raises(InputError, match=f"fresh: row {row} is none of the 4 keys"):
+            duplicates(keys, labels, [0, row])
+    assert duplicates(keys, labels, []) == Found([], 0, "all")
+
+
+def test_duplicates_are_described_in_lines():
+    keys = np.eye(6, 8, dtype=np.float32)
+    keys[3], keys[4], keys[5] = keys[0], keys[1] + 0.01 * keys[2], keys[2]
+    labels = labels_of([0, 0, 0, 1, 1, 1], [None, None, "z", None, None, "z"])
+    lines = [
+        "2.jpg (class 0) and 5.jpg (class 1): identical image",
+        "0.jpg (class 0) and 3.jpg (class 1): identical feature",
+        "1.jpg (class 0) and 4.jpg (class 1): near-identical (affinity 1.0000)",
+    ]
+    found = duplicates(keys, labels)
+    assert describe_duplicates(found) == lines
+    assert describe_duplicates(found, limit=1) == [lines[0], "and 2 more"]
+    assert describe_duplicates(Found([], 0, "all")) == []
+    hostile = Duplicate(0, "a\n\x1b[2J.jpg", "x", 1, "b", "y", 1.0, KINDS[0])
+    assert describe_duplicates(Found([hostile], 1, "all")) == [r"a\n\x1b[2J.jpg (x) and b (y): identical image"]
+
+
+# ---- labels that the neighbours contradict
+
+
+def reference(cache, k=None):
+    """The audit in float64, shot by shot: ``{key_id: row}`` of those that are suspicious."""
+    keys = np.asarray(cache.keys, dtype=np.float64)
+    affinity = keys @ keys.T
+    ids = cache.labels["class_id"].to_numpy()
+    key_ids = cache.labels["key_id"].to_pylist()
+    digests, sources = cache.labels["digest"].to_pylist(), cache.labels["source"].to_pylist()
+    images = [("digest", d) if d else ("source", s) for d, s in zip(digests, sources, strict=True)]
+    c, found = len(cache.class_names), {}
+    for i in range(cache.n):
+        shown = np.array([image != images[i] for image in images])
+        met = np.argsort(-affinity[i], kind="stable")[: k or cache.n]
+        scores = np.full(c, np.nan)
+        for y in range(c):
+            if (shown & (ids == y)).any():
+                own = [j for j in met if shown[j] and ids[j] == y]
+                scores[y] = np.exp(-cache.beta * (1 - affinity[i, own])).sum() / (shown & (ids == y)).sum()
+        norms = np.linalg.norm(keys, axis=1)
+        twins = [
+            (digests[j] == digests[i] and bool(digests[i]), affinity[i, j] / norms[i] / norms[j], -j)
+            for j in met
+            if ids[j] != ids[i]
+        ]
+        twins = [twin for twin in twins if twin[0] or twin[1] >= NEAR]
+        seen = [j for j in met if shown[j]]
+        nearest = max(seen, key=lambda j: affinity[i, j], default=None)
+        judged = not np.isnan(scores[ids[i]])
+        lowest = 0 if nearest is None else np.finfo(np.float32).tiny * np.exp(-cache.beta * (1 - affinity[i, nearest]))
+        suggested = int(np.nanargmax(scores)) if judged and scores[ids[i]] < np.nanmax(scores) else int(ids[i])
+        if twins or suggested != ids[i]:
+            found[key_ids[i]] = {
+                "suggested": cache.class_names[suggested] if judged else None,
+                "own_score": scores[ids[i]] if judged else None,
+                "suggested_score": scores[suggested] if judged else None,
+                "margin": np.log(scores[suggested] / max(scores[ids[i]], lowest)) if judged else None,
+                "rank": 1 + int((scores > scores[ids[i]]).sum()) if judged else None,
+                "nearest_key_id": None if nearest is None else key_ids[nearest],
+                "nearest_affinity": None if nearest is None else affinity[i, nearest],
+                "duplicate_of": {key_ids[-j] for digest, cosine, j in twins} or None,
+            }
+    return found
+
+
+def check(cache, k=None):
+    table = audit(cache, k=k)
+    expected = reference(cache, k)
+    described = {row["key_id"]: row for row in cache.labels.to_pylist()}
+    rows = table.to_pylist()
+    assert {row["key_id"] for row in rows} == set(expected)
+    for row in rows:
+        wanted = expected[row["key_id"]]
+        for name in ("suggested", "rank", "nearest_key_id"):
+            assert row[name] == wanted[name], name
+        for name in ("own_score", "suggested_score", "margin", "nearest_affinity"):
+            assert row[name] == (
+                wanted[name] if wanted[name] is None else pytest.approx(wanted[name], rel=2e-3, abs=1e-5)
+            )
+        assert row["duplicate_of"] == wanted["duplicate_of"] or row["duplicate_of"] in wanted["duplicate_of"]
+        assert (row["source"], row["label"]) == tuple(described[row["key_id"]][x] for x in ("source", "label"))
+        if row["nearest_key_id"] is not None:
+            near = described[row["nearest_key_id"]]
+            assert (row["nearest_source"], row["nearest_label"]) == (near["source"], near["label"])
+    order = [(-(row["margin"] or 0), row["key_id"]) for row in rows]
+    assert order == sorted(order)
+    return table
+
+
+def made(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=True):
+    """Distinct keys without order, of classes that some have once, or not at all."""
+    generator = np.random.default_rng(seed)
+    keys = generator.normal(size=(n, d))
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True) if norms else 2
+    ids = np.minimum(generator.integers(0, c * 2, n), c - 1)
+    cache = CacheModel.from_features(
+        keys.astype(dtype),
+        ids,
+        [f"class {i}" for i in range(c)],
+        beta=beta,
+        device="cpu",
+        sources=[f"{i}" for i in range(n)],
+    )
+    if digests is not None:
+        column = pa.array([digests[i] for i in cache.labels["key_id"].to_pylist()], pa.string())
+        cache.labels = cache.labels.set_column(cache.labels.column_names.index("digest"), "digest", column)
+    return cache
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 5, 30]), st.sampled_from([np.float32, np.float16]))
+def test_an_audit_is_what_each_shot_alone_says(seed, n, dtype):
+    generator = np.random.default_rng(seed)
+    digests = [[None, "", "a", "b", "c"][i] for i in generator.integers(0, 5, n)]
+    check(made(seed, n, dtype=dtype, digests=digests, beta=float(generator.choice([0.5, 5.5, 30])), norms=n != 5))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(3, 30))
+def test_an_audit_of_the_nearest_keys(seed, k):
+    check(made(seed), k)
+
+
+def test_blocks_of_an_audit_change_nothing(monkeypatch):
+    cache = made(5, n=50)
+    whole, near = audit(cache), audit(cache, k=9)
+    monkeypatch.setattr(audits, "VALUES", 50 * 7)
+    for table, split in ((whole, audit(cache)), (near, audit(cache, k=9))):
+        assert len(table) > 5
+        for name in table.column_names:
+            if pa.types.is_floating(table.schema.field(name).type):
+                np.testing.assert_allclose(table[name].to_numpy(), split[name].to_numpy(), rtol=1e-4)
+            else:
+                assert table[name].to_pylist() == split[name].to_pylist(), name
+
+
+def test_whole_classes_as_index():
+    keys, ids = planted(200, 5)
+    cache = CacheModel.from_features(keys, ids, list("abcde"), index="Classes", device="cpu")
+    assert audit(cache, k=64)["key_id"].to_pylist() == [] == audit(cache)["key_id"].to_pylist()
+    cache.add(keys[:1], ["c"])
+    assert set(audit(cache, k=64)["key_id"].to_pylist()) == {0, 200} == set(audit(cache)["key_id"].to_pylist())
+
+
+def test_settings_at_their_ends_are_finite():
+    for beta in (0.0, 1e4, 1e30):
+        table = audit(made(1, beta=beta))
+        margins = table["margin"].to_numpy()
+        assert np.isfinite(margins).all()
+        assert (len(table) > 0) == (beta > 0)  # at 0 every key counts 1, and no class is better
+
+
+def planted(n, c, d=32, spread=0.5, seed=0):
+    """Features around one centre a class."""
+    generator = np.random.default_rng(seed)
+    ids = np.arange(n) % c
+    keys = np.random.default_rng(7).normal(size=(c, d))[ids] + spread * generator.normal(size=(n, d))
+    return (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32), ids
+
+
+@pytest.mark.parametrize("k", [None, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_flips_are_found_and_nothing_else(seed, k):
+    keys, ids = planted(400, 10, seed=seed)
+    ids[ids == 9] = np.where(np.arange(40) < 37, 8, 9)  # a class of three beside one of 77
+    keys[ids == 8] = planted(400, 10, seed=seed + 50)[0][8::10][np.arange((ids == 8).sum()) % 40]
+    keys[ids == 8] += 0.05 * np.random.default_rng(seed).normal(size=keys[ids == 8].shape)
+    flipped = np.random.default_rng(seed).choice(np.flatnonzero(ids < 8), 30, replace=False)
+    wrong = ids.copy()
+    wrong[flipped] = (ids[flipped] + 1 + seed) % 8
+    cache = CacheModel.from_features(keys, wrong, [f"class {i}" for i in range(10)], device="cpu")
+    table = audit(cache, k=k)
+    assert set(table["key_id"].to_pylist()) == set(flipped.tolist())  # precision and recall of 1
+    assert table["suggested"].to_pylist() == [f"class {ids[i]}" for i in table["key_id"].to_pylist()]
+    assert (table["margin"].to_numpy() > 0).all()
+    assert table["duplicate_of"].null_count == len(table)
+
+
+def test_the_only_image_of_a_class_is_not_judged():
+    keys, ids = planted(40, 4)
+    keys[0], ids[0] = unit_rows(1, 32, 3)[0], 4
+    cache = CacheModel.from_features(keys, ids, list("abcde"), device="cpu")
+    assert len(audit(cache)) == 0
+    cache.add(keys[:1], ["b"])  # unless another class has it too
+    rows = {row["key_id"]: row for row in audit(cache).to_pylist()}
+    assert set(rows) == {0, 40}
+    assert [rows[0][name] for name in ("suggested", "own_score", "margin", "rank")] == [None] * 4
+    assert (rows[0]["duplicate_of"], rows[40]["duplicate_of"]) == (40, 0)
+    assert rows[40]["suggested"] == "e"
+
+
+def test_one_key_and_one_class_say_nothing():
+    for n in (1, 2):
+        cache = CacheModel.from_features(unit_rows(n, 4), [0] * n, ["a"], device="cpu")
+        table = audit(cache)
+        assert len(table) == 0
+        assert table.column_names[-1] == "duplicate_of"
+    with pytest.raises(UsageError, match="k is 0"):
+        audit(cache, k=0)
+
+
+def test_trained_values_are_ignored():
+    keys, ids = planted(40, 4)
+    ids[:3] = 3
+    plain = CacheModel.from_features(keys, ids, list("abcd"), device="cpu")
+    trained = CacheModel.from_features(keys, ids, list("abcd"), device="cpu", values=unit_rows(40, 4))
+    assert audit(trained).equals(audit(plain))
+    assert set(audit(plain)["key_id"].to_pylist()) == {0, 1, 2}
+
+
+# ---- real features and photographs
+
+
+def test_real_clip_features_swap_of_labels(shared):
+    rows = pq.read_table(shared / "data/clip-food9/train.parquet")
+    labels = np.array(rows["label"].to_pylist())
+    take = np.concatenate([np.flatnonzero(labels == label)[:16] for label in np.unique(labels)])
+    features, labels = np.stack(rows["feature"].take(take).to_pylist()).astype(np.float32), labels[take]
+    names = sorted(set(labels.tolist()))
+    assert duplicates(features, labels_of([names.index(label) for label in labels])).pairs == []
+    clean = CacheModel.from_features(features, labels, names, beta=20, device="cpu")
+    swapped = np.random.default_rng(0).choice(144, 10, replace=False)
+    wrong = labels.copy()
+    wrong[swapped] = np.roll(labels[swapped], 1)
+    swapped = swapped[wrong[swapped] != labels[swapped]]
+    table = audit(CacheModel.from_features(features, wrong, names, beta=20, device="cpu"))
+    assert len(swapped) >= 8
+    assert set(swapped.tolist()) <= set(table["key_id"].to_pylist()[: len(swapped) + len(audit(clean))])
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    return tmp_path_factory.mktemp("photographs")
+
+
+def test_swapped_photographs_come_first(shared, lit_mini, photographs, monkeypatch):
+    folder = shared / "data/caltech101/101_ObjectCategories"
+    classes = ["panda", "pizza", "dalmatian", "camera", "butterfly", "Motorbikes"]
+    files = {name: sorted((folder / name).iterdir())[:6] for name in classes}
+    swapped = {files["panda"][0]: "pizza", files["pizza"][1]: "dalmatian", files["Motorbikes"][2]: "camera"}
+    for name in classes:
+        (photographs / name).mkdir()
+    for name in classes:
+        for file in files[name]:
+            target = photographs / swapped.get(file, name) / f"{name}-{file.name}"
+            target.write_bytes(file.read_bytes())
+    poison = photographs / "butterfly" / "twin.jpg"  # one photograph in two classes, another saved again
+    poison.write_bytes(files["camera"][3].read_bytes())
+    again = io.BytesIO()
+    Image.open(files["dalmatian"][4]).convert("RGB").save(again, "JPEG", quality=80)
+    (photographs / "pizza" / "again.jpg").write_bytes(again.getvalue())
+    cache = build_index(open_source(photographs), photographs / "index", Encoder(lit_mini), device="cpu")
+
+    rows = audit(cache).to_pylist()
+    wrong = {f"{'panda'}-{files['panda'][0].name}": "panda", f"pizza-{files['pizza'][1].name}": "pizza"}
+    wrong |= {f"Motorbikes-{files['Motorbikes'][2].name}": "Motorbikes", "twin.jpg": "camera", "again.jpg": "dalmatian"}
+    first = {row["source"].rpartition("/")[2]: row["suggested"] for row in rows[:5]}
+    assert first == wrong
+
+    found = duplicates(cache.keys, cache.labels)
+    kinds = {
+        frozenset({pair.source.rpartition("/")[2], pair.other_source.rpartition("/")[2]}): pair.kind
+        for pair in found.pairs
+    }
+    assert kinds == {
+        frozenset({"twin.jpg", f"camera-{files['camera'][3].name}"}): KINDS[0],
+        frozenset({"again.jpg", f"dalmatian-{files['dalmatian'][4].name}"}): KINDS[2],
+    }
+    assert describe_duplicates(found, 1)[0].endswith("identical image")
+    twins = {row["key_id"]: row["duplicate_of"] for row in rows if row["duplicate_of"] is not None}
+    assert twins == {a: b for p in found.pairs for a, b in ((p.key_id, p.other_key_id), (p.other_key_id, p.key_id))}
+    assert asdict(found.pairs[0])["affinity"] == pytest.approx(1, abs=1e-6)
+    assert torch.equal(cache.class_ids, torch.from_numpy(cache.labels["class_id"].to_numpy().astype(np.int64)))
