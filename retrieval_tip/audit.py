@@ -79,8 +79,8 @@ class Found:
     """Duplicates across classes, identical images first, then by affinity; and how they were looked for.
 
     ``pairs`` are the closest, ``total`` counts all that were found. ``compared`` is ``all`` (every pair of keys, and
-    the total is exact), ``nearest`` (each fresh key with the nearest ones), or ``digests`` (identical images and
-    identical features only).
+    the total is exact), ``nearest`` (each fresh key with the nearest ones), or ``digests`` (identical images only and,
+    where all keys were looked at, identical features).
     """
 
     pairs: list[Duplicate]
@@ -102,7 +102,8 @@ def duplicates(
 
     Two keys are duplicates where their content digests agree, or ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|) >= least``.
     Digests are always compared. Cosines are, of every pair, while these are at most ``budget``; beyond it of each fresh
-    key with its nearest, given a ``search``, and without one only features that agree in every bit are found.
+    key with its nearest, given a ``search``. Without one, features are compared bit by bit, and those of fresh keys are
+    not: that would cost by what is there.
 
     Args:
         keys: ``[n, d]`` float32 or float16, an array or what slices and takes row numbers like one.
@@ -125,7 +126,7 @@ def duplicates(
         raise InputError(f"fresh: row {int(asked[0] if asked[0] < 0 else asked[-1])} is none of the {n} keys")
     new = np.zeros(n, dtype=bool)
     new[asked] = True
-    images = digest_codes(labels)
+    images = digest_codes(labels, None if fresh is None else asked)
     a, b, total = _crossing(images, class_ids, new, most)
 
     def remain(x: IntArray, y: IntArray) -> Bools:
@@ -137,6 +138,8 @@ def duplicates(
         compared, more = "all", _near(keys, asked, new, least, remain, most)
     elif fresh is not None and search is not None:
         compared, more = "nearest", _nearest(keys, asked, search, least, remain, most)
+    elif fresh is not None:
+        compared, more = "digests", (asked[:0], asked[:0], 0)
     else:
         features = _identical(keys, class_ids, new)
         x, y, every = _crossing(features, class_ids, new, most + len(a))  # where more are of one image, a is full

@@ -24,7 +24,7 @@ from retrieval_tip.audit import Found, duplicates
 from retrieval_tip.backbone import Backbone, Identity
 from retrieval_tip.build import DTYPES, build_index, draw_shots, ids_in, item_columns, read_text_table
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError, UsageError, counted
 from retrieval_tip.exchange import import_table
 from retrieval_tip.features import Encoder, check_backbone, same_backbone, table_identity
 from retrieval_tip.inputs import check_settings
@@ -35,6 +35,9 @@ from retrieval_tip.segments import segments_of
 from retrieval_tip.sources import Source, open_source, show
 
 Folder = str | os.PathLike[str]
+
+PAIRS = 1 << 26
+"""Affinities that an addition is checked with, at most: half a second on two cores. It must cost by what is added."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def add(
             picked = {name: _picked(column, rows) for name, column in columns.items()}
             key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=encoder.views, **picked)
         if len(rows) or classes:
-            change.what = _said(f"add {len(rows)} keys", classes)
+            change.what = _said(f"add {counted(len(rows), 'key')}", classes)
     return Added(_version(cache), key_ids, classes, len(labels) - len(rows), _poison(cache, key_ids))
 
 
@@ -146,7 +149,7 @@ def merge(folder: Folder, other: Folder) -> Added:
         labels = theirs.labels["label"].to_pylist()
         views = theirs.labels["views"].to_numpy()
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **columns)
-        change.what = _said(f"merge {show(other)}: {len(key_ids)} keys", classes)
+        change.what = _said(f"merge {show(other)}: {counted(len(key_ids), 'key')}", classes)
     return Added(_version(cache), key_ids, classes, 0, _poison(cache, key_ids))
 
 
@@ -160,7 +163,7 @@ def remove(folder: Folder, *, where: str | None = None, key_ids: Sequence[int] |
         chosen = _chosen(change.cache, where, key_ids)
         if chosen:
             change.cache.remove(chosen)
-            change.what = f"remove {len(chosen)} keys"
+            change.what = f"remove {counted(len(chosen), 'key')}"
     return Changed(_version(change.cache), chosen)
 
 
@@ -173,7 +176,7 @@ def relabel(folder: Folder, label: str, *, where: str | None = None, key_ids: Se
         chosen = [key_id for key_id in chosen if old[key_id] != label]
         cache.relabel(chosen, label)
         if chosen:
-            change.what = f"relabel {len(chosen)} keys as {label}"
+            change.what = f"relabel {counted(len(chosen), 'key')} as {label}"
     return Changed(_version(cache), chosen)
 
 
@@ -222,7 +225,7 @@ def configure(
         cache.provenance = cache.provenance | marks
         change.what = "set " + ", ".join(_shown(name, value) for name, value in given.items())
         if prompts:
-            change.what += (", " if given else "") + f"{len(prompts)} templates"
+            change.what += (", " if given else "") + counted(len(prompts), "template")
     return Changed(_version(cache), [])
 
 
@@ -235,7 +238,7 @@ def compact(folder: Folder) -> Changed:
         segments = len(segments_of(change.cache.keys))
         if segments > 1:
             change.cache.compact()
-            change.what = f"compact {segments} segments"
+            change.what = f"compact {counted(segments, 'segment')}"
     return Changed(_version(change.cache), [])
 
 
@@ -379,7 +382,9 @@ def _poison(cache: CacheModel, key_ids: Sequence[int]) -> Found | None:
     if not key_ids:
         return None
     fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
-    return duplicates(cache.keys, cache.labels, fresh, search=cache.nearest)
+    cheap = not (cache.index.by_class or cache.index.exact_search)  # the others compare with very many keys
+    search = cache.nearest if cheap else None
+    return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=search)
 
 
 def _chosen(cache: CacheModel, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
@@ -393,7 +398,7 @@ def _chosen(cache: CacheModel, where: str | None, key_ids: Sequence[int] | None)
 
 
 def _said(what: str, classes: Sequence[str]) -> str:
-    return what + (f" and {len(classes)} classes" if classes else "")
+    return what + (f" and {counted(len(classes), 'class')}" if classes else "")
 
 
 def _shown(name: str, value: Any) -> str:

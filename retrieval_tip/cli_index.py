@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.errors import one_line
+from retrieval_tip.errors import counted, one_line
 from retrieval_tip.options import (
     BACKBONE,
     DEVICE,
@@ -29,6 +29,7 @@ from retrieval_tip.options import (
     recipe,
     shown,
     source_of,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def remove_command(folder: Path, where: str | None, key_ids: tuple[int, ...]) ->
     from retrieval_tip import changes
 
     removed = changes.remove(folder, where=where, key_ids=key_ids or None)
-    _say(folder, removed.version, f"{len(removed.key_ids)} keys removed")
+    _say(folder, removed.version, f"{counted(len(removed.key_ids), 'key')} removed")
 
 
 @index.command("relabel")
@@ -273,7 +274,7 @@ def relabel_command(folder: Path, label: str, where: str | None, key_ids: tuple[
     from retrieval_tip import changes
 
     changed = changes.relabel(folder, label, where=where, key_ids=key_ids or None)
-    _say(folder, changed.version, f"{len(changed.key_ids)} keys are {label} now")
+    _say(folder, changed.version, f"{counted(len(changed.key_ids), 'key')} given to {label}")
 
 
 @index.command("set")
@@ -351,7 +352,7 @@ def gc_command(folder: Path, keep: int) -> None:
     from retrieval_tip.store import collect
 
     versions, freed = collect(folder, keep)
-    click.echo(f"{one_line(show(folder))}: {len(versions)} versions given up, {freed:,} bytes freed")
+    click.echo(f"{one_line(show(folder))}: {counted(len(versions), 'version')} given up, {freed:,} bytes freed")
 
 
 @index.command("clone")
@@ -433,11 +434,13 @@ def _say_added(folder: Path, added: Added) -> None:
     """What was added, and what is suspicious about it."""
     from retrieval_tip.build import few, warn_of
 
-    what = f"{len(added.key_ids)} keys added"
+    what = f"{counted(len(added.key_ids), 'key')} added"
     if added.classes:
-        what += f", {len(added.classes)} classes are new: {few(added.classes)}"
+        what += f", {counted(len(added.classes), 'new class')}: {few(added.classes)}"
     if added.known:
-        what += f", {added.known} images left out that it has"
+        what += f", {counted(added.known, 'known image')} left out"
     _say(folder, added.version, what)
     if added.found is not None:
         warn_of(added.found)
+        if added.found.compared == "digests":
+            warn(["near-identical images were not looked for among so many keys: index audit does"])

@@ -30,6 +30,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things: ``1 key``, ``2 keys``, ``3 classes``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
+
+
 @dataclass(frozen=True)
 class Skipped:
     """One input that could not be read: its name, and the reason in a few words."""

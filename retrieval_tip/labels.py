@@ -138,9 +138,19 @@ def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64)
 
 
-def digest_codes(labels: pa.Table) -> npt.NDArray[np.int64]:
-    """A number a row that agrees for equal content digests, -1 where there is none."""
+def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+    """A number a row ``[n]`` that agrees for equal content digests, -1 where there is none.
+
+    With ``among``, some rows, also where the digest is none of theirs: which costs little where they are few.
+    """
     column = labels["digest"]
+    if among is not None:
+        wanted = pc.unique(column.take(pa.array(among)).combine_chunks()).drop_null()
+        wanted = wanted.filter(pc.not_equal(wanted, ""))
+        if not len(wanted):
+            return np.full(len(labels), -1)
+        found = pc.index_in(column, value_set=wanted).fill_null(-1)
+        return np.asarray(found.to_numpy(), dtype=np.int64)
     return _codes(pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column))
 
 

@@ -309,8 +309,8 @@ def shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
     if isinstance(value, list):
-        shown = ", ".join(shown(part) for part in value[:8])
-        return shown + (f" ... ({len(value)} in all)" if len(value) > 8 else "")
+        line = ", ".join(shown(part) for part in value[:8])
+        return line + (f" ... ({len(value)} in all)" if len(value) > 8 else "")
     return "-" if value is None else str(value)
 
 

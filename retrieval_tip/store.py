@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -365,8 +366,9 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
         table = pa.concat_tables(tables, promote_options="default")
     except pa.ArrowException as error:
         raise StoreError(f"{folder}: labels of its segments differ ({str(error).splitlines()[0]})") from None
-    if len(tables) > 1 and pc.count_distinct(table["key_id"]).as_py() != len(table):
-        raise StoreError(f"{folder}: its segments share key ids; restore it, or build the index again")
+    ranges = [pc.min_max(part["key_id"]).as_py() for part in tables]
+    if any(one["max"] >= next_one["min"] for one, next_one in itertools.pairwise(ranges)):
+        raise StoreError(f"{folder}: key ids of its segments do not ascend; restore it, or build the index again")
     return table
 
 

@@ -24,7 +24,7 @@ import torch
 
 from retrieval_tip import CacheModel, store, verify
 from retrieval_tip.backbone import Identity
-from retrieval_tip.cache_model import label_table
+from retrieval_tip.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
 from retrieval_tip.store import Manifest
 from retrieval_tip.vector_index import faiss
@@ -876,7 +876,7 @@ def test_query_answers_over_labels_and_class_counts(index: Path) -> None:
     rows = store.query(index, "SELECT class_id, label, keys FROM class_counts").to_pylist()
     assert rows == [{"class_id": i, "label": name, "keys": 10} for i, name in enumerate(CLASSES)]
     names = store.query(index, "FROM labels LIMIT 1").column_names
-    assert names == store.LABEL_SCHEMA.names
+    assert names == LABEL_SCHEMA.names
     same = store.query(index, "SELECT * FROM labels ORDER BY class_id, shot")
     assert (
         same["key_id"].to_pylist()
@@ -888,11 +888,11 @@ def test_query_answers_over_labels_and_class_counts(index: Path) -> None:
 
 def test_query_describes_its_tables(index: Path) -> None:
     described = store.query(index, "DESCRIBE labels").to_pylist()
-    assert [row["column_name"] for row in described] == store.LABEL_SCHEMA.names
+    assert [row["column_name"] for row in described] == LABEL_SCHEMA.names
     assert {row["column_name"] for row in store.query(index, "SUMMARIZE labels").to_pylist()} == set(
-        store.LABEL_SCHEMA.names
+        LABEL_SCHEMA.names
     )
-    assert [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()] == ["class_counts", "labels"]
+    assert [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()] == ["class_counts", "labels", "versions"]
 
 
 def test_query_takes_one_select_only(index: Path) -> None:
@@ -1026,9 +1026,9 @@ def test_query_and_load_work_whatever_the_folder_is_called(
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / name / "sub=2", Path(name) / "sub=2"):
         table = store.query(folder, "SELECT * FROM labels")
-        assert table.column_names == store.LABEL_SCHEMA.names
+        assert table.column_names == LABEL_SCHEMA.names
         assert len(table) == N + 4
-        assert verify(folder).labels.column_names == store.LABEL_SCHEMA.names
+        assert verify(folder).labels.column_names == LABEL_SCHEMA.names
         assert answer(CacheModel.load(folder, device="cpu")) == answer(cache)
 
 
@@ -1051,7 +1051,7 @@ def test_query_gives_further_columns_of_every_type_that_parquet_holds(index: Pat
 
     relabelled(index, extend)
     table = store.query(index, "SELECT * FROM labels")
-    assert table.column_names == [*store.LABEL_SCHEMA.names, *further]
+    assert table.column_names == [*LABEL_SCHEMA.names, *further]
     assert table["half"].to_pylist() == list(range(N))
     assert store.query(index, 'SELECT sum("order") AS s FROM labels').to_pylist() == [{"s": N * (N - 1) // 2}]
 

@@ -712,7 +712,7 @@ def test_the_loss_curve_can_be_asked(index: Path, tmp_path: Path) -> None:
     best = store.query(index, "SELECT epoch FROM curve ORDER BY loss LIMIT 1")
     assert best.to_pylist() == [{"epoch": 3}]
     tables = [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()]
-    assert tables == ["class_counts", "curve", "labels"]
+    assert tables == ["class_counts", "curve", "labels", "versions"]
     assert store.query(index, "SELECT count(*) AS n FROM labels, curve").to_pylist() == [{"n": 3 * N}]
     for sql in (
         "DROP TABLE curve",
