@@ -131,8 +131,8 @@ def build_index(
                 "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
                 "views": encoder.views,
                 "text": "templates" if prompts else None if text is None else str(text),
-                "alpha": _provenance(alpha, form),
-                "beta": _provenance(beta, form),
+                "alpha": provenance_of(alpha, form),
+                "beta": provenance_of(beta, form),
                 "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
                 "skipped": [str(skipped) for skipped in encoder.skipped],
             },
@@ -256,7 +256,7 @@ def _identity(source: Source, encoder: Encoder) -> Identity | None:
     return table_identity(source.table) if source.table is not None else None
 
 
-def _provenance(given: float | None, form: str) -> str:
+def provenance_of(given: float | None, form: str) -> str:
     """Where a setting comes from."""
     if given is not None:
         return "given" if form == "none" else f"given as {given:g}, normalize {form}"

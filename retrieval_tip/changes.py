@@ -22,8 +22,9 @@ import torch
 from retrieval_tip import store
 from retrieval_tip.audit import Found, duplicates
 from retrieval_tip.backbone import Backbone, Identity
-from retrieval_tip.build import DTYPES, build_index, draw_shots, ids_in, item_columns, read_text_table
+from retrieval_tip.build import DTYPES, build_index, draw_shots, ids_in, item_columns, provenance_of, read_text_table
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.defaults import check_form, measure, plain_settings
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted
 from retrieval_tip.exchange import import_table
 from retrieval_tip.features import Encoder, check_backbone, same_backbone, table_identity
@@ -73,9 +74,28 @@ def _changing(folder: Folder, verify: str = "full") -> Iterator[_Change]:
     with store.write(place) as writer:
         check = store.Check(place, writer.parent, verify)
         change = _Change(CacheModel.load(place, device="cpu", precision="float32", check=check))
+        arrays = _arrays(change.cache)
         yield change
         if change.what:
+            shared = set(map(id, _arrays(change.cache)))
+            copied = [
+                files for array, files in zip(arrays, _files(check.manifest), strict=True) if id(array) not in shared
+            ]
+            if verify != "full":  # damage that is copied gets a digest that fits it
+                known = set(check.manifest.data_files).difference(*copied)
+                store.Check(place, check.manifest, known=known).wait()
             change.cache.commit(writer, change.what)
+
+
+def _arrays(cache: CacheModel) -> list[Any]:
+    """What an index holds in memory as its files have it, each shared with the next version, or copied into it."""
+    return [*segments_of(cache.keys), cache.text_weights, cache.values]
+
+
+def _files(manifest: store.Manifest) -> list[list[store.DataFile]]:
+    """The files of :func:`_arrays`."""
+    others = [[manifest.files[kind]] if kind in manifest.files else [] for kind in ("text", "values")]
+    return [*([part.keys, part.labels] for part in manifest.segments), *others]
 
 
 def add(
@@ -188,10 +208,14 @@ def configure(
     k: int | Literal["all"] | None = None,
     tail: bool | None = None,
     temperature: float | None = None,
+    normalize: str | None = None,
     templates: Sequence[str] = (),
     backbone: Backbone | None = None,
 ) -> Changed:
     """Change settings of an index; what is ``None`` stays. Templates make new text weights, by the ``backbone``.
+
+    With ``normalize``, alpha and beta are in units of the shots that there are now, and where they are left out, the
+    defaults that a new build takes (:func:`defaults.plain_settings`).
 
     Raises UsageError where nothing is given, a setting cannot work, or templates come without a backbone; BackboneError
     where that is not the index's.
@@ -199,8 +223,10 @@ def configure(
     given = {"alpha": alpha, "beta": beta, "tail": tail, "temperature": temperature}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {} if k is None else {"k": None if k == "all" else k}
-    if not given and not templates:
-        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature or templates")
+    if not given and not templates and normalize is None:
+        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
+    if normalize is not None:
+        check_form(normalize)
     manifest = store.read_manifest(Path(folder))
     prompts = list(check_templates(templates)) if templates else []
     weights: dict[str, Any] = {}
@@ -212,6 +238,10 @@ def configure(
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
     with _changing(folder, "fast") as change:
         cache = change.cache
+        if normalize is not None:
+            statistics = measure(cache.keys, cache.class_ids.numpy())
+            found = plain_settings(alpha, beta, normalize, statistics)
+            given = {**given, **dict(zip(("alpha", "beta"), found, strict=True))}
         for name, value in given.items():
             setattr(cache, name, value)
         check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale, cache.temperature)
@@ -222,6 +252,8 @@ def configure(
             cache.templates, cache.text_weights = prompts, torch.from_numpy(every)
             cache.text_index = text_index_over(every, cache.index.factory, "cpu")
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
+        if normalize is not None:
+            marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
         cache.provenance = cache.provenance | marks
         change.what = "set " + ", ".join(_shown(name, value) for name, value in given.items())
         if prompts:
@@ -392,7 +424,10 @@ def _chosen(cache: CacheModel, where: str | None, key_ids: Sequence[int] | None)
     if (where is None) == (key_ids is None):
         raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
     if where is None:
-        return list(key_ids or [])
+        chosen = list(dict.fromkeys(key_ids or []))
+        if missing := sorted(set(chosen).difference(cache.labels["key_id"].to_pylist())):
+            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
+        return chosen
     found: list[int] = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
     return found
 

@@ -284,6 +284,8 @@ def relabel_command(folder: Path, label: str, where: str | None, key_ids: tuple[
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.")
 @click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.")
 @click.option("--temperature", type=float, help="Divides the logits where they become probabilities.")
+@click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
+              help="Alpha and beta in units of the shots there are now; both: as a new build has them.")  # fmt: skip
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
 @BACKBONE
 @DEVICE
@@ -294,7 +296,7 @@ def set_command(folder: Path, template: tuple[str, ...], **given: Any) -> None:
     cache = given | {"no_cache": True}
     changed = changes.configure(
         folder,
-        **{name: given[name] for name in ("alpha", "beta", "tail", "temperature")},
+        **{name: given[name] for name in ("alpha", "beta", "tail", "temperature", "normalize")},
         k=None if given["k"] is None else given["k"] or "all",
         templates=template,
         backbone=backbone_for(Origin.of(folder), [], cache, needed=True) if template else None,
