@@ -46,4 +46,5 @@ bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/scale.py --memory
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/living.py
 	$(BIN)/python benchmarks/memory.py --folder /tmp

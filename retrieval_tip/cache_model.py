@@ -31,9 +31,6 @@ from retrieval_tip.vector_index import VectorIndex, auto_factory
 ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
 """The paper's defaults (its code's, for ImageNet) and the temperature of OpenAI's CLIP."""
 
-VERSIONS_TRIED = 16
-"""Times that opening an index starts anew because its version was given up meanwhile."""
-
 SMALL = 4096
 """Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
 
@@ -290,22 +287,19 @@ class CacheModel:
         does not fit the manifest, or is of a newer format.
         """
         place, device = Path(folder), resolve_device(device)
-        for _ in range(VERSIONS_TRIED):
-            check = check or store.Check(
-                place, None if version is None else store.read_version(place, version), verify=verify
+        if version is None:
+            cache, check = store.opened(
+                place, lambda manifest: cls._open(place, manifest, device, precision), verify=verify, check=check
             )
-            try:
-                check.wait()
-                return cls._open(place, check, device, precision)
-            except StoreError:
-                if version is not None or store.read_manifest(place) == check.manifest:
-                    raise
-            check = None
-        raise StoreError(f"{place}: changes faster than it can be opened; try again")
+        else:
+            check = store.Check(place, store.read_version(place, version), verify)
+            check.wait()
+            cache = cls._open(place, check.manifest, device, precision)
+        cache._remember(check)
+        return cache
 
     @classmethod
-    def _open(cls, place: Path, check: store.Check, device: str, precision: str) -> Self:
-        manifest = check.manifest
+    def _open(cls, place: Path, manifest: store.Manifest, device: str, precision: str) -> Self:
         files, classes = manifest.files, len(manifest.class_names)
         parts = [store.read_array(place, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
         if {part.dtype for part in parts} != {np.dtype(manifest.dtype)}:
@@ -327,7 +321,7 @@ class CacheModel:
         text_index = None
         if "text_index" in files:
             text_index = VectorIndex.load(place / files["text_index"].name, manifest.index, device)
-        cache = cls(
+        return cls(
             keys=joined(parts),
             labels=labels,
             class_names=manifest.class_names,
@@ -352,8 +346,6 @@ class CacheModel:
             folder=place,
             next_key_id=manifest.next_key_id,
         )
-        cache._remember(check)
-        return cache
 
     def reload(self) -> CacheModel:
         """The current version of the folder that this was loaded from or saved to; itself, where this is that.

@@ -23,13 +23,13 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import numpy as np
@@ -43,6 +43,8 @@ from retrieval_tip import labels
 from retrieval_tip.backbone import Identity
 from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
 from retrieval_tip.labels import LABEL_SCHEMA
+
+T = TypeVar("T")
 
 FORMAT = "retrieval-tip index"
 FORMAT_VERSION = 2
@@ -58,6 +60,8 @@ Of one of very many classes: the FAISS index over their text weights."""
 
 HASHED_AT_A_TIME = 1 << 24
 """Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
+VERSIONS_TRIED = 16
+"""Times that opening an index starts anew because its version was given up meanwhile."""
 VERIFY = ("full", "fast")
 FAST_BYTES = 1 << 22
 """Files up to this size are hashed whatever is asked for; a fast check takes larger ones by their size."""
@@ -322,6 +326,26 @@ class Check:
                 raise StoreError(f"{problem}; restore it, go back to a version before it, or build the index again")
 
 
+def opened(
+    folder: Path, read: Callable[[Manifest], T], *, verify: str = "full", check: Check | None = None
+) -> tuple[T, Check]:
+    """What ``read`` makes of the current version once its files are checked, and that check.
+
+    Where a writer gives that version up meanwhile, it is done again with the one that is current then. ``check`` is one
+    that was begun before. Raises StoreError as :class:`Check`, and what ``read`` raises.
+    """
+    for _ in range(VERSIONS_TRIED):
+        check = check or Check(folder, verify=verify)
+        try:
+            check.wait()
+            return read(check.manifest), check
+        except StoreError:
+            if read_manifest(folder) == check.manifest:
+                raise
+        check = None
+    raise StoreError(f"{folder}: changes faster than it can be opened; try again")
+
+
 def _problem(folder: Path, file: DataFile, verify: str) -> str | None:
     """What is wrong with a data file, if anything."""
     path = folder / file.name
@@ -423,8 +447,8 @@ def _read_table(path: Path) -> pa.Table:
 
 def describe(folder: Path) -> dict[str, Any]:
     """What ``index info`` prints: the manifest, the keys a class, and the space on disk."""
-    manifest = read_manifest(folder)
-    ids = read_labels(folder, manifest)["class_id"].to_numpy()
+    (manifest, labels), _ = opened(folder, lambda found: (found, read_labels(folder, found)), verify="fast")
+    ids = labels["class_id"].to_numpy()
     counts = np.bincount(ids, minlength=len(manifest.class_names))
     facts = asdict(manifest)
     for name in ("files", "later"):
@@ -483,11 +507,12 @@ def query(folder: Path, sql: str, predictions: Path | None = None) -> pa.Table:
     Raises UsageError where the statement is not one SELECT or duckdb refuses it; StoreError where the index is damaged;
     InputError where the file is none of predictions.
     """
-    manifest = read_manifest(folder)
-    Check(folder, manifest).wait()
-    tables = {"labels": read_labels(folder, manifest), "versions": history(folder)}
-    if "curve" in manifest.files:
-        tables["curve"] = read_curve(folder, manifest.files["curve"])
+
+    def read(manifest: Manifest) -> dict[str, pa.Table]:
+        curve = {"curve": read_curve(folder, manifest.files["curve"])} if "curve" in manifest.files else {}
+        return {"labels": read_labels(folder, manifest), "versions": history(folder)} | curve
+
+    tables, _ = opened(folder, read)
     if predictions is not None:
         tables["predictions"] = labels.read_predictions(predictions)
     return labels.ask(tables, sql)
