@@ -109,7 +109,9 @@ def build_index(
         plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
         factory, met = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
         columns = item_columns(source.items.take(pa.array(order)), digests)
-        labels = label_table(class_names, ids[order], key_ids=order, views=encoder.views, **columns)
+        labels = label_table(
+            class_names, ids[order], key_ids=order, views=encoder.views if source.table is None else 1, **columns
+        )
         warn_of(duplicates(keys, labels))
         cache = CacheModel(
             keys=keys,

@@ -402,8 +402,10 @@ class CacheModel:
         copied, by content, and is the copy from then on. Errors as for :meth:`save`.
         """
         parent = writer.parent if self._same(writer.folder) else None
-        if parent is None or parent.version != self.version:
-            parent, self._own, self._stored = None, {}, []
+        parent = parent if parent is not None and parent.version == self.version else None
+        self._check_copied(shared=parent is not None)
+        if parent is None:
+            self._own, self._stored = {}, []
         self._commit_keys(writer, parent)
         for kind, index in (("index", self.index), ("text_index", self.text_index)):
             if index is None:
@@ -427,6 +429,26 @@ class CacheModel:
         elif self.curve is not None:
             writer.seal_table("curve", self.curve)
         self._commit(writer, change)
+
+    def _check_copied(self, shared: bool) -> None:
+        """Check in full what is copied from a version that was not: else damage gets a digest that fits it.
+
+        ``shared`` says whether files are shared with that version. Raises StoreError naming the file that is damaged.
+        """
+        if self._check is None or self._check.verify == "full":
+            return
+        known: set[store.DataFile] = set()
+        if shared:
+            files, kept = self._check.manifest.files, set(map(id, segments_of(self.keys)))
+            parts = [segment for array, segment in self._stored if id(array) in kept]
+            known = {file for part in parts for file in (part.keys, part.labels)}
+            same = [kind for kind, found in self._held().items() if self._own.get(kind) is found]
+            known |= {files[kind] for kind in ("index", "text_index", "weights", *same) if kind in files}
+        store.Check(self._check.folder, self._check.manifest, known=known).wait()
+
+    def _held(self) -> dict[str, Any]:
+        """What data files hold as it is, by kind, but for the keys and their labels."""
+        return {"text": self.text_weights, "values": self.values, "curve": self.curve}
 
     def _commit_keys(self, writer: store.Writer, parent: store.Manifest | None) -> None:
         """Keys and labels, a segment at a time, but for those that are there."""
@@ -487,7 +509,7 @@ class CacheModel:
         manifest = check.manifest
         self._check = check
         self._stored = list(zip(segments_of(self.keys), manifest.segments, strict=True))
-        self._own = {"text": self.text_weights, "values": self.values, "curve": self.curve}
+        self._own = self._held()
         for kind, index in (("index", self.index), ("text_index", self.text_index)):
             if index is not None:
                 index.path = check.folder / manifest.files[kind].name
@@ -764,8 +786,9 @@ class CacheModel:
         ``dtype`` that of the keys, float32 or float16, where they are to become others. Raises UsageError for a factory
         that cannot work, InputError where keys are too large for the dtype; then nothing was changed.
         """
+        k = self.k
         if factory == "auto":
-            factory, self.k = auto_factory(self.n, len(self.class_names))
+            factory, k = auto_factory(self.n, len(self.class_names))
         order = self._order()
         keys = self.keys[order]
         if dtype is not None and keys.dtype != dtype:
@@ -780,7 +803,7 @@ class CacheModel:
             index = index_over(keys, ids, len(self.class_names), factory, self.device)
         if self.text_index is not None or index.factory != self.index.factory:
             self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
-        self.keys, self.labels, self.index = keys, self.labels.take(pa.array(order)), index
+        self.keys, self.labels, self.index, self.k = keys, self.labels.take(pa.array(order)), index, k
         self.values = self._values_of(order)
         self._follow()
 
@@ -836,11 +859,17 @@ class CacheModel:
         self._follow()
 
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
-        """A classifier over some of the keys, by row (a row may repeat); everything else is this one's."""
+        """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
+
+        So few that the index's type cannot hold them are compared with every query (``Flat``).
+        """
         ids = self.labels["class_id"].to_numpy()[rows]
         grouped = np.asarray(rows)[np.argsort(ids, kind="stable")]
         keys = np.asarray(self.keys[grouped])
-        index = self._index_over(keys, np.sort(ids))
+        try:
+            index = self._index_over(keys, np.sort(ids))
+        except UsageError:
+            index = index_over(keys, np.sort(ids), len(self.class_names), "Flat", self.device)
         labels = self.labels.take(pa.array(grouped))
         return replace(
             self, keys=keys, labels=labels, index=index, version=None, folder=None, values=self._values_of(grouped)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,16 @@ import torch
 from retrieval_tip import store
 from retrieval_tip.audit import Found, duplicates
 from retrieval_tip.backbone import Backbone, Identity
-from retrieval_tip.build import DTYPES, build_index, draw_shots, ids_in, item_columns, provenance_of, read_text_table
+from retrieval_tip.build import (
+    DTYPES,
+    build_index,
+    draw_shots,
+    few,
+    ids_in,
+    item_columns,
+    provenance_of,
+    read_text_table,
+)
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.defaults import check_form, measure, plain_settings
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted
@@ -51,7 +60,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Added(Changed):
-    """What was added: ``classes`` that are new, images left out as ``known``, and poison among the new keys."""
+    """What was added: ``classes`` that are new, how many images were ``known``, and poison among the new keys."""
 
     classes: list[str]
     known: int
@@ -74,28 +83,9 @@ def _changing(folder: Folder, verify: str = "full") -> Iterator[_Change]:
     with store.write(place) as writer:
         check = store.Check(place, writer.parent, verify)
         change = _Change(CacheModel.load(place, device="cpu", precision="float32", check=check))
-        arrays = _arrays(change.cache)
         yield change
         if change.what:
-            shared = set(map(id, _arrays(change.cache)))
-            copied = [
-                files for array, files in zip(arrays, _files(check.manifest), strict=True) if id(array) not in shared
-            ]
-            if verify != "full":  # damage that is copied gets a digest that fits it
-                known = set(check.manifest.data_files).difference(*copied)
-                store.Check(place, check.manifest, known=known).wait()
             change.cache.commit(writer, change.what)
-
-
-def _arrays(cache: CacheModel) -> list[Any]:
-    """What an index holds in memory as its files have it, each shared with the next version, or copied into it."""
-    return [*segments_of(cache.keys), cache.text_weights, cache.values]
-
-
-def _files(manifest: store.Manifest) -> list[list[store.DataFile]]:
-    """The files of :func:`_arrays`."""
-    others = [[manifest.files[kind]] if kind in manifest.files else [] for kind in ("text", "values")]
-    return [*([part.keys, part.labels] for part in manifest.segments), *others]
 
 
 def add(
@@ -126,6 +116,7 @@ def add(
     identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
     check_backbone(identity, manifest.d, encoder.backbone, [source])
     weights = _weights_of(source.class_names, manifest, encoder, text)
+    _needed(source.class_names, manifest.class_names, weights, store.has_text(Path(folder), manifest))
     if shots is not None:
         ids = ids_in(source, source.class_names)
         source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
@@ -135,15 +126,17 @@ def add(
     with _changing(folder, "fast") as change:
         cache = change.cache
         labels = np.array(items["label"].to_pylist(), dtype=object)
-        rows = _unknown(cache, labels, columns["digests"]) if skip_known else np.arange(len(labels))
+        unknown = _unknown(cache, labels, columns["digests"])
+        rows = unknown if skip_known else np.arange(len(labels))
         classes = _add_classes(cache, source.class_names, weights)
         key_ids = []
         if len(rows):
             picked = {name: _picked(column, rows) for name, column in columns.items()}
-            key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=encoder.views, **picked)
+            views = encoder.views if source.table is None else 1
+            key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **picked)
         if len(rows) or classes:
             change.what = _said(f"add {counted(len(rows), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, len(labels) - len(rows), _poison(cache, key_ids))
+    return Added(_version(cache), key_ids, classes, len(labels) - len(unknown), _poison(cache, key_ids))
 
 
 def merge(folder: Folder, other: Folder) -> Added:
@@ -153,6 +146,8 @@ def merge(folder: Folder, other: Folder) -> Added:
     backbones differ, InputError where the other index has trained values, which are of no use among other keys, or has
     no text where this one has; StoreError as :func:`store.write`.
     """
+    if Path(folder).resolve() == Path(other).resolve():
+        raise UsageError(f"{other}: is the index itself; its keys would be there twice")
     theirs = CacheModel.load(folder=other, device="cpu", precision="float32")
     if theirs.values is not None:
         raise InputError(
@@ -182,7 +177,10 @@ def remove(folder: Folder, *, where: str | None = None, key_ids: Sequence[int] |
     with _changing(folder) as change:
         chosen = _chosen(change.cache, where, key_ids)
         if chosen:
-            change.cache.remove(chosen)
+            try:
+                change.cache.remove(chosen)
+            except UsageError as error:  # fewer keys than the lists of an inverted file
+                raise InputError(f"{error}; give it another type first (index rebuild --index Flat)") from None
             change.what = f"remove {counted(len(chosen), 'key')}"
     return Changed(_version(change.cache), chosen)
 
@@ -191,6 +189,8 @@ def relabel(folder: Folder, label: str, *, where: str | None = None, key_ids: Se
     """Give keys, chosen as for :func:`remove`, to another class of the index. Errors as there."""
     with _changing(folder) as change:
         cache = change.cache
+        if label not in cache.class_names:
+            raise InputError(f"{label!r} is no class of the index; its classes are {few(cache.class_names)}")
         chosen = _chosen(cache, where, key_ids)
         old = dict(zip(cache.labels["key_id"].to_pylist(), cache.labels["label"].to_pylist(), strict=True))
         chosen = [key_id for key_id in chosen if old[key_id] != label]
@@ -323,6 +323,8 @@ def clone(folder: Folder, out: Folder, version: int | None = None) -> Changed:
     """
     if store.is_index(Path(out)):
         raise StoreError(f"{out}: holds an index already; give another folder")
+    if Path(out).resolve().is_relative_to(Path(folder).resolve()):
+        raise StoreError(f"{out}: lies in the index itself; give a folder outside of it")
     cache = CacheModel.load(folder, device="cpu", version=version)
     cache.save(out, f"clone version {cache.version} of {show(folder)}")
     return Changed(_version(cache), [])
@@ -356,7 +358,10 @@ def import_index(
             label_column=label_column,
             **{name: None if path is None else Path(path) for name, path in given.items()},
         )
-        found = dataclasses.replace(open_source(table), name=show(source))
+        try:
+            found = dataclasses.replace(open_source(table), name=show(source))
+        except InputError as error:
+            raise InputError(str(error).replace(show(table), show(source))) from None
         settings: dict[str, Any] = {"text": text, "index": index, "dtype": dtype, "alpha": alpha, "beta": beta}
         return build_index(found, out, Encoder(norms=norms), device="cpu", **settings)
 
@@ -384,16 +389,24 @@ def _weights_of(
 
 def _add_classes(cache: CacheModel, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
     """Add the classes that the index does not have, in order, with their text weights where it has text."""
-    known = set(cache.class_names)
+    new = _needed(names, cache.class_names, weights, cache.has_text)
+    if new:
+        cache.add_classes(new, np.stack([weights[name] for name in new]) if cache.has_text else None)
+    return new
+
+
+def _needed(
+    names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
+) -> list[str]:
+    """The classes that the index does not have, in order. Raises InputError where one lacks a text weight."""
+    known = set(present)
     new = [name for name in names if name not in known]
-    missing = [name for name in new if name not in weights] if cache.has_text else []
+    missing = [name for name in new if name not in weights] if has_text else []
     if missing:
         raise InputError(
             f"class {missing[0]!r}: is new and needs a text weight, as every class of this index has one; "
             "give its text features with --text, or the backbone with --model where the index has templates"
         )
-    if new:
-        cache.add_classes(new, np.stack([weights[name] for name in new]) if cache.has_text else None)
     return new
 
 

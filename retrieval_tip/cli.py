@@ -381,7 +381,7 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
         draw_surface(choice.surface, given["plot"])
     if not given["dry_run"]:
         search_hp.apply(cache, choice)
-        cache.save_settings(folder)
+        cache.save_settings(folder, "search-hp")
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
     facts |= {"k": (choice.k if given["dry_run"] else cache.k) or "all", "version": cache.version}
     if given["as_json"]:
@@ -515,7 +515,7 @@ def calibrate_command(ctx: click.Context, /, folder: Path, source: Path, **given
     val = open_source(source, split="val", root=given["root"])
     with encoder_of(ctx, backbone_for(cache, [val], given), given) as encoder:
         result = calibrate(cache, val, encoder)
-    cache.save_settings(folder)
+    cache.save_settings(folder, "calibrate")
     for name, value in (vars(result) | {"version": cache.version}).items():
         click.echo(f"{name:<15}  {shown(value)}")
     finish(ctx, encoder.skipped)

@@ -239,7 +239,7 @@ def add_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any)
         added = changes.add(
             folder, shots, encoder, text=given["text"], shots=given["shots"], skip_known=given["skip_known"]
         )
-    _say_added(folder, added)
+    _say_added(folder, added, given["skip_known"])
     finish(ctx, encoder.skipped)
 
 
@@ -432,16 +432,19 @@ def _say(folder: Path, version: int, what: str) -> None:
     click.echo(one_line(f"{show(folder)}: version {version}, {what}"))
 
 
-def _say_added(folder: Path, added: Added) -> None:
+def _say_added(folder: Path, added: Added, skipped: bool = False) -> None:
     """What was added, and what is suspicious about it."""
     from retrieval_tip.build import few, warn_of
 
     what = f"{counted(len(added.key_ids), 'key')} added"
     if added.classes:
         what += f", {counted(len(added.classes), 'new class')}: {few(added.classes)}"
-    if added.known:
+    if added.known and skipped:
         what += f", {counted(added.known, 'known image')} left out"
     _say(folder, added.version, what)
+    if added.known and not skipped:
+        known = counted(added.known, "image")
+        warn([f"{known} of them were there already, under the same label; --skip-known would leave them out"])
     if added.found is not None:
         warn_of(added.found)
         if added.found.compared == "digests":

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 import torch
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, one_line
 from retrieval_tip.features import IDENTITY_KEY, NORM_TOLERANCE, TABLE_ROWS, replacing
-from retrieval_tip.sources import FEATURE, MAX_TEXT, open_parquet, row_list, show
+from retrieval_tip.sources import FEATURE, MAX_TEXT, few_names, open_parquet, row_list, show
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
     Raises InputError where ``out`` cannot be written; then nothing is left of it.
     """
+    _outside(cache, out)
     for found, what in ((cache.values, "trained values"), (cache.tuned, "the fine-tuned encoder")):
         if found is not None:
             log.warning("%s: %s of the index cannot be in a table; what is built from it lacks them", show(out), what)
@@ -170,6 +171,7 @@ def export_text(cache: CacheModel, out: Path) -> int:
     Returns the number of classes. Raises UsageError where the index has no text weights, InputError where some class
     has none, or ``out`` cannot be written; then nothing is left of it.
     """
+    _outside(cache, out)
     if not cache.has_text:
         raise UsageError("text: the index has no text weights to export; its keys alone are all there is")
     weights = cache.text_weights.cpu().numpy()
@@ -180,6 +182,12 @@ def export_text(cache: CacheModel, out: Path) -> int:
     starts = range(0, len(names), TABLE_ROWS)
     parts = ((names.slice(at, TABLE_ROWS), weights[at : at + TABLE_ROWS]) for at in starts)
     return _write(out, schema, (_table(schema, name, name, part, {}) for name, part in parts))
+
+
+def _outside(cache: CacheModel, out: Path) -> None:
+    """Raise UsageError where a table would be written into the index itself."""
+    if cache.folder is not None and out.resolve().is_relative_to(cache.folder.resolve()):
+        raise UsageError(f"{show(out)}: lies in the index itself; give a place outside of it")
 
 
 def _schema(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], cache: CacheModel | None = None) -> pa.Schema:
@@ -214,7 +222,7 @@ def _write(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
 # What is there
@@ -416,7 +424,7 @@ def _class_names(file: Path) -> list[str]:
             columns = _columns_of(file).names
             column = next((column for column in NAME_COLUMNS if column in columns), columns[0])
             if column not in NAME_COLUMNS and len(columns) > 1:
-                raise InputError(f"{name}: no column 'name' among {', '.join(columns)}; call the column of names so")
+                raise InputError(f"{name}: no column 'name' among {few_names(columns)}; call the column of names so")
             found: Any = [each for rows in _read_rows(file) for each in rows[column].to_pylist()]
         else:
             text = file.read_text("utf-8-sig")
@@ -475,11 +483,11 @@ def _plan(parts: Sequence[_Part], label_column: str | None) -> tuple[_Columns, p
 def _choose(names: Sequence[str], label_column: str | None, where: str) -> _Columns:
     ident = next((column for column in ID_COLUMNS if column in names), None)
     if label_column is not None and label_column not in names:
-        raise UsageError(f"label_column: {where} has no column {label_column!r} among {', '.join(names)}")
+        raise UsageError(f"label_column: {where} has no column {label_column!r} among {few_names(names)}")
     label = label_column or next((column for column in LABEL_COLUMNS if column in names), None)
     path = next((column for column in PATH_COLUMNS if column in names), None)
     if label is None and path is None:
-        raise InputError(f"{where}: no column 'label' among {', '.join(names)}; say which it is with label_column")
+        raise InputError(f"{where}: no column 'label' among {few_names(names)}; say which it is with label_column")
     return _Columns(None if ident == label else ident, label or path or "", label is None)
 
 
@@ -522,7 +530,7 @@ def _columns_of(rows: Path | pa.Table) -> pa.Schema:
     else:
         schema = pa.schema([(name, pa.string()) for name in _open_csv(rows, []).schema.names])
     if len(set(schema.names)) < len(schema.names):
-        raise InputError(f"{show(rows)}: a column name stands twice in {', '.join(schema.names)}")
+        raise InputError(f"{show(rows)}: a column name stands twice in {few_names(schema.names)}")
     return schema
 
 
@@ -538,8 +546,10 @@ def _open_csv(file: Path, texts: Sequence[str]) -> pyarrow.csv.CSVStreamingReade
     types = dict.fromkeys(texts, pa.string())
     convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
     try:  # the name as bytes: it may not be UTF-8
-        return pyarrow.csv.open_csv(pa.OSFile(os.fsencode(file)), parse_options=parse, convert_options=convert)
-    except (OSError, pa.ArrowException) as error:
+        reader = pyarrow.csv.open_csv(pa.OSFile(os.fsencode(file)), parse_options=parse, convert_options=convert)
+        "".join(reader.schema.names)  # which may not be UTF-8 either
+        return reader
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{show(file)}: cannot be read: {_line(error)}") from None
 
 

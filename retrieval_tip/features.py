@@ -28,7 +28,7 @@ from tqdm import tqdm
 from retrieval_tip import images
 from retrieval_tip.backbone import Backbone, Identity, unit
 from retrieval_tip.errors import BackboneError, InputError, Skipped, UsageError
-from retrieval_tip.sources import FEATURE, Source, open_parquet, row_list, show
+from retrieval_tip.sources import FEATURE, Source, few_names, open_parquet, row_list, show
 
 if TYPE_CHECKING:
     import torch
@@ -577,7 +577,7 @@ def read_features(path: Path, norms: str = "check") -> Iterator[FloatArray]:
     name = show(path)
     file = open_parquet(path)
     if FEATURE not in file.schema_arrow.names:
-        raise InputError(f"{name}: no column {FEATURE!r} among {', '.join(file.schema_arrow.names)}")
+        raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
     kind = file.schema_arrow.field(FEATURE).type
     is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not is_list or not pa.types.is_floating(kind.value_type):
@@ -603,12 +603,12 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
     else:
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
     dim = int(lengths[0]) if dim is None else dim
+    if dim == 0:
+        raise InputError(f"{name}: row {start} has no values")
     wrong = np.flatnonzero(lengths != dim)
     if wrong.size:
         row = int(wrong[0])
         raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values, the rows before have {dim}")
-    if dim == 0:
-        raise InputError(f"{name}: row {start} has no values")
     values = column.flatten()
     if values.null_count:
         rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)

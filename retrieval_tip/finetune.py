@@ -91,7 +91,7 @@ class Tuned:
             if self.encoders:
                 self.cache.tuned = Path(place) / "encoders.safetensors"
                 write_tuned(self.cache.tuned, self.encoders)
-            self.cache.save(folder)
+            self.cache.save(folder, "finetune")
 
 
 def finetune(

@@ -162,7 +162,7 @@ def ask(tables: Mapping[str, pa.Table], sql: str) -> pa.Table:
     """The answer of one SELECT over these tables, by name, and over ``class_counts``, a view of ``labels``.
 
     The view has ``class_id``, ``label`` and ``keys``, a row a class that has keys. The tables are copied; columns in
-    half precision come as float32.
+    half precision come as float32. A column of the answer whose name stood before gets another one (``label_1``).
 
     Raises UsageError where the statement is not one SELECT, or duckdb refuses it or runs out of its memory; InputError
     for a table that duckdb cannot hold.
@@ -178,7 +178,19 @@ def ask(tables: Mapping[str, pa.Table], sql: str) -> pa.Table:
             raise UsageError(f"query: {_reason(error)}") from None
         except pa.ArrowException as error:
             raise UsageError(f"query: its answer cannot be kept ({_reason(error)})") from None
-    return answer
+    return answer.rename_columns(_apart(answer.column_names))
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """Names of columns, each once: those that stand again get ``_1``, ``_2`` ..., as duckdb's tables do."""
+    found: list[str] = []
+    for name in names:
+        number, distinct = 0, name
+        while distinct in found or (number and distinct in names):
+            number += 1
+            distinct = f"{name}_{number}"
+        found.append(distinct)
+    return found
 
 
 def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:

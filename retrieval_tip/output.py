@@ -16,7 +16,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.errors import UsageError, one_line
+from retrieval_tip.errors import RetrievalTipError, UsageError, one_line
 from retrieval_tip.features import replacing
 
 FORMATS = ("table", "json", "csv", "parquet")
@@ -46,13 +46,26 @@ def write_rows(rows: Iterable[Row], columns: Sequence[str], style: str, path: Pa
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
-    """Write a table as :func:`write_rows` does. Times are to the microsecond, as Python's are."""
+    """Write a table as :func:`write_rows` does. Times are to the microsecond, as Python's are.
+
+    Raises UsageError for a value that the format cannot hold, like an interval in Parquet or a year above 9999.
+    """
     for place, field in enumerate(table.schema):
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
             rounded = table.column(place).cast(pa.timestamp("us", field.type.tz), safe=False)
             table = table.set_column(place, field.name, rounded)
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
-    write_rows(rows, table.column_names, style, path, table.schema)
+    try:
+        if style == "parquet" and (path is not None or not sys.stdout.isatty()):
+            with _target(path) as target:
+                pq.write_table(table, target)
+        else:
+            write_rows(rows, table.column_names, style, path, table.schema)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+        if isinstance(error, RetrievalTipError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR") from None
 
 
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
@@ -96,7 +109,7 @@ def _csv(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
     writer.writerow(columns)
     for row in rows:
         values = (row[column] for column in columns)
-        writer.writerow([json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in values])
+        writer.writerow([json.dumps(v, ensure_ascii=False, default=str) if isinstance(v, list) else v for v in values])
 
 
 class _Lines:

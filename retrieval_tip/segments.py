@@ -41,8 +41,8 @@ class Segments:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice | IntArray) -> npt.NDArray[Any]:
-        """Rows as one array: by a slice without a step, or by row numbers ``[m]``, negative ones from the end."""
+    def __getitem__(self, rows: slice | int | Sequence[int] | IntArray) -> npt.NDArray[Any]:
+        """Rows by a slice, by numbers (negative ones from the end) or a mask, as an array; one row by its number."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step != 1:
@@ -54,6 +54,7 @@ class Segments:
                 if at < stop
             ]
             return found[0] if len(found) == 1 else np.concatenate(found or [self.parts[0][:0]])
+        rows = np.asarray(rows) if np.size(rows) else np.empty(np.shape(rows), dtype=np.int64)
         rows = np.arange(len(self))[rows] if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"row out of range of {len(self)}")

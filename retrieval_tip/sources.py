@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip import images
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ SPLITS = ("train", "val", "test")
 FEATURE = "feature"
 MAX_TEXT = 4096
 """Longest label or id, in characters: more is a table read wrongly."""
+MAX_SHOWN = 64
+"""Columns, and characters of the name of each, that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def _table(file: Path, root: str | None, *, labelled: bool) -> Source:
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
         kind = "a feature table has id, label and feature" if has_features else "an image table has path and label"
-        raise InputError(f"{name}: no column {missing[0]!r} among {', '.join(items.column_names)}; {kind}")
+        raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
     front = {"source": _texts(items[key], name, key, needed=True)}
     if "label" in items.column_names:
         front["label"] = _texts(items["label"], name, "label", needed=labelled)
@@ -290,7 +292,7 @@ def _items(file: Path) -> tuple[pa.Table, bool]:
         columns = parquet.schema_arrow.names
         _once(columns, name)
         number, has_features = parquet.metadata.num_rows, FEATURE in columns
-        items = _read(name, lambda: parquet.read(columns=[column for column in columns if column != FEATURE]))
+        items = _read(name, lambda: _sound(parquet.read(columns=[column for column in columns if column != FEATURE])))
     if number == 0:
         raise InputError(f"{name}: has no rows")
     if has_features and "id" not in items.column_names:
@@ -299,18 +301,35 @@ def _items(file: Path) -> tuple[pa.Table, bool]:
     return items, has_features
 
 
+def _sound(items: pa.Table) -> pa.Table:
+    """A table whose text is UTF-8, and of the kinds that rows can be taken of."""
+    items.validate(full=True)
+    kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    for place, field in enumerate(items.schema):
+        if field.type in kinds:
+            items = items.set_column(place, field.name, items.column(place).cast(kinds[field.type]))
+    items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # of views within lists none can be
+    return items
+
+
 def open_parquet(file: Path) -> pq.ParquetFile:
     """A Parquet file, memory-mapped. Raises InputError where it is not one."""
-    result: pq.ParquetFile = _read(show(file), lambda: pq.ParquetFile(pa.memory_map(os.fsencode(file))))
+
+    def read() -> pq.ParquetFile:
+        parquet = pq.ParquetFile(pa.memory_map(os.fsencode(file)))
+        "".join(parquet.schema_arrow.names)  # which may not be UTF-8
+        return parquet
+
+    result: pq.ParquetFile = _read(show(file), read)
     return result
 
 
 def _read(name: str, read: Any) -> Any:
     try:
         return read()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: cannot be read: {reason}") from None
+        raise InputError(f"{name}: cannot be read: {one_line(reason)}") from None
 
 
 def _read_csv(file: Path) -> pa.Table:
@@ -336,7 +355,7 @@ def _read_csv(file: Path) -> pa.Table:
 
 def _once(columns: Sequence[str], name: str) -> None:
     if len(set(columns)) < len(columns):
-        raise InputError(f"{name}: a column name stands twice in {', '.join(columns)}")
+        raise InputError(f"{name}: a column name stands twice in {few_names(columns)}")
 
 
 def _texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
@@ -364,6 +383,12 @@ def _check_texts(items: pa.Table, name: str) -> None:
                 raise InputError(
                     f"{name}: {row_list(np.flatnonzero(long))}: {column} longer than {MAX_TEXT} characters"
                 )
+
+
+def few_names(columns: Sequence[str]) -> str:
+    """Names of columns, the first of many, as they stand in a message."""
+    shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
+    return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
 
 
 def row_list(rows: npt.NDArray[np.int64]) -> str:

@@ -65,6 +65,8 @@ VERSIONS_TRIED = 16
 VERIFY = ("full", "fast")
 FAST_BYTES = 1 << 22
 """Files up to this size are hashed whatever is asked for; a fast check takes larger ones by their size."""
+MAX_DEPTH, MAX_KEY_ID = 64, 2**62
+"""How deep a provenance may be nested; the largest first key id that was never given."""
 MANIFEST_BYTES = 1 << 28
 """A manifest that is larger was not written here: a million classes take a tenth."""
 
@@ -151,9 +153,11 @@ class Manifest:
         return _seal(body)
 
     @classmethod
-    def from_bytes(cls, raw: bytes, name: str) -> Manifest:
+    def from_bytes(
+        cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
+    ) -> Manifest:
         """The inverse of :meth:`to_bytes`. Raises StoreError for anything missing, changed or of another format."""
-        damaged, remedy = f"{name}: damaged", "restore it, or delete the folder and build the index again"
+        damaged = f"{name}: damaged"
         try:
             body = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -200,7 +204,10 @@ class Manifest:
 
         def real(value: object) -> bool:
             return (
-                isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+                and 0 <= value < 2**63
             )
 
         need(whole(body["version"], 1), "version")
@@ -219,9 +226,12 @@ class Manifest:
         if body["backbone"] is not None:
             Identity.from_dict(body["backbone"])
         need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
+        need(_shallow(body["provenance"], MAX_DEPTH), "provenance")
         need(isinstance(body["change"], str) and isinstance(body["later"], list), "change or later")
-        need(body["next_key_id"] is None or whole(body["next_key_id"], 1), "next_key_id")
+        following = body["next_key_id"]
+        need(following is None or (whole(following, 1) and following <= MAX_KEY_ID), "next_key_id")
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
+        need(all(isinstance(entry, dict) for entry in body["later"]), "later")
         later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
         need(KINDS.keys() <= files.keys() <= _SUFFIXES.keys(), "files")
         need(not later or "values" not in files, "later")  # trained values are one array
@@ -240,6 +250,12 @@ class Manifest:
         return cls(**(body | {"files": files, "later": later}))
 
 
+def _shallow(value: Any, depth: int) -> bool:
+    """Whether JSON is not nested deeper: Python goes through it by recursion."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
+
+
 def _seal(body: Mapping[str, Any]) -> bytes:
     digest = hashlib.sha256(json.dumps(body, indent=1, ensure_ascii=False).encode()).hexdigest()
     return json.dumps(dict(body) | {"sha256": digest}, indent=1, ensure_ascii=False).encode()
@@ -247,7 +263,10 @@ def _seal(body: Mapping[str, Any]) -> bytes:
 
 def is_index(folder: Path) -> bool:
     """Whether a folder holds an index (in whatever state)."""
-    return (folder / "manifest.json").is_file()
+    try:
+        return (folder / "manifest.json").is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -268,17 +287,20 @@ def read_version(folder: Path, version: int) -> Manifest:
     current = read_manifest(folder)
     if version == current.version:
         return current
-    earlier = {manifest.version: manifest for manifest in earlier_manifests(folder)}
-    if version not in earlier:
-        there = ", ".join(map(str, [*earlier, current.version]))
-        raise StoreError(f"{folder}: has no version {version}; there are {there}")
-    return earlier[version]
+    path = folder / "manifests" / f"{version:06d}.json"
+    found = _read_earlier(folder, path)
+    if found is None:
+        there = [str(int(path.stem)) for path in _earlier_paths(folder) if path.stem.isdecimal()]
+        raise StoreError(f"{folder}: has no version {version}; there are {', '.join([*there, str(current.version)])}")
+    return found
 
 
 def _read_manifest(folder: Path, path: Path) -> bytes:
     """A manifest's bytes. Raises StoreError where it is a link that leads out of the folder, or cannot be one."""
     if not _lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; put the file itself there")
+    if path.exists() and not path.is_file():
+        raise StoreError(f"{path}: is not a file; restore it")  # a pipe would wait for ever
     with path.open("rb") as file:
         raw = file.read(MANIFEST_BYTES + 1)
     if len(raw) > MANIFEST_BYTES:
@@ -288,7 +310,10 @@ def _read_manifest(folder: Path, path: Path) -> bytes:
 
 def _lies_in(folder: Path, path: Path) -> bool:
     """Whether a path is in the folder also when all links are followed."""
-    return path.resolve().is_relative_to(folder.resolve())
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself leads nowhere
+        return False
 
 
 class Check:
@@ -342,7 +367,7 @@ def opened(
         except StoreError:
             if read_manifest(folder) == check.manifest:
                 raise
-        check = None
+        verify, check = check.verify, None
     raise StoreError(f"{folder}: changes faster than it can be opened; try again")
 
 
@@ -372,12 +397,17 @@ def read_array(
     """
     path = folder / file.name
     try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from None
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")  # what it maps it does not unpickle
+    except Exception as error:  # damaged headers fail anywhere in numpy's parser
+        raise StoreError(f"{path}: cannot be read ({_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:
         raise StoreError(f"{path}: {array.dtype} {array.shape} does not fit the manifest ({shape})")
     return array
+
+
+def has_text(folder: Path, manifest: Manifest) -> bool:
+    """Whether a version has text weights that are not all zero. Raises StoreError as :func:`read_array`."""
+    return bool(read_array(folder, manifest.files["text"], (len(manifest.class_names), manifest.d)).any())
 
 
 def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
@@ -391,6 +421,10 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     except pa.ArrowException as error:
         raise StoreError(f"{folder}: labels of its segments differ ({str(error).splitlines()[0]})") from None
     ranges = [pc.min_max(part["key_id"]).as_py() for part in tables]
+    if manifest.next_key_id is not None and ranges[-1]["max"] >= manifest.next_key_id:
+        raise StoreError(
+            f"{folder / 'manifest.json'}: its next_key_id was given to a key; restore it, or build the index again"
+        )
     if any(one["max"] >= next_one["min"] for one, next_one in itertools.pairwise(ranges)):
         raise StoreError(f"{folder}: key ids of its segments do not ascend; restore it, or build the index again")
     return table
@@ -440,9 +474,16 @@ def _read_table(path: Path) -> pa.Table:
         # A file of Arrow's: buffers of a Python file are freed by its threads, even while the interpreter ends. And not
         # just the path: then a folder named x=1 would become a column x.
         with pa.OSFile(os.fsencode(path)) as file:
-            return pq.ParquetFile(file).read()
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+            table = pq.ParquetFile(file).read()
+            table.validate(full=True)
+            table.schema.names  # noqa: B018 - which are decoded when they are asked for
+            return table
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise StoreError(f"{path}: cannot be read ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -773,15 +814,23 @@ def next_key_id(folder: Path, manifest: Manifest) -> int:
 
 def earlier_manifests(folder: Path) -> list[Manifest]:
     """The earlier versions that are kept, oldest first. Raises StoreError where one is damaged."""
-    manifests = []
-    for path in sorted((folder / "manifests").glob("*.json")):
-        try:
-            manifests.append(Manifest.from_bytes(_read_manifest(folder, path), str(path)))
-        except FileNotFoundError:
-            continue  # collected meanwhile
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-    return manifests
+    found = [_read_earlier(folder, path) for path in _earlier_paths(folder)]
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _earlier_paths(folder: Path) -> list[Path]:
+    """The manifests of earlier versions, oldest first."""
+    return sorted((folder / "manifests").glob("*.json"), key=lambda path: (len(path.name), path.name))
+
+
+def _read_earlier(folder: Path, path: Path) -> Manifest | None:
+    """The manifest of an earlier version; ``None`` where it was given up, even just now."""
+    try:
+        return Manifest.from_bytes(_read_manifest(folder, path), str(path), "index gc gives earlier versions up")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _tidy(folder: Path) -> None:
@@ -825,7 +874,7 @@ def _size(folder: Path) -> int:
 
 def _forget(folder: Path, keep: int) -> list[int]:
     """Remove the manifests of all versions but the last ``keep``, of which one is the current."""
-    paths = sorted(folder.glob("manifests/*.json"))
+    paths = _earlier_paths(folder)
     gone = paths[: max(0, len(paths) + 1 - keep)]
     for path in gone:
         path.unlink()

@@ -6,6 +6,7 @@ import copy
 import importlib
 import logging
 import re
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+
+HEADER = 45
+"""Bytes of the smallest index file, a flat one without vectors: its kind, d, n, and what is not used here."""
 
 GPU_MAX_K = 2048
 """FAISS on a GPU retrieves no more keys, and probes no more lists; beyond it the CPU copy answers."""
@@ -168,6 +172,8 @@ class VectorIndex:
 
         Raises StoreError naming the file.
         """
+        if problem := _size_problem(path):
+            raise StoreError(f"{path}: {problem}; rebuild the index")
         try:
             try:
                 index = faiss().read_index(str(path), faiss().IO_FLAG_MMAP_IFC)
@@ -261,10 +267,15 @@ class VectorIndex:
     def _search_both(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         """What the index finds, without what was replaced since, and what came since, as one."""
         replaced = int(np.searchsorted(self._late_rows, self.indexed))
-        affinity, rows = self._search_indexed(features, min(k + min(replaced, k), self.indexed))
-        if replaced:
-            gone = np.isin(rows, self._late_rows[:replaced])
-            affinity, rows = np.where(gone, -np.inf, affinity), np.where(gone, -1, rows)
+        asked = min(k + min(replaced, k), self.indexed)
+        while True:
+            affinity, rows = self._search_indexed(features, asked)
+            gone = np.isin(rows, self._late_rows[:replaced]) if replaced else rows < 0
+            lacking = (gone.sum(axis=1) > asked - k).any() and asked < min(k + replaced, self.indexed)
+            if not lacking:
+                break
+            asked = min(4 * asked, k + replaced, self.indexed)
+        affinity, rows = np.where(gone, -np.inf, affinity), np.where(gone, -1, rows)
         late, places = self._beside().search(features, min(k, len(self._late_rows)))
         affinity, rows = np.hstack([affinity, late]), np.hstack([rows, self._late_rows[places]])
         affinity[rows < 0] = -np.inf
@@ -272,12 +283,21 @@ class VectorIndex:
         affinity, rows = np.take_along_axis(affinity, order, 1), np.take_along_axis(rows, order, 1)
         return np.where(rows < 0, np.finfo(np.float32).min, affinity), rows
 
+    @property
+    def _name(self) -> str:
+        return str(self.path) if self.path else f"index {self.factory!r}"
+
     def _search_indexed(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        if self._gpu is not None and k <= GPU_MAX_K:
-            with self._lock:  # the resources are one stream and one scratch memory
-                affinity, rows = self._gpu.search(features, k)
-        else:
-            affinity, rows = self._cpu.search(features, k)
+        try:
+            if self._gpu is not None and k <= GPU_MAX_K:
+                with self._lock:  # the resources are one stream and one scratch memory
+                    affinity, rows = self._gpu.search(features, k)
+            else:
+                affinity, rows = self._cpu.search(features, k)
+        except (AssertionError, IndexError, RuntimeError) as error:
+            raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
+        if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
+            raise StoreError(f"{self._name}: finds rows that it does not have; rebuild the index")
         return affinity, rows
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -328,6 +348,22 @@ def _bytes_on_gpu(index: Any, half: bool) -> int:
 
 def _free_on_gpu() -> int:
     return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else 0
+
+
+def _size_problem(path: Path) -> str | None:
+    """What is wrong with a file's size: FAISS's mapped reader may crash on one that ends too early."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(HEADER)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if len(head) < HEADER:
+        return "damaged (too short for an index)"
+    fourcc, d, ntotal = struct.unpack("<4siq", head[:16])
+    if fourcc in (b"IxFI", b"IxFl", b"IxF2") and size != HEADER + 4 * d * ntotal:
+        return f"damaged (has {size:,} bytes for {ntotal:,} vectors of {d:,} values)"
+    return None
 
 
 def _fill(index: Any, keys: npt.NDArray[Any] | Segments, factory: str, block: int) -> None:

@@ -1,0 +1,1138 @@
+"""What changes an index folder, by its functions and by the commands: each one new version, alone, or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SHARED
+from test_cli import process, unit_rows, write_table
+
+from retrieval_tip import CacheModel, cache_model, changes, store, verify
+from retrieval_tip.backbone import Backbone
+from retrieval_tip.build import build_index
+from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
+from retrieval_tip.features import Encoder
+from retrieval_tip.prompts import text_weights
+from retrieval_tip.shots import few_shot
+from retrieval_tip.sources import open_source
+from retrieval_tip.vector_index import auto_factory
+
+Array = npt.NDArray[Any]
+D = 8
+CALTECH = SHARED / "data" / "caltech101" / "101_ObjectCategories"
+MODEL = f"local-dir:{SHARED / 'models' / 'lit-mini'}"
+TEMPLATES = ["a photo of a {}.", "a drawing of a {}."]
+QUERIES = unit_rows(7, D, 50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The sums here are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def photographs(folder: Path, **classes: range) -> Path:
+    """A folder of class folders with some of Caltech's photographs, by their number."""
+    for name, numbers in classes.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        images = sorted((CALTECH / name).iterdir())
+        for number in numbers:
+            shutil.copyfile(images[number], folder / name / images[number].name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def _pictures(tmp_path_factory: pytest.TempPathFactory, lit_mini: Backbone) -> Path:
+    place = tmp_path_factory.mktemp("pictures")
+    source = open_source(photographs(place / "photos", panda=range(4), pizza=range(4)))
+    build_index(source, place / "index", Encoder(lit_mini), templates=TEMPLATES, device="cpu")
+    return place
+
+
+@pytest.fixture
+def pictures(_pictures: Path, tmp_path: Path) -> Path:
+    """An index of four pandas and four pizzas, to be changed; the photographs are beside it."""
+    return Path(shutil.copytree(_pictures, tmp_path / "pictures")) / "index"
+
+
+def features_of(lit_mini: Backbone, folder: Path, **options: Any) -> Array:
+    return Encoder(lit_mini, **options).encode(open_source(folder)).features
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    labels, cameras = ["cat", "dog"] * 3, list("abcabc")
+    return write_table(tmp_path / "train.parquet", unit_rows(6, D), labels, camera=cameras)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_table(tmp_path / "text.parquet", unit_rows(2, D, 1), ["cat", "dog"])
+
+
+@pytest.fixture
+def index(tmp_path: Path, table: Path, text: Path) -> Path:
+    """Six keys of two classes: 0, 2, 4 are cats, 1, 3, 5 dogs."""
+    build_index(open_source(table), tmp_path / "index", Encoder(), text=text, alpha=1.0, beta=4.0, device="cpu")
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def parted(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, and two more keys in a segment of their own."""
+    monkeypatch.setattr(cache_model, "SMALL", 0)
+    changes.add(
+        index, open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])), Encoder()
+    )
+    assert len(store.read_manifest(index).segments) == 2
+    return index
+
+
+def opened(folder: Path, **options: Any) -> CacheModel:
+    return CacheModel.load(folder, device="cpu", **options)
+
+
+def version(folder: Path) -> int:
+    return store.read_manifest(folder).version
+
+
+def labels_of(folder: Path) -> dict[int, str]:
+    table = opened(folder).labels
+    return dict(sorted(zip(table["key_id"].to_pylist(), table["label"].to_pylist(), strict=True)))
+
+
+def data_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Each data file with its inode and its time of change."""
+    found = ((path, path.stat()) for path in (folder / "data").iterdir())
+    return {path.name: (stat.st_ino, stat.st_mtime_ns) for path, stat in found}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def rows_of(shown: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in shown.splitlines()]
+
+
+def refused(result: Any, status: int, *words: object) -> None:
+    """One line on standard error, that names what it is about."""
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    for word in words:
+        assert str(word) in result.stderr
+
+
+# --- add
+
+
+def test_photographs_that_are_added_are_the_keys_a_build_would_make(
+    run: Any, pictures: Path, lit_mini: Backbone, tmp_path: Path
+) -> None:
+    new = photographs(tmp_path / "new", okapi=range(2), panda=range(4, 6))
+    before = opened(pictures)
+    done = run("index", "add", pictures, new, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{pictures}: version 2, 4 keys added, 1 new class: okapi\n"
+    cache = verify(pictures)
+    assert cache.class_names == ["panda", "pizza", "okapi"]  # those that were there keep their place
+    np.testing.assert_allclose(cache.text_weights[2], text_weights(lit_mini, ["okapi"], TEMPLATES)[0], atol=1e-5)
+    assert torch.equal(cache.text_weights[:2], before.text_weights)
+    rows = {row["key_id"]: row for row in cache.labels.to_pylist()}
+    assert [(rows[i]["label"], rows[i]["shot"]) for i in range(8, 12)] == [
+        ("okapi", 0), ("okapi", 1), ("panda", 4), ("panda", 5),
+    ]  # fmt: skip
+    place = {key_id: row for row, key_id in enumerate(cache.labels["key_id"].to_pylist())}
+    own = cache.keys[np.array([place[i] for i in range(8, 12)])]
+    np.testing.assert_allclose(own, features_of(lit_mini, new), atol=1e-5)
+    assert all(rows[i]["digest"] and rows[i]["source"].startswith(str(new)) for i in range(8, 12))
+    image = next((new / "okapi").iterdir())
+    answer = rows_of(run("classify", pictures, image, "--format", "json", "--device", "cpu").stdout)
+    assert answer[0]["label"] == "okapi"
+
+
+def test_views_and_seed_are_those_of_the_index_unless_given(run: Any, lit_mini: Backbone, tmp_path: Path) -> None:
+    photos = photographs(tmp_path / "photos", panda=range(2), pizza=range(2))
+    built = run(
+        "index",
+        "build",
+        photos,
+        "--model",
+        MODEL,
+        "--views",
+        2,
+        "--seed",
+        7,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "i",
+    )
+    assert built.exit_code == 0, built.output
+    new = photographs(tmp_path / "new", panda=range(2, 3))
+    for options, views, seed in (((), 2, 7), (("--views", 3, "--seed", 5), 3, 5)):
+        assert run("index", "add", tmp_path / "i", new, "--device", "cpu", *options).exit_code == 0
+        cache = opened(tmp_path / "i")
+        row = int(np.argmax(cache.labels["key_id"].to_numpy()))
+        assert cache.labels["views"][row].as_py() == views
+        np.testing.assert_allclose(cache.keys[[row]], features_of(lit_mini, new, views=views, seed=seed), atol=1e-5)
+
+
+def test_shots_are_the_published_draw(run: Any, index: Path, tmp_path: Path) -> None:
+    labels = ["dog", "cat"] * 5
+    more = write_table(tmp_path / "more.parquet", unit_rows(10, D, 4), labels, [f"new-{i}" for i in range(10)])
+    assert run("index", "add", index, more, "--shots", 2, "--seed", 3).exit_code == 0
+    sources = [row["source"] for row in opened(index).labels.to_pylist() if row["key_id"] > 5]
+    assert sorted(sources) == sorted(f"new-{i}" for i in few_shot(labels, 2, 3))
+
+
+def test_known_images_are_left_out_where_that_is_asked_for(run: Any, pictures: Path, tmp_path: Path) -> None:
+    new = photographs(tmp_path / "new", panda=range(2, 6))
+    done = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
+    assert done.stdout == f"{pictures}: version 2, 2 keys added, 2 known images left out\n"
+    again = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
+    assert again.stdout == f"{pictures}: version 2, 0 keys added, 4 known images left out\n"
+    assert opened(pictures).n == 10
+    twice = run("index", "add", pictures, new, "--device", "cpu")
+    assert twice.stdout == f"{pictures}: version 3, 4 keys added\n"
+    assert twice.stderr == (  # an image twice in one class is no poison
+        "warning: 4 images of them were there already, under the same label; --skip-known would leave them out\n"
+    )
+
+
+def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
+    run: Any, pictures: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong"
+    known = sorted((pictures.parent / "photos" / "panda").iterdir())[0]
+    (wrong / "pizza").mkdir(parents=True)
+    shutil.copyfile(known, wrong / "pizza" / "x.jpg")
+    done = run("index", "add", pictures, wrong, "--skip-known", "--device", "cpu")  # known, but not as this
+    assert done.exit_code == 0
+    assert done.stdout == f"{pictures}: version 2, 1 key added\n"
+    assert "in two classes:" in done.stderr
+    assert "x.jpg (pizza)" in done.stderr
+    assert f"{known.name} (panda)" in done.stderr
+    photographs(wrong, panda=range(1))
+    built = run("index", "build", wrong, "--model", MODEL, "--device", "cpu", "--out", tmp_path / "i")
+    assert built.exit_code == 0
+    assert "in two classes:" in built.stderr
+    assert "identical image" in built.stderr
+    quiet = run("--quiet", "index", "add", pictures, wrong, "--device", "cpu")
+    assert quiet.stderr == ""
+
+
+def test_photographs_that_cannot_be_read_are_named_and_left_out(run: Any, pictures: Path, tmp_path: Path) -> None:
+    new = photographs(tmp_path / "new", panda=range(4, 7))
+    broken = sorted((new / "panda").iterdir())[1]
+    broken.write_bytes(broken.read_bytes()[:500])
+    done = run("index", "add", pictures, new, "--device", "cpu")
+    assert done.exit_code == 3
+    assert f"skipped {broken}: damaged image" in done.stderr
+    assert "2 keys added" in done.stdout
+    assert str(broken) not in opened(pictures).labels["source"].to_pylist()
+    before = everything(pictures)
+    strict = run("index", "add", pictures, new, "--strict", "--device", "cpu")
+    assert strict.exit_code == 1
+    assert everything(pictures) == before
+
+
+def test_another_backbone_is_refused_with_both_named(run: Any, pictures: Path, tmp_path: Path) -> None:
+    from test_backbone import tiny
+
+    other = tiny(tmp_path / "other")
+    new, before = photographs(tmp_path / "new", panda=range(4, 5)), everything(pictures)
+    refused(run("index", "add", pictures, new, "--model", f"local-dir:{other}"), 1, MODEL, other)
+    encoded = run("encode", new, "--model", f"local-dir:{other}", "--out", tmp_path / "t.parquet")
+    assert encoded.exit_code == 0, encoded.output
+    refused(run("index", "add", pictures, tmp_path / "t.parquet"), 1, MODEL, other)
+    refused(run("index", "set", pictures, "--template", "a {}", "--model", f"local-dir:{other}"), 1, MODEL, other)
+    assert everything(pictures) == before
+
+
+@pytest.mark.parametrize("labels", [["cat"], ["cat", "owl"]])
+def test_features_of_another_length_are_refused(run: Any, index: Path, tmp_path: Path, labels: list[str]) -> None:
+    before = everything(index)
+    more = write_table(tmp_path / "more.parquet", unit_rows(len(labels), D + 1), labels)
+    refused(run("index", "add", index, more), 1, "more.parquet", f"features of {D + 1} values, the index has {D}")
+    assert everything(index) == before
+
+
+def test_new_classes_of_a_feature_table_get_their_text_from_a_table(run: Any, index: Path, tmp_path: Path) -> None:
+    more = write_table(tmp_path / "more.parquet", unit_rows(3, D, 4), ["owl", "bat", "cat"])
+    before = everything(index)
+    refused(run("index", "add", index, more), 1, "class 'bat'", "needs a text weight", "--text")
+    some = write_table(tmp_path / "some.parquet", unit_rows(1, D, 5), ["bat"])
+    refused(run("index", "add", index, more, "--text", some), 1, "class 'owl'", "--text")
+    short = write_table(tmp_path / "short.parquet", unit_rows(2, D + 1, 5), ["bat", "owl"])
+    refused(run("index", "add", index, more, "--text", short), 1, "short.parquet", f"{D + 1} values", D)
+    assert everything(index) == before
+    weights = unit_rows(3, D, 6)
+    every = write_table(tmp_path / "every.parquet", weights, ["cat", "owl", "bat"])
+    text = opened(index).text_weights
+    assert run("index", "add", index, more, "--text", every).exit_code == 0
+    cache = verify(index)
+    assert cache.class_names == ["cat", "dog", "bat", "owl"]
+    assert torch.equal(cache.text_weights[:2], text)  # also that of the cat, which the table has another one of
+    np.testing.assert_allclose(cache.text_weights[2:], weights[[2, 1]], atol=1e-6)
+
+
+def test_an_index_without_text_needs_none_for_new_classes(run: Any, table: Path, tmp_path: Path) -> None:
+    assert run("index", "build", table, "--out", tmp_path / "i").exit_code == 0
+    more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["owl"])
+    assert run("index", "add", tmp_path / "i", more).exit_code == 0
+    cache = verify(tmp_path / "i")
+    assert cache.class_names == ["cat", "dog", "owl"]
+    assert not cache.has_text
+
+
+def test_further_columns_are_kept_and_null_where_they_were_not_given(index: Path, tmp_path: Path) -> None:
+    more = write_table(tmp_path / "more.parquet", unit_rows(2, D, 4), ["cat", "dog"], lens=["wide", "tele"])
+    changes.add(index, open_source(more), Encoder())
+    rows = {row["key_id"]: row for row in opened(index).labels.to_pylist()}
+    assert [rows[i]["camera"] for i in range(8)] == [*"abcabc", None, None]
+    assert [rows[i]["lens"] for i in range(8)] == [None] * 6 + ["wide", "tele"]
+    before = everything(index)
+    other = write_table(tmp_path / "other.parquet", unit_rows(1, D, 4), ["cat"], camera=pa.array([1.5]))
+    with pytest.raises(InputError, match="columns do not fit"):
+        changes.add(index, open_source(other), Encoder())
+    assert everything(index) == before
+
+
+def test_adding_writes_no_file_of_the_base_again(parted: Path, tmp_path: Path) -> None:
+    first, base = store.earlier_manifests(parted)[0], data_files(parted)
+    more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["cat"])
+    changes.add(parted, open_source(more), Encoder())
+    manifest, now = store.read_manifest(parted), data_files(parted)
+    assert manifest.files == first.files
+    assert {name: now[name] for name in base} == base
+    assert len(manifest.segments) == 3
+    assert len(now) == len(base) + 2  # keys and labels
+
+
+def test_damage_is_not_copied_into_a_file_whose_digest_fits_it(tmp_path: Path) -> None:
+    keys, labels = unit_rows(1100, 1024), ["cat", "dog"] * 550  # 4.5 MB: the checks of an addition are fast ones
+    CacheModel.from_features(keys, labels, ["cat", "dog"], device="cpu").save(tmp_path / "i")
+    more = open_source(write_table(tmp_path / "more.parquet", unit_rows(1, 1024, 4), ["cat"]))
+    file = tmp_path / "i" / store.read_manifest(tmp_path / "i").files["keys"].name
+    assert file.stat().st_size > store.FAST_BYTES
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StoreError, match=file.name):  # so few keys are joined with what is added
+        changes.add(tmp_path / "i", more, Encoder())
+    assert version(tmp_path / "i") == 1
+    file.write_bytes(whole)
+    changes.add(tmp_path / "i", more, Encoder())
+    assert verify(tmp_path / "i").n == 1101
+
+
+def test_damage_that_a_fast_check_left_unseen_is_not_saved_as_whole(tmp_path: Path) -> None:
+    keys, labels = unit_rows(1100, 1024), ["cat", "dog"] * 550
+    CacheModel.from_features(keys, labels, ["cat", "dog"], device="cpu").save(tmp_path / "i")
+    flip(tmp_path / "i" / store.read_manifest(tmp_path / "i").files["keys"].name)
+    cache = opened(tmp_path / "i", verify="fast")
+    cache.add(keys[:1], ["cat"])  # which joins it with the others, so that all are written again
+    with pytest.raises(StoreError):
+        cache.save(tmp_path / "i")
+
+
+def test_key_ids_are_never_given_twice_and_shots_go_on(run: Any, index: Path, tmp_path: Path) -> None:
+    more = write_table(tmp_path / "more.parquet", unit_rows(2, D, 4), ["dog", "cat"])
+    assert run("index", "remove", index, "--key-ids", 5, "--key-ids", 4).exit_code == 0
+    assert changes.add(index, open_source(more), Encoder()).key_ids == [6, 7]
+    assert run("index", "rollback", index, "--version", 1).exit_code == 0
+    assert changes.add(index, open_source(more), Encoder()).key_ids == [8, 9]
+    assert sorted(labels_of(index)) == [0, 1, 2, 3, 4, 5, 8, 9]
+    shots = {row["key_id"]: row["shot"] for row in opened(index).labels.to_pylist()}
+    assert [shots[i] for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [shots[8], shots[9]] == [3, 3]
+    changes.clone(index, tmp_path / "copy")
+    assert changes.add(tmp_path / "copy", open_source(more), Encoder()).key_ids == [10, 11]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("add", "more.parquet"), ("merge", "other"), ("remove", "--key-ids", 1), ("relabel", "cat", "--key-ids", 1),
+        ("set", "--alpha", 1), ("compact",), ("rebuild",), ("history",), ("rollback",), ("gc",), ("clone", "copy"),
+        ("export", "--out", "t.parquet"), ("audit",),
+    ],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_where_there_is_no_index_none_is_made(
+    run: Any, tmp_path: Path, index: Path, command: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(index, tmp_path / "other")
+    write_table(tmp_path / "more.parquet", unit_rows(1, D), ["cat"])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    refused(run("index", command[0], "nowhere", *command[1:]), 1, "nowhere", "index build")
+    (tmp_path / "folder").mkdir()
+    refused(run("index", command[0], "folder", *command[1:]), 1, "folder", "not an index")
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "folder"])
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+# --- merge
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """An index of three keys, two of them of a class that the first one does not have."""
+    source = write_table(tmp_path / "o.parquet", unit_rows(3, D, 7), ["owl", "cat", "owl"], lens=["x", "y", "z"])
+    weights = write_table(tmp_path / "ot.parquet", unit_rows(2, D, 8), ["owl", "cat"])
+    build_index(open_source(source), tmp_path / "other", Encoder(), text=weights, device="cpu")
+    return tmp_path / "other"
+
+
+def test_merging_brings_keys_columns_and_classes_of_another_index(run: Any, index: Path, other: Path) -> None:
+    text, theirs = opened(index).text_weights, opened(other)
+    done = run("index", "merge", index, other)
+    assert done.stdout == f"{index}: version 2, 3 keys added, 1 new class: owl\n"
+    cache = verify(index)
+    assert cache.class_names == ["cat", "dog", "owl"]
+    assert torch.equal(cache.text_weights[:2], text)
+    assert torch.equal(cache.text_weights[2], theirs.text_weights[0])
+    rows = {row["key_id"]: row for row in cache.labels.to_pylist()}
+    assert [rows[i]["lens"] for i in range(9)] == [None] * 6 + ["x", "z", "y"]
+    assert [rows[i]["camera"] for i in (5, 6)] == ["c", None]
+    place = {key_id: row for row, key_id in enumerate(cache.labels["key_id"].to_pylist())}
+    np.testing.assert_array_equal(cache.keys[[place[6], place[7], place[8]]], theirs.keys)
+    assert [rows[i]["source"] for i in (6, 7, 8)] == theirs.labels["source"].to_pylist()
+    assert version(other) == 1
+
+
+def test_several_indexes_are_merged_a_version_each(run: Any, index: Path, other: Path, tmp_path: Path) -> None:
+    changes.clone(other, tmp_path / "third")
+    done = run("index", "merge", index, other, tmp_path / "third")
+    assert [line.split(": ")[1] for line in done.stdout.splitlines()] == [
+        "version 2, 3 keys added, 1 new class",
+        "version 3, 3 keys added",
+    ]
+    assert verify(index).n == 12
+    assert list(labels_of(index)) == list(range(12))
+
+
+def test_what_cannot_be_merged_is_refused_and_changes_nothing(
+    run: Any, index: Path, other: Path, pictures: Path, tmp_path: Path
+) -> None:
+    from test_backbone import tiny
+
+    before = everything(index)
+    values = CacheModel.from_features(
+        unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", values=np.ones((2, 2), dtype=np.float32)
+    )
+    values.save(tmp_path / "values")
+    refused(run("index", "merge", index, tmp_path / "values"), 1, tmp_path / "values", "trained values")
+    CacheModel.from_features(unit_rows(1, D), ["owl"], ["owl"], device="cpu").save(tmp_path / "bare")
+    refused(run("index", "merge", index, tmp_path / "bare"), 1, "'owl'", "text weight")
+    CacheModel.from_features(unit_rows(1, D + 1), ["cat"], ["cat"], device="cpu").save(tmp_path / "long")
+    refused(run("index", "merge", index, tmp_path / "long"), 1, f"{D + 1} values", f"the index has {D}")
+    refused(run("index", "merge", index, tmp_path / "nowhere"), 1, "nowhere")
+    assert everything(index) == before
+    model = f"local-dir:{tiny(tmp_path / 'model')}"
+    foreign = tmp_path / "foreign"
+    photos = pictures.parent / "photos"
+    assert run("index", "build", photos, "--model", model, "--device", "cpu", "--out", foreign).exit_code == 0
+    refused(run("index", "merge", pictures, foreign), 1, MODEL, model, "cannot be compared")
+    assert version(pictures) == 1
+
+
+# --- remove, relabel
+
+
+def test_keys_are_removed_by_a_condition_or_by_their_ids(run: Any, index: Path) -> None:
+    done = run("index", "remove", index, "--where", "camera = 'a' OR shot > 1")
+    assert done.stdout == f"{index}: version 2, 4 keys removed\n"
+    assert labels_of(index) == {1: "dog", 2: "cat"}
+    done = run("index", "remove", index, "--key-ids", 2)
+    assert done.stdout == f"{index}: version 3, 1 key removed\n"
+    cache = verify(index)
+    assert cache.class_names == ["cat", "dog"]  # also the one without a key
+    assert cache.classify(QUERIES[:1])[0].neighbours[0].key_id == 1
+    text, _ = cache.terms(QUERIES)
+    assert text.shape == (7, 2)
+
+
+@pytest.mark.parametrize("command", [("remove",), ("relabel", "cat")], ids=lambda command: command[0])
+def test_which_keys_are_meant_has_to_be_said_once(run: Any, index: Path, command: tuple[str, ...]) -> None:
+    name, *rest = command
+    before = everything(index)
+    for which in ((), ("--where", "shot = 0", "--key-ids", 1)):
+        refused(run("index", name, index, *rest, *which), 2, "--where", "--key-ids")
+    refused(run("index", name, index, *rest, "--key-ids", "x"), 2, "--key-ids")
+    for key_id in (99, -1, 10**30):
+        refused(run("index", name, index, *rest, "--key-ids", 1, "--key-ids", key_id), 1, key_id, "not in this index")
+    assert everything(index) == before
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "shot = 0; DROP TABLE labels",
+        "true) UNION SELECT 1 --",
+        "1 = 1) OR (1 = 1; ATTACH 'x.db'",
+        "shot",
+        "'a'",
+        "nonsense = 1",
+        "",
+        "EXISTS (SELECT * FROM read_csv('/etc/passwd'))",
+        "(SELECT count(*) FROM glob('/*')) > 0",
+        "shot = 0 -- \n; COPY labels TO 'x.csv'",
+        "\udcff",
+    ],
+)
+def test_a_condition_that_is_none_or_reaches_further_is_refused(
+    run: Any, index: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = everything(tmp_path)
+    with pytest.raises(UsageError, match="where:"):
+        changes.remove(index, where=where)
+    with pytest.raises(UsageError, match="where:"):
+        changes.relabel(index, "cat", where=where)
+    refused(run("index", "remove", index, "--where", where), 2, "where:")
+    assert everything(tmp_path) == before
+
+
+def test_where_nothing_is_to_do_there_is_no_new_version(run: Any, index: Path) -> None:
+    before = everything(index)
+    for command, said in (
+        (("remove", index, "--where", "label = 'owl'"), "0 keys removed"),
+        (("relabel", index, "cat", "--where", "label = 'cat'"), "0 keys given to cat"),
+        (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "0 keys given to cat"),
+        (("compact", index), "one segment"),
+    ):
+        done = run("index", *command)
+        assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {said}\n")
+    assert changes.remove(index, key_ids=[]) == changes.Changed(1, [])
+    assert changes.rollback(index, 1) == changes.Changed(1, [])
+    assert everything(index) == before
+
+
+def test_an_id_that_is_given_twice_counts_once(index: Path) -> None:
+    assert changes.remove(index, key_ids=[3, 3, 1]) == changes.Changed(2, [3, 1])
+    assert store.history(index)["change"].to_pylist() == ["build", "remove 2 keys"]
+    assert changes.relabel(index, "cat", key_ids=[5, 5]) == changes.Changed(3, [5])
+
+
+def test_the_last_key_stays(run: Any, index: Path) -> None:
+    refused(run("index", "remove", index, "--where", "true"), 1, "at least one key")
+    assert version(index) == 1
+
+
+@pytest.fixture
+def lists(tmp_path: Path) -> Path:
+    """An index of 40 keys in 16 lists."""
+    cache = CacheModel.from_features(unit_rows(40, D), ["a", "b"] * 20, ["a", "b"], device="cpu", index="IVF16,Flat")
+    cache.save(tmp_path / "lists")
+    return tmp_path / "lists"
+
+
+def test_fewer_keys_than_lists_are_refused_with_the_way_out(run: Any, lists: Path) -> None:
+    before = everything(lists)
+    refused(run("index", "remove", lists, "--where", "key_id > 9"), 1, "'IVF16,Flat'", "index rebuild --index Flat")
+    assert everything(lists) == before
+    assert run("index", "rebuild", lists, "--index", "Flat").exit_code == 0
+    assert run("index", "remove", lists, "--where", "key_id > 9").exit_code == 0
+    assert verify(lists).n == 10
+
+
+def test_some_keys_answer_also_where_they_are_fewer_than_the_lists(run: Any, lists: Path, tmp_path: Path) -> None:
+    asked = write_table(tmp_path / "q.parquet", QUERIES)
+    done = run("classify", lists, asked, "--where", "key_id < 10")
+    assert done.exit_code == 0 or "index rebuild" in done.stderr
+
+
+def test_keys_that_are_relabelled_answer_for_their_new_class(run: Any, index: Path) -> None:
+    before = opened(index)
+    done = run("index", "relabel", index, "dog", "--where", "camera = 'a'")
+    assert done.stdout == f"{index}: version 2, 1 key given to dog\n"  # the other one is one already
+    assert labels_of(index) == {0: "dog", 1: "dog", 2: "cat", 3: "dog", 4: "cat", 5: "dog"}
+    cache = verify(index)
+    row = {row["key_id"]: row for row in cache.labels.to_pylist()}[0]
+    assert (row["class_id"], row["shot"], row["source"]) == (1, 3, "item-0")
+    place = {key_id: row for row, key_id in enumerate(before.labels["key_id"].to_pylist())}
+    weight = np.exp(-4 * (1 - QUERIES @ before.keys[place[0]]))
+    moved = cache.terms(QUERIES)[1] - before.terms(QUERIES)[1]
+    np.testing.assert_allclose(moved, np.stack([-weight, weight], axis=1), atol=1e-5)
+    refused(run("index", "relabel", index, "owl", "--key-ids", 1), 1, "'owl' is no class", "cat, dog")
+
+
+def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> None:
+    files, base = store.read_manifest(parted).files, data_files(parted)
+    changes.relabel(parted, "cat", key_ids=[6])
+    changes.remove(parted, key_ids=[7])
+    assert store.read_manifest(parted).files == files
+    now = data_files(parted)
+    assert {name: now[name] for name in base} == base
+    assert labels_of(parted)[6] == "cat"
+    changes.remove(parted, key_ids=[6])
+    assert opened(parted).segments == 1
+    assert store.read_manifest(parted).files == files  # without the late ones it is the base again
+
+
+# --- set
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        (("--alpha", 3), "alpha", 3.0),
+        (("--beta", 2.5), "beta", 2.5),
+        (("-k", 4), "k", 4),
+        (("-k", "all"), "k", None),
+        (("--no-tail",), "tail", False),
+        (("--temperature", 0.5), "temperature", 0.5),
+    ],
+)
+def test_a_setting_is_changed_alone_and_no_data_file_written(
+    run: Any, index: Path, given: tuple[Any, ...], name: str, value: Any
+) -> None:
+    changes.configure(index, k=2)
+    before, files = store.read_manifest(index), data_files(index)
+    done = run("index", "set", index, *given)
+    assert done.stdout == f"{index}: version 3, settings changed\n"
+    now = store.read_manifest(index)
+    assert getattr(now, name) == value
+    assert now.provenance[name] == "given"
+    for other in {"alpha", "beta", "k", "tail", "temperature", "files", "class_names"} - {name}:
+        assert getattr(now, other) == getattr(before, other)
+    assert data_files(index) == files
+    assert getattr(verify(index), name) == value
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (), ("--alpha", -1), ("--alpha", "nan"), ("--beta", "inf"), ("-k", 0), ("-k", -3), ("-k", "some"),
+        ("--temperature", 0), ("--temperature", "nan"), ("--template", "no place for the class"),
+        ("--alpha", 1, "--beta", -2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_work_are_wrong_usage_and_change_nothing(
+    run: Any, index: Path, given: tuple[Any, ...]
+) -> None:
+    before = everything(index)
+    refused(run("index", "set", index, *given), 2)
+    assert everything(index) == before
+
+
+def test_templates_make_new_text_weights_by_the_backbone_of_the_index(
+    run: Any, pictures: Path, lit_mini: Backbone
+) -> None:
+    done = run(
+        "index", "set", pictures, "--template", "the {}", "--template", "one {}", "--alpha", 2, "--device", "cpu"
+    )
+    assert done.exit_code == 0, done.output
+    cache = verify(pictures)
+    np.testing.assert_allclose(
+        cache.text_weights, text_weights(lit_mini, ["panda", "pizza"], ["the {}", "one {}"]), atol=1e-5
+    )
+    assert (cache.templates, cache.alpha) == (["the {}", "one {}"], 2)
+    assert cache.provenance["text"] == "templates"
+    assert store.history(pictures)["change"].to_pylist()[-1] == "set alpha 2, 2 templates"
+
+
+def test_templates_without_a_backbone_to_go_with_are_refused(run: Any, index: Path) -> None:
+    refused(run("index", "set", index, "--template", "a {}"), 2, "--model")
+    with pytest.raises(UsageError, match="need a backbone"):
+        changes.configure(index, templates=["a {}"])
+    assert version(index) == 1
+
+
+# --- compact, rebuild
+
+
+def test_a_compacted_index_is_a_new_build_of_the_same_keys_bit_for_bit(
+    run: Any, parted: Path, table: Path, text: Path, tmp_path: Path
+) -> None:
+    rows = [pq.read_table(path).select(["id", "label", "feature"]) for path in (table, tmp_path / "late.parquet")]
+    pq.write_table(pa.concat_tables(rows), tmp_path / "all.parquet")
+    source = open_source(tmp_path / "all.parquet")
+    built = build_index(source, tmp_path / "fresh", Encoder(), text=text, alpha=1.0, beta=4.0, device="cpu")
+    answers = opened(parted).logits(QUERIES)
+    done = run("index", "compact", parted)
+    assert done.stdout == f"{parted}: version 3, one segment\n"
+    cache = verify(parted)
+    np.testing.assert_array_equal(cache.keys, built.keys)
+    assert torch.equal(cache.logits(QUERIES), built.logits(QUERIES))
+    np.testing.assert_allclose(cache.logits(QUERIES), answers, atol=1e-4)
+    one, other = store.read_manifest(parted).files, store.read_manifest(tmp_path / "fresh").files
+    assert [one[kind].sha256 for kind in ("keys", "index", "text")] == [
+        other[kind].sha256 for kind in ("keys", "index", "text")
+    ]
+    assert labels_of(parted) == labels_of(tmp_path / "fresh")
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """An index of 60 keys of three classes, of two segments."""
+    cache = CacheModel.from_features(
+        unit_rows(60, D), ["cat", "dog", "owl"] * 20, ["cat", "dog", "owl"], unit_rows(3, D, 1), alpha=1.0, device="cpu"
+    )
+    cache.save(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize("factory", ["HNSW32", "IVF4,Flat", "Classes", "SQfp16", "Flat"])
+def test_a_rebuilt_index_is_of_another_type_and_answers_as_before(run: Any, wide: Path, factory: str) -> None:
+    keys, answers = np.asarray(opened(wide).keys), opened(wide).logits(QUERIES)
+    done = run("index", "rebuild", wide, "--index", factory)
+    assert done.stdout == f"{wide}: version 2, rebuilt\n"
+    cache = verify(wide)
+    assert cache.index.factory == store.read_manifest(wide).index == factory
+    np.testing.assert_array_equal(cache.keys, keys)
+    np.testing.assert_allclose(cache.logits(QUERIES), answers, atol=1e-5)
+    assert (cache.logits(QUERIES, 59).argmax(1) == answers.argmax(1)).float().mean() > 0.8
+    assert store.history(wide)["change"].to_pylist()[-1] == f"rebuild as {factory} of float32"
+
+
+def test_auto_chooses_the_type_by_the_numbers_and_k_with_it(run: Any, tmp_path: Path) -> None:
+    n, c = 2100, 3
+    names = [f"class {i}" for i in range(c)]
+    CacheModel.from_features(unit_rows(n, D), np.arange(n) % c, names, device="cpu").save(tmp_path / "i")
+    assert run("index", "rebuild", tmp_path / "i", "--index", "auto").exit_code == 0
+    cache = opened(tmp_path / "i")
+    assert (cache.index.factory, cache.k) == auto_factory(n, c) == ("IVF183,Flat", 256)
+
+
+def test_keys_become_half_as_large_and_answers_nearly_the_same(run: Any, parted: Path) -> None:
+    answers, keys = opened(parted).logits(QUERIES), np.asarray(opened(parted).keys)
+    assert run("index", "rebuild", parted, "--dtype", "float16").exit_code == 0
+    cache = verify(parted)
+    assert cache.keys.dtype == np.float16
+    assert cache.segments == 1
+    np.testing.assert_allclose(np.sort(cache.keys, axis=0), np.sort(keys, axis=0), atol=1e-3)
+    np.testing.assert_allclose(cache.logits(QUERIES), answers, atol=0.05)
+
+
+def test_what_cannot_be_rebuilt_leaves_everything(run: Any, wide: Path) -> None:
+    before = everything(wide)
+    for factory in ("Nonsense", "IVF1000,Flat", "L2norm,Flat", ""):
+        result = run("index", "rebuild", wide, "--index", factory)
+        refused(result, 2, "index")
+    refused(run("index", "rebuild", wide, "--dtype", "int8"), 2, "int8")
+    with pytest.raises(UsageError, match="int8"):
+        changes.rebuild(wide, dtype="int8")
+    large = CacheModel.from_features(1e6 * unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu")
+    large.save(wide.parent / "large")
+    refused(run("index", "rebuild", wide.parent / "large", "--dtype", "float16"), 1, "too large for float16")
+    assert everything(wide) == before
+
+
+def test_a_compaction_that_is_refused_leaves_k() -> None:
+    keys = 1e6 * unit_rows(2100, D)
+    cache = CacheModel.from_features(keys, np.arange(2100) % 3, list("abc"), device="cpu", beta=1e-6)
+    with pytest.raises(InputError):
+        cache.compact("auto", "float16")
+    assert cache.k is None
+
+
+# --- versions
+
+
+def test_history_tells_what_made_each_version(run: Any, parted: Path, tmp_path: Path) -> None:
+    changes.relabel(parted, "cat", key_ids=[1])
+    changes.configure(parted, alpha=2.0, k=3)
+    rows = rows_of(run("index", "history", parted, "--format", "json").stdout)
+    assert [row["change"] for row in rows] == ["build", "add 2 keys", "relabel 1 key as cat", "set alpha 2, k 3"]
+    assert [(row["version"], row["parent"]) for row in rows] == [(1, None), (2, 1), (3, 2), (4, 3)]
+    assert [row["keys"] for row in rows] == [6, 8, 8, 8]
+    assert [row["current"] for row in rows] == [False, False, False, True]
+    assert all(row["classes"] == 2 and row["bytes"] > 0 for row in rows)
+    shown = run("index", "history", parted).stdout
+    assert "relabel 1 key as cat" in shown
+    done = run("index", "history", parted, "--format", "parquet", "--output", tmp_path / "h.parquet")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert pq.read_table(tmp_path / "h.parquet").to_pylist() == store.history(parted).to_pylist()
+    asked = run("index", "query", parted, "SELECT version FROM versions WHERE change LIKE 'add%'", "--format", "json")
+    assert rows_of(asked.stdout) == [{"version": 2}]
+
+
+def test_rolling_back_brings_an_earlier_version_back_as_a_new_one(run: Any, parted: Path) -> None:
+    first, second = opened(parted, version=1), opened(parted)
+    done = run("index", "rollback", parted)
+    assert done.stdout == f"{parted}: version 3, rolled back\n"
+    assert torch.equal(verify(parted).logits(QUERIES), first.logits(QUERIES))
+    assert store.history(parted)["change"].to_pylist()[-1] == "rollback to version 1"
+    assert run("index", "rollback", parted).exit_code == 0  # the one before is the second
+    assert torch.equal(verify(parted).logits(QUERIES), second.logits(QUERIES))
+    assert run("index", "rollback", parted, "--version", 1).exit_code == 0
+    assert opened(parted).n == 6
+    refused(run("index", "rollback", parted, "--version", 77), 1, "has no version 77", "1, 2, 3, 4, 5")
+    refused(run("index", "rollback", parted, "--version", 0), 2)
+    assert version(parted) == 5
+
+
+def test_the_first_version_has_none_before_it(run: Any, index: Path) -> None:
+    refused(run("index", "rollback", index), 1, "no version before 1")
+
+
+def test_a_damaged_version_is_not_brought_back_and_an_index_that_is_damaged_can_be(index: Path) -> None:
+    changes.remove(index, key_ids=[0])
+    current, first = store.read_manifest(index), store.earlier_manifests(index)[0]
+    old = index / first.files["keys"].name
+    whole = old.read_bytes()
+    old.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StoreError, match=old.name):
+        changes.rollback(index)
+    assert version(index) == 2
+    old.write_bytes(whole)
+    (index / current.files["keys"].name).write_bytes(b"damaged")
+    assert changes.rollback(index).version == 3
+    assert opened(index).n == 6
+
+
+def test_collecting_gives_up_versions_and_they_cannot_come_back(run: Any, index: Path) -> None:
+    for key_id in (0, 1, 2):
+        changes.remove(index, key_ids=[key_id])
+    before = sum(map(len, everything(index).values()))
+    done = run("index", "gc", index, "--keep", 2)
+    freed = before - sum(map(len, everything(index).values()))
+    assert done.stdout == f"{index}: 2 versions given up, {freed:,} bytes freed\n"
+    assert store.history(index)["version"].to_pylist() == [3, 4]
+    refused(run("index", "rollback", index, "--version", 1), 1, "has no version 1", "there are 3, 4")
+    assert run("index", "gc", index).exit_code == 0
+    refused(run("index", "rollback", index), 1, "has no version 3")
+    refused(run("index", "clone", index, index.parent / "copy", "--version", 2), 1, "has no version 2")
+    assert not (index.parent / "copy").exists()
+    assert run("index", "gc", index).stdout == f"{index}: 0 versions given up, 0 bytes freed\n"
+    refused(run("index", "gc", index, "--keep", 0), 2)
+    assert labels_of(verify(index).folder or index) == {3: "dog", 4: "cat", 5: "dog"}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(
+    pictures: Path, lit_mini: Backbone, tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_model, "SMALL", 0)
+    new = open_source(photographs(tmp_path / "new", panda=range(4, 6)))
+    changes.add(pictures, new, Encoder(lit_mini))
+    cache = opened(pictures)
+    row = int(np.flatnonzero(cache.labels["key_id"].to_numpy() == (8 if late else 0))[0])
+    marks = [cache.labels[name][row].as_py().encode() for name in ("source", "digest")]
+    marks.append(np.asarray(cache.keys[[row]]).tobytes())
+    changes.remove(pictures, key_ids=[8 if late else 0])
+
+    def held() -> list[bool]:
+        """In which of its files, unpacked where they are packed, each mark is."""
+        files = everything(pictures)
+        tables = [repr(pq.read_table(path).to_pylist()).encode() for path in (pictures / "data").glob("*.parquet")]
+        return [any(mark in raw for raw in [*files.values(), *tables]) for mark in marks]
+
+    assert held() == [True, True, True]  # the version before has it
+    store.collect(pictures)
+    assert held() == [False, False, False]
+    assert verify(pictures).n == 9
+
+
+def test_a_clone_is_the_index_again_with_a_history_of_its_own(run: Any, parted: Path, tmp_path: Path) -> None:
+    done = run("index", "clone", parted, tmp_path / "copy")
+    assert done.stdout == f"{tmp_path / 'copy'}: version 1, a copy of {parted}\n"
+    one, other = opened(parted), verify(tmp_path / "copy")
+    assert other.segments == 2
+    assert torch.equal(one.logits(QUERIES), other.logits(QUERIES))
+    assert one.labels.equals(other.labels)
+    for name in ("alpha", "beta", "k", "tail", "templates", "provenance", "class_names", "backbone", "next_key_id"):
+        assert getattr(one, name) == getattr(other, name)
+    assert run("index", "clone", parted, tmp_path / "first", "--version", 1).exit_code == 0
+    assert torch.equal(opened(parted, version=1).logits(QUERIES), verify(tmp_path / "first").logits(QUERIES))
+    assert store.history(tmp_path / "first")["change"].to_pylist() == [f"clone version 1 of {parted}"]
+    changes.remove(tmp_path / "copy", key_ids=[0])
+    assert (opened(parted).n, version(parted)) == (8, 2)
+    before = everything(tmp_path / "first")
+    refused(run("index", "clone", parted, tmp_path / "first"), 1, tmp_path / "first", "holds an index already")
+    assert everything(tmp_path / "first") == before
+
+
+def test_damage_is_not_cloned(run: Any, index: Path, tmp_path: Path) -> None:
+    file = index / store.read_manifest(index).files["keys"].name
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    refused(run("index", "clone", index, tmp_path / "copy"), 1, file.name)
+    assert not (tmp_path / "copy").exists()
+
+
+# --- export, import
+
+
+def test_what_is_exported_can_be_built_again(run: Any, parted: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "keys.parquet", tmp_path / "weights.parquet"
+    done = run("index", "export", parted, "--out", out, "--text", text)
+    assert done.stdout == f"{out}: 8 rows\n{text}: 2 rows\n"
+    built = run("index", "build", out, "--text", text, "--alpha", 1, "--beta", 4, "--out", tmp_path / "again")
+    assert built.exit_code == 0, built.output
+    one, other = opened(parted), verify(tmp_path / "again")
+    np.testing.assert_allclose(other.logits(QUERIES), one.logits(QUERIES), atol=1e-4)
+    assert sorted(map(str, other.labels.select(["source", "label", "camera"]).to_pylist())) == sorted(
+        map(str, one.labels.select(["source", "label", "camera"]).to_pylist())
+    )
+
+
+def test_keys_of_another_program_become_an_index(run: Any, tmp_path: Path, text: Path) -> None:
+    keys = unit_rows(4, D)
+    np.save(tmp_path / "keys.npy", keys)
+    labels = tmp_path / "labels.csv"
+    labels.write_text("label\ndog\ncat\ndog\ncat\n")
+    out = tmp_path / "i"
+    done = run("index", "import", tmp_path / "keys.npy", "--labels", labels, "--text", text, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{out}: version 1, 4 keys of {D}, 2 classes\n"
+    cache = verify(out)
+    np.testing.assert_array_equal(cache.keys, keys[[1, 3, 0, 2]])
+    assert cache.class_names == ["cat", "dog"]
+    assert cache.provenance["source"] == str(tmp_path / "keys.npy")
+    refused(run("index", "import", tmp_path / "keys.npy", "--out", tmp_path / "j"), 2, "keys.npy", "labels")
+    assert not (tmp_path / "j").exists()
+
+
+# --- audit
+
+
+def test_a_planted_wrong_label_is_what_an_audit_finds_first(run: Any, pictures: Path, tmp_path: Path) -> None:
+    planted = photographs(tmp_path / "new", panda=range(5, 6))
+    (planted / "panda").rename(planted / "pizza")
+    name = next((planted / "pizza").iterdir())
+    assert run("index", "add", pictures, planted, "--device", "cpu").exit_code == 0
+    rows = rows_of(run("index", "audit", pictures, "--format", "json").stdout)
+    assert (rows[0]["key_id"], rows[0]["source"]) == (8, str(name))
+    assert (rows[0]["label"], rows[0]["suggested"], rows[0]["nearest_label"]) == ("pizza", "panda", "panda")
+    out = tmp_path / "audit.parquet"
+    assert run("index", "audit", pictures, "--format", "parquet", "--output", out).exit_code == 0
+    assert pq.read_table(out)["key_id"].to_pylist() == [row["key_id"] for row in rows]
+    assert run("index", "relabel", pictures, "panda", "--key-ids", 8).exit_code == 0
+    assert 8 not in [row["key_id"] for row in rows_of(run("index", "audit", pictures, "--format", "json").stdout)]
+    refused(run("index", "audit", pictures, "-k", 0), 2)
+
+
+# --- predictions beside the labels
+
+
+@pytest.mark.parametrize("style", ["parquet", "json", "csv"])
+def test_predictions_can_be_joined_with_the_labels(run: Any, index: Path, tmp_path: Path, style: str) -> None:
+    asked = write_table(tmp_path / "q.parquet", QUERIES, ids=[f"q{i}" for i in range(7)])
+    out = tmp_path / f"predictions.{style}"
+    options = ("--explain", "--top", 2, "--format", style, "--output", out)
+    assert run("classify", index, asked, *options).exit_code == 0
+    sql = (
+        "SELECT p.input, p.label, count(*) AS shots FROM predictions p JOIN labels l USING (label) "
+        "GROUP BY ALL ORDER BY p.input"
+    )
+    done = run("index", "query", index, sql, "--predictions", out, "--format", "json")
+    expected = [found.label for found in opened(index).classify(QUERIES)]
+    assert rows_of(done.stdout) == [{"input": f"q{i}", "label": label, "shots": 3} for i, label in enumerate(expected)]
+    nearest = "SELECT n.unnest.key_id AS id FROM predictions, UNNEST(neighbours) n WHERE input = 'q0' LIMIT 1"
+    done = run("index", "query", index, nearest, "--predictions", out, "--format", "json")
+    assert rows_of(done.stdout)[0]["id"] == opened(index).classify(QUERIES[:1])[0].neighbours[0].key_id
+    refused(run("index", "query", index, "SELECT * FROM predictions"), 2, "predictions")
+    refused(run("index", "query", index, sql, "--predictions", tmp_path / "none.csv"), 1, "none.csv: no such file")
+
+
+# --- some of the keys
+
+
+def test_answers_of_some_keys_are_those_of_an_index_of_just_these(
+    run: Any, parted: Path, table: Path, text: Path, tmp_path: Path
+) -> None:
+    rows = pq.read_table(table)
+    pq.write_table(
+        rows.filter(pa.array([camera != "a" for camera in rows["camera"].to_pylist()])), tmp_path / "some.parquet"
+    )
+    build_index(open_source(tmp_path / "some.parquet"), tmp_path / "few", Encoder(), text=text, alpha=1.0, beta=4.0)
+    asked = write_table(tmp_path / "q.parquet", QUERIES, ["cat", "dog", "cat", "dog", "cat", "dog", "cat"])
+    options = ("--logits", "--format", "json")
+    where = ("--where", "camera <> 'a'")  # NULL, as of the late ones, does not hold
+    done = run("classify", parted, asked, *options, *where)
+    assert done.exit_code == 0
+    assert done.stderr == "where: 4 of 8 keys remain (cat 2/4, dog 2/4)\n"
+    some, few = rows_of(done.stdout), rows_of(run("classify", tmp_path / "few", asked, *options).stdout)
+    assert [row["label"] for row in some] == [row["label"] for row in few]
+    np.testing.assert_allclose([row["logits"] for row in some], [row["logits"] for row in few], atol=1e-4)
+    done = run("evaluate", parted, asked, "--json", *where)
+    assert done.stderr == "where: 4 of 8 keys remain (cat 2/4, dog 2/4)\n"
+    one, other = json.loads(done.stdout), json.loads(run("evaluate", tmp_path / "few", asked, "--json").stdout)
+    assert {name: one[name] for name in ("top1", "cache_top1", "n")} == {
+        name: other[name] for name in ("top1", "cache_top1", "n")
+    }
+    late = run("classify", parted, asked, *options, "--where", "key_id > 5")
+    assert late.stderr == "where: 2 of 8 keys remain (cat 1/4, dog 1/4)\n"
+    dogs = run("evaluate", parted, asked, "--json", "--where", "label = 'dog'")
+    assert dogs.stderr == "where: 4 of 8 keys remain (cat 0/4)\n"
+    assert json.loads(dogs.stdout)["cache_top1"] == pytest.approx(3 / 7)  # the cache alone knows no cat
+    whole = run("classify", parted, asked, *options, "--where", "true")
+    assert whole.stdout == run("classify", parted, asked, *options).stdout
+    assert version(parted) == 2
+
+
+def test_a_condition_that_holds_for_none_is_refused(run: Any, index: Path, tmp_path: Path) -> None:
+    asked = write_table(tmp_path / "q.parquet", QUERIES)
+    refused(run("classify", index, asked, "--where", "label = 'owl'"), 2, "holds for none of the 6 keys")
+    refused(run("classify", index, asked, "--where", "true; DROP TABLE labels"), 2, "where:")
+
+
+# --- fast checks
+
+
+def flip(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def test_a_fast_check_sees_small_files_whole_and_of_large_ones_the_size(run: Any, tmp_path: Path) -> None:
+    CacheModel.from_features(unit_rows(1100, 1024), ["cat", "dog"] * 550, ["cat", "dog"], device="cpu").save(
+        tmp_path / "i"
+    )
+    files = store.read_manifest(tmp_path / "i").files
+    large, small = tmp_path / "i" / files["keys"].name, tmp_path / "i" / files["labels"].name
+    asked = write_table(tmp_path / "q.parquet", unit_rows(1, 1024, 2))
+    command = ("classify", tmp_path / "i", asked, "--verify")
+    flip(large)
+    assert run(*command, "fast").exit_code == 0
+    refused(run(*command, "full"), 1, large.name, "damaged")
+    refused(run(*command[:-1]), 1, large.name, "damaged")  # full is what is done by itself
+    flip(large)
+    assert run(*command, "full").exit_code == 0
+    flip(small)
+    refused(run(*command, "fast"), 1, small.name, "damaged")
+    flip(small)
+    with large.open("ab") as file:
+        file.write(b"x")
+    refused(run(*command, "fast"), 1, large.name, "damaged")
+    refused(run(*command, "never"), 2, "never")
+    with pytest.raises(UsageError, match="never"):
+        opened(tmp_path / "i", verify="never")
+
+
+# --- those who have an index open
+
+
+def test_a_reader_reloads_only_what_changed_and_goes_on_with_what_it_has(
+    parted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = opened(parted)
+    old = set(data_files(parted))
+    answers = reader.logits(QUERIES)
+    near = [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours]
+    assert reader.reload() is reader
+    changes.remove(parted, key_ids=[0, 7])
+    store.collect(parted)
+    assert torch.equal(reader.logits(QUERIES), answers)
+    assert [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours] == near
+    hashed, sha256 = [], store._sha256
+    monkeypatch.setattr(store, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    now = reader.reload()
+    assert now is not reader
+    assert sorted(hashed) == sorted(set(data_files(parted)) - old)
+    assert (now.version, now.n, reader.version, reader.n) == (3, 6, 2, 8)
+    assert torch.equal(now.logits(QUERIES), opened(parted).logits(QUERIES))
+    assert now.reload() is now
+    assert torch.equal(reader.logits(QUERIES), answers)
+    with pytest.raises(UsageError, match="neither loaded"):
+        CacheModel.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
+
+
+def test_what_is_damaged_since_is_found_by_a_reload_where_the_file_is_new(index: Path) -> None:
+    reader = opened(index)
+    changes.remove(index, key_ids=[0])
+    flip(index / store.read_manifest(index).files["keys"].name)
+    with pytest.raises(StoreError, match="damaged"):
+        reader.reload()
+    assert reader.n == 6
+
+
+def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Path) -> None:
+    stale = opened(index)
+    done = process("index", "remove", index, "--key-ids", 0)
+    assert done.returncode == 0, done.stderr
+    stale.add(unit_rows(1, D, 9), ["cat"])
+    before = everything(index)
+    with pytest.raises(StoreError, match="is at version 2, not at 1 as when it was opened"):
+        stale.save(index)
+    stale.alpha = 3.0
+    with pytest.raises(StoreError, match="is at version 2"):
+        stale.save_settings(index)
+    assert everything(index) == before
+    fresh = stale.reload()
+    assert fresh.add(unit_rows(1, D, 9), ["cat"]) == [6]
+    fresh.save(index)
+    assert version(index) == 3
+    with pytest.raises(StoreError, match="is at version 3, not at 1"):
+        opened(index, version=1).save(index)
+
+
+# --- fine-tuned indexes
+
+
+def test_an_index_with_trained_values_stays_one_segment_and_gives_what_it_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_model, "SMALL", 0)
+    keys, labels, values = unit_rows(12, D), ["cat", "dog"] * 6, unit_rows(12, 2, 3)
+    cache = CacheModel.from_features(keys, labels, ["cat", "dog"], device="cpu", values=values, beta=4.0, alpha=1.0)
+    folder = tmp_path / "i"
+    cache.save(folder)
+    own = {i: np.append(values[i], 0.0) for i in range(12)}
+    vectors = dict(enumerate(keys))
+
+    def check() -> None:
+        found = verify(folder)
+        assert found.segments == 1
+        ids = found.labels["key_id"].to_pylist()
+        assert sorted(ids) == sorted(own)
+        assert found.values is not None
+        np.testing.assert_allclose(found.values, np.stack([own[i][: len(found.class_names)] for i in ids]), atol=1e-6)
+        weights = np.exp(-4 * (1 - QUERIES @ np.stack([vectors[i] for i in ids]).T))
+        expected = weights @ np.stack([own[i][: len(found.class_names)] for i in ids])
+        np.testing.assert_allclose(found.terms(QUERIES)[1], expected, atol=1e-4)
+
+    check()
+    new = unit_rows(3, D, 4)
+    more = open_source(write_table(tmp_path / "more.parquet", new, ["owl", "cat", "dog"]))
+    assert changes.add(folder, more, Encoder()).classes == ["owl"]
+    own |= {12: np.eye(3)[2], 13: np.eye(3)[0], 14: np.eye(3)[1]}
+    vectors |= dict(zip((12, 13, 14), new, strict=True))
+    check()
+    changes.remove(folder, key_ids=[3, 13])
+    del own[3], own[13]
+    check()
+    changes.relabel(folder, "owl", key_ids=[0, 14])  # what a key was trained to give stays with it
+    check()
+    assert labels_of(folder)[0] == "owl"
+    files = store.read_manifest(folder).files
+    changes.configure(folder, alpha=2.0)
+    assert store.read_manifest(folder).files == files
+    changes.rebuild(folder, index="HNSW32")
+    check()
+    changes.rollback(folder, 1)
+    own = {i: values[i] for i in range(12)}
+    check()
+
+
+def test_backbone_errors_are_what_the_functions_say(pictures: Path, lit_mini: Backbone, tmp_path: Path) -> None:
+    from test_backbone import tiny
+
+    from retrieval_tip.backbone import load_backbone
+
+    other = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
+    new = open_source(photographs(tmp_path / "new", panda=range(4, 5)))
+    with pytest.raises(BackboneError, match="cannot be compared"):
+        changes.add(pictures, new, Encoder(other))
+    with pytest.raises(BackboneError, match="cannot be compared"):
+        changes.configure(pictures, templates=["a {}"], backbone=other)
+    assert changes.add(pictures, new, Encoder(lit_mini)).key_ids == [8]

@@ -1,0 +1,316 @@
+"""A living index folder: whatever happens to it, it answers as one that is built afresh of what should be there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from test_cli import unit_rows, write_table
+
+from retrieval_tip import CacheModel, cache_model, changes, store, verify
+from retrieval_tip.features import Encoder
+from retrieval_tip.sources import open_source
+
+Array = npt.NDArray[Any]
+D, ALPHA, BETA, SCALE = 6, 1.5, 4.0, 10.0
+LEAST, MOST, CLASSES = 6, 60, 6  # an inverted file of 4 lists needs 4 keys
+K = 5
+KEPT = 4
+QUERIES = unit_rows(4, D, 99)
+FACTORIES = ["Flat", "Classes", "Classes,HNSW8", "IVF4,Flat"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What should be in an index: class and vector of each key by its id, and the classes in order with their text."""
+
+    keys: dict[int, tuple[str, Array]]
+    text: dict[str, Array]
+    factory: str
+    dtype: str
+
+    def fresh(self) -> CacheModel:
+        """A classifier that is built of it at once."""
+        labels = [label for label, _ in self.keys.values()]
+        vectors = np.stack([vector for _, vector in self.keys.values()])
+        return CacheModel.from_features(
+            vectors, labels, list(self.text), np.stack(list(self.text.values())), alpha=ALPHA, beta=BETA,
+            logit_scale=SCALE, device="cpu", sources=[str(key_id) for key_id in self.keys],
+        )  # fmt: skip
+
+
+@dataclass
+class Reader:
+    """One who has a version open, and what it has to go on answering."""
+
+    cache: CacheModel
+    state: State
+    logits: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.logits = self.state.fresh().logits(QUERIES)
+
+
+class Living(RuleBasedStateMachine):
+    """One folder, a plain model of it, and a reader that stays."""
+
+    factory: str
+    dtype: str
+    small: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = Path(tempfile.mkdtemp(prefix="retrieval-tip-living-"))
+        self.folder = self.place / "index"
+        self.patches = [
+            mock.patch.object(cache_model, "SMALL", self.small),
+            mock.patch.object(store, "KEPT_VERSIONS", KEPT),
+        ]
+        for patch in self.patches:
+            patch.start()
+        self.drawn = 0
+
+    def teardown(self) -> None:
+        for patch in self.patches:
+            patch.stop()
+        shutil.rmtree(self.place)
+
+    def vectors(self, n: int) -> Array:
+        self.drawn += 1
+        return unit_rows(n, D, self.drawn)
+
+    @initialize(n=st.integers(LEAST, 30), c=st.integers(1, 3))
+    def build(self, n: int, c: int) -> None:
+        names, vectors, text = [f"class {i}" for i in range(c)], self.vectors(n).astype(self.dtype), self.vectors(c)
+        cache = CacheModel.from_features(
+            vectors, np.arange(n) % c, names, text, alpha=ALPHA, beta=BETA, logit_scale=SCALE, index=self.factory,
+            device="cpu",
+        )  # fmt: skip
+        cache.save(self.folder)
+        keys = {i: (names[i % c], vector) for i, vector in enumerate(vectors)}
+        self.state = State(keys, dict(zip(names, text, strict=True)), self.factory, self.dtype)
+        self.kept, self.version, self.next_key_id = {1: self.state}, 1, n
+        self.reader = Reader(CacheModel.load(self.folder, device="cpu"), self.state)
+        self.program = CacheModel.load(self.folder, device="cpu")
+
+    def became(self, state: State) -> None:
+        """A new version."""
+        self.state, self.version = state, self.version + 1
+        self.kept[self.version] = state
+        self.kept = dict(list(self.kept.items())[-KEPT:])
+
+    @precondition(lambda self: len(self.state.keys) < MOST)
+    @rule(n=st.integers(1, 4), new=st.integers(0, 2), data=st.data())
+    def add_by_command(self, n: int, new: int, data: st.DataObject) -> None:
+        self.add(n, new, data, by_command=True)
+
+    @precondition(lambda self: len(self.state.keys) < MOST)
+    @rule(n=st.integers(1, 6), new=st.integers(0, 2), data=st.data())
+    def add_in_a_program(self, n: int, new: int, data: st.DataObject) -> None:
+        self.add(n, new, data, by_command=False)
+
+    def add(self, n: int, new: int, data: st.DataObject, by_command: bool) -> None:
+        first = len(self.state.text)
+        new = min(new, n, CLASSES - first)
+        names = [f"class {first + i}" for i in range(new)]
+        drawn = data.draw(st.lists(st.sampled_from([*self.state.text, *names]), min_size=n - new, max_size=n - new))
+        labels, vectors = [*names, *drawn], self.vectors(n)
+        text = dict(zip(names, self.vectors(new), strict=True)) if new else {}
+        if by_command:
+            table = write_table(self.place / "new.parquet", vectors, labels)
+            weights = write_table(self.place / "text.parquet", list(text.values()), names) if new else None
+            added = changes.add(self.folder, open_source(table), Encoder(), text=weights)
+            key_ids = added.key_ids
+            assert added.classes == names
+        else:
+            self.program = cache = self.program.reload()
+            if new:
+                cache.add_classes(names, np.stack(list(text.values())))
+            key_ids = cache.add(vectors, labels)
+            cache.save(self.folder)
+        assert key_ids == list(range(self.next_key_id, self.next_key_id + n))
+        self.next_key_id += n
+        rows = zip(key_ids, labels, vectors.astype(self.state.dtype), strict=True)
+        keys = self.state.keys | {key_id: (label, vector) for key_id, label, vector in rows}
+        self.became(replace(self.state, keys=keys, text=self.state.text | text))
+        if not by_command:
+            self.answers_are_those_of_a_fresh_index(self.program)
+
+    def some(self, data: st.DataObject, most: int) -> list[int]:
+        """Some key ids, the last ones rather than the first: those are in segments of their own."""
+        ids = list(self.state.keys)
+        from_end = data.draw(st.sampled_from([True, True, True, False]))
+        return data.draw(st.lists(st.sampled_from(ids[-6:] if from_end else ids), max_size=most, unique=True))
+
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        gone = self.some(data, min(5, len(self.state.keys) - LEAST))
+        assert changes.remove(self.folder, key_ids=gone).key_ids == gone
+        if gone:
+            keys = {key_id: key for key_id, key in self.state.keys.items() if key_id not in gone}
+            self.became(replace(self.state, keys=keys))
+
+    @rule(data=st.data())
+    def change_in_a_program(self, data: st.DataObject) -> None:
+        """Several changes in memory, and one version."""
+        gone = self.some(data, min(5, len(self.state.keys) - LEAST))
+        left = [key_id for key_id in self.state.keys if key_id not in gone]
+        moved, label = left[-3:-1], data.draw(st.sampled_from(list(self.state.text)))
+        self.program = cache = self.program.reload()
+        cache.remove(gone)
+        cache.relabel(moved, label)
+        cache.save(self.folder)
+        keys = {key_id: self.state.keys[key_id] for key_id in left}
+        keys |= {key_id: (label, self.state.keys[key_id][1]) for key_id in moved}
+        self.became(replace(self.state, keys=keys))
+        self.keys_and_labels_are_exactly_those_that_should_be_there(cache)
+        self.answers_are_those_of_a_fresh_index(cache)
+
+    @rule(data=st.data())
+    def relabel(self, data: st.DataObject) -> None:
+        chosen, label = self.some(data, 4), data.draw(st.sampled_from(list(self.state.text)))
+        moved = [key_id for key_id in chosen if self.state.keys[key_id][0] != label]
+        assert changes.relabel(self.folder, label, key_ids=chosen).key_ids == moved
+        if moved:
+            keys = self.state.keys | {key_id: (label, self.state.keys[key_id][1]) for key_id in moved}
+            self.became(replace(self.state, keys=keys))
+
+    @rule()
+    def compact(self) -> None:
+        segments = len(store.read_manifest(self.folder).segments)
+        changes.compact(self.folder)
+        assert len(store.read_manifest(self.folder).segments) == 1
+        if segments > 1:
+            self.became(self.state)
+
+    @rule(factory=st.none() | st.sampled_from(FACTORIES), dtype=st.sampled_from([None, "float16", "float32"]))
+    def rebuild(self, factory: str | None, dtype: str | None) -> None:
+        changes.rebuild(self.folder, index=factory, dtype=dtype)
+        dtype = dtype or self.state.dtype
+        keys = {key_id: (label, vector.astype(dtype)) for key_id, (label, vector) in self.state.keys.items()}
+        self.became(State(keys, self.state.text, factory or self.state.factory, dtype))
+
+    @rule(data=st.data())
+    def rollback(self, data: st.DataObject) -> None:
+        wanted = data.draw(st.sampled_from(list(self.kept)))
+        changes.rollback(self.folder, wanted)
+        if wanted != self.version:
+            self.became(self.kept[wanted])
+
+    @rule(keep=st.integers(1, KEPT))
+    def collect(self, keep: int) -> None:
+        gone, freed = store.collect(self.folder, keep)
+        assert gone == list(self.kept)[: max(0, len(self.kept) - keep)]
+        assert freed > 0 or not gone
+        self.kept = dict(list(self.kept.items())[-keep:])
+
+    @rule()
+    def reload(self) -> None:
+        found = self.reader.cache.reload()
+        assert (found is self.reader.cache) == (self.reader.cache.version == self.version)
+        self.reader = Reader(found, self.state)
+
+    @invariant()
+    def the_folder_is_whole_and_says_and_answers_what_it_should(self) -> None:
+        cache = verify(self.folder)
+        self.keys_and_labels_are_exactly_those_that_should_be_there(cache)
+        self.answers_are_those_of_a_fresh_index(cache)
+
+    def keys_and_labels_are_exactly_those_that_should_be_there(self, cache: CacheModel) -> None:
+        assert cache.version == self.version
+        assert cache.class_names == list(self.state.text)
+        assert (cache.index.factory, str(cache.keys.dtype)) == (self.state.factory, self.state.dtype)
+        assert cache.next_key_id == self.next_key_id
+        key_ids, labels = (cache.labels[name].to_pylist() for name in ("key_id", "label"))
+        found = dict(zip(key_ids, labels, strict=True))
+        assert len(found) == len(key_ids)
+        assert found == {key_id: label for key_id, (label, _) in self.state.keys.items()}
+        assert [cache.class_names[i] for i in cache.class_ids.tolist()] == labels
+        np.testing.assert_array_equal(np.asarray(cache.keys), np.stack([self.state.keys[i][1] for i in key_ids]))
+        pairs = list(zip(cache.labels["class_id"].to_pylist(), cache.labels["shot"].to_pylist(), strict=True))
+        assert len(set(pairs)) == len(pairs)
+
+    def answers_are_those_of_a_fresh_index(self, cache: CacheModel) -> None:
+        fresh = self.state.fresh()
+        np.testing.assert_allclose(cache.logits(QUERIES), fresh.logits(QUERIES), atol=1e-4)
+        near = [[int(key.source) for key in found.neighbours] for found in fresh.classify(QUERIES, neighbours=K)]
+        predicted = cache.classify(QUERIES, neighbours=K)
+        assert [[key.key_id for key in found.neighbours] for found in predicted] == near
+        assert [found.label for found in predicted] == [found.label for found in fresh.classify(QUERIES)]
+        winners = [cache.class_names[i] for i in cache.logits(QUERIES, K).argmax(1).tolist()]
+        assert [found.label for found in cache.classify(QUERIES, k=K)] == winners  # also from a shortlist of classes
+        for tail in (False, True):
+            if not cache.index.by_class:
+                np.testing.assert_allclose(cache.logits(QUERIES, K, tail), fresh.logits(QUERIES, K, tail), atol=1e-4)
+            else:
+                self.each_class_is_met_whole_or_at_its_mean(cache, tail)
+
+    def each_class_is_met_whole_or_at_its_mean(self, cache: CacheModel, tail: bool) -> None:
+        """Which classes are met follows from a sample of the keys; what comes of it does not."""
+        whole, mean = np.zeros((2, len(QUERIES), len(self.state.text)))
+        for i, name in enumerate(self.state.text):
+            own = [vector for label, vector in self.state.keys.values() if label == name]
+            if own:
+                affinity = QUERIES @ np.stack(own).astype(np.float64).T
+                whole[:, i] = np.exp(-BETA * (1 - affinity)).sum(1)
+                mean[:, i] = len(own) * np.exp(-BETA * (1 - affinity.mean(1))) if tail else 0
+        found = cache.terms(QUERIES, K, tail)[1].numpy()
+        is_whole, is_mean = np.isclose(found, whole, atol=1e-4), np.isclose(found, mean, atol=1e-4)
+        assert (is_whole | is_mean).all()
+        assert is_whole.any()
+
+    @invariant()
+    def versions_go_in_one_line_and_every_file_is_named(self) -> None:
+        rows = store.history(self.folder).to_pylist()
+        assert [row["version"] for row in rows] == list(self.kept)
+        assert [row["keys"] for row in rows] == [len(state.keys) for state in self.kept.values()]
+        assert all(row["parent"] == row["version"] - 1 for row in rows if row["version"] > 1)
+        assert [row["current"] for row in rows] == [False] * (len(rows) - 1) + [True]
+        manifests = [*store.earlier_manifests(self.folder), store.read_manifest(self.folder)]
+        named = {file.name for manifest in manifests for file in manifest.data_files}
+        assert named == {f"data/{path.name}" for path in (self.folder / "data").iterdir()}
+
+    @invariant()
+    def the_reader_goes_on_answering(self) -> None:
+        cache = self.reader.cache
+        np.testing.assert_allclose(cache.logits(QUERIES), self.reader.logits, atol=1e-4)
+        assert sorted(cache.labels["key_id"].to_pylist()) == sorted(self.reader.state.keys)
+
+
+@pytest.mark.parametrize(
+    ("factory", "dtype", "small"),
+    [
+        ("Flat", "float32", 0),
+        ("Flat", "float16", 2),
+        ("Classes", "float32", 0),
+        ("Classes,HNSW8", "float16", 0),
+        ("IVF4,Flat", "float32", 0),
+    ],
+)
+def test_an_index_that_lives_answers_as_one_that_is_built_afresh(factory: str, dtype: str, small: int) -> None:
+    kind = type("LivingIndex", (Living,), {"factory": factory, "dtype": dtype, "small": small})
+    quick = settings(max_examples=6, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run_state_machine_as_test(kind, settings=quick)
+    finally:
+        torch.set_num_threads(threads)
