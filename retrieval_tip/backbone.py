@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import BackboneError, InputError, UsageError
+from retrieval_tip.errors import BackboneError, InputError, UsageError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -250,7 +250,7 @@ def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor])
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
     except (OSError, SafetensorError) as error:
-        raise BackboneError(f"{path}: cannot be written: {_first_line(error)}") from None
+        raise BackboneError(f"{path}: cannot be written: {first_line(error)}") from None
 
 
 def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
@@ -264,13 +264,9 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
         reason = error.strerror or error
         raise BackboneError(f"{file}: tuned weights cannot be read: {reason}; restore it or fine-tune again") from None
     except Exception as error:  # safetensors raises its own error, KeyError or torch's
-        reason = _first_line(error)
+        reason = first_line(error)
         raise BackboneError(f"{file}: damaged, or not tuned weights: {reason}; restore it or fine-tune again") from None
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from retrieval_tip import inputs, store, tip
 from retrieval_tip.backbone import Identity, resolve_device
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.features import Encoder
 from retrieval_tip.inputs import Features, Labels
 from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
 from retrieval_tip.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.manifest import DataFile, Manifest, Segment
 from retrieval_tip.retrieval import LOGITS, SHORTLIST, Retrieval, slices
 from retrieval_tip.segments import Segments, joined, segments_of
 from retrieval_tip.sources import Source
@@ -137,7 +138,7 @@ class CacheModel:
         inputs.check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
         self._check: store.Check | None = None
         self._own: dict[str, Any] = {}
-        self._stored: list[tuple[npt.NDArray[Any], store.Segment]] = []
+        self._stored: list[tuple[npt.NDArray[Any], Segment]] = []
         self.text_weights = self.text_weights.to(self.device)
         self._follow()
         if self.values is not None:
@@ -299,7 +300,7 @@ class CacheModel:
         return cache
 
     @classmethod
-    def _open(cls, place: Path, manifest: store.Manifest, device: str, precision: str) -> Self:
+    def _open(cls, place: Path, manifest: Manifest, device: str, precision: str) -> Self:
         files, classes = manifest.files, len(manifest.class_names)
         parts = [store.read_array(place, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
         if {part.dtype for part in parts} != {np.dtype(manifest.dtype)}:
@@ -437,7 +438,7 @@ class CacheModel:
         """
         if self._check is None or self._check.verify == "full":
             return
-        known: set[store.DataFile] = set()
+        known: set[DataFile] = set()
         if shared:
             files, kept = self._check.manifest.files, set(map(id, segments_of(self.keys)))
             parts = [segment for array, segment in self._stored if id(array) in kept]
@@ -450,7 +451,7 @@ class CacheModel:
         """What data files hold as it is, by kind, but for the keys and their labels."""
         return {"text": self.text_weights, "values": self.values, "curve": self.curve}
 
-    def _commit_keys(self, writer: store.Writer, parent: store.Manifest | None) -> None:
+    def _commit_keys(self, writer: store.Writer, parent: Manifest | None) -> None:
         """Keys and labels, a segment at a time, but for those that are there."""
         stored = {id(array): segment for array, segment in self._stored}
         at = 0
@@ -477,7 +478,7 @@ class CacheModel:
 
     def _commit(self, writer: store.Writer, change: str) -> None:
         parent = writer.parent.version if writer.parent else None
-        manifest = store.Manifest(
+        manifest = Manifest(
             version=(parent or 0) + 1,
             parent=parent,
             **store.stamp(),
@@ -721,7 +722,7 @@ class CacheModel:
         try:
             table = pa.concat_tables([self.labels, added], promote_options="default")
         except pa.ArrowException as error:
-            raise InputError(f"labels: their columns do not fit the index's ({_first_line(error)})") from None
+            raise InputError(f"labels: their columns do not fit the index's ({first_line(error)})") from None
         values = self.values
         if values is not None:
             one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), len(self.class_names)).to(values)
@@ -931,7 +932,7 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     """
     place = Path(folder)
     cache = CacheModel.load(place, device="cpu")
-    known: set[store.DataFile] = set()
+    known: set[DataFile] = set()
     for manifest in store.earlier_manifests(place):
         store.Check(place, manifest, known=known).wait()
         known |= set(manifest.data_files)
@@ -952,10 +953,6 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
         if not np.allclose(found[:, 0], own, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index is not over these keys; build the index again")
     return cache
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from retrieval_tip.features import Encoder, check_backbone, same_backbone, table
 from retrieval_tip.inputs import check_settings
 from retrieval_tip.keys import text_index_over
 from retrieval_tip.labels import rows_where
+from retrieval_tip.manifest import Manifest
 from retrieval_tip.prompts import check_templates, text_weights
 from retrieval_tip.segments import segments_of
 from retrieval_tip.sources import Source, open_source, show
@@ -367,7 +368,7 @@ def import_index(
 
 
 def _weights_of(
-    class_names: Sequence[str], manifest: store.Manifest, encoder: Encoder, text: Folder | None
+    class_names: Sequence[str], manifest: Manifest, encoder: Encoder, text: Folder | None
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Text weights of the classes that the index does not have, as far as there is something to make them from."""
     known = set(manifest.class_names)

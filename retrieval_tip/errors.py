@@ -30,6 +30,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line: its first, or its type where it says nothing."""
+    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
+
+
 def counted(number: int, what: str) -> str:
     """A number of things: ``1 key``, ``2 keys``, ``3 classes``."""
     return f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")

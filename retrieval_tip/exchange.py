@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import InputError, UsageError, one_line
+from retrieval_tip.errors import InputError, UsageError, first_line
 from retrieval_tip.features import IDENTITY_KEY, NORM_TOLERANCE, TABLE_ROWS, replacing
 from retrieval_tip.sources import FEATURE, MAX_TEXT, few_names, open_parquet, row_list, show
 
@@ -217,12 +217,8 @@ def _write(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
                 writer.write_table(block)
                 number += len(block)
     except pa.ArrowException as error:  # a type that Parquet has not
-        raise InputError(f"{show(out)}: cannot be written: {_line(error)}") from None
+        raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
     return number
-
-
-def _line(error: BaseException) -> str:
-    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
 # What is there
@@ -307,7 +303,7 @@ def _read_npy(file: Path) -> Array:
     try:
         array: Array = np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # damaged headers fail anywhere in numpy's parser
-        raise InputError(f"{show(file)}: cannot be read as .npy: {_line(error)}") from None
+        raise InputError(f"{show(file)}: cannot be read as .npy: {first_line(error)}") from None
     return array
 
 
@@ -332,7 +328,7 @@ def _read_tensor(file: Path) -> Array:
             "save the tensor alone: torch.save(tensor.cpu(), FILE)"
         ) from None
     except Exception as error:  # damaged files fail anywhere in torch
-        raise InputError(f"{name}: not a file of torch.save, or damaged ({_line(error)}); copy it again") from None
+        raise InputError(f"{name}: not a file of torch.save, or damaged ({first_line(error)}); copy it again") from None
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
         raise InputError(f"{name}: holds a {type(tensor).__name__} instead of a plain tensor; save the tensor alone")
     if tensor.untyped_storage().nbytes() < tensor.nbytes:
@@ -408,7 +404,7 @@ def _label_rows(labels: Path) -> Path | pa.Table:
     try:
         table: pa.Table = pa.table({"label": pa.array(array.astype(array.dtype.newbyteorder("=")))})
     except (pa.ArrowException, ValueError) as error:
-        raise InputError(f"{name}: holds what is no text: {_line(error)}") from None
+        raise InputError(f"{name}: holds what is no text: {first_line(error)}") from None
     return table
 
 
@@ -476,7 +472,7 @@ def _plan(parts: Sequence[_Part], label_column: str | None) -> tuple[_Columns, p
     try:
         fields = list(pa.unify_schemas(further, promote_options="permissive"))
     except pa.ArrowException as error:
-        raise InputError(f"{first.where}: a column is of another type in another file: {_line(error)}") from None
+        raise InputError(f"{first.where}: a column is of another type in another file: {first_line(error)}") from None
     return columns, _schema(d[0], np.result_type(*dtypes), fields)
 
 
@@ -519,7 +515,7 @@ def _cast(rows: pa.Table, field: pa.Field, where: str) -> Any:
     try:
         return rows[field.name].cast(field.type)
     except pa.ArrowException as error:
-        raise InputError(f"{where}: column {field.name!r}: {_line(error)}") from None
+        raise InputError(f"{where}: column {field.name!r}: {first_line(error)}") from None
 
 
 def _columns_of(rows: Path | pa.Table) -> pa.Schema:
@@ -550,7 +546,7 @@ def _open_csv(file: Path, texts: Sequence[str]) -> pyarrow.csv.CSVStreamingReade
         "".join(reader.schema.names)  # which may not be UTF-8 either
         return reader
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{show(file)}: cannot be read: {_line(error)}") from None
+        raise InputError(f"{show(file)}: cannot be read: {first_line(error)}") from None
 
 
 def _read_rows(rows: Path | pa.Table) -> Iterator[pa.Table]:
@@ -566,7 +562,7 @@ def _read_rows(rows: Path | pa.Table) -> Iterator[pa.Table]:
             for start in range(0, len(batch), TABLE_ROWS):
                 yield pa.Table.from_batches([batch.slice(start, TABLE_ROWS)])
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{show(rows)}: cannot be read: {_line(error)}") from None
+        raise InputError(f"{show(rows)}: cannot be read: {first_line(error)}") from None
 
 
 def _checked(features: Array, start: int, number: int, dtype: npt.DTypeLike, name: str) -> Array:
@@ -595,7 +591,7 @@ def _texts(column: pa.ChunkedArray, what: str, longest: int, start: int, where: 
         texts = column.cast(kind).cast(pa.string())
         texts.validate(full=True)
     except pa.ArrowException as error:
-        raise InputError(f"{where}: the column of the {what} is no text: {_line(error)}") from None
+        raise InputError(f"{where}: the column of the {what} is no text: {first_line(error)}") from None
     blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True)
     long = pc.greater(pc.utf8_length(texts), longest).fill_null(False)
     for wrong, problem in ((blank, f"no {what}"), (long, f"{what} longer than {longest} characters")):

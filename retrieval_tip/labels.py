@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.errors import InputError, UsageError, one_line
+from retrieval_tip.errors import InputError, UsageError, first_line, one_line
 
 if TYPE_CHECKING:
     import duckdb
@@ -175,9 +175,9 @@ def ask(tables: Mapping[str, pa.Table], sql: str) -> pa.Table:
             select = _one_select(database, sql, "query: expected one SELECT; the label store is read-only here")
             answer: pa.Table = database.sql(select).to_arrow_table()
         except duckdb.Error as error:
-            raise UsageError(f"query: {_reason(error)}") from None
+            raise UsageError(f"query: {first_line(error)}") from None
         except pa.ArrowException as error:
-            raise UsageError(f"query: its answer cannot be kept ({_reason(error)})") from None
+            raise UsageError(f"query: its answer cannot be kept ({first_line(error)})") from None
     return answer.rename_columns(_apart(answer.column_names))
 
 
@@ -221,7 +221,7 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
             select = f"SELECT {position} FROM labels WHERE ({condition})"  # noqa: S608
             rows: npt.NDArray[np.int64] = database.sql(select).to_arrow_table()[position].to_numpy()
         except duckdb.Error as error:
-            raise UsageError(f"where: {_reason(error)}; {expected}") from None
+            raise UsageError(f"where: {first_line(error)}; {expected}") from None
     return np.sort(rows)  # duckdb's threads may hand them over in any order
 
 
@@ -249,7 +249,7 @@ def _database(tables: Mapping[str, pa.Table]) -> Iterator[duckdb.DuckDBPyConnect
                         "GROUP BY class_id, label ORDER BY class_id"
                     )
             except (duckdb.Error, pa.ArrowException) as error:
-                raise InputError(f"{name}: duckdb cannot hold this table ({_reason(error)})") from None
+                raise InputError(f"{name}: duckdb cannot hold this table ({first_line(error)})") from None
         yield database
 
 
@@ -287,10 +287,6 @@ def _check_text(sql: str, what: str) -> None:
         raise UsageError(f"{what}: more than {MAX_OPEN} parentheses are not closed")
 
 
-def _reason(error: BaseException) -> str:
-    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
-
-
 def read_predictions(path: Path) -> pa.Table:
     """Predictions that ``classify`` wrote, a row an input: Parquet, CSV or JSON lines, told apart by what is in them.
 
@@ -316,7 +312,7 @@ def read_predictions(path: Path) -> pa.Table:
         if table["input"].null_count:
             raise ValueError(f"row {np.flatnonzero(table['input'].is_null().to_numpy())[0]} has no input")
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _reason(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise InputError(f"{name}: cannot be read as predictions ({reason}); {_REMEDY}") from None
     return table
 
@@ -391,7 +387,7 @@ def versions_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
             [{**row, "created_at": _time(row.get("created_at"))} for row in rows], schema=VERSIONS_SCHEMA
         )
     except (pa.ArrowException, OverflowError, ValueError) as error:
-        raise InputError(f"versions: a value cannot be kept ({_reason(error)})") from None
+        raise InputError(f"versions: a value cannot be kept ({first_line(error)})") from None
 
 
 def _time(text: object) -> datetime.datetime | None:

@@ -16,7 +16,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.errors import RetrievalTipError, UsageError, one_line
+from retrieval_tip.errors import RetrievalTipError, UsageError, first_line, one_line
 from retrieval_tip.features import replacing
 
 FORMATS = ("table", "json", "csv", "parquet")
@@ -64,7 +64,7 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, RetrievalTipError):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UsageError(f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR") from None
 
 

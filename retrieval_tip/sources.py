@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip import images
-from retrieval_tip.errors import InputError, one_line
+from retrieval_tip.errors import InputError, first_line, one_line
 
 log = logging.getLogger(__name__)
 
@@ -328,8 +328,7 @@ def _read(name: str, read: Any) -> Any:
     try:
         return read()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: cannot be read: {one_line(reason)}") from None
+        raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
 
 
 def _read_csv(file: Path) -> pa.Table:

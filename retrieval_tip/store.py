@@ -23,10 +23,10 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,23 +40,16 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from retrieval_tip import labels
-from retrieval_tip.backbone import Identity
-from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.labels import LABEL_SCHEMA
+from retrieval_tip.manifest import SUFFIXES, DataFile, Manifest, Segment
 
 T = TypeVar("T")
 
-FORMAT = "retrieval-tip index"
-FORMAT_VERSION = 2
-"""1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2."""
 KEPT_VERSIONS = 32
 """So many versions are kept by themselves, the current one among them; :func:`collect` keeps fewer."""
 LOCK_WAIT, LOCK_POLL = 30.0, 0.02
 """Seconds that a writer waits for another one, and between two looks."""
-KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
-OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss"}
-"""Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training.
-Of one of very many classes: the FAISS index over their text weights."""
 
 HASHED_AT_A_TIME = 1 << 24
 """Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
@@ -65,200 +58,13 @@ VERSIONS_TRIED = 16
 VERIFY = ("full", "fast")
 FAST_BYTES = 1 << 22
 """Files up to this size are hashed whatever is asked for; a fast check takes larger ones by their size."""
-MAX_DEPTH, MAX_KEY_ID = 64, 2**62
-"""How deep a provenance may be nested; the largest first key id that was never given."""
 MANIFEST_BYTES = 1 << 28
 """A manifest that is larger was not written here: a million classes take a tenth."""
 
 _ZEROS = bytes(1 << 20)
-_SUFFIXES = KINDS | OPTIONAL_KINDS
-_ANY_KIND, _ANY_SUFFIX = "|".join(_SUFFIXES), "|".join(sorted({suffix[1:] for suffix in _SUFFIXES.values()}))
+_ANY_KIND, _ANY_SUFFIX = "|".join(SUFFIXES), "|".join(sorted({suffix[1:] for suffix in SUFFIXES.values()}))
 _FILE_NAME = re.compile(rf"({_ANY_KIND})-[0-9a-f]{{16}}\.({_ANY_SUFFIX})")
 _TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{{32}})\.tmp")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One immutable file of an index: its place below the folder, rows, bytes and SHA-256.
-
-    ``rows``: keys, or classes (text), tensors (weights) or epochs (curve).
-    """
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Keys, grouped by class, and the labels that describe them row by row."""
-
-    keys: DataFile
-    labels: DataFile
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Everything about one version of an index but the arrays.
-
-    ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` is over; ``later`` segments
-    were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
-    given (``None`` in format 1, which did not keep that).
-    """
-
-    version: int
-    parent: int | None
-    created_at: str
-    created_by: str
-    n: int
-    d: int
-    dtype: str
-    class_names: list[str]
-    templates: list[str]
-    logit_scale: float
-    alpha: float
-    beta: float
-    k: int | None
-    tail: bool
-    temperature: float
-    index: str
-    backbone: dict[str, Any] | None
-    provenance: dict[str, Any]
-    files: dict[str, DataFile] = field(default_factory=dict)
-    later: list[Segment] = field(default_factory=list)
-    next_key_id: int | None = None
-    change: str = ""
-
-    @property
-    def segments(self) -> list[Segment]:
-        """All segments, in the order of their keys."""
-        return [Segment(self.files["keys"], self.files["labels"]), *self.later]
-
-    @property
-    def data_files(self) -> list[DataFile]:
-        """Every data file of this version."""
-        return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
-
-    @property
-    def keys_digest(self) -> str:
-        """What the keys are, in 16 hexadecimal digits."""
-        digests = [part.keys.sha256 for part in self.segments]
-        return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
-
-    def to_bytes(self) -> bytes:
-        """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
-        body = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
-        return _seal(body)
-
-    @classmethod
-    def from_bytes(
-        cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
-    ) -> Manifest:
-        """The inverse of :meth:`to_bytes`. Raises StoreError for anything missing, changed or of another format."""
-        damaged = f"{name}: damaged"
-        try:
-            body = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise StoreError(f"{damaged} (not UTF-8: byte {error.start}); {remedy}") from None
-        except (ValueError, RecursionError) as error:
-            raise StoreError(f"{damaged} (not JSON: {error}); {remedy}") from None
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
-        found = body.get("format_version")
-        if isinstance(found, int) and found > FORMAT_VERSION:
-            writer = ascii(body.get("created_by", "a newer version")).strip("'")
-            raise StoreError(
-                f"{name}: index format {found}, this program reads up to {FORMAT_VERSION}; "
-                f"it was written by {writer}: install that"
-            )
-        try:
-            sealed = _seal({key: value for key, value in body.items() if key != "sha256"}) == raw
-        except (
-            ValueError,
-            RecursionError,
-        ):  # half a surrogate pair, or nested too deeply: nothing that was written here
-            sealed = False
-        if not sealed:
-            raise StoreError(f"{damaged} (its own checksum does not fit); {remedy}")
-        try:
-            if type(found) is not int or found < 1:
-                raise ValueError("format_version")
-            return cls._parse(body)
-        except (KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
-            raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
-
-    @classmethod
-    def _parse(cls, found: Mapping[str, Any]) -> Manifest:
-        if found["format_version"] == 1:
-            found = dict(found) | {"later": [], "next_key_id": None, "change": ""}
-        body = {key: found[key] for key in (f.name for f in fields(cls))}
-
-        def need(condition: bool, what: str) -> None:
-            if not condition:
-                raise ValueError(what)
-
-        def whole(value: object, least: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        def real(value: object) -> bool:
-            return (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-                and 0 <= value < 2**63
-            )
-
-        need(whole(body["version"], 1), "version")
-        need(body["parent"] is None or (whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
-        need(all(isinstance(body[key], str) for key in ("created_at", "created_by", "dtype", "index")), "text")
-        need(whole(body["n"], 1) and whole(body["d"], 1), "n or d")
-        need(body["dtype"] in ("float32", "float16"), "dtype")
-        for key in ("class_names", "templates"):
-            need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
-        need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
-        need(all(real(body[key]) for key in ("logit_scale", "alpha", "beta")), "alpha, beta or logit_scale")
-        need(body["logit_scale"] > 0, "logit_scale")
-        need(real(body["temperature"]) and body["temperature"] > 0, "temperature")
-        need(body["k"] is None or whole(body["k"], 1), "k")
-        need(isinstance(body["tail"], bool), "tail")
-        if body["backbone"] is not None:
-            Identity.from_dict(body["backbone"])
-        need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
-        need(_shallow(body["provenance"], MAX_DEPTH), "provenance")
-        need(isinstance(body["change"], str) and isinstance(body["later"], list), "change or later")
-        following = body["next_key_id"]
-        need(following is None or (whole(following, 1) and following <= MAX_KEY_ID), "next_key_id")
-        files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
-        need(all(isinstance(entry, dict) for entry in body["later"]), "later")
-        later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
-        need(KINDS.keys() <= files.keys() <= _SUFFIXES.keys(), "files")
-        need(not later or "values" not in files, "later")  # trained values are one array
-        of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
-        for kind, file in [*files.items(), *of_later]:
-            need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
-            need(file.name == f"data/{kind}-{file.sha256[:16]}{_SUFFIXES[kind]}", f"files.{kind}.name")
-            need(whole(file.bytes, 1), f"files.{kind}.bytes")
-            need(whole(file.rows, 1), f"files.{kind}.rows")
-        first, classes = files["keys"].rows, len(body["class_names"])
-        need(all(files[kind].rows == first for kind in ("index", "labels", "values") if kind in files), "files.rows")
-        need(files["text"].rows == classes, "files.text.rows")
-        need("text_index" not in files or files["text_index"].rows <= classes, "files.text_index.rows")
-        need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
-        need(first + sum(part.keys.rows for part in later) == body["n"], "n")
-        return cls(**(body | {"files": files, "later": later}))
-
-
-def _shallow(value: Any, depth: int) -> bool:
-    """Whether JSON is not nested deeper: Python goes through it by recursion."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
-
-
-def _seal(body: Mapping[str, Any]) -> bytes:
-    digest = hashlib.sha256(json.dumps(body, indent=1, ensure_ascii=False).encode()).hexdigest()
-    return json.dumps(dict(body) | {"sha256": digest}, indent=1, ensure_ascii=False).encode()
 
 
 def is_index(folder: Path) -> bool:
@@ -290,8 +96,9 @@ def read_version(folder: Path, version: int) -> Manifest:
     path = folder / "manifests" / f"{version:06d}.json"
     found = _read_earlier(folder, path)
     if found is None:
-        there = [str(int(path.stem)) for path in _earlier_paths(folder) if path.stem.isdecimal()]
-        raise StoreError(f"{folder}: has no version {version}; there are {', '.join([*there, str(current.version)])}")
+        stems = [path.stem for path in _earlier_paths(folder) if path.name != _manifest_name(current)]
+        there = [*(int(stem) for stem in stems if stem.isdecimal()), current.version]
+        raise StoreError(f"{folder}: has no version {version}; there are {', '.join(map(str, there))}")
     return found
 
 
@@ -399,7 +206,7 @@ def read_array(
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")  # what it maps it does not unpickle
     except Exception as error:  # damaged headers fail anywhere in numpy's parser
-        raise StoreError(f"{path}: cannot be read ({_line(error)})") from None
+        raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:
         raise StoreError(f"{path}: {array.dtype} {array.shape} does not fit the manifest ({shape})")
     return array
@@ -419,7 +226,7 @@ def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
     try:
         table = pa.concat_tables(tables, promote_options="default")
     except pa.ArrowException as error:
-        raise StoreError(f"{folder}: labels of its segments differ ({str(error).splitlines()[0]})") from None
+        raise StoreError(f"{folder}: labels of its segments differ ({first_line(error)})") from None
     ranges = [pc.min_max(part["key_id"]).as_py() for part in tables]
     if manifest.next_key_id is not None and ranges[-1]["max"] >= manifest.next_key_id:
         raise StoreError(
@@ -466,7 +273,7 @@ def count_tensors(path: Path) -> int:
         with safe_open(path, framework="np") as file:
             return len(file.keys())
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})") from None
+        raise StoreError(f"{path}: cannot be read as safetensors ({first_line(error)})") from None
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -479,11 +286,7 @@ def _read_table(path: Path) -> pa.Table:
             table.schema.names  # noqa: B018 - which are decoded when they are asked for
             return table
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise StoreError(f"{path}: cannot be read ({_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -494,7 +297,7 @@ def describe(folder: Path) -> dict[str, Any]:
     facts = asdict(manifest)
     for name in ("files", "later"):
         del facts[name]
-    earlier = earlier_manifests(folder)
+    earlier = _before(folder, manifest)
     own = {file.name: file.bytes for file in manifest.data_files}
     held = {file.name: file.bytes for old in earlier for file in old.data_files}
     return (
@@ -524,7 +327,7 @@ def history(folder: Path) -> pa.Table:
     Raises StoreError where one of them is damaged.
     """
     current = read_manifest(folder)
-    earlier = [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
+    earlier = _before(folder, current)
     return labels.versions_table(
         [
             {name: getattr(manifest, name) for name in ("version", "parent", "created_at", "created_by", "change")}
@@ -571,7 +374,7 @@ class Writer:
 
     def stage(self, kind: str) -> Path:
         """A place to write the data file of this kind, to be closed by :meth:`seal`."""
-        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{_SUFFIXES[kind]}.tmp"
+        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
         self._staged.append(path)
         return path
 
@@ -600,7 +403,7 @@ class Writer:
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         digest = _sha256(staged)
-        entry = DataFile(f"data/{kind}-{digest[:16]}{_SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
+        entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
         staged.replace(self.folder / entry.name)
         self._staged.remove(staged)
         return entry
@@ -676,7 +479,7 @@ class Writer:
         """
         try:
             raw = manifest.to_bytes()
-            Manifest._parse(json.loads(raw))  # what could not be read again is never written
+            Manifest.parse(json.loads(raw))  # what could not be read again is never written
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InputError(f"{self.folder}: a manifest cannot hold this ({error}); nothing was changed") from None
         _sync(self.folder / "data")
@@ -701,7 +504,7 @@ class Writer:
     @property
     def files(self) -> dict[str, DataFile]:
         """The data files that were sealed or kept, by kind."""
-        return {kind: self._files[kind] for kind in _SUFFIXES if kind in self._files}
+        return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
 
     def abandon(self) -> None:
         """Remove what is staged; what is sealed but in no manifest is collected."""
@@ -818,9 +621,17 @@ def earlier_manifests(folder: Path) -> list[Manifest]:
     return [manifest for manifest in found if manifest is not None]
 
 
+def _before(folder: Path, current: Manifest) -> list[Manifest]:
+    """The same without the current one, which a writer at work, or one that was killed, has put there too."""
+    return [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
+
+
 def _earlier_paths(folder: Path) -> list[Path]:
     """The manifests of earlier versions, oldest first."""
-    return sorted((folder / "manifests").glob("*.json"), key=lambda path: (len(path.name), path.name))
+    try:
+        return sorted((folder / "manifests").glob("*.json"), key=lambda path: (len(path.name), path.name))
+    except FileNotFoundError:  # their folder went with the last of them, just now
+        return []
 
 
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:
@@ -915,7 +726,7 @@ def write_table(path: Path, table: pa.Table, what: str) -> None:
         with path.open("wb") as file:
             pq.write_table(table, file)
     except pa.ArrowException as error:
-        raise InputError(f"{what}: a column cannot be kept ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{what}: a column cannot be kept ({first_line(error)})") from None
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.defaults import plain_settings, untouched_settings
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, first_line
 from retrieval_tip.features import Encoder, replacing
 from retrieval_tip.finetune import finetune, own_shots
 from retrieval_tip.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
@@ -170,7 +170,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
     if table.schema.names != SCHEMA.names:
         raise InputError(f"{path}: not a table of runs; give another --results")
     rows: list[dict[str, Any]] = table.to_pylist()

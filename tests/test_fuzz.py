@@ -41,6 +41,7 @@ from retrieval_tip import CacheModel, cache_model, changes, exchange, images, la
 from retrieval_tip.build import build_index
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.features import NORM_TOLERANCE, Encoder
+from retrieval_tip.manifest import SUFFIXES
 from retrieval_tip.output import write_table
 from retrieval_tip.sources import open_inputs, open_source
 from retrieval_tip.vector_index import faiss
@@ -130,7 +131,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for kind in KINDS:
             made(place / kind, kind, place)
     kinds = {kind for name in KINDS for kind in store.read_manifest(place / name).files}
-    assert kinds == {*store.KINDS, *store.OPTIONAL_KINDS}
+    assert kinds == {*SUFFIXES}
     assert [len(store.read_manifest(place / name).later) for name in KINDS] == [1, 1, 1, 1, 1, 0]
     return {kind: place / kind for kind in KINDS}
 

@@ -27,6 +27,7 @@ from test_cli import commands
 from retrieval_tip import CacheModel, backbone, cache_model, cli, store
 from retrieval_tip.backbone import load_backbone, load_when_needed
 from retrieval_tip.errors import BackboneError, StoreError
+from retrieval_tip.manifest import KINDS
 
 HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm")
 
@@ -160,7 +161,7 @@ def test_objects_are_walked_at_the_end_only_where_a_library_reports_them(there, 
     assert bool(frozen) is not there
 
 
-@pytest.mark.parametrize("kind", sorted(store.KINDS))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("damage", ["a byte", "shorter", "gone"])
 def test_a_damaged_file_is_refused_before_any_answer(run, index, row, kind, damage):
     path = index / store.read_manifest(index).files[kind].name

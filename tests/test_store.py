@@ -24,8 +24,9 @@ import torch
 
 from retrieval_tip import CacheModel, store, verify
 from retrieval_tip.backbone import Identity
-from retrieval_tip.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
+from retrieval_tip.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.manifest import KINDS
 from retrieval_tip.store import Manifest
 from retrieval_tip.vector_index import faiss
 
@@ -785,7 +786,7 @@ def damages(path: Path, seed: int) -> Iterator[str]:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("kind", ["manifest", *store.KINDS])
+@pytest.mark.parametrize("kind", ["manifest", *KINDS])
 def test_damage_of_any_byte_is_found_by_load_and_verify(index: Path, kind: str) -> None:
     path = index / ("manifest.json" if kind == "manifest" else store.read_manifest(index).files[kind].name)
     for damage in damages(path, 1):
@@ -889,10 +890,12 @@ def test_query_answers_over_labels_and_class_counts(index: Path) -> None:
 def test_query_describes_its_tables(index: Path) -> None:
     described = store.query(index, "DESCRIBE labels").to_pylist()
     assert [row["column_name"] for row in described] == LABEL_SCHEMA.names
-    assert {row["column_name"] for row in store.query(index, "SUMMARIZE labels").to_pylist()} == set(
-        LABEL_SCHEMA.names
-    )
-    assert [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()] == ["class_counts", "labels", "versions"]
+    assert {row["column_name"] for row in store.query(index, "SUMMARIZE labels").to_pylist()} == set(LABEL_SCHEMA.names)
+    assert [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()] == [
+        "class_counts",
+        "labels",
+        "versions",
+    ]
 
 
 def test_query_takes_one_select_only(index: Path) -> None:

@@ -25,6 +25,7 @@ from retrieval_tip import CacheModel, search_hp, store, tip, verify
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.evaluate import evaluate
 from retrieval_tip.features import Encoder
+from retrieval_tip.manifest import KINDS, OPTIONAL_KINDS
 from retrieval_tip.search_hp import Queries, folds, leave_one_out, search, unseen
 from retrieval_tip.sources import open_source
 from retrieval_tip.store import Manifest
@@ -515,7 +516,7 @@ def names(folder: Path) -> dict[str, str]:
 
 def test_a_plain_index_has_no_further_files(tmp_path: Path) -> None:
     model(values=None).save(tmp_path / "x")
-    assert names(tmp_path / "x").keys() == store.KINDS.keys()
+    assert names(tmp_path / "x").keys() == KINDS.keys()
     loaded = CacheModel.load(tmp_path / "x", device="cpu")
     assert (loaded.values, loaded.tuned, loaded.curve) == (None, None, None)
 
@@ -582,7 +583,7 @@ def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, en
     plain.tuned = encoder_file
     plain.save_settings(tmp_path / "plain")
     assert plain.tuned == encoder_file
-    assert names(tmp_path / "plain").keys() == store.KINDS.keys()
+    assert names(tmp_path / "plain").keys() == KINDS.keys()
 
 
 def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,7 +591,7 @@ def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest
     first = names(index)
     for version in (2, 3):
         model(values=None).save(index)
-        assert names(index).keys() == store.KINDS.keys()
+        assert names(index).keys() == KINDS.keys()
         assert (index / first["values"]).exists() == (version == 2)  # while the version before is kept
     verify(index)
 
@@ -598,7 +599,7 @@ def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest
 def test_leftovers_of_these_kinds_are_collected_too(index: Path) -> None:
     left = [
         f"data/{name}"
-        for kind, suffix in store.OPTIONAL_KINDS.items()
+        for kind, suffix in OPTIONAL_KINDS.items()
         for name in (f".{kind}-{'0' * 32}{suffix}.tmp", f"{kind}-{'0' * 16}{suffix}")
     ]
     for name in left:
@@ -645,7 +646,7 @@ def test_a_manifest_with_a_wrong_entry_is_refused(index: Path, kind: str) -> Non
         written(index, files | {kind: entry | change})
         with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
             CacheModel.load(index)
-    for missing in store.KINDS:  # the others do not make up for it
+    for missing in KINDS:  # the others do not make up for it
         written(index, {k: v for k, v in files.items() if k != missing})
         with pytest.raises(StoreError, match=r"manifest\.json: damaged \(.*files"):
             CacheModel.load(index)
