@@ -1,40 +1,106 @@
-"""Indexes that older versions wrote load for ever: ``indexes/v1`` was written by format 1 and is never changed."""
+"""Indexes that older versions wrote load for ever: ``indexes/vN`` was written by format N, and is never changed.
+
+``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
+keys and the 4 nearest.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from retrieval_tip import changes
 from retrieval_tip.cache_model import CacheModel, verify
-from retrieval_tip.store import query
+from retrieval_tip.manifest import FORMAT_VERSION, Manifest
+from retrieval_tip.store import history, query, read_manifest
 
-V1 = Path(__file__).parent / "indexes" / "v1"
-EXPECTED = json.loads((V1 / "expected.json").read_text())
-"""Queries ``features`` [3, 8] and, for each index, its logits over all keys and the 4 nearest, as format 1 answered."""
+INDEXES = Path(__file__).parent / "indexes"
+NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]
 
 
-@pytest.mark.parametrize("name", ["plain", "tuned", "classes"])
-def test_an_index_of_format_1_answers_as_it_did(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / name
-    shutil.copytree(V1 / name, folder)
-    cache, features = verify(folder), np.array(EXPECTED["features"], dtype=np.float32)
-    answers = EXPECTED["answers"][name]
+def expected(version: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((INDEXES / version / "expected.json").read_text())
+    return found
+
+
+def check_answers(cache: CacheModel, version: str, name: str) -> None:
+    known = expected(version)
+    features, answers = np.array(known["features"], dtype=np.float32), known["answers"][name]
     np.testing.assert_allclose(cache.logits(features), answers["all"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(cache.logits(features, k=4), answers["k4"], rtol=1e-5, atol=1e-5)
     assert [found.label for found in cache.classify(features)] == answers["labels"]
 
 
+def test_every_format_has_its_indexes() -> None:
+    assert sorted(path.name for path in INDEXES.iterdir()) == [f"v{i}" for i in range(1, FORMAT_VERSION + 1)]
+    for version, name in NAMES:
+        body = json.loads((INDEXES / version / name / "manifest.json").read_text())
+        assert f"v{body['format_version']}" == version
+
+
+@pytest.mark.parametrize(("version", "name"), NAMES)
+def test_an_older_index_answers_as_it_did(version: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    shutil.copytree(INDEXES / version / name, folder)
+    check_answers(verify(folder), version, name)
+
+
+@pytest.mark.parametrize(("version", "name"), NAMES)
+def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    shutil.copytree(INDEXES / version / name, folder)
+    old = read_manifest(folder)
+    changes.configure(folder, temperature=2.0)
+    new = verify(folder)
+    check_answers(new, version, name)
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == FORMAT_VERSION
+    kept = folder / "manifests" / f"{old.version:06d}.json"
+    assert kept.read_bytes() == (INDEXES / version / name / "manifest.json").read_bytes()
+    assert history(folder)["change"].to_pylist()[-1] == "set temperature 2"
+    largest = max(new.labels["key_id"].to_pylist())
+    assert new.add(np.eye(8, dtype=np.float32)[:1], ["cat"])[0] > largest
+    new.save(folder)
+    assert verify(folder).n == old.n + 1
+    changes.rollback(folder, old.version)
+    check_answers(verify(folder), version, name)
+
+
 def test_an_index_of_format_1_has_its_labels_and_settings() -> None:
-    plain, tuned = CacheModel.load(V1 / "plain", device="cpu"), CacheModel.load(V1 / "tuned", device="cpu")
+    plain, tuned = (CacheModel.load(INDEXES / "v1" / name, device="cpu") for name in ("plain", "tuned"))
     assert (plain.version, plain.alpha, plain.beta, plain.k) == (2, 2.0, 4.0, 4)
     assert plain.provenance == {"alpha": "given", "beta": "given"}
     assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b"]
-    assert query(V1 / "plain", "SELECT key_id FROM labels").column("key_id").to_pylist() == [1, 3, 2, 5, 0, 4]
+    asked = query(INDEXES / "v1" / "plain", "SELECT key_id FROM labels")
+    assert asked["key_id"].to_pylist() == [1, 3, 2, 5, 0, 4]
     assert tuned.values is not None
     assert tuned.tuned is not None
     assert tuned.curve is not None
     assert tuned.curve["loss"].to_pylist() == [1.0, 0.5]
+
+
+def test_an_index_of_format_2_has_its_segments_and_versions() -> None:
+    plain = CacheModel.load(INDEXES / "v2" / "plain", device="cpu")
+    assert (plain.version, plain.alpha, plain.k, plain.segments, plain.next_key_id) == (5, 2.0, 4, 2, 9)
+    assert plain.class_names == ["cat", "dog", "fish", "owl"]
+    assert plain.labels["key_id"].to_pylist() == [1, 3, 2, 5, 0, 4, 7, 6]
+    assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b", "a", "b"]
+    assert plain.labels["digest"].to_pylist()[-2:] == ["cd" * 32, "ab" * 32]
+    assert history(INDEXES / "v2" / "plain")["change"].to_pylist() == [
+        "build",
+        "add 2 keys and 1 class",
+        "add 1 key",
+        "remove 1 key",
+        "set alpha 2, k 4",
+    ]
+    assert CacheModel.load(INDEXES / "v2" / "plain", device="cpu", version=3).n == 9
+
+
+@pytest.mark.parametrize(("version", "name"), NAMES)
+def test_an_older_manifest_survives_being_written_again(version: str, name: str) -> None:
+    manifest = read_manifest(INDEXES / version / name)
+    assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
