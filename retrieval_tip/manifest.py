@@ -162,8 +162,9 @@ class Manifest:
             return (
                 isinstance(value, int | float)
                 and not isinstance(value, bool)
+                and (isinstance(value, float) or value < 2**63)
                 and math.isfinite(value)
-                and 0 <= value < 2**63
+                and value >= 0
             )
 
         need(whole(body["version"], 1), "version")

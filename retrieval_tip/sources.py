@@ -303,9 +303,12 @@ def _items(file: Path) -> tuple[pa.Table, bool]:
 
 def _sound(items: pa.Table) -> pa.Table:
     """A table whose text is UTF-8, and of the kinds that rows can be taken of."""
-    items.validate(full=True)
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
     for place, field in enumerate(items.schema):
+        try:
+            items.column(place).validate(full=True)
+        except pa.ArrowException as error:
+            raise pa.ArrowInvalid(f"column {field.name!r}: {error}") from None
         if field.type in kinds:
             items = items.set_column(place, field.name, items.column(place).cast(kinds[field.type]))
     items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # of views within lists none can be

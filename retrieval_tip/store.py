@@ -592,7 +592,7 @@ def _owner(path: Path) -> str:
     with suppress(OSError):
         text = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
     found = re.fullmatch(r"process (\d{1,9}) on (\S+)", text)
-    if found is not None and found[2] == socket.gethostname():
+    if found is not None and found[2] == socket.gethostname() and os.name == "posix":  # elsewhere 0 is a signal
         try:
             os.kill(int(found[1]), 0)
         except ProcessLookupError:
@@ -617,7 +617,10 @@ def next_key_id(folder: Path, manifest: Manifest) -> int:
 
 def earlier_manifests(folder: Path) -> list[Manifest]:
     """The earlier versions that are kept, oldest first. Raises StoreError where one is damaged."""
-    found = [_read_earlier(folder, path) for path in _earlier_paths(folder)]
+    for _ in range(VERSIONS_TRIED):
+        found = [_read_earlier(folder, path) for path in _earlier_paths(folder)]
+        if None not in found:  # else some were given up meanwhile, and those that were read may have gaps
+            break
     return [manifest for manifest in found if manifest is not None]
 
 

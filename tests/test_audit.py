@@ -51,7 +51,7 @@ def poisoned(seed, n=24, c=3, d=6):
 
 
 def dense(keys, ids, digests, fresh=None, least=NEAR, near=True):
-    """Every pair, one by one: ``{(row, row): kind}``."""
+    """Every pair, one by one: ``{(row, row): kind}``; unless ``near``, fresh rows are compared by digest alone."""
     f = np.asarray(keys, dtype=np.float64)
     f /= np.linalg.norm(f, axis=1, keepdims=True)
     found = {}
@@ -61,7 +61,7 @@ def dense(keys, ids, digests, fresh=None, least=NEAR, near=True):
                 continue
             if digests[i] and digests[i] == digests[j]:
                 found[i, j] = KINDS[0]
-            elif (keys[i] == keys[j]).all():
+            elif (keys[i] == keys[j]).all() and (near or fresh is None):
                 found[i, j] = KINDS[1]
             elif near and f[i] @ f[j] >= least:
                 found[i, j] = KINDS[2]
