@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import store
@@ -413,7 +414,9 @@ def _needed(
 
 def _unknown(cache: CacheModel, labels: npt.NDArray[Any], digests: Sequence[str | None]) -> npt.NDArray[np.int64]:
     """Rows of images that the index does not have under the same label."""
-    known = set(zip(cache.labels["digest"].to_pylist(), cache.labels["label"].to_pylist(), strict=True))
+    asked = pa.array(set(digests) - {None}, pa.string())
+    same = cache.labels.select(["digest", "label"]).filter(pc.is_in(cache.labels["digest"], value_set=asked))
+    known = set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
     pairs = zip(digests, labels.tolist(), strict=True)
     return np.flatnonzero([digest is None or (digest, label) not in known for digest, label in pairs])
 

@@ -30,6 +30,7 @@ SUFFIXES = KINDS | OPTIONAL_KINDS
 MAX_DEPTH, MAX_KEY_ID = 64, 2**62
 """How deep a provenance may be nested; the largest first key id that was never given."""
 
+_NAMED = re.compile(rb"data/\w+-[0-9a-f]{16}\.\w+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -205,6 +206,17 @@ class Manifest:
         need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
         need(first + sum(part.keys.rows for part in later) == body["n"], "n")
         return cls(**(body | {"files": files, "later": later}))
+
+
+def named_in(raw: bytes) -> set[str] | None:
+    """The data files that a manifest names, maybe more; ``None`` where its bytes are not those that were written.
+
+    Of a thousand classes it takes a hundredth of :meth:`Manifest.from_bytes`, which reads everything.
+    """
+    body, _, digest = raw.rpartition(b',\n "sha256": "')
+    if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:
+        return None
+    return {name.decode() for name in _NAMED.findall(raw)}
 
 
 def _shallow(value: Any, depth: int) -> bool:

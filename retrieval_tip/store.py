@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from retrieval_tip import labels
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.labels import LABEL_SCHEMA
-from retrieval_tip.manifest import SUFFIXES, DataFile, Manifest, Segment
+from retrieval_tip.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
 
 T = TypeVar("T")
 
@@ -653,11 +653,14 @@ def _tidy(folder: Path) -> None:
         current = read_manifest(folder) if is_index(folder) else None
         if current is not None:  # put there for a next version that never was
             (folder / "manifests" / _manifest_name(current)).unlink(missing_ok=True)
-        manifests = [*earlier_manifests(folder), *([current] if current else [])]
-        named = {folder / file.name for manifest in manifests for file in manifest.data_files}
+        raws = [_read_manifest(folder, path) for path in _earlier_paths(folder)]
+        names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
+        if None in names:
+            return  # what a damaged manifest names is not known, so everything stays
+        named = {folder / name for found in names for name in found or ()}
         found = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
     except (OSError, StoreError):
-        return  # what a damaged manifest names is not known, so everything stays
+        return
     for path in (path for path in found if path not in named):
         if _FILE_NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
             with suppress(OSError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from retrieval_tip.cli import main
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
 
 ROOT = Path(__file__).resolve().parent.parent
+AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 SHARED = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
@@ -64,3 +67,31 @@ def run() -> Callable[..., Result]:
         return result
 
     return invoke
+
+
+def mount(place: Path, options: str) -> None:
+    """Put a file system in memory there; the test is skipped where that cannot be."""
+    result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"SKIPPED: cannot mount a small file system here: {result.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes an empty file system of so many KiB, in place of the one before."""
+    if not AS_ROOT or not sys.platform.startswith("linux"):
+        pytest.skip("SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested")
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def make(kibibytes: int) -> Path:
+        while mounted:
+            subprocess.run(["umount", "-l", mounted.pop()], check=True)
+        mount(place, f"size={kibibytes}k")
+        mounted.append(place)
+        return place
+
+    yield make
+    while mounted:
+        subprocess.run(["umount", "-l", mounted.pop()], check=True)

@@ -1,23 +1,19 @@
 """Fine-tuning that is killed and resumed ends where an unbroken run ends, bit for bit.
 
-Run as a script, this file is the trainer: it imports everything once, then forks a child for each run that it is told
-of on standard input. No thread has been started by then, so the fork is sound, and a run costs no imports.
+Run as a script, this file is the trainer.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import killing
 import pytest
 
 if __name__ != "__main__":
@@ -53,119 +49,67 @@ EPOCHS, BATCHES = 3, 2
 # --- the trainer
 
 
-def _serve() -> None:
-    import faiss
-    import torch
-    import torch._dynamo  # torch's optimisers import it when they first step, a second in every child
-
-    import retrieval_tip.finetune  # noqa: F401
-
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _train(job)
-        if job["after"] is not None:
-            time.sleep(job["after"])
-            os.kill(child, signal.SIGKILL)
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), flush=True)
-
-
-def _train(job: dict[str, Any]) -> None:
-    """One run, killed before its step number ``job["step"]``; its result and the number of steps go to files."""
+def _train(job: dict[str, Any], steps: killing.Steps) -> None:
+    """One run; its result goes to a file, with the number of steps."""
     from retrieval_tip import CacheModel, checkpoint, finetune
     from retrieval_tip.features import Encoder
     from retrieval_tip.sources import open_source
     from retrieval_tip.trainer import Recipe, Trainer
-
-    steps = 0
-
-    def step() -> None:
-        nonlocal steps
-        if steps == job["step"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        steps += 1
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("os.rename", "os.remove"):
-            step()
-
-    def around(module: Any, name: str) -> None:
-        call = getattr(module, name)
-
-        def counted(*arguments: Any) -> Any:
-            step()
-            result = call(*arguments)
-            step()
-            return result
-
-        setattr(module, name, counted)
 
     def half(tensors: Any, path: Path, metadata: Any) -> None:
         """A write in two parts: a kill between them leaves half a file."""
         save(tensors, path, metadata)
         data = Path(path).read_bytes()
         Path(path).write_bytes(data[: len(data) // 2])
-        step()
+        steps.step("half")
         Path(path).write_bytes(data)
 
     save = checkpoint.save_file
     checkpoint.save_file = half  # type: ignore[assignment]
-    around(checkpoint, "save_file")
-    around(Trainer, "step")
-    sys.addaudithook(audit)
-    status = 1
-    try:
-        folder = Path(job["folder"])
-        cache = CacheModel.load(folder / "index", device="cpu")
-        tuned = finetune.finetune(
-            cache,
-            open_source(folder / "shots.parquet"),
-            Encoder(),
-            Recipe(**job["recipe"] | {"train": tuple(job["recipe"]["train"])}),
-            val=open_source(folder / "val.parquet"),
-            checkpoint=job["checkpoint"],
-            resume=True,
-            checkpoint_seconds=0,
-        )
-        job["step"] = None
-        values = None if tuned.cache.values is None else tuned.cache.values.numpy().tobytes().hex()
-        rows = repr(tuned.curve.drop(["seconds"]).to_pylist())
-        result = [tuned.cache.keys.tobytes().hex(), values, tuned.epoch, rows, tuned.cache.alpha, tuned.cache.beta]
-        Path(job["out"]).write_text(json.dumps([steps, result]))
-        status = 0
-    except BaseException as error:
-        print(repr(error), file=sys.stderr)
-    os._exit(status)
+    steps.before(checkpoint, "save_file", after=True)
+    steps.before(Trainer, "step", after=True)
+    steps.events("os.rename", "os.remove")
+    folder = Path(job["folder"])
+    cache = CacheModel.load(folder / "index", device="cpu")
+    tuned = finetune.finetune(
+        cache,
+        open_source(folder / "shots.parquet"),
+        Encoder(),
+        Recipe(**job["recipe"] | {"train": tuple(job["recipe"]["train"])}),
+        val=open_source(folder / "val.parquet"),
+        checkpoint=job["checkpoint"],
+        resume=True,
+        checkpoint_seconds=0,
+    )
+    steps.at = None
+    values = None if tuned.cache.values is None else tuned.cache.values.numpy().tobytes().hex()
+    rows = repr(tuned.curve.drop(["seconds"]).to_pylist())
+    result = [tuned.cache.keys.tobytes().hex(), values, tuned.epoch, rows, tuned.cache.alpha, tuned.cache.beta]
+    Path(job["out"]).write_text(json.dumps([len(steps.names), result]))
 
 
 if __name__ == "__main__":
-    _serve()
+    import torch._dynamo  # torch's optimisers import it when they first step, a second in every child
+
+    import retrieval_tip.finetune  # noqa: F401
+
+    killing.serve(_train)
     raise SystemExit
 
 
 # --- killed
 
 
-class Server:
+class Trainings(killing.Server):
     """Runs fine-tunings in children of one process, and kills them."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(__file__, folder)
         self.folder = folder
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True)
 
-    def run(self, recipe: dict[str, Any], place: Path, step: int | None = None, after: float | None = None) -> int:
+    def train(self, recipe: dict[str, Any], place: Path, **when: Any) -> int:
         job = {"folder": str(self.folder), "recipe": recipe, "checkpoint": str(place), "out": f"{place}.out"}
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(job | {"step": step, "after": after}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the trainer has died"
-        return int(line)
+        return self.run(job, **when)
 
     def result(self, place: Path) -> tuple[int, Any]:
         steps, result = json.loads(Path(f"{place}.out").read_text())
@@ -189,10 +133,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    server = Server(folder)
+def server(folder: Path) -> Iterator[Trainings]:
+    server = Trainings(folder)
     yield server
-    server.process.communicate()
+    server.close()
 
 
 @pytest.fixture(params=RECIPES)
@@ -200,14 +144,11 @@ def recipe(request: pytest.FixtureRequest) -> dict[str, Any]:
     return RECIPES[request.param] | {"epochs": EPOCHS, "batch": 19, "precision": "float32", "settings": "own"}
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork and SIGKILL")
-
-
-@needs_fork
+@killing.needs_fork
 def test_killed_at_every_step_and_resumed_it_ends_where_an_unbroken_run_ends(
-    server: Server, recipe: dict[str, Any], tmp_path: Path
+    server: Trainings, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert server.run(recipe, tmp_path / "whole") == 0
+    assert server.train(recipe, tmp_path / "whole") == 0
     steps, expected = server.result(tmp_path / "whole")
     each = 2 * BATCHES + 5
     assert (
@@ -216,10 +157,10 @@ def test_killed_at_every_step_and_resumed_it_ends_where_an_unbroken_run_ends(
     resumed = 0
     for step in range(steps):
         place = tmp_path / str(step)
-        assert server.run(recipe, place, step=step) == -signal.SIGKILL
+        assert server.train(recipe, place, step=step) == -signal.SIGKILL
         assert not Path(f"{place}.out").exists()
         found = place.exists()
-        assert server.run(recipe, place) == 0
+        assert server.train(recipe, place) == 0
         rest, result = server.result(place)
         assert result == expected
         assert (rest < steps) if found else (rest == steps)
@@ -227,22 +168,21 @@ def test_killed_at_every_step_and_resumed_it_ends_where_an_unbroken_run_ends(
     assert resumed == (EPOCHS - 1) * each + 1  # all steps behind the first checkpoint
 
 
-@needs_fork
+@killing.needs_fork
 def test_killed_again_and_again_at_any_moment_it_ends_where_an_unbroken_run_ends(
-    server: Server, recipe: dict[str, Any], tmp_path: Path
+    server: Trainings, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
-        assert server.run(recipe, tmp_path / "whole") == 0
-        seconds.append(time.perf_counter() - begun)
+        assert server.train(recipe, tmp_path / "whole") == 0
+        seconds.append(server.seconds)
         (tmp_path / "whole").unlink()
     expected = server.result(tmp_path / "whole")[1]
     moments = random.Random(0)
     killed = 0
     for number in range(20):
         place = tmp_path / str(number)
-        while status := server.run(recipe, place, after=moments.uniform(0, 1.2) * min(seconds)):
+        while status := server.train(recipe, place, after=moments.uniform(0, 1.2) * min(seconds)):
             assert status == -signal.SIGKILL
             killed += 1
         assert server.result(place)[1] == expected

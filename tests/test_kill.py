@@ -1,13 +1,8 @@
-"""A build that is killed leaves the index as it was or as it would be.
-
-Run as a script, this file is the builder: it imports everything once, then forks a child for each build that it is told
-of on standard input. No thread has been started by then, so the fork is sound, and a build costs no imports.
-"""
+"""A build that is killed leaves the index as it was or as it would be. Run as a script, this file is the builder."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import killing
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,84 +28,22 @@ if __name__ != "__main__":
     from retrieval_tip import CacheModel, vector_index, verify
     from retrieval_tip.store import is_index, read_manifest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork and SIGKILL")
+pytestmark = killing.needs_fork
 
 
-# --- the builder
-
-
-def _serve() -> None:
-    import faiss
-    import torch
-
-    import retrieval_tip.build
-    import retrieval_tip.cli  # noqa: F401
-
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _build(job)
-        if job["after"] is not None:
-            time.sleep(job["after"])
-            os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps(status), flush=True)
-
-
-def _build(job: dict[str, Any]) -> None:
-    """One build, killed before its step number ``job["step"]``; the number of steps goes to a file."""
+def _build(job: dict[str, Any], steps: killing.Steps) -> None:
     from retrieval_tip.cli import main
 
-    steps = 0
-
-    def step(*_: object) -> None:
-        nonlocal steps
-        if steps == job["step"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        steps += 1
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        # Reading changes nothing on disk, so a kill before it is the kill before the next step.
-        written = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if written or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock"):
-            step()
-
-    def before(module: Any, name: str) -> None:
-        call = getattr(module, name)
-
-        def counted(*arguments: Any) -> Any:
-            step()
-            return call(*arguments)
-
-        setattr(module, name, counted)
-
-    import faiss
-
-    for name in ("fsync", "posix_fallocate"):
-        if hasattr(os, name):
-            before(os, name)
-    before(faiss, "write_index")
-    sys.addaudithook(audit)
-    status = 1
-    try:
-        main(job["arguments"], standalone_mode=False)
-        status = 0
-    except BaseException as error:
-        print(repr(error), file=sys.stderr)
-    job["step"] = None
-    Path(job["steps"]).write_text(str(steps))
-    os._exit(status)
+    steps.writes()
+    main(job["arguments"], standalone_mode=False)
 
 
 if __name__ == "__main__":
-    _serve()
+    import retrieval_tip.build
+    import retrieval_tip.cli  # noqa: F401
+
+    killing.serve(_build)
     raise SystemExit
-
-
-# --- the tests
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,41 +57,22 @@ def _one_thread() -> Iterator[None]:
     vector_index.faiss().omp_set_num_threads(faiss_threads)
 
 
-class Builder:
+class Builder(killing.Server):
     """Runs ``index build`` in children of one process, and kills them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.counted = folder / "steps"
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True)
-
-    def start(self, table: Path, out: Path, *, step: int | None = None, after: float | None = None) -> None:
-        arguments = ["-q", "index", "build", str(table), "--out", str(out)]
-        job = {"arguments": arguments, "step": step, "after": after, "steps": str(self.counted)}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-
-    def wait(self) -> int:
-        assert self.process.stdout is not None
-        while not (line := self.process.stdout.readline()).strip().lstrip("-").isdigit():
-            assert line, "the builder has died"  # a line of another kind is what the command itself prints
-        return int(line)
+    def begin(self, table: Path, out: Path, **when: Any) -> None:
+        self.start({"arguments": ["-q", "index", "build", str(table), "--out", str(out)]}, **when)
 
     def build(self, table: Path, out: Path, **when: Any) -> int:
-        self.start(table, out, **when)
-        return self.wait()
-
-    @property
-    def steps(self) -> int:
-        return int(self.counted.read_text())
+        self.begin(table, out, **when)
+        return self.wait()[0]
 
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-    builder = Builder(tmp_path_factory.mktemp("builder"))
+    builder = Builder(__file__, tmp_path_factory.mktemp("builder"))
     yield builder
-    builder.process.communicate()
+    builder.close()
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +118,10 @@ def answers(builder: Builder, tables: tuple[Path, Path], old: Path, tmp_path_fac
     for _ in range(3):
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(old, new)
-        start = time.perf_counter()
         assert builder.build(tables[1], new) == 0
-        seconds.append(time.perf_counter() - start)
+        seconds.append(builder.seconds)
     assert answer(old) != answer(new)
-    return answer(old), answer(new), min(seconds), builder.steps
+    return answer(old), answer(new), min(seconds), len(builder.steps)
 
 
 def check_tidy(folder: Path) -> None:
@@ -265,7 +179,7 @@ def test_killed_first_build_leaves_a_whole_index_or_a_place_to_build_one(
 ) -> None:
     assert builder.build(tables[1], tmp_path / "counted" / "index") == 0
     whole = 0
-    for step in range(builder.steps):
+    for step in range(len(builder.steps)):
         folder = tmp_path / str(step) / "index"
         assert builder.build(tables[1], folder, step=step) == -signal.SIGKILL
         if is_index(folder):
@@ -302,7 +216,7 @@ def test_readers_see_one_version_or_the_other_while_builds_run(
     shutil.copytree(old, folder)
     reads = 0
     for number in range(6):
-        builder.start(tables[(number + 1) % 2], folder)
+        builder.begin(tables[(number + 1) % 2], folder)
         last = read_manifest(folder).version + 1
         version = 0
         while version < last:
@@ -313,5 +227,5 @@ def test_readers_see_one_version_or_the_other_while_builds_run(
             logits = cache.logits(QUERIES, k=10).numpy().tobytes() + cache.logits(QUERIES).numpy().tobytes()
             assert logits == answers[version % 2][0]
             reads += 1
-        assert builder.wait() == 0
+        assert builder.wait() == [0]
     assert reads > 6

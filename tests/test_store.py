@@ -21,19 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import AS_ROOT, mount
 
 from retrieval_tip import CacheModel, store, verify
 from retrieval_tip.backbone import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
 from retrieval_tip.labels import LABEL_SCHEMA, label_table
-from retrieval_tip.manifest import KINDS
+from retrieval_tip.manifest import KINDS, named_in
 from retrieval_tip.store import Manifest
 from retrieval_tip.vector_index import faiss
 
 CLASSES = ["cat", "dog", "owl", "eel"]
 N, D = 40, 8
 POSITIONS = 24
-AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -593,33 +593,6 @@ def test_a_folder_that_is_no_index_is_named_with_the_way_to_make_one(tmp_path: P
         CacheModel.load(tmp_path / "nowhere")
 
 
-def mount(place: Path, options: str) -> None:
-    result = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
-    if result.returncode:
-        pytest.skip(f"SKIPPED: cannot mount a small file system here: {result.stderr.strip()}")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes an empty file system of so many KiB, in place of the one before."""
-    if not AS_ROOT or not sys.platform.startswith("linux"):
-        pytest.skip("SKIPPED: only root on Linux can mount a small file system; the simulated full disk is tested")
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = []
-
-    def make(kibibytes: int) -> Path:
-        while mounted:
-            subprocess.run(["umount", "-l", mounted.pop()], check=True)
-        mount(place, f"size={kibibytes}k")
-        mounted.append(place)
-        return place
-
-    yield make
-    while mounted:
-        subprocess.run(["umount", "-l", mounted.pop()], check=True)
-
-
 def test_a_read_only_folder_is_left_alone(tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
@@ -1126,3 +1099,11 @@ def test_a_check_is_of_the_version_that_is_opened(index: Path) -> None:
 def test_a_check_of_no_index_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such folder"):
         store.Check(tmp_path / "none")
+
+
+def test_what_a_manifest_names_is_found_without_reading_all_of_it(index: Path) -> None:
+    raw = (index / "manifest.json").read_bytes()
+    assert named_in(raw) == {file.name for file in store.read_manifest(index).data_files}
+    for at in range(len(raw)):
+        assert named_in(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]) is None
+        assert named_in(raw[:at]) is None
