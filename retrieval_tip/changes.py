@@ -50,6 +50,8 @@ Folder = str | os.PathLike[str]
 
 PAIRS = 1 << 26
 """Affinities that an addition is checked with, at most: half a second on two cores. It must cost by what is added."""
+EFFORT = 16
+"""Lists that are probed for what is nearly identical: that lies in the nearest one, or beside it."""
 
 
 @dataclass(frozen=True)
@@ -433,6 +435,8 @@ def _poison(cache: CacheModel, key_ids: Sequence[int]) -> Found | None:
     fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
     cheap = not (cache.index.by_class or cache.index.exact_search)  # the others compare with very many keys
     search = cache.nearest if cheap else None
+    if cache.index.effort is not None:
+        cache.index.effort = min(cache.index.effort, EFFORT)  # of this copy, which has been written
     return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=search)
 
 

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +107,7 @@ def _read_manifest(folder: Path, path: Path) -> bytes:
     """A manifest's bytes. Raises StoreError where it is a link that leads out of the folder, or cannot be one."""
     if not _lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; put the file itself there")
-    if path.exists() and not path.is_file():
+    if not stat.S_ISREG(path.stat().st_mode):  # one look: between two it may be given up
         raise StoreError(f"{path}: is not a file; restore it")  # a pipe would wait for ever
     with path.open("rb") as file:
         raw = file.read(MANIFEST_BYTES + 1)
@@ -530,9 +531,8 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
         made += [path for path in (folder, *folder.parents) if not path.exists()]
         if folder.is_file():
             raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
-        if folder.is_dir() and not is_index(folder) and not all(_is_own(entry.name) for entry in folder.iterdir()):
+        if not all(_is_own(name) for name in _names_in(folder)) and not is_index(folder):
             raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
-        (folder / "data").mkdir(parents=True, exist_ok=True)
         with _lock(folder, LOCK_WAIT if wait is None else wait):
             try:
                 _tidy(folder)
@@ -555,6 +555,14 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
                 path.rmdir()
 
 
+def _names_in(folder: Path) -> list[str]:
+    """What lies in a folder, if it is there; looked at before :func:`is_index`, for another writer may make it one."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
 def _is_own(name: str) -> bool:
     """Whether an interrupted writer of a first version can have left this in the folder."""
     return name in ("data", "manifests", "lock") or _TEMPORARY.fullmatch(name) is not None
@@ -571,18 +579,30 @@ def _remove_own(folder: Path) -> None:
 
 @contextmanager
 def _lock(folder: Path, wait: float) -> Iterator[None]:
-    """The lock is the system's, so it ends with the process that holds it; the file's text says who that is."""
-    path = folder / "lock"
+    """The lock is the system's, so it ends with the process that holds it; the file's text says who that is.
+
+    The folder and its ``data`` are made; another writer that fails to make a first version removes them under its lock.
+    """
+    path, data = folder / "lock", folder / "data"
     lock = filelock.FileLock(path)
+    for left in reversed(range(VERSIONS_TRIED)):
+        try:
+            data.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=wait, poll_interval=LOCK_POLL)
+            break
+        except filelock.Timeout:
+            raise StoreError(f"{folder}: is being written by {_owner(path)}; try later") from None
+        except FileNotFoundError:  # removed just now
+            if not left:
+                raise
     try:
-        lock.acquire(timeout=wait, poll_interval=LOCK_POLL)
-    except filelock.Timeout:
-        raise StoreError(f"{folder}: is being written by {_owner(path)}; try later") from None
-    try:
+        data.mkdir(exist_ok=True)
         with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
         yield
     finally:
+        with suppress(OSError):  # the next owner may take a moment to say who it is, and is not this one
+            os.truncate(path, 0)
         lock.release()
 
 
