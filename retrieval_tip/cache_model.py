@@ -932,10 +932,7 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     """
     place = Path(folder)
     cache = CacheModel.load(place, device="cpu")
-    known: set[DataFile] = set()
-    for manifest in store.earlier_manifests(place):
-        store.Check(place, manifest, known=known).wait()
-        known |= set(manifest.data_files)
+    store.check_earlier(place)
     if not torch.isfinite(cache.text_weights).all():
         raise StoreError(f"{place}: text weights that are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():

@@ -649,6 +649,18 @@ def _before(folder: Path, current: Manifest) -> list[Manifest]:
     return [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
 
 
+def check_earlier(folder: Path) -> None:
+    """Compare the files of every earlier version with its manifest. Raises StoreError as :class:`Check`."""
+    known: set[DataFile] = set()
+    for manifest in earlier_manifests(folder):
+        try:
+            Check(folder, manifest, known=known).wait()
+        except StoreError:
+            if (folder / "manifests" / _manifest_name(manifest)).exists():  # else it was given up meanwhile
+                raise
+        known |= set(manifest.data_files)
+
+
 def _earlier_paths(folder: Path) -> list[Path]:
     """The manifests of earlier versions, oldest first."""
     try:

@@ -1,0 +1,162 @@
+"""Processes to be killed: a server imports everything once, then forks a child for each job that it is told of.
+
+No thread has been started by then, so the fork is sound, and a job costs no imports. The server is a test module run as
+a script, which calls :func:`serve`; the tests of that module talk to it by a :class:`Server`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Job = dict[str, Any]
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork and SIGKILL")
+
+
+class Steps:
+    """Counts the steps of a job by name, and ends or stops the process before the one with number ``at``."""
+
+    def __init__(self, at: int | None, how: str) -> None:
+        self.at, self.how, self.names = at, how, list[str]()
+
+    def step(self, name: str) -> None:
+        if len(self.names) == self.at:
+            os.kill(os.getpid(), getattr(signal, self.how))
+        self.names.append(name)
+
+    def before(self, module: Any, name: str, after: bool = False) -> None:
+        """A step before each call of a function, and one after it if so said."""
+        call = getattr(module, name)
+
+        def counted(*arguments: Any) -> Any:
+            self.step(name)
+            result = call(*arguments)
+            if after:
+                self.step(f"after {name}")
+            return result
+
+        setattr(module, name, counted)
+
+    def events(self, *events: str) -> None:
+        """A step before each of these events, as :func:`sys.audit` names them."""
+
+        def audit(event: str, _: tuple[Any, ...]) -> None:
+            if event in events:
+                self.step(event)
+
+        sys.addaudithook(audit)
+
+    def writes(self) -> None:
+        """A step before whatever changes something on disk.
+
+        Reading changes nothing there, so a kill before it is the kill before the next step.
+        """
+        import faiss
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                self.step("open to write")
+
+        for name in ("fsync", "posix_fallocate"):
+            if hasattr(os, name):
+                self.before(os, name)
+        self.before(faiss, "write_index")
+        sys.addaudithook(audit)
+        self.events("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "fcntl.flock")
+
+
+def serve(work: Callable[[Job, Steps], None]) -> None:
+    """Do jobs, as many at once as a line of standard input holds, each in a child of its own."""
+    import faiss
+    import torch
+
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    for line in sys.stdin:
+        told = json.loads(line)
+        children = [_child(work, job) for job in told["jobs"]]
+        begun = time.perf_counter()
+        if told["after"] is not None:
+            time.sleep(told["after"])
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        status = []
+        for child in children:
+            while os.WIFSTOPPED(found := os.waitpid(child, os.WUNTRACED)[1]):
+                print(json.dumps({"stopped": child}), flush=True)
+            status.append(os.waitstatus_to_exitcode(found))
+        print(json.dumps({"status": status, "seconds": time.perf_counter() - begun}), flush=True)
+
+
+def _child(work: Callable[[Job, Steps], None], job: Job) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(2, 1)  # standard output is the server's
+        steps = Steps(job["step"], job["how"])
+        work(job, steps)
+        steps.at = None
+        Path(job["steps"]).write_text(json.dumps(steps.names))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+class Server:
+    """Runs jobs in children of one process, and kills them."""
+
+    def __init__(self, script: str, folder: Path) -> None:
+        self.counted = folder / "steps"
+        self.seconds = 0.0
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True)
+
+    def start(self, *jobs: Job, step: int | None = None, after: float | None = None, how: str = "SIGKILL") -> None:
+        """Begin; a job is killed before its step number ``step`` (``how``: or stopped), or after so many seconds."""
+        common = {"step": step, "how": how, "steps": str(self.counted)}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"jobs": [job | common for job in jobs], "after": after}) + "\n")
+        self.process.stdin.flush()
+
+    def _told(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the server has died"
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+    def stopped(self) -> int:
+        """Wait until a job has stopped itself, and say which process it is."""
+        return int(self._told()["stopped"])
+
+    def wait(self) -> list[int]:
+        """How the jobs ended, which took ``seconds``."""
+        told = self._told()
+        self.seconds = told["seconds"]
+        return list(told["status"])
+
+    def run(self, job: Job, **when: Any) -> int:
+        self.start(job, **when)
+        return self.wait()[0]
+
+    @property
+    def steps(self) -> list[str]:
+        """The steps of the last job that nobody killed."""
+        return list(json.loads(self.counted.read_text()))
+
+    def close(self) -> None:
+        self.process.communicate()

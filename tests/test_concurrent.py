@@ -1,0 +1,531 @@
+"""Writers and readers at once on one folder: no reader fails, nothing that was added is lost, history is one line.
+
+Run as a script, this file is the writers and readers. RETRIEVAL_TIP_SECONDS says how long they are at it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import killing
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from conftest import AS_ROOT, mount
+from test_cli import unit_rows, write_table
+
+from retrieval_tip import CacheModel, cache_model, changes, store, vector_index, verify
+from retrieval_tip.build import build_index
+from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.features import Encoder
+from retrieval_tip.sources import open_source
+
+D, CLASSES = 8, 4
+NAMES = [f"class {i}" for i in range(CLASSES)]
+WRITERS, READERS = 4, 4
+SECONDS = float(os.environ.get("RETRIEVAL_TIP_SECONDS", "8"))
+SMALL = 8
+QUERIES = unit_rows(4, D, 99)
+
+pytestmark = killing.needs_fork
+
+
+def vector(source: str) -> npt.NDArray[np.float32]:
+    """The feature of a source, which follows from its name: a reader knows what has to be in the index."""
+    return unit_rows(1, D, zlib.crc32(source.encode()))[0]
+
+
+def table(path: Path, sources: list[str], labels: list[str] | None = None) -> Path:
+    labels = labels or [NAMES[zlib.crc32(source.encode()) % CLASSES] for source in sources]
+    return write_table(path, np.stack([vector(source) for source in sources]), labels, sources)
+
+
+# --- in processes of their own
+
+
+def _write(job: killing.Job) -> dict[str, Any]:
+    """Add, remove and arrange until the time is over; what became of it."""
+    folder, number = Path(job["folder"]), job["number"]
+    rng, own, path = random.Random(number), dict[str, int](), Path(f"{job['out']}.parquet")
+    versions, key_ids, removed, done = [], [], [], 0
+    end = time.monotonic() + job["seconds"]
+    while time.monotonic() < end:
+        done += 1
+        what, made = rng.random(), None
+        if what < 0.6 or not own:
+            sources = [f"{number}/{done}/{i}" for i in range(rng.randint(1, 5))]
+            made = changes.add(folder, open_source(table(path, sources)), Encoder())
+            own |= dict(zip(sources, made.key_ids, strict=True))
+            key_ids += made.key_ids
+        elif what < 0.85:
+            gone = rng.sample(sorted(own), min(len(own), rng.randint(1, 6)))
+            if rng.random() < 0.5:
+                made = changes.remove(folder, key_ids=[own[source] for source in gone])
+            else:
+                made = changes.remove(folder, where=f"source IN ({', '.join(map(repr, gone))})")
+            assert sorted(made.key_ids) == sorted(own.pop(source) for source in gone)
+            removed += gone
+        elif what < 0.93:
+            made = changes.compact(folder)
+        elif number == 0:
+            store.collect(folder, keep=2)
+        else:
+            made = changes.rebuild(folder, index=rng.choice(["Flat", "Classes"]))
+        if made is not None:
+            versions.append(made.version)
+    return {"versions": versions, "key_ids": key_ids, "own": own, "removed": removed, "done": done}
+
+
+def check_whole(cache: CacheModel, rng: random.Random) -> None:
+    """What was opened is one version: each key is where its label is, and is found."""
+    sources, labels = cache.labels["source"].to_pylist(), cache.labels["label"].to_pylist()
+    assert len(set(sources)) == len(sources) == cache.n
+    assert len(set(cache.labels["key_id"].to_pylist())) == cache.n
+    rows = sorted(rng.sample(range(cache.n), 4))
+    expected = np.stack([vector(sources[row]) for row in rows])
+    assert np.array_equal(cache.keys[np.asarray(rows)], expected)
+    for row, found in zip(rows, cache.classify(expected, k=5, neighbours=1), strict=True):
+        near = found.neighbours[0]
+        assert (near.source, near.label) == (sources[row], labels[row])
+        assert near.affinity > 0.999
+
+
+def _read(job: killing.Job) -> dict[str, Any]:
+    """Open and ask until the time is over. The first reader keeps its index open and follows by :meth:`reload`."""
+    folder, number = Path(job["folder"]), job["number"]
+    rng, versions, reads = random.Random(number), [0], 0
+    staying = CacheModel.load(folder, device="cpu")
+    end = time.monotonic() + job["seconds"]
+    while time.monotonic() < end:
+        if number == 0:
+            before, then = staying, staying.logits(QUERIES)
+            staying = cache = staying.reload()
+            assert np.array_equal(before.logits(QUERIES), then)  # what is open stays as it is
+        else:
+            cache = CacheModel.load(folder, device="cpu", verify=rng.choice(store.VERIFY))
+        assert cache.version is not None
+        assert cache.version >= versions[-1]
+        versions.append(cache.version)
+        check_whole(cache, rng)
+        reads += 1
+        if number == 2:
+            numbers = store.history(folder)["version"].to_pylist()
+            assert numbers == list(range(numbers[0], numbers[-1] + 1))
+            assert numbers[-1] >= versions[-1]
+        elif number == 3:
+            counted = store.query(folder, "SELECT count(*) AS n, count(DISTINCT source) AS m FROM labels").to_pylist()[
+                0
+            ]
+            assert counted["n"] == counted["m"]
+            facts = store.describe(folder)
+            assert facts["version"] >= versions[-1]
+            assert all(version < facts["version"] for version in facts["earlier_versions"])
+    return {"reads": reads, "versions": len(set(versions[1:]))}
+
+
+def _build(job: killing.Job) -> None:
+    build_index(open_source(job["table"]), job["folder"], Encoder(norms=job.get("norms", "check")), device="cpu")
+
+
+def _hold(job: killing.Job) -> None:
+    """End while writing, and leave a process behind that has the lock's file open."""
+    folder = Path(job["folder"])
+    with store.write(folder):
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            if entry.resolve() == folder.resolve() / "lock":
+                os.set_inheritable(int(entry.name), True)
+        left = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        Path(job["out"]).write_text(json.dumps([os.getpid(), left.pid]))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _configure(job: killing.Job) -> None:
+    changes.configure(job["folder"], k=7)
+
+
+WORK: dict[str, Callable[[killing.Job], Any]] = {
+    "write": _write, "read": _read, "build": _build, "hold": _hold, "configure": _configure
+}  # fmt: skip
+
+
+def _work(job: killing.Job, steps: killing.Steps) -> None:
+    if job["work"] == "configure":
+        steps.writes()
+    result = WORK[job["work"]](job)
+    if "out" in job:
+        Path(job["out"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cache_model.SMALL, store.LOCK_WAIT = SMALL, 120.0
+    killing.serve(_work)
+    raise SystemExit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The sums here are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
+    import torch
+
+    threads, found = torch.get_num_threads(), vector_index.faiss().omp_get_max_threads()
+    torch.set_num_threads(1)
+    vector_index.faiss().omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    vector_index.faiss().omp_set_num_threads(found)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[killing.Server]:
+    server = killing.Server(__file__, tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+BASE = [f"base/{i}" for i in range(40)]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    build_index(open_source(table(tmp_path / "base.parquet", BASE)), tmp_path / "index", Encoder(), device="cpu")
+    return tmp_path / "index"
+
+
+# --- many at once
+
+
+@pytest.mark.timeout(300 + 4 * SECONDS)
+def test_writers_lose_nothing_and_readers_never_fail(server: killing.Server, index: Path, tmp_path: Path) -> None:
+    jobs = [
+        {"work": work, "number": number, "folder": str(index), "seconds": SECONDS, "out": f"{tmp_path}/{work} {number}"}
+        for work, count in (("write", WRITERS), ("read", READERS))
+        for number in range(count)
+    ]
+    server.start(*jobs)
+    assert server.wait() == [0] * len(jobs)
+    told = [json.loads(Path(str(job["out"])).read_text()) for job in jobs]
+    wrote, read = told[:WRITERS], told[WRITERS:]
+    # No version was lost, or made twice.
+    made = sorted(version for one in wrote for version in one["versions"])
+    last = store.read_manifest(index).version
+    assert sorted(set(made)) == list(range(2, last + 1))
+    history = store.history(index).to_pylist()
+    numbers = [row["version"] for row in history]
+    assert numbers == list(range(numbers[0], last + 1))
+    assert [row["parent"] for row in history] == [version - 1 for version in numbers]
+    assert [row["current"] for row in history] == [False] * (len(history) - 1) + [True]
+    # No key was lost, and no id was given twice.
+    given = [key_id for one in wrote for key_id in one["key_ids"]]
+    assert sorted(given) == list(range(len(BASE), len(BASE) + len(given)))
+    cache = verify(index)
+    found = dict(zip(cache.labels["source"].to_pylist(), cache.labels["key_id"].to_pylist(), strict=True))
+    expected = {source: key_id for one in wrote for source, key_id in one["own"].items()}
+    assert len(found) == cache.n
+    assert found == expected | {source: i for i, source in enumerate(BASE)}
+    assert not {source for one in wrote for source in one["removed"]} & found.keys()
+    assert cache.next_key_id == len(BASE) + len(given)
+    check_whole(cache, random.Random(0))
+    # All had their turn.
+    assert all(one["done"] for one in wrote)
+    assert all(one["reads"] > 1 for one in read)
+    assert all(one["versions"] > 1 for one in read)
+    sums = {name: sum(one[name] for one in wrote) for name in ("done",)} | {"added": len(given), "versions": last}
+    print(f"{sums}, {sum(one['reads'] for one in read)} reads of {[one['versions'] for one in read]} versions")
+
+
+# --- a reader while versions are given up
+
+
+def at_every_read(monkeypatch: pytest.MonkeyPatch, index: Path, read: Callable[[], object]) -> int:
+    """Do ``read`` again and again; before its first, second, third ... look at a file a writer gives the version up."""
+    state = {"at": -1, "count": 0}
+
+    def between() -> None:
+        state["count"] += 1
+        if state["count"] - 1 == state["at"]:
+            state["at"] = -1
+            changes.relabel(index, NAMES[state["turn"] % 2], key_ids=[0])
+            store.collect(index)
+
+    def looking(call: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*arguments: Any, **named: Any) -> Any:
+            between()
+            return call(*arguments, **named)
+
+        return look
+
+    looks = [(io, "open"), (os, "stat"), (os, "scandir"), (pa, "OSFile"), (vector_index.faiss(), "read_index")]
+    for turn in range(1000):
+        changes.relabel(index, NAMES[2 + turn % 2], key_ids=[1])  # there is something to be given up
+        with monkeypatch.context() as patch:
+            for module, name in looks:
+                patch.setattr(module, name, looking(getattr(module, name)))
+            patch.setattr(store, "ThreadPoolExecutor", Inline)
+            state |= {"at": turn, "count": 0, "turn": turn}
+            read()
+        if state["at"] == turn:  # it was over before
+            return turn
+    return pytest.fail("there is no end to its looks")
+
+
+class Inline:
+    """A pool that does its work at once."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        done: Future[Any] = Future()
+        done.set_result(call(*arguments))
+        return done
+
+    def shutdown(self, wait: bool) -> None:
+        pass
+
+
+READ: dict[str, Callable[[Path, CacheModel], object]] = {
+    "load": lambda index, _: check_whole(CacheModel.load(index, device="cpu"), random.Random(0)),
+    "reload": lambda _, staying: check_whole(staying.reload(), random.Random(0)),
+    "describe": lambda index, _: store.describe(index),
+    "history": lambda index, _: check_history(index),
+    "query": lambda index, _: store.query(index, "SELECT count(*) FROM labels, versions"),
+    "verify": lambda index, _: check_whole(verify(index), random.Random(0)),
+}
+
+
+def check_history(index: Path) -> None:
+    numbers = store.history(index)["version"].to_pylist()
+    assert numbers == list(range(numbers[0], numbers[-1] + 1))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_version_that_is_given_up_at_any_look_of_a_reader_is_no_error(
+    index: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    staying = CacheModel.load(index, device="cpu")
+    before = staying.logits(QUERIES)
+    looks = at_every_read(monkeypatch, index, lambda: READ[name](index, staying))
+    assert looks > 5
+    assert np.array_equal(staying.logits(QUERIES), before)
+
+
+# --- a folder that is new to two
+
+
+def test_two_builds_into_one_new_folder_make_two_versions(server: killing.Server, tmp_path: Path) -> None:
+    tables = [table(tmp_path / f"{name}.parquet", [f"{name}/{i}" for i in range(12)]) for name in "ab"]
+    for number in range(12):
+        folder = tmp_path / str(number) / "index"
+        server.start(*({"work": "build", "table": str(path), "folder": str(folder)} for path in tables))
+        assert server.wait() == [0, 0]
+        first, second = store.history(folder).to_pylist()
+        assert [(row["version"], row["parent"]) for row in (first, second)] == [(1, None), (2, 1)]
+        names = {CacheModel.load(folder, version=version).labels["source"][0].as_py()[0] for version in (1, 2)}
+        assert names == {"a", "b"}
+
+
+def test_a_build_that_fails_does_not_take_its_new_folder_from_another(server: killing.Server, tmp_path: Path) -> None:
+    good = table(tmp_path / "good.parquet", BASE)
+    bad = write_table(tmp_path / "bad.parquet", 2 * unit_rows(4, D), NAMES)  # norms are checked under the lock
+    for number in range(12):
+        folder = tmp_path / str(number) / "index"
+        jobs = [{"work": "build", "table": str(path), "folder": str(folder)} for path in (bad, good)]
+        server.start(*(jobs if number % 2 else jobs[::-1]))
+        status = server.wait()
+        assert (status if number % 2 else status[::-1]) == [1, 0]
+        assert verify(folder).version == 1
+
+
+def test_an_index_that_is_made_at_any_look_at_a_new_folder_is_no_other_thing_in_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CacheModel.load(index, device="cpu")
+    other = CacheModel.load(index, device="cpu")
+    state, acquire = dict[str, int](), store.filelock.FileLock.acquire
+
+    def locking(*arguments: Any, **named: Any) -> Any:
+        state["at"] = -1  # behind the lock nobody else writes
+        return acquire(*arguments, **named)
+
+    for number in range(1000):
+        folder = tmp_path / str(number)
+        state.update(count=0, at=number)
+        folder.mkdir()
+
+        def looking(call: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+            def look(*arguments: Any, **named: Any) -> Any:
+                state["count"] += 1
+                if state["count"] - 1 == state["at"]:
+                    state["at"] = -1
+                    other.save(folder)
+                return call(*arguments, **named)
+
+            return look
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "stat"), (os, "listdir"), (os, "mkdir")):
+                patch.setattr(module, name, looking(getattr(module, name), folder))
+            patch.setattr(store.filelock.FileLock, "acquire", locking)
+            replace(cache).save(folder)
+        if store.read_manifest(folder).version == 1:
+            break
+        assert [row["version"] for row in store.history(folder).to_pylist()] == [1, 2]
+        verify(folder)
+    assert number > 5
+
+
+def test_a_folder_that_a_failed_build_removes_is_made_again_by_the_one_that_waits(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "deep" / "new"
+    monkeypatch.setattr(store, "LOCK_WAIT", 60.0)
+    with ThreadPoolExecutor(1) as pool:
+        for pause in (0.0, 0.01, 0.05):
+            with pytest.raises(InputError), store.write(folder) as writer:  # noqa: PT012 - the wait is part of it
+                writer.stage("keys").write_bytes(b"x")
+                waiting = pool.submit(CacheModel.load(index, device="cpu").save, folder)
+                time.sleep(pause)
+                raise InputError("x")
+            waiting.result()
+            assert verify(folder).version == 1
+            shutil.rmtree(tmp_path / "deep")
+
+
+@pytest.mark.parametrize("name", ["lock", "data", "folder"])
+def test_what_a_failed_build_removes_at_any_moment_is_made_again(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What another writer removes as it fails, just before this one has the lock."""
+    folder, acquire, tried = tmp_path / "new", store.filelock.FileLock.acquire, []
+
+    def late(self: Any, *arguments: Any, **named: Any) -> Any:
+        if not tried:
+            tried.append(name)
+            (folder / "lock").unlink(missing_ok=True)
+            if name != "lock":
+                (folder / "data").rmdir()
+            if name == "folder":
+                folder.rmdir()
+        return acquire(self, *arguments, **named)
+
+    monkeypatch.setattr(store.filelock.FileLock, "acquire", late)
+    CacheModel.load(index, device="cpu").save(folder)
+    assert tried
+    assert verify(folder).version == 1
+
+
+# --- a folder that cannot be written
+
+
+def test_a_read_only_folder_is_read_and_refused_to_every_writer(index: Path, tmp_path: Path) -> None:
+    changes.add(index, open_source(table(tmp_path / "more.parquet", ["more"])), Encoder())
+    place, more = tmp_path / "mounted", open_source(table(tmp_path / "last.parquet", ["last"]))
+    place.mkdir()
+    if AS_ROOT:  # permissions do not stop root, a read-only file system does
+        mount(place, "size=1m")
+    try:
+        folder = Path(shutil.copytree(index, place / "index"))
+        if AS_ROOT:
+            subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        else:
+            for path in [folder, *folder.rglob("*")]:
+                path.chmod(0o555 if path.is_dir() else 0o444)
+        writers: list[Callable[[], object]] = [
+            lambda: changes.add(folder, more, Encoder()),
+            lambda: changes.remove(folder, key_ids=[1]),
+            lambda: changes.relabel(folder, NAMES[0], key_ids=[0, 1, 2]),
+            lambda: changes.configure(folder, k=7),
+            lambda: changes.compact(folder),
+            lambda: changes.rebuild(folder),
+            lambda: changes.rollback(folder),
+            lambda: changes.merge(folder, index),
+            lambda: store.collect(folder),
+            lambda: build_index(more, folder, Encoder(), device="cpu"),
+        ]
+        for write in writers:
+            with pytest.raises(StoreError) as error:
+                write()
+            assert str(error.value).startswith(str(folder))
+            assert str(error.value).endswith(
+                "cannot be written: Read-only file system; nothing was changed" if AS_ROOT else "nothing was changed"
+            )
+        assert verify(folder).version == 2
+        assert store.history(folder)["version"].to_pylist() == [1, 2]
+        assert store.describe(folder)["earlier_versions"] == [1]
+        assert store.query(folder, "SELECT count(*) AS n FROM labels").to_pylist() == [{"n": len(BASE) + 1}]
+        assert CacheModel.load(folder, version=1).n == len(BASE)
+    finally:
+        if AS_ROOT:
+            subprocess.run(["umount", "-l", place], check=True)
+        for path in [place, *place.rglob("*")]:
+            path.chmod(0o755)
+
+
+# --- whose lock it is
+
+
+def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
+    server: killing.Server, index: Path, tmp_path: Path
+) -> None:
+    job = {"work": "configure", "folder": str(index)}
+    assert server.run(job) == 0
+    locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
+    named = 0
+    for step in range(len(server.steps)):
+        first = store.read_manifest(index).version
+        server.start(job, step=step, how="SIGSTOP")
+        stopped = server.stopped()
+        try:
+            if locked < step <= released:
+                with pytest.raises(StoreError) as error, store.write(index, wait=0.05):
+                    pass
+                owner = f"process {stopped} on {socket.gethostname()}"
+                # For a moment a new owner has not said yet who it is; another one is never named.
+                assert str(error.value) in [
+                    f"{index}: is being written by {who}; try later" for who in (owner, "another process")
+                ]
+                named += owner in str(error.value)
+                assert CacheModel.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
+            else:
+                with store.write(index):
+                    pass
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+            status = server.wait()
+        assert status == [0]
+        assert verify(index).version == first + 1  # it went on
+        assert changes.configure(index, k=8).version == first + 2
+    assert named > 10
+
+
+def test_a_lock_that_was_left_to_a_child_is_said_to_be(server: killing.Server, index: Path, tmp_path: Path) -> None:
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("SKIPPED: needs /proc to hand a lock on")
+    assert server.run({"work": "hold", "folder": str(index), "out": str(tmp_path / "pids")}) == -signal.SIGKILL
+    owner, left = json.loads((tmp_path / "pids").read_text())
+    try:
+        with pytest.raises(StoreError) as error:
+            changes.configure(index, k=7)
+        started = f"something that process {owner} on {socket.gethostname()} started before it ended"
+        assert str(error.value) == (f"{index}: is being written by {started}, which has to be ended too; try later")
+        assert verify(index).version == 1
+    finally:
+        os.kill(left, signal.SIGKILL)
+    with store.write(index, wait=60.0):
+        pass
+    assert changes.configure(index, k=7).version == 2
