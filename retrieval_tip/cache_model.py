@@ -383,7 +383,7 @@ class CacheModel:
         with store.write(Path(folder)) as writer:
             self._check_current(writer)
             writer.keep_all()
-            self._commit(writer, change)
+            self._check = self._commit(writer, change)  # what the files hold is what they held
 
     def _check_current(self, writer: store.Writer) -> None:
         """Raise StoreError unless the current version is the one that this was loaded from."""
@@ -429,7 +429,7 @@ class CacheModel:
             writer.keep("curve")
         elif self.curve is not None:
             writer.seal_table("curve", self.curve)
-        self._commit(writer, change)
+        self._remember(self._commit(writer, change))
 
     def _check_copied(self, shared: bool) -> None:
         """Check in full what is copied from a version that was not: else damage gets a digest that fits it.
@@ -476,7 +476,8 @@ class CacheModel:
         index.save(staged)
         writer.seal(kind, staged, len(segments_of(self.keys)[0]) if kind == "index" else index.indexed)
 
-    def _commit(self, writer: store.Writer, change: str) -> None:
+    def _commit(self, writer: store.Writer, change: str) -> store.Check:
+        """Write the manifest that makes this the current version. Returns a check that has nothing left to look at."""
         parent = writer.parent.version if writer.parent else None
         manifest = Manifest(
             version=(parent or 0) + 1,
@@ -503,7 +504,7 @@ class CacheModel:
         )
         writer.commit(manifest)
         self.version, self.folder = manifest.version, writer.folder
-        self._remember(store.Check(writer.folder, manifest, known=manifest.data_files))
+        return store.Check(writer.folder, manifest, known=manifest.data_files)
 
     def _remember(self, check: store.Check) -> None:
         """That the files of this version hold what is in memory now."""
@@ -828,11 +829,12 @@ class CacheModel:
         """
         parts = segments_of(self.keys)
         spans = [slice(a, b) for a, b in itertools.pairwise(np.cumsum([0, *map(len, parts)]).tolist())]
+        ids, key_ids = labels["class_id"].to_numpy(), labels["key_id"].to_numpy()
         if touched[spans[0]].any():
             rows = np.flatnonzero(keep)
+            rows = rows[np.lexsort((key_ids[rows], ids[rows]))]
             self._replace(self.keys[rows], labels.take(pa.array(rows)), self._values_of(rows))
             return
-        ids, key_ids = labels["class_id"].to_numpy(), labels["key_id"].to_numpy()
         kept, orders = [parts[0]], [np.arange(len(parts[0]))]
         for part, span in zip(parts[1:], spans[1:], strict=True):
             own = np.flatnonzero(keep[span])
@@ -880,12 +882,9 @@ class CacheModel:
         return None if self.values is None else self.values[rows]
 
     def _replace(self, keys: npt.NDArray[Any], labels: pa.Table, values: Tensor | None) -> None:
-        """Take these keys, in whatever order, as one segment with an index over it."""
-        order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
-        keys, labels = keys[order], labels.take(pa.array(order))
+        """Take these keys, which are in order, as one segment with an index over it."""
         ids = labels["class_id"].to_numpy()
-        self.index, self.keys, self.labels = self._index_over(keys, ids), keys, labels
-        self.values = None if values is None else values[order]
+        self.index, self.keys, self.labels, self.values = self._index_over(keys, ids), keys, labels, values
         self._follow()
 
     def _index_over(self, keys: npt.NDArray[Any], class_ids: npt.NDArray[Any]) -> VectorIndex:

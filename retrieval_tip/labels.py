@@ -101,8 +101,12 @@ def label_table(
 ) -> pa.Table:
     """The label store of keys with these class ids; ``shot`` counts the keys of a class. ``extra`` columns follow."""
     n = len(class_ids)
-    if sources is not None and len(sources) != n:
-        raise InputError(f"sources: {len(sources)} for {n} keys")
+    extra = extra if extra is not None and extra.num_columns else None
+    for what, given in (("sources", sources), ("digests", digests), ("extra", extra)):
+        if given is not None and len(given) != n:
+            raise InputError(f"{what}: {len(given)} for {n} keys")
+    if extra is not None and (own := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))):
+        raise InputError(f"extra: column {own[0]!r} is one that the label store has itself")
     ids = np.arange(n) if key_ids is None else key_ids
     order = np.argsort(class_ids, kind="stable")
     counts = np.bincount(class_ids, minlength=len(class_names))

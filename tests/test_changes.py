@@ -1136,3 +1136,22 @@ def test_backbone_errors_are_what_the_functions_say(pictures: Path, lit_mini: Ba
     with pytest.raises(BackboneError, match="cannot be compared"):
         changes.configure(pictures, templates=["a {}"], backbone=other)
     assert changes.add(pictures, new, Encoder(lit_mini)).key_ids == [8]
+
+
+def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Path) -> None:
+    cache = opened(index)
+    cache.relabel([0], "dog")
+    cache.alpha = 3.0
+    cache.save_settings(index)
+    assert (opened(index).alpha, labels_of(index)[0]) == (3.0, "cat")
+    cache.save(index)
+    assert labels_of(index)[0] == "dog"
+    assert torch.equal(verify(index).logits(QUERIES), cache.logits(QUERIES))
+
+
+@pytest.mark.parametrize("wrong", [{"sources": ["a"]}, {"digests": ["a"]}, {"extra": pa.table({"camera": ["a"]})}])
+def test_columns_of_another_length_are_refused(index: Path, wrong: dict[str, Any]) -> None:
+    cache = opened(index)
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}: 1 for 2 keys"):
+        cache.add(unit_rows(2, D), ["cat", "dog"], **wrong)
+    assert cache.n == 6
