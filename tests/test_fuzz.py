@@ -228,6 +228,7 @@ def harmed(path: Path, raw: bytes, others: list[bytes], rng: random.Random, outs
     """Put something else where a file was; what, and the pipe where it is one."""
     kind = rng.choice(["bytes"] * 12 + ["empty", "missing", "swap", "folder", "pipe", "loop", "link", "device"])
     path.unlink()
+    raw = raw or b"process 1 on elsewhere"  # a lock that nobody holds is empty
     if kind == "bytes":
         change = rng.choice(BYTES)
         data = change(raw, rng)
