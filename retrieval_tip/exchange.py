@@ -27,13 +27,12 @@ import torch
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, first_line
 from retrieval_tip.features import IDENTITY_KEY, NORM_TOLERANCE, TABLE_ROWS, replacing
-from retrieval_tip.sources import FEATURE, MAX_TEXT, few_names, open_parquet, row_list, show
+from retrieval_tip.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list, show
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
-MAX_ROWS = 2**31 - 1
 MAX_NAME = 1024
 """Longest class name, in characters. Ids may have :data:`sources.MAX_TEXT`, as in every table that is read."""
 

@@ -28,6 +28,8 @@ SPLITS = ("train", "val", "test")
 FEATURE = "feature"
 MAX_TEXT = 4096
 """Longest label or id, in characters: more is a table read wrongly."""
+MAX_ROWS = 2**31 - 1
+"""Most rows of a table: a file of a few bytes may claim any number."""
 MAX_SHOWN = 64
 """Columns, and characters of the name of each, that a message shows."""
 
@@ -287,11 +289,13 @@ def _items(file: Path) -> tuple[pa.Table, bool]:
     if file.suffix.lower() != ".parquet":
         items = _read_csv(file)
         number, has_features = len(items), False
+        _check_rows(number, name)
     else:
         parquet = open_parquet(file)
         columns = parquet.schema_arrow.names
         _once(columns, name)
         number, has_features = parquet.metadata.num_rows, FEATURE in columns
+        _check_rows(number, name)
         items = _read(name, lambda: _sound(parquet.read(columns=[column for column in columns if column != FEATURE])))
     if number == 0:
         raise InputError(f"{name}: has no rows")
@@ -299,6 +303,11 @@ def _items(file: Path) -> tuple[pa.Table, bool]:
         ids = pa.array([str(row) for row in range(number)])
         items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
     return items, has_features
+
+
+def _check_rows(number: int, name: str) -> None:
+    if number > MAX_ROWS:
+        raise InputError(f"{name}: {number:,} rows, more than {MAX_ROWS:,}")
 
 
 def _sound(items: pa.Table) -> pa.Table:

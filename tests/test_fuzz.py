@@ -1707,6 +1707,7 @@ def test_more_than_the_limits_is_refused_in_one_line(
         return changes.import_index(base / "keys.npy", out, labels=path)
 
     limited(sources, "MAX_TEXT", 5, lambda: open_source(path), path, "rows 0, 1, 2", "source longer than 5 characters")
+    limited(sources, "MAX_ROWS", 7, lambda: open_source(path), path, "8 rows, more than 7")
     limited(labels, "MAX_ROWS", 7, lambda: labels.read_predictions(path), path, "8 rows, more than 7")
     limited(labels, "MAX_LINE", 12, lambda: labels.read_predictions(path), path)
     limited(exchange, "MAX_ROWS", 7, imported, "8 rows in all; expected 1 to 7")
