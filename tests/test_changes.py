@@ -30,7 +30,7 @@ from retrieval_tip.vector_index import auto_factory
 Array = npt.NDArray[Any]
 D = 8
 CALTECH = SHARED / "data" / "caltech101" / "101_ObjectCategories"
-MODEL = f"local-dir:{SHARED / 'models' / 'lit-mini'}"
+MODEL = f"local-dir:{(SHARED / 'models' / 'lit-mini').resolve()}"
 TEMPLATES = ["a photo of a {}.", "a drawing of a {}."]
 QUERIES = unit_rows(7, D, 50)
 
