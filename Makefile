@@ -30,7 +30,7 @@ lint: setup ## formatting, lint, types and the direction of imports
 	$(BIN)/lint-imports --no-logo
 
 test: setup ## the test suite
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint test ## what has to pass before a commit
 
