@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,10 +200,19 @@ def tune_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any
     finish(ctx, encoder.skipped)
 
 
+def _ids(ctx: click.Context, _: click.Parameter, given: tuple[str, ...]) -> list[int] | None:
+    """Key ids, however many in each option; ``None`` where there is no option."""
+    parts = [part.strip() for text in given for part in text.split(",")]
+    if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
+        raise click.BadParameter(f"{wrong[0]!r} is no key id, a whole number", ctx)
+    return [int(part) for part in parts] if given else None
+
+
 _WHICH = options(
     click.option("--where", metavar="SQL", help="The keys that this condition over the label store holds for."),
-    click.option("--key-ids", "key_ids", multiple=True, type=int, help="The key with this id; repeat for more."),
-)
+    click.option("--key-ids", multiple=True, metavar="ID,...", callback=_ids,
+                 help="The keys with these ids; repeat for more."),
+)  # fmt: skip
 
 
 @index.command("add")
@@ -257,11 +267,11 @@ def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
 @index.command("remove")
 @click.argument("folder", type=FOLDER)
 @_WHICH
-def remove_command(folder: Path, where: str | None, key_ids: tuple[int, ...]) -> None:
+def remove_command(folder: Path, where: str | None, key_ids: list[int] | None) -> None:
     """Remove keys; their classes stay. Older versions have them until index gc."""
     from retrieval_tip import changes
 
-    removed = changes.remove(folder, where=where, key_ids=key_ids or None)
+    removed = changes.remove(folder, where=where, key_ids=key_ids)
     _say(folder, removed.version, f"{counted(len(removed.key_ids), 'key')} removed")
 
 
@@ -269,11 +279,11 @@ def remove_command(folder: Path, where: str | None, key_ids: tuple[int, ...]) ->
 @click.argument("folder", type=FOLDER)
 @click.argument("label")
 @_WHICH
-def relabel_command(folder: Path, label: str, where: str | None, key_ids: tuple[int, ...]) -> None:
+def relabel_command(folder: Path, label: str, where: str | None, key_ids: list[int] | None) -> None:
     """Give keys to the class LABEL, one of the index's."""
     from retrieval_tip import changes
 
-    changed = changes.relabel(folder, label, where=where, key_ids=key_ids or None)
+    changed = changes.relabel(folder, label, where=where, key_ids=key_ids)
     _say(folder, changed.version, f"{counted(len(changed.key_ids), 'key')} given to {label}")
 
 

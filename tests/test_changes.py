@@ -1155,3 +1155,12 @@ def test_columns_of_another_length_are_refused(index: Path, wrong: dict[str, Any
     with pytest.raises(InputError, match=f"{next(iter(wrong))}: 1 for 2 keys"):
         cache.add(unit_rows(2, D), ["cat", "dog"], **wrong)
     assert cache.n == 6
+
+
+def test_key_ids_may_be_several_in_one_option(run: Any, index: Path) -> None:
+    done = run("index", "remove", index, "--key-ids", "0, 3", "--key-ids", 4)
+    assert done.stdout == f"{index}: version 2, 3 keys removed\n"
+    assert sorted(labels_of(index)) == [1, 2, 5]
+    for wrong in ("1,", "x", "1.5", "1;2", "²"):
+        refused(run("index", "relabel", index, "cat", "--key-ids", wrong), 2, "is no key id")
+    assert version(index) == 2
