@@ -18,8 +18,9 @@ from torch import Tensor
 
 from retrieval_tip import inputs, store, tip
 from retrieval_tip.backbone import Identity, resolve_device
-from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.errors import InputError, StoreError, UsageError, counted, first_line
 from retrieval_tip.features import Encoder
+from retrieval_tip.html import table, tag
 from retrieval_tip.inputs import Features, Labels
 from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
 from retrieval_tip.labels import LABEL_SCHEMA, label_table
@@ -34,6 +35,9 @@ ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
 
 SMALL = 4096
 """Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
+
+SHOWN_CLASSES, SHOWN_PREDICTIONS = 8, 50
+"""How many of each a notebook shows."""
 
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
@@ -70,6 +74,55 @@ class Prediction:
     logits: npt.NDArray[np.float32] | None = field(compare=False)
     neighbours: list[Neighbour]
     keys: int | None = None
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the classes, the two parts of the winner's logit, and the neighbours."""
+        classes = zip(self.labels, (f"{probability:.4f}" for probability in self.probabilities), strict=True)
+        caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
+        near = (
+            (f"{key.affinity:.4f}", f"{key.weight:.1e}", key.label, key.source, key.key_id) for key in self.neighbours
+        )
+        columns = ("affinity", "weight", "label", "source", "key")
+        return tag(
+            "div",
+            table(("class", "probability"), classes, caption, numbers=(1,)),
+            table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else None,
+        )
+
+
+class Predictions(list[Prediction]):
+    """Predictions in the order of their queries: a list that notebooks show as a table."""
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a row a prediction, the first :data:`SHOWN_PREDICTIONS`."""
+        cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
+        columns = ("query", "label", "probability", "text logit", "cache logit", "nearest key", "affinity")
+        rows = []
+        for place, found in enumerate(self[:SHOWN_PREDICTIONS]):
+            key = found.neighbours[0] if found.neighbours else None
+            near = (f"{key.label} ({key.source})", f"{key.affinity:.4f}") if key else ("-", "-")
+            figures = (f"{found.probability:.4f}", f"{found.text_logit:.4g}", f"{found.cache_logit:.4g}")
+            rows.append((place, found.label, *figures, *near))
+        return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 6))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the answer to one query is made of: enough to weigh it anew, with another alpha, beta or k.
+
+    ``feature`` ``[d]`` and ``text`` ``[c]``, its text logits, float32; of the ``m`` nearest keys, nearest first,
+    ``key_ids``, ``class_ids`` int64 and ``affinities`` float32; ``counts`` ``[c]`` int64 and ``sums`` ``[c]`` float32:
+    how many keys a class has, and the sum of the affinities to all of them. ``complete``: these are all keys.
+    """
+
+    feature: npt.NDArray[np.float32]
+    text: npt.NDArray[np.float32]
+    key_ids: npt.NDArray[np.int64]
+    class_ids: npt.NDArray[np.int64]
+    affinities: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float32]
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -171,6 +224,24 @@ class CacheModel:
             f"alpha={self.alpha:g}, beta={self.beta:g}, k={self.k or 'all'}, device={self.device!r})"
         )
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what this index holds, its settings, and where it comes from."""
+        counts = self.class_ids.bincount(minlength=len(self.class_names))[:SHOWN_CLASSES].tolist()
+        few = ", ".join(f"{name} {number}" for name, number in zip(self.class_names, counts, strict=False))
+        more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
+        settings = f"alpha {self.alpha:.4g}, beta {self.beta:.4g}, k {self.k or 'all'}, "
+        settings += f"{'with' if self.tail else 'without'} tail, temperature {self.temperature:.4g}"
+        rows: list[tuple[str, object]] = [
+            ("keys", f"{self.n:,} of {self.d:,} values, {self.keys.dtype}"),
+            ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
+            ("settings", settings),
+            ("text", f"logit scale {self.logit_scale:.4g}" if self.has_text else "none: the cache alone decides"),
+            ("index", f"{self.index.factory} on {self.device}"),
+            ("backbone", self.backbone or "unnamed"),
+            ("folder", f"{self.folder}, version {self.version}" if self.folder else "not from a folder"),
+        ]
+        return table((), rows, tag("b", "CacheModel"))
+
     @property
     def _retrieval(self) -> Retrieval:
         """With the settings as they are now."""
@@ -186,6 +257,11 @@ class CacheModel:
     def d(self) -> int:
         """Length of a feature."""
         return int(self.keys.shape[1])
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """That of the version that this was loaded from or saved as."""
+        return None if self._check is None else self._check.manifest
 
     @property
     def segments(self) -> int:
@@ -581,7 +657,7 @@ class CacheModel:
         tail: bool = True,
         neighbours: int = 5,
         certify: bool = False,
-    ) -> list[Prediction]:
+    ) -> Predictions:
         """One :class:`Prediction` a query: label, probability, and the ``neighbours`` nearest keys that made it.
 
         Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
@@ -596,10 +672,12 @@ class CacheModel:
         chances = tip.probabilities(logits, self.temperature).gather(1, places)
         near = self._neighbours(features, min(neighbours, k or neighbours)) if neighbours > 0 else [[]] * len(logits)
         winner = places[:, :1]
-        parts = torch.cat([text.gather(1, winner), self.alpha * cache.gather(1, winner)], dim=1).tolist()
+        own_text, own_cache = text.gather(1, winner), cache.gather(1, winner)
+        weighted = tip.blend(torch.zeros_like(own_cache), own_cache, self.alpha)
+        parts = torch.cat([own_text, weighted], dim=1).tolist()
         rows = logits.cpu().numpy() if classes is None else [None] * len(logits)
         by_query = zip(chances.tolist(), ranked.tolist(), parts, rows, near, keys, strict=True)
-        return [
+        return Predictions(
             Prediction(
                 label=self.class_names[ids[0]],
                 probability=probabilities[0],
@@ -612,7 +690,7 @@ class CacheModel:
                 keys=number,
             )
             for probabilities, ids, part, row, nearest, number in by_query
-        ]
+        )
 
     def _answers(
         self, features: Features, top: int, k: int | None, tail: bool, certify: bool
@@ -651,6 +729,36 @@ class CacheModel:
             for part in self.parts(len(block.positions)):
                 found = self.classify(block.features[part], top, k, tail, neighbours, certify)
                 yield from zip((names[i] for i in block.positions[part]), found, strict=True)
+
+    def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
+        """:class:`Evidence` of queries ``[q, d]``: all keys, where these are ``complete`` at most, else ``nearest``.
+
+        Raises InputError where features are not finite or not ``[q, d]``.
+        """
+        f = inputs.queries(features, self.d).to(self.device)
+        if self.n <= complete:
+            found = torch.cat([tip.affinity(f, keys) for keys, _ in self.key_blocks()], dim=1)
+            affinity, order = found.sort(dim=1, descending=True, stable=True)
+            rows = order.cpu().numpy()
+        else:
+            affinity, rows = self.nearest(f, nearest)
+        text = tip.text_logits(f, self.text_weights, self.logit_scale).cpu().numpy()
+        sums = tip.Totals.of(f, self._keys.sums, self._keys.counts).affinities.cpu().numpy()
+        counts, class_ids = self._keys.counts.long().cpu().numpy(), self.class_ids.cpu().numpy()
+        key_ids, every = self.labels["key_id"].to_numpy(), zip(f.cpu().numpy(), text, sums, strict=True)
+        return [
+            Evidence(
+                feature=feature,
+                text=own_text,
+                key_ids=key_ids[row[row >= 0]],
+                class_ids=class_ids[row[row >= 0]],
+                affinities=near[row >= 0],
+                counts=counts,
+                sums=own_sums,
+                complete=self.n <= complete,
+            )
+            for (feature, own_text, own_sums), near, row in zip(every, affinity.cpu().numpy(), rows, strict=True)
+        ]
 
     def parts(self, q: int) -> Iterator[slice]:
         """Slices of ``q`` queries that have :data:`LOGITS` logits at most."""

@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections import Counter
@@ -25,6 +26,7 @@ from retrieval_tip.options import (
     ABSTAIN,
     ANSWER,
     BACKBONE,
+    DEVICE,
     ENCODING,
     FAILED,
     FILE,
@@ -320,6 +322,117 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
         for line in table_lines(sweep.summary(rows), ["method", "shots", "seeds", "top1", "half"]):
             click.echo(line)
     finish(ctx, encoder.skipped)
+
+
+@main.command("report")
+@click.argument("folder", type=FOLDER)
+@click.option("--test", "source", type=FOLDER, required=True,
+              help="Labelled test source; of a split .json its test part.")  # fmt: skip
+@click.option("--out", type=FILE, required=True, help="HTML file to write.")
+@click.option("--val", type=FOLDER,
+              help="Labelled validation source, for curves and surface; of a split .json its val part.  "
+                   "[default: the shots, each left out]")  # fmt: skip
+@click.option("--shots", type=click.IntRange(1), multiple=True,
+              help="Keys a class that are drawn for the curves; repeat for more.  [default: 1, 2, 4 ...]")  # fmt: skip
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of each number: seeds 1 to N."
+)
+@click.option("--no-curves", is_flag=True, help="No accuracy over shots, which takes longest.")
+@ANSWER
+@BACKBONE
+@READING
+@ENCODING
+@click.pass_context
+def report_command(ctx: click.Context, /, folder: Path, source: Path, out: Path, **given: Any) -> None:
+    """Write a report on an index as one HTML file that opens anywhere: accuracy, mistakes, settings (needs matplotlib).
+
+    Figures are those of evaluate. Curves over shots and the surface of alpha and beta never choose on the test source.
+    """
+    from retrieval_tip.report import check, write_report
+    from retrieval_tip.sources import show
+
+    if given["shots"] and given["no_curves"]:
+        raise UsageError("--shots and --no-curves: give one of them")
+    check(out)
+    cache, k, tail = index_with(folder, given)
+    test = source_of(source, given, "test")
+    val = None if given["val"] is None else source_of(given["val"], given | {"split": None}, "val")
+    with encoder_of(ctx, backbone_for(cache, [test, *([] if val is None else [val])], given), given) as encoder:
+        written = write_report(
+            cache,
+            test,
+            encoder,
+            out,
+            k=k,
+            tail=tail,
+            val=val,
+            shots=given["shots"] or None,
+            seeds=given["seeds"],
+            curves=not given["no_curves"],
+            folder=folder,
+            where=given["where"],
+            command=shlex.join(["retrieval-tip", *sys.argv[1:]]),
+        )
+    found = written.evaluation
+    click.echo(one_line(f"{show(out)}: {written.bytes / 1e6:.1f} MB, top1 {shown(found.top1)} of {found.n} items"))
+    finish(ctx, encoder.skipped)
+
+
+@main.command("serve")
+@click.argument("folders", type=FOLDER, nargs=-1, required=True, metavar="DIR...")
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen at; one that others reach shows them the indexes.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one.")
+@click.option("--token", envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True,
+              help="Who sends this may add and remove shots.  [default: nobody may]")  # fmt: skip
+@click.option("--uploads", type=FOLDER, help="Folder for images that are added.  [default: DIR-shots, beside each DIR]")
+@click.option("--root", type=FOLDER, help="Folder that relative paths of shots' pictures start from.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
+              help="A further name that requests may ask for; repeat for more.  "
+                   "[default: this machine's own, and any where --host is another]")  # fmt: skip
+@click.option("--max-bytes", type=click.IntRange(1), default=32 << 20, show_default=True, help="Of a request.")
+@click.option("--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Of an image.")
+@click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
+              help="Images that wait at most; more are answered with 429.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=30.0, show_default=True, metavar="SECONDS",
+              help="Until an answer.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
+              show_default=True, help="As for classify.")  # fmt: skip
+@click.option("--verify", type=click.Choice(["full", "fast"]), default="full", show_default=True,
+              help="How the files of every new version are checked.")  # fmt: skip
+@DEVICE
+@click.pass_context
+def serve_command(ctx: click.Context, /, folders: tuple[Path, ...], **given: Any) -> None:
+    """Serve indexes over HTTP, with a page at / to look at them. Ends with Ctrl+C or SIGTERM, in order.
+
+    An index that gets a new version is followed. Needs pip install 'retrieval-tip[serve]'.
+    """
+    try:
+        import fastapi  # noqa: F401
+    except ModuleNotFoundError:
+        raise UsageError("serve needs FastAPI and uvicorn: pip install 'retrieval-tip[serve]'") from None
+    from retrieval_tip.errors import counted
+    from retrieval_tip.server.app import create_app
+    from retrieval_tip.server.limits import Limits
+    from retrieval_tip.server.run import LOOPBACK, address, listen, serve
+    from retrieval_tip.server.served import open_all
+
+    if given["token"] is not None and not given["token"].strip():
+        raise UsageError("--token is empty; give a secret, or leave it out")
+    listening = listen(given["host"], given["port"])
+    local = listening.getsockname()[0] in ("127.0.0.1", "::1")
+    served = open_all(folders, given["device"], given["precision"], given["verify"])
+    limits = Limits(
+        bytes=given["max_bytes"],
+        pixels=given["max_pixels"],
+        queue=given["queue"],
+        seconds=given["timeout"],
+        hosts=LOOPBACK | {name.lower() for name in given["hosts"]} if local or given["hosts"] else None,
+    )
+    app = create_app(served, limits, token=given["token"], uploads=given["uploads"], root=given["root"])
+    what = ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
+    line = one_line(f"serving {what} at {address(listening)}")
+    serve(app, listening, lambda: click.echo(f"{line}; Ctrl+C ends it", err=True), given["timeout"])
 
 
 @main.command("search-hp")

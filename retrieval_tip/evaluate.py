@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,8 +20,8 @@ from retrieval_tip.calibration import (
     negative_log_likelihood,
     temperature_bounds,
 )
-from retrieval_tip.errors import UsageError
-from retrieval_tip.features import Encoder
+from retrieval_tip.errors import Skipped, UsageError
+from retrieval_tip.features import Block, Encoder
 from retrieval_tip.keys import QUERY_BLOCK
 from retrieval_tip.sources import Source
 
@@ -48,10 +49,35 @@ class Affinities:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Answers of one part of the logits alone: class ids ``predicted`` and their ``confidence``, ``[n]`` each."""
+
+    predicted: Ints
+    confidence: Floats
+
+
+@dataclass(frozen=True)
+class Details:
+    """More about each item, ``[n]`` each: its ``positions`` in the source, and natural logarithms of probabilities.
+
+    ``log_truth`` is that of its class, ``log_doubt`` that of all classes but the answer: where a probability is 1 or 0
+    to the last digit, these still tell one from another.
+
+    ``text`` are the answers of ``softmax(text logits)``, ``cache`` those of ``softmax(alpha * cache logits)``.
+    """
+
+    positions: Ints
+    log_truth: Floats
+    log_doubt: Floats
+    text: Part
+    cache: Part
+
+
+@dataclass(frozen=True)
 class Answers:
     """What an evaluation saw, item by item: class ids ``truth`` and ``predicted``, and the answers' ``confidence``.
 
-    ``[n]`` each, in the order of the source; ``affinities`` where they were asked for.
+    ``[n]`` each, in the order of the source; ``affinities`` and ``details`` where they were asked for.
     """
 
     truth: Ints
@@ -59,6 +85,7 @@ class Answers:
     confidence: Floats
     class_names: list[str]
     affinities: Affinities | None = None
+    details: Details | None = None
 
     @property
     def right(self) -> npt.NDArray[np.bool_]:
@@ -125,23 +152,55 @@ def evaluate(
     Raises InputError where the source has no items, or labels that are no class of the index; UsageError for
     ``abstain`` outside of 0 to 1.
     """
+    truth = cache.ids_of(source)
+    return judge(
+        cache, encoder.blocks(source), truth, encoder.skipped, k=k, tail=tail, abstain=abstain, affinities=affinities
+    )
+
+
+def judge(
+    cache: CacheModel,
+    blocks: Iterable[Block],
+    ids: Ints,
+    skipped: Sequence[Skipped] = (),
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    abstain: float | None = None,
+    affinities: bool = False,
+    details: bool = False,
+) -> Evaluation:
+    """:func:`evaluate` of items that are encoded: ``blocks`` of a source whose class ids are ``ids``.
+
+    ``skipped`` is looked at when all blocks were met; ``details``: also keep more about each item. Raises UsageError
+    for ``abstain`` outside of 0 to 1.
+    """
     if abstain is not None and not 0 <= abstain <= 1:
         raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
-    truth = torch.from_numpy(cache.ids_of(source))
+    truth = torch.from_numpy(ids)
     seen = _Pairs(cache) if affinities else None
     parts: list[torch.Tensor] = []
     chances: list[torch.Tensor] = []
     true: list[torch.Tensor] = []
-    for block in encoder.blocks(source):
+    more: list[torch.Tensor] = []
+    positions: list[Ints] = []
+    for block in blocks:
         for part in cache.parts(len(block.positions)):
             text, alone = cache.terms(block.features[part], k, tail)
             logits = tip.blend(text, alone, cache.alpha)
             ranked = logits.topk(min(5, len(cache.class_names)), dim=1).indices
             parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
             chances.append(tip.probabilities(logits, cache.temperature).gather(1, ranked[:, :1]).cpu())
-            true.append(truth[torch.from_numpy(block.positions[part])])
+            positions.append(block.positions[part])
+            true.append(truth[torch.from_numpy(positions[-1])])
             if seen is not None:
                 seen.add(block.features[part], true[-1])
+            if details:
+                of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, cache.alpha * alone)]
+                logs = (logits.double() / cache.temperature).log_softmax(dim=1)
+                log_truth = logs.gather(1, true[-1].to(logits.device)[:, None])
+                log_doubt = logs.scatter(1, ranked[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
+                more.append(torch.cat([log_truth, log_doubt, *of_parts], dim=1).cpu())
     y = torch.cat(true)
     found = torch.cat(parts)
     confidence = torch.cat(chances)[:, 0].double().numpy()
@@ -159,7 +218,7 @@ def evaluate(
         mean_per_class=float(np.mean(list(per_class.values()))),
         ece=expected_calibration_error(confidence, right),
         n=len(y),
-        skipped=len(encoder.skipped),
+        skipped=len(skipped),
         alpha=cache.alpha,
         beta=cache.beta,
         k=k,
@@ -175,11 +234,17 @@ def evaluate(
             confidence=confidence,
             class_names=cache.class_names,
             affinities=seen.counted() if seen is not None else None,
+            details=_details(np.concatenate(positions), found, torch.cat(more)) if details else None,
         ),
         abstain=abstain,
         coverage=None if answered is None else float(answered.mean()),
         selective_top1=None if answered is None or not answered.any() else float(right[answered].mean()),
     )
+
+
+def _details(positions: Ints, found: torch.Tensor, chances: torch.Tensor) -> Details:
+    log_truth, log_doubt, text, cache = chances.double().T.numpy()
+    return Details(positions, log_truth, log_doubt, Part(found[:, -2].numpy(), text), Part(found[:, -1].numpy(), cache))
 
 
 @dataclass(frozen=True)

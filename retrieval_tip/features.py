@@ -398,6 +398,16 @@ def _load(
     return _Loaded(path, digest, features, pixels, None)
 
 
+def pixels_of(
+    data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, formats: Sequence[str] | None = None
+) -> torch.Tensor:
+    """Pixels ``[3, h, w]`` float32 of the centre view of an encoded image, as :meth:`Encoder.blocks` takes it.
+
+    ``most`` and ``formats`` as for :func:`images.decode`; raises InputError as that.
+    """
+    return backbone.preprocess(images.decode(data, _least(backbone), most=most, formats=formats))
+
+
 def _mean_view(raw: FloatArray) -> FloatArray:
     """Raw views ``[v, d]`` as the one unit feature ``[1, d]`` of their mean."""
     return unit(raw.mean(axis=0, keepdims=True))
@@ -588,7 +598,7 @@ def read_features(path: Path, norms: str = "check") -> Iterator[FloatArray]:
             if batch.num_rows:
                 features = _matrix(batch.column(FEATURE), start, dim, name)
                 dim = features.shape[1]
-                yield _checked(features, start, norms, name)
+                yield check_norms(features, start, norms, name)
                 start += batch.num_rows
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
@@ -618,7 +628,11 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
     return matrix
 
 
-def _checked(features: FloatArray, start: int, norms: str, name: str) -> FloatArray:
+def check_norms(features: FloatArray, start: int, norms: str, name: str) -> FloatArray:
+    """Features ``[b, d]``, rows from ``start`` on of ``name``, with the norms that one of ``NORMS`` asks for.
+
+    Raises InputError naming rows that are not finite, are zero, or (``check``) whose norm is not 1.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
     rows = np.flatnonzero(~np.isfinite(lengths))

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    IcnsImagePlugin,
+    IcoImagePlugin,
+    Image,
+    ImageOps,
+    Jpeg2KImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, UsageError
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused before they are decoded (Pillow's own limit for a decompression bomb, width x height)."""
@@ -21,6 +30,9 @@ MAX_BYTES = 1 << 30
 
 MAX_ASPECT = 64
 """Longer images are cut to their middle: a centre crop sees no more, and resizing them would fill memory."""
+
+THUMBNAIL_QUALITY = 80
+"""Of the JPEG files that :func:`thumbnail` makes, of 100."""
 
 _EXTERNAL = {"EPS"}  # opening one would start Ghostscript
 
@@ -107,22 +119,26 @@ def _may_be_reduced(image: Image.Image) -> bool:
     return image.format == "JPEG"  # and not MPO: its further frames are not this size
 
 
-def decode(data: bytes, least: int | None = None) -> Image.Image:
+def decode(
+    data: bytes, least: int | None = None, *, most: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Image.Image:
     """An encoded image to an upright RGB picture of 8 bits a channel.
 
     EXIF orientation is applied; an animation gives its first frame; transparency is laid on white; 16-bit, 32-bit and
     floating-point greys are scaled to 8 bits rather than clipped.
 
     With ``least``, a JPEG is decoded at a half, a quarter or an eighth of its size, the smallest of which both sides
-    have ``least`` pixels, which is several times as fast.
+    have ``least`` pixels, which is several times as fast. ``most`` is the limit of width x height, and ``formats`` are
+    the names (Pillow's: JPEG, PNG ...) of those that are tried, by default all that are safe; EPS never is.
 
-    Raises InputError: not an image, truncated, damaged, or more than ``MAX_PIXELS`` pixels (of the full size).
+    Raises InputError: not an image, truncated, damaged, or more than ``most`` pixels (of the full size).
     """
+    tried = [name for name in _formats() if formats is None or name in formats]
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}: refused before decoding")
+        for width, height in _held(data, tried):
+            _check_size(width, height, most)
+        with Image.open(io.BytesIO(data), formats=tried) as image:
+            _check_size(*image.size, most)
             if least is not None and _may_be_reduced(image):
                 image.draft(None, (least, least))
             image.load()
@@ -137,6 +153,62 @@ def decode(data: bytes, least: int | None = None) -> Image.Image:
         raise InputError("does not fit in memory") from None
     except Exception as error:  # decoders raise anything on damaged data: SyntaxError, struct.error, IndexError ...
         raise InputError(f"damaged image: {str(error).strip() or type(error).__name__}") from error
+
+
+def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> bytes:
+    """An encoded image as a small JPEG file: upright, RGB, at most ``size`` pixels a side, never enlarged.
+
+    Nothing of the file but its picture is kept: no comment, no EXIF, no profile. ``most`` and ``formats`` as for
+    :func:`decode`. Raises InputError as :func:`decode`; UsageError where ``size`` is below 1.
+    """
+    if size < 1:
+        raise UsageError(f"size is {size}: a picture has at least 1 pixel a side")
+    picture = decode(data, size, most=most, formats=formats)
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    picture.info = {}
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
+    return buffer.getvalue()
+
+
+def _check_size(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise InputError(f"{width} x {height} pixels are more than {most:,}: refused before decoding")
+
+
+def _held(data: bytes, formats: Sequence[str]) -> list[tuple[int, int]]:
+    """Sizes of the pictures within an icon file that would be decoded, by their own headers.
+
+    An icon is said to be 256 or 1024 pixels wide, whatever the PNG within it says, and Pillow decodes an ICO file when
+    it opens it. Empty for all other files, and for what Pillow will find to be damaged.
+    """
+    buffer = io.BytesIO(data)
+    try:
+        if "ICO" in formats and data.startswith(b"\0\0\1\0"):
+            starts = [IcoImagePlugin.IcoFile(buffer).entry[0].offset]
+        elif "ICNS" in formats and data.startswith(b"icns"):
+            icon = IcnsImagePlugin.IcnsFile(buffer)
+            starts = [icon.dct[code][0] for code, _ in icon.SIZES[icon.bestsize()] if code in icon.dct]
+        else:
+            return []
+        return [_size_at(buffer, start) for start in starts]
+    except Exception:  # as in decode, which says what is wrong
+        return []
+
+
+def _size_at(buffer: io.BytesIO, start: int) -> tuple[int, int]:
+    """Size of the PNG, JPEG 2000 or bitmap that begins there, within an icon; raw data has no size of its own."""
+    buffer.seek(start)
+    head = buffer.read(12)
+    buffer.seek(start)
+    if head.startswith(b"\x89PNG"):
+        return PngImagePlugin.PngImageFile(buffer).size
+    if head.startswith((b"\xff\x4f\xff\x51", b"\x0d\x0a\x87\x0a", b"\0\0\0\x0cjP")):
+        return Jpeg2KImagePlugin.Jpeg2KImageFile(buffer).size
+    if buffer.getvalue().startswith(b"icns"):
+        return 0, 0
+    width, height = BmpImagePlugin.DibImageFile(buffer).size
+    return width, height // 2  # the picture, and its mask below it
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Diagrams of an evaluation as PNG files. What they show is computed by the upper half, drawn by the lower.
+"""Diagrams as PNG files, or as SVG within a report. What they show is computed by the upper half, drawn by the lower.
 
 Drawing needs matplotlib, which is imported when it is used: ``pip install 'retrieval-tip[plot]'``. Colours are those of
 Okabe and Ito and of the map cividis, which readers without red or green vision tell apart.
@@ -6,9 +6,11 @@ Okabe and Ito and of the map cividis, which readers without red or green vision 
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip import html
 from retrieval_tip.calibration import accuracy_coverage, reliability
 from retrieval_tip.errors import UsageError, one_line
 from retrieval_tip.evaluate import Affinities, Answers, Evaluation
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from retrieval_tip.tuning import Trial, Tuning
 
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
+PAPER = "#fefefe"
+THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
+"""What colours become in a page that has a light and a dark side; grey is seen on both."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
 """Up to so many classes are all drawn; of more than that, so many: those of most errors."""
 WRITTEN = 20
@@ -40,6 +46,8 @@ LONGEST_NAME = 26
 DPI = 120
 PANELS = 6
 """Heat maps of one accuracy surface."""
+POINTS = 5
+"""A heat map of settings tells so many points below the best apart."""
 MARKS = (0.5, 0.9, 0.99)
 """Thresholds that are marked on the curve of accuracy against coverage."""
 
@@ -127,6 +135,15 @@ class Panel:
     betas: Floats
     accuracy: Floats
 
+    def nearest(self, alpha: float, beta: float) -> tuple[int, int]:
+        """Row and column of the cell next to these settings, by ratio; alpha 0 has a column of its own."""
+        with np.errstate(divide="ignore"):
+            column, row = (
+                int(np.abs(np.log(values) - np.log(value)).argmin()) if value else 0
+                for values, value in ((self.alphas, alpha), (self.betas, beta))
+            )
+        return row, column
+
 
 def surface_panels(surface: pa.Table) -> list[Panel]:
     """An accuracy surface by k, all first; of more than ``PANELS`` those of highest accuracy."""
@@ -153,12 +170,12 @@ def check(folder: Path) -> None:
         raise UsageError(f"{show(folder)}: is a file; --plot writes into a folder, give another one")
 
 
-def needs_matplotlib() -> None:
-    """Raise UsageError where it is not installed."""
+def needs_matplotlib(what: str = "--plot") -> None:
+    """Raise UsageError where it is not installed, naming what needs it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'retrieval-tip[plot]'") from None
+        raise UsageError(f"{what} needs matplotlib: pip install 'retrieval-tip[plot]'") from None
 
 
 def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -228,7 +245,7 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
     axes.barh(y, 100 * accuracies, color=BLUE, height=0.75)
     for row, value in zip(y, accuracies, strict=True):
         axes.text(100 * value + 0.7, row, f"{100 * value:.0f}", va="center", fontsize=7, color=BLACK, zorder=3,
-                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+                  bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.6})  # fmt: skip
     axes.axvline(100 * evaluation.mean_per_class, color=ORANGE, linestyle="--", linewidth=1.2)
     axes.set_yticks(y, list(map(_name, names)), fontsize=8 if m <= FEWER_CLASSES else 7)
     axes.set_ylim(-0.7, m - 0.3)
@@ -344,17 +361,8 @@ def draw_surface(surface: pa.Table, path: Path) -> None:
         reached = 100 * surface["accuracy"].to_numpy()
         low, high = float(np.quantile(reached, 0.25)), float(reached.max())  # the colours are for where it is good
         for axes, panel in zip(drawn, panels, strict=False):
-            image = axes.pcolormesh(100 * panel.accuracy, cmap="cividis", vmin=low, vmax=max(high, low + 0.1))
-            row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
-            axes.plot(column + 0.5, row + 0.5, "o", markersize=9, markerfacecolor="none", color=ORANGE)
-            for values, at in ((panel.alphas, axes.xaxis), (panel.betas, axes.yaxis)):
-                some = np.unique(np.linspace(0, len(values) - 1, min(6, len(values))).round().astype(int))
-                at.set_ticks(
-                    some + 0.5, [f"{values[i]:{'.3g' if values[i] < 1000 else '.0e'}}" for i in some], fontsize=8
-                )
+            image = _heat(axes, panel, low, high)
             axes.set_title(f"k = {panel.k or 'all'}: at best {panel.accuracy.max():.1%}", fontsize=9.5, loc="left")
-            axes.set_xlabel("alpha (residual ratio)", fontsize=9)
-            axes.set_ylabel("beta (sharpness)", fontsize=9)
         for axes in drawn[len(panels) :]:
             axes.set_visible(False)
         bar = figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min")
@@ -388,40 +396,126 @@ def draw_frontier(tuning: Tuning, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
 
 
+def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
+    """Accuracy over alpha and beta at one k: a circle at the best, a cross at the cell next to these settings."""
+    figure, (axes,) = _grid(6.8, 4.4, 1, 1)
+    best = 100 * float(panel.accuracy.max())
+    image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
+    row, column = panel.nearest(alpha, beta)
+    axes.plot(column + 0.5, row + 0.5, "X", markersize=10, color=ORANGE, markeredgecolor="white")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min")
+    bar.set_label("accuracy, %")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy over shots, a line a method; bars are 95 % intervals over seeds, dots single draws.
+
+    ``lines`` as :func:`sweep.summary` gives them (method, shots, top1, half), ``rows`` the runs (method, shots, top1).
+    """
+    figure, (axes,) = _grid(6.8, 4.2, 1, 1)
+    colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
+    for place, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
+        own = [line for line in lines if line["method"] == method]
+        aside = 2 ** (0.04 * (place - 1))  # so that bars do not hide each other
+        colour = colours.get(method, GREY)
+        shots, means = [aside * line["shots"] for line in own], [100 * line["top1"] for line in own]
+        halves = [100 * (line["half"] or 0.0) for line in own]
+        single = [(aside * row["shots"], 100 * row["top1"]) for row in rows if row["method"] == method]
+        style = "-" if method in colours else "--"
+        axes.errorbar(shots, means, yerr=halves, color=colour, linestyle=style, linewidth=1.8, capsize=3, label=method)
+        axes.plot(*zip(*single, strict=True), "o", color=colour, alpha=0.45, markersize=4)
+    ticks = sorted({line["shots"] for line in lines})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.set_xlabel("shots: keys a class")
+    axes.set_ylabel("top-1 accuracy on test, %")
+    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    return figure
+
+
+def draw_training(curve: pa.Table, kept: int) -> Figure:
+    """Cross-entropy and accuracy by epoch; ``curve`` has the columns of :data:`finetune.CURVE`, ``kept`` is one."""
+    figure, drawn = _grid(9.4, 3.8, 1, 2)
+    epochs = curve["epoch"].to_numpy()
+    for axes, name, scale, label in zip(
+        drawn, ("loss", "accuracy"), (1, 100), ("cross-entropy", "top-1, %"), strict=True
+    ):
+        met, held_out = (scale * curve[f"{part}{name}"].to_numpy() for part in ("", "val_"))
+        axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="shots, as they were met")
+        if np.isfinite(held_out).any():
+            axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation images")
+        axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="the epoch that was kept")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+    drawn[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    return figure
+
+
 def draw_curve(curve: pa.Table, kept: int, path: Path) -> None:
     """Write the loss curve of a fine-tuning as a PNG file: cross-entropy and accuracy by epoch.
 
-    ``curve`` has the columns of :data:`finetune.CURVE`, ``kept`` is the epoch that was kept.
-
-    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
+    Arguments as for :func:`draw_training`. Raises UsageError without matplotlib; InputError where ``path`` cannot be
+    written.
     """
     needs_matplotlib()
     with _style(), replacing(path) as temporary:
-        figure, drawn = _grid(9.4, 3.8, 1, 2)
-        epochs = curve["epoch"].to_numpy()
-        for axes, name, scale, label in zip(
-            drawn, ("loss", "accuracy"), (1, 100), ("cross-entropy", "top-1, %"), strict=True
-        ):
-            met, held_out = (scale * curve[f"{part}{name}"].to_numpy() for part in ("", "val_"))
-            axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="shots, as they were met")
-            if np.isfinite(held_out).any():
-                axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation images")
-            axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="the epoch that was kept")
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
-        drawn[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+        figure = draw_training(curve, kept)
         figure.suptitle("Fine-tuning", fontsize=12, fontweight="bold")
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
 
 
+def svg(draw: Callable[[], Figure], label: str) -> str:
+    """A diagram as an element of an HTML page: ``<svg>`` with an accessible ``label``, its colours those of the page.
+
+    Text stays text. Nothing in it refers to anywhere but itself. The page has to define ``--paper``, ``--blue``,
+    ``--orange`` and ``--sans``.
+    """
+    buffer = io.StringIO()
+    themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
+    themed |= dict.fromkeys(("axes.facecolor", "figure.facecolor"), PAPER)
+    with _style(themed | {"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure = draw()
+        width, height = (72 * side for side in figure.get_size_inches())
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", dpi=DPI, metadata=nothing)
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = drawn[drawn.index(">") + 1 :]
+    drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r"font:( \w+)? ([\d.]+)px '[^;\"]*", r"font:\1 \2px var(--sans)", drawn)
+    for colour, name in THEME.items():
+        drawn = re.sub(colour, name, drawn, flags=re.IGNORECASE)
+    title = html.text(label)
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width * 4 / 3:g}"'  # in px, of which an inch has 96
+    return f'<svg {size} role="img" aria-label="{title}">{drawn.strip()}'
+
+
+def _heat(axes: Axes, panel: Panel, low: float, high: float) -> Any:
+    """The cells of one panel in colours from ``low`` to ``high`` %, a circle at the best, and its axes."""
+    shown = 100 * panel.accuracy
+    image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
+    row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
+    axes.plot(column + 0.5, row + 0.5, "o", markersize=9, markerfacecolor="none", color=ORANGE)
+    for values, at in ((panel.alphas, axes.xaxis), (panel.betas, axes.yaxis)):
+        some = np.unique(np.linspace(0, len(values) - 1, min(6, len(values))).round().astype(int))
+        at.set_ticks(some + 0.5, [f"{values[i]:{'.3g' if values[i] < 1000 else '.0e'}}" for i in some], fontsize=8)
+    axes.set_xlabel("alpha (residual ratio)", fontsize=9)
+    axes.set_ylabel("beta (sharpness)", fontsize=9)
+    return image
+
+
 @contextmanager
-def _style() -> Iterator[None]:
-    """Plain and legible, whatever the user's own matplotlib settings are."""
+def _style(settings: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Plain and legible, whatever the user's own matplotlib settings are, but for these."""
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings or {})
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script without a font
         try:

@@ -12,7 +12,7 @@ def test_imports_point_downwards():
     # the contract is in pyproject.toml; it is exhaustive, so a new module has to be given its floor
     script = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "1 kept, 0 broken" in done.stdout, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 0
 
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
 
 from retrieval_tip import images
-from retrieval_tip.errors import InputError
-from retrieval_tip.images import decode, find, read
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.images import decode, find, read, thumbnail
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 EXACT = ["PNG", "GIF", "TIFF", "BMP", "PPM", "TGA", "PCX", "SGI", "IM", "DDS", "QOI", "ICO", "ICNS", "DIB"]
@@ -548,11 +548,10 @@ def test_other_formats_are_never_reduced(style: str) -> None:
     assert np.array_equal(np.asarray(decode(data, 20)), pixels(data))
 
 
-def test_limits_are_those_of_the_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_those_of_the_full_size() -> None:
     data = encoded(smooth(320, 240), "JPEG")
-    monkeypatch.setattr(images, "MAX_PIXELS", 320 * 240 - 1)
     with pytest.raises(InputError, match="320 x 240 pixels are more than"):
-        decode(data, 20)
+        decode(data, 20, most=320 * 240 - 1)
 
 
 def test_what_is_no_jpeg_is_not_reducible_and_a_cut_one_is_named() -> None:
@@ -562,3 +561,100 @@ def test_what_is_no_jpeg_is_not_reducible_and_a_cut_one_is_named() -> None:
     assert images.reducible(data[: len(data) // 2], 20)
     with pytest.raises(InputError, match="damaged"):
         decode(data[: len(data) // 2], 20)
+
+
+# ------------------------------------------------------------------------------- limits of the caller, and thumbnails
+
+
+def icon_of(picture: bytes, width: int = 32, height: int = 32) -> bytes:
+    """An ICO file that says this size and holds this picture."""
+    return struct.pack("<HHH BBBBHHII", 0, 1, 1, width, height, 0, 0, 1, 32, len(picture), 22) + picture
+
+
+def mac_icon_of(picture: bytes, code: bytes = b"ic07") -> bytes:
+    """An ICNS file that says 128 x 128 and holds this picture."""
+    return b"icns" + struct.pack(">I", 16 + len(picture)) + code + struct.pack(">I", 8 + len(picture)) + picture
+
+
+def test_the_caller_may_allow_fewer_pixels() -> None:
+    data = encoded(quarters(40, 20), "PNG")
+    assert decode(data, most=800).size == (40, 20)
+    with pytest.raises(InputError, match="40 x 20 pixels are more than 799: refused before decoding"):
+        decode(data, most=799)
+    with pytest.raises(InputError, match="more than 799"):  # of the full size, however small it would be decoded
+        decode(encoded(quarters(40, 20), "JPEG"), 2, most=799)
+    with pytest.raises(InputError, match="more than 799"):
+        thumbnail(data, 4, most=799)
+
+
+def test_the_caller_may_allow_fewer_formats() -> None:
+    png, bmp = encoded(quarters(), "PNG"), encoded(quarters(), "BMP")
+    assert decode(png, formats=("JPEG", "PNG")).size == (32, 32)
+    for refused in (bmp, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
+        with pytest.raises(InputError, match="not an image that Pillow can open"):
+            decode(refused, formats=("JPEG", "PNG", "EPS"))
+        with pytest.raises(InputError, match="not an image that Pillow can open"):
+            thumbnail(refused, 8, formats=("JPEG", "PNG", "EPS"))
+    with pytest.raises(InputError):
+        decode(icon_of(png), formats=("PNG",))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        icon_of(png_claiming(20000, 9000)),
+        icon_of(struct.pack("<IiiHHIIiiII", 40, 20000, 18000, 1, 24, 0, 0, 0, 0, 0, 0) + b"\0" * 99),
+        mac_icon_of(png_claiming(20000, 9000)),
+    ],
+    ids=["PNG in ICO", "bitmap in ICO", "PNG in ICNS"],
+)
+def test_the_picture_within_an_icon_is_measured_before_it_is_decoded(data: bytes) -> None:
+    tracemalloc.start()
+    assert "20000 x 9000 pixels are more than 178,956,970: refused before decoding" in refusal(data)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("pack", "style"), [(icon_of, "PNG"), (mac_icon_of, "PNG"), (mac_icon_of, "JPEG2000")])
+def test_pictures_within_icons_are_read_within_the_limit(pack: Callable[[bytes], bytes], style: str) -> None:
+    data = pack(encoded(quarters(128, 128), style))
+    assert decode(data, most=128 * 128).size == (128, 128)
+    with pytest.raises(InputError, match="128 x 128 pixels are more than 16,383"):
+        decode(data, most=128 * 128 - 1)
+
+
+def test_bitmaps_and_raw_data_within_icons_are_read_as_before() -> None:
+    data = encoded(quarters(), "ICO", sizes=[(32, 32)], bitmap_format="bmp")
+    close(pixels(data), quarters())
+    with pytest.raises(InputError, match="32 x 32 pixels are more than 1,023"):
+        decode(data, most=1023)
+    assert decode(mac_icon_of(b"\x7f" * 32 * 32 * 3, b"il32")).size == (32, 32)
+    for damaged in (b"\0\0\1\0", b"\0\0\1\0\1\0" + b"\xff" * 16, b"icns\0\0\0\x10ic07\0\0\0\0", b"icns"):
+        refusal(damaged)
+
+
+@pytest.mark.parametrize("style", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_a_thumbnail_is_a_small_jpeg(style: str) -> None:
+    found = thumbnail(encoded(quarters(300, 200), style), 60)
+    with Image.open(io.BytesIO(found)) as image:
+        assert (image.format, image.size, image.mode) == ("JPEG", (60, 40), "RGB")
+        close(np.asarray(image), quarters(60, 40))
+    assert len(found) < 2000
+
+
+def test_a_thumbnail_is_upright_not_enlarged_and_says_nothing_else() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "secret"  # turned by 90 degrees
+    data = encoded(quarters(80, 40), "JPEG", exif=exif, comment=b"secret", icc_profile=b"secret" * 9)
+    found = thumbnail(data, 200)
+    with Image.open(io.BytesIO(found)) as image:
+        assert image.size == (40, 80)
+        close(np.asarray(image), quarters(80, 40).transpose(Image.Transpose.ROTATE_270))
+    assert b"secret" in data
+    assert b"secret" not in found
+    with Image.open(io.BytesIO(thumbnail(encoded(quarters(4000, 2), "PNG"), 32))) as image:
+        assert image.size == (32, 1)
+    with pytest.raises(UsageError, match="size is 0"):
+        thumbnail(data, 0)
+    with pytest.raises(InputError, match="not an image"):
+        thumbnail(b"nothing", 8)

@@ -1,0 +1,269 @@
+"""What requests and answers look like: for the description of the interface (OpenAPI), not for checking."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from retrieval_tip.server.problems import MEDIA
+
+EXAMPLE_FEATURE = [0.6, 0.8]
+
+
+class ProblemAnswer(BaseModel):
+    """What went wrong (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+class Health(BaseModel):
+    """That the server answers."""
+
+    status: Literal["ok"]
+    version: str
+    indexes: int
+
+
+class Index(BaseModel):
+    """An index, at the version that is answered with."""
+
+    name: str
+    version: int
+    created_at: str
+    change: str
+    n_keys: int
+    n_classes: int
+    d: int
+    alpha: float
+    beta: float
+    k: int | Literal["all"]
+    tail: bool
+    temperature: float
+    logit_scale: float
+    index: str
+    exact_search: bool
+    backbone: str | None
+    images: bool
+    text: bool
+    trained_values: bool
+    changes: bool
+
+
+class Indexes(BaseModel):
+    """All that are served."""
+
+    indexes: list[Index]
+
+
+class IndexClass(BaseModel):
+    """A class and how many keys it has."""
+
+    class_id: int
+    label: str
+    keys: int
+
+
+class WholeIndex(Index):
+    """An index with its classes, and where its settings come from."""
+
+    classes: list[IndexClass]
+    templates: list[str]
+    provenance: dict[str, Any]
+
+
+class Key(BaseModel):
+    """A row of the label store; columns of its own may follow. ``image`` is the address of its picture, if any."""
+
+    model_config = ConfigDict(extra="allow")
+
+    key_id: int
+    class_id: int
+    label: str
+    source: str
+    shot: int
+    views: int
+    digest: str | None
+    added_at: datetime.datetime
+    image: str | None
+
+
+class Keys(BaseModel):
+    """Some of the keys that were asked for, and how many there are."""
+
+    version: int
+    total: int
+    offset: int
+    limit: int
+    keys: list[Key]
+
+
+class Map(BaseModel):
+    """Keys in two dimensions, -1 to 1; ``explained`` is the share of the variance on each axis."""
+
+    version: int
+    method: str
+    methods: list[str]
+    total: int
+    key_ids: list[int]
+    class_ids: list[int]
+    x: list[float]
+    y: list[float]
+    explained: list[float] | None
+
+
+class Suspicious(BaseModel):
+    """A shot that the others contradict; see ``retrieval-tip index audit``."""
+
+    key_id: int
+    source: str
+    label: str
+    suggested: str | None
+    own_score: float | None
+    suggested_score: float | None
+    margin: float | None
+    rank: int | None
+    nearest_key_id: int | None
+    nearest_source: str | None
+    nearest_label: str | None
+    nearest_affinity: float | None
+    duplicate_of: int | None
+
+
+class Audit(BaseModel):
+    """Suspicious shots, worst first."""
+
+    version: int
+    total: int
+    shots: list[Suspicious]
+
+
+class Skipped(BaseModel):
+    """An input that could not be read, and why."""
+
+    input: str
+    reason: str
+
+
+class Added(BaseModel):
+    """What was added. ``known``: images that were there under that label already."""
+
+    index: str
+    version: int
+    key_ids: list[int]
+    classes: list[str]
+    known: int
+    duplicates: list[str]
+    skipped: list[Skipped]
+
+
+class Removed(BaseModel):
+    """What was removed."""
+
+    index: str
+    version: int
+    key_ids: list[int]
+
+
+class Neighbour(BaseModel):
+    """A key near the query; ``weight`` is exp(-beta (1 - affinity))."""
+
+    key_id: int
+    source: str
+    label: str
+    affinity: float
+    weight: float
+
+
+class Evidence(BaseModel):
+    """Enough to weigh the answer anew with other alpha, beta and k: see the documentation of the page."""
+
+    feature: list[float]
+    text: list[float]
+    key_ids: list[int]
+    class_ids: list[int]
+    affinities: list[float]
+    counts: list[int]
+    sums: list[float]
+    complete: bool
+
+
+class Result(BaseModel):
+    """The answer to one input. ``text_logit`` and ``cache_logit`` are the parts of the winner's logit."""
+
+    input: str
+    label: str
+    probability: float
+    labels: list[str]
+    probabilities: list[float]
+    text_logit: float
+    cache_logit: float
+    neighbours: list[Neighbour]
+    logits: list[float] | None = None
+    evidence: Evidence | None = None
+
+
+class Classified(BaseModel):
+    """Answers, in the order of the inputs, and the settings that they were made with."""
+
+    index: str
+    version: int
+    alpha: float
+    beta: float
+    k: int | Literal["all"]
+    tail: bool
+    temperature: float
+    results: list[Result]
+    skipped: list[Skipped]
+
+
+_NUMBERS = {"type": "array", "items": {"type": "number"}}
+_FEATURES = {"type": "array", "items": _NUMBERS, "minItems": 1, "description": "Unit-norm features, a list each."}
+_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}}
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+
+
+def _body(form: dict[str, Any], form_needs: list[str], json: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": form_needs}},
+                "application/json": {
+                    "schema": {
+                        "type": "object",
+                        "properties": json,
+                        "required": sorted(json.keys() & {"features", "labels"}),
+                        "additionalProperties": False,
+                    },
+                    "example": example,
+                },
+            },
+        }
+    }
+
+
+CLASSIFY = _body(
+    {"images": _FILES},
+    ["images"],
+    {"features": _FEATURES, "inputs": _TEXTS},
+    {"features": [EXAMPLE_FEATURE], "inputs": ["camera-3/0001"]},
+)
+ADD = _body(
+    {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "The class of all the images."}},
+    ["images", "label"],
+    {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},
+    {"features": [EXAMPLE_FEATURE], "labels": ["cat"], "sources": ["camera-3/0001"]},
+)
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers of these statuses, as routes describe them."""
+    return {
+        status: {"description": "What went wrong", "content": {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}}
+        for status in statuses
+    }

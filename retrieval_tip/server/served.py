@@ -1,0 +1,255 @@
+"""The indexes that are served: the version that each is at, what answers with it, and how it follows the folder."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from retrieval_tip.backbone import Backbone, Identity, load_backbone
+from retrieval_tip.cache_model import CacheModel, Prediction
+from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
+from retrieval_tip.features import check_backbone
+from retrieval_tip.manifest import Manifest
+from retrieval_tip.server import metrics
+from retrieval_tip.server.problems import Problem
+
+log = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+
+COMPLETE, NEAREST = 1 << 14, 2048
+"""Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How queries are to be answered; ``None`` is the index's own setting, for ``k`` 0 is all keys."""
+
+    alpha: float | None = None
+    beta: float | None = None
+    k: int | None = None
+    tail: bool | None = None
+    top: int = 5
+    neighbours: int = 5
+    logits: bool = False
+    evidence: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """One version of an index, opened: what a request has taken it keeps, whatever the folder becomes meanwhile."""
+
+    name: str
+    cache: CacheModel
+    manifest: Manifest
+    backbone: Backbone | None
+
+    def settings(self, ask: Ask) -> tuple[CacheModel, int | None, bool]:
+        """The index with the settings that are asked for, k (``None`` is all) and whether there is a tail."""
+        cache = self.cache
+        if ask.alpha is not None or ask.beta is not None:
+            cache = copy.copy(cache)  # the keys, and what was measured on them, are shared
+            cache.alpha = cache.alpha if ask.alpha is None else ask.alpha
+            cache.beta = cache.beta if ask.beta is None else ask.beta
+        k = cache.k if ask.k is None else ask.k or None
+        return cache, k, cache.tail if ask.tail is None else ask.tail
+
+    def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
+        """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`CacheModel.classify`."""
+        cache, k, tail = self.settings(ask)
+        if ask.logits and cache.text_index is not None:
+            cache = copy.copy(cache)
+            cache.text_index = None  # no shortlist: every class
+        found = cache.classify(features, ask.top, k, tail, ask.neighbours)
+        results = [_result(prediction, ask) for prediction in found]
+        if ask.evidence:
+            for result, own in zip(results, cache.evidence(features, COMPLETE, NEAREST), strict=True):
+                result["evidence"] = own
+        return results
+
+    def describe(self, *, changes: bool, whole: bool = False) -> dict[str, Any]:
+        """What it is; the ``whole`` of it with its classes, templates and provenance."""
+        cache = self.cache
+        facts: dict[str, Any] = {
+            "name": self.name,
+            "version": self.manifest.version,
+            "created_at": self.manifest.created_at,
+            "change": self.manifest.change,
+            "n_keys": cache.n,
+            "n_classes": len(cache.class_names),
+            "d": cache.d,
+            "alpha": cache.alpha,
+            "beta": cache.beta,
+            "k": cache.k or "all",
+            "tail": cache.tail,
+            "temperature": cache.temperature,
+            "logit_scale": cache.logit_scale,
+            "index": cache.index.factory,
+            "exact_search": cache.index.exact_search and not cache.index.by_class,
+            "backbone": str(cache.backbone) if cache.backbone else None,
+            "images": self.backbone is not None,
+            "text": cache.has_text,
+            "trained_values": cache.values is not None,
+            "changes": changes,
+        }
+        if whole:
+            counts = cache.class_ids.bincount(minlength=len(cache.class_names)).tolist()
+            facts["classes"] = [
+                {"class_id": i, "label": name, "keys": number}
+                for i, (name, number) in enumerate(zip(cache.class_names, counts, strict=True))
+            ]
+            facts["templates"], facts["provenance"] = cache.templates, cache.provenance
+        return facts
+
+    def rows(self, labels: Sequence[str], source: str | None, key_ids: Sequence[int]) -> pa.Table:
+        """The label store's rows of these classes (all, where none is named) whose source holds that text."""
+        table = self.cache.labels
+        chosen = pa.array(np.ones(len(table), dtype=bool))
+        if labels:
+            chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
+        if key_ids:
+            chosen = pc.and_(chosen, pc.is_in(table["key_id"], value_set=pa.array(key_ids, pa.int64())))
+        if source:
+            chosen = pc.and_(chosen, pc.match_substring(table["source"], source, ignore_case=True))
+        return table.filter(pc.fill_null(chosen, False))
+
+    def source_of(self, key_id: int) -> str:
+        """Where a key comes from. Raises Problem 404 where there is no such key."""
+        found = self.rows((), None, [key_id])
+        if not len(found):
+            raise Problem(404, f"index {self.name!r} has no key {key_id}")
+        return str(found["source"][0].as_py())
+
+
+def _result(found: Prediction, ask: Ask) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "input": None,
+        "label": found.label,
+        "probability": found.probability,
+        "labels": found.labels,
+        "probabilities": found.probabilities,
+        "text_logit": found.text_logit,
+        "cache_logit": found.cache_logit,
+        "neighbours": found.neighbours,
+    }
+    if ask.logits:
+        result["logits"] = found.logits
+    return result
+
+
+class Backbones:
+    """Backbones by what they are, so that indexes of one share it; each lives as long as an index that is open."""
+
+    def __init__(self, device: str, precision: str) -> None:
+        self._device, self._precision = device, precision
+        self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
+
+    def of(self, cache: CacheModel, name: str) -> Backbone | None:
+        """That of an index; ``None``, with a warning, where it names none or that cannot be had: features only."""
+        identity = cache.backbone
+        if identity is None:
+            return None
+        key = (identity.fingerprint, cache.tuned)
+        backbone: Backbone | None = self._open.get(key)
+        if backbone is None:
+            try:
+                backbone = self._loaded(identity, cache)
+            except (BackboneError, UsageError) as error:
+                log.warning("%s: takes features only, for its backbone cannot be had: %s", name, error)
+                return None
+            self._open[key] = backbone
+        return backbone
+
+    def _loaded(self, identity: Identity, cache: CacheModel) -> Backbone:
+        backbone = load_backbone(
+            identity.model, identity.pretrained, device=self._device, precision=self._precision, tuned=cache.tuned
+        )
+        check_backbone(identity, cache.d, backbone, [])
+        size = identity.preprocess["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        backbone.encode_images(torch.zeros(1, 3, height, width))  # what is set up by the first one
+        return backbone
+
+
+class Served:
+    """An index folder that is served under its ``name``: ``now`` is the version that is answered with."""
+
+    def __init__(self, folder: Path, backbones: Backbones, device: str, precision: str, verify: str) -> None:
+        """Open it. Raises StoreError where that cannot be."""
+        self.folder, self.name = folder, folder.resolve().name
+        self._backbones, self._precision = backbones, precision
+        self._changing = threading.Lock()
+        self._seen = self._stamp()
+        cache = CacheModel.load(folder, device=device, precision=precision, verify=verify)
+        self.now = self._opened(cache)
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """What changes whenever the manifest is replaced; ``None`` where there is none."""
+        try:
+            found = (self.folder / "manifest.json").stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _opened(self, cache: CacheModel) -> Version:
+        manifest = cache.manifest
+        assert manifest is not None
+        version = Version(self.name, cache, manifest, self._backbones.of(cache, self.name))
+        version.answer(Ask(), np.asarray(cache.keys[:1], dtype=np.float32))  # what is set up by the first query
+        metrics.VERSION.labels(self.name).set(manifest.version)
+        metrics.KEYS.labels(self.name).set(cache.n)
+        return version
+
+    def changed(self) -> bool:
+        """Whether the folder may have another version: a look at one file."""
+        return self._stamp() not in (self._seen, None)
+
+    def follow(self) -> Version:
+        """Take the folder's current version, where there is another; where it cannot be opened, stay at this one."""
+        with self._changing:
+            stamp = self._stamp()
+            if stamp is None or stamp == self._seen:
+                return self.now
+            try:
+                cache = self.now.cache.reload()
+                if cache is not self.now.cache:
+                    self.now = self._opened(cache)
+                    metrics.RELOADS.labels(self.name, "taken").inc()
+            except RetrievalTipError as error:
+                log.warning("%s: stays at version %s: %s", self.name, self.now.manifest.version, error)
+                metrics.RELOADS.labels(self.name, "failed").inc()
+            self._seen = stamp
+            gc.collect()  # the version before, and the files that it maps
+            return self.now
+
+
+def open_all(folders: Sequence[Path], device: str, precision: str, verify: str) -> dict[str, Served]:
+    """Indexes by name. Raises UsageError where two have one name, StoreError where one cannot be opened."""
+    backbones = Backbones(device, precision)
+    served: dict[str, Served] = {}
+    for folder in folders:
+        one = Served(folder, backbones, device, precision, verify)
+        if one.name in served:
+            raise UsageError(f"{folder}: another index of the name {one.name!r} is served; rename one of the folders")
+        served[one.name] = one
+    return served
+
+
+def encoded(backbone: Backbone, pixels: Sequence[torch.Tensor]) -> list[FloatArray]:
+    """Raw features ``[d]`` of pictures, so many at a time as the backbone does best."""
+    size = backbone.batch_size
+    parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+    return [row for part in parts for row in backbone.encode_images(torch.stack(list(part)))]

@@ -1,0 +1,355 @@
+"""What the server does: images to features to answers, together; changes, one at a time; and what is slow, once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import logging
+import os
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from retrieval_tip import changes, images
+from retrieval_tip.audit import audit, describe_duplicates
+from retrieval_tip.backbone import Backbone, unit
+from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
+from retrieval_tip.features import Encoder, FloatArray, pixels_of, replacing
+from retrieval_tip.projection import methods, projected
+from retrieval_tip.server import metrics
+from retrieval_tip.server.batching import Batcher
+from retrieval_tip.server.limits import QUEUED_ROWS, Limits
+from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.served import Ask, Served, Version, encoded
+from retrieval_tip.server.uploads import Sent
+from retrieval_tip.sources import Source, open_source, show
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+"""Pillow's names of the image formats that are taken: those of cameras, screens and browsers."""
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
+
+POLL = 1.0
+"""Seconds between two looks at whether an index has a new version."""
+PATIENCE = 10.0
+"""Seconds that a request waits for a map or an audit; then it is told to ask again."""
+ROWS_AT_A_TIME = 256
+THUMBNAIL_BYTES = 64 << 20
+AUDITED = 1000
+"""Suspicious shots that are kept of an audit."""
+
+T = TypeVar("T")
+
+
+class Service:
+    """Answers, changes and follows the indexes. ``start`` it in the loop that asks it, and ``stop`` it there.
+
+    Images that are added lie, as they came, in a folder a class in ``uploads`` (by default beside the index, called as
+    it is with ``-shots``); pictures of shots whose paths are relative are looked for below ``root``.
+    """
+
+    def __init__(
+        self, served: dict[str, Served], limits: Limits, uploads: Path | None = None, root: Path | None = None
+    ) -> None:
+        self.served, self.limits = served, limits
+        self._uploads, self._root = uploads, root or Path()
+        sizes = [one.now.backbone.batch_size for one in served.values() if one.now.backbone is not None]
+        self._encode: Batcher[Backbone, torch.Tensor, FloatArray] = Batcher(
+            "images", encoded, most=max(sizes, default=1), room=limits.queue
+        )
+        self._answer: Batcher[tuple[Version, Ask], FloatArray, dict[str, Any]] = Batcher(
+            "features", _answered, most=ROWS_AT_A_TIME, room=QUEUED_ROWS * limits.queue
+        )
+        self._decoding = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._following, self._changing, self._slow = (
+            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("follow", "change", "slow")
+        )
+        self._made: weakref.WeakKeyDictionary[Version, dict[Hashable, asyncio.Future[Any]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._thumbnails: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._thumbnail_bytes = 0
+        self._follower: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to follow the folders."""
+        self._follower = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        """Finish what was taken, then end."""
+        if self._follower is not None:
+            self._follower.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._follower
+        await self._encode.close()
+        await self._answer.close()
+        for pool in (self._decoding, self._following, self._changing, self._slow):
+            pool.shutdown(cancel_futures=pool is self._slow)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(POLL)
+            for one in self.served.values():
+                if one.changed():
+                    try:
+                        await self._in(self._following, one.follow)
+                    except Exception:
+                        log.exception("%s: cannot be followed", one.name)
+
+    @staticmethod
+    async def _in(pool: Executor, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+
+    def index(self, name: str | None) -> Served:
+        """The index of this name, or the only one. Raises Problem 404 or 422."""
+        if name is None:
+            if len(self.served) > 1:
+                raise Problem(422, f"index: give one of {', '.join(self.served)}")
+            return next(iter(self.served.values()))
+        if name not in self.served:
+            raise Problem(404, f"no index {name!r} is served; there are {', '.join(self.served)}")
+        return self.served[name]
+
+    async def classify(
+        self, version: Version, ask: Ask, sent: Sent
+    ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """Results, and the inputs that were skipped. Raises Problem 422 where none can be used, 429 where many wait."""
+        skipped: list[dict[str, str]] = []
+        names, features = sent.names, list(sent.features) if sent.features is not None else []
+        if sent.images is not None:
+            found = await self._features(version, sent.images)
+            skipped = _skipped(names, found)
+            names = [name for name, one in zip(names, found, strict=True) if not isinstance(one, InputError)]
+            features = [one for one in found if not isinstance(one, InputError)]
+            if not features:
+                raise Problem(422, _said(skipped))
+        results = await self._answer((version, ask), features)
+        for name, result in zip(names, results, strict=True):
+            result["input"] = name
+        metrics.CLASSIFIED.labels(version.name).inc(len(results))
+        return results, skipped
+
+    async def _features(self, version: Version, datas: Sequence[bytes]) -> list[FloatArray | InputError]:
+        """Features of encoded images, or why there is none."""
+        backbone = _backbone_of(version)
+        pixels = await asyncio.gather(*(self._in(self._decoding, self._pixels, data, backbone) for data in datas))
+        raw = iter(await self._encode(backbone, [one for one in pixels if not isinstance(one, InputError)]))
+        return [one if isinstance(one, InputError) else _unit(next(raw)) for one in pixels]
+
+    def _pixels(self, data: bytes, backbone: Backbone) -> torch.Tensor | InputError:
+        try:
+            return pixels_of(data, backbone, most=self.limits.pixels, formats=FORMATS)
+        except InputError as error:
+            return error
+
+    async def add(self, one: Served, sent: Sent) -> dict[str, Any]:
+        """Add shots; the index is at the new version when this returns. Raises as :func:`changes.add`."""
+        backbone = one.now.backbone
+        skipped: list[dict[str, str]] = []
+        if sent.images is None:
+            added = await self._in(self._changing, _add_features, one, backbone, sent)
+        else:
+            backbone = _backbone_of(one.now)
+            found = [await self._in(self._decoding, self._pixels, data, backbone) for data in sent.images]
+            skipped = _skipped(sent.names, found)
+            good = [data for data, pixels in zip(sent.images, found, strict=True) if not isinstance(pixels, InputError)]
+            if not good:
+                raise Problem(422, _said(skipped))
+            added = await self._in(self._changing, self._add_images, one, backbone, sent.labels[0], good)
+        await self._in(self._following, one.follow)
+        return {
+            "index": one.name,
+            "version": added.version,
+            "key_ids": added.key_ids,
+            "classes": added.classes,
+            "known": added.known,
+            "duplicates": describe_duplicates(added.found) if added.found is not None else [],
+            "skipped": skipped,
+        }
+
+    def _add_images(self, one: Served, backbone: Backbone, label: str, datas: Sequence[bytes]) -> changes.Added:
+        """Keep the images and add them; of those that are not added, none is kept that was not there."""
+        folder = (self._uploads or one.folder.resolve().parent / f"{one.name}-shots") / _file_name(label)
+        paths, fresh = [], []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for data in dict.fromkeys(datas):
+                path = folder / (hashlib.sha256(data).hexdigest()[:16] + _suffix(data))
+                paths.append(str(path))
+                if not path.exists():
+                    fresh.append(path)
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(data)
+            items = pa.table({"source": [show(path) for path in paths], "label": [label] * len(paths)})
+            source = Source(f"shots of {label}", items, (label,), tuple(paths))
+            added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
+            if added.known:  # under another name
+                kept = set(one.follow().rows((), None, added.key_ids)["source"].to_pylist())
+                _remove([path for path in fresh if show(path) not in kept])
+            return added
+        except OSError as error:
+            _remove(fresh)
+            raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+        except RetrievalTipError:
+            _remove(fresh)
+            raise
+
+    async def remove(self, one: Served, key_ids: Sequence[int]) -> dict[str, Any]:
+        """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
+        there = set(one.now.rows((), None, key_ids)["key_id"].to_pylist())
+        if missing := [key_id for key_id in key_ids if key_id not in there]:
+            raise Problem(404, f"index {one.name!r} has no key {missing[0]}")
+        call = lambda: changes.remove(one.folder, key_ids=key_ids)  # noqa: E731
+        removed = await self._in(self._changing, call)
+        await self._in(self._following, one.follow)
+        return {"index": one.name, "version": removed.version, "key_ids": removed.key_ids}
+
+    async def map(self, version: Version, method: str, limit: int) -> dict[str, Any]:
+        """Keys in two dimensions. Raises Problem 422 for a method that is not there, 503 while it takes long."""
+        if method not in methods():
+            raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")
+        cache = version.cache
+        found = await self._once(version, ("map", method, limit), lambda: projected(cache, method, limit))
+        return {
+            "version": version.manifest.version,
+            "method": method,
+            "methods": methods(),
+            "total": cache.n,
+            "key_ids": cache.labels["key_id"].to_numpy()[found.rows],
+            "class_ids": cache.class_ids.cpu().numpy()[found.rows],
+            "x": found.places[:, 0].copy(),
+            "y": found.places[:, 1].copy(),
+            "explained": found.explained,
+        }
+
+    async def audit(self, version: Version, limit: int) -> dict[str, Any]:
+        """Suspicious shots, worst first. Raises Problem 503 while it takes long."""
+
+        def call() -> tuple[int, list[dict[str, Any]]]:
+            table = audit(version.cache)
+            return len(table), table.slice(0, AUDITED).to_pylist()
+
+        total, shots = await self._once(version, "audit", call)
+        return {"version": version.manifest.version, "total": total, "shots": shots[:limit]}
+
+    async def _once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
+        """What ``call`` gives, made once a version."""
+        made = self._made.setdefault(version, {})
+        future = made.get(what)
+        if future is None or (future.done() and future.exception() is not None):
+            future = made[what] = asyncio.ensure_future(self._in(self._slow, call))
+        try:
+            async with asyncio.timeout(PATIENCE):
+                found: T = await asyncio.shield(future)
+                return found
+        except TimeoutError:
+            raise Problem(503, "it is still being computed; ask again in 5 s", {"Retry-After": "5"}) from None
+
+    async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
+        """A shot's picture as a small JPEG. Raises Problem 404 where there is none."""
+        path = self.picture(version.source_of(key_id))
+        if path is None:
+            raise Problem(404, f"key {key_id}: its source is no image on this machine")
+        try:
+            seen = path.stat()
+            name = (path, seen.st_mtime_ns, seen.st_size, size)
+            if (kept := self._thumbnails.get(name)) is not None:
+                self._thumbnails.move_to_end(name)
+                return kept
+            made = await self._in(self._decoding, self._drawn, path, size)
+        except (OSError, InputError) as error:
+            raise Problem(404, f"key {key_id}: its picture cannot be read ({error})") from None
+        self._thumbnails[name] = made
+        self._thumbnail_bytes += len(made)
+        while self._thumbnail_bytes > THUMBNAIL_BYTES:
+            self._thumbnail_bytes -= len(self._thumbnails.popitem(last=False)[1])
+        return made
+
+    def _drawn(self, path: Path, size: int) -> bytes:
+        return images.thumbnail(images.read(path), size)
+
+    def picture(self, source: str) -> Path | None:
+        """The file that a shot's source names, where that is an image's name and the file is there."""
+        path = self._root / source
+        try:
+            return path if path.suffix.lower() in images.extensions() and path.is_file() else None
+        except (OSError, ValueError):  # a name that is none
+            return None
+
+
+def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[dict[str, Any]]:
+    version, ask = key
+    return version.answer(ask, np.stack(rows))
+
+
+def _backbone_of(version: Version) -> Backbone:
+    if version.backbone is None:
+        raise Problem(422, f"index {version.name!r} takes features only: the backbone that made its keys is not here")
+    return version.backbone
+
+
+def _unit(raw: FloatArray) -> FloatArray | InputError:
+    try:
+        row: FloatArray = unit(raw[None])[0]
+        return row
+    except InputError as error:
+        return error
+
+
+def _skipped(names: Sequence[str], found: Sequence[object]) -> list[dict[str, str]]:
+    pairs = zip(names, found, strict=True)
+    return [{"input": name, "reason": str(one)} for name, one in pairs if isinstance(one, InputError)]
+
+
+def _said(skipped: Sequence[dict[str, str]]) -> str:
+    lines = [f"{one['input']}: {one['reason']}" for one in skipped]
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.Added:
+    """Add features under names that can never be those of a file."""
+    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+        table = Path(folder) / "shots.parquet"
+        assert sent.features is not None
+        d = sent.features.shape[1]
+        flat = pa.array(sent.features.reshape(-1), pa.float32())
+        columns = {
+            "id": [f"api:{name}" for name in sent.names],
+            "label": sent.labels,
+            "feature": pa.FixedSizeListArray.from_arrays(flat, d),
+        }
+        pq.write_table(pa.table(columns), table)
+        return changes.add(one.folder, open_source(table), Encoder(backbone, norms="keep"))
+
+
+def _file_name(label: str) -> str:
+    """A label as the name of a folder."""
+    name = quote(label, safe=" ()+,-=@")[:120]
+    return name if not name.startswith(".") else f"%2E{name[1:]}"
+
+
+def _suffix(data: bytes) -> str:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = image.format or ""
+    return SUFFIXES.get(kind, f".{kind.lower()}")
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()  # where it was the only one

@@ -1,0 +1,134 @@
+"""What a request brings: images as multipart form data, or features as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from fastapi import Request
+from starlette.datastructures import UploadFile
+
+from retrieval_tip.errors import InputError
+from retrieval_tip.features import FloatArray, check_norms
+from retrieval_tip.inputs import matrix
+from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.problems import Problem
+
+FORM, JSON = "multipart/form-data", "application/json"
+LONGEST_FIELD = 1 << 16
+"""Bytes of a form's text field."""
+LONGEST_NAME = 1024
+"""Characters of an input's name or a label."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """``images`` or ``features`` ``[q, d]``, a name each; where they are shots ``labels``, one for all or each."""
+
+    names: list[str]
+    images: list[bytes] | None
+    features: FloatArray | None
+    labels: list[str]
+
+
+async def read(request: Request, limits: Limits, norms: str, d: int, *, labelled: bool = False) -> Sent:
+    """What was sent, for an index of features of ``d`` values.
+
+    Raises Problem 400 where it cannot be parsed, 413 where it is too much, 415 where it is of another kind, 422 where
+    something is missing, superfluous or of another shape; InputError for features that cannot be used.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == FORM:
+        return await _form(request, limits, labelled=labelled)
+    if kind == JSON:
+        return _json(await _body(request, limits), limits, norms, d, labelled=labelled)
+    raise Problem(415, f"content type {kind!r}: expected {FORM} with images, or {JSON} with features")
+
+
+async def _form(request: Request, limits: Limits, *, labelled: bool) -> Sent:
+    fields = ("images", "label") if labelled else ("images",)
+    async with request.form(max_files=limits.images, max_fields=8, max_part_size=LONGEST_FIELD) as form:
+        names: list[str] = []
+        images: list[bytes] = []
+        labels: list[str] = []
+        for field, value in form.multi_items():
+            if field not in fields:
+                raise Problem(422, f"field {field!r}: expected {' and '.join(fields)}")
+            if isinstance(value, UploadFile) != (field == "images"):
+                raise Problem(422, f"field {field!r}: expected {'files' if field == 'images' else 'text'}")
+            if isinstance(value, UploadFile):
+                names.append(_text("images", value.filename or f"image {len(names)}"))
+                images.append(await value.read())
+            else:
+                labels.append(_label(value))
+    if not images:
+        raise Problem(422, "images: none; send at least one file in the field 'images'")
+    if len(labels) != labelled:
+        raise Problem(422, f"label: {len(labels)} of them; send one, which is for all images")
+    return Sent(names, images, None, labels)
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limits.json_bytes:
+            raise Problem(413, f"JSON may have {limits.json_bytes:,} bytes; send fewer features at once")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _json(body: bytes, limits: Limits, norms: str, d: int, *, labelled: bool) -> Sent:
+    try:
+        sent = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Problem(400, f"not JSON: {error}") from None
+    names_field = "sources" if labelled else "inputs"
+    known = {"features", names_field} | ({"labels"} if labelled else set())
+    if not isinstance(sent, dict) or not isinstance(sent.get("features"), list):
+        raise Problem(422, "expected an object with 'features', a list of lists of numbers")
+    if superfluous := sorted(sent.keys() - known):
+        raise Problem(422, f"{superfluous[0]!r}: not known here; expected {', '.join(sorted(known))}")
+    rows = len(sent["features"])
+    if not 1 <= rows <= limits.rows:
+        raise Problem(413 if rows else 422, f"features: {rows} rows; send 1 to {limits.rows} at once")
+    features = _features(sent["features"], d, norms)
+    names = (
+        _texts(sent.get(names_field), names_field, rows) if names_field in sent else [f"row {i}" for i in range(rows)]
+    )
+    labels = [_label(label) for label in _texts(sent.get("labels"), "labels", rows)] if labelled else []
+    return Sent(names, None, features, labels)
+
+
+def _features(sent: list[Any], d: int, norms: str) -> FloatArray:
+    if not all(isinstance(row, list) and len(row) == d for row in sent):
+        row = next(i for i, row in enumerate(sent) if not isinstance(row, list) or len(row) != d)
+        raise InputError(f"features: row {row} is no list of {d} numbers, as the index needs")
+    try:
+        found = np.asarray(sent)
+    except (ValueError, OverflowError):
+        found = np.empty(0, dtype=object)
+    if found.dtype.kind not in "fiu":
+        raise InputError("features: hold something other than numbers")
+    return check_norms(matrix(found.astype(np.float64), "features"), 0, norms, "features")
+
+
+def _texts(sent: object, field: str, rows: int) -> list[str]:
+    if not isinstance(sent, list) or len(sent) != rows:
+        raise Problem(422, f"{field}: expected a list of {rows}, one a row of features")
+    return [_text(field, value) for value in sent]
+
+
+def _text(field: str, value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
+        raise Problem(422, f"{field}: expected text of 1 to {LONGEST_NAME} characters")
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
+def _label(value: object) -> str:
+    label = _text("label", value).strip()
+    if not label or not label.isprintable():
+        raise Problem(422, "label: expected the name of a class, without control characters")
+    return label

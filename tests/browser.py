@@ -1,0 +1,106 @@
+"""A real browser and a real server, for tests of the page."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+PATIENCE = 60_000  # ms; machines of two cores that others use too
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Chromium without a window. Where there is none the tests are skipped, but fail in CI."""
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None:
+        message = f"SKIPPED: no Chromium ({', '.join(CHROMIUM)}); apt-get install chromium"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def serving(*arguments: object) -> Iterator[str]:
+    """The address of ``retrieval-tip serve`` with these arguments, at a free port, until the end of the block."""
+    command = [sys.executable, "-m", "retrieval_tip", "serve", *map(str, arguments), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    said = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if address := re.search(r"http://[\d.]+:\d+", line):
+                break
+        else:
+            pytest.fail(f"the server ended, status {process.wait()}: {''.join(said)}")
+        rest = threading.Thread(target=said.extend, args=(process.stderr,))  # so that it never waits for a reader
+        rest.start()
+        yield address[0]
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0, "".join(said)
+    rest.join()
+    process.stderr.close()
+    assert "Traceback" not in "".join(said), "".join(said)
+
+
+def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
+    """Drop files on the page, as a hand would."""
+    names = names or [image.name for image in images]
+    files = [[name, base64.b64encode(image.read_bytes()).decode()] for name, image in zip(names, images, strict=True)]
+    transfer = page.evaluate_handle(
+        """files => {
+            const transfer = new DataTransfer();
+            for (const [name, data] of files) {
+                const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+                transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+            }
+            return transfer;
+        }""",
+        files,
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event("body", event, {"dataTransfer": transfer})
+
+
+def contrast(element: Locator) -> float:
+    """WCAG's contrast of an element's text with what is painted behind it (1 to 21)."""
+    ink, *behind = element.evaluate(
+        """element => {
+            const colours = [getComputedStyle(element).color];
+            for (let e = element; e; e = e.parentElement) colours.push(getComputedStyle(e).backgroundColor);
+            return colours.map((colour) => {
+                const context = new OffscreenCanvas(1, 1).getContext("2d");
+                context.fillStyle = colour;
+                context.fillRect(0, 0, 1, 1);
+                return [...context.getImageData(0, 0, 1, 1).data];
+            });
+        }"""
+    )
+    paper = next(colour for colour in behind if colour[3] == 255)
+    light = [
+        sum(
+            weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+            for weight, c in zip((0.2126, 0.7152, 0.0722), (v / 255 for v in colour[:3]), strict=True)
+        )
+        for colour in (ink, paper)
+    ]
+    return (max(light) + 0.05) / (min(light) + 0.05)

@@ -1,0 +1,152 @@
+"""Requests that wait together are answered together, in order, and no more of them than there is room for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval_tip.errors import InputError
+from retrieval_tip.server.batching import Batcher
+from retrieval_tip.server.problems import Problem
+
+
+class Gate:
+    """A function to run, which waits until it is opened, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.batches: list[tuple[str, list[int]]] = []
+
+    def __call__(self, key: str, items: list[int]) -> list[str]:
+        assert self.open.wait(30)
+        self.batches.append((key, items))
+        return [f"{key}{item}" for item in items]
+
+
+async def soon(ready: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if ready():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("never")
+
+
+def test_what_waits_meanwhile_becomes_one_batch() -> None:
+    gate = Gate()
+
+    async def ask() -> None:
+        batcher = Batcher("test", gate, most=100, room=100)
+        first = asyncio.create_task(batcher("a", [0]))
+        await soon(lambda: not batcher._waiting and batcher._worker is not None)
+        others = [asyncio.create_task(batcher("a", [i, -i])) for i in range(1, 11)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        assert await first == ["a0"]
+        assert await asyncio.gather(*others) == [[f"a{i}", f"a{-i}"] for i in range(1, 11)]
+        await batcher.close()
+
+    asyncio.run(ask())
+    assert gate.batches == [("a", [0]), ("a", [x for i in range(1, 11) for x in (i, -i)])]
+
+
+@given(
+    calls=st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 9), min_size=1, max_size=4)), max_size=30),
+    most=st.integers(1, 8),
+)
+@settings(max_examples=50, deadline=None)
+def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most: int) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def run(key: str, items: list[int]) -> list[str]:
+        seen.append((key, len(items)))
+        return [f"{key}{item}" for item in items]
+
+    async def ask() -> list[list[str]]:
+        batcher = Batcher("test", run, most=most, room=10_000)
+        answers = await asyncio.gather(*(batcher(key, items) for key, items in calls))
+        await batcher.close()
+        return answers
+
+    assert asyncio.run(ask()) == [[f"{key}{item}" for item in items] for key, items in calls]
+    assert sum(size for _, size in seen) == sum(len(items) for _, items in calls)
+    assert all(size <= max(most, 4) for _, size in seen)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    gate = Gate()
+
+    async def ask() -> None:
+        batcher = Batcher("test", gate, most=1, room=3)
+        first = asyncio.create_task(batcher("a", [0]))
+        await soon(lambda: not batcher._waiting and batcher._worker is not None)
+        waiting = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Problem, match="3 items wait") as refused:
+            await batcher("a", [4])
+        assert refused.value.status == 429
+        assert int(refused.value.headers["Retry-After"]) >= 1
+        gate.open.set()
+        await asyncio.gather(first, *waiting)
+        assert await batcher("a", list(range(10))) == [f"a{i}" for i in range(10)]  # more than the room, alone
+        await batcher.close()
+
+    asyncio.run(ask())
+
+
+def test_an_error_reaches_those_that_it_was_made_for() -> None:
+    def run(key: str, items: list[int]) -> list[int]:
+        if key == "bad":
+            raise InputError("no such thing")
+        return items
+
+    async def ask() -> list[object]:
+        batcher = Batcher("test", run, most=10, room=10)
+        calls = [batcher("bad", [1]), batcher("good", [2]), batcher("bad", [3])]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        await batcher.close()
+        return found
+
+    one, two, three = asyncio.run(ask())
+    assert isinstance(one, InputError)
+    assert two == [2]
+    assert isinstance(three, InputError)
+
+
+def test_who_has_gone_is_not_answered() -> None:
+    gate = Gate()
+
+    async def ask() -> None:
+        batcher = Batcher("test", gate, most=10, room=10)
+        first = asyncio.create_task(batcher("a", [0]))
+        await soon(lambda: not batcher._waiting and batcher._worker is not None)
+        gone, stays = asyncio.create_task(batcher("a", [1])), asyncio.create_task(batcher("a", [2]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        gate.open.set()
+        assert await stays == ["a2"]
+        assert await first == ["a0"]
+        await batcher.close()
+        assert batcher._items == 0
+
+    asyncio.run(ask())
+    assert gate.batches == [("a", [0]), ("a", [2])]
+
+
+def test_closing_answers_what_was_taken() -> None:
+    gate = Gate()
+
+    async def ask() -> list[str]:
+        batcher = Batcher("test", gate, most=1, room=10)
+        calls = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        await batcher.close()
+        return [call.result()[0] for call in calls]
+
+    assert asyncio.run(ask()) == ["a0", "a1", "a2"]

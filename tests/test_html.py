@@ -1,0 +1,159 @@
+"""Small tables for notebooks: what they show, and that no name becomes markup."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrieval_tip import CacheModel
+from retrieval_tip.cache_model import SHOWN_PREDICTIONS, Predictions
+from retrieval_tip.html import VOID, Html, join, table, tag, text
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='a()'>",
+    "a\nb\x1b[31m",
+    "\u202egnp.exe",
+    "&lt;b&gt;",
+    "\ud800",
+]
+
+
+class Page(HTMLParser):
+    """A page taken apart: its elements, its text, and whether every element ends where it should."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def tags(self) -> set[str]:
+        return {name for name, _ in self.elements}
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def test_text_is_escaped_once():
+    assert text('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;"
+    assert text(text("<")) == "&lt;"
+    assert text(Html("<b>")) == "<b>"
+    assert text(1.5) == "1.5"
+    assert text("a\nb\u202ec\ud800") == "a\\nb\\u202ec\\ud800"
+
+
+def test_an_element_escapes_what_is_not_markup():
+    made = tag(
+        "a", "<b>", tag("b", "&"), None, 3, href='"#', class_="x", aria_label="y", hidden=True, title=None, id=False
+    )
+    assert made == '<a href="&quot;#" class="x" aria-label="y" hidden>&lt;b&gt;<b>&amp;</b>3</a>'
+    assert tag("img", alt="<") == '<img alt="&lt;">'
+    assert join(["<", None, tag("br")], ", ") == "&lt;, <br>"
+
+
+def test_a_table_has_headings_and_aligns_numbers():
+    page = Page(table(["name", "<n>"], [["<a>", 1], ["b", tag("b", "2")]], "cap<tion", numbers=[1]))
+    assert page.text == "cap<tion name <n> <a> 1 b 2"
+    heads = [attributes for name, attributes in page.elements if name == "th"]
+    assert [attributes["scope"] for attributes in heads] == ["col", "col", "row", "row"]
+    sides = [attributes["style"].partition(";")[0] for name, attributes in page.elements if name in ("th", "td")]
+    assert sides == [f"text-align:{side}" for side in ("left", "right") * 3]
+    assert "thead" not in Page(table([], [["a", 1]])).tags
+
+
+@given(st.text(), st.text())
+def test_whatever_the_text_it_stays_text(one, other):
+    page = Page(table([one], [[other, one]], other))
+    assert page.tags <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
+    assert "\n" not in table([one], [[other]])
+
+
+# --------------------------------------------------------------------------------------------------------- notebooks
+
+
+@pytest.fixture
+def cache():
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(12, 8)).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    names = [*HOSTILE[:2], "plain"]
+    sources = [f"{HOSTILE[i % 5]}{i}" for i in range(12)]
+    return CacheModel.from_features(keys, [0, 1, 2] * 4, names, alpha=2.0, beta=5.5, device="cpu", sources=sources)
+
+
+def check(shown: str) -> Page:
+    page = Page(shown)
+    assert page.tags <= {"div", "table", "caption", "thead", "tbody", "tr", "th", "td", "b", "small"}
+    assert all(set(attributes) <= {"style", "scope"} for _, attributes in page.elements)
+    assert "color" not in shown
+    assert "\u202e" not in shown
+    return page
+
+
+def test_a_classifier_shows_what_it_is(cache, tmp_path):
+    page = check(cache._repr_html_())
+    for expected in ("CacheModel", "12 of 8 values, float32", "3: <script>alert(1)</script> 4, ", "plain 4", "alpha 2",
+                     "beta 5.5", "k all", "not from a folder", "unnamed", "none: the cache alone decides"):  # fmt: skip
+        assert expected in page.text
+    cache.save(tmp_path / "in<dex")
+    page = check(CacheModel.load(tmp_path / "in<dex", device="cpu")._repr_html_())
+    assert f"{tmp_path / 'in<dex'}, version 1" in page.text
+
+
+def test_of_many_classes_the_first_are_shown():
+    names = [f"c{i}" for i in range(30)]
+    cache = CacheModel.from_features(np.eye(30, dtype=np.float32), names, names, np.eye(30), device="cpu")
+    shown = check(cache._repr_html_()).text
+    assert "30: c0 1, c1 1," in shown
+    assert "and 22 more" in shown
+    assert "c8" not in shown
+
+
+def test_a_prediction_shows_what_made_it(cache):
+    found = cache.classify(np.asarray(cache.keys[:1]), top=2, neighbours=3)[0]
+    page = check(found._repr_html_())
+    figures = [f"{value:.4f}" for value in (*found.probabilities, found.neighbours[0].affinity)]
+    for expected in (found.label, *figures, f"{found.cache_logit:.4g}", found.neighbours[2].label):
+        assert expected in page.text
+    none = cache.classify(np.asarray(cache.keys[:1]), neighbours=0)[0]
+    assert "affinity" not in check(none._repr_html_()).text
+
+
+def test_predictions_are_a_list_that_shows_a_row_each(cache):
+    features = np.tile(np.asarray(cache.keys), (10, 1))
+    found = cache.classify(features)
+    assert isinstance(found, Predictions)
+    assert isinstance(found, list)
+    assert found == list(found)
+    page = check(found._repr_html_())
+    rows = [name for name, _ in page.elements].count("tr") - 1
+    assert rows == SHOWN_PREDICTIONS < len(found)
+    assert f"{len(found)} predictions; the first {SHOWN_PREDICTIONS}" in page.text
+    assert found[3].neighbours[0].label in page.text
+    assert check(Predictions()._repr_html_()).text.startswith("0 predictions")
+    bare = check(cache.classify(features[:1], neighbours=0)._repr_html_())
+    assert "1 prediction" in bare.text

@@ -1,0 +1,83 @@
+"""The description of the interface, and the server held to it by schemathesis: no request makes it fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from serving import server
+
+from retrieval_tip import CacheModel
+from retrieval_tip.server.app import create_app
+
+TOKEN = "open sesame"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny index: two values a feature, as the examples of the description have."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    keys = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, -0.6]]
+    CacheModel.from_features(np.array(keys), ["cat", "cat", "dog", "dog"], ["cat", "dog"]).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(tiny: Path) -> Iterator[str]:
+    with server(tiny, token=TOKEN) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def api(address: str) -> schemathesis.BaseSchema:
+    return schemathesis.openapi.from_url(f"{address}/openapi.json")
+
+
+DESCRIBED = create_app({}).openapi()
+OPERATIONS = [(path, method) for path, methods in DESCRIBED["paths"].items() for method in methods]
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_no_request_makes_the_server_fail(api: schemathesis.BaseSchema, path: str, method: str) -> None:
+    """Statuses, content types and bodies are as described, too."""
+
+    @given(case=api[path][method].as_strategy(), here=st.booleans(), authorised=st.booleans())
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def ask(case: schemathesis.Case, here: bool, authorised: bool) -> None:
+        if here and "name" in case.path_parameters:
+            case.path_parameters["name"] = "tiny"
+        answer = case.call(headers={"Authorization": f"Bearer {TOKEN}"} if authorised else {})
+        assert answer.status_code < 500
+        case.validate_response(answer, excluded_checks=[positive_data_acceptance])  # no schema says: of norm 1
+
+    ask()
+
+
+def test_the_description_says_what_is_needed() -> None:
+    assert {path for path, _ in OPERATIONS} >= {"/v1/classify", "/v1/indexes/{name}/keys", "/healthz", "/metrics"}
+    for path, method in OPERATIONS:
+        operation = DESCRIBED["paths"][path][method]
+        assert operation["description"], (path, method)
+        for body in operation.get("requestBody", {}).get("content", {}).values():
+            assert body["schema"]["properties"]
+    for path in ("/v1/classify", "/v1/indexes/{name}/keys"):
+        content = DESCRIBED["paths"][path]["post"]["requestBody"]["content"]
+        assert set(content) == {"multipart/form-data", "application/json"}
+        assert content["application/json"]["example"]["features"]
+
+
+def test_the_examples_work(address: str) -> None:
+    content = DESCRIBED["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
+    answer = httpx.post(f"{address}/v1/classify", json=content["application/json"]["example"])
+    assert (answer.status_code, answer.json()["results"][0]["input"]) == (200, "camera-3/0001")
+    content = DESCRIBED["paths"]["/v1/indexes/{name}/keys"]["post"]["requestBody"]["content"]
+    sent = {"json": content["application/json"]["example"], "headers": {"Authorization": f"Bearer {TOKEN}"}}
+    answer = httpx.post(f"{address}/v1/indexes/tiny/keys", **sent)
+    assert (answer.status_code, answer.json()["classes"]) == (201, [])

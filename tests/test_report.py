@@ -1,0 +1,706 @@
+"""Reports: their figures against evaluate and plain NumPy, what names can do to them, and how a browser takes them."""
+
+from __future__ import annotations
+
+import base64
+import builtins
+import io
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from conftest import SHARED
+from PIL import Image
+from test_cli import unit_rows, write_table
+
+from retrieval_tip import report
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.cli import main
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.evaluate import Answers, Details, Part, judge
+from retrieval_tip.features import Encoder
+from retrieval_tip.html import VOID
+from retrieval_tip.report import certain_mistakes, wilson, worst_mistakes, write_report
+from retrieval_tip.sources import open_source
+
+pytest.importorskip("matplotlib")
+
+CHROMIUM = Path("/usr/bin/chromium")
+ALIKE = ["chair", "crayfish", "crocodile", "crocodile_head", "lobster", "windsor_chair"]
+INLINE = {"a", "b", "code", "data", "span"}
+HOSTILE = ["<script>alert(1)<", "\"><img src=x onerror='a()'>", "a\nb\x1b[31m", "\u202egnp.exe", "&lt;b&gt; $x^{"]
+
+
+class Node:
+    """An element of a page: its attributes, and what is in it."""
+
+    def __init__(self, name="", attributes=()):
+        self.name, self.attributes, self.inside = name, dict(attributes), []
+
+    def all(self, name=None, **attributes):
+        for part in self.inside:
+            if isinstance(part, Node):
+                if name in (None, part.name) and all(
+                    part.attributes.get(k.rstrip("_")) == v for k, v in attributes.items()
+                ):
+                    yield part
+                yield from part.all(name, **attributes)
+
+    def first(self, name=None, **attributes):
+        return next(self.all(name, **attributes))
+
+    @property
+    def text(self):
+        """As it is read: inline elements join what is beside them, others do not."""
+        parts = (
+            part if isinstance(part, str) else part.text if part.name in INLINE else f" {part.text} "
+            for part in self.inside
+        )
+        return " ".join("".join(parts).split())
+
+    def rows(self):
+        return [[cell.text for cell in row.all() if cell.name in ("td", "th")] for row in self.all("tr")]
+
+
+class Tree(HTMLParser):
+    """A page as nodes; it has to be well-formed."""
+
+    def __init__(self, source):
+        super().__init__(convert_charrefs=True)
+        self.open = [Node()]
+        self.feed(source)
+        self.close()
+        assert len(self.open) == 1, f"<{self.open[-1].name}> has no end"
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
+        node = Node(tag, attrs)
+        self.open[-1].inside.append(node)
+        if tag not in VOID:
+            self.open.append(node)
+
+    def handle_startendtag(self, tag, attrs):
+        self.open[-1].inside.append(Node(tag, attrs))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop().name == tag
+
+    def handle_data(self, data):
+        self.open[-1].inside.append(data)
+
+
+def read(path):
+    """A report taken apart, after looking at what every one of them has to be."""
+    source = Path(path).read_text(encoding="utf-8")
+    assert "\u202e" not in source
+    page = Tree(source).open[0]
+    ids = set()
+    for node in page.all():
+        assert node.name not in ("script", "iframe", "object", "embed", "form", "base")
+        for name, value in node.attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster"):
+                assert value.startswith(("data:", "#")), value
+            for url in (value or "").split("url(")[1:]:
+                assert url.startswith("#"), value
+            if name == "id" and page.first("main") and node.name in ("section", "li", "ol"):
+                assert value not in ids
+                ids.add(value)
+        if node.name == "img":
+            assert node.attributes["alt"]
+        if node.name == "svg" and node.attributes.get("aria-hidden") is None:
+            assert (node.attributes["role"], bool(node.attributes["aria-label"])) == ("img", True)
+    style = page.first("style").text
+    assert "url(" not in style
+    assert "@import" not in style
+    assert [node.name for node in page.all("h1")] == ["h1"]
+    assert page.first("html").attributes["lang"] == "en"
+    links = {node.attributes["href"] for node in page.all("a")}
+    assert links <= {f"#{node.attributes['id']}" for node in page.all() if "id" in node.attributes}
+    return page
+
+
+def section(page, name):
+    return page.first("section", id=name)
+
+
+def figures(page):
+    """The headline: exact accuracy, mean of classes and ECE by the way of answering."""
+    found = {}
+    for row in section(page, "accuracy").first("tbody").all("tr"):
+        values = [float(node.attributes["value"]) for node in row.all("data")]
+        found[row.first("b").text] = (*values, None)[:3]
+    return found
+
+
+def items(page, which):
+    """The test items of a list of mistakes, in its order."""
+    return [node.attributes["data-item"] for node in page.first("ol", id=which).all("li", class_="card")]
+
+
+def command(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def done(*arguments, status=0):
+    result = command(*arguments)
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Shots and test photographs of classes that look alike, and an index of the shots."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    place = tmp_path_factory.mktemp("photographs")
+    for name in ALIKE:
+        files = sorted((SHARED / "data/caltech101/101_ObjectCategories" / name).iterdir())
+        for part, some in (("shots", files[:4]), ("test", files[-9:]), ("val", files[4:7])):
+            (place / part / name).mkdir(parents=True)
+            for file in some:
+                shutil.copy(file, place / part / name)
+    done(
+        "-q",
+        "index",
+        "build",
+        place / "shots",
+        "--model",
+        f"local-dir:{SHARED}/models/lit-mini",
+        "--out",
+        place / "index",
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def written(photographs):
+    """A report on them, with what was printed."""
+    out = photographs / "report.html"
+    result = done("-q", "report", photographs / "index", "--test", photographs / "test", "--out", out, "--seeds", 2)
+    return out, result
+
+
+@pytest.fixture
+def food(tmp_path):
+    """An index of food features, 4 shots, and the test table: no pictures anywhere."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    data = SHARED / "data/clip-food9"
+    done(
+        "-q",
+        "index",
+        "build",
+        data / "train.parquet",
+        "--text",
+        data / "text.parquet",
+        "--shots",
+        4,
+        "--out",
+        tmp_path / "food",
+    )
+    return tmp_path / "food", data / "test.parquet"
+
+
+def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table):
+    """A small index of made features, and a test table, of which some rows are answered wrongly."""
+    means, random = unit_rows(len(labels), 16), np.random.default_rng(1)
+
+    def rows(ids, seed):
+        found = means[ids] + noise * unit_rows(len(ids), 16, seed)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    keys = np.repeat(np.arange(len(labels)), 4)
+    ids = random.integers(0, len(labels), n) if test_labels is None else np.asarray(test_labels)
+    shots = write_table(tmp_path / "shots.parquet", rows(keys, 2), [labels[i] for i in keys])
+    test = write_table(tmp_path / "test.parquet", rows(ids, 3), [labels[i] for i in ids], **table)
+    words = ("--text", write_table(tmp_path / "text.parquet", means, list(labels))) if text else ()
+    done("-q", "index", "build", shots, *words, "--out", tmp_path / "index")
+    return tmp_path / "index", test
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 7), (7, 7), (1, 1), (879, 999), (3, 10), (1, 10**6)])
+def test_an_interval_is_wilsons(hits, n):
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n <= high <= 1
+    for bound in (low, high):  # which are where the deviation is 1.96 standard errors of the bound itself
+        if 0 < bound < 1:
+            assert abs(hits / n - bound) == pytest.approx(1.959964 * np.sqrt(bound * (1 - bound) / n), rel=1e-6)
+    assert (low == 0, high == 1) == (hits == 0, hits == n)
+
+
+def test_a_known_interval():
+    assert wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=5e-5)
+
+
+def test_the_figures_are_those_of_evaluate(written, photographs):
+    out, result = written
+    page = read(out)
+    facts = json.loads(done("-q", "evaluate", photographs / "index", photographs / "test", "--json").stdout)
+    found = figures(page)
+    assert 0.5 < facts["top1"] < 1
+    assert found["Tip-Adapter"] == (facts["top1"], facts["mean_per_class"], facts["ece"])
+    assert found["zero-shot"][0] == facts["zero_shot_top1"]
+    assert found["cache alone"][0] == facts["cache_top1"]
+    shown = section(page, "accuracy").text
+    low, high = wilson(round(facts["top1"] * 54), 54)
+    assert f"{low:.1%} to {high:.1%}" in shown
+    assert result.stdout.strip() == f"{out}: {out.stat().st_size / 1e6:.1f} MB, top1 {facts['top1']:.4g} of 54 items"
+    every = {row[0]: row for row in section(page, "classes").first("table").rows()[1:]}
+    assert set(every) == set(ALIKE)
+    for name, accuracy in facts["per_class"].items():
+        assert every[name][1] == f"{accuracy:.1%}"
+        assert every[name][3:5] == ["9", "4"]
+    for (true, answer, times), pair in zip(
+        facts["confusions"], section(page, "confusions").all("li", class_="pair"), strict=False
+    ):
+        assert pair.first("h3").text == f"{true} taken for {answer}"
+        assert f"{times} of 9 items" in pair.text
+
+
+def test_parts_are_judged_as_plain_numpy_would(photographs):
+    cache = CacheModel.load(photographs / "index", device="cpu", precision="float32")
+    rng = np.random.default_rng(0)
+    rows = np.asarray(cache.keys, dtype=np.float64)[rng.integers(0, 24, 90)] + 0.08 * rng.normal(size=(90, cache.d))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    ids = rng.integers(0, 6, 90)
+    table = write_table(photographs / "made.parquet", rows, [ALIKE[i] for i in ids])
+    cache.alpha, cache.temperature = 3.0, 2.5
+    source = open_source(table)
+    found = judge(cache, Encoder().blocks(source), cache.ids_of(source), details=True)
+    f, keys = rows.astype(np.float64), np.asarray(cache.keys, dtype=np.float64)
+    text = cache.logit_scale * f @ cache.text_weights.numpy().astype(np.float64).T
+    alone = 3.0 * np.exp(-cache.beta * (1 - f @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
+
+    def log_softmax(z):
+        z = z - z.max(axis=1, keepdims=True)
+        return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+    details = found.answers.details
+    whole = log_softmax((text + alone) / 2.5)
+    np.testing.assert_allclose(details.log_truth, whole[np.arange(90), ids], rtol=1e-3, atol=1e-3)
+    others = np.sort(whole, axis=1)[:, :-1]
+    np.testing.assert_allclose(details.log_doubt, np.logaddexp.reduce(others, axis=1), rtol=1e-3, atol=1e-3)
+    for part, logits in ((details.text, text), (details.cache, alone)):
+        np.testing.assert_array_equal(part.predicted, logits.argmax(axis=1))
+        np.testing.assert_allclose(part.confidence, np.exp(log_softmax(logits)).max(axis=1), rtol=1e-3, atol=1e-4)
+    assert judge(cache, Encoder().blocks(source), cache.ids_of(source)).answers.details is None
+
+
+def test_the_mistakes_are_the_worst_and_the_most_certain(tmp_path):
+    folder, test = made(tmp_path, n=120, noise=2.5)
+    out = tmp_path / "r.html"
+    done("-q", "report", folder, "--test", test, "--out", out, "--no-curves", "--alpha", 2, "--beta", 3)
+    cache, table = CacheModel.load(folder, device="cpu"), pq.read_table(test)
+    f = np.stack(table["feature"].to_numpy()).astype(np.float64)
+    truth = np.array([cache.class_names.index(label) for label in table["label"].to_pylist()])
+    affinity = f @ np.asarray(cache.keys, dtype=np.float64).T
+    logits = (
+        100 * f @ cache.text_weights.numpy().T + 2 * np.exp(-3 * (1 - affinity)) @ np.eye(3)[cache.class_ids.numpy()]
+    )
+    chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chances /= chances.sum(axis=1, keepdims=True)
+    wrong = np.flatnonzero(logits.argmax(axis=1) != truth)
+    assert len(wrong) > 20
+    of_truth = chances[np.arange(120), truth]
+    page, names = read(out), table["id"].to_pylist()
+    worst = [names[i] for i in sorted(wrong, key=lambda i: of_truth[i])[:12]]
+    others = np.sort(logits - logits.max(axis=1, keepdims=True), axis=1)[:, :-1]  # odds against the answer
+    certain = [names[i] for i in sorted(wrong, key=lambda i: np.logaddexp.reduce(others[i]))[:12]]
+    assert items(page, "worst") == worst
+    assert items(page, "certain") == certain
+    card = page.first("li", id="mistake-1")
+    values = {row[0].split(" (")[0]: row for row in card.first("table").rows()[1:]}
+    i = names.index(worst[0])
+    for name, row in values.items():
+        c = cache.class_names.index(name)
+        assert float(row[1].replace("< 1e-9", "0")) == pytest.approx(chances[i, c], abs=6e-5)
+        assert float(row[2]) + float(row[3]) == pytest.approx(logits[i, c], abs=0.02)
+    near = [float(node.text.split(" A ")[1].split()[0]) for node in card.first("ol").all("li")]
+    assert near == pytest.approx(np.sort(affinity[i])[::-1][:5], abs=6e-4)
+
+
+def test_ties_go_by_the_order_of_the_source():
+    part, zeros = Part(np.zeros(5, dtype=np.int64), np.ones(5)), np.zeros(5, dtype=np.int64)
+    log_truth, log_doubt = np.array([-2.0, -1, -2, 0, -900]), np.array([-800.0, -1, -800, -999, -3])
+    predicted = np.array([1, 1, 1, 0, 1])
+    details = Details(np.arange(5), log_truth, log_doubt, part, part)
+    answers = Answers(zeros, predicted, np.ones(5), ["a", "b"], details=details)
+    assert worst_mistakes(answers) == [4, 0, 2, 1]
+    assert certain_mistakes(answers) == [0, 2, 4, 1]
+    assert worst_mistakes(answers, 2) == [4, 0]
+
+
+def test_the_curves_are_those_of_evaluate_with_shots(food, tmp_path):
+    folder, test = food
+    out = tmp_path / "r.html"
+    done("-q", "report", folder, "--test", test, "--out", out, "--seeds", 2)
+    done(
+        "-q",
+        "evaluate",
+        folder,
+        test,
+        *(f"--shots={n}" for n in (1, 2, 4)),
+        "--seeds",
+        2,
+        "--results",
+        tmp_path / "r.parquet",
+    )
+    rows = pq.read_table(tmp_path / "r.parquet").to_pylist()
+    shown = section(read(out), "shots").first("tbody")
+    found = {}
+    for row in shown.all("tr"):
+        cells = [node.text for node in row.all() if node.name in ("th", "td")]
+        found[cells[0], int(cells[1])] = (int(cells[2]), float(row.first("data").attributes["value"]))
+    assert set(found) == {(method, n) for method in ("zero-shot", "tip-adapter", "cache-alone") for n in (1, 2, 4)}
+    for (method, n), (draws, mean) in found.items():
+        own = [row["top1"] for row in rows if (row["method"], row["shots"]) == (method, n)]
+        assert draws == (1 if n == 4 else 2)
+        assert mean == pytest.approx(own[0] if n == 4 else np.mean(own))
+    assert "its own shots, each left out" in section(read(out), "shots").text
+
+
+def test_the_surface_is_that_of_the_shots_and_never_of_the_test(food, tmp_path):
+    folder, test = food
+    out, other = tmp_path / "r.html", tmp_path / "other.html"
+    options = ("--out", out, "--no-curves")
+    done("-q", "report", folder, "--test", test, *options)
+    half = write_table(
+        tmp_path / "half.parquet",
+        *(lambda t: (np.stack(t["feature"].to_numpy()), t["label"].to_pylist()[::-1]))(pq.read_table(test)),
+    )
+    done("-q", "report", folder, "--test", half, "--out", other, "--no-curves")
+    one, two = (section(read(path), "settings") for path in (out, other))
+    assert one.text == two.text  # whatever the test says
+    assert "On its own shots, each left out, 36 items, k = all; not on test" in one.text
+    done("-q", "report", folder, "--test", test, *options, "--val", SHARED / "data/clip-food9/train.parquet")
+    assert "train.parquet, 1,800 items" in section(read(out), "settings").text
+
+
+# ---------------------------------------------------------------------------------------------------- pictures, names
+
+
+def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photographs):
+    page = read(written[0])
+    cards = list(page.first("ol", id="worst").all("li", class_="card"))
+    assert 2 < len(cards) <= report.MISTAKES
+    for card in cards:
+        (query,) = card.all("img", class_="query")
+        assert query.attributes["title"] == card.attributes["data-item"]
+        assert len(list(card.all("img", class_="key"))) == 5
+        data = base64.b64decode(query.attributes["src"].removeprefix("data:image/jpeg;base64,"))
+        with Image.open(io.BytesIO(data)) as small, Image.open(query.attributes["title"]) as large:
+            assert max(small.size) == report.QUERY_SIDE
+            assert small.size[0] / small.size[1] == pytest.approx(large.size[0] / large.size[1], rel=0.02)
+            pair = [np.asarray(image.convert("L").resize((16, 16)), dtype=float) for image in (small, large)]
+        assert np.abs(pair[0] - pair[1]).mean() < 8
+    assert written[0].stat().st_size < 2_000_000
+    assert not list(page.all("span", role="img"))
+
+
+def test_features_without_pictures_get_placeholders(food, tmp_path):
+    folder, test = food
+    out = tmp_path / "r.html"
+    done("-q", "report", folder, "--test", test, "--out", out, "--no-curves")
+    page = read(out)
+    assert not list(page.all("img"))
+    holders = list(page.all("span", role="img"))
+    assert holders
+    names = set(pq.read_table(test)["id"].to_pylist()) | set(
+        CacheModel.load(folder, device="cpu").labels["source"].to_pylist()
+    )
+    assert {holder.text for holder in holders} <= names
+    assert all(", no picture: " in holder.attributes["aria-label"] for holder in holders)
+
+
+def test_a_picture_that_moved_or_changed_is_not_shown(photographs, tmp_path):
+    shutil.copytree(photographs / "shots", tmp_path / "shots")
+    done(
+        "-q",
+        "index",
+        "build",
+        tmp_path / "shots",
+        "--model",
+        f"local-dir:{SHARED}/models/lit-mini",
+        "--out",
+        tmp_path / "i",
+    )
+    for name in ALIKE[:3]:
+        shutil.rmtree(tmp_path / "shots" / name)
+    for name in ALIKE[3:]:
+        for file in (tmp_path / "shots" / name).iterdir():
+            Image.new("RGB", (40, 40), "red").save(file)
+    done("-q", "report", tmp_path / "i", "--test", photographs / "test", "--out", tmp_path / "r.html", "--no-curves")
+    page = read(tmp_path / "r.html")
+    assert {node.attributes["class"].split()[-1] for node in page.all("span", role="img")} == {"key", "small"}
+    assert not list(page.all("img", class_="key"))
+    assert list(page.all("img", class_="query"))
+
+
+def test_ids_of_an_encoded_table_find_their_pictures(photographs, tmp_path):
+    table = tmp_path / "test.parquet"
+    done("-q", "encode", photographs / "test", "--model", f"local-dir:{SHARED}/models/lit-mini", "--out", table)
+    done("-q", "report", photographs / "index", "--test", table, "--out", tmp_path / "r.html", "--no-curves")
+    assert list(read(tmp_path / "r.html").all("img", class_="query"))
+
+
+def test_hostile_names_stay_names(tmp_path):
+    labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
+    ids = np.random.default_rng(0).integers(0, 5, 60)
+    folder, test = made(tmp_path, labels, test_labels=ids, noise=2.5, ids=[f"{HOSTILE[i % 5]}/{i}" for i in range(60)])
+    place = tmp_path / HOSTILE[0]
+    place.mkdir()
+    shutil.move(folder, place / "in'dex\"")
+    moved = shutil.move(test, place / "t<b>.parquet")
+    done("-q", "report", place / "in'dex\"", "--test", moved, "--out", tmp_path / "r.html", "--where", "label <> '<i>'")
+    page = read(tmp_path / "r.html")
+    assert "in'dex\" on t<b>.parquet" in page.first("h1").text
+    assert "label <> '<i>'" in section(page, "provenance").text
+    shown = {row[0] for row in section(page, "classes").first("table").rows()[1:]}
+    assert shown == {
+        "<script>alert(1)<0",
+        "\"><img src=x onerror='a()'>1",
+        "a\\nb\\x1b[31m2",
+        "\\u202egnp.exe3",
+        "&lt;b&gt; $x^{4",
+    }
+    assert not list(page.all("b", onerror="a()"))
+
+
+# ------------------------------------------------------------------------------------------------------- other indexes
+
+
+def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(photographs, tmp_path):
+    tuned = tmp_path / "tuned"
+    done("-q", "finetune", photographs / "index", "--out", tuned, "--views-cache", 1, "--epochs", 3)
+    done("-q", "report", tuned, "--test", photographs / "test", "--out", tmp_path / "r.html")
+    page, found = read(tmp_path / "r.html"), figures(read(tmp_path / "r.html"))
+    before, after = (
+        json.loads(done("-q", "evaluate", folder, photographs / "test", "--json").stdout)
+        for folder in (photographs / "index", tuned)
+    )
+    assert found["Tip-Adapter"] == (before["top1"], before["mean_per_class"], before["ece"])
+    assert found["Tip-Adapter-F"] == (after["top1"], after["mean_per_class"], after["ece"])
+    assert f"{photographs / 'index'}, version 1, before fine-tuning" in section(page, "accuracy").text
+    training = section(page, "training").text
+    assert "epoch 3 was kept" in training
+    assert "weight_decay" in training
+    for name in ("shots", "settings"):
+        assert "Left out: " in section(page, name).text
+        assert "fine-tuned" in section(page, name).text
+    away = shutil.copytree(photographs / "index", tmp_path / "away")
+    done("-q", "finetune", away, "--out", tuned, "--views-cache", 1, "--epochs", 1)
+    shutil.rmtree(away)
+    done("-q", "report", tuned, "--test", photographs / "test", "--out", tmp_path / "r.html")
+    page = read(tmp_path / "r.html")
+    assert "Tip-Adapter" not in figures(page)
+    assert f"it was made from {away}, which cannot be asked" in section(page, "accuracy").text
+
+
+def test_an_index_without_text_has_no_zero_shot(tmp_path):
+    folder, test = made(tmp_path, text=False)
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--shots", 2)
+    page = read(tmp_path / "r.html")
+    assert set(figures(page)) == {"cache alone", "Tip-Adapter"}
+    assert "no text weights" in section(page, "accuracy").text
+    assert {row[0] for row in section(page, "shots").first("table").rows()[1:]} == {"cache-alone"}
+
+
+def test_a_test_without_mistakes_has_no_list_of_them(tmp_path):
+    folder, test = made(tmp_path, noise=0.1)
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--no-curves")
+    page = read(tmp_path / "r.html")
+    assert figures(page)["Tip-Adapter"][0] == 1
+    assert "None: all 24 answers are right." in section(page, "mistakes").text
+    assert section(page, "confusions").text == "Confusions None."
+
+
+@pytest.mark.parametrize("labels", [("cat", "dog", "owl"), ("cat",)])
+def test_a_test_of_one_class(labels, tmp_path):
+    folder, test = made(tmp_path, labels, test_labels=[0] * 7, noise=2.5)
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html")
+    page = read(tmp_path / "r.html")
+    assert [row[0] for row in section(page, "classes").first("table").rows()] == ["class", "cat"]
+    said = "2 of the 3 classes of the index have no test item"
+    assert (said in page.first("header").text) == (len(labels) == 3)
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
+    table = write_table(tmp_path / "one.parquet", unit_rows(3, 8), ["a", "a", "b"])
+    done("-q", "index", "build", table, "--out", tmp_path / "one")
+    done("-q", "report", tmp_path / "one", "--test", table, "--out", tmp_path / "r.html")
+    page = read(tmp_path / "r.html")
+    assert "Left out: class 'b' has one key; draws need 2 keys a class or more." in section(page, "shots").text
+    assert "class 'b' has one image; at least 2 a class are needed" in section(page, "settings").text
+    folder, test = made(tmp_path)
+    monkeypatch.setattr(report, "SURFACE_KEYS", 11)
+    monkeypatch.setattr(report, "CURVE_KEYS", 2)
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html")
+    page = read(tmp_path / "r.html")
+    assert "one key of each of 3 classes are more than 2" in section(page, "shots").text
+    assert "12 keys are more than 11" in section(page, "settings").text
+    monkeypatch.setattr(report, "CURVE_KEYS", 6)
+    monkeypatch.setattr(report, "SURFACE_KEYS", 12)
+    monkeypatch.setattr(report, "SURFACE_QUERIES", 5)
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html")
+    page = read(tmp_path / "r.html")
+    assert "Draws of more than 6 keys are left out." in section(page, "shots").text
+    assert {row[1] for row in section(page, "shots").first("table").rows()[1:]} == {"1", "2"}
+    assert "5 items, k = all" in section(page, "settings").text
+
+
+def test_settings_say_where_they_come_from(tmp_path):
+    folder, test = made(tmp_path)
+    done("-q", "search-hp", folder, "--leave-one-out", "--greedy")
+    arguments = ("--test", test, "--out", tmp_path / "r.html", "--no-curves")
+    done("-q", "report", folder, *arguments, "--beta", 7, "-k", 4, "--no-tail")
+    page = read(tmp_path / "r.html")
+    rows = {row[0]: row[1:] for row in section(page, "provenance").first("table").rows()}
+    kept = CacheModel.load(folder, device="cpu")
+    assert rows["alpha"] == [f"{kept.alpha:.4g}", "search-hp"]
+    assert rows["beta"] == ["7", f"given for this report; the index has {kept.beta:.4g}"]
+    assert rows["k"][0] == "4"
+    assert rows["tail"] == ["False", "given for this report; the index has True"]
+    assert "its own shots, each left out" in section(page, "provenance").text
+    assert "version 2," in section(page, "provenance").text
+    done("-q", "search-hp", folder, "--val", test, "--val-shots", "all")
+    done("-q", "report", folder, *arguments)
+    assert "chosen on this very source" in read(tmp_path / "r.html").first("header").text
+
+
+def test_test_items_that_are_keys_are_counted(photographs, tmp_path):
+    shutil.copytree(photographs / "test", tmp_path / "test")
+    for file in sorted((photographs / "shots" / "chair").iterdir())[:2]:
+        shutil.copy(file, tmp_path / "test" / "lobster" / f"x{file.name}")
+    arguments = ("--out", tmp_path / "r.html", "--no-curves")
+    done("-q", "report", photographs / "index", "--test", tmp_path / "test", *arguments)
+    assert "2 test items of 56 are images that are keys of the index" in read(tmp_path / "r.html").first("header").text
+
+
+# ------------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
+    shutil.copytree(photographs / "test", tmp_path / "test")
+    bad = tmp_path / "test" / "chair" / "<b>ad.jpg"
+    bad.write_bytes(b"\xff\xd8\xff nothing")
+    arguments = (
+        "report",
+        photographs / "index",
+        "--test",
+        tmp_path / "test",
+        "--out",
+        tmp_path / "r.html",
+        "--no-curves",
+    )
+    result = done(*arguments, status=3)
+    assert "1 inputs could not be read" in result.stderr
+    assert "of 54 items" in result.stdout
+    page = read(tmp_path / "r.html")
+    assert "1 item could not be read" in page.first("header").text
+    said = section(page, "provenance").text
+    assert "54 answered, 1 could not be read" in said
+    assert f"{bad}: not an image that Pillow can open" in said
+    out = (tmp_path / "r.html").read_bytes()
+    refused = done(*arguments, "--strict", status=1)
+    assert "<b>ad.jpg" in refused.stderr
+    assert (tmp_path / "r.html").read_bytes() == out
+
+
+def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
+    folder, test = made(tmp_path)
+    out = tmp_path / "r.html"
+    unknown = write_table(tmp_path / "u.parquet", unit_rows(2, 16), ["cat", "unicorn"])
+    kept = write_table(tmp_path / "kept.html", unit_rows(1, 3))
+    before = sorted(tmp_path.iterdir())
+    for arguments, status, said in (
+        (("--test", unknown, "--out", out), 1, "unicorn"),
+        (("--test", tmp_path / "none", "--out", out), 1, "no such file"),
+        (("--test", test, "--out", tmp_path / "no" / "r.html"), 1, f"there is no folder {tmp_path / 'no'}"),
+        (("--test", test, "--out", folder), 2, "is a directory"),
+        (("--test", test, "--out", out, "--shots", 5), 2, "shots 5: class 'cat' has 4 keys"),
+        (("--test", test, "--out", out, "--shots", 1, "--no-curves"), 2, "give one of them"),
+        (("--test", test), 2, "--out"),
+        (("--out", out), 2, "--test"),
+    ):
+        refused = done("report", folder, *arguments, status=status)
+        assert said in refused.stderr
+        assert refused.stdout == ""
+    monkeypatch.setattr(report._Making, "page", lambda self: "\ud800")
+    with pytest.raises(UnicodeEncodeError):
+        command("report", folder, "--test", test, "--out", kept)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    refused = done("report", tmp_path / "none", "--test", tmp_path / "none", "--out", tmp_path / "r.html", status=2)
+    assert "a report needs matplotlib: pip install 'retrieval-tip[plot]'" in refused.stderr
+
+
+def test_from_python(tmp_path):
+    folder, test = made(tmp_path)
+    cache, source = CacheModel.load(folder, device="cpu"), open_source(test)
+    found = write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=1, shots=[1])
+    assert found.path.stat().st_size == found.bytes
+    assert found.left_out == {}
+    page = read(found.path)
+    assert figures(page)["Tip-Adapter"][0] == found.evaluation.top1
+    assert str(folder) in page.first("h1").text
+    loose = cache.take(np.arange(cache.n))
+    found = write_report(loose, source, Encoder(), tmp_path / "r.html", curves=False)
+    assert set(found.left_out) == {"shots"}
+    assert "an index on" in read(found.path).first("h1").text
+    with pytest.raises(UsageError, match="seeds is 0"):
+        write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=0)
+    with pytest.raises(InputError, match="is a folder"):
+        write_report(cache, source, Encoder(), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ a browser
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="SKIPPED: no Chromium here")
+def test_a_browser_without_network_shows_it(written):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    said, asked = [], []
+    with sync_api.sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        for width, scheme in ((1200, "light"), (1200, "dark"), (360, "light")):
+            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
+            page = context.new_page()
+            page.on("console", lambda message: said.append(message.text))
+            page.on("pageerror", lambda error: said.append(str(error)))
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(written[0].as_uri())
+            for summary in page.query_selector_all("summary"):
+                summary.click()
+            wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wide == 0, f"{width} px: sticks out by {wide} px"
+            broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+            assert page.evaluate(broken) == 0
+            light = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(")
+            assert (int(light.partition(",")[0]) > 200) == (scheme == "light")
+            context.close()
+        browser.close()
+    assert said == []
+    assert {url for url in asked if not url.startswith("data:")} == {written[0].as_uri()}

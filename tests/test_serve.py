@@ -1,0 +1,289 @@
+"""``retrieval-tip serve`` as a process: what reaches it, what it refuses, how it follows its index, and how it ends."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import shutil
+import signal
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from click.testing import Result
+from PIL import Image
+from serving import build, photographs, server
+
+from conftest import SHARED  # isort: skip
+
+TOKEN = "open sesame"
+MIB = 1 << 20
+AT_ONCE = 400 * MIB
+"""What a server may take beyond what it has: the pictures of 50 megapixels that it decodes at once, and bodies."""
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of ten classes with eight photographs each."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return build(SHARED, tmp_path_factory.mktemp("things") / "things", photographs(SHARED, "train", 10, 8))
+
+
+@pytest.fixture(scope="module")
+def served(things: Path) -> Iterator[tuple[str, psutil.Process]]:
+    with server(things) as (address, process):
+        yield address, psutil.Process(process.pid)
+
+
+@pytest.fixture(scope="module")
+def photo() -> tuple[Path, str]:
+    return photographs(SHARED, "test", 10, 1)[0]
+
+
+def connection(address: str, timeout: float = 60) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(address.removeprefix("http://"), timeout=timeout)
+
+
+def feature(folder: Path) -> dict[str, object]:
+    from retrieval_tip import CacheModel
+
+    return {"features": np.asarray(CacheModel.load(folder, device="cpu").keys[:1], dtype=np.float64).tolist()}
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG file that claims a size, and whose rows are all black, as far as they go."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(bytes(10_000_000), 9)
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def bad_uploads(photo: bytes) -> dict[str, bytes]:
+    ico = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(ico, "ICO")
+    return {
+        "text": b"these are words\n" * 100,
+        "empty": b"",
+        "truncated": photo[: len(photo) // 3],
+        "a header": photo[:20],
+        "30,000 x 30,000": png(30_000, 30_000),
+        "2,000,000,000 x 1": png(2_000_000_000, 1),
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nquit\n",
+        "a kind that is not taken": ico.getvalue(),
+        "random": np.random.default_rng(0).bytes(100_000),
+    }
+
+
+def test_bad_uploads_are_refused_and_memory_stays_bounded(
+    served: tuple[str, psutil.Process], photo: tuple[Path, str]
+) -> None:
+    address, process = served
+    before = process.memory_info().rss
+    with httpx.Client(base_url=address, timeout=60) as client:
+        for name, data in bad_uploads(photo[0].read_bytes()).items():
+            answer = client.post("/v1/classify", files={"images": (name, data)})
+            assert answer.status_code == 422, (name, answer.text)
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert name in answer.json()["detail"]
+    assert process.memory_info().rss - before < AT_ONCE
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "chunked"])
+def test_two_hundred_megabytes_are_refused_before_they_are_read(served: tuple[str, psutil.Process], told: bool) -> None:
+    address, process = served
+    before, sent = process.memory_info().rss, 0
+    asking = connection(address)
+    asking.putrequest("POST", "/v1/classify")
+    asking.putheader("Content-Type", "multipart/form-data; boundary=x")
+    asking.putheader(*(("Content-Length", str(200 * MIB)) if told else ("Transfer-Encoding", "chunked")))
+    asking.endheaders()
+    head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    part = head + bytes(MIB - len(head))  # of which the first one begins a file
+    try:
+        for _ in range(200):
+            asking.send(part if told else b"%x\r\n%s\r\n" % (MIB, part))
+            sent += MIB
+    except OSError:  # it does not listen any more
+        pass
+    answer = asking.getresponse()
+    assert (answer.status, json.loads(answer.read())["status"]) == (413, 413)
+    assert process.memory_info().rss - before < 100 * MIB
+    asking.close()
+    assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_many_bad_uploads_at_once_are_bounded(served: tuple[str, psutil.Process], photo: tuple[Path, str]) -> None:
+    address, process = served
+    before, most = process.memory_info().rss, 0
+    bodies = [*bad_uploads(photo[0].read_bytes()).values(), png(7000, 7000), bytes(30 * MIB)]
+    with httpx.Client(base_url=address, timeout=60) as client, ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(client.post, "/v1/classify", files={"images": body}) for body in bodies * 3]
+        while not all(one.done() for one in asked):
+            most = max(most, process.memory_info().rss)
+            time.sleep(0.01)
+    assert {one.result().status_code for one in asked} <= {422, 429}
+    assert most - before < 2 * AT_ONCE
+    assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_a_server_for_this_machine_answers_to_its_own_names_only(served: tuple[str, psutil.Process]) -> None:
+    address, _ = served
+    port = address.rpartition(":")[2]
+    for host, status in (
+        (f"127.0.0.1:{port}", 200),
+        (f"localhost:{port}", 200),
+        (f"LOCALHOST:{port}", 200),
+        (f"[::1]:{port}", 200),
+        (f"evil.example:{port}", 421),
+        ("localhost.evil.example", 421),
+        ("evil.example@localhost", 200),
+        ("", 421),
+    ):
+        answer = httpx.get(f"{address}/v1/indexes", headers={"Host": host})
+        assert answer.status_code == status, host
+
+
+def test_what_is_slow_to_come_is_given_up(things: Path, photo: tuple[Path, str]) -> None:
+    with server(things, "--timeout", 1) as (address, _):
+        asking = connection(address)
+        asking.putrequest("POST", "/v1/classify")
+        asking.putheader("Content-Type", "application/json")
+        asking.putheader("Content-Length", "1000")
+        asking.endheaders()
+        asking.send(b'{"features"')
+        answer = asking.getresponse()  # though the rest never comes
+        assert (answer.status, answer.getheader("retry-after")) == (503, "5")
+        body = json.loads(answer.read())
+        assert "no answer within 1 s" in body["detail"]
+        asking.close()
+        assert httpx.post(f"{address}/v1/classify", json=feature(things)).status_code == 200
+
+
+def test_a_full_queue_is_answered_with_429(things: Path, photo: tuple[Path, str]) -> None:
+    data = photo[0].read_bytes()
+    with server(things, "--queue", 1) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: client.post("/v1/classify", files={"images": data}), range(32)))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        for answer in answers:
+            if answer.status_code == 429:
+                assert int(answer.headers["retry-after"]) >= 1
+                assert answer.headers["content-type"] == "application/problem+json"
+        assert client.post("/v1/classify", files={"images": data}).status_code == 200
+        assert 'retrieval_tip_refused_total{lane="images"}' in client.get("/metrics").text
+
+
+def test_requests_that_wait_together_are_one_batch(things: Path) -> None:
+    sent = feature(things)
+    with server(things) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda _: client.post("/v1/classify", json=sent), range(400)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert len({answer.json()["results"][0]["label"] for answer in answers}) == 1
+        affinities = [answer.json()["results"][0]["neighbours"][0]["affinity"] for answer in answers]
+        np.testing.assert_allclose(affinities, affinities[0], rtol=1e-5)
+        counted = client.get("/metrics").text
+    count = next(line for line in counted.splitlines() if line.startswith('retrieval_tip_batch_items_count{lane="feat'))
+    assert float(count.split()[1]) < 400
+
+
+def test_the_end_finishes_what_was_taken(things: Path, photo: tuple[Path, str]) -> None:
+    data = photo[0].read_bytes()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with server(things) as (address, process):
+            files = [("images", data)] * 48
+            with httpx.Client(base_url=address, timeout=120) as client, ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(client.post, "/v1/classify", files=files)
+                with httpx.Client(base_url=address) as other:
+                    while "retrieval_tip_in_flight 1.0" in other.get("/metrics").text:  # which is this one
+                        assert not asked.done()
+                process.send_signal(number)
+                answer = asked.result()
+                assert (answer.status_code, len(answer.json()["results"])) == (200, 48)
+            assert process.wait(30) == 0
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(address)
+
+
+def test_a_change_by_the_command_line_is_followed(
+    things: Path, photo: tuple[Path, str], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    own = shutil.copytree(things, tmp_path / "own")
+    path, truth = photo
+    (tmp_path / "more.csv").write_text(f"path,label\n{path},another\n")
+    with server(own) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+
+        def answer() -> tuple[int, str]:
+            body = client.post("/v1/classify", files={"images": path.read_bytes()}).json()
+            return body["version"], body["results"][0]["label"]
+
+        assert answer() == (1, truth)
+        run("index", "add", own, tmp_path / "more.csv")
+        limit = time.monotonic() + 60
+        while (found := answer()) == (1, truth):
+            assert time.monotonic() < limit
+        assert found == (2, "another")
+
+
+def test_clients_see_no_error_while_the_index_changes(things: Path, tmp_path: Path) -> None:
+    """The short form of ``benchmarks/serve.py --soak``."""
+    from retrieval_tip import changes
+
+    own = Path(shutil.copytree(things, tmp_path / "own"))
+    sent, stop, failures, versions = feature(things), threading.Event(), [], set()
+
+    def ask(address: str) -> None:
+        with httpx.Client(base_url=address, timeout=60) as client:
+            while not stop.is_set():
+                answer = client.post("/v1/classify", json=sent)
+                if answer.status_code != 200:
+                    failures.append(answer.text)
+                else:
+                    versions.add(answer.json()["version"])
+
+    with server(own) as (address, _):
+        threads = [threading.Thread(target=ask, args=(address,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(4):
+            changes.remove(own, key_ids=[number + 1])
+            time.sleep(1.2)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    assert len(versions) >= 3
+
+
+def test_what_cannot_be_served_is_said(things: Path, tmp_path: Path, run: Callable[..., Result]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run("serve", things, "--port", taken.getsockname()[1])
+        assert result.exit_code == 2
+        assert "in use" in result.stderr
+    assert run("serve", things, "--host", "256.1.1.1").exit_code == 2
+    assert run("serve", things, "--token", " ", "--port", 0).exit_code == 2
+    assert run("serve").exit_code == 2
+    missing = run("serve", tmp_path / "nothing", "--port", 0)
+    assert missing.exit_code == 1
+    assert "no such folder" in missing.stderr
+
+
+def test_serving_says_what_it_needs(things: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "fastapi", None)
+    result = run("serve", things)
+    assert result.exit_code == 2
+    assert "pip install 'retrieval-tip[serve]'" in result.stderr

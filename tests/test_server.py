@@ -1,0 +1,503 @@
+"""The server's routes, over an index of real photographs and one of real CLIP features."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from fastapi.testclient import TestClient
+from PIL import Image
+from serving import build, photographs
+
+from retrieval_tip import CacheModel, changes
+from retrieval_tip.audit import audit
+from retrieval_tip.cli import main
+from retrieval_tip.features import Encoder
+from retrieval_tip.server.app import create_app
+from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.served import open_all
+from retrieval_tip.sources import open_source
+
+from conftest import SHARED  # isort: skip
+
+TOKEN = "open sesame"
+AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
+Client = TestClient
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of ten classes with eight photographs each."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return build(SHARED, tmp_path_factory.mktemp("things") / "things", photographs(SHARED, "train", 10, 8))
+
+
+@pytest.fixture(scope="module")
+def food(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of CLIP features, of which no backbone is here."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    data, out = SHARED / "data" / "clip-food9", tmp_path_factory.mktemp("food") / "food"
+    arguments = ["index", "build", data / "train.parquet", "--text", data / "text.parquet", "--shots", 16, "--out", out]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def both(things: Path, food: Path) -> Iterator[Client]:
+    """A server of the two that takes no changes."""
+    with serving(things, food) as client:
+        yield client
+
+
+def serving(*folders: Path, limits: Limits | None = None, token: str | None = None, **more: Path) -> Client:
+    app = create_app(open_all(folders, "cpu", "float32", "full"), limits, token=token, **more)
+    return TestClient(app, raise_server_exceptions=True)
+
+
+@pytest.fixture
+def own(things: Path, tmp_path: Path) -> Path:
+    """A copy of the index of photographs, to be changed."""
+    return Path(shutil.copytree(things, tmp_path / "own"))
+
+
+def test_images_are_classified_as_by_the_command(both: Client, things: Path, run: Callable[..., Result]) -> None:
+    items = photographs(SHARED, "test", 10, 1)
+    files = [("images", (path.name, path.read_bytes())) for path, _ in items]
+    asked = "index=things&beta=3.5&alpha=20&k=40&top=3&neighbours=4&logits=true"
+    answer = both.post(f"/v1/classify?{asked}", files=files)
+    assert answer.status_code == 200
+    command = ["classify", things, *(path for path, _ in items), "--beta", 3.5, "--alpha", 20, "-k", 40, "--top", 3]
+    lines = run(*command, "--explain", "--neighbours", 4, "--logits", "--format", "json").stdout.splitlines()
+    found = answer.json()
+    assert found["index"] == "things"
+    assert (found["alpha"], found["beta"], found["k"], found["tail"], found["skipped"]) == (20, 3.5, 40, True, [])
+    for (path, _), own, line in zip(items, found["results"], lines, strict=True):
+        expected = json.loads(line)
+        assert own["input"] == path.name
+        assert (own["label"], own["labels"]) == (expected["label"], expected["labels"])
+        for name in ("probability", "probabilities", "text_logit", "cache_logit", "logits"):
+            np.testing.assert_allclose(own[name], expected[name], rtol=1e-4, atol=1e-5)
+        for near, other in zip(own["neighbours"], expected["neighbours"], strict=True):
+            assert {k: near[k] for k in ("key_id", "source", "label")} == {
+                k: other[k] for k in ("key_id", "source", "label")
+            }
+            np.testing.assert_allclose([near["affinity"], near["weight"]], [other["affinity"], other["weight"]], 1e-4)
+    assert sum(own["label"] == name for own, (_, name) in zip(found["results"], items, strict=True)) >= 8
+
+
+@pytest.mark.parametrize("k", ["all", "7", "100"])
+@pytest.mark.parametrize("tail", ["true", "false"])
+def test_evidence_gives_the_logits_by_the_definition(both: Client, k: str, tail: str) -> None:
+    queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[:5]
+    asked = f"index=food&k={k}&tail={tail}&beta=9&alpha=2&logits=true&evidence=true"
+    for result, query in zip(
+        both.post(f"/v1/classify?{asked}", json={"features": queries}).json()["results"], queries, strict=True
+    ):
+        own = {name: np.array(value, dtype=np.float64) for name, value in result["evidence"].items()}
+        assert own["complete"]
+        np.testing.assert_allclose(own["feature"], query, atol=1e-6)
+        assert (np.diff(own["affinities"]) <= 0).all()
+        met = len(own["affinities"]) if k == "all" else min(int(k), len(own["affinities"]))
+        ids, near = own["class_ids"][:met].astype(int), own["affinities"][:met]
+        cache = np.bincount(ids, np.exp(-9 * (1 - near)), len(own["text"]))
+        left = own["counts"] - np.bincount(ids, minlength=len(own["text"]))
+        mean = (own["sums"] - np.bincount(ids, near, len(own["text"]))) / np.maximum(left, 1)
+        if tail == "true":
+            cache += left * np.exp(-9 * (1 - mean))
+        np.testing.assert_allclose(own["text"] + 2 * cache, result["logits"], rtol=1e-3, atol=1e-3)
+        assert len(set(own["key_ids"])) == 144
+
+
+def test_features_are_classified_as_in_python(both: Client, food: Path) -> None:
+    queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[:20]
+    sent = {"features": queries, "inputs": [f"plate {i}" for i in range(20)]}
+    found = both.post("/v1/classify?index=food", json=sent).json()
+    cache = CacheModel.load(food, device="cpu", precision="float32")
+    expected = cache.classify(np.array(queries, dtype=np.float32), 5, cache.k, cache.tail)
+    assert [one["input"] for one in found["results"]] == sent["inputs"]
+    assert [one["labels"] for one in found["results"]] == [one.labels for one in expected]
+    for one, other in zip(found["results"], expected, strict=True):
+        np.testing.assert_allclose(one["probabilities"], other.probabilities, rtol=1e-4, atol=1e-6)
+    assert found["k"] == "all"
+
+
+def test_indexes_are_described(both: Client, things: Path, food: Path) -> None:
+    listed = both.get("/v1/indexes").json()["indexes"]
+    assert [one["name"] for one in listed] == ["things", "food"]
+    assert [one["images"] for one in listed] == [True, False]
+    cache = CacheModel.load(things, device="cpu")
+    whole = both.get("/v1/indexes/things").json()
+    assert {name: whole[name] for name in listed[0]} == listed[0]
+    assert (whole["n_keys"], whole["n_classes"], whole["d"]) == (cache.n, len(cache.class_names), cache.d)
+    assert (whole["alpha"], whole["beta"], whole["k"]) == (cache.alpha, cache.beta, "all")
+    assert whole["exact_search"]
+    assert not whole["changes"]
+    assert [one["label"] for one in whole["classes"]] == cache.class_names
+    assert [one["keys"] for one in whole["classes"]] == [8] * 10
+    assert whole["provenance"] == cache.provenance
+
+
+def test_keys_come_in_pages_and_can_be_filtered(both: Client, things: Path) -> None:
+    labels = CacheModel.load(things, device="cpu").labels.to_pylist()
+    pages = [both.get(f"/v1/indexes/things/keys?offset={at}&limit=30").json() for at in (0, 30, 60, 90)]
+    assert [page["total"] for page in pages] == [80] * 4
+    seen = [key for page in pages for key in page["keys"]]
+    assert [key["key_id"] for key in seen] == [row["key_id"] for row in labels]
+    assert all(key["image"] == f"/v1/indexes/things/keys/{key['key_id']}/image" for key in seen)
+    two = both.get("/v1/indexes/things/keys", params={"label": [labels[0]["label"], labels[79]["label"]]}).json()
+    assert two["total"] == 16
+    one = both.get("/v1/indexes/things/keys", params={"source": Path(labels[5]["source"]).name.upper()}).json()
+    assert labels[5]["key_id"] in [key["key_id"] for key in one["keys"]]
+    assert all(Path(labels[5]["source"]).name in key["source"] for key in one["keys"])
+    some = both.get("/v1/indexes/things/keys", params={"key_id": [3, 4, 999]}).json()
+    assert sorted(key["key_id"] for key in some["keys"]) == [3, 4]
+    assert both.get("/v1/indexes/things/keys", params={"label": "nothing"}).json()["total"] == 0
+    assert all(key["image"] is None for key in both.get("/v1/indexes/food/keys").json()["keys"])
+
+
+def test_pictures_of_shots_are_small_and_cached(both: Client, things: Path, tmp_path: Path) -> None:
+    answer = both.get("/v1/indexes/things/keys/7/image?size=48")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
+    (tmp_path / "small.jpg").write_bytes(answer.content)
+    with Image.open(tmp_path / "small.jpg") as image:
+        assert max(image.size) == 48
+    again = both.get("/v1/indexes/things/keys/7/image?size=48", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    for name, key in (("things", 999), ("food", 3), ("nothing", 3)):
+        missing = both.get(f"/v1/indexes/{name}/keys/{key}/image")
+        assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
+
+
+def test_relative_paths_of_pictures_start_from_root(own: Path, tmp_path: Path) -> None:
+    cache = CacheModel.load(own, device="cpu")
+    first = Path(cache.labels["source"][0].as_py())
+    names = [f"{i}/{first.name}" for i in range(cache.n)]
+    moved = CacheModel.from_features(np.asarray(cache.keys), cache.class_ids.numpy(), cache.class_names, sources=names)
+    moved.save(tmp_path / "moved")
+    (tmp_path / "pictures" / "0").mkdir(parents=True)
+    shutil.copy(first, tmp_path / "pictures" / "0" / first.name)
+    with serving(tmp_path / "moved", root=tmp_path / "pictures") as client:
+        keys = client.get("/v1/indexes/moved/keys").json()["keys"]
+        assert [key["image"] is not None for key in keys[:3]] == [True, False, False]
+        assert client.get(keys[0]["image"]).status_code == 200
+
+
+def test_map_and_audit_are_the_librarys(both: Client, things: Path) -> None:
+    found = both.get("/v1/indexes/things/map").json()
+    cache = CacheModel.load(things, device="cpu")
+    centred = np.asarray(cache.keys, dtype=np.float64) - np.asarray(cache.keys, dtype=np.float64).mean(axis=0)
+    singular = np.linalg.svd(centred, compute_uv=False)
+    np.testing.assert_allclose(found["explained"], (singular**2 / (singular**2).sum())[:2], rtol=1e-3)
+    assert found["key_ids"] == cache.labels["key_id"].to_pylist()
+    assert found["class_ids"] == cache.class_ids.tolist()
+    places = np.array([found["x"], found["y"]])
+    assert np.abs(places).max() == pytest.approx(1)
+    assert (places.max(axis=1) + places.min(axis=1)) == pytest.approx([0, 0], abs=1e-6)
+    assert len(both.get("/v1/indexes/things/map?limit=7").json()["x"]) == 7
+    assert both.get("/v1/indexes/things/map?method=tsne").status_code == 422
+    shots, expected = both.get("/v1/indexes/things/audit").json(), audit(cache)
+    assert shots["total"] == len(expected)
+    assert [shot["key_id"] for shot in shots["shots"]] == expected["key_id"].to_pylist()[:100]
+    assert len(both.get("/v1/indexes/things/audit?limit=1").json()["shots"]) == min(1, len(expected))
+
+
+def test_changes_need_the_token(own: Path, both: Client) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
+    with serving(own, token=TOKEN) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN[:-1]}):
+            sent = {"files": {"images": photo}, "data": {"label": "accordion"}, "headers": headers}
+            answers = [
+                client.post("/v1/indexes/own/keys", **sent),
+                client.delete("/v1/indexes/own/keys?key_id=1", headers=headers),
+            ]
+            for answer in answers:
+                assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+                assert TOKEN not in answer.text
+        assert client.get("/v1/indexes").json()["indexes"][0]["version"] == 1
+    refused = both.delete("/v1/indexes/things/keys?key_id=1", headers=AUTHORISED)
+    assert refused.status_code == 403
+    assert "--token" in refused.json()["detail"]
+
+
+def test_a_shot_changes_the_answer_and_is_undone(own: Path) -> None:
+    photo, truth = photographs(SHARED, "test", 10, 1)[0]
+    with serving(own, token=TOKEN) as client:
+
+        def asked() -> dict[str, object]:
+            return client.post("/v1/classify", files={"images": photo.read_bytes()}).json()
+
+        before = asked()
+        assert before["results"][0]["label"] == truth
+        sent = {"files": {"images": (photo.name, photo.read_bytes())}, "headers": AUTHORISED}
+        added = client.post("/v1/indexes/own/keys", data={"label": "squeeze box"}, **sent)
+        assert added.status_code == 201
+        body = added.json()
+        assert (body["version"], body["classes"], body["known"], body["key_ids"]) == (2, ["squeeze box"], 0, [80])
+        after = asked()
+        assert (after["version"], after["results"][0]["label"]) == (2, "squeeze box")
+        assert after["results"][0]["neighbours"][0]["key_id"] == 80
+        assert after["results"][0]["neighbours"][0]["affinity"] == pytest.approx(1, abs=1e-4)
+        kept = own.parent / "own-shots" / "squeeze box"
+        assert [path.read_bytes() for path in kept.iterdir()] == [photo.read_bytes()]
+        assert client.get("/v1/indexes/own/keys/80/image").status_code == 200
+        again = client.post("/v1/indexes/own/keys", data={"label": "squeeze box"}, **sent).json()
+        assert (again["known"], again["key_ids"], again["version"]) == (1, [], 2)
+        twice = client.post("/v1/indexes/own/keys", data={"label": truth}, **sent).json()
+        assert len(twice["duplicates"]) == 1
+        assert "identical image" in twice["duplicates"][0]
+        gone = client.delete(f"/v1/indexes/own/keys?key_id=80&key_id={twice['key_ids'][0]}", headers=AUTHORISED)
+        assert (gone.status_code, gone.json()["version"]) == (200, 4)
+        end = asked()
+        assert (end["version"], end["results"][0]["label"]) == (4, truth)
+        assert client.delete("/v1/indexes/own/keys?key_id=80", headers=AUTHORISED).status_code == 404
+    assert CacheModel.load(own, device="cpu").n == 80
+
+
+def test_an_image_that_is_known_is_not_kept_again(own: Path) -> None:
+    photo, truth = photographs(SHARED, "train", 10, 8)[0]
+    with serving(own, token=TOKEN) as client:
+        sent = {"files": {"images": photo.read_bytes()}, "data": {"label": truth}, "headers": AUTHORISED}
+        body = client.post("/v1/indexes/own/keys", **sent).json()
+    assert (body["known"], body["key_ids"], body["version"]) == (1, [], 1)
+    assert not list((own.parent / "own-shots").rglob("*.jpg"))
+
+
+def test_features_are_added_under_names_that_are_no_files(own: Path) -> None:
+    photo, truth = photographs(SHARED, "test", 10, 1)[0]
+    feature = CacheModel.load(own, device="cpu").keys[0].tolist()
+    with serving(own, token=TOKEN) as client:
+        sent = {"features": [feature, feature], "labels": [truth, "other thing"], "sources": [str(photo), "b"]}
+        refused = client.post("/v1/indexes/own/keys", json={**sent, "labels": [truth]}, headers=AUTHORISED)
+        assert refused.status_code == 422
+        body = client.post("/v1/indexes/own/keys", json=sent, headers=AUTHORISED).json()
+        assert (len(body["key_ids"]), body["classes"], len(body["duplicates"])) == (2, ["other thing"], 2)
+        rows = client.get("/v1/indexes/own/keys", params={"key_id": body["key_ids"]}).json()["keys"]
+        assert sorted(row["source"] for row in rows) == [f"api:{photo}", "api:b"]
+        assert [row["image"] for row in rows] == [None, None]
+
+
+@pytest.mark.parametrize("label", ["../../evil", "..", "a/b\\c", ".hidden", "naïve é 💥", "<b>x</b>", "x" * 600])
+def test_labels_become_safe_folders(own: Path, label: str) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0]
+    with serving(own, token=TOKEN) as client:
+        sent = {"files": {"images": photo.read_bytes()}, "data": {"label": label}, "headers": AUTHORISED}
+        body = client.post("/v1/indexes/own/keys", **sent)
+    assert (body.status_code, body.json()["classes"]) == (201, [label])
+    (folder,) = (own.parent / "own-shots").iterdir()
+    assert not folder.name.startswith(".")
+    assert len(list(folder.iterdir())) == 1
+    assert sorted(path.name for path in own.parent.iterdir()) == ["own", "own-shots"]
+
+
+@pytest.mark.parametrize("label", ["", "   ", "two\nlines", "x" * 1025])
+def test_labels_that_are_none_are_refused(own: Path, label: str) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0]
+    with serving(own, token=TOKEN) as client:
+        sent = {"files": {"images": photo.read_bytes()}, "data": {"label": label}, "headers": AUTHORISED}
+        assert client.post("/v1/indexes/own/keys", **sent).status_code == 422
+    assert not (own.parent / "own-shots").exists()
+
+
+def test_a_change_that_fails_keeps_no_image(own: Path, food: Path, tmp_path: Path) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0]
+    with serving(own, token=TOKEN, uploads=tmp_path / "sent") as client:
+        (own / "data").rename(own / "gone")  # so that no writer can open it
+        sent = {"files": {"images": photo.read_bytes()}, "data": {"label": "accordion"}, "headers": AUTHORISED}
+        answer = client.post("/v1/indexes/own/keys", **sent)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert not list((tmp_path / "sent").rglob("*.*"))
+        assert client.post("/v1/classify", files={"images": photo.read_bytes()}).status_code == 200
+
+
+def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path) -> None:
+    served = open_all([own], "cpu", "float32", "full")
+    one = served["own"]
+    with TestClient(create_app(served)) as client:
+        assert not one.changed()
+        changes.remove(own, key_ids=[0])
+        assert one.changed()
+        assert one.follow().cache.n == 79
+        assert client.get("/v1/indexes/own").json()["n_keys"] == 79
+        changes.remove(own, key_ids=[1])
+        file = next(file for file in one.now.manifest.data_files if file.name.startswith("data/text"))
+        (own / file.name).unlink()  # not in its place: the version that is open maps it
+        (own / file.name).write_bytes(b"damaged")
+        assert one.follow().cache.n == 79
+        assert not one.changed()
+        (own / "manifest.json").write_text("{")
+        assert one.changed()
+        assert one.follow() is one.now
+        assert not one.changed()
+        feature = np.asarray(one.now.cache.keys[:1]).tolist()
+        assert client.post("/v1/classify", json={"features": feature}).status_code == 200
+        counted = client.get("/metrics").text
+        assert 'retrieval_tip_reloads_total{index="own",outcome="failed"}' in counted
+        (own / "manifest.json").unlink()
+        assert not one.changed()
+        assert client.post("/v1/classify", json={"features": feature}).status_code == 200
+
+
+def test_another_index_may_take_the_folders_place(own: Path, food: Path) -> None:
+    """One of other features, too: a request keeps the version that it met."""
+    served = open_all([own], "cpu", "float32", "full")
+    before = served["own"].now
+    shutil.rmtree(own)
+    shutil.copytree(food, own)
+    after = served["own"].follow()
+    assert (after.cache.d, after.backbone) == (512, None)
+    with TestClient(create_app(served)) as client:
+        feature = np.asarray(after.cache.keys[:1]).tolist()
+        assert client.post("/v1/classify", json={"features": feature}).status_code == 200
+        assert client.post("/v1/classify", files={"images": b"x"}).status_code == 422
+    assert before.cache.d == 1280
+
+
+UNUSABLE = {
+    "not JSON": (400, b"{"),
+    "a list": (422, b"[]"),
+    "no features": (422, b"{}"),
+    "no rows": (422, b'{"features": []}'),
+    "a number": (422, b'{"features": 1}'),
+    "another length": (422, b'{"features": [[1, 2]]}'),
+    "text": (422, b'{"features": [[%s]]}' % b",".join([b'"1"'] * 512)),
+    "null": (422, b'{"features": [[%s]]}' % b",".join([b"null"] * 512)),
+    "nested": (422, b'{"features": [[%s]]}' % b",".join([b"[1]"] * 512)),
+    "true": (422, b'{"features": [[%s]]}' % b",".join([b"true"] * 512)),
+    "zeros": (422, b'{"features": [[%s]]}' % b",".join([b"0"] * 512)),
+    "long vectors": (422, b'{"features": [[%s]]}' % b",".join([b"1"] * 512)),
+    "overflow": (422, b'{"features": [[%s]]}' % b",".join([b"1e300"] * 512)),
+    "NaN": (400, b'{"features": [[%s]]}' % b",".join([b"NaN"] * 512)),
+    "large integers": (422, b'{"features": [[%s]]}' % b",".join([b"9" * 18] * 512)),
+    "larger integers": (422, b'{"features": [[%s]]}' % b",".join([b"9" * 19] * 512)),
+    "deep": (400, b"[" * 100_000),
+    "another field": (422, b'{"features": [], "feature": 1}'),
+    "inputs of another number": (422, b'{"features": [], "inputs": ["a"]}'),
+    "inputs that are numbers": (422, b'{"features": [[%s]], "inputs": [1]}' % b",".join([b"0.0441941738"] * 512)),
+    "too many": (413, b'{"features": [%s]}' % b",".join([b"[]"] * 1025)),
+    "too large": (413, b" " * (8 << 20) + b"{}"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_features_that_cannot_be_used_are_refused(both: Client, what: str) -> None:
+    status, body = UNUSABLE[what]
+    answer = both.post("/v1/classify?index=food", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == status
+    assert "\n" not in problem["detail"]
+
+
+def test_requests_that_make_no_sense_are_refused(both: Client, things: Path) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
+    feature = {"features": [[512**-0.5] * 512]}
+
+    def status(path: str, **sent: object) -> int:
+        answer = both.post(path, **sent)
+        assert answer.headers["content-type"] == "application/problem+json", answer.text
+        return int(answer.status_code)
+
+    assert status("/v1/classify", json=feature) == 422  # which index?
+    assert status("/v1/classify?index=none", json=feature) == 404
+    assert status("/v1/classify?index=food", files={"images": photo}) == 422  # features only
+    assert status("/v1/classify?index=things", content=photo, headers={"Content-Type": "image/jpeg"}) == 415
+    assert status("/v1/classify?index=things", content=b"") == 415
+    assert status("/v1/classify?index=things", files={"image": photo}) == 422
+    assert status("/v1/classify?index=things", data={"images": "x"}, files={"images": photo}) == 422
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert status("/v1/classify?index=things", content=b"--y\r\n", headers=form) in (400, 422)
+    assert status("/v1/classify?index=things", content=b"x", headers={"Content-Type": "multipart/form-data"}) == 400
+    assert status("/v1/classify?index=things", files=[("images", photo)] * 65) == 400
+    for query in ("alpha=-1", "beta=nan", "beta=inf", "k=0", "k=some", "top=0", "neighbours=-1", "tail=perhaps"):
+        assert status(f"/v1/classify?index=food&{query}", json=feature) == 422
+    assert status("/v1/classify?index=food&alpha=1e308&beta=0", json=feature) == 422  # the logits overflow
+    assert both.put("/v1/classify").status_code == 405
+    assert both.get("/v1/nothing").json()["title"] == "Not Found"
+    assert both.get("/v1/indexes/things/keys?limit=0").status_code == 422
+
+
+def test_what_can_be_read_is_answered_and_the_rest_is_named(both: Client) -> None:
+    photo, truth = photographs(SHARED, "test", 10, 1)[0]
+    files = [("images", ("a.txt", b"text")), ("images", ("b.jpg", photo.read_bytes())), ("images", ("c.jpg", b""))]
+    answer = both.post("/v1/classify?index=things", files=files)
+    body = answer.json()
+    assert answer.status_code == 200
+    assert [(one["input"], one["label"]) for one in body["results"]] == [("b.jpg", truth)]
+    assert [one["input"] for one in body["skipped"]] == ["a.txt", "c.jpg"]
+
+
+def test_the_page_is_here_and_loads_nothing_from_elsewhere(both: Client) -> None:
+    page = both.get("/")
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert "http://" not in page.text.replace("http://www.w3.org", "")
+    assert "https://" not in page.text
+    assert both.get("/page/method.js").headers["content-type"].startswith("text/javascript")
+    assert both.get("/page/../app.py").status_code == 404
+    assert both.get("/page/%2e%2e/app.py").status_code == 404
+
+
+def test_health_and_metrics(both: Client) -> None:
+    assert both.get("/healthz").json()["status"] == "ok"
+    text = both.get("/metrics").text
+    assert 'retrieval_tip_requests_total{method="GET",route="/healthz",status="200"}' in text
+    assert 'retrieval_tip_index_keys{index="things"} 80.0' in text
+    assert "process_resident_memory_bytes" in text
+
+
+def test_two_indexes_of_one_name_are_refused(own: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(own, tmp_path / "elsewhere" / "own")
+    with pytest.raises(ValueError, match="rename one"):
+        open_all([own, other], "cpu", "float32", "full")
+
+
+def test_an_index_whose_backbone_has_gone_takes_features(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = CacheModel.load(own, device="cpu")
+    cache.backbone = replace(cache.backbone, model="local-dir:/gone")
+    cache.save(own)
+    with serving(own) as client:
+        assert not client.get("/v1/indexes").json()["indexes"][0]["images"]
+        answer = client.post("/v1/classify", files={"images": b"x"})
+        assert (answer.status_code, "features only" in answer.json()["detail"]) == (422, True)
+    assert "takes features only" in caplog.text
+
+
+def test_shots_that_were_fine_tuned_answer_too(own: Path, lit_mini: object) -> None:
+    cache = CacheModel.load(own, device="cpu")
+    ids = cache.class_ids.numpy()
+    values = np.eye(10, dtype=np.float32)[ids] * 1.5
+    tuned = CacheModel.from_features(np.asarray(cache.keys), ids, cache.class_names, cache.text_weights, values=values)
+    tuned.save(own.parent / "tuned")
+    with serving(own.parent / "tuned") as client:
+        described = client.get("/v1/indexes").json()["indexes"][0]
+        assert described["trained_values"]
+        sent = {"features": np.asarray(cache.keys[:2]).tolist()}
+        found = client.post("/v1/classify?logits=true", json=sent).json()
+        np.testing.assert_allclose([one["logits"] for one in found["results"]], tuned.logits(cache.keys[:2]), rtol=1e-4)
+
+
+def test_encoder_and_server_make_the_same_feature(both: Client, lit_mini: object, tmp_path: Path) -> None:
+    """Also of a photograph that is decoded at a reduced size, and of one that is none of RGB."""
+    photo = photographs(SHARED, "test", 10, 1)[0][0]
+    with Image.open(photo) as image:
+        image.resize((2000, 1500)).save(tmp_path / "large.jpg")
+        image.convert("L").save(tmp_path / "grey.png")
+        image.convert("P").save(tmp_path / "palette.gif")
+    paths = [photo, *(tmp_path / name for name in ("grey.png", "large.jpg", "palette.gif"))]
+    (tmp_path / "all.csv").write_text("path,label\n" + "".join(f"{path},x\n" for path in paths))
+    expected = Encoder(lit_mini).encode(open_source(tmp_path / "all.csv")).features
+    files = [("images", path.read_bytes()) for path in paths]
+    found = both.post("/v1/classify?index=things&evidence=true", files=files).json()["results"]
+    np.testing.assert_allclose([one["evidence"]["feature"] for one in found], expected, atol=2e-6)
