@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test check bench
+.PHONY: help setup browser demo lint test check bench
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -19,6 +19,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24,<26.2'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
+
+browser: ## Chromium from Debian's packages, which the tests of the page drive (needs root)
+	@command -v chromium >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium; }
 
 demo: setup ## build an index from photographs, classify and evaluate (MODEL= and PRETRAINED= take another backbone)
 	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(PRETRAINED),--pretrained $(PRETRAINED))
@@ -47,4 +50,5 @@ bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/scale.py --memory
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/living.py
+	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/memory.py --folder /tmp

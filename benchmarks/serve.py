@@ -221,8 +221,7 @@ class Client(asyncio.Protocol):
         self._seen, self._size = b"", 0
         self._version = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # for TCP it is one
         self._transport = transport
         self._ask(self._number)
 
@@ -339,7 +338,8 @@ def replace(folders: Sequence[Path], seconds: float, every: float) -> None:
         time.sleep(max(0.0, begun + number * every - time.monotonic()))
         if time.monotonic() - begun > seconds:
             break
-        done.append([index.next() for index in indexes][0])
+        kinds = [index.next() for index in indexes]
+        done.append(kinds[0])
     print(json.dumps(done), flush=True)
 
 
@@ -448,11 +448,15 @@ def of_feature(row: np.ndarray, target: str) -> bytes:
     return request("application/json", json.dumps({"features": [row.tolist()]}).encode(), target)
 
 
-def of_image(data: bytes, target: str, name: str = "photograph.jpg") -> bytes:
+def of_image(data: bytes, target: str) -> bytes:
     """An image as a form."""
+    return request(f"multipart/form-data; boundary={BOUNDARY.decode()}", form(data, "photograph.jpg"), target)
+
+
+def form(data: bytes, name: str) -> bytes:
+    """The body of it."""
     part = b'--%s\r\nContent-Disposition: form-data; name="images"; filename="%s"\r\n' % (BOUNDARY, name.encode())
-    body = part + b"Content-Type: application/octet-stream\r\n\r\n" + data + b"\r\n--%s--\r\n" % BOUNDARY
-    return request(f"multipart/form-data; boundary={BOUNDARY.decode()}", body, target)
+    return part + b"Content-Type: application/octet-stream\r\n\r\n" + data + b"\r\n--%s--\r\n" % BOUNDARY
 
 
 @dataclass(frozen=True)
@@ -555,6 +559,7 @@ def compare(material: Material, place: Path, asking: Process, given: Row) -> Ite
     ):
         servers = {"ours": ours, "plain": plain}
         click.echo(agreement(material, servers, asking, max(given["clients"])))
+        print_columns()
         for number in given["clients"]:
             sides = {name: Side(server) for name, server in servers.items()}
             for turn in range(given["rounds"] + 1):
@@ -644,10 +649,12 @@ def bad_uploads(photograph: bytes) -> list[Bad]:
     def whole(data: bytes) -> Callable[[], list[bytes]]:
         return lambda: [of_image(data, "/v1/classify")]
 
-    def large(header: str, part: bytes, last: bytes = b"") -> Callable[[], Iterator[bytes]]:
+    def large(header: str, framed: Callable[[bytes], bytes]) -> Callable[[], Iterator[bytes]]:
         head = "POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: multipart/form-data; boundary={BOUNDARY.decode()}\r\n{header}\r\n\r\n"
-        return lambda: itertools.chain([head.encode()], itertools.repeat(part, 200), [last])
+        start, end = form(b"|", "large.jpg").split(b"|")
+        middle = itertools.repeat(framed(bytes(1_000_000)), 200)
+        return lambda: itertools.chain([head.encode(), framed(start)], middle, [framed(end), framed(b"")])
 
     def slow() -> Iterator[bytes]:
         yield b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -656,13 +663,13 @@ def bad_uploads(photograph: bytes) -> list[Bad]:
             yield b" "
             time.sleep(0.1)
 
-    megabyte = bytes(1_000_000)
+    length = len(form(bytes(200_000_000), "large.jpg"))
     return [
         Bad("a text file", whole(b"these are words\n" * 1000)),
         Bad("a truncated JPEG", whole(photograph[: len(photograph) // 3])),
         Bad("a PNG of 30,000 x 30,000", whole(png(30_000, 30_000))),
-        Bad("200 MB, said before", large(f"Content-Length: {200 * len(megabyte)}", megabyte)),
-        Bad("200 MB, not said", large("Transfer-Encoding: chunked", chunk(megabyte), b"0\r\n\r\n")),
+        Bad("200 MB, said before", large(f"Content-Length: {length}", lambda data: data)),
+        Bad("200 MB, not said", large("Transfer-Encoding: chunked", chunk)),
         Bad("a slow one", slow, range(400, 504), SLOW_SECONDS + 1.0),
     ]
 
@@ -783,9 +790,10 @@ def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row
     warm = seconds / 4
     late = np.array([sample for sample in samples if sample[0] >= warm] or samples[-1:])
     slopes = [float(np.polyfit(late[:, 0], late[:, i], 1)[0]) * 60 if len(late) > 2 else 0.0 for i in (1, 2)]
+    lowest, highest = late[:, 1].min(), late[:, 1].max()
     click.echo(
-        f"memory after {warm:.0f} s: {late[:, 1].min():.0f} to {late[:, 1].max():.0f} MiB, slope {slopes[0]:+.2f} MiB a "
-        f"minute, of the anonymous {slopes[1]:+.2f}"
+        f"memory after {warm:.0f} s: {lowest:.0f} to {highest:.0f} MiB, slope {slopes[0]:+.2f} MiB a minute, of the "
+        f"anonymous {slopes[1]:+.2f}"
     )
     for line in said:
         click.echo(f"the server said: {line}")
@@ -851,7 +859,6 @@ def main(process: str | None, folder: Path, out: Path | None, **given: Any) -> N
         if given["soak"] is not None and materials:
             good &= soak(materials, place, asking, given)
         if not given["bad"] and given["soak"] is None:
-            print_columns()
             for material in materials:
                 rows += compare(material, place, asking, given)
             click.echo(f"goal: {GOAL}")

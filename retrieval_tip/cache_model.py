@@ -96,14 +96,14 @@ class Predictions(list[Prediction]):
     def _repr_html_(self) -> str:
         """For notebooks: a row a prediction, the first :data:`SHOWN_PREDICTIONS`."""
         cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
-        columns = ("query", "label", "probability", "text logit", "cache logit", "nearest key", "affinity")
+        columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "nearest key")
         rows = []
         for place, found in enumerate(self[:SHOWN_PREDICTIONS]):
             key = found.neighbours[0] if found.neighbours else None
-            near = (f"{key.label} ({key.source})", f"{key.affinity:.4f}") if key else ("-", "-")
+            near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
             figures = (f"{found.probability:.4f}", f"{found.text_logit:.4g}", f"{found.cache_logit:.4g}")
             rows.append((place, found.label, *figures, *near))
-        return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 6))
+        return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
 
 
 @dataclass(frozen=True)

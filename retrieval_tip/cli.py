@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import gc
 import json
@@ -417,22 +418,20 @@ def serve_command(ctx: click.Context, /, folders: tuple[Path, ...], **given: Any
     from retrieval_tip.server.run import LOOPBACK, address, listen, serve
     from retrieval_tip.server.served import open_all
 
-    if given["token"] is not None and not given["token"].strip():
-        raise UsageError("--token is empty; give a secret, or leave it out")
-    listening = listen(given["host"], given["port"])
-    local = listening.getsockname()[0] in ("127.0.0.1", "::1")
-    served = open_all(folders, given["device"], given["precision"], given["verify"])
+    token = given["token"]
+    if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
+        raise UsageError("--token: give a secret of printable ASCII characters, or leave it out")
     limits = Limits(
-        bytes=given["max_bytes"],
-        pixels=given["max_pixels"],
-        queue=given["queue"],
-        seconds=given["timeout"],
-        hosts=LOOPBACK | {name.lower() for name in given["hosts"]} if local or given["hosts"] else None,
+        bytes=given["max_bytes"], pixels=given["max_pixels"], queue=given["queue"], seconds=given["timeout"]
     )
-    app = create_app(served, limits, token=given["token"], uploads=given["uploads"], root=given["root"])
-    what = ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
-    line = one_line(f"serving {what} at {address(listening)}")
-    serve(app, listening, lambda: click.echo(f"{line}; Ctrl+C ends it", err=True), given["timeout"])
+    with listen(given["host"], given["port"]) as listening:
+        if given["hosts"] or listening.getsockname()[0].startswith(("127.", "::1")):
+            limits = dataclasses.replace(limits, hosts=LOOPBACK | {name.lower() for name in given["hosts"]})
+        served = open_all(folders, given["device"], given["precision"], given["verify"])
+        app = create_app(served, limits, token=token, uploads=given["uploads"], root=given["root"])
+        what = ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
+        line = one_line(f"serving {what} at {address(listening)}; Ctrl+C ends it")
+        serve(app, listening, lambda: click.echo(line, err=True), given["timeout"])
 
 
 @main.command("search-hp")

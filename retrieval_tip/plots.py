@@ -426,6 +426,9 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
         style = "-" if method in colours else "--"
         axes.errorbar(shots, means, yerr=halves, color=colour, linestyle=style, linewidth=1.8, capsize=3, label=method)
         axes.plot(*zip(*single, strict=True), "o", color=colour, alpha=0.45, markersize=4)
+    seen = [100 * row["top1"] for row in rows]
+    room = 0.15 * (max(seen) - min(seen)) + 1
+    axes.set_ylim(max(0.0, min(seen) - room), min(100.5, max(seen) + room))  # of few draws the bars reach beyond
     ticks = sorted({line["shots"] for line in lines})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(str, ticks)))
@@ -438,6 +441,8 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
 
 def draw_training(curve: pa.Table, kept: int) -> Figure:
     """Cross-entropy and accuracy by epoch; ``curve`` has the columns of :data:`finetune.CURVE`, ``kept`` is one."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, drawn = _grid(9.4, 3.8, 1, 2)
     epochs = curve["epoch"].to_numpy()
     for axes, name, scale, label in zip(
@@ -448,6 +453,7 @@ def draw_training(curve: pa.Table, kept: int) -> Figure:
         if np.isfinite(held_out).any():
             axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation images")
         axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="the epoch that was kept")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
     drawn[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
@@ -485,12 +491,20 @@ def svg(draw: Callable[[], Figure], label: str) -> str:
     drawn = drawn[drawn.index("<svg") :]
     drawn = drawn[drawn.index(">") + 1 :]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r"font:( \w+)? ([\d.]+)px '[^;\"]*", r"font:\1 \2px var(--sans)", drawn)
-    for colour, name in THEME.items():
-        drawn = re.sub(colour, name, drawn, flags=re.IGNORECASE)
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the same in every diagram, and never referred to
+    drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
     title = html.text(label)
     size = f'viewBox="0 0 {width:g} {height:g}" width="{width * 4 / 3:g}"'  # in px, of which an inch has 96
     return f'<svg {size} role="img" aria-label="{title}">{drawn.strip()}'
+
+
+def _themed(style: re.Match[str]) -> str:
+    """A style attribute in the fonts and colours of the page."""
+    found = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
+    found = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", found)
+    for colour, name in THEME.items():
+        found = re.sub(colour, name, found, flags=re.IGNORECASE)
+    return found
 
 
 def _heat(axes: Axes, panel: Panel, low: float, high: float) -> Any:

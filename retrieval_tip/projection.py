@@ -17,6 +17,8 @@ FloatArray = npt.NDArray[np.float32]
 AXES, ITERATIONS = 8, 8
 """Axes that are looked for at once, and how often: then the first two are right to four digits, in a tenth of the time
 that all of them take."""
+NEIGHBOURS, FEWEST = 15, 5
+"""UMAP's neighbours of each key, and the keys that it needs."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ def projected(cache: CacheModel, method: str = "pca", limit: int = 5000) -> Proj
     """The keys ``K`` ``[n, d]`` in two dimensions: all of them, or ``limit`` spread evenly over the classes' order.
 
     ``pca``: ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues; of each,
-    the largest component is positive. ``umap``: by cosine, with a fixed seed. Raises UsageError for a method that is
-    not there, or a limit below 1.
+    the largest component is positive. ``umap``: by cosine, with a fixed seed; of fewer keys than it needs, by ``pca``.
+    Raises UsageError for a method that is not there, or a limit below 1.
     """
     if method not in methods():
         raise UsageError(f"method {method!r}: expected one of {', '.join(methods())} (umap needs umap-learn)")
@@ -49,7 +51,7 @@ def projected(cache: CacheModel, method: str = "pca", limit: int = 5000) -> Proj
         raise UsageError(f"limit is {limit}: at least 1 key is needed")
     rows = np.unique(np.linspace(0, cache.n - 1, min(cache.n, limit)).round().astype(np.int64))
     keys = np.asarray(cache.keys[rows], dtype=np.float32)
-    if method == "pca":
+    if method == "pca" or len(keys) < FEWEST:
         places, explained = _principal(keys)
     else:
         places, explained = _umap(keys), None
@@ -74,7 +76,7 @@ def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
 def _umap(keys: FloatArray) -> FloatArray:
     import umap
 
-    neighbours = max(2, min(15, len(keys) - 1))
-    reducer = umap.UMAP(n_components=2, n_neighbors=neighbours, metric="cosine", random_state=0, init="pca")
+    neighbours = min(NEIGHBOURS, len(keys) - 1)
+    reducer = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1)
     places: FloatArray = reducer.fit_transform(keys)
     return places

@@ -31,6 +31,7 @@ from retrieval_tip.calibration import expected_calibration_error
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, UsageError, counted
 from retrieval_tip.evaluate import Answers, Evaluation, judge
 from retrieval_tip.features import Block, Encoder, check_backbone, replacing
+from retrieval_tip.finetune import CURVE
 from retrieval_tip.html import Html, join, table, tag
 from retrieval_tip.manifest import Manifest
 from retrieval_tip.sources import Source, show
@@ -46,6 +47,8 @@ WORST, CLASSES, LISTED = 10, 1000, 50
 """Classes that are shown at once, the worst first, and unfolded; skipped items that are listed."""
 NAME = 44
 """Characters of the name of an item that are shown."""
+AFFINITY_PAIRS = 2_000_000_000
+"""Of more pairs of an item and a key, affinities are not counted."""
 SHOTS = tuple(2**i for i in range(10))
 CURVE_KEYS = 4096
 """Draws of more keys are left out of the curves unless they are asked for: a search costs by the square of the keys."""
@@ -117,7 +120,8 @@ def write_report(
     ids = cache.ids_of(test)
     blocks = list(encoder.blocks(test))
     skipped = list(encoder.skipped)
-    evaluation = judge(cache, blocks, ids, skipped, k=k, tail=tail, affinities=True, details=True)
+    pairs = sum(len(block.positions) for block in blocks) * cache.n
+    evaluation = judge(cache, blocks, ids, skipped, k=k, tail=tail, affinities=pairs <= AFFINITY_PAIRS, details=True)
     made = _Making(
         cache, test, encoder, blocks, ids, evaluation, skipped, k, tail, val, shots, seeds, curves,
         Path(folder) if folder is not None else cache.folder, where, command,
@@ -226,6 +230,8 @@ class _Making:
         self.answers, self.details = answers, answers.details
         self.features = np.concatenate([block.features for block in self.blocks])
         self.digests = [digest for block in self.blocks for digest in block.digests]
+        if self.test.table is not None and pa.field("digest", pa.string()) in list(self.test.items.schema):
+            self.digests = self.test.items["digest"].take(pa.array(self.details.positions)).to_pylist()
         self.sources = self.test.sources
         tuning = self.cache.provenance.get("finetune")
         self.finetune: dict[str, Any] | None = tuning if isinstance(tuning, dict) else None
@@ -313,8 +319,8 @@ class _Making:
         chosen_on = self._search().get("chosen_on")
         if chosen_on == self.test.name:
             lines.append("The settings of this index were chosen on this very source: its accuracy is too high.")
-        own = {digest for digest in self.cache.labels["digest"].to_pylist() if digest is not None}
-        shared = sum(digest in own for digest in self._known_digests())
+        known = pa.array([digest for digest in self.digests if digest is not None], pa.string())
+        shared = pc.sum(pc.is_in(known, value_set=self.cache.labels["digest"])).as_py() or 0
         if shared:
             lines.append(
                 f"{counted(shared, 'test item')} of {self.evaluation.n:,} are images that are keys of the index."
@@ -326,13 +332,6 @@ class _Making:
             lines.append(f"{absent:,} of the {len(self.cache.class_names):,} classes of the index have no test item.")
         return tag("div", *(tag("p", line) for line in lines), class_="caution", role="note") if lines else None
 
-    def _known_digests(self) -> list[str | None]:
-        """Of the test items, in the order of the answers: of the bytes that were encoded, or as their table says."""
-        if self.test.table is None or "digest" not in self.test.items.column_names:
-            return self.digests
-        found: list[str | None] = self.test.items["digest"].take(pa.array(self.details.positions)).to_pylist()
-        return found
-
     def _accuracy(self) -> Html:
         found, truth = self.evaluation, self.answers.truth
         lines = []
@@ -343,7 +342,9 @@ class _Making:
         alone = self.details.cache
         right = alone.predicted == truth
         ece = _ece(alone.confidence, right) if found.alpha else None
-        lines.append(_Line("cache alone", "keys alone", right, truth, ece))
+        lines.append(
+            _Line("cache alone", "fine-tuned keys alone" if self.is_tuned else "keys alone", right, truth, ece)
+        )
         notes = []
         if self.is_tuned:
             try:
@@ -379,7 +380,7 @@ class _Making:
             if parent.class_names != self.cache.class_names:
                 raise InputError(f"{name}: has other classes")
             found = judge(parent, self.blocks, self.ids, k=parent.k, tail=parent.tail)
-        except RetrievalTipError as error:
+        except (RetrievalTipError, OSError, ValueError) as error:
             raise _LeftOutError(f"it was made from {name}, which cannot be asked ({error})") from None
         what = f"{name}, version {parent.version}, before fine-tuning"
         return _Line("Tip-Adapter", what, found.answers.right, found.answers.truth, found.ece)
@@ -496,12 +497,16 @@ class _Making:
         rows = [(name, _shown(value)) for name, value in facts.items()]
         body = [_scroll(table((), rows, "What the index says of its training."), "facts")] if rows else []
         if curve is not None:
+            try:
+                curve = curve.select(CURVE.names).cast(CURVE)
+            except (KeyError, pa.ArrowException):
+                raise _LeftOutError("the index has a curve of another kind") from None
             kept = facts.get("epoch")
             epoch = kept if isinstance(kept, int) else int(curve["epoch"].to_numpy()[-1])
-            last = curve.to_pylist()[-1]
+            loss, accuracy = (float(curve[name].to_numpy()[-1]) for name in ("loss", "accuracy"))
             said = (
                 f"Cross-entropy and accuracy on the shots by epoch, as they were met; epoch {epoch} was kept. "
-                f"Last epoch {last['epoch']}: loss {last['loss']:.4g}, accuracy {_percent(last['accuracy'])}."
+                f"In the last one the loss was {loss:.4g}, the accuracy {_percent(accuracy)}."
             )
             body.insert(0, _plot(lambda: plots.draw_training(curve, epoch), said, said))
         return join(body)
@@ -572,7 +577,7 @@ class _Making:
                 "li",
                 self.pictures.of(key.source, digests.get(key.key_id), f"key of {key.label}", SMALL_SIDE, "key"),
                 tag("b", key.label, class_="true" if key.label == truth else "answer" if key.label == answer else None),
-                f"A {key.affinity:.3f}",
+                f" A {key.affinity:.3f}",
                 tag("br"),
                 f"w {key.weight:.1e}",
             )
@@ -610,7 +615,7 @@ class _Making:
         position = int(self.details.positions[place])
         path = self.test.paths[position] if self.test.paths is not None else self.sources[position]
         label = self.cache.class_names[int(self.answers.truth[place])]
-        return self.pictures.of(path, self._known_digests()[place], f"test item of {label}", side, kind)
+        return self.pictures.of(path, self.digests[place], f"test item of {label}", side, kind)
 
     def _digests_of(self, neighbours: Sequence[Neighbour]) -> dict[int, str | None]:
         wanted = pa.array([key.key_id for key in neighbours], pa.int64())
@@ -696,7 +701,8 @@ class _Making:
 
     def _affinities(self) -> Html:
         seen = self.answers.affinities
-        assert seen is not None
+        if seen is None:
+            raise _LeftOutError(f"more than {AFFINITY_PAIRS:,} pairs of an item and a key; evaluate --plot counts them")
         same, other = (plots.mean_affinity(seen, counts) for counts in (seen.same, seen.other))
         said = "Affinities of test items to keys: mean to the same class "
         said += (
@@ -787,10 +793,11 @@ class _Making:
         yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         if self.command is not None:
             yield "command", tag("code", self.command)
-        for item in self.skipped[:LISTED]:
+        skipped = self.encoder.skipped  # of the validation source too
+        for item in skipped[:LISTED]:
             yield "skipped", str(item)
-        if len(self.skipped) > LISTED:
-            yield "skipped", f"and {len(self.skipped) - LISTED:,} more"
+        if len(skipped) > LISTED:
+            yield "skipped", f"and {len(skipped) - LISTED:,} more"
 
     def _bar(self, total: int) -> Any:
         return tqdm(total=total, unit="draw", disable=None if self.encoder.progress else True, leave=False)

@@ -1,14 +1,10 @@
-"""A real browser and a real server, for tests of the page."""
+"""A real browser, for tests of pages."""
 
 from __future__ import annotations
 
 import base64
 import os
-import re
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +17,7 @@ ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PATIENCE = 60_000  # ms; machines of two cores that others use too
+PATIENCE = 30_000  # ms; machines of two cores that others use too
 
 
 @contextmanager
@@ -35,31 +31,6 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield browser
         browser.close()
-
-
-@contextmanager
-def serving(*arguments: object) -> Iterator[str]:
-    """The address of ``retrieval-tip serve`` with these arguments, at a free port, until the end of the block."""
-    command = [sys.executable, "-m", "retrieval_tip", "serve", *map(str, arguments), "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    said = []
-    try:
-        for line in process.stderr:
-            said.append(line)
-            if address := re.search(r"http://[\d.]+:\d+", line):
-                break
-        else:
-            pytest.fail(f"the server ended, status {process.wait()}: {''.join(said)}")
-        rest = threading.Thread(target=said.extend, args=(process.stderr,))  # so that it never waits for a reader
-        rest.start()
-        yield address[0]
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0, "".join(said)
-    rest.join()
-    process.stderr.close()
-    assert "Traceback" not in "".join(said), "".join(said)
 
 
 def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:

@@ -50,25 +50,27 @@ def server(*arguments: object, token: str | None = None) -> Iterator[tuple[str, 
     command = [sys.executable, "-m", "retrieval_tip", "serve", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines: queue.Queue[str | None] = queue.Queue()
+    said: list[str] = []
 
     def read() -> None:
         assert process.stderr is not None
         for line in process.stderr:
+            said.append(line)
             lines.put(line)
         lines.put(None)
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    seen = []
     try:
-        while "serving" not in (line := lines.get(timeout=START_SECONDS) or "ended"):
-            seen.append(line)
-            assert line != "ended", "".join(seen)
-        yield line.partition(" at ")[2].partition(";")[0], process
+        while " at http://" not in (line := lines.get(timeout=START_SECONDS) or "ended"):
+            assert line != "ended", "".join(said)
+        yield line.rpartition(" at ")[2].partition(";")[0], process
         process.terminate()
-        assert process.wait(30) == 0, "".join(iter(lambda: lines.get(timeout=5) or "", ""))
+        assert process.wait(30) == 0, "".join(said)
     finally:
         process.kill()
         process.wait()
         reader.join(5)
+        assert process.stderr is not None
         process.stderr.close()
+    assert "Traceback" not in "".join(said), "".join(said)

@@ -7,18 +7,21 @@ import builtins
 import io
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import SHARED
 from PIL import Image
 from test_cli import unit_rows, write_table
+from test_plots import made_up
 
-from retrieval_tip import report
+from retrieval_tip import plots, report
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.errors import InputError, UsageError
@@ -108,7 +111,7 @@ def read(path):
                 assert value.startswith(("data:", "#")), value
             for url in (value or "").split("url(")[1:]:
                 assert url.startswith("#"), value
-            if name == "id" and page.first("main") and node.name in ("section", "li", "ol"):
+            if name == "id":
                 assert value not in ids
                 ids.add(value)
         if node.name == "img":
@@ -455,6 +458,26 @@ def test_ids_of_an_encoded_table_find_their_pictures(photographs, tmp_path):
     assert list(read(tmp_path / "r.html").all("img", class_="query"))
 
 
+def test_a_diagram_takes_any_name(recwarn):
+    names = ["font: 1px '", "<!--", "--><style>", "#222222", '"><g id="', "</svg>", "$x^{", "\ud800"]
+    evaluation = made_up(np.arange(16) % 8, np.arange(16) // 2, names)
+    for draw in (plots.draw_confusion, plots.draw_per_class, plots.draw_affinity):
+        (drawn,) = Tree(plots.svg(lambda draw=draw: draw(evaluation), "'\"<b>")).open[0].all("svg")
+        assert drawn.attributes["aria-label"] == "'\"<b>"
+        assert not list(drawn.all("style"))
+        assert not list(drawn.all("metadata"))
+        if draw is not plots.draw_affinity:
+            texts = [node.text for node in drawn.all("text")]
+            assert {name if name != "\ud800" else "\\ud800" for name in names} <= set(texts)
+    assert not recwarn.list
+
+
+def test_the_cell_of_a_setting_is_the_next_one_by_ratio():
+    panel = plots.Panel(0, np.array([0, 1.0, 10, 100]), np.array([0.5, 1, 2]), np.zeros((3, 4)))
+    for (alpha, beta), cell in {(0, 1): (1, 0), (4, 1.3): (1, 2), (3, 1.5): (2, 1), (1e9, 0): (0, 3)}.items():
+        assert panel.nearest(alpha, beta) == cell
+
+
 def test_hostile_names_stay_names(tmp_path):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
     ids = np.random.default_rng(0).integers(0, 5, 60)
@@ -673,6 +696,21 @@ def test_from_python(tmp_path):
         write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=0)
     with pytest.raises(InputError, match="is a folder"):
         write_report(cache, source, Encoder(), tmp_path)
+
+
+def test_a_manifest_may_say_anything(tmp_path):
+    folder, test = made(tmp_path)
+    cache = CacheModel.load(folder, device="cpu")
+    odd = {"alpha": {"<b>": ["<i>", 1.5, None]}, "search": ["x"], "source": "\u202e<u>", "skipped": ["<s>"] * 99}
+    for parent in ("\0", "<b>", str(tmp_path), str(folder), 7):
+        odd |= {"finetune": {"parent": parent, "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
+        curve = pa.table({"epoch": ["<b>"]})
+        strange = replace(cache, provenance=odd, curve=curve, temperature=2.0)
+        found = write_report(strange, open_source(test), Encoder(), tmp_path / "r.html")
+        assert set(found.left_out) == {"shots", "settings", "training"}
+        page = read(found.path)
+        assert "Tip-Adapter before fine-tuning is not in this table" in section(page, "accuracy").text
+        assert "<i>, 1.5, -" in section(page, "provenance").text
 
 
 # ------------------------------------------------------------------------------------------------------------ a browser

@@ -71,7 +71,7 @@ def create_app(
     def allowed(authorization: str | None) -> None:
         if token is None:
             raise Problem(403, "this server takes no changes; start it with --token TOKEN to add and remove shots")
-        sent = (authorization or "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+        sent = (authorization or "").removeprefix("Bearer ").encode("latin-1")
         if not hmac.compare_digest(sent, token.encode()):
             raise Problem(401, "send the server's token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 

@@ -23,6 +23,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 DEADLINE = "retrieval_tip.deadline"
 """Where a scope keeps its :class:`asyncio.Timeout`."""
 
+READ = "retrieval_tip.read"
+"""Where a scope says that the body has been read to its end."""
+
 DRAINED_SECONDS = 5.0
 """For so long the rest of a refused body is read and dropped: who still sends would else not see the answer."""
 
@@ -121,6 +124,7 @@ class Guard:
             message = await receive()
             seen += len(message.get("body", b""))
             self._check(seen)
+            scope[READ] = not message.get("more_body")
             return message
 
         try:
@@ -145,8 +149,9 @@ class Guard:
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         try:
             async with asyncio.timeout(DRAINED_SECONDS):
-                while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                    pass
+                while not scope.get(READ):
+                    message = await receive()
+                    scope[READ] = message["type"] != "http.request" or not message.get("more_body")
         except TimeoutError:
             pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -53,6 +53,7 @@ def serve(app: FastAPI, listening: socket.socket, ready: Callable[[], None], sec
         timeout_graceful_shutdown=int(seconds) + 1,
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what is malformed is answered
     server = _Server(config, ready)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -49,8 +49,8 @@ PATIENCE = 10.0
 """Seconds that a request waits for a map or an audit; then it is told to ask again."""
 ROWS_AT_A_TIME = 256
 THUMBNAIL_BYTES = 64 << 20
-AUDITED = 1000
-"""Suspicious shots that are kept of an audit."""
+AUDITED, MOST_AUDITED = 1000, 1 << 15
+"""Suspicious shots that are kept of an audit; keys that one may have here: each is compared with each."""
 
 T = TypeVar("T")
 
@@ -237,7 +237,9 @@ class Service:
         }
 
     async def audit(self, version: Version, limit: int) -> dict[str, Any]:
-        """Suspicious shots, worst first. Raises Problem 503 while it takes long."""
+        """Suspicious shots, worst first. Raises Problem 422 where there are too many keys, 503 while it takes long."""
+        if version.cache.n > MOST_AUDITED:
+            raise Problem(422, f"{version.cache.n:,} keys are many: use retrieval-tip index audit {version.name}")
 
         def call() -> tuple[int, list[dict[str, Any]]]:
             table = audit(version.cache)

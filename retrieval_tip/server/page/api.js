@@ -22,7 +22,10 @@ async function problemOf(response) {
   } catch {
     // no JSON: not from this server, but from something before it
   }
-  return new Problem(typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`, response.status);
+  return new Problem(
+    typeof detail === "string" ? detail : `HTTP ${response.status} ${response.statusText}`,
+    response.status,
+  );
 }
 
 /** JSON of a path. 429 and 503 are asked again after Retry-After; `waiting(problem)` hears of it. */
@@ -66,11 +69,16 @@ const at = (name) => `/v1/indexes/${encodeURIComponent(name)}`;
 const query = (parameters) => {
   const given = new URLSearchParams();
   for (const [name, value] of Object.entries(parameters)) {
-    for (const one of Array.isArray(value) ? value : [value]) if (one !== undefined && one !== "") given.append(name, one);
+    for (const one of Array.isArray(value) ? value : [value])
+      if (one !== undefined && one !== "") given.append(name, one);
   }
   return `?${given}`;
 };
-const json = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+const json = (body) => ({
+  method: "POST",
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify(body),
+});
 
 export const indexes = () => request("/v1/indexes").then((found) => found.indexes);
 export const index = (name) => request(at(name));

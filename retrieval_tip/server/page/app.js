@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { showIndexView } from "./browse.js";
 import { addFiles } from "./classify.js";
-import { $, el, failure, plural, say } from "./dom.js";
+import { $, el, failure, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const CHOSEN = "retrieval-tip index";
@@ -66,8 +66,10 @@ function receive(transfer) {
   const entries = [...(transfer.items ?? [])].filter((item) => item.kind === "file");
   const folders = entries.filter((item) => item.webkitGetAsEntry?.()?.isDirectory).length;
   const files = [...transfer.files].filter((_, i) => !entries[i]?.webkitGetAsEntry?.()?.isDirectory);
-  if (folders) say("A folder was dropped: drop the images in it.");
-  if (files.length) location.hash = "#classify";
+  $("problem").textContent = "Folders are not opened here: drop the images in them.";
+  $("problem").hidden = !folders;
+  if (!files.length) return;
+  location.hash = "#classify";
   addFiles(files);
 }
 
@@ -95,7 +97,7 @@ addEventListener("paste", (event) => {
 document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
   const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1 }[event.key];
   const at = VIEWS.findIndex((name) => $(`tab-${name}`) === document.activeElement);
-  if (event.key === " ") event.preventDefault(), document.activeElement.click();
+  if (event.key === " ") (event.preventDefault(), document.activeElement.click());
   if (!step || at < 0) return;
   event.preventDefault();
   const name = VIEWS[(at + step + VIEWS.length) % VIEWS.length];

@@ -55,7 +55,7 @@ function showAbout() {
   const facts = {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
-    keys: `${info.n_keys.toLocaleString("en")} of ${info.d}`,
+    keys: `${info.n_keys.toLocaleString("en")} of ${info.d} dimensions`,
     classes: info.n_classes.toLocaleString("en"),
     alpha: info.alpha,
     beta: info.beta,
@@ -81,11 +81,14 @@ function showClasses() {
   const wanted = $("classes-filter").value.trim().toLowerCase();
   const found = state.info.classes.filter(({ label }) => label.toLowerCase().includes(wanted));
   const most = Math.max(1, ...state.info.classes.map(({ keys }) => keys));
-  $("classes-count").textContent = found.length < state.info.n_classes ? `${found.length} of ${state.info.n_classes}` : String(found.length);
+  $("classes-count").textContent =
+    found.length < state.info.n_classes ? `${found.length} of ${state.info.n_classes}` : String(found.length);
   $("classes-list").replaceChildren(...found.slice(0, CLASSES).map((one) => classElement(one, most)));
   $("classes-more").textContent = !found.length
     ? "No class of that name."
-    : found.length > CLASSES ? `${(found.length - CLASSES).toLocaleString("en")} more: the filter finds them.` : "";
+    : found.length > CLASSES
+      ? `${(found.length - CLASSES).toLocaleString("en")} more: the filter finds them.`
+      : "";
 }
 
 function classElement({ class_id: id, label, keys }, most) {
@@ -120,13 +123,14 @@ function highlightChosen() {
 /** What is known of a key, as text. */
 const described = ({ key_id: id, label, source }) => [
   el("strong", { class: "name" }, label),
-  el("span", { class: "source", title: source }, nameOf(source, 2)),
+  el("span", { class: "source", title: source }, nameOf(source)),
   el("span", { class: "hint" }, `key ${id}`),
 ];
 
 async function removeShot(shot, heading) {
   $("confirm-shot").replaceChildren(picture(shot.image, 160, nameOf(shot.source)), el("p", {}, ...described(shot)));
   if ((await ask($("confirm-dialog"))) !== "ok") return;
+  $("problem").hidden = true;
   try {
     const removed = await state.remove([shot.key_id]);
     if (!removed) return;
@@ -140,17 +144,26 @@ async function removeShot(shot, heading) {
 
 function removeButton(shot, heading) {
   if (!state.info.changes) return null;
-  const button = el("button", { type: "button", class: "quiet", aria: { label: `Remove key ${shot.key_id}, ${shot.label}` } }, "Remove");
+  const button = el(
+    "button",
+    { type: "button", class: "quiet", aria: { label: `Remove key ${shot.key_id}, ${shot.label}` } },
+    "Remove",
+  );
   button.addEventListener("click", () => removeShot(shot, heading));
   return button;
 }
 
-const unchangeable = () => (state.info.changes ? "" : " The server was started without --token, so none can be removed here.");
+const unchangeable = () =>
+  state.info.changes ? "" : " The server was started without --token, so none can be removed here.";
 
 const shots = new Part(
   "shots",
   (options) =>
-    api.keys(state.info.name, { label: $("shots-class").value, source: $("shots-source").value, offset, limit: PAGE }, options),
+    api.keys(
+      state.info.name,
+      { label: $("shots-class").value, source: $("shots-source").value, offset, limit: PAGE },
+      options,
+    ),
   ({ total, keys }) => {
     if (!keys.length && offset > 0) {
       offset = Math.max(0, offset - PAGE); // the last of a page was removed
@@ -159,7 +172,13 @@ const shots = new Part(
     $("shots-count").textContent = total.toLocaleString("en");
     $("shots").replaceChildren(
       ...keys.map((shot) =>
-        el("li", { data: { keyId: shot.key_id } }, picture(shot.image, 240, nameOf(shot.source)), ...described(shot), removeButton(shot, $("shots-title"))),
+        el(
+          "li",
+          { data: { keyId: shot.key_id } },
+          picture(shot.image, 240, nameOf(shot.source)),
+          ...described(shot),
+          removeButton(shot, $("shots-title")),
+        ),
       ),
     );
     $("shots-pager").hidden = total <= PAGE;
@@ -183,12 +202,19 @@ const map = new Part(
   (found) => {
     $("map-methods").hidden = found.methods.length < 2;
     if ($("map-method").children.length !== found.methods.length) {
-      $("map-method").replaceChildren(...found.methods.map((method) => el("option", { value: method }, method.toUpperCase())));
+      $("map-method").replaceChildren(
+        ...found.methods.map((method) => el("option", { value: method }, method.toUpperCase())),
+      );
     }
     $("map-method").value = found.method;
-    const part = found.key_ids.length < found.total ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} keys` : "";
+    const part =
+      found.key_ids.length < found.total
+        ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} keys`
+        : "";
     const explained = found.explained?.map((share) => `${Math.round(100 * share)} %`).join(" and ");
-    $("map-facts").textContent = [part, explained && `the axes hold ${explained} of the variance`].filter(Boolean).join("; ");
+    $("map-facts").textContent = [part, explained && `the axes hold ${explained} of the variance`]
+      .filter(Boolean)
+      .join("; ");
     $("map").hidden = !found.key_ids.length;
     $("map-shot").replaceChildren();
     keyMap.show(found);
@@ -203,7 +229,8 @@ const keyMap = new KeyMap($("map-canvas"), async (keyId) => {
   try {
     if (!shotsByKey.has(keyId)) shotsByKey.set(keyId, (await api.keys(name, { key_id: keyId })).keys[0]);
     const shot = shotsByKey.get(keyId);
-    if (pointed === keyId && shot) $("map-shot").replaceChildren(picture(shot.image, 320, nameOf(shot.source)), el("p", {}, ...described(shot)));
+    if (pointed === keyId && shot)
+      $("map-shot").replaceChildren(picture(shot.image, 320, nameOf(shot.source)), el("p", {}, ...described(shot)));
   } catch (error) {
     if (pointed === keyId) $("map-shot").replaceChildren(failure(error));
   }
@@ -214,12 +241,17 @@ const audit = new Part(
   async (options) => {
     const { name } = state.info;
     const found = await api.audit(name, options);
-    const ids = [...new Set(found.shots.flatMap((shot) => [shot.key_id, shot.nearest_key_id]))];
+    const both = found.shots.flatMap((shot) => [shot.key_id, shot.nearest_key_id]);
+    const ids = [...new Set(both.filter((id) => id !== null))];
     const known = ids.length ? await api.keys(name, { key_id: ids, limit: ids.length }, options) : { keys: [] };
     return { ...found, images: new Map(known.keys.map((shot) => [shot.key_id, shot.image])) };
   },
   ({ total, shots: all, images }) => {
-    const found = all.map((shot) => ({ ...shot, image: images.get(shot.key_id), nearest: images.get(shot.nearest_key_id) }));
+    const found = all.map((shot) => ({
+      ...shot,
+      image: images.get(shot.key_id),
+      nearest: images.get(shot.nearest_key_id),
+    }));
     $("audit-count").textContent = total.toLocaleString("en");
     $("audit").replaceChildren(...found.slice(0, WORST).map(suspicious));
     $("audit-more").hidden = found.length <= WORST;
@@ -235,8 +267,13 @@ const audit = new Part(
 
 function suspicious(shot) {
   const figure = (url, source, label, caption) =>
-    el("figure", {}, picture(url, 240, nameOf(source)), el("figcaption", {}, el("span", { class: "hint" }, caption), el("span", { class: "name" }, label)));
-  const twin = shot.duplicate_of === null ? null : el("p", { class: "hint" }, `The same image as key ${shot.duplicate_of}.`);
+    el(
+      "figure",
+      {},
+      picture(url, 240, nameOf(source)),
+      el("figcaption", {}, el("span", { class: "hint" }, caption), el("span", { class: "name" }, label)),
+    );
+  const { suggested, duplicate_of: twin } = shot;
   return el(
     "li",
     { data: { keyId: shot.key_id } },
@@ -245,10 +282,14 @@ function suspicious(shot) {
     el(
       "div",
       {},
-      el("p", { class: "suggested" }, "rather ", el("strong", { class: "name" }, shot.suggested ?? "–"), "?"),
-      el("p", { class: "hint", data: { value: shot.margin } }, `margin ${short(shot.margin)}, affinity ${short(shot.nearest_affinity)}`),
+      suggested === null ? null : el("p", {}, "rather ", el("strong", { class: "name" }, suggested), "?"),
+      el(
+        "p",
+        { class: "hint", data: { value: shot.margin } },
+        `margin ${short(shot.margin)}, affinity ${short(shot.nearest_affinity)}`,
+      ),
       el("p", { class: "source", title: shot.source }, nameOf(shot.source, 2)),
-      twin,
+      twin === null ? null : el("p", { class: "hint" }, `The same image as key ${twin}.`),
       removeButton(shot, $("audit-title")),
     ),
   );

@@ -54,7 +54,13 @@ export const nameOf = (source, parts = 1) => String(source).split(/[\\/]/).filte
 export function picture(url, size, label) {
   const none = () => el("span", { class: "picture none", title: "no picture on the server" }, "no picture");
   if (!url) return none();
-  const image = el("img", { class: "picture", loading: "lazy", decoding: "async", alt: label, src: `${url}?size=${size}` });
+  const image = el("img", {
+    class: "picture",
+    loading: "lazy",
+    decoding: "async",
+    alt: label,
+    src: `${url}?size=${size}`,
+  });
   image.addEventListener("error", () => image.replaceWith(none()), { once: true });
   return image;
 }

@@ -1,4 +1,4 @@
-// The method, once: Tip-Adapter over the evidence of one image, in float64. Pure functions; tip.py is the same in torch.
+// The method, once: Tip-Adapter over the evidence of one image, in float64. Pure functions; as tip.py does in torch.
 //
 //   cache   C_c = sum over the k nearest keys i of class c of exp(-beta (1 - A_i))
 //           + with tail, for the r_c keys of c that are left:  r_c exp(-beta (1 - m_c)),  m_c their mean affinity

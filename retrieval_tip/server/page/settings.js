@@ -78,6 +78,7 @@ class Settings extends EventTarget {
     this.#own = { alpha, beta, k, tail };
     this.#stops = { alpha: stopsAround(alpha, RANGES.alpha), beta: stopsAround(beta, RANGES.beta), k: stopsUpTo(n) };
     for (const [name, stops] of Object.entries(this.#stops)) $(`${name}-slider`).max = stops.length - 1;
+    $("k").max = n;
     if (untouched) Object.assign(this, this.#own);
     this.#showAll();
   }

@@ -1,0 +1,100 @@
+"""Keys in two dimensions, against the full decomposition."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from retrieval_tip import CacheModel
+from retrieval_tip.projection import methods, projected
+
+
+def cache_of(keys: np.ndarray) -> CacheModel:
+    labels = [f"class {i % 3}" for i in range(len(keys))]
+    return CacheModel.from_features(keys.astype(np.float32), labels, [f"class {i}" for i in range(3)], device="cpu")
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 40), (20, 500), (7, 3), (3, 2)])
+def test_principal_components_are_those_of_the_whole_decomposition(n: int, d: int) -> None:
+    rng = np.random.default_rng(0)
+    scales = np.geomspace(1, 1e-2, d)
+    cache = cache_of(rng.normal(size=(n, d)) * scales)
+    found = projected(cache)
+    keys = np.asarray(cache.keys, dtype=np.float64)
+    _, singular, axes = np.linalg.svd(keys - keys.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(found.explained, (singular**2 / (singular**2).sum())[:2], rtol=1e-3)
+    expected = (keys - keys.mean(axis=0)) @ axes[:2].T
+    for own, other in zip(found.places.T, expected.T, strict=True):
+        assert abs(np.corrcoef(own, other)[0, 1]) > 0.9999
+    ratio = np.ptp(found.places, axis=0) / np.ptp(expected, axis=0)
+    assert ratio[0] == pytest.approx(ratio[1], rel=1e-3)  # one scale for both axes
+    assert np.abs(found.places).max() == pytest.approx(1)
+    assert found.rows.tolist() == list(range(n))
+
+
+def test_it_is_the_same_each_time_and_leaves_random_numbers_alone() -> None:
+    import torch
+
+    cache = cache_of(np.random.default_rng(1).normal(size=(50, 20)))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one, two = projected(cache), projected(cache)
+    assert torch.rand(3).tolist() == expected.tolist()
+    np.testing.assert_array_equal(one.places, two.places)
+
+
+def test_a_sample_is_spread_over_the_keys() -> None:
+    found = projected(cache_of(np.random.default_rng(2).normal(size=(100, 4))), limit=10)
+    assert len(found.rows) == len(found.places) == 10
+    assert found.rows[0] == 0
+    assert found.rows[-1] == 99
+    assert np.diff(found.rows).min() >= 10
+
+
+@pytest.mark.parametrize("keys", [np.ones((1, 4)), np.ones((5, 4)), np.eye(3)[:, :1], np.eye(2)])
+def test_little_to_show_is_shown(keys: np.ndarray) -> None:
+    found = projected(cache_of(keys))
+    assert found.places.shape == (len(keys), 2)
+    assert np.isfinite(found.places).all()
+    assert found.explained is not None
+    assert all(0 <= share <= 1.0001 for share in found.explained)
+
+
+def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cache = cache_of(np.eye(3))
+    assert methods() == ["pca"]
+    with pytest.raises(ValueError, match="umap needs umap-learn"):
+        projected(cache, "umap")
+    with pytest.raises(ValueError, match="limit is 0"):
+        projected(cache, limit=0)
+
+
+def test_umap_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in: the real one takes a minute to compile."""
+    asked = {}
+
+    class UMAP:
+        def __init__(self, **settings: object) -> None:
+            asked.update(settings)
+
+        def fit_transform(self, keys: np.ndarray) -> np.ndarray:
+            return keys[:, :2] * 10 + 100
+
+    stand_in = types.ModuleType("umap")
+    stand_in.__spec__ = importlib.machinery.ModuleSpec("umap", None)
+    stand_in.UMAP = UMAP
+    monkeypatch.setitem(sys.modules, "umap", stand_in)
+    cache = cache_of(np.random.default_rng(3).normal(size=(9, 4)))
+    assert methods() == ["pca", "umap"]
+    found = projected(cache, "umap")
+    assert (asked["metric"], asked["n_neighbors"]) == ("cosine", 8)
+    assert found.explained is None
+    keys = np.asarray(cache.keys)[:, :2]
+    expected = (keys - (keys.max(axis=0) + keys.min(axis=0)) / 2) / (np.ptp(keys, axis=0).max() / 2)
+    np.testing.assert_allclose(found.places, expected, atol=1e-5)
