@@ -1,21 +1,24 @@
 """Requests a second and waiting times of ``retrieval-tip serve``, against a plain FastAPI handler without batching.
 
 \b
-    python benchmarks/serve.py                     # features and images at 1, 8 and 64 clients, about six minutes
-    python benchmarks/serve.py --bad               # what bad uploads are answered with, how soon, at what memory
-    python benchmarks/serve.py --soak 600          # ten minutes of load while the index is replaced every 5 seconds
+    python benchmarks/serve.py                        # features and images at 1, 8 and 64 clients, seven minutes
+    python benchmarks/serve.py --rounds 0 --bad       # what bad uploads are answered with, how soon, at what memory
+    python benchmarks/serve.py --rounds 0 --soak 600  # ten minutes of load, the index replaced every 5 seconds
 
 Ours is the real command. Plain is what one writes first: FastAPI under uvicorn without an access log, a ``def`` handler
 in FastAPI's thread pool, a pydantic body, one CacheModel.classify a request (and for images one encode_images), the
 same fields in the answer. Each is a process of its own, and so are the clients: connections over loopback that stay
 open, each with one feature row (or one photograph) a request, and the next one once the answer is there. Both answer in
 float32 with the index's own settings, and first have to agree on every request: labels, and probabilities within 1e-4.
-Then they take turns, after a turn that warms up; figures are medians over the turns, the ratio that of each turn's.
-OMP_WAIT_POLICY is PASSIVE for both, as the command has it: threads that spin would cost the plain one most.
 
-Features are made (benchmarks/made.py), images are Caltech101's test part for an index of its shots by lit-mini. --bad
-and --soak run in place of the timings. Exit status 1 where a request failed, answers differ, or a bad upload was not
-refused with 4xx within a second and --growth MiB (the slow one has the server's time limit, and may be answered 503).
+Then they take turns, after a turn that warms up. Figures are medians over the turns, the ratio that of each turn's
+rates; "processor" is what the server's process took of it, milliseconds a request, which other processes on the machine
+disturb least. OMP_WAIT_POLICY is PASSIVE for both, as the command has it: in the plain one up to 40 threads have a team
+of their own, and spin else.
+
+Features are made (benchmarks/made.py), images are Caltech101's test part, for an index of its shots by lit-mini. Exit
+status 1 where a request failed, answers differ, or a bad upload was not refused with 4xx within a second and --growth
+MiB (the slow one has the server's time limit, and may be answered 503).
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import click
 import numpy as np
@@ -96,6 +99,7 @@ SCHEMA = pa.schema(
         ("ratio", pa.float64()),  # times as many as plain
         ("p50_ms", pa.float64()),
         ("p99_ms", pa.float64()),
+        ("processor_ms", pa.float64()),  # of the server's process, a request
         *FACTS,
     ]
 )
@@ -397,8 +401,9 @@ class Process:
         assert self.process.stdout is not None
         return self.process.stdout.readline() or self._failed()
 
-    def _failed(self) -> Any:
-        self.process.wait(30)
+    def _failed(self) -> NoReturn:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
         raise click.ClickException(f"{self.log.stem} failed:\n{self.log.read_text()}")
 
 
@@ -427,6 +432,11 @@ class Server(Process):
     def said(self) -> list[str]:
         """What it logged beside where it is."""
         return [line for line in self.log.read_text().splitlines() if not line.startswith("serving ")]
+
+    def processor(self) -> float:
+        """Processor seconds so far."""
+        found = psutil.Process(self.process.pid).cpu_times()
+        return found.user + found.system
 
     def memory(self) -> tuple[float, float]:
         """Resident MiB, and of these anonymous ones: not of files, which the system can take back."""
@@ -459,7 +469,7 @@ def form(data: bytes, name: str) -> bytes:
     return part + b"Content-Type: application/octet-stream\r\n\r\n" + data + b"\r\n--%s--\r\n" % BOUNDARY
 
 
-@dataclass(frozen=True)
+@dataclass
 class Material:
     """An index, and a folder with a file a request."""
 
@@ -479,7 +489,7 @@ class Material:
         (place / "table.parquet").unlink()
         number = REQUESTS["features"]
         rows = made.draw(made.classes(number, 2), 3)
-        found._write(of_feature(row, found._target) for row in rows)
+        found.write(of_feature(row, found.target) for row in rows)
         return found
 
     @classmethod
@@ -503,14 +513,16 @@ class Material:
             return None
         assert paths is not None
         chosen = [paths[at] for at in np.linspace(0, len(paths) - 1, REQUESTS["images"]).astype(int)]
-        found._write(of_image(Path(path).read_bytes(), found._target) for path in chosen)
+        found.write(of_image(Path(path).read_bytes(), found.target) for path in chosen)
         return found
 
     @property
-    def _target(self) -> str:
+    def target(self) -> str:
+        """What is asked."""
         return f"/v1/classify?index={self.index.name}"
 
-    def _write(self, requests: Iterable[bytes]) -> None:
+    def write(self, requests: Iterable[bytes]) -> None:
+        """A file each."""
         self.requests.mkdir()
         for number, one in enumerate(requests):
             (self.requests / f"{number:04}").write_bytes(one)
@@ -558,16 +570,19 @@ def compare(material: Material, place: Path, asking: Process, given: Row) -> Ite
         Server.of_own(place / f"plain, {what}", "plain", material.index, what, device) as plain,
     ):
         servers = {"ours": ours, "plain": plain}
+        print_head(material)
         click.echo(agreement(material, servers, asking, max(given["clients"])))
         print_columns()
         for number in given["clients"]:
             sides = {name: Side(server) for name, server in servers.items()}
             for turn in range(given["rounds"] + 1):
                 for name, side in sides.items():
+                    before = side.server.processor()
                     (seen,) = asking.ask([material.load(side.server, number, given["seconds"])])
                     check(f"{what}, {name}, {number} clients", seen)
                     if turn:
-                        side.turns.append(seen)
+                        seconds = side.server.processor() - before
+                        side.turns.append(seen | {"processor_ms": 1000 * seconds / seen["requests"]})
             pairs = zip(sides["ours"].rates(), sides["plain"].rates(), strict=True)
             ratio = statistics.median(mine / theirs for mine, theirs in pairs)
             print_row(what, number, sides["ours"], sides["plain"], ratio)
@@ -580,6 +595,7 @@ def compare(material: Material, place: Path, asking: Process, given: Row) -> Ite
                     "ratio": ratio if name == "ours" else 1.0,
                     "p50_ms": side.median("p50_ms"),
                     "p99_ms": side.median("p99_ms"),
+                    "processor_ms": side.median("processor_ms"),
                 }
 
 
@@ -609,7 +625,7 @@ def agreement(material: Material, servers: dict[str, Server], asking: Process, c
 
 
 def print_head(material: Material) -> None:
-    """The size, and what the columns are."""
+    """The size and the settings."""
     columns = material.columns
     click.echo(
         f"\n{material.what}: {columns['n']:,} keys x {columns['d']}, {columns['c']:,} classes, {columns['index']}, "
@@ -621,7 +637,7 @@ def print_columns() -> None:
     """Of the table."""
     click.echo(
         f"{'what':<10}{'clients':>8}{'requests/s':>12}{'plain':>10}{'ratio':>8}{'p50, ms':>10}{'plain':>10}"
-        f"{'p99, ms':>10}{'plain':>10}"
+        f"{'p99, ms':>10}{'plain':>10}{'processor':>11}{'plain':>8}"
     )
 
 
@@ -629,8 +645,9 @@ def print_row(what: str, number: int, ours: Side, plain: Side, ratio: float) -> 
     """A row of it."""
     rates = (statistics.median(side.rates()) for side in (ours, plain))
     waits = (side.median(name) for name in ("p50_ms", "p99_ms") for side in (ours, plain))
+    processor = f"{ours.median('processor_ms'):>11.2f}{plain.median('processor_ms'):>8.2f}"
     columns = "".join(f"{value:>{width}.1f}" for value, width in zip(rates, (12, 10), strict=True))
-    click.echo(f"{what:<10}{number:>8}{columns}{ratio:>8.2f}{''.join(f'{value:>10.2f}' for value in waits)}")
+    click.echo(f"{what:<10}{number:>8}{columns}{ratio:>8.2f}{''.join(f'{value:>10.2f}' for value in waits)}{processor}")
 
 
 @dataclass(frozen=True)
@@ -737,10 +754,11 @@ def refuse(material: Material, place: Path, given: Row) -> bool:
     """Bad uploads, one after the other: whether all were refused as they should be."""
     photograph = material.first().split(b"\r\n\r\n", 2)[2].rpartition(b"\r\n--")[0]
     good = True
+    print_head(material)
     options = ("--timeout", SLOW_SECONDS)
     with Server.of_ours(place / "ours, bad uploads", [material.index], given["device"], *options) as server:
         upload(server.port, [material.first()])
-        click.echo(f"\n{'bad upload':<28}{'status':>8}{'seconds':>10}{'memory, MiB':>14}{'growth':>10}")
+        click.echo(f"{'bad upload':<28}{'status':>8}{'seconds':>10}{'memory, MiB':>14}{'growth':>10}")
         for bad in bad_uploads(photograph):
             with most_memory(server) as memory:
                 status, seconds = upload(server.port, bad.parts())
@@ -757,8 +775,10 @@ def refuse(material: Material, place: Path, given: Row) -> bool:
 def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row) -> bool:
     """Load while the indexes are replaced: whether no request failed."""
     seconds, folders = given["soak"], [material.index for material in materials]
+    for material in materials:
+        print_head(material)
     with (
-        Server.of_ours(place / "ours, soak", folders, given["device"]) as server,
+        Server.of_ours(place / "ours, soaked", folders, given["device"]) as server,
         Process.of_own(place / "replacing", "replace", folders, seconds, given["every"]) as replacing,
         ThreadPoolExecutor(2) as pool,
     ):
@@ -766,7 +786,7 @@ def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row
         replacing.line()
         begun, samples, shown = time.monotonic(), [], 0
         answering, replaced = pool.submit(asking.ask, loads), pool.submit(replacing.ask, "begin")
-        click.echo(f"\n{'seconds':<10}{'memory, MiB':>14}{'anonymous':>14}")
+        click.echo(f"{'seconds':<10}{'memory, MiB':>14}{'anonymous':>14}")
         while not answering.done():
             samples.append((time.monotonic() - begun, *server.memory()))
             if samples[-1][0] >= shown * given["sample"]:
@@ -812,10 +832,11 @@ def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row
 @click.option("--clients", type=click.IntRange(min=1), multiple=True, default=(1, 8, 64), show_default=True,
               help="Repeat for more.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0.05), default=5.0, show_default=True, help="Of a turn.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns that are timed.")
-@click.option("--bad", is_flag=True, help="Bad uploads, in place of the timings.")
+@click.option("--rounds", type=click.IntRange(min=0), default=5, show_default=True,
+              help="Turns that are timed; 0: no timings.")  # fmt: skip
+@click.option("--bad", is_flag=True, help="Bad uploads too, where there are images.")
 @click.option("--growth", type=float, default=192.0, show_default=True, help="MiB that a bad upload may take.")
-@click.option("--soak", type=click.FloatRange(min=1), metavar="SECONDS", help="Load while the index is replaced.")
+@click.option("--soak", type=click.FloatRange(min=1), metavar="SECONDS", help="Load while the index is replaced, too.")
 @click.option("--every", type=click.FloatRange(min=0.1), default=5.0, show_default=True, metavar="SECONDS",
               help="Between two versions.")  # fmt: skip
 @click.option("--sample", type=click.FloatRange(min=0.1), default=30.0, show_default=True, metavar="SECONDS",
@@ -848,20 +869,15 @@ def main(process: str | None, folder: Path, out: Path | None, **given: Any) -> N
             Material.images(place, given["shared"], given["shots"]) if "images" in chosen else None,
         ]
         materials = [material for material in found if material is not None]
-        for material in materials:
-            print_head(material)
-        if given["bad"]:
-            images = [material for material in materials if material.what == "images"]
-            for material in images:
-                good &= refuse(material, place, given)
-            if not images:
-                click.echo("bad uploads: skipped, there is no index that takes images")
-        if given["soak"] is not None and materials:
-            good &= soak(materials, place, asking, given)
-        if not given["bad"] and given["soak"] is None:
+        if given["rounds"]:
             for material in materials:
                 rows += compare(material, place, asking, given)
             click.echo(f"goal: {GOAL}")
+        for material in materials:
+            if given["bad"] and material.what == "images":
+                good &= refuse(material, place, given)
+        if given["soak"] is not None and materials:
+            good &= soak(materials, place, asking, given)
     if out is not None:
         write_rows(out, rows, known, SCHEMA)
     if not good:

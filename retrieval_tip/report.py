@@ -96,8 +96,8 @@ def write_report(
         test: labelled images or features; the figures are those of :func:`evaluate.evaluate`.
         encoder: makes features of them; ``encoder.skipped`` names what could not be read.
         out: the file, replaced in one step when the report is whole.
-        k: how many keys a query uses, ``None`` is all; ``tail`` as for :meth:`CacheModel.logits`.
-        tail: see ``k``.
+        k: how many keys a query uses, ``None`` is all.
+        tail: with ``k``, estimate what the keys that were not retrieved add.
         val: labelled validation source, which settings of the curves are chosen on and the surface of alpha and beta is
             drawn from; without it both are from the shots themselves, each left out.
         shots: draws of the curves, keys a class; by default 1, 2, 4 ... as far as every class has keys.
@@ -109,27 +109,42 @@ def write_report(
 
     The interval of an accuracy of ``h`` hits of ``n`` is Wilson's (:func:`wilson`), 95 %.
 
-    Raises UsageError without matplotlib, or for ``shots`` that classes do not have; InputError as :func:`evaluate`, and
-    where ``out`` cannot be written. After any of them nothing was written.
+    Raises UsageError without matplotlib, for ``shots`` that classes do not have, or where ``val`` is ``test``;
+    InputError as :func:`evaluate.evaluate`, and where ``out`` cannot be written. After any of them nothing was written.
     """
     path = Path(out)
     check(path)
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}: at least 1 is needed")
+    if val is not None and val.name == test.name:
+        raise UsageError(f"val: {val.name} is the test source; settings are never chosen on it")
     _check_shots(cache, shots)
     ids = cache.ids_of(test)
     blocks = list(encoder.blocks(test))
     skipped = list(encoder.skipped)
     pairs = sum(len(block.positions) for block in blocks) * cache.n
-    evaluation = judge(cache, blocks, ids, skipped, k=k, tail=tail, affinities=pairs <= AFFINITY_PAIRS, details=True)
     made = _Making(
-        cache, test, encoder, blocks, ids, evaluation, skipped, k, tail, val, shots, seeds, curves,
-        Path(folder) if folder is not None else cache.folder, where, command,
-    )  # fmt: skip
+        cache=cache,
+        test=test,
+        encoder=encoder,
+        blocks=blocks,
+        ids=ids,
+        evaluation=judge(cache, blocks, ids, skipped, k=k, tail=tail, affinities=pairs <= AFFINITY_PAIRS, details=True),
+        skipped=skipped,
+        k=k,
+        tail=tail,
+        val=None if val is None else sweep.encode(cache, val, encoder),
+        shots=shots,
+        seeds=seeds,
+        curves=curves,
+        folder=Path(folder) if folder is not None else cache.folder,
+        where=where,
+        command=command,
+    )
     page = made.page().encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
-    return Report(path, len(page), evaluation, made.left_out)
+    return Report(path, len(page), made.evaluation, made.left_out)
 
 
 def check(out: Path) -> None:
@@ -215,7 +230,7 @@ class _Making:
     skipped: list[Skipped]
     k: int | None
     tail: bool
-    val: Source | None
+    val: sweep.Items | None
     shots: Sequence[int] | None
     seeds: int
     curves: bool
@@ -238,7 +253,6 @@ class _Making:
         self.is_tuned = self.finetune is not None or self.cache.curve is not None or self.cache.values is not None
         self.pictures = _Pictures()
         self.manifest = self._manifest()
-        self._validation: sweep.Items | None = None
 
     def page(self) -> Html:
         """The whole file."""
@@ -387,15 +401,10 @@ class _Making:
 
     # ------------------------------------------------------------------------------------------------ shots, settings
 
-    def _validated(self) -> sweep.Items | None:
-        if self.val is not None and self._validation is None:
-            self._validation = sweep.encode(self.cache, self.val, self.encoder)
-        return self._validation
-
     def _drawn(self) -> tuple[list[int], str]:
         """How many shots are drawn, and what is said about those that are not."""
         if not self.curves:
-            raise _LeftOutError("--no-curves")
+            raise _LeftOutError("not asked for")
         if self.is_tuned:
             raise _LeftOutError("the keys are fine-tuned together: a draw of them is no index of fewer shots")
         counts = self.cache.class_ids.bincount(minlength=len(self.cache.class_names))
@@ -421,13 +430,12 @@ class _Making:
         methods = sweep.METHODS[:3] if self.cache.has_text else ("cache-alone",)
         rows: list[dict[str, Any]] = []
         try:
-            val = self._validated()
             with tempfile.TemporaryDirectory() as place, self._bar(len(drawn) * self.seeds * len(methods)) as bar:
                 for number in drawn:
                     every = bool((counts[counts > 0] == number).all())  # each draw is of the same keys
                     runs = sweep.sweep(
                         self.cache, "", test, Path(place) / "runs.parquet",
-                        shots=[number], seeds=range(1, 2 if every else self.seeds + 1), methods=methods, val=val,
+                        shots=[number], seeds=range(1, 2 if every else self.seeds + 1), methods=methods, val=self.val,
                     )  # fmt: skip
                     for row in runs:
                         rows.append(row)
@@ -439,7 +447,7 @@ class _Making:
         for row in rows:
             if row["method"] == methods[-1] and row["seed"] == 1:
                 chosen_on.setdefault(row["chosen_on"], []).append(row["shots"])
-        chosen = "; ".join(f"{', '.join(map(str, of))}: {what}" for what, of in chosen_on.items())
+        chosen = "; ".join(f"{', '.join(map(str, of))}: {Path(what).name}" for what, of in chosen_on.items())
         caption = (
             f"Draws by the published rule from the index's own keys, seeds 1 to {self.seeds}, one where a draw is all "
             f"keys. Alpha, beta and k are chosen without the test items (shots {chosen}). Bars are 95% intervals of "
@@ -467,11 +475,10 @@ class _Making:
         if cache.n > SURFACE_KEYS:
             raise _LeftOutError(f"{cache.n:,} keys are more than {SURFACE_KEYS:,}; search-hp --surface draws it")
         try:
-            val = self._validated()
-            if val is None:
+            if self.val is None:
                 queries = search_hp.leave_one_out(cache)
             else:
-                queries = search_hp.unseen(cache, val.features, val.ids, val.name)
+                queries = search_hp.unseen(cache, self.val.features, self.val.ids, self.val.name)
             queries = _some(queries)
             k = None if cache.index.by_class or self.k is None or self.k >= cache.n else self.k
             betas = sorted({*(cache.beta * AROUND if cache.beta else search_hp.BETAS).tolist(), cache.beta})
@@ -483,7 +490,7 @@ class _Making:
         best = float(panel.accuracy.max())
         beyond = not panel.alphas[0] <= cache.alpha <= panel.alphas[-1]
         said = (
-            f"On {queries.name}, {counted(len(queries.ids), 'item')}, k = {k or 'all'}; not on test. "
+            f"On {Path(queries.name).name}, {counted(len(queries.ids), 'item')}, k = {k or 'all'}; not on test. "
             f"Cross: this report's alpha {cache.alpha:.4g} and beta {cache.beta:.4g}, {_percent(own)}"
             f"{' (alpha is beyond the edge)' if beyond else ''}. Circle: the highest, {_percent(best)}. "
             f"Cells more than {plots.POINTS} points below it share one colour."
@@ -787,7 +794,7 @@ class _Making:
         yield "source", self.test.name
         yield "items", f"{self.evaluation.n:,} answered, {len(self.skipped):,} could not be read"
         if self.val is not None:
-            yield "validation", f"{self.val.name}, {len(self.val):,} items"
+            yield "validation", f"{self.val.name}, {counted(len(self.val.ids), 'item')}"
         if "shots" not in self.left_out:
             yield "seeds of the draws", f"1 to {self.seeds}"
         yield "date", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -192,9 +192,10 @@ def written(photographs):
     return out, result
 
 
-@pytest.fixture
-def food(tmp_path):
+@pytest.fixture(scope="module")
+def food(tmp_path_factory):
     """An index of food features, 4 shots, and the test table: no pictures anywhere."""
+    tmp_path = tmp_path_factory.mktemp("food")
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     data = SHARED / "data/clip-food9"
@@ -654,6 +655,8 @@ def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
         (("--test", test, "--out", folder), 2, "is a directory"),
         (("--test", test, "--out", out, "--shots", 5), 2, "shots 5: class 'cat' has 4 keys"),
         (("--test", test, "--out", out, "--shots", 1, "--no-curves"), 2, "give one of them"),
+        (("--test", test, "--out", out, "--val", test), 2, "is the test source; settings are never chosen on it"),
+        (("--test", test, "--out", out, "--val", unknown), 1, "unicorn"),
         (("--test", test), 2, "--out"),
         (("--out", out), 2, "--test"),
     ):
@@ -702,7 +705,7 @@ def test_a_manifest_may_say_anything(tmp_path):
     folder, test = made(tmp_path)
     cache = CacheModel.load(folder, device="cpu")
     odd = {"alpha": {"<b>": ["<i>", 1.5, None]}, "search": ["x"], "source": "\u202e<u>", "skipped": ["<s>"] * 99}
-    for parent in ("\0", "<b>", str(tmp_path), str(folder), 7):
+    for parent in ("\0", str(folder), 7):
         odd |= {"finetune": {"parent": parent, "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
         curve = pa.table({"epoch": ["<b>"]})
         strange = replace(cache, provenance=odd, curve=curve, temperature=2.0)

@@ -282,7 +282,7 @@ class Service:
         return made
 
     def _drawn(self, path: Path, size: int) -> bytes:
-        return images.thumbnail(images.read(path), size)
+        return images.thumbnail(images.read(path), size, most=self.limits.pixels, formats=FORMATS)
 
     def picture(self, source: str) -> Path | None:
         """The file that a shot's source names, where that is an image's name and the file is there."""
