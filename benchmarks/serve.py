@@ -328,8 +328,8 @@ class Replaced:
     def _build(self) -> None:
         cache = self._cache
         settings = {"alpha": cache.alpha, "beta": cache.beta, "k": cache.k, "logit_scale": cache.logit_scale}
-        keep = Encoder(norms="keep")
-        build_index(open_source(self._table), self._folder, keep, text=self._text, device="cpu", **settings)
+        settings |= {"index": cache.index.factory, "text": self._text, "device": "cpu"}
+        build_index(open_source(self._table), self._folder, Encoder(norms="keep"), **settings)
 
 
 def replace(folders: Sequence[Path], seconds: float, every: float) -> None:
@@ -483,12 +483,10 @@ class Material:
         c, found = given["classes"], cls("features", place / "made", place / "features")
         made = Made(c, given["dim"], SEED)
         write_tables(place, made, given["keys"], "float32")
-        source, k = open_source(place / "table.parquet"), None if given["k"] == "all" else int(given["k"])
-        text, index = place / "text.parquet", given["index"]
-        build_index(source, found.index, Encoder(), text=text, index=index, k=k, device="cpu")
+        source, settings = open_source(place / "table.parquet"), {"index": given["index"], "k": given["k"]}
+        build_index(source, found.index, Encoder(), text=place / "text.parquet", device="cpu", **settings)
         (place / "table.parquet").unlink()
-        number = REQUESTS["features"]
-        rows = made.draw(made.classes(number, 2), 3)
+        rows = made.draw(made.classes(REQUESTS["features"], 2), 3)
         found.write(of_feature(row, found.target) for row in rows)
         return found
 
@@ -680,7 +678,7 @@ def bad_uploads(photograph: bytes) -> list[Bad]:
             yield b" "
             time.sleep(0.1)
 
-    length = len(form(bytes(200_000_000), "large.jpg"))
+    length = 200_000_000 + len(form(b"", "large.jpg"))
     return [
         Bad("a text file", whole(b"these are words\n" * 1000)),
         Bad("a truncated JPEG", whole(photograph[: len(photograph) // 3])),
@@ -708,7 +706,8 @@ def png(width: int, height: int) -> bytes:
 
 
 def upload(port: int, parts: Iterable[bytes]) -> tuple[int, float]:
-    """Status and seconds until it; what is left is sent on meanwhile, as far as the server takes it."""
+    """Status (0: none came) and seconds until it; what is left is sent on, as far as the server takes it."""
+    status = b""
     with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS) as connection:
         answered = threading.Event()
 
@@ -722,12 +721,11 @@ def upload(port: int, parts: Iterable[bytes]) -> tuple[int, float]:
         sender = threading.Thread(target=send)
         begun = time.perf_counter()
         sender.start()
-        try:
+        with suppress(OSError):
             status = connection.recv(65536)[9:12]
-        finally:
-            seconds = time.perf_counter() - begun
-            answered.set()
-            sender.join(10)
+        seconds = time.perf_counter() - begun
+        answered.set()
+        sender.join(10)
         return int(status or 0), seconds
 
 
@@ -773,7 +771,7 @@ def refuse(material: Material, place: Path, given: Row) -> bool:
 
 
 def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row) -> bool:
-    """Load while the indexes are replaced: whether no request failed."""
+    """Load while the indexes are replaced: whether no request failed, and new versions were served."""
     seconds, folders = given["soak"], [material.index for material in materials]
     for material in materials:
         print_head(material)
@@ -795,14 +793,15 @@ def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row
             time.sleep(min(1.0, seconds / 20))
         done = replaced.result()
         said = server.said
-    failures = 0
+    good = True
     for material, seen in zip(materials, answering.result(), strict=True):
         click.echo(
             f"{material.what}: {seen['requests']:,} requests, {seen['failures']} failures, "
-            f"{len(seen['versions'])} versions seen ({seen['versions'][0]} to {seen['versions'][-1]}), "
+            f"{len(seen['versions'])} versions seen ({min(seen['versions'], default=0)} to "
+            f"{max(seen['versions'], default=0)}), "
             f"p50 {seen['p50_ms']:.1f} ms, p99 {seen['p99_ms']:.1f} ms"
         )
-        failures += seen["failures"] + (not seen["requests"])
+        good &= not seen["failures"] and len(seen["versions"]) > (len(done) > 1)
         for reason in seen["reasons"]:
             click.echo(f"  {reason}")
     kinds = ", ".join(f"{done.count(kind)} {kind}" for kind in dict.fromkeys(done))
@@ -817,7 +816,7 @@ def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row
     )
     for line in said:
         click.echo(f"the server said: {line}")
-    return not failures
+    return good
 
 
 @click.command(help=__doc__)
@@ -826,7 +825,7 @@ def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row
 @click.option("--d", "--dim", "dim", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
 @click.option("--index", default="Flat", show_default=True)
-@click.option("-k", default="all", show_default=True, help="Nearest keys that a feature meets, or all.")
+@click.option("-k", type=click.IntRange(min=1), help="Nearest keys that a feature meets.  [default: all]")
 @click.option("--shared", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--shots", type=click.IntRange(min=1), default=16, show_default=True, help="Of the index for images.")
 @click.option("--clients", type=click.IntRange(min=1), multiple=True, default=(1, 8, 64), show_default=True,
@@ -834,8 +833,8 @@ def soak(materials: Sequence[Material], place: Path, asking: Process, given: Row
 @click.option("--seconds", type=click.FloatRange(min=0.05), default=5.0, show_default=True, help="Of a turn.")
 @click.option("--rounds", type=click.IntRange(min=0), default=5, show_default=True,
               help="Turns that are timed; 0: no timings.")  # fmt: skip
-@click.option("--bad", is_flag=True, help="Bad uploads too, where there are images.")
-@click.option("--growth", type=float, default=192.0, show_default=True, help="MiB that a bad upload may take.")
+@click.option("--bad", is_flag=True, help="Bad uploads, too, where there are images.")
+@click.option("--growth", type=float, default=64.0, show_default=True, help="MiB that a bad upload may take.")
 @click.option("--soak", type=click.FloatRange(min=1), metavar="SECONDS", help="Load while the index is replaced, too.")
 @click.option("--every", type=click.FloatRange(min=0.1), default=5.0, show_default=True, metavar="SECONDS",
               help="Between two versions.")  # fmt: skip
@@ -873,9 +872,8 @@ def main(process: str | None, folder: Path, out: Path | None, **given: Any) -> N
             for material in materials:
                 rows += compare(material, place, asking, given)
             click.echo(f"goal: {GOAL}")
-        for material in materials:
-            if given["bad"] and material.what == "images":
-                good &= refuse(material, place, given)
+        if given["bad"]:
+            good &= all(refuse(material, place, given) for material in materials if material.what == "images")
         if given["soak"] is not None and materials:
             good &= soak(materials, place, asking, given)
     if out is not None:

@@ -75,9 +75,11 @@ def lists_for(n: int) -> str:
 def faiss() -> Any:
     """The FAISS module, imported when it is first needed. Raises StoreError saying how to repair an installation."""
     try:
-        return importlib.import_module("faiss")
+        module = importlib.import_module("faiss")
     except ImportError as error:
         raise StoreError(f"faiss cannot be imported ({error}); run retrieval-tip doctor") from error
+    module.cvar.distance_compute_blas_threshold = 1  # untouched, a few dozen queries would be searched one by one
+    return module
 
 
 class VectorIndex:

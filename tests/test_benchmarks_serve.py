@@ -94,7 +94,7 @@ def test_what_bad_uploads_are_answered_with_is_shown_and_judged(
         fake = SimpleNamespace(port=server.server_address[1], memory=lambda: (1.0, 1.0))
         monkeypatch.setattr(benchmark.Server, "of_ours", lambda *_: nullcontext(fake))
         threading.Thread(target=server.serve_forever).start()
-        good = benchmark.refuse(material, tmp_path, {"device": "cpu", "growth": 192.0})
+        good = benchmark.refuse(material, tmp_path, {"device": "cpu", "growth": 64.0})
         server.shutdown()
     assert good == (third == 422)
     table = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()[3:]]

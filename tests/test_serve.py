@@ -24,6 +24,9 @@ from click.testing import Result
 from PIL import Image
 from serving import build, photographs, server
 
+from retrieval_tip.server import run as run_module
+from retrieval_tip.server.app import create_app
+
 from conftest import SHARED  # isort: skip
 
 TOKEN = "open sesame"
@@ -157,25 +160,55 @@ def test_a_server_for_this_machine_answers_to_its_own_names_only(served: tuple[s
         assert answer.status_code == status, host
 
 
-def test_what_is_slow_to_come_is_given_up(things: Path, photo: tuple[Path, str]) -> None:
-    with server(things, "--timeout", 1) as (address, _):
-        asking = connection(address)
-        asking.putrequest("POST", "/v1/classify")
-        asking.putheader("Content-Type", "application/json")
-        asking.putheader("Content-Length", "1000")
-        asking.endheaders()
-        asking.send(b'{"features"')
-        answer = asking.getresponse()  # though the rest never comes
-        assert (answer.status, answer.getheader("retry-after")) == (503, "5")
-        body = json.loads(answer.read())
-        assert "no answer within 1 s" in body["detail"]
-        asking.close()
-        assert httpx.post(f"{address}/v1/classify", json=feature(things)).status_code == 200
+@pytest.fixture(scope="module")
+def strict(things: Path) -> Iterator[str]:
+    """A server that has little room and little patience."""
+    with server(things, "--queue", 1, "--timeout", 5) as (address, _):
+        yield address
 
 
-def test_a_full_queue_is_answered_with_429(things: Path, photo: tuple[Path, str]) -> None:
+def test_what_is_slow_to_come_is_given_up(things: Path, strict: str) -> None:
+    asking = connection(strict)
+    asking.putrequest("POST", "/v1/classify")
+    asking.putheader("Content-Type", "application/json")
+    asking.putheader("Content-Length", "1000")
+    asking.endheaders()
+    asking.send(b'{"features"')
+    answer = asking.getresponse()  # though the rest never comes
+    assert (answer.status, answer.getheader("retry-after")) == (503, "5")
+    body = json.loads(answer.read())
+    assert "no answer within 5 s" in body["detail"]
+    asking.close()
+    assert httpx.post(f"{strict}/v1/classify", json=feature(things)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /healthz HTTP/1.1\r\nHost: loc", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+)
+def test_a_connection_that_says_nothing_is_closed(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half head, too, also after a whole one."""
+    monkeypatch.setattr(run_module, "HEAD_SECONDS", 0.2)
+    with run_module.listen("127.0.0.1", 0) as listening:
+        place = listening.getsockname()
+        server = run_module._Server(run_module.configured(create_app({}), 1), lambda: None)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            with socket.create_connection(place, timeout=30) as asking:
+                asking.sendall(said)
+                if said.endswith(b"\r\n\r\n"):
+                    assert asking.recv(65536).startswith(b"HTTP/1.1 200")
+                    asking.sendall(b"GET /hea")
+                assert asking.recv(65536) == b""  # closed
+        finally:
+            server.should_exit = True
+            thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_full_queue_is_answered_with_429(strict: str, photo: tuple[Path, str]) -> None:
     data = photo[0].read_bytes()
-    with server(things, "--queue", 1) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+    with httpx.Client(base_url=strict, timeout=60) as client:
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda _: client.post("/v1/classify", files={"images": data}), range(32)))
         assert {answer.status_code for answer in answers} == {200, 429}
@@ -187,36 +220,42 @@ def test_a_full_queue_is_answered_with_429(things: Path, photo: tuple[Path, str]
         assert 'retrieval_tip_refused_total{lane="images"}' in client.get("/metrics").text
 
 
-def test_requests_that_wait_together_are_one_batch(things: Path) -> None:
+def batches(client: httpx.Client) -> float:
+    """Batches of features so far."""
+    counted = client.get("/metrics").text.splitlines()
+    return sum(
+        float(line.split()[1]) for line in counted if line.startswith('retrieval_tip_batch_items_count{lane="fe')
+    )
+
+
+def test_requests_that_wait_together_are_one_batch(things: Path, served: tuple[str, psutil.Process]) -> None:
     sent = feature(things)
-    with server(things) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+    address, _ = served
+    with httpx.Client(base_url=address, timeout=60) as client:
+        before = batches(client)
         with ThreadPoolExecutor(32) as pool:
             answers = list(pool.map(lambda _: client.post("/v1/classify", json=sent), range(400)))
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.json()["results"][0]["label"] for answer in answers}) == 1
         affinities = [answer.json()["results"][0]["neighbours"][0]["affinity"] for answer in answers]
         np.testing.assert_allclose(affinities, affinities[0], rtol=1e-5)
-        counted = client.get("/metrics").text
-    count = next(line for line in counted.splitlines() if line.startswith('retrieval_tip_batch_items_count{lane="feat'))
-    assert float(count.split()[1]) < 400
+        assert 0 < batches(client) - before < 400
 
 
 def test_the_end_finishes_what_was_taken(things: Path, photo: tuple[Path, str]) -> None:
-    data = photo[0].read_bytes()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with server(things) as (address, process):
-            files = [("images", data)] * 48
-            with httpx.Client(base_url=address, timeout=120) as client, ThreadPoolExecutor(1) as pool:
-                asked = pool.submit(client.post, "/v1/classify", files=files)
-                with httpx.Client(base_url=address) as other:
-                    while "retrieval_tip_in_flight 1.0" in other.get("/metrics").text:  # which is this one
-                        assert not asked.done()
-                process.send_signal(number)
-                answer = asked.result()
-                assert (answer.status_code, len(answer.json()["results"])) == (200, 48)
-            assert process.wait(30) == 0
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(address)
+    files = [("images", photo[0].read_bytes())] * 48
+    with server(things) as (address, process):
+        with httpx.Client(base_url=address, timeout=120) as client, ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(client.post, "/v1/classify", files=files)
+            with httpx.Client(base_url=address) as other:
+                while "retrieval_tip_in_flight 1.0" in other.get("/metrics").text:  # which is this one
+                    assert not asked.done()
+            process.send_signal(signal.SIGTERM)
+            answer = asked.result()
+            assert (answer.status_code, len(answer.json()["results"])) == (200, 48)
+        assert process.wait(30) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(address)
 
 
 def test_a_change_by_the_command_line_is_followed(
@@ -225,7 +264,7 @@ def test_a_change_by_the_command_line_is_followed(
     own = shutil.copytree(things, tmp_path / "own")
     path, truth = photo
     (tmp_path / "more.csv").write_text(f"path,label\n{path},another\n")
-    with server(own) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+    with server(own) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
 
         def answer() -> tuple[int, str]:
             body = client.post("/v1/classify", files={"images": path.read_bytes()}).json()
@@ -237,6 +276,8 @@ def test_a_change_by_the_command_line_is_followed(
         while (found := answer()) == (1, truth):
             assert time.monotonic() < limit
         assert found == (2, "another")
+        process.send_signal(signal.SIGINT)  # as Ctrl+C does
+        assert process.wait(30) == 0
 
 
 def test_clients_see_no_error_while_the_index_changes(things: Path, tmp_path: Path) -> None:

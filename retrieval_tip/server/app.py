@@ -151,7 +151,8 @@ def create_app(
         "/v1/indexes/{name}/keys",
         status_code=201,
         response_model=schemas.Added,
-        responses=schemas.problems(400, 401, 403, 404, 413, 415, 422, 429, 503),
+        responses=schemas.answered(201, "What was added", schemas.ADDED_EXAMPLE)
+        | schemas.problems(400, 401, 403, 404, 413, 415, 422, 429, 503),
         openapi_extra=schemas.ADD,
     )
     async def add(
@@ -187,7 +188,8 @@ def create_app(
     @app.post(
         "/v1/classify",
         response_model=schemas.Classified,
-        responses=schemas.problems(400, 404, 413, 415, 422, 429, 503),
+        responses=schemas.answered(200, "The answers", schemas.CLASSIFIED_EXAMPLE)
+        | schemas.problems(400, 404, 413, 415, 422, 429, 503),
         openapi_extra=schemas.CLASSIFY,
     )
     async def classify(

@@ -261,6 +261,46 @@ ADD = _body(
 )
 
 
+CLASSIFIED_EXAMPLE = {
+    "index": "pets",
+    "version": 3,
+    "alpha": 1.0,
+    "beta": 5.5,
+    "k": "all",
+    "tail": True,
+    "temperature": 1.0,
+    "results": [
+        {
+            "input": "camera-3/0001",
+            "label": "cat",
+            "probability": 0.93,
+            "labels": ["cat", "dog"],
+            "probabilities": [0.93, 0.07],
+            "text_logit": 24.1,
+            "cache_logit": 3.2,
+            "neighbours": [
+                {"key_id": 7, "source": "photos/cat/7.jpg", "label": "cat", "affinity": 0.81, "weight": 0.352},
+            ],
+        }
+    ],
+    "skipped": [],
+}
+ADDED_EXAMPLE = {
+    "index": "pets",
+    "version": 4,
+    "key_ids": [80],
+    "classes": [],
+    "known": 0,
+    "duplicates": [],
+    "skipped": [],
+}
+
+
+def answered(status: int, what: str, example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The answer of a route with an example."""
+    return {status: {"description": what, "content": {"application/json": {"example": example}}}}
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The answers of these statuses, as routes describe them."""
     return {
