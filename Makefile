@@ -33,7 +33,7 @@ lint: setup ## formatting, lint, types and the direction of imports
 	$(BIN)/lint-imports --no-logo
 
 test: setup ## the test suite
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint test ## what has to pass before a commit
 

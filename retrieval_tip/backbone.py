@@ -425,6 +425,7 @@ def _lies_in(folder: Path, identity: Identity) -> bool:
 
 
 _OPENING = threading.Lock()
+_QUIET = threading.RLock()
 
 
 class OpenClipBackbone:
@@ -819,12 +820,21 @@ def _uncollected() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip and the hub log each step through the root logger, and warn where we have already chosen."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """open_clip and the hub log each step through the root logger, and warn where we have already chosen.
+
+    What this package says meanwhile, in another thread, is still said.
+    """
+    ours = logging.getLogger(__package__)
+    with _QUIET:
+        loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
+        before = [logger.level for logger in loggers]
+        ours.setLevel(ours.getEffectiveLevel())
+        for logger in loggers[1:]:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)

@@ -399,7 +399,7 @@ def _load(
 
 
 def pixels_of(
-    data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, formats: Sequence[str] | None = None
+    data: bytes, backbone: Backbone, *, most: int | None = None, formats: Sequence[str] | None = None
 ) -> torch.Tensor:
     """Pixels ``[3, h, w]`` float32 of the centre view of an encoded image, as :meth:`Encoder.blocks` takes it.
 

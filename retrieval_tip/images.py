@@ -120,7 +120,7 @@ def _may_be_reduced(image: Image.Image) -> bool:
 
 
 def decode(
-    data: bytes, least: int | None = None, *, most: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    data: bytes, least: int | None = None, *, most: int | None = None, formats: Sequence[str] | None = None
 ) -> Image.Image:
     """An encoded image to an upright RGB picture of 8 bits a channel.
 
@@ -128,11 +128,13 @@ def decode(
     floating-point greys are scaled to 8 bits rather than clipped.
 
     With ``least``, a JPEG is decoded at a half, a quarter or an eighth of its size, the smallest of which both sides
-    have ``least`` pixels, which is several times as fast. ``most`` is the limit of width x height, and ``formats`` are
-    the names (Pillow's: JPEG, PNG ...) of those that are tried, by default all that are safe; EPS never is.
+    have ``least`` pixels, which is several times as fast. ``most`` is the limit of width x height (``None``:
+    ``MAX_PIXELS``), ``formats`` are the names (Pillow's: JPEG, PNG ...) of those that are tried, by default all safe;
+    EPS never is.
 
     Raises InputError: not an image, truncated, damaged, or more than ``most`` pixels (of the full size).
     """
+    most = MAX_PIXELS if most is None else most
     tried = [name for name in _formats() if formats is None or name in formats]
     try:
         for width, height in _held(data, tried):
@@ -155,7 +157,7 @@ def decode(
         raise InputError(f"damaged image: {str(error).strip() or type(error).__name__}") from error
 
 
-def thumbnail(data: bytes, size: int, *, most: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> bytes:
+def thumbnail(data: bytes, size: int, *, most: int | None = None, formats: Sequence[str] | None = None) -> bytes:
     """An encoded image as a small JPEG file: upright, RGB, at most ``size`` pixels a side, never enlarged.
 
     Nothing of the file but its picture is kept: no comment, no EXIF, no profile. ``most`` and ``formats`` as for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -24,10 +25,19 @@ SHARED = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 
 
+LONG = ("test_readme.py", "test_report.py", "test_page.py", "test_serve.py", "test_kill_changes.py", "test_living.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first: where two processes share the work, none then waits for the last one."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One encoding cache for the whole run, so that no test encodes what another has."""
-    folder = tmp_path_factory.mktemp("encodings")
+    shared_by_workers = "PYTEST_XDIST_WORKER" in os.environ  # whose folders lie side by side
+    folder = tmp_path_factory.getbasetemp().parent / "encodings" if shared_by_workers else tmp_path_factory.mktemp("e")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
 
@@ -36,6 +46,16 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that finds another one at work gives up at once: tests that make it wait say so."""
     monkeypatch.setattr(store, "LOCK_WAIT", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def log() -> Iterator[None]:
+    """What the command line sets up for its messages ends with the test that ran it."""
+    logger = logging.getLogger("retrieval_tip")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
+import threading
 from copy import deepcopy
 
 import numpy as np
@@ -153,6 +155,27 @@ def test_damaged_model_folders_are_named(tmp_path):
         (folder / "open_clip_config.json").write_text(text)
         with pytest.raises(BackboneError, match=r"open_clip_config\.json"):
             load_backbone(f"local-dir:{folder}", device="cpu")
+
+
+def test_what_others_say_while_a_model_is_opened_is_said(caplog):
+    """Images are named that cannot be read, while a thread that decodes others opens the model."""
+    inside, said = threading.Event(), threading.Event()
+
+    def opening():
+        with backbone._quiet():
+            inside.set()
+            assert said.wait(30)
+            logging.getLogger().warning("a step")
+            logging.getLogger("huggingface_hub.file_download").warning("a hint")
+
+    thread = threading.Thread(target=opening)
+    thread.start()
+    assert inside.wait(30)
+    logging.getLogger("retrieval_tip.features").warning("skipped a.jpg")
+    said.set()
+    thread.join()
+    logging.getLogger().warning("afterwards")
+    assert [record.getMessage() for record in caplog.records] == ["skipped a.jpg", "afterwards"]
 
 
 def test_devices_and_precisions_are_checked():
