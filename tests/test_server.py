@@ -20,6 +20,7 @@ from retrieval_tip import CacheModel, changes
 from retrieval_tip.audit import audit
 from retrieval_tip.cli import main
 from retrieval_tip.features import Encoder
+from retrieval_tip.server import served as served_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
@@ -319,7 +320,7 @@ def test_a_change_that_fails_keeps_no_image(own: Path, food: Path, tmp_path: Pat
         assert client.post("/v1/classify", files={"images": photo.read_bytes()}).status_code == 200
 
 
-def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path) -> None:
+def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = open_all([own], "cpu", "float32", "full")
     one = served["own"]
     with TestClient(create_app(served)) as client:
@@ -330,10 +331,19 @@ def test_a_new_version_is_followed_and_a_damaged_one_is_not(own: Path) -> None:
         assert client.get("/v1/indexes/own").json()["n_keys"] == 79
         changes.remove(own, key_ids=[1])
         file = next(file for file in one.now.manifest.data_files if file.name.startswith("data/text"))
+        shutil.copy(own / file.name, (own / file.name).parent / "whole")
         (own / file.name).unlink()  # not in its place: the version that is open maps it
         (own / file.name).write_bytes(b"damaged")
+        whole = (own / file.name).parent / "whole"
         assert one.follow().cache.n == 79
         assert not one.changed()
+        (own / file.name).unlink()
+        whole.rename(own / file.name)
+        assert not one.changed()
+        monkeypatch.setattr(served_module, "RETRY_SECONDS", 0.0)  # else half a minute later
+        assert one.changed()
+        assert one.follow().cache.n == 78
+        monkeypatch.undo()
         (own / "manifest.json").write_text("{")
         assert one.changed()
         assert one.follow() is one.now

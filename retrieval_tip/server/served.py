@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ from retrieval_tip.server.problems import Problem
 log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
+
+RETRY_SECONDS = 30.0
+"""A version that could not be opened is tried again after so long: a file may be restored."""
 
 COMPLETE, NEAREST = 1 << 14, 2048
 """Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
@@ -193,6 +198,7 @@ class Served:
         self._backbones, self._precision = backbones, precision
         self._changing = threading.Lock()
         self._seen = self._stamp()
+        self._failed_at = -math.inf
         cache = CacheModel.load(folder, device=device, precision=precision, verify=verify)
         self.now = self._opened(cache)
 
@@ -214,15 +220,18 @@ class Served:
         return version
 
     def changed(self) -> bool:
-        """Whether the folder may have another version: a look at one file."""
-        return self._stamp() not in (self._seen, None)
+        """Whether the folder may have another version that can be opened: a look at one file."""
+        stamp = self._stamp()
+        again = RETRY_SECONDS <= time.monotonic() - self._failed_at < math.inf
+        return stamp is not None and (again or stamp != self._seen)
 
     def follow(self) -> Version:
         """Take the folder's current version, where there is another; where it cannot be opened, stay at this one."""
         with self._changing:
             stamp = self._stamp()
-            if stamp is None or stamp == self._seen:
+            if stamp is None or not self.changed():
                 return self.now
+            self._failed_at = -math.inf
             try:
                 cache = self.now.cache.reload()
                 if cache is not self.now.cache:
@@ -231,6 +240,7 @@ class Served:
             except RetrievalTipError as error:
                 log.warning("%s: stays at version %s: %s", self.name, self.now.manifest.version, error)
                 metrics.RELOADS.labels(self.name, "failed").inc()
+                self._failed_at = time.monotonic()
             self._seen = stamp
             gc.collect()  # the version before, and the files that it maps
             return self.now
