@@ -715,16 +715,10 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
 
 
 def _row(name: str, found: Prediction, columns: list[str], abstain: float | None = None) -> dict[str, Any]:
-    row = {
+    row = vars(found) | {
         "input": name,
         "label": found.label if abstain is None or found.probability >= abstain else None,
-        "probability": found.probability,
-        "labels": found.labels,
-        "probabilities": found.probabilities,
         "logits": found.logits.tolist() if "logits" in columns and found.logits is not None else None,
-        "text_logit": found.text_logit,
-        "cache_logit": found.cache_logit,
         "neighbours": [vars(neighbour) for neighbour in found.neighbours],
-        "keys": found.keys,
     }
     return {column: row[column] for column in columns}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
 import subprocess
@@ -74,6 +75,29 @@ def lit_mini() -> Backbone:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     return load_backbone(f"local-dir:{SHARED / 'models' / 'lit-mini'}", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of real photographs, eight of each of ten classes; whoever changes it changes a copy."""
+    from serving import build, photographs
+
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return build(SHARED, tmp_path_factory.mktemp("things") / "things", photographs(SHARED, "train", 10, 8))
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed."""
+    real = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,18 @@ class Server:
 
     def close(self) -> None:
         self.process.communicate()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For sums that are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
+    import torch
+
+    from retrieval_tip import vector_index
+
+    threads, found = torch.get_num_threads(), vector_index.faiss().omp_get_max_threads()
+    torch.set_num_threads(1)
+    vector_index.faiss().omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    vector_index.faiss().omp_set_num_threads(found)

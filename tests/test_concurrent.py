@@ -179,15 +179,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The sums here are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
-    import torch
-
-    threads, found = torch.get_num_threads(), vector_index.faiss().omp_get_max_threads()
-    torch.set_num_threads(1)
-    vector_index.faiss().omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    vector_index.faiss().omp_set_num_threads(found)
+    with killing.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

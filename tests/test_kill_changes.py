@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, changes, store, vector_index, verify
+from retrieval_tip import CacheModel, cache_model, changes, store, verify
 from retrieval_tip.build import build_index
 from retrieval_tip.features import Encoder
 from retrieval_tip.sources import Source, open_source
@@ -102,18 +102,11 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module", autouse=True)
 def _as_in_the_server() -> Iterator[None]:
-    """Segments and versions are few and small; and threads would wait for each other longer than they compute."""
-    import torch
-
-    threads, found = torch.get_num_threads(), vector_index.faiss().omp_get_max_threads()
-    torch.set_num_threads(1)
-    vector_index.faiss().omp_set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    """Segments and versions are few and small."""
+    with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_model, "SMALL", 0)
         patch.setattr(store, "KEPT_VERSIONS", KEPT)
         yield
-    torch.set_num_threads(threads)
-    vector_index.faiss().omp_set_num_threads(found)
 
 
 @pytest.fixture(scope="module")

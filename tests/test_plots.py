@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import subprocess
 import sys
@@ -202,19 +201,12 @@ def test_without_affinities_there_is_no_such_picture_and_old_files_are_replaced(
     check_png(tmp_path / "coverage.png")
 
 
-def test_a_file_in_the_way_and_a_missing_matplotlib_are_said_before_any_work(run, tmp_path, monkeypatch):
+def test_a_file_in_the_way_and_a_missing_matplotlib_are_said_before_any_work(run, tmp_path, request):
     (tmp_path / "file").write_text("")
     refused = run("evaluate", tmp_path / "no index", tmp_path / "none", "--plot", tmp_path / "file")
     assert refused.exit_code == 2
     assert "is a file; --plot writes into a folder" in refused.stderr
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    request.getfixturevalue("no_matplotlib")
     with pytest.raises(UsageError, match=r"pip install 'retrieval-tip\[plot\]'"):
         plots.check(tmp_path)
     refused = run("evaluate", tmp_path / "no index", tmp_path / "none", "--plot", tmp_path / "p")

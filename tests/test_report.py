@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import builtins
 import io
 import json
 import shutil
@@ -669,15 +668,7 @@ def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_a_missing_matplotlib_is_said_before_any_work(tmp_path, no_matplotlib):
     refused = done("report", tmp_path / "none", "--test", tmp_path / "none", "--out", tmp_path / "r.html", status=2)
     assert "a report needs matplotlib: pip install 'retrieval-tip[plot]'" in refused.stderr
 

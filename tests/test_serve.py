@@ -22,7 +22,7 @@ import psutil
 import pytest
 from click.testing import Result
 from PIL import Image
-from serving import build, photographs, server
+from serving import photographs, server
 
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
@@ -33,14 +33,6 @@ TOKEN = "open sesame"
 MIB = 1 << 20
 AT_ONCE = 400 * MIB
 """What a server may take beyond what it has: the pictures of 50 megapixels that it decodes at once, and bodies."""
-
-
-@pytest.fixture(scope="module")
-def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of ten classes with eight photographs each."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}")
-    return build(SHARED, tmp_path_factory.mktemp("things") / "things", photographs(SHARED, "train", 10, 8))
 
 
 @pytest.fixture(scope="module")

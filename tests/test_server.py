@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import build, photographs
+from serving import photographs
 
 from retrieval_tip import CacheModel, changes
 from retrieval_tip.audit import audit
@@ -31,14 +31,6 @@ from conftest import SHARED  # isort: skip
 TOKEN = "open sesame"
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 Client = TestClient
-
-
-@pytest.fixture(scope="module")
-def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of ten classes with eight photographs each."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}")
-    return build(SHARED, tmp_path_factory.mktemp("things") / "things", photographs(SHARED, "train", 10, 8))
 
 
 @pytest.fixture(scope="module")

@@ -140,18 +140,10 @@ class Version:
 
 
 def _result(found: Prediction, ask: Ask) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "input": None,
-        "label": found.label,
-        "probability": found.probability,
-        "labels": found.labels,
-        "probabilities": found.probabilities,
-        "text_logit": found.text_logit,
-        "cache_logit": found.cache_logit,
-        "neighbours": found.neighbours,
-    }
-    if ask.logits:
-        result["logits"] = found.logits
+    result: dict[str, Any] = {"input": None} | vars(found)
+    del result["keys"]
+    if not ask.logits:
+        del result["logits"]
     return result
 
 
