@@ -59,7 +59,7 @@ from throughput import FACTS, SEED, Row, facts, installed, machine_line, write_r
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, changes, load_backbone, open_source, store
 from retrieval_tip.backbone import unit
-from retrieval_tip.cache_model import Prediction
+from retrieval_tip.classifier import Prediction
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.exchange import export_table, export_text
 from retrieval_tip.features import pixels_of

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrieval_tip.backbone import Backbone, Identity, load_backbone
     from retrieval_tip.build import build_index
-    from retrieval_tip.cache_model import CacheModel, Neighbour, Prediction, verify
+    from retrieval_tip.cache_model import CacheModel, verify
+    from retrieval_tip.classifier import Neighbour, Prediction
     from retrieval_tip.errors import RetrievalTipError
     from retrieval_tip.estimator import TipAdapterClassifier
     from retrieval_tip.evaluate import Evaluation
@@ -29,9 +30,9 @@ _HOMES = {
     "EncodingCache": "features",
     "Evaluation": "evaluate",
     "Identity": "backbone",
-    "Neighbour": "cache_model",
-    "Prediction": "cache_model",
-    "Predictions": "cache_model",
+    "Neighbour": "classifier",
+    "Prediction": "classifier",
+    "Predictions": "classifier",
     "Recipe": "trainer",
     "RetrievalTipError": "errors",
     "Source": "sources",

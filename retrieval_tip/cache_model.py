@@ -1,10 +1,11 @@
-"""The classifier: keys in a FAISS index, their labels in a store, text weights, and the method over them."""
+"""The classifier whose keys lie in an index folder: it is loaded, saved, and changed by what it adds and removes."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,18 +17,16 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from retrieval_tip import inputs, store, tip
+from retrieval_tip import inputs, store
 from retrieval_tip.backbone import Identity, resolve_device
-from retrieval_tip.errors import InputError, StoreError, UsageError, counted, first_line
-from retrieval_tip.features import Encoder
-from retrieval_tip.html import table, tag
+from retrieval_tip.classifier import Classifier
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.inputs import Features, Labels
 from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
 from retrieval_tip.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.manifest import DataFile, Manifest, Segment
-from retrieval_tip.retrieval import LOGITS, SHORTLIST, Retrieval, slices
+from retrieval_tip.retrieval import SHORTLIST, IndexRetrieval
 from retrieval_tip.segments import Segments, joined, segments_of
-from retrieval_tip.sources import Source
 from retrieval_tip.vector_index import VectorIndex, auto_factory
 
 ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
@@ -36,112 +35,9 @@ ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
 SMALL = 4096
 """Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
 
-SHOWN_CLASSES, SHOWN_PREDICTIONS = 8, 50
-"""How many of each a notebook shows."""
-
-GROWTH, ALL_FROM = 4, 8
-"""A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A key near a query: what it is, its ``affinity`` and its ``weight`` ``exp(-beta (1 - affinity))``."""
-
-    key_id: int
-    source: str
-    label: str
-    affinity: float
-    weight: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one query.
-
-    ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
-    ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
-    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order, ``None`` where
-    the classes are so many that only a shortlist was compared, which the probabilities are then over; the nearest
-    ``neighbours``. ``keys``: how many of the keys settled the answer, where it was certified.
-    """
-
-    label: str
-    probability: float
-    labels: list[str]
-    probabilities: list[float]
-    text_logit: float
-    cache_logit: float
-    logits: npt.NDArray[np.float32] | None = field(compare=False)
-    neighbours: list[Neighbour]
-    keys: int | None = None
-
-    def _repr_html_(self) -> str:
-        """For notebooks: the classes, the two parts of the winner's logit, and the neighbours."""
-        classes = zip(self.labels, (f"{probability:.4f}" for probability in self.probabilities), strict=True)
-        caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
-        near = (
-            (f"{key.affinity:.4f}", f"{key.weight:.1e}", key.label, key.source, key.key_id) for key in self.neighbours
-        )
-        columns = ("affinity", "weight", "label", "source", "key")
-        return tag(
-            "div",
-            table(("class", "probability"), classes, caption, numbers=(1,)),
-            table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else None,
-        )
-
-
-class Predictions(list[Prediction]):
-    """Predictions in the order of their queries: a list that notebooks show as a table."""
-
-    def _repr_html_(self) -> str:
-        """For notebooks: a row a prediction, the first :data:`SHOWN_PREDICTIONS`."""
-        cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
-        columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "nearest key")
-        rows = []
-        for place, found in enumerate(self[:SHOWN_PREDICTIONS]):
-            key = found.neighbours[0] if found.neighbours else None
-            near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
-            figures = (f"{found.probability:.4f}", f"{found.text_logit:.4g}", f"{found.cache_logit:.4g}")
-            rows.append((place, found.label, *figures, *near))
-        return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the answer to one query is made of: enough to weigh it anew, with another alpha, beta or k.
-
-    ``feature`` ``[d]`` and ``text`` ``[c]``, its text logits, float32; of the ``m`` nearest keys, nearest first,
-    ``key_ids``, ``class_ids`` int64 and ``affinities`` float32; ``counts`` ``[c]`` int64 and ``sums`` ``[c]`` float32:
-    how many keys a class has, and the sum of the affinities to all of them. ``complete``: these are all keys.
-    """
-
-    feature: npt.NDArray[np.float32]
-    text: npt.NDArray[np.float32]
-    key_ids: npt.NDArray[np.int64]
-    class_ids: npt.NDArray[np.int64]
-    affinities: npt.NDArray[np.float32]
-    counts: npt.NDArray[np.int64]
-    sums: npt.NDArray[np.float32]
-    complete: bool
-
-
-@dataclass(frozen=True)
-class Certified:
-    """Logits whose winners are those over all keys, by :meth:`CacheModel.certified`.
-
-    ``text`` and ``cache`` ``[q, c]`` as :meth:`CacheModel.terms` gives them; ``keys`` ``[q]`` int64, how many of the
-    nearest keys settled each query, ``n`` where it took all; ``proved``, whether that is proof: after exact search it
-    is, after approximate search it is evidence, and the winners agree with those over all keys as far as was looked.
-    """
-
-    text: Tensor
-    cache: Tensor
-    keys: Tensor
-    proved: bool
-
 
 @dataclass
-class CacheModel:
+class CacheModel(Classifier):
     """Tip-Adapter's cache as a searchable index. Make one with :meth:`from_features` or :meth:`load`.
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
@@ -218,35 +114,21 @@ class CacheModel:
         if self.next_key_id is None:
             self.next_key_id = int(pc.max(self.labels["key_id"]).as_py()) + 1
 
-    def __repr__(self) -> str:
-        return (
-            f"CacheModel({self.n} keys of {self.d}, {len(self.class_names)} classes, index={self.index.factory!r}, "
-            f"alpha={self.alpha:g}, beta={self.beta:g}, k={self.k or 'all'}, device={self.device!r})"
-        )
-
-    def _repr_html_(self) -> str:
-        """For notebooks: what this index holds, its settings, and where it comes from."""
-        counts = self.class_ids.bincount(minlength=len(self.class_names))[:SHOWN_CLASSES].tolist()
-        few = ", ".join(f"{name} {number}" for name, number in zip(self.class_names, counts, strict=False))
-        more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
-        settings = f"alpha {self.alpha:.4g}, beta {self.beta:.4g}, k {self.k or 'all'}, "
-        settings += f"{'with' if self.tail else 'without'} tail, temperature {self.temperature:.4g}"
-        rows: list[tuple[str, object]] = [
-            ("keys", f"{self.n:,} of {self.d:,} values, {self.keys.dtype}"),
-            ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
-            ("settings", settings),
-            ("text", f"logit scale {self.logit_scale:.4g}" if self.has_text else "none: the cache alone decides"),
-            ("index", f"{self.index.factory} on {self.device}"),
-            ("backbone", self.backbone or "unnamed"),
-            ("folder", f"{self.folder}, version {self.version}" if self.folder else "not from a folder"),
-        ]
-        return table((), rows, tag("b", "CacheModel"))
+    __repr__ = Classifier.__repr__  # not the dataclass's
 
     @property
-    def _retrieval(self) -> Retrieval:
-        """With the settings as they are now."""
-        settings = (self.alpha, self.beta, self.logit_scale)
-        return Retrieval(self._keys, self.index, self.text_weights, self.text_index, self.values, *settings)
+    def retrieval(self) -> IndexRetrieval:
+        """What finds the keys, with the settings as they are now."""
+        return IndexRetrieval(
+            keys=self._keys,
+            index=self.index,
+            text_weights=self.text_weights,
+            text_index=self.text_index,
+            values=self.values,
+            alpha=self.alpha,
+            beta=self.beta,
+            logit_scale=self.logit_scale,
+        )
 
     @property
     def n(self) -> int:
@@ -257,6 +139,26 @@ class CacheModel:
     def d(self) -> int:
         """Length of a feature."""
         return int(self.keys.shape[1])
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored keys: float32 or float16."""
+        return str(self.keys.dtype)
+
+    @property
+    def index_type(self) -> str:
+        """Factory of the index over the keys."""
+        return self.index.factory
+
+    @property
+    def exact_search(self) -> bool:
+        """Whether the nearest keys are always found."""
+        return self.index.exact_search
+
+    @property
+    def place(self) -> str | None:
+        """Folder that this was loaded from or saved to."""
+        return None if self.folder is None else str(self.folder)
 
     @property
     def manifest(self) -> Manifest | None:
@@ -271,11 +173,6 @@ class CacheModel:
     def whole(self) -> CacheModel:
         """The same classifier with all keys in one segment; itself, where they are."""
         return self if self.segments == 1 else self.take(self._order())
-
-    @property
-    def has_text(self) -> bool:
-        """Whether there are text weights; without them zero-shot logits are 0 and the cache alone decides."""
-        return bool(self.text_weights.any())
 
     @classmethod
     def from_features(
@@ -592,195 +489,6 @@ class CacheModel:
             if index is not None:
                 index.path = check.folder / manifest.files[kind].name
 
-    def terms(self, features: Features, k: int | None = None, tail: bool = True) -> tuple[Tensor, Tensor]:
-        """The two parts of the logits: text ``logit_scale * f W^T`` and cache ``C`` (without alpha), ``[q, c]`` each.
-
-        Arguments and errors as for :meth:`logits`.
-        """
-        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
-        text, cache, _ = self._retrieval.terms(inputs.queries(features, self.d).to(self.device), k, tail, certify=False)
-        self._check_overflow(text, cache)
-        return text, cache
-
-    def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
-        largest = (_largest(text), _largest(cache)) if len(text) else (text.new_zeros(()), cache.new_zeros(()))
-        if not torch.isfinite(largest[1]):
-            raise InputError(
-                f"beta {self.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
-            )
-        if not torch.isfinite(tip.blend(*largest, self.alpha)):
-            raise InputError(
-                f"alpha {self.alpha:g} or logit_scale {self.logit_scale:g}: too large, the logits overflow; "
-                "use smaller ones"
-            )
-
-    def certified(self, features: Features, k: int | None = None, tail: bool = True) -> Certified:
-        """Text and cache logits from as few keys as settle each query: ``k``, then four times as many, at last all.
-
-        A query is settled where no key that it has not met can change its winner (:func:`tip.certificate`; with an
-        index over classes :func:`tip.settled`). A fine-tuned cache with values always takes all keys: what these
-        give may be negative. Arguments and errors as for :meth:`logits`.
-        """
-        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
-        f = inputs.queries(features, self.d).to(self.device)
-        text = f.new_empty(len(f), len(self.class_names))
-        cache, keys = torch.empty_like(text), torch.full((len(f),), self.n)
-        left = torch.arange(len(f), device=self.device)
-        while len(left):
-            if k is not None and (k > self.n // ALL_FROM or self.values is not None):
-                k = None
-            text[left], cache[left], settled = self._retrieval.terms(f[left], k, tail, certify=True)
-            keys[left.cpu()] = self.n if k is None else k
-            left, k = left[~settled], None if k is None else k * GROWTH
-        self._check_overflow(text, cache)
-        return Certified(text, cache, keys, proved=self.index.exact_search)
-
-    def logits(self, features: Features, k: int | None = None, tail: bool = True) -> Tensor:
-        """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
-
-        Args:
-            features: ``[q, d]`` unit-norm features, array or tensor.
-            k: how many of the nearest keys a query uses; ``None`` is all of them, Tip-Adapter exactly.
-            tail: with ``k``, estimate what the keys that were not retrieved add (see :func:`tip.cache_logits`).
-
-        Raises InputError where features are not finite or not ``[q, d]``, or logits overflow; UsageError where ``k``
-        is below 1.
-        """
-        text, cache = self.terms(features, k, tail)
-        return tip.blend(text, cache, self.alpha)
-
-    def classify(
-        self,
-        features: Features,
-        top: int = 1,
-        k: int | None = None,
-        tail: bool = True,
-        neighbours: int = 5,
-        certify: bool = False,
-    ) -> Predictions:
-        """One :class:`Prediction` a query: label, probability, and the ``neighbours`` nearest keys that made it.
-
-        Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
-        meets as many keys as settle its label (:meth:`certified`).
-        """
-        if top < 1:
-            raise UsageError(f"top is {top}: at least 1 class has to be reported")
-        classes, text, cache, keys = self._answers(features, top, k, tail, certify)
-        logits = tip.blend(text, cache, self.alpha)
-        places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
-        ranked = places if classes is None else classes.gather(1, places)
-        chances = tip.probabilities(logits, self.temperature).gather(1, places)
-        near = self._neighbours(features, min(neighbours, k or neighbours)) if neighbours > 0 else [[]] * len(logits)
-        winner = places[:, :1]
-        own_text, own_cache = text.gather(1, winner), cache.gather(1, winner)
-        weighted = tip.blend(torch.zeros_like(own_cache), own_cache, self.alpha)
-        parts = torch.cat([own_text, weighted], dim=1).tolist()
-        rows = logits.cpu().numpy() if classes is None else [None] * len(logits)
-        by_query = zip(chances.tolist(), ranked.tolist(), parts, rows, near, keys, strict=True)
-        return Predictions(
-            Prediction(
-                label=self.class_names[ids[0]],
-                probability=probabilities[0],
-                labels=[self.class_names[i] for i in ids],
-                probabilities=probabilities,
-                text_logit=part[0],
-                cache_logit=part[1],
-                logits=row,
-                neighbours=nearest,
-                keys=number,
-            )
-            for probabilities, ids, part, row, nearest, number in by_query
-        )
-
-    def _answers(
-        self, features: Features, top: int, k: int | None, tail: bool, certify: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor, Sequence[int | None]]:
-        """The classes that logits are of, ``None`` for all; text and cache logits; the keys that settled each query."""
-        if certify:
-            found = self.certified(features, k, tail)
-            return None, found.text, found.cache, found.keys.tolist()
-        if self._retrieval.has_shortlist and k is not None and k < self.n and top <= SHORTLIST:
-            inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
-            f = inputs.queries(features, self.d).to(self.device)
-            parts = [self._retrieval.shortlist(part, k, tail) for part in f.split(QUERY_BLOCK)]
-            classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
-            self._check_overflow(text.nan_to_num(neginf=0.0), cache)
-            return classes, text, cache, [None] * len(f)
-        text, cache = self.terms(features, k, tail)
-        return None, text, cache, [None] * len(text)
-
-    def classify_source(
-        self,
-        source: Source,
-        encoder: Encoder,
-        top: int = 1,
-        k: int | None = None,
-        tail: bool = True,
-        neighbours: int = 5,
-        certify: bool = False,
-    ) -> Iterator[tuple[str, Prediction]]:
-        """Classify images or a feature table: name and prediction of each item that could be read, in order.
-
-        ``encoder`` needs the backbone of this index for images; ``encoder.skipped`` names what could not be read. The
-        other arguments as for :meth:`classify`.
-        """
-        names = source.sources
-        for block in encoder.blocks(source):
-            for part in self.parts(len(block.positions)):
-                found = self.classify(block.features[part], top, k, tail, neighbours, certify)
-                yield from zip((names[i] for i in block.positions[part]), found, strict=True)
-
-    def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
-        """:class:`Evidence` of queries ``[q, d]``: all keys, where these are ``complete`` at most, else ``nearest``.
-
-        Raises InputError where features are not finite or not ``[q, d]``.
-        """
-        f = inputs.queries(features, self.d).to(self.device)
-        if self.n <= complete:
-            found = torch.cat([tip.affinity(f, keys) for keys, _ in self.key_blocks()], dim=1)
-            affinity, order = found.sort(dim=1, descending=True, stable=True)
-            rows = order.cpu().numpy()
-        else:
-            affinity, rows = self.nearest(f, nearest)
-        text = tip.text_logits(f, self.text_weights, self.logit_scale).cpu().numpy()
-        sums = tip.Totals.of(f, self._keys.sums, self._keys.counts).affinities.cpu().numpy()
-        counts, class_ids = self._keys.counts.long().cpu().numpy(), self.class_ids.cpu().numpy()
-        key_ids, every = self.labels["key_id"].to_numpy(), zip(f.cpu().numpy(), text, sums, strict=True)
-        return [
-            Evidence(
-                feature=feature,
-                text=own_text,
-                key_ids=key_ids[row[row >= 0]],
-                class_ids=class_ids[row[row >= 0]],
-                affinities=near[row >= 0],
-                counts=counts,
-                sums=own_sums,
-                complete=self.n <= complete,
-            )
-            for (feature, own_text, own_sums), near, row in zip(every, affinity.cpu().numpy(), rows, strict=True)
-        ]
-
-    def parts(self, q: int) -> Iterator[slice]:
-        """Slices of ``q`` queries that have :data:`LOGITS` logits at most."""
-        return slices(q, max(1, LOGITS // len(self.class_names)))
-
-    def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
-        """Class ids of the items of a labelled source.
-
-        Raises InputError where it has no items, or labels that are no class of the index.
-        """
-        position = {name: i for i, name in enumerate(self.class_names)}
-        labels = source.labels
-        if not labels:
-            raise InputError(f"{source.name}: has no items")
-        unknown = sorted(set(labels) - position.keys())
-        if unknown:
-            raise InputError(
-                f"{source.name}: {len(unknown)} labels are no class of the index: {', '.join(unknown[:5])}; "
-                f"its classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
-            )
-        return np.array([position[label] for label in labels], dtype=np.int64)
-
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
         """Add classes after those there are, without a key. On disk after :meth:`save`.
 
@@ -969,6 +677,55 @@ class CacheModel:
         self.keys, self.labels = joined([*parts[:first], new]), labels
         self._follow()
 
+    def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """Columns of the label store of some keys, by row ``[m]``."""
+        return self.labels.select(list(columns)).take(pa.array(rows))
+
+    def every_row(self) -> npt.NDArray[np.int64]:
+        """The rows of all keys ``[n]``."""
+        return np.arange(self.n)
+
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+        """See :meth:`classifier.Classifier.find`."""
+        table = self.labels
+        chosen = pa.array(np.ones(len(table), dtype=bool))
+        if labels:
+            chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
+        if key_ids:
+            chosen = pc.and_(chosen, pc.is_in(table["key_id"], value_set=pa.array(key_ids, pa.int64())))
+        if source:
+            chosen = pc.and_(chosen, pc.match_substring(table["source"], source, ignore_case=True))
+        return table.filter(pc.fill_null(chosen, False))
+
+    def every_class(self) -> CacheModel:
+        """The same, without a shortlist of classes."""
+        if self.text_index is None:
+            return self
+        found = copy.copy(self)  # the keys, and what was measured on them, are shared
+        found.text_index = None
+        return found
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
+
+        Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
+        """
+        near = self.retrieval.nearest(features, k)
+        return near.affinity, near.rows.cpu().numpy()
+
+    def _answers(
+        self, features: Features, top: int, k: int | None, tail: bool, certify: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor, Sequence[int | None]]:
+        retrieval = self.retrieval
+        if certify or not retrieval.has_shortlist or k is None or k >= self.n or top > SHORTLIST:
+            return super()._answers(features, top, k, tail, certify)
+        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
+        f = inputs.queries(features, self.d).to(self.device)
+        parts = [retrieval.shortlist(part, k, tail) for part in f.split(QUERY_BLOCK)]
+        classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
+        self._check_overflow(text.nan_to_num(neginf=0.0), cache)
+        return classes, text, cache, [None] * len(f)
+
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
         """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
 
@@ -1001,36 +758,6 @@ class CacheModel:
         index.effort = self.index.effort
         return index
 
-    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
-
-        Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
-        """
-        affinity, rows = self._retrieval.nearest(features, k)
-        return affinity, rows.cpu().numpy()
-
-    def _neighbours(self, features: Features, number: int) -> list[list[Neighbour]]:
-        """The nearest keys of each query, described."""
-        f = inputs.queries(features, self.d).to(self.device)
-        affinity, rows = self.nearest(f, number)
-        weights = tip.weight(affinity, self.beta).tolist()
-        used, where = np.unique(rows, return_inverse=True)
-        used = np.maximum(used, 0)
-        described = self.labels.select(["key_id", "source", "label"]).take(pa.array(used)).to_pylist()
-        where = where.reshape(rows.shape)
-        return [
-            [
-                Neighbour(**described[where[q, j]], affinity=value, weight=weights[q][j])
-                for j, value in sorted(enumerate(values), key=lambda pair: -pair[1])
-                if rows[q, j] >= 0
-            ]
-            for q, values in enumerate(affinity.tolist())
-        ]
-
-    def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
-        return self._keys.blocks()
-
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
     """Check an index folder thoroughly: every byte of every kept version, and that its parts fit together.
@@ -1057,8 +784,3 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
         if not np.allclose(found[:, 0], own, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index is not over these keys; build the index again")
     return cache
-
-
-def _largest(logits: Tensor) -> Tensor:
-    """The largest absolute value, NaN where there is one; without a copy of the logits."""
-    return torch.stack(logits.aminmax()).abs().amax()

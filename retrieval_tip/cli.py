@@ -52,7 +52,7 @@ from retrieval_tip.options import (
 )
 
 if TYPE_CHECKING:
-    from retrieval_tip.cache_model import Prediction
+    from retrieval_tip.classifier import Prediction
 
 
 class _Group(click.Group):
@@ -189,7 +189,7 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
     columns += ["labels", "probabilities"] if given["top"] > 1 else []
     if given["with_logits"]:
         columns += ["logits"]
-        cache.text_index = None  # no shortlist: every class
+        cache = cache.every_class()
     columns += ["text_logit", "cache_logit", "neighbours"] if given["explain"] else []
     columns += ["keys"] if given["certify"] else []
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
@@ -207,7 +207,7 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
 
         write_rows(rows(), columns, given["style"], given["output"], schema)
     if given["certify"]:
-        how = "proved" if cache.index.exact_search else "agreed with"
+        how = "proved" if cache.exact_search else "agreed with"
         by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
         click.echo(f"{how} the answer of all keys: {', '.join(by)}", err=True)
     finish(ctx, encoder.skipped)

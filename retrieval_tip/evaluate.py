@@ -20,6 +20,7 @@ from retrieval_tip.calibration import (
     negative_log_likelihood,
     temperature_bounds,
 )
+from retrieval_tip.classifier import Classifier
 from retrieval_tip.errors import Skipped, UsageError
 from retrieval_tip.features import Block, Encoder
 from retrieval_tip.keys import QUERY_BLOCK
@@ -135,7 +136,7 @@ class Evaluation:
 
 
 def evaluate(
-    cache: CacheModel,
+    cache: Classifier,
     source: Source,
     encoder: Encoder,
     *,
@@ -159,7 +160,7 @@ def evaluate(
 
 
 def judge(
-    cache: CacheModel,
+    cache: Classifier,
     blocks: Iterable[Block],
     ids: Ints,
     skipped: Sequence[Skipped] = (),
@@ -322,7 +323,7 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibratio
 class _Pairs:
     """Counts affinities between queries and keys, block by block."""
 
-    def __init__(self, cache: CacheModel) -> None:
+    def __init__(self, cache: Classifier) -> None:
         self._cache = cache
         self._reach: float | None = None
         self._same = torch.zeros(AFFINITY_BINS, dtype=torch.int64)

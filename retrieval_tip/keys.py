@@ -10,6 +10,7 @@ import importlib
 import itertools
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -144,48 +145,39 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
     return found.masked_fill_(rows < 0, 0)
 
 
-class Keys:
-    """Keys ``[n, d]`` float32 or float16, on disk or in memory; sums are float32, on ``device``.
+class KeyStream(ABC):
+    """Keys ``[n, d]`` that are read a block at a time, wherever they are kept; sums are float32, on ``device``.
 
-    They are grouped by class, or are segments of which each is grouped by class.
-
-    ``precision`` is that of the products with all keys (:meth:`cache_logits`): float32, bfloat16, float16, or ``auto``,
-    the fastest that is accurate enough, by measurement here. Raises InputError where ``class_ids`` ``[n]`` do not
-    ascend, UsageError for an unknown precision. ``means`` gives the class means ``[c, d]`` where they are known; else
-    they take reading all keys.
+    ``counts`` ``[c]`` float32: keys of each class. ``means`` gives the class means ``[c, d]`` where they are known;
+    else they take reading all keys.
     """
 
     def __init__(
         self,
-        array: npt.NDArray[Any] | Segments,
-        class_ids: IntArray,
-        n_classes: int,
+        shape: tuple[int, int],
+        counts: Tensor,
         device: str = "cpu",
-        precision: str = "float32",
         means: Callable[[], FloatArray] | None = None,
     ) -> None:
-        bounds = np.cumsum([0, *(len(part) for part in segments_of(array))])
-        descends = np.flatnonzero(class_ids[1:] < class_ids[:-1]) + 1
-        if len(class_ids) != len(array) or not np.isin(descends, bounds).all():
-            raise InputError(
-                "labels: keys are not grouped by class, in the order of the classes; build the index again"
-            )
-        if precision not in PRECISIONS:
-            raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-        self.array, self.device, self.precision = array, device, precision
-        self.n, self.d = int(array.shape[0]), int(array.shape[1])
-        self.n_classes = n_classes
-        counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
-        self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
-        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # not Arrow's own
-        self.counts = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
+        self.n, self.d = shape
+        self.counts, self.n_classes, self.device = counts, len(counts), device
         self._known_means = means
-        self._slack: dict[float, float] = {}
-        self._products: dict[float, torch.dtype] = {}
-        self._on_device: Tensor | None = None
-        self._starts = torch.from_numpy(self.starts).to(device)
-        self._kept_halved: Tensor | None = None
-        self._value_sums: tuple[Tensor, Tensor] | None = None
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
+
+        Each is grouped by class. Blocks may share their memory, and have :data:`KEY_BLOCK` keys at most, on a GPU
+        :data:`GPU_BLOCKS` times as many.
+        """
+
+    def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
+        """The dtype of products of ``q`` queries with all keys: float32."""
+        return torch.float32
+
+    def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of keys less their mean, in half precision."""
+        yield from (((keys - self._centre).to(products), ids) for keys, ids in self.blocks())
 
     @cached_property
     def mean_count(self) -> float:
@@ -206,28 +198,6 @@ class Keys:
             return torch.from_numpy(self._known_means()).to(self.device)
         return self.sums / self.counts.clamp_min(1)[:, None]
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
-
-        On a GPU all keys stay there, where half of its free memory holds them. Blocks may share their memory.
-        """
-        converted = torch.empty(self._block_size(), self.d, device=self.device)
-        for part in runs(self.array, self._block_size()):
-            rows = self._rows(part)
-            if rows.dtype != torch.float32:
-                rows = converted[: len(rows)].copy_(rows)
-            yield rows, self.class_ids[part]
-
-    def _rows(self, part: slice) -> Tensor:
-        """Some keys as they are stored, on the device."""
-        if self._on_device is None and self.device != "cpu":
-            free, _ = torch.cuda.mem_get_info(torch.device(self.device))
-            if self.array.nbytes < free // 2:
-                self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
-        if self._on_device is not None:
-            return self._on_device[part]
-        return torch.from_numpy(self.array[part]).to(self.device)
-
     def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
         """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
@@ -239,14 +209,6 @@ class Keys:
             for class_id, part in zip(found.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
-
-    def value_sums(self, values: Tensor) -> Tensor:
-        """Sum of the ``values`` ``[n, c]`` of the keys of each class ``[c, c]``: what a tail needs with values."""
-        if self._value_sums is None or self._value_sums[0] is not values:
-            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
-            blocks = ((values[part], self.class_ids[part]) for part in parts)
-            self._value_sums = values, self.by_class(blocks, self.n_classes)
-        return self._value_sums[1]
 
     def cache_logits(
         self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
@@ -326,10 +288,81 @@ class Keys:
         centre: Tensor = self.sums.sum(0) / self.n
         return centre
 
+
+class Keys(KeyStream):
+    """Keys ``[n, d]`` float32 or float16, on disk or in memory; sums are float32, on ``device``.
+
+    They are grouped by class, or are segments of which each is grouped by class.
+
+    ``precision`` is that of the products with all keys (:meth:`cache_logits`): float32, bfloat16, float16, or ``auto``,
+    the fastest that is accurate enough, by measurement here. Raises InputError where ``class_ids`` ``[n]`` do not
+    ascend, UsageError for an unknown precision. ``means`` as for :class:`KeyStream`.
+    """
+
+    def __init__(
+        self,
+        array: npt.NDArray[Any] | Segments,
+        class_ids: IntArray,
+        n_classes: int,
+        device: str = "cpu",
+        precision: str = "float32",
+        means: Callable[[], FloatArray] | None = None,
+    ) -> None:
+        bounds = np.cumsum([0, *(len(part) for part in segments_of(array))])
+        descends = np.flatnonzero(class_ids[1:] < class_ids[:-1]) + 1
+        if len(class_ids) != len(array) or not np.isin(descends, bounds).all():
+            raise InputError(
+                "labels: keys are not grouped by class, in the order of the classes; build the index again"
+            )
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        self.array, self.precision = array, precision
+        counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
+        self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
+        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # not Arrow's own
+        total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
+        super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
+        self._slack: dict[float, float] = {}
+        self._products: dict[float, torch.dtype] = {}
+        self._on_device: Tensor | None = None
+        self._starts = torch.from_numpy(self.starts).to(device)
+        self._kept_halved: Tensor | None = None
+        self._value_sums: tuple[Tensor, Tensor] | None = None
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
+
+        On a GPU all keys stay there, where half of its free memory holds them. Blocks may share their memory.
+        """
+        converted = torch.empty(self._block_size(), self.d, device=self.device)
+        for part in runs(self.array, self._block_size()):
+            rows = self._rows(part)
+            if rows.dtype != torch.float32:
+                rows = converted[: len(rows)].copy_(rows)
+            yield rows, self.class_ids[part]
+
+    def _rows(self, part: slice) -> Tensor:
+        """Some keys as they are stored, on the device."""
+        if self._on_device is None and self.device != "cpu":
+            free, _ = torch.cuda.mem_get_info(torch.device(self.device))
+            if self.array.nbytes < free // 2:
+                self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
+        if self._on_device is not None:
+            return self._on_device[part]
+        return torch.from_numpy(self.array[part]).to(self.device)
+
+    def value_sums(self, values: Tensor) -> Tensor:
+        """Sum of the ``values`` ``[n, c]`` of the keys of each class ``[c, c]``: what a tail needs with values."""
+        if self._value_sums is None or self._value_sums[0] is not values:
+            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
+            blocks = ((values[part], self.class_ids[part]) for part in parts)
+            self._value_sums = values, self.by_class(blocks, self.n_classes)
+        return self._value_sums[1]
+
     def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of keys less their mean, in half precision; kept, but for keys that are on disk."""
         if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
-            yield from (((keys - self._centre).to(products), ids) for keys, ids in self.blocks())
+            yield from super()._halved(products)
             return
         if self._kept_halved is None or self._kept_halved.dtype != products:
             self._kept_halved = torch.cat([(keys - self._centre).to(products) for keys, _ in self.blocks()])

@@ -26,8 +26,9 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from retrieval_tip import doctor, images, plots, search_hp, store, sweep
-from retrieval_tip.cache_model import CacheModel, Neighbour, Prediction
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.calibration import expected_calibration_error
+from retrieval_tip.classifier import Neighbour, Prediction
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, UsageError, counted
 from retrieval_tip.evaluate import Answers, Evaluation, judge
 from retrieval_tip.features import Block, Encoder, check_backbone, replacing

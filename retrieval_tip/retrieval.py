@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.keys import QUERY_BLOCK, Keys, own_affinity
+from retrieval_tip.keys import QUERY_BLOCK, Keys, KeyStream, own_affinity
 from retrieval_tip.vector_index import VectorIndex
 
 LOGITS = 1 << 25
@@ -32,25 +33,34 @@ def slices(q: int, size: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """Keys and what finds them, with the settings of the method: see :class:`cache_model.CacheModel`.
+class Nearest:
+    """The ``k`` nearest keys of ``q`` queries, nearest first: ``[q, k]`` each.
+
+    ``affinity`` float32, exact; ``rows`` int64, what :meth:`classifier.Classifier.described` knows a key by;
+    ``class_ids`` int64. An empty slot has affinity 0, row -1 and the class id ``c``.
+    """
+
+    affinity: Tensor
+    rows: Tensor
+    class_ids: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(ABC):
+    """Keys and what finds them, with the settings of the method: see :class:`classifier.Classifier`.
 
     Features ``[q, d]`` are float32 on the device of the keys. Logits may overflow here.
     """
 
-    keys: Keys
-    index: VectorIndex
+    keys: KeyStream
     text_weights: Tensor
-    text_index: VectorIndex | None
-    values: Tensor | None
     alpha: float
     beta: float
     logit_scale: float
 
-    @property
-    def has_shortlist(self) -> bool:
-        """Whether the classes are so many that :meth:`shortlist` is for them."""
-        return self.text_index is not None and self.index.by_class and self.values is None
+    @abstractmethod
+    def nearest(self, features: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest keys of each query."""
 
     def terms(self, features: Tensor, k: int | None, tail: bool, certify: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Text and cache logits ``[q, c]`` over about ``k`` keys, ``None`` for all, the rest at its mean with ``tail``.
@@ -64,19 +74,66 @@ class Retrieval:
             tip.text_logits(features, self.text_weights, self.logit_scale, out=text)
             return text, self._over_all(features, text), settled
         cache = torch.empty_like(text)
-        meet = self._meet_classes if self.index.by_class else self._meet_nearest
-        meet(features, k, tail, text, cache, settled if certify else None)
+        self._meet(features, k, tail, text, cache, settled if certify else None)
         return text, cache, settled
 
     def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
         products = self.keys.products(self.beta, len(features))
-        cache = self.keys.cache_logits(features, self.beta, self.values, products)
-        if products != torch.float32 and self.values is None and len(features):
+        cache = self.keys.cache_logits(features, self.beta, products=products)
+        if products != torch.float32 and len(features):
             parts, error = slices(len(features), QUERY_BLOCK), min(1.0, CLOSE * self.beta)
             close = torch.cat([tip.close(text[part], cache[part], self.alpha, error) for part in parts])
             cache[close] = self.keys.cache_logits(features[close], self.beta, products=torch.float32)
         return cache
+
+    def _meet(self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None) -> None:
+        """Text logits, and cache logits over about ``k`` keys, here the nearest, ``[q, c]``.
+
+        Which queries are settled goes into ``settled`` ``[q]``, where it is given.
+        """
+        for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
+            f = features[part]
+            tip.text_logits(f, self.text_weights, self.logit_scale, out=text[part])
+            near = self.nearest(f, k)
+            totals = tip.Totals.of(f, self.keys.sums, self.keys.counts) if tail or settled is not None else None
+            cache[part] = self._over(near, totals if tail else None)
+            if settled is not None and totals is not None:
+                logits = tip.blend(text[part], cache[part], self.alpha)
+                found = (logits, near.affinity, near.class_ids, totals)
+                settled[part] = tip.certificate(*found, self.alpha, self.beta, tail=tail)
+
+    def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
+        """Cache logits ``[q, c]`` over keys of each query's own."""
+        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.beta, tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexRetrieval(Retrieval):
+    """Of keys in one memory, or mapped to it, by a FAISS index over them or over the means of their classes.
+
+    ``values`` ``[n, c]`` is what each key gives to each class, where that is not 1 to its own; ``text_index`` finds the
+    text weights near a query, where the classes are many.
+    """
+
+    keys: Keys
+    index: VectorIndex
+    text_index: VectorIndex | None = None
+    values: Tensor | None = None
+
+    @property
+    def has_shortlist(self) -> bool:
+        """Whether the classes are so many that :meth:`shortlist` is for them."""
+        return self.text_index is not None and self.index.by_class and self.values is None
+
+    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
+        if self.values is None:
+            return super()._over_all(features, text)
+        return self.keys.cache_logits(features, self.beta, self.values)
+
+    def _meet(self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None) -> None:
+        meet = self._meet_classes if self.index.by_class else super()._meet
+        meet(features, k, tail, text, cache, settled)
 
     def _meet_classes(
         self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
@@ -102,46 +159,32 @@ class Retrieval:
             return
         for part in slices(len(features), QUERY_BLOCK):
             rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
-            ids, affinity = self._met(keys.affinity(features[part], rows), rows)
             totals = tip.Totals.of(features[part], keys.sums, keys.counts) if tail else None
-            cache[part] = self._over(rows, ids, affinity, totals)
+            cache[part] = self._over(self._described(keys.affinity(features[part], rows), rows), totals)
 
-    def _meet_nearest(
-        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
-    ) -> None:
-        """Text logits and cache logits over the nearest keys, as :meth:`_meet_classes`."""
-        for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            f = features[part]
-            tip.text_logits(f, self.text_weights, self.logit_scale, out=text[part])
-            affinity, rows = self.nearest(f, k)
-            ids, affinity = self._met(affinity, rows)
-            totals = tip.Totals.of(f, self.keys.sums, self.keys.counts) if tail or settled is not None else None
-            cache[part] = self._over(rows, ids, affinity, totals if tail else None)
-            if settled is not None and totals is not None:
-                logits = tip.blend(text[part], cache[part], self.alpha)
-                settled[part] = tip.certificate(logits, affinity, ids, totals, self.alpha, self.beta, tail=tail)
-
-    def _met(self, affinity: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Class ids and affinities ``[q, k]`` of keys by row; empty slots, row -1, have the id ``c`` and affinity 0."""
+    def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
+        """Keys by row, with their class ids; empty slots, row -1, have the id ``c`` and affinity 0."""
         empty = rows < 0
         ids = self.keys.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.keys.n_classes)
-        return ids, affinity.masked_fill(empty, 0)
+        return Nearest(affinity.masked_fill(empty, 0), rows, ids)
 
-    def _over(self, rows: Tensor, ids: Tensor, affinity: Tensor, tail: tip.Totals | None) -> Tensor:
+    def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
         """Cache logits ``[q, c]`` over keys of each query's own."""
         values = None
         if self.values is not None:
-            values = tip.Values(self.values, rows.clamp_min(0), self.keys.value_sums(self.values) if tail else None)
-        return tip.cache_logits(affinity, ids, self.keys.n_classes, self.beta, tail, values)
+            values = tip.Values(
+                self.values, near.rows.clamp_min(0), self.keys.value_sums(self.values) if tail else None
+            )
+        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.beta, tail, values)
 
-    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` nearest keys: affinities, to the keys themselves, and rows ``[q, k]``; an empty slot has row -1."""
+    def nearest(self, features: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them."""
         if self.index.by_class:
             return self._nearest_of_classes(features, k)
         found, rows = self.index.search_tensor(features, k)
-        return (found if self.index.exact_affinity else self.keys.affinity(features, rows)), rows
+        return self._described(found if self.index.exact_affinity else self.keys.affinity(features, rows), rows)
 
-    def _nearest_of_classes(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _nearest_of_classes(self, features: Tensor, k: int) -> Nearest:
         """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
         k = min(k, self.keys.n)
         number = min(self.keys.n_classes, max(8, round(4 * k / self.keys.mean_count)))
@@ -161,7 +204,7 @@ class Retrieval:
             )
         affinity = torch.cat([found for found, _ in parts])
         rows = torch.cat([place for _, place in parts])
-        return affinity.masked_fill_(rows < 0, 0), rows
+        return self._described(affinity, rows)
 
     def _held(self, classes: Tensor) -> Tensor:
         """Keys that classes ``[q, m]`` hold together; -1 is none."""

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import retrieval_tip
 from retrieval_tip import CacheModel
 from retrieval_tip.backbone import Identity
-from retrieval_tip.cache_model import Prediction
+from retrieval_tip.classifier import Prediction
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.features import Encoder
 from retrieval_tip.inputs import check_settings

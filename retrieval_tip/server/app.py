@@ -106,7 +106,7 @@ def create_app(
     ) -> Response:
         """The label store, a page at a time, in its order."""
         version = service.index(name).now
-        rows = version.rows(label, source, key_id)
+        rows = version.cache.find(label, source, key_id)
         found = rows.slice(offset, limit).to_pylist()
         for row in found:
             there = service.picture(row["source"]) is not None

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from retrieval_tip.backbone import Backbone, Identity, load_backbone
-from retrieval_tip.cache_model import CacheModel, Prediction
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.classifier import Prediction
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.features import check_backbone
 from retrieval_tip.manifest import Manifest
@@ -75,9 +74,8 @@ class Version:
     def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
         """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`CacheModel.classify`."""
         cache, k, tail = self.settings(ask)
-        if ask.logits and cache.text_index is not None:
-            cache = copy.copy(cache)
-            cache.text_index = None  # no shortlist: every class
+        if ask.logits:
+            cache = cache.every_class()
         found = cache.classify(features, ask.top, k, tail, ask.neighbours)
         results = [_result(prediction, ask) for prediction in found]
         if ask.evidence:
@@ -102,8 +100,8 @@ class Version:
             "tail": cache.tail,
             "temperature": cache.temperature,
             "logit_scale": cache.logit_scale,
-            "index": cache.index.factory,
-            "exact_search": cache.index.exact_search and not cache.index.by_class,
+            "index": cache.index_type,
+            "exact_search": cache.exact_search,
             "backbone": str(cache.backbone) if cache.backbone else None,
             "images": self.backbone is not None,
             "text": cache.has_text,
@@ -111,29 +109,16 @@ class Version:
             "changes": changes,
         }
         if whole:
-            counts = cache.class_ids.bincount(minlength=len(cache.class_names)).tolist()
             facts["classes"] = [
                 {"class_id": i, "label": name, "keys": number}
-                for i, (name, number) in enumerate(zip(cache.class_names, counts, strict=True))
+                for i, (name, number) in enumerate(zip(cache.class_names, cache.counts, strict=True))
             ]
             facts["templates"], facts["provenance"] = cache.templates, cache.provenance
         return facts
 
-    def rows(self, labels: Sequence[str], source: str | None, key_ids: Sequence[int]) -> pa.Table:
-        """The label store's rows of these classes (all, where none is named) whose source holds that text."""
-        table = self.cache.labels
-        chosen = pa.array(np.ones(len(table), dtype=bool))
-        if labels:
-            chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
-        if key_ids:
-            chosen = pc.and_(chosen, pc.is_in(table["key_id"], value_set=pa.array(key_ids, pa.int64())))
-        if source:
-            chosen = pc.and_(chosen, pc.match_substring(table["source"], source, ignore_case=True))
-        return table.filter(pc.fill_null(chosen, False))
-
     def source_of(self, key_id: int) -> str:
         """Where a key comes from. Raises Problem 404 where there is no such key."""
-        found = self.rows((), None, [key_id])
+        found = self.cache.find(key_ids=[key_id])
         if not len(found):
             raise Problem(404, f"index {self.name!r} has no key {key_id}")
         return str(found["source"][0].as_py())

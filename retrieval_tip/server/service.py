@@ -198,7 +198,7 @@ class Service:
             source = Source(f"shots of {label}", items, (label,), tuple(paths))
             added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
             if added.known:  # under another name
-                kept = set(one.follow().rows((), None, added.key_ids)["source"].to_pylist())
+                kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
                 _remove([path for path in fresh if show(path) not in kept])
             return added
         except OSError as error:
@@ -210,7 +210,7 @@ class Service:
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> dict[str, Any]:
         """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
-        there = set(one.now.rows((), None, key_ids)["key_id"].to_pylist())
+        there = set(one.now.cache.find(key_ids=key_ids)["key_id"].to_pylist())
         if missing := [key_id for key_id in key_ids if key_id not in there]:
             raise Problem(404, f"index {one.name!r} has no key {missing[0]}")
         call = lambda: changes.remove(one.folder, key_ids=key_ids)  # noqa: E731
