@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip import store
+from retrieval_tip import store, stores
 from retrieval_tip.audit import Found, describe_duplicates, duplicates
 from retrieval_tip.backbone import Identity
 from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel
-from retrieval_tip.defaults import check_form, measure, plain_settings
+from retrieval_tip.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.features import Encoder, read_features, same_backbone, table_identity
 from retrieval_tip.inputs import check_settings
@@ -28,22 +28,26 @@ from retrieval_tip.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.shots import few_shot
 from retrieval_tip.sources import Source, open_source
+from retrieval_tip.stores import Model, Place
+from retrieval_tip.table_model import TableModel, labels_in_blocks
 from retrieval_tip.vector_index import auto_factory
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16")
+FEW_KEYS = 8192
+"""Keys of a LanceDB store up to which they are all compared, for images that are in two classes."""
 
 
 def build_index(
     source: Source,
-    out: str | os.PathLike[str],
+    out: Place,
     encoder: Encoder,
     *,
     shots: int | None = None,
     templates: Sequence[str] | None = None,
     text: str | os.PathLike[str] | None = None,
-    index: str = "Flat",
+    index: str | None = None,
     dtype: str = "float32",
     alpha: float | None = None,
     beta: float | None = None,
@@ -51,20 +55,22 @@ def build_index(
     k: int | Literal["auto"] | None = "auto",
     logit_scale: float | None = None,
     device: str = "auto",
-) -> CacheModel:
-    """Build an index folder from a labelled source, as a new version where there is one already.
+) -> Model:
+    """Build an index from a labelled source, as a new version where there is one already.
 
-    Features stream from the encoder into a memory-mapped file, so a feature table may be larger than memory.
+    Features stream from the encoder into a memory-mapped file, or into a LanceDB table, so a feature table may be
+    larger than memory.
 
     Args:
         source: labelled images or features (see :func:`sources.open_source`).
-        out: the index folder.
+        out: the index folder, or the address of a LanceDB store (``lance://PATH``, ``s3://BUCKET/PATH``).
         encoder: backbone, views, seed and caching; ``encoder.skipped`` names the images that could not be read.
         shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
         templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
         text: a feature table of text features instead, labelled by class: one or more prompts a class. Its classes, in
             its order, are the index's; a class without an image is allowed, an unknown label is not.
-        index: FAISS factory string, ``Classes``, or ``auto`` (:func:`vector_index.auto_factory`).
+        index: FAISS factory string, ``Classes``, or ``auto`` (:func:`vector_index.auto_factory`), by default ``Flat``;
+            of a LanceDB store as :func:`key_table.index_kind` has it, by default ``auto``.
         dtype: of the stored keys, ``float32`` or ``float16``.
         alpha: residual ratio.
         beta: sharpness.
@@ -93,8 +99,32 @@ def build_index(
         drawn = draw_shots(ids, class_names, shots, encoder.seed)
         source, ids = source.take(drawn), ids[drawn]
     order = np.argsort(ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
+    provenance = {
+        "source": source.name,
+        "dataset": source.dataset,
+        "shots": shots,
+        "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
+        "views": encoder.views,
+        "text": "templates" if prompts else None if text is None else str(text),
+        "alpha": provenance_of(alpha, form),
+        "beta": provenance_of(beta, form),
+    }
+    place = stores.at(out)
+    if isinstance(place, stores.LanceStore):
+        with place.write() as writer:
+            rows = labels_in_blocks(class_names, _blocks(source, encoder, ids, dtype))
+            table = TableModel.create(writer, rows, class_names, weights, dtype, index or "auto")
+            statistics = table.statistics()
+            table.alpha, table.beta = plain_settings(alpha, beta, form, statistics)
+            table.logit_scale, table.k, table.templates = scale, None if k == "auto" else k, prompts
+            table.backbone = _identity(source, encoder)
+            table.provenance = provenance | table.provenance | _seen(statistics, encoder)
+            _warn_of_table(table)
+            table.commit("build")
+        return place.load(device=device)
 
-    with store.write(Path(out)) as writer:
+    index = index or "Flat"
+    with store.write(place.folder) as writer:
         keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
         order = order[kept]
         if weights is not None and weights.shape[1] != keys.shape[1]:
@@ -102,9 +132,7 @@ def build_index(
                 f"{source.name}: features of {keys.shape[1]} values, but text weights of {weights.shape[1]}; "
                 "they have to come from the same backbone"
             )
-        bare = sorted(set(range(len(class_names))) - set(ids[order].tolist()))
-        if bare:
-            log.warning("%d classes have no key: %s", len(bare), few([class_names[i] for i in bare]))
+        _warn_of_bare(sorted(set(range(len(class_names))) - set(ids[order].tolist())), class_names)
         statistics = measure(keys, ids[order])
         plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
         factory, met = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
@@ -126,21 +154,47 @@ def build_index(
             k=met if k == "auto" else k,
             templates=prompts,
             backbone=_identity(source, encoder),
-            provenance={
-                "source": source.name,
-                "dataset": source.dataset,
-                "shots": shots,
-                "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
-                "views": encoder.views,
-                "text": "templates" if prompts else None if text is None else str(text),
-                "alpha": provenance_of(alpha, form),
-                "beta": provenance_of(beta, form),
-                "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
-                "skipped": [str(skipped) for skipped in encoder.skipped],
-            },
+            provenance=provenance | _seen(statistics, encoder),
         )
         cache.commit(writer, "build")
-    return CacheModel.load(out, device=device)
+    return place.load(device=device)
+
+
+def _warn_of_table(table: TableModel) -> None:
+    """What is suspicious about a table that was just made."""
+    _warn_of_bare(np.flatnonzero(table.classes.counts == 0).tolist(), table.class_names)
+    if table.n <= FEW_KEYS:
+        kept = table.take(np.arange(table.n))
+        warn_of(duplicates(kept.keys, kept.labels))
+
+
+def _warn_of_bare(classes: Sequence[int], class_names: Sequence[str]) -> None:
+    if classes:
+        log.warning("%d classes have no key: %s", len(classes), few([class_names[i] for i in classes]))
+
+
+def _seen(statistics: Statistics | None, encoder: Encoder) -> dict[str, Any]:
+    """What is known of a build when it is done."""
+    return {
+        "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
+        "skipped": [str(skipped) for skipped in encoder.skipped],
+    }
+
+
+def _blocks(
+    source: Source, encoder: Encoder, ids: npt.NDArray[np.int64], dtype: str
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64], dict[str, Any]]]:
+    """Class ids, keys, key ids and :func:`item_columns` of a source, a block at a time."""
+    for block in encoder.blocks(source):
+        _check_fits(block.features, dtype, source)
+        columns = item_columns(source.items.take(pa.array(block.positions)), block.digests)
+        views = encoder.views if source.table is None else 1
+        yield ids[block.positions], block.features, block.positions, columns | {"views": views}
+
+
+def _check_fits(features: npt.NDArray[np.float32], dtype: str, source: Source) -> None:
+    if np.abs(features).max() > np.finfo(dtype).max:
+        raise InputError(f"{source.name}: features hold values too large for {dtype}; use --dtype float32")
 
 
 def read_text_table(
@@ -232,8 +286,7 @@ def _write_keys(
     digests: list[str | None] = [None] * len(order)
     for block in itertools.chain([first], blocks):
         rows = place[block.positions]
-        if np.abs(block.features).max() > np.finfo(array.dtype).max:
-            raise InputError(f"{source.name}: features hold values too large for {dtype}; use --dtype float32")
+        _check_fits(block.features, dtype, source)
         array[rows] = block.features
         present[rows] = True
         for row, digest in zip(rows.tolist(), block.digests, strict=True):

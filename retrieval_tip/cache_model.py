@@ -19,7 +19,8 @@ from torch import Tensor
 
 from retrieval_tip import inputs, store
 from retrieval_tip.backbone import Identity, resolve_device
-from retrieval_tip.classifier import Classifier
+from retrieval_tip.classifier import Classifier, spread
+from retrieval_tip.defaults import Statistics, measure
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.inputs import Features, Labels
 from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
@@ -495,14 +496,9 @@ class CacheModel(Classifier):
         ``text_weights`` ``[m, d]`` unit vectors, needed where the index has text. Raises InputError for names that are
         there, or weights that are missing or do not fit; then nothing was changed.
         """
-        names = inputs.names(names)
-        if again := sorted(set(names) & set(self.class_names)):
-            raise InputError(f"classes: {again[0]!r} is a class of the index already")
-        if text_weights is None and self.has_text:
-            raise InputError(f"classes: {names[0]!r} needs a text weight, as every class of this index has one")
-        weights = inputs.text_weights(text_weights, len(names), self.d).to(self.text_weights)
+        names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
         self.class_names = [*self.class_names, *names]
-        self.text_weights = torch.cat([self.text_weights, weights])
+        self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
         if self.values is not None:
             self.values = torch.nn.functional.pad(self.values, (0, len(names)))
         self._follow()
@@ -526,12 +522,7 @@ class CacheModel(Classifier):
         and ``extra`` columns go into the label store. Raises InputError for keys or labels that do not fit; then
         nothing was changed.
         """
-        matrix = inputs.matrix(keys, "keys")
-        if matrix.shape[1] != self.d:
-            raise InputError(f"keys: have {matrix.shape[1]} values, the index has {self.d}")
-        if np.abs(matrix).max() > np.finfo(self.keys.dtype).max:
-            raise InputError(f"keys: hold values too large for the {self.keys.dtype} of the index")
-        ids = inputs.ids_of(labels, self.class_names, len(matrix))
+        matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
@@ -685,6 +676,11 @@ class CacheModel(Classifier):
         """The rows of all keys ``[n]``."""
         return np.arange(self.n)
 
+    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
+        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
+        rows = spread(self.n, m)
+        return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
+
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`classifier.Classifier.find`."""
         table = self.labels
@@ -704,6 +700,21 @@ class CacheModel(Classifier):
         found = copy.copy(self)  # the keys, and what was measured on them, are shared
         found.text_index = None
         return found
+
+    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
+        """Digest and label of the keys that have one of these digests."""
+        asked = pa.array(set(digests) - {None}, pa.string())
+        same = self.labels.select(["digest", "label"]).filter(pc.is_in(self.labels["digest"], value_set=asked))
+        return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
+
+    def statistics(self) -> Statistics | None:
+        """:func:`defaults.measure` of the keys."""
+        return measure(self.keys, self.class_ids.cpu().numpy())
+
+    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
+        """Take other text weights ``[c, d]``, made from these templates. On disk after :meth:`save`."""
+        self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
+        self.text_index = text_index_over(weights, self.index.factory, self.device)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.

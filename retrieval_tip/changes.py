@@ -1,4 +1,4 @@
-"""What changes an index folder: each function makes one new version of it, alone, or fails and changes nothing.
+"""What changes an index: each function makes one new version of it, alone, or fails and changes nothing.
 
 What takes long, encoding above all, is done before other writers have to wait.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
-from retrieval_tip import store
+from retrieval_tip import stores
 from retrieval_tip.audit import Found, duplicates
 from retrieval_tip.backbone import Backbone, Identity
 from retrieval_tip.build import (
@@ -33,21 +31,22 @@ from retrieval_tip.build import (
     provenance_of,
     read_text_table,
 )
-from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.defaults import check_form, measure, plain_settings
+from retrieval_tip.defaults import check_form, plain_settings
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted
 from retrieval_tip.exchange import import_table
 from retrieval_tip.features import Encoder, check_backbone, same_backbone, table_identity
 from retrieval_tip.inputs import check_settings
-from retrieval_tip.keys import text_index_over
 from retrieval_tip.labels import rows_where
 from retrieval_tip.manifest import Manifest
 from retrieval_tip.prompts import check_templates, text_weights
-from retrieval_tip.segments import segments_of
 from retrieval_tip.sources import Source, open_source, show
+from retrieval_tip.stores import Model, Place
+from retrieval_tip.table_model import TableModel
 
 Folder = str | os.PathLike[str]
 
+MOST_ASKED, NEIGHBOURS = 512, 4
+"""New keys of a table that are compared with the nearest there, and with how many."""
 PAIRS = 1 << 26
 """Affinities that an addition is checked with, at most: half a second on two cores. It must cost by what is added."""
 EFFORT = 16
@@ -71,29 +70,8 @@ class Added(Changed):
     found: Found | None
 
 
-@dataclass
-class _Change:
-    """An index in the making: ``what`` is said of it in its history, and nothing is written where it stays empty."""
-
-    cache: CacheModel
-    what: str = ""
-
-
-@contextmanager
-def _changing(folder: Folder, verify: str = "full") -> Iterator[_Change]:
-    """The current version, alone, to become the next one. What is copied from it is checked in any case."""
-    place = Path(folder)
-    store.read_manifest(place)  # where there is no index, nothing is made
-    with store.write(place) as writer:
-        check = store.Check(place, writer.parent, verify)
-        change = _Change(CacheModel.load(place, device="cpu", precision="float32", check=check))
-        yield change
-        if change.what:
-            change.cache.commit(writer, change.what)
-
-
 def add(
-    folder: Folder,
+    folder: Place,
     source: Source,
     encoder: Encoder,
     *,
@@ -116,21 +94,21 @@ def add(
 
     Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`store.write`.
     """
-    manifest = store.read_manifest(Path(folder))
+    manifest = stores.at(folder).manifest()
     identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
     check_backbone(identity, manifest.d, encoder.backbone, [source])
     weights = _weights_of(source.class_names, manifest, encoder, text)
-    _needed(source.class_names, manifest.class_names, weights, store.has_text(Path(folder), manifest))
+    _needed(source.class_names, manifest.class_names, weights, stores.at(folder).has_text(manifest))
     if shots is not None:
         ids = ids_in(source, source.class_names)
         source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
     block = encoder.encode(source)
     items = source.items.take(pa.array(block.positions))
     columns = item_columns(items, block.digests)
-    with _changing(folder, "fast") as change:
+    with stores.at(folder).change("fast") as change:
         cache = change.cache
         labels = np.array(items["label"].to_pylist(), dtype=object)
-        unknown = _unknown(cache, labels, columns["digests"])
+        unknown = _unknown(cache.known(columns["digests"]), labels, columns["digests"])
         rows = unknown if skip_known else np.arange(len(labels))
         classes = _add_classes(cache, source.class_names, weights)
         key_ids = []
@@ -143,42 +121,45 @@ def add(
     return Added(_version(cache), key_ids, classes, len(labels) - len(unknown), _poison(cache, key_ids))
 
 
-def merge(folder: Folder, other: Folder) -> Added:
+def merge(folder: Place, other: Place) -> Added:
     """Add the keys of another index of the same backbone; classes that are new bring their text weights.
 
     Keys get ids of this index, and keep their source, digest, views and further columns. Raises BackboneError where the
     backbones differ, InputError where the other index has trained values, which are of no use among other keys, or has
     no text where this one has; StoreError as :func:`store.write`.
     """
-    if Path(folder).resolve() == Path(other).resolve():
+    target, source = stores.at(folder), stores.at(other)
+    if _resolved(target) == _resolved(source):
         raise UsageError(f"{other}: is the index itself; its keys would be there twice")
-    theirs = CacheModel.load(folder=other, device="cpu", precision="float32")
+    theirs = source.load(device="cpu", precision="float32")
+    if isinstance(theirs, TableModel):
+        theirs = theirs.take(np.arange(theirs.n))
     if theirs.values is not None:
         raise InputError(
             f"{other}: has trained values, which are of no use among other keys; merge the index before them"
         )
-    manifest = store.read_manifest(Path(folder))
+    manifest = stores.at(folder).manifest()
     if manifest.backbone is not None and theirs.backbone is not None:
         same_backbone(theirs.backbone, Identity.from_dict(manifest.backbone), str(other))
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = item_columns(theirs.labels, theirs.labels["digest"].to_pylist())
-    with _changing(folder) as change:
+    with stores.at(folder).change() as change:
         cache = change.cache
         classes = _add_classes(cache, theirs.class_names, weights)
         labels = theirs.labels["label"].to_pylist()
         views = theirs.labels["views"].to_numpy()
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **columns)
-        change.what = _said(f"merge {show(other)}: {counted(len(key_ids), 'key')}", classes)
+        change.what = _said(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
     return Added(_version(cache), key_ids, classes, 0, _poison(cache, key_ids))
 
 
-def remove(folder: Folder, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
     """Remove the keys that a condition in SQL over the label store holds for, or by their ids; classes stay.
 
     Their bytes leave the folder with the last version that has them: see :func:`store.collect`. Raises UsageError
     unless one of ``where`` and ``key_ids`` is given and can work, InputError as :meth:`CacheModel.remove`.
     """
-    with _changing(folder) as change:
+    with stores.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
         if chosen:
             try:
@@ -189,14 +170,15 @@ def remove(folder: Folder, *, where: str | None = None, key_ids: Sequence[int] |
     return Changed(_version(change.cache), chosen)
 
 
-def relabel(folder: Folder, label: str, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+def relabel(folder: Place, label: str, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
     """Give keys, chosen as for :func:`remove`, to another class of the index. Errors as there."""
-    with _changing(folder) as change:
+    with stores.at(folder).change() as change:
         cache = change.cache
         if label not in cache.class_names:
             raise InputError(f"{label!r} is no class of the index; its classes are {few(cache.class_names)}")
         chosen = _chosen(cache, where, key_ids)
-        old = dict(zip(cache.labels["key_id"].to_pylist(), cache.labels["label"].to_pylist(), strict=True))
+        rows = cache.find(key_ids=chosen) if chosen else cache.labels.slice(0, 0)
+        old = dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
         chosen = [key_id for key_id in chosen if old[key_id] != label]
         cache.relabel(chosen, label)
         if chosen:
@@ -205,7 +187,7 @@ def relabel(folder: Folder, label: str, *, where: str | None = None, key_ids: Se
 
 
 def configure(
-    folder: Folder,
+    folder: Place,
     *,
     alpha: float | None = None,
     beta: float | None = None,
@@ -231,7 +213,7 @@ def configure(
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
     if normalize is not None:
         check_form(normalize)
-    manifest = store.read_manifest(Path(folder))
+    manifest = stores.at(folder).manifest()
     prompts = list(check_templates(templates)) if templates else []
     weights: dict[str, Any] = {}
     if prompts:
@@ -240,11 +222,10 @@ def configure(
         check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
         names = manifest.class_names
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
-    with _changing(folder, "fast") as change:
+    with stores.at(folder).change("fast") as change:
         cache = change.cache
         if normalize is not None:
-            statistics = measure(cache.keys, cache.class_ids.numpy())
-            found = plain_settings(alpha, beta, normalize, statistics)
+            found = plain_settings(alpha, beta, normalize, cache.statistics())
             given = {**given, **dict(zip(("alpha", "beta"), found, strict=True))}
         for name, value in given.items():
             setattr(cache, name, value)
@@ -252,9 +233,7 @@ def configure(
         if prompts:
             if weights.keys() != set(cache.class_names):
                 raise StoreError(f"{folder}: got other classes meanwhile; try again")
-            every = np.stack([weights[name] for name in cache.class_names])
-            cache.templates, cache.text_weights = prompts, torch.from_numpy(every)
-            cache.text_index = text_index_over(every, cache.index.factory, "cpu")
+            cache.set_text(np.stack([weights[name] for name in cache.class_names]), prompts)
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
         if normalize is not None:
             marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
@@ -265,90 +244,74 @@ def configure(
     return Changed(_version(cache), [])
 
 
-def compact(folder: Folder) -> Changed:
+def compact(folder: Place) -> Changed:
     """Make all keys one segment, indexed as the first one is; nothing is done where they are one.
 
     Answers are as of a new build of the same keys. Raises StoreError as :func:`store.write`.
     """
-    with _changing(folder) as change:
-        segments = len(segments_of(change.cache.keys))
+    with stores.at(folder).change() as change:
+        segments = change.cache.segments
         if segments > 1:
             change.cache.compact()
             change.what = f"compact {counted(segments, 'segment')}"
     return Changed(_version(change.cache), [])
 
 
-def rebuild(folder: Folder, *, index: str | None = None, dtype: str | None = None) -> Changed:
+def rebuild(folder: Place, *, index: str | None = None, dtype: str | None = None) -> Changed:
     """Build the FAISS index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
 
     Raises UsageError for a type or dtype that cannot work, InputError where keys are too large for it.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
-    with _changing(folder) as change:
+    with stores.at(folder).change() as change:
         change.cache.compact(index, dtype)
-        change.what = f"rebuild as {change.cache.index.factory} of {change.cache.keys.dtype}"
+        change.what = f"rebuild as {change.cache.index_type} of {change.cache.dtype}"
     return Changed(_version(change.cache), [])
 
 
-def rollback(folder: Folder, version: int | None = None) -> Changed:
+def rollback(folder: Place, version: int | None = None) -> Changed:
     """Make an earlier version, by default the one before, the content of a new one; history goes on in one line.
 
     Key ids that were given since are not given again. Raises StoreError where that version is not there or damaged.
     """
-    place = Path(folder)
-    store.read_manifest(place)
-    with store.write(place) as writer:
-        current = writer.parent
-        assert current is not None
-        wanted = version if version is not None else current.parent
-        if wanted is None:
-            raise StoreError(f"{place}: has no version before {current.version}")
-        if wanted == current.version:
-            return Changed(current.version, [])
-        old = store.read_version(place, wanted)
-        store.Check(place, old).wait()
-        found = dataclasses.replace(
-            old,
-            version=current.version + 1,
-            parent=current.version,
-            next_key_id=max(store.next_key_id(place, manifest) for manifest in (old, current)),
-            change=f"rollback to version {wanted}",
-            **store.stamp(),
-        )
-        writer.commit(found)
-    return Changed(found.version, [])
+    return Changed(stores.at(folder).rollback(version), [])
 
 
-def clone(folder: Folder, out: Folder, version: int | None = None) -> Changed:
-    """Copy the current, or an earlier, version of an index into a new folder, checked on the way.
+def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
+    """Copy the current, or an earlier, version of an index to a new place, checked on the way.
 
-    Raises StoreError where there is an index in ``out`` already.
+    Between a folder and a LanceDB store it is copied too: keys, labels and settings are the same; the index over the
+    keys is that of a new build with ``auto`` in a store, ``Flat`` in a folder.
+
+    Raises StoreError where there is an index in ``out`` already, InputError for trained values or encoders, which a
+    store does not keep.
     """
-    if store.is_index(Path(out)):
+    source, target = stores.at(folder), stores.at(out)
+    if target.exists():
         raise StoreError(f"{out}: holds an index already; give another folder")
-    if Path(out).resolve().is_relative_to(Path(folder).resolve()):
+    if isinstance(target, stores.FolderStore) and Path(_resolved(target)).is_relative_to(_resolved(source)):
         raise StoreError(f"{out}: lies in the index itself; give a folder outside of it")
-    cache = CacheModel.load(folder, device="cpu", version=version)
-    cache.save(out, f"clone version {cache.version} of {show(folder)}")
-    return Changed(_version(cache), [])
+    cache = source.load(device="cpu", version=version)
+    what = f"clone version {cache.version} of {show(str(source))}"
+    return Changed(stores.copy(cache, target, what), [])
 
 
 def import_index(
     source: Folder,
-    out: Folder,
+    out: Place,
     *,
     classes: Folder | None = None,
     labels: Folder | None = None,
     label_column: str | None = None,
     text: Folder | None = None,
     norms: str = "check",
-    index: str = "Flat",
+    index: str | None = None,
     dtype: str = "float32",
     alpha: float | None = None,
     beta: float | None = None,
-) -> CacheModel:
-    """Build an index folder from keys that another program made, as :func:`exchange.import_table` finds them.
+) -> Model:
+    """Build an index from keys that another program made, as :func:`exchange.import_table` finds them.
 
     The first arguments are that function's; ``norms`` as for :class:`features.Encoder`, the others as for
     :func:`build.build_index`. Classes are in the order of ``text``, else in alphabetical order. Raises as these two.
@@ -391,7 +354,7 @@ def _weights_of(
     return dict(zip(new, text_weights(encoder.backbone, new, manifest.templates), strict=True))
 
 
-def _add_classes(cache: CacheModel, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
+def _add_classes(cache: Model, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
     """Add the classes that the index does not have, in order, with their text weights where it has text."""
     new = _needed(names, cache.class_names, weights, cache.has_text)
     if new:
@@ -414,11 +377,10 @@ def _needed(
     return new
 
 
-def _unknown(cache: CacheModel, labels: npt.NDArray[Any], digests: Sequence[str | None]) -> npt.NDArray[np.int64]:
+def _unknown(
+    known: set[tuple[str, str]], labels: npt.NDArray[Any], digests: Sequence[str | None]
+) -> npt.NDArray[np.int64]:
     """Rows of images that the index does not have under the same label."""
-    asked = pa.array(set(digests) - {None}, pa.string())
-    same = cache.labels.select(["digest", "label"]).filter(pc.is_in(cache.labels["digest"], value_set=asked))
-    known = set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
     pairs = zip(digests, labels.tolist(), strict=True)
     return np.flatnonzero([digest is None or (digest, label) not in known for digest, label in pairs])
 
@@ -428,10 +390,12 @@ def _picked(column: Any, rows: npt.NDArray[np.int64]) -> Any:
     return [column[row] for row in rows] if isinstance(column, list) else column.take(pa.array(rows))
 
 
-def _poison(cache: CacheModel, key_ids: Sequence[int]) -> Found | None:
+def _poison(cache: Model, key_ids: Sequence[int]) -> Found | None:
     """The new keys that are in another class too."""
     if not key_ids:
         return None
+    if isinstance(cache, TableModel):
+        return _poison_of_table(cache, key_ids)
     fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
     cheap = not (cache.index.by_class or cache.index.exact_search)  # the others compare with very many keys
     search = cache.nearest if cheap else None
@@ -440,17 +404,37 @@ def _poison(cache: CacheModel, key_ids: Sequence[int]) -> Found | None:
     return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=search)
 
 
-def _chosen(cache: CacheModel, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
+def _poison_of_table(cache: TableModel, key_ids: Sequence[int]) -> Found:
+    """The same, of the new keys with their nearest ones and those of their images: nothing else is read."""
+    asked = np.asarray(key_ids[:MOST_ASKED])
+    near = cache.retrieval.nearest(torch.from_numpy(cache.keys_of(asked).astype(np.float32)), NEIGHBOURS)
+    rows = np.unique(near.rows[near.rows >= 0].numpy())
+    fresh = cache.find(key_ids=key_ids)
+    digests = fresh["digest"].drop_null().unique().to_pylist()
+    same = cache.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()
+    some = np.unique(np.concatenate([cache.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
+    labels = cache.find(key_ids=some.tolist()).sort_by("key_id")
+    found = duplicates(cache.keys_of(some), labels, np.flatnonzero(np.isin(some, asked)), budget=PAIRS)
+    return found if len(asked) == len(key_ids) else dataclasses.replace(found, compared="digests")
+
+
+def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
     """The ids of the keys that are meant."""
     if (where is None) == (key_ids is None):
         raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
     if where is None:
         chosen = list(dict.fromkeys(key_ids or []))
-        if missing := sorted(set(chosen).difference(cache.labels["key_id"].to_pylist())):
+        there = cache.find(key_ids=chosen)["key_id"].to_pylist() if chosen else []
+        if missing := sorted(set(chosen).difference(there)):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         return chosen
     found: list[int] = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
     return found
+
+
+def _resolved(place: stores.FolderStore | stores.LanceStore) -> str:
+    """The same text for the same place."""
+    return str(place.folder.resolve()) if isinstance(place, stores.FolderStore) else place.address.uri
 
 
 def _said(what: str, classes: Sequence[str]) -> str:
@@ -461,6 +445,6 @@ def _shown(name: str, value: Any) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'all' if value is None else value}"
 
 
-def _version(cache: CacheModel) -> int:
+def _version(cache: Model) -> int:
     assert cache.version is not None
     return cache.version

@@ -205,6 +205,10 @@ class Classifier(ABC):
         """What :meth:`described` knows each key by ``[n]``, in the order of :meth:`key_blocks`."""
 
     @abstractmethod
+    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
+        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
+
+    @abstractmethod
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """The label store's rows of these classes and key ids (all, where none is named) whose source has that text.
 
@@ -469,3 +473,8 @@ class Classifier(ABC):
 def _largest(logits: Tensor) -> Tensor:
     """The largest absolute value, NaN where there is one; without a copy of the logits."""
     return torch.stack(logits.aminmax()).abs().amax()
+
+
+def spread(n: int, m: int) -> npt.NDArray[np.int64]:
+    """At most ``m`` of ``n`` places, ascending and evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))

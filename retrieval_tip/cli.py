@@ -22,29 +22,41 @@ import click
 
 from retrieval_tip import __version__
 from retrieval_tip.cli_index import index
-from retrieval_tip.errors import RetrievalTipError, Skipped, UsageError, one_line
+from retrieval_tip.errors import RetrievalTipError, Skipped, UsageError, counted, one_line
 from retrieval_tip.options import (
     ABSTAIN,
     ANSWER,
     BACKBONE,
     DEVICE,
     ENCODING,
+    ENGINE,
     FAILED,
     FILE,
     FOLDER,
     FORMAT,
+    INDEX,
+    INDEX_SHARDS,
     MODEL,
+    PLACE,
+    PLACE_OUT,
+    RAY_ADDRESS,
     READING,
     SCALES,
     VIEWS,
     K,
+    asked_of,
     backbone_for,
     backbone_of,
     checked,
     encoder_of,
+    encoding_for,
+    encoding_of,
     finish,
     index_with,
+    named,
     opened,
+    ray_of,
+    shards_of,
     shown,
     source_of,
     validation,
@@ -52,7 +64,10 @@ from retrieval_tip.options import (
 )
 
 if TYPE_CHECKING:
-    from retrieval_tip.classifier import Prediction
+    from retrieval_tip.classifier import Classifier
+    from retrieval_tip.distributed.engine import Ray
+    from retrieval_tip.distributed.tasks import Made
+    from retrieval_tip.objects import Address
 
 
 class _Group(click.Group):
@@ -133,8 +148,10 @@ main.add_command(index)
 
 
 @main.command()
-@click.argument("source", type=FOLDER)
-@click.option("--out", type=FILE, required=True, help="Feature table to write (.parquet).")
+@click.argument("source", type=PLACE)
+@click.option("--out", type=PLACE_OUT, required=True, help="Feature table to write (.parquet).")
+@ENGINE
+@RAY_ADDRESS
 @BACKBONE
 @VIEWS
 @READING
@@ -143,11 +160,22 @@ main.add_command(index)
 def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
     """Encode images once into a feature table, which serves wherever images do.
 
-    SOURCE as for index build, or a folder of images without labels.
+    SOURCE as for index build, or a folder of images without labels. With --engine ray, --out is a folder of parts,
+    which serves as the table does.
     """
     from retrieval_tip.features import encode_table
     from retrieval_tip.sources import show
 
+    ray = ray_of(given)
+    if ray is not None:
+        from retrieval_tip.distributed import tasks
+
+        shards = shards_of(source, given, "train", labelled=False)
+        encoding = encoding_of(given, None if all(shard.features for shard in shards) else named(given))
+        made = tasks.encode(shards, out, encoding, ray, progress=not ctx.obj, say=_say)
+        click.echo(f"{one_line(show(out))}: {made.rows} rows{_parts(made)}")
+        finish(ctx, made.failed)
+        return
     items = source_of(source, given, "train", labelled=False)
     with encoder_of(ctx, backbone_of(items, given), given) as encoder:
         rows = encode_table(items, out, encoder)
@@ -156,7 +184,7 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
 
 
 @main.command()
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.argument("inputs", nargs=-1, required=True)
 @ANSWER
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to report.")
@@ -166,32 +194,36 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
 @click.option("--certify", is_flag=True,
               help="More keys where k do not settle an answer, at last all; says how many took what.")  # fmt: skip
 @ABSTAIN
+@ENGINE
+@INDEX_SHARDS
+@RAY_ADDRESS
 @FORMAT
 @BACKBONE
 @ENCODING
 @click.pass_context
-def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **given: Any) -> None:
+def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, ...], **given: Any) -> None:
     """Classify images or features with an index.
 
     INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input. With
-    --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability.
+    --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability. With
+    --engine ray, --output is a folder of Parquet parts.
     """
     import pyarrow as pa
 
     from retrieval_tip.labels import PREDICTIONS
-    from retrieval_tip.output import write_rows
+    from retrieval_tip.output import prediction_row, write_rows
     from retrieval_tip.sources import open_inputs
 
-    cache, k, tail = index_with(folder, given)
+    ray = ray_of(given)
+    loaded, k, tail = index_with(folder, given)
+    if ray is not None:
+        _classify_on_ray(ctx, folder, inputs, loaded, {"k": k, "tail": tail}, given, ray)
+        return
     sources = list(open_inputs(inputs, _paths_on_stdin()))
-    backbone = backbone_for(cache, sources, given)
-    columns = ["input", "label", "probability"]
-    columns += ["labels", "probabilities"] if given["top"] > 1 else []
-    if given["with_logits"]:
-        columns += ["logits"]
-        cache = cache.every_class()
-    columns += ["text_logit", "cache_logit", "neighbours"] if given["explain"] else []
-    columns += ["keys"] if given["certify"] else []
+    backbone = backbone_for(loaded, sources, given)
+    cache = _in_shards(ctx, loaded, given)
+    columns = _columns(given)
+    cache = cache.every_class() if given["with_logits"] else cache
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     settled: Counter[int | None] = Counter()
     with encoder_of(ctx, backbone, given) as encoder:
@@ -203,19 +235,95 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
                     source, encoder, given["top"], k, tail, near, given["certify"]
                 ):
                     settled[found.keys] += 1
-                    yield _row(name, found, columns, given["abstain"])
+                    yield prediction_row(name, found, columns, given["abstain"])
 
         write_rows(rows(), columns, given["style"], given["output"], schema)
     if given["certify"]:
-        how = "proved" if cache.exact_search else "agreed with"
-        by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
-        click.echo(f"{how} the answer of all keys: {', '.join(by)}", err=True)
+        _say_settled(cache, settled)
     finish(ctx, encoder.skipped)
 
 
+def _classify_on_ray(
+    ctx: click.Context,
+    folder: Path | Address,
+    inputs: tuple[str, ...],
+    cache: Classifier,
+    settings: dict[str, Any],
+    given: dict[str, Any],
+    ray: Ray,
+) -> None:
+    """Classify by shards into a folder of parts."""
+    from retrieval_tip.distributed import tasks
+    from retrieval_tip.distributed.shards import cut_inputs
+    from retrieval_tip.sources import show
+
+    if given["style"] != "parquet" or given["output"] is None:
+        raise UsageError("--engine ray writes parts: give --format parquet and --output FOLDER")
+    shards = cut_inputs(inputs, _paths_on_stdin(), given["shard_size"])
+    made = tasks.classify(
+        folder,
+        shards,
+        given["output"],
+        encoding_for(cache, shards, given),
+        ray,
+        settings=settings | asked_of(cache, given),
+        columns=_columns(given),
+        top=given["top"],
+        neighbours=given["neighbours"] if given["explain"] else 0,
+        certify=given["certify"],
+        abstain=given["abstain"],
+        progress=not ctx.obj,
+        say=_say,
+    )
+    click.echo(f"{one_line(show(given['output']))}: {made.rows} rows{_parts(made)}", err=True)
+    if given["certify"] and made.settled:
+        _say_settled(cache, made.settled)
+    finish(ctx, made.failed)
+
+
+def _columns(given: dict[str, Any]) -> list[str]:
+    """The columns that a classification asks for."""
+    columns = ["input", "label", "probability"]
+    columns += ["labels", "probabilities"] if given["top"] > 1 else []
+    columns += ["logits"] if given["with_logits"] else []
+    columns += ["text_logit", "cache_logit", "neighbours"] if given["explain"] else []
+    return columns + (["keys"] if given["certify"] else [])
+
+
+def _say_settled(cache: Classifier, settled: dict[int | None, int]) -> None:
+    """How many answers took how many keys."""
+    how = "proved" if cache.exact_search else "agreed with"
+    pairs = sorted((keys or 0, number) for keys, number in settled.items())
+    by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in pairs)
+    click.echo(f"{how} the answer of all keys: {', '.join(by)}", err=True)
+
+
+def _say(skipped: Skipped) -> None:
+    """As an encoder says it."""
+    warn([f"skipped {skipped}"])
+
+
+def _parts(made: Made) -> str:
+    """What a folder of parts consists of."""
+    kept = f", {made.kept} of them kept from before" if made.kept else ""
+    return f" in {counted(made.parts, 'part')}{kept}"
+
+
+def _in_shards(ctx: click.Context, cache: Classifier, given: dict[str, Any]) -> Classifier:
+    """The index, with its keys in shards until ``ctx`` ends where that is so said."""
+    if given["index_shards"] is None:
+        return cache
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.distributed.faiss_shards import sharded
+
+    if not isinstance(cache, CacheModel):
+        raise UsageError("--index-shards: only the keys of an index folder can be in shards; leave it out")
+    return ctx.with_resource(sharded(cache, given["index_shards"], given["ray_address"]))
+
+
 @main.command("evaluate")
-@click.argument("folder", type=FOLDER)
-@click.argument("source", type=FOLDER)
+@click.argument("folder", type=INDEX)
+@click.argument("source", type=PLACE)
 @ANSWER
 @ABSTAIN
 @click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
@@ -239,11 +347,14 @@ def classify(ctx: click.Context, /, folder: Path, inputs: tuple[str, ...], **giv
 @SCALES
 @click.option("--results", type=FILE, help="With --shots: Parquet file, one row a run; what is in it is not run again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
+@ENGINE
+@INDEX_SHARDS
+@RAY_ADDRESS
 @BACKBONE
 @READING
 @ENCODING
 @click.pass_context
-def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json: bool, **given: Any) -> None:
+def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path, as_json: bool, **given: Any) -> None:
     """Accuracy of an index on a labelled source (a split .json: its test part): blend, zero-shot and cache alone.
 
     ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is the fraction of
@@ -252,7 +363,14 @@ def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json:
     With --shots, the index is a pool of labelled keys: every run draws its shots from it by the published rule, chooses
     its settings without the test source, and becomes a row of --results.
     """
+    ray = ray_of(given)
+    if ray is not None and (given["shots"] or given["plot"]):
+        raise UsageError(f"--engine ray does not go with {'--shots' if given['shots'] else '--plot'}; leave it out")
     if given["shots"]:
+        if given["index_shards"] is not None:
+            raise UsageError("--index-shards does not go with --shots, which makes an index of each draw")
+        if not isinstance(folder, Path):
+            raise UsageError(f"--shots draws from an index folder; copy it: retrieval-tip index clone {folder} DIR")
         _sweep(ctx, folder, source, as_json, given)
         return
     from retrieval_tip import plots
@@ -261,12 +379,25 @@ def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json:
 
     if given["plot"]:
         plots.check(given["plot"])
-    cache, k, tail = index_with(folder, given)
-    test = source_of(source, given, "test")
-    with encoder_of(ctx, backbone_for(cache, [test], given), given) as encoder:
-        found = evaluate(
-            cache, test, encoder, k=k, tail=tail, abstain=given["abstain"], affinities=given["plot"] is not None
-        )
+    loaded, k, tail = index_with(folder, given)
+    if ray is not None:
+        from retrieval_tip.distributed import tasks
+
+        shards = shards_of(source, given, "test")
+        encoding = encoding_for(loaded, shards, given)
+        asked = {"k": k, "tail": tail} | asked_of(loaded, given)
+        found, skipped = tasks.evaluate(
+            loaded, folder, shards, encoding, ray,
+            settings=asked, abstain=given["abstain"], progress=not ctx.obj, say=_say,
+        )  # fmt: skip
+    else:
+        test = source_of(source, given, "test")
+        with encoder_of(ctx, backbone_for(loaded, [test], given), given) as encoder:
+            cache = _in_shards(ctx, loaded, given)
+            found = evaluate(
+                cache, test, encoder, k=k, tail=tail, abstain=given["abstain"], affinities=given["plot"] is not None
+            )
+        skipped = encoder.skipped
     if given["plot"]:
         files = plots.write_plots(found, given["plot"])
         click.echo(f"{one_line(show(given['plot']))}: {', '.join(file.name for file in files)}", err=True)
@@ -280,7 +411,7 @@ def evaluate_command(ctx: click.Context, /, folder: Path, source: Path, as_json:
         worst = sorted(per_class.items(), key=lambda pair: pair[1])[:5]
         click.echo(f"{'worst classes':<15}  {', '.join(f'{name} {shown(value)}' for name, value in worst)}")
         click.echo(f"{'confusions':<15}  {', '.join(f'{a} as {b} ({times})' for a, b, times in confusions) or 'none'}")
-    finish(ctx, encoder.skipped)
+    finish(ctx, skipped)
 
 
 def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given: dict[str, Any]) -> None:
@@ -380,7 +511,7 @@ def report_command(ctx: click.Context, /, folder: Path, source: Path, out: Path,
 
 
 @main.command("serve")
-@click.argument("folders", type=FOLDER, nargs=-1, required=True, metavar="DIR...")
+@click.argument("folders", type=INDEX, nargs=-1, required=True, metavar="DIR...")
 @click.option("--host", default="127.0.0.1", show_default=True,
               help="Address to listen at; one that others reach shows them the indexes.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one.")
@@ -403,7 +534,7 @@ def report_command(ctx: click.Context, /, folder: Path, source: Path, out: Path,
               help="How the files of every new version are checked.")  # fmt: skip
 @DEVICE
 @click.pass_context
-def serve_command(ctx: click.Context, /, folders: tuple[Path, ...], **given: Any) -> None:
+def serve_command(ctx: click.Context, /, folders: tuple[Path | Address, ...], **given: Any) -> None:
     """Serve indexes over HTTP, with a page at / to look at them. Ends with Ctrl+C or SIGTERM, in order.
 
     An index that gets a new version is followed. Needs pip install 'retrieval-tip[serve]'.
@@ -412,7 +543,6 @@ def serve_command(ctx: click.Context, /, folders: tuple[Path, ...], **given: Any
         import fastapi  # noqa: F401
     except ModuleNotFoundError:
         raise UsageError("serve needs FastAPI and uvicorn: pip install 'retrieval-tip[serve]'") from None
-    from retrieval_tip.errors import counted
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
     from retrieval_tip.server.run import LOOPBACK, address, listen, serve
@@ -538,6 +668,8 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run (its state is OUT.checkpoint).")
 @click.option("--plot", type=FILE, help="PNG file for loss and accuracy by epoch (needs matplotlib).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@ENGINE
+@RAY_ADDRESS
 @MODEL
 @READING
 @ENCODING
@@ -555,10 +687,13 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
 
     if given["views"] and given["views_cache"]:
         raise UsageError("--views fresh and --views-cache: give one of them")
+    ray = ray_of(given)
     if given["plot"]:
         plots.needs_matplotlib()
     encoders = {"visual", "text"} & set(given["train"])
     fresh = given["views"] or (encoders and not given["views_cache"])
+    if ray is not None and fresh:
+        raise UsageError("--engine ray encodes the views once, before the training: give --views-cache M")
     names = ("epochs", "batch", "lr", "eps", "weight_decay", "train_k", "precision", "seed")
     own = given["settings"] == "own" or given["alpha"] is not None or given["beta"] is not None
     recipe = Recipe(
@@ -577,6 +712,12 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
     backbone = backbone_for(cache, sources, given | {"precision": "auto"})
     settings = {name: given[name] for name in given if name not in ("views", "seed")}
     with encoder_of(ctx, backbone, settings) as encoder, _to_be_resumed(checkpoint):
+        if ray is not None:
+            from retrieval_tip.distributed.tasks import RayEncoder
+
+            model, pretrained = (cache.backbone.model, cache.backbone.pretrained) if cache.backbone else (None, None)
+            name = named(given | {"precision": "auto"}, model, pretrained, cache.tuned)
+            encoder = RayEncoder(**vars(encoder), encoding=encoding_of(settings, name), ray=ray)
         tuned = finetune(
             cache,
             shots,
@@ -712,13 +853,3 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
         if checkpoint.exists():
             click.echo("interrupted; the same command with --resume goes on from the last checkpoint", err=True)
         raise
-
-
-def _row(name: str, found: Prediction, columns: list[str], abstain: float | None = None) -> dict[str, Any]:
-    row = vars(found) | {
-        "input": name,
-        "label": found.label if abstain is None or found.probability >= abstain else None,
-        "logits": found.logits.tolist() if "logits" in columns and found.logits is not None else None,
-        "neighbours": [vars(neighbour) for neighbour in found.neighbours],
-    }
-    return {column: row[column] for column in columns}

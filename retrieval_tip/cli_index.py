@@ -17,6 +17,7 @@ from retrieval_tip.options import (
     FILE,
     FOLDER,
     FORMAT,
+    INDEX,
     READING,
     VIEWS,
     K,
@@ -26,6 +27,7 @@ from retrieval_tip.options import (
     checked,
     encoder_of,
     finish,
+    manifest_of,
     options,
     recipe,
     shown,
@@ -35,6 +37,14 @@ from retrieval_tip.options import (
 
 if TYPE_CHECKING:
     from retrieval_tip.changes import Added
+    from retrieval_tip.objects import Address
+
+    Place = Path | Address
+
+
+OUT = click.option("--out", "--store", type=INDEX, required=True,
+                   help="Index folder, or LanceDB store (lance://PATH, s3://BUCKET/PATH, gs://...); an index that is "
+                        "there gets a new version.")  # fmt: skip
 
 
 @click.group("index")
@@ -44,7 +54,7 @@ def index() -> None:
 
 @index.command("build")
 @click.argument("source", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Index folder; an index that is there gets a new version.")
+@OUT
 @click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
               help="TOML file with any of these settings; the command line goes before it.")  # fmt: skip
 @BACKBONE
@@ -52,8 +62,9 @@ def index() -> None:
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
 @click.option("--shots", type=click.IntRange(1), help="Draw so many a class, as published.  [default: all]")
 @VIEWS
-@click.option("--index", "factory", default="Flat", show_default=True,
-              help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers.")  # fmt: skip
+@click.option("--index", "factory",
+              help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. Of a LanceDB "
+                   "store: auto, Flat, IvfFlat, IvfSq or HnswSq.  [default: Flat, of a store auto]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
 @click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
@@ -66,7 +77,7 @@ def index() -> None:
 @READING
 @ENCODING
 @click.pass_context
-def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
+def build(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None:
     """Build an index folder from labelled images or features.
 
     SOURCE is a folder of class folders, a .csv, .tsv or .parquet with path and label, a feature table (.parquet with
@@ -75,7 +86,6 @@ def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
     """
     from retrieval_tip.build import build_index
     from retrieval_tip.datasets import facts
-    from retrieval_tip.sources import show
 
     shots = source_of(source, given, "train")
     templates = given["template"] or (facts(shots.dataset).templates if shots.dataset and not given["text"] else ())
@@ -97,20 +107,18 @@ def build(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
             logit_scale=given["logit_scale"],
             device="cpu",
         )
-    click.echo(
-        f"{one_line(show(out))}: version {cache.version}, {cache.n} keys of {cache.d}, {len(cache.class_names)} classes"
-    )
+    _say(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
     finish(ctx, encoder.skipped)
 
 
 @index.command("info")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def info(folder: Path, as_json: bool) -> None:
+def info(folder: Place, as_json: bool) -> None:
     """Describe an index: version, backbone, classes, settings and where they come from."""
-    from retrieval_tip.store import describe
+    from retrieval_tip.stores import at
 
-    facts = describe(folder)
+    facts = at(folder).describe()
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
@@ -120,21 +128,21 @@ def info(folder: Path, as_json: bool) -> None:
 
 
 @index.command("verify")
-@click.argument("folder", type=FOLDER)
-def verify(folder: Path) -> None:
+@click.argument("folder", type=INDEX)
+def verify(folder: Place) -> None:
     """Check every byte of an index, and that its parts fit together."""
-    from retrieval_tip.cache_model import verify as check
+    from retrieval_tip.stores import at
 
-    cache = check(folder)
+    cache = at(folder).verify()
     click.echo(f"{folder}: version {cache.version} is whole ({cache.n} keys, {len(cache.class_names)} classes)")
 
 
 @index.command("query")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.argument("sql")
 @FORMAT
 @click.option("--predictions", type=FILE, help="What classify wrote (.parquet, .csv, .json), as table predictions.")
-def query(folder: Path, sql: str, predictions: Path | None, style: str, output: Path | None) -> None:
+def query(folder: Place, sql: str, predictions: Path | None, style: str, output: Path | None) -> None:
     """Ask the label store: one SELECT, read-only, without access to other files.
 
     The table labels has key_id, class_id, label, source, shot, views, digest, added_at and the further columns of the
@@ -143,9 +151,9 @@ def query(folder: Path, sql: str, predictions: Path | None, style: str, output: 
     is table predictions, to be joined.
     """
     from retrieval_tip.output import write_table
-    from retrieval_tip.store import query as ask
+    from retrieval_tip.stores import at
 
-    write_table(ask(folder, sql, predictions), style, output)
+    write_table(at(folder).query(sql, predictions), style, output)
 
 
 @index.command("tune")
@@ -216,7 +224,7 @@ _WHICH = options(
 
 
 @index.command("add")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.argument("source", type=FOLDER)
 @click.option("--text", type=FILE, help="Feature table of text features of the new classes, instead of prompts.")
 @click.option("--shots", type=click.IntRange(1), help="Draw so many a class, as published.  [default: all]")
@@ -227,16 +235,15 @@ _WHICH = options(
 @READING
 @ENCODING
 @click.pass_context
-def add_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any) -> None:
+def add_command(ctx: click.Context, /, folder: Place, source: Path, **given: Any) -> None:
     """Add labelled images or features, as for index build, to an index.
 
     Classes that are new come after those there are, with text weights from the index's templates or --text. It costs
     by what is added; index compact makes one of what was added since.
     """
     from retrieval_tip import changes
-    from retrieval_tip.store import read_manifest
 
-    manifest, shots = read_manifest(folder), source_of(source, given, "train")
+    manifest, shots = manifest_of(folder), source_of(source, given, "train")
     of_index = manifest.provenance
     for name in ("views", "seed"):
         if given[name] is None:
@@ -254,9 +261,9 @@ def add_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any)
 
 
 @index.command("merge")
-@click.argument("folder", type=FOLDER)
-@click.argument("others", nargs=-1, required=True, type=FOLDER)
-def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
+@click.argument("folder", type=INDEX)
+@click.argument("others", nargs=-1, required=True, type=INDEX)
+def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
     """Add the keys of OTHERS, indexes of the same backbone, to an index; a version for each."""
     from retrieval_tip import changes
 
@@ -265,9 +272,9 @@ def merge_command(folder: Path, others: tuple[Path, ...]) -> None:
 
 
 @index.command("remove")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @_WHICH
-def remove_command(folder: Path, where: str | None, key_ids: list[int] | None) -> None:
+def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) -> None:
     """Remove keys; their classes stay. Older versions have them until index gc."""
     from retrieval_tip import changes
 
@@ -276,10 +283,10 @@ def remove_command(folder: Path, where: str | None, key_ids: list[int] | None) -
 
 
 @index.command("relabel")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.argument("label")
 @_WHICH
-def relabel_command(folder: Path, label: str, where: str | None, key_ids: list[int] | None) -> None:
+def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[int] | None) -> None:
     """Give keys to the class LABEL, one of the index's."""
     from retrieval_tip import changes
 
@@ -288,7 +295,7 @@ def relabel_command(folder: Path, label: str, where: str | None, key_ids: list[i
 
 
 @index.command("set")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.option("--alpha", type=float, help="Weight of the cache beside the text.")
 @click.option("--beta", type=float, help="Sharpness of the affinity.")
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.")
@@ -299,7 +306,7 @@ def relabel_command(folder: Path, label: str, where: str | None, key_ids: list[i
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
 @BACKBONE
 @DEVICE
-def set_command(folder: Path, template: tuple[str, ...], **given: Any) -> None:
+def set_command(folder: Place, template: tuple[str, ...], **given: Any) -> None:
     """Change settings of an index. Templates replace its text weights."""
     from retrieval_tip import changes
 
@@ -315,8 +322,8 @@ def set_command(folder: Path, template: tuple[str, ...], **given: Any) -> None:
 
 
 @index.command("compact")
-@click.argument("folder", type=FOLDER)
-def compact_command(folder: Path) -> None:
+@click.argument("folder", type=INDEX)
+def compact_command(folder: Place) -> None:
     """Make one segment of all keys, indexed anew: as a new build of the same keys."""
     from retrieval_tip import changes
 
@@ -324,10 +331,10 @@ def compact_command(folder: Path) -> None:
 
 
 @index.command("rebuild")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: as it is]")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Type of the stored keys.  [default: theirs]")
-def rebuild_command(folder: Path, factory: str | None, dtype: str | None) -> None:
+def rebuild_command(folder: Place, factory: str | None, dtype: str | None) -> None:
     """Build the FAISS index from the keys anew, as another type or from keys of another precision."""
     from retrieval_tip import changes
 
@@ -335,20 +342,20 @@ def rebuild_command(folder: Path, factory: str | None, dtype: str | None) -> Non
 
 
 @index.command("history")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @FORMAT
-def history_command(folder: Path, style: str, output: Path | None) -> None:
+def history_command(folder: Place, style: str, output: Path | None) -> None:
     """List the versions of an index that are kept, oldest first, and what made them."""
     from retrieval_tip.output import write_table
-    from retrieval_tip.store import history
+    from retrieval_tip.stores import at
 
-    write_table(history(folder), style, output)
+    write_table(at(folder).history(), style, output)
 
 
 @index.command("rollback")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.option("--version", type=click.IntRange(1), help="Version to go back to.  [default: the one before]")
-def rollback_command(folder: Path, version: int | None) -> None:
+def rollback_command(folder: Place, version: int | None) -> None:
     """Make an earlier version the content of a new one."""
     from retrieval_tip import changes
 
@@ -356,22 +363,22 @@ def rollback_command(folder: Path, version: int | None) -> None:
 
 
 @index.command("gc")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.option("--keep", type=click.IntRange(1), default=1, show_default=True, help="Versions to keep, the last ones.")
-def gc_command(folder: Path, keep: int) -> None:
+def gc_command(folder: Place, keep: int) -> None:
     """Give up earlier versions, and remove the files that only they have."""
     from retrieval_tip.sources import show
-    from retrieval_tip.store import collect
+    from retrieval_tip.stores import at
 
-    versions, freed = collect(folder, keep)
-    click.echo(f"{one_line(show(folder))}: {counted(len(versions), 'version')} given up, {freed:,} bytes freed")
+    versions, freed = at(folder).collect(keep)
+    click.echo(f"{one_line(show(str(folder)))}: {counted(len(versions), 'version')} given up, {freed:,} bytes freed")
 
 
 @index.command("clone")
-@click.argument("folder", type=FOLDER)
-@click.argument("out", type=FOLDER)
+@click.argument("folder", type=INDEX)
+@click.argument("out", type=INDEX)
 @click.option("--version", type=click.IntRange(1), help="Version to copy.  [default: the current one]")
-def clone_command(folder: Path, out: Path, version: int | None) -> None:
+def clone_command(folder: Place, out: Place, version: int | None) -> None:
     """Copy an index into a new folder OUT, checked on the way."""
     from retrieval_tip import changes
 
@@ -395,20 +402,20 @@ def export_command(folder: Path, out: Path, text: Path | None) -> None:
 
 @index.command("import")
 @click.argument("source", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Index folder; an index that is there gets a new version.")
+@OUT
 @click.option("--classes", type=FILE, help="Class names in order: .txt, .json or .csv.")
 @click.option("--labels", type=FILE, help="Labels of an .npy file: .csv, .tsv, .parquet or .npy.")
 @click.option("--label-column", help="Column of the labels.  [default: label, class, else the folder of the path]")
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
 @click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
               help="Rows must have norm 1, are scaled to it, or are kept as they are.")  # fmt: skip
-@click.option("--index", "factory", default="Flat", show_default=True, help="FAISS factory string, Classes or auto.")
+@click.option("--index", "factory", help="As for index build.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
 @click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
 @click.option("--beta", type=float, help="Sharpness of the affinity.  [default: from the shots]")
 @click.pass_context
-def import_command(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None:
+def import_command(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None:
     """Build an index from keys that another program made.
 
     SOURCE is a folder with Tip-Adapter's keys_16shots.pt and values_16shots.pt (or the former itself), an .npy file
@@ -436,13 +443,13 @@ def audit_command(folder: Path, k: int | None, style: str, output: Path | None) 
     write_table(audit(checked(folder, "auto"), k="all" if k == 0 else k), style, output)
 
 
-def _say(folder: Path, version: int, what: str) -> None:
+def _say(folder: Place, version: int, what: str) -> None:
     from retrieval_tip.sources import show
 
-    click.echo(one_line(f"{show(folder)}: version {version}, {what}"))
+    click.echo(one_line(f"{show(str(folder))}: version {version}, {what}"))
 
 
-def _say_added(folder: Path, added: Added, skipped: bool = False) -> None:
+def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
     """What was added, and what is suspicious about it."""
     from retrieval_tip.build import few, warn_of
 

@@ -176,40 +176,101 @@ def judge(
     ``skipped`` is looked at when all blocks were met; ``details``: also keep more about each item. Raises UsageError
     for ``abstain`` outside of 0 to 1.
     """
-    if abstain is not None and not 0 <= abstain <= 1:
-        raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
+    check_abstain(abstain)
+    seen = see(cache, blocks, ids, k=k, tail=tail, affinities=affinities, details=details)
+    return conclude(cache, seen, len(skipped), k=k, tail=tail, abstain=abstain)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation needs of each item that could be read, ``[n]`` each, in order; parts of it can be joined.
+
+    ``positions`` in the source and class ids ``truth``; ``ranked`` ``[n, m + 2]``: the ids of the ``m`` (5 at most)
+    largest blended logits, of the largest text logit and of the largest cache logit; ``confidence`` of the answer;
+    ``chances`` ``[n, 4]`` are the columns of :class:`Details` where they were asked for, else ``[n, 0]``.
+    """
+
+    positions: Ints
+    truth: Ints
+    ranked: Ints
+    confidence: Floats
+    chances: Floats
+    affinities: Affinities | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """Parts as one, in this order; affinities cannot be joined, since each part has edges of its own."""
+        parts = [part for part in parts if len(part.truth)] or list(parts[:1])
+        names = ("positions", "truth", "ranked", "confidence", "chances")
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**arrays)
+
+
+def see(
+    cache: Classifier,
+    blocks: Iterable[Block],
+    ids: Ints,
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    affinities: bool = False,
+    details: bool = False,
+) -> Seen:
+    """Classify ``blocks`` of a source whose class ids are ``ids``, and keep what :func:`conclude` needs."""
     truth = torch.from_numpy(ids)
-    seen = _Pairs(cache) if affinities else None
-    parts: list[torch.Tensor] = []
-    chances: list[torch.Tensor] = []
-    true: list[torch.Tensor] = []
-    more: list[torch.Tensor] = []
-    positions: list[Ints] = []
+    pairs = _Pairs(cache) if affinities else None
+    most = min(5, len(cache.class_names))
+    parts: list[torch.Tensor] = [torch.zeros((0, most + 2), dtype=torch.int64)]
+    chances: list[torch.Tensor] = [torch.zeros((0, 1))]
+    more: list[torch.Tensor] = [torch.zeros((0, 4 if details else 0), dtype=torch.float64)]
+    positions: list[Ints] = [np.zeros(0, dtype=np.int64)]
     for block in blocks:
         for part in cache.parts(len(block.positions)):
             text, alone = cache.terms(block.features[part], k, tail)
             logits = tip.blend(text, alone, cache.alpha)
-            ranked = logits.topk(min(5, len(cache.class_names)), dim=1).indices
+            ranked = logits.topk(most, dim=1).indices
             parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
             chances.append(tip.probabilities(logits, cache.temperature).gather(1, ranked[:, :1]).cpu())
             positions.append(block.positions[part])
-            true.append(truth[torch.from_numpy(positions[-1])])
-            if seen is not None:
-                seen.add(block.features[part], true[-1])
+            true = truth[torch.from_numpy(positions[-1])]
+            if pairs is not None:
+                pairs.add(block.features[part], true)
             if details:
                 of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, cache.alpha * alone)]
                 logs = (logits.double() / cache.temperature).log_softmax(dim=1)
-                log_truth = logs.gather(1, true[-1].to(logits.device)[:, None])
+                log_truth = logs.gather(1, true.to(logits.device)[:, None])
                 log_doubt = logs.scatter(1, ranked[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
                 more.append(torch.cat([log_truth, log_doubt, *of_parts], dim=1).cpu())
-    y = torch.cat(true)
-    found = torch.cat(parts)
-    confidence = torch.cat(chances)[:, 0].double().numpy()
-    hits = found == y[:, None]
+    every = np.concatenate(positions)
+    return Seen(
+        positions=every,
+        truth=ids[every],
+        ranked=torch.cat(parts).numpy(),
+        confidence=torch.cat(chances)[:, 0].double().numpy(),
+        chances=torch.cat([part.double() for part in more]).numpy(),
+        affinities=pairs.counted() if pairs is not None else None,
+    )
+
+
+def conclude(
+    cache: Classifier,
+    seen: Seen,
+    skipped: int,
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    abstain: float | None = None,
+) -> Evaluation:
+    """The figures of what was seen with these settings; ``skipped`` items could not be read.
+
+    Raises UsageError for ``abstain`` outside of 0 to 1.
+    """
+    check_abstain(abstain)
+    confidence, classes, predicted = seen.confidence, seen.truth, seen.ranked[:, 0]
+    hits = torch.from_numpy(seen.ranked == classes[:, None])
     right = hits[:, 0].numpy()
-    classes = y.numpy()
     per_class = {cache.class_names[i]: float(right[classes == i].mean()) for i in np.unique(classes)}
-    wrong = Counter(zip(classes[~right].tolist(), found[:, 0].numpy()[~right].tolist(), strict=True))
+    wrong = Counter(zip(classes[~right].tolist(), predicted[~right].tolist(), strict=True))
     answered = None if abstain is None else confidence >= abstain
     return Evaluation(
         top1=float(right.mean()),
@@ -218,8 +279,8 @@ def judge(
         cache_top1=float(hits[:, -1].double().mean()),
         mean_per_class=float(np.mean(list(per_class.values()))),
         ece=expected_calibration_error(confidence, right),
-        n=len(y),
-        skipped=len(skipped),
+        n=len(classes),
+        skipped=skipped,
         alpha=cache.alpha,
         beta=cache.beta,
         k=k,
@@ -231,11 +292,11 @@ def judge(
         ],
         answers=Answers(
             truth=classes,
-            predicted=found[:, 0].numpy(),
+            predicted=predicted,
             confidence=confidence,
             class_names=cache.class_names,
-            affinities=seen.counted() if seen is not None else None,
-            details=_details(np.concatenate(positions), found, torch.cat(more)) if details else None,
+            affinities=seen.affinities,
+            details=_details(seen) if seen.chances.shape[1] else None,
         ),
         abstain=abstain,
         coverage=None if answered is None else float(answered.mean()),
@@ -243,9 +304,17 @@ def judge(
     )
 
 
-def _details(positions: Ints, found: torch.Tensor, chances: torch.Tensor) -> Details:
-    log_truth, log_doubt, text, cache = chances.double().T.numpy()
-    return Details(positions, log_truth, log_doubt, Part(found[:, -2].numpy(), text), Part(found[:, -1].numpy(), cache))
+def check_abstain(abstain: float | None) -> None:
+    """Raise UsageError unless ``abstain`` is ``None`` or a probability."""
+    if abstain is not None and not 0 <= abstain <= 1:
+        raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
+
+
+def _details(seen: Seen) -> Details:
+    log_truth, log_doubt, text, cache = seen.chances.T
+    return Details(
+        seen.positions, log_truth, log_doubt, Part(seen.ranked[:, -2], text), Part(seen.ranked[:, -1], cache)
+    )
 
 
 @dataclass(frozen=True)

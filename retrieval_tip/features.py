@@ -12,7 +12,7 @@ import threading
 import uuid
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from retrieval_tip import images
 from retrieval_tip.backbone import Backbone, Identity, unit
 from retrieval_tip.errors import BackboneError, InputError, Skipped, UsageError
-from retrieval_tip.sources import FEATURE, Source, few_names, open_parquet, row_list, show
+from retrieval_tip.sources import FEATURE, Source, few_names, open_parquet, row_groups, row_list, show, table_files
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ IDENTITY_KEY = b"retrieval_tip.backbone"
 NORMS = ("check", "unit", "keep")
 NORM_TOLERANCE = 0.01
 TABLE_ROWS = 8192
+GROUP_ROWS = 1024
 REDUCED_SIDES = 3
 """A JPEG is decoded at a size of which each side is so many times the view's: with 2, some cosines were below 0.999."""
 
@@ -93,6 +94,8 @@ class Encoder:
     - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, of which each
       side still is ``REDUCED_SIDES`` times the view's or more: several times as fast, and a slightly other feature
     - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
+    - ``read``: gives the bytes of an image by its path, by default its file's; ``empty``: a source of which no item can
+      be read is no error
     """
 
     backbone: Backbone | None = None
@@ -104,6 +107,8 @@ class Encoder:
     cache: EncodingCache | None = None
     reduce: bool = True
     strict: bool = False
+    read: Callable[[str], bytes] | None = None
+    empty: bool = False
     progress: bool = False
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -149,7 +154,7 @@ class Encoder:
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; at least one item is needed")
-        first, shots = _grouped(source.sources if source.paths is None else source.paths)
+        first, shots = grouped(source.sources if source.paths is None else source.paths)
         if source.paths is not None:
             if not names or len(set(names)) < len(names):
                 raise UsageError(f"views {', '.join(names) or 'none'}: at least one is needed, and each of them once")
@@ -180,7 +185,9 @@ class Encoder:
         backbone = self._needed_backbone(source)
         start, done = 0, 0
         chunks = _chunks(source.paths, size)
-        for chunk in self._ahead(chunks, lambda path: _load(path, backbone, [name], lambda *_: None, None), depth=1):
+        for chunk in self._ahead(
+            chunks, lambda path: _load(path, backbone, [name], lambda *_: None, None, self.read), 1
+        ):
             for item in chunk:
                 if item.problem is not None:
                     self._skip(item.path, item.problem)
@@ -203,7 +210,7 @@ class Encoder:
                 bar.update(int(part[0][-1]) + 1 - bar.n if len(part[0]) else 0)
                 if len(part[0]):
                     yield part
-        if not done and len(source):
+        if not done and len(source) and not self.empty:
             raise self._none_read(source)
 
     def _none_read(self, source: Source) -> InputError:
@@ -218,7 +225,9 @@ class Encoder:
 
     def _skip(self, path: str, problem: str) -> None:
         """Name an image that cannot be used, the first time that it is met; with ``strict``, raise."""
-        skipped = Skipped(show(path), problem)
+        self._say(Skipped(show(path), problem))
+
+    def _say(self, skipped: Skipped) -> None:
         if self.strict:
             raise InputError(f"{skipped}; leave out --strict to go on without it")
         if skipped not in self.skipped:
@@ -234,9 +243,9 @@ class Encoder:
         order = np.argsort(source.rows, kind="stable")
         ordered = source.rows[order]
         in_order = bool((order[1:] > order[:-1]).all())
-        start = 0
         held: list[tuple[IntArray, FloatArray]] = []
-        for batch in read_features(source.table, self.norms):
+        rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
+        for start, batch in _read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
             if high > low:
                 part = (order[low:high], batch[ordered[low:high] - start, None])
@@ -244,7 +253,6 @@ class Encoder:
                     yield *part, [None] * len(part[0])
                 else:
                     held.append(part)
-            start += len(batch)
         if held:
             positions = np.concatenate([part[0] for part in held])
             features = np.concatenate([part[1] for part in held])
@@ -294,7 +302,7 @@ class Encoder:
             return None if self.cache is None else self.cache.get(scope, digest, view)
 
         def load(path: str) -> _Loaded:
-            return _load(path, backbone, names, kept, least)
+            return _load(path, backbone, names, kept, least, self.read)
 
         for chunk in self._ahead(_chunks(paths, size), load, depth=2):
             yield self._encode_chunk(chunk, backbone, scope, size, merge)
@@ -371,6 +379,7 @@ def _load(
     names: Sequence[str],
     kept: Callable[[str, str], FloatArray | None],
     least: int | None,
+    read: Callable[[str], bytes] | None,
 ) -> _Loaded:
     """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others.
 
@@ -378,7 +387,7 @@ def _load(
     called ``REDUCED``: a cache holds both.
     """
     try:
-        data = images.read(path)
+        data = (read or images.read)(path)
         digest = hashlib.sha256(data).hexdigest()
         if least is not None and CENTRE in names and images.reducible(data, least):
             names = [REDUCED if view == CENTRE else view for view in names]
@@ -422,7 +431,7 @@ def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
     return [things[start : start + size] for start in range(0, len(things), size)]
 
 
-def _grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
+def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     """Where each distinct name stands first ``[m]``, and the number of each name among them ``[n]``."""
     numbers: dict[str, int] = {}
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
@@ -561,9 +570,10 @@ def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None,
                 raise InputError(f"{source.name}: features of {table_dim(source.table)} values, the index has {d}")
 
 
-def table_identity(path: Path) -> Identity | None:
+def table_identity(path: Path | str) -> Identity | None:
     """The backbone in a feature table's metadata, if there is one."""
-    raw = (open_parquet(path).schema_arrow.metadata or {}).get(IDENTITY_KEY)
+    files = table_files(path)
+    raw = (open_parquet(files[0]).schema_arrow.metadata or {}).get(IDENTITY_KEY) if files else None
     if raw is None:
         return None
     try:
@@ -572,36 +582,56 @@ def table_identity(path: Path) -> Identity | None:
         raise InputError(f"{show(path)}: its backbone metadata cannot be read ({error})") from None
 
 
-def table_dim(path: Path) -> int:
+def table_dim(path: Path | str) -> int:
     """Length ``d`` of the features of a table."""
     for batch in read_features(path, "keep"):
         return int(batch.shape[1])
     raise InputError(f"{show(path)}: has no rows")
 
 
-def read_features(path: Path, norms: str = "check") -> Iterator[FloatArray]:
+def read_features(path: Path | str, norms: str = "check") -> Iterator[FloatArray]:
     """The features of a table in file order, ``[b, d]`` float32 a time, so that no table has to fit in memory.
 
     Raises InputError naming the rows where features are missing, of unequal length, not finite, or not of unit norm.
     """
-    name = show(path)
-    file = open_parquet(path)
+    for _, features in _read_rows(path, norms, 0, None):
+        yield features
+
+
+def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
+    """:func:`read_features` with the number of each block's first row, of blocks that hold rows ``first`` to ``last``.
+
+    Row groups and files without any of them are not read.
+    """
+    start, dim = 0, None
+    for part in table_files(path):
+        file, begins, name = open_parquet(part), start, show(part)
+        start += file.metadata.num_rows
+        if start <= first or (last is not None and begins >= last):
+            continue
+        _check_kind(file, name)
+        groups, at = row_groups(file, max(0, first - begins), None if last is None else last - begins)
+        try:
+            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[FEATURE]):
+                if at + batch.num_rows > first - begins and batch.num_rows:
+                    features = _matrix(batch.column(FEATURE), at, dim, name)
+                    dim = features.shape[1]
+                    yield begins + at, check_norms(features, at, norms, name)
+                at += batch.num_rows
+                if last is not None and begins + at >= last:
+                    break
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
+
+
+def _check_kind(file: pq.ParquetFile, name: str) -> None:
+    """Raise InputError where a file has no features, or what is called so is none."""
     if FEATURE not in file.schema_arrow.names:
         raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
     kind = file.schema_arrow.field(FEATURE).type
     is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not is_list or not pa.types.is_floating(kind.value_type):
         raise InputError(f"{name}: column {FEATURE!r} is {kind}; expected lists of float32 or float16")
-    start, dim = 0, None
-    try:
-        for batch in file.iter_batches(TABLE_ROWS, columns=[FEATURE]):
-            if batch.num_rows:
-                features = _matrix(batch.column(FEATURE), start, dim, name)
-                dim = features.shape[1]
-                yield check_norms(features, start, norms, name)
-                start += batch.num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
 
 
 def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
@@ -664,23 +694,37 @@ def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) 
         dim, identity = encoder.backbone.dim, encoder.backbone.identity
     else:
         raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+    with replacing(path) as temporary:
+        return write_encoded(source, temporary, encoder, dim, identity)
+
+
+def write_encoded(
+    source: Source,
+    file: Path,
+    encoder: Encoder,
+    dim: int,
+    identity: Identity | None,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> int:
+    """:func:`encode_table` into this very file, of features of ``dim`` values, with more key-value metadata."""
     kept = {
         c: source.items[c] for c in source.items.column_names if c not in ("source", "label", FEATURE, "digest", "id")
     }
     with_label = "label" in source.items.column_names
     with_digest = source.table is not None and pa.field("digest", pa.string()) in list(source.items.schema)
+    facts = {IDENTITY_KEY: json.dumps(identity.to_dict()).encode()} if identity else {}
     schema = pa.schema(
         [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.float32(), dim)), ("digest", pa.string())]
         + [(name, column.type) for name, column in kept.items()],
-        metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity else None,
+        metadata=facts | dict(metadata or {}) or None,
     )
     number = 0
     plain = [column for column in schema.names if column != FEATURE]
     with (
-        replacing(path) as temporary,
-        pa.OSFile(os.fsencode(temporary), "wb") as file,  # bytes: the name may not be UTF-8
-        pq.ParquetWriter(file, schema, use_dictionary=plain, compression="none") as writer,
+        pa.OSFile(os.fsencode(file), "wb") as raw,  # bytes: the name may not be UTF-8
+        pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
     ):
+        waiting: list[pa.Table] = []
         for block in encoder.blocks(source):
             items = source.items.take(pa.array(block.positions))
             columns = {
@@ -689,8 +733,13 @@ def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) 
                 FEATURE: pa.FixedSizeListArray.from_arrays(pa.array(block.features.reshape(-1)), dim),
                 "digest": items["digest"] if with_digest else pa.array(block.digests, pa.string()),
             } | {name: items[name] for name in kept}
-            writer.write_table(pa.table(columns, schema=schema))
+            waiting.append(pa.table(columns, schema=schema))
             number += len(items)
+            if sum(map(len, waiting)) >= GROUP_ROWS:  # a row group for every few images would make a large footer
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
     return number
 
 

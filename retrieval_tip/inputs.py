@@ -111,6 +111,33 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
     return torch.from_numpy(np.array(found, dtype=np.float32))  # a copy: what the caller does to theirs is theirs
 
 
+def new_classes(
+    names_: Sequence[str], present: Sequence[str], weights: Features | None, d: int, has_text: bool
+) -> tuple[list[str], Tensor]:
+    """Classes to be added, with their text weights ``[m, d]``.
+
+    Raises InputError for names that are there, or weights that are missing or do not fit.
+    """
+    new = names(names_)
+    if again := sorted(set(new) & set(present)):
+        raise InputError(f"classes: {again[0]!r} is a class of the index already")
+    if weights is None and has_text:
+        raise InputError(f"classes: {new[0]!r} needs a text weight, as every class of this index has one")
+    return new, text_weights(weights, len(new), d)
+
+
+def keys_to_add(
+    keys: Features, labels: Labels, class_names: Sequence[str], d: int, dtype: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """Keys ``[m, d]`` that an index of this dtype can hold, and their class ids. Raises InputError where it cannot."""
+    found = matrix(keys, "keys")
+    if found.shape[1] != d:
+        raise InputError(f"keys: have {found.shape[1]} values, the index has {d}")
+    if np.abs(found).max() > np.finfo(dtype).max:
+        raise InputError(f"keys: hold values too large for the {dtype} of the index")
+    return found, ids_of(labels, class_names, len(found))
+
+
 def values_of(values: Features, n: int, c: int) -> Tensor:
     """Trained values ``[n, c]`` float32. Raises InputError where they do not fit."""
     found = matrix(values, "values")

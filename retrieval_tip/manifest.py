@@ -1,4 +1,4 @@
-"""What an index folder says of a version of itself: the format of its manifests.
+"""What an index says of a version of itself: the format of its manifests, in folders and beside tables.
 
 A manifest is JSON that names every data file with its SHA-256, and ends in its own. A format that this program writes,
 or that an older one wrote, is read whole or refused: nothing is guessed.
@@ -18,14 +18,17 @@ from retrieval_tip.backbone import Identity
 from retrieval_tip.errors import BackboneError, StoreError
 
 FORMAT = "retrieval-tip index"
-FORMAT_VERSION = 2
-"""1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2."""
+FORMAT_VERSION = 3
+"""1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2.
+3 is 2 with a ``table``; a folder has none, and stays at 2."""
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss"}
 """Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training.
 Of one of very many classes: the FAISS index over their text weights."""
-SUFFIXES = KINDS | OPTIONAL_KINDS
+TABLE_KINDS = {"classes": ".parquet"}
+"""Beside a table: of each class its label, its text weight, and number and sum of its keys."""
+SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS
 
 MAX_DEPTH, MAX_KEY_ID = 64, 2**62
 """How deep a provenance may be nested; the largest first key id that was never given."""
@@ -56,12 +59,22 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A LanceDB table of keys and their labels, as it was at one of its versions, which has so many ``rows``."""
+
+    name: str
+    version: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about one version of an index but the arrays.
 
     ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` is over; ``later`` segments
     were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
-    given (``None`` in format 1, which did not keep that).
+    given (``None`` in format 1, which did not keep that). Where keys and labels are in a ``table``, ``files`` are
+    ``classes`` alone, and there are no segments.
     """
 
     version: int
@@ -86,6 +99,7 @@ class Manifest:
     later: list[Segment] = field(default_factory=list)
     next_key_id: int | None = None
     change: str = ""
+    table: Table | None = None
 
     @property
     def segments(self) -> list[Segment]:
@@ -106,6 +120,9 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
         body = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        if self.table is None:  # which older programs read too
+            body |= {"format_version": 2}
+            del body["table"]
         return _seal(body)
 
     @classmethod
@@ -150,6 +167,8 @@ class Manifest:
         """A manifest of its JSON. Raises KeyError, TypeError, ValueError or OverflowError for what it cannot hold."""
         if found["format_version"] == 1:
             found = dict(found) | {"later": [], "next_key_id": None, "change": ""}
+        if found["format_version"] < 3:
+            found = dict(found) | {"table": None}
         body = {key: found[key] for key in (f.name for f in fields(cls))}
 
         def need(condition: bool, what: str) -> None:
@@ -191,7 +210,14 @@ class Manifest:
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
         need(all(isinstance(entry, dict) for entry in body["later"]), "later")
         later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
-        need(KINDS.keys() <= files.keys() <= SUFFIXES.keys(), "files")
+        table = None if body["table"] is None else Table(**body["table"])
+        if table is not None:
+            need(files.keys() == TABLE_KINDS.keys() and not later, "files")
+            need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
+            need(whole(table.version, 1) and table.rows == body["n"] and whole(table.rows, 1), "table")
+            need(files["classes"].rows == len(body["class_names"]), "files.classes.rows")
+        else:
+            need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
         need(not later or "values" not in files, "later")  # trained values are one array
         of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
         for kind, file in [*files.items(), *of_later]:
@@ -199,6 +225,8 @@ class Manifest:
             need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
             need(whole(file.bytes, 1), f"files.{kind}.bytes")
             need(whole(file.rows, 1), f"files.{kind}.rows")
+        if table is not None:
+            return cls(**(body | {"files": files, "later": later, "table": table}))
         first, classes = files["keys"].rows, len(body["class_names"])
         need(all(files[kind].rows == first for kind in ("index", "labels", "values") if kind in files), "files.rows")
         need(files["text"].rows == classes, "files.text.rows")

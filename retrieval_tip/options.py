@@ -10,24 +10,76 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import click
 
 from retrieval_tip.errors import Skipped, UsageError, one_line
+from retrieval_tip.objects import Address
+from retrieval_tip.remote import is_remote
 
 if TYPE_CHECKING:
     from retrieval_tip.backbone import Backbone, Identity
     from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.classifier import Classifier
+    from retrieval_tip.distributed.engine import BackboneName, Encoding, Ray
+    from retrieval_tip.distributed.shards import Shard
     from retrieval_tip.features import Encoder
+    from retrieval_tip.manifest import Manifest
     from retrieval_tip.sources import Source
+    from retrieval_tip.stores import Model
 
 FAILED, WRONG_USAGE, SOME_SKIPPED = 1, 2, 3
 SHOWN = 20
 """Classes that a line names."""
 
-FOLDER = click.Path(path_type=Path)
+
+class Folder(click.Path):
+    """A path, and no address of a LanceDB store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if isinstance(value, str) and Address.parse(value) is not None:
+            self.fail(
+                f"{value}: is the address of a LanceDB store, and this takes a folder; copy it: retrieval-tip index "
+                f"clone {value} DIR",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+class Index(click.ParamType[Any]):
+    """An index: a folder, or the address of a LanceDB store."""
+
+    name = "DIR|lance://PATH|s3://..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Address:
+        """The folder's path, or the address."""
+        if isinstance(value, Path | Address):
+            return value
+        return Address.parse(value) or Path(value)
+
+
+FOLDER, INDEX = Folder(path_type=Path), Index()
 FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Place(click.Path):
+    """A path; with ``--engine ray`` also the URL of an object, and a folder where else a file is written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A path, or the URL as it is."""
+        engine = ctx.params.get("engine") if ctx is not None else None
+        if engine == "ray":
+            return value if is_remote(value) else Path(value)
+        if engine is not None and is_remote(value):
+            self.fail(f"{value}: object stores are read and written with --engine ray", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PLACE = Place(path_type=Path)
+PLACE_OUT = Place(path_type=Path, dir_okay=False)
 
 Command = Callable[..., Any]
 
@@ -125,6 +177,25 @@ ANSWER = options(
         help="Check every byte of the index first, or of large files only the size.",
     ),
 )
+RAY_ADDRESS = click.option(
+    "--ray-address", metavar="HOST:PORT", help="Head of a Ray cluster, or auto.  [default: a Ray that is started here]"
+)
+ENGINE = options(
+    click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
+                 help="ray: by shards on a pool of processes, here or on a cluster, into a folder of parts that a "
+                      "second run completes; takes tars and s3:// too."),
+    click.option("--actors", type=click.IntRange(1), metavar="N",
+                 help="With --engine ray: processes that work, at most.  [default: what there is room for]"),
+    click.option("--shard-size", type=click.IntRange(1), metavar="N",
+                 help="With --engine ray: items that are done, and done again, together.  "
+                      "[default: 256 images, 16384 rows of features; a tar is one shard]"),
+)  # fmt: skip
+INDEX_SHARDS = click.option(
+    "--index-shards",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Keep the keys in N actors of Ray, each with a part of the index: exact, for more keys than one memory holds.",
+)
 ABSTAIN = click.option("--abstain", type=click.FloatRange(0, 1), metavar="P",
                         help="Withhold answers of a probability below P.")  # fmt: skip
 SCALES = click.option("--scales", type=(float, float), default=(7.0, 3.0), show_default=True,
@@ -132,7 +203,7 @@ SCALES = click.option("--scales", type=(float, float), default=(7.0, 3.0), show_
 FORMAT = options(
     click.option("--format", "style", type=click.Choice(["table", "json", "csv", "parquet"]), default="table",
                  show_default=True, help="json: one object a line."),
-    click.option("--output", type=FILE, help="File to write instead of standard output."),
+    click.option("--output", type=PLACE_OUT, help="File to write instead of standard output."),
 )  # fmt: skip
 
 
@@ -176,9 +247,19 @@ def checked(folder: Path, device: str, precision: str = "float32", verify: str =
     return CacheModel.load(folder, device=device, precision=precision, check=check)
 
 
-def opened(folder: Path, given: dict[str, Any]) -> CacheModel:
+@overload
+def opened(folder: Path, given: dict[str, Any]) -> CacheModel: ...
+@overload
+def opened(folder: Path | Address, given: dict[str, Any]) -> Model: ...
+def opened(folder: Path | Address, given: dict[str, Any]) -> Model:
     """The index, with the alpha and beta of the command line where they are given."""
-    cache = checked(folder, given["device"], given["precision"], given.get("verify", "full"))
+    cache: Model
+    if isinstance(folder, Address):
+        from retrieval_tip import stores
+
+        cache = stores.at(folder).load(device=given["device"])
+    else:
+        cache = checked(folder, given["device"], given["precision"], given.get("verify", "full"))
     from retrieval_tip.inputs import check_settings
 
     cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
@@ -187,8 +268,16 @@ def opened(folder: Path, given: dict[str, Any]) -> CacheModel:
     return cache
 
 
-def index_with(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]:
+@overload
+def index_with(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]: ...
+@overload
+def index_with(folder: Path | Address, given: dict[str, Any]) -> tuple[Model, int | None, bool]: ...
+def index_with(folder: Path | Address, given: dict[str, Any]) -> tuple[Model, int | None, bool]:
     """The index with the settings of the command line, or its own."""
+    if given.get("index_shards") is not None:
+        if given["where"] is not None:
+            raise UsageError("--where does not go with --index-shards: shards hold all keys; give one of them")
+        given = given | {"device": "cpu"}  # a GPU would take in what the shards are to hold
     cache = opened(folder, given)
     if given["where"] is not None:
         cache = _restricted(cache, given["where"])
@@ -196,7 +285,7 @@ def index_with(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | N
     return cache, k, cache.tail if given["tail"] is None else given["tail"]
 
 
-def _restricted(cache: CacheModel, where: str) -> CacheModel:
+def _restricted(cache: Model, where: str) -> CacheModel:
     """The index over the keys that a condition holds for; what remains of each class is said."""
     from retrieval_tip.labels import rows_where
 
@@ -204,13 +293,22 @@ def _restricted(cache: CacheModel, where: str) -> CacheModel:
     if not len(rows):
         raise UsageError(f"where: holds for none of the {cache.n} keys")
     rest = cache.take(rows)
-    before, after = (
-        ids.bincount(minlength=len(cache.class_names)).tolist() for ids in (cache.class_ids, rest.class_ids)
-    )
-    parts = [f"{name} {a}/{b}" for name, a, b in zip(cache.class_names, after, before, strict=True) if a < b]
+    counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
+    parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
     left = f", and {len(parts) - SHOWN} more classes" if len(parts) > SHOWN else ""
     click.echo(one_line(f"where: {rest.n} of {cache.n} keys remain ({', '.join(parts[:SHOWN])}{left})"), err=True)
     return rest
+
+
+def manifest_of(folder: Path | Address) -> Manifest:
+    """The manifest of an index's current version, without torch where it is a folder."""
+    if isinstance(folder, Address):
+        from retrieval_tip.table_store import TableStore
+
+        return TableStore(folder).manifest()
+    from retrieval_tip.store import read_manifest
+
+    return read_manifest(folder)
 
 
 @dataclass(frozen=True)
@@ -222,17 +320,15 @@ class Origin:
     tuned: Path | None
 
     @classmethod
-    def of(cls, folder: Path) -> Origin:
-        """That of an index folder."""
+    def of(cls, folder: Path | Address) -> Origin:
+        """That of an index."""
         from retrieval_tip.backbone import Identity
-        from retrieval_tip.store import find_weights, read_manifest
+        from retrieval_tip.store import find_weights
 
-        manifest = read_manifest(folder)
-        return cls(
-            Identity.from_dict(manifest.backbone) if manifest.backbone else None,
-            manifest.d,
-            find_weights(folder, manifest.files["weights"]) if "weights" in manifest.files else None,
-        )
+        manifest, tuned = manifest_of(folder), None
+        if isinstance(folder, Path) and "weights" in manifest.files:
+            tuned = find_weights(folder, manifest.files["weights"])
+        return cls(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, tuned)
 
 
 def load(
@@ -262,7 +358,7 @@ def backbone_of(source: Source, given: dict[str, Any], *, needed: bool = False) 
 
 
 def backbone_for(
-    cache: CacheModel | Origin, sources: list[Source], given: dict[str, Any], *, needed: bool = False
+    cache: Classifier | Origin, sources: list[Source], given: dict[str, Any], *, needed: bool = False
 ) -> Backbone | None:
     """The index's own backbone, where there are images to encode or it is needed; refused if it is another by now."""
     from retrieval_tip.backbone import load_when_needed
@@ -284,6 +380,87 @@ def backbone_for(
             backbone = load(given, model, pretrained, cache.tuned)
     check_backbone(cache.backbone, cache.d, backbone, sources)
     return backbone
+
+
+def ray_of(given: dict[str, Any]) -> Ray | None:
+    """Where and how wide a command runs on Ray; ``None``: it runs here. What belongs to Ray is refused then."""
+    if given["engine"] != "ray":
+        for name in ("actors", "shard_size"):
+            if given[name] is not None:
+                raise UsageError(f"--{name.replace('_', '-')} needs --engine ray")
+        if given["ray_address"] is not None and given.get("index_shards") is None:
+            or_shards = " or --index-shards" if "index_shards" in given else ""
+            raise UsageError(f"--ray-address: nothing here runs on Ray; give --engine ray{or_shards} too")
+        return None
+    if given.get("index_shards") is not None:
+        raise UsageError("--engine ray and --index-shards: give one of them")
+    from retrieval_tip.distributed.cluster import needed_ray
+    from retrieval_tip.distributed.engine import Ray
+
+    needed_ray()
+    return Ray(given["ray_address"], given["actors"], given["device"], given["shard_size"])
+
+
+def shards_of(path: Path | str, given: dict[str, Any], split: str, *, labelled: bool = True) -> list[Shard]:
+    """The input shards of a command's source, as :func:`source_of` takes it, of tars, or of a URL."""
+    from retrieval_tip.distributed.shards import cut, cut_source
+
+    if given["dataset"] is not None:
+        return cut_source(source_of(Path(path), given, split, labelled=labelled), given["shard_size"])
+    part = given["split"] or split
+    return cut(path, labelled=labelled, split=part, root=given["root"], size=given["shard_size"])
+
+
+def encoding_of(given: dict[str, Any], name: BackboneName | None) -> Encoding:
+    """How the workers of a command encode."""
+    from retrieval_tip.distributed.engine import Encoding
+    from retrieval_tip.features import EncodingCache
+
+    cache = None if given["no_cache"] else os.fspath(given["cache"] or EncodingCache.default_folder())
+    names = ("views", "seed", "norms", "batch_size", "workers", "reduce", "strict")
+    return Encoding(name, {setting: given[setting] for setting in names if setting in given}, cache)
+
+
+def named(
+    given: dict[str, Any], model: str | None = None, pretrained: str | None = None, tuned: Path | None = None
+) -> BackboneName:
+    """The backbone that :func:`load` would load, by its name."""
+    from retrieval_tip.backbone import DEFAULT_MODEL
+    from retrieval_tip.distributed.engine import BackboneName
+
+    model, pretrained = (given["model"], given["pretrained"]) if given["model"] else (model, pretrained)
+    weights = None if tuned is None else os.fspath(tuned)
+    return BackboneName(model or DEFAULT_MODEL, given["pretrained"] or pretrained, given["precision"], weights)
+
+
+def asked_of(cache: Classifier, given: dict[str, Any]) -> dict[str, Any]:
+    """What workers are to ask of their copy of an index, as :func:`index_with` has set this one.
+
+    Products are in float32 unless it is said otherwise: what is fastest may differ from machine to machine.
+    """
+    precision = "float32" if given["precision"] == "auto" else given["precision"]
+    return {"alpha": cache.alpha, "beta": cache.beta, "where": given["where"], "precision": precision}
+
+
+def encoding_for(cache: Classifier, shards: list[Shard], given: dict[str, Any]) -> Encoding:
+    """How the workers encode for an index: with its own backbone, where there are images; refused as it is here."""
+    import pyarrow as pa
+
+    from retrieval_tip.features import check_backbone
+    from retrieval_tip.sources import Source
+
+    identity, name, backbone = cache.backbone, None, None
+    if not all(shard.features for shard in shards):
+        if identity is None and not given["model"]:
+            raise UsageError(
+                "the index was built from features of an unnamed backbone; name it with --model to encode images"
+            )
+        model, pretrained = (identity.model, identity.pretrained) if identity else (None, None)
+        name = named(given, model, pretrained, cache.tuned)
+        backbone = name.load("cpu")
+    tables = dict.fromkeys(shard.place for shard in shards if shard.features)
+    check_backbone(cache.backbone, cache.d, backbone, [Source(t, pa.table({}), table=t) for t in tables])
+    return encoding_of(given, name)
 
 
 @contextmanager

@@ -11,13 +11,16 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.errors import RetrievalTipError, UsageError, first_line, one_line
 from retrieval_tip.features import replacing
+
+if TYPE_CHECKING:
+    from retrieval_tip.classifier import Prediction
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
@@ -43,6 +46,19 @@ def write_rows(rows: Iterable[Row], columns: Sequence[str], style: str, path: Pa
             {"table": _table, "json": _json, "csv": _csv}[style](rows, columns, text)
         finally:
             text.detach()
+
+
+def prediction_row(
+    name: str, found: Prediction, columns: Sequence[str], abstain: float | None = None
+) -> dict[str, Any]:
+    """A prediction as ``classify`` writes it, of these columns; below ``abstain`` it has no label."""
+    row = vars(found) | {
+        "input": name,
+        "label": found.label if abstain is None or found.probability >= abstain else None,
+        "logits": found.logits.tolist() if "logits" in columns and found.logits is not None else None,
+        "neighbours": [vars(neighbour) for neighbour in found.neighbours],
+    }
+    return {column: row[column] for column in columns}
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:

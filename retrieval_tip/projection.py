@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.classifier import Classifier
 from retrieval_tip.errors import UsageError
 
 FloatArray = npt.NDArray[np.float32]
@@ -23,12 +23,14 @@ NEIGHBOURS, FEWEST = 15, 5
 
 @dataclass(frozen=True)
 class Projection:
-    """Some keys, by row ``[m]`` int64, and their ``places`` ``[m, 2]`` float32 within -1 and 1 at one scale.
+    """Some keys, by their ``key_ids`` and ``class_ids`` ``[m]`` int64, and where they are.
 
-    ``explained``: the shares of the variance that the two axes hold; ``None`` for UMAP, where axes mean nothing.
+    ``places`` ``[m, 2]`` float32 are within -1 and 1, at one scale. ``explained``: the shares of the variance that the
+    two axes hold; ``None`` for UMAP, where axes mean nothing.
     """
 
-    rows: npt.NDArray[np.int64]
+    key_ids: npt.NDArray[np.int64]
+    class_ids: npt.NDArray[np.int64]
     places: FloatArray
     explained: tuple[float, float] | None
 
@@ -38,7 +40,7 @@ def methods() -> list[str]:
     return ["pca", "umap"] if importlib.util.find_spec("umap") else ["pca"]
 
 
-def projected(cache: CacheModel, method: str = "pca", limit: int = 5000) -> Projection:
+def projected(cache: Classifier, method: str = "pca", limit: int = 5000) -> Projection:
     """The keys ``K`` ``[n, d]`` in two dimensions: all of them, or ``limit`` spread evenly over the classes' order.
 
     ``pca``: ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues; of each,
@@ -49,15 +51,16 @@ def projected(cache: CacheModel, method: str = "pca", limit: int = 5000) -> Proj
         raise UsageError(f"method {method!r}: expected one of {', '.join(methods())} (umap needs umap-learn)")
     if limit < 1:
         raise UsageError(f"limit is {limit}: at least 1 key is needed")
-    rows = np.unique(np.linspace(0, cache.n - 1, min(cache.n, limit)).round().astype(np.int64))
-    keys = np.asarray(cache.keys[rows], dtype=np.float32)
+    found, labels = cache.some(limit)
+    keys = found.astype(np.float32)
     if method == "pca" or len(keys) < FEWEST:
         places, explained = _principal(keys)
     else:
         places, explained = _umap(keys), None
     places = places - (places.max(axis=0) + places.min(axis=0)) / 2
     largest = float(np.abs(places).max())
-    return Projection(rows, (places / largest if largest else places).astype(np.float32), explained)
+    key_ids, class_ids = (labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id"))
+    return Projection(key_ids, class_ids, (places / largest if largest else places).astype(np.float32), explained)
 
 
 def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float]]:

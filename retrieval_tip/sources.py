@@ -19,13 +19,15 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from retrieval_tip import images
+from retrieval_tip import images, remote
 from retrieval_tip.errors import InputError, first_line, one_line
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 FEATURE = "feature"
+RUN, COMPLETE = "run.json", "complete.json"
+"""In a folder of parts: what is being made, and, written last, that it is all there."""
 MAX_TEXT = 4096
 """Longest label or id, in characters: more is a table read wrongly."""
 MAX_ROWS = 2**31 - 1
@@ -40,15 +42,15 @@ class Source:
 
     ``items`` has the columns ``source`` (the item's path or id, printable) and, where known, ``label``, then any
     further columns of a table. An item is either an image (``paths[i]``) or row ``rows[i]`` of the feature table
-    ``table``. ``class_names`` are the labels in order; empty where items carry none. ``dataset`` is the name of a
-    dataset that was opened by its name.
+    ``table``, a file or a folder of parts. ``class_names`` are the labels in order; empty where items carry none.
+    ``dataset`` is the name of a dataset that was opened by its name.
     """
 
     name: str
     items: pa.Table
     class_names: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = None
-    table: Path | None = None
+    table: Path | str | None = None
     rows: npt.NDArray[np.int64] | None = None
     dataset: str | None = None
 
@@ -92,14 +94,15 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
       the split file's folder or the folder in it that holds the images)
     - ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``path`` and ``label``; paths are relative to ``root``
       (default: the table's folder)
-    - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``)
+    - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of such
+      parts, as ``encode --engine ray`` writes it
 
     Raises InputError naming the file, what is wrong with it, and the row where there is one.
     """
     file = Path(path)
     suffix = file.suffix.lower()
     if os.path.isdir(file):
-        return _class_folders(file)
+        return _table(file, root, labelled=True) if is_parts(file) else _class_folders(file)
     if not os.path.exists(file):
         raise InputError(f"{show(file)}: no such file or folder")
     if not file.is_file():
@@ -116,6 +119,8 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
 def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
     """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
     file = Path(path)
+    if is_parts(file):
+        return _table(file, root, labelled=False)
     folders = subfolders(file) if os.path.isdir(file) else None
     if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
         found = [str(image) for image in images.find(file)]
@@ -140,7 +145,7 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         file = Path(argument)
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
-        elif os.path.isdir(file):
+        elif os.path.isdir(file) and not is_parts(file):
             found = [str(image) for image in images.find(file)]
             if not found:
                 raise InputError(f"{show(file)}: no images in this folder")
@@ -163,7 +168,41 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
 
 
 def _is_table(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file)
+    return is_parts(file) or (file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file))
+
+
+def is_parts(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds the parts of a table, whole or not."""
+    return os.path.isfile(os.path.join(folder, RUN))
+
+
+def table_files(table: Path | str) -> list[Path | str]:
+    """The Parquet files that a table consists of, in order: itself, or the parts in the folder.
+
+    Raises InputError for a folder that has not got all of its parts yet.
+    """
+    if remote.is_remote(table):
+        assert isinstance(table, str)
+        system = remote.system_of(table)
+        if table.endswith(".parquet"):
+            return [table]
+        name = table.rstrip("/")
+        found = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
+    elif os.path.isdir(table):
+        name = show(table)
+        with os.scandir(table) as entries:
+            found = [entry.path for entry in entries]
+    else:
+        return [table]
+    names = {place.rpartition("/")[2]: place for place in found}
+    if RUN not in names:
+        raise InputError(f"{name}: no feature table; a folder of parts has {RUN}")
+    if COMPLETE not in names:
+        raise InputError(
+            f"{name}: not all of its parts are there yet; give the command that makes it again, and it goes on"
+        )
+    parts = [names[part] for part in sorted(names) if part.startswith("part-") and part.endswith(".parquet")]
+    return [place if remote.is_remote(place) else Path(place) for place in parts]
 
 
 def of_images(paths: Sequence[str], name: str = "images") -> Source:
@@ -261,48 +300,84 @@ def _image_root(file: Path, paths: Sequence[str]) -> Path:
     return best
 
 
-def _table(file: Path, root: str | None, *, labelled: bool) -> Source:
+def _table(
+    file: Path | str, root: str | None, *, labelled: bool, first: int = 0, last: int | None = None, whole: bool = True
+) -> Source:
     name = show(file)
-    items, has_features = _items(file)
+    items, has_features = _items(file, first, last, whole=whole)
     key = "id" if has_features else "path"
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
         kind = "a feature table has id, label and feature" if has_features else "an image table has path and label"
         raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
-    front = {"source": _texts(items[key], name, key, needed=True)}
+    front = {"source": _texts(items[key], name, key, needed=True, first=first)}
     if "label" in items.column_names:
-        front["label"] = _texts(items["label"], name, "label", needed=labelled)
+        front["label"] = _texts(items["label"], name, "label", needed=labelled, first=first)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
-    _check_texts(items, name)
+    _check_texts(items, name, first)
     names = tuple(sorted(set(items["label"].drop_null().to_pylist()))) if "label" in items.column_names else ()
     if has_features:
-        return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))
-    folder = Path(root) if root else file.parent
-    paths = [os.path.join(folder, path) for path in items["source"].to_pylist()]
+        return Source(name, items, names, table=file, rows=np.arange(first, first + len(items), dtype=np.int64))
+    folder = root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
+    paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
     return Source(name, items, names, tuple(paths))
 
 
-def _items(file: Path) -> tuple[pa.Table, bool]:
+def open_rows(file: Path | str, first: int, last: int, *, root: str | None = None, labelled: bool = False) -> Source:
+    """Rows ``first`` to ``last`` of one Parquet file, a feature table or one of paths, as :func:`open_source` has all.
+
+    Only the row groups that hold them are read. Raises as that does, with the rows' numbers in the file.
+    """
+    return _table(file, root, labelled=labelled, first=first, last=last, whole=False)
+
+
+def _items(file: Path | str, first: int, last: int | None, *, whole: bool) -> tuple[pa.Table, bool]:
     """Every column of a table but the features, and whether there are any; rows without an id get their number."""
     name = show(file)
-    if file.suffix.lower() != ".parquet":
-        items = _read_csv(file)
+    if not str(file).lower().endswith(".parquet") and not os.path.isdir(file):
+        items = _read_csv(Path(file))
         number, has_features = len(items), False
         _check_rows(number, name)
     else:
-        parquet = open_parquet(file)
-        columns = parquet.schema_arrow.names
-        _once(columns, name)
-        number, has_features = parquet.metadata.num_rows, FEATURE in columns
-        _check_rows(number, name)
-        items = _read(name, lambda: _sound(parquet.read(columns=[column for column in columns if column != FEATURE])))
+        tables, number, has_features = [], 0, False
+        for part in table_files(file) if whole else [file]:
+            parquet = open_parquet(part)
+            columns = parquet.schema_arrow.names
+            _once(columns, name)
+            number, has_features = number + parquet.metadata.num_rows, FEATURE in columns
+            _check_rows(number, name)
+            kept = [column for column in columns if column != FEATURE]
+            tables.append(_read(show(part), lambda p=parquet, c=kept: _sound(_rows(p, c, first, last))))
+        items = _read(name, lambda: pa.concat_tables(tables))
     if number == 0:
         raise InputError(f"{name}: has no rows")
     if has_features and "id" not in items.column_names:
-        ids = pa.array([str(row) for row in range(number)])
+        last = number if last is None else min(last, number)
+        ids = pa.array([str(row) for row in range(first, last)])
         items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
     return items, has_features
+
+
+def _rows(parquet: pq.ParquetFile, columns: list[str], first: int, last: int | None) -> pa.Table:
+    """Rows ``first`` to ``last`` of a file, by the row groups that hold them."""
+    if first == 0 and last is None:
+        return parquet.read(columns=columns)
+    groups, start = row_groups(parquet, first, last)
+    return parquet.read_row_groups(groups, columns=columns).slice(first - start, None if last is None else last - first)
+
+
+def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
+    """The row groups that hold rows ``first`` to ``last`` of a file, and the row that the first of them starts with."""
+    groups: list[int] = []
+    start, begins = 0, 0
+    for group in range(parquet.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        if start + rows > first and (last is None or start < last):
+            begins = begins if groups else start
+            groups.append(group)
+        start += rows
+    return groups, begins
 
 
 def _check_rows(number: int, name: str) -> None:
@@ -324,11 +399,13 @@ def _sound(items: pa.Table) -> pa.Table:
     return items
 
 
-def open_parquet(file: Path) -> pq.ParquetFile:
-    """A Parquet file, memory-mapped. Raises InputError where it is not one."""
+def open_parquet(file: Path | str) -> pq.ParquetFile:
+    """A Parquet file, memory-mapped where it is on this machine. Raises InputError where it is not one."""
+    url = file if isinstance(file, str) and remote.is_remote(file) else None
 
     def read() -> pq.ParquetFile:
-        parquet = pq.ParquetFile(pa.memory_map(os.fsencode(file)))
+        raw = pa.memory_map(os.fsencode(file)) if url is None else pa.PythonFile(remote.opened(url), "r")
+        parquet = pq.ParquetFile(raw)
         "".join(parquet.schema_arrow.names)  # which may not be UTF-8
         return parquet
 
@@ -369,7 +446,7 @@ def _once(columns: Sequence[str], name: str) -> None:
         raise InputError(f"{name}: a column name stands twice in {few_names(columns)}")
 
 
-def _texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
+def _texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first: int = 0) -> pa.ChunkedArray:
     """Ids, paths and labels as text, blanks as missing; whole numbers are taken as their digits."""
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -381,18 +458,18 @@ def _texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa
     _read(f"{name}: column {what!r}", lambda: values.validate(full=True))
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed and values.null_count:
-        rows = row_list(np.flatnonzero(values.is_null().to_numpy()))
+        rows = row_list(np.flatnonzero(values.is_null().to_numpy()) + first)
         raise InputError(f"{name}: {rows} without {'a label' if what == 'label' else what}")
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
-def _check_texts(items: pa.Table, name: str) -> None:
+def _check_texts(items: pa.Table, name: str, first: int = 0) -> None:
     for column in ("source", "label"):
         if column in items.column_names:
             long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
             if long.any():
                 raise InputError(
-                    f"{name}: {row_list(np.flatnonzero(long))}: {column} longer than {MAX_TEXT} characters"
+                    f"{name}: {row_list(np.flatnonzero(long) + first)}: {column} longer than {MAX_TEXT} characters"
                 )
 
 

@@ -155,8 +155,17 @@ class Check:
     def wait(self) -> None:
         """Return when every file is as the manifest says. Raises StoreError naming the first that is not."""
         for found in self._found:
-            if problem := found.result():
-                raise StoreError(f"{problem}; restore it, go back to a version before it, or build the index again")
+            _refuse(found.result())
+
+
+def check_file(folder: Path, file: DataFile, verify: str = "full") -> None:
+    """Compare one data file with what its manifest says of it, as :class:`Check` does, and raise StoreError as it."""
+    _refuse(_problem(folder, file, verify))
+
+
+def _refuse(problem: str | None) -> None:
+    if problem:
+        raise StoreError(f"{problem}; restore it, go back to a version before it, or build the index again")
 
 
 def opened(

@@ -18,14 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrieval_tip import stores
 from retrieval_tip.backbone import Backbone, Identity, load_backbone
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier import Prediction
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.features import check_backbone
 from retrieval_tip.manifest import Manifest
+from retrieval_tip.objects import Address
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.stores import Model
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,9 @@ FloatArray = npt.NDArray[np.float32]
 
 RETRY_SECONDS = 30.0
 """A version that could not be opened is tried again after so long: a file may be restored."""
+
+ASKED_EVERY = 2.0
+"""Seconds between two questions to a LanceDB store whether it has another version."""
 
 COMPLETE, NEAREST = 1 << 14, 2048
 """Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
@@ -57,11 +62,11 @@ class Version:
     """One version of an index, opened: what a request has taken it keeps, whatever the folder becomes meanwhile."""
 
     name: str
-    cache: CacheModel
+    cache: Model
     manifest: Manifest
     backbone: Backbone | None
 
-    def settings(self, ask: Ask) -> tuple[CacheModel, int | None, bool]:
+    def settings(self, ask: Ask) -> tuple[Model, int | None, bool]:
         """The index with the settings that are asked for, k (``None`` is all) and whether there is a tail."""
         cache = self.cache
         if ask.alpha is not None or ask.beta is not None:
@@ -139,7 +144,7 @@ class Backbones:
         self._device, self._precision = device, precision
         self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
 
-    def of(self, cache: CacheModel, name: str) -> Backbone | None:
+    def of(self, cache: Model, name: str) -> Backbone | None:
         """That of an index; ``None``, with a warning, where it names none or that cannot be had: features only."""
         identity = cache.backbone
         if identity is None:
@@ -155,7 +160,7 @@ class Backbones:
             self._open[key] = backbone
         return backbone
 
-    def _loaded(self, identity: Identity, cache: CacheModel) -> Backbone:
+    def _loaded(self, identity: Identity, cache: Model) -> Backbone:
         backbone = load_backbone(
             identity.model, identity.pretrained, device=self._device, precision=self._precision, tuned=cache.tuned
         )
@@ -167,37 +172,48 @@ class Backbones:
 
 
 class Served:
-    """An index folder that is served under its ``name``: ``now`` is the version that is answered with."""
+    """An index that is served under its ``name``: ``now`` is the version that is answered with."""
 
-    def __init__(self, folder: Path, backbones: Backbones, device: str, precision: str, verify: str) -> None:
-        """Open it. Raises StoreError where that cannot be."""
-        self.folder, self.name = folder, folder.resolve().name
+    def __init__(self, folder: Path | Address, backbones: Backbones, device: str, precision: str, verify: str) -> None:
+        """Open what is in a folder, or in a LanceDB store. Raises StoreError where that cannot be."""
+        self.folder = folder
+        self.name = folder.name if isinstance(folder, Address) else folder.resolve().name
         self._backbones, self._precision = backbones, precision
         self._changing = threading.Lock()
         self._seen = self._stamp()
-        self._failed_at = -math.inf
-        cache = CacheModel.load(folder, device=device, precision=precision, verify=verify)
+        self._failed_at, self._looked_at = -math.inf, time.monotonic()
+        cache = stores.at(folder).load(device=device, precision=precision, verify=verify)
         self.now = self._opened(cache)
 
+    @property
+    def beside(self) -> Path | None:
+        """The folder that the index lies in; ``None`` for one in a bucket."""
+        place = self.folder.local if isinstance(self.folder, Address) else self.folder
+        return None if place is None else place.resolve().parent
+
     def _stamp(self) -> tuple[int, ...] | None:
-        """What changes whenever the manifest is replaced; ``None`` where there is none."""
+        """What changes whenever the manifest is replaced; ``None`` where there is none, or it takes asking a store."""
+        if isinstance(self.folder, Address):
+            return None
         try:
             found = (self.folder / "manifest.json").stat()
         except OSError:
             return None
         return found.st_ino, found.st_mtime_ns, found.st_size
 
-    def _opened(self, cache: CacheModel) -> Version:
+    def _opened(self, cache: Model) -> Version:
         manifest = cache.manifest
         assert manifest is not None
         version = Version(self.name, cache, manifest, self._backbones.of(cache, self.name))
-        version.answer(Ask(), np.asarray(cache.keys[:1], dtype=np.float32))  # what is set up by the first query
+        version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # what is set up by the first query
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(cache.n)
         return version
 
     def changed(self) -> bool:
-        """Whether the folder may have another version that can be opened: a look at one file."""
+        """Whether there may be another version that can be opened: a look at a file; of a store, whether to ask it."""
+        if isinstance(self.folder, Address):
+            return time.monotonic() - self._looked_at >= ASKED_EVERY
         stamp = self._stamp()
         again = RETRY_SECONDS <= time.monotonic() - self._failed_at < math.inf
         return stamp is not None and (again or stamp != self._seen)
@@ -206,8 +222,9 @@ class Served:
         """Take the folder's current version, where there is another; where it cannot be opened, stay at this one."""
         with self._changing:
             stamp = self._stamp()
-            if stamp is None or not self.changed():
+            if not isinstance(self.folder, Address) and (stamp is None or not self.changed()):
                 return self.now
+            self._looked_at = time.monotonic()
             self._failed_at = -math.inf
             try:
                 cache = self.now.cache.reload()
@@ -223,7 +240,7 @@ class Served:
             return self.now
 
 
-def open_all(folders: Sequence[Path], device: str, precision: str, verify: str) -> dict[str, Served]:
+def open_all(folders: Sequence[Path | Address], device: str, precision: str, verify: str) -> dict[str, Served]:
     """Indexes by name. Raises UsageError where two have one name, StoreError where one cannot be opened."""
     backbones = Backbones(device, precision)
     served: dict[str, Served] = {}

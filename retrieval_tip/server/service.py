@@ -26,6 +26,7 @@ from PIL import Image
 from retrieval_tip import changes, images
 from retrieval_tip.audit import audit, describe_duplicates
 from retrieval_tip.backbone import Backbone, unit
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
 from retrieval_tip.features import Encoder, FloatArray, pixels_of, replacing
 from retrieval_tip.projection import methods, projected
@@ -183,7 +184,10 @@ class Service:
 
     def _add_images(self, one: Served, backbone: Backbone, label: str, datas: Sequence[bytes]) -> changes.Added:
         """Keep the images and add them; of those that are not added, none is kept that was not there."""
-        folder = (self._uploads or one.folder.resolve().parent / f"{one.name}-shots") / _file_name(label)
+        beside = one.beside
+        if self._uploads is None and beside is None:
+            raise Problem(422, f"index {one.name!r} is in a bucket; images are added where serve has --uploads FOLDER")
+        folder = (self._uploads or Path(beside or "") / f"{one.name}-shots") / _file_name(label)
         paths, fresh = [], []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -229,8 +233,8 @@ class Service:
             "method": method,
             "methods": methods(),
             "total": cache.n,
-            "key_ids": cache.labels["key_id"].to_numpy()[found.rows],
-            "class_ids": cache.class_ids.cpu().numpy()[found.rows],
+            "key_ids": found.key_ids,
+            "class_ids": found.class_ids,
             "x": found.places[:, 0].copy(),
             "y": found.places[:, 1].copy(),
             "explained": found.explained,
@@ -240,9 +244,15 @@ class Service:
         """Suspicious shots, worst first. Raises Problem 422 where there are too many keys, 503 while it takes long."""
         if version.cache.n > MOST_AUDITED:
             raise Problem(422, f"{version.cache.n:,} keys are many: use retrieval-tip index audit {version.name}")
+        if not isinstance(version.cache, CacheModel):
+            raise Problem(
+                422, "an index in a LanceDB store is audited as a folder: retrieval-tip index clone, then audit"
+            )
+
+        cache = version.cache
 
         def call() -> tuple[int, list[dict[str, Any]]]:
-            table = audit(version.cache)
+            table = audit(cache)
             return len(table), table.slice(0, AUDITED).to_pylist()
 
         total, shots = await self._once(version, "audit", call)

@@ -1,0 +1,346 @@
+"""``encode``, ``classify``, ``evaluate`` and the views of ``finetune`` by shards on Ray: what each is told and gives.
+
+Each does with a shard what the package does with a source; no figure and no formula is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrieval_tip import stores
+from retrieval_tip.backbone import Identity
+from retrieval_tip.classifier import Classifier
+from retrieval_tip.distributed.engine import Encoding, Ray, Summary, Task, through
+from retrieval_tip.distributed.runs import Run, part_name
+from retrieval_tip.distributed.shards import Opened, Shard, cut_source, digest
+from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
+from retrieval_tip.evaluate import Evaluation, Seen, check_abstain, conclude, see
+from retrieval_tip.features import Encoder, Views, grouped, table_dim, table_identity, write_encoded
+from retrieval_tip.labels import PREDICTIONS, rows_where
+from retrieval_tip.output import prediction_row
+from retrieval_tip.sources import Source
+
+GROUP_ROWS = 1024
+NOT_SAID = ("workers", "batch_size", "strict", "progress")
+"""Settings of an encoder that a run may change on the way: they do not change what is made."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run made: ``rows`` in ``parts``, of which ``kept`` were there; what ``failed``; shards done by each node.
+
+    ``settled``: how many rows took how many keys where answers were certified, of the parts made now.
+    """
+
+    rows: int
+    parts: int
+    kept: int
+    failed: list[Skipped]
+    nodes: dict[str, int]
+    settled: dict[int | None, int] = field(default_factory=dict)
+
+
+@dataclass
+class EncodeTask(Task):
+    """A part of a feature table of each shard, of features of ``dim`` values by the backbone ``identity``."""
+
+    run: Run
+    encoding: Encoding
+    dim: int
+    identity: dict[str, Any] | None
+
+    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+        """Write the part."""
+        identity = None if self.identity is None else Identity.from_dict(self.identity)
+        with self.run.writing(part_name(shard.number)) as path:
+            rows = write_encoded(found.source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
+            failed = _failed(found, encoder)
+            self.run.write_failed(shard.number, failed)
+        return Summary(shard.number, rows, failed)
+
+
+@dataclass
+class IndexTask(Task):
+    """Something that is asked of an index: a folder whose manifest has the digest ``sealed``, with these settings."""
+
+    encoding: Encoding
+    folder: str
+    sealed: str
+    precision: str
+    alpha: float
+    beta: float
+    where: str | None
+    k: int | None
+    tail: bool
+
+    def start(self, device: str, encoder: Encoder) -> None:
+        """Open the index, and take the keys that the condition holds for."""
+        cache = stores.at(self.folder).load(device=device, precision=self.precision, verify="fast")
+        if sealed_as(self.folder) != self.sealed:
+            raise StoreError(f"{self.folder}: not the version that this run began with; start it again")
+        cache.alpha, cache.beta = self.alpha, self.beta
+        self._cache = cache if self.where is None else cache.take(rows_where(cache.labels, self.where))
+
+
+@dataclass
+class ClassifyTask(IndexTask):
+    """A part of the predictions of each shard, with these ``columns``."""
+
+    run: Run
+    columns: list[str]
+    top: int
+    neighbours: int
+    certify: bool
+    abstain: float | None
+
+    def start(self, device: str, encoder: Encoder) -> None:
+        """Open the index."""
+        super().start(device, encoder)
+        if "logits" in self.columns:
+            self._cache = self._cache.every_class()
+
+    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+        """Write the part."""
+        settled: Counter[int | None] = Counter()
+        schema = pa.schema(
+            [(column, PREDICTIONS[column]) for column in self.columns], metadata=self.run.metadata(shard.number)
+        )
+        answers = self._cache.classify_source(
+            found.source, encoder, self.top, self.k, self.tail, self.neighbours, self.certify
+        )
+        rows: list[dict[str, Any]] = []
+        with self.run.writing(part_name(shard.number)) as path:
+            with pq.ParquetWriter(str(path), schema) as writer:
+                for name, prediction in answers:
+                    settled[prediction.keys] += 1
+                    rows.append(prediction_row(name, prediction, self.columns, self.abstain))
+                    if len(rows) == GROUP_ROWS:
+                        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                        rows.clear()
+                if rows:
+                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            failed = _failed(found, encoder)
+            self.run.write_failed(shard.number, failed)
+        return Summary(shard.number, settled.total(), failed, facts={"settled": list(settled.items())})
+
+
+@dataclass
+class EvaluateTask(IndexTask):
+    """What an evaluation needs of each shard."""
+
+    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+        """Classify, and keep a few numbers of each item."""
+        if not len(found.source):
+            return Summary(shard.number, 0, _failed(found, encoder))
+        ids = self._cache.ids_of(found.source)
+        seen = see(self._cache, encoder.blocks(found.source), ids, k=self.k, tail=self.tail)
+        arrays = {name: value for name, value in vars(seen).items() if isinstance(value, np.ndarray)}
+        return Summary(shard.number, len(seen.truth), _failed(found, encoder), arrays=arrays)
+
+
+@dataclass
+class ViewsTask(Task):
+    """The views of each image of a shard, each with a feature of its own."""
+
+    encoding: Encoding
+    names: list[str]
+
+    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+        """Encode; an image that cannot be read is left out."""
+        try:
+            views = replace(encoder, empty=False).encode_views(found.source, self.names)
+        except InputError:
+            if len(encoder.skipped) < len(set(found.source.paths or ())):
+                raise
+            return Summary(shard.number, 0, _failed(found, encoder))
+        return Summary(shard.number, len(views.positions), _failed(found, encoder), arrays=dict(vars(views)))
+
+
+def sealed_as(folder: stores.Place) -> str:
+    """SHA-256 of the manifest of an index, in a folder or a store. Raises StoreError where it cannot be read."""
+    return hashlib.sha256(stores.at(folder).manifest().to_bytes()).hexdigest()
+
+
+def encode(
+    shards: Sequence[Shard],
+    out: str | os.PathLike[str],
+    encoding: Encoding,
+    ray: Ray | None = None,
+    *,
+    progress: bool = False,
+    say: Callable[[Skipped], None] | None = None,
+) -> Made:
+    """Encode shards into a folder of parts, which is a feature table wherever one can be used.
+
+    What ``encode_table`` makes of the whole source stands in the parts, in order. A run that was interrupted goes on
+    with the same call; ``say`` is told of each input that could not be read, of earlier runs too.
+
+    Raises UsageError for images without a backbone, and where ``out`` holds something else; InputError where a table
+    cannot be used or nothing could be read; what :func:`engine.through` raises.
+    """
+    of_features = [shard for shard in shards if shard.features]
+    if of_features:
+        if len(of_features) < len(shards):
+            raise UsageError("images and feature tables together: encode each of them by itself")
+        table: str | Path = of_features[0].place
+        dim, identity, encoding = table_dim(table), table_identity(table), replace(encoding, backbone=None)
+    elif encoding.backbone is None:
+        raise UsageError("images need a backbone; give --model (and --pretrained)")
+    else:
+        backbone = encoding.backbone.load("cpu")  # which says what is wrong with it before any worker starts
+        dim, identity = backbone.dim, backbone.identity
+        del backbone
+    facts = {"task": "encode", "backbone": identity.fingerprint if identity else None, "dim": dim}
+    run = Run.start(out, facts | _described(shards, encoding, _precision(encoding)))
+    task = EncodeTask(run, encoding, dim, None if identity is None else identity.to_dict())
+    return _make(run, task, shards, ray or Ray(), progress, say)
+
+
+def classify(
+    folder: stores.Place,
+    shards: Sequence[Shard],
+    out: str | os.PathLike[str],
+    encoding: Encoding,
+    ray: Ray | None = None,
+    *,
+    settings: dict[str, Any],
+    columns: Sequence[str] = ("input", "label", "probability"),
+    top: int = 1,
+    neighbours: int = 0,
+    certify: bool = False,
+    abstain: float | None = None,
+    progress: bool = False,
+    say: Callable[[Skipped], None] | None = None,
+) -> Made:
+    """Classify shards with an index folder into a folder of parts, with the columns that ``classify`` writes.
+
+    ``settings`` are ``alpha``, ``beta``, ``where``, ``k``, ``tail`` and ``precision``. It goes on and raises as
+    :func:`encode` does; StoreError where the index is changed meanwhile.
+    """
+    sealed = sealed_as(folder)
+    asked: dict[str, Any] = {
+        "columns": list(columns),
+        "top": top,
+        "neighbours": neighbours,
+        "certify": certify,
+        "abstain": abstain,
+    }
+    facts = {"task": "classify", "index": sealed}
+    run = Run.start(out, facts | _described(shards, encoding, settings | asked | _precision(encoding)))
+    task = ClassifyTask(encoding=encoding, folder=str(folder), sealed=sealed, run=run, **settings, **asked)
+    return _make(run, task, shards, ray or Ray(), progress, say)
+
+
+def evaluate(
+    cache: Classifier,
+    folder: stores.Place,
+    shards: Sequence[Shard],
+    encoding: Encoding,
+    ray: Ray | None = None,
+    *,
+    settings: dict[str, Any],
+    abstain: float | None = None,
+    progress: bool = False,
+    say: Callable[[Skipped], None] | None = None,
+) -> tuple[Evaluation, list[Skipped]]:
+    """:func:`evaluate.evaluate` of shards: workers see them, the figures are concluded here in one place.
+
+    ``cache`` is the index of ``folder`` with its settings, ``settings`` as for :func:`classify`. Returns the figures
+    and what could not be read. Raises InputError where that is everything, or a label is no class of the index.
+    """
+    check_abstain(abstain)
+    task = EvaluateTask(encoding=encoding, folder=str(folder), sealed=sealed_as(folder), **settings)
+    found = sorted(through(task, shards, ray or Ray(), progress=progress), key=lambda summary: summary.shard)
+    failed = _told((skipped for summary in found for skipped in summary.failed), say)
+    parts = [Seen(**dict[str, Any](summary.arrays)) for summary in found if summary.rows]
+    if not parts:
+        raise InputError(f"none of the items could be read ({failed[0] if failed else 'there are none'})")
+    seen = Seen.joined(parts)
+    return conclude(cache, seen, len(failed), k=settings["k"], tail=settings["tail"], abstain=abstain), failed
+
+
+@dataclass(frozen=True)
+class RayEncoder(Encoder):
+    """An encoder whose :meth:`encode_views` of images is done by shards on Ray; everything else is done here."""
+
+    encoding: Encoding = field(default_factory=Encoding)
+    ray: Ray = field(default_factory=Ray)
+
+    def encode_views(self, source: Source, names: Sequence[str]) -> Views:
+        """As :meth:`Encoder.encode_views`; each worker encodes the views of some of the shots."""
+        if source.paths is None or not names or len(set(names)) < len(names):
+            return super().encode_views(source, names)
+        first, _ = grouped(source.paths)
+        shards = cut_source(source.take(first), self.ray.size)
+        task = ViewsTask(self.encoding, list(names))
+        summaries = through(task, shards, self.ray, progress=self.progress)
+        found = sorted(summaries, key=lambda summary: summary.shard)
+        for summary in found:
+            for skipped in summary.failed:
+                self._say(skipped)
+        parts = [(shards[summary.shard].first, Views(**summary.arrays)) for summary in found if summary.rows]
+        if not parts:
+            raise self._none_read(source)
+        counts = np.concatenate([np.diff(views.starts) for _, views in parts])
+        return Views(
+            first[np.concatenate([start + views.positions for start, views in parts])],
+            np.concatenate([views.features for _, views in parts]),
+            np.concatenate([[0], np.cumsum(counts)]),
+        )
+
+
+def _make(
+    run: Run,
+    task: Task,
+    shards: Sequence[Shard],
+    ray: Ray,
+    progress: bool,
+    say: Callable[[Skipped], None] | None,
+) -> Made:
+    """Do the shards whose part is not there, and say that all are."""
+    rows = run.done(len(shards))
+    kept = len(rows)
+    nodes: Counter[str] = Counter()
+    settled: Counter[int | None] = Counter()
+    for summary in through(task, [s for s in shards if s.number not in rows], ray, progress=progress):
+        rows[summary.shard] = summary.rows
+        nodes[summary.node] += 1
+        settled.update(dict(summary.facts.get("settled", ())))
+    failed = _told(run.failed(len(shards)), say)
+    if not sum(rows.values()):
+        raise InputError(f"none of the items could be read ({failed[0] if failed else 'there are none'})")
+    run.finish(len(shards), sum(rows.values()), len(failed))
+    return Made(sum(rows.values()), len(shards), kept, failed, dict(nodes), dict(settled))
+
+
+def _failed(found: Opened, encoder: Encoder) -> list[Skipped]:
+    return list(dict.fromkeys([*found.failed, *encoder.skipped]))
+
+
+def _told(failed: Any, say: Callable[[Skipped], None] | None) -> list[Skipped]:
+    """Each input once, however many shards have met it."""
+    once = list(dict.fromkeys(failed))
+    for skipped in once:
+        if say is not None:
+            say(skipped)
+    return once
+
+
+def _described(shards: Sequence[Shard], encoding: Encoding, settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's description every task has."""
+    said = {name: value for name, value in encoding.settings.items() if name not in NOT_SAID}
+    return {"source": digest(shards), "shards": len(shards), "settings": said | settings}
+
+
+def _precision(encoding: Encoding) -> dict[str, Any]:
+    return {} if encoding.backbone is None else {"encoded_in": encoding.backbone.precision}

@@ -1,0 +1,105 @@
+"""An object store on loopback: moto's S3, a fresh bucket for each test, and the environment that finds it.
+
+A test file takes the fixtures by ``bucket = buckets.bucket``: ``bucket`` is an address below a fresh bucket, ``place``
+that of a store on a disk and in a bucket in turn.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import io
+import itertools
+import os
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEY, SECRET, REGION = "testing-key", "testing-secret", "us-east-1"
+
+_numbers = itertools.count()
+
+
+def _one_at_a_time(app: Callable[..., Iterable[bytes]]) -> Callable[..., list[bytes]]:
+    """Moto looks whether an object exists, then writes it; a real service does both in one step."""
+    lock = threading.Lock()
+
+    def call(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if length := environ.get("CONTENT_LENGTH"):  # read before: a client that is stopped meanwhile stops no other
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(length)))
+        with lock:
+            return list(app(environ, start_response))
+
+    return call
+
+
+@functools.cache
+def endpoint() -> str:
+    """The address of this process's server, which is started where it was not, and ends with the process."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
+
+    class Quiet(MotoRequestHandler):
+        def log(self, *_: object) -> None:
+            pass
+
+    app = _one_at_a_time(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        thread.join(5)
+        server.server_close()
+
+    atexit.register(stop)
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def use(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> None:
+    """The environment that finds a server; processes that are started inherit it."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    settings = {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": REGION,
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_METADATA_ENDPOINT": "http://127.0.0.1:9",  # nothing is asked beyond this machine
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    for name, value in (settings | more).items():
+        monkeypatch.setenv(name, value)
+
+
+def fresh_bucket() -> str:
+    """The name of a new bucket."""
+    name = f"bucket-{os.getpid()}-{next(_numbers)}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(f"{endpoint()}/{name}", method="PUT")) as answer:
+        assert answer.status == 200
+    return name
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a store in a fresh bucket, with nothing there yet."""
+    use(monkeypatch, endpoint())
+    return f"s3://{fresh_bucket()}/indexes/pets"
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a store with nothing there yet: on a disk, and in a bucket."""
+    if request.param == "disk":
+        return f"lance://{(tmp_path / 'indexes' / 'pets').as_posix()}"
+    return str(request.getfixturevalue("bucket"))

@@ -1,0 +1,649 @@
+"""Objects below an address: on a disk, in a bucket, and what is said where they cannot be reached."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import http.server
+import json
+import os
+import socket
+import stat
+import string
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import buckets
+import pytest
+from conftest import AS_ROOT
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from retrieval_tip import objects
+from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.objects import Address, Objects, storage_options
+
+pytestmark = pytest.mark.timeout(60)
+
+bucket, place = buckets.bucket, buckets.place
+
+CLOSED = "http://127.0.0.1:9"
+"""Nothing listens on the port of discard."""
+
+
+def parsed(text: str) -> Address:
+    address = Address.parse(text)
+    assert address is not None
+    return address
+
+
+def at(text: str) -> Objects:
+    return Objects.at(parsed(text))
+
+
+# ---------------------------------------------------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "name"),
+    [
+        ("lance://indexes/x", "lance://indexes/x", "x"),
+        ("lance:///abs/x/", "lance:///abs/x", "x"),
+        ("lance:////abs//./x//", "lance:///abs/x", "x"),
+        ("lance://../x y ü%41#", "lance://../x y ü%41#", "x y ü%41#"),
+        ("lance://a@b", "lance://a@b", "a@b"),
+        ("LANCE://x", "lance://x", "x"),
+        ("s3://bucket/x", "s3://bucket/x", "x"),
+        ("s3://bucket//a//b/", "s3://bucket/a/b", "b"),
+        ("S3://bucket/a@b:c", "s3://bucket/a@b:c", "a@b:c"),
+        ("gs://my_bucket.de/a/ü b", "gs://my_bucket.de/a/ü b", "ü b"),
+    ],
+)
+def test_an_address_has_one_text(text: str, canonical: str, name: str):
+    address = parsed(text)
+    assert (str(address), address.name) == (canonical, name)
+    assert parsed(canonical) == address
+    assert len({parsed(canonical), address}) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "indexes/x", "/abs/s3://b/x", "s3:/b/x", "s3", "az://b/x", "http://h/x", "lance:/x", r"C:\x"]
+)
+def test_a_folder_is_no_address(text: str):
+    assert Address.parse(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("s3://", "no bucket"),
+        ("gs:///x", "no bucket"),
+        ("s3://bucket", "no path"),
+        ("s3://bucket//", "no path"),
+        ("lance://", "no path"),
+        ("lance:///", "no path"),
+        ("lance://.", "no path"),
+        ("lance://a/..", "no path"),
+        ("s3://b/x", "no bucket's name"),
+        ("s3://-bucket/x", "no bucket's name"),
+        ("s3://bücket/x", "no bucket's name"),
+        ("s3://bucket/a/../b", "'..'"),
+        ("s3://bucket/./b", "'.'"),
+        ("s3://bucket/a%41", "'%'"),
+        ("s3://bucket/a#b", "'#'"),
+        ("s3://bucket/a\\b", "\\"),
+        ("s3://bucket/x\n", "control characters"),
+        ("lance://x\x00", "control characters"),
+        ("lance://x\udcff", "not UTF-8"),
+        ("s3://bucket/x\x1b[2J", "control characters"),
+        ("s3://host:9000/bucket", "AWS_ENDPOINT_URL"),
+        ("s3://user:hunter2@bucket/x", "AWS_ACCESS_KEY_ID"),
+        ("s3://user:hun/ter2@bucket/x", "begins with a bucket's name"),
+        ("gs://hunter2@bucket/x", "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("lance://user:hunter2@host/x", "no user and password"),
+        ("s3://bucket/x?secret=hunter2", "no query"),
+        ("lance://x?secret=hunter2", "no query"),
+    ],
+)
+def test_what_cannot_be_an_address_is_refused_in_one_line(text: str, says: str):
+    with pytest.raises(UsageError) as caught:
+        Address.parse(text)
+    message = str(caught.value)
+    assert says in message
+    assert message.isprintable()
+    assert "hunter2" not in message
+    assert "ter2" not in message
+
+
+_ANY = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="/?"), min_size=1)
+_PART = _ANY.filter(lambda part: part not in (".", "..") and not objects._UNLIKE.search(part))
+_BUCKETS = st.text(string.ascii_lowercase + string.digits, min_size=3, max_size=63)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["s3", "gs"]), _BUCKETS, st.lists(_PART, min_size=1, max_size=4), st.sampled_from(["", "/"]))
+def test_addresses_of_buckets_come_back(scheme: str, name: str, parts: list[str], end: str):
+    address = parsed(f"{scheme}://{name}/{'/'.join(parts)}{end}")
+    assert address == Address(scheme, name, "/".join(parts))
+    assert parsed(str(address)) == address
+    assert address.uri == str(address)
+    assert address.local is None
+    assert address.name == parts[-1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.booleans(), st.lists(_ANY.filter(lambda part: part not in (".", "..") and ":" not in part), min_size=1))
+def test_addresses_of_folders_come_back(absolute: bool, parts: list[str]):
+    path = ("/" if absolute else "") + "/".join(parts)
+    address = parsed(f"lance://{path}")
+    assert address.local == Path(path)
+    assert parsed(str(address)) == address
+    assert Path(address.uri) == Path(path).absolute()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["s3://", "gs://", "lance://", ""]), st.text() | st.text(":@/?.ab%\n"))
+@example("s3://", "a:b@c/d")
+@example("lance://", "a:b/c@d")
+def test_any_text_is_an_address_or_a_folder_or_refused(scheme: str, text: str):
+    try:
+        address = Address.parse(scheme + text)
+    except UsageError as error:
+        refused = str(error)
+        assert refused.isprintable()
+        return
+    if address is not None:
+        assert parsed(str(address)) == address
+        assert "?" not in str(address)
+        str(address).encode()
+    else:
+        assert not scheme
+
+
+def test_a_local_address_for_lancedb_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert parsed("lance://a:b/x").uri == str(tmp_path / "a:b" / "x")
+    assert parsed("lance://a/../x").uri == str(tmp_path / "x")
+
+
+# -------------------------------------------------------------------------------------------------------- the contract
+
+
+def test_what_is_written_is_read(place: str):
+    store = at(place)
+    assert store.names() == store.names("a") == []
+    store.put("a/x", b"one")
+    store.put("a/x", b"two")
+    store.put("a/b/y", b"")
+    store.put("z", bytes(range(256)) * 8192)  # more than one part of an upload takes
+    assert store.get("a/x") == b"two"
+    assert store.get("a/b/y") == b""
+    assert store.get("z") == bytes(range(256)) * 8192
+    assert [store.size(name) for name in ("a/x", "a/b/y", "z")] == [3, 0, 1 << 21]
+    assert store.names() == ["z"]
+    assert store.names("a") == ["a/x"]
+    assert store.names("a/b") == ["a/b/y"]
+    assert store.names("z") == []
+
+
+def test_names_are_sorted_and_all_of_them(place: str):
+    store = at(place)
+    names = [f"many/{number:04d}" for number in range(30)]
+    for name in reversed(names):
+        store.put(name, b"x")
+    assert store.names("many") == names
+    store.delete(names[:20])
+    assert store.names("many") == names[20:]
+
+
+def test_what_is_not_there_is_said_so(place: str):
+    store = at(place)
+    for ask in (store.get, store.size):
+        for name in ("x", "a/x"):
+            with pytest.raises(FileNotFoundError):
+                ask(name)
+    store.put("a/x", b"1")
+    for ask in (store.get, store.size):
+        for name in ("a", "a/x/y"):  # neither a folder nor what lies below an object is one
+            with pytest.raises(FileNotFoundError):
+                ask(name)
+
+
+def test_removing_minds_nothing_that_is_gone(place: str):
+    store = at(place)
+    store.delete(["x", "a/x"])
+    store.put("a/x", b"1")
+    store.put("y", b"1")
+    store.delete(["gone", "a/x", "a/x/y", "y"])
+    assert store.names() == store.names("a") == []
+    store.delete([])
+
+
+def test_a_limit_of_bytes(place: str):
+    store = at(place)
+    store.put("x", b"12345")
+    assert store.get("x", 5) == store.get("x", most=6) == b"12345"
+    with pytest.raises(StoreError, match=r"pets/x: 5 bytes.*at most 4") as caught:
+        store.get("x", 4)
+    assert str(caught.value).isprintable()
+
+
+def test_only_the_first_creates(place: str):
+    store = at(place)
+    assert store.create("v/1", b"first")
+    assert not store.create("v/1", b"second")
+    assert store.get("v/1") == b"first"
+    store.delete(["v/1"])
+    assert store.create("v/1", b"second")
+    assert store.names("v") == ["v/1"]
+
+
+def test_of_threads_that_create_one_name_at_once_one_wins(place: str):
+    store = at(place)
+    barrier, won = threading.Barrier(2), [list[int](), list[int]()]
+
+    def work(own: int) -> None:
+        for number in range(20):
+            barrier.wait(20)
+            if store.create(f"race/{number}", b"%d" % own):
+                won[own].append(number)
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won[0] + won[1]) == list(range(20))
+    assert all(store.get(f"race/{number}") == b"%d" % own for own in range(2) for number in won[own])
+
+
+def test_of_processes_that_create_one_name_at_once_one_wins(place: str):
+    script = (
+        "import sys; from retrieval_tip.objects import Address, Objects;"
+        "store = Objects.at(Address.parse(sys.argv[1]));"
+        "store.put(sys.argv[2], b''); sys.stdin.readline();"
+        "print(*(n for n in range(20) if store.create(f'race/{n}', sys.argv[2].encode())))"
+    )
+    command = [sys.executable, "-c", script, place]
+    processes = [
+        subprocess.Popen([*command, own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for own in "ab"
+    ]
+    store = at(place)
+    while store.names() != ["a", "b"]:
+        time.sleep(0.02)
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    won = [[int(number) for number in process.communicate(timeout=30)[0].split()] for process in processes]
+    assert sorted(won[0] + won[1]) == list(range(20))
+    for own, numbers in zip("ab", won, strict=True):
+        assert all(store.get(f"race/{number}") == own.encode() for number in numbers)
+
+
+@pytest.mark.parametrize("name", ["", "/x", "x/", "a//b", "..", "a/../b", ".x", "a/.b", "a b", "a\n", "a\\b", "a%41"])
+def test_a_name_leads_nowhere_else(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    buckets.use(monkeypatch, CLOSED)  # which is not asked
+    for place in (f"lance://{tmp_path}/x", "s3://bucket/x"):
+        store = at(place)
+        for ask in every(store, name):
+            fails(ask, "can be no object's name")
+        if name:
+            fails(functools.partial(store.names, name), "can be no object's name")
+    assert not any(tmp_path.iterdir())
+
+
+def test_prefixes_that_both_clients_take(bucket: str):
+    lancedb, pa = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
+    root = bucket.rpartition("/")[0]
+    for name in ("ü b", "a+b=c@d:e&f", "a,b;c'd(e)!$~", "日本"):
+        address = parsed(f"{root}/{name}")
+        Objects.at(address).put("own", b"x")
+        database = lancedb.connect(address.uri, storage_options=storage_options(address))
+        database.create_table("t", pa.table({"a": [1, 2]}))
+        assert Objects.at(address).names("t.lance/_versions")
+        assert database.open_table("t").count_rows() == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- disk
+
+
+def test_on_a_disk_nothing_else_is_left_and_it_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flushed: list[Path] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{handle}").resolve() if sys.platform == "linux" else Path())
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = at(f"lance://{tmp_path}/a/store")
+    assert store.create("v/1", b"1")
+    assert not store.create("v/1", b"2")
+    assert [path.name for path in (tmp_path / "a" / "store" / "v").iterdir()] == ["1"]
+    if sys.platform == "linux":
+        folders = {tmp_path, tmp_path / "a", tmp_path / "a" / "store", tmp_path / "a" / "store" / "v"}
+        assert folders <= set(flushed)
+        assert flushed[0].name.startswith(".1.")  # what is flushed has no name yet that a reader would see
+
+
+def test_on_a_disk_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path):
+    (tmp_path / ".1.abc.tmp").write_bytes(b"half")
+    (tmp_path / "my photo.jpg").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    store = at(f"lance://{tmp_path}")
+    assert store.names() == []
+    assert store.create("1", b"whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="SKIPPED: needs named pipes")
+def test_on_a_disk_a_pipe_is_no_object(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for most in (None, 10):
+        with pytest.raises(FileNotFoundError):
+            at(f"lance://{tmp_path}").get("pipe", most)
+
+
+def test_on_a_disk_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_bytes(b"x")
+    for place, name in ((f"{tmp_path}/file/store", "x"), (f"{tmp_path}/file", "x"), (f"{tmp_path}", "file/x")):
+        store = at(f"lance://{place}")
+        for write in (store.put, store.create):
+            with pytest.raises(StoreError, match=r"x: cannot be written: (Not a directory|a file lies where a folder)"):
+                write(name, b"")
+        assert store.names("file") == []
+    store = at(f"lance://{tmp_path}")
+    store.put("folder/x", b"")
+    with pytest.raises(StoreError, match="cannot be written: Is a directory"):
+        store.put("folder", b"")
+    with pytest.raises(StoreError, match="cannot be removed"):
+        store.delete(["folder"])
+    assert not store.create("folder", b"")
+
+    def link(source: object, target: object) -> None:
+        raise OSError(95, "Operation not supported", str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(StoreError, match="no hard links"):
+        store.create("new", b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.skipif(AS_ROOT or os.name != "posix", reason="SKIPPED: root may write everywhere")
+def test_on_a_disk_a_folder_that_may_not_be_written(tmp_path: Path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(StoreError, match="cannot be written: Permission denied"):
+        at(f"lance://{tmp_path}").put("x", b"")
+
+
+def test_a_disk_needs_no_obstore(tmp_path: Path, no_obstore: None):
+    store = at(f"lance://{tmp_path}/x")
+    assert store.create("a", b"1")
+    assert store.get("a") == b"1"
+    for text in ("s3://bucket/x", "gs://bucket/x"):
+        with pytest.raises(UsageError) as caught:
+            at(text)
+        assert str(caught.value) == f"{text}: needs pip install 'retrieval-tip[distributed]'"
+
+
+@pytest.fixture
+def no_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("obstore"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong elsewhere
+
+
+def every(store: Objects, name: str) -> list[Callable[[], object]]:
+    """Each way to ask for an object."""
+    return [
+        lambda: store.get(name),
+        lambda: store.put(name, b""),
+        lambda: store.create(name, b""),
+        lambda: store.delete([name]),
+        lambda: store.size(name),
+    ]
+
+
+def fails(ask: Callable[[], object], *says: str, within: float = 20.0) -> None:
+    began = time.monotonic()
+    with pytest.raises(StoreError) as caught:
+        ask()
+    assert time.monotonic() - began < within
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 400
+    for text in says:
+        assert text in message
+    for text in (buckets.SECRET, buckets.KEY, "Debug source", "<"):
+        assert text not in message
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+def test_no_such_bucket(bucket: str):
+    store = at("s3://no-such-bucket/indexes/x")
+    for ask in [*every(store, "a/x"), lambda: store.names("a")]:
+        fails(ask, "s3://no-such-bucket/indexes/x/a", "no such bucket")
+
+
+def test_no_server(monkeypatch: pytest.MonkeyPatch):
+    buckets.use(monkeypatch, CLOSED)
+    monkeypatch.setattr(objects, "RETRIES", 1)
+    store = at("s3://bucket/x")
+    for ask in (lambda: store.get("a/x"), lambda: store.create("a/x", b""), lambda: store.names("a")):
+        fails(ask, "s3://bucket/x/a", "cannot connect to 127.0.0.1:9", "AWS_ENDPOINT_URL", within=5)
+
+
+def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        buckets.use(monkeypatch, f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(objects, "ANSWER_SECONDS", 0.4)
+        monkeypatch.setattr(objects, "RETRY_SECONDS", 0.4)
+        store = at("s3://bucket/x")
+        fails(lambda: store.create("a", b""), f"no answer from 127.0.0.1:{port}", within=4)
+        fails(lambda: store.get("a"), f"no answer from 127.0.0.1:{port}", within=4)
+
+
+def test_an_unreachable_server_costs_at_most_twenty_seconds():
+    assert objects.RETRY_SECONDS + max(objects.ANSWER_SECONDS, objects.CONNECT_SECONDS) <= 20
+
+
+@pytest.mark.parametrize("without", [["AWS_ACCESS_KEY_ID"], ["AWS_SECRET_ACCESS_KEY"], ["both"]])
+def test_no_credentials(without: list[str], bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for name in without if without != ["both"] else ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]:
+        monkeypatch.delenv(name)
+    fails(lambda: at(bucket).get("x"), "no credentials", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (403, "InvalidAccessKeyId", "access denied (InvalidAccessKeyId)"),
+        (403, "SignatureDoesNotMatch", "access denied (SignatureDoesNotMatch)"),
+        (403, "", "access denied (status 403)"),
+        (401, "", "access denied (status 401)"),
+        (301, "PermanentRedirect", "AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", "AWS_REGION"),
+        (503, "SlowDown", "the service answers SlowDown"),
+        (501, "NotImplemented", "the service answers NotImplemented"),
+        (404, "NoSuchBucket", "no such bucket"),
+    ],
+)
+def test_what_a_service_refuses(status: int, code: str, says: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(objects, "RETRIES", 1)
+    echo = f"{buckets.KEY} {buckets.SECRET}"
+    body = f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><AWSAccessKeyId>{echo}</AWSAccessKeyId></Error>".encode()
+    with answering(lambda *_: (status, body if code else b"\x1b[2J")) as server:
+        buckets.use(monkeypatch, server)
+        store = at("s3://bucket/x")
+        fails(lambda: store.get("a"), "s3://bucket/x/a: ", says, within=5)
+        fails(lambda: store.create("a", b""), "s3://bucket/x/a: ", says, within=5)
+        fails(lambda: store.names("a"), "s3://bucket/x/a: ", says, within=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("AWS_ALLOW_HTTP", "", "AWS_ALLOW_HTTP=true"),
+        ("AWS_ENDPOINT_URL", "localhost:9000", "AWS_ENDPOINT_URL is not the address of a server"),
+        ("AWS_ENDPOINT_URL", "http://[x", "AWS_ENDPOINT_URL is not the address of a server"),
+        ("AWS_ENDPOINT_URL_S3", f"http://u:{buckets.SECRET}@h", "AWS_ENDPOINT_URL_S3 is not the address of a server"),
+    ],
+)
+def test_an_environment_that_cannot_be_used(name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch):
+    buckets.use(monkeypatch, CLOSED)
+    monkeypatch.setenv(name, value)
+    address = parsed("s3://bucket/x")
+    fails(lambda: Objects.at(address), "s3://bucket/x: ", says)
+    fails(lambda: storage_options(address), "s3://bucket/x: ", says)
+
+
+# -------------------------------------------------------------------------------------------------- LanceDB's settings
+
+
+@pytest.mark.parametrize(
+    ("variable", "region"), [("AWS_ENDPOINT_URL_S3", True), ("AWS_ENDPOINT_URL", False), ("AWS_ENDPOINT", True)]
+)
+def test_both_clients_ask_the_same_server(variable: str, region: bool, bucket: str, monkeypatch: pytest.MonkeyPatch):
+    lancedb, pa = pytest.importorskip("lancedb"), pytest.importorskip("pyarrow")
+    order = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    for later in order[order.index(variable) :]:  # those that come after it name another server
+        monkeypatch.setenv(later, CLOSED)
+    monkeypatch.setenv(variable, buckets.endpoint())
+    if not region:
+        monkeypatch.delenv("AWS_REGION")
+    address = parsed(bucket)
+    options = storage_options(address)
+    assert options["aws_endpoint"] == buckets.endpoint()
+    assert not {buckets.KEY, buckets.SECRET} & set(options.values())
+    database = lancedb.connect(address.uri, storage_options=options)
+    database.create_table("t", pa.table({"a": [1, 2, 3]}))
+    store = Objects.at(address)
+    assert store.names("t.lance/_versions")
+    assert database.open_table("t").count_rows() == 3
+
+
+def test_lancedb_gives_a_server_up_as_soon(monkeypatch: pytest.MonkeyPatch):
+    lancedb = pytest.importorskip("lancedb")
+    buckets.use(monkeypatch, CLOSED)
+    monkeypatch.setattr(objects, "RETRIES", 0)
+    address = parsed("s3://bucket/x")
+    began = time.monotonic()
+    with pytest.raises(Exception, match=r"127\.0\.0\.1:9"):
+        lancedb.connect(address.uri, storage_options=storage_options(address)).open_table("t")
+    assert time.monotonic() - began < 20
+
+
+def test_a_folder_needs_no_options(tmp_path: Path):
+    assert storage_options(parsed(f"lance://{tmp_path}")) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------------- GCS
+
+Answer = tuple[int, bytes]
+
+
+@contextmanager
+def answering(answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> Iterator[str]:
+    """A server that answers as the function says: of method, path with query, headers and body."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            status, data = answer(self.command, self.path, headers, body)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", '"1"')
+            self.send_header("x-goog-generation", "1")
+            self.send_header("Last-Modified", "Wed, 25 Nov 2026 18:00:00 GMT")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_the_contract_on_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kept: dict[str, bytes] = {}
+
+    def answer(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+        parts = urlsplit(path)
+        name = unquote(parts.path)
+        if name.strip("/") == "bucket":
+            prefix = parse_qs(parts.query).get("prefix", [""])[0]
+            found = [key for key in kept if key.removeprefix("/bucket/").startswith(prefix)]
+            entry = "<Contents><Key>{}</Key><Size>1</Size><LastModified>2026-11-25T18:00:00Z</LastModified></Contents>"
+            entries = "".join(entry.format(key.removeprefix("/bucket/")) for key in found)
+            return 200, f"<ListBucketResult>{entries}</ListBucketResult>".encode()
+        if method == "PUT":
+            if headers.get("x-goog-if-generation-match") == "0" and name in kept:
+                return 412, b""
+            kept[name] = body
+            return 200, b""
+        if name not in kept:
+            return 404, b"<Error><Code>NoSuchKey</Code></Error>"
+        if method == "DELETE":
+            del kept[name]
+            return 204, b""
+        return 200, kept[name]
+
+    with answering(answer) as server:
+        buckets.use(monkeypatch, CLOSED)
+        account = tmp_path / "account.json"
+        entries = {"gcs_base_url": server, "disable_oauth": True, "client_email": "", "private_key": ""}
+        account.write_text(json.dumps(entries | {"private_key_id": ""}))
+        monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+        store = at("gs://bucket/indexes/x")
+        assert store.create("v/1", b"1")
+        assert not store.create("v/1", b"2")
+        store.put("v/2", b"22")
+        assert (store.get("v/1"), store.size("v/2")) == (b"1", 2)
+        assert store.names("v") == ["v/1", "v/2"]
+        store.delete(["gone", "v/1", "gone-too", "v/2"])
+        assert kept == {}
+        with pytest.raises(FileNotFoundError):
+            store.get("v/1")
+
+
+def test_gcs_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    buckets.use(monkeypatch, CLOSED)
+    for name in ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"):
+        monkeypatch.setenv(name, "127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path))  # gcloud keeps credentials there
+    monkeypatch.setattr(objects, "RETRIES", 1)
+    fails(lambda: at("gs://bucket/x").get("a"), "gs://bucket/x/a: no credentials", "GOOGLE_APPLICATION_CREDENTIALS")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    fails(lambda: at("gs://bucket/x"), "gs://bucket/x: no credentials", "GOOGLE_APPLICATION_CREDENTIALS")
