@@ -3,6 +3,7 @@
 \b
     python benchmarks/scale.py                                       # 1,000,000 x 512 of 10,000 classes, float16
     python benchmarks/scale.py --keys 10000000 --classes 100000 --folder /tmp     # 40 GB of disk
+    python benchmarks/scale.py --keys 5000000 --store lance --folder /tmp         # the same in a LanceDB store
     python benchmarks/scale.py --memory                              # 50,000 queries against 16,000 keys, exact
 
 Without --memory: makes a feature table (benchmarks/made.py) a block at a time, builds an index from it with `index
@@ -34,7 +35,7 @@ import pyarrow.parquet as pq
 from made import ROWS, Made
 from throughput import FACTS, SEED, Row, facts, machine_line, write_rows
 
-from retrieval_tip import CacheModel
+from retrieval_tip import CacheModel, stores
 from retrieval_tip.defaults import untouched_settings
 
 GIB = 2**30
@@ -125,11 +126,16 @@ def class_names(c: int) -> list[str]:
     return [f"class {i:06d}" for i in range(c)]
 
 
-def answer(folder: Path, exact_queries: int) -> Row:
+def place_of(folder: Path, store: str) -> str:
+    """Where the index is."""
+    return f"lance://{folder / 'index'}" if store == "lance" else str(folder / "index")
+
+
+def answer(folder: Path, store: str, exact_queries: int) -> Row:
     """In a fresh process: open the index below ``folder``, and classify its queries."""
     queries, ids = np.load(folder / "queries.npy"), np.load(folder / "ids.npy")
     start = time.perf_counter()
-    cache = CacheModel.load(folder / "index", device="cpu", precision="float32")
+    cache = stores.at(place_of(folder, store)).load(device="cpu", precision="float32")
     opening = time.perf_counter() - start
     position = {name: i for i, name in enumerate(cache.class_names)}
 
@@ -151,7 +157,7 @@ def answer(folder: Path, exact_queries: int) -> Row:
     expected = cache.logits(queries[:few]).argmax(dim=1).numpy()
     exact = time.perf_counter() - start
     return {
-        "index": cache.index.factory,
+        "index": cache.index_type,
         "k": cache.k,
         "opening": opening,
         "first": first,
@@ -198,8 +204,10 @@ def large(folder: Path, given: dict[str, Any]) -> Iterator[tuple[str, float | No
     yield "making the table", time.perf_counter() - start, "s"
     command = Path(sys.executable).with_name("retrieval-tip")
     tables = (folder / "table.parquet", "--text", folder / "text.parquet")
-    options = ("--dtype", dtype, "--index", given["index"], "--out", folder / "index", "--device", "cpu")
-    met = () if given["k"] is None else ("-k", given["k"])
+    place = place_of(folder, given["store"])
+    options = ("--dtype", dtype, "--index", given["index"], "--out", place, "--device", "cpu")
+    k = given["k"] or (256 if given["store"] == "lance" else None)
+    met = () if k is None else ("-k", k)
     build = launch(command, "-q", "index", "build", *tables, *options, *met)
     table_size = (folder / "table.parquet").stat().st_size
     (folder / "table.parquet").unlink()  # so that its pages make room
@@ -207,9 +215,10 @@ def large(folder: Path, given: dict[str, Any]) -> Iterator[tuple[str, float | No
     yield "building, peak resident", build.peak, "GiB"
     yield "building, of it anonymous", build.anonymous, "GiB"
     yield "feature table", table_size / GIB, "GiB"
-    for path in sorted((folder / "index" / "data").iterdir()):
-        yield f"file of {path.name.partition('-')[0]}", path.stat().st_size / GIB, "GiB"
-    process = launch(sys.executable, __file__, "--answer", folder, "--exact-queries", given["exact_queries"])
+    for part, size in sizes_of(folder / "index").items():
+        yield part, size / GIB, "GiB"
+    options = ("--store", given["store"], "--exact-queries", given["exact_queries"])
+    process = launch(sys.executable, __file__, "--answer", folder, *options)
     found = json.loads(process.output)
     given["index"], given["k"] = found["index"], found["k"]
     yield "opening, every byte checked", found["opening"], "s"
@@ -222,6 +231,17 @@ def large(folder: Path, given: dict[str, Any]) -> Iterator[tuple[str, float | No
     yield "agreement with all keys, on them", 100 * found["agreement"], "%"
     yield "answering, peak resident", process.peak, "GiB"
     yield "answering, of it anonymous", process.anonymous, "GiB"
+
+
+def sizes_of(index: Path) -> dict[str, int]:
+    """Bytes of the files of an index, by what they are."""
+    sizes: dict[str, int] = {}
+    for path in sorted(path for path in index.rglob("*") if path.is_file()):
+        inner = path.relative_to(index).parts
+        name = f"folder {inner[1]} of the table" if inner[0].endswith(".lance") else f"file of {path.name.partition('-')[0]}"
+        if inner[0] == "data" or inner[0].endswith(".lance"):
+            sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    return sizes
 
 
 def exact_memory(given: dict[str, Any]) -> Iterator[tuple[str, float | None, str]]:
@@ -262,6 +282,7 @@ def default(name: str) -> str:
 @click.option("--queries", type=click.IntRange(min=1), help=default("queries"))
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option("--index", default="auto", show_default=True)
+@click.option("--store", type=click.Choice(["folder", "lance"]), default="folder", show_default=True)
 @click.option("-k", type=click.IntRange(min=1), help="Nearest keys that a query meets.  [default: the index's]")
 @click.option("--exact-queries", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir, help="For files.")
@@ -272,7 +293,7 @@ def default(name: str) -> str:
 def main(memory: bool, folder: Path, out: Path | None, to_answer: Path | None, to_classify: bool, **given: Any) -> None:
     """Measure, print, write; the hidden options are the processes that are measured."""
     if to_answer is not None:
-        click.echo(json.dumps(answer(to_answer, given["exact_queries"])))
+        click.echo(json.dumps(answer(to_answer, given["store"], given["exact_queries"])))
         return
     if to_classify:
         click.echo(json.dumps(classify_exactly(*(given[name] for name in ("keys", "dim", "classes", "queries")))))

@@ -424,7 +424,8 @@ def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> l
         raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
     if where is None:
         chosen = list(dict.fromkeys(key_ids or []))
-        there = cache.find(key_ids=chosen)["key_id"].to_pylist() if chosen else []
+        possible = [key_id for key_id in chosen if -(2**63) <= key_id < 2**63]
+        there = cache.find(key_ids=possible)["key_id"].to_pylist() if possible else []
         if missing := sorted(set(chosen).difference(there)):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         return chosen

@@ -18,7 +18,7 @@ from retrieval_tip.backbone import Identity
 from retrieval_tip.errors import BackboneError, StoreError
 
 FORMAT = "retrieval-tip index"
-FORMAT_VERSION = 3
+FOLDER_FORMAT, FORMAT_VERSION = 2, 3
 """1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2.
 3 is 2 with a ``table``; a folder has none, and stays at 2."""
 
@@ -121,7 +121,7 @@ class Manifest:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
         body = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         if self.table is None:  # which older programs read too
-            body |= {"format_version": 2}
+            body |= {"format_version": FOLDER_FORMAT}
             del body["table"]
         return _seal(body)
 

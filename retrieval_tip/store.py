@@ -81,7 +81,10 @@ def read_manifest(folder: Path) -> Manifest:
     _check_name(folder)
     path = folder / "manifest.json"
     try:
-        return Manifest.from_bytes(_read_manifest(folder, path), str(path))
+        found = Manifest.from_bytes(_read_manifest(folder, path), str(path))
+        if found.table is not None:
+            raise StoreError(f"{path}: is the manifest of a LanceDB store, not of a folder; restore the folder's own")
+        return found
     except FileNotFoundError:
         what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
         raise StoreError(f"{folder}: {what}; make one with retrieval-tip index build SOURCE --out {folder}") from None

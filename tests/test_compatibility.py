@@ -1,7 +1,7 @@
 """Indexes that older versions wrote load for ever: ``indexes/vN`` was written by format N, and is never changed.
 
 ``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
-keys and the 4 nearest.
+keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import pytest
 
 from retrieval_tip import changes
 from retrieval_tip.cache_model import CacheModel, verify
-from retrieval_tip.manifest import FORMAT_VERSION, Manifest
+from retrieval_tip.classifier import Classifier
+from retrieval_tip.manifest import FOLDER_FORMAT, FORMAT_VERSION, Manifest
 from retrieval_tip.store import history, query, read_manifest
+from retrieval_tip.stores import at
 
 INDEXES = Path(__file__).parent / "indexes"
 NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]
@@ -28,7 +30,7 @@ def expected(version: str) -> dict[str, Any]:
     return found
 
 
-def check_answers(cache: CacheModel, version: str, name: str) -> None:
+def check_answers(cache: Classifier, version: str, name: str) -> None:
     known = expected(version)
     features, answers = np.array(known["features"], dtype=np.float32), known["answers"][name]
     np.testing.assert_allclose(cache.logits(features), answers["all"], rtol=1e-5, atol=1e-5)
@@ -58,7 +60,7 @@ def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_pat
     changes.configure(folder, temperature=2.0)
     new = verify(folder)
     check_answers(new, version, name)
-    assert json.loads((folder / "manifest.json").read_text())["format_version"] == FORMAT_VERSION
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == FOLDER_FORMAT
     kept = folder / "manifests" / f"{old.version:06d}.json"
     assert kept.read_bytes() == (INDEXES / version / name / "manifest.json").read_bytes()
     assert history(folder)["change"].to_pylist()[-1] == "set temperature 2"
@@ -68,6 +70,17 @@ def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_pat
     assert verify(folder).n == old.n + 1
     changes.rollback(folder, old.version)
     check_answers(verify(folder), version, name)
+
+
+def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> None:
+    shutil.copytree(INDEXES / "v3" / "plain", tmp_path / "plain")
+    store = at(f"lance://{tmp_path / 'plain'}")
+    old = store.manifest()
+    assert json.loads((tmp_path / "plain/manifests/000001.json").read_text())["format_version"] == FORMAT_VERSION
+    check_answers(store.verify(), "v2", "plain")
+    changes.configure(f"lance://{tmp_path / 'plain'}", temperature=2.0)
+    check_answers(store.verify(), "v2", "plain")
+    assert (store.manifest().version, store.manifest().temperature) == (old.version + 1, 2.0)
 
 
 def test_an_index_of_format_1_has_its_labels_and_settings() -> None:
