@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,12 @@ from retrieval_tip.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.shots import few_shot
 from retrieval_tip.sources import Source, open_source
-from retrieval_tip.stores import Model, Place
+from retrieval_tip.stores import Place
 from retrieval_tip.table_model import TableModel, labels_in_blocks
 from retrieval_tip.vector_index import auto_factory
+
+if TYPE_CHECKING:
+    from retrieval_tip.stores import Model
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from retrieval_tip.build import (
     provenance_of,
     read_text_table,
 )
+from retrieval_tip.copies import copy
 from retrieval_tip.defaults import check_form, plain_settings
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted
 from retrieval_tip.exchange import import_table
@@ -40,8 +41,11 @@ from retrieval_tip.labels import rows_where
 from retrieval_tip.manifest import Manifest
 from retrieval_tip.prompts import check_templates, text_weights
 from retrieval_tip.sources import Source, open_source, show
-from retrieval_tip.stores import Model, Place
+from retrieval_tip.stores import Place
 from retrieval_tip.table_model import TableModel
+
+if TYPE_CHECKING:
+    from retrieval_tip.stores import Model
 
 Folder = str | os.PathLike[str]
 
@@ -294,7 +298,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
         raise StoreError(f"{out}: lies in the index itself; give a folder outside of it")
     cache = source.load(device="cpu", version=version)
     what = f"clone version {cache.version} of {show(str(source))}"
-    return Changed(stores.copy(cache, target, what), [])
+    return Changed(copy(cache, target, what), [])
 
 
 def import_index(

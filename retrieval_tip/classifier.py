@@ -384,11 +384,12 @@ class Classifier(ABC):
         ``encoder`` needs the backbone of this index for images; ``encoder.skipped`` names what could not be read. The
         other arguments as for :meth:`classify`.
         """
-        names = source.sources
+        column = source.items["source"]
         for block in encoder.blocks(source):
             for part in self.parts(len(block.positions)):
                 found = self.classify(block.features[part], top, k, tail, neighbours, certify)
-                yield from zip((names[i] for i in block.positions[part]), found, strict=True)
+                names = column.take(pa.array(block.positions[part])).to_pylist()  # all at once would be many
+                yield from zip(names, found, strict=True)
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
         """:class:`Evidence` of queries ``[q, d]``: all keys, where these are ``complete`` at most, else ``nearest``.

@@ -716,8 +716,8 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
             from retrieval_tip.distributed.tasks import RayEncoder
 
             model, pretrained = (cache.backbone.model, cache.backbone.pretrained) if cache.backbone else (None, None)
-            name = named(given | {"precision": "auto"}, model, pretrained, cache.tuned)
-            encoder = RayEncoder(**vars(encoder), encoding=encoding_of(settings, name), ray=ray)
+            backbone_name = named(given | {"precision": "auto"}, model, pretrained, cache.tuned)
+            encoder = RayEncoder(**vars(encoder), encoding=encoding_of(settings, backbone_name), ray=ray)
         tuned = finetune(
             cache,
             shots,

@@ -31,7 +31,7 @@ def filesystem(scheme: str) -> Any:
     register(scheme)
     local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # an object store of one's own
     options = {"client_options": {"allow_http": True}} if local else {}
-    system = fsspec.filesystem(scheme, use_listings_cache=False, **options)
+    system = fsspec.filesystem(scheme, **options)
     assert isinstance(system, FsspecStore)
     return system
 
@@ -43,7 +43,13 @@ def system_of(url: str) -> Any:
 
 def opened(url: str) -> Any:
     """A URL as a binary file that can be sought in. Raises InputError where it cannot be read."""
-    return attempt(url, lambda: system_of(url).open(url, "rb"))
+
+    def look() -> Any:
+        system = system_of(url)
+        system.info(url)  # obstore's file complains once more, past all handlers, when it was never open
+        return system.open(url, "rb")
+
+    return attempt(url, look)
 
 
 def attempt(url: str, what: Any) -> Any:

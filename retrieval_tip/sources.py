@@ -315,7 +315,8 @@ def _table(
         front["label"] = _texts(items["label"], name, "label", needed=labelled, first=first)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
     _check_texts(items, name, first)
-    names = tuple(sorted(set(items["label"].drop_null().to_pylist()))) if "label" in items.column_names else ()
+    labels = pc.unique(items["label"]).drop_null().to_pylist() if "label" in items.column_names else []
+    names = tuple(sorted(labels))
     if has_features:
         return Source(name, items, names, table=file, rows=np.arange(first, first + len(items), dtype=np.int64))
     folder = root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)

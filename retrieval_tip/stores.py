@@ -8,28 +8,24 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip import cache_model, store, table_model
-from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import InputError, StoreError
-from retrieval_tip.key_table import VERSION
-from retrieval_tip.keys import KEY_BLOCK, index_over
+from retrieval_tip import store
+from retrieval_tip.errors import StoreError
 from retrieval_tip.manifest import Manifest
 from retrieval_tip.objects import Address
-from retrieval_tip.segments import runs
-from retrieval_tip.table_model import TableModel
 from retrieval_tip.table_store import TableStore
+
+if TYPE_CHECKING:  # what is asked of a manifest has no need of torch, which takes a second
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.table_model import TableModel
+
+    Model = CacheModel | TableModel
 
 Place = str | os.PathLike[str] | Address
 """A folder, or the address of a LanceDB store: ``lance://PATH``, ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``."""
-Model = CacheModel | TableModel
-SETTINGS = ("alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "backbone")
-"""What an index has beside its keys, labels and classes."""
 
 
 @dataclass
@@ -107,6 +103,8 @@ class FolderStore:
         self, *, device: str = "auto", precision: str = "auto", verify: str = "full", version: int | None = None
     ) -> CacheModel:
         """See :meth:`CacheModel.load`."""
+        from retrieval_tip.cache_model import CacheModel
+
         return CacheModel.load(self.folder, device=device, precision=precision, verify=verify, version=version)
 
     def has_text(self, manifest: Manifest) -> bool:
@@ -116,6 +114,8 @@ class FolderStore:
     @contextmanager
     def change(self, verify: str = "full") -> Iterator[Change]:
         """The current version, to become the next one. What is copied from it is checked in any case."""
+        from retrieval_tip.cache_model import CacheModel
+
         store.read_manifest(self.folder)  # where there is no index, nothing is made
         with store.write(self.folder) as writer:
             check = store.Check(self.folder, writer.parent, verify)
@@ -127,7 +127,9 @@ class FolderStore:
 
     def verify(self) -> CacheModel:
         """Check every byte of every kept version, and that the parts of the current one fit together."""
-        return cache_model.verify(self.folder)
+        from retrieval_tip.cache_model import verify
+
+        return verify(self.folder)
 
     def history(self) -> pa.Table:
         """The versions that are kept, oldest first."""
@@ -183,6 +185,8 @@ class LanceStore(TableStore):
         version: int | None = None,
     ) -> TableModel:
         """See :meth:`TableModel.load`; products are float32, and rows are checked by :meth:`verify` only."""
+        from retrieval_tip.table_model import TableModel
+
         del precision, verify
         return TableModel.load(self, device=device, version=version)
 
@@ -193,6 +197,8 @@ class LanceStore(TableStore):
     @contextmanager
     def change(self, verify: str = "full") -> Iterator[Change]:
         """The current version, to become the next one."""
+        from retrieval_tip.table_model import TableModel
+
         del verify
         self.manifest()  # where there is no index, nothing is made
         with self.write() as writer:
@@ -204,7 +210,9 @@ class LanceStore(TableStore):
 
     def verify(self) -> TableModel:
         """Check every row of the current version, and that its parts fit together."""
-        return table_model.verify(self)
+        from retrieval_tip.table_model import verify
+
+        return verify(self)
 
 
 def at(place: Place) -> FolderStore | LanceStore:
@@ -213,71 +221,3 @@ def at(place: Place) -> FolderStore | LanceStore:
         return LanceStore(place)
     address = Address.parse(place) if isinstance(place, str) else None
     return FolderStore(Path(place)) if address is None else LanceStore(address)
-
-
-def copy(model: Model, target: FolderStore | LanceStore, what: str) -> int:
-    """Write an opened index to a place that has none; returns its version. ``what`` is said of it in its history.
-
-    Raises InputError for trained values or encoders, which a LanceDB store does not keep; StoreError as
-    :func:`store.write`.
-    """
-    if isinstance(target, FolderStore):
-        return _copy_to_folder(model, target.folder, what)
-    if isinstance(model, CacheModel) and (model.values is not None or model.tuned is not None):
-        raise InputError(
-            f"{target}: a LanceDB store keeps no trained values and no trained encoder; keep this index in a folder"
-        )
-    with target.write() as writer:
-        text = model.text_weights.cpu().numpy()
-        found = TableModel.create(writer, _stored_blocks(model), model.class_names, text, model.dtype)
-        for name in SETTINGS:
-            setattr(found, name, getattr(model, name))
-        found.provenance = {**model.provenance, "index": found.provenance["index"]}
-        assert model.next_key_id is not None
-        found.next_key_id = model.next_key_id
-        found.commit(what)
-    return writer.number
-
-
-def _stored_blocks(model: Model) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-    """Labels, and keys as they are stored, some at a time."""
-    if isinstance(model, TableModel):
-        yield from ((labels.drop_columns([VERSION]), keys) for labels, keys in model.stored_blocks())
-        return
-    for part in runs(model.keys, KEY_BLOCK):
-        yield model.labels.slice(part.start, part.stop - part.start), model.keys[part]
-
-
-def _copy_to_folder(model: Model, folder: Path, what: str) -> int:
-    if isinstance(model, TableModel):
-        labels = model.labels.drop_columns([VERSION])
-        with store.write(folder) as writer:
-            order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
-            place = np.empty(len(order), dtype=np.int64)
-            key_ids = labels["key_id"].to_numpy()
-            by_id = np.argsort(key_ids)
-            place[order] = np.arange(len(order))
-            staged, array = writer.stage_array("keys", (model.n, model.d), model.dtype)
-            for part, keys in model.stored_blocks():
-                rows = by_id[np.searchsorted(key_ids[by_id], part["key_id"].to_numpy())]
-                array[place[rows]] = keys
-            array.flush()  # type: ignore[attr-defined]  # a memmap
-            del array
-            keys = np.load(writer.seal("keys", staged, model.n), mmap_mode="c")
-            labels = labels.take(pa.array(order))
-            ids = labels["class_id"].to_numpy().astype(np.int64)
-            cache = CacheModel(
-                keys=keys,
-                labels=labels,
-                class_names=model.class_names,
-                text_weights=model.text_weights,
-                index=index_over(keys, ids, len(model.class_names), "Flat", "cpu"),
-                next_key_id=model.next_key_id,
-                **{name: getattr(model, name) for name in (*SETTINGS, "provenance")},
-            )
-            cache.commit(writer, what)
-            assert cache.version is not None
-            return cache.version
-    model.save(folder, what)
-    assert model.version is not None
-    return model.version

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,6 +58,10 @@ class BackboneName:
     pretrained: str | None = None
     precision: str = "auto"
     tuned: str | None = None
+
+    def looked_at(self) -> Backbone:
+        """It, on the CPU, to see whether it is there and what it is; nothing is encoded with it."""
+        return replace(self, precision="auto").load("cpu")
 
     def load(self, device: str) -> Backbone:
         """It, on this device."""
@@ -146,8 +151,9 @@ class Worker:
 
         node = ray.get_runtime_context().get_node_id()
         rows = []
-        for text in batch.column("shard").to_pylist():
-            found = replace(self._done(Shard.from_json(text)), node=node, pid=os.getpid())
+        for packed in batch.column("shard").to_pylist():
+            shard = Shard.from_json(zlib.decompress(packed).decode())
+            found = replace(self._done(shard), node=node, pid=os.getpid())
             rows.append(found.to_row())
         return pa.Table.from_pylist(rows, schema=pa.schema([("said", pa.string()), ("arrays", pa.binary())]))
 
@@ -166,6 +172,9 @@ class Worker:
             name = f"{error.filename}: " if error.filename else ""
             text = f"{name}{error.strerror or error}, on {socket.gethostname()}"
             return Summary(shard.number, error=("InputError", text))
+        except Exception as error:  # which Ray would wrap in its own, and print
+            text = f"{shard}: a worker failed: {type(error).__name__}: {first_line(error)}"
+            return Summary(shard.number, error=("RetrievalTipError", text))
 
 
 def _encoder(encoding: Encoding, place: Room) -> Encoder:
@@ -205,7 +214,7 @@ def _stream(module: Any, task: Task, shards: Sequence[Shard], place: Room) -> It
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    items = [{"shard": shard.to_json()} for shard in shards]
+    items = [{"shard": zlib.compress(shard.to_json().encode())} for shard in shards]  # paths are much alike
     limits: dict[str, Any] = {"max_task_retries": RETRIES, **place.limits()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # max_task_retries will get another place in Ray 2.64, and has none before
@@ -222,8 +231,6 @@ def _stream(module: Any, task: Task, shards: Sequence[Shard], place: Room) -> It
             table: Any = batch
             for row in table.to_pylist():
                 yield Summary.from_row(row)
-    except module.exceptions.RayTaskError as error:
-        raise InputError(f"a worker failed: {first_line(error.cause)}") from error
     except module.exceptions.RayError as error:
         raise InputError(
             f"a shard ended its worker {RETRIES + 1} times, or Ray failed ({first_line(error)}); "

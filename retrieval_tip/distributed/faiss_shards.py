@@ -45,6 +45,8 @@ BLOCK_BYTES = 1 << 24
 """Of queries that are asked at a time, and of what one shard answers: Ray's shared memory may be small."""
 IN_FLIGHT = 2
 """Blocks of queries that the shards have at a time: they do not wait while answers are merged."""
+PATIENCE = 120.0
+"""Seconds without an answer after which it is said: a shard that ends whenever it starts is started for ever."""
 READ_ROWS = 1 << 16
 """Keys that a shard reads at a time."""
 
@@ -254,6 +256,12 @@ class ShardedIndex:
     def _answers(self, calls: list[Any]) -> list[tuple[Any, ...]]:
         """What the shards answer, in their order; raises what they raise."""
         try:
+            _, late = self._ray.wait(calls, num_returns=len(calls), timeout=PATIENCE)
+            if late:
+                log.warning(
+                    "%d of %d shards did not answer in %.0f s: they work, read their keys again, or wait for room "
+                    "(ray status and ray list actors say which)", len(late), len(calls), PATIENCE,
+                )  # fmt: skip
             found = self._ray.get(calls)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, RetrievalTipError):

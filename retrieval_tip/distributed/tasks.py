@@ -197,7 +197,7 @@ def encode(
     elif encoding.backbone is None:
         raise UsageError("images need a backbone; give --model (and --pretrained)")
     else:
-        backbone = encoding.backbone.load("cpu")  # which says what is wrong with it before any worker starts
+        backbone = encoding.backbone.looked_at()  # which says what is wrong with it before any worker starts
         dim, identity = backbone.dim, backbone.identity
         del backbone
     facts = {"task": "encode", "backbone": identity.fingerprint if identity else None, "dim": dim}

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,9 @@ from retrieval_tip.manifest import Manifest
 from retrieval_tip.objects import Address
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.stores import Model
+
+if TYPE_CHECKING:
+    from retrieval_tip.stores import Model
 
 log = logging.getLogger(__name__)
 
