@@ -30,6 +30,7 @@ from retrieval_tip.output import table_lines
 
 PACKAGES = ("retrieval-tip", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "numpy", "pyarrow")
 CLASSES = 100
+PROGRAM = (sys.executable, "-m", "retrieval_tip")
 
 PARTS = """
 import time
@@ -72,7 +73,7 @@ print(json.dumps(marks | {"ended": time.time()}))
 
 def seconds(*arguments: object) -> float:
     """Seconds that a command takes; its failure is ours."""
-    command = [sys.executable, "-m", "retrieval_tip", *map(str, arguments)]
+    command = [*PROGRAM, *map(str, arguments)]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lasted = time.perf_counter() - start

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from click.testing import CliRunner, Result
 
-from retrieval_tip import store
+from retrieval_tip import backbone, store
 from retrieval_tip.backbone import Backbone
 from retrieval_tip.cli import main
 
@@ -21,12 +22,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it 
 
 ROOT = Path(__file__).resolve().parent.parent
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a ``PATH`` with what is installed here
 SHARED = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 
 
-LONG = ("test_readme.py", "test_report.py", "test_page.py", "test_serve.py", "test_kill_changes.py", "test_living.py")
+LONG = ("test_readme.py", "test_report.py", "test_page.py", "test_serve.py", "test_kill_changes.py", "test_fuzz.py",
+        "test_startup.py", "test_living.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +44,25 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.getbasetemp().parent / "encodings" if shared_by_workers else tmp_path_factory.mktemp("e")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hashed_once() -> Iterator[None]:
+    """The weights of a shared model, which nobody changes, are hashed once, not by every command that asks for them."""
+    known: dict[tuple[Path, str], bool] = {}
+    real = backbone._lies_in
+
+    def lies_in(folder: Path, identity: backbone.Identity) -> bool:
+        if not folder.resolve().is_relative_to(SHARED.resolve()):
+            return real(folder, identity)
+        key = folder.resolve(), repr(identity)
+        if key not in known:
+            known[key] = real(folder, identity)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "_lies_in", lies_in)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +107,16 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     return build(SHARED, tmp_path_factory.mktemp("things") / "things", photographs(SHARED, "train", 10, 8))
+
+
+@pytest.fixture(scope="session")
+def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A ``PATH`` whose ``retrieval-tip`` runs in a process that has imported everything."""
+    if not sys.platform.startswith("linux"):
+        yield PROGRAMS  # elsewhere forking is not sound, or cannot be
+        return
+    with warm.server(tmp_path_factory.mktemp("warm")) as folder:
+        yield f"{folder}{os.pathsep}{PROGRAMS}"
 
 
 @pytest.fixture

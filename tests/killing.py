@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 Job = dict[str, Any]
 
@@ -82,6 +83,7 @@ def serve(work: Callable[[Job, Steps], None]) -> None:
     import faiss
     import torch
 
+    warm.import_now(images=False)
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     for line in sys.stdin:
@@ -124,7 +126,8 @@ class Server:
         self.counted = folder / "steps"
         self.seconds = 0.0
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True)
+        environment = os.environ | warm.ALONE
+        self.process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def start(self, *jobs: Job, step: int | None = None, after: float | None = None, how: str = "SIGKILL") -> None:
         """Begin; a job is killed before its step number ``step`` (``how``: or stopped), or after so many seconds."""

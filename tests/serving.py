@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -44,10 +45,16 @@ def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str)
 
 
 @contextmanager
-def server(*arguments: object, token: str | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """``retrieval-tip serve`` on a free port: its address and process. It is ended, and must end well."""
+def server(
+    *arguments: object, token: str | None = None, path: str | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """``retrieval-tip serve`` on a free port: its address and process. It is ended, and must end well.
+
+    In a new interpreter, or by the program that is found on ``path``.
+    """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"RETRIEVAL_TIP_TOKEN": token} if token else {})
-    command = [sys.executable, "-m", "retrieval_tip", "serve", *map(str, arguments), "--port", "0"]
+    program = [str(shutil.which("retrieval-tip", path=path))] if path else [sys.executable, "-m", "retrieval_tip"]
+    command = [*program, "serve", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines: queue.Queue[str | None] = queue.Queue()
     said: list[str] = []

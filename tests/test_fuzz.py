@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import warm
 from click.testing import Result
 from PIL import Image
 from safetensors.torch import save_file
@@ -41,7 +42,7 @@ from retrieval_tip import CacheModel, cache_model, changes, exchange, images, la
 from retrieval_tip.build import build_index
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.features import NORM_TOLERANCE, Encoder
-from retrieval_tip.manifest import SUFFIXES
+from retrieval_tip.manifest import KINDS, OPTIONAL_KINDS
 from retrieval_tip.output import write_table
 from retrieval_tip.sources import open_inputs, open_source
 from retrieval_tip.vector_index import faiss
@@ -131,7 +132,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for kind in KINDS:
             made(place / kind, kind, place)
     kinds = {kind for name in KINDS for kind in store.read_manifest(place / name).files}
-    assert kinds == {*SUFFIXES}
+    assert kinds == {*KINDS, *OPTIONAL_KINDS}
     assert [len(store.read_manifest(place / name).later) for name in KINDS] == [1, 1, 1, 1, 1, 0]
     return {kind: place / kind for kind in KINDS}
 
@@ -369,9 +370,10 @@ def test_damaged_labels_are_never_described(world: dict[str, Path], tmp_path: Pa
 
 ATTACKED = """
 import json, os, resource, signal, sys
-import faiss, torch, duckdb, pyarrow.parquet, safetensors
+import warm
+warm.import_now(images=False)
+import faiss, torch
 from click.testing import CliRunner
-from retrieval_tip import audit, cache_model, output, plots
 from retrieval_tip.cli import main
 torch.set_num_threads(1)
 faiss.omp_set_num_threads(1)
@@ -411,7 +413,8 @@ class Victims:
 
     def __init__(self) -> None:
         self.found: dict[int, dict[str, Any]] = {}
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | warm.ALONE
         self._programs = [
             subprocess.Popen(
                 [sys.executable, "-c", ATTACKED],

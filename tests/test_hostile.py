@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -943,13 +944,15 @@ PROGRAM = [sys.executable, "-c", "from retrieval_tip.cli import main; main()"]
     ],
 )
 def test_a_process_says_one_line_and_no_traceback(
-    world: Path, tmp_path: Path, unchanged: Callable[[], None], arguments: tuple[str, ...], status: int, words: str
-) -> None:
+    world: Path, tmp_path: Path, unchanged: Callable[[], None], warm_path: str,
+    arguments: tuple[str, ...], status: int, words: str,
+) -> None:  # fmt: skip
     pq.write_table(table(changed(2, float("nan"), 3)), tmp_path / "bad.parquet")
     (tmp_path / "cut.parquet").write_bytes(bytes_of(table(rows(6)))[:-9])
     unchanged()
     filled = [part.format(w=world, t=tmp_path) for part in arguments]
-    done = subprocess.run([*PROGRAM, *filled], capture_output=True, text=True, timeout=120, check=False)
+    program = str(shutil.which("retrieval-tip", path=warm_path))
+    done = subprocess.run([program, *filled], capture_output=True, text=True, timeout=120, check=False)
     lines = done.stderr.splitlines()
     assert done.returncode == status, done.stderr
     assert done.stdout == ""

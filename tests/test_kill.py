@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 N, D, CLASSES = 120, 16, 6
-MOMENTS = 40
+MOMENTS = 16
 
 if __name__ != "__main__":
     import torch

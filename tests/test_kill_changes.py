@@ -30,7 +30,7 @@ from retrieval_tip.sources import Source, open_source
 D, CLASSES, KEPT = 8, 4, 2
 SEGMENTS = (24, 8, 3)
 FACTORIES = ("Flat", "Classes")
-KILLS = 26
+KILLS = 12
 """Random moments at which each of four changes is killed, for each type of index."""
 QUERIES = unit_rows(4, D, 99)
 

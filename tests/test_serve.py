@@ -153,9 +153,9 @@ def test_a_server_for_this_machine_answers_to_its_own_names_only(served: tuple[s
 
 
 @pytest.fixture(scope="module")
-def strict(things: Path) -> Iterator[str]:
+def strict(things: Path, warm_path: str) -> Iterator[str]:
     """A server that has little room and little patience."""
-    with server(things, "--queue", 1, "--timeout", 5) as (address, _):
+    with server(things, "--queue", 1, "--timeout", 5, path=warm_path) as (address, _):
         yield address
 
 
@@ -251,12 +251,12 @@ def test_the_end_finishes_what_was_taken(things: Path, photo: tuple[Path, str]) 
 
 
 def test_a_change_by_the_command_line_is_followed(
-    things: Path, photo: tuple[Path, str], tmp_path: Path, run: Callable[..., Result]
+    things: Path, photo: tuple[Path, str], tmp_path: Path, run: Callable[..., Result], warm_path: str
 ) -> None:
     own = shutil.copytree(things, tmp_path / "own")
     path, truth = photo
     (tmp_path / "more.csv").write_text(f"path,label\n{path},another\n")
-    with server(own) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
+    with server(own, path=warm_path) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
 
         def answer() -> tuple[int, str]:
             body = client.post("/v1/classify", files={"images": path.read_bytes()}).json()
@@ -272,7 +272,7 @@ def test_a_change_by_the_command_line_is_followed(
         assert process.wait(30) == 0
 
 
-def test_clients_see_no_error_while_the_index_changes(things: Path, tmp_path: Path) -> None:
+def test_clients_see_no_error_while_the_index_changes(things: Path, tmp_path: Path, warm_path: str) -> None:
     """The short form of ``benchmarks/serve.py --soak``."""
     from retrieval_tip import changes
 
@@ -288,7 +288,7 @@ def test_clients_see_no_error_while_the_index_changes(things: Path, tmp_path: Pa
                 else:
                     versions.add(answer.json()["version"])
 
-    with server(own) as (address, _):
+    with server(own, path=warm_path) as (address, _):
         threads = [threading.Thread(target=ask, args=(address,)) for _ in range(4)]
         for thread in threads:
             thread.start()

@@ -415,10 +415,11 @@ def test_a_command_lets_threads_sleep_unless_the_environment_says_otherwise():
 # the benchmark
 
 
-def test_the_benchmark(shared, tmp_path):
+def test_the_benchmark(shared, warm_path, monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("benchmarks_startup", ROOT / "benchmarks" / "startup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "PROGRAM", (shutil.which("retrieval-tip", path=warm_path),))  # its parts start anew
     sizes = ("--runs", "1", "--images", "2", "--keys", "500", "--dim", "16")
     result = CliRunner().invoke(module.main, ["--data", str(shared), *sizes, "--out", str(tmp_path / "out.parquet")])
     assert result.exit_code == 0, result.output
