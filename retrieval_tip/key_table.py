@@ -45,9 +45,12 @@ SEARCHED = 1 << 24
 """Values of keys that come with the hits of one search: 64 MiB of float32."""
 SCANNED = 8192
 """Rows that are read at a time."""
+TAG = "kept-"
 FOREVER = datetime.timedelta(days=36500)
 ASKED_AT_ONCE = 4096
 """Key ids that one condition names."""
+LARGEST = (1 << 63) - 1
+"""The largest number of a column of int64."""
 
 
 def lancedb() -> Any:
@@ -225,7 +228,8 @@ class KeyTable:
         return pa.Table.from_batches(list(self.scan(columns, where)), schema)
 
     def of_ids(self, column: str, values: Sequence[Any], columns: Sequence[str]) -> pa.Table:
-        """Rows whose ``column`` is one of ``values``."""
+        """Rows whose ``column`` is one of ``values``; a number that no row can have finds none."""
+        values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
         parts = [values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE)]
         tables = [self.read(columns, f"{column} IN ({', '.join(map(_literal, part))})") for part in parts]
         schema = pa.schema([self.schema.field(name) for name in columns])
@@ -381,9 +385,12 @@ class KeyTable:
 
     def prune(self, kept: Sequence[int]) -> None:
         """Give up versions before the first of those to be kept, and the data that only they have."""
-        tags = {f"kept-{uuid.uuid4().hex}": version for version in kept}
+        tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
         try:
             with _said(self.address, "marking versions"):
+                for tag in self.table.tags.list():  # of one that was killed here: they would keep versions for ever
+                    if tag.startswith(TAG):
+                        self.table.tags.delete(tag)
                 for tag, version in tags.items():  # the engine refuses to give up what has a tag: a net
                     self.table.tags.create(tag, version)
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}

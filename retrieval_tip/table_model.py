@@ -50,8 +50,9 @@ HELD_BYTES = 1 << 29
 """Keys up to this size stay in memory once they were read, where there is no index."""
 MOST_TAKEN = 1 << 29
 """Bytes of keys that are taken out of a table as an index of their own, in memory."""
-FAR = 5e-4
-"""Relative difference between a class's sum of keys and what its keys add up to, beyond which one of them is wrong."""
+FAR, ROUNDED = 1e-6, 1e-9
+"""Difference between a class's sum of keys and what its keys add up to, beyond which one of them is wrong: of the
+largest key's value, and of the sum's. Both sums are float64, so that one wrong key of a million is seen."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -514,6 +515,8 @@ class TableModel(Classifier):
 
     def _keep_up(self) -> None:
         """Let the index follow the table: rows beside it cost every search, and many keys need one."""
+        if self.store.prunes(self._writing().number):  # else that puts pieces together in a version of its own
+            self.table.optimize()
         if self.index_type == FLAT and self.n >= INDEX_FROM and self.provenance.get("index") == "auto":
             self._index(index_kind("auto", self.n), "auto")
         elif self.index_type != FLAT and self.table.unindexed() >= UNINDEXED:
@@ -552,7 +555,7 @@ class TableModel(Classifier):
         )
         writer.commit(self.manifest)
         self.version = self.manifest.version
-        self.store.forget_old()
+        self.store.forget_old(self.manifest.version)
 
 
 def verify(place: TableStore) -> TableModel:
@@ -569,7 +572,7 @@ def verify(place: TableStore) -> TableModel:
     if not np.isfinite(model.classes.text).all() or not np.isfinite(model.classes.sums).all():
         raise StoreError(f"{place}: text weights or sums that are not finite; {remedy}")
     c = len(model.class_names)
-    counts, sums = np.zeros(c, dtype=np.int64), np.zeros((c, model.d))
+    counts, sums, largest = np.zeros(c, dtype=np.int64), np.zeros((c, model.d)), 1.0
     seen: list[IntArray] = []
     names = pa.array(model.class_names, pa.string())
     for labels, keys in model.stored_blocks():
@@ -585,12 +588,13 @@ def verify(place: TableStore) -> TableModel:
             raise StoreError(f"{place}: keys that are not finite; {remedy}")
         counts += np.bincount(ids, minlength=c)
         np.add.at(sums, ids, keys.astype(np.float64))
+        largest = max(largest, float(np.abs(keys).max(initial=0)))
         seen.append(own["key_id"].to_numpy())
     every = np.concatenate(seen)
     if len(np.unique(every)) != len(every) or every.max() >= model.next_key_id:
         raise StoreError(f"{place}: key ids are there twice, or were never given; {remedy}")
-    scale = np.maximum(np.abs(model.classes.sums).max(axis=1), 1.0)
-    wrong = np.abs(sums - model.classes.sums).max(axis=1) > FAR * scale
+    far = FAR * largest + ROUNDED * np.abs(model.classes.sums).max(axis=1)
+    wrong = np.abs(sums - model.classes.sums).max(axis=1) > far
     if (counts != model.classes.counts).any() or wrong.any():
         raise StoreError(f"{place}: keys do not add up to what is known of their classes; {remedy}")
     if model.table.index() != model.index_type:
@@ -601,10 +605,10 @@ def verify(place: TableStore) -> TableModel:
 def check_columns(columns: Iterable[pa.Field]) -> None:
     """Raise InputError for a further column of a name that a table has itself, or cannot have."""
     for column in columns:
-        if column.name in (VERSION, VECTOR) or column.name.startswith("_") or "." in column.name or not column.name:
+        if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
             raise InputError(
                 f"column {column.name!r}: a LanceDB store has {VERSION}, {VECTOR} and names with _ in front itself, "
-                "and takes no dot in one; rename it or leave it out"
+                "and takes no dot or backtick in one; rename it or leave it out"
             )
 
 

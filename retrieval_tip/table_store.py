@@ -35,6 +35,8 @@ from retrieval_tip.manifest import DataFile, Manifest, Table
 from retrieval_tip.objects import Address, Objects
 
 TABLE = "keys"
+PRUNED_EVERY = 16
+"""Versions from one that gives up those of the table to the next: that puts all small pieces together anew."""
 CLASSES_BYTES = 1 << 34
 """A table of classes that is larger was not written here: a million classes of 1024 values take less."""
 
@@ -284,8 +286,9 @@ class TableStore:
 
         Raises StoreError where that version is not there or damaged.
         """
+        self.manifest()  # where there is no index, nothing is made
         with self.write() as writer:
-            current = writer.parent or self.manifest()  # which says that there is none
+            current = writer.parent or self.manifest()
             wanted = version if version is not None else current.parent
             if wanted is None:
                 raise StoreError(f"{self}: has no version before {current.version}")
@@ -317,7 +320,7 @@ class TableStore:
         with self.write():
             return self._forget(keep)
 
-    def _forget(self, keep: int) -> tuple[list[int], int]:
+    def _forget(self, keep: int, prune: bool = True) -> tuple[list[int], int]:
         there = self._versions()
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
         self.objects.delete([_name(version) for version in gone])
@@ -326,14 +329,19 @@ class TableStore:
         freed = sum(self.objects.size(name) for name in strays)
         self.objects.delete(strays)
         tables: Sequence[Table] = [manifest.table for manifest in kept if manifest.table is not None]
-        table = KeyTable.latest(self.address, tables[-1].name)
-        table.prune(sorted({found.version for found in tables}))
+        if prune:
+            table = KeyTable.latest(self.address, tables[-1].name)
+            table.prune(sorted({found.version for found in tables}))
         return gone, freed
 
-    def forget_old(self) -> None:
-        """Give up what is beyond :data:`store.KEPT_VERSIONS`."""
+    def prunes(self, number: int) -> bool:
+        """Whether the version with this number, once it is there, is to give up versions of the table."""
+        return number % PRUNED_EVERY == 0 and len(self._versions()) >= store.KEPT_VERSIONS
+
+    def forget_old(self, number: int) -> None:
+        """Give up what is beyond :data:`store.KEPT_VERSIONS`, right after the version with this number."""
         if len(self._versions()) > store.KEPT_VERSIONS:
-            self._forget(store.KEPT_VERSIONS)
+            self._forget(store.KEPT_VERSIONS, prune=number % PRUNED_EVERY == 0)
 
 
 def _name(version: int) -> str:

@@ -42,7 +42,7 @@ from retrieval_tip import CacheModel, cache_model, changes, exchange, images, la
 from retrieval_tip.build import build_index
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.features import NORM_TOLERANCE, Encoder
-from retrieval_tip.manifest import KINDS, OPTIONAL_KINDS
+from retrieval_tip.manifest import SUFFIXES, TABLE_KINDS
 from retrieval_tip.output import write_table
 from retrieval_tip.sources import open_inputs, open_source
 from retrieval_tip.vector_index import faiss
@@ -132,7 +132,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for kind in KINDS:
             made(place / kind, kind, place)
     kinds = {kind for name in KINDS for kind in store.read_manifest(place / name).files}
-    assert kinds == {*KINDS, *OPTIONAL_KINDS}
+    assert kinds == {*SUFFIXES} - {*TABLE_KINDS}
     assert [len(store.read_manifest(place / name).later) for name in KINDS] == [1, 1, 1, 1, 1, 0]
     return {kind: place / kind for kind in KINDS}
 
