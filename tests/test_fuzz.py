@@ -758,7 +758,7 @@ def test_key_ids_are_never_given_twice_whatever_the_manifest_says(
         assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.parametrize("newer", [3, 10**6, 10**18])
+@pytest.mark.parametrize("newer", [4, 10**6, 10**18])
 def test_a_newer_format_is_refused_whatever_else_it_says(world: dict[str, Path], tmp_path: Path, newer: int) -> None:
     index = copied(world["flat"], tmp_path / "x")
     body = body_of(index) | {"format_version": newer, "created_by": "retrieval-tip 77.1"}
@@ -779,7 +779,7 @@ def test_a_newer_format_is_refused_whatever_else_it_says(world: dict[str, Path],
             lambda: changes.rollback(index),
             lambda: changes.clone(index, tmp_path / "y"),
         ):
-            assert refused(call, f"index format {newer}", "reads up to 2", "retrieval-tip 77.1: install that")
+            assert refused(call, f"index format {newer}", "reads up to 3", "retrieval-tip 77.1: install that")
         assert snapshot(index) == before
     for value in (None, [], {"a": 1}, 5, "a\n\x1b[31m\u202e" + "b" * 10):
         (index / "manifest.json").write_bytes(json.dumps(body | {"created_by": value}).encode())
