@@ -99,19 +99,6 @@ def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int) -> pa.Table:
     return own.append_column(VECTOR, vectors)
 
 
-def matrix(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
-    """The vectors ``[m, d]`` of a column, as they are stored."""
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # of no chunks
-        return np.empty((0, column.type.list_size), dtype=column.type.value_type.to_pandas_dtype())
-    values = column.flatten()
-    if column.null_count or values.null_count:
-        raise StoreError("a key lacks values; go back to a version before, or build the store again")
-    found: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
-    return found
-
-
 @contextmanager
 def _said(address: Address, what: str) -> Iterator[None]:
     """What the engine refuses, in one line."""
@@ -255,6 +242,18 @@ class KeyTable:
             found: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
         return found
 
+    def matrix(self, column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+        """The vectors ``[m, d]`` of a column of this table, as they are stored. Raises StoreError where one is none."""
+        if isinstance(column, pa.ChunkedArray):
+            column = column.combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # of no chunks
+            return np.empty((0, column.type.list_size), dtype=column.type.value_type.to_pandas_dtype())
+        values = column.flatten()
+        if column.null_count or values.null_count:
+            raise StoreError(f"{self.address}: a key lacks values; go back to a version before, or build it again")
+        found: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+        return found
+
     def index(self) -> str:
         """The type of the index over the keys, ``Flat`` where there is none. Raises StoreError for one of no dot."""
         with _said(self.address, "reading its indexes"):
@@ -282,7 +281,7 @@ class KeyTable:
             part = np.ascontiguousarray(features[start : start + step], dtype=np.float32)
             hits = self._hits(part, k)
             query = hits["query_index"].to_numpy() if "query_index" in hits.column_names else np.zeros(len(hits), int)
-            found = np.einsum("md,md->m", part[query], matrix(hits[VECTOR]).astype(np.float32, copy=False))
+            found = np.einsum("md,md->m", part[query], self.matrix(hits[VECTOR]).astype(np.float32, copy=False))
             order = np.lexsort((-found, query))
             query = query[order]
             place = np.arange(len(query)) - np.searchsorted(query, query)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -36,7 +37,6 @@ from retrieval_tip.key_table import (
     VERSION,
     KeyTable,
     index_kind,
-    matrix,
     rows_of,
     schema_of,
 )
@@ -80,7 +80,7 @@ class TableKeys(KeyStream):
             ids = batch["class_id"].to_numpy().astype(np.int64)
             if len(ids) and not 0 <= ids.min() <= ids.max() < self.n_classes:
                 raise StoreError(f"{self.table.address}: class ids are out of range; check it with index verify")
-            keys, rows = matrix(batch[VECTOR]), batch[ROW].to_numpy().astype(np.int64)
+            keys, rows = self.table.matrix(batch[VECTOR]), batch[ROW].to_numpy().astype(np.int64)
             if (ids[1:] < ids[:-1]).any():
                 order = np.argsort(ids, kind="stable")
                 keys, ids, rows = keys[order], ids[order], rows[order]
@@ -302,7 +302,7 @@ class TableModel(Classifier):
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
         """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
         found = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
-        return matrix(found[VECTOR]), found.select(["key_id", "class_id"])
+        return self.table.matrix(found[VECTOR]), found.select(["key_id", "class_id"])
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`classifier.Classifier.find`."""
@@ -332,7 +332,7 @@ class TableModel(Classifier):
         if self.n > SAMPLE:
             chosen = np.sort(np.random.default_rng(0).choice(self.n, SAMPLE, replace=False))
         some = self.table.offsets(chosen, ["class_id", VECTOR])
-        found = measure(matrix(some[VECTOR]), some["class_id"].to_numpy().astype(np.int64))
+        found = measure(self.table.matrix(some[VECTOR]), some["class_id"].to_numpy().astype(np.int64))
         return None if found is None else replace(found, shots=self.n / int((self.classes.counts > 0).sum()))
 
     def take(self, rows: IntArray) -> CacheModel:
@@ -365,13 +365,13 @@ class TableModel(Classifier):
         found = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
         order = np.argsort(found["key_id"].to_numpy())
         place = order[np.searchsorted(found["key_id"].to_numpy()[order], key_ids)]
-        keys: npt.NDArray[Any] = matrix(found[VECTOR])[place]
+        keys: npt.NDArray[Any] = self.table.matrix(found[VECTOR])[place]
         return keys
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
         """Labels, and keys as they are stored, of all rows, some at a time."""
         for batch in self.table.scan(self.table.schema.names):
-            yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), matrix(batch[VECTOR])
+            yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
 
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
         """See :meth:`CacheModel.add_classes`."""
@@ -455,7 +455,7 @@ class TableModel(Classifier):
             raise InputError("remove: an index needs at least one key; give up the folder instead")
         if len(found):
             self.table.delete(found["key_id"].to_pylist())
-            self._count(found["class_id"].to_numpy().astype(np.int64), matrix(found[VECTOR]), -1)
+            self._count(found["class_id"].to_numpy().astype(np.int64), self.table.matrix(found[VECTOR]), -1)
 
     def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Rows of keys. Raises InputError naming ids that are not there."""
@@ -474,7 +474,7 @@ class TableModel(Classifier):
         if not len(found):
             return
         m, first = len(found), int(self._next_shots(np.array([class_id]))[class_id])
-        old, keys = found["class_id"].to_numpy().astype(np.int64), matrix(found[VECTOR])
+        old, keys = found["class_id"].to_numpy().astype(np.int64), self.table.matrix(found[VECTOR])
         new = {
             "class_id": np.full(m, class_id, dtype=np.int32),
             "label": [label] * m,
@@ -555,7 +555,8 @@ class TableModel(Classifier):
         )
         writer.commit(self.manifest)
         self.version = self.manifest.version
-        self.store.forget_old(self.manifest.version)
+        with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
+            self.store.forget_old(self.manifest.version)
 
 
 def verify(place: TableStore) -> TableModel:

@@ -19,7 +19,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -211,7 +211,14 @@ class TableStore:
         """
         self._refuse_others()
         with lease.held(self.objects, self.address, store.LOCK_WAIT if wait is None else wait) as held:
+            self._tidy()
             yield Writer(self, held, self.manifest() if self.exists() else None)
+
+    def _tidy(self) -> None:
+        """Remove files that a killed writer was writing: they have no names of objects yet."""
+        for path in self.address.local.glob("*/.*.tmp") if self.address.local is not None else ():
+            with suppress(OSError):
+                path.unlink()
 
     def _refuse_others(self) -> None:
         """Raise StoreError where the place is something else."""

@@ -90,7 +90,7 @@ def connected(
             stack.enter_context(_loopback())
             _start(ray, cpus, object_store, folder)
         else:
-            _join(ray, address)
+            _join(ray, address, stack)
         yield ray
 
 
@@ -111,12 +111,16 @@ def _start(ray: Any, cpus: int | None, object_store: int, folder: str | None) ->
         raise UsageError(f"Ray cannot be started here ({first_line(error)})") from None
 
 
-def _join(ray: Any, address: str) -> None:
+def _join(ray: Any, address: str, stack: ExitStack) -> None:
     try:
         host, _, port = address.rpartition(":")
         if address != "auto":
-            with socket.create_connection((host.strip("[]"), int(port)), PATIENCE):  # Ray would try for two minutes
-                pass
+            _answers(host.strip("[]"), int(port))  # Ray would try for two minutes
+            if host in ("127.0.0.1", "localhost", "[::1]"):
+                try:
+                    _answers(ray.util.get_node_ip_address(), int(port))
+                except OSError:  # this cluster listens on loopback only, and Ray would look for it elsewhere
+                    stack.enter_context(_loopback())
         with _silently():
             ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (RuntimeError, ValueError, OverflowError, OSError) as error:
@@ -124,6 +128,12 @@ def _join(ray: Any, address: str) -> None:
             f"--ray-address {address}: no Ray cluster that can be used ({first_line(error)}); "
             "give HOST:PORT of its head, or leave the option out to start one here"
         ) from None
+
+
+def _answers(host: str, port: int) -> None:
+    """Raise OSError unless something there accepts a connection."""
+    with socket.create_connection((host, port), PATIENCE):
+        pass
 
 
 @contextmanager

@@ -1,0 +1,1482 @@
+"""One contract for every store: what holds of an index in a folder holds of it in LanceDB, on a disk and in a bucket.
+
+What an index should answer is written out here, in float64, from the keys and labels that went into it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import buckets
+import httpx
+import killing
+import lancedb
+import numpy as np
+import obstore
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+from conftest import SHARED
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving import photographs, server
+from test_cli import unit_rows, write_table
+
+from retrieval_tip import changes, key_table, store, stores, table_model, table_store
+from retrieval_tip.build import build_index
+from retrieval_tip.cli import main
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.features import Encoder
+from retrieval_tip.objects import Address, Objects
+from retrieval_tip.sources import open_source
+
+pytestmark = pytest.mark.timeout(120)
+
+KINDS = ("folder", "lance", "s3")
+D, N = 16, 60
+HOSTILE = "it's; DROP TABLE keys --"
+NAMES = ["cat", HOSTILE, 'naïve "日本" %_\\']
+BARE = "never seen"
+"""A class of the text table that no key has."""
+ALPHA, BETA = 1.5, 4.0
+QUERIES = unit_rows(12, D, 99)
+FORMS = ((None, True), (64, True), (8, True), (8, False))
+"""What k and tail can be."""
+EXACT = 1e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bucket_and_one_thread():
+    with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
+        buckets.use(patch, buckets.endpoint())
+        yield
+
+
+# --- what an index should be
+
+
+@dataclass
+class Truth:
+    """Keys and labels by key id, and what answers follow from them."""
+
+    names: list[str]
+    text: np.ndarray
+    keys: dict[int, np.ndarray] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
+    alpha: float = ALPHA
+    beta: float = BETA
+    scale: float = 100.0
+
+    def arrays(self):
+        ids = sorted(self.keys)
+        keys = np.array([self.keys[i] for i in ids], dtype=np.float64)
+        return np.array(ids), keys, np.array([self.names.index(self.labels[i]) for i in ids])
+
+    def logits(self, features, k=None, tail=True):
+        """The formula of the paper, with a tail at the mean affinity of what was not retrieved."""
+        _, keys, classes = self.arrays()
+        f, found = features.astype(np.float64), []
+        for query, affinity in zip(f, f @ keys.T, strict=True):
+            near = np.argsort(-affinity)[: len(keys) if k is None else k]
+            cache = np.zeros(len(self.names))
+            for c in range(len(self.names)):
+                every, own = np.flatnonzero(classes == c), near[classes[near] == c]
+                cache[c] = np.exp(-self.beta * (1 - affinity[own])).sum()
+                left = len(every) - len(own)
+                if tail and left:
+                    mean = (affinity[every].sum() - affinity[own].sum()) / left
+                    cache[c] += left * np.exp(-self.beta * (1 - mean))
+            found.append(self.scale * query @ self.text.astype(np.float64).T + self.alpha * cache)
+        return np.array(found)
+
+    def remove(self, *key_ids):
+        for i in key_ids:
+            del self.keys[i], self.labels[i]
+
+
+def check(place, truth, forms=((None, True), (8, True))):
+    """An index is whole, and has these classes, keys and labels, and answers accordingly."""
+    model = stores.at(place).verify()
+    assert model.class_names == truth.names
+    rows = labels_of(place)
+    assert {i: row["label"] for i, row in rows.items()} == truth.labels
+    assert all(row["class_id"] == truth.names.index(row["label"]) for row in rows.values())
+    assert model.counts == [sum(label == name for label in truth.labels.values()) for name in truth.names]
+    for k, tail in forms:
+        np.testing.assert_allclose(model.logits(QUERIES, k, tail).numpy(), truth.logits(QUERIES, k, tail), atol=EXACT)
+    return model
+
+
+def labels_of(place):
+    """The label store by key id, without what only says when and by which version."""
+    table = stores.at(place).query("SELECT * FROM labels")
+    assert len(set(table["key_id"].to_pylist())) == len(table)
+    rows = table.drop_columns([name for name in ("version", "added_at") if name in table.column_names]).to_pylist()
+    return {row["key_id"]: row for row in rows}
+
+
+def source(path, features, labels, ids=None, **more):
+    return open_source(write_table(path, features, labels, ids, **more))
+
+
+def said(call, *words, error=StoreError):
+    """What is refused, in one line that names what it is about."""
+    with pytest.raises(error) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+    return str(caught.value)
+
+
+# --- stores to be changed
+
+
+def made(tmp_path, kind, name="own"):
+    """The address of a store of a kind that is not there yet."""
+    if kind == "s3":
+        return f"s3://{buckets.fresh_bucket()}/indexes/{name}"
+    return f"{'lance://' if kind == 'lance' else ''}{(tmp_path / name).as_posix()}"
+
+
+def path_of(place):
+    return Path(place.removeprefix("lance://"))
+
+
+def everything(place):
+    """Every file or object of a store."""
+    if not place.startswith("s3://"):
+        return {str(p.relative_to(path_of(place))): p.read_bytes() for p in path_of(place).rglob("*") if p.is_file()}
+    client = Objects.at(Address.parse(place))._store
+    names = [entry["path"] for batch in obstore.list(client) for entry in batch]
+    return {name: bytes(obstore.get(client, name).bytes()) for name in names}
+
+
+def put(place, name, data):
+    """Write, or with ``None`` remove, a file or object."""
+    if place.startswith("s3://"):
+        client = Objects.at(Address.parse(place))._store
+        obstore.put(client, name, data) if data is not None else obstore.delete(client, name)
+    elif data is None:
+        (path_of(place) / name).unlink()
+    else:
+        (path_of(place) / name).write_bytes(data)
+
+
+def copied(tmp_path, kind, place, name="own"):
+    """A copy, byte for byte."""
+    out = made(tmp_path, kind, name)
+    if kind == "s3":
+        for path, data in everything(place).items():
+            put(out, path, data)
+    else:
+        shutil.copytree(path_of(place), path_of(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An index of sixty keys of three classes, and a class without one, in each kind of store."""
+    place = tmp_path_factory.mktemp("base")
+    features, labels = unit_rows(N, D), [NAMES[i % 7 % 3] for i in range(N)]
+    table = source(place / "train.parquet", features, labels, [f"it's {i}" for i in range(N)], camera=list("abc") * 20)
+    names, text = [*NAMES, BARE], unit_rows(4, D, 1)
+    write_table(place / "text.parquet", text, names)
+    found = {}
+    for kind in KINDS:
+        found[kind] = made(place, kind, kind)
+        build_index(
+            table, found[kind], Encoder(), text=place / "text.parquet", alpha=ALPHA, beta=BETA, k=None, device="cpu"
+        )
+    truth = Truth(names, text, dict(enumerate(features)), dict(enumerate(labels)))
+    return found, truth, place
+
+
+@dataclass
+class Pets:
+    place: str
+    truth: Truth
+    tables: Path
+    kind: str
+
+    @property
+    def store(self):
+        return stores.at(self.place)
+
+    def open(self, **more):
+        return self.store.load(device="cpu", **more)
+
+    def check(self, **more):
+        return check(self.place, self.truth, **more)
+
+    def refused(self, call, *words, error=StoreError):
+        """What is refused changes nothing."""
+        version, before = self.store.manifest(), labels_of(self.place)
+        text = said(call, *words, error=error)
+        assert self.store.manifest() == version
+        assert labels_of(self.place) == before
+        return text
+
+    def table(self, features, labels, **more):
+        number = len(list(self.tables.glob("more-*.parquet")))
+        ids = [f"more {number} {i}" for i in range(len(labels))]
+        return source(self.tables / f"more-{number}.parquet", features, labels, ids, **more)
+
+    def add(self, features, labels, **more):
+        table = {name: more.pop(name) for name in list(more) if name not in ("text", "shots", "skip_known")}
+        added = changes.add(self.place, self.table(features, labels, **table), Encoder(), **more)
+        for i, row, label in zip(added.key_ids, features, labels, strict=True):
+            assert i not in self.truth.keys
+            self.truth.keys[i], self.truth.labels[i] = row, label
+        return added
+
+
+def pets_of(kind, base, tmp_path):
+    found, truth, _ = base
+    own = Truth(list(truth.names), truth.text, dict(truth.keys), dict(truth.labels))
+    return Pets(copied(tmp_path, kind, found[kind]), own, tmp_path, kind)
+
+
+@pytest.fixture(params=KINDS)
+def pets(request, base, tmp_path):
+    """An own copy of the index, in each kind of store in turn."""
+    return pets_of(request.param, base, tmp_path)
+
+
+@pytest.fixture(params=KINDS[1:])
+def beside(request, base, tmp_path):
+    """The same, in LanceDB only."""
+    return pets_of(request.param, base, tmp_path)
+
+
+@pytest.fixture
+def local(base, tmp_path):
+    """The same, in LanceDB on a disk."""
+    return pets_of("lance", base, tmp_path)
+
+
+# --- what a build makes
+
+
+def test_a_build_holds_what_it_was_made_of(pets):
+    model = pets.check()
+    manifest = pets.store.manifest()
+    assert (manifest.version, manifest.parent, manifest.n, manifest.d) == (1, None, N, D)
+    assert (manifest.dtype, manifest.index, manifest.class_names) == ("float32", "Flat", pets.truth.names)
+    assert (manifest.alpha, manifest.beta, manifest.k, manifest.change) == (ALPHA, BETA, None, "build")
+    assert manifest.next_key_id == N
+    assert pets.store.exists()
+    assert pets.store.has_text(manifest)
+    assert model.exact_search
+    rows = labels_of(pets.place)
+    assert [rows[i]["source"] for i in range(N)] == [f"it's {i}" for i in range(N)]
+    assert [rows[i]["camera"] for i in range(N)] == list("abc") * 20
+    for name in NAMES:  # shots are counted in the order of the source
+        assert [row["shot"] for _, row in sorted(rows.items()) if row["label"] == name] == list(
+            range(list(pets.truth.labels.values()).count(name))
+        )
+    facts = pets.store.describe()
+    assert (facts["folder"], facts["n"], facts["classes"], facts["k"]) == (pets.place, N, 4, "all")
+    assert facts["keys_per_class"]["least"] == 0
+    assert facts["earlier_versions"] == []
+
+
+@pytest.mark.parametrize(("k", "tail"), FORMS)
+def test_answers_are_the_formula(pets, k, tail):
+    model = pets.open()
+    expected = pets.truth.logits(QUERIES, k, tail)
+    np.testing.assert_allclose(model.logits(QUERIES, k, tail).numpy(), expected, atol=EXACT)
+    ids, keys, _ = pets.truth.arrays()
+    affinity = QUERIES.astype(np.float64) @ keys.T
+    sources = {i: row["source"] for i, row in labels_of(pets.place).items()}
+    for q, found in enumerate(model.classify(QUERIES, top=4, k=k, tail=tail, neighbours=7)):
+        order = np.argsort(-expected[q])
+        assert found.labels == [pets.truth.names[c] for c in order]
+        chances = np.exp(expected[q] - expected[q].max())
+        np.testing.assert_allclose(found.probabilities, (chances / chances.sum())[order], atol=EXACT)
+        near = ids[np.argsort(-affinity[q])][:7].tolist()
+        assert [n.key_id for n in found.neighbours] == near
+        assert [n.source for n in found.neighbours] == [sources[i] for i in near]
+        assert [n.label for n in found.neighbours] == [pets.truth.labels[i] for i in near]
+        np.testing.assert_allclose([n.affinity for n in found.neighbours], np.sort(-affinity[q])[:7] * -1, atol=1e-6)
+
+
+def test_certified_winners_are_those_over_all_keys(pets):
+    model, winners = pets.open(), pets.truth.logits(QUERIES).argmax(axis=1)
+    found = model.certified(QUERIES, k=1)
+    assert found.proved
+    answers = found.text.numpy() + ALPHA * found.cache.numpy()
+    assert answers.argmax(axis=1).tolist() == winners.tolist()
+    assert all(1 <= m <= N for m in found.keys.tolist())
+
+
+def test_a_build_over_an_index_is_its_next_version(pets):
+    model = build_index(pets.table(QUERIES, ["cat", "dog"] * 6), pets.place, Encoder(), alpha=1.0, device="cpu")
+    assert (model.version, model.n, model.class_names) == (2, 12, ["cat", "dog"])
+    pets.store.verify()
+    assert pets.store.load(device="cpu", version=1).n == N
+    changes.rollback(pets.place)
+    pets.check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_keys_are_kept_as_such(kind, base, tmp_path):
+    _, truth, tables = base
+    place = made(tmp_path, kind)
+    train = open_source(tables / "train.parquet")
+    settings_ = {"text": tables / "text.parquet", "alpha": ALPHA, "beta": BETA, "device": "cpu"}
+    build_index(train, place, Encoder(), dtype="float16", k=None, **settings_)
+    own = Truth(truth.names, truth.text, {i: key.astype(np.float16) for i, key in truth.keys.items()}, truth.labels)
+    model = check(place, own)
+    assert (model.dtype, stores.at(place).manifest().dtype) == ("float16", "float16")
+    assert {key.dtype.name for key in [model.some(5)[0]]} == {"float16"}
+    changes.add(place, source(tmp_path / "more.parquet", QUERIES[:2], ["cat", "cat"]), Encoder())
+    assert stores.at(place).verify().n == N + 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_smallest_indexes_answer(kind, tmp_path):
+    for number, (n, d, labels) in enumerate([(1, 1, ["only"]), (3, 1, ["a", "a", "b"]), (1, 4, ["only"])]):
+        place, features = made(tmp_path, kind, f"small-{number}"), unit_rows(n, d, 3)
+        built = build_index(
+            source(tmp_path / f"{kind}{number}.parquet", features, labels), place, Encoder(), device="cpu"
+        )
+        names = sorted(set(labels))
+        truth = Truth(names, np.zeros((len(names), d)), dict(enumerate(features)), dict(enumerate(labels)))
+        truth.alpha, truth.beta = built.alpha, built.beta
+        asked = unit_rows(3, d, 5)
+        for k in (None, 1, 64):
+            np.testing.assert_allclose(built.logits(asked, k).numpy(), truth.logits(asked, k), rtol=1e-4, atol=EXACT)
+        assert len(built.classify(asked, k=64)[0].neighbours) == n
+        stores.at(place).verify()
+        said(lambda place=place, n=n: changes.remove(place, key_ids=range(n)), "at least one key", error=InputError)
+
+
+# --- changes
+
+
+def test_keys_of_known_and_of_new_classes_are_added(pets, tmp_path):
+    added = pets.add(unit_rows(3, D, 20), ["cat", HOSTILE, "cat"], camera=["z", None, "y"])
+    assert (added.version, added.key_ids, added.classes, added.known) == (2, [60, 61, 62], [], 0)
+    names = [*pets.truth.names, "a' OR '1'='1", "日"]
+    new = unit_rows(2, D, 21)
+    write_table(tmp_path / "new.parquet", new, names[-2:])
+    pets.truth.names, pets.truth.text = names, np.concatenate([pets.truth.text, new])
+    added = pets.add(unit_rows(4, D, 22), [*names[-2:], names[-2], BARE], text=tmp_path / "new.parquet")
+    assert (added.classes, added.key_ids) == (names[-2:], [63, 64, 65, 66])
+    pets.check(forms=FORMS)
+    rows = labels_of(pets.place)
+    assert [rows[i]["camera"] for i in (60, 61, 62, 63)] == ["z", None, "y", None]
+    counts = Counter(pets.truth.labels[i] for i in range(N))
+    assert [rows[i]["shot"] for i in range(60, 67)] == [
+        counts["cat"], counts[HOSTILE], counts["cat"] + 1, 0, 0, 1, 0
+    ]  # fmt: skip
+    pets.refused(lambda: pets.add(unit_rows(1, D, 3), ["without text"]), "without text", error=InputError)
+
+
+def test_a_further_column_is_added_and_one_of_another_type_is_not(pets):
+    pets.add(unit_rows(2, D, 20), ["cat", "cat"], weather=["sun", "rain"], lens=[1.5, None])
+    rows = labels_of(pets.place)
+    assert [(rows[i]["weather"], rows[i]["lens"]) for i in (0, 60, 61)] == [(None, None), ("sun", 1.5), ("rain", None)]
+    pets.refused(lambda: pets.add(unit_rows(2, D, 21), ["cat", "cat"], camera=[1, 2]), "camera", error=InputError)
+    pets.add(unit_rows(1, D, 22), ["cat"], weather=["fog"])
+    pets.check()
+
+
+def test_keys_are_removed_by_id_and_by_condition(pets):
+    assert changes.remove(pets.place, key_ids=[5, 3, 5]).key_ids == [5, 3]
+    pets.truth.remove(3, 5)
+    pets.check()
+    quoted = HOSTILE.replace("'", "''")
+    gone = changes.remove(pets.place, where=f"label = '{quoted}' AND source LIKE 'it''s 1%'").key_ids
+    expected = [i for i, label in pets.truth.labels.items() if label == HOSTILE and str(i)[0] == "1"]
+    assert sorted(gone) == expected
+    assert expected
+    pets.truth.remove(*expected)
+    pets.check(forms=FORMS)
+    nothing = changes.remove(pets.place, where="label = 'nobody'")
+    assert (nothing.version, nothing.key_ids) == (3, [])
+    for ids in ([3], [10**6], [-1], [2**63], [10**30], [0, 2**64]):
+        pets.refused(lambda ids=ids: changes.remove(pets.place, key_ids=ids), str(ids[-1]), error=InputError)
+    pets.refused(lambda: changes.remove(pets.place, where="1; DROP"), "where", error=UsageError)
+    everything_of = [i for i, label in pets.truth.labels.items() if label == HOSTILE]
+    changes.remove(pets.place, key_ids=everything_of)
+    pets.truth.remove(*everything_of)
+    pets.check(forms=FORMS)
+
+
+def test_keys_are_found_by_class_source_and_id(pets):
+    model = pets.open()
+    for name in [*NAMES, BARE, "nobody", "' OR ''='"]:
+        ids = [i for i, label in pets.truth.labels.items() if label == name]
+        assert sorted(model.find(labels=[name])["key_id"].to_pylist()) == ids
+    assert sorted(model.find(source="IT'S 5")["key_id"].to_pylist()) == [5, *range(50, 60)]
+    assert model.find(labels=["cat"], key_ids=[0, 1])["key_id"].to_pylist() == [
+        i for i in (0, 1) if pets.truth.labels[i] == "cat"
+    ]
+    assert model.find(key_ids=[10**6, -3]).num_rows == 0
+    assert model.find(key_ids=[7, 10**6])["key_id"].to_pylist() == [7]
+
+
+def test_numbers_that_no_key_can_have_find_none(beside):
+    assert beside.open().find(key_ids=[-(2**63) - 1, 2**63, 10**30]).num_rows == 0
+    assert beside.open().find(key_ids=[7, 2**70])["key_id"].to_pylist() == [7]
+
+
+def test_keys_are_given_to_another_class(pets):
+    before = labels_of(pets.place)
+    moved = [i for i, label in pets.truth.labels.items() if label == "cat"][:3]
+    stays = next(i for i, label in pets.truth.labels.items() if label == HOSTILE)
+    assert changes.relabel(pets.place, HOSTILE, key_ids=[*moved, stays]).key_ids == moved
+    for i in moved:
+        pets.truth.labels[i] = HOSTILE
+    pets.check(forms=FORMS)
+    rows, shots = labels_of(pets.place), Counter(row["label"] for row in before.values())[HOSTILE]
+    assert [rows[i]["shot"] for i in moved] == [shots, shots + 1, shots + 2]
+    same = ("source", "views", "digest", "camera")
+    assert all(rows[i][name] == before[i][name] for i in rows for name in same)
+    assert changes.relabel(pets.place, HOSTILE, key_ids=[stays]).version == 2
+    pets.refused(lambda: changes.relabel(pets.place, "nobody", key_ids=[1]), "nobody", error=InputError)
+    changes.relabel(pets.place, BARE, where="source = 'it''s 9'")
+    pets.truth.labels[9] = BARE
+    pets.check()
+
+
+def test_settings_are_changed(pets):
+    changes.configure(pets.place, alpha=0.5, beta=2.0, k=8, tail=False, temperature=3.0)
+    pets.truth.alpha, pets.truth.beta = 0.5, 2.0
+    model = pets.check(forms=FORMS)
+    assert (model.k, model.tail, model.temperature) == (8, False, 3.0)
+    assert model.provenance["alpha"] == "given"
+    changes.configure(pets.place, k="all", normalize="both")
+    model = pets.open()
+    assert model.k is None
+    same = stores.FolderStore(Path(changes_clone(pets, "folder"))).load(device="cpu").statistics()
+    np.testing.assert_allclose(model.statistics().mean, same.mean, atol=1e-5)
+    pets.refused(lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError)
+    pets.refused(lambda: changes.configure(pets.place), "nothing to set", error=UsageError)
+    for wrong in ({"alpha": -1.0}, {"beta": float("nan")}, {"k": 0}, {"temperature": 0.0}):
+        pets.refused(lambda wrong=wrong: changes.configure(pets.place, **wrong), next(iter(wrong)), error=UsageError)
+
+
+def changes_clone(pets, kind, name="clone", version=None):
+    out = made(pets.tables, kind, name)
+    changes.clone(pets.place, out, version)
+    return out
+
+
+def test_compact_and_rebuild_keep_the_answers(pets, monkeypatch):
+    monkeypatch.setattr("retrieval_tip.cache_model.SMALL", 0)
+    for seed in (30, 31):
+        pets.add(unit_rows(3, D, seed), ["cat", HOSTILE, BARE])
+    assert pets.open().segments > 1
+    version = changes.compact(pets.place).version
+    assert changes.compact(pets.place).version == version
+    pets.check()
+    assert pets.open().segments == 1
+    version = changes.rebuild(pets.place).version
+    pets.check(forms=FORMS)
+    pets.refused(lambda: changes.rebuild(pets.place, index="Nonsense"), "Nonsense", error=UsageError)
+    pets.refused(lambda: changes.rebuild(pets.place, dtype="float8"), "float8", error=UsageError)
+    assert pets.store.manifest().version == version
+
+
+def test_a_rebuild_of_another_dtype_is_for_a_new_build(beside):
+    beside.refused(lambda: changes.rebuild(beside.place, dtype="float16"), "float16", error=UsageError)
+    assert changes.rebuild(beside.place, dtype="float32").version == 2
+
+
+def test_history_goes_on_when_it_goes_back(pets):
+    pets.add(unit_rows(2, D, 20), ["cat", "cat"])
+    later = labels_of(pets.place)
+    changes.remove(pets.place, key_ids=[0])
+    changes.configure(pets.place, alpha=9.0)
+    history = pets.store.history()
+    assert history["version"].to_pylist() == [1, 2, 3, 4]
+    assert history["change"].to_pylist() == ["build", "add 2 keys", "remove 1 key", "set alpha 9"]
+    assert history["keys"].to_pylist() == [60, 62, 61, 61]
+    assert history["current"].to_pylist() == [False, False, False, True]
+    assert changes.rollback(pets.place, 2).version == 5  # backwards
+    pets.check()
+    assert labels_of(pets.place) == later
+    assert changes.rollback(pets.place, 4).version == 6  # and forwards again
+    assert pets.open().alpha == 9.0
+    assert changes.rollback(pets.place, 1).version == 7
+    pets.truth.remove(60, 61)
+    pets.check()
+    assert pets.add(unit_rows(1, D, 40), ["cat"]).key_ids == [62]  # 60 and 61 were given once
+    pets.check()
+    assert changes.rollback(pets.place, 8).version == 8
+    pets.refused(lambda: changes.rollback(pets.place, 77), "77")
+    assert pets.store.load(device="cpu", version=3).n == 61
+    assert pets.store.manifest(2).n == 62
+
+
+def test_what_is_given_up_is_gone_and_the_rest_is_whole(pets):
+    old = pets.open()
+    pets.add(unit_rows(2, D, 20), ["cat", "cat"])
+    changes.relabel(pets.place, BARE, key_ids=[1, 2])
+    pets.truth.labels |= {1: BARE, 2: BARE}
+    changes.remove(pets.place, key_ids=[0])
+    pets.truth.remove(0)
+    assert pets.store.collect(2)[0] == [1, 2]
+    pets.check()
+    assert pets.store.history()["version"].to_pylist() == [3, 4]
+    assert pets.store.load(device="cpu", version=3).n == 62
+    said(lambda: pets.open(version=1), "version 1")
+    given_up, freed = pets.store.collect()
+    assert given_up == [3]
+    assert freed > 0
+    pets.check(forms=FORMS)
+    for version in (1, 3):
+        said(lambda version=version: pets.open(version=version), f"version {version}")
+    said(lambda: changes.rollback(pets.place), "version")
+    assert pets.store.collect() == ([], 0)
+    said(lambda: pets.store.collect(0), "at least 1", error=UsageError)
+    pets.add(unit_rows(1, D, 23), ["cat"])
+    pets.check()
+    assert old.reload().version == 5
+
+
+def test_only_so_many_versions_are_kept(pets, monkeypatch):
+    monkeypatch.setattr(store, "KEPT_VERSIONS", 3)
+    for k in range(1, 6):
+        changes.configure(pets.place, k=k)
+    assert pets.store.history()["version"].to_pylist() == [4, 5, 6]
+    pets.check()
+
+
+def test_giving_up_versions_leaves_no_copies_of_the_table(local, monkeypatch):
+    """The engine puts pieces together when it gives up versions, in a version of its own that no manifest names."""
+    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
+    monkeypatch.setattr(table_store, "PRUNED_EVERY", 4)
+    pieces = []
+    for seed in range(30, 42):
+        local.add(unit_rows(1, D, seed), ["cat"])
+        manifest = local.store.manifest()
+        assert raw(local).version == manifest.table.version
+        pieces.append(len([name for name in everything(local.place) if name.startswith("keys.lance/data/")]))
+    assert max(pieces) < len(pieces)
+    assert len(raw(local).list_versions()) <= 6
+    local.check()
+
+
+def test_a_change_stands_where_nothing_can_be_given_up(beside, monkeypatch):
+    def fails(*_):
+        raise StoreError("the disk fails")
+
+    monkeypatch.setattr(store, "KEPT_VERSIONS", 1)
+    monkeypatch.setattr(table_store, "PRUNED_EVERY", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_table.KeyTable, "prune", fails)
+        assert changes.configure(beside.place, k=3).version == 2
+        said(beside.store.collect, "the disk fails")
+    assert changes.configure(beside.place, k=4).version == 3
+    assert beside.store.history()["version"].to_pylist() == [3]
+    beside.check()
+
+
+IN_THE_ENGINE = "the engine gives up versions only by LanceTable.optimize, which also "
+
+
+@pytest.mark.xfail(strict=True, reason=IN_THE_ENGINE + "writes all pieces anew, in a version that no manifest names")
+def test_giving_up_versions_makes_a_store_smaller(local):
+    for seed in (30, 31, 32):
+        local.add(unit_rows(20, D, seed), ["cat"] * 20)
+    size = sum(map(len, everything(local.place).values()))
+    local.store.collect()
+    assert sum(map(len, everything(local.place).values())) < size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_removed_keys_go_with_the_last_version(kind, base, tmp_path, request):
+    if kind != "folder":
+        reason = IN_THE_ENGINE + "leaves removed rows in their file while they are a tenth of it at most"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    pets = pets_of(kind, base, tmp_path)
+    key = pets.truth.keys[7].tobytes()
+    assert any(key in data for data in everything(pets.place).values())
+    changes.remove(pets.place, key_ids=[7])
+    pets.store.collect()
+    assert not any(key in data for data in everything(pets.place).values())
+
+
+def test_marks_of_a_writer_that_was_killed_keep_no_version(local):
+    raw(local).tags.create(f"{key_table.TAG}left", 1)
+    raw(local).tags.create("other", 1)
+    changes.remove(local.place, key_ids=[0])
+    local.truth.remove(0)
+    raw(local).tags.delete("other")
+    local.store.collect()
+    assert not raw(local).tags.list()
+    assert 1 not in [entry["version"] for entry in raw(local).list_versions()]
+    local.check()
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_a_clone_is_the_same_index_elsewhere(pets, to):
+    pets.add(unit_rows(2, D, 20), ["cat", BARE], weather=["sun", "rain"])
+    changes.remove(pets.place, key_ids=[61, 4])
+    pets.truth.remove(61, 4)
+    changes.configure(pets.place, k=8, temperature=2.0)
+    out = changes_clone(pets, to)
+    check(out, pets.truth, forms=FORMS)
+    assert labels_of(out) == labels_of(pets.place)
+    one, other = pets.open(), stores.at(out).load(device="cpu")
+    facts = (
+        "alpha",
+        "beta",
+        "k",
+        "tail",
+        "temperature",
+        "logit_scale",
+        "templates",
+        "backbone",
+        "dtype",
+        "class_names",
+    )
+    assert [getattr(one, name) for name in facts] == [getattr(other, name) for name in facts]
+    drop = {"index"}
+    assert {k: v for k, v in one.provenance.items() if k not in drop} == {
+        k: v for k, v in other.provenance.items() if k not in drop
+    }
+    assert stores.at(out).manifest().version == 1
+    assert changes.add(out, pets.table(unit_rows(1, D, 33), ["cat"]), Encoder()).key_ids == [62]
+    older = changes_clone(pets, to, "older", version=1)
+    assert stores.at(older).verify().n == N
+    said(lambda: changes.clone(pets.place, out), "already")
+
+
+@pytest.mark.parametrize("other", KINDS)
+def test_keys_of_another_index_are_merged(pets, other, base):
+    found, truth, _ = base
+    added = changes.merge(pets.place, found[other])
+    assert added.key_ids == list(range(N, 2 * N))
+    order = sorted(truth.keys, key=lambda i: (truth.names.index(truth.labels[i]), i))  # class by class
+    for new, i in enumerate(order, N):
+        pets.truth.keys[new], pets.truth.labels[new] = truth.keys[i], truth.labels[i]
+    pets.check()
+    rows = labels_of(pets.place)
+    same = ("source", "camera", "views", "digest")
+    assert all(rows[new][name] == rows[i][name] for new, i in enumerate(order, N) for name in same)
+    said(lambda: changes.merge(pets.place, pets.place), "itself", error=UsageError)
+
+
+def test_labels_and_versions_answer_sql(pets):
+    changes.configure(pets.place, k=3)
+    ask = pets.store.query
+    assert ask("SELECT count(*) AS n FROM labels").to_pylist() == [{"n": N}]
+    counted = ask("SELECT label, keys FROM class_counts ORDER BY class_id").to_pylist()
+    assert [row["label"] for row in counted][: len(NAMES)] == NAMES
+    assert sum(row["keys"] for row in counted) == N
+    versions = ask("SELECT version, change, keys FROM versions ORDER BY version").to_pylist()
+    assert versions == [
+        {"version": 1, "change": "build", "keys": N},
+        {"version": 2, "change": "set k 3", "keys": N},
+    ]
+    said(lambda: ask("DROP TABLE labels"), "SELECT", error=UsageError)
+    said(lambda: ask("SELECT * FROM read_csv('/etc/passwd')"), error=UsageError)
+
+
+# --- readers and writers at once
+
+
+def test_a_reader_keeps_its_snapshot(pets):
+    reader = pets.open()
+    before, labels = reader.logits(QUERIES, 8), reader.find(labels=["cat"])["key_id"].to_pylist()
+    assert reader.reload() is reader
+    pets.add(QUERIES, ["cat"] * len(QUERIES))
+    changes.remove(pets.place, key_ids=[0, 1, 2])
+    pets.truth.remove(0, 1, 2)
+    changes.relabel(pets.place, BARE, key_ids=[5])
+    pets.truth.labels[5] = BARE
+    assert (reader.n, reader.version) == (N, 1)
+    assert (reader.logits(QUERIES, 8) - before).abs().max() < 1e-5
+    assert reader.find(labels=["cat"])["key_id"].to_pylist() == labels
+    near = reader.classify(QUERIES, neighbours=1)
+    assert all(found.neighbours[0].key_id < N and found.neighbours[0].affinity < 0.999 for found in near)
+    new = reader.reload()
+    assert (new.n, new.version) == (N + 9, 4)
+    np.testing.assert_allclose(new.logits(QUERIES, 8).numpy(), pets.truth.logits(QUERIES, 8), atol=EXACT)
+    assert new.classify(QUERIES, neighbours=1)[0].neighbours[0].affinity == pytest.approx(1, abs=1e-5)
+
+
+def test_two_writers_at_once_lose_nothing(pets, monkeypatch):
+    monkeypatch.setattr(store, "LOCK_WAIT", 60.0)
+    times = 5
+    parts = [
+        [pets.table(unit_rows(2, D, 50 + 10 * w + i), ["cat", HOSTILE]) for i in range(times)] for w in range(2)
+    ]  # tables are written before: their names are counted
+
+    def write(tables):
+        return [changes.add(pets.place, table, Encoder()).key_ids for table in tables]
+
+    with ThreadPoolExecutor(2) as pool:
+        given_ids = list(pool.map(write, parts))
+    for w, found in enumerate(given_ids):
+        for i, ids in enumerate(found):
+            rows = unit_rows(2, D, 50 + 10 * w + i)
+            for key_id, key, label in zip(ids, rows, ("cat", HOSTILE), strict=True):
+                assert key_id not in pets.truth.keys
+                pets.truth.keys[key_id], pets.truth.labels[key_id] = key, label
+    assert sorted(pets.truth.keys) == list(range(N + 4 * times))
+    model = pets.check()
+    assert model.version == 1 + 2 * times
+    assert pets.store.history()["version"].to_pylist() == list(range(1, 2 + 2 * times))
+
+
+def test_a_second_writer_is_told_that_there_is_one(pets):
+    with pets.store.change() as change:
+        said(lambda: changes.configure(pets.place, k=3), "is being written")
+        assert change.what == ""
+    assert changes.configure(pets.place, k=3).version == 2
+
+
+def test_a_table_that_is_written_by_others_meanwhile_is_no_next_version(local):
+    """As by a script that opens the table with LanceDB itself, between two steps of a change."""
+    more = local.table(QUERIES, ["cat"] * 12)
+    add = lambda: changes.add(local.place, more, Encoder())  # noqa: E731 - one of three such
+    relabel = lambda: changes.relabel(local.place, BARE, key_ids=[1, 2])  # noqa: E731
+    for name, early, change in (("append", True, add), ("delete", True, relabel), ("delete", False, relabel)):
+        real, raced = getattr(key_table.KeyTable, name), []
+
+        def raced_with(self, rows, real=real, raced=raced, early=early):
+            if early:
+                raced.append(raw(local).delete("key_id = 8"))
+            real(self, rows)
+            if not early:
+                raced.append(raw(local).delete("key_id = 8"))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(key_table.KeyTable, name, raced_with)
+            local.refused(change, "meanwhile")
+        assert len(raced) == 1
+        local.check()
+
+
+def raw(pets):
+    return lancedb.connect(pets.store.address.uri).open_table("keys")
+
+
+def test_what_others_do_to_the_table_is_in_no_version(local):
+    table = raw(local)
+    table.delete("key_id < 30")
+    table.add(table.to_arrow().slice(0, 2))
+    table.update(where="key_id = 40", values={"label": "nobody"})
+    local.check()  # the manifest names the version of the table
+    local.add(unit_rows(1, D, 41), ["cat"])
+    local.check(forms=FORMS)
+
+
+# --- what is damaged or something else
+
+
+def test_a_place_that_is_something_else_is_left_alone(tmp_path, base):
+    _, _, tables = base
+    train = open_source(tables / "train.parquet")
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"photo")
+    (tmp_path / "file").write_bytes(b"text")
+    for name in ("holiday", "file"):
+        for place in (f"lance://{tmp_path / name}", str(tmp_path / name)):
+            said(lambda place=place: build_index(train, place, Encoder(), device="cpu"), name)
+    assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"photo"
+    assert [path.name for path in (tmp_path / "holiday").iterdir()] == ["photo.jpg"]
+    assert (tmp_path / "file").read_bytes() == b"text"
+
+
+def test_a_folder_is_no_table_and_a_table_no_folder(tmp_path, base):
+    found, _, tables = base
+    train = open_source(tables / "train.parquet")
+    for kind, other in (("folder", "lance"), ("lance", "folder")):
+        place = copied(tmp_path, kind, found[kind], kind)
+        changes.configure(place, k=3)
+        before = everything(place)
+        wrong = place.removeprefix("lance://") if other == "folder" else f"lance://{place}"
+        said(lambda wrong=wrong: stores.at(wrong).load(device="cpu"), kind)
+        said(lambda wrong=wrong: build_index(train, wrong, Encoder(), device="cpu"), kind)
+        said(lambda wrong=wrong: changes.configure(wrong, k=4), kind)
+        assert everything(place) == before
+        assert stores.at(place).verify().k == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_there_is_nothing_nothing_is_made(kind, tmp_path, base):
+    place = made(tmp_path, kind, "nowhere")
+    calls = (
+        lambda: stores.at(place).load(device="cpu"), lambda: stores.at(place).verify(),
+        lambda: stores.at(place).history(), lambda: stores.at(place).describe(), lambda: stores.at(place).collect(),
+        lambda: stores.at(place).query("SELECT 1"), lambda: changes.remove(place, key_ids=[1]),
+        lambda: changes.configure(place, k=2), lambda: changes.rollback(place), lambda: changes.compact(place),
+        lambda: changes.add(place, open_source(base[2] / "train.parquet"), Encoder()),
+        lambda: changes.clone(place, made(tmp_path, "folder", "copy")),
+    )  # fmt: skip
+    for call in calls:
+        said(call, "nowhere", "index build")
+    assert not stores.at(place).exists()
+    assert not (everything(place) if kind == "s3" else path_of(place).exists())
+
+
+def manifest_of(place):
+    return max(name for name in everything(place) if name.startswith("manifests/"))
+
+
+def newer(data):
+    found = json.loads(data)
+    found["format_version"] = 99
+    return json.dumps(found).encode()
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "flipped": lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:],
+    "binary": lambda data: b"\xff\xfe" * 50,
+    "list": lambda data: b"[]",
+    "deep": lambda data: b"[" * 100_000,
+    "newer": newer,
+}
+
+
+def readers(pets):
+    return (
+        lambda: pets.open(), lambda: pets.store.verify(), lambda: pets.store.describe(),
+        lambda: pets.store.history(), lambda: pets.store.query("SELECT * FROM labels"),
+    )  # fmt: skip
+
+
+def test_a_damaged_manifest_is_named(beside):
+    changes.configure(beside.place, k=3)
+    name = manifest_of(beside.place)
+    whole = everything(beside.place)[name]
+    for what, damage in DAMAGE.items():
+        put(beside.place, name, damage(whole))
+        for call in readers(beside):
+            said(call, name, *(["99"] if what == "newer" else []))
+        said(lambda: changes.configure(beside.place, k=4), name)
+        said(lambda: build_index(beside.table(QUERIES, ["a"] * 12), beside.place, Encoder(), device="cpu"), name)
+    put(beside.place, name, everything(beside.place)["manifests/000001.json"])
+    said(beside.open, name, "another index")
+    put(beside.place, name, None)  # then it never was
+    assert beside.store.manifest().version == 1
+    beside.check()
+
+
+def test_a_damaged_table_of_classes_is_named(beside):
+    changes.configure(beside.place, k=3)
+    name = beside.store.manifest().files["classes"].name
+    whole = everything(beside.place)[name]
+    asked = (beside.open, beside.store.verify, beside.store.describe, lambda: changes.remove(beside.place, key_ids=[1]))
+    for damage in ("empty", "cut", "flipped", "binary"):
+        put(beside.place, name, DAMAGE[damage](whole))
+        for call in asked:
+            said(call, name)
+    put(beside.place, name, None)
+    for call in asked:
+        said(call, name)
+    put(beside.place, name, whole)
+    beside.check()
+
+
+def test_a_damaged_or_missing_table_is_named(beside):
+    files = everything(beside.place)
+    table = [name for name in files if name.startswith("keys.lance/")]
+    data = next(name for name in table if "/data/" in name)
+    versions = [name for name in table if "/_versions/" in name]
+    for names in (versions, table):
+        for name in names:
+            put(beside.place, name, None)
+        for call in (beside.open, beside.store.verify, lambda: changes.remove(beside.place, key_ids=[1])):
+            said(call, beside.place)
+        for name in names:
+            put(beside.place, name, files[name])
+    moved = copied(beside.tables, beside.kind, beside.place, "moved")  # the engine has no copy of this one in memory
+    put(moved, data, files[data][: len(files[data]) // 2])
+    said(lambda: stores.at(moved).verify(), moved)
+    moved = copied(beside.tables, beside.kind, beside.place, "gone")
+    put(moved, data, None)
+    said(lambda: stores.at(moved).verify(), moved)
+    said(lambda: stores.at(moved).load(device="cpu").logits(QUERIES), moved)
+    beside.check()
+
+
+def tampered(pets, tamper, **facts):
+    """Make what was done to the table the current version, as if a change had done it."""
+    with pets.store.write() as writer:
+        tamper(writer.table.table)
+        old = writer.parent
+        found = {"n": writer.table.rows, "version": old.version + 1, "parent": old.version} | facts
+        entry = table_model.Table("keys", writer.table.version, found["n"])
+        writer.commit(table_store.replace(old, table=entry, **found))
+
+
+def changed_vector(table):
+    key = table.search().where("key_id = 4").to_arrow()
+    vector = np.array(key["vector"][0].as_py(), dtype=np.float32)
+    vector[0] += 1e-3
+    table.update(where="key_id = 4", values={"vector": vector.tolist()})
+
+
+TAMPERED = {
+    "a changed vector": (changed_vector, "add up"),
+    "a key id that is there twice": (lambda t: t.update(where="key_id = 4", values={"key_id": 5}), "twice"),
+    "a key id that was never given": (lambda t: t.update(where="key_id = 4", values={"key_id": 400}), "never given"),
+    "a label that is not its class's": (lambda t: t.update(where="key_id = 4", values={"label": "cat"}), "labels"),
+    "a class that is not there": (lambda t: t.update(where="key_id = 4", values={"class_id": 44}), "class ids"),
+    "a key of another class": (
+        lambda t: t.update(where="key_id = 4", values={"class_id": 3, "label": BARE}), "add up"),
+    "no label": (lambda t: t.update(where="key_id = 4", values_sql={"label": "NULL"}), "label"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_verify_finds(local, what):
+    tamper, word = TAMPERED[what]
+    assert local.truth.labels[4] not in ("cat", BARE)
+    tampered(local, tamper)
+    text = said(local.store.verify, local.place, word)
+    assert "version before" in text
+    changes.rollback(local.place)
+    local.check()
+
+
+def test_verify_finds_a_row_too_many_and_one_too_few(local):
+    def twice(table):
+        row = table.search().where("key_id = 4").to_arrow()
+        table.add(row.drop_columns([name for name in row.column_names if name.startswith("_")]))
+
+    with pytest.raises(StoreError, match="another process"):  # which a commit counts
+        tampered(local, twice, n=N)
+    for tamper in (twice, lambda table: table.delete("key_id = 4")):
+        tampered(local, tamper)
+        said(local.store.verify, local.place)
+        said(local.open, local.place)
+        changes.rollback(local.place)
+        local.store.collect()
+        local.check()
+
+
+def test_a_key_without_values_is_found_and_named(local):
+    def without(table):
+        row = table.search().where("key_id = 4").to_arrow()
+        row = row.drop_columns([name for name in row.column_names if name.startswith("_")])
+        place, nothing = row.column_names.index("vector"), pa.nulls(1, row.schema.field("vector").type)
+        table.delete("key_id = 4")
+        table.add(row.set_column(place, "vector", nothing))
+
+    tampered(local, without)
+    said(local.store.verify, local.place, "lacks values")
+    said(lambda: local.open().logits(QUERIES), local.place, "lacks values")
+
+
+def test_verify_finds_one_key_among_many(tmp_path):
+    """A class of thousands, whose keys have much in common, as those of a backbone do."""
+    n = 3000
+    rows = unit_rows(n, D, 7) * 0.3 + 0.25
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    place = made(tmp_path, "lance")
+    build_index(source(tmp_path / "many.parquet", rows, ["one"] * n), place, Encoder(), device="cpu")
+    pets = Pets(place, None, tmp_path, "lance")
+    pets.store.verify()
+    tampered(pets, changed_vector)
+    said(pets.store.verify, "add up")
+
+
+# --- what users bring
+
+
+@pytest.mark.parametrize("column", ["version", "vector", "a.b", "_rowid", "`tick`"])
+def test_a_column_that_a_table_cannot_have_is_refused(beside, column, tmp_path):
+    def table():
+        return beside.table(unit_rows(2, D, 60), ["cat", "cat"], **{column: ["x", "y"]})
+
+    text = beside.refused(lambda: changes.add(beside.place, table(), Encoder()), repr(column), error=InputError)
+    assert "rename it" in text
+    new = made(tmp_path, beside.kind, "new")
+    said(lambda: build_index(table(), new, Encoder(), device="cpu"), repr(column), error=InputError)
+    assert not stores.at(new).exists()
+    folder = made(tmp_path, "folder", "with column")
+    build_index(table(), folder, Encoder(), device="cpu")
+    said(lambda: changes.clone(folder, new), repr(column), error=InputError)
+
+
+def test_further_columns_of_any_type_and_name_come_back(tmp_path):
+    columns = {
+        "my col": pa.array(["a", None]), "x'y\"z": pa.array([1, 2], pa.uint64()), "Ünï-1": pa.array([True, None]),
+        "select": pa.array([[1], []], pa.list_(pa.int64())), "when": pa.array([1, 2], pa.timestamp("ns", "UTC")),
+        "raw": pa.array([b"a", b""]), "dictionary": pa.array(["a", "b"]).dictionary_encode(), "none": pa.nulls(2),
+        "large": pa.array(["a", "b"], pa.large_string()), "struct": pa.array([{"x": 1}, {"x": 2}]),
+    }  # fmt: skip
+    features = unit_rows(2, D, 61)
+    places = [made(tmp_path, kind, kind) for kind in ("folder", "lance")]
+    table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
+    more = source(tmp_path / "u.parquet", -features, ["a", "b"], ["u", "v"], **columns)
+    for place in places:
+        build_index(table, place, Encoder(), device="cpu")
+        changes.add(place, more, Encoder())
+        changes.relabel(place, "b", key_ids=[0])
+        stores.at(place).verify()
+    assert labels_of(places[0]) == labels_of(places[1])
+    changes.clone(places[1], back := made(tmp_path, "folder", "back"))
+    assert labels_of(back) == labels_of(places[0])
+    assert set(columns) < set(labels_of(back)[0])
+
+
+def test_features_that_cannot_be_keys_are_refused(pets, tmp_path):
+    wrong = {"nan": np.nan, "inf": np.inf, "norm": 3.0}
+    for name, value in wrong.items():
+        rows = unit_rows(3, D, 62)
+        rows[1, 2] = value
+        pets.refused(lambda rows=rows: pets.add(rows, ["cat"] * 3), error=InputError)
+        new = made(tmp_path, pets.kind, f"new-{name}")
+        table = pets.table(rows, ["cat"] * 3)
+        said(lambda new=new, table=table: build_index(table, new, Encoder(), device="cpu"), error=InputError)
+        assert not stores.at(new).exists()
+    pets.refused(lambda: pets.add(unit_rows(1, D + 1, 3), ["cat"]), str(D + 1), error=InputError)
+    with pytest.raises(InputError):
+        pets.open().logits(np.full((1, D), np.nan, dtype=np.float32))
+
+
+def test_nothing_of_the_credentials_is_in_a_store(base, tmp_path):
+    found, _, _ = base
+    own = copied(tmp_path, "s3", found["s3"])
+    changes.configure(own, k=3)
+    changes.remove(own, key_ids=[1])
+    said(lambda: changes.rollback(own, 99), own)
+    changes.clone(own, made(tmp_path, "lance", "clone"))
+    every = everything(own) | everything(f"lance://{tmp_path / 'clone'}")
+    assert len(every) > 10
+    for name, data in every.items():
+        for secret in (buckets.SECRET, buckets.KEY):
+            assert secret not in name
+            assert secret.encode() not in data
+
+
+# --- processes
+
+
+def in_a_child(place, opened, answers):
+    try:
+        if opened is not None:
+            opened.logits(QUERIES, 8)
+            opened.find(labels=["cat"])
+        answers.put(stores.at(place).load(device="cpu").logits(QUERIES, 8).numpy())
+    except StoreError as error:
+        answers.put(str(error))
+
+
+def test_a_forked_process_is_told_to_open_its_own(local):
+    opened = local.open()  # nothing is read yet
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=in_a_child, args=(local.place, opened, answers))
+    child.start()
+    text = answers.get(timeout=30)
+    child.join(10)
+    assert isinstance(text, str)
+    assert "forked" in text
+    assert "\n" not in text
+    assert local.place in text
+
+
+def test_a_spawned_process_opens_its_own(local):
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    child = context.Process(target=in_a_child, args=(local.place, None, answers))
+    child.start()
+    found = answers.get(timeout=60)
+    child.join(10)
+    np.testing.assert_allclose(found, local.truth.logits(QUERIES, 8), atol=EXACT)
+
+
+def test_threads_share_an_opened_index(local):
+    opened, expected = local.open(), local.truth.logits(QUERIES, 8)
+    failed = []
+
+    def ask():
+        for _ in range(5):
+            found = opened.logits(QUERIES, 8).numpy()
+            near = opened.classify(QUERIES[:2], neighbours=3)
+            if np.abs(found - expected).max() > EXACT or len(near[0].neighbours) != 3:
+                failed.append(found)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_another_store_at_the_same_address_is_another_store(tmp_path):
+    """The engine keeps much in memory, by address."""
+    place = made(tmp_path, "lance")
+    for seed in (1, 2):
+        rows = unit_rows(20, D, seed)
+        shutil.rmtree(path_of(place), ignore_errors=True)
+        built = build_index(source(tmp_path / "t.parquet", rows, ["a", "b"] * 10), place, Encoder(), device="cpu")
+        truth = Truth(["a", "b"], np.zeros((2, D)), dict(enumerate(rows)), dict(enumerate(["a", "b"] * 10)))
+        truth.alpha, truth.beta = built.alpha, built.beta
+        check(place, truth)
+
+
+# --- an index over the keys
+
+
+def clustered(n, seed, classes=20, d=32):
+    """Keys around a centre a class, as a backbone gives them."""
+    labels = np.arange(n) % classes
+    rows = unit_rows(classes, d, 70)[labels] + unit_rows(n, d, seed) * 0.7
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), [f"c{i:02}" for i in labels]
+
+
+def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_model, "INDEX_FROM", 3000)
+    monkeypatch.setattr(key_table, "INDEX_FROM", 3000)
+    monkeypatch.setattr(table_model, "UNINDEXED", 500)
+    place = made(tmp_path, "lance")
+    rows, labels = clustered(2900, 1)
+    build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), device="cpu")
+    at = stores.at(place)
+    assert at.load(device="cpu").index_type == "Flat"
+    more, more_labels = clustered(200, 2)
+    changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Encoder())
+    model = at.verify()
+    assert (model.index_type, model.exact_search, model.n) == ("IvfFlat", False, 3100)
+    assert at.manifest().provenance["index"] == "auto"
+    rows, labels = np.concatenate([rows, more]), labels + more_labels
+    queries, truths = clustered(200, 3)
+    by_all, by_index = model.logits(queries), model.logits(queries, 64)
+    winners = by_index.argmax(dim=1)
+    assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
+    assert np.mean([model.class_names[i] == truth for i, truth in zip(winners, truths, strict=True)]) > 0.9
+    found = model.retrieval.nearest(table_model.torch.from_numpy(queries), 10)
+    exact = np.sort(queries @ rows.T, axis=1)[:, ::-1][:, :10]
+    near = found.affinity.numpy()
+    assert (np.diff(near, axis=1) <= 0).all()
+    assert np.isclose(near, exact, atol=1e-5).mean() > 0.95
+    # What is added beside the index is found, each the nearest of itself, and counted.
+    late, late_labels = clustered(100, 4)
+    changes.add(place, source(tmp_path / "v.parquet", late, late_labels), Encoder())
+    assert at.describe()["not_indexed"] == 100
+    model = at.verify()
+    nearest = model.classify(late[:50], neighbours=1)
+    assert [one.neighbours[0].key_id for one in nearest] == list(range(3100, 3150))
+    np.testing.assert_allclose([one.neighbours[0].affinity for one in nearest], 1, atol=1e-5)
+    # Beyond so many they are put into it.
+    later, later_labels = clustered(450, 5)
+    changes.add(place, source(tmp_path / "w.parquet", later, later_labels), Encoder())
+    assert at.describe()["not_indexed"] == 0
+    model = at.verify()
+    gone = [one.neighbours[0].key_id for one in model.classify(later[:20], neighbours=1)]
+    assert gone == list(range(3200, 3220))
+    # What is removed or given to another class is so for a search, too.
+    changes.remove(place, key_ids=gone[:10])
+    changes.relabel(place, "c19", key_ids=gone[10:])
+    model = at.verify()
+    near = [one.neighbours[0] for one in model.classify(later[:20], neighbours=1)]
+    assert not {one.key_id for one in near[:10]} & set(gone[:10])
+    assert [(one.key_id, one.label) for one in near[10:]] == [(i, "c19") for i in gone[10:]]
+    # As another type, or none.
+    changes.rebuild(place, index="Flat")
+    model = at.verify()
+    assert (model.index_type, model.exact_search, at.describe()["not_indexed"]) == ("Flat", True, 0)
+    assert not raw(Pets(place, None, tmp_path, "lance")).list_indices()
+    changes.remove(place, key_ids=[0])
+    assert at.load(device="cpu").index_type == "Flat"  # which was asked for
+    changes.rollback(place, 1)
+    assert at.verify().index_type == "Flat"
+
+
+@pytest.mark.parametrize(("kind", "n"), [("IvfSq", 3000), ("IvfFlat", 3000), ("HnswSq", 1500)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_affinities_are_products_with_the_stored_keys(tmp_path, kind, n, dtype):
+    """Also where the index compresses them."""
+    place = made(tmp_path, "lance")
+    rows, labels = clustered(n, 1)
+    table = source(tmp_path / "t.parquet", rows, labels)
+    build_index(table, place, Encoder(), index=kind, dtype=dtype, device="cpu")
+    model = stores.at(place).verify()
+    assert (model.index_type, model.exact_search, model.manifest.provenance["index"]) == (kind, False, "given")
+    stored = model.keys_of(np.arange(n))
+    assert stored.dtype == dtype
+    assert np.array_equal(stored, rows.astype(dtype))
+    queries, _ = clustered(60, 3)
+    for q, one in enumerate(model.classify(queries, k=20, neighbours=10)):
+        own = stored[[near.key_id for near in one.neighbours]].astype(np.float32) @ queries[q]
+        np.testing.assert_allclose([near.affinity for near in one.neighbours], own, atol=1e-6)
+        assert len({near.key_id for near in one.neighbours}) == 10
+    found = model.retrieval.nearest(table_model.torch.from_numpy(queries), 10).affinity.numpy()
+    exact = np.sort(queries @ stored.astype(np.float32).T, axis=1)[:, ::-1][:, :10]
+    assert np.isclose(found, exact, atol=1e-5).mean() > 0.9
+    changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Encoder())
+    model = stores.at(place).verify()
+    near = [one.neighbours[0].key_id for one in model.classify(-rows[:40], neighbours=1)]
+    assert near == list(range(n, n + 40))
+
+
+def test_an_index_that_a_manifest_does_not_name_is_found_by_verify(local):
+    tampered(local, lambda table: None, index="IvfFlat")
+    said(local.store.verify, "index rebuild")
+    changes.rebuild(local.place, index="auto")
+    local.check()
+
+
+# --- side by side
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 4), st.integers(0, 999)),
+        st.tuples(st.just("remove"), st.integers(1, 3), st.integers(0, 999)),
+        st.tuples(st.just("relabel"), st.integers(1, 3), st.integers(0, 999)),
+        st.tuples(st.just("set"), st.integers(1, 9), st.just(0)),
+        st.tuples(st.just("rollback"), st.just(0), st.integers(0, 999)),
+        st.tuples(st.just("compact"), st.just(0), st.just(0)),
+        st.tuples(st.just("gc"), st.integers(1, 3), st.just(0)),
+    ),
+    min_size=5,
+    max_size=7,
+)
+
+
+def step(place, tables, what, m, seed, number):
+    """One change, which depends on what is there in no other way than by key ids."""
+    ids = sorted(labels_of(place))
+    random = np.random.default_rng(seed)
+    if what == "add":
+        names = stores.at(place).manifest().class_names
+        labels = [names[i] for i in random.integers(0, len(names), m)]
+        table = write_table(
+            tables / "step.parquet", unit_rows(m, D, 1000 + number), labels, [f"s{number} {i}" for i in range(m)]
+        )
+        return changes.add(place, open_source(table), Encoder())
+    if what == "remove":
+        return changes.remove(place, key_ids=random.choice(ids, min(m, len(ids) - 1), replace=False).tolist())
+    if what == "relabel":
+        chosen = random.choice(ids, min(m, len(ids)), replace=False).tolist()
+        return changes.relabel(place, stores.at(place).manifest().class_names[seed % 3], key_ids=chosen)
+    if what == "set":
+        return changes.configure(place, k=m, alpha=0.5 * m)
+    if what == "rollback":
+        there = stores.at(place).history()["version"].to_pylist()
+        return changes.rollback(place, there[seed % len(there)])
+    if what == "gc":
+        return stores.at(place).collect(m)
+    return changes.rebuild(place)  # one that is done in both, however many pieces there are
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=STEPS)
+def test_a_folder_and_a_table_go_the_same_way(steps, base, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("ways")
+    places = [copied(tmp_path, kind, base[0][kind], kind) for kind in ("folder", "lance")]
+    for number, (what, m, seed) in enumerate(steps):
+        done = [step(place, tmp_path, what, m, seed, number) for place in places]
+        if what == "gc":
+            assert done[0][0] == done[1][0]
+        else:
+            assert done[0].version == done[1].version
+            assert sorted(done[0].key_ids) == sorted(done[1].key_ids)
+        assert labels_of(places[0]) == labels_of(places[1])
+    one, other = (stores.at(place).verify() for place in places)
+    assert (one.counts, one.next_key_id, one.k, one.alpha) == (other.counts, other.next_key_id, other.k, other.alpha)
+    sums = [model.retrieval.keys.sums.numpy() for model in (one, other)]
+    np.testing.assert_allclose(sums[0], sums[1], atol=1e-5)
+    for k, tail in FORMS:
+        a, b = (model.logits(QUERIES, k, tail).numpy() for model in (one, other))
+        np.testing.assert_allclose(a, b, atol=EXACT)
+    drop = ["created_at", "created_by", "bytes"]
+    histories = [stores.at(place).history() for place in places]
+    a, b = (h.drop_columns([name for name in drop if name in h.column_names]).to_pylist() for h in histories)
+    assert a == b
+
+
+# --- through the command line
+
+
+MODEL = f"local-dir:{(SHARED / 'models' / 'lit-mini').resolve()}"
+FOOD = SHARED / "data" / "clip-food9"
+LABELS = 4
+
+
+def done(result):
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def dishes(tmp_path_factory):
+    """Features of CLIP, in each kind of store, built by the command line."""
+    if not SHARED.is_dir():
+        pytest.skip(f"SKIPPED: no shared data at {SHARED}")
+    place = tmp_path_factory.mktemp("food")
+    found = {kind: made(place, kind, kind) for kind in KINDS}
+    for kind, address in found.items():
+        out = "--out" if kind == "folder" else "--store"
+        command = ["index", "build", FOOD / "train.parquet", "--text", FOOD / "text.parquet", out, address]
+        done(CliRunner().invoke(main, [str(word) for word in command]))
+    return found, [FOOD / "test.parquet"], FOOD / "test.parquet"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, things):
+    """Photographs of Caltech101, in each kind of store, built by the command line."""
+    place = tmp_path_factory.mktemp("pictures")
+    found = {"folder": str(things)} | {kind: made(place, kind, kind) for kind in KINDS[1:]}
+    for kind in KINDS[1:]:
+        command = ["index", "build", things.with_suffix(".csv"), "--store", found[kind], "--model", MODEL]
+        done(CliRunner().invoke(main, [*map(str, command), "--device", "cpu"]))
+    asked = photographs(SHARED, "test", 10, LABELS)
+    lines = "".join(f"{path},{label}\n" for path, label in asked)
+    (place / "test.csv").write_text("path,label\n" + lines)
+    return found, [path for path, _ in asked], place / "test.csv"
+
+
+def answers_of(run, place, asked):
+    options = ("-k", 64, "--tail", "--logits", "--explain", "--top", 2, "--format", "json", "--device", "cpu")
+    return [json.loads(line) for line in done(run("classify", place, *asked, *options)).splitlines()]
+
+
+def same_answers(one, other):
+    """The same predictions, but where two classes tie."""
+    assert [row["input"] for row in one] == [row["input"] for row in other]
+    a, b = (np.array([row["logits"] for row in rows]) for rows in (one, other))
+    np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-5)
+    for here, there in zip(one, other, strict=True):
+        leading = sorted(here["logits"])[-2:]
+        if leading[1] - leading[0] > 1e-5:
+            assert here["label"] == there["label"]
+        np.testing.assert_allclose(here["probabilities"], there["probabilities"], atol=1e-4)
+        near, far = (
+            [(key["affinity"], key["source"], key["label"]) for key in row["neighbours"]] for row in (here, there)
+        )
+        np.testing.assert_allclose([key[0] for key in near], [key[0] for key in far], atol=1e-5)
+        if min(np.diff([key[0] for key in near]) * -1) > 1e-5:
+            assert [key[1:] for key in near] == [key[1:] for key in far]
+
+
+@pytest.mark.parametrize("data", ["dishes", "pictures"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_command_line_answers_alike(request, run, data, kind):
+    found, asked, labelled = request.getfixturevalue(data)
+    rows = [answers_of(run, found[one], asked) for one in ("folder", kind)]
+    assert len(rows[0]) == (450 if data == "dishes" else 10 * LABELS)
+    same_answers(*rows)
+    options = ("-k", 64, "--json", "--device", "cpu")
+    one, other = (json.loads(done(run("evaluate", found[name], labelled, *options))) for name in ("folder", kind))
+    assert one["n"] == len(rows[0])
+    assert one["top1"] > 0.7
+    for name in ("n", "top1", "top5", "zero_shot_top1", "cache_top1", "alpha", "beta", "k", "tail"):
+        assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    facts = json.loads(done(run("index", "info", found[kind], "--json")))
+    assert (facts["folder"], facts["n"]) == (found[kind], 1800 if data == "dishes" else 80)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_line_changes_a_store(run, pictures, kind, tmp_path):
+    found, asked, _ = pictures
+    own = copied(tmp_path, kind, found[kind])
+    before = answers_of(run, own, asked[:4])
+    (tmp_path / "more.csv").write_text(f"path,label\n{asked[0]},it's new\n{asked[4]},accordion\n")
+    added = done(run("index", "add", own, tmp_path / "more.csv", "--device", "cpu"))
+    assert added == f"{own}: version 2, 2 keys added, 1 new class: it's new\n"
+    assert answers_of(run, own, asked[:1])[0]["label"] == "it's new"
+    assert done(run("index", "remove", own, "--where", "label = 'it''s new'")) == f"{own}: version 3, 1 key removed\n"
+    assert done(run("index", "verify", own)) == f"{own}: version 3 is whole (81 keys, 11 classes)\n"
+    sql = "SELECT count(*) AS keys, max(version) AS version FROM labels, versions"
+    expected = 81 * 3
+    assert json.loads(done(run("index", "query", own, sql.replace("max(version)", "max(versions.version)"),
+                               "--format", "json"))) == {"keys": expected, "version": 3}  # fmt: skip
+    history = [json.loads(line) for line in done(run("index", "history", own, "--format", "json")).splitlines()]
+    assert [(row["version"], row["keys"]) for row in history] == [(1, 80), (2, 82), (3, 81)]
+    assert done(run("index", "rollback", own, "--version", 1)) == f"{own}: version 4, rolled back\n"
+    same_answers(before, answers_of(run, own, asked[:4]))
+    assert done(run("index", "gc", own)).startswith(f"{own}: 3 versions given up, ")
+    wrong = run("index", "rollback", own)
+    assert wrong.exit_code == 1
+    assert wrong.stderr.count("\n") == 1
+    for to in KINDS:
+        out = made(tmp_path, to, f"copy-{to}")
+        done(run("index", "clone", own, out))
+        same_answers(before, answers_of(run, out, asked[:4]))
+    assert done(run("index", "remove", own, "--key-ids", "0,1")).endswith("version 5, 2 keys removed\n")
+    refused = run("index", "remove", own, "--key-ids", 10**30)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("search-hp", "ADDRESS", "--val", "x.csv"), ("finetune", "ADDRESS", "--out", "out"),
+        ("index", "audit", "ADDRESS"), ("report", "ADDRESS", "x.csv", "--out", "x.html"),
+        ("index", "export", "ADDRESS", "--out", "x.parquet"), ("index", "tune", "ADDRESS", "--val", "x.csv"),
+        ("calibrate", "ADDRESS", "--val", "x.csv"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("address", ["lance://indexes/pets", "s3://bucket/pets"])
+def test_what_takes_a_folder_says_how_to_get_one(run, command, address):
+    result = run(*(address if word == "ADDRESS" else word for word in command))
+    assert result.exit_code == 2, result.output
+    assert f"retrieval-tip index clone {address} DIR" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
+
+
+# --- served
+
+
+def test_a_table_is_served(things, tmp_path, run):
+    token, own = "open sesame", f"lance://{tmp_path / 'own'}"
+    changes.clone(things, own)
+    folder = stores.at(things).load(device="cpu")
+    features = np.asarray(folder.keys[:5], dtype=np.float32)
+    expected = folder.classify(features, top=3, k=folder.k, neighbours=3)
+    sent, headers = {"features": features.tolist()}, {"authorization": f"Bearer {token}"}
+    with server(own, token=token) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+
+        def ask(**options):
+            answer = client.post("/v1/classify", json=sent, params={"top": 3, "neighbours": 3} | options)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        first = ask()
+        assert first["version"] == 1
+        for row, one in zip(first["results"], expected, strict=True):
+            assert (row["label"], row["labels"]) == (one.label, one.labels)
+            np.testing.assert_allclose(row["probabilities"], one.probabilities, atol=1e-4)
+            assert [key["key_id"] for key in row["neighbours"]] == [key.key_id for key in one.neighbours]
+        assert len(ask(evidence=True)["results"]) == 5
+        mapped = client.get("/v1/indexes/own/map").json()
+        assert len(json.dumps(mapped)) > 1000
+        page = client.get("/v1/indexes/own/keys", params={"label": folder.class_names[0], "limit": 3}).json()
+        assert (page["total"], len(page["keys"]), page["version"]) == (8, 3, 1)
+        assert client.get("/v1/indexes/own/keys/0/image").status_code == 200
+        audited = client.get("/v1/indexes/own/audit")
+        assert audited.status_code in (200, 422, 503), audited.text
+        photo, truth = photographs(SHARED, "test", 10, 1)[0]
+        shot = {"files": {"images": (photo.name, photo.read_bytes())}, "headers": headers}
+        added = client.post("/v1/indexes/own/keys", data={"label": "squeeze box"}, **shot)
+        assert (added.status_code, added.json()["version"], added.json()["key_ids"]) == (201, 2, [80]), added.text
+        answer = client.post("/v1/classify", files={"images": photo.read_bytes()}).json()
+        assert (answer["version"], answer["results"][0]["label"]) == (2, "squeeze box")
+        gone = client.delete("/v1/indexes/own/keys?key_id=80", headers=headers)
+        assert (gone.status_code, gone.json()["version"]) == (200, 3), gone.text
+        answer = client.post("/v1/classify", files={"images": photo.read_bytes()}).json()
+        assert (answer["version"], answer["results"][0]["label"]) == (3, truth)
+        assert client.delete("/v1/indexes/own/keys?key_id=80", headers=headers).status_code == 404
+        changes.relabel(own, folder.class_names[1], key_ids=[int(expected[0].neighbours[0].key_id)])
+        limit = time.monotonic() + 60
+        while (found := ask())["version"] != 4:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert found["results"][0]["neighbours"][0]["label"] == folder.class_names[1]
+    assert stores.at(own).verify().n == 80
