@@ -1274,7 +1274,7 @@ def step(place, tables, what, m, seed, number):
     return changes.rebuild(place)  # one that is done in both, however many pieces there are
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_a_folder_and_a_table_go_the_same_way(steps, base, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("ways")
@@ -1461,7 +1461,7 @@ def test_a_table_is_served(things, tmp_path, run):
         assert (page["total"], len(page["keys"]), page["version"]) == (8, 3, 1)
         assert client.get("/v1/indexes/own/keys/0/image").status_code == 200
         audited = client.get("/v1/indexes/own/audit")
-        assert audited.status_code in (200, 422, 503), audited.text
+        assert (audited.status_code, "index clone" in audited.text) == (422, True)
         photo, truth = photographs(SHARED, "test", 10, 1)[0]
         shot = {"files": {"images": (photo.name, photo.read_bytes())}, "headers": headers}
         added = client.post("/v1/indexes/own/keys", data={"label": "squeeze box"}, **shot)

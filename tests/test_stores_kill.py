@@ -38,7 +38,7 @@ LEASE, LIVING = 0.4, 20.0
 """Seconds after which a holder in a bucket counts as dead, where all but one are, and where they live."""
 PRUNED_EVERY = 5
 """So that the next version gives up versions of the table."""
-KILLS = 6
+KILLS = 4
 """Random moments at which each of three changes is killed."""
 
 
@@ -66,14 +66,13 @@ OPERATIONS = {
     "compact": lambda place, _: changes.compact(place),
     "rebuild": lambda place, _: changes.rebuild(place, index="IvfFlat"),
     "rollback": lambda place, _: changes.rollback(place),
-    "set": lambda place, _: changes.configure(place, alpha=3.0),
     "gc": lambda place, _: stores.at(place).collect(),
     "grow": lambda place, tables: [changes.add(place, table(tables, "1"), Encoder()) for _ in range(5)],
 }  # fmt: skip
 
 
 def around(steps, owner, name):
-    """A step before each call of a method, but those that give signs of life of a lease, whose number is the clock's."""
+    """A step before each call of a method; signs of life of a lease are none, for their number is the clock's."""
     call = getattr(owner, name)
 
     def counted(*arguments, **more):
