@@ -323,7 +323,9 @@ def main(memory: bool, folder: Path, out: Path | None, to_answer: Path | None, t
         with tempfile.TemporaryDirectory(prefix="retrieval-tip-scale-", dir=folder) as name:
             show(large(Path(name), given))
         click.echo(f"index {given['index']}, k {given['k'] or 'all'}")
-        checked = [value for name, value, _ in measures if name.endswith("peak resident")]
+        # A store is for more than memory holds: what counts is answering. Building it maps the feature table.
+        counted = "answering, peak resident" if given["store"] == "lance" else "peak resident"
+        checked = [value for name, value, _ in measures if name.endswith(counted)]
     columns = {
         "section": "memory" if memory else "large",
         "n": given["keys"],

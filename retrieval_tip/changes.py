@@ -160,8 +160,9 @@ def merge(folder: Place, other: Place) -> Added:
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
     """Remove the keys that a condition in SQL over the label store holds for, or by their ids; classes stay.
 
-    Their bytes leave the folder with the last version that has them: see :func:`store.collect`. Raises UsageError
-    unless one of ``where`` and ``key_ids`` is given and can work, InputError as :meth:`CacheModel.remove`.
+    Their bytes leave the folder with the last version that has them: see :func:`store.collect`. A LanceDB store only
+    marks rows as removed, so there it takes :func:`rebuild` before. Raises UsageError unless one of ``where`` and
+    ``key_ids`` is given and can work, InputError as :meth:`CacheModel.remove`.
     """
     with stores.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
@@ -262,14 +263,18 @@ def compact(folder: Place) -> Changed:
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: str | None = None) -> Changed:
-    """Build the FAISS index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
+    """Build the index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
 
+    A LanceDB store writes its table anew, without what was removed.
     Raises UsageError for a type or dtype that cannot work, InputError where keys are too large for it.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
     with stores.at(folder).change() as change:
-        change.cache.compact(index, dtype)
+        if isinstance(change.cache, TableModel):
+            change.cache.rewrite(index, dtype)
+        else:
+            change.cache.compact(index, dtype)
         change.what = f"rebuild as {change.cache.index_type} of {change.cache.dtype}"
     return Changed(_version(change.cache), [])
 

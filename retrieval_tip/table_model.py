@@ -211,10 +211,13 @@ class TableModel(Classifier):
         text_weights: npt.NDArray[np.float32] | None,
         dtype: str = "float32",
         index: str = "auto",
+        *,
+        stored: bool = False,
     ) -> TableModel:
         """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
 
-        It becomes a version by :meth:`commit`. Raises UsageError for an index that a store does not have, InputError
+        It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
+        row. Raises UsageError for an index that a store does not have, InputError
         for columns that a table cannot hold or text weights of another length; and what ``blocks`` raise.
         """
         index_kind(index, 0)
@@ -224,14 +227,19 @@ class TableModel(Classifier):
         text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
         inputs.check_shape("text_weights", text.shape, (c, d), "one a class; they come from the backbone of the keys")
         counts, sums = np.zeros(c, dtype=np.int64), np.zeros((c, d))
-        extra = [labels.schema.field(name) for name in labels.column_names[len(LABEL_SCHEMA) :]]
+        further = labels.drop_columns([VERSION]) if stored else labels
+        extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
         check_columns(extra)
         schema = schema_of(d, dtype, extra)
 
         def rows() -> Iterator[pa.RecordBatch]:
             nonlocal following
             for part, own in itertools.chain([(labels, keys)], ahead):
-                ids, own = part["class_id"].to_numpy().astype(np.int64), own.astype(dtype)
+                ids = part["class_id"].to_numpy().astype(np.int64)
+                with np.errstate(over="ignore"):  # refused just below
+                    own = own.astype(dtype)
+                if not np.isfinite(own).all():
+                    raise InputError(f"keys: hold values too large for {dtype}")
                 counts[:] += np.bincount(ids, minlength=c)
                 np.add.at(sums, ids, own.astype(np.float64))
                 following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
@@ -494,17 +502,26 @@ class TableModel(Classifier):
         """Pieces that the table is in, and one for rows that its index does not hold."""
         return self.table.fragments + (self.table.unindexed() > 0)
 
-    def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
-        """Put the pieces of the table together, all rows into its index; or build that anew, as another type.
-
-        Raises UsageError for a type that a store does not have, or another ``dtype``: that takes a new build.
-        """
+    def compact(self) -> None:
+        """Put the pieces of the table together, and all rows into its index."""
         self._writing()
-        if dtype is not None and dtype != self.dtype:
-            raise UsageError(f"dtype {dtype}: a LanceDB store keeps that of its keys, {self.dtype}; build another one")
         self.table.optimize()
-        if factory is not None:
-            self._index(index_kind(factory, self.n), factory)
+        self._follow()
+
+    def rewrite(self, factory: str | None = None, dtype: str | None = None) -> None:
+        """Write every row anew, and the index over them: what was removed before is in no file of this version.
+
+        ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others. Raises
+        UsageError for a type that a store does not have, InputError where keys are too large for the dtype.
+        """
+        writer = self._writing()
+        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
+        kept = "auto" if self.provenance.get("index") == "auto" else self.index_type
+        blocks = replace(self, table=before).stored_blocks()
+        text = self.classes.text
+        found = self.create(writer, blocks, self.class_names, text, dtype or self.dtype, factory or kept, stored=True)
+        self.table, self.classes, self.dtype = found.table, found.classes, found.dtype
+        self.index_type, self.provenance = found.index_type, self.provenance | found.provenance
         self._follow()
 
     def _index(self, kind: str, asked: str) -> None:

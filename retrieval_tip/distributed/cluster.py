@@ -84,10 +84,10 @@ def connected(
         return
     with ExitStack() as stack:
         stack.enter_context(_quietly())
-        stack.callback(ray.shutdown)
         if address is None:
             folder = stack.enter_context(_folder())
             stack.enter_context(_loopback())
+            stack.callback(ray.shutdown)  # before the folder goes
             _start(ray, cpus, object_store, folder)
         else:
             _join(ray, address, stack)
@@ -121,6 +121,7 @@ def _join(ray: Any, address: str, stack: ExitStack) -> None:
                     _answers(ray.util.get_node_ip_address(), int(port))
                 except OSError:  # this cluster listens on loopback only, and Ray would look for it elsewhere
                     stack.enter_context(_loopback())
+        stack.callback(ray.shutdown)
         with _silently():
             ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
     except (RuntimeError, ValueError, OverflowError, OSError) as error:
