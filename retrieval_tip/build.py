@@ -116,7 +116,7 @@ def build_index(
     if isinstance(place, stores.LanceStore):
         with place.write() as writer:
             rows = labels_in_blocks(class_names, _blocks(source, encoder, ids, dtype))
-            table = TableModel.create(writer, rows, class_names, weights, dtype, index or "auto")
+            table = TableModel.create(writer, rows, class_names, weights, dtype, "auto" if index is None else index)
             statistics = table.statistics()
             table.alpha, table.beta = plain_settings(alpha, beta, form, statistics)
             table.logit_scale, table.k, table.templates = scale, None if k == "auto" else k, prompts
@@ -126,7 +126,7 @@ def build_index(
             table.commit("build")
         return place.load(device=device)
 
-    index = index or "Flat"
+    index = "Flat" if index is None else index
     with store.write(place.folder) as writer:
         keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
         order = order[kept]

@@ -519,7 +519,15 @@ class TableModel(Classifier):
         kept = "auto" if self.provenance.get("index") == "auto" else self.index_type
         blocks = replace(self, table=before).stored_blocks()
         text = self.classes.text
-        found = self.create(writer, blocks, self.class_names, text, dtype or self.dtype, factory or kept, stored=True)
+        found = self.create(
+            writer,
+            blocks,
+            self.class_names,
+            text,
+            dtype or self.dtype,
+            kept if factory is None else factory,
+            stored=True,
+        )
         self.table, self.classes, self.dtype = found.table, found.classes, found.dtype
         self.index_type, self.provenance = found.index_type, self.provenance | found.provenance
         self._follow()
