@@ -238,7 +238,8 @@ def sizes_of(index: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for path in sorted(path for path in index.rglob("*") if path.is_file()):
         inner = path.relative_to(index).parts
-        name = f"folder {inner[1]} of the table" if inner[0].endswith(".lance") else f"file of {path.name.partition('-')[0]}"
+        of_table = inner[0].endswith(".lance")
+        name = f"folder {inner[1]} of the table" if of_table else f"file of {path.name.partition('-')[0]}"
         if inner[0] == "data" or inner[0].endswith(".lance"):
             sizes[name] = sizes.get(name, 0) + path.stat().st_size
     return sizes

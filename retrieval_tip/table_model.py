@@ -50,6 +50,8 @@ HELD_BYTES = 1 << 29
 """Keys up to this size stay in memory once they were read, where there is no index."""
 MOST_TAKEN = 1 << 29
 """Bytes of keys that are taken out of a table as an index of their own, in memory."""
+MOST_ORDERED = 1 << 26
+"""Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
 FAR, ROUNDED = 1e-6, 1e-9
 """Difference between a class's sum of keys and what its keys add up to, beyond which one of them is wrong: of the
 largest key's value, and of the sum's. Both sums are float64, so that one wrong key of a million is seen."""
@@ -335,10 +337,17 @@ class TableModel(Classifier):
         return set(zip(found["digest"].to_pylist(), found["label"].to_pylist(), strict=True))
 
     def statistics(self) -> Statistics | None:
-        """:func:`defaults.measure` of a sample of the keys; ``None`` where all are of one class or nothing spreads."""
+        """:func:`defaults.measure` of a sample of the keys, of few enough the one that a folder of them would take.
+
+        ``None`` where all are of one class or nothing spreads.
+        """
         chosen = np.arange(self.n)
         if self.n > SAMPLE:
-            chosen = np.sort(np.random.default_rng(0).choice(self.n, SAMPLE, replace=False))
+            chosen = np.random.default_rng(0).choice(self.n, SAMPLE, replace=False)
+            if self.n <= MOST_ORDERED:
+                ids = self.table.read(["key_id", "class_id"])
+                chosen = np.lexsort((ids["key_id"].to_numpy(), ids["class_id"].to_numpy()))[chosen]
+            chosen = np.sort(chosen)
         some = self.table.offsets(chosen, ["class_id", VECTOR])
         found = measure(self.table.matrix(some[VECTOR]), some["class_id"].to_numpy().astype(np.int64))
         return None if found is None else replace(found, shots=self.n / int((self.classes.counts > 0).sum()))

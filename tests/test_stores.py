@@ -489,6 +489,16 @@ def test_compact_and_rebuild_keep_the_answers(pets, monkeypatch):
     assert pets.store.manifest().version == version
 
 
+def test_untouched_settings_are_those_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrieval_tip.defaults.SAMPLE", 20)
+    monkeypatch.setattr("retrieval_tip.table_model.SAMPLE", 20)
+    labels = ["cat" if i % 3 else "dog" for i in range(100)]
+    table = source(tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)])
+    places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
+    one, other = (build_index(table, place, Encoder(), device="cpu") for place in places)
+    assert (one.alpha, one.beta) == pytest.approx((other.alpha, other.beta), rel=1e-6)
+
+
 def versions_of(pets):
     labels = pets.open().labels
     return dict(zip(labels["key_id"].to_pylist(), labels["version"].to_pylist(), strict=True))
