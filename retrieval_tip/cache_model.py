@@ -24,7 +24,7 @@ from retrieval_tip.defaults import Statistics, measure
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.inputs import Features, Labels
 from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
-from retrieval_tip.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.manifest import DataFile, Manifest, Segment
 from retrieval_tip.retrieval import SHORTLIST, IndexRetrieval
 from retrieval_tip.segments import Segments, joined, segments_of
@@ -547,8 +547,7 @@ class CacheModel(Classifier):
         """Labels to be added, whose shots are counted on from those of their class."""
         next_shot = np.zeros(len(self.class_names), dtype=np.int32)
         np.maximum.at(next_shot, self.labels["class_id"].to_numpy(), self.labels["shot"].to_numpy() + 1)
-        shots = pa.array(added["shot"].to_numpy() + next_shot[ids], pa.int32())
-        return added.set_column(added.column_names.index("shot"), "shot", shots)
+        return shots_after(added, ids, next_shot)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay, also those left without a key. On disk after :meth:`save`.

@@ -129,6 +129,12 @@ def label_table(
     return table
 
 
+def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:
+    """Labels to be added, whose shots are counted on from those of their class."""
+    shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())
+    return added.set_column(added.column_names.index("shot"), "shot", shots)
+
+
 def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
     """A number a key ``[n]`` that agrees for keys of one image: of one content digest, or of one source without one."""
     images, sources = digest_codes(labels), _codes(labels["source"])

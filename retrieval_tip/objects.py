@@ -286,7 +286,7 @@ class _Folder(Objects):
             finally:
                 temporary.unlink(missing_ok=True)
             for folder in (path.parent, *(folder.parent for folder in made)):
-                _sync(folder)
+                sync(folder)
         except FileExistsError:
             raise
         except OSError as error:
@@ -299,7 +299,7 @@ class _Folder(Objects):
         return StoreError(f"{one_line(f'{self.address}/{name}')}: cannot be {what}: {reason}")
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Flush a folder's entries, where the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

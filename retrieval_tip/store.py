@@ -44,6 +44,7 @@ from retrieval_tip import labels
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.labels import LABEL_SCHEMA
 from retrieval_tip.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
+from retrieval_tip.objects import sync
 
 T = TypeVar("T")
 
@@ -319,11 +320,7 @@ def describe(folder: Path) -> dict[str, Any]:
         | {
             "k": manifest.k or "all",
             "classes": len(manifest.class_names),
-            "keys_per_class": {
-                "least": int(counts.min()),
-                "median": float(np.median(counts)),
-                "most": int(counts.max()),
-            },
+            "keys_per_class": keys_per_class(counts),
             "segments": len(manifest.segments),
             "not_indexed": manifest.n - manifest.files["keys"].rows,
             "bytes": sum(own.values()),
@@ -332,6 +329,11 @@ def describe(folder: Path) -> dict[str, Any]:
             "bytes_of_earlier": sum(size for name, size in held.items() if name not in own),
         }
     )
+
+
+def keys_per_class(counts: npt.NDArray[np.int64]) -> dict[str, float]:
+    """What ``index info`` prints of the keys of each class ``[c]``."""
+    return {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
 
 
 def history(folder: Path) -> pa.Table:
@@ -495,17 +497,17 @@ class Writer:
             Manifest.parse(json.loads(raw))  # what could not be read again is never written
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InputError(f"{self.folder}: a manifest cannot hold this ({error}); nothing was changed") from None
-        _sync(self.folder / "data")
+        sync(self.folder / "data")
         if self.parent is not None:
             earlier = self.folder / "manifests"
             earlier.mkdir(exist_ok=True)
             _write(earlier / _manifest_name(self.parent), (self.folder / "manifest.json").read_bytes())
-            _sync(earlier)
-        _sync(self.folder)
+            sync(earlier)
+        sync(self.folder)
         _write(self.folder / "manifest.json", raw)
         # The new version stands, so nothing below may fail; what is not done here the next writer does.
-        _sync(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder)
+        sync(self.folder.parent)
         with suppress(OSError):
             _forget(self.folder, KEPT_VERSIONS)
 
@@ -791,16 +793,6 @@ def _write(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -41,7 +41,7 @@ from retrieval_tip.key_table import (
     schema_of,
 )
 from retrieval_tip.keys import KeyStream, index_over
-from retrieval_tip.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.manifest import Manifest, Table
 from retrieval_tip.retrieval import Nearest, Retrieval
 from retrieval_tip.table_store import Classes, TableStore, Writer
@@ -424,7 +424,7 @@ class TableModel(Classifier):
         columns: dict[str, Any] = {"views": views, "digests": digests, "extra": extra}
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, **columns)
         self._check_columns(added)
-        added = _shots_after(added, ids, self._next_shots(np.unique(ids)))
+        added = shots_after(added, ids, self._next_shots(np.unique(ids)))
         order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
         self.table.append(rows_of(added.take(pa.array(order)), array[order], writer.number))
         self._count(ids, array, 1)
@@ -656,12 +656,6 @@ def labels_in_blocks(
     """
     following = np.zeros(len(class_names), dtype=np.int32)
     for ids, keys, key_ids, columns in blocks:
-        table = _shots_after(label_table(class_names, ids, key_ids=key_ids, **columns), ids, following)
+        table = shots_after(label_table(class_names, ids, key_ids=key_ids, **columns), ids, following)
         following += np.bincount(ids, minlength=len(class_names)).astype(np.int32)
         yield table, keys
-
-
-def _shots_after(added: pa.Table, ids: IntArray, following: npt.NDArray[np.int32]) -> pa.Table:
-    """Labels to be added, whose shots are counted on from those of their class."""
-    shots = pa.array(added["shot"].to_numpy() + following[ids], pa.int32())
-    return added.set_column(added.column_names.index("shot"), "shot", shots)

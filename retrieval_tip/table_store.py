@@ -268,11 +268,7 @@ class TableStore:
             | {
                 "k": manifest.k or "all",
                 "classes": len(manifest.class_names),
-                "keys_per_class": {
-                    "least": int(counts.min()),
-                    "median": float(np.median(counts)),
-                    "most": int(counts.max()),
-                },
+                "keys_per_class": store.keys_per_class(counts),
                 "not_indexed": table.unindexed(),
                 "files": {kind: file.name for kind, file in manifest.files.items()},
                 "earlier_versions": [old.version for old in self.earlier(manifest)],
