@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 from made import ROWS, Made
 from throughput import FACTS, SEED, facts, machine_line, write_rows
 
-from retrieval_tip import images
+from retrieval_tip.data import images
 
 MIB = 2**20
 SHOTS = 16

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import CacheModel, Encoder, open_source
-from retrieval_tip.finetune import finetune
-from retrieval_tip.sources import Source
-from retrieval_tip.trainer import Recipe, Trainer, faster_precision
+from retrieval_tip.data.sources import Source
+from retrieval_tip.fit.finetune import finetune
+from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
 
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0
 RATE, EPS = 1e-3, 1e-4

@@ -26,7 +26,8 @@ from made import Made
 from scale import GIB, class_names, write_tables
 from throughput import FACTS, SEED, facts, machine_line, write_rows
 
-from retrieval_tip import CacheModel, Encoder, build_index, changes, open_source
+from retrieval_tip import CacheModel, Encoder, build_index, open_source
+from retrieval_tip.index import changes
 
 SCHEMA = pa.schema(
     [

@@ -13,10 +13,10 @@ import click
 import numpy as np
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, load_backbone, open_source
-from retrieval_tip.build import read_text_table
-from retrieval_tip.defaults import NORMALIZE, measure, plain_settings
-from retrieval_tip.prompts import text_weights
-from retrieval_tip.shots import few_shot
+from retrieval_tip.backbones.prompts import text_weights
+from retrieval_tip.data.shots import few_shot
+from retrieval_tip.index.build import read_text_table
+from retrieval_tip.retrieval.defaults import NORMALIZE, measure, plain_settings
 
 Split = tuple[np.ndarray, np.ndarray]
 

@@ -27,15 +27,18 @@ from typing import Any
 import click
 import numpy as np
 
-from retrieval_tip import Encoder, EncodingCache, build_index, datasets, load_backbone, open_source, search_hp, sweep
-from retrieval_tip.backbone import PARTS
+from retrieval_tip import Encoder, EncodingCache, build_index, load_backbone, open_source
+from retrieval_tip.backbones.open_clip import PARTS
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data import datasets
+from retrieval_tip.data.encoder import view_names
+from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.features import view_names
-from retrieval_tip.finetune import finetune, own_shots
-from retrieval_tip.sources import Source
-from retrieval_tip.store import read_manifest
-from retrieval_tip.trainer import VIEWS, Recipe
+from retrieval_tip.evaluation import sweep
+from retrieval_tip.fit import search_hp
+from retrieval_tip.fit.finetune import finetune, own_shots
+from retrieval_tip.fit.trainer import VIEWS, Recipe
+from retrieval_tip.store.folder import read_manifest
 
 HERE = Path(__file__).resolve().parent
 SHOTS = (1, 2, 4, 8, 16)

@@ -35,8 +35,9 @@ import pyarrow.parquet as pq
 from made import ROWS, Made
 from throughput import FACTS, SEED, Row, facts, machine_line, write_rows
 
-from retrieval_tip import CacheModel, stores
-from retrieval_tip.defaults import untouched_settings
+from retrieval_tip import CacheModel
+from retrieval_tip.index import places as stores
+from retrieval_tip.retrieval.defaults import untouched_settings
 
 GIB = 2**30
 LOGITS = 1 << 26

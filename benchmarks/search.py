@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from retrieval_tip import CacheModel
-from retrieval_tip.search_hp import PAPER_STEPS, search, search_paper, unseen
+from retrieval_tip.fit.search_hp import PAPER_STEPS, search, search_paper, unseen
 
 POINTS = PAPER_STEPS[0] * PAPER_STEPS[1]
 

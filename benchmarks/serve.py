@@ -57,12 +57,14 @@ from pydantic import BaseModel
 from scale import write_tables
 from throughput import FACTS, SEED, Row, facts, installed, machine_line, write_rows
 
-from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, changes, load_backbone, open_source, store
-from retrieval_tip.backbone import unit
+from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source
+from retrieval_tip.backbones.open_clip import unit
 from retrieval_tip.classifier import Prediction
+from retrieval_tip.data.encoder import pixels_of
+from retrieval_tip.data.imports import export_table, export_text
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.exchange import export_table, export_text
-from retrieval_tip.features import pixels_of
+from retrieval_tip.index import changes
+from retrieval_tip.store import folder as store
 
 GOAL = "at least 2 x at 64 clients for features"
 WHATS = ("features", "images")

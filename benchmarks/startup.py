@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip import CacheModel
+from retrieval_tip.cli.output import table_lines
 from retrieval_tip.doctor import faiss_distributions
-from retrieval_tip.output import table_lines
 
 PACKAGES = ("retrieval-tip", "torch", "torchvision", "open_clip_torch", "timm", "transformers", "numpy", "pyarrow")
 CLASSES = 100
@@ -46,7 +46,7 @@ def part(name):
 started, folder, image = float(sys.argv[1]), sys.argv[2], sys.argv[3]
 marks["interpreter"] = began - started
 with part("import click and the command line"):
-    from retrieval_tip.cli import start_lightly
+    from retrieval_tip.cli.group import start_lightly
 start_lightly()
 for package in ("numpy", "pyarrow.parquet", "torch", "faiss"):
     with part(f"import {package}"):

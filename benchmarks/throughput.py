@@ -38,11 +38,12 @@ import torch
 from made import Made
 from torch import Tensor
 
-from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source, sweep
-from retrieval_tip.backbone import resolve_device
-from retrieval_tip.defaults import untouched_settings
+from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source
+from retrieval_tip.backbones.open_clip import resolve_device
 from retrieval_tip.errors import RetrievalTipError
-from retrieval_tip.keys import index_over
+from retrieval_tip.evaluation import sweep
+from retrieval_tip.retrieval.defaults import untouched_settings
+from retrieval_tip.retrieval.keys import index_over
 
 SECTIONS = ("exact", "retrieval", "real")
 SEED = 0

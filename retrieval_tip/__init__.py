@@ -9,39 +9,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbone import Backbone, Identity, load_backbone
-    from retrieval_tip.build import build_index
+    from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
     from retrieval_tip.cache_model import CacheModel, verify
     from retrieval_tip.classifier import Neighbour, Prediction
+    from retrieval_tip.data.encoder import Encoder, EncodingCache
+    from retrieval_tip.data.sources import Source, open_inputs, open_source
     from retrieval_tip.errors import RetrievalTipError
     from retrieval_tip.estimator import TipAdapterClassifier
-    from retrieval_tip.evaluate import Evaluation
-    from retrieval_tip.features import Encoder, EncodingCache
-    from retrieval_tip.finetune import Tuned
-    from retrieval_tip.sources import Source, open_inputs, open_source
-    from retrieval_tip.trainer import Recipe
+    from retrieval_tip.evaluation.evaluate import Evaluation
+    from retrieval_tip.fit.finetune import Tuned
+    from retrieval_tip.fit.trainer import Recipe
+    from retrieval_tip.index.build import build_index
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Backbone": "backbone",
+    "Backbone": "backbones.open_clip",
     "CacheModel": "cache_model",
-    "Encoder": "features",
-    "EncodingCache": "features",
-    "Evaluation": "evaluate",
-    "Identity": "backbone",
+    "Encoder": "data.encoder",
+    "EncodingCache": "data.encoder",
+    "Evaluation": "evaluation.evaluate",
+    "Identity": "backbones.open_clip",
     "Neighbour": "classifier",
     "Prediction": "classifier",
     "Predictions": "classifier",
-    "Recipe": "trainer",
+    "Recipe": "fit.trainer",
     "RetrievalTipError": "errors",
-    "Source": "sources",
+    "Source": "data.sources",
     "TipAdapterClassifier": "estimator",
-    "Tuned": "finetune",
-    "build_index": "build",
-    "load_backbone": "backbone",
-    "open_inputs": "sources",
-    "open_source": "sources",
+    "Tuned": "fit.finetune",
+    "build_index": "index.build",
+    "load_backbone": "backbones.open_clip",
+    "open_inputs": "data.sources",
+    "open_source": "data.sources",
     "verify": "cache_model",
 }
 

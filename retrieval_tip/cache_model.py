@@ -17,18 +17,19 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from retrieval_tip import inputs, store
-from retrieval_tip.backbone import Identity, resolve_device
+from retrieval_tip.backbones.open_clip import Identity, resolve_device
 from retrieval_tip.classifier import Classifier, spread
-from retrieval_tip.defaults import Statistics, measure
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
-from retrieval_tip.inputs import Features, Labels
-from retrieval_tip.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
-from retrieval_tip.labels import LABEL_SCHEMA, label_table, shots_after
-from retrieval_tip.manifest import DataFile, Manifest, Segment
-from retrieval_tip.retrieval import SHORTLIST, IndexRetrieval
-from retrieval_tip.segments import Segments, joined, segments_of
-from retrieval_tip.vector_index import VectorIndex, auto_factory
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.defaults import Statistics, measure
+from retrieval_tip.retrieval.inputs import Features, Labels
+from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
+from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval
+from retrieval_tip.retrieval.segments import Segments, joined, segments_of
+from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
+from retrieval_tip.store.manifest import DataFile, Manifest, Segment
 
 ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
 """The paper's defaults (its code's, for ImageNet) and the temperature of OpenAI's CLIP."""

@@ -14,15 +14,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from retrieval_tip import inputs, tip
-from retrieval_tip.backbone import Identity
+from retrieval_tip import tip
+from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.features import Encoder
-from retrieval_tip.html import table, tag
-from retrieval_tip.inputs import Features
-from retrieval_tip.manifest import Manifest
-from retrieval_tip.retrieval import LOGITS, Nearest, Retrieval, slices
-from retrieval_tip.sources import Source
+from retrieval_tip.report.html import table, tag
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
+from retrieval_tip.store.manifest import Manifest
 
 SHOWN_CLASSES, SHOWN_PREDICTIONS = 8, 50
 """How many of each a notebook shows."""

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.backbone import resolve_device, unit
+from retrieval_tip.backbones.open_clip import resolve_device, unit
 from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.inputs import Features, check_settings
-from retrieval_tip.keys import index_over
+from retrieval_tip.retrieval.inputs import Features, check_settings
+from retrieval_tip.retrieval.keys import index_over
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin

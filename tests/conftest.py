@@ -14,9 +14,10 @@ import pytest
 import warm
 from click.testing import CliRunner, Result
 
-from retrieval_tip import backbone, store
-from retrieval_tip.backbone import Backbone
+from retrieval_tip.backbones import open_clip as backbone
+from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.cli import main
+from retrieval_tip.store import folder as store
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
 
@@ -92,7 +93,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def lit_mini() -> Backbone:
     """A small real dual encoder."""
-    from retrieval_tip.backbone import load_backbone
+    from retrieval_tip.backbones.open_clip import load_backbone
 
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")

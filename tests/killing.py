@@ -171,7 +171,7 @@ def one_thread() -> Iterator[None]:
     """For sums that are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
     import torch
 
-    from retrieval_tip import vector_index
+    from retrieval_tip.retrieval import vector_index
 
     threads, found = torch.get_num_threads(), vector_index.faiss().omp_get_max_threads()
     torch.set_num_threads(1)

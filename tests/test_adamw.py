@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retrieval_tip.adamw import MOMENTS, AdamW, BlockAdamW, RowAdamW, cosine
+from retrieval_tip.fit.adamw import MOMENTS, AdamW, BlockAdamW, RowAdamW, cosine
 
 N, D, STEPS, LR = 11, 5, 12, 1e-3
 OPTIONS = {"eps": 1e-4, "weight_decay": 0.01}

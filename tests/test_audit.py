@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_cli import unit_rows
 
-from retrieval_tip import audit as audits
-from retrieval_tip.audit import NEAR, Duplicate, Found, audit, describe_duplicates, duplicates, images_of
-from retrieval_tip.build import build_index
 from retrieval_tip.cache_model import CacheModel, label_table
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.features import Encoder
-from retrieval_tip.segments import Segments
-from retrieval_tip.sources import open_source
+from retrieval_tip.evaluation import audit as audits
+from retrieval_tip.evaluation.audit import NEAR, Duplicate, Found, audit, describe_duplicates, duplicates, images_of
+from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval.segments import Segments
 
 KINDS = ["identical image", "identical feature", "near-identical"]
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from retrieval_tip import backbone
-from retrieval_tip.backbone import PARTS, Identity, load_backbone, unit, write_tuned
+from retrieval_tip.backbones import open_clip as backbone
+from retrieval_tip.backbones.open_clip import PARTS, Identity, load_backbone, unit, write_tuned
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 TINY = {
@@ -45,7 +45,7 @@ def picture(size=(50, 40)):
 def test_features_are_those_of_plain_open_clip(lit_mini, shared):
     name = f"local-dir:{shared / 'models/lit-mini'}"
     path = next((shared / "data/caltech101/101_ObjectCategories/panda").iterdir())
-    from retrieval_tip import images
+    from retrieval_tip.data import images
 
     config = json.loads((shared / "models/lit-mini/open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
     text_cfg = config | {"hf_model_name": str(shared / "models/lit-mini"), "hf_model_pretrained": False}
@@ -171,7 +171,7 @@ def test_what_others_say_while_a_model_is_opened_is_said(caplog):
     thread = threading.Thread(target=opening)
     thread.start()
     assert inside.wait(30)
-    logging.getLogger("retrieval_tip.features").warning("skipped a.jpg")
+    logging.getLogger("retrieval_tip.data.encoder").warning("skipped a.jpg")
     said.set()
     thread.join()
     logging.getLogger().warning("afterwards")

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from test_cli import unit_rows, write_table
 
-from retrieval_tip.build import build_index, read_text_table
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.features import Encoder
-from retrieval_tip.shots import few_shot
-from retrieval_tip.sources import open_source
+from retrieval_tip.index.build import build_index, read_text_table
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -140,7 +140,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(table,
 
 
 def test_views_of_photographs_are_averaged_then_normalised(shared, lit_mini, tmp_path):
-    from retrieval_tip import images
+    from retrieval_tip.data import images
 
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 1, 20])
     cache = build_index(source, tmp_path / "i", Encoder(lit_mini, views=3, seed=5))

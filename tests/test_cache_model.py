@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 import retrieval_tip
 from retrieval_tip import CacheModel
-from retrieval_tip.backbone import Identity
+from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.classifier import Prediction
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
-from retrieval_tip.features import Encoder
-from retrieval_tip.inputs import check_settings
-from retrieval_tip.sources import open_inputs
+from retrieval_tip.retrieval.inputs import check_settings
 
 Array = npt.NDArray[Any]
 Q, D, C = 70, 32, 12
@@ -203,7 +203,7 @@ def test_predictions_do_not_depend_on_batches_or_blocks(
         with monkeypatch.context() as patch:
             for module in ("keys", "retrieval"):
                 patch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", blocks[0])
-            patch.setattr("retrieval_tip.keys.KEY_BLOCK", blocks[1])
+            patch.setattr("retrieval_tip.retrieval.keys.KEY_BLOCK", blocks[1])
             cache.__post_init__()  # sums are made by blocks of keys too
             for size in (1, 7, 64, Q):
                 part = in_batches(lambda f, k=k: cache.logits(f, k), size)

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
 
 from retrieval_tip import CacheModel
-from retrieval_tip import calibration as cal
-from retrieval_tip.calibration import (
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.evaluation import calibration as cal
+from retrieval_tip.evaluation.calibration import (
     accuracy_coverage,
     expected_calibration_error,
     fit_temperature,
@@ -25,10 +28,7 @@ from retrieval_tip.calibration import (
     reliability,
     temperature_bounds,
 )
-from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.evaluate import calibrate, evaluate
-from retrieval_tip.features import Encoder
-from retrieval_tip.sources import open_source
+from retrieval_tip.evaluation.evaluate import calibrate, evaluate
 
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 answers = st.lists(

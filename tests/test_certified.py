@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import Case, Largest, dense, made_module, unit
 
-from retrieval_tip import CacheModel, retrieval, verify
+from retrieval_tip import CacheModel, verify
 from retrieval_tip.errors import InputError, StoreError
-from retrieval_tip.vector_index import auto_factory
+from retrieval_tip.retrieval import logits as retrieval
+from retrieval_tip.retrieval.vector_index import auto_factory
 
 Array = npt.NDArray[Any]
 C, SHOTS, D = 40, 16, 64
@@ -276,7 +277,7 @@ def test_classes_do_not_depend_on_blocks(case: Case, k: int, tail: bool, of_quer
     whole = cache.logits(case.f, k, tail)
     with (
         mock.patch.object(retrieval, "QUERY_BLOCK", of_queries),
-        mock.patch.multiple("retrieval_tip.keys", QUERY_BLOCK=of_queries, KEY_BLOCK=of_keys, GATHERED=17),
+        mock.patch.multiple("retrieval_tip.retrieval.keys", QUERY_BLOCK=of_queries, KEY_BLOCK=of_keys, GATHERED=17),
     ):
         torch.testing.assert_close(of_case(case).logits(case.f, k, tail), whole, rtol=1e-5, atol=1e-4)
 
@@ -328,7 +329,7 @@ def test_meeting_few_of_many_keys_takes_no_large_tensor(index: str, valued: bool
     blocks = {"QUERY_BLOCK": 16, "KEY_BLOCK": 32}
     with (
         mock.patch.multiple(retrieval, QUERY_BLOCK=16, LOGITS=1024),
-        mock.patch.multiple("retrieval_tip.keys", **blocks, GATHERED=1024),
+        mock.patch.multiple("retrieval_tip.retrieval.keys", **blocks, GATHERED=1024),
         Largest() as largest,
     ):
         cache.logits(case.f, 50)

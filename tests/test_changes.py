@@ -17,15 +17,17 @@ import torch
 from conftest import SHARED
 from test_cli import process, unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, changes, store, verify
-from retrieval_tip.backbone import Backbone
-from retrieval_tip.build import build_index
+from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.backbones.prompts import text_weights
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
-from retrieval_tip.features import Encoder
-from retrieval_tip.prompts import text_weights
-from retrieval_tip.shots import few_shot
-from retrieval_tip.sources import open_source
-from retrieval_tip.vector_index import auto_factory
+from retrieval_tip.index import changes
+from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval.vector_index import auto_factory
+from retrieval_tip.store import folder as store
 
 Array = npt.NDArray[Any]
 D = 8
@@ -1127,7 +1129,7 @@ def test_an_index_with_trained_values_stays_one_segment_and_gives_what_it_should
 def test_backbone_errors_are_what_the_functions_say(pictures: Path, lit_mini: Backbone, tmp_path: Path) -> None:
     from test_backbone import tiny
 
-    from retrieval_tip.backbone import load_backbone
+    from retrieval_tip.backbones.open_clip import load_backbone
 
     other = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
     new = open_source(photographs(tmp_path / "new", panda=range(4, 5)))

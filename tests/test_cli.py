@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval_tip import cli
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.cli import group as cli
 
 
 def write_table(path, features, labels=None, ids=None, **extra):

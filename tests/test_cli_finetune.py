@@ -10,7 +10,8 @@ import pytest
 from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
-from retrieval_tip import CacheModel, checkpoint, verify
+from retrieval_tip import CacheModel, verify
+from retrieval_tip.fit import checkpoint
 
 NAMES = [f"class {i}" for i in range(C)]
 
@@ -142,7 +143,7 @@ def test_validation_of_another_backbone_or_length_is_refused(run, place):
 
 
 def test_what_was_interrupted_goes_on_only_when_asked(run, place, monkeypatch):
-    from retrieval_tip import finetune
+    from retrieval_tip.fit import finetune
 
     assert tune(run, place, "--epochs", 4, "--batch", 16, out="whole").exit_code == 0
     epochs = []

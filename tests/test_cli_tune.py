@@ -16,7 +16,8 @@ import pytest
 from test_cli import write_table
 from test_keys import made_module
 
-from retrieval_tip import CacheModel, tuning, verify
+from retrieval_tip import CacheModel, verify
+from retrieval_tip.index import tune as tuning
 
 C, SHOTS, Q = 20, 16, 120
 NAMES = [f"class {i}" for i in range(C)]

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retrieval_tip import changes
 from retrieval_tip.cache_model import CacheModel, verify
 from retrieval_tip.classifier import Classifier
-from retrieval_tip.manifest import FOLDER_FORMAT, FORMAT_VERSION, Manifest
-from retrieval_tip.store import history, query, read_manifest
-from retrieval_tip.stores import at
+from retrieval_tip.index import changes
+from retrieval_tip.index.places import at
+from retrieval_tip.store.folder import history, query, read_manifest
+from retrieval_tip.store.manifest import FOLDER_FORMAT, FORMAT_VERSION, Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
 NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]

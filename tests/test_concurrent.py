@@ -29,11 +29,14 @@ import pytest
 from conftest import AS_ROOT, mount
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, changes, store, vector_index, verify
-from retrieval_tip.build import build_index
+from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError
-from retrieval_tip.features import Encoder
-from retrieval_tip.sources import open_source
+from retrieval_tip.index import changes
+from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval import vector_index
+from retrieval_tip.store import folder as store
 
 D, CLASSES = 8, 4
 NAMES = [f"class {i}" for i in range(CLASSES)]

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from retrieval_tip.backbones.prompts import clean_class_name
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.datasets import check, facts, names, open_dataset
-from retrieval_tip.datasets.facts import DATASETS
+from retrieval_tip.data.datasets import check, facts, names, open_dataset
+from retrieval_tip.data.datasets.facts import DATASETS
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.prompts import clean_class_name
-from retrieval_tip.sources import open_source
 
 IMAGENET = [
     "itap of a {}.",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_search_hp import clusters
 
-from retrieval_tip.defaults import DOUBT, NORMALIZE, UNTOUCHED, Statistics, measure, plain_settings
 from retrieval_tip.errors import UsageError
+from retrieval_tip.retrieval.defaults import DOUBT, NORMALIZE, UNTOUCHED, Statistics, measure, plain_settings
 
 
 def test_statistics_are_those_of_keys_of_different_classes():

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_tip import CacheModel
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError
-from retrieval_tip.evaluate import CONFUSIONS, Evaluation, evaluate
-from retrieval_tip.features import Encoder
-from retrieval_tip.sources import Source, open_source
+from retrieval_tip.evaluation.evaluate import CONFUSIONS, Evaluation, evaluate
 
 Array = npt.NDArray[Any]
 C, D, SHOTS, Q = 8, 16, 4, 300

@@ -19,14 +19,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip import exchange
-from retrieval_tip.backbone import Identity
-from retrieval_tip.build import build_index, read_text_table
+from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data import imports as exchange
+from retrieval_tip.data.encoder import Encoder, table_identity
+from retrieval_tip.data.imports import export_table, export_text, import_table
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
-from retrieval_tip.exchange import export_table, export_text, import_table
-from retrieval_tip.features import Encoder, table_identity
-from retrieval_tip.sources import open_source
+from retrieval_tip.index.build import build_index, read_text_table
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
 

@@ -33,8 +33,8 @@ from retrieval_tip.distributed import faiss_shards
 from retrieval_tip.distributed.cluster import connected
 from retrieval_tip.distributed.faiss_shards import Shard, ShardedCache, check_room, merged, plan, sharded
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.manifest import DataFile
-from retrieval_tip.vector_index import faiss
+from retrieval_tip.retrieval.vector_index import faiss
+from retrieval_tip.store.manifest import DataFile
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -19,11 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from retrieval_tip import features as features_module
-from retrieval_tip import images
-from retrieval_tip.backbone import Identity
-from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
-from retrieval_tip.features import (
+from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.data import encoder as features_module
+from retrieval_tip.data import images
+from retrieval_tip.data.encoder import (
     IDENTITY_KEY,
     Encoder,
     EncodingCache,
@@ -33,7 +32,8 @@ from retrieval_tip.features import (
     table_dim,
     table_identity,
 )
-from retrieval_tip.sources import Source, of_images, open_items, open_source
+from retrieval_tip.data.sources import Source, of_images, open_items, open_source
+from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4, "mean": [0, 0, 0]})
 

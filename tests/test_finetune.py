@@ -21,14 +21,15 @@ from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 from torch.nn import functional
 
-from retrieval_tip import CacheModel, finetune, trainer, verify
-from retrieval_tip.backbone import load_backbone
+from retrieval_tip import CacheModel, verify
+from retrieval_tip.backbones.open_clip import load_backbone
+from retrieval_tip.backbones.prompts import text_weights
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.features import Encoder
-from retrieval_tip.finetune import CURVE, FLATTER, _Material, _Run, own_shots
-from retrieval_tip.prompts import text_weights
-from retrieval_tip.sources import Source, open_source
-from retrieval_tip.trainer import ENCODER_RATE, Recipe, Trainer, _Tower
+from retrieval_tip.fit import finetune, trainer
+from retrieval_tip.fit.finetune import CURVE, FLATTER, _Material, _Run, own_shots
+from retrieval_tip.fit.trainer import ENCODER_RATE, Recipe, Trainer, _Tower
 
 NAMES = [f"class {i}" for i in range(C)]
 SHOTS = 37  # classes of 8 and 7 shots
@@ -146,7 +147,7 @@ def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tenso
 def test_twenty_epochs_end_where_plain_torch_ends(
     shots: Source, train: tuple[str, ...], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retrieval_tip.trainer.BLOCK", block)
+    monkeypatch.setattr("retrieval_tip.fit.trainer.BLOCK", block)
     cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Encoder(), recipe)
     keys, values, curve = plain(cache, shots, recipe)
@@ -917,7 +918,7 @@ def test_an_encoder_that_falls_apart_is_put_back(
 
 
 def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared: Path, tmp_path: Path) -> None:
-    from retrieval_tip.shots import few_shot
+    from retrieval_tip.data.shots import few_shot
 
     train, test = (open_source(shared / f"data/clip-food9/{part}.parquet") for part in ("train", "test"))
     text = Encoder().encode(words := open_source(shared / "data/clip-food9/text.parquet")).features

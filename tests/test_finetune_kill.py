@@ -36,12 +36,13 @@ if __name__ != "__main__":
     )
     from test_search_hp import C, D, clusters
 
-    from retrieval_tip import CacheModel, checkpoint, finetune
-    from retrieval_tip.backbone import load_backbone
+    from retrieval_tip import CacheModel
+    from retrieval_tip.backbones.open_clip import load_backbone
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.sources import open_source
     from retrieval_tip.errors import InputError, UsageError
-    from retrieval_tip.features import Encoder
-    from retrieval_tip.sources import open_source
-    from retrieval_tip.trainer import Recipe, Trainer
+    from retrieval_tip.fit import checkpoint, finetune
+    from retrieval_tip.fit.trainer import Recipe, Trainer
 
 EPOCHS, BATCHES = 3, 2
 
@@ -51,10 +52,11 @@ EPOCHS, BATCHES = 3, 2
 
 def _train(job: dict[str, Any], steps: killing.Steps) -> None:
     """One run; its result goes to a file, with the number of steps."""
-    from retrieval_tip import CacheModel, checkpoint, finetune
-    from retrieval_tip.features import Encoder
-    from retrieval_tip.sources import open_source
-    from retrieval_tip.trainer import Recipe, Trainer
+    from retrieval_tip import CacheModel
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.sources import open_source
+    from retrieval_tip.fit import checkpoint, finetune
+    from retrieval_tip.fit.trainer import Recipe, Trainer
 
     def half(tensors: Any, path: Path, metadata: Any) -> None:
         """A write in two parts: a kill between them leaves half a file."""
@@ -91,7 +93,7 @@ def _train(job: dict[str, Any], steps: killing.Steps) -> None:
 if __name__ == "__main__":
     import torch._dynamo  # torch's optimisers import it when they first step, a second in every child
 
-    import retrieval_tip.finetune  # noqa: F401
+    import retrieval_tip.fit.finetune  # noqa: F401
 
     killing.serve(_train)
     raise SystemExit

@@ -12,8 +12,10 @@ import pytest
 import test_kill_changes as living
 from test_store import one_line, snapshot
 
-from retrieval_tip import cache_model, changes, store, verify
+from retrieval_tip import cache_model, verify
 from retrieval_tip.errors import RetrievalTipError
+from retrieval_tip.index import changes
+from retrieval_tip.store import folder as store
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 SEGMENTS = (300, 90, 40)

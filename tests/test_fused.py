@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_tip.keys import Keys
+from retrieval_tip.retrieval.keys import Keys
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="there is no Triton here, so its kernel is not run"
@@ -21,8 +21,8 @@ needs_gpu = pytest.mark.skipif(
 RUN = """
 import sys
 import numpy as np, torch
-from retrieval_tip.fused import add_by_class
-from retrieval_tip.keys import Keys
+from retrieval_tip.retrieval.fused import add_by_class
+from retrieval_tip.retrieval.keys import Keys
 
 given = np.load(sys.argv[1])
 keys = Keys(given["keys"], given["ids"], int(given["classes"]))

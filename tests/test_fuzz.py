@@ -38,14 +38,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_store import body_of, one_line, sealed, snapshot
 
-from retrieval_tip import CacheModel, cache_model, changes, exchange, images, labels, sources, store, verify
-from retrieval_tip.build import build_index
+from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip.cli.output import write_table
+from retrieval_tip.data import images, sources
+from retrieval_tip.data import imports as exchange
+from retrieval_tip.data.encoder import NORM_TOLERANCE, Encoder
+from retrieval_tip.data.sources import open_inputs, open_source
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
-from retrieval_tip.features import NORM_TOLERANCE, Encoder
-from retrieval_tip.manifest import SUFFIXES, TABLE_KINDS
-from retrieval_tip.output import write_table
-from retrieval_tip.sources import open_inputs, open_source
-from retrieval_tip.vector_index import faiss
+from retrieval_tip.index import changes
+from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval.vector_index import faiss
+from retrieval_tip.store import folder as store
+from retrieval_tip.store import labels
+from retrieval_tip.store.manifest import SUFFIXES, TABLE_KINDS
 
 Array = npt.NDArray[Any]
 Run = Callable[..., Result]

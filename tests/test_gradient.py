@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrieval_tip import gradient, tip
-from retrieval_tip.gradient import AllKeys, RetrievedKeys, cache_logits
+from retrieval_tip import tip
+from retrieval_tip.fit import gradient
+from retrieval_tip.fit.gradient import AllKeys, RetrievedKeys, cache_logits
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -35,7 +35,8 @@ def test_caltech_from_photographs(run, shared, caltech, monkeypatch):
     assert percent("--beta", 10)["cache_top1"] == pytest.approx(88.3, abs=0.3)
 
     # building again reads each image once and encodes nothing
-    from retrieval_tip import backbone, images
+    from retrieval_tip.backbones import open_clip as backbone
+    from retrieval_tip.data import images
 
     reads: list[str] = []
     read = images.read

@@ -22,10 +22,10 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from retrieval_tip.backbone import Backbone
-from retrieval_tip.build import build_index
-from retrieval_tip.features import IDENTITY_KEY, Encoder
-from retrieval_tip.sources import open_source
+from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.data.encoder import IDENTITY_KEY, Encoder
+from retrieval_tip.data.sources import open_source
+from retrieval_tip.index.build import build_index
 
 D = 8
 CLASSES = ["cat", "dog", "owl"]
@@ -718,7 +718,7 @@ def gallery(lit_mini: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Gal
 @pytest.fixture
 def see(run: Run, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line with a backbone that is loaded already."""
-    monkeypatch.setattr("retrieval_tip.backbone.load_backbone", lambda *_, **__: lit_mini)
+    monkeypatch.setattr("retrieval_tip.backbones.open_clip.load_backbone", lambda *_, **__: lit_mini)
     return run
 
 

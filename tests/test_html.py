@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from retrieval_tip import CacheModel
 from retrieval_tip.classifier import SHOWN_PREDICTIONS, Predictions
-from retrieval_tip.html import VOID, Html, join, table, tag, text
+from retrieval_tip.report.html import VOID, Html, join, table, tag, text
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
 
-from retrieval_tip import images
+from retrieval_tip.data import images
+from retrieval_tip.data.images import decode, find, read, thumbnail
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.images import decode, find, read, thumbnail
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 EXACT = ["PNG", "GIF", "TIFF", "BMP", "PPM", "TGA", "PCX", "SGI", "IM", "DDS", "QOI", "ICO", "ICNS", "DIB"]

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrieval_tip import keys as keys_module
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.keys import PRECISIONS, Keys, index_over
+from retrieval_tip.retrieval import keys as keys_module
+from retrieval_tip.retrieval.keys import PRECISIONS, Keys, index_over
 
 Array = npt.NDArray[Any]
 

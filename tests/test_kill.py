@@ -25,8 +25,9 @@ MOMENTS = 16
 if __name__ != "__main__":
     import torch
 
-    from retrieval_tip import CacheModel, vector_index, verify
-    from retrieval_tip.store import is_index, read_manifest
+    from retrieval_tip import CacheModel, verify
+    from retrieval_tip.retrieval import vector_index
+    from retrieval_tip.store.folder import is_index, read_manifest
 
 pytestmark = killing.needs_fork
 
@@ -39,9 +40,6 @@ def _build(job: dict[str, Any], steps: killing.Steps) -> None:
 
 
 if __name__ == "__main__":
-    import retrieval_tip.build
-    import retrieval_tip.cli  # noqa: F401
-
     killing.serve(_build)
     raise SystemExit
 

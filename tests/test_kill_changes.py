@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, changes, store, verify
-from retrieval_tip.build import build_index
-from retrieval_tip.features import Encoder
-from retrieval_tip.sources import Source, open_source
+from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.index import changes
+from retrieval_tip.index.build import build_index
+from retrieval_tip.store import folder as store
 
 D, CLASSES, KEPT = 8, 4, 2
 SEGMENTS = (24, 8, 3)

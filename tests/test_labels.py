@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval_tip import labels as module
+from retrieval_tip.cli.output import write_rows
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
-from retrieval_tip.labels import (
+from retrieval_tip.store import labels as module
+from retrieval_tip.store.labels import (
     PREDICTIONS,
     VERSIONS_SCHEMA,
     ask,
@@ -28,7 +29,6 @@ from retrieval_tip.labels import (
     rows_where,
     versions_table,
 )
-from retrieval_tip.output import write_rows
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
 LABELS = pa.table(
@@ -266,7 +266,7 @@ def test_settings_show_no_folder_and_half_of_the_memory() -> None:
 def test_what_the_memory_does_not_hold_is_refused_and_not_written(secrets: Path) -> None:
     """In a process of its own, in which little memory is left to duckdb."""
     program = (
-        "import duckdb; from retrieval_tip import labels\n"
+        "import duckdb; from retrieval_tip.store import labels\n"
         "labels._SETTINGS = (\"memory_limit = '100 MiB'\", *labels._SETTINGS)\n"
         "sql = 'SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(30000000) t(i))'\n"
         "try: print(labels.ask({}, sql))\n"
@@ -284,7 +284,9 @@ def test_what_the_memory_does_not_hold_is_refused_and_not_written(secrets: Path)
 
 
 def test_the_module_starts_without_duckdb() -> None:
-    program = "import sys; before = set(sys.modules); from retrieval_tip import labels; print('duckdb' in sys.modules)"
+    program = (
+        "import sys; before = set(sys.modules); from retrieval_tip.store import labels; print('duckdb' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "False\n")
 

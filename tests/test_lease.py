@@ -17,10 +17,10 @@ from pathlib import Path
 import buckets
 import pytest
 
-from retrieval_tip import lease
 from retrieval_tip.errors import StoreError
-from retrieval_tip.lease import Lease
-from retrieval_tip.objects import Address, Objects
+from retrieval_tip.lance import lease
+from retrieval_tip.lance.lease import Lease
+from retrieval_tip.lance.objects import Address, Objects
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -30,9 +30,9 @@ needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="SKIPP
 
 WORKER = """
 import os, sys, time
-from retrieval_tip import lease
+from retrieval_tip.lance import lease
 from retrieval_tip.errors import StoreError
-from retrieval_tip.objects import Address, Objects
+from retrieval_tip.lance.objects import Address, Objects
 
 address = Address.parse(sys.argv[1])
 objects = Objects.at(address)

@@ -25,9 +25,11 @@ from hypothesis.stateful import (
 )
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, changes, store, verify
-from retrieval_tip.features import Encoder
-from retrieval_tip.sources import open_source
+from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
+from retrieval_tip.index import changes
+from retrieval_tip.store import folder as store
 
 Array = npt.NDArray[Any]
 D, ALPHA, BETA, SCALE = 6, 1.5, 4.0, 10.0

@@ -25,9 +25,9 @@ from conftest import AS_ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip import objects
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.objects import Address, Objects, storage_options
+from retrieval_tip.lance import objects
+from retrieval_tip.lance.objects import Address, Objects, storage_options
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -265,7 +265,7 @@ def test_of_threads_that_create_one_name_at_once_one_wins(place: str):
 
 def test_of_processes_that_create_one_name_at_once_one_wins(place: str):
     script = (
-        "import sys; from retrieval_tip.objects import Address, Objects;"
+        "import sys; from retrieval_tip.lance.objects import Address, Objects;"
         "store = Objects.at(Address.parse(sys.argv[1]));"
         "store.put(sys.argv[2], b''); sys.stdin.readline();"
         "print(*(n for n in range(20) if store.create(f'race/{n}', sys.argv[2].encode())))"

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 from test_calibration import food, rows_of
 
-from retrieval_tip import plots
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
-from retrieval_tip.evaluate import Affinities, Answers, Evaluation, evaluate
-from retrieval_tip.features import Encoder
-from retrieval_tip.sources import open_source
+from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation, evaluate
+from retrieval_tip.report import plots
 
 pytest.importorskip("matplotlib")
 
@@ -216,6 +216,6 @@ def test_a_file_in_the_way_and_a_missing_matplotlib_are_said_before_any_work(run
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    script = "import sys, retrieval_tip.plots; print('matplotlib' in sys.modules)"
+    script = "import sys, retrieval_tip.report.plots; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retrieval_tip import CacheModel
-from retrieval_tip.projection import methods, projected
+from retrieval_tip.evaluation.projection import methods, projected
 
 
 def cache_of(keys: np.ndarray) -> CacheModel:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from retrieval_tip.backbones.prompts import clean_class_name, mean_by_class, text_weights
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.prompts import clean_class_name, mean_by_class, text_weights
 
 
 def test_class_names_are_read_as_words():

@@ -26,14 +26,14 @@ from test_backbone import tiny
 from test_cli import unit_rows, write_table
 from test_shards import jpeg, tar
 
-from retrieval_tip import remote
-from retrieval_tip.backbone import load_backbone
+from retrieval_tip.backbones.open_clip import load_backbone
+from retrieval_tip.data import remote
+from retrieval_tip.data.encoder import Encoder, encode_table, view_names
+from retrieval_tip.data.sources import open_items, open_source
 from retrieval_tip.distributed import cluster as clusters
 from retrieval_tip.distributed import engine, runs, shards, tasks
 from retrieval_tip.distributed.engine import BackboneName, Encoding, Ray
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
-from retrieval_tip.features import Encoder, encode_table, view_names
-from retrieval_tip.sources import open_items, open_source
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
 

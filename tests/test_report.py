@@ -20,15 +20,15 @@ from PIL import Image
 from test_cli import unit_rows, write_table
 from test_plots import made_up
 
-from retrieval_tip import plots, report
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import main
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.evaluate import Answers, Details, Part, judge
-from retrieval_tip.features import Encoder
-from retrieval_tip.html import VOID
-from retrieval_tip.report import certain_mistakes, wilson, worst_mistakes, write_report
-from retrieval_tip.sources import open_source
+from retrieval_tip.evaluation.evaluate import Answers, Details, Part, judge
+from retrieval_tip.report import plots, report
+from retrieval_tip.report.html import VOID
+from retrieval_tip.report.report import certain_mistakes, wilson, worst_mistakes, write_report
 
 pytest.importorskip("matplotlib")
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import search_hp
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.search_hp import Queries, leave_one_out, right_between, search, search_paper
+from retrieval_tip.fit import search_hp
+from retrieval_tip.fit.search_hp import Queries, leave_one_out, right_between, search, search_paper
 
 
 def clusters(n, c, d, seed, spread=0.6):
@@ -314,7 +314,7 @@ def test_settings_of_an_index_that_changed_meanwhile_are_not_written(tmp_path):
 
 def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, tmp_path):
     """Against the published index file."""
-    from retrieval_tip.sources import Source
+    from retrieval_tip.data.sources import Source
 
     split = shared / "data/splits/split_zhou_OxfordPets.json"
     published = json.loads((shared / "data/splits/indices/oxford_pets_shots16_seed1.json").read_text())["val"]
@@ -334,7 +334,7 @@ def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, t
 
 
 def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_speaks_against_them():
-    from retrieval_tip.defaults import measure, plain_settings
+    from retrieval_tip.retrieval.defaults import measure, plain_settings
 
     cache = made()
     cache.text_weights = torch.from_numpy(centres_of(400, 7))

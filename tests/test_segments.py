@@ -18,17 +18,19 @@ from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
-from retrieval_tip import CacheModel, cache_model, search_hp, sweep
-from retrieval_tip import keys as keys_module
+from retrieval_tip import CacheModel, cache_model
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError
-from retrieval_tip.evaluate import evaluate
-from retrieval_tip.features import Encoder
-from retrieval_tip.finetune import Recipe, finetune
-from retrieval_tip.keys import Keys, beside, index_over
-from retrieval_tip.segments import Segments, joined, runs, segments_of
-from retrieval_tip.sources import open_source
-from retrieval_tip.tuning import tune
-from retrieval_tip.vector_index import VectorIndex
+from retrieval_tip.evaluation import sweep
+from retrieval_tip.evaluation.evaluate import evaluate
+from retrieval_tip.fit import search_hp
+from retrieval_tip.fit.finetune import Recipe, finetune
+from retrieval_tip.index.tune import tune
+from retrieval_tip.retrieval import keys as keys_module
+from retrieval_tip.retrieval.keys import Keys, beside, index_over
+from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
+from retrieval_tip.retrieval.vector_index import VectorIndex
 
 Array = npt.NDArray[Any]
 NAMES = [f"class {i}" for i in range(C)]

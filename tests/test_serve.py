@@ -274,7 +274,7 @@ def test_a_change_by_the_command_line_is_followed(
 
 def test_clients_see_no_error_while_the_index_changes(things: Path, tmp_path: Path, warm_path: str) -> None:
     """The short form of ``benchmarks/serve.py --soak``."""
-    from retrieval_tip import changes
+    from retrieval_tip.index import changes
 
     own = Path(shutil.copytree(things, tmp_path / "own"))
     sent, stop, failures, versions = feature(things), threading.Event(), [], set()

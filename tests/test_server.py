@@ -16,15 +16,16 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from serving import photographs
 
-from retrieval_tip import CacheModel, changes
-from retrieval_tip.audit import audit
+from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
-from retrieval_tip.features import Encoder
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
+from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.index import changes
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import open_all
-from retrieval_tip.sources import open_source
 
 from conftest import SHARED  # isort: skip
 

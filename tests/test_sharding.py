@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval_tip import vector_index
-from retrieval_tip.vector_index import VectorIndex
+from retrieval_tip.retrieval import vector_index
+from retrieval_tip.retrieval.vector_index import VectorIndex
 
 KEYS = np.eye(8, dtype=np.float32)
 

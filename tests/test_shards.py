@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_items, open_rows, open_source
 from retrieval_tip.distributed import shards
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.features import Encoder
-from retrieval_tip.sources import open_items, open_rows, open_source
 
 
 def jpeg(shade: int = 0) -> bytes:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrieval_tip.data.shots import few_shot, few_shot_split
 from retrieval_tip.errors import UsageError
-from retrieval_tip.shots import few_shot, few_shot_split
 
 DATASETS = {
     "caltech101": "Caltech101",

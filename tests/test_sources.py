@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source, row_list, show
 from retrieval_tip.errors import InputError
-from retrieval_tip.sources import Source, of_images, open_inputs, open_items, open_source, row_list, show
 
 
 def touch(folder: Path, *paths: str) -> None:
@@ -607,4 +607,5 @@ def test_an_image_that_is_not_there_is_left_to_whoever_reads_it(name: str) -> No
 def test_warnings_go_to_the_package_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "cat/a.png", "stray.txt")
     open_source(tmp_path)
-    assert [(record.name, record.levelno) for record in caplog.records] == [("retrieval_tip.sources", logging.WARNING)]
+    assert [record.name for record in caplog.records] == ["retrieval_tip.data.sources"]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]

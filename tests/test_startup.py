@@ -24,10 +24,13 @@ from PIL import Image
 from test_backbone import TINY, picture, tiny
 from test_cli import commands
 
-from retrieval_tip import CacheModel, backbone, cache_model, cli, store
-from retrieval_tip.backbone import load_backbone, load_when_needed
+from retrieval_tip import CacheModel, cache_model
+from retrieval_tip.backbones import open_clip as backbone
+from retrieval_tip.backbones.open_clip import load_backbone, load_when_needed
+from retrieval_tip.cli import group as cli
 from retrieval_tip.errors import BackboneError, StoreError
-from retrieval_tip.manifest import KINDS
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.manifest import KINDS
 
 HEAVY = ("numpy", "PIL", "pyarrow", "duckdb", "torch", "faiss", "torchvision", "open_clip", "transformers", "timm")
 

@@ -23,13 +23,14 @@ import pytest
 import torch
 from conftest import AS_ROOT, mount
 
-from retrieval_tip import CacheModel, store, verify
-from retrieval_tip.backbone import Identity
+from retrieval_tip import CacheModel, verify
+from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
-from retrieval_tip.labels import LABEL_SCHEMA, label_table
-from retrieval_tip.manifest import KINDS, named_in
-from retrieval_tip.store import Manifest
-from retrieval_tip.vector_index import faiss
+from retrieval_tip.retrieval.vector_index import faiss
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.folder import Manifest
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.store.manifest import KINDS, named_in
 
 CLASSES = ["cat", "dog", "owl", "eel"]
 N, D = 40, 8
@@ -483,7 +484,7 @@ def test_an_exception_leaves_the_folder_as_it_was(index: Path, tmp_path: Path, k
 
 def test_a_second_writer_is_refused_with_the_name_of_the_first(index: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom retrieval_tip import store\n"
+        "import sys, time\nfrom pathlib import Path\nfrom retrieval_tip.store import folder as store\n"
         "with store.write(Path(sys.argv[1])) as writer:\n"
         "    writer.stage('keys').write_bytes(b'x')\n    print('writing', flush=True)\n    time.sleep(60)\n"
     )

@@ -30,13 +30,18 @@ from hypothesis import strategies as st
 from serving import photographs, server
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import changes, key_table, store, stores, table_model, table_store
-from retrieval_tip.build import build_index
 from retrieval_tip.cli import main
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.features import Encoder
-from retrieval_tip.objects import Address, Objects
-from retrieval_tip.sources import open_source
+from retrieval_tip.index import changes
+from retrieval_tip.index import places as stores
+from retrieval_tip.index.build import build_index
+from retrieval_tip.lance import key_table
+from retrieval_tip.lance import lance_model as table_model
+from retrieval_tip.lance import versions as table_store
+from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.store import folder as store
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -490,8 +495,8 @@ def test_compact_and_rebuild_keep_the_answers(pets, monkeypatch):
 
 
 def test_untouched_settings_are_those_of_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("retrieval_tip.defaults.SAMPLE", 20)
-    monkeypatch.setattr("retrieval_tip.table_model.SAMPLE", 20)
+    monkeypatch.setattr("retrieval_tip.retrieval.defaults.SAMPLE", 20)
+    monkeypatch.setattr("retrieval_tip.lance.lance_model.SAMPLE", 20)
     labels = ["cat" if i % 3 else "dog" for i in range(100)]
     table = source(tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)])
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")

@@ -24,11 +24,15 @@ import pytest
 from test_cli import unit_rows
 from test_kill_changes import make_tables, table
 
-from retrieval_tip import changes, key_table, lease, objects, store, stores, table_store
-from retrieval_tip.build import build_index
+from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.errors import StoreError
-from retrieval_tip.features import Encoder
-from retrieval_tip.objects import Address, Objects
+from retrieval_tip.index import changes
+from retrieval_tip.index import places as stores
+from retrieval_tip.index.build import build_index
+from retrieval_tip.lance import key_table, lease, objects
+from retrieval_tip.lance import versions as table_store
+from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.store import folder as store
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 

@@ -11,10 +11,10 @@ import pytest
 from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
-from retrieval_tip import sweep
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.shots import few_shot
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.shots import few_shot
+from retrieval_tip.evaluation import sweep
 
 NAMES = [f"class {i}" for i in range(C)]
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import made_module
 
-from retrieval_tip import CacheModel, tuning
+from retrieval_tip import CacheModel
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.tuning import LEAST_QUERIES, Trial, Tuning, tune
+from retrieval_tip.index import tune as tuning
+from retrieval_tip.index.tune import LEAST_QUERIES, Trial, Tuning, tune
 
 Array = npt.NDArray[Any]
 C, SHOTS = 20, 16

@@ -21,14 +21,16 @@ from safetensors.torch import save_file
 from test_store import body_of, sealed, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrieval_tip import CacheModel, search_hp, store, tip, verify
+from retrieval_tip import CacheModel, tip, verify
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError
-from retrieval_tip.evaluate import evaluate
-from retrieval_tip.features import Encoder
-from retrieval_tip.manifest import KINDS, OPTIONAL_KINDS
-from retrieval_tip.search_hp import Queries, folds, leave_one_out, search, unseen
-from retrieval_tip.sources import open_source
-from retrieval_tip.store import Manifest
+from retrieval_tip.evaluation.evaluate import evaluate
+from retrieval_tip.fit import search_hp
+from retrieval_tip.fit.search_hp import Queries, folds, leave_one_out, search, unseen
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.folder import Manifest
+from retrieval_tip.store.manifest import KINDS, OPTIONAL_KINDS
 
 Array = npt.NDArray[Any]
 C, D, Q = 5, 16, 23
@@ -256,7 +258,7 @@ def test_values_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     whole = [model().logits(QUERIES, k) for k in (None, 9)]
     for module in ("keys", "retrieval"):
         monkeypatch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", 4)
-    monkeypatch.setattr("retrieval_tip.keys.KEY_BLOCK", 7)
+    monkeypatch.setattr("retrieval_tip.retrieval.keys.KEY_BLOCK", 7)
     for k, before in zip((None, 9), whole, strict=True):
         torch.testing.assert_close(model().logits(QUERIES, k), before, rtol=1e-5, atol=1e-4)
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip import vector_index
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.vector_index import GPU_MAX_K, VectorIndex
+from retrieval_tip.retrieval import vector_index
+from retrieval_tip.retrieval.vector_index import GPU_MAX_K, VectorIndex
 
 D = 64
 needs_gpu = pytest.mark.skipif(

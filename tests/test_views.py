@@ -19,12 +19,12 @@ import pytest
 import torch
 from test_features import IDENTITY, Fake, folder, picture, reads, source_of, unit_rows, with_identity  # noqa: F401
 
-from retrieval_tip import features as features_module
-from retrieval_tip import images
-from retrieval_tip.backbone import unit
+from retrieval_tip.backbones.open_clip import unit
+from retrieval_tip.data import encoder as features_module
+from retrieval_tip.data import images
+from retrieval_tip.data.encoder import Encoder, EncodingCache, view_names
+from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError
-from retrieval_tip.features import Encoder, EncodingCache, view_names
-from retrieval_tip.sources import Source, of_images, open_items, open_source
 
 
 @pytest.fixture

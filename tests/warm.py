@@ -24,8 +24,11 @@ from pathlib import Path
 
 FOR_FEATURES = (
     "torch", "faiss", "duckdb", "pandas", "pyarrow.dataset", "pyarrow.parquet", "safetensors.torch",
-    *(f"retrieval_tip.{name}" for name in ("audit", "build", "changes", "cli", "doctor", "evaluate", "exchange")),
-    *(f"retrieval_tip.{name}" for name in ("finetune", "output", "plots", "report", "search_hp", "sweep", "tuning")),
+    *(f"retrieval_tip.{name}" for name in ("cli", "cli.output", "doctor", "data.imports")),
+    *(f"retrieval_tip.fit.{name}" for name in ("finetune", "search_hp")),
+    *(f"retrieval_tip.evaluation.{name}" for name in ("audit", "evaluate", "sweep")),
+    *(f"retrieval_tip.index.{name}" for name in ("build", "changes", "tune")),
+    *(f"retrieval_tip.report.report.{name}" for name in ("plots", "report")),
 )  # fmt: skip
 FOR_IMAGES = ("torchvision", "open_clip", "transformers.modeling_utils", "sklearn.metrics", "retrieval_tip.server.run")
 
@@ -69,7 +72,7 @@ def import_now(*, images: bool) -> None:
 def _serve(place: str) -> None:
     """Run commands, each in a child of a child, which tells how it ended."""
     import_now(images=True)
-    from retrieval_tip.cli import main, start_lightly
+    from retrieval_tip.cli.group import main, start_lightly
 
     start_lightly()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait

@@ -25,11 +25,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from retrieval_tip import errors
-from retrieval_tip.backbone import Backbone
+from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.data.encoder import Encoder, EncodingCache
 from retrieval_tip.distributed.cluster import Room, connected, room
 from retrieval_tip.distributed.shards import Opened, Shard, opened
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, first_line
-from retrieval_tip.features import Encoder, EncodingCache
 
 RETRIES = 3
 """Times that a shard is begun again after its actor died: one that ends every process must not do so for ever."""
@@ -65,7 +65,7 @@ class BackboneName:
 
     def load(self, device: str) -> Backbone:
         """It, on this device."""
-        from retrieval_tip.backbone import load_backbone
+        from retrieval_tip.backbones.open_clip import load_backbone
 
         return load_backbone(self.model, self.pretrained, device=device, precision=self.precision, tuned=self.tuned)
 

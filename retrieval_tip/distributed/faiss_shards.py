@@ -23,16 +23,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from retrieval_tip import store
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier import Classifier
 from retrieval_tip.distributed.cluster import connected
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, counted, first_line
-from retrieval_tip.keys import Keys, KeyStream
-from retrieval_tip.manifest import DataFile, Manifest
-from retrieval_tip.retrieval import Nearest, Retrieval, slices
-from retrieval_tip.segments import joined, runs, segments_of
-from retrieval_tip.vector_index import VectorIndex, faiss
+from retrieval_tip.retrieval.keys import Keys, KeyStream
+from retrieval_tip.retrieval.logits import Nearest, Retrieval, slices
+from retrieval_tip.retrieval.segments import joined, runs, segments_of
+from retrieval_tip.retrieval.vector_index import VectorIndex, faiss
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.manifest import DataFile, Manifest
 
 log = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip import remote
+from retrieval_tip.data import remote
+from retrieval_tip.data.encoder import replacing
+from retrieval_tip.data.sources import COMPLETE, RUN, open_parquet, show
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
-from retrieval_tip.features import replacing
-from retrieval_tip.sources import COMPLETE, RUN, open_parquet, show
 
 FORMAT = 1
 PART_KEY = b"retrieval_tip.part"

@@ -27,9 +27,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from retrieval_tip import images, remote
-from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
-from retrieval_tip.sources import (
+from retrieval_tip.data import images, remote
+from retrieval_tip.data.sources import (
     FEATURE,
     MAX_TEXT,
     Source,
@@ -42,6 +41,7 @@ from retrieval_tip.sources import (
     show,
     table_files,
 )
+from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
 
 IMAGES, ROWS = 256, 16_384
 """Items of a shard by default: images, and rows of a feature table."""

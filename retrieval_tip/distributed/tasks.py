@@ -17,18 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip import stores
-from retrieval_tip.backbone import Identity
+from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.classifier import Classifier
+from retrieval_tip.cli.output import prediction_row
+from retrieval_tip.data.encoder import Encoder, Views, grouped, table_dim, table_identity, write_encoded
+from retrieval_tip.data.sources import Source
 from retrieval_tip.distributed.engine import Encoding, Ray, Summary, Task, through
 from retrieval_tip.distributed.runs import Run, part_name
 from retrieval_tip.distributed.shards import Opened, Shard, cut_source, digest
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
-from retrieval_tip.evaluate import Evaluation, Seen, check_abstain, conclude, see
-from retrieval_tip.features import Encoder, Views, grouped, table_dim, table_identity, write_encoded
-from retrieval_tip.labels import PREDICTIONS, rows_where
-from retrieval_tip.output import prediction_row
-from retrieval_tip.sources import Source
+from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
+from retrieval_tip.index import places as stores
+from retrieval_tip.store.labels import PREDICTIONS, rows_where
 
 GROUP_ROWS = 1024
 NOT_SAID = ("workers", "batch_size", "strict", "progress")

@@ -18,18 +18,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip import stores
-from retrieval_tip.backbone import Backbone, Identity, load_backbone
+from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
 from retrieval_tip.classifier import Prediction
+from retrieval_tip.data.encoder import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
-from retrieval_tip.features import check_backbone
-from retrieval_tip.manifest import Manifest
-from retrieval_tip.objects import Address
+from retrieval_tip.index import places as stores
+from retrieval_tip.lance.objects import Address
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
-    from retrieval_tip.stores import Model
+    from retrieval_tip.index.places import Model
 
 log = logging.getLogger(__name__)
 

@@ -23,20 +23,21 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from retrieval_tip import changes, images
-from retrieval_tip.audit import audit, describe_duplicates
-from retrieval_tip.backbone import Backbone, unit
+from retrieval_tip.backbones.open_clip import Backbone, unit
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data import images
+from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of, replacing
+from retrieval_tip.data.sources import Source, open_source, show
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
-from retrieval_tip.features import Encoder, FloatArray, pixels_of, replacing
-from retrieval_tip.projection import methods, projected
+from retrieval_tip.evaluation.audit import audit, describe_duplicates
+from retrieval_tip.evaluation.projection import methods, projected
+from retrieval_tip.index import changes
 from retrieval_tip.server import metrics
 from retrieval_tip.server.batching import Batcher
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Ask, Served, Version, encoded
 from retrieval_tip.server.uploads import Sent
-from retrieval_tip.sources import Source, open_source, show
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import orjson
 from fastapi import Request
 from starlette.datastructures import UploadFile
 
+from retrieval_tip.data.encoder import FloatArray, check_norms
 from retrieval_tip.errors import InputError
-from retrieval_tip.features import FloatArray, check_norms
-from retrieval_tip.inputs import matrix
+from retrieval_tip.retrieval.inputs import matrix
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import Problem
 

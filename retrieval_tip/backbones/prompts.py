@@ -1,0 +1,62 @@
+"""Class names to sentences, and sentences to class text weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval_tip.backbones.open_clip import Backbone, unit
+from retrieval_tip.errors import InputError, UsageError
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+def clean_class_name(name: str) -> str:
+    """A class name as it stands in a sentence: underscores are spaces, white space is single."""
+    return re.sub(r"[\s_]+", " ", name).strip()
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """The templates, each with exactly one ``{}``. Raises UsageError otherwise, or where there are none."""
+    if not templates:
+        raise UsageError("no template given: at least one sentence with {} in place of the class is needed")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UsageError(f"template {template!r}: needs one {{}} where the class name goes")
+    return tuple(templates)
+
+
+def prompts_of(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The sentences of each class, class by class. Raises UsageError as :func:`check_templates`."""
+    templates = check_templates(templates)
+    return [template.replace("{}", clean_class_name(name)) for name in class_names for template in templates]
+
+
+def text_weights(
+    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES, batch_size: int = 256
+) -> npt.NDArray[np.float32]:
+    """Class text weights ``W`` ``[c, d]``, float32: one unit vector a class.
+
+    Each prompt's feature is normalised, the features are averaged over the templates, and the mean is normalised
+    (the paper's code, and CLIP's own prompt ensembling).
+
+    Raises UsageError for a template without ``{}``; InputError where prompts of a class cancel out or are not finite.
+    """
+    prompts = prompts_of(class_names, templates)
+    features = [
+        unit(backbone.encode_texts(prompts[start : start + batch_size]), "prompt")
+        for start in range(0, len(prompts), batch_size)
+    ]
+    grouped = np.concatenate(features).reshape(len(class_names), -1, backbone.dim)
+    return mean_by_class(grouped, class_names)
+
+
+def mean_by_class(features: npt.NDArray[np.float32], class_names: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Unit features ``[c, t, d]`` averaged over the ``t`` prompts of each class, then normalised: ``[c, d]``."""
+    means = features.mean(axis=1)
+    for row in np.flatnonzero(~(np.linalg.norm(means, axis=1) > 1e-6)).tolist():
+        raise InputError(f"class {class_names[row]!r}: the features of its prompts cancel out")
+    return unit(means, "text weight of a class")

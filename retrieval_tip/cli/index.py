@@ -1,0 +1,468 @@
+"""The commands under ``index``: each parses, makes one library call, and prints."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from retrieval_tip.cli.options import (
+    BACKBONE,
+    DEVICE,
+    ENCODING,
+    FILE,
+    FOLDER,
+    FORMAT,
+    INDEX,
+    READING,
+    VIEWS,
+    K,
+    Origin,
+    backbone_for,
+    backbone_of,
+    checked,
+    encoder_of,
+    finish,
+    manifest_of,
+    options,
+    recipe,
+    shown,
+    source_of,
+    warn,
+)
+from retrieval_tip.errors import counted, one_line
+
+if TYPE_CHECKING:
+    from retrieval_tip.index.changes import Added
+    from retrieval_tip.lance.objects import Address
+
+    Place = Path | Address
+
+
+OUT = click.option("--out", "--store", type=INDEX, required=True,
+                   help="Index folder, or LanceDB store (lance://PATH, s3://BUCKET/PATH, gs://...); an index that is "
+                        "there gets a new version.")  # fmt: skip
+
+
+@click.group("index")
+def index() -> None:
+    """Build, describe, check, query and change index folders."""
+
+
+@index.command("build")
+@click.argument("source", type=FOLDER)
+@OUT
+@click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
+              help="TOML file with any of these settings; the command line goes before it.")  # fmt: skip
+@BACKBONE
+@click.option("--text", type=FILE, help="Feature table of text features, labelled by class, instead of prompts.")
+@click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
+@click.option("--shots", type=click.IntRange(1), help="Draw so many a class, as published.  [default: all]")
+@VIEWS
+@click.option("--index", "factory",
+              help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. Of a LanceDB "
+                   "store: auto, Flat, IvfFlat, IvfSq or HnswSq.  [default: Flat, of a store auto]")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+              help="Type of the stored keys.")  # fmt: skip
+@click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
+@click.option("--beta", type=float, help="Sharpness of the affinity.  [default: from the shots]")
+@click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
+              help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
+                   "[default: both; none where alpha or beta is given]")  # fmt: skip
+@click.option("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: all; with --index auto its choice]")
+@click.option("--logit-scale", type=float, help="Factor of the text logits.  [default: the backbone's, else 100]")
+@READING
+@ENCODING
+@click.pass_context
+def build(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None:
+    """Build an index folder from labelled images or features.
+
+    SOURCE is a folder of class folders, a .csv, .tsv or .parquet with path and label, a feature table (.parquet with
+    id, label and feature), or a split .json (its train part). With --dataset, it is the folder that holds the datasets,
+    and the prompts are the dataset's own.
+    """
+    from retrieval_tip.data.datasets import facts
+    from retrieval_tip.index.build import build_index
+
+    shots = source_of(source, given, "train")
+    templates = given["template"] or (facts(shots.dataset).templates if shots.dataset and not given["text"] else ())
+    backbone = backbone_of(shots, given, needed=given["text"] is None)
+    with encoder_of(ctx, backbone, given) as encoder:
+        cache = build_index(
+            shots,
+            out,
+            encoder,
+            shots=given["shots"],
+            templates=templates,
+            text=given["text"],
+            index=given["factory"],
+            dtype=given["dtype"],
+            alpha=given["alpha"],
+            beta=given["beta"],
+            normalize=given["normalize"],
+            k="auto" if given["k"] is None else given["k"] or None,
+            logit_scale=given["logit_scale"],
+            device="cpu",
+        )
+    _say(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+    finish(ctx, encoder.skipped)
+
+
+@index.command("info")
+@click.argument("folder", type=INDEX)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def info(folder: Place, as_json: bool) -> None:
+    """Describe an index: version, backbone, classes, settings and where they come from."""
+    from retrieval_tip.index.places import at
+
+    facts = at(folder).describe()
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name.ljust(width)}  {shown(value)}")
+
+
+@index.command("verify")
+@click.argument("folder", type=INDEX)
+def verify(folder: Place) -> None:
+    """Check every byte of an index, and that its parts fit together."""
+    from retrieval_tip.index.places import at
+
+    cache = at(folder).verify()
+    click.echo(f"{folder}: version {cache.version} is whole ({cache.n} keys, {len(cache.class_names)} classes)")
+
+
+@index.command("query")
+@click.argument("folder", type=INDEX)
+@click.argument("sql")
+@FORMAT
+@click.option("--predictions", type=FILE, help="What classify wrote (.parquet, .csv, .json), as table predictions.")
+def query(folder: Place, sql: str, predictions: Path | None, style: str, output: Path | None) -> None:
+    """Ask the label store: one SELECT, read-only, without access to other files.
+
+    The table labels has key_id, class_id, label, source, shot, views, digest, added_at and the further columns of the
+    table that the index was built from; the view class_counts has class_id, label and keys; the table versions is what
+    index history prints. A fine-tuned index has its loss curve as table curve. With --predictions, what classify wrote
+    is table predictions, to be joined.
+    """
+    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.index.places import at
+
+    write_table(at(folder).query(sql, predictions), style, output)
+
+
+@index.command("tune")
+@click.argument("folder", type=FOLDER)
+@click.option("--val", "source", type=FOLDER, required=True,
+              help="Images or features to tune on, not the shots; of a split .json its val part.")  # fmt: skip
+@click.option("--agreement", type=click.FloatRange(0, 1, min_open=True), default=0.999, show_default=True,
+              help="Share of the answers that have to be those over all keys.")  # fmt: skip
+@click.option("--index", "factories", multiple=True,
+              help="FAISS factory to try, repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print, change nothing.")
+@click.option("--plot", type=FILE, help="PNG file for cost and agreement (needs matplotlib).")
+@click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
+@FORMAT
+@BACKBONE
+@ENCODING
+@click.pass_context
+def tune_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any) -> None:
+    """Find the cheapest index and k whose answers are those over all keys, and write a new version with them.
+
+    Prints the settings that no cheaper one equals, and what a query costs with each here, in one batch. Labels are not
+    needed. The answers over all keys stay what they are: -k all gives them.
+    """
+    import pyarrow as pa
+
+    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.data.sources import open_items
+    from retrieval_tip.index.tune import tune
+    from retrieval_tip.report import plots
+
+    if given["plot"]:
+        plots.needs_matplotlib()
+    cache = checked(folder, given["device"], given["precision"])
+    if cache.segments > 1:
+        cache.compact()
+    val = open_items(source, split="val", root=given["root"])
+    with encoder_of(ctx, backbone_for(cache, [val], given), given) as encoder:
+        found = tune(cache, encoder.encode(val).features, agreement=given["agreement"], factories=given["factories"])
+    if given["plot"]:
+        plots.draw_frontier(found, given["plot"])
+    types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
+    types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
+    rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is found.chosen} for t in found.trials if t.best]
+    rows = [{name: row[name] for name in types} for row in rows]
+    write_rows(rows, list(types), given["style"], given["output"], pa.schema(list(types.items())))
+    if not given["dry_run"]:
+        cache.index, cache.k, cache.tail = found.index, found.chosen.k, True
+        where = f"tuned on {val.name}, n={found.n}, agreement {found.chosen.agreement:.4g}"
+        cache.provenance = cache.provenance | {"index": where, "k": where}
+        cache.save(folder, "tune")
+        click.echo(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.k or 'all'}", err=True)
+    finish(ctx, encoder.skipped)
+
+
+def _ids(ctx: click.Context, _: click.Parameter, given: tuple[str, ...]) -> list[int] | None:
+    """Key ids, however many in each option; ``None`` where there is no option."""
+    parts = [part.strip() for text in given for part in text.split(",")]
+    if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
+        raise click.BadParameter(f"{wrong[0]!r} is no key id, a whole number", ctx)
+    return [int(part) for part in parts] if given else None
+
+
+_WHICH = options(
+    click.option("--where", metavar="SQL", help="The keys that this condition over the label store holds for."),
+    click.option("--key-ids", multiple=True, metavar="ID,...", callback=_ids,
+                 help="The keys with these ids; repeat for more."),
+)  # fmt: skip
+
+
+@index.command("add")
+@click.argument("folder", type=INDEX)
+@click.argument("source", type=FOLDER)
+@click.option("--text", type=FILE, help="Feature table of text features of the new classes, instead of prompts.")
+@click.option("--shots", type=click.IntRange(1), help="Draw so many a class, as published.  [default: all]")
+@click.option("--views", type=click.IntRange(1), help="Views that a key is the mean of.  [default: as the index's]")
+@click.option("--seed", type=int, help="Draws shots and views.  [default: the index's, else 1]")
+@click.option("--skip-known", is_flag=True, help="Leave out images that the index has under the same label.")
+@BACKBONE
+@READING
+@ENCODING
+@click.pass_context
+def add_command(ctx: click.Context, /, folder: Place, source: Path, **given: Any) -> None:
+    """Add labelled images or features, as for index build, to an index.
+
+    Classes that are new come after those there are, with text weights from the index's templates or --text. It costs
+    by what is added; index compact makes one of what was added since.
+    """
+    from retrieval_tip.index import changes
+
+    manifest, shots = manifest_of(folder), source_of(source, given, "train")
+    of_index = manifest.provenance
+    for name in ("views", "seed"):
+        if given[name] is None:
+            value = of_index.get(name)
+            given[name] = value if isinstance(value, int) else 1
+    new = not set(shots.class_names) <= set(manifest.class_names)
+    needed = new and given["text"] is None and bool(manifest.templates)
+    backbone = backbone_for(Origin.of(folder), [shots], given, needed=needed)
+    with encoder_of(ctx, backbone, given) as encoder:
+        added = changes.add(
+            folder, shots, encoder, text=given["text"], shots=given["shots"], skip_known=given["skip_known"]
+        )
+    _say_added(folder, added, given["skip_known"])
+    finish(ctx, encoder.skipped)
+
+
+@index.command("merge")
+@click.argument("folder", type=INDEX)
+@click.argument("others", nargs=-1, required=True, type=INDEX)
+def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
+    """Add the keys of OTHERS, indexes of the same backbone, to an index; a version for each."""
+    from retrieval_tip.index import changes
+
+    for other in others:
+        _say_added(folder, changes.merge(folder, other))
+
+
+@index.command("remove")
+@click.argument("folder", type=INDEX)
+@_WHICH
+def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) -> None:
+    """Remove keys; their classes stay. Older versions have them until index gc."""
+    from retrieval_tip.index import changes
+
+    removed = changes.remove(folder, where=where, key_ids=key_ids)
+    _say(folder, removed.version, f"{counted(len(removed.key_ids), 'key')} removed")
+
+
+@index.command("relabel")
+@click.argument("folder", type=INDEX)
+@click.argument("label")
+@_WHICH
+def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[int] | None) -> None:
+    """Give keys to the class LABEL, one of the index's."""
+    from retrieval_tip.index import changes
+
+    changed = changes.relabel(folder, label, where=where, key_ids=key_ids)
+    _say(folder, changed.version, f"{counted(len(changed.key_ids), 'key')} given to {label}")
+
+
+@index.command("set")
+@click.argument("folder", type=INDEX)
+@click.option("--alpha", type=float, help="Weight of the cache beside the text.")
+@click.option("--beta", type=float, help="Sharpness of the affinity.")
+@click.option("-k", "k", type=K(), help="Nearest keys that a query uses.")
+@click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.")
+@click.option("--temperature", type=float, help="Divides the logits where they become probabilities.")
+@click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
+              help="Alpha and beta in units of the shots there are now; both: as a new build has them.")  # fmt: skip
+@click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
+@BACKBONE
+@DEVICE
+def set_command(folder: Place, template: tuple[str, ...], **given: Any) -> None:
+    """Change settings of an index. Templates replace its text weights."""
+    from retrieval_tip.index import changes
+
+    cache = given | {"no_cache": True}
+    changed = changes.configure(
+        folder,
+        **{name: given[name] for name in ("alpha", "beta", "tail", "temperature", "normalize")},
+        k=None if given["k"] is None else given["k"] or "all",
+        templates=template,
+        backbone=backbone_for(Origin.of(folder), [], cache, needed=True) if template else None,
+    )
+    _say(folder, changed.version, "settings changed")
+
+
+@index.command("compact")
+@click.argument("folder", type=INDEX)
+def compact_command(folder: Place) -> None:
+    """Make one segment of all keys, indexed anew: as a new build of the same keys."""
+    from retrieval_tip.index import changes
+
+    _say(folder, changes.compact(folder).version, "one segment")
+
+
+@index.command("rebuild")
+@click.argument("folder", type=INDEX)
+@click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: as it is]")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Type of the stored keys.  [default: theirs]")
+def rebuild_command(folder: Place, factory: str | None, dtype: str | None) -> None:
+    """Build the FAISS index from the keys anew, as another type or from keys of another precision."""
+    from retrieval_tip.index import changes
+
+    _say(folder, changes.rebuild(folder, index=factory, dtype=dtype).version, "rebuilt")
+
+
+@index.command("history")
+@click.argument("folder", type=INDEX)
+@FORMAT
+def history_command(folder: Place, style: str, output: Path | None) -> None:
+    """List the versions of an index that are kept, oldest first, and what made them."""
+    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.index.places import at
+
+    write_table(at(folder).history(), style, output)
+
+
+@index.command("rollback")
+@click.argument("folder", type=INDEX)
+@click.option("--version", type=click.IntRange(1), help="Version to go back to.  [default: the one before]")
+def rollback_command(folder: Place, version: int | None) -> None:
+    """Make an earlier version the content of a new one."""
+    from retrieval_tip.index import changes
+
+    _say(folder, changes.rollback(folder, version).version, "rolled back")
+
+
+@index.command("gc")
+@click.argument("folder", type=INDEX)
+@click.option("--keep", type=click.IntRange(1), default=1, show_default=True, help="Versions to keep, the last ones.")
+def gc_command(folder: Place, keep: int) -> None:
+    """Give up earlier versions, and remove the files that only they have."""
+    from retrieval_tip.data.sources import show
+    from retrieval_tip.index.places import at
+
+    versions, freed = at(folder).collect(keep)
+    click.echo(f"{one_line(show(str(folder)))}: {counted(len(versions), 'version')} given up, {freed:,} bytes freed")
+
+
+@index.command("clone")
+@click.argument("folder", type=INDEX)
+@click.argument("out", type=INDEX)
+@click.option("--version", type=click.IntRange(1), help="Version to copy.  [default: the current one]")
+def clone_command(folder: Place, out: Place, version: int | None) -> None:
+    """Copy an index into a new folder OUT, checked on the way."""
+    from retrieval_tip.index import changes
+
+    _say(out, changes.clone(folder, out, version).version, f"a copy of {folder}")
+
+
+@index.command("export")
+@click.argument("folder", type=FOLDER)
+@click.option("--out", type=FILE, required=True, help="Feature table to write (.parquet).")
+@click.option("--text", type=FILE, help="Feature table for the text weights, as index build --text takes it.")
+def export_command(folder: Path, out: Path, text: Path | None) -> None:
+    """Write the keys of an index, and what it says of them, as one feature table."""
+    from retrieval_tip.data.imports import export_table, export_text
+    from retrieval_tip.data.sources import show
+
+    cache = checked(folder, "cpu")
+    click.echo(f"{one_line(show(out))}: {export_table(cache, out)} rows")
+    if text is not None:
+        click.echo(f"{one_line(show(text))}: {export_text(cache, text)} rows")
+
+
+@index.command("import")
+@click.argument("source", type=FOLDER)
+@OUT
+@click.option("--classes", type=FILE, help="Class names in order: .txt, .json or .csv.")
+@click.option("--labels", type=FILE, help="Labels of an .npy file: .csv, .tsv, .parquet or .npy.")
+@click.option("--label-column", help="Column of the labels.  [default: label, class, else the folder of the path]")
+@click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
+@click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
+              help="Rows must have norm 1, are scaled to it, or are kept as they are.")  # fmt: skip
+@click.option("--index", "factory", help="As for index build.")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+              help="Type of the stored keys.")  # fmt: skip
+@click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
+@click.option("--beta", type=float, help="Sharpness of the affinity.  [default: from the shots]")
+@click.pass_context
+def import_command(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None:
+    """Build an index from keys that another program made.
+
+    SOURCE is a folder with Tip-Adapter's keys_16shots.pt and values_16shots.pt (or the former itself), an .npy file
+    (with --labels), or a folder of autofaiss or clip-retrieval.
+    """
+    from retrieval_tip.index.changes import import_index
+
+    names = ("classes", "labels", "label_column", "text", "norms", "dtype", "alpha", "beta")
+    cache = import_index(source, out, index=given["factory"], **{name: given[name] for name in names})
+    _say(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+
+
+@index.command("audit")
+@click.argument("folder", type=FOLDER)
+@click.option("-k", "k", type=K(), help="Nearest keys that judge a shot, or all.  [default: all, while they are few]")
+@FORMAT
+def audit_command(folder: Path, k: int | None, style: str, output: Path | None) -> None:
+    """Find suspicious shots: those whose neighbours have another label, and images that are in two classes.
+
+    Each shot is judged by all others, those of the same image left out; the most suspicious come first.
+    """
+    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.evaluation.audit import audit
+
+    write_table(audit(checked(folder, "auto"), k="all" if k == 0 else k), style, output)
+
+
+def _say(folder: Place, version: int, what: str) -> None:
+    from retrieval_tip.data.sources import show
+
+    click.echo(one_line(f"{show(str(folder))}: version {version}, {what}"))
+
+
+def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
+    """What was added, and what is suspicious about it."""
+    from retrieval_tip.index.build import few, warn_of
+
+    what = f"{counted(len(added.key_ids), 'key')} added"
+    if added.classes:
+        what += f", {counted(len(added.classes), 'new class')}: {few(added.classes)}"
+    if added.known and skipped:
+        what += f", {counted(added.known, 'known image')} left out"
+    _say(folder, added.version, what)
+    if added.known and not skipped:
+        known = counted(added.known, "image")
+        warn([f"{known} of them were there already, under the same label; --skip-known would leave them out"])
+    if added.found is not None:
+        warn_of(added.found)
+        if added.found.compared == "digests":
+            warn(["near-identical images were not looked for among so many keys: index audit does"])

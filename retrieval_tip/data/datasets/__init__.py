@@ -1,0 +1,71 @@
+"""The eleven datasets of the papers and four variants of ImageNet, by name, where CoOp lays them out on disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from retrieval_tip.data.datasets.facts import Dataset, facts, names
+from retrieval_tip.data.datasets.layouts import READERS, lacking, look_into
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, UsageError
+
+__all__ = ["Dataset", "check", "facts", "names", "open_dataset"]
+
+
+def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
+    """The labelled images of a part of a dataset.
+
+    Args:
+        name: as in :func:`facts`.
+        root: the folder that holds all datasets, or the dataset's own.
+        split: ``train``, ``val`` or ``test``. ImageNet has no ``val``: its images/val is what it is tested on, and its
+            variants have ``test`` only.
+
+    Raises:
+        UsageError: an unknown name, or a part that the dataset does not have.
+        InputError: a file or folder is missing or damaged; the message says how it should look. That each image is
+            there is not asked: whoever reads them reports those that are not.
+    """
+    dataset = facts(name)
+    if split not in dataset.images:
+        parts = ", ".join(dataset.images)
+        reason = "; its images/val is its test part" if (dataset.name, split) == ("ImageNet", "val") else ""
+        raise UsageError(f"{dataset.name} has no part {split!r}, it has {parts}{reason}; give another --split")
+    folder = _folder(dataset, Path(root))
+    missing = lacking(dataset, folder, (split,))
+    if missing:
+        raise InputError(missing[0] + (f" ({len(missing) - 1} more missing)" if len(missing) > 1 else ""))
+    return replace(READERS[dataset.layout](dataset, folder, split), dataset=dataset.name)
+
+
+def check(name: str, root: str | os.PathLike[str]) -> list[str]:
+    """What of a dataset is missing or damaged below ``root``, and how it should look, a line each; empty: it is there.
+
+    Looks at folders and lists, counts classes, and looks for a sample of the images of each part; opens none of them.
+    Raises UsageError for an unknown name.
+    """
+    dataset = facts(name)
+    folder = _folder(dataset, Path(root))
+    found = lacking(dataset, folder, tuple(dataset.images))
+    if found:
+        return found
+    for split in dataset.images:
+        try:
+            found += look_into(dataset, folder, split)
+        except InputError as error:
+            found.append(str(error))
+        except OSError as error:  # a folder that may not be entered
+            found.append(f"{error.filename or folder}: {error.strerror or error}")
+    return list(dict.fromkeys(found))
+
+
+def _folder(dataset: Dataset, root: Path) -> Path:
+    """The dataset's folder: in ``root``, or ``root`` itself, where it is called so or holds the dataset's files."""
+    inside = root / dataset.folder
+    if os.path.isdir(inside):
+        return inside
+    called_so = os.path.basename(os.path.abspath(root)) == dataset.folder
+    holds = os.path.isfile(root / dataset.listing) and any(os.path.isdir(root / p) for p in dataset.images.values())
+    return root if (called_so and os.path.isdir(root)) or holds else inside

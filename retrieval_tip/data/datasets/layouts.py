@@ -1,0 +1,215 @@
+"""The layouts on disk that the datasets share, each read into a source."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from retrieval_tip.data import images
+from retrieval_tip.data.datasets.facts import Dataset, Layout
+from retrieval_tip.data.sources import MAX_TEXT, Source, open_source, show, subfolders
+from retrieval_tip.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SAMPLE = 16
+"""So many images or class folders of a part are looked for by a check."""
+
+
+def split_file(dataset: Dataset, folder: Path, split: str) -> Source:
+    """Images of a part of CoOp's split file, whose paths are relative to the image folder."""
+    return open_source(folder / dataset.listing, split=split, root=str(folder / dataset.images[split]))
+
+
+def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
+    """Images of FGVC-Aircraft: a line of ``images_variant_{split}.txt`` is an image's number and its variant.
+
+    The classes are in the order of ``variants.txt``. Raises InputError naming the line that is wrong.
+    """
+    class_names = [line for _, line in _lines(folder / dataset.listing)]
+    _once(class_names, folder / dataset.listing)
+    known = set(class_names)
+    listing = variant_list(folder, split)
+    paths, labels = [], []
+    for number, line in _lines(listing):
+        image, *rest = line.split(maxsplit=1)
+        if not rest:
+            raise InputError(f"{show(listing)}: line {number} is not an image's number and its variant")
+        label = rest[0]
+        if label not in known:
+            raise InputError(f"{show(listing)}: line {number}: variant {label!r} is not in {dataset.listing}")
+        paths.append(os.path.join(folder, dataset.images[split], f"{image}.jpg"))
+        labels.append(label)
+    return _source(show(listing), class_names, paths, labels)
+
+
+def variant_list(folder: Path, split: str) -> Path:
+    """The file that lists the images of a part of FGVC-Aircraft."""
+    return folder / f"images_variant_{split}.txt"
+
+
+def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
+    """Images below the class folders of a part, which ``classnames.txt`` names.
+
+    The classes are those that have a folder, in the file's order. Raises InputError for a folder without a name, and
+    where there are no images.
+    """
+    root = folder / dataset.images[split]
+    paths: list[str] = []
+    labels: list[str] = []
+    found = named_folders(dataset, folder, split)
+    if len(found) < dataset.classes:
+        log.warning("%s: %d of the %d class folders of %s", show(root), len(found), dataset.classes, dataset.name)
+    for class_name, path in found.items():
+        own = [str(image) for image in images.find(path)]
+        paths += own
+        labels += [class_name] * len(own)
+        if not own:
+            log.warning("%s: class folder without images", show(path))
+    if not paths:
+        raise InputError(f"{show(root)}: no images; expected {_IMAGES[dataset.layout]}")
+    return _source(show(root), list(found), paths, labels)
+
+
+def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
+    """Class name and folder of each class folder of a part, in the order of ``classnames.txt``.
+
+    Folders are called as in ``classnames.txt``, or by the line's number from 0. Raises InputError for a folder without
+    a name.
+    """
+    listing, root = folder / dataset.listing, folder / dataset.images[split]
+    by_folder = class_names_by_folder(listing)
+    if dataset.layout == "numbered class folders":
+        by_folder = {str(number): class_name for number, class_name in enumerate(by_folder.values())}
+    there = {entry.name for entry in subfolders(root)}
+    strange = sorted(there - by_folder.keys())
+    if strange:
+        which = show(strange[0]) + (f" and {len(strange) - 1} more" if len(strange) > 1 else "")
+        raise InputError(
+            f"{show(root)}: {dataset.listing} names no class for the folder {which}; expected folders "
+            f"{_some(by_folder)}, with the class's images in each"
+        )
+    return {class_name: root / name for name, class_name in by_folder.items() if name in there}
+
+
+def class_names_by_folder(listing: Path) -> dict[str, str]:
+    """Class name of each folder, from lines of ``classnames.txt``: the folder, a space, the name.
+
+    Where a name stands for several folders (older lists have two missiles), each later one gets one more ``_``, which
+    prompts leave out: the classes stay apart and their prompts the same. Raises InputError naming the line.
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for number, line in _lines(listing):
+        name, *rest = line.split(maxsplit=1)
+        if not rest:
+            raise InputError(f"{show(listing)}: line {number} is not a folder's name and the class's")
+        if name in found:
+            raise InputError(f"{show(listing)}: line {number}: folder {name} stands there twice")
+        class_name = rest[0]
+        while class_name in taken:
+            class_name += "_"
+        taken.add(class_name)
+        found[name] = class_name
+    return found
+
+
+READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
+    "split file": split_file,
+    "variant lists": variant_lists,
+    "class folders": class_folders,
+    "numbered class folders": class_folders,
+}
+
+
+def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str]:
+    """What of the folders and listing files of these parts is not there, and how it should look."""
+    files = {folder / dataset.listing: _LISTINGS[dataset.layout]}
+    if dataset.layout == "variant lists":
+        files |= {variant_list(folder, split): "a line for each image: its number and its variant" for split in splits}
+    if not os.path.isdir(folder):
+        inside = [f"{part}/" if part else "its images" for part in dict.fromkeys(dataset.images.values())]
+        inside += [file.name for file in files]
+        return [f"{show(folder)}: no such folder; expected in it: {', '.join(inside)}"]
+    found = [f"{show(file)}: no such file; {look}" for file, look in files.items() if not os.path.isfile(file)]
+    parts = dict.fromkeys(folder / dataset.images[split] for split in splits)
+    return found + [
+        f"{show(part)}: no such folder; {_IMAGES[dataset.layout]}" for part in parts if not os.path.isdir(part)
+    ]
+
+
+def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
+    """What is wrong with a part whose folders and lists are there, by a sample of its images. Raises InputError."""
+    expected = ""
+    if dataset.layout in ("class folders", "numbered class folders"):
+        expected = f": {_IMAGES[dataset.layout]}"
+        found = named_folders(dataset, folder, split)
+        where, number = show(folder / dataset.images[split]), len(found)
+        sample = list(found.values())[:: max(1, number // SAMPLE)]
+        gone = [show(path) for path in sample if next(images.find(path), None) is None]
+        what = "class folders have no image"
+    else:
+        source = READERS[dataset.layout](dataset, folder, split)
+        where, number = source.name, len(source.class_names)
+        paths = source.paths or ()
+        sample = [Path(path) for path in paths[:: max(1, len(paths) // SAMPLE)]]
+        gone = [show(path) for path in sample if not os.path.isfile(path)]
+        what = "images are not there"
+    problems = []
+    if number != dataset.classes:
+        problems.append(f"{where}: {number} classes; {dataset.name} has {dataset.classes}{expected}")
+    if gone:
+        problems.append(f"{where}: of a sample of {len(sample)}, {len(gone)} {what}, {gone[0]} first")
+    return problems
+
+
+_LISTINGS: Mapping[Layout, str] = {
+    "split file": "CoOp's split file, with train, val and test as lists of [path, label, class name]",
+    "variant lists": "a class name a line",
+    "class folders": "a line for each class: its folder (n01440764) and its name",
+    "numbered class folders": "a line for each class: its folder in ImageNet (n01440764) and its name",
+}
+_IMAGES: Mapping[Layout, str] = {
+    "split file": "the images, where the split file says",
+    "variant lists": "the images, as 0034309.jpg",
+    "class folders": "a folder for each class (n01440764), with its images",
+    "numbered class folders": "a folder for each class (0 to 999), with its images",
+}
+
+
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1. Raises InputError where there are none."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{show(file)}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{show(file)}: not text in UTF-8 (byte {error.start})") from None
+    found = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not found:
+        raise InputError(f"{show(file)}: empty")
+    for number, line in found:
+        if len(line) > MAX_TEXT:
+            raise InputError(f"{show(file)}: line {number} is longer than {MAX_TEXT} characters")
+    return found
+
+
+def _once(class_names: list[str], file: Path) -> None:
+    twice = [class_name for class_name, times in Counter(class_names).items() if times > 1]
+    if twice:
+        raise InputError(f"{show(file)}: class name {twice[0]!r} stands there twice")
+
+
+def _source(name: str, class_names: list[str], paths: list[str], labels: list[str]) -> Source:
+    items = pa.table({"source": pa.array(map(show, paths), pa.string()), "label": pa.array(labels, pa.string())})
+    return Source(name, items, tuple(class_names), tuple(paths))
+
+
+def _some(names: Mapping[str, str]) -> str:
+    first = list(names)[:3]
+    return ", ".join(first) + (" ..." if len(names) > 3 else "")

@@ -1,0 +1,763 @@
+"""Features as they flow: blocks from a backbone or a feature table, the encoding cache, and feature tables on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import threading
+import uuid
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from retrieval_tip.backbones.open_clip import Backbone, Identity, unit
+from retrieval_tip.data import images
+from retrieval_tip.data.sources import FEATURE, Source, few_names, open_parquet, row_groups, row_list, show, table_files
+from retrieval_tip.errors import BackboneError, InputError, Skipped, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+_Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
+_T = TypeVar("_T")
+
+CENTRE = "centre"
+REDUCED = "centre/reduced"
+IDENTITY_KEY = b"retrieval_tip.backbone"
+NORMS = ("check", "unit", "keep")
+NORM_TOLERANCE = 0.01
+TABLE_ROWS = 8192
+GROUP_ROWS = 1024
+REDUCED_SIDES = 3
+"""A JPEG is decoded at a size of which each side is so many times the view's: with 2, some cosines were below 0.999."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some items of a source with their features.
+
+    ``positions`` ``[b]`` into the source, ascending; ``features`` ``[b, d]`` float32; ``digests`` of the images'
+    bytes (``None`` for rows of a feature table).
+    """
+
+    positions: IntArray
+    features: FloatArray
+    digests: list[str | None]
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of every shot of a source, each on its own.
+
+    ``positions`` ``[m]`` int64: where in the source the first item of each shot stands, ascending; ``features``
+    ``[r, d]`` float32; ``starts`` ``[m + 1]`` int64: rows ``starts[i]:starts[i + 1]`` are the views of shot ``i``.
+    """
+
+    positions: IntArray
+    features: FloatArray
+    starts: IntArray
+
+
+def view_names(seed: int, number: int) -> list[str]:
+    """Names of the views that ``number`` views a shot are: the centre view alone, or augmented ones by ``seed``."""
+    return [CENTRE] if number == 1 else [f"crop/{seed}/{view}" for view in range(number)]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How sources become features: everything but the source itself.
+
+    - ``backbone``: needed for images only
+    - ``views``: 1 for the backbone's own centre view; V > 1 for the mean of V augmented views (``seed`` draws them)
+    - ``norms``: for feature tables, ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them
+    - ``batch_size``: images encoded at a time, the backbone's best by default; ``workers``: threads that read them
+    - ``cache``: where encodings are kept; ``None`` keeps none
+    - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, of which each
+      side still is ``REDUCED_SIDES`` times the view's or more: several times as fast, and a slightly other feature
+    - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
+    - ``read``: gives the bytes of an image by its path, by default its file's; ``empty``: a source of which no item can
+      be read is no error
+    """
+
+    backbone: Backbone | None = None
+    views: int = 1
+    seed: int = 1
+    norms: str = "check"
+    batch_size: int | None = None
+    workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
+    cache: EncodingCache | None = None
+    reduce: bool = True
+    strict: bool = False
+    read: Callable[[str], bytes] | None = None
+    empty: bool = False
+    progress: bool = False
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("views", "batch_size", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}: at least 1 is needed")
+        if self.norms not in NORMS:
+            raise UsageError(f"norms {self.norms!r}: expected one of {', '.join(NORMS)}")
+
+    def blocks(self, source: Source) -> Iterator[Block]:
+        """Features of the items of a source, in its order, without those that could not be read.
+
+        Raises:
+            InputError: a feature table with missing, unequal, non-finite or (``norms="check"``) unnormalised rows; with
+                ``strict`` an unreadable image; no readable item at all.
+            UsageError: images, but no backbone.
+            BackboneError: a feature table made with another backbone.
+        """
+        for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
+            yield Block(positions, features[:, 0], digests)
+
+    def encode(self, source: Source) -> Block:
+        """All of :meth:`blocks` as one."""
+        blocks = list(self.blocks(source))
+        return Block(
+            np.concatenate([block.positions for block in blocks]),
+            np.concatenate([block.features for block in blocks]),
+            [digest for block in blocks for digest in block.digests],
+        )
+
+    def encode_views(self, source: Source, names: Sequence[str]) -> Views:
+        """Features of each view of each shot, every one of unit norm.
+
+        Of images, each distinct path is a shot and ``names`` (as :func:`view_names` gives them) are its views, in that
+        order; an image that cannot be read is left out. Of a feature table, the rows that share an ``id`` are the views
+        of one shot, in the table's order, and ``names`` says nothing; norms are those that ``norms`` asks for. Shots
+        come in order of first appearance.
+
+        Raises as :meth:`blocks`; UsageError where ``names`` is empty or names a view twice, InputError where the source
+        is empty.
+        """
+        if not len(source):
+            raise InputError(f"{source.name}: empty; at least one item is needed")
+        first, shots = grouped(source.sources if source.paths is None else source.paths)
+        if source.paths is not None:
+            if not names or len(set(names)) < len(names):
+                raise UsageError(f"views {', '.join(names) or 'none'}: at least one is needed, and each of them once")
+            source, shots = source.take(first), np.arange(len(first))
+        parts = list(self._parts(source, names, _each_view))
+        shots = shots[np.concatenate([positions for positions, _, _ in parts])]
+        features = np.concatenate([features for _, features, _ in parts])[np.argsort(shots, kind="stable")]
+        counts = np.bincount(shots, minlength=len(first)) * features.shape[1]
+        starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
+        return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
+
+    def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
+        """View ``name`` of the items of a source, in its order: positions ``[b]`` and pixels ``[b, 3, h, w]`` float32.
+
+        ``size`` items are read at a time, and while the caller uses them, the next. A view depends on the image's bytes
+        and on ``name`` only. Items that cannot be read are left out (``b < size``).
+
+        Raises:
+            InputError: with ``strict`` an unreadable image; no readable item at all.
+            UsageError: a feature table; no backbone; ``size`` below 1.
+        """
+        import torch
+
+        if source.paths is None:
+            raise UsageError(f"{source.name}: a feature table has no pixels; training an encoder needs the images")
+        if size < 1:
+            raise UsageError(f"size is {size}: at least 1 is needed")
+        backbone = self._needed_backbone(source)
+        start, done = 0, 0
+        chunks = _chunks(source.paths, size)
+        for chunk in self._ahead(
+            chunks, lambda path: _load(path, backbone, [name], lambda *_: None, None, self.read), 1
+        ):
+            for item in chunk:
+                if item.problem is not None:
+                    self._skip(item.path, item.problem)
+            found = [place for place, item in enumerate(chunk, start) if item.problem is None]
+            if found:
+                yield np.array(found), torch.stack([chunk[place - start].pixels[name] for place in found])
+            start, done = start + len(chunk), done + len(found)
+        if not done and start:
+            raise self._none_read(source)
+
+    def _parts(
+        self, source: Source, names: Sequence[str], merge: Callable[[FloatArray], FloatArray]
+    ) -> Iterator[_Part]:
+        """Items of a source with the features ``[v, d]`` that ``merge`` makes of their raw views; rows are one view."""
+        done = 0
+        parts = self._table_parts(source) if source.paths is None else self._image_parts(source, names, merge)
+        with tqdm(total=len(source), unit="image", disable=None if self.progress else True, leave=False) as bar:
+            for part in parts:
+                done += len(part[0])
+                bar.update(int(part[0][-1]) + 1 - bar.n if len(part[0]) else 0)
+                if len(part[0]):
+                    yield part
+        if not done and len(source) and not self.empty:
+            raise self._none_read(source)
+
+    def _none_read(self, source: Source) -> InputError:
+        own = set(source.sources)
+        first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
+        return InputError(f"{source.name}: none of its {len(source)} items could be read ({first})")
+
+    def _needed_backbone(self, source: Source) -> Backbone:
+        if self.backbone is None:
+            raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+        return self.backbone
+
+    def _skip(self, path: str, problem: str) -> None:
+        """Name an image that cannot be used, the first time that it is met; with ``strict``, raise."""
+        self._say(Skipped(show(path), problem))
+
+    def _say(self, skipped: Skipped) -> None:
+        if self.strict:
+            raise InputError(f"{skipped}; leave out --strict to go on without it")
+        if skipped not in self.skipped:
+            log.warning("skipped %s", skipped)
+            self.skipped.append(skipped)
+
+    def _table_parts(self, source: Source) -> Iterator[_Part]:
+        assert source.table is not None
+        assert source.rows is not None
+        identity = table_identity(source.table)
+        if identity is not None and self.backbone is not None:
+            same_backbone(identity, self.backbone.identity, show(source.table))
+        order = np.argsort(source.rows, kind="stable")
+        ordered = source.rows[order]
+        in_order = bool((order[1:] > order[:-1]).all())
+        held: list[tuple[IntArray, FloatArray]] = []
+        rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
+        for start, batch in _read_rows(source.table, self.norms, *rows):
+            low, high = np.searchsorted(ordered, (start, start + len(batch)))
+            if high > low:
+                part = (order[low:high], batch[ordered[low:high] - start, None])
+                if in_order:
+                    yield *part, [None] * len(part[0])
+                else:
+                    held.append(part)
+        if held:
+            positions = np.concatenate([part[0] for part in held])
+            features = np.concatenate([part[1] for part in held])
+            back = np.argsort(positions)
+            yield positions[back], features[back], [None] * len(positions)
+
+    def _image_parts(
+        self, source: Source, names: Sequence[str], merge: Callable[[FloatArray], FloatArray]
+    ) -> Iterator[_Part]:
+        backbone = self._needed_backbone(source)
+        assert source.paths is not None
+        repeated = {path for path, times in Counter(source.paths).items() if times > 1}
+        seen: dict[str, tuple[FloatArray, str] | None] = {}
+        encoded = self._encode_images(list(dict.fromkeys(source.paths)), backbone, names, merge)
+        chunk_results: dict[str, tuple[FloatArray, str] | None] = {}
+        positions: list[int] = []
+        features: list[FloatArray] = []
+        digests: list[str | None] = []
+        for position, path in enumerate(source.paths):
+            while path not in chunk_results and path not in seen:
+                if positions:
+                    yield np.array(positions), np.stack(features), digests
+                    positions, features, digests = [], [], []
+                chunk_results = next(encoded)
+                seen.update((p, result) for p, result in chunk_results.items() if p in repeated)
+            result = seen[path] if path in repeated else chunk_results[path]
+            if result is not None:
+                positions.append(position)
+                features.append(result[0])
+                digests.append(result[1])
+        if positions:
+            yield np.array(positions), np.stack(features), digests
+
+    def _encode_images(
+        self,
+        paths: Sequence[str],
+        backbone: Backbone,
+        names: Sequence[str],
+        merge: Callable[[FloatArray], FloatArray],
+    ) -> Iterator[dict[str, tuple[FloatArray, str] | None]]:
+        """Merged features ``[v, d]`` and digests of images, a batch at a time."""
+        scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
+        size = self.batch_size or backbone.batch_size
+        least = _least(backbone) if self.reduce else None
+
+        def kept(digest: str, view: str) -> FloatArray | None:
+            return None if self.cache is None else self.cache.get(scope, digest, view)
+
+        def load(path: str) -> _Loaded:
+            return _load(path, backbone, names, kept, least, self.read)
+
+        for chunk in self._ahead(_chunks(paths, size), load, depth=2):
+            yield self._encode_chunk(chunk, backbone, scope, size, merge)
+
+    def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
+        """What ``load`` gives for each chunk's images; ``depth`` chunks behind are read and decoded meanwhile."""
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+            waiting: deque[list[Future[_T]]] = deque()
+            ahead = iter(chunks)
+
+            def submit() -> None:
+                for chunk in ahead:
+                    waiting.append([pool.submit(load, path) for path in chunk])
+                    return
+
+            try:
+                for _ in range(depth):
+                    submit()
+                while waiting:
+                    submit()
+                    yield [future.result() for future in waiting.popleft()]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _encode_chunk(
+        self,
+        chunk: Sequence[_Loaded],
+        backbone: Backbone,
+        scope: str,
+        size: int,
+        merge: Callable[[FloatArray], FloatArray],
+    ) -> dict[str, tuple[FloatArray, str] | None]:
+        import torch
+
+        todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
+        fresh: dict[tuple[str, str], FloatArray] = {}
+        for batch in _chunks(list(todo), size):
+            fresh.update(zip(batch, backbone.encode_images(torch.stack([todo[key] for key in batch])), strict=True))
+        if self.cache is not None and fresh:
+            self.cache.put(scope, fresh)
+        results: dict[str, tuple[FloatArray, str] | None] = {}
+        for item in chunk:
+            results[item.path] = None
+            problem = item.problem
+            if problem is None:
+                raw = [fresh[item.digest, view] if f is None else f for view, f in item.features.items()]
+                try:
+                    results[item.path] = (merge(np.stack(raw)), item.digest)
+                except InputError as error:
+                    problem = str(error)
+            if problem is not None:
+                self._skip(item.path, problem)
+        return results
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    path: str
+    digest: str
+    features: dict[str, FloatArray | None]
+    pixels: dict[str, torch.Tensor]
+    problem: str | None
+
+
+def _least(backbone: Backbone) -> int:
+    """How many pixels each side of a picture must keep where it is decoded at less than its size."""
+    size = backbone.identity.preprocess["size"]
+    return REDUCED_SIDES * (size if isinstance(size, int) else max(size))
+
+
+def _load(
+    path: str,
+    backbone: Backbone,
+    names: Sequence[str],
+    kept: Callable[[str, str], FloatArray | None],
+    least: int | None,
+    read: Callable[[str], bytes] | None,
+) -> _Loaded:
+    """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others.
+
+    With ``least``, the centre view is that of the picture which is decoded so, and where that is another one, it is
+    called ``REDUCED``: a cache holds both.
+    """
+    try:
+        data = (read or images.read)(path)
+        digest = hashlib.sha256(data).hexdigest()
+        if least is not None and CENTRE in names and images.reducible(data, least):
+            names = [REDUCED if view == CENTRE else view for view in names]
+        features = {view: kept(digest, view) for view in names}
+        pixels: dict[str, torch.Tensor] = {}
+        missing = [view for view, feature in features.items() if feature is None]
+        if REDUCED in missing:
+            missing.remove(REDUCED)
+            pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
+        if missing:
+            picture = images.decode(data)
+            for view in missing:
+                centre = view == CENTRE
+                pixels[view] = backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
+    except InputError as error:
+        return _Loaded(path, "", {}, {}, str(error))
+    return _Loaded(path, digest, features, pixels, None)
+
+
+def pixels_of(
+    data: bytes, backbone: Backbone, *, most: int | None = None, formats: Sequence[str] | None = None
+) -> torch.Tensor:
+    """Pixels ``[3, h, w]`` float32 of the centre view of an encoded image, as :meth:`Encoder.blocks` takes it.
+
+    ``most`` and ``formats`` as for :func:`images.decode`; raises InputError as that.
+    """
+    return backbone.preprocess(images.decode(data, _least(backbone), most=most, formats=formats))
+
+
+def _mean_view(raw: FloatArray) -> FloatArray:
+    """Raw views ``[v, d]`` as the one unit feature ``[1, d]`` of their mean."""
+    return unit(raw.mean(axis=0, keepdims=True))
+
+
+def _each_view(raw: FloatArray) -> FloatArray:
+    """Raw views ``[v, d]``, each scaled to unit norm on its own."""
+    return unit(raw, "feature of view")
+
+
+def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
+    return [things[start : start + size] for start in range(0, len(things), size)]
+
+
+def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
+    """Where each distinct name stands first ``[m]``, and the number of each name among them ``[n]``."""
+    numbers: dict[str, int] = {}
+    shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+    _, first = np.unique(shots, return_index=True)
+    return first.astype(np.int64), shots
+
+
+_DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
+
+
+class EncodingCache:
+    """Raw features by backbone, image content and view, in one SQLite file: what was encoded once is never again.
+
+    Safe to share between threads and processes. A damaged entry counts as absent; a damaged file is put aside.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder) / "encodings.sqlite"
+        self._lock = threading.Lock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = self._open()
+        except sqlite3.OperationalError as error:
+            raise self._unusable(error) from None
+        except _DAMAGE:
+            self._renew()
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    @staticmethod
+    def default_folder() -> Path:
+        """``$RETRIEVAL_TIP_CACHE``, else ``retrieval-tip`` in the user's cache folder."""
+        own = os.environ.get("RETRIEVAL_TIP_CACHE")
+        return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
+
+    def _unusable(self, error: Exception) -> InputError:
+        return InputError(
+            f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
+        )
+
+    def _renew(self) -> None:
+        """Put a damaged file aside and start another."""
+        aside = self.path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
+        try:
+            self.path.rename(aside)
+            log.warning("%s: damaged, put aside as %s; encoding anew", show(self.path), aside.name)
+            self._db = self._open()
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from None
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+        try:
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL, "
+                "feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view))"
+            )
+            db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
+        """The raw feature ``[d]`` of a view, or ``None``."""
+        query = "SELECT feature, crc FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
+        try:
+            with self._lock:
+                row = self._db.execute(query, (scope, digest, view)).fetchone()
+        except _DAMAGE:
+            return None
+        if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
+            return None
+        return np.frombuffer(row[0], dtype="<f4")
+
+    def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
+        """Keep raw features by (digest, view)."""
+        rows = []
+        for (digest, view), feature in features.items():
+            blob = feature.astype("<f4").tobytes()
+            rows.append((scope, digest, view, blob, _crc(scope, digest, view, blob)))
+        with self._lock:
+            try:
+                self._insert(rows)
+            except sqlite3.OperationalError as error:
+                raise self._unusable(error) from None
+            except _DAMAGE:
+                self._db.close()
+                self._renew()
+                self._insert(rows)
+
+    def _insert(self, rows: Sequence[tuple[str, str, str, bytes, int]]) -> None:
+        self._db.execute("BEGIN")
+        try:
+            self._db.executemany("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+
+def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
+    """Over the key too: a damaged file must not give one image the feature of another."""
+    return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))
+
+
+def same_backbone(one: Identity, other: Identity, what: str) -> None:
+    """Raise BackboneError naming both, unless features of the two can be compared."""
+    if one.fingerprint != other.fingerprint:
+        raise BackboneError(
+            f"{what}: made with backbone {one}, but {other} is in use; their features cannot be compared"
+        )
+
+
+def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
+    """Raise where features of ``sources`` cannot be compared with an index of ``d`` values by ``identity``.
+
+    BackboneError names both backbones; InputError the two lengths.
+    """
+    if backbone is not None:
+        if identity is not None:
+            same_backbone(identity, backbone.identity, "index")
+        if backbone.dim != d:
+            raise BackboneError(f"backbone {backbone.identity}: its features have {backbone.dim} values, the index {d}")
+    for source in sources:
+        if source.table is not None:
+            found = table_identity(source.table)
+            if identity is not None and found is not None:
+                same_backbone(found, identity, source.name)
+            if table_dim(source.table) != d:
+                raise InputError(f"{source.name}: features of {table_dim(source.table)} values, the index has {d}")
+
+
+def table_identity(path: Path | str) -> Identity | None:
+    """The backbone in a feature table's metadata, if there is one."""
+    files = table_files(path)
+    raw = (open_parquet(files[0]).schema_arrow.metadata or {}).get(IDENTITY_KEY) if files else None
+    if raw is None:
+        return None
+    try:
+        return Identity.from_dict(json.loads(raw))
+    except (ValueError, RecursionError, BackboneError) as error:
+        raise InputError(f"{show(path)}: its backbone metadata cannot be read ({error})") from None
+
+
+def table_dim(path: Path | str) -> int:
+    """Length ``d`` of the features of a table."""
+    for batch in read_features(path, "keep"):
+        return int(batch.shape[1])
+    raise InputError(f"{show(path)}: has no rows")
+
+
+def read_features(path: Path | str, norms: str = "check") -> Iterator[FloatArray]:
+    """The features of a table in file order, ``[b, d]`` float32 a time, so that no table has to fit in memory.
+
+    Raises InputError naming the rows where features are missing, of unequal length, not finite, or not of unit norm.
+    """
+    for _, features in _read_rows(path, norms, 0, None):
+        yield features
+
+
+def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
+    """:func:`read_features` with the number of each block's first row, of blocks that hold rows ``first`` to ``last``.
+
+    Row groups and files without any of them are not read.
+    """
+    start, dim = 0, None
+    for part in table_files(path):
+        file, begins, name = open_parquet(part), start, show(part)
+        start += file.metadata.num_rows
+        if start <= first or (last is not None and begins >= last):
+            continue
+        _check_kind(file, name)
+        groups, at = row_groups(file, max(0, first - begins), None if last is None else last - begins)
+        try:
+            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[FEATURE]):
+                if at + batch.num_rows > first - begins and batch.num_rows:
+                    features = _matrix(batch.column(FEATURE), at, dim, name)
+                    dim = features.shape[1]
+                    yield begins + at, check_norms(features, at, norms, name)
+                at += batch.num_rows
+                if last is not None and begins + at >= last:
+                    break
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
+
+
+def _check_kind(file: pq.ParquetFile, name: str) -> None:
+    """Raise InputError where a file has no features, or what is called so is none."""
+    if FEATURE not in file.schema_arrow.names:
+        raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
+    kind = file.schema_arrow.field(FEATURE).type
+    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not is_list or not pa.types.is_floating(kind.value_type):
+        raise InputError(f"{name}: column {FEATURE!r} is {kind}; expected lists of float32 or float16")
+
+
+def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
+    if column.null_count:
+        rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
+        raise InputError(f"{name}: {row_list(rows + start)} without a feature")
+    if pa.types.is_fixed_size_list(column.type):
+        lengths = np.full(len(column), column.type.list_size)
+    else:
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    dim = int(lengths[0]) if dim is None else dim
+    if dim == 0:
+        raise InputError(f"{name}: row {start} has no values")
+    wrong = np.flatnonzero(lengths != dim)
+    if wrong.size:
+        row = int(wrong[0])
+        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values, the rows before have {dim}")
+    values = column.flatten()
+    if values.null_count:
+        rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
+        raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
+    return matrix
+
+
+def check_norms(features: FloatArray, start: int, norms: str, name: str) -> FloatArray:
+    """Features ``[b, d]``, rows from ``start`` on of ``name``, with the norms that one of ``NORMS`` asks for.
+
+    Raises InputError naming rows that are not finite, are zero, or (``check``) whose norm is not 1.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
+    rows = np.flatnonzero(~np.isfinite(lengths))
+    if rows.size:
+        raise InputError(f"{name}: {row_list(rows + start)}: the feature holds NaN or infinity")
+    rows = np.flatnonzero(lengths == 0)
+    if rows.size and norms != "keep":
+        raise InputError(f"{name}: {row_list(rows + start)}: the feature is zero, so it has no direction")
+    if norms == "unit":
+        features = (features / lengths[:, None]).astype(np.float32)
+    rows = np.flatnonzero(np.abs(lengths - 1) > NORM_TOLERANCE)
+    if rows.size and norms == "check":
+        raise InputError(
+            f"{name}: {row_list(rows + start)}: norm {lengths[rows[0]]:.4g} instead of 1; "
+            "give --norms unit to normalise here, or --norms keep where it is meant"
+        )
+    return features
+
+
+def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
+    """Encode a source into a feature table: ``id``, ``label``, ``feature``, ``digest`` and its further columns.
+
+    Written beside ``out`` and renamed in when whole. Returns the number of rows.
+    """
+    path = Path(out)
+    if source.table is not None:
+        dim, identity = table_dim(source.table), table_identity(source.table)
+    elif encoder.backbone is not None:
+        dim, identity = encoder.backbone.dim, encoder.backbone.identity
+    else:
+        raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+    with replacing(path) as temporary:
+        return write_encoded(source, temporary, encoder, dim, identity)
+
+
+def write_encoded(
+    source: Source,
+    file: Path,
+    encoder: Encoder,
+    dim: int,
+    identity: Identity | None,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> int:
+    """:func:`encode_table` into this very file, of features of ``dim`` values, with more key-value metadata."""
+    kept = {
+        c: source.items[c] for c in source.items.column_names if c not in ("source", "label", FEATURE, "digest", "id")
+    }
+    with_label = "label" in source.items.column_names
+    with_digest = source.table is not None and pa.field("digest", pa.string()) in list(source.items.schema)
+    facts = {IDENTITY_KEY: json.dumps(identity.to_dict()).encode()} if identity else {}
+    schema = pa.schema(
+        [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.float32(), dim)), ("digest", pa.string())]
+        + [(name, column.type) for name, column in kept.items()],
+        metadata=facts | dict(metadata or {}) or None,
+    )
+    number = 0
+    plain = [column for column in schema.names if column != FEATURE]
+    with (
+        pa.OSFile(os.fsencode(file), "wb") as raw,  # bytes: the name may not be UTF-8
+        pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
+    ):
+        waiting: list[pa.Table] = []
+        for block in encoder.blocks(source):
+            items = source.items.take(pa.array(block.positions))
+            columns = {
+                "id": items["source"],
+                "label": items["label"] if with_label else pa.nulls(len(items), pa.string()),
+                FEATURE: pa.FixedSizeListArray.from_arrays(pa.array(block.features.reshape(-1)), dim),
+                "digest": items["digest"] if with_digest else pa.array(block.digests, pa.string()),
+            } | {name: items[name] for name in kept}
+            waiting.append(pa.table(columns, schema=schema))
+            number += len(items)
+            if sum(map(len, waiting)) >= GROUP_ROWS:  # a row group for every few images would make a large footer
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
+    return number
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file that takes the name ``path`` when it is whole; a link is written through.
+
+    Raises InputError where ``path`` cannot be written; then nothing is left of it.
+    """
+    place = Path(os.path.realpath(path))
+    temporary = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        if place.exists() and not place.is_file():
+            raise InputError(f"{show(path)}: cannot be written: not a file")
+        yield temporary
+        temporary.replace(place)
+    except OSError as error:
+        raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,487 @@
+"""Where labelled images and features come from: folders, tables and split files; and the inputs of a classification."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from retrieval_tip.data import images, remote
+from retrieval_tip.errors import InputError, first_line, one_line
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+FEATURE = "feature"
+RUN, COMPLETE = "run.json", "complete.json"
+"""In a folder of parts: what is being made, and, written last, that it is all there."""
+MAX_TEXT = 4096
+"""Longest label or id, in characters: more is a table read wrongly."""
+MAX_ROWS = 2**31 - 1
+"""Most rows of a table: a file of a few bytes may claim any number."""
+MAX_SHOWN = 64
+"""Columns, and characters of the name of each, that a message shows."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items to encode or classify, in order.
+
+    ``items`` has the columns ``source`` (the item's path or id, printable) and, where known, ``label``, then any
+    further columns of a table. An item is either an image (``paths[i]``) or row ``rows[i]`` of the feature table
+    ``table``, a file or a folder of parts. ``class_names`` are the labels in order; empty where items carry none.
+    ``dataset`` is the name of a dataset that was opened by its name.
+    """
+
+    name: str
+    items: pa.Table
+    class_names: tuple[str, ...] = ()
+    paths: tuple[str, ...] | None = None
+    table: Path | str | None = None
+    rows: npt.NDArray[np.int64] | None = None
+    dataset: str | None = None
+
+    def __len__(self) -> int:
+        return int(self.items.num_rows)
+
+    @property
+    def labels(self) -> list[str]:
+        """Label of each item. Raises InputError naming items that have none."""
+        if "label" not in self.items.column_names:
+            raise InputError(f"{self.name}: has no labels; a column 'label' is needed here")
+        column = self.items["label"]
+        if column.null_count:
+            rows = np.flatnonzero(column.is_null().to_numpy())
+            raise InputError(f"{self.name}: {row_list(rows)} without a label; every item needs one here")
+        labels: list[str] = column.to_pylist()
+        return labels
+
+    @property
+    def sources(self) -> list[str]:
+        """Path or id of each item."""
+        names: list[str] = self.items["source"].to_pylist()
+        return names
+
+    def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
+        """The items at ``positions``, in that order; the class names stay."""
+        index = np.asarray(positions, dtype=np.int64)
+        return replace(
+            self,
+            items=self.items.take(pa.array(index)),
+            paths=None if self.paths is None else tuple(self.paths[i] for i in index),
+            rows=None if self.rows is None else self.rows[index],
+        )
+
+
+def open_source(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+    """A labelled source, told apart by what it is.
+
+    - a folder of class folders: classes are the folders in name order, images are searched below each
+    - ``.json``: a CoOp split file; ``split`` names the part (default ``train``), ``root`` the image folder (default:
+      the split file's folder or the folder in it that holds the images)
+    - ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``path`` and ``label``; paths are relative to ``root``
+      (default: the table's folder)
+    - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of such
+      parts, as ``encode --engine ray`` writes it
+
+    Raises InputError naming the file, what is wrong with it, and the row where there is one.
+    """
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if os.path.isdir(file):
+        return _table(file, root, labelled=True) if is_parts(file) else _class_folders(file)
+    if not os.path.exists(file):
+        raise InputError(f"{show(file)}: no such file or folder")
+    if not file.is_file():
+        raise InputError(f"{show(file)}: not a file")  # a pipe would wait for ever
+    if suffix == ".json":
+        return _split_file(file, split or "train", root)
+    if suffix in (".csv", ".tsv", ".parquet"):
+        return _table(file, root, labelled=True)
+    raise InputError(
+        f"{show(file)}: not a source; expected a folder of class folders, a .csv, .tsv or .parquet, or a split .json"
+    )
+
+
+def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+    """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
+    file = Path(path)
+    if is_parts(file):
+        return _table(file, root, labelled=False)
+    folders = subfolders(file) if os.path.isdir(file) else None
+    if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
+        found = [str(image) for image in images.find(file)]
+        if not found:
+            raise InputError(f"{show(file)}: no images in this folder")
+        return of_images(found, show(file))
+    if _is_table(file):
+        return _table(file, root, labelled=False)
+    return open_source(path, split=split, root=root)
+
+
+def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
+    """Things to classify: images, folders (searched for images), globs, tables, and ``-`` for paths from ``stdin``.
+
+    Neighbouring images come as one source. A path that does not exist is an image that cannot be read: whoever reads it
+    reports it.
+    """
+    paths: list[str] = []
+    waiting = list(arguments)[::-1]
+    while waiting:
+        argument = waiting.pop()
+        file = Path(argument)
+        if argument == "-":
+            paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
+        elif os.path.isdir(file) and not is_parts(file):
+            found = [str(image) for image in images.find(file)]
+            if not found:
+                raise InputError(f"{show(file)}: no images in this folder")
+            paths += found
+        elif _is_table(file):
+            if paths:
+                yield of_images(paths)
+                paths = []
+            yield _table(file, None, labelled=False)
+        elif not os.path.exists(file) and glob.has_magic(argument):
+            matches = sorted(glob.glob(argument, recursive=True))
+            found = [match for match in matches if not os.path.isdir(match)]
+            if not found:
+                raise InputError(f"{show(argument)}: no file matches")
+            waiting += found[::-1]
+        else:
+            paths.append(argument)
+    if paths:
+        yield of_images(paths)
+
+
+def _is_table(file: Path) -> bool:
+    return is_parts(file) or (file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file))
+
+
+def is_parts(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds the parts of a table, whole or not."""
+    return os.path.isfile(os.path.join(folder, RUN))
+
+
+def table_files(table: Path | str) -> list[Path | str]:
+    """The Parquet files that a table consists of, in order: itself, or the parts in the folder.
+
+    Raises InputError for a folder that has not got all of its parts yet.
+    """
+    if remote.is_remote(table):
+        assert isinstance(table, str)
+        system = remote.system_of(table)
+        if table.endswith(".parquet"):
+            return [table]
+        name = table.rstrip("/")
+        found = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
+    elif os.path.isdir(table):
+        name = show(table)
+        with os.scandir(table) as entries:
+            found = [entry.path for entry in entries]
+    else:
+        return [table]
+    names = {place.rpartition("/")[2]: place for place in found}
+    if RUN not in names:
+        raise InputError(f"{name}: no feature table; a folder of parts has {RUN}")
+    if COMPLETE not in names:
+        raise InputError(
+            f"{name}: not all of its parts are there yet; give the command that makes it again, and it goes on"
+        )
+    parts = [names[part] for part in sorted(names) if part.startswith("part-") and part.endswith(".parquet")]
+    return [place if remote.is_remote(place) else Path(place) for place in parts]
+
+
+def of_images(paths: Sequence[str], name: str = "images") -> Source:
+    """Images without labels."""
+    return Source(name, pa.table({"source": pa.array([show(path) for path in paths], pa.string())}), (), tuple(paths))
+
+
+def show(path: str | os.PathLike[str]) -> str:
+    """A path as text that every terminal and file format can hold, whatever bytes it is made of."""
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a surrogate pair, from JSON
+        return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def _class_folders(folder: Path) -> Source:
+    paths: list[str] = []
+    labels: list[str] = []
+    names: list[str] = []
+    for entry in subfolders(folder):
+        found = [str(path) for path in images.find(Path(entry.path))]
+        name = show(entry.name)
+        names.append(name)
+        paths += found
+        labels += [name] * len(found)
+        if not found:
+            log.warning("%s: class folder without images", show(entry.path))
+    if not paths:
+        raise InputError(f"{show(folder)}: no images; expected one folder a class with images in it")
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise InputError(f"{show(folder)}: two class folders show as {twice[0]}; rename the one that is not UTF-8")
+    with os.scandir(folder) as entries:
+        stray = sum(1 for e in entries if not e.name.startswith(".") and os.path.isfile(e.path))
+    if stray:
+        log.warning("%s: %d files beside the class folders are ignored", show(folder), stray)
+    items = pa.table({"source": [show(path) for path in paths], "label": labels})
+    return Source(show(folder), items, tuple(names), tuple(paths))
+
+
+def subfolders(folder: Path) -> list[os.DirEntry[str]]:
+    """The folders in a folder, in name order, without the hidden ones."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _split_file(file: Path, split: str, root: str | None) -> Source:
+    name = f"{show(file)} ({split})"
+    try:
+        data = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{show(file)}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{show(file)}: not JSON ({error})") from None
+    if not isinstance(data, dict) or split not in data:
+        has = ", ".join(map(repr, data)) if isinstance(data, dict) else "no parts at all"
+        raise InputError(f"{show(file)}: no part {split!r}; a split file has train, val and test, this one {has}")
+    entries: list[tuple[str, int, str]] = []
+    for row, entry in enumerate(data[split] if isinstance(data[split], list) else [None]):
+        match entry:
+            case [str() as path, int() as label, str() as class_name] if type(label) is int and class_name.strip():
+                entries.append((path, label, class_name))
+            case _:
+                raise InputError(f"{name}: entry {row} is not [path, label, class name]")
+    if not entries:
+        raise InputError(f"{name}: empty")
+    names: dict[int, str] = {}
+    for row, (_, label, class_name) in enumerate(entries):
+        if names.setdefault(label, class_name) != class_name:
+            raise InputError(f"{name}: entry {row} calls label {label} {class_name!r}, before it was {names[label]!r}")
+    ordered = tuple(show(names[label]) for label in sorted(names))
+    twice = [class_name for class_name, times in Counter(ordered).items() if times > 1]
+    if twice:
+        raise InputError(f"{name}: class name {twice[0]!r} stands for several labels")
+    folder = Path(root) if root else _image_root(file, [path for path, _, _ in entries])
+    paths = [os.path.join(folder, path) for path, _, _ in entries]
+    items = pa.table({"source": [show(path) for path in paths], "label": [show(entry[2]) for entry in entries]})
+    _check_texts(items, name)
+    return Source(name, items, ordered, tuple(paths))
+
+
+def _image_root(file: Path, paths: Sequence[str]) -> Path:
+    """The split file's own folder, or the one in it that holds most of a sample of the images."""
+    sample = paths[:: max(1, len(paths) // 16)]
+
+    def held(folder: Path) -> int:
+        return sum(os.path.isfile(folder / path) for path in sample)
+
+    best = max([file.parent, *(Path(entry.path) for entry in subfolders(file.parent))], key=held)
+    if not held(best):
+        raise InputError(
+            f"{show(file)}: its images, {show(sample[0])[:200]} first, are not beside it; give --root FOLDER"
+        )
+    return best
+
+
+def _table(
+    file: Path | str, root: str | None, *, labelled: bool, first: int = 0, last: int | None = None, whole: bool = True
+) -> Source:
+    name = show(file)
+    items, has_features = _items(file, first, last, whole=whole)
+    key = "id" if has_features else "path"
+    missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
+    if missing:
+        kind = "a feature table has id, label and feature" if has_features else "an image table has path and label"
+        raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
+    front = {"source": _texts(items[key], name, key, needed=True, first=first)}
+    if "label" in items.column_names:
+        front["label"] = _texts(items["label"], name, "label", needed=labelled, first=first)
+    items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
+    _check_texts(items, name, first)
+    labels = pc.unique(items["label"]).drop_null().to_pylist() if "label" in items.column_names else []
+    names = tuple(sorted(labels))
+    if has_features:
+        return Source(name, items, names, table=file, rows=np.arange(first, first + len(items), dtype=np.int64))
+    folder = root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
+    paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
+    items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
+    return Source(name, items, names, tuple(paths))
+
+
+def open_rows(file: Path | str, first: int, last: int, *, root: str | None = None, labelled: bool = False) -> Source:
+    """Rows ``first`` to ``last`` of one Parquet file, a feature table or one of paths, as :func:`open_source` has all.
+
+    Only the row groups that hold them are read. Raises as that does, with the rows' numbers in the file.
+    """
+    return _table(file, root, labelled=labelled, first=first, last=last, whole=False)
+
+
+def _items(file: Path | str, first: int, last: int | None, *, whole: bool) -> tuple[pa.Table, bool]:
+    """Every column of a table but the features, and whether there are any; rows without an id get their number."""
+    name = show(file)
+    if not str(file).lower().endswith(".parquet") and not os.path.isdir(file):
+        items = _read_csv(Path(file))
+        number, has_features = len(items), False
+        _check_rows(number, name)
+    else:
+        tables, number, has_features = [], 0, False
+        for part in table_files(file) if whole else [file]:
+            parquet = open_parquet(part)
+            columns = parquet.schema_arrow.names
+            _once(columns, name)
+            number, has_features = number + parquet.metadata.num_rows, FEATURE in columns
+            _check_rows(number, name)
+            kept = [column for column in columns if column != FEATURE]
+            tables.append(_read(show(part), lambda p=parquet, c=kept: _sound(_rows(p, c, first, last))))
+        items = _read(name, lambda: pa.concat_tables(tables))
+    if number == 0:
+        raise InputError(f"{name}: has no rows")
+    if has_features and "id" not in items.column_names:
+        last = number if last is None else min(last, number)
+        ids = pa.array([str(row) for row in range(first, last)])
+        items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
+    return items, has_features
+
+
+def _rows(parquet: pq.ParquetFile, columns: list[str], first: int, last: int | None) -> pa.Table:
+    """Rows ``first`` to ``last`` of a file, by the row groups that hold them."""
+    if first == 0 and last is None:
+        return parquet.read(columns=columns)
+    groups, start = row_groups(parquet, first, last)
+    return parquet.read_row_groups(groups, columns=columns).slice(first - start, None if last is None else last - first)
+
+
+def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
+    """The row groups that hold rows ``first`` to ``last`` of a file, and the row that the first of them starts with."""
+    groups: list[int] = []
+    start, begins = 0, 0
+    for group in range(parquet.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        if start + rows > first and (last is None or start < last):
+            begins = begins if groups else start
+            groups.append(group)
+        start += rows
+    return groups, begins
+
+
+def _check_rows(number: int, name: str) -> None:
+    if number > MAX_ROWS:
+        raise InputError(f"{name}: {number:,} rows, more than {MAX_ROWS:,}")
+
+
+def _sound(items: pa.Table) -> pa.Table:
+    """A table whose text is UTF-8, and of the kinds that rows can be taken of."""
+    kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    for place, field in enumerate(items.schema):
+        try:
+            items.column(place).validate(full=True)
+        except pa.ArrowException as error:
+            raise pa.ArrowInvalid(f"column {field.name!r}: {error}") from None
+        if field.type in kinds:
+            items = items.set_column(place, field.name, items.column(place).cast(kinds[field.type]))
+    items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # of views within lists none can be
+    return items
+
+
+def open_parquet(file: Path | str) -> pq.ParquetFile:
+    """A Parquet file, memory-mapped where it is on this machine. Raises InputError where it is not one."""
+    url = file if isinstance(file, str) and remote.is_remote(file) else None
+
+    def read() -> pq.ParquetFile:
+        raw = pa.memory_map(os.fsencode(file)) if url is None else pa.PythonFile(remote.opened(url), "r")
+        parquet = pq.ParquetFile(raw)
+        "".join(parquet.schema_arrow.names)  # which may not be UTF-8
+        return parquet
+
+    result: pq.ParquetFile = _read(show(file), read)
+    return result
+
+
+def _read(name: str, read: Any) -> Any:
+    try:
+        return read()
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
+
+
+def _read_csv(file: Path) -> pa.Table:
+    """All columns as text; quoted fields may hold commas, quotes and line breaks."""
+    name = show(file)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+
+    def read(types: dict[str, pa.DataType]) -> pa.Table:
+        convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+        with pa.OSFile(os.fsencode(file)) as raw:  # bytes: the name may not be UTF-8
+            return pyarrow.csv.read_csv(raw, parse_options=parse, convert_options=convert)
+
+    def header() -> list[str]:
+        with pa.OSFile(os.fsencode(file)) as raw, pyarrow.csv.open_csv(raw, parse_options=parse) as reader:
+            columns: list[str] = reader.schema.names
+            return columns
+
+    columns = _read(name, header)
+    _once(columns, name)
+    return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))
+
+
+def _once(columns: Sequence[str], name: str) -> None:
+    if len(set(columns)) < len(columns):
+        raise InputError(f"{name}: a column name stands twice in {few_names(columns)}")
+
+
+def _texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first: int = 0) -> pa.ChunkedArray:
+    """Ids, paths and labels as text, blanks as missing; whole numbers are taken as their digits."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise InputError(f"{name}: column {what!r} is {column.type}; expected text")
+    values = _read(name, lambda: column.cast(kind).cast(pa.string()))
+    _read(f"{name}: column {what!r}", lambda: values.validate(full=True))
+    values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
+    if needed and values.null_count:
+        rows = row_list(np.flatnonzero(values.is_null().to_numpy()) + first)
+        raise InputError(f"{name}: {rows} without {'a label' if what == 'label' else what}")
+    return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
+
+
+def _check_texts(items: pa.Table, name: str, first: int = 0) -> None:
+    for column in ("source", "label"):
+        if column in items.column_names:
+            long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
+            if long.any():
+                raise InputError(
+                    f"{name}: {row_list(np.flatnonzero(long) + first)}: {column} longer than {MAX_TEXT} characters"
+                )
+
+
+def few_names(columns: Sequence[str]) -> str:
+    """Names of columns, the first of many, as they stand in a message."""
+    shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
+    return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
+
+
+def row_list(rows: npt.NDArray[np.int64]) -> str:
+    """Row numbers, from 0, as they stand in a message."""
+    shown = ", ".join(str(int(row)) for row in rows[:5])
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -1,0 +1,1 @@
+"""Evaluation: figures, calibration, sweeps over methods and shots, and suspicious shots."""

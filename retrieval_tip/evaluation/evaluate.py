@@ -1,0 +1,419 @@
+"""How often an index is right, by class and by part, and how well its probabilities say so."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.classifier import Classifier
+from retrieval_tip.data.encoder import Block, Encoder
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import Skipped, UsageError
+from retrieval_tip.evaluation.calibration import (
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    temperature_bounds,
+)
+from retrieval_tip.retrieval.keys import QUERY_BLOCK
+
+log = logging.getLogger(__name__)
+
+CONFUSIONS = 10
+AFFINITY_BINS = 2000
+ITSELF = 1e-4
+"""A validation item whose squared distance to a key is no more than this is itself a shot."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Affinities:
+    """How many pairs of a query and a key have an affinity within each bin: ``edges`` ``[m + 1]``, counts ``[m]``.
+
+    ``same``: the key is of the query's true class; ``other``: of another. Pairs beyond the edges count at the ends.
+    """
+
+    edges: Floats
+    same: Ints
+    other: Ints
+
+
+@dataclass(frozen=True)
+class Part:
+    """Answers of one part of the logits alone: class ids ``predicted`` and their ``confidence``, ``[n]`` each."""
+
+    predicted: Ints
+    confidence: Floats
+
+
+@dataclass(frozen=True)
+class Details:
+    """More about each item, ``[n]`` each: its ``positions`` in the source, and natural logarithms of probabilities.
+
+    ``log_truth`` is that of its class, ``log_doubt`` that of all classes but the answer: where a probability is 1 or 0
+    to the last digit, these still tell one from another.
+
+    ``text`` are the answers of ``softmax(text logits)``, ``cache`` those of ``softmax(alpha * cache logits)``.
+    """
+
+    positions: Ints
+    log_truth: Floats
+    log_doubt: Floats
+    text: Part
+    cache: Part
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an evaluation saw, item by item: class ids ``truth`` and ``predicted``, and the answers' ``confidence``.
+
+    ``[n]`` each, in the order of the source; ``affinities`` and ``details`` where they were asked for.
+    """
+
+    truth: Ints
+    predicted: Ints
+    confidence: Floats
+    class_names: list[str]
+    affinities: Affinities | None = None
+    details: Details | None = None
+
+    @property
+    def right(self) -> npt.NDArray[np.bool_]:
+        """Whether each answer is right, ``[n]``."""
+        found: npt.NDArray[np.bool_] = self.truth == self.predicted
+        return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies as fractions of the ``n`` items that could be read.
+
+    ``top1`` and ``top5`` of the blended logits; ``zero_shot_top1`` of the text logits alone (``None`` without text
+    weights) and ``cache_top1`` of the cache logits alone; ``per_class`` top-1 by label (of classes that occur);
+    ``mean_per_class`` their mean; ``ece`` the expected calibration error of ``softmax(blended logits / temperature)``
+    in 15 bins; ``confusions`` the most frequent (label, predicted, count).
+
+    Where ``abstain`` was given, ``coverage`` is the fraction of answers with at least that probability, and
+    ``selective_top1`` their accuracy (``None`` where there are none).
+    """
+
+    top1: float
+    top5: float
+    zero_shot_top1: float | None
+    cache_top1: float
+    mean_per_class: float
+    ece: float
+    n: int
+    skipped: int
+    alpha: float
+    beta: float
+    k: int | None
+    tail: bool
+    temperature: float
+    per_class: dict[str, float]
+    confusions: list[tuple[str, str, int]]
+    answers: Answers = field(compare=False, repr=False)
+    abstain: float | None = None
+    coverage: float | None = None
+    selective_top1: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``evaluate --json`` prints it; ``k`` is ``"all"`` where every key is used."""
+        left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return facts | {"k": self.k or "all"}
+
+
+def evaluate(
+    cache: Classifier,
+    source: Source,
+    encoder: Encoder,
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    abstain: float | None = None,
+    affinities: bool = False,
+) -> Evaluation:
+    """Classify a labelled source and compare. ``k`` and ``tail`` as for :meth:`CacheModel.logits`.
+
+    ``abstain``: a probability below which an answer would be withheld; ``affinities``: also count the affinities to
+    keys of the same class and of others.
+
+    Raises InputError where the source has no items, or labels that are no class of the index; UsageError for
+    ``abstain`` outside of 0 to 1.
+    """
+    truth = cache.ids_of(source)
+    return judge(
+        cache, encoder.blocks(source), truth, encoder.skipped, k=k, tail=tail, abstain=abstain, affinities=affinities
+    )
+
+
+def judge(
+    cache: Classifier,
+    blocks: Iterable[Block],
+    ids: Ints,
+    skipped: Sequence[Skipped] = (),
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    abstain: float | None = None,
+    affinities: bool = False,
+    details: bool = False,
+) -> Evaluation:
+    """:func:`evaluate` of items that are encoded: ``blocks`` of a source whose class ids are ``ids``.
+
+    ``skipped`` is looked at when all blocks were met; ``details``: also keep more about each item. Raises UsageError
+    for ``abstain`` outside of 0 to 1.
+    """
+    check_abstain(abstain)
+    seen = see(cache, blocks, ids, k=k, tail=tail, affinities=affinities, details=details)
+    return conclude(cache, seen, len(skipped), k=k, tail=tail, abstain=abstain)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an evaluation needs of each item that could be read, ``[n]`` each, in order; parts of it can be joined.
+
+    ``positions`` in the source and class ids ``truth``; ``ranked`` ``[n, m + 2]``: the ids of the ``m`` (5 at most)
+    largest blended logits, of the largest text logit and of the largest cache logit; ``confidence`` of the answer;
+    ``chances`` ``[n, 4]`` are the columns of :class:`Details` where they were asked for, else ``[n, 0]``.
+    """
+
+    positions: Ints
+    truth: Ints
+    ranked: Ints
+    confidence: Floats
+    chances: Floats
+    affinities: Affinities | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Seen]) -> Seen:
+        """Parts as one, in this order; affinities cannot be joined, since each part has edges of its own."""
+        parts = [part for part in parts if len(part.truth)] or list(parts[:1])
+        names = ("positions", "truth", "ranked", "confidence", "chances")
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**arrays)
+
+
+def see(
+    cache: Classifier,
+    blocks: Iterable[Block],
+    ids: Ints,
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    affinities: bool = False,
+    details: bool = False,
+) -> Seen:
+    """Classify ``blocks`` of a source whose class ids are ``ids``, and keep what :func:`conclude` needs."""
+    truth = torch.from_numpy(ids)
+    pairs = _Pairs(cache) if affinities else None
+    most = min(5, len(cache.class_names))
+    parts: list[torch.Tensor] = [torch.zeros((0, most + 2), dtype=torch.int64)]
+    chances: list[torch.Tensor] = [torch.zeros((0, 1))]
+    more: list[torch.Tensor] = [torch.zeros((0, 4 if details else 0), dtype=torch.float64)]
+    positions: list[Ints] = [np.zeros(0, dtype=np.int64)]
+    for block in blocks:
+        for part in cache.parts(len(block.positions)):
+            text, alone = cache.terms(block.features[part], k, tail)
+            logits = tip.blend(text, alone, cache.alpha)
+            ranked = logits.topk(most, dim=1).indices
+            parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
+            chances.append(tip.probabilities(logits, cache.temperature).gather(1, ranked[:, :1]).cpu())
+            positions.append(block.positions[part])
+            true = truth[torch.from_numpy(positions[-1])]
+            if pairs is not None:
+                pairs.add(block.features[part], true)
+            if details:
+                of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, cache.alpha * alone)]
+                logs = (logits.double() / cache.temperature).log_softmax(dim=1)
+                log_truth = logs.gather(1, true.to(logits.device)[:, None])
+                log_doubt = logs.scatter(1, ranked[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
+                more.append(torch.cat([log_truth, log_doubt, *of_parts], dim=1).cpu())
+    every = np.concatenate(positions)
+    return Seen(
+        positions=every,
+        truth=ids[every],
+        ranked=torch.cat(parts).numpy(),
+        confidence=torch.cat(chances)[:, 0].double().numpy(),
+        chances=torch.cat([part.double() for part in more]).numpy(),
+        affinities=pairs.counted() if pairs is not None else None,
+    )
+
+
+def conclude(
+    cache: Classifier,
+    seen: Seen,
+    skipped: int,
+    *,
+    k: int | None = None,
+    tail: bool = True,
+    abstain: float | None = None,
+) -> Evaluation:
+    """The figures of what was seen with these settings; ``skipped`` items could not be read.
+
+    Raises UsageError for ``abstain`` outside of 0 to 1.
+    """
+    check_abstain(abstain)
+    confidence, classes, predicted = seen.confidence, seen.truth, seen.ranked[:, 0]
+    hits = torch.from_numpy(seen.ranked == classes[:, None])
+    right = hits[:, 0].numpy()
+    per_class = {cache.class_names[i]: float(right[classes == i].mean()) for i in np.unique(classes)}
+    wrong = Counter(zip(classes[~right].tolist(), predicted[~right].tolist(), strict=True))
+    answered = None if abstain is None else confidence >= abstain
+    return Evaluation(
+        top1=float(right.mean()),
+        top5=float(hits[:, :-2].any(dim=1).double().mean()),
+        zero_shot_top1=float(hits[:, -2].double().mean()) if cache.has_text else None,
+        cache_top1=float(hits[:, -1].double().mean()),
+        mean_per_class=float(np.mean(list(per_class.values()))),
+        ece=expected_calibration_error(confidence, right),
+        n=len(classes),
+        skipped=skipped,
+        alpha=cache.alpha,
+        beta=cache.beta,
+        k=k,
+        tail=tail,
+        temperature=cache.temperature,
+        per_class=per_class,
+        confusions=[
+            (cache.class_names[a], cache.class_names[b], times) for (a, b), times in wrong.most_common(CONFUSIONS)
+        ],
+        answers=Answers(
+            truth=classes,
+            predicted=predicted,
+            confidence=confidence,
+            class_names=cache.class_names,
+            affinities=seen.affinities,
+            details=_details(seen) if seen.chances.shape[1] else None,
+        ),
+        abstain=abstain,
+        coverage=None if answered is None else float(answered.mean()),
+        selective_top1=None if answered is None or not answered.any() else float(right[answered].mean()),
+    )
+
+
+def check_abstain(abstain: float | None) -> None:
+    """Raise UsageError unless ``abstain`` is ``None`` or a probability."""
+    if abstain is not None and not 0 <= abstain <= 1:
+        raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
+
+
+def _details(seen: Seen) -> Details:
+    log_truth, log_doubt, text, cache = seen.chances.T
+    return Details(
+        seen.positions, log_truth, log_doubt, Part(seen.ranked[:, -2], text), Part(seen.ranked[:, -1], cache)
+    )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature fitted on ``n`` items, and what it did: ECE and negative log likelihood (nats) before and after.
+
+    ``before`` is at the temperature that the index had. ``at_bound`` where no finite or positive T is best.
+    """
+
+    temperature: float
+    n: int
+    top1: float
+    ece_before: float
+    ece_after: float
+    nll_before: float
+    nll_after: float
+    at_bound: bool
+
+
+def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibration:
+    """Fit the temperature of an index, at its own settings, to a labelled validation source, and set it in ``cache``.
+
+    See :func:`calibration.fit_temperature`. No logit and no prediction changes. On disk after :meth:`CacheModel.save`,
+    with its provenance. It belongs to the settings and keys that it was fitted with: fit again after changing them.
+
+    Raises InputError as :func:`evaluate` does.
+    """
+    truth = torch.from_numpy(cache.ids_of(source))
+    parts: list[torch.Tensor] = []
+    true: list[torch.Tensor] = []
+    shots = 0
+    for block in encoder.blocks(source):
+        parts.append(cache.logits(block.features, cache.k, cache.tail).cpu())
+        true.append(truth[torch.from_numpy(block.positions)])
+        f = torch.from_numpy(block.features).to(cache.device)
+        nearest = cache.keys[np.maximum(cache.nearest(f, 1)[1][:, 0], 0)]
+        shots += int((((block.features - nearest.astype(np.float32)) ** 2).sum(axis=1) <= ITSELF).sum())
+    logits, y = torch.cat(parts), torch.cat(true)
+    fitted = fit_temperature(logits, y)
+    chosen = logits.argmax(dim=1)
+    right = chosen == y
+
+    def error(temperature: float) -> float:
+        confidence = tip.probabilities(logits, temperature).gather(1, chosen[:, None])[:, 0]
+        return expected_calibration_error(confidence.numpy(), right.numpy())
+
+    at_bound = any(np.isclose(fitted, bound, rtol=1e-9) for bound in temperature_bounds(logits))
+    if at_bound:
+        what = "every answer is right" if bool(right.all()) else "the logits do not tell the classes apart"
+        log.warning(
+            "%s: %s, so no temperature is best and %.4g is the bound of the search; use more validation items",
+            source.name, what, fitted,
+        )  # fmt: skip
+    if shots:
+        log.warning(
+            "%s: %d of its %d items are keys of the index, so these probabilities will be too sure; "
+            "use items that the index was not built from",
+            source.name, shots, len(y),
+        )  # fmt: skip
+    result = Calibration(
+        temperature=fitted,
+        n=len(y),
+        top1=float(right.double().mean()),
+        ece_before=error(cache.temperature),
+        ece_after=error(fitted),
+        nll_before=negative_log_likelihood(logits, y, cache.temperature),
+        nll_after=negative_log_likelihood(logits, y, fitted),
+        at_bound=at_bound,
+    )
+    cache.temperature = fitted
+    cache.provenance = cache.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
+    return result
+
+
+class _Pairs:
+    """Counts affinities between queries and keys, block by block."""
+
+    def __init__(self, cache: Classifier) -> None:
+        self._cache = cache
+        self._reach: float | None = None
+        self._same = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
+        self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
+
+    def add(self, features: npt.NDArray[Any], truth: torch.Tensor) -> None:
+        """Count the pairs of these queries ``[q, d]``, of classes ``truth`` ``[q]``, with every key."""
+        cache, device = self._cache, self._cache.device
+        for first in range(0, len(features), QUERY_BLOCK):
+            f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
+            y = truth[first : first + QUERY_BLOCK].to(device)
+            for keys, ids in cache.key_blocks():
+                found = tip.affinity(f, keys)
+                same = y[:, None] == ids[None]
+                if self._reach is None:  # unit vectors: 1; fine-tuned keys may go beyond
+                    self._reach = max(1.0, float(found.abs().max()))
+                at = ((found / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)
+                self._same += torch.bincount(at[same], minlength=AFFINITY_BINS).cpu()
+                self._other += torch.bincount(at[~same], minlength=AFFINITY_BINS).cpu()
+
+    def counted(self) -> Affinities:
+        """The histograms of all pairs so far."""
+        reach = self._reach or 1.0
+        return Affinities(np.linspace(-reach, reach, AFFINITY_BINS + 1), self._same.numpy(), self._other.numpy())

@@ -1,0 +1,257 @@
+"""Accuracy over shots, seeds and methods, from one index that holds every image: a table with one row a run."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder, replacing
+from retrieval_tip.data.shots import few_shot, few_shot_split
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, UsageError, first_line
+from retrieval_tip.fit.finetune import finetune, own_shots
+from retrieval_tip.fit.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
+from retrieval_tip.fit.trainer import Recipe
+from retrieval_tip.retrieval.defaults import plain_settings, untouched_settings
+
+METHODS = ("zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants", "tip-adapter-f")
+"""zero-shot: the text alone. tip-adapter: alpha, beta and k chosen as the protocol says. cache-alone: without text,
+beta and k chosen likewise. untouched: the settings that a new index gets. paper-constants: alpha 1, beta 5.5.
+tip-adapter-f: keys fine-tuned on views of the shots, with the settings and the epoch that validation images choose."""
+
+PLAIN = METHODS[:-1]
+"""Those that train nothing."""
+
+SCHEMA = pa.schema(
+    [
+        ("keys", pa.string()),
+        ("test", pa.string()),
+        ("method", pa.string()),
+        ("protocol", pa.string()),
+        ("shots", pa.int64()),
+        ("seed", pa.int64()),
+        ("top1", pa.float64()),
+        ("top5", pa.float64()),
+        ("n", pa.int64()),
+        ("alpha", pa.float64()),
+        ("beta", pa.float64()),
+        ("k", pa.int64()),
+        ("chosen_on", pa.string()),
+        ("seconds", pa.float64()),
+        ("parameters_trained", pa.int64()),
+        ("peak_memory", pa.int64()),
+        ("backbone", pa.string()),
+        ("at", pa.string()),
+    ]
+)
+"""One row a run; ``k`` 0 is all; ``seconds`` choosing and answering, without encoding; ``peak_memory`` of the process
+in bytes so far; ``keys`` the digest of the keys that shots are drawn from."""
+
+RUN = ("keys", "test", "method", "protocol", "shots", "seed")
+"""What tells one run from another."""
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the normal 1.96 is near enough."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """Labelled features of a whole split: ``features`` ``[m, d]``, class ``ids`` ``[m]``, its ``name``."""
+
+    features: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int64]
+    name: str
+
+
+def sweep(
+    pool: CacheModel,
+    keys_digest: str,
+    test: Items,
+    results: str | os.PathLike[str],
+    *,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    methods: Sequence[str] = PLAIN,
+    val: Items | None = None,
+    protocol: str = "honest",
+    scales: tuple[float, float] = PAPER_SCALES,
+    views: tuple[Source, Encoder] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Run what is not yet in ``results`` and write it there, run by run; yields every row asked for, old or new.
+
+    Shots are drawn from the keys of ``pool`` by the published rule, in the order that the images had. ``honest``
+    settings are chosen on the published validation draw out of ``val`` (``min(shots, 4)`` a class), without ``val`` by
+    leave-one-out, and at 1 shot without ``val`` they stay untouched. ``paper`` settings come from the published grid
+    over all of ``val``. ``test`` is only ever answered. ``tip-adapter-f`` needs ``views``: the pool's images or a table
+    of their views, and what encodes them.
+
+    Raises UsageError for an unknown method or protocol, or the paper's protocol without ``val``; InputError where
+    ``results`` is not a table of runs or cannot be written.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise UsageError(f"method {unknown[0]!r}: expected one of {', '.join(METHODS)}")
+    if protocol not in ("honest", "paper"):
+        raise UsageError(f"protocol {protocol!r}: expected honest or paper")
+    if protocol == "paper" and val is None:
+        raise UsageError("protocol paper: chooses on the validation source; give --val")
+    if "tip-adapter-f" in methods and views is None:
+        raise UsageError("method tip-adapter-f: needs the images of the pool, or a table of their views")
+    path = Path(results)
+    rows = read_results(path) if path.exists() else []
+    done = {tuple(row[name] for name in RUN): row for row in rows}
+    for number in shots:
+        for seed in seeds:
+            drawn: CacheModel | None = None
+            seen: Items | None = None
+            for method in methods:
+                run = (keys_digest, test.name, method, protocol, number, seed)
+                if run not in done:
+                    if drawn is None:
+                        drawn, seen = draw(pool, number, seed), _validation(pool, val, number, seed, protocol)
+                    start = time.perf_counter()
+                    if method == "tip-adapter-f" and views is not None:
+                        answering, chosen_on = _fine_tune(drawn, *views, seen, seed)
+                    else:
+                        answering, chosen_on = _set(drawn, method, protocol, scales, seen)
+                    figures = _answer(answering, test)
+                    done[run] = (
+                        dict(zip(RUN, run, strict=True))
+                        | figures
+                        | {
+                            "alpha": float(answering.alpha),
+                            "beta": float(answering.beta),
+                            "k": answering.k or 0,
+                            "chosen_on": chosen_on,
+                            "seconds": time.perf_counter() - start,
+                            "parameters_trained": answering.keys.size if method == "tip-adapter-f" else 0,
+                            "peak_memory": _peak_memory(),
+                            "backbone": str(pool.backbone) if pool.backbone else None,
+                            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                        }
+                    )
+                    rows.append(done[run])
+                    with replacing(path) as temporary:
+                        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+                yield done[run]
+
+
+def encode(pool: CacheModel, source: Source, encoder: Encoder) -> Items:
+    """Features of a labelled source, with the class ids of the pool. Raises InputError for labels that are no class."""
+    ids = pool.ids_of(source)
+    found = encoder.encode(source)
+    return Items(found.features, ids[found.positions], source.name)
+
+
+def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
+    """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched."""
+    order, labels = _in_file_order(pool)
+    drawn = pool.take(np.sort(order[few_shot(labels, shots, seed)]))
+    drawn.alpha, drawn.beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
+    return drawn
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table of runs. Raises InputError where it is none."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
+    if table.schema.names != SCHEMA.names:
+        raise InputError(f"{path}: not a table of runs; give another --results")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean top-1 over the seeds of each method and number of shots, with half the width of its 95 % interval.
+
+    The interval is Student's t over seeds; ``None`` for a single seed.
+    """
+    groups: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["shots"]), []).append(row["top1"])
+    lines = []
+    for (method, shots), values in groups.items():
+        seeds = len(values)
+        half = None
+        if seeds > 1:
+            quantile = STUDENT[seeds - 2] if seeds - 2 < len(STUDENT) else 1.96
+            half = quantile * float(np.std(values, ddof=1)) / math.sqrt(seeds)
+        lines.append({"method": method, "shots": shots, "seeds": seeds, "top1": float(np.mean(values)), "half": half})
+    return lines
+
+
+def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """Rows of the keys in the order that the source had, and the class ids in that order."""
+    order = np.argsort(pool.labels["key_id"].to_numpy(), kind="stable")
+    labels: list[int] = pool.class_ids.cpu().numpy()[order].tolist()
+    return order, labels
+
+
+def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, protocol: str) -> Items | None:
+    """The validation images that this run may see."""
+    if val is None or protocol == "paper":
+        return val
+    _, labels = _in_file_order(pool)
+    seen = few_shot_split(labels, val.ids.tolist(), shots, seed)[1]
+    return replace(val, features=val.features[seen], ids=val.ids[seen], name=f"{val.name}, {min(shots, 4)} a class")
+
+
+def _set(
+    cache: CacheModel, method: str, protocol: str, scales: tuple[float, float], val: Items | None
+) -> tuple[CacheModel, str]:
+    """The drawn index, untouched, as a method answers with it; and what its settings were chosen on."""
+    if method == "zero-shot":
+        return replace(cache, alpha=0.0), "nothing"
+    if method == "paper-constants":
+        alpha, beta = plain_settings(None, None, "none", None)
+        return replace(cache, alpha=alpha, beta=beta), "nothing"
+    if method == "cache-alone":
+        cache = replace(cache, text_weights=torch.zeros_like(cache.text_weights))
+    counts = np.bincount(cache.class_ids.cpu().numpy())
+    if method == "untouched" or (val is None and counts[counts > 0].min() < 2):
+        return cache, "the shots' affinities"
+    queries = leave_one_out(cache) if val is None else unseen(cache, val.features, val.ids, val.name)
+    choice = search_paper(cache, queries, scales) if protocol == "paper" else search(cache, queries, cautious=True)
+    return replace(cache, alpha=choice.alpha, beta=choice.beta, k=choice.k), choice.source
+
+
+def _fine_tune(
+    cache: CacheModel, images: Source, encoder: Encoder, val: Items | None, seed: int
+) -> tuple[CacheModel, str]:
+    """The drawn index with its keys fine-tuned; and what epoch and settings were chosen on."""
+    queries = None if val is None else unseen(cache, val.features, val.ids, val.name)
+    tuned = finetune(cache, own_shots(cache, images), encoder, Recipe(seed=seed), val=queries)
+    return tuned.cache, "nothing" if val is None else val.name
+
+
+def _answer(cache: CacheModel, test: Items) -> dict[str, Any]:
+    """top1, top5 and n of the test items."""
+    ranked = cache.logits(test.features, cache.k).topk(min(5, len(cache.class_names)), dim=1).indices.cpu()
+    hits = ranked == torch.from_numpy(test.ids)[:, None]
+    top1, top5 = float(hits[:, 0].double().mean()), float(hits.any(dim=1).double().mean())
+    return {"top1": top1, "top5": top5, "n": len(test.ids)}
+
+
+def _peak_memory() -> int | None:
+    """Largest resident set of this process so far, in bytes (Linux counts KiB, macOS bytes, Windows does not say)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

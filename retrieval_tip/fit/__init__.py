@@ -1,0 +1,1 @@
+"""How settings, keys and values are found from the shots."""

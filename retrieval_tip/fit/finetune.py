@@ -1,0 +1,516 @@
+"""Fine-tuning: Tip-Adapter-F (paper, section 3.2), and every other choice of what to train of the paper's Table 1.
+
+Training goes over augmented views of the shots, by the cross-entropy of the method's own logits. Everything random
+follows from the seed and the epoch, so that an interrupted run goes on as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from retrieval_tip import tip
+from retrieval_tip.backbones.open_clip import PARTS, Trainable, write_tuned
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder, Views, view_names
+from retrieval_tip.data.sources import Source, open_source, show
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit import checkpoint as checkpoints
+from retrieval_tip.fit import search_hp
+from retrieval_tip.fit.adamw import cosine
+from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
+from retrieval_tip.retrieval.defaults import measure
+from retrieval_tip.retrieval.keys import index_over
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 10.0
+"""Seconds of work between two checkpoints, at least."""
+
+FLATTER, STRONGER = 0.1, (1, 4, 16)
+"""Settings that are tried beside the index's own: beta in units of the spread of affinities between classes (an index
+untouched has 1), and alpha as a multiple of what fits the validation images best."""
+TRIAL = 0.25
+"""How much of the epochs a trial gets."""
+
+COLLAPSE = 0.5
+"""An epoch that is right on less than this part of its queries, compared with the best one so far, is a collapse."""
+
+CURVE = pa.schema(
+    [
+        ("epoch", pa.int64()),
+        ("loss", pa.float64()),
+        ("accuracy", pa.float64()),
+        ("val_loss", pa.float64()),
+        ("val_accuracy", pa.float64()),
+        ("seconds", pa.float64()),
+    ]
+)
+"""One row an epoch, epoch 0 before any training: ``loss`` and ``accuracy`` over the epoch's queries as they were met,
+``val_`` over the validation images after it, ``seconds`` of training so far."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of a fine-tuning.
+
+    ``cache`` is the new index, not yet on disk (:meth:`save`). ``epoch`` was kept (0: no training was better) of those
+    in ``curve`` (columns of :data:`CURVE`). ``collapsed`` says how training fell apart, where it did; ``choice`` is the
+    search for alpha, beta and k afterwards (``None`` without validation images). ``backbone`` has trained encoders in
+    place, and ``encoders`` their tensors by name.
+    """
+
+    cache: CacheModel
+    epoch: int
+    curve: pa.Table
+    collapsed: str | None
+    choice: search_hp.Choice | None
+    backbone: Any
+    encoders: dict[str, Tensor]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the index folder, trained encoders included. Raises as :meth:`CacheModel.save`."""
+        with tempfile.TemporaryDirectory() as place:
+            if self.encoders:
+                self.cache.tuned = Path(place) / "encoders.safetensors"
+                write_tuned(self.cache.tuned, self.encoders)
+            self.cache.save(folder, "finetune")
+
+
+def finetune(
+    cache: CacheModel,
+    shots: Source,
+    encoder: Encoder,
+    recipe: Recipe | None = None,
+    *,
+    val: Source | search_hp.Queries | None = None,
+    parent: str = "",
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Tuned:
+    """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
+
+    Args:
+        cache: the index; it stays as it is. The settings it is trained with: ``recipe.settings``.
+        shots: what to train on: by rights the index's own shots (see :func:`own_shots`), as images, or as a feature
+            table whose rows are views; rows that share an id are views of one shot.
+        encoder: makes features of them, and has the backbone; its ``views`` and ``seed`` are not looked at. A backbone
+            whose encoders are trained is copied first.
+        recipe: what is trained, and how.
+        val: labelled validation images, or features of some where no image encoder is trained. The latest epoch within
+            a standard error of the best on them is kept (none, where no epoch is better than no training), and alpha,
+            beta and k are searched on them again, cautiously. Without, the last epoch is kept and the settings stay.
+        parent: name of the index, for the record.
+        checkpoint: file for the state of the run, written after an epoch when ``checkpoint_seconds`` have passed;
+            removing it is left to the caller.
+        checkpoint_seconds: work that a kill may cost.
+        resume: go on from ``checkpoint`` where there is one: the result is that of an unbroken run, bit for bit on the
+            same device with as many threads.
+
+    Raises:
+        UsageError: a recipe that this index or backbone cannot follow; a checkpoint of another run.
+        InputError: shots or validation images that do not fit the index; a damaged checkpoint.
+    """
+    place = None if checkpoint is None else Path(checkpoint)
+    held = None
+    if place is not None and place.exists():
+        if resume:
+            held = checkpoints.read(place)
+        else:
+            log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
+    recipe, cache = recipe or Recipe(), cache.whole()
+    material = _Material.of(cache, shots, encoder, recipe, val)
+    facts = held[1] if held else {}
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision=facts.get("precision") or faster_precision(cache, recipe.batch))
+    told = {} if place is None else _told(cache, material, recipe)
+    if place is not None and held is not None:
+        _same(told, facts, show(place))
+    with _repeatable(cache.device):
+        alpha, beta = facts.get("settings") or _settings(cache, material, recipe)
+        run = _Run(replace(cache, alpha=alpha, beta=beta), material, recipe, told)
+        if held is not None:
+            run.restore(*held)
+        run.train(place, checkpoint_seconds)
+    run.report()
+    return run.result(parent)
+
+
+def shots_of(cache: CacheModel) -> Source:
+    """The shots of an index, where it found them: images by their paths, or rows of the feature table.
+
+    Raises InputError naming what is no longer there.
+    """
+    table = cache.labels.select(["source", "label"])
+    paths = table["source"].to_pylist()
+    missing = next((path for path in paths if not Path(path).is_file()), None)
+    if missing is None:
+        return Source("the shots of the index", table, tuple(cache.class_names), tuple(paths))
+    origin = cache.provenance.get("source")
+    if isinstance(origin, str) and origin.endswith(".parquet") and Path(origin).is_file():
+        return own_shots(cache, open_source(origin))
+    raise InputError(f"{missing}: no such file, though it is a shot of the index; give --source with the shots")
+
+
+def own_shots(cache: CacheModel, source: Source) -> Source:
+    """The items of a source that are shots of the index: whose path or id is the ``source`` of a key.
+
+    Raises InputError where there is none.
+    """
+    own = set(cache.labels["source"].to_pylist())
+    found = [position for position, name in enumerate(source.sources) if name in own]
+    if not found:
+        raise InputError(
+            f"{source.name}: none of its {len(source)} items is a shot of the index; these are named like "
+            f"{min(own)!r}, its items like {source.sources[0]!r}"
+        )
+    return source.take(found)
+
+
+@dataclass
+class _Material:
+    """What a run learns from and is judged by.
+
+    ``ids``: the class of each item of ``shots``; ``views``: their cached views (``None`` where each epoch has its own);
+    ``queries``: the validation images; ``backbone``: the one in training.
+    """
+
+    encoder: Encoder
+    backbone: Trainable | None
+    shots: Source
+    ids: npt.NDArray[np.int64]
+    views: Views | None
+    val: Source | None
+    queries: search_hp.Queries | None
+
+    @classmethod
+    def of(
+        cls,
+        cache: CacheModel,
+        shots: Source,
+        encoder: Encoder,
+        recipe: Recipe,
+        val: Source | search_hp.Queries | None,
+    ) -> _Material:
+        if recipe.train_k is not None and cache.values is not None:
+            raise UsageError("train_k: this index has trained values, which are trained over all keys; leave it out")
+        encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
+        if shots.paths is not None:  # each image once; of a feature table every row is a view
+            shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
+        names = view_names(recipe.seed, recipe.views) if recipe.views else []
+        views = encoder.encode_views(shots, names) if names or shots.paths is None else None
+        if views is not None:
+            _check_length(cache, shots.name, views.features.shape[1])
+        elif encoder.backbone is not None:
+            _check_length(cache, shots.name, encoder.backbone.dim)
+        images = val if isinstance(val, Source) else None
+        queries = search_hp.on_validation(cache, val, encoder) if isinstance(val, Source) else val
+        if queries is not None:
+            _check_length(cache, queries.name, queries.features.shape[1])
+            if images is None and "visual" in recipe.train:
+                raise UsageError("val: features are those of the untrained encoder; give the images")
+        return cls(encoder, backbone, shots, cache.ids_of(shots), views, images, queries)
+
+    def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Queries (pixels where visual is trained) and class ids: each shot once, in one of its views."""
+        random = np.random.default_rng((recipe.seed, epoch))
+        fresh = f"fresh/{recipe.seed}/{epoch}"
+        if "visual" in recipe.train:
+            order = random.permutation(len(self.shots))
+            for positions, pixels in self.encoder.pixels(self.shots.take(order), fresh, recipe.batch):
+                yield pixels, torch.from_numpy(self.ids[order[positions]])
+            return
+        views = self.views or replace(self.encoder, cache=None).encode_views(self.shots, [fresh])
+        rows = views.starts[:-1] + random.integers(0, np.diff(views.starts))
+        order = random.permutation(len(rows))
+        for start in range(0, len(order), recipe.batch):
+            batch = order[start : start + recipe.batch]
+            ids = self.ids[views.positions[batch]]
+            yield torch.from_numpy(views.features[rows[batch]]), torch.from_numpy(ids)
+
+    def steps(self, recipe: Recipe) -> int:
+        """Steps an epoch."""
+        return math.ceil(len(self.shots if self.views is None else self.views.positions) / recipe.batch)
+
+    def encode_queries_again(self, cache: CacheModel) -> None:
+        """Follow the image encoder."""
+        if self.val is not None:
+            self.queries = search_hp.on_validation(cache, self.val, self.encoder)
+
+
+class _Run:
+    """A fine-tuning under way; ``told`` tells it from others in a checkpoint."""
+
+    def __init__(
+        self, cache: CacheModel, material: _Material, recipe: Recipe, told: dict[str, Any] | None = None
+    ) -> None:
+        self.cache, self.material, self.recipe, self.told = cache, material, recipe, told
+        self.trainer = Trainer(cache, recipe, material.backbone)
+        self.epoch, self.seconds = 0, 0.0
+        self.curve: list[dict[str, Any]] = []
+        self.untrained = self.trainer.trained()
+        self.kept_epoch, self.kept = 0, self.untrained
+        self.collapsed: str | None = None
+
+    def train(self, checkpoint: Path | None, checkpoint_seconds: float) -> None:
+        """Epoch after epoch, keeping the best; see :meth:`_is_kept`."""
+        began = time.monotonic() - self.seconds
+        written = time.monotonic()
+        if not self.curve:
+            self._record(math.nan, math.nan)
+        hidden = None if self.material.encoder.progress else True
+        with tqdm(
+            total=self.steps,
+            initial=self.epoch * self.steps // self.recipe.epochs,
+            unit="step",
+            disable=hidden,
+            leave=False,
+        ) as bar:
+            while self.epoch < self.recipe.epochs and self.collapsed is None:
+                self._one_epoch(bar)
+                self.seconds = time.monotonic() - began
+                self.curve[-1]["seconds"] = self.seconds
+                if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
+                    self._write(checkpoint)
+                    written = time.monotonic()
+        self._settle()
+
+    def report(self) -> None:
+        """Say what the user should know."""
+        if self.collapsed is not None:
+            log.warning("training collapsed: %s; epoch %d is kept", self.collapsed, self.kept_epoch)
+        elif self.kept_epoch == 0:
+            log.warning("no epoch does better on the validation images than no training; the index stays as it was")
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.epochs * self.material.steps(self.recipe)
+
+    def _one_epoch(self, bar: Any) -> None:
+        loss, right, seen = 0.0, 0, 0
+        first = self.epoch * self.material.steps(self.recipe)
+        for step, (queries, ids) in enumerate(self.material.batches(self.recipe, self.epoch), first):
+            mean, hits = self.trainer.step(queries, ids, cosine(step, self.steps, self.recipe.lr))
+            loss, right, seen = loss + mean * len(ids), right + hits, seen + len(ids)
+            bar.update()
+            bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.3f}", epoch=self.epoch + 1)
+            if not math.isfinite(mean):
+                self.collapsed = f"the loss is not finite in epoch {self.epoch + 1}"
+                break
+        self.epoch += 1
+        self.trainer.refresh()
+        if self.collapsed is None and not math.isfinite(self.trainer.loss(queries, ids)):
+            self.collapsed = f"the loss is not finite after epoch {self.epoch}"
+        self._record(loss / max(seen, 1), right / max(seen, 1))
+
+    def _record(self, loss: float, accuracy: float) -> None:
+        """A row of the curve; the state as it is becomes the kept one, where it is good."""
+        row: dict[str, Any] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
+        row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
+        self.curve.append(row)
+        if self.epoch and self.material.queries is not None and not math.isfinite(row["val_loss"]):
+            self.collapsed = self.collapsed or f"the validation loss is not finite after epoch {self.epoch}"
+        trained = self.curve[1:]
+        if self.collapsed is None and len(trained) > 1:
+            most = max(earlier["accuracy"] for earlier in trained[:-1])
+            if accuracy < COLLAPSE * most and loss > trained[0]["loss"]:
+                self.collapsed = f"in epoch {self.epoch} accuracy on the shots fell from {most:.3f} to {accuracy:.3f}"
+        if self.collapsed is None and self._is_kept():
+            self.kept_epoch, self.kept = self.epoch, self.trainer.trained()
+
+    def _is_kept(self) -> bool:
+        """Whether the latest state is within a standard error of the best one on the validation images.
+
+        Few images tell neighbouring epochs apart by chance alone, and later ones, at lower rates, are better settled.
+        """
+        if self.material.queries is None:
+            return True
+        best = max(row["val_accuracy"] for row in self.curve)
+        error = math.sqrt(best * (1 - best) / len(self.material.queries.ids))
+        return bool(self.curve[-1]["val_accuracy"] >= best - error)
+
+    def _settle(self) -> None:
+        """Go back to no training, where no epoch was better on the validation images."""
+        if self.material.queries is not None:
+            first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
+            if all(not other > first for other in later):
+                self.kept_epoch, self.kept = 0, self.untrained
+
+    def _validate(self) -> tuple[float, float]:
+        """Loss and accuracy on the validation images."""
+        if "visual" in self.recipe.train:
+            self.material.encode_queries_again(self.cache)
+        queries = self.material.queries
+        if queries is None:
+            return math.nan, math.nan
+        features, ids = (torch.from_numpy(part).to(self.cache.device) for part in (queries.features, queries.ids))
+        return self.trainer.evaluate(features, ids)
+
+    def _write(self, path: Path) -> None:
+        groups = {"now": self.trainer.trained(), "kept": self.kept, "moments": self.trainer.moments()}
+        tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
+        facts = {name: getattr(self, name) for name in ("epoch", "seconds", "curve", "kept_epoch", "collapsed")}
+        facts |= {"settings": [self.cache.alpha, self.cache.beta], "precision": self.recipe.precision}
+        checkpoints.write(path, tensors, facts | {"told": self.told})
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on where a checkpoint left off."""
+        groups: dict[str, dict[str, Tensor]] = {"now": {}, "kept": {}, "moments": {}}
+        for path, tensor in tensors.items():
+            group, _, tensor_name = path.partition("/")
+            groups[group][tensor_name] = tensor
+        self.trainer.restore(groups["now"])
+        self.trainer.restore_moments(groups["moments"])
+        self.kept = groups["kept"]
+        for attribute in ("epoch", "seconds", "curve", "kept_epoch", "collapsed"):
+            setattr(self, attribute, facts[attribute])
+
+    def result(self, parent: str) -> Tuned:
+        """The index with the best state, its settings searched again."""
+        trainer, backbone = self.trainer, self.trainer.backbone
+        trainer.restore(self.kept)
+        keys = trainer.keys.cpu().numpy().astype(self.cache.keys.dtype)
+        encoders = trainer.encoders()
+        kept = {name: value for name, value in self.cache.provenance.items() if name != "temperature"}
+        cache = replace(
+            self.cache,
+            keys=keys,
+            values=trainer.values,
+            text_weights=trainer.text_weights,
+            index=index_over(
+                keys,
+                self.cache.class_ids.cpu().numpy(),
+                len(self.cache.class_names),
+                self.cache.index.factory,
+                self.cache.device,
+            ),
+            text_index=None,
+            temperature=1.0,
+            backbone=backbone.identity if encoders and backbone is not None else self.cache.backbone,
+            provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": self._facts(parent)},
+            curve=pa.Table.from_pylist(self.curve, schema=CURVE),
+            version=None,
+        )
+        choice = None
+        if "visual" in self.recipe.train:
+            self.material.encode_queries_again(self.cache)
+        if self.material.queries is not None:
+            settings = (cache.alpha, cache.beta)
+            choice = search_hp.search(cache, self.material.queries, cautious=True, kept=settings)
+            search_hp.apply(cache, choice)
+        return Tuned(cache, self.kept_epoch, cast(pa.Table, cache.curve), self.collapsed, choice, backbone, encoders)
+
+    def _facts(self, parent: str) -> dict[str, Any]:
+        """What goes into the manifest."""
+        queries = self.material.queries
+        recipe = asdict(self.recipe) | {"train": list(self.recipe.train)}
+        run = {"epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.seconds, 3)}
+        sources = {"shots": self.material.shots.name, "val": None if queries is None else queries.name}
+        settings = {"alpha": self.cache.alpha, "beta": self.cache.beta}
+        return {"parent": parent, "parent_version": self.cache.version} | recipe | settings | run | sources
+
+
+def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, Any]:
+    """What a run is told from another by, before it has begun."""
+    queries, views, backbone = material.queries, material.views, material.backbone
+    parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
+    parts += [] if views is None else [views.features, views.starts]
+    parts += [] if queries is None else [queries.features, queries.ids]
+    parts += [] if cache.values is None else [cache.values.cpu().numpy()]
+    digest = hashlib.sha256()
+    for array in parts:
+        digest.update(np.ascontiguousarray(array).data)
+    if views is None:  # they are made as they are met
+        digest.update("\n".join(material.shots.sources).encode("utf-8", "surrogatepass"))
+    known = asdict(recipe) | {"train": list(recipe.train), "index, shots or validation images": digest.hexdigest()}
+    known |= {name: getattr(cache, name) for name in ("alpha", "beta", "logit_scale", "device")}
+    return known | {"backbone": None if backbone is None else backbone.identity.fingerprint}
+
+
+def _same(told: dict[str, Any], facts: dict[str, Any], name: str) -> None:
+    """Raise UsageError where a checkpoint is another run's."""
+    theirs = facts.get("told", {})
+    other = [part for part, ours in told.items() if theirs.get(part) != ours]
+    if other:
+        raise UsageError(f"{name}: of a run with another {', '.join(other)}; start anew without --resume")
+
+
+def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[float, float]:
+    """The alpha and beta to train with."""
+    own = (cache.alpha, cache.beta)
+    statistics = measure(cache.keys, cache.class_ids.cpu().numpy())
+    trains_encoder = any(part in recipe.train for part in PARTS)
+    if recipe.settings == "own" or material.queries is None or statistics is None or trains_encoder:
+        return own
+    beta = FLATTER / statistics.std
+    alpha = _fitting_alpha(replace(cache, beta=beta), material.queries)
+    trial = replace(recipe, epochs=math.ceil(recipe.epochs * TRIAL))
+    results = []
+    for settings in [own, *((times * alpha, beta) for times in STRONGER)]:
+        run = _Run(replace(cache, alpha=settings[0], beta=settings[1]), material, trial)
+        run.train(None, math.inf)
+        finite = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve if row["val_loss"] < math.inf]
+        results.append((max(finite, default=(-1.0, -math.inf)), settings))
+    return max(results)[1]
+
+
+def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
+    """The alpha of the least cross-entropy on the queries."""
+    text, terms = cache.terms(queries.features)
+    ids = torch.from_numpy(queries.ids).to(cache.device)
+    alphas = [float(alpha) for alpha in np.geomspace(1e-3, 1e6, 91)]
+    return min(alphas, key=lambda alpha: float(functional.cross_entropy(tip.blend(text, terms, alpha), ids)))
+
+
+def _check_length(cache: CacheModel, name: str, d: int) -> None:
+    if d != cache.d:
+        raise InputError(f"{name}: features of {d} values; those of the index have {cache.d}")
+
+
+def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, Trainable | None]:
+    """The encoder as the run uses it, and the copy of its backbone that is trained, if any is."""
+    parts = [part for part in PARTS if part in recipe.train]
+    if not parts:
+        return encoder, None
+    if encoder.backbone is None:
+        raise UsageError(f"train {parts[0]}: there is no encoder; the shots have to be images, and --model known")
+    if "text" in parts and not cache.templates:
+        raise UsageError("train text: the index has no templates, its text weights come from a table")
+    backbone = cast(Trainable, copy.deepcopy(encoder.backbone))
+    # What an encoder in training makes is no encoding of the backbone that the cache knows.
+    return (replace(encoder, backbone=backbone, cache=None) if "visual" in parts else encoder), backbone
+
+
+@contextmanager
+def _repeatable(device: str) -> Iterator[None]:
+    """Sums in one order on a GPU too."""
+    if device == "cpu":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

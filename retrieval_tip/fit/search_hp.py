@@ -1,0 +1,520 @@
+"""Choosing alpha, beta and k on validation data or on the shots themselves, never on test labels.
+
+For a fixed beta and k both parts of the logits are fixed, and alpha moves every query along a line: class y beats class
+j exactly where ``alpha (C_y - C_j) > text_j - text_y``. So a query is right on one interval of alpha, and the accuracy
+at every alpha at once is a count of intervals: alpha is solved, not gridded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder, replacing
+from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.retrieval.defaults import untouched_settings
+from retrieval_tip.retrieval.inputs import check_settings
+from retrieval_tip.store.labels import images_of
+
+BETAS = np.geomspace(0.1, 100, 31)
+"""Each is 1.26 times the one before; accuracy changes slowly on this scale."""
+
+SURFACE_ALPHAS = 41
+BOOTSTRAP = 1000
+QUERY_BLOCK = 1024
+FLAT = 0.01
+"""Within one point of the best counts as the same."""
+
+PAPER_STEPS = (200, 20)
+PAPER_SCALES = (7.0, 3.0)
+"""The published grid: steps and largest values of beta and alpha (ImageNet's)."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Validation queries: ``features`` ``[q, d]``, class ``ids`` ``[q]``, and which keys each must not meet.
+
+    ``hidden`` ``[q]`` and ``groups`` ``[n]``: a query does not see the keys of its own group (``-1``: it sees all).
+    """
+
+    features: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int64]
+    hidden: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+    name: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen settings and what is known about them.
+
+    ``alpha`` lies in the middle of ``interval``, all of whose alphas have the same validation ``accuracy``;
+    ``zero_shot`` is the accuracy at alpha 0 and ``cache_alone`` that without text (the best over beta and k); ``part``
+    is ``both``, or ``text`` or ``cache`` where the interval reaches 0 or has no end: the other is not needed. ``low``
+    and ``high`` bound the accuracy (95 %, bootstrap over the queries), ``flat`` is the share of the surface within one
+    point of the best. ``best`` is the highest accuracy that was found: more than ``accuracy`` only where a cautious
+    search kept those it was to keep. ``warnings`` say where the choice is weak. ``surface`` has the columns k (0 is
+    all), beta, alpha, accuracy.
+    """
+
+    alpha: float
+    beta: float
+    k: int | None
+    part: str
+    accuracy: float
+    best: float
+    interval: tuple[float, float]
+    zero_shot: float
+    cache_alone: float
+    low: float
+    high: float
+    flat: float
+    n: int
+    source: str
+    protocol: str
+    warnings: tuple[str, ...]
+    surface: pa.Table
+
+    def provenance(self) -> dict[str, Any]:
+        """What goes into the manifest."""
+        return {
+            "chosen_on": self.source,
+            "queries": self.n,
+            "protocol": self.protocol,
+            "accuracy": round(self.accuracy, 6),
+            "best": round(self.best, 6),
+            "interval_95": [round(self.low, 6), round(self.high, 6)],
+            "part": self.part,
+        }
+
+
+def on_validation(cache: CacheModel, source: Source, encoder: Encoder) -> Queries:
+    """Queries from a labelled source whose images are not among the keys.
+
+    Raises InputError for labels that are no class of the index.
+    """
+    ids = cache.ids_of(source)
+    found = encoder.encode(source)
+    return unseen(cache, found.features, ids[found.positions], source.name)
+
+
+def unseen(cache: CacheModel, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], name: str) -> Queries:
+    """Queries that are none of the keys: features ``[q, d]`` and their class ids ``[q]``."""
+    return Queries(features, ids, np.full(len(ids), -1), np.arange(cache.n), name)
+
+
+def leave_one_out(cache: CacheModel) -> Queries:
+    """Each shot is scored against the others: its own key is hidden, and every key of the same image.
+
+    Keys are of one image where their content digest agrees, or their source where there is none. Raises UsageError
+    where a class with keys has fewer than two images: without its only one nothing is left to recognise it by.
+    """
+    groups = images_of(cache.labels)
+    ids = cache.class_ids.cpu().numpy()
+    _, first = np.unique(groups, return_index=True)  # an image drawn twice is asked once
+    single = np.flatnonzero(np.bincount(ids[first], minlength=len(cache.class_names)) == 1)
+    if single.size:
+        raise UsageError(
+            f"leave-one-out: class {cache.class_names[single[0]]!r} has one image; at least 2 a class are needed, "
+            "or --val SOURCE"
+        )
+    features = np.asarray(cache.keys[first], dtype=np.float32)
+    return Queries(features, ids[first], groups[first], groups, "its own shots, each left out")
+
+
+def validation_shots(
+    cache: CacheModel, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
+) -> list[int]:
+    """Positions of ``number`` validation shots a class, by default ``min(shots, 4)``, 4 where all images are keys.
+
+    Where ``path`` is the split file that the index's own shots were drawn from, its published validation draw: it goes
+    on with the generator where the training draw ended.
+    """
+    drawn, seed = cache.provenance.get("shots"), cache.provenance.get("seed") or 1
+    if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
+        train = open_source(path, split="train")
+        if train.name == cache.provenance.get("source"):
+            return few_shot_split(train.labels, validation.labels, drawn, seed)[1]
+    return few_shot(validation.labels, number or min(drawn or VAL_SHOTS, VAL_SHOTS), seed)
+
+
+def apply(cache: CacheModel, choice: Choice) -> None:
+    """Give the index the chosen settings, with where they come from; a fitted temperature no longer holds.
+
+    An index over classes keeps its k: there it says what an answer may cost, and changes hardly any.
+    """
+    cache.alpha, cache.beta, cache.temperature = choice.alpha, choice.beta, 1.0
+    cache.k = cache.k if cache.index.by_class else choice.k
+    kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
+    cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
+
+
+def write_surface(choice: Choice, path: str | os.PathLike[str]) -> None:
+    """Write the accuracy surface as Parquet. Raises InputError where that cannot be done."""
+    with replacing(Path(path)) as temporary:
+        pq.write_table(choice.surface, temporary)
+
+
+def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:
+    """The images are dealt into ``number`` folds within each class; a query does not see the keys of its fold."""
+    if number < 2:
+        raise UsageError(f"folds is {number}: at least 2 are needed")
+    loo = leave_one_out(cache)
+    generator = np.random.default_rng(seed)
+    fold_of: dict[int, int] = {}
+    for class_id in np.unique(loo.ids):
+        images = generator.permutation(loo.hidden[loo.ids == class_id])
+        start = int(generator.integers(number))
+        fold_of |= {int(image): (start + i) % number for i, image in enumerate(images)}
+    groups = np.array([fold_of[int(image)] for image in loo.groups])
+    hidden = np.array([fold_of[int(image)] for image in loo.hidden])
+    return Queries(loo.features, loo.ids, hidden, groups, f"its own shots in {number} folds, seed {seed}")
+
+
+def search(
+    cache: CacheModel,
+    queries: Queries,
+    *,
+    betas: Sequence[float] | None = None,
+    ks: Sequence[int | None] | None = None,
+    cautious: bool = False,
+    kept: tuple[float, float] | None = None,
+    seed: int = 1,
+) -> Choice:
+    """Choose alpha, beta and k where the accuracy on the queries is highest.
+
+    The affinity is computed once; for each beta and k there is one exponential and one sum by class, and alpha is
+    solved exactly. Ties go to the widest interval of alpha (as a ratio), then to ``k = all``, and alpha to its middle.
+    Keys hidden from a query are made up for: the sum of a class of which it sees ``m`` of ``n`` keys counts ``n / m``
+    times, so that settings carry over to the whole cache. With trained values it is the weight of each of those keys
+    that counts ``n / m`` times.
+
+    Args:
+        cache: the index; its own alpha, beta and k are not looked at.
+        queries: from :func:`on_validation`, :func:`leave_one_out` or :func:`folds`.
+        betas: values to try; by default 0.1 to 100 in steps of 1.26, and the untouched one or that of ``kept``.
+        ks: values to try, ``None`` is all; by default all and the powers of two below half the keys, with an index over
+            classes all.
+        cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are right on more queries than
+            chance explains (paired, 95 %): few queries choose among thousands of settings, and mislead.
+        kept: alpha and beta that a cautious search keeps instead, with ``k = all``: of fine-tuned keys, those that they
+            were trained with. This beta is always tried.
+        seed: of the bootstrap.
+
+    Raises InputError where queries are empty, of classes that are none, or not ``[q, d]``; UsageError for ``kept`` that
+    are no settings.
+    """
+    if kept is not None:
+        check_settings(*kept, None, cache.logit_scale)
+    stay = untouched_settings(cache.keys, cache.class_ids.cpu().numpy()) if kept is None else kept
+    always = {stay[1]} if betas is None or cautious or kept is not None else set()
+    betas = sorted({*(BETAS if betas is None else betas), *always})
+    ks = ([None] if cache.index.by_class else _powers(cache.n)) if ks is None else list(ks)
+    if cautious and None not in ks:
+        ks = [None, *ks]
+    _check(cache, queries)
+    low, high = _intervals(cache, queries, betas, ks)
+    solved = [[_best_alpha(low[b, j], high[b, j]) for j in range(len(ks))] for b in range(len(betas))]
+    ranked = [
+        (round(right), _width(interval), ks[j] is None, -abs(b - len(betas) // 2), b, j)
+        for b, row in enumerate(solved)
+        for j, (right, interval) in enumerate(row)
+    ]
+    *_, b, j = max(ranked)
+    _, interval = solved[b][j]
+    alpha = _middle(interval)
+    part = "cache" if interval[1] == math.inf else "text" if interval[0] <= 0 else "both"
+    best = _hits(low[b, j], high[b, j], alpha)
+    if cautious:
+        at, every = betas.index(stay[1]), ks.index(None)
+        more = best.astype(np.float64) - _hits(low[at, every], high[at, every], stay[0])
+        if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
+            b, j, alpha, part, interval = at, every, stay[0], "both", (stay[0], stay[0])
+    accuracy, most = float(_hits(low[b, j], high[b, j], alpha).mean()), float(best.mean())
+    warnings = tuple(_kept("the untouched settings" if kept is None else "the settings", accuracy, most, len(best)))
+    surface = _surface(low, high, betas, ks)
+    return _choice(
+        queries, betas, ks, low, high, (b, j), alpha, interval, part, most, "honest", surface, warnings, seed
+    )
+
+
+def search_paper(
+    cache: CacheModel, queries: Queries, scales: tuple[float, float] = PAPER_SCALES, seed: int = 1
+) -> Choice:
+    """The published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``, first best wins.
+
+    ``scales`` are those of beta and alpha (7 and 3 for ImageNet). Published figures used the whole validation split,
+    for ImageNet the test set; alpha 0 is not in the grid.
+    """
+    _check(cache, queries)
+    betas, alphas = (
+        [0.1 + i * (scale - 0.1) / steps for i in range(steps)]
+        for scale, steps in zip(scales, PAPER_STEPS, strict=True)
+    )
+    low, high = _intervals(cache, queries, betas, [None])
+    at = np.asarray(alphas)
+    right = np.stack([_count(low[b, 0], high[b, 0], at) for b in range(len(betas))])
+    b, a = divmod(int(right.argmax()), len(at))
+    alpha = float(at[a])
+    surface = pa.table(
+        {
+            "k": np.zeros(right.size, dtype=np.int64),
+            "beta": np.repeat(betas, len(at)),
+            "alpha": np.tile(at, len(betas)),
+            "accuracy": right.reshape(-1) / len(queries.ids),
+        }
+    )
+    edge = () if 0 < a < len(at) - 1 else (f"alpha {alpha:.3g} is at the edge of the grid",)
+    best = float(right.max()) / len(queries.ids)
+    return _choice(
+        queries, betas, [None], low, high, (b, 0), alpha, (alpha, alpha), "both", best, "paper", surface, edge, seed
+    )
+
+
+def _choice(
+    queries: Queries,
+    betas: Sequence[float],
+    ks: Sequence[int | None],
+    low: FloatArray,
+    high: FloatArray,
+    at: tuple[int, int],
+    alpha: float,
+    interval: tuple[float, float],
+    part: str,
+    best: float,
+    protocol: str,
+    surface: pa.Table,
+    warnings: tuple[str, ...],
+    seed: int,
+) -> Choice:
+    """What is known about the settings ``betas[b]``, ``ks[j]`` and ``alpha``, where ``at`` is ``(b, j)``."""
+    b, j = at
+    hits = _hits(low[b, j], high[b, j], alpha)
+    lower, upper = _bootstrap(hits.astype(np.float64), seed)
+    rivals = {"text alone": _hits(low[b, j], high[b, j], 0.0), "cache alone": high[b, j] == np.inf}
+    accuracy = float(hits.mean())
+    return Choice(
+        alpha=alpha,
+        beta=float(betas[b]),
+        k=ks[j],
+        part=part,
+        accuracy=accuracy,
+        best=best,
+        interval=interval,
+        zero_shot=float(rivals["text alone"].mean()),
+        cache_alone=float((high == np.inf).mean(axis=2).max()),
+        low=lower,
+        high=upper,
+        flat=float((surface["accuracy"].to_numpy() >= accuracy - FLAT).mean()),
+        n=len(hits),
+        source=queries.name,
+        protocol=protocol,
+        warnings=(*_warnings(hits, rivals, b, betas, seed), *warnings),
+        surface=surface,
+    )
+
+
+def _hits(low: FloatArray, high: FloatArray, alpha: float) -> npt.NDArray[np.bool_]:
+    """Which queries are right at one alpha."""
+    hits: npt.NDArray[np.bool_] = (low < alpha) & (alpha < high)
+    return hits
+
+
+def _check(cache: CacheModel, queries: Queries) -> None:
+    if not len(queries.ids):
+        raise InputError(f"{queries.name}: holds nothing to choose settings on")
+    if queries.features.shape != (len(queries.ids), cache.d):
+        raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{len(queries.ids)}, {cache.d}]")
+    if queries.ids.min() < 0 or queries.ids.max() >= len(cache.class_names):
+        raise InputError(f"{queries.name}: class ids outside 0 .. {len(cache.class_names) - 1}")
+
+
+def _powers(n: int) -> list[int | None]:
+    return [None, *(2**i for i in range(n.bit_length()) if 2**i <= n // 2)]
+
+
+def _intervals(
+    cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
+) -> tuple[FloatArray, FloatArray]:
+    """Where each query is right: alpha between ``low`` and ``high``, ``[betas, ks, q]`` each."""
+    shape = (len(betas), len(ks), len(queries.ids))
+    low, high = np.empty(shape), np.empty(shape)
+    for part, text, y, caches in _blocks(cache, queries, betas, ks):
+        for b, j, cache_logits in caches:
+            low[b, j, part], high[b, j, part] = right_between(text, cache_logits, y)
+    return low, high
+
+
+def _blocks(
+    cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
+) -> Iterator[tuple[slice, Tensor, Tensor, Iterator[tuple[int, int, Tensor]]]]:
+    """Blocks of queries with their text logits, labels, and cache logits by beta and k. One affinity a block."""
+    groups = torch.from_numpy(queries.groups).to(cache.device)
+    for start in range(0, len(queries.ids), QUERY_BLOCK):
+        part = slice(start, min(start + QUERY_BLOCK, len(queries.ids)))
+        f = torch.from_numpy(queries.features[part]).to(cache.device)
+        hidden = torch.from_numpy(queries.hidden[part]).to(cache.device)
+        affinity = torch.cat([tip.affinity(f, keys) for keys, _ in cache.key_blocks()], dim=1)
+        affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
+        text = tip.text_logits(f, cache.text_weights, cache.logit_scale)
+        y = torch.from_numpy(queries.ids[part]).to(cache.device)
+        yield part, text, y, _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks, cache.values)
+
+
+def _caches(
+    affinity: Tensor,
+    ids: Tensor,
+    c: int,
+    betas: Sequence[float],
+    ks: Sequence[int | None],
+    values: Tensor | None = None,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Cache logits ``[q, c]`` for every beta and k; hidden keys have affinity minus infinity."""
+    seen = affinity > -torch.inf
+    counts = tip.sum_by_class(seen.to(affinity.dtype), ids, c)
+    every = torch.bincount(ids, minlength=c).to(affinity.dtype)
+    made_up = torch.where(counts > 0, every / counts.clamp_min(1), 0)
+    totals = tip.Totals(counts, tip.sum_by_class(affinity.where(seen, 0), ids, c))
+    largest = max((k for k in ks if k is not None), default=0)
+    found, rows = affinity.topk(largest, dim=1) if largest else (affinity[:, :0], torch.empty(0))
+    for j, k in enumerate(ks):
+        near, near_ids, tail = affinity, ids, None
+        if k is not None:
+            filled = found[:, :k] > -torch.inf
+            near, near_ids, tail = found[:, :k].where(filled, 0), torch.where(filled, ids[rows[:, :k]], c), totals
+        if values is None:
+            for b, beta in enumerate(betas):
+                yield b, j, made_up * tip.cache_logits(near, near_ids, c, beta, tail)
+            continue
+        counted = affinity
+        if tail is not None:  # key by key, for the values of hidden keys are in no sum of a class
+            _, mean = tail.rest(near, near_ids)
+            counted = mean[:, ids].scatter_(1, rows[:, :k], near).masked_fill_(~seen, -torch.inf)
+        factor = made_up[:, ids]
+        for b, beta in enumerate(betas):
+            yield b, j, tip.Values(values).weighted(tip.weight(counted, beta).mul_(factor))
+
+
+def right_between(text: Tensor, cache: Tensor, y: Tensor) -> tuple[FloatArray, FloatArray]:
+    """The alphas at which each query is right, as an open interval ``(low, high)``; empty where ``low >= high``.
+
+    ``text`` and ``cache`` ``[q, c]``, ``y`` ``[q]``. Class y beats class j where
+    ``alpha (C_y - C_j) > text_j - text_y``: above a bound where the cache prefers y, below one where it prefers j,
+    and always or never where it does not care.
+    """
+    gain = (cache.gather(1, y[:, None]) - cache).double()
+    lead = (text.gather(1, y[:, None]) - text).double()
+    bound = -lead / gain
+    low = torch.where(gain > 0, bound, -torch.inf)
+    high = torch.where(gain < 0, bound, torch.inf)
+    own = torch.zeros_like(gain, dtype=torch.bool).scatter_(1, y[:, None], True)
+    lost = ((gain == 0) & (lead <= 0) & ~own).any(dim=1)
+    low = low.masked_fill(own, -torch.inf).amax(dim=1).masked_fill(lost, torch.inf)
+    high = high.masked_fill(own, torch.inf).amin(dim=1).masked_fill(lost, -torch.inf)
+    return low.cpu().numpy(), high.cpu().numpy()
+
+
+def _best_alpha(low: FloatArray, high: FloatArray) -> tuple[int, tuple[float, float]]:
+    """How many queries are right at the best alpha from 0 on, and the widest interval of such alphas."""
+    some = (low < high) & (high > 0)
+    ends = np.unique(np.concatenate([[0.0], low[some & (low > 0)], high[some & (high < np.inf)]]))
+    between = np.append((ends[:-1] + ends[1:]) / 2, ends[-1] * 2 + 1)  # one alpha in each gap, and one beyond
+    right = _count(low, high, between)
+    most = int(right.max())
+    upper = np.append(ends[1:], np.inf)
+    gaps: list[tuple[float, float]] = []
+    previous = -2
+    for gap in np.flatnonzero(right == most).tolist():
+        if gap == previous + 1:  # an end where as many queries become right as wrong splits no plateau
+            gaps[-1] = (gaps[-1][0], float(upper[gap]))
+        else:
+            gaps.append((float(ends[gap]), float(upper[gap])))
+        previous = gap
+    return most, max(gaps, key=_width)
+
+
+def _count(low: FloatArray, high: FloatArray, alphas: FloatArray) -> npt.NDArray[np.int64]:
+    """How many intervals hold each alpha: those that began before it less those that ended."""
+    some = low < high
+    begun = np.searchsorted(np.sort(low[some]), alphas, side="left")
+    return begun - np.searchsorted(np.sort(high[some]), alphas, side="right")
+
+
+def _width(interval: tuple[float, float]) -> float:
+    """How far alpha can be off, as a ratio: alphas multiply. From 0 on, and without end, are the widest."""
+    low, high = interval
+    return math.inf if high == math.inf or low <= 0 else high / low
+
+
+def _middle(interval: tuple[float, float]) -> float:
+    low, high = interval
+    if high == math.inf:
+        return 2 * low + 1
+    return (low + high) / 2
+
+
+def _surface(low: FloatArray, high: FloatArray, betas: Sequence[float], ks: Sequence[int | None]) -> pa.Table:
+    """Accuracy by k, beta and alpha: alpha 0, and even steps on a logarithmic scale over where anything changes."""
+    ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
+    first, last = np.quantile(ends, (0.01, 0.99))
+    alphas = np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
+    right = np.stack([[_count(low[b, j], high[b, j], alphas) for b in range(len(betas))] for j in range(len(ks))])
+    right[:, :, 0] = ((low < 0) & (high > 0)).sum(axis=2).T
+    return pa.table(
+        {
+            "k": np.repeat([k or 0 for k in ks], len(betas) * len(alphas)),
+            "beta": np.tile(np.repeat(betas, len(alphas)), len(ks)),
+            "alpha": np.tile(alphas, len(ks) * len(betas)),
+            "accuracy": right.reshape(-1) / low.shape[2],
+        }
+    )
+
+
+def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
+    """95 % interval of the mean over queries drawn again with replacement."""
+    drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _kept(what: str, accuracy: float, best: float, n: int) -> Iterator[str]:
+    if best > accuracy:
+        yield (
+            f"{what} stay ({100 * accuracy:.1f} %): {n} queries cannot tell the best found "
+            f"({100 * best:.1f} %) from chance; --greedy takes it"
+        )
+
+
+def _warnings(
+    hits: npt.NDArray[np.bool_],
+    rivals: dict[str, npt.NDArray[np.bool_]],
+    b: int,
+    betas: Sequence[float],
+    seed: int,
+) -> Iterator[str]:
+    if len(betas) > 1 and b in (0, len(betas) - 1):
+        yield f"beta {betas[b]:.3g} is at the edge of what was tried"
+    for name, rival in rivals.items():
+        low, high = _bootstrap(hits.astype(np.float64) - rival, seed)
+        if low <= 0 < (hits.mean() - rival.mean()):
+            yield (
+                f"{len(hits)} queries cannot tell this choice from {name} "
+                f"({100 * rival.mean():.1f} %; difference {100 * low:.1f} to {100 * high:.1f} points, 95 %)"
+            )

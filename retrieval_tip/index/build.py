@@ -1,0 +1,327 @@
+"""From labelled images or features to an index folder."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
+from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel
+from retrieval_tip.data.encoder import Encoder, read_features, same_backbone, table_identity
+from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.evaluation.audit import Found, describe_duplicates, duplicates
+from retrieval_tip.index import places as stores
+from retrieval_tip.index.places import Place
+from retrieval_tip.lance.lance_model import TableModel, labels_in_blocks
+from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
+from retrieval_tip.retrieval.inputs import check_settings
+from retrieval_tip.retrieval.keys import KEY_BLOCK, index_over, text_index_over
+from retrieval_tip.retrieval.vector_index import auto_factory
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
+
+if TYPE_CHECKING:
+    from retrieval_tip.index.places import Model
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "float16")
+FEW_KEYS = 8192
+"""Keys of a LanceDB store up to which they are all compared, for images that are in two classes."""
+
+
+def build_index(
+    source: Source,
+    out: Place,
+    encoder: Encoder,
+    *,
+    shots: int | None = None,
+    templates: Sequence[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    index: str | None = None,
+    dtype: str = "float32",
+    alpha: float | None = None,
+    beta: float | None = None,
+    normalize: str | None = None,
+    k: int | Literal["auto"] | None = "auto",
+    logit_scale: float | None = None,
+    device: str = "auto",
+) -> Model:
+    """Build an index from a labelled source, as a new version where there is one already.
+
+    Features stream from the encoder into a memory-mapped file, or into a LanceDB table, so a feature table may be
+    larger than memory.
+
+    Args:
+        source: labelled images or features (see :func:`sources.open_source`).
+        out: the index folder, or the address of a LanceDB store (``lance://PATH``, ``s3://BUCKET/PATH``).
+        encoder: backbone, views, seed and caching; ``encoder.skipped`` names the images that could not be read.
+        shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
+        templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
+        text: a feature table of text features instead, labelled by class: one or more prompts a class. Its classes, in
+            its order, are the index's; a class without an image is allowed, an unknown label is not.
+        index: FAISS factory string, ``Classes``, or ``auto`` (:func:`vector_index.auto_factory`), by default ``Flat``;
+            of a LanceDB store as :func:`key_table.index_kind` has it, by default ``auto``.
+        dtype: of the stored keys, ``float32`` or ``float16``.
+        alpha: residual ratio.
+        beta: sharpness.
+        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). Where all three are left out they
+            follow from the shots' own affinities (``both``); where one of alpha and beta is given it is ``none``, and
+            the other is the paper's (1.0 and 5.5).
+        k: how many keys a query uses by default; ``None`` is all. ``auto`` is what goes with the choice of
+            ``index="auto"``, all with any other.
+        logit_scale: the backbone's own by default, 100 where there is none.
+        device: of the classifier that is returned.
+
+    Raises:
+        InputError, UsageError, BackboneError: as their messages say; nothing was changed.
+        StoreError: the folder cannot be written, or is being written by another process.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
+    backbone = encoder.backbone
+    scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else LOGIT_SCALE
+    check_settings(alpha or 0.0, beta or 0.0, None if k == "auto" else k, scale)
+    form = normalize or ("both" if alpha is None and beta is None else "none")
+    check_form(form)
+    class_names, weights, prompts = _text(source, encoder, templates, text)
+    ids = ids_in(source, class_names)
+    if shots is not None:
+        drawn = draw_shots(ids, class_names, shots, encoder.seed)
+        source, ids = source.take(drawn), ids[drawn]
+    order = np.argsort(ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
+    provenance = {
+        "source": source.name,
+        "dataset": source.dataset,
+        "shots": shots,
+        "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
+        "views": encoder.views,
+        "text": "templates" if prompts else None if text is None else str(text),
+        "alpha": provenance_of(alpha, form),
+        "beta": provenance_of(beta, form),
+    }
+    place = stores.at(out)
+    if isinstance(place, stores.LanceStore):
+        with place.write() as writer:
+            rows = labels_in_blocks(class_names, _blocks(source, encoder, ids, dtype))
+            table = TableModel.create(writer, rows, class_names, weights, dtype, "auto" if index is None else index)
+            statistics = table.statistics()
+            table.alpha, table.beta = plain_settings(alpha, beta, form, statistics)
+            table.logit_scale, table.k, table.templates = scale, None if k == "auto" else k, prompts
+            table.backbone = _identity(source, encoder)
+            table.provenance = provenance | table.provenance | _seen(statistics, encoder)
+            _warn_of_table(table)
+            table.commit("build")
+        return place.load(device=device)
+
+    index = "Flat" if index is None else index
+    with store.write(place.folder) as writer:
+        keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
+        order = order[kept]
+        if weights is not None and weights.shape[1] != keys.shape[1]:
+            raise InputError(
+                f"{source.name}: features of {keys.shape[1]} values, but text weights of {weights.shape[1]}; "
+                "they have to come from the same backbone"
+            )
+        _warn_of_bare(sorted(set(range(len(class_names))) - set(ids[order].tolist())), class_names)
+        statistics = measure(keys, ids[order])
+        plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
+        factory, met = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
+        columns = item_columns(source.items.take(pa.array(order)), digests)
+        labels = label_table(
+            class_names, ids[order], key_ids=order, views=encoder.views if source.table is None else 1, **columns
+        )
+        warn_of(duplicates(keys, labels))
+        cache = CacheModel(
+            keys=keys,
+            labels=labels,
+            class_names=list(class_names),
+            text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
+            index=index_over(keys, ids[order], len(class_names), factory, device="cpu"),
+            text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
+            alpha=plain_alpha,
+            beta=plain_beta,
+            logit_scale=scale,
+            k=met if k == "auto" else k,
+            templates=prompts,
+            backbone=_identity(source, encoder),
+            provenance=provenance | _seen(statistics, encoder),
+        )
+        cache.commit(writer, "build")
+    return place.load(device=device)
+
+
+def _warn_of_table(table: TableModel) -> None:
+    """What is suspicious about a table that was just made."""
+    _warn_of_bare(np.flatnonzero(table.classes.counts == 0).tolist(), table.class_names)
+    if table.n <= FEW_KEYS:
+        kept = table.take(np.arange(table.n))
+        warn_of(duplicates(kept.keys, kept.labels))
+
+
+def _warn_of_bare(classes: Sequence[int], class_names: Sequence[str]) -> None:
+    if classes:
+        log.warning("%d classes have no key: %s", len(classes), few([class_names[i] for i in classes]))
+
+
+def _seen(statistics: Statistics | None, encoder: Encoder) -> dict[str, Any]:
+    """What is known of a build when it is done."""
+    return {
+        "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
+        "skipped": [str(skipped) for skipped in encoder.skipped],
+    }
+
+
+def _blocks(
+    source: Source, encoder: Encoder, ids: npt.NDArray[np.int64], dtype: str
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64], dict[str, Any]]]:
+    """Class ids, keys, key ids and :func:`item_columns` of a source, a block at a time."""
+    for block in encoder.blocks(source):
+        _check_fits(block.features, dtype, source)
+        columns = item_columns(source.items.take(pa.array(block.positions)), block.digests)
+        views = encoder.views if source.table is None else 1
+        yield ids[block.positions], block.features, block.positions, columns | {"views": views}
+
+
+def _check_fits(features: npt.NDArray[np.float32], dtype: str, source: Source) -> None:
+    if np.abs(features).max() > np.finfo(dtype).max:
+        raise InputError(f"{source.name}: features hold values too large for {dtype}; use --dtype float32")
+
+
+def read_text_table(
+    path: str | os.PathLike[str], norms: str = "check"
+) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
+    """Class names and text weights ``[c, d]`` of a table of text features, classes in order of first appearance.
+
+    Rows of one class are prompts of norm 1 (or scaled to it, unless ``norms`` is ``check``): averaged, then normalised.
+    Raises InputError where the table is none.
+    """
+    table = open_source(path)
+    if table.table is None:
+        raise InputError(f"{table.name}: has no column 'feature'; text weights are a feature table labelled by class")
+    features = np.concatenate(list(read_features(table.table, "check" if norms == "check" else "unit")))
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(table.labels):
+        rows.setdefault(label, []).append(row)
+    means = [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
+    return tuple(rows), np.stack(means)
+
+
+def _text(
+    source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
+) -> tuple[Sequence[str], npt.NDArray[np.float32] | None, list[str]]:
+    """The classes in order, their text weights (from a table, from prompts, or none), and the prompts' templates."""
+    if text is not None:
+        if templates:
+            raise UsageError("text and templates: give one of them; a text table already holds the prompts' features")
+        class_names, weights = read_text_table(text, encoder.norms)
+        theirs, ours = table_identity(Path(text)), _identity(source, encoder)
+        if theirs is not None and ours is not None:
+            same_backbone(theirs, ours, str(text))
+        return class_names, weights, []
+    if encoder.backbone is not None:
+        prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
+        return source.class_names, text_weights(encoder.backbone, source.class_names, prompts), prompts
+    if templates:
+        raise UsageError("templates: text weights from templates need a backbone; give --model")
+    log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
+    return source.class_names, None, []
+
+
+def warn_of(found: Found) -> None:
+    """Say which images are in two classes: one of the labels is wrong, or both are."""
+    for line in describe_duplicates(found):
+        log.warning("in two classes: %s", line)
+
+
+def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
+    """Positions of the published draw of so many a class (:func:`shots.few_shot`), in the order of the source."""
+    rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
+    if rare:
+        log.warning("%d classes have fewer than %d images, so some repeat: %s", len(rare), shots, few(rare))
+    return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
+
+
+def item_columns(items: pa.Table, digests: Sequence[str | None]) -> dict[str, Any]:
+    """What a source says of its items, as :func:`labels.label_table` takes it: sources, digests, and extra columns.
+
+    Digests of the images that were read come after those that a table has.
+    """
+    if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
+        digests = items["digest"].to_pylist()
+    extra = items.select([c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")])
+    return {"sources": items["source"], "digests": list(digests), "extra": extra}
+
+
+def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Class ids of the items of a source. Raises InputError for labels that are no class."""
+    position = {name: i for i, name in enumerate(class_names)}
+    labels = source.labels
+    unknown = sorted(set(labels) - position.keys())
+    if unknown:
+        raise InputError(f"{source.name}: labels without text weights: {few(unknown)}; add them to the text table")
+    return np.array([position[label] for label in labels], dtype=np.int64)
+
+
+def _write_keys(
+    writer: store.Writer, source: Source, encoder: Encoder, order: npt.NDArray[np.int64], dtype: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[str | None]]:
+    """Stream features into the keys' file; the keys, which of ``order`` they are, and their images' digests."""
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    blocks = encoder.blocks(source)
+    first = next(blocks)
+    shape = (len(order), first.features.shape[1])
+    staged, array = writer.stage_array("keys", shape, dtype)
+    present = np.zeros(len(order), dtype=bool)
+    digests: list[str | None] = [None] * len(order)
+    for block in itertools.chain([first], blocks):
+        rows = place[block.positions]
+        _check_fits(block.features, dtype, source)
+        array[rows] = block.features
+        present[rows] = True
+        for row, digest in zip(rows.tolist(), block.digests, strict=True):
+            digests[row] = digest
+    kept = np.flatnonzero(present)
+    if len(kept) < len(order):  # images that could not be read leave no hole
+        whole, old = writer.stage_array("keys", (len(kept), shape[1]), dtype)
+        for start in range(0, len(kept), KEY_BLOCK):
+            old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
+        writer.discard(staged)
+        staged, array = whole, old
+    array.flush()  # type: ignore[attr-defined]  # a memmap
+    del array
+    sealed = writer.seal("keys", staged, len(kept))
+    return np.load(sealed, mmap_mode="c"), kept, [digests[row] for row in kept]
+
+
+def _identity(source: Source, encoder: Encoder) -> Identity | None:
+    """The backbone that the features came from: the one in use, or the one that the table names."""
+    if encoder.backbone is not None:
+        return encoder.backbone.identity
+    return table_identity(source.table) if source.table is not None else None
+
+
+def provenance_of(given: float | None, form: str) -> str:
+    """Where a setting comes from."""
+    if given is not None:
+        return "given" if form == "none" else f"given as {given:g}, normalize {form}"
+    return "the paper's default" if form == "none" else f"default, normalize {form}"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of many, on one line."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,460 @@
+"""What changes an index: each function makes one new version of it, alone, or fails and changes nothing.
+
+What takes long, encoding above all, is done before other writers have to wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from retrieval_tip.backbones.open_clip import Backbone, Identity
+from retrieval_tip.backbones.prompts import check_templates, text_weights
+from retrieval_tip.data.encoder import Encoder, check_backbone, same_backbone, table_identity
+from retrieval_tip.data.imports import import_table
+from retrieval_tip.data.sources import Source, open_source, show
+from retrieval_tip.errors import InputError, StoreError, UsageError, counted
+from retrieval_tip.evaluation.audit import Found, duplicates
+from retrieval_tip.index import places as stores
+from retrieval_tip.index.build import (
+    DTYPES,
+    build_index,
+    draw_shots,
+    few,
+    ids_in,
+    item_columns,
+    provenance_of,
+    read_text_table,
+)
+from retrieval_tip.index.export import copy
+from retrieval_tip.index.places import Place
+from retrieval_tip.lance.lance_model import TableModel
+from retrieval_tip.retrieval.defaults import check_form, plain_settings
+from retrieval_tip.retrieval.inputs import check_settings
+from retrieval_tip.store.labels import rows_where
+from retrieval_tip.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from retrieval_tip.index.places import Model
+
+Folder = str | os.PathLike[str]
+
+MOST_ASKED, NEIGHBOURS = 512, 4
+"""New keys of a table that are compared with the nearest there, and with how many."""
+PAIRS = 1 << 26
+"""Affinities that an addition is checked with, at most: half a second on two cores. It must cost by what is added."""
+EFFORT = 16
+"""Lists that are probed for what is nearly identical: that lies in the nearest one, or beside it."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """The ``version`` of the index that a change made, or found where there was nothing to do, and the keys of it."""
+
+    version: int
+    key_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Added(Changed):
+    """What was added: ``classes`` that are new, how many images were ``known``, and poison among the new keys."""
+
+    classes: list[str]
+    known: int
+    found: Found | None
+
+
+def add(
+    folder: Place,
+    source: Source,
+    encoder: Encoder,
+    *,
+    text: Folder | None = None,
+    shots: int | None = None,
+    skip_known: bool = False,
+) -> Added:
+    """Add the labelled images or features of a source; classes that are new come after those there are, in its order.
+
+    It costs by what is added (:meth:`CacheModel.add`). Where the index has text, new classes get their text weights
+    from its templates by the encoder's backbone, or from ``text``.
+
+    Args:
+        folder: the index.
+        source: labelled images or features.
+        encoder: backbone, views and caching, as the index's; ``encoder.skipped`` names what could not be read.
+        text: a table of text features labelled by class, for the new classes.
+        shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
+        skip_known: leave out images that the index has under the same label, by the digest of their bytes.
+
+    Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`store.write`.
+    """
+    manifest = stores.at(folder).manifest()
+    identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
+    check_backbone(identity, manifest.d, encoder.backbone, [source])
+    weights = _weights_of(source.class_names, manifest, encoder, text)
+    _needed(source.class_names, manifest.class_names, weights, stores.at(folder).has_text(manifest))
+    if shots is not None:
+        ids = ids_in(source, source.class_names)
+        source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
+    block = encoder.encode(source)
+    items = source.items.take(pa.array(block.positions))
+    columns = item_columns(items, block.digests)
+    with stores.at(folder).change("fast") as change:
+        cache = change.cache
+        labels = np.array(items["label"].to_pylist(), dtype=object)
+        unknown = _unknown(cache.known(columns["digests"]), labels, columns["digests"])
+        rows = unknown if skip_known else np.arange(len(labels))
+        classes = _add_classes(cache, source.class_names, weights)
+        key_ids = []
+        if len(rows):
+            picked = {name: _picked(column, rows) for name, column in columns.items()}
+            views = encoder.views if source.table is None else 1
+            key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **picked)
+        if len(rows) or classes:
+            change.what = _said(f"add {counted(len(rows), 'key')}", classes)
+    return Added(_version(cache), key_ids, classes, len(labels) - len(unknown), _poison(cache, key_ids))
+
+
+def merge(folder: Place, other: Place) -> Added:
+    """Add the keys of another index of the same backbone; classes that are new bring their text weights.
+
+    Keys get ids of this index, and keep their source, digest, views and further columns. Raises BackboneError where the
+    backbones differ, InputError where the other index has trained values, which are of no use among other keys, or has
+    no text where this one has; StoreError as :func:`store.write`.
+    """
+    target, source = stores.at(folder), stores.at(other)
+    if _resolved(target) == _resolved(source):
+        raise UsageError(f"{other}: is the index itself; its keys would be there twice")
+    theirs = source.load(device="cpu", precision="float32")
+    if isinstance(theirs, TableModel):
+        theirs = theirs.take(np.arange(theirs.n))
+    if theirs.values is not None:
+        raise InputError(
+            f"{other}: has trained values, which are of no use among other keys; merge the index before them"
+        )
+    manifest = stores.at(folder).manifest()
+    if manifest.backbone is not None and theirs.backbone is not None:
+        same_backbone(theirs.backbone, Identity.from_dict(manifest.backbone), str(other))
+    weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
+    columns = item_columns(theirs.labels, theirs.labels["digest"].to_pylist())
+    with stores.at(folder).change() as change:
+        cache = change.cache
+        classes = _add_classes(cache, theirs.class_names, weights)
+        labels = theirs.labels["label"].to_pylist()
+        views = theirs.labels["views"].to_numpy()
+        key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **columns)
+        change.what = _said(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
+    return Added(_version(cache), key_ids, classes, 0, _poison(cache, key_ids))
+
+
+def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+    """Remove the keys that a condition in SQL over the label store holds for, or by their ids; classes stay.
+
+    Their bytes leave the folder with the last version that has them: see :func:`store.collect`. A LanceDB store only
+    marks rows as removed, so there it takes :func:`rebuild` before. Raises UsageError unless one of ``where`` and
+    ``key_ids`` is given and can work, InputError as :meth:`CacheModel.remove`.
+    """
+    with stores.at(folder).change() as change:
+        chosen = _chosen(change.cache, where, key_ids)
+        if chosen:
+            try:
+                change.cache.remove(chosen)
+            except UsageError as error:  # fewer keys than the lists of an inverted file
+                raise InputError(f"{error}; give it another type first (index rebuild --index Flat)") from None
+            change.what = f"remove {counted(len(chosen), 'key')}"
+    return Changed(_version(change.cache), chosen)
+
+
+def relabel(folder: Place, label: str, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
+    """Give keys, chosen as for :func:`remove`, to another class of the index. Errors as there."""
+    with stores.at(folder).change() as change:
+        cache = change.cache
+        if label not in cache.class_names:
+            raise InputError(f"{label!r} is no class of the index; its classes are {few(cache.class_names)}")
+        chosen = _chosen(cache, where, key_ids)
+        rows = cache.find(key_ids=chosen) if chosen else cache.labels.slice(0, 0)
+        old = dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
+        chosen = [key_id for key_id in chosen if old[key_id] != label]
+        cache.relabel(chosen, label)
+        if chosen:
+            change.what = f"relabel {counted(len(chosen), 'key')} as {label}"
+    return Changed(_version(cache), chosen)
+
+
+def configure(
+    folder: Place,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    k: int | Literal["all"] | None = None,
+    tail: bool | None = None,
+    temperature: float | None = None,
+    normalize: str | None = None,
+    templates: Sequence[str] = (),
+    backbone: Backbone | None = None,
+) -> Changed:
+    """Change settings of an index; what is ``None`` stays. Templates make new text weights, by the ``backbone``.
+
+    With ``normalize``, alpha and beta are in units of the shots that there are now, and where they are left out, the
+    defaults that a new build takes (:func:`defaults.plain_settings`).
+
+    Raises UsageError where nothing is given, a setting cannot work, or templates come without a backbone; BackboneError
+    where that is not the index's.
+    """
+    given = {"alpha": alpha, "beta": beta, "tail": tail, "temperature": temperature}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {} if k is None else {"k": None if k == "all" else k}
+    if not given and not templates and normalize is None:
+        raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
+    if normalize is not None:
+        check_form(normalize)
+    manifest = stores.at(folder).manifest()
+    prompts = list(check_templates(templates)) if templates else []
+    weights: dict[str, Any] = {}
+    if prompts:
+        if backbone is None:
+            raise UsageError("templates: text weights from templates need a backbone; give --model")
+        check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
+        names = manifest.class_names
+        weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
+    with stores.at(folder).change("fast") as change:
+        cache = change.cache
+        if normalize is not None:
+            found = plain_settings(alpha, beta, normalize, cache.statistics())
+            given = {**given, **dict(zip(("alpha", "beta"), found, strict=True))}
+        for name, value in given.items():
+            setattr(cache, name, value)
+        check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale, cache.temperature)
+        if prompts:
+            if weights.keys() != set(cache.class_names):
+                raise StoreError(f"{folder}: got other classes meanwhile; try again")
+            cache.set_text(np.stack([weights[name] for name in cache.class_names]), prompts)
+        marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
+        if normalize is not None:
+            marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
+        cache.provenance = cache.provenance | marks
+        change.what = "set " + ", ".join(_shown(name, value) for name, value in given.items())
+        if prompts:
+            change.what += (", " if given else "") + counted(len(prompts), "template")
+    return Changed(_version(cache), [])
+
+
+def compact(folder: Place) -> Changed:
+    """Make all keys one segment, indexed as the first one is; nothing is done where they are one.
+
+    Answers are as of a new build of the same keys. Raises StoreError as :func:`store.write`.
+    """
+    with stores.at(folder).change() as change:
+        segments = change.cache.segments
+        if segments > 1:
+            change.cache.compact()
+            change.what = f"compact {counted(segments, 'segment')}"
+    return Changed(_version(change.cache), [])
+
+
+def rebuild(folder: Place, *, index: str | None = None, dtype: str | None = None) -> Changed:
+    """Build the index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
+
+    A LanceDB store writes its table anew, without what was removed.
+    Raises UsageError for a type or dtype that cannot work, InputError where keys are too large for it.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
+    with stores.at(folder).change() as change:
+        if isinstance(change.cache, TableModel):
+            change.cache.rewrite(index, dtype)
+        else:
+            change.cache.compact(index, dtype)
+        change.what = f"rebuild as {change.cache.index_type} of {change.cache.dtype}"
+    return Changed(_version(change.cache), [])
+
+
+def rollback(folder: Place, version: int | None = None) -> Changed:
+    """Make an earlier version, by default the one before, the content of a new one; history goes on in one line.
+
+    Key ids that were given since are not given again. Raises StoreError where that version is not there or damaged.
+    """
+    return Changed(stores.at(folder).rollback(version), [])
+
+
+def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
+    """Copy the current, or an earlier, version of an index to a new place, checked on the way.
+
+    Between a folder and a LanceDB store it is copied too: keys, labels and settings are the same; the index over the
+    keys is that of a new build with ``auto`` in a store, ``Flat`` in a folder.
+
+    Raises StoreError where there is an index in ``out`` already, InputError for trained values or encoders, which a
+    store does not keep.
+    """
+    source, target = stores.at(folder), stores.at(out)
+    if target.exists():
+        raise StoreError(f"{out}: holds an index already; give another folder")
+    if isinstance(target, stores.FolderStore) and Path(_resolved(target)).is_relative_to(_resolved(source)):
+        raise StoreError(f"{out}: lies in the index itself; give a folder outside of it")
+    cache = source.load(device="cpu", version=version)
+    what = f"clone version {cache.version} of {show(str(source))}"
+    return Changed(copy(cache, target, what), [])
+
+
+def import_index(
+    source: Folder,
+    out: Place,
+    *,
+    classes: Folder | None = None,
+    labels: Folder | None = None,
+    label_column: str | None = None,
+    text: Folder | None = None,
+    norms: str = "check",
+    index: str | None = None,
+    dtype: str = "float32",
+    alpha: float | None = None,
+    beta: float | None = None,
+) -> Model:
+    """Build an index from keys that another program made, as :func:`exchange.import_table` finds them.
+
+    The first arguments are that function's; ``norms`` as for :class:`features.Encoder`, the others as for
+    :func:`build.build_index`. Classes are in the order of ``text``, else in alphabetical order. Raises as these two.
+    """
+    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
+        table = Path(folder) / "keys.parquet"
+        given = {"classes": classes, "labels": labels}
+        import_table(
+            Path(source),
+            table,
+            label_column=label_column,
+            **{name: None if path is None else Path(path) for name, path in given.items()},
+        )
+        try:
+            found = dataclasses.replace(open_source(table), name=show(source))
+        except InputError as error:
+            raise InputError(str(error).replace(show(table), show(source))) from None
+        settings: dict[str, Any] = {"text": text, "index": index, "dtype": dtype, "alpha": alpha, "beta": beta}
+        return build_index(found, out, Encoder(norms=norms), device="cpu", **settings)
+
+
+def _weights_of(
+    class_names: Sequence[str], manifest: Manifest, encoder: Encoder, text: Folder | None
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Text weights of the classes that the index does not have, as far as there is something to make them from."""
+    known = set(manifest.class_names)
+    new = [name for name in class_names if name not in known]
+    if not new:
+        return {}
+    if text is not None:
+        names, weights = read_text_table(text, encoder.norms)
+        theirs = table_identity(Path(text))
+        if theirs is not None and manifest.backbone is not None:
+            same_backbone(theirs, Identity.from_dict(manifest.backbone), str(text))
+        if weights.shape[1] != manifest.d:
+            raise InputError(f"{text}: text features of {weights.shape[1]} values, the index has {manifest.d}")
+        return {name: row for name, row in zip(names, weights, strict=True) if name in new}
+    if encoder.backbone is None or not manifest.templates:
+        return {}
+    return dict(zip(new, text_weights(encoder.backbone, new, manifest.templates), strict=True))
+
+
+def _add_classes(cache: Model, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
+    """Add the classes that the index does not have, in order, with their text weights where it has text."""
+    new = _needed(names, cache.class_names, weights, cache.has_text)
+    if new:
+        cache.add_classes(new, np.stack([weights[name] for name in new]) if cache.has_text else None)
+    return new
+
+
+def _needed(
+    names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
+) -> list[str]:
+    """The classes that the index does not have, in order. Raises InputError where one lacks a text weight."""
+    known = set(present)
+    new = [name for name in names if name not in known]
+    missing = [name for name in new if name not in weights] if has_text else []
+    if missing:
+        raise InputError(
+            f"class {missing[0]!r}: is new and needs a text weight, as every class of this index has one; "
+            "give its text features with --text, or the backbone with --model where the index has templates"
+        )
+    return new
+
+
+def _unknown(
+    known: set[tuple[str, str]], labels: npt.NDArray[Any], digests: Sequence[str | None]
+) -> npt.NDArray[np.int64]:
+    """Rows of images that the index does not have under the same label."""
+    pairs = zip(digests, labels.tolist(), strict=True)
+    return np.flatnonzero([digest is None or (digest, label) not in known for digest, label in pairs])
+
+
+def _picked(column: Any, rows: npt.NDArray[np.int64]) -> Any:
+    """Some rows of a column of whatever kind."""
+    return [column[row] for row in rows] if isinstance(column, list) else column.take(pa.array(rows))
+
+
+def _poison(cache: Model, key_ids: Sequence[int]) -> Found | None:
+    """The new keys that are in another class too."""
+    if not key_ids:
+        return None
+    if isinstance(cache, TableModel):
+        return _poison_of_table(cache, key_ids)
+    fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
+    cheap = not (cache.index.by_class or cache.index.exact_search)  # the others compare with very many keys
+    search = cache.nearest if cheap else None
+    if cache.index.effort is not None:
+        cache.index.effort = min(cache.index.effort, EFFORT)  # of this copy, which has been written
+    return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=search)
+
+
+def _poison_of_table(cache: TableModel, key_ids: Sequence[int]) -> Found:
+    """The same, of the new keys with their nearest ones and those of their images: nothing else is read."""
+    asked = np.asarray(key_ids[:MOST_ASKED])
+    near = cache.retrieval.nearest(torch.from_numpy(cache.keys_of(asked).astype(np.float32)), NEIGHBOURS)
+    rows = np.unique(near.rows[near.rows >= 0].numpy())
+    fresh = cache.find(key_ids=key_ids)
+    digests = fresh["digest"].drop_null().unique().to_pylist()
+    same = cache.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()
+    some = np.unique(np.concatenate([cache.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
+    labels = cache.find(key_ids=some.tolist()).sort_by("key_id")
+    found = duplicates(cache.keys_of(some), labels, np.flatnonzero(np.isin(some, asked)), budget=PAIRS)
+    return found if len(asked) == len(key_ids) else dataclasses.replace(found, compared="digests")
+
+
+def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
+    """The ids of the keys that are meant."""
+    if (where is None) == (key_ids is None):
+        raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
+    if where is None:
+        chosen = list(dict.fromkeys(key_ids or []))
+        possible = [key_id for key_id in chosen if -(2**63) <= key_id < 2**63]
+        there = cache.find(key_ids=possible)["key_id"].to_pylist() if possible else []
+        if missing := sorted(set(chosen).difference(there)):
+            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
+        return chosen
+    found: list[int] = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
+    return found
+
+
+def _resolved(place: stores.FolderStore | stores.LanceStore) -> str:
+    """The same text for the same place."""
+    return str(place.folder.resolve()) if isinstance(place, stores.FolderStore) else place.address.uri
+
+
+def _said(what: str, classes: Sequence[str]) -> str:
+    return what + (f" and {counted(len(classes), 'class')}" if classes else "")
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'all' if value is None else value}"
+
+
+def _version(cache: Model) -> int:
+    assert cache.version is not None
+    return cache.version

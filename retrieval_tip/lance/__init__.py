@@ -1,0 +1,1 @@
+"""Keys in LanceDB: an index at an address in place of a folder."""

@@ -1,0 +1,430 @@
+"""A LanceDB table of keys and their labels: what is used of that engine, and how.
+
+A row has the columns of the label store, ``version`` (of the index that brought it) and the key, ``vector``. Every
+write makes a version of the table that nothing changes any more; which one counts, a manifest says. Searches are by
+inner product (``dot``) only: any other metric would pass over the index in silence, and a cosine would normalise keys
+that fine-tuning took off the unit sphere.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval_tip.errors import StoreError, UsageError, first_line
+from retrieval_tip.lance.objects import Address, storage_options
+from retrieval_tip.store.labels import LABEL_SCHEMA
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+VECTOR, VERSION, ROW = "vector", "version", "_rowid"
+FLAT = "Flat"
+KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
+"""Index types, and how many candidates for each of the nearest are compared with the keys themselves."""
+INDEX_FROM = 50_000
+"""Keys from which an index is worth its time: fewer are compared with every query sooner."""
+UNINDEXED = 20_000
+"""Rows beside the index, which every search compares with one by one, from which they are put into it."""
+TRAINED_ON, ROUNDS = 64, 10
+"""Rows a list that its centre is learnt from, and rounds of that: a fraction of the engine's own, for equal answers."""
+PROBED = 0.15
+"""Of the lists, how many a search looks through: 98.8 % of the 64 nearest of 200,000 keys like CLIP's were found."""
+CACHE_BYTES = 3 << 28
+"""Of the index, what stays in memory; the rest is read when it is asked for."""
+SEARCHED = 1 << 24
+"""Values of keys that come with the hits of one search: 64 MiB of float32."""
+SCANNED = 8192
+"""Rows that are read at a time."""
+TAG = "kept-"
+FOREVER = datetime.timedelta(days=36500)
+ASKED_AT_ONCE = 4096
+"""Key ids that one condition names."""
+LARGEST = (1 << 63) - 1
+"""The largest number of a column of int64."""
+
+
+def lancedb() -> Any:
+    """The LanceDB module. Raises UsageError saying how to install it."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are about what is meant here
+    try:
+        return importlib.import_module("lancedb")
+    except ImportError as error:
+        raise UsageError(
+            f"LanceDB cannot be imported ({first_line(error)}); a store needs pip install 'retrieval-tip[distributed]'"
+        ) from None
+
+
+@cache
+def _session() -> Any:
+    """The engine's caches, shared by every table of this process."""
+    return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
+
+
+def index_kind(factory: str, n: int) -> str:
+    """The index of a table of ``n`` keys for what is asked for: ``auto``, ``Flat``, or one of :data:`KINDS`.
+
+    Raises UsageError for another one.
+    """
+    if factory == "auto":
+        return "IvfFlat" if n >= INDEX_FROM else FLAT
+    if factory != FLAT and factory not in KINDS:
+        raise UsageError(f"index {factory!r}: a LanceDB store has auto, {FLAT}, {', '.join(KINDS)}")
+    return factory
+
+
+def schema_of(d: int, dtype: str, extra: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Columns of a table of keys of ``d`` values."""
+    value = pa.float32() if dtype == "float32" else pa.float16()
+    own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]
+    return pa.schema([*own, *extra, pa.field(VECTOR, pa.list_(value, d))])
+
+
+def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int) -> pa.Table:
+    """Rows of keys ``[m, d]`` with the labels that describe them; of this ``version``, where these do not say which."""
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(keys).reshape(-1)), keys.shape[1])
+    known = labels[VERSION] if VERSION in labels.column_names else pa.array(np.full(len(labels), version))
+    own = labels.select(LABEL_SCHEMA.names).append_column(VERSION, known)
+    for name in labels.column_names[len(LABEL_SCHEMA) :]:
+        if name != VERSION:
+            own = own.append_column(name, labels[name])
+    return own.append_column(VECTOR, vectors)
+
+
+@contextmanager
+def _said(address: Address, what: str) -> Iterator[None]:
+    """What the engine refuses, in one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
+        raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
+
+
+class KeyTable:
+    """One version of the table of a store, to read; from :meth:`latest`, the newest, to write."""
+
+    def __init__(self, address: Address, name: str, table: Any) -> None:
+        self.address, self.name = address, name
+        self._table, self._process = table, os.getpid()
+        self._lists: int | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def at(cls, address: Address, name: str, version: int) -> KeyTable:
+        """The table as it was at a version. Raises StoreError where it is not there any more."""
+        with _said(address, f"opening version {version} of its table"):
+            table = _connected(address).open_table(name)
+            table.checkout(version)
+        return cls(address, name, table)
+
+    @classmethod
+    def latest(cls, address: Address, name: str) -> KeyTable:
+        """The newest version of the table, whatever a manifest says."""
+        with _said(address, "opening its table"):
+            return cls(address, name, _connected(address).open_table(name))
+
+    @classmethod
+    def create(cls, address: Address, name: str, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
+        """A table of these rows, all or none; over one that is there it is its next version. Errors of rows pass."""
+        failed: list[BaseException] = []
+
+        def read() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from rows
+            except BaseException as error:  # else the engine's own words for it
+                failed.append(error)
+                raise
+
+        reader = pa.RecordBatchReader.from_batches(schema, read())
+        try:
+            with _said(address, "writing its table"):
+                table = _connected(address).create_table(name, reader, mode="overwrite")
+        except StoreError:
+            if failed:
+                raise failed[0] from None
+            raise
+        return cls(address, name, table)
+
+    @property
+    def table(self) -> Any:
+        """The engine's table. Raises StoreError in a forked process, where the engine's threads are gone."""
+        if os.getpid() != self._process:
+            raise StoreError(f"{self.address}: was opened before this process was forked; open it here, or use spawn")
+        return self._table
+
+    @property
+    def version(self) -> int:
+        """The version of the table."""
+        with _said(self.address, "reading its version"):
+            return int(self.table.version)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        with _said(self.address, "counting its rows"):
+            return int(self.table.count_rows())
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns."""
+        with _said(self.address, "reading its schema"):
+            found: pa.Schema = self.table.schema
+            return found
+
+    @property
+    def vector_type(self) -> tuple[int, str]:
+        """Length ``d`` and dtype of the keys. Raises StoreError where the table holds none."""
+        kind = self.schema.field(VECTOR).type if VECTOR in self.schema.names else None
+        own = all(field.type == self.schema.field(field.name).type for field in LABEL_SCHEMA if field.name in
+                  self.schema.names)  # fmt: skip
+        missing = set(LABEL_SCHEMA.names) - set(self.schema.names)
+        if missing or not own or kind is None or not pa.types.is_fixed_size_list(kind):
+            raise StoreError(f"{self.address}: its table is none of keys and labels; build the store again")
+        dtype = {pa.float32(): "float32", pa.float16(): "float16"}.get(kind.value_type)
+        if dtype is None:
+            raise StoreError(f"{self.address}: its keys are {kind.value_type}; build the store again")
+        return kind.list_size, dtype
+
+    def scan(
+        self, columns: Sequence[str], where: str | None = None, *, with_rows: bool = False, size: int = SCANNED
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows, some at a time; with their row numbers as column ``_rowid``, where these are asked for."""
+        with _said(self.address, "reading its rows"):
+            query = self.table.search().select(list(columns))
+            query = query if where is None else query.where(where)
+            query = query.with_row_id(True) if with_rows else query
+            batches = iter(query.to_batches(size))
+        while True:
+            with _said(self.address, "reading its rows"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def read(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
+        """Rows as one table."""
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        return pa.Table.from_batches(list(self.scan(columns, where)), schema)
+
+    def of_ids(self, column: str, values: Sequence[Any], columns: Sequence[str]) -> pa.Table:
+        """Rows whose ``column`` is one of ``values``; a number that no row can have finds none."""
+        values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
+        parts = [values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE)]
+        tables = [self.read(columns, f"{column} IN ({', '.join(map(_literal, part))})") for part in parts]
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+    def take(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
+        """Columns of some rows, by the ascending numbers that :meth:`search` and :meth:`scan` give them, in that order.
+
+        Raises StoreError where one is not there.
+        """
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        if not len(rows):
+            return schema.empty_table()
+        with _said(self.address, "reading rows"):
+            found: pa.Table = self.table.take_row_ids(rows.tolist()).select(list(columns)).to_arrow()
+        if len(found) != len(rows):
+            raise StoreError(f"{self.address}: found {len(found)} of {len(rows)} rows; check it with index verify")
+        return found.select(list(columns))
+
+    def offsets(self, places: IntArray, columns: Sequence[str]) -> pa.Table:
+        """Columns of the rows at some places, ascending, of all."""
+        with _said(self.address, "reading rows"):
+            found: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
+        return found
+
+    def matrix(self, column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+        """The vectors ``[m, d]`` of a column of this table, as they are stored. Raises StoreError where one is none."""
+        if isinstance(column, pa.ChunkedArray):
+            column = column.combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # of no chunks
+            return np.empty((0, column.type.list_size), dtype=column.type.value_type.to_pandas_dtype())
+        values = column.flatten()
+        if column.null_count or values.null_count:
+            raise StoreError(f"{self.address}: a key lacks values; go back to a version before, or build it again")
+        found: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+        return found
+
+    def index(self) -> str:
+        """The type of the index over the keys, ``Flat`` where there is none. Raises StoreError for one of no dot."""
+        with _said(self.address, "reading its indexes"):
+            found = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
+        if not found:
+            return FLAT
+        details = found[0].index_details or {}
+        if str(details.get("metric_type", "DOT")).lower() != "dot":
+            raise StoreError(f"{self.address}: its index is by {details['metric_type']}, not dot; rebuild it")
+        names = {name.lower(): name for name in (*KINDS, "IvfHnswSq")}
+        kind = names.get(str(found[0].index_type).replace("_", "").lower(), str(found[0].index_type))
+        return "HnswSq" if kind == "IvfHnswSq" else kind
+
+    def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray, IntArray]:
+        """The ``k`` rows that the index finds nearest: affinities, largest first, row numbers, class ids, ``[q, k]``.
+
+        Affinities are float32 products with the keys, which come with the hits; the engine's own ``_distance`` is
+        1 - affinity, of a compressed copy where the index has one. Where fewer are found, the rest has row -1.
+        """
+        q, d = features.shape
+        affinity = np.zeros((q, k), dtype=np.float32)
+        rows, ids = np.full((q, k), -1), np.full((q, k), -1)
+        step = max(1, SEARCHED // (k * d))
+        for start in range(0, q, step):
+            part = np.ascontiguousarray(features[start : start + step], dtype=np.float32)
+            hits = self._hits(part, k)
+            query = hits["query_index"].to_numpy() if "query_index" in hits.column_names else np.zeros(len(hits), int)
+            found = np.einsum("md,md->m", part[query], self.matrix(hits[VECTOR]).astype(np.float32, copy=False))
+            order = np.lexsort((-found, query))
+            query = query[order]
+            place = np.arange(len(query)) - np.searchsorted(query, query)
+            at = (start + query, place)
+            affinity[at], rows[at] = found[order], hits[ROW].to_numpy().astype(np.int64)[order]
+            ids[at] = hits["class_id"].to_numpy()[order]
+        return affinity, rows, ids
+
+    def _hits(self, features: FloatArray, k: int) -> pa.Table:
+        kind, lists = self._searched()
+        with _said(self.address, "searching its table"):
+            query = self.table.search(features).distance_type("dot").limit(k)
+            query = query.select(["class_id", VECTOR, "_distance"]).with_row_id(True)
+            if kind != FLAT:
+                query = query.nprobes(min(lists, max(8, round(PROBED * lists))))
+            if KINDS.get(kind, 1) > 1:
+                query = query.refine_factor(KINDS[kind])
+            if kind == "HnswSq":
+                query = query.ef(max(128, 2 * k) * KINDS[kind])
+            found: pa.Table = query.to_arrow()
+        return found
+
+    def _searched(self) -> tuple[str, int]:
+        """The type of the index and its number of lists."""
+        with self._lock:
+            if self._lists is None:
+                self._kind = self.index()
+                self._lists = lists_for(self.rows, self._kind)
+            return self._kind, self._lists
+
+    def append(self, rows: pa.Table) -> None:
+        """Add rows; columns that the table lacks are added to it. Raises StoreError where another process writes."""
+        there = self.schema
+        new = [rows.schema.field(name) for name in rows.column_names if name not in there.names]
+        if new:
+            with self._next("adding columns"):
+                self.table.add_columns(pa.schema(new))
+            there = self.schema
+        lacking = [name for name in there.names if name not in rows.column_names]
+        for name in lacking:
+            rows = rows.append_column(name, pa.nulls(len(rows), there.field(name).type))
+        with self._next("adding rows"):
+            self.table.add(rows.select(there.names).cast(there))
+
+    def delete(self, key_ids: Sequence[int]) -> None:
+        """Remove the rows of these keys. Raises StoreError where another process writes."""
+        for start in range(0, len(key_ids), ASKED_AT_ONCE):
+            with self._next("removing rows"):
+                self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
+
+    def restore(self, version: int) -> None:
+        """Make an earlier version the newest one: what writers that were interrupted left is in none any more."""
+        with _said(self.address, f"going back to version {version} of its table"):
+            self.table.checkout(version)
+            self.table.restore()
+
+    @contextmanager
+    def _next(self, what: str) -> Iterator[None]:
+        """One write that makes the next version of the table, and no other one's between."""
+        before = self.version
+        with _said(self.address, what):
+            yield
+        if self.version != before + 1:
+            raise StoreError(
+                f"{self.address}: was written by another process meanwhile; nothing was changed, try again"
+            )
+
+    def build_index(self, kind: str) -> None:
+        """Build the index over all keys anew, or have none (``Flat``)."""
+        self._lists = None
+        with _said(self.address, f"building its index ({kind})"):
+            if kind == FLAT:
+                for entry in self.table.list_indices():
+                    self.table.drop_index(entry.name)
+                return
+            config = getattr(lancedb().index, kind)
+            lists, settings = lists_for(self.rows, kind), {"sample_rate": TRAINED_ON, "max_iterations": ROUNDS}
+            self.table.create_index(VECTOR, config=config(distance_type="dot", num_partitions=lists, **settings))
+
+    def unindexed(self) -> int:
+        """Rows that the index does not hold; 0 where there is none."""
+        with _said(self.address, "reading its index"):
+            found = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
+            stats = self.table.index_stats(found[0].name) if found else None
+        return 0 if stats is None else int(stats.num_unindexed_rows)
+
+    @property
+    def fragments(self) -> int:
+        """Number of pieces that the rows are in."""
+        with _said(self.address, "reading its statistics"):
+            stats = self.table.stats()
+        fragments = stats["fragment_stats"] if isinstance(stats, dict) else stats.fragment_stats
+        return int(fragments["num_fragments"] if isinstance(fragments, dict) else fragments.num_fragments)
+
+    def optimize(self) -> None:
+        """Put small pieces together, and what is beside the index into it; no version is given up."""
+        self._lists = None
+        with _said(self.address, "optimizing its table"):
+            self.table.optimize(cleanup_older_than=FOREVER)  # its own default gives up versions after seven days
+
+    def prune(self, kept: Sequence[int]) -> None:
+        """Give up versions before the first of those to be kept, and the data that only they have."""
+        tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
+        try:
+            with _said(self.address, "marking versions"):
+                for tag in self.table.tags.list():  # of one that was killed here: they would keep versions for ever
+                    if tag.startswith(TAG):
+                        self.table.tags.delete(tag)
+                for tag, version in tags.items():  # the engine refuses to give up what has a tag: a net
+                    self.table.tags.create(tag, version)
+                made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
+            self.optimize()  # so that giving up comes at once below: its clock starts when it is asked
+            slack = datetime.timedelta(seconds=0.002)
+            while True:
+                age = datetime.datetime.now(made[min(kept)].tzinfo) - made[min(kept)] + slack
+                try:
+                    with _said(self.address, "giving up versions"):
+                        self.table.optimize(cleanup_older_than=age)
+                    return
+                except StoreError as error:
+                    if "tagged" not in str(error) or slack > datetime.timedelta(hours=1):
+                        raise
+                slack *= 2  # time went by before it looked
+        finally:
+            with suppress(Exception):
+                for tag in tags:
+                    self.table.tags.delete(tag)
+
+
+def lists_for(rows: int, kind: str) -> int:
+    """Lists of an index; those of a graph hold more, for each has a graph of its own."""
+    return max(1, round(rows / 100_000) if kind == "HnswSq" else round(2 * rows**0.5))
+
+
+def _connected(address: Address) -> Any:
+    return lancedb().connect(address.uri, storage_options=storage_options(address) or None, session=_session())
+
+
+def _literal(value: Any) -> str:
+    """A value as it stands in a condition."""
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return str(int(value))

@@ -1,0 +1,663 @@
+"""The classifier whose keys lie in a LanceDB table: more than memory holds, in a bucket or on a disk.
+
+Nothing in memory grows with the number of keys: what a tail needs is known of each class, hits bring their keys and
+class ids, and a query that meets all keys reads them a block at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.backbones.open_clip import Identity, resolve_device
+from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel
+from retrieval_tip.classifier import Classifier, spread
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.lance.key_table import (
+    FLAT,
+    INDEX_FROM,
+    ROW,
+    SCANNED,
+    UNINDEXED,
+    VECTOR,
+    VERSION,
+    KeyTable,
+    index_kind,
+    rows_of,
+    schema_of,
+)
+from retrieval_tip.lance.versions import Classes, TableStore, Writer
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
+from retrieval_tip.retrieval.inputs import Features, Labels
+from retrieval_tip.retrieval.keys import KeyStream, index_over
+from retrieval_tip.retrieval.logits import Nearest, Retrieval
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
+from retrieval_tip.store.manifest import Manifest, Table
+
+HELD_BYTES = 1 << 29
+"""Keys up to this size stay in memory once they were read, where there is no index."""
+MOST_TAKEN = 1 << 29
+"""Bytes of keys that are taken out of a table as an index of their own, in memory."""
+MOST_ORDERED = 1 << 26
+"""Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
+FAR, ROUNDED = 1e-6, 1e-9
+"""Difference between a class's sum of keys and what its keys add up to, beyond which one of them is wrong: of the
+largest key's value, and of the sum's. Both sums are float64, so that one wrong key of a million is seen."""
+
+IntArray = npt.NDArray[np.int64]
+
+
+class TableKeys(KeyStream):
+    """The keys of a table; ``classes`` says how many each class has, and what they add up to."""
+
+    def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
+        counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
+        super().__init__((int(classes.counts.sum()), classes.text.shape[1]), counts, device)
+        self.table, self._sums = table, classes.sums
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sum of the keys of each class ``[c, d]``."""
+        return torch.from_numpy(self._sums.astype(np.float32)).to(self.device)
+
+    @cached_property
+    def _held(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return list(self._read())
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        found = 0
+        for batch in self.table.scan(["class_id", VECTOR], with_rows=True, size=SCANNED):
+            ids = batch["class_id"].to_numpy().astype(np.int64)
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self.n_classes:
+                raise StoreError(f"{self.table.address}: class ids are out of range; check it with index verify")
+            keys, rows = self.table.matrix(batch[VECTOR]), batch[ROW].to_numpy().astype(np.int64)
+            if (ids[1:] < ids[:-1]).any():
+                order = np.argsort(ids, kind="stable")
+                keys, ids, rows = keys[order], ids[order], rows[order]
+            for start in range(0, len(ids), self._block_size()):
+                part = slice(start, start + self._block_size())
+                block = (np.array(keys[part], dtype=np.float32), ids[part].copy(), rows[part].copy())
+                yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
+            found += len(ids)
+        if found != self.n:
+            raise StoreError(f"{self.table.address}: has {found} rows, its manifest says {self.n}; use another version")
+
+    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """:meth:`blocks` with the numbers ``[b]`` that the table knows the rows by."""
+        return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`keys.KeyStream.blocks`."""
+        return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
+
+    def nearest(self, features: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest of all keys, which are all compared with each query."""
+        none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
+        best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
+        for keys, ids, rows in self.numbered_blocks():
+            affinity, place = tip.affinity(features, keys).topk(min(k, len(keys)), dim=1)
+            every = [torch.cat(pair, dim=1) for pair in zip(best, (affinity, rows[place], ids[place]), strict=True)]
+            kept = every[0].topk(min(k, every[0].shape[1]), dim=1).indices
+            best = tuple(part.gather(1, kept) for part in every)
+        return Nearest(*best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRetrieval(Retrieval):
+    """Of keys in a LanceDB table, by its index, or by comparing with all where it has none."""
+
+    keys: TableKeys
+    kind: str
+
+    def nearest(self, features: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest keys; affinities are to the keys themselves, also where the index compresses them."""
+        k = min(k, self.keys.n)
+        if self.kind == FLAT:
+            return self.keys.nearest(features, k)
+        found = self.keys.table.search(features.cpu().numpy(), k)
+        affinity, rows, ids = (torch.from_numpy(part).to(features.device) for part in found)
+        return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))
+
+
+@dataclass(repr=False, kw_only=True)
+class TableModel(Classifier):
+    """A version of a :class:`table_store.TableStore`, opened. Make one with :meth:`load`.
+
+    It is changed by :mod:`changes` only, where it has a ``writer``: its table is then the one in the making.
+    """
+
+    store: TableStore
+    table: KeyTable
+    classes: Classes
+    dtype: str = "float32"
+    next_key_id: int = 0
+    index_type: str = FLAT
+    alpha: float = ALPHA
+    beta: float = BETA
+    logit_scale: float = LOGIT_SCALE
+    k: int | None = None
+    tail: bool = True
+    temperature: float = 1.0
+    templates: list[str] = field(default_factory=list)
+    backbone: Identity | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    manifest: Manifest | None = None
+    version: int | None = None
+    writer: Writer | None = None
+    values: None = None
+    tuned: None = None
+
+    def __post_init__(self) -> None:
+        self._follow()
+
+    def _follow(self) -> None:
+        """Bring up to date what follows from the classes and the table."""
+        self.class_names = self.classes.names
+        self.text_weights = torch.from_numpy(self.classes.text).to(self.device)
+        self._keys = TableKeys(self.table, self.classes, self.device)
+
+    @classmethod
+    def load(cls, place: TableStore, *, device: str = "auto", version: int | None = None) -> TableModel:
+        """Open the current version of a store, or an earlier one. Its small part is checked; the table by its size.
+
+        Raises StoreError naming what is missing, damaged or does not fit the manifest.
+        """
+        manifest = place.manifest(version)
+        return cls._of(place, manifest, place.table(manifest), resolve_device(device))
+
+    @classmethod
+    def changing(cls, writer: Writer) -> TableModel:
+        """The current version, to become the next one. Raises StoreError as :meth:`load`, or where there is none."""
+        if writer.parent is None or writer.table is None:
+            writer.store.manifest()  # which says what to do
+            raise StoreError(f"{writer.store}: is being made by another process; try again")
+        found = cls._of(writer.store, writer.parent, writer.table, "cpu")
+        found.writer = writer
+        return found
+
+    @classmethod
+    def _of(cls, place: TableStore, manifest: Manifest, table: KeyTable, device: str) -> TableModel:
+        names = ("alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "provenance", "dtype")
+        return cls(
+            store=place,
+            table=table,
+            classes=place.classes(manifest),
+            next_key_id=manifest.next_key_id or 1,
+            index_type=manifest.index,
+            backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
+            device=device,
+            manifest=manifest,
+            version=manifest.version,
+            **{name: getattr(manifest, name) for name in names},
+        )
+
+    @classmethod
+    def create(
+        cls,
+        writer: Writer,
+        blocks: Iterable[tuple[pa.Table, npt.NDArray[Any]]],
+        class_names: Sequence[str],
+        text_weights: npt.NDArray[np.float32] | None,
+        dtype: str = "float32",
+        index: str = "auto",
+        *,
+        stored: bool = False,
+    ) -> TableModel:
+        """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
+
+        It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
+        row. Raises UsageError for an index that a store does not have, InputError
+        for columns that a table cannot hold or text weights of another length; and what ``blocks`` raise.
+        """
+        index_kind(index, 0)
+        ahead = iter(blocks)
+        labels, keys = next(ahead)
+        d, c, following = keys.shape[1], len(class_names), 0
+        text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
+        inputs.check_shape("text_weights", text.shape, (c, d), "one a class; they come from the backbone of the keys")
+        counts, sums = np.zeros(c, dtype=np.int64), np.zeros((c, d))
+        further = labels.drop_columns([VERSION]) if stored else labels
+        extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
+        check_columns(extra)
+        schema = schema_of(d, dtype, extra)
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            nonlocal following
+            for part, own in itertools.chain([(labels, keys)], ahead):
+                ids = part["class_id"].to_numpy().astype(np.int64)
+                with np.errstate(over="ignore"):  # refused just below
+                    own = own.astype(dtype)
+                if not np.isfinite(own).all():
+                    raise InputError(f"keys: hold values too large for {dtype}")
+                counts[:] += np.bincount(ids, minlength=c)
+                np.add.at(sums, ids, own.astype(np.float64))
+                following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
+                yield from rows_of(part, own, writer.number).select(schema.names).cast(schema).to_batches()
+
+        table = writer.create(rows(), schema)
+        model = cls(
+            store=writer.store,
+            table=table,
+            classes=Classes(list(class_names), text, counts, sums),
+            dtype=dtype,
+            next_key_id=following,
+            writer=writer,
+        )
+        model._index(index_kind(index, model.n), index)
+        return model
+
+    @property
+    def n(self) -> int:
+        """Number of keys."""
+        return self._keys.n
+
+    @property
+    def d(self) -> int:
+        """Length of a feature."""
+        return self._keys.d
+
+    @property
+    def place(self) -> str:
+        """Address of the store."""
+        return str(self.store)
+
+    @property
+    def exact_search(self) -> bool:
+        """Whether the nearest keys are always found."""
+        return self.index_type == FLAT
+
+    @property
+    def retrieval(self) -> TableRetrieval:
+        """What finds the keys, with the settings as they are now."""
+        return TableRetrieval(
+            keys=self._keys,
+            kind=self.index_type,
+            text_weights=self.text_weights,
+            alpha=self.alpha,
+            beta=self.beta,
+            logit_scale=self.logit_scale,
+        )
+
+    @cached_property
+    def labels(self) -> pa.Table:
+        """The label store, in memory, without the keys: about 150 bytes a key."""
+        return self.table.read([name for name in self.table.schema.names if name != VECTOR])
+
+    def reload(self) -> TableModel:
+        """The current version of the store; itself, where this is that. Raises StoreError as :meth:`load`."""
+        return self if self.store.manifest() == self.manifest else self.load(self.store, device=self.device)
+
+    def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
+        """Columns of the label store of some keys, by the table's row numbers ``[m]``, ascending."""
+        return self.table.take(rows, columns)
+
+    def every_row(self) -> IntArray:
+        """The table's row numbers of all keys ``[n]``, in the order of :meth:`key_blocks`."""
+        found: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
+        return found
+
+    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
+        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
+        found = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
+        return self.table.matrix(found[VECTOR]), found.select(["key_id", "class_id"])
+
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+        """See :meth:`classifier.Classifier.find`."""
+        columns = [name for name in self.table.schema.names if name != VECTOR]
+        if key_ids:
+            found = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
+        elif labels:
+            found = self.table.of_ids("label", list(dict.fromkeys(labels)), columns)
+        else:
+            found = self.table.read(columns)
+        if labels:
+            found = found.filter(pc.is_in(found["label"], value_set=pa.array(labels, pa.string())))
+        if source:
+            chosen = pc.match_substring(found["source"], source, ignore_case=True)
+            found = found.filter(pc.fill_null(chosen, False))
+        return found
+
+    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
+        """Digest and label of the keys that have one of these digests."""
+        asked = list(dict.fromkeys(digest for digest in digests if digest is not None))
+        found = self.table.of_ids("digest", asked, ["digest", "label"])
+        return set(zip(found["digest"].to_pylist(), found["label"].to_pylist(), strict=True))
+
+    def statistics(self) -> Statistics | None:
+        """:func:`defaults.measure` of a sample of the keys, of few enough the one that a folder of them would take.
+
+        ``None`` where all are of one class or nothing spreads.
+        """
+        chosen = np.arange(self.n)
+        if self.n > SAMPLE:
+            chosen = np.random.default_rng(0).choice(self.n, SAMPLE, replace=False)
+            if self.n <= MOST_ORDERED:
+                ids = self.table.read(["key_id", "class_id"])
+                chosen = np.lexsort((ids["key_id"].to_numpy(), ids["class_id"].to_numpy()))[chosen]
+            chosen = np.sort(chosen)
+        some = self.table.offsets(chosen, ["class_id", VECTOR])
+        found = measure(self.table.matrix(some[VECTOR]), some["class_id"].to_numpy().astype(np.int64))
+        return None if found is None else replace(found, shots=self.n / int((self.classes.counts > 0).sum()))
+
+    def take(self, rows: IntArray) -> CacheModel:
+        """A classifier in memory over some of the keys, by their places in :attr:`labels`; exact, with these settings.
+
+        Raises UsageError where they are too many for that.
+        """
+        if len(rows) * self.d * 4 > MOST_TAKEN:
+            raise UsageError(
+                f"where: holds for {len(rows):,} keys, too many of a LanceDB store for memory; name fewer, or copy the "
+                f"store into a folder: retrieval-tip index clone {self.store} DIR"
+            )
+        labels = self.labels.take(pa.array(rows)).sort_by([("class_id", "ascending"), ("key_id", "ascending")])
+        key_ids, ids = labels["key_id"].to_numpy(), labels["class_id"].to_numpy().astype(np.int64)
+        keys = self.keys_of(key_ids)
+        names = ("alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "backbone", "provenance")
+        return CacheModel(
+            keys=keys,
+            labels=labels.drop_columns([VERSION]),
+            class_names=self.class_names,
+            text_weights=self.text_weights,
+            index=index_over(keys, ids, len(self.class_names), FLAT, self.device),
+            device=self.device,
+            next_key_id=self.next_key_id,
+            **{name: getattr(self, name) for name in names},
+        )
+
+    def keys_of(self, key_ids: IntArray) -> npt.NDArray[Any]:
+        """Keys ``[m, d]`` as they are stored, by their ids, each of which is there."""
+        found = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
+        order = np.argsort(found["key_id"].to_numpy())
+        place = order[np.searchsorted(found["key_id"].to_numpy()[order], key_ids)]
+        keys: npt.NDArray[Any] = self.table.matrix(found[VECTOR])[place]
+        return keys
+
+    def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+        """Labels, and keys as they are stored, of all rows, some at a time."""
+        for batch in self.table.scan(self.table.schema.names):
+            yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
+
+    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
+        """See :meth:`CacheModel.add_classes`."""
+        names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
+        old, m = self.classes, len(names)
+        self.classes = Classes(
+            [*old.names, *names],
+            np.concatenate([old.text, weights.numpy()]),
+            np.concatenate([old.counts, np.zeros(m, dtype=np.int64)]),
+            np.concatenate([old.sums, np.zeros((m, self.d))]),
+        )
+        self._follow()
+
+    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
+        """Take other text weights ``[c, d]``, made from these templates."""
+        self.classes, self.templates = replace(self.classes, text=weights), list(templates)
+        self._follow()
+
+    def add(
+        self,
+        keys: Features,
+        labels: Labels,
+        sources: Sequence[str] | pa.ChunkedArray | None = None,
+        *,
+        views: int | npt.NDArray[np.integer[Any]] = 1,
+        digests: Sequence[str | None] | None = None,
+        extra: pa.Table | None = None,
+    ) -> list[int]:
+        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`CacheModel.add`."""
+        writer = self._writing()
+        array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
+        key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
+        columns: dict[str, Any] = {"views": views, "digests": digests, "extra": extra}
+        added = label_table(self.class_names, ids, sources, key_ids=key_ids, **columns)
+        self._check_columns(added)
+        added = shots_after(added, ids, self._next_shots(np.unique(ids)))
+        order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
+        self.table.append(rows_of(added.take(pa.array(order)), array[order], writer.number))
+        self._count(ids, array, 1)
+        self.next_key_id += len(array)
+        return key_ids.tolist()
+
+    def _check_columns(self, added: pa.Table) -> None:
+        """Raise InputError for further columns that the table cannot have, or has with another type."""
+        there = self.table.schema
+        check_columns(list(added.schema)[len(LABEL_SCHEMA) :])
+        for column in added.schema:
+            if column.name in there.names and there.field(column.name).type != column.type:
+                raise InputError(
+                    f"labels: their columns do not fit the index's (column {column.name!r} is {column.type}, there "
+                    f"{there.field(column.name).type})"
+                )
+
+    def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
+        """The number of the next shot of each class ``[c]``; 0 for classes that are not among these."""
+        following = np.zeros(len(self.class_names), dtype=np.int32)
+        found = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
+        np.maximum.at(following, found["class_id"].to_numpy(), found["shot"].to_numpy() + 1)
+        return following
+
+    def _count(self, ids: IntArray, keys: npt.NDArray[Any], sign: int) -> None:
+        """Follow what was added (1) or removed (-1)."""
+        sums = self.classes.sums.copy()
+        counts = self.classes.counts + sign * np.bincount(ids, minlength=len(self.class_names))
+        np.add.at(sums, ids, sign * keys.astype(np.float64))
+        sums[counts == 0] = 0
+        self.classes = replace(self.classes, counts=counts, sums=sums)
+        self._follow()
+
+    def _writing(self) -> Writer:
+        if self.writer is None:
+            raise UsageError(f"{self.store}: is opened to read; change it with retrieval_tip.index.changes")
+        self.__dict__.pop("labels", None)
+        return self.writer
+
+    def remove(self, key_ids: Sequence[int]) -> None:
+        """Remove keys by their id; classes stay. See :meth:`CacheModel.remove`."""
+        self._writing()
+        found = self._of_ids(key_ids, ["key_id", "class_id", VECTOR])
+        if len(found) == self.n:
+            raise InputError("remove: an index needs at least one key; give up the folder instead")
+        if len(found):
+            self.table.delete(found["key_id"].to_pylist())
+            self._count(found["class_id"].to_numpy().astype(np.int64), self.table.matrix(found[VECTOR]), -1)
+
+    def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Rows of keys. Raises InputError naming ids that are not there."""
+        found = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
+        missing = sorted(set(key_ids) - set(found["key_id"].to_pylist()))
+        if missing:
+            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
+        return found
+
+    def relabel(self, key_ids: Sequence[int], label: str) -> None:
+        """Give keys to another class, as its last shots. See :meth:`CacheModel.relabel`."""
+        writer = self._writing()
+        class_id = int(inputs.ids_of([label], self.class_names, 1)[0])
+        found = self._of_ids(key_ids, self.table.schema.names)
+        found = found.filter(pc.not_equal(found["class_id"], class_id)).sort_by("key_id")
+        if not len(found):
+            return
+        m, first = len(found), int(self._next_shots(np.array([class_id]))[class_id])
+        old, keys = found["class_id"].to_numpy().astype(np.int64), self.table.matrix(found[VECTOR])
+        new = {
+            "class_id": np.full(m, class_id, dtype=np.int32),
+            "label": [label] * m,
+            "shot": (first + np.arange(m)).astype(np.int32),
+            VERSION: np.full(m, writer.number),
+        }
+        moved = found
+        for name, column in new.items():
+            moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
+        self.table.delete(found["key_id"].to_pylist())
+        self.table.append(moved)
+        self._count(old, keys, -1)
+        self._count(np.full(m, class_id, dtype=np.int64), keys, 1)
+
+    @property
+    def segments(self) -> int:
+        """Pieces that the table is in, and one for rows that its index does not hold."""
+        return self.table.fragments + (self.table.unindexed() > 0)
+
+    def compact(self) -> None:
+        """Put the pieces of the table together, and all rows into its index."""
+        self._writing()
+        self.table.optimize()
+        self._follow()
+
+    def rewrite(self, factory: str | None = None, dtype: str | None = None) -> None:
+        """Write every row anew, and the index over them: what was removed before is in no file of this version.
+
+        ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others. Raises
+        UsageError for a type that a store does not have, InputError where keys are too large for the dtype.
+        """
+        writer = self._writing()
+        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
+        kept = "auto" if self.provenance.get("index") == "auto" else self.index_type
+        blocks = replace(self, table=before).stored_blocks()
+        text = self.classes.text
+        found = self.create(
+            writer,
+            blocks,
+            self.class_names,
+            text,
+            dtype or self.dtype,
+            kept if factory is None else factory,
+            stored=True,
+        )
+        self.table, self.classes, self.dtype = found.table, found.classes, found.dtype
+        self.index_type, self.provenance = found.index_type, self.provenance | found.provenance
+        self._follow()
+
+    def _index(self, kind: str, asked: str) -> None:
+        """Have an index of this kind, because of what was asked for."""
+        self.table.build_index(kind)
+        self.index_type = kind
+        self.provenance = self.provenance | {"index": "auto" if asked == "auto" else "given"}
+
+    def _keep_up(self) -> None:
+        """Let the index follow the table: rows beside it cost every search, and many keys need one."""
+        if self.store.prunes(self._writing().number):  # else that puts pieces together in a version of its own
+            self.table.optimize()
+        if self.index_type == FLAT and self.n >= INDEX_FROM and self.provenance.get("index") == "auto":
+            self._index(index_kind("auto", self.n), "auto")
+        elif self.index_type != FLAT and self.table.unindexed() >= UNINDEXED:
+            self.table.optimize()
+
+    def commit(self, change: str) -> None:
+        """Make this the current version of its store; ``change`` says in a few words what it is.
+
+        Raises as :meth:`table_store.Writer.commit`.
+        """
+        writer = self._writing()
+        self._keep_up()
+        inputs.check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
+        self.manifest = Manifest(
+            version=writer.number,
+            parent=writer.parent.version if writer.parent else None,
+            **store.stamp(),
+            n=self.n,
+            d=self.d,
+            dtype=self.dtype,
+            class_names=self.class_names,
+            templates=self.templates,
+            logit_scale=float(self.logit_scale),
+            alpha=float(self.alpha),
+            beta=float(self.beta),
+            k=self.k,
+            tail=self.tail,
+            temperature=float(self.temperature),
+            index=self.index_type,
+            backbone=self.backbone.to_dict() if self.backbone else None,
+            provenance=self.provenance,
+            files={"classes": writer.classes(self.classes)},
+            next_key_id=self.next_key_id,
+            change=change,
+            table=Table(self.table.name, self.table.version, self.n),
+        )
+        writer.commit(self.manifest)
+        self.version = self.manifest.version
+        with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
+            self.store.forget_old(self.manifest.version)
+
+
+def verify(place: TableStore) -> TableModel:
+    """Check every row of the current version of a store, and that its parts fit together; of earlier ones the objects.
+
+    Raises StoreError naming what is damaged or does not fit. Returns the opened index.
+    """
+    model = TableModel.load(place, device="cpu")
+    assert model.manifest is not None
+    remedy = "go back to a version before, or build the store again"
+    for old in place.earlier(model.manifest):
+        place.classes(old)
+        place.table(old)
+    if not np.isfinite(model.classes.text).all() or not np.isfinite(model.classes.sums).all():
+        raise StoreError(f"{place}: text weights or sums that are not finite; {remedy}")
+    c = len(model.class_names)
+    counts, sums, largest = np.zeros(c, dtype=np.int64), np.zeros((c, model.d)), 1.0
+    seen: list[IntArray] = []
+    names = pa.array(model.class_names, pa.string())
+    for labels, keys in model.stored_blocks():
+        own = labels.select(["key_id", "class_id", "label"])
+        if any(column.null_count for column in own.columns):
+            raise StoreError(f"{place}: rows without key id, class id or label; {remedy}")
+        ids = own["class_id"].to_numpy().astype(np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < c:
+            raise StoreError(f"{place}: class ids are out of range; {remedy}")
+        if not own["label"].combine_chunks().equals(names.take(pa.array(ids))):
+            raise StoreError(f"{place}: labels are not those of their class ids; {remedy}")
+        if not np.isfinite(keys).all():
+            raise StoreError(f"{place}: keys that are not finite; {remedy}")
+        counts += np.bincount(ids, minlength=c)
+        np.add.at(sums, ids, keys.astype(np.float64))
+        largest = max(largest, float(np.abs(keys).max(initial=0)))
+        seen.append(own["key_id"].to_numpy())
+    every = np.concatenate(seen)
+    if len(np.unique(every)) != len(every) or every.max() >= model.next_key_id:
+        raise StoreError(f"{place}: key ids are there twice, or were never given; {remedy}")
+    far = FAR * largest + ROUNDED * np.abs(model.classes.sums).max(axis=1)
+    wrong = np.abs(sums - model.classes.sums).max(axis=1) > far
+    if (counts != model.classes.counts).any() or wrong.any():
+        raise StoreError(f"{place}: keys do not add up to what is known of their classes; {remedy}")
+    if model.table.index() != model.index_type:
+        raise StoreError(f"{place}: has another index than its manifest says; mend it with index rebuild --index auto")
+    return model
+
+
+def check_columns(columns: Iterable[pa.Field]) -> None:
+    """Raise InputError for a further column of a name that a table has itself, or cannot have."""
+    for column in columns:
+        if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
+            raise InputError(
+                f"column {column.name!r}: a LanceDB store has {VERSION}, {VECTOR} and names with _ in front itself, "
+                "and takes no dot or backtick in one; rename it or leave it out"
+            )
+
+
+def labels_in_blocks(
+    class_names: Sequence[str], blocks: Iterable[tuple[IntArray, npt.NDArray[Any], IntArray, Mapping[str, Any]]]
+) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+    """Labels and keys of blocks of class ids, keys, key ids and further arguments of :func:`labels.label_table`.
+
+    Shots are counted from block to block.
+    """
+    following = np.zeros(len(class_names), dtype=np.int32)
+    for ids, keys, key_ids, columns in blocks:
+        table = shots_after(label_table(class_names, ids, key_ids=key_ids, **columns), ids, following)
+        following += np.bincount(ids, minlength=len(class_names)).astype(np.int32)
+        yield table, keys

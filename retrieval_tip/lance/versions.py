@@ -1,0 +1,353 @@
+"""One index beside a LanceDB table, on a local disk or in a bucket: manifests and class tables as objects.
+
+Readers see the old version or the new one, never half of one.
+
+manifests/000003.json          a version each; the one with the highest number is the current one, and creating it is
+                               what makes a version: of two writers one can
+data/classes-<digest>.parquet  of each class: label, text weight, number of keys, sum of keys
+keys.lance/                    the table of keys and labels, whose own version each manifest names
+lock                           held by the process that writes; in a bucket a chain of leases (:mod:`lease`)
+
+A writer that was killed leaves versions of the table that no manifest names; the next one starts from the one that its
+manifest names, so nothing is there twice. Credentials are in the environment, never here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.lance import lease
+from retrieval_tip.lance.key_table import VECTOR, KeyTable
+from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.store import folder as store
+from retrieval_tip.store import labels
+from retrieval_tip.store.manifest import DataFile, Manifest, Table
+
+TABLE = "keys"
+PRUNED_EVERY = 16
+"""Versions from one that gives up those of the table to the next: that puts all small pieces together anew."""
+CLASSES_BYTES = 1 << 34
+"""A table of classes that is larger was not written here: a million classes of 1024 values take less."""
+
+_MANIFEST = re.compile(r"(\d{6,12})\.json")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The small part of an index: of each class its name, text weight ``[c, d]`` float32, and what a tail needs.
+
+    That is ``counts`` ``[c]`` int64 of its keys, and their ``sums`` ``[c, d]`` float64.
+    """
+
+    names: list[str]
+    text: npt.NDArray[np.float32]
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float64]
+
+    def to_bytes(self) -> bytes:
+        """As a Parquet file."""
+        d = self.text.shape[1]
+
+        def lists(array: npt.NDArray[Any]) -> pa.Array:
+            return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), d)
+
+        columns = {"label": pa.array(self.names, pa.string()), "keys": pa.array(self.counts, pa.int64())}
+        table = pa.table(columns | {"text": lists(self.text), "sum": lists(self.sums)})
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, manifest: Manifest, name: str) -> Classes:
+        """The inverse of :meth:`to_bytes`. Raises StoreError where it is not that of the manifest."""
+        damaged = f"{name}: does not fit its manifest; go back to a version before, or build the store again"
+        try:
+            table = pq.read_table(io.BytesIO(raw))
+            text, sums = (
+                table[column].combine_chunks().flatten().to_numpy().reshape(-1, manifest.d)
+                for column in ("text", "sum")
+            )
+            found = cls(manifest.class_names, text.copy(), table["keys"].to_numpy().astype(np.int64), sums.copy())
+            names = table["label"].to_pylist()
+        except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
+            raise StoreError(f"{damaged} ({first_line(error)})") from None
+        whole = text.dtype == np.float32 and sums.dtype == np.float64 and len(text) == len(sums) == len(names)
+        if not whole or names != manifest.class_names or found.counts.sum() != manifest.n or found.counts.min() < 0:
+            raise StoreError(damaged)
+        return found
+
+
+class Writer:
+    """A new version in the making, alone. Make one with :meth:`TableStore.write`."""
+
+    def __init__(self, store: TableStore, held: lease.Lease, parent: Manifest | None) -> None:
+        self.store, self.parent, self._held = store, parent, held
+        self.table: KeyTable | None = None
+        if parent is not None and parent.table is not None:
+            self.table = KeyTable.latest(store.address, parent.table.name)
+            if self.table.version != parent.table.version:  # what is newer was left by a writer that did not finish
+                self.table.restore(parent.table.version)
+
+    @property
+    def number(self) -> int:
+        """The number of the version in the making."""
+        return (self.parent.version if self.parent else 0) + 1
+
+    def create(self, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
+        """Make a table of these rows; whatever is there stays in earlier versions."""
+        self.table = KeyTable.create(self.store.address, TABLE, rows, schema)
+        return self.table
+
+    def classes(self, classes: Classes) -> DataFile:
+        """Write the small part."""
+        raw = classes.to_bytes()
+        digest = hashlib.sha256(raw).hexdigest()
+        entry = DataFile(f"data/classes-{digest[:16]}.parquet", len(classes.names), len(raw), digest)
+        self.store.objects.put(entry.name, raw)
+        return entry
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make this the current version; until its manifest is created the old one stands.
+
+        Raises InputError for what a manifest cannot hold, StoreError where another writer was faster, or the table does
+        not have the rows that it should.
+        """
+        try:
+            raw = manifest.to_bytes()
+            Manifest.parse(json.loads(raw))  # what could not be read again is never written
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            address = self.store.address
+            raise InputError(f"{address}: a manifest cannot hold this ({error}); nothing was changed") from None
+        assert manifest.table is not None
+        if KeyTable.at(self.store.address, manifest.table.name, manifest.table.version).rows != manifest.n:
+            raise StoreError(f"{self.store.address}: was written by another process meanwhile; try again")
+        self._held.still_held()
+        name = _name(manifest.version)
+        # Where the answer was lost, it may be there all the same; what is there tells whose it is.
+        if not self.store.objects.create(name, raw) and self.store.objects.get(name, len(raw)) != raw:
+            raise StoreError(f"{self.store.address}: got version {manifest.version} from another process; try again")
+
+
+class TableStore:
+    """Where the versions of one index are kept. Nothing is opened or made until it is asked for."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.objects = Objects.at(address)
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    def exists(self) -> bool:
+        """Whether there is an index (in whatever state)."""
+        return bool(self._versions())
+
+    def _versions(self) -> list[int]:
+        """The versions that are kept, oldest first."""
+        found = (_MANIFEST.fullmatch(name.rpartition("/")[2]) for name in self.objects.names("manifests"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def manifest(self, version: int | None = None) -> Manifest:
+        """The current version, or an earlier one. Raises StoreError where it is not there, or is damaged."""
+        for _ in range(store.VERSIONS_TRIED):
+            there = self._versions()
+            if not there:
+                raise StoreError(
+                    f"{self}: no index there; make one with retrieval-tip index build SOURCE --store {self}"
+                )
+            if version is not None and version not in there:
+                raise StoreError(f"{self}: has no version {version}; there are {', '.join(map(str, there))}")
+            try:
+                return self._read(version or there[-1])
+            except FileNotFoundError:  # given up just now
+                continue
+        raise StoreError(f"{self}: changes faster than it can be opened; try again")
+
+    def _read(self, version: int) -> Manifest:
+        name = _name(version)
+        raw = self.objects.get(name, store.MANIFEST_BYTES)
+        found = Manifest.from_bytes(raw, f"{self}/{name}", "restore it, or go back to a version before it")
+        if found.table is None or found.version != version:
+            raise StoreError(f"{self}/{name}: is the manifest of another index; restore it")
+        return found
+
+    def classes(self, manifest: Manifest) -> Classes:
+        """The small part of a version. Raises StoreError where it is missing or damaged."""
+        entry = manifest.files["classes"]
+        try:
+            raw = self.objects.get(entry.name, CLASSES_BYTES)
+        except FileNotFoundError:
+            raise StoreError(f"{self}/{entry.name}: missing; go back to a version before, or build again") from None
+        if len(raw) != entry.bytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
+            raise StoreError(f"{self}/{entry.name}: damaged (its SHA-256 is not the manifest's); go back to a version "
+                             "before, or build again")  # fmt: skip
+        return Classes.from_bytes(raw, manifest, f"{self}/{entry.name}")
+
+    def table(self, manifest: Manifest) -> KeyTable:
+        """The table as it was at a version. Raises StoreError where it does not fit the manifest."""
+        assert manifest.table is not None
+        table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
+        if table.vector_type != (manifest.d, manifest.dtype) or table.rows != manifest.n:
+            raise StoreError(f"{self}: its table does not fit version {manifest.version}; go back to one before")
+        return table
+
+    @contextmanager
+    def write(self, wait: float | None = None) -> Iterator[Writer]:
+        """Write a new version, alone: another writer waits its turn, ``wait`` seconds (:data:`store.LOCK_WAIT`).
+
+        An exception, or a kill at any moment, leaves the version that was there. Raises StoreError: it is locked, or
+        cannot be written.
+        """
+        self._refuse_others()
+        with lease.held(self.objects, self.address, store.LOCK_WAIT if wait is None else wait) as held:
+            self._tidy()
+            yield Writer(self, held, self.manifest() if self.exists() else None)
+
+    def _tidy(self) -> None:
+        """Remove files that a killed writer was writing: they have no names of objects yet."""
+        for path in self.address.local.glob("*/.*.tmp") if self.address.local is not None else ():
+            with suppress(OSError):
+                path.unlink()
+
+    def _refuse_others(self) -> None:
+        """Raise StoreError where the place is something else."""
+        place = self.address.local
+        if place is None or not place.exists():
+            return
+        own = {"manifests", "data", "lock", f"{TABLE}.lance"}
+        if not place.is_dir() or not {entry.name for entry in place.iterdir()} <= own:
+            raise StoreError(f"{self}: is something else; give an empty or new folder")
+
+    def history(self) -> pa.Table:
+        """The versions that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`.
+
+        ``bytes`` are those of the small part. Raises StoreError where one is damaged.
+        """
+        current = self.manifest()
+        rows = []
+        for manifest in [*self.earlier(current), current]:
+            row = {
+                name: getattr(manifest, name) for name in ("version", "parent", "created_at", "created_by", "change")
+            }
+            row |= {"keys": manifest.n, "classes": len(manifest.class_names), "current": manifest == current}
+            rows.append(row | {"bytes": sum(file.bytes for file in manifest.data_files)})
+        return labels.versions_table(rows)
+
+    def earlier(self, current: Manifest) -> list[Manifest]:
+        """The versions before, oldest first."""
+        found = []
+        for version in self._versions():
+            if version < current.version:
+                try:
+                    found.append(self._read(version))
+                except FileNotFoundError:  # given up just now
+                    continue
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """What ``index info`` prints."""
+        manifest = self.manifest()
+        counts, table = self.classes(manifest).counts, self.table(manifest)
+        facts = asdict(manifest)
+        for name in ("files", "later"):
+            del facts[name]
+        return (
+            {"folder": str(self)}
+            | facts
+            | {
+                "k": manifest.k or "all",
+                "classes": len(manifest.class_names),
+                "keys_per_class": store.keys_per_class(counts),
+                "not_indexed": table.unindexed(),
+                "files": {kind: file.name for kind, file in manifest.files.items()},
+                "earlier_versions": [old.version for old in self.earlier(manifest)],
+            }
+        )
+
+    def query(self, sql: str, predictions: Any = None) -> pa.Table:
+        """See :func:`store.query`; the table ``labels`` is read into memory, without the keys."""
+        manifest = self.manifest()
+        table = self.table(manifest)
+        tables = {"labels": table.read([n for n in table.schema.names if n != VECTOR]), "versions": self.history()}
+        if predictions is not None:
+            tables["predictions"] = labels.read_predictions(predictions)
+        return labels.ask(tables, sql)
+
+    def rollback(self, version: int | None = None) -> int:
+        """Make an earlier version, by default the one before, the content of a new one; returns the current version.
+
+        Raises StoreError where that version is not there or damaged.
+        """
+        self.manifest()  # where there is no index, nothing is made
+        with self.write() as writer:
+            current = writer.parent or self.manifest()
+            wanted = version if version is not None else current.parent
+            if wanted is None:
+                raise StoreError(f"{self}: has no version before {current.version}")
+            if wanted == current.version:
+                return current.version
+            old = self.manifest(wanted)
+            self.classes(old)
+            following = max(found.next_key_id or 0 for found in (old, current))
+            writer.commit(
+                replace(
+                    old,
+                    version=writer.number,
+                    parent=current.version,
+                    next_key_id=following,
+                    change=f"rollback to version {wanted}",
+                    **store.stamp(),
+                )
+            )
+            return writer.number
+
+    def collect(self, keep: int = 1) -> tuple[list[int], int]:
+        """Give up all versions but the last ``keep``, and what only they have: versions, bytes of objects.
+
+        Whoever has such a version open cannot read on. Raises UsageError where ``keep`` is below 1.
+        """
+        if keep < 1:
+            raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
+        self.manifest()
+        with self.write():
+            return self._forget(keep)
+
+    def _forget(self, keep: int, prune: bool = True) -> tuple[list[int], int]:
+        there = self._versions()
+        gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
+        self.objects.delete([_name(version) for version in gone])
+        named = {file.name for manifest in kept for file in manifest.data_files}
+        strays = [name for name in self.objects.names("data") if name not in named]
+        freed = sum(self.objects.size(name) for name in strays)
+        self.objects.delete(strays)
+        tables: Sequence[Table] = [manifest.table for manifest in kept if manifest.table is not None]
+        if prune:
+            table = KeyTable.latest(self.address, tables[-1].name)
+            table.prune(sorted({found.version for found in tables}))
+        return gone, freed
+
+    def prunes(self, number: int) -> bool:
+        """Whether the version with this number, once it is there, is to give up versions of the table."""
+        return number % PRUNED_EVERY == 0 and len(self._versions()) >= store.KEPT_VERSIONS
+
+    def forget_old(self, number: int) -> None:
+        """Give up what is beyond :data:`store.KEPT_VERSIONS`, right after the version with this number."""
+        if len(self._versions()) > store.KEPT_VERSIONS:
+            self._forget(store.KEPT_VERSIONS, prune=number % PRUNED_EVERY == 0)
+
+
+def _name(version: int) -> str:
+    return f"manifests/{version:06d}.json"

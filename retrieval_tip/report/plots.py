@@ -1,0 +1,584 @@
+"""Diagrams as PNG files, or as SVG within a report. What they show is computed by the upper half, drawn by the lower.
+
+Drawing needs matplotlib, which is imported when it is used: ``pip install 'retrieval-tip[plot]'``. Colours are those of
+Okabe and Ito and of the map cividis, which readers without red or green vision tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval_tip.data.encoder import replacing
+from retrieval_tip.data.sources import show
+from retrieval_tip.errors import UsageError, one_line
+from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
+from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation
+from retrieval_tip.report import html
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from retrieval_tip.index.tune import Trial, Tuning
+
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
+PAPER = "#fefefe"
+THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
+"""What colours become in a page that has a light and a dark side; grey is seen on both."""
+MOST_CLASSES, FEWER_CLASSES = 100, 40
+"""Up to so many classes are all drawn; of more than that, so many: those of most errors."""
+WRITTEN = 20
+"""Up to so many classes, the cells of the confusion matrix carry their numbers."""
+AFFINITY_BARS = 80
+LONGEST_NAME = 26
+DPI = 120
+PANELS = 6
+"""Heat maps of one accuracy surface."""
+POINTS = 5
+"""A heat map of settings tells so many points below the best apart."""
+MARKS = (0.5, 0.9, 0.99)
+"""Thresholds that are marked on the curve of accuracy against coverage."""
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """``counts[i, j]``: items of class ``names[i]`` that were answered ``names[j]``; ``totals[i]``: items of ``i``.
+
+    ``of`` is the number of classes that occur; where more, ``counts`` holds those of most errors only.
+    """
+
+    names: list[str]
+    counts: Ints
+    totals: Ints
+    of: int
+
+
+def confusion(answers: Answers) -> Confusion:
+    """The confusion matrix over the classes that occur, in the index's order; see :class:`Confusion`."""
+    c = len(answers.class_names)
+    truth, predicted = answers.truth, answers.predicted
+    totals = np.bincount(truth, minlength=c)
+    occurring = np.flatnonzero(totals + np.bincount(predicted, minlength=c))
+    chosen = occurring
+    if len(occurring) > MOST_CLASSES:
+        wrong = ~answers.right
+        errors = np.bincount(truth[wrong], minlength=c) + np.bincount(predicted[wrong], minlength=c)
+        chosen = np.sort(np.argsort(-errors, kind="stable")[:FEWER_CLASSES])
+    place = np.full(c, -1)
+    place[chosen] = np.arange(len(chosen))
+    rows, columns = place[truth], place[predicted]
+    both = (rows >= 0) & (columns >= 0)
+    counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
+    np.add.at(counts, (rows[both], columns[both]), 1)
+    return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
+
+
+def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
+    """Classes and their accuracy, best first; of more than ``MOST_CLASSES`` the worst ``FEWER_CLASSES``."""
+    ordered = sorted(per_class.items(), key=lambda pair: -pair[1])
+    if len(ordered) > MOST_CLASSES:
+        ordered = ordered[-FEWER_CLASSES:]
+    return [name for name, _ in ordered], np.array([value for _, value in ordered])
+
+
+def affinity_bars(affinities: Affinities, bars: int = AFFINITY_BARS) -> tuple[Floats, Floats, Floats]:
+    """Histograms of at most ``bars`` equal bins over the affinities that occur: edges, and the shares of the pairs.
+
+    Shares of ``same`` and of ``other`` each add up to 1 (to 0 where there are no such pairs).
+    """
+    either = np.flatnonzero(affinities.same + affinities.other)
+    if not either.size:
+        return affinities.edges[[0, -1]], np.zeros(1), np.zeros(1)
+    low, high = int(either[0]), int(either[-1]) + 1
+    width = max(1, -(-(high - low) // bars))
+    starts = np.arange(low, high, width)
+    ends = np.minimum(starts + width, len(affinities.same))
+    edges = affinities.edges[np.append(starts, starts[-1] + width).clip(max=len(affinities.same))]
+
+    def shares(counts: Ints) -> Floats:
+        sums = np.array([counts[a:b].sum() for a, b in zip(starts, ends, strict=True)], dtype=np.float64)
+        return sums / max(1, int(counts.sum()))
+
+    return edges, shares(affinities.same), shares(affinities.other)
+
+
+def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
+    """Mean affinity of one of the histograms, to half of a fine bin; ``None`` where it is empty."""
+    centres = (affinities.edges[1:] + affinities.edges[:-1]) / 2
+    return float(np.average(centres, weights=counts)) if counts.sum() else None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Accuracy ``[betas, alphas]`` at one k; 0 is all."""
+
+    k: int
+    alphas: Floats
+    betas: Floats
+    accuracy: Floats
+
+    def nearest(self, alpha: float, beta: float) -> tuple[int, int]:
+        """Row and column of the cell next to these settings, by ratio; alpha 0 has a column of its own."""
+        with np.errstate(divide="ignore"):
+            column, row = (
+                int(np.abs(np.log(values) - np.log(value)).argmin()) if value else 0
+                for values, value in ((self.alphas, alpha), (self.betas, beta))
+            )
+        return row, column
+
+
+def surface_panels(surface: pa.Table) -> list[Panel]:
+    """An accuracy surface by k, all first; of more than ``PANELS`` those of highest accuracy."""
+    k, beta, alpha, accuracy = (surface[name].to_numpy() for name in ("k", "beta", "alpha", "accuracy"))
+    panels = []
+    for value in np.unique(k):
+        own = k == value
+        betas, row = np.unique(beta[own], return_inverse=True)
+        alphas, column = np.unique(alpha[own], return_inverse=True)
+        grid = np.zeros((len(betas), len(alphas)))
+        grid[row, column] = accuracy[own]
+        panels.append(Panel(int(value), alphas, betas, grid))
+    best = sorted(panels, key=lambda panel: -float(panel.accuracy.max()))[:PANELS]
+    return sorted(best, key=lambda panel: panel.k or float("inf"), reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------------ how it looks
+
+
+def check(folder: Path) -> None:
+    """Raise UsageError, before any work is done, where no diagram could be drawn or the folder is something else."""
+    needs_matplotlib()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{show(folder)}: is a file; --plot writes into a folder, give another one")
+
+
+def needs_matplotlib(what: str = "--plot") -> None:
+    """Raise UsageError where it is not installed, naming what needs it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError(f"{what} needs matplotlib: pip install 'retrieval-tip[plot]'") from None
+
+
+def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write the diagrams of an evaluation into a folder, which is made where it is missing; returns the files.
+
+    confusion.png, per_class.png, reliability.png, coverage.png and, where affinities were counted, affinity.png. Files
+    of these names are replaced. Raises UsageError as :func:`check`; InputError where the folder cannot be written.
+    """
+    check(folder)
+    drawings: dict[str, Callable[[Evaluation], Figure]] = {
+        "confusion.png": draw_confusion,
+        "per_class.png": draw_per_class,
+        "reliability.png": draw_reliability,
+        "coverage.png": draw_coverage,
+    }
+    if evaluation.answers.affinities is not None:
+        drawings["affinity.png"] = draw_affinity
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in drawings.items():
+        with _style(), replacing(folder / name) as temporary:
+            draw(evaluation).savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+        written.append(folder / name)
+    return written
+
+
+def draw_confusion(evaluation: Evaluation) -> Figure:
+    """Confusion matrix, rows true, columns predicted, as shares of the true class."""
+    from matplotlib.colors import PowerNorm
+
+    found = confusion(evaluation.answers)
+    m = len(found.names)
+    cell = 0.42 if m <= WRITTEN else 0.2 if m <= FEWER_CLASSES else 0.15
+    side = max(3.0, cell * m)
+    figure, axes = _figure(side + 3.4, side + 2.2)
+    shares = 100 * found.counts / np.maximum(found.totals, 1)[:, None]
+    image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    if m <= WRITTEN:
+        for i, j in zip(*np.nonzero(found.counts), strict=True):
+            colour = "white" if shares[i, j] < 45 else "black"
+            axes.text(j, i, str(found.counts[i, j]), ha="center", va="center", color=colour, fontsize=8)
+    for line in (axes.axhline, axes.axvline):  # to follow a row or a column by
+        for at in range(1, m):
+            line(at - 0.5, color="white", alpha=0.12, linewidth=0.5)
+    size = 8 if m <= FEWER_CLASSES else 6.5
+    names = list(map(_name, found.names))
+    axes.set_xticks(range(m), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(m), names, fontsize=size)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100])
+    bar.set_label("share of the true class's items, %")
+    bar.outline.set_visible(False)
+    some = f"the {m} classes of most errors, of {found.of}" if m < found.of else _number(m, "class", "classes")
+    _title(axes, "Confusion matrix", f"{some}; {_items(evaluation)}, top-1 {evaluation.top1:.1%}")
+    return figure
+
+
+def draw_per_class(evaluation: Evaluation) -> Figure:
+    """Accuracy of each class as bars, the worst at the bottom."""
+    names, accuracies = class_accuracies(evaluation.per_class)
+    m, of = len(names), len(evaluation.per_class)
+    figure, axes = _figure(7, max(2.8, 0.17 * m + 1.5))
+    y = np.arange(m)[::-1]
+    axes.barh(y, 100 * accuracies, color=BLUE, height=0.75)
+    for row, value in zip(y, accuracies, strict=True):
+        axes.text(100 * value + 0.7, row, f"{100 * value:.0f}", va="center", fontsize=7, color=BLACK, zorder=3,
+                  bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    axes.axvline(100 * evaluation.mean_per_class, color=ORANGE, linestyle="--", linewidth=1.2)
+    axes.set_yticks(y, list(map(_name, names)), fontsize=8 if m <= FEWER_CLASSES else 7)
+    axes.set_ylim(-0.7, m - 0.3)
+    axes.set_xlim(0, 106)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("top-1 accuracy, %")
+    some = f"the worst {m} of {of} classes" if m < of else _number(m, "class", "classes")
+    _title(axes, "Accuracy by class", f"{some}; dashed: mean over classes {evaluation.mean_per_class:.1%}")
+    return figure
+
+
+def draw_reliability(evaluation: Evaluation) -> Figure:
+    """Accuracy against confidence in bins, with the number of answers below."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    answers = evaluation.answers
+    bins = [b for b in reliability(answers.confidence, answers.right) if b.count]
+    figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
+    centres = np.array([(b.low + b.high) / 2 for b in bins])
+    width = bins[0].high - bins[0].low
+    accuracy = 100 * np.array([b.accuracy for b in bins], dtype=np.float64)
+    confidence = 100 * np.array([b.confidence for b in bins], dtype=np.float64)
+    axes.bar(centres, accuracy, width * 0.92, color=BLUE, label="accuracy of the answers")
+    axes.hlines(confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
+                label="mean probability of the answers")  # fmt: skip
+    axes.plot([0, 1], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="perfect calibration")
+    axes.set_ylim(0, 132)  # room for the legend
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("accuracy, %")
+    axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    below.bar(centres, [b.count for b in bins], width * 0.92, color=GREY)
+    below.set_ylabel("answers")
+    below.set_yscale("log")
+    below.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    below.yaxis.set_minor_formatter(NullFormatter())
+    below.set_ylim(0.7, max(b.count for b in bins) * 3)
+    below.set_xlabel("probability of the answer")
+    below.set_xlim(0, 1)
+    facts = f"expected calibration error {evaluation.ece:.3f}; temperature {evaluation.temperature:.4g}"
+    _title(axes, "Reliability", f"{facts}; {_items(evaluation)}")
+    return figure
+
+
+def draw_coverage(evaluation: Evaluation) -> Figure:
+    """Accuracy of the answers that are given, as ever less probable ones are withheld."""
+    answers = evaluation.answers
+    curve = accuracy_coverage(answers.confidence, answers.right)
+    figure, axes = _figure(6, 4.4)
+    axes.step(100 * curve.coverage, 100 * curve.accuracy, where="post", color=BLUE, linewidth=1.8)
+    lowest = 100 * float(curve.accuracy.min())
+    bottom = max(0.0, lowest - max(2.0, 0.15 * (100 - lowest)))
+    top = 100 + 0.06 * (100 - bottom)
+    marks = [(evaluation.abstain, ORANGE)] if evaluation.abstain is not None else []  # first, so that it has its label
+    marks += [(p, GREY) for p in MARKS if p != evaluation.abstain]
+    taken: list[float] = []
+    for threshold, colour in marks:
+        answered = int((curve.threshold >= threshold).sum())
+        if answered:
+            x, y = 100 * curve.coverage[answered - 1], 100 * curve.accuracy[answered - 1]
+            axes.plot([x, x], [bottom, y], color=colour, linewidth=1, linestyle=":")
+            axes.plot(x, y, "o", color=colour, markersize=6)
+            if all(abs(x - other) > 4 for other in taken):
+                axes.text(x - 0.8, bottom + 0.02 * (top - bottom), f"P ≥ {threshold:g}", rotation=90, ha="right",
+                          va="bottom", fontsize=8, color=BLACK)  # fmt: skip
+                taken.append(x)
+    axes.set_xlim(0, 101)
+    axes.set_ylim(bottom, top)
+    axes.set_xlabel("coverage: share of the items that are answered, %")
+    axes.set_ylabel("accuracy of the answers, %")
+    said = f"everything answered: {evaluation.top1:.1%}"
+    if evaluation.abstain is not None and evaluation.selective_top1 is not None:
+        said += f"; P ≥ {evaluation.abstain:g}: {evaluation.selective_top1:.1%} of {evaluation.coverage:.1%}"
+    _title(axes, "Accuracy against coverage", f"{said}; {_items(evaluation)}")
+    return figure
+
+
+def draw_affinity(evaluation: Evaluation) -> Figure:
+    """Affinities of queries to keys of their own class and of others."""
+    affinities = evaluation.answers.affinities
+    assert affinities is not None
+    edges, same, other = affinity_bars(affinities)
+    figure, axes = _figure(6.6, 4.2)
+    kinds = (("other classes", other, affinities.other, ORANGE), ("the same class", same, affinities.same, BLUE))
+    for name, shares, counts, colour in kinds:
+        mean = mean_affinity(affinities, counts)
+        label = f"keys of {name}: {counts.sum():,} pairs" + ("" if mean is None else f", mean {mean:.2f}")
+        axes.stairs(100 * shares, edges, fill=True, alpha=0.45, color=colour)
+        axes.stairs(100 * shares, edges, color=colour, linewidth=1.4, label=label)
+        if mean is not None:
+            axes.axvline(mean, ymax=0.8, color=colour, linestyle="--", linewidth=1.2)
+    axes.set_ylim(0, 125 * max(same.max(), other.max(), 1e-9))  # room for the legend
+    axes.set_xlabel("affinity of query and key (inner product)")
+    axes.set_ylabel(f"share of the pairs, % in a bin of {edges[1] - edges[0]:.3f}")
+    axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    _title(axes, "Affinity to the keys", f"{_items(evaluation)}; dashed: means")
+    return figure
+
+
+def draw_surface(surface: pa.Table, path: Path) -> None:
+    """Write the accuracy surface of a search as a PNG file: beta against alpha, a panel for each k (0 is all).
+
+    ``surface`` has the columns k, beta, alpha, accuracy, and every combination of the first three. Of more than
+    ``PANELS`` k, those that reach most are drawn; accuracies below the lowest quarter share one colour.
+
+    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
+    """
+    needs_matplotlib()
+    panels = surface_panels(surface)
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    with _style(), replacing(path) as temporary:
+        figure, drawn = _grid(max(3.6 * across + 1.6, 6.6), 3.2 * down + 0.7, down, across)
+        reached = 100 * surface["accuracy"].to_numpy()
+        low, high = float(np.quantile(reached, 0.25)), float(reached.max())  # the colours are for where it is good
+        for axes, panel in zip(drawn, panels, strict=False):
+            image = _heat(axes, panel, low, high)
+            axes.set_title(f"k = {panel.k or 'all'}: at best {panel.accuracy.max():.1%}", fontsize=9.5, loc="left")
+        for axes in drawn[len(panels) :]:
+            axes.set_visible(False)
+        bar = figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min")
+        bar.set_label("accuracy, %")
+        figure.suptitle("Accuracy by alpha, beta and k (circle: the best of a panel)", fontsize=12, fontweight="bold")
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+
+
+def draw_frontier(tuning: Tuning, path: Path) -> None:
+    """Write what a query costs against how often its answer is that over all keys as a PNG file, a point a setting.
+
+    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
+    """
+    needs_matplotlib()
+    with _style(), replacing(path) as temporary:
+        figure, drawn = _grid(7, 4.2, 1, 1)
+        axes = drawn[0]
+
+        def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
+            return [trial.microseconds for trial in trials], [100 * (1 - trial.agreement) for trial in trials]
+
+        for factory in dict.fromkeys(trial.index for trial in tuning.trials):
+            axes.scatter(*points([t for t in tuning.trials if t.index == factory]), s=24, label=factory)
+        axes.plot(*points([t for t in tuning.trials if t.best]), color=GREY, linewidth=1.2, zorder=0)
+        axes.scatter(*points([tuning.chosen]), s=120, facecolors="none", edgecolors=BLACK, label="chosen")
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=100 / tuning.n)
+        axes.set_xlabel("microseconds a query")
+        axes.set_ylabel("answers other than those over all keys, %")
+        axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+
+
+def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
+    """Accuracy over alpha and beta at one k: a circle at the best, a cross at the cell next to these settings."""
+    figure, (axes,) = _grid(6.8, 4.4, 1, 1)
+    best = 100 * float(panel.accuracy.max())
+    image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
+    row, column = panel.nearest(alpha, beta)
+    axes.plot(column + 0.5, row + 0.5, "X", markersize=10, color=ORANGE, markeredgecolor="white")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min")
+    bar.set_label("accuracy, %")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy over shots, a line a method; bars are 95 % intervals over seeds, dots single draws.
+
+    ``lines`` as :func:`sweep.summary` gives them (method, shots, top1, half), ``rows`` the runs (method, shots, top1).
+    """
+    figure, (axes,) = _grid(6.8, 4.2, 1, 1)
+    colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
+    for place, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
+        own = [line for line in lines if line["method"] == method]
+        aside = 2 ** (0.04 * (place - 1))  # so that bars do not hide each other
+        colour = colours.get(method, GREY)
+        shots, means = [aside * line["shots"] for line in own], [100 * line["top1"] for line in own]
+        halves = [100 * (line["half"] or 0.0) for line in own]
+        single = [(aside * row["shots"], 100 * row["top1"]) for row in rows if row["method"] == method]
+        style = "-" if method in colours else "--"
+        axes.errorbar(shots, means, yerr=halves, color=colour, linestyle=style, linewidth=1.8, capsize=3, label=method)
+        axes.plot(*zip(*single, strict=True), "o", color=colour, alpha=0.45, markersize=4)
+    seen = [100 * row["top1"] for row in rows]
+    room = 0.15 * (max(seen) - min(seen)) + 1
+    axes.set_ylim(max(0.0, min(seen) - room), min(100.5, max(seen) + room))  # of few draws the bars reach beyond
+    ticks = sorted({line["shots"] for line in lines})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.set_xlabel("shots: keys a class")
+    axes.set_ylabel("top-1 accuracy on test, %")
+    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    return figure
+
+
+def draw_training(curve: pa.Table, kept: int) -> Figure:
+    """Cross-entropy and accuracy by epoch; ``curve`` has the columns of :data:`finetune.CURVE`, ``kept`` is one."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, drawn = _grid(9.4, 3.8, 1, 2)
+    epochs = curve["epoch"].to_numpy()
+    for axes, name, scale, label in zip(
+        drawn, ("loss", "accuracy"), (1, 100), ("cross-entropy", "top-1, %"), strict=True
+    ):
+        met, held_out = (scale * curve[f"{part}{name}"].to_numpy() for part in ("", "val_"))
+        axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="shots, as they were met")
+        if np.isfinite(held_out).any():
+            axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation images")
+        axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="the epoch that was kept")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+    drawn[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    return figure
+
+
+def draw_curve(curve: pa.Table, kept: int, path: Path) -> None:
+    """Write the loss curve of a fine-tuning as a PNG file: cross-entropy and accuracy by epoch.
+
+    Arguments as for :func:`draw_training`. Raises UsageError without matplotlib; InputError where ``path`` cannot be
+    written.
+    """
+    needs_matplotlib()
+    with _style(), replacing(path) as temporary:
+        figure = draw_training(curve, kept)
+        figure.suptitle("Fine-tuning", fontsize=12, fontweight="bold")
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+
+
+def svg(draw: Callable[[], Figure], label: str) -> str:
+    """A diagram as an element of an HTML page: ``<svg>`` with an accessible ``label``, its colours those of the page.
+
+    Text stays text. Nothing in it refers to anywhere but itself. The page has to define ``--paper``, ``--blue``,
+    ``--orange`` and ``--sans``.
+    """
+    buffer = io.StringIO()
+    themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
+    themed |= dict.fromkeys(("axes.facecolor", "figure.facecolor"), PAPER)
+    with _style(themed | {"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure = draw()
+        width, height = (72 * side for side in figure.get_size_inches())
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", dpi=DPI, metadata=nothing)
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = drawn[drawn.index(">") + 1 :]
+    drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the same in every diagram, and never referred to
+    drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
+    title = html.text(label)
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width * 4 / 3:g}"'  # in px, of which an inch has 96
+    return f'<svg {size} role="img" aria-label="{title}">{drawn.strip()}'
+
+
+def _themed(style: re.Match[str]) -> str:
+    """A style attribute in the fonts and colours of the page."""
+    found = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
+    found = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", found)
+    for colour, name in THEME.items():
+        found = re.sub(colour, name, found, flags=re.IGNORECASE)
+    return found
+
+
+def _heat(axes: Axes, panel: Panel, low: float, high: float) -> Any:
+    """The cells of one panel in colours from ``low`` to ``high`` %, a circle at the best, and its axes."""
+    shown = 100 * panel.accuracy
+    image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
+    row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
+    axes.plot(column + 0.5, row + 0.5, "o", markersize=9, markerfacecolor="none", color=ORANGE)
+    for values, at in ((panel.alphas, axes.xaxis), (panel.betas, axes.yaxis)):
+        some = np.unique(np.linspace(0, len(values) - 1, min(6, len(values))).round().astype(int))
+        at.set_ticks(some + 0.5, [f"{values[i]:{'.3g' if values[i] < 1000 else '.0e'}}" for i in some], fontsize=8)
+    axes.set_xlabel("alpha (residual ratio)", fontsize=9)
+    axes.set_ylabel("beta (sharpness)", fontsize=9)
+    return image
+
+
+@contextmanager
+def _style(settings: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Plain and legible, whatever the user's own matplotlib settings are, but for these."""
+    import matplotlib
+
+    level = logging.getLogger("matplotlib.font_manager").level
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings or {})
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script without a font
+        try:
+            yield
+        finally:
+            logging.getLogger("matplotlib.font_manager").setLevel(level)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, (axes,) = _grid(width, height, 1, 1)
+    return figure, axes
+
+
+def _grid(width: float, height: float, down: int, across: int, **how: Any) -> tuple[Figure, list[Axes]]:
+    """A figure drawn by Agg, without pyplot and its windows, and its axes row by row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as New
+
+    figure = New(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    made: Any = figure.subplots(down, across, squeeze=False, **how)
+    for axes in made.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(made.flat)
+
+
+def _title(axes: Axes, title: str, facts: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20)
+    axes.text(0, 1, facts, transform=axes.transAxes + _raised(axes), fontsize=8.5, color=BLACK, va="bottom")
+
+
+def _raised(axes: Axes) -> Any:
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = axes.get_figure()
+    assert figure is not None
+    return ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
+
+
+def _items(evaluation: Evaluation) -> str:
+    return _number(evaluation.n, "item", "items")
+
+
+def _number(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def _name(name: str) -> str:
+    """A class name as a label: one line, not too long, and no mathematics."""
+    text = one_line(name)
+    text = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+    return text.replace("$", r"\$")

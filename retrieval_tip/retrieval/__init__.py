@@ -1,0 +1,1 @@
+"""Retrieval: which keys a query meets, and what they give."""

@@ -1,0 +1,492 @@
+"""The keys, grouped by class, and what queries meet of them: all, whole classes, or the nearest.
+
+Everything is done a block at a time, so that memory stays flat whatever the number of keys and queries, and in memory
+that is used again: a fresh page costs as much as the sums that go into it. The formula is :mod:`tip`'s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.retrieval.segments import Segments, runs, segments_of
+from retrieval_tip.retrieval.vector_index import VectorIndex, inner_factory
+
+log = logging.getLogger(__name__)
+
+QUERY_BLOCK, KEY_BLOCK = 512, 2048
+"""The largest affinity block that exists at a time is [2048, 512] float32, 4 MiB: it stays in a processor's cache."""
+
+GPU_BLOCKS = 8
+"""On a GPU a block has so many times the queries and so many times the keys."""
+
+GATHERED = 1 << 23
+"""Values of keys that are gathered at a time where each query meets its own: 32 MiB of float32."""
+
+FEW = 8
+"""Queries of a class up to which a product runs along its keys; for more of them, keys are packed for it first."""
+
+SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
+"""What :meth:`Keys.slack` is measured on: keys as queries, the classes nearest to each, keys of each of those."""
+
+SPREAD_QUANTILE = 0.999
+MOST_SLACK = 1e9
+"""More says nothing else: every class can win."""
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+HALF_FROM = 1 << 22
+"""Values of the keys from which ``auto`` tries half precision: below it, there is nothing to gain."""
+HALF_FROM_QUERIES = 64
+"""Queries at a time from which ``auto`` tries it: halving the keys and measuring take longer than a few answers."""
+HALF_GAIN = 1.3
+"""How many times as fast half-precision products have to be for ``auto`` to take them."""
+HALF_ERROR = 2e-3
+"""Relative root mean square error of cache logits that ``auto`` accepts: a tenth of a percent of what decides."""
+
+FUSED = (torch.float32, torch.float16)
+"""Precisions of the kernel for a GPU."""
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+@cache
+def _kernel() -> Kernel | None:
+    """The kernel for a GPU, where there is a Triton to compile it."""
+    try:
+        return importlib.import_module("retrieval_tip.retrieval.fused").add_by_class  # type: ignore[no-any-return]
+    except ImportError as error:
+        log.info("no fused kernel: %s", error)
+        return None
+
+
+def index_over(
+    keys: npt.NDArray[Any] | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
+) -> VectorIndex:
+    """The FAISS index over keys ``[n, d]`` grouped by class, or over the means of the classes (``Classes``).
+
+    Raises UsageError as :meth:`VectorIndex.build`.
+    """
+    if inner_factory(factory) is None:
+        return VectorIndex.build(keys, factory, device)
+    return _of_classes(VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device))
+
+
+def beside(index: VectorIndex, late: Sequence[npt.NDArray[Any]], class_ids: IntArray, counts: IntArray) -> VectorIndex:
+    """The index over the first segment, with ``late`` ones beside it, whose keys have ``class_ids`` ``[m]``.
+
+    They are further rows. Where the index is over class means, those of their classes change; the first segment has
+    ``counts`` ``[c]`` keys a class.
+    """
+    bare = index.bare()
+    if not index.by_class:
+        return bare.plus(
+            np.arange(bare.n, bare.n + len(class_ids)),
+            lambda: np.concatenate([part.astype(np.float32, copy=False) for part in late]),
+        )
+    changed = np.union1d(class_ids, np.arange(bare.n, len(counts))).astype(np.int64)
+
+    def means() -> FloatArray:
+        sums = np.zeros((len(counts), index.d))
+        sums[: bare.n] = bare.vectors() * counts[: bare.n, None]
+        start = 0
+        for part in late:
+            np.add.at(sums, class_ids[start : start + len(part)], part)
+            start += len(part)
+        now = counts + np.bincount(class_ids, minlength=len(counts))
+        found: FloatArray = (sums / np.maximum(now, 1)[:, None])[changed].astype(np.float32)
+        return found
+
+    return bare.plus(changed, means)
+
+
+def text_index_over(text_weights: npt.NDArray[np.float32], factory: str, device: str = "auto") -> VectorIndex | None:
+    """The index over the text weights ``[c, d]`` that goes with an index over class means that are themselves indexed.
+
+    ``None`` where the classes are few enough to compare with all (any other factory), or have no text weights.
+    """
+    inner = inner_factory(factory)
+    if inner in (None, "Flat") or not text_weights.any():
+        return None
+    return _of_classes(VectorIndex.build(text_weights, inner, device))
+
+
+def _of_classes(index: VectorIndex) -> VectorIndex:
+    """With four times the usual effort: a class that is missed counts nothing, where a missed key counts at a mean."""
+    if index.effort is not None and index.effort_limit is not None:
+        index.effort = min(4 * index.effort, index.effort_limit)
+    return index
+
+
+def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """Affinities ``[q, k]`` of queries ``[q, d]`` to vectors of their own, by row ``[q, k]``; 0 where a row is -1.
+
+    ``gather`` gives the vectors ``[b, k, d]`` of rows ``[b, k]``; it is asked for few at a time.
+    """
+    found = features.new_zeros(rows.shape)
+    step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        found[part] = torch.einsum("qd,qkd->qk", features[part], gather(rows[part].clamp_min(0)).float())
+    return found.masked_fill_(rows < 0, 0)
+
+
+class KeyStream(ABC):
+    """Keys ``[n, d]`` that are read a block at a time, wherever they are kept; sums are float32, on ``device``.
+
+    ``counts`` ``[c]`` float32: keys of each class. ``means`` gives the class means ``[c, d]`` where they are known;
+    else they take reading all keys.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        counts: Tensor,
+        device: str = "cpu",
+        means: Callable[[], FloatArray] | None = None,
+    ) -> None:
+        self.n, self.d = shape
+        self.counts, self.n_classes, self.device = counts, len(counts), device
+        self._known_means = means
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
+
+        Each is grouped by class. Blocks may share their memory, and have :data:`KEY_BLOCK` keys at most, on a GPU
+        :data:`GPU_BLOCKS` times as many.
+        """
+
+    def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
+        """The dtype of products of ``q`` queries with all keys: float32."""
+        return torch.float32
+
+    def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of keys less their mean, in half precision."""
+        yield from (((keys - self._centre).to(products), ids) for keys, ids in self.blocks())
+
+    @cached_property
+    def mean_count(self) -> float:
+        """Keys a class, over the classes that have any."""
+        return self.n / int((self.counts > 0).sum())
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sum of the keys of each class ``[c, d]``: what a tail needs of the keys that are not met."""
+        if self._known_means is not None:
+            return self.means * self.counts[:, None]
+        return self.by_class(self.blocks(), self.d)
+
+    @cached_property
+    def means(self) -> Tensor:
+        """Mean key of each class ``[c, d]``, zeros where it has none; not of unit norm."""
+        if self._known_means is not None:
+            return torch.from_numpy(self._known_means()).to(self.device)
+        return self.sums / self.counts.clamp_min(1)[:, None]
+
+    def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
+        """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
+        sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
+        for rows, ids in blocks:
+            found, counts = ids.unique_consecutive(return_counts=True)
+            if len(rows) < 16 * len(found):
+                sums.index_add_(0, ids, rows.double())
+                continue
+            for class_id, part in zip(found.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
+                sums[class_id] += part.sum(0, dtype=torch.float64)
+        return sums.float()
+
+    def cache_logits(
+        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
+    ) -> Tensor:
+        """Cache logits ``[q, c]`` over every key: ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
+
+        ``features`` ``[q, d]`` float32 on the device; ``values`` ``[n, c]`` where each key gives to every class.
+        ``products`` (by default :meth:`products`) in half precision take keys relative to their mean ``m``,
+        ``A = f m + f (K - m)``: what is rounded is then the part that tells them apart, a quarter of the whole.
+        """
+        if values is not None:
+            products = torch.float32
+        products = products or self.products(beta, len(features))
+        if self.device != "cpu" and values is None and (kernel := _kernel()) is not None and products in FUSED:
+            return self.fused(features, beta, products, kernel)
+        out = features.new_empty(len(features), self.n_classes)
+        size = QUERY_BLOCK * self._times()
+        memory = features.new_empty(self._block_size() * min(size, len(features)))
+        for start in range(0, len(features), size):
+            part = slice(start, start + size)
+            out[part] = self._over_all(features[part], beta, values, products, memory).T
+        return out
+
+    def fused(self, features: Tensor, beta: float, products: torch.dtype, kernel: Kernel) -> Tensor:
+        """:meth:`cache_logits` by a kernel that writes no affinity (:func:`fused.add_by_class`)."""
+        half = products != torch.float32
+        common = features @ self._centre if half else features.new_zeros(len(features))
+        queries = features.to(products).contiguous()
+        found = features.new_zeros(len(features), self.n_classes)
+        for keys, ids in self._halved(products) if half else self.blocks():
+            present, ranks = ids.unique_consecutive(return_inverse=True)
+            sums = features.new_zeros(len(features), len(present))
+            kernel(queries, keys.contiguous(), ranks.int(), common, beta, sums)
+            found[:, present] += sums
+        return found
+
+    def _block_size(self) -> int:
+        return min(self.n, KEY_BLOCK * self._times())
+
+    def _times(self) -> int:
+        return 1 if self.device == "cpu" else GPU_BLOCKS
+
+    def _over_all(
+        self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor
+    ) -> Tensor:
+        """Cache logits ``[c, q]``: keys along the rows, so that each sum by class is a run over the queries."""
+        q, start = len(features), 0
+        cache = features.new_zeros(self.n_classes, q)
+        for weights, ids in self._weights(features, beta, products, memory):
+            if values is None:
+                cache.index_add_(0, ids, weights)
+            else:
+                cache.addmm_(values[start : start + len(ids)].T, weights)
+                start += len(ids)
+        return cache
+
+    def _weights(
+        self, features: Tensor, beta: float, products: torch.dtype, memory: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights ``[b, q]`` of the keys, a block at a time in ``memory``, and their class ids ``[b]``."""
+        q = len(features)
+        if products == torch.float32:
+            for keys, ids in self.blocks():
+                affinity = tip.affinity(keys, features, out=memory[: len(keys) * q].view(len(keys), q))
+                yield tip.weight(affinity, beta, out=affinity), ids
+            return
+        halved, common = features.to(products), features @ self._centre
+        product = torch.empty(self._block_size(), q, dtype=products, device=self.device)
+        for keys, ids in self._halved(products):
+            tip.affinity(keys, halved, out=product[: len(keys)])
+            affinity = torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q))
+            yield tip.weight(affinity, beta, out=affinity), ids
+
+    @cached_property
+    def _centre(self) -> Tensor:
+        """Mean of all keys ``[d]``."""
+        centre: Tensor = self.sums.sum(0) / self.n
+        return centre
+
+
+class Keys(KeyStream):
+    """Keys ``[n, d]`` float32 or float16, on disk or in memory; sums are float32, on ``device``.
+
+    They are grouped by class, or are segments of which each is grouped by class.
+
+    ``precision`` is that of the products with all keys (:meth:`cache_logits`): float32, bfloat16, float16, or ``auto``,
+    the fastest that is accurate enough, by measurement here. Raises InputError where ``class_ids`` ``[n]`` do not
+    ascend, UsageError for an unknown precision. ``means`` as for :class:`KeyStream`.
+    """
+
+    def __init__(
+        self,
+        array: npt.NDArray[Any] | Segments,
+        class_ids: IntArray,
+        n_classes: int,
+        device: str = "cpu",
+        precision: str = "float32",
+        means: Callable[[], FloatArray] | None = None,
+    ) -> None:
+        bounds = np.cumsum([0, *(len(part) for part in segments_of(array))])
+        descends = np.flatnonzero(class_ids[1:] < class_ids[:-1]) + 1
+        if len(class_ids) != len(array) or not np.isin(descends, bounds).all():
+            raise InputError(
+                "labels: keys are not grouped by class, in the order of the classes; build the index again"
+            )
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        self.array, self.precision = array, precision
+        counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
+        self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
+        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # not Arrow's own
+        total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
+        super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
+        self._slack: dict[float, float] = {}
+        self._products: dict[float, torch.dtype] = {}
+        self._on_device: Tensor | None = None
+        self._starts = torch.from_numpy(self.starts).to(device)
+        self._kept_halved: Tensor | None = None
+        self._value_sums: tuple[Tensor, Tensor] | None = None
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
+
+        On a GPU all keys stay there, where half of its free memory holds them. Blocks may share their memory.
+        """
+        converted = torch.empty(self._block_size(), self.d, device=self.device)
+        for part in runs(self.array, self._block_size()):
+            rows = self._rows(part)
+            if rows.dtype != torch.float32:
+                rows = converted[: len(rows)].copy_(rows)
+            yield rows, self.class_ids[part]
+
+    def _rows(self, part: slice) -> Tensor:
+        """Some keys as they are stored, on the device."""
+        if self._on_device is None and self.device != "cpu":
+            free, _ = torch.cuda.mem_get_info(torch.device(self.device))
+            if self.array.nbytes < free // 2:
+                self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
+        if self._on_device is not None:
+            return self._on_device[part]
+        return torch.from_numpy(self.array[part]).to(self.device)
+
+    def value_sums(self, values: Tensor) -> Tensor:
+        """Sum of the ``values`` ``[n, c]`` of the keys of each class ``[c, c]``: what a tail needs with values."""
+        if self._value_sums is None or self._value_sums[0] is not values:
+            parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
+            blocks = ((values[part], self.class_ids[part]) for part in parts)
+            self._value_sums = values, self.by_class(blocks, self.n_classes)
+        return self._value_sums[1]
+
+    def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of keys less their mean, in half precision; kept, but for keys that are on disk."""
+        if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
+            yield from super()._halved(products)
+            return
+        if self._kept_halved is None or self._kept_halved.dtype != products:
+            self._kept_halved = torch.cat([(keys - self._centre).to(products) for keys, _ in self.blocks()])
+        for part in runs(self.array, self._block_size()):
+            yield self._kept_halved[part], self.class_ids[part]
+
+    def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
+        """The dtype of products of ``q`` queries with all keys, as :attr:`precision` says; ``auto`` is measured once.
+
+        ``auto`` is float32, unless half precision is :data:`HALF_GAIN` times as fast on a block of these keys and the
+        root mean square error of cache logits stays within :data:`HALF_ERROR` of them.
+        """
+        if self.precision != "auto":
+            found: torch.dtype = getattr(torch, self.precision)
+            return found
+        if q < HALF_FROM_QUERIES:
+            return torch.float32
+        if beta not in self._products:
+            self._products[beta] = self._fastest(beta)
+        return self._products[beta]
+
+    def _fastest(self, beta: float) -> torch.dtype:
+        if self.n * self.d < HALF_FROM:
+            return torch.float32
+        rows = np.linspace(0, self.n - 1, min(self.n, QUERY_BLOCK), dtype=np.int64)
+        features = torch.from_numpy(self.array[rows]).to(self.device).float()
+        few = segments_of(self.array)[0][: 2 * KEY_BLOCK]
+        some = Keys(few, self.class_ids[: len(few)].cpu().numpy(), self.n_classes, self.device)
+        some.__dict__["_centre"] = self._centre
+        present = some.counts > 0
+        seconds: dict[torch.dtype, list[float]] = {}
+        logits: dict[torch.dtype, Tensor] = {}
+        for _ in range(4):
+            for dtype in (torch.float32, torch.bfloat16 if self.device == "cpu" else torch.float16):
+                start = time.perf_counter()
+                logits[dtype] = some.cache_logits(features, beta, products=dtype)[:, present]
+                if self.device != "cpu":
+                    torch.cuda.synchronize()
+                seconds.setdefault(dtype, []).append(time.perf_counter() - start)
+        exact = logits[torch.float32]
+        best, least = torch.float32, min(seconds[torch.float32][1:]) / HALF_GAIN
+        for dtype, taken in seconds.items():
+            error = float(((logits[dtype] / exact - 1) ** 2).mean().sqrt())
+            if error <= HALF_ERROR and min(taken[1:]) <= least:
+                best, least = dtype, min(taken[1:])
+        return best
+
+    def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
+        """Cache logits ``[q, p]`` of some classes of each query, each summed over all of its keys.
+
+        ``classes`` ``[q, p]`` int64; where ``met`` ``[q, p]`` is false, the logit is 0 and no key is read. Queries that
+        meet a class meet it together, so that its keys are read once.
+        """
+        query, slot = met.nonzero(as_tuple=True)
+        ids, order = classes[query, slot].sort()
+        query, slot = query[order], slot[order]
+        sums = features.new_zeros(len(ids))
+        groups, sizes = ids.unique_consecutive(return_counts=True)
+        memory = features.new_empty(max([QUERY_BLOCK * KEY_BLOCK, *sizes.tolist()]))
+        at = 0
+        for class_id, size in zip(groups.tolist(), sizes.tolist(), strict=True):
+            asked = features[query[at : at + size]]
+            step = max(1, len(memory) // size)
+            for part in self._ranges(class_id, step):
+                keys = self._rows(part).float()
+                rows, columns = (keys, asked) if size <= FEW else (asked, keys)
+                affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
+                sums[at : at + size] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
+            at += size
+        found = features.new_zeros(classes.shape)
+        found[query, slot] = sums
+        return found
+
+    def _ranges(self, class_id: int, size: int) -> Iterator[slice]:
+        """Where the keys of a class are, at most ``size`` of them a slice."""
+        for first, last in self.starts[:, class_id : class_id + 2].tolist():
+            yield from (slice(start, min(start + size, last)) for start in range(first, last, size))
+
+    def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
+        """Rows ``[q, m]`` int64 of the keys of some classes ``[q, p]`` of each query, where ``met``; -1 fills up."""
+        firsts, lasts = (self._starts[:, ids].permute(1, 2, 0).flatten(1) for ids in (classes, classes + 1))
+        met = met.repeat_interleave(len(self.starts), dim=1)  # each class has a run of rows in each segment
+        lengths = torch.where(met, lasts - firsts, 0)
+        ends = lengths.cumsum(1)
+        query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
+        flat = lengths.reshape(-1)
+        within = torch.arange(int(flat.sum()), device=self.device) - (flat.cumsum(0) - flat).repeat_interleave(flat)
+        before = (ends - lengths).reshape(-1).repeat_interleave(flat)
+        longest = int(ends.max()) if len(ends) else 0
+        rows = torch.full((len(classes), longest), -1, device=self.device)
+        rows[query, before + within] = firsts.reshape(-1).repeat_interleave(flat) + within
+        return rows
+
+    def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Affinities ``[q, k]`` of queries ``[q, d]`` to keys of their own, by row ``[q, k]``; 0 where a row is -1."""
+        return own_affinity(features, rows, self._gathered)
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        if self._on_device is not None:
+            return self._on_device[rows]
+        return torch.from_numpy(self.array[rows.cpu().numpy()]).to(self.device)
+
+    def slack(self, beta: float) -> float:
+        """How far the cache logit of a class exceeds what its mean affinity says, as a fraction, hardly ever exceeded.
+
+        ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class near to a query, measured once
+        on a sample of keys as queries and their nearest other classes; the quantile :data:`SPREAD_QUANTILE`.
+        """
+        if beta not in self._slack:
+            self._slack[beta] = self._measured_slack(beta)
+        return self._slack[beta]
+
+    def _measured_slack(self, beta: float) -> float:
+        asked = torch.linspace(0, self.n - 1, min(self.n, SPREAD_QUERIES), device=self.device).long()
+        features = self._gathered(asked).float()
+        near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
+        near.scatter_(1, self.class_ids[asked, None], -torch.inf)
+        found, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
+        every = np.diff(self.starts, axis=1)
+        most = every.argmax(axis=0), np.arange(self.n_classes)  # the segment that holds most of a class stands for it
+        starts, counts = (torch.from_numpy(x[most]).to(self.device) for x in (self.starts[:, :-1], every))
+        steps = torch.arange(SPREAD_KEYS, device=self.device)
+        rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
+        affinity = self.affinity(features, rows.reshape(len(asked), -1)).view(rows.shape).double()
+        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # of nothing that underflows
+        excess = excess[found > -torch.inf].clamp(0, MOST_SLACK)
+        return float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0

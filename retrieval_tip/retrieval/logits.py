@@ -1,0 +1,247 @@
+"""Text and cache logits of queries: over all keys, whole classes, or the nearest keys, as the index has it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, KeyStream, own_affinity
+from retrieval_tip.retrieval.vector_index import VectorIndex
+
+LOGITS = 1 << 25
+"""Logits that are computed for one purpose at a time: 128 MiB of float32."""
+
+LEAST_CLASSES = 2
+"""Classes that a query may meet whole at least: with one, only the answer's own logit would be right."""
+
+CLOSE = 1e-3
+"""Times beta, the relative error of cache logits that half precision may bring; closer answers are not left to it.
+Six times the root mean square on features like CLIP's: a weight is off by beta times what its affinity is."""
+
+SHORTLIST = 32
+"""Classes near a query by text, and as many by mean key, that are compared where there are too many to compare all."""
+
+
+def slices(q: int, size: int) -> Iterator[slice]:
+    """``q`` queries, so many at a time."""
+    return (slice(start, min(start + size, q)) for start in range(0, q, size))
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The ``k`` nearest keys of ``q`` queries, nearest first: ``[q, k]`` each.
+
+    ``affinity`` float32, exact; ``rows`` int64, what :meth:`classifier.Classifier.described` knows a key by;
+    ``class_ids`` int64. An empty slot has affinity 0, row -1 and the class id ``c``.
+    """
+
+    affinity: Tensor
+    rows: Tensor
+    class_ids: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(ABC):
+    """Keys and what finds them, with the settings of the method: see :class:`classifier.Classifier`.
+
+    Features ``[q, d]`` are float32 on the device of the keys. Logits may overflow here.
+    """
+
+    keys: KeyStream
+    text_weights: Tensor
+    alpha: float
+    beta: float
+    logit_scale: float
+
+    @abstractmethod
+    def nearest(self, features: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest keys of each query."""
+
+    def terms(self, features: Tensor, k: int | None, tail: bool, certify: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Text and cache logits ``[q, c]`` over about ``k`` keys, ``None`` for all, the rest at its mean with ``tail``.
+
+        Also which queries ``[q]`` are settled; all are, unless that is to be looked at, to ``certify``.
+        """
+        c = self.keys.n_classes
+        text = features.new_empty(len(features), c)
+        settled = torch.ones(len(features), dtype=torch.bool, device=self.keys.device)
+        if k is None or k >= self.keys.n:
+            tip.text_logits(features, self.text_weights, self.logit_scale, out=text)
+            return text, self._over_all(features, text), settled
+        cache = torch.empty_like(text)
+        self._meet(features, k, tail, text, cache, settled if certify else None)
+        return text, cache, settled
+
+    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
+        """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
+        products = self.keys.products(self.beta, len(features))
+        cache = self.keys.cache_logits(features, self.beta, products=products)
+        if products != torch.float32 and len(features):
+            parts, error = slices(len(features), QUERY_BLOCK), min(1.0, CLOSE * self.beta)
+            close = torch.cat([tip.close(text[part], cache[part], self.alpha, error) for part in parts])
+            cache[close] = self.keys.cache_logits(features[close], self.beta, products=torch.float32)
+        return cache
+
+    def _meet(self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None) -> None:
+        """Text logits, and cache logits over about ``k`` keys, here the nearest, ``[q, c]``.
+
+        Which queries are settled goes into ``settled`` ``[q]``, where it is given.
+        """
+        for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
+            f = features[part]
+            tip.text_logits(f, self.text_weights, self.logit_scale, out=text[part])
+            near = self.nearest(f, k)
+            totals = tip.Totals.of(f, self.keys.sums, self.keys.counts) if tail or settled is not None else None
+            cache[part] = self._over(near, totals if tail else None)
+            if settled is not None and totals is not None:
+                logits = tip.blend(text[part], cache[part], self.alpha)
+                found = (logits, near.affinity, near.class_ids, totals)
+                settled[part] = tip.certificate(*found, self.alpha, self.beta, tail=tail)
+
+    def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
+        """Cache logits ``[q, c]`` over keys of each query's own."""
+        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.beta, tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexRetrieval(Retrieval):
+    """Of keys in one memory, or mapped to it, by a FAISS index over them or over the means of their classes.
+
+    ``values`` ``[n, c]`` is what each key gives to each class, where that is not 1 to its own; ``text_index`` finds the
+    text weights near a query, where the classes are many.
+    """
+
+    keys: Keys
+    index: VectorIndex
+    text_index: VectorIndex | None = None
+    values: Tensor | None = None
+
+    @property
+    def has_shortlist(self) -> bool:
+        """Whether the classes are so many that :meth:`shortlist` is for them."""
+        return self.text_index is not None and self.index.by_class and self.values is None
+
+    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
+        if self.values is None:
+            return super()._over_all(features, text)
+        return self.keys.cache_logits(features, self.beta, self.values)
+
+    def _meet(self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None) -> None:
+        meet = self._meet_classes if self.index.by_class else super()._meet
+        meet(features, k, tail, text, cache, settled)
+
+    def _meet_classes(
+        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
+    ) -> None:
+        """Text logits, and cache logits over the keys of the classes that can win, about ``k`` at most, ``[q, c]``.
+
+        Which queries are settled goes into ``settled`` ``[q]``, where it is given. First come all queries' classes: the
+        more queries meet a class at once, the less often its keys are read.
+        """
+        keys, slack = self.keys, self.keys.slack(self.beta)
+        most = min(self._most(k), keys.n_classes)
+        classes = torch.empty(len(features), most, dtype=torch.int64, device=self.keys.device)
+        met = torch.empty(classes.shape, dtype=torch.bool, device=self.keys.device)
+        for part in slices(len(features), QUERY_BLOCK):
+            tip.text_logits(features[part], self.text_weights, self.logit_scale, out=text[part])
+            tip.affinity(features[part], keys.means, out=cache[part])
+            tip.at_mean(keys.counts, cache[part], self.beta, out=cache[part])
+            classes[part], met[part] = tip.promising(text[part], cache[part], self.alpha, slack, most)
+            if settled is not None:
+                settled[part] = tip.settled(text[part], cache[part], self.alpha, slack, classes[part])
+        if self.values is None:
+            _put(cache, classes, met, keys.class_logits(features, classes, met, self.beta), tail)
+            return
+        for part in slices(len(features), QUERY_BLOCK):
+            rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
+            totals = tip.Totals.of(features[part], keys.sums, keys.counts) if tail else None
+            cache[part] = self._over(self._described(keys.affinity(features[part], rows), rows), totals)
+
+    def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
+        """Keys by row, with their class ids; empty slots, row -1, have the id ``c`` and affinity 0."""
+        empty = rows < 0
+        ids = self.keys.class_ids[rows.clamp_min(0)].masked_fill_(empty, self.keys.n_classes)
+        return Nearest(affinity.masked_fill(empty, 0), rows, ids)
+
+    def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
+        """Cache logits ``[q, c]`` over keys of each query's own."""
+        values = None
+        if self.values is not None:
+            values = tip.Values(
+                self.values, near.rows.clamp_min(0), self.keys.value_sums(self.values) if tail else None
+            )
+        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.beta, tail, values)
+
+    def nearest(self, features: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them."""
+        if self.index.by_class:
+            return self._nearest_of_classes(features, k)
+        found, rows = self.index.search_tensor(features, k)
+        return self._described(found if self.index.exact_affinity else self.keys.affinity(features, rows), rows)
+
+    def _nearest_of_classes(self, features: Tensor, k: int) -> Nearest:
+        """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
+        k = min(k, self.keys.n)
+        number = min(self.keys.n_classes, max(8, round(4 * k / self.keys.mean_count)))
+        _, near = self.index.search_tensor(features, number)
+        while number < self.keys.n_classes and (self._held(near) < k).any():
+            number = min(self.keys.n_classes, 4 * number)  # these have no keys, or few
+            _, near = self.index.search_tensor(features, number)
+        step = max(1, (1 << 22) // max(1, round(number * self.keys.mean_count)))
+        parts: list[tuple[Tensor, Tensor]] = []
+        for f, own in zip(features.split(step), near.split(step), strict=True):
+            rows = self.keys.rows_of(own.clamp_min(0), own >= 0)
+            affinity = self.keys.affinity(f, rows).masked_fill_(rows < 0, -torch.inf)
+            found, place = affinity.topk(min(k, rows.shape[1]), dim=1)
+            fill = (0, k - found.shape[1])
+            parts.append(
+                (torch.nn.functional.pad(found, fill), torch.nn.functional.pad(rows.gather(1, place), fill, value=-1))
+            )
+        affinity = torch.cat([found for found, _ in parts])
+        rows = torch.cat([place for _, place in parts])
+        return self._described(affinity, rows)
+
+    def _held(self, classes: Tensor) -> Tensor:
+        """Keys that classes ``[q, m]`` hold together; -1 is none."""
+        return self.keys.counts[classes.clamp_min(0)].where(classes >= 0, 0).sum(1)
+
+    def shortlist(self, features: Tensor, k: int, tail: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The classes near each query by text or by mean key, ``[q, m]``, their text and their cache logits.
+
+        A class that is there twice has the text logit -inf the second time.
+        """
+        assert self.text_index is not None
+        keys = self.keys
+        near = [index.search_tensor(features, SHORTLIST)[1] for index in (self.index, self.text_index)]
+        classes, _ = torch.cat(near, dim=1).sort(dim=1)
+        again = torch.cat([classes[:, :1] < 0, (classes[:, 1:] == classes[:, :-1]) | (classes[:, 1:] < 0)], dim=1)
+        text = self.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
+        text.masked_fill_(again, -torch.inf)
+        classes = classes.clamp_min(0)
+        cache = tip.at_mean(
+            keys.counts[classes], own_affinity(features, classes, lambda rows: keys.means[rows]), self.beta
+        )
+        places, met = tip.promising(text, cache, self.alpha, keys.slack(self.beta), self._most(k))
+        _put(cache, places, met, keys.class_logits(features, classes.gather(1, places), met, self.beta), tail)
+        return classes, text, cache
+
+    def _most(self, k: int) -> int:
+        """How many classes hold about ``k`` keys."""
+        return max(LEAST_CLASSES, round(k / self.keys.mean_count))
+
+
+def _put(cache: Tensor, places: Tensor, met: Tensor, exact: Tensor, tail: bool) -> None:
+    """Put logits ``[q, p]`` of classes that were met in their ``places`` of ``cache`` ``[q, c]``, all at their mean.
+
+    Without a ``tail``, every other one becomes 0.
+    """
+    if tail:
+        exact = torch.where(met, exact, cache.gather(1, places))
+    else:
+        cache.zero_()
+    cache.scatter_(1, places, exact)

@@ -1,0 +1,1 @@
+"""An index folder's bytes: manifest, labels, reading, checking and writing."""

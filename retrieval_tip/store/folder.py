@@ -1,0 +1,804 @@
+"""One index is one folder: immutable data files and a manifest that names them.
+
+Readers see the old version or the new one, never half of one.
+
+manifest.json             the current version, replaced by one rename
+manifests/000003.json     earlier versions, until they are collected
+data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
+data/keys-<digest>.npy    data/labels-<digest>.parquet                                   of each segment that was added
+data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       where it was fine-tuned
+data/text_index-<digest>.faiss                                                           of very many classes
+lock                      held by the process that writes
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import stat
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.lance.objects import sync
+from retrieval_tip.store import labels
+from retrieval_tip.store.labels import LABEL_SCHEMA
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
+
+T = TypeVar("T")
+
+KEPT_VERSIONS = 32
+"""So many versions are kept by themselves, the current one among them; :func:`collect` keeps fewer."""
+LOCK_WAIT, LOCK_POLL = 30.0, 0.02
+"""Seconds that a writer waits for another one, and between two looks."""
+
+HASHED_AT_A_TIME = 1 << 24
+"""Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
+VERSIONS_TRIED = 16
+"""Times that opening an index starts anew because its version was given up meanwhile."""
+VERIFY = ("full", "fast")
+FAST_BYTES = 1 << 22
+"""Files up to this size are hashed whatever is asked for; a fast check takes larger ones by their size."""
+MANIFEST_BYTES = 1 << 28
+"""A manifest that is larger was not written here: a million classes take a tenth."""
+
+_ZEROS = bytes(1 << 20)
+_ANY_KIND, _ANY_SUFFIX = "|".join(SUFFIXES), "|".join(sorted({suffix[1:] for suffix in SUFFIXES.values()}))
+_FILE_NAME = re.compile(rf"({_ANY_KIND})-[0-9a-f]{{16}}\.({_ANY_SUFFIX})")
+_TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{{32}})\.tmp")
+
+
+def is_index(folder: Path) -> bool:
+    """Whether a folder holds an index (in whatever state)."""
+    try:
+        return (folder / "manifest.json").is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The current version of an index. Raises StoreError where the folder is not one, or the manifest is damaged."""
+    _check_name(folder)
+    path = folder / "manifest.json"
+    try:
+        found = Manifest.from_bytes(_read_manifest(folder, path), str(path))
+        if found.table is not None:
+            raise StoreError(f"{path}: is the manifest of a LanceDB store, not of a folder; restore the folder's own")
+        return found
+    except FileNotFoundError:
+        what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
+        raise StoreError(f"{folder}: {what}; make one with retrieval-tip index build SOURCE --out {folder}") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_version(folder: Path, version: int) -> Manifest:
+    """The current or an earlier version of an index. Raises StoreError where it is not there or damaged."""
+    current = read_manifest(folder)
+    if version == current.version:
+        return current
+    path = folder / "manifests" / f"{version:06d}.json"
+    found = _read_earlier(folder, path)
+    if found is None:
+        stems = [path.stem for path in _earlier_paths(folder) if path.name != _manifest_name(current)]
+        there = [*(int(stem) for stem in stems if stem.isdecimal()), current.version]
+        raise StoreError(f"{folder}: has no version {version}; there are {', '.join(map(str, there))}")
+    return found
+
+
+def _read_manifest(folder: Path, path: Path) -> bytes:
+    """A manifest's bytes. Raises StoreError where it is a link that leads out of the folder, or cannot be one."""
+    if not _lies_in(folder, path):
+        raise StoreError(f"{path}: is a link that leads out of the index; put the file itself there")
+    if not stat.S_ISREG(path.stat().st_mode):  # one look: between two it may be given up
+        raise StoreError(f"{path}: is not a file; restore it")  # a pipe would wait for ever
+    with path.open("rb") as file:
+        raw = file.read(MANIFEST_BYTES + 1)
+    if len(raw) > MANIFEST_BYTES:
+        raise StoreError(f"{path}: damaged (too large for a manifest); restore it, or build the index again")
+    return raw
+
+
+def _lies_in(folder: Path, path: Path) -> bool:
+    """Whether a path is in the folder also when all links are followed."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself leads nowhere
+        return False
+
+
+class Check:
+    """The comparison of every data file of one version of an index with its manifest, begun in threads of its own.
+
+    What takes long meanwhile, like an import, costs no time: hashing holds no lock of the interpreter.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest | None = None,
+        verify: str = "full",
+        known: Collection[DataFile] = (),
+    ) -> None:
+        """Begin, with the current version where none is given.
+
+        ``verify`` ``full`` compares the size and SHA-256 of every file; ``fast`` the SHA-256 of small files only, up to
+        4 MiB: what changed in a large one without changing its size is then not seen. Files that are ``known`` were
+        compared before. Raises StoreError as :func:`read_manifest`, UsageError for another ``verify``.
+        """
+        if verify not in VERIFY:
+            raise UsageError(f"verify {verify!r}: expected one of {', '.join(VERIFY)}")
+        self.folder, self.verify = folder, verify
+        self.manifest = read_manifest(folder) if manifest is None else manifest
+        files = [file for file in self.manifest.data_files if file not in known]
+        pool = ThreadPoolExecutor(min(len(files), 16) or 1, thread_name_prefix="check")
+        self._found = [pool.submit(_problem, folder, file, verify) for file in files]
+        pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return when every file is as the manifest says. Raises StoreError naming the first that is not."""
+        for found in self._found:
+            _refuse(found.result())
+
+
+def check_file(folder: Path, file: DataFile, verify: str = "full") -> None:
+    """Compare one data file with what its manifest says of it, as :class:`Check` does, and raise StoreError as it."""
+    _refuse(_problem(folder, file, verify))
+
+
+def _refuse(problem: str | None) -> None:
+    if problem:
+        raise StoreError(f"{problem}; restore it, go back to a version before it, or build the index again")
+
+
+def opened(
+    folder: Path, read: Callable[[Manifest], T], *, verify: str = "full", check: Check | None = None
+) -> tuple[T, Check]:
+    """What ``read`` makes of the current version once its files are checked, and that check.
+
+    Where a writer gives that version up meanwhile, it is done again with the one that is current then. ``check`` is one
+    that was begun before. Raises StoreError as :class:`Check`, and what ``read`` raises.
+    """
+    for _ in range(VERSIONS_TRIED):
+        check = check or Check(folder, verify=verify)
+        try:
+            check.wait()
+            return read(check.manifest), check
+        except StoreError:
+            if read_manifest(folder) == check.manifest:
+                raise
+        verify, check = check.verify, None
+    raise StoreError(f"{folder}: changes faster than it can be opened; try again")
+
+
+def _problem(folder: Path, file: DataFile, verify: str) -> str | None:
+    """What is wrong with a data file, if anything."""
+    path = folder / file.name
+    try:
+        if not _lies_in(folder, path):
+            return f"{path}: is a link that leads out of the index"
+        if path.stat().st_size != file.bytes:
+            return f"{path}: damaged (has {path.stat().st_size:,} bytes, the manifest says {file.bytes:,})"
+        if (verify == "full" or file.bytes <= FAST_BYTES) and _sha256(path) != file.sha256:
+            return f"{path}: damaged (its SHA-256 is not the manifest's)"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return None
+
+
+def read_array(
+    folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
+) -> npt.NDArray[Any]:
+    """A ``.npy`` file of an index, memory-mapped (copy on write, so that torch takes it without a copy).
+
+    Raises StoreError where it cannot be read, or is not of this shape and one of these dtypes.
+    """
+    path = folder / file.name
+    try:
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")  # what it maps it does not unpickle
+    except Exception as error:  # damaged headers fail anywhere in numpy's parser
+        raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
+    if array.shape != shape or array.dtype not in dtypes:
+        raise StoreError(f"{path}: {array.dtype} {array.shape} does not fit the manifest ({shape})")
+    return array
+
+
+def has_text(folder: Path, manifest: Manifest) -> bool:
+    """Whether a version has text weights that are not all zero. Raises StoreError as :func:`read_array`."""
+    return bool(read_array(folder, manifest.files["text"], (len(manifest.class_names), manifest.d)).any())
+
+
+def read_labels(folder: Path, manifest: Manifest) -> pa.Table:
+    """The label store as a table, the segments one after the other; columns that one lacks are null there.
+
+    Raises StoreError where it does not describe the manifest's keys and classes.
+    """
+    tables = [_read_labels(folder / part.labels.name, part.labels.rows, manifest) for part in manifest.segments]
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise StoreError(f"{folder}: labels of its segments differ ({first_line(error)})") from None
+    ranges = [pc.min_max(part["key_id"]).as_py() for part in tables]
+    if manifest.next_key_id is not None and ranges[-1]["max"] >= manifest.next_key_id:
+        raise StoreError(
+            f"{folder / 'manifest.json'}: its next_key_id was given to a key; restore it, or build the index again"
+        )
+    if any(one["max"] >= next_one["min"] for one, next_one in itertools.pairwise(ranges)):
+        raise StoreError(f"{folder}: key ids of its segments do not ascend; restore it, or build the index again")
+    return table
+
+
+def _read_labels(path: Path, rows: int, manifest: Manifest) -> pa.Table:
+    table = _read_table(path)
+    own = table.schema.names[: len(LABEL_SCHEMA)] == LABEL_SCHEMA.names and all(
+        table.schema.field(i).type == LABEL_SCHEMA.field(i).type for i in range(len(LABEL_SCHEMA))
+    )
+    if not own or len(table) != rows or any(table[name].null_count for name in ("key_id", "class_id", "label")):
+        raise StoreError(f"{path}: does not describe the {rows} keys of the manifest")
+    ids = table["class_id"].to_numpy()
+    if ids.min() < 0 or ids.max() >= len(manifest.class_names) or (ids[1:] < ids[:-1]).any():
+        raise StoreError(f"{path}: class ids are out of range or not grouped by class")
+    return table
+
+
+def read_curve(folder: Path, file: DataFile) -> pa.Table:
+    """The loss curve of a fine-tuning, a row an epoch. Raises StoreError where it is not what the manifest says."""
+    table = _read_table(folder / file.name)
+    if len(table) != file.rows:
+        raise StoreError(f"{folder / file.name}: has {len(table)} rows, the manifest says {file.rows}")
+    return table
+
+
+def find_weights(folder: Path, file: DataFile) -> Path:
+    """The safetensors file of a fine-tuned encoder. Raises StoreError where it is not what the manifest says."""
+    path = folder / file.name
+    number = count_tensors(path)
+    if number != file.rows:
+        raise StoreError(f"{path}: holds {number} tensors, the manifest says {file.rows}")
+    return path
+
+
+def count_tensors(path: Path) -> int:
+    """How many tensors a safetensors file holds; only its header is read. Raises StoreError where it is none."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return len(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: cannot be read as safetensors ({first_line(error)})") from None
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        # A file of Arrow's: buffers of a Python file are freed by its threads, even while the interpreter ends. And not
+        # just the path: then a folder named x=1 would become a column x.
+        with pa.OSFile(os.fsencode(path)) as file:
+            table = pq.ParquetFile(file).read()
+            table.validate(full=True)
+            table.schema.names  # noqa: B018 - which are decoded when they are asked for
+            return table
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What ``index info`` prints: the manifest, the keys a class, and the space on disk."""
+    (manifest, labels), _ = opened(folder, lambda found: (found, read_labels(folder, found)), verify="fast")
+    ids = labels["class_id"].to_numpy()
+    counts = np.bincount(ids, minlength=len(manifest.class_names))
+    facts = asdict(manifest)
+    for name in ("files", "later"):
+        del facts[name]
+    earlier = _before(folder, manifest)
+    own = {file.name: file.bytes for file in manifest.data_files}
+    held = {file.name: file.bytes for old in earlier for file in old.data_files}
+    return (
+        {"folder": str(folder)}
+        | facts
+        | {
+            "k": manifest.k or "all",
+            "classes": len(manifest.class_names),
+            "keys_per_class": keys_per_class(counts),
+            "segments": len(manifest.segments),
+            "not_indexed": manifest.n - manifest.files["keys"].rows,
+            "bytes": sum(own.values()),
+            "files": {kind: file.name for kind, file in manifest.files.items()},
+            "earlier_versions": [old.version for old in earlier],
+            "bytes_of_earlier": sum(size for name, size in held.items() if name not in own),
+        }
+    )
+
+
+def keys_per_class(counts: npt.NDArray[np.int64]) -> dict[str, float]:
+    """What ``index info`` prints of the keys of each class ``[c]``."""
+    return {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
+
+
+def history(folder: Path) -> pa.Table:
+    """The versions of an index that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`.
+
+    Raises StoreError where one of them is damaged.
+    """
+    current = read_manifest(folder)
+    earlier = _before(folder, current)
+    return labels.versions_table(
+        [
+            {name: getattr(manifest, name) for name in ("version", "parent", "created_at", "created_by", "change")}
+            | {
+                "keys": manifest.n,
+                "classes": len(manifest.class_names),
+                "bytes": sum({file.name: file.bytes for file in manifest.data_files}.values()),
+                "current": manifest is current,
+            }
+            for manifest in [*earlier, current]
+        ]
+    )
+
+
+def query(folder: Path, sql: str, predictions: Path | None = None) -> pa.Table:
+    """The answer of a SELECT over the label store (:func:`labels.ask`): table ``labels`` and view ``class_counts``.
+
+    Further tables: ``versions`` (:func:`history`), ``curve`` of a fine-tuned index that has the loss curve of its
+    training, a row an epoch, and ``predictions``, where a file of them is given (:func:`labels.read_predictions`).
+
+    Raises UsageError where the statement is not one SELECT or duckdb refuses it; StoreError where the index is damaged;
+    InputError where the file is none of predictions.
+    """
+
+    def read(manifest: Manifest) -> dict[str, pa.Table]:
+        curve = {"curve": read_curve(folder, manifest.files["curve"])} if "curve" in manifest.files else {}
+        return {"labels": read_labels(folder, manifest), "versions": history(folder)} | curve
+
+    tables, _ = opened(folder, read)
+    if predictions is not None:
+        tables["predictions"] = labels.read_predictions(predictions)
+    return labels.ask(tables, sql)
+
+
+class Writer:
+    """A new version of an index folder in the making. Make one with :func:`write`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parent = read_manifest(folder) if is_index(folder) else None
+        self._staged: list[Path] = []
+        self._files: dict[str, DataFile] = {}
+        self._later: list[Segment] = []
+
+    def stage(self, kind: str) -> Path:
+        """A place to write the data file of this kind, to be closed by :meth:`seal`."""
+        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
+        self._staged.append(path)
+        return path
+
+    def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> tuple[Path, npt.NDArray[Any]]:
+        """A writable memory-mapped array, its disk space reserved first (a full disk must not end in SIGBUS)."""
+        path = self.stage(kind)
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            start = file.tell()
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            file.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), start, size)
+            else:  # macOS and Windows: writing is what reserves
+                for at in range(0, size, len(_ZEROS)):
+                    file.write(_ZEROS[: size - at])
+        return path, np.lib.format.open_memmap(path, mode="r+")
+
+    def seal(self, kind: str, staged: Path, rows: int) -> Path:
+        """Flush a staged file to disk and move it to the name that its content gives it."""
+        self._files[kind] = entry = self._seal(kind, staged, rows)
+        return self.folder / entry.name
+
+    def _seal(self, kind: str, staged: Path, rows: int) -> DataFile:
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
+        digest = _sha256(staged)
+        entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
+        staged.replace(self.folder / entry.name)
+        self._staged.remove(staged)
+        return entry
+
+    def seal_array(self, kind: str, array: npt.NDArray[Any]) -> Path:
+        """Write a large array ``[rows, columns]`` as the data file of this kind. See :meth:`stage_array`."""
+        return self.seal(kind, self._written(kind, array), len(array))
+
+    def _written(self, kind: str, array: npt.NDArray[Any]) -> Path:
+        staged, place = self.stage_array(kind, array.shape, array.dtype)
+        place[:] = array
+        place.flush()  # type: ignore[attr-defined]  # a memmap
+        return staged
+
+    def seal_table(self, kind: str, table: pa.Table) -> Path:
+        """Write a table as the data file of this kind. Raises InputError as :func:`write_table`."""
+        return self.seal(kind, self._written_table(kind, table), len(table))
+
+    def _written_table(self, kind: str, table: pa.Table) -> Path:
+        staged = self.stage(kind)
+        write_table(staged, table, kind)
+        return staged
+
+    def seal_later(self, keys: npt.NDArray[Any], labels: pa.Table) -> Segment:
+        """Write a segment ``[m, d]`` that comes after those before, with its labels, which are grouped by class."""
+        rows = len(labels)
+        self.keep_later(
+            Segment(
+                self._seal("keys", self._written("keys", keys), rows),
+                self._seal("labels", self._written_table("labels", labels), rows),
+            )
+        )
+        return self._later[-1]
+
+    def keep_later(self, segment: Segment) -> None:
+        """Share a segment with the version before; it comes after those before."""
+        self._later.append(segment)
+
+    def seal_weights(self, path: Path) -> Path:
+        """Copy a safetensors file as the ``weights``; one of the version before is shared with it.
+
+        Raises StoreError where the file is none.
+        """
+        shared = self.parent.files.get("weights") if self.parent else None
+        if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
+            self.keep("weights")
+            return path
+        number = count_tensors(path)
+        staged = self.stage("weights")
+        shutil.copyfile(path, staged)
+        return self.seal("weights", staged, number)
+
+    def keep(self, kind: str) -> None:
+        """Share the data file of this kind with the version before."""
+        assert self.parent is not None
+        self._files[kind] = self.parent.files[kind]
+
+    def keep_all(self) -> None:
+        """Share every data file with the version before."""
+        assert self.parent is not None
+        self._files |= self.parent.files
+        self._later = list(self.parent.later)
+
+    def discard(self, staged: Path) -> None:
+        """Give up a staged file."""
+        staged.unlink(missing_ok=True)
+        self._staged.remove(staged)
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make the sealed files the current version. Until the last rename the old version stands.
+
+        Raises InputError for a setting or a name that a manifest cannot hold.
+        """
+        try:
+            raw = manifest.to_bytes()
+            Manifest.parse(json.loads(raw))  # what could not be read again is never written
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise InputError(f"{self.folder}: a manifest cannot hold this ({error}); nothing was changed") from None
+        sync(self.folder / "data")
+        if self.parent is not None:
+            earlier = self.folder / "manifests"
+            earlier.mkdir(exist_ok=True)
+            _write(earlier / _manifest_name(self.parent), (self.folder / "manifest.json").read_bytes())
+            sync(earlier)
+        sync(self.folder)
+        _write(self.folder / "manifest.json", raw)
+        # The new version stands, so nothing below may fail; what is not done here the next writer does.
+        sync(self.folder)
+        sync(self.folder.parent)
+        with suppress(OSError):
+            _forget(self.folder, KEPT_VERSIONS)
+
+    @property
+    def later(self) -> list[Segment]:
+        """The further segments that were sealed or kept."""
+        return list(self._later)
+
+    @property
+    def files(self) -> dict[str, DataFile]:
+        """The data files that were sealed or kept, by kind."""
+        return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
+
+    def abandon(self) -> None:
+        """Remove what is staged; what is sealed but in no manifest is collected."""
+        for path in self._staged:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
+    """Write a new version of an index, alone: another writer waits its turn, ``wait`` seconds.
+
+    By default that is :data:`LOCK_WAIT`. An exception, or a kill at any moment, leaves the version that was there;
+    folders that were not there are removed again. Raises StoreError: the folder is something else, is locked, cannot be
+    written, or the disk is full.
+    """
+    _check_name(folder)
+    for name in ("data", "manifests", "lock", "manifest.json"):
+        if not _lies_in(folder, folder / name):
+            raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
+    made: list[Path] = []
+    try:
+        made += [path for path in (folder, *folder.parents) if not path.exists()]
+        if folder.is_file():
+            raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
+        if not all(_is_own(name) for name in _names_in(folder)) and not is_index(folder):
+            raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
+        with _lock(folder, LOCK_WAIT if wait is None else wait):
+            try:
+                _tidy(folder)
+                writer = Writer(folder)
+                try:
+                    yield writer
+                finally:
+                    writer.abandon()
+                    _tidy(folder)
+            finally:
+                if not is_index(folder):
+                    _remove_own(folder)
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}; nothing was changed"
+        ) from error
+    finally:
+        with suppress(OSError):  # a folder that is not empty stays: another writer may have moved in
+            for path in made if not is_index(folder) else ():
+                path.rmdir()
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What lies in a folder, if it is there; looked at before :func:`is_index`, for another writer may make it one."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+def _is_own(name: str) -> bool:
+    """Whether an interrupted writer of a first version can have left this in the folder."""
+    return name in ("data", "manifests", "lock") or _TEMPORARY.fullmatch(name) is not None
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove what a failed first version leaves; under its lock, for after it these could be another writer's."""
+    with suppress(OSError):
+        for empty in (folder / "manifests", folder / "data"):
+            if empty.exists():
+                empty.rmdir()
+        (folder / "lock").unlink()
+
+
+@contextmanager
+def _lock(folder: Path, wait: float) -> Iterator[None]:
+    """The lock is the system's, so it ends with the process that holds it; the file's text says who that is.
+
+    The folder and its ``data`` are made; another writer that fails to make a first version removes them under its lock.
+    """
+    path, data = folder / "lock", folder / "data"
+    lock = filelock.FileLock(path)
+    for left in reversed(range(VERSIONS_TRIED)):
+        try:
+            data.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=wait, poll_interval=LOCK_POLL)
+            break
+        except filelock.Timeout:
+            raise StoreError(f"{folder}: is being written by {_owner(path)}; try later") from None
+        except FileNotFoundError:  # removed just now
+            if not left:
+                raise
+    try:
+        data.mkdir(exist_ok=True)
+        with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # the next owner may take a moment to say who it is, and is not this one
+            os.truncate(path, 0)
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    """Who holds a lock, and whether that is gone: a process that it left behind then holds it."""
+    text = ""
+    with suppress(OSError):
+        text = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
+    found = re.fullmatch(r"process (\d{1,9}) on (\S+)", text)
+    if found is not None and found[2] == socket.gethostname() and os.name == "posix":  # elsewhere 0 is a signal
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            return f"something that {text} started before it ended, which has to be ended too"
+        except OSError:
+            pass
+    return text or "another process"
+
+
+def stamp() -> dict[str, Any]:
+    """When and by what a manifest is written."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created_at": now, "created_by": f"retrieval-tip {version('retrieval-tip')}"}
+
+
+def next_key_id(folder: Path, manifest: Manifest) -> int:
+    """The first key id that was never given up to a version, as far as it says. Raises StoreError as read_labels."""
+    if manifest.next_key_id is not None:
+        return manifest.next_key_id
+    return int(pc.max(read_labels(folder, manifest)["key_id"]).as_py()) + 1
+
+
+def earlier_manifests(folder: Path) -> list[Manifest]:
+    """The earlier versions that are kept, oldest first. Raises StoreError where one is damaged."""
+    for _ in range(VERSIONS_TRIED):
+        found = [_read_earlier(folder, path) for path in _earlier_paths(folder)]
+        if None not in found:  # else some were given up meanwhile, and those that were read may have gaps
+            break
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _before(folder: Path, current: Manifest) -> list[Manifest]:
+    """The same without the current one, which a writer at work, or one that was killed, has put there too."""
+    return [manifest for manifest in earlier_manifests(folder) if manifest.version < current.version]
+
+
+def check_earlier(folder: Path) -> None:
+    """Compare the files of every earlier version with its manifest. Raises StoreError as :class:`Check`."""
+    known: set[DataFile] = set()
+    for manifest in earlier_manifests(folder):
+        try:
+            Check(folder, manifest, known=known).wait()
+        except StoreError:
+            if (folder / "manifests" / _manifest_name(manifest)).exists():  # else it was given up meanwhile
+                raise
+        known |= set(manifest.data_files)
+
+
+def _earlier_paths(folder: Path) -> list[Path]:
+    """The manifests of earlier versions, oldest first."""
+    try:
+        return sorted((folder / "manifests").glob("*.json"), key=lambda path: (len(path.name), path.name))
+    except FileNotFoundError:  # their folder went with the last of them, just now
+        return []
+
+
+def _read_earlier(folder: Path, path: Path) -> Manifest | None:
+    """The manifest of an earlier version; ``None`` where it was given up, even just now."""
+    try:
+        return Manifest.from_bytes(_read_manifest(folder, path), str(path), "index gc gives earlier versions up")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what an interrupted or failed writer left: data files that no kept manifest names, and temporary files."""
+    try:
+        current = read_manifest(folder) if is_index(folder) else None
+        if current is not None:  # put there for a next version that never was
+            (folder / "manifests" / _manifest_name(current)).unlink(missing_ok=True)
+        raws = [_read_manifest(folder, path) for path in _earlier_paths(folder)]
+        names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
+        if None in names:
+            return  # what a damaged manifest names is not known, so everything stays
+        named = {folder / name for found in names for name in found or ()}
+        found = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
+    except (OSError, StoreError):
+        return
+    for path in (path for path in found if path not in named):
+        if _FILE_NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
+    with suppress(OSError):  # only if it is empty
+        (folder / "manifests").rmdir()
+
+
+def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
+    """Give up all versions but the last ``keep``, and remove the files that only they name: versions, bytes.
+
+    A reader that has an older version open keeps it, where the system lets an open file be removed. Raises StoreError
+    as :func:`write`, UsageError where ``keep`` is below 1.
+    """
+    if keep < 1:
+        raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
+    read_manifest(folder)
+    with write(folder):
+        before = _size(folder)
+        gone = _forget(folder, keep)
+        _tidy(folder)
+        return gone, before - _size(folder)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (*folder.glob("data/*"), *folder.glob("manifests/*")))
+
+
+def _forget(folder: Path, keep: int) -> list[int]:
+    """Remove the manifests of all versions but the last ``keep``, of which one is the current."""
+    paths = _earlier_paths(folder)
+    gone = paths[: max(0, len(paths) + 1 - keep)]
+    for path in gone:
+        path.unlink()
+    return [int(path.stem) for path in gone if path.stem.isdecimal()]
+
+
+def _manifest_name(manifest: Manifest) -> str:
+    return f"{manifest.version:06d}.json"
+
+
+def _is_text(text: str) -> bool:
+    """Whether text is whole Unicode, which duckdb, Parquet and FAISS insist on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_name(folder: Path) -> None:
+    if not _is_text(str(folder)):
+        shown = str(folder).encode("utf-8", "backslashreplace").decode()
+        raise StoreError(f"{shown}: the folder's name is not UTF-8, which FAISS needs; give another one")
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write a small ``.npy`` file."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_table(path: Path, table: pa.Table, what: str) -> None:
+    """Write a Parquet file: the label store or the loss curve, which ``what`` names.
+
+    Raises InputError where a column has a type that Parquet cannot hold.
+    """
+    try:
+        with path.open("wb") as file:
+            pq.write_table(table, file)
+    except pa.ArrowException as error:
+        raise InputError(f"{what}: a column cannot be kept ({first_line(error)})") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sha256(path: Path) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    block = bytearray(min(max(size, 1), HASHED_AT_A_TIME))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(block):
+            digest.update(memoryview(block)[:read])
+    return digest.hexdigest()

@@ -1,0 +1,258 @@
+"""What an index says of a version of itself: the format of its manifests, in folders and beside tables.
+
+A manifest is JSON that names every data file with its SHA-256, and ends in its own. A format that this program writes,
+or that an older one wrote, is read whole or refused: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.errors import BackboneError, StoreError
+
+FORMAT = "retrieval-tip index"
+FOLDER_FORMAT, FORMAT_VERSION = 2, 3
+"""1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2.
+3 is 2 with a ``table``; a folder has none, and stays at 2."""
+
+KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
+OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss"}
+"""Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training.
+Of one of very many classes: the FAISS index over their text weights."""
+TABLE_KINDS = {"classes": ".parquet"}
+"""Beside a table: of each class its label, its text weight, and number and sum of its keys."""
+SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS
+
+MAX_DEPTH, MAX_KEY_ID = 64, 2**62
+"""How deep a provenance may be nested; the largest first key id that was never given."""
+
+_NAMED = re.compile(rb"data/\w+-[0-9a-f]{16}\.\w+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One immutable file of an index: its place below the folder, rows, bytes and SHA-256.
+
+    ``rows``: keys, or classes (text), tensors (weights) or epochs (curve).
+    """
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Keys, grouped by class, and the labels that describe them row by row."""
+
+    keys: DataFile
+    labels: DataFile
+
+
+@dataclass(frozen=True)
+class Table:
+    """A LanceDB table of keys and their labels, as it was at one of its versions, which has so many ``rows``."""
+
+    name: str
+    version: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about one version of an index but the arrays.
+
+    ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` is over; ``later`` segments
+    were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
+    given (``None`` in format 1, which did not keep that). Where keys and labels are in a ``table``, ``files`` are
+    ``classes`` alone, and there are no segments.
+    """
+
+    version: int
+    parent: int | None
+    created_at: str
+    created_by: str
+    n: int
+    d: int
+    dtype: str
+    class_names: list[str]
+    templates: list[str]
+    logit_scale: float
+    alpha: float
+    beta: float
+    k: int | None
+    tail: bool
+    temperature: float
+    index: str
+    backbone: dict[str, Any] | None
+    provenance: dict[str, Any]
+    files: dict[str, DataFile] = field(default_factory=dict)
+    later: list[Segment] = field(default_factory=list)
+    next_key_id: int | None = None
+    change: str = ""
+    table: Table | None = None
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments, in the order of their keys."""
+        return [Segment(self.files["keys"], self.files["labels"]), *self.later]
+
+    @property
+    def data_files(self) -> list[DataFile]:
+        """Every data file of this version."""
+        return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
+
+    @property
+    def keys_digest(self) -> str:
+        """What the keys are, in 16 hexadecimal digits."""
+        digests = [part.keys.sha256 for part in self.segments]
+        return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
+
+    def to_bytes(self) -> bytes:
+        """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
+        body = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        if self.table is None:  # which older programs read too
+            body |= {"format_version": FOLDER_FORMAT}
+            del body["table"]
+        return _seal(body)
+
+    @classmethod
+    def from_bytes(
+        cls, raw: bytes, name: str, remedy: str = "restore it, or delete the folder and build the index again"
+    ) -> Manifest:
+        """The inverse of :meth:`to_bytes`. Raises StoreError for anything missing, changed or of another format."""
+        damaged = f"{name}: damaged"
+        try:
+            body = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{damaged} (not UTF-8: byte {error.start}); {remedy}") from None
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{damaged} (not JSON: {error}); {remedy}") from None
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
+        found = body.get("format_version")
+        if isinstance(found, int) and found > FORMAT_VERSION:
+            writer = ascii(body.get("created_by", "a newer version")).strip("'")
+            raise StoreError(
+                f"{name}: index format {found}, this program reads up to {FORMAT_VERSION}; "
+                f"it was written by {writer}: install that"
+            )
+        try:
+            sealed = _seal({key: value for key, value in body.items() if key != "sha256"}) == raw
+        except (
+            ValueError,
+            RecursionError,
+        ):  # half a surrogate pair, or nested too deeply: nothing that was written here
+            sealed = False
+        if not sealed:
+            raise StoreError(f"{damaged} (its own checksum does not fit); {remedy}")
+        try:
+            if type(found) is not int or found < 1:
+                raise ValueError("format_version")
+            return cls.parse(body)
+        except (KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
+            raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
+
+    @classmethod
+    def parse(cls, found: Mapping[str, Any]) -> Manifest:
+        """A manifest of its JSON. Raises KeyError, TypeError, ValueError or OverflowError for what it cannot hold."""
+        if found["format_version"] == 1:
+            found = dict(found) | {"later": [], "next_key_id": None, "change": ""}
+        if found["format_version"] < 3:
+            found = dict(found) | {"table": None}
+        body = {key: found[key] for key in (f.name for f in fields(cls))}
+
+        def need(condition: bool, what: str) -> None:
+            if not condition:
+                raise ValueError(what)
+
+        def whole(value: object, least: int) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+        def real(value: object) -> bool:
+            return (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and (isinstance(value, float) or value < 2**63)
+                and math.isfinite(value)
+                and value >= 0
+            )
+
+        need(whole(body["version"], 1), "version")
+        need(body["parent"] is None or (whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
+        need(all(isinstance(body[key], str) for key in ("created_at", "created_by", "dtype", "index")), "text")
+        need(whole(body["n"], 1) and whole(body["d"], 1), "n or d")
+        need(body["dtype"] in ("float32", "float16"), "dtype")
+        for key in ("class_names", "templates"):
+            need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
+        need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
+        need(all(real(body[key]) for key in ("logit_scale", "alpha", "beta")), "alpha, beta or logit_scale")
+        need(body["logit_scale"] > 0, "logit_scale")
+        need(real(body["temperature"]) and body["temperature"] > 0, "temperature")
+        need(body["k"] is None or whole(body["k"], 1), "k")
+        need(isinstance(body["tail"], bool), "tail")
+        if body["backbone"] is not None:
+            Identity.from_dict(body["backbone"])
+        need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
+        need(_shallow(body["provenance"], MAX_DEPTH), "provenance")
+        need(isinstance(body["change"], str) and isinstance(body["later"], list), "change or later")
+        following = body["next_key_id"]
+        need(following is None or (whole(following, 1) and following <= MAX_KEY_ID), "next_key_id")
+        files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
+        need(all(isinstance(entry, dict) for entry in body["later"]), "later")
+        later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
+        table = None if body["table"] is None else Table(**body["table"])
+        if table is not None:
+            need(files.keys() == TABLE_KINDS.keys() and not later, "files")
+            need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
+            need(whole(table.version, 1) and table.rows == body["n"] and whole(table.rows, 1), "table")
+            need(files["classes"].rows == len(body["class_names"]), "files.classes.rows")
+        else:
+            need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
+        need(not later or "values" not in files, "later")  # trained values are one array
+        of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
+        for kind, file in [*files.items(), *of_later]:
+            need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
+            need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
+            need(whole(file.bytes, 1), f"files.{kind}.bytes")
+            need(whole(file.rows, 1), f"files.{kind}.rows")
+        if table is not None:
+            return cls(**(body | {"files": files, "later": later, "table": table}))
+        first, classes = files["keys"].rows, len(body["class_names"])
+        need(all(files[kind].rows == first for kind in ("index", "labels", "values") if kind in files), "files.rows")
+        need(files["text"].rows == classes, "files.text.rows")
+        need("text_index" not in files or files["text_index"].rows <= classes, "files.text_index.rows")
+        need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
+        need(first + sum(part.keys.rows for part in later) == body["n"], "n")
+        return cls(**(body | {"files": files, "later": later}))
+
+
+def named_in(raw: bytes) -> set[str] | None:
+    """The data files that a manifest names, maybe more; ``None`` where its bytes are not those that were written.
+
+    Of a thousand classes it takes a hundredth of :meth:`Manifest.from_bytes`, which reads everything.
+    """
+    body, _, digest = raw.rpartition(b',\n "sha256": "')
+    if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:
+        return None
+    return {name.decode() for name in _NAMED.findall(raw)}
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    """Whether JSON is not nested deeper: Python goes through it by recursion."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
+
+
+def _seal(body: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(body, indent=1, ensure_ascii=False).encode()).hexdigest()
+    return json.dumps(dict(body) | {"sha256": digest}, indent=1, ensure_ascii=False).encode()
