@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
     from retrieval_tip.cache_model import CacheModel, verify
-    from retrieval_tip.classifier import Neighbour, Prediction
     from retrieval_tip.data.encoder import Encoder, EncodingCache
     from retrieval_tip.data.sources import Source, open_inputs, open_source
     from retrieval_tip.errors import RetrievalTipError
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from retrieval_tip.fit.finetune import Tuned
     from retrieval_tip.fit.trainer import Recipe
     from retrieval_tip.index.build import build_index
+    from retrieval_tip.predictions import Neighbour, Prediction, Predictions
+    from retrieval_tip.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -30,11 +31,12 @@ _HOMES = {
     "EncodingCache": "data.encoder",
     "Evaluation": "evaluation.evaluate",
     "Identity": "backbones.open_clip",
-    "Neighbour": "classifier",
-    "Prediction": "classifier",
-    "Predictions": "classifier",
+    "Neighbour": "predictions",
+    "Prediction": "predictions",
+    "Predictions": "predictions",
     "Recipe": "fit.trainer",
     "RetrievalTipError": "errors",
+    "Settings": "settings",
     "Source": "data.sources",
     "TipAdapterClassifier": "estimator",
     "Tuned": "fit.finetune",
@@ -57,6 +59,7 @@ __all__ = [
     "Predictions",
     "Recipe",
     "RetrievalTipError",
+    "Settings",
     "Source",
     "TipAdapterClassifier",
     "Tuned",

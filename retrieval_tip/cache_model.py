@@ -18,21 +18,19 @@ import torch
 from torch import Tensor
 
 from retrieval_tip.backbones.open_clip import Identity, resolve_device
-from retrieval_tip.classifier import Classifier, spread
+from retrieval_tip.classifier import Answers, Classifier, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
-from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval
+from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import DataFile, Manifest, Segment
-
-ALPHA, BETA, LOGIT_SCALE = 1.0, 5.5, 100.0
-"""The paper's defaults (its code's, for ImageNet) and the temperature of OpenAI's CLIP."""
 
 SMALL = 4096
 """Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
@@ -44,8 +42,7 @@ class CacheModel(Classifier):
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
     ``index`` was built over the first of them); ``labels`` describes them, row by row; ``text_weights`` ``[c, d]``
-    float32. ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index;
-    ``temperature`` divides the logits where they become probabilities, and nowhere else; ``precision`` is that of the
+    float32. ``settings`` are those that calls answer by; ``precision`` is that of the
     products with all keys (:class:`keys.Keys`); ``text_index`` finds the text weights near a query, where the classes
     are so many that not even these are all met. ``class_ids`` ``[n]`` int64, on the device, repeats what ``labels``
     say.
@@ -66,12 +63,7 @@ class CacheModel(Classifier):
     class_names: list[str]
     text_weights: Tensor
     index: VectorIndex
-    alpha: float = ALPHA
-    beta: float = BETA
-    logit_scale: float = LOGIT_SCALE
-    k: int | None = None
-    tail: bool = True
-    temperature: float = 1.0
+    settings: Settings = field(default_factory=Settings)
     templates: list[str] = field(default_factory=list)
     backbone: Identity | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +78,6 @@ class CacheModel(Classifier):
     next_key_id: int | None = None
 
     def __post_init__(self) -> None:
-        inputs.check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
         self._check: store.Check | None = None
         self._own: dict[str, Any] = {}
         self._stored: list[tuple[npt.NDArray[Any], Segment]] = []
@@ -127,9 +118,7 @@ class CacheModel(Classifier):
             text_weights=self.text_weights,
             text_index=self.text_index,
             values=self.values,
-            alpha=self.alpha,
-            beta=self.beta,
-            logit_scale=self.logit_scale,
+            settings=self.settings,
         )
 
     @property
@@ -184,9 +173,7 @@ class CacheModel(Classifier):
         class_names: Sequence[str],
         text_weights: Features | None = None,
         *,
-        alpha: float = ALPHA,
-        beta: float = BETA,
-        logit_scale: float = LOGIT_SCALE,
+        settings: Settings | None = None,
         index: str = "Flat",
         device: str = "auto",
         sources: Sequence[str] | None = None,
@@ -201,9 +188,7 @@ class CacheModel(Classifier):
             labels: class of each key, as a name or as a position in ``class_names``.
             class_names: the ``c`` classes in order; a class may have no key.
             text_weights: ``[c, d]`` unit vectors; ``None`` leaves the decision to the cache alone.
-            alpha: residual ratio, how much the cache counts beside the text (paper, equation 6).
-            beta: sharpness of the exponential (paper, equation 4).
-            logit_scale: the backbone's temperature factor.
+            settings: what calls answer by; by default the paper's.
             index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...; ``Classes`` for whole
                 classes; ``auto`` by :func:`vector_index.auto_factory`, which sets ``k`` too.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -224,7 +209,11 @@ class CacheModel(Classifier):
         order = np.argsort(ids, kind="stable")
         table = label_table(names, ids[order], None if sources is None else [sources[i] for i in order], key_ids=order)
         ordered = np.ascontiguousarray(matrix[order])
-        factory, k = auto_factory(len(ids), len(names)) if index == "auto" else (index, None)
+        settings = Settings() if settings is None else settings
+        factory = index
+        if index == "auto":
+            factory, k = auto_factory(len(ids), len(names))
+            settings = replace(settings, k=k)
         weights = inputs.text_weights(text_weights, len(names), matrix.shape[1])
         return cls(
             keys=ordered,
@@ -233,10 +222,7 @@ class CacheModel(Classifier):
             text_weights=weights,
             index=index_over(ordered, ids[order], len(names), factory, device),
             text_index=text_index_over(weights.numpy(), factory, device),
-            alpha=alpha,
-            beta=beta,
-            logit_scale=logit_scale,
-            k=k,
+            settings=settings,
             device=device,
             values=None if values is None else inputs.values_of(values, len(ids), len(names))[order],
             precision=precision,
@@ -303,12 +289,7 @@ class CacheModel(Classifier):
             class_names=manifest.class_names,
             text_weights=torch.from_numpy(text),
             index=index,
-            alpha=manifest.alpha,
-            beta=manifest.beta,
-            logit_scale=manifest.logit_scale,
-            k=manifest.k,
-            tail=manifest.tail,
-            temperature=manifest.temperature,
+            settings=manifest.settings,
             templates=manifest.templates,
             backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
             provenance=manifest.provenance,
@@ -350,7 +331,7 @@ class CacheModel(Classifier):
             self.commit(writer, change)
 
     def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
-        """Write alpha, beta, k, tail, temperature and provenance as a new version of the folder this was loaded from.
+        """Write the settings and their provenance as a new version of the folder this was loaded from.
 
         No data file is written again: all are that version's. Raises StoreError where the index has changed since it
         was loaded.
@@ -463,12 +444,7 @@ class CacheModel(Classifier):
             dtype=str(self.keys.dtype),
             class_names=self.class_names,
             templates=self.templates,
-            logit_scale=float(self.logit_scale),
-            alpha=float(self.alpha),
-            beta=float(self.beta),
-            k=self.k,
-            tail=self.tail,
-            temperature=float(self.temperature),
+            settings=self.settings,
             index=self.index.factory,
             backbone=self.backbone.to_dict() if self.backbone else None,
             provenance=self.provenance,
@@ -595,9 +571,10 @@ class CacheModel(Classifier):
         ``dtype`` that of the keys, float32 or float16, where they are to become others. Raises UsageError for a factory
         that cannot work, InputError where keys are too large for the dtype; then nothing was changed.
         """
-        k = self.k
+        settings = self.settings
         if factory == "auto":
             factory, k = auto_factory(self.n, len(self.class_names))
+            settings = replace(settings, k=k)
         order = self._order()
         keys = self.keys[order]
         if dtype is not None and keys.dtype != dtype:
@@ -612,8 +589,8 @@ class CacheModel(Classifier):
             index = index_over(keys, ids, len(self.class_names), factory, self.device)
         if self.text_index is not None or index.factory != self.index.factory:
             self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
-        self.keys, self.labels, self.index, self.k = keys, self.labels.take(pa.array(order)), index, k
-        self.values = self._values_of(order)
+        self.keys, self.labels, self.index = keys, self.labels.take(pa.array(order)), index
+        self.settings, self.values = settings, self._values_of(order)
         self._follow()
 
     def _rows_of_ids(self, key_ids: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -724,18 +701,15 @@ class CacheModel(Classifier):
         near = self.retrieval.nearest(features, k)
         return near.affinity, near.rows.cpu().numpy()
 
-    def _answers(
-        self, features: Features, top: int, k: int | None, tail: bool, certify: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor, Sequence[int | None]]:
-        retrieval = self.retrieval
-        if certify or not retrieval.has_shortlist or k is None or k >= self.n or top > SHORTLIST:
-            return super()._answers(features, top, k, tail, certify)
-        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
-        f = inputs.queries(features, self.d).to(self.device)
-        parts = [retrieval.shortlist(part, k, tail) for part in f.split(QUERY_BLOCK)]
+    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
+        k = retrieval.settings.k
+        assert isinstance(retrieval, IndexRetrieval)
+        if not retrieval.has_shortlist or k is None or k >= self.n or top > SHORTLIST:
+            return super()._answers(f, retrieval, top, neighbours)
+        parts = [retrieval.shortlist(part, k) for part in f.split(QUERY_BLOCK)]
         classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
         self._check_overflow(text.nan_to_num(neginf=0.0), cache)
-        return classes, text, cache, [None] * len(f)
+        return Answers(text, cache, classes)
 
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
         """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,133 +19,48 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, counted
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.predictions import Certified, Evidence, Neighbour, Prediction, Predictions
 from retrieval_tip.report.html import table, tag
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
+from retrieval_tip.settings import KeysMet, Settings
 from retrieval_tip.store.manifest import Manifest
 
-SHOWN_CLASSES, SHOWN_PREDICTIONS = 8, 50
-"""How many of each a notebook shows."""
+SHOWN_CLASSES = 8
+"""How many a notebook shows."""
 
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """A key near a query: what it is, its ``affinity`` and its ``weight`` ``exp(-beta (1 - affinity))``."""
+class Answers:
+    """Logits of ``q`` queries on their way to predictions: ``text`` and ``cache`` ``[q, m]``, of ``m`` classes.
 
-    key_id: int
-    source: str
-    label: str
-    affinity: float
-    weight: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one query.
-
-    ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
-    ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
-    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order, ``None`` where
-    the classes are so many that only a shortlist was compared, which the probabilities are then over; the nearest
-    ``neighbours``. ``keys``: how many of the keys settled the answer, where it was certified.
-    """
-
-    label: str
-    probability: float
-    labels: list[str]
-    probabilities: list[float]
-    text_logit: float
-    cache_logit: float
-    logits: npt.NDArray[np.float32] | None = field(compare=False)
-    neighbours: list[Neighbour]
-    keys: int | None = None
-
-    def _repr_html_(self) -> str:
-        """For notebooks: the classes, the two parts of the winner's logit, and the neighbours."""
-        classes = zip(self.labels, (f"{probability:.4f}" for probability in self.probabilities), strict=True)
-        caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
-        near = (
-            (f"{key.affinity:.4f}", f"{key.weight:.1e}", key.label, key.source, key.key_id) for key in self.neighbours
-        )
-        columns = ("affinity", "weight", "label", "source", "key")
-        return tag(
-            "div",
-            table(("class", "probability"), classes, caption, numbers=(1,)),
-            table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else None,
-        )
-
-
-class Predictions(list[Prediction]):
-    """Predictions in the order of their queries: a list that notebooks show as a table."""
-
-    def _repr_html_(self) -> str:
-        """For notebooks: a row a prediction, the first :data:`SHOWN_PREDICTIONS`."""
-        cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
-        columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "nearest key")
-        rows = []
-        for place, found in enumerate(self[:SHOWN_PREDICTIONS]):
-            key = found.neighbours[0] if found.neighbours else None
-            near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
-            figures = (f"{found.probability:.4f}", f"{found.text_logit:.4g}", f"{found.cache_logit:.4g}")
-            rows.append((place, found.label, *figures, *near))
-        return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the answer to one query is made of: enough to weigh it anew, with another alpha, beta or k.
-
-    ``feature`` ``[d]`` and ``text`` ``[c]``, its text logits, float32; of the ``m`` nearest keys, nearest first,
-    ``key_ids``, ``class_ids`` int64 and ``affinities`` float32; ``counts`` ``[c]`` int64 and ``sums`` ``[c]`` float32:
-    how many keys a class has, and the sum of the affinities to all of them. ``complete``: these are all keys.
-    """
-
-    feature: npt.NDArray[np.float32]
-    text: npt.NDArray[np.float32]
-    key_ids: npt.NDArray[np.int64]
-    class_ids: npt.NDArray[np.int64]
-    affinities: npt.NDArray[np.float32]
-    counts: npt.NDArray[np.int64]
-    sums: npt.NDArray[np.float32]
-    complete: bool
-
-
-@dataclass(frozen=True)
-class Certified:
-    """Logits whose winners are those over all keys, by :meth:`CacheModel.certified`.
-
-    ``text`` and ``cache`` ``[q, c]`` as :meth:`CacheModel.terms` gives them; ``keys`` ``[q]`` int64, how many of the
-    nearest keys settled each query, ``n`` where it took all; ``proved``, whether that is proof: after exact search it
-    is, after approximate search it is evidence, and the winners agree with those over all keys as far as was looked.
+    These are ``classes`` ``[q, m]``, or all of them (``None``); ``keys``, how many keys settled each query, where that
+    was certified; ``nearest``, the nearest keys, where the logits took them to be found.
     """
 
     text: Tensor
     cache: Tensor
-    keys: Tensor
-    proved: bool
+    classes: Tensor | None = None
+    keys: Sequence[int] | None = None
+    nearest: Nearest | None = None
 
 
 class Classifier(ABC):
     """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
 
-    ``alpha``, ``beta``, ``k`` (``None`` is all) and ``tail`` are the settings kept with an index; ``temperature``
-    divides the logits where they become probabilities, and nowhere else. ``values`` are those of a fine-tuned cache,
+    ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are those of a
+    fine-tuned cache,
     ``tuned`` the weights of a fine-tuned encoder. ``folder`` and ``version`` say which version of what this is.
     """
 
     class_names: list[str]
     text_weights: Tensor
-    alpha: float
-    beta: float
-    logit_scale: float
-    k: int | None
-    tail: bool
-    temperature: float
+    settings: Settings
     templates: list[str]
     backbone: Identity | None
     provenance: dict[str, Any]
@@ -229,8 +145,8 @@ class Classifier(ABC):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.n} keys of {self.d}, {len(self.class_names)} classes, "
-            f"index={self.index_type!r}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k or 'all'}, "
-            f"device={self.device!r})"
+            f"index={self.index_type!r}, alpha={self.settings.alpha:g}, beta={self.settings.beta:g}, "
+            f"k={self.settings.k or 'all'}, device={self.device!r})"
         )
 
     def _repr_html_(self) -> str:
@@ -239,13 +155,14 @@ class Classifier(ABC):
             f"{name} {number}" for name, number in zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
         )
         more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
-        settings = f"alpha {self.alpha:.4g}, beta {self.beta:.4g}, k {self.k or 'all'}, "
-        settings += f"{'with' if self.tail else 'without'} tail, temperature {self.temperature:.4g}"
+        own = self.settings
+        settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
+        settings += f"{'with' if own.tail else 'without'} tail, temperature {own.temperature:.4g}"
         rows: list[tuple[str, object]] = [
             ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
             ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
             ("settings", settings),
-            ("text", f"logit scale {self.logit_scale:.4g}" if self.has_text else "none: the cache alone decides"),
+            ("text", f"logit scale {own.logit_scale:.4g}" if self.has_text else "none: the cache alone decides"),
             ("index", f"{self.index_type} on {self.device}"),
             ("backbone", self.backbone or "unnamed"),
             ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
@@ -257,69 +174,87 @@ class Classifier(ABC):
         """Whether there are text weights; without them zero-shot logits are 0 and the cache alone decides."""
         return bool(self.text_weights.any())
 
-    def terms(self, features: Features, k: int | None = None, tail: bool = True) -> tuple[Tensor, Tensor]:
+    def with_settings(self, settings: Settings) -> Self:
+        """The same keys, answering by other settings; what was measured on the keys is shared."""
+        if settings == self.settings:
+            return self
+        other = copy.copy(self)
+        other.settings = settings
+        return other
+
+    def _queries(self, features: Features) -> Tensor:
+        return inputs.queries(features, self.d).to(self.device)
+
+    def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
+        """What finds the keys, by the index's settings but for what is given."""
+        return replace(self.retrieval, settings=self.settings.but(k=k, tail=tail))
+
+    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> tuple[Tensor, Tensor]:
         """The two parts of the logits: text ``logit_scale * f W^T`` and cache ``C`` (without alpha), ``[q, c]`` each.
 
         Arguments and errors as for :meth:`logits`.
         """
-        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
-        text, cache, _ = self.retrieval.terms(inputs.queries(features, self.d).to(self.device), k, tail, certify=False)
-        self._check_overflow(text, cache)
-        return text, cache
+        terms = self._retrieval(k, tail).terms(self._queries(features))
+        self._check_overflow(terms.text, terms.cache)
+        return terms.text, terms.cache
 
     def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
+        """Raise InputError, naming the setting, where logits are not finite."""
+        settings = self.settings
         largest = (_largest(text), _largest(cache)) if len(text) else (text.new_zeros(()), cache.new_zeros(()))
         if not torch.isfinite(largest[1]):
             raise InputError(
-                f"beta {self.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
+                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
             )
-        if not torch.isfinite(tip.blend(*largest, self.alpha)):
+        if not torch.isfinite(tip.blend(*largest, settings.alpha)):
             raise InputError(
-                f"alpha {self.alpha:g} or logit_scale {self.logit_scale:g}: too large, the logits overflow; "
+                f"alpha {settings.alpha:g} or logit_scale {settings.logit_scale:g}: too large, the logits overflow; "
                 "use smaller ones"
             )
 
-    def certified(self, features: Features, k: int | None = None, tail: bool = True) -> Certified:
+    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Certified:
         """Text and cache logits from as few keys as settle each query: ``k``, then four times as many, at last all.
 
         A query is settled where no key that it has not met can change its winner (:func:`tip.certificate`; with an
         index over classes :func:`tip.settled`). A fine-tuned cache with values always takes all keys: what these
         give may be negative. Arguments and errors as for :meth:`logits`.
         """
-        inputs.check_settings(self.alpha, self.beta, k, self.logit_scale)
-        f = inputs.queries(features, self.d).to(self.device)
+        f, retrieval = self._queries(features), self._retrieval(k, tail)
         text = f.new_empty(len(f), len(self.class_names))
         cache, keys = torch.empty_like(text), torch.full((len(f),), self.n)
-        left = torch.arange(len(f), device=self.device)
+        left, met = torch.arange(len(f), device=self.device), retrieval.settings.k
         while len(left):
-            if k is not None and (k > self.n // ALL_FROM or self.values is not None):
-                k = None
-            text[left], cache[left], settled = self.retrieval.terms(f[left], k, tail, certify=True)
-            keys[left.cpu()] = self.n if k is None else k
-            left, k = left[~settled], None if k is None else k * GROWTH
+            if met is not None and (met > self.n // ALL_FROM or self.values is not None):
+                met = None
+            asked = replace(retrieval, settings=retrieval.settings.but(k=met or "all"))
+            terms = asked.terms(f[left], certify=True)
+            text[left], cache[left] = terms.text, terms.cache
+            keys[left.cpu()] = self.n if met is None else met
+            left, met = left[~terms.settled], None if met is None else met * GROWTH
         self._check_overflow(text, cache)
-        return Certified(text, cache, keys, proved=self.exact_search)
+        return Certified(text, cache, keys)
 
-    def logits(self, features: Features, k: int | None = None, tail: bool = True) -> Tensor:
+    def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
         """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
 
         Args:
             features: ``[q, d]`` unit-norm features, array or tensor.
-            k: how many of the nearest keys a query uses; ``None`` is all of them, Tip-Adapter exactly.
-            tail: with ``k``, estimate what the keys that were not retrieved add (see :func:`tip.cache_logits`).
+            k: how many of the nearest keys a query uses, or ``all``, Tip-Adapter exactly; by default the index's own.
+            tail: with ``k``, estimate what the keys that were not retrieved add (see :func:`tip.cache_logits`); by
+                default as the index has it.
 
         Raises InputError where features are not finite or not ``[q, d]``, or logits overflow; UsageError where ``k``
         is below 1.
         """
         text, cache = self.terms(features, k, tail)
-        return tip.blend(text, cache, self.alpha)
+        return tip.blend(text, cache, self.settings.alpha)
 
     def classify(
         self,
         features: Features,
         top: int = 1,
-        k: int | None = None,
-        tail: bool = True,
+        k: KeysMet = None,
+        tail: bool | None = None,
         neighbours: int = 5,
         certify: bool = False,
     ) -> Predictions:
@@ -330,17 +265,38 @@ class Classifier(ABC):
         """
         if top < 1:
             raise UsageError(f"top is {top}: at least 1 class has to be reported")
-        classes, text, cache, keys = self._answers(features, top, k, tail, certify)
-        logits = tip.blend(text, cache, self.alpha)
+        retrieval, f = self._retrieval(k, tail), self._queries(features)
+        shown = min(neighbours, retrieval.settings.k or neighbours)
+        answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
+        nearest = answers.nearest
+        if nearest is None and shown > 0:
+            nearest = retrieval.nearest(f, shown)
+        near = [[]] * len(f) if nearest is None else self._described_nearest(nearest)
+        return self._predictions(answers, top, near)
+
+    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
+        """Logits of queries, of ``top`` classes at least, and ``neighbours`` nearest keys where they were met."""
+        terms = retrieval.terms(f, neighbours=max(neighbours, 0))
+        self._check_overflow(terms.text, terms.cache)
+        return Answers(terms.text, terms.cache, nearest=terms.nearest)
+
+    def _certified_answers(self, f: Tensor, retrieval: Retrieval) -> Answers:
+        certified = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
+        return Answers(certified.text, certified.cache, keys=certified.keys.tolist())
+
+    def _predictions(self, answers: Answers, top: int, near: Sequence[list[Neighbour]]) -> Predictions:
+        """The answers as people read them, with the described neighbours of each query."""
+        text, cache, alpha = answers.text, answers.cache, self.settings.alpha
+        logits = tip.blend(text, cache, alpha)
         places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
-        ranked = places if classes is None else classes.gather(1, places)
-        chances = tip.probabilities(logits, self.temperature).gather(1, places)
-        near = self._neighbours(features, min(neighbours, k or neighbours)) if neighbours > 0 else [[]] * len(logits)
+        ranked = places if answers.classes is None else answers.classes.gather(1, places)
+        chances = tip.probabilities(logits, self.settings.temperature).gather(1, places)
         winner = places[:, :1]
         own_text, own_cache = text.gather(1, winner), cache.gather(1, winner)
-        weighted = tip.blend(torch.zeros_like(own_cache), own_cache, self.alpha)
+        weighted = tip.blend(torch.zeros_like(own_cache), own_cache, alpha)
         parts = torch.cat([own_text, weighted], dim=1).tolist()
-        rows = logits.cpu().numpy() if classes is None else [None] * len(logits)
+        rows = logits.cpu().numpy() if answers.classes is None else [None] * len(logits)
+        keys: Sequence[int | None] = answers.keys or [None] * len(logits)
         by_query = zip(chances.tolist(), ranked.tolist(), parts, rows, near, keys, strict=True)
         return Predictions(
             Prediction(
@@ -357,26 +313,13 @@ class Classifier(ABC):
             for probabilities, ids, part, row, nearest, number in by_query
         )
 
-    def _answers(
-        self, features: Features, top: int, k: int | None, tail: bool, certify: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor, Sequence[int | None]]:
-        """The classes that logits are of, ``None`` for all; text and cache logits; the keys that settled each query.
-
-        ``top`` classes at least.
-        """
-        if certify:
-            found = self.certified(features, k, tail)
-            return None, found.text, found.cache, found.keys.tolist()
-        text, cache = self.terms(features, k, tail)
-        return None, text, cache, [None] * len(text)
-
     def classify_source(
         self,
         source: Source,
         encoder: Encoder,
         top: int = 1,
-        k: int | None = None,
-        tail: bool = True,
+        k: KeysMet = None,
+        tail: bool | None = None,
         neighbours: int = 5,
         certify: bool = False,
     ) -> Iterator[tuple[str, Prediction]]:
@@ -388,21 +331,21 @@ class Classifier(ABC):
         column = source.items["source"]
         for block in encoder.blocks(source):
             for part in self.parts(len(block.positions)):
-                found = self.classify(block.features[part], top, k, tail, neighbours, certify)
+                answers = self.classify(block.features[part], top, k, tail, neighbours, certify)
                 names = column.take(pa.array(block.positions[part])).to_pylist()  # all at once would be many
-                yield from zip(names, found, strict=True)
+                yield from zip(names, answers, strict=True)
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
         """:class:`Evidence` of queries ``[q, d]``: all keys, where these are ``complete`` at most, else ``nearest``.
 
         Raises InputError where features are not finite or not ``[q, d]``.
         """
-        f = inputs.queries(features, self.d).to(self.device)
-        retrieval, keys = self.retrieval, self.retrieval.keys
+        f, retrieval = self._queries(features), self.retrieval
+        keys = retrieval.keys
         near = self._every(f) if self.n <= complete else retrieval.nearest(f, nearest)
         used, where = np.unique(near.rows.clamp_min(0).cpu().numpy(), return_inverse=True)
         key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
-        text = tip.text_logits(f, self.text_weights, self.logit_scale).cpu().numpy()
+        text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
         sums = tip.Totals.of(f, keys.sums, keys.counts).affinities.cpu().numpy()
         counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
         affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
@@ -448,12 +391,10 @@ class Classifier(ABC):
             )
         return np.array([position[label] for label in labels], dtype=np.int64)
 
-    def _neighbours(self, features: Features, number: int) -> list[list[Neighbour]]:
-        """The nearest keys of each query, described."""
-        f = inputs.queries(features, self.d).to(self.device)
-        near = self.retrieval.nearest(f, number)
+    def _described_nearest(self, near: Nearest) -> list[list[Neighbour]]:
+        """The nearest keys of each query as people read them, nearest first."""
         rows = near.rows.cpu().numpy()
-        weights = tip.weight(near.affinity, self.beta).tolist()
+        weights = tip.weight(near.affinity, self.settings.beta).tolist()
         used, where = np.unique(rows[rows >= 0], return_inverse=True)
         described = self.described(used, ["key_id", "source", "label"]).to_pylist()
         place = np.full(rows.shape, -1)

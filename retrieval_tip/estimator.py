@@ -12,10 +12,11 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import resolve_device, unit
-from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.retrieval.inputs import Features, check_settings
+from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import index_over
+from retrieval_tip.settings import Settings
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -72,11 +73,11 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         text_weights: Features | None = None,
         class_names: Sequence[Any] | Array | None = None,
         *,
-        alpha: float = ALPHA,
-        beta: float = BETA,
+        alpha: float = Settings.alpha,
+        beta: float = Settings.beta,
         k: int | None = None,
         tail: bool = True,
-        logit_scale: float = LOGIT_SCALE,
+        logit_scale: float = Settings.logit_scale,
         index: str = "Flat",
         device: str = "auto",
         normalize: bool = True,
@@ -139,7 +140,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         Errors as for :meth:`decision_function`.
         """
         logits = self._logits(X)
-        probabilities: FloatArray = tip.probabilities(logits, self.cache_.temperature).cpu().numpy()
+        probabilities: FloatArray = tip.probabilities(logits, self.cache_.settings.temperature).cpu().numpy()
         return probabilities
 
     def predict(self, X: Any) -> Array:  # noqa: N803
@@ -191,7 +192,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         normalize = bool(self.normalize)
         X, y = validate_data(self, X, y, dtype=_dtypes(normalize))  # noqa: N806
         check_classification_targets(y)
-        check_settings(self.alpha, self.beta, self.k, self.logit_scale)
+        settings = Settings(self.alpha, self.beta, self.logit_scale, self.k, self.tail)
         ordered = self.class_names is not None
         classes, order = _classes(y if labels is None else labels, once=ordered)
         text = self.text_weights
@@ -208,13 +209,10 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             _ids(y, classes),
             [str(label) or repr(label) for label in classes.tolist()],
             text,
-            alpha=self.alpha,
-            beta=self.beta,
-            logit_scale=self.logit_scale,
+            settings=settings,
             index=self.index,
             device=self.device,
         )
-        cache.k, cache.tail = self.k, self.tail
         self.classes_, self.cache_, self._normalize = classes, cache, normalize
         return self
 
@@ -223,8 +221,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: Any) -> torch.Tensor:  # noqa: N803
-        features = self._queries(X)
-        return self.cache_.logits(features, self.cache_.k, self.cache_.tail)
+        return self.cache_.logits(self._queries(X))
 
 
 def _dtypes(normalize: bool) -> Any:

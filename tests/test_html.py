@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_tip import CacheModel
-from retrieval_tip.classifier import SHOWN_PREDICTIONS, Predictions
+from retrieval_tip.predictions import SHOWN_PREDICTIONS, Predictions
 from retrieval_tip.report.html import VOID, Html, join, table, tag, text
 
 HOSTILE = [

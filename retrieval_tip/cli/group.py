@@ -215,9 +215,9 @@ def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, .
     from retrieval_tip.store.labels import PREDICTIONS
 
     ray = ray_of(given)
-    loaded, k, tail = index_with(folder, given)
+    loaded = index_with(folder, given)
     if ray is not None:
-        _classify_on_ray(ctx, folder, inputs, loaded, {"k": k, "tail": tail}, given, ray)
+        _classify_on_ray(ctx, folder, inputs, loaded, given, ray)
         return
     sources = list(open_inputs(inputs, _paths_on_stdin()))
     backbone = backbone_for(loaded, sources, given)
@@ -232,7 +232,7 @@ def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, .
             for source in sources:
                 near = given["neighbours"] if given["explain"] else 0
                 for name, found in cache.classify_source(
-                    source, encoder, given["top"], k, tail, near, given["certify"]
+                    source, encoder, given["top"], neighbours=near, certify=given["certify"]
                 ):
                     settled[found.keys] += 1
                     yield prediction_row(name, found, columns, given["abstain"])
@@ -248,7 +248,6 @@ def _classify_on_ray(
     folder: Path | Address,
     inputs: tuple[str, ...],
     cache: Classifier,
-    settings: dict[str, Any],
     given: dict[str, Any],
     ray: Ray,
 ) -> None:
@@ -266,7 +265,7 @@ def _classify_on_ray(
         given["output"],
         encoding_for(cache, shards, given),
         ray,
-        settings=settings | asked_of(cache, given),
+        asked=asked_of(cache, given),
         columns=_columns(given),
         top=given["top"],
         neighbours=given["neighbours"] if given["explain"] else 0,
@@ -379,24 +378,21 @@ def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path
 
     if given["plot"]:
         plots.check(given["plot"])
-    loaded, k, tail = index_with(folder, given)
+    loaded = index_with(folder, given)
     if ray is not None:
         from retrieval_tip.distributed import tasks
 
         shards = shards_of(source, given, "test")
         encoding = encoding_for(loaded, shards, given)
-        asked = {"k": k, "tail": tail} | asked_of(loaded, given)
         found, skipped = tasks.evaluate(
             loaded, folder, shards, encoding, ray,
-            settings=asked, abstain=given["abstain"], progress=not ctx.obj, say=_say,
+            asked=asked_of(loaded, given), abstain=given["abstain"], progress=not ctx.obj, say=_say,
         )  # fmt: skip
     else:
         test = source_of(source, given, "test")
         with encoder_of(ctx, backbone_for(loaded, [test], given), given) as encoder:
             cache = _in_shards(ctx, loaded, given)
-            found = evaluate(
-                cache, test, encoder, k=k, tail=tail, abstain=given["abstain"], affinities=given["plot"] is not None
-            )
+            found = evaluate(cache, test, encoder, abstain=given["abstain"], affinities=given["plot"] is not None)
         skipped = encoder.skipped
     if given["plot"]:
         files = plots.write_plots(found, given["plot"])
@@ -486,7 +482,7 @@ def report_command(ctx: click.Context, /, folder: Path, source: Path, out: Path,
     if given["shots"] and given["no_curves"]:
         raise UsageError("--shots and --no-curves: give one of them")
     check(out)
-    cache, k, tail = index_with(folder, given)
+    cache = index_with(folder, given)
     test = source_of(source, given, "test")
     val = None if given["val"] is None else source_of(given["val"], given | {"split": None}, "val")
     with encoder_of(ctx, backbone_for(cache, [test, *([] if val is None else [val])], given), given) as encoder:
@@ -495,8 +491,6 @@ def report_command(ctx: click.Context, /, folder: Path, source: Path, out: Path,
             test,
             encoder,
             out,
-            k=k,
-            tail=tail,
             val=val,
             shots=given["shots"] or None,
             seeds=given["seeds"],
@@ -625,7 +619,7 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
         search_hp.apply(cache, choice)
         cache.save_settings(folder, "search-hp")
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
-    facts |= {"k": (choice.k if given["dry_run"] else cache.k) or "all", "version": cache.version}
+    facts |= {"k": (choice.k if given["dry_run"] else cache.settings.k) or "all", "version": cache.version}
     if given["as_json"]:
         facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
         click.echo(json.dumps(facts | {"warnings": choice.warnings}))
@@ -737,7 +731,7 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
     facts: dict[str, Any] = {"version": tuned.cache.version, "trained": list(recipe.train), "epoch": tuned.epoch}
     facts |= {name: None if last[name] != last[name] else last[name] for name in ("loss", "accuracy")}
     facts |= {"val_accuracy": tuned.choice.accuracy if tuned.choice else None}
-    facts |= {"alpha": tuned.cache.alpha, "beta": tuned.cache.beta, "k": tuned.cache.k or "all"}
+    facts |= {name: tuned.cache.settings.shown()[name] for name in ("alpha", "beta", "k")}
     facts |= {"collapsed": tuned.collapsed, "seconds": tuned.cache.provenance["finetune"]["seconds"]}
     if given["as_json"]:
         click.echo(json.dumps(facts))

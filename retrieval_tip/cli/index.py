@@ -38,6 +38,7 @@ from retrieval_tip.errors import counted, one_line
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
     from retrieval_tip.lance.objects import Address
+    from retrieval_tip.settings import KeysMet
 
     Place = Path | Address
 
@@ -103,7 +104,7 @@ def build(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None
             alpha=given["alpha"],
             beta=given["beta"],
             normalize=given["normalize"],
-            k="auto" if given["k"] is None else given["k"] or None,
+            k=given["k"],
             logit_scale=given["logit_scale"],
             device="cpu",
         )
@@ -200,11 +201,11 @@ def tune_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any
     rows = [{name: row[name] for name in types} for row in rows]
     write_rows(rows, list(types), given["style"], given["output"], pa.schema(list(types.items())))
     if not given["dry_run"]:
-        cache.index, cache.k, cache.tail = found.index, found.chosen.k, True
+        cache.index, cache.settings = found.index, cache.settings.but(k=found.chosen.k or "all", tail=True)
         where = f"tuned on {val.name}, n={found.n}, agreement {found.chosen.agreement:.4g}"
         cache.provenance = cache.provenance | {"index": where, "k": where}
         cache.save(folder, "tune")
-        click.echo(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.k or 'all'}", err=True)
+        click.echo(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}", err=True)
     finish(ctx, encoder.skipped)
 
 
@@ -314,7 +315,7 @@ def set_command(folder: Place, template: tuple[str, ...], **given: Any) -> None:
     changed = changes.configure(
         folder,
         **{name: given[name] for name in ("alpha", "beta", "tail", "temperature", "normalize")},
-        k=None if given["k"] is None else given["k"] or "all",
+        k=given["k"],
         templates=template,
         backbone=backbone_for(Origin.of(folder), [], cache, needed=True) if template else None,
     )
@@ -432,7 +433,7 @@ def import_command(ctx: click.Context, /, source: Path, out: Place, **given: Any
 @click.argument("folder", type=FOLDER)
 @click.option("-k", "k", type=K(), help="Nearest keys that judge a shot, or all.  [default: all, while they are few]")
 @FORMAT
-def audit_command(folder: Path, k: int | None, style: str, output: Path | None) -> None:
+def audit_command(folder: Path, k: KeysMet, style: str, output: Path | None) -> None:
     """Find suspicious shots: those whose neighbours have another label, and images that are in two classes.
 
     Each shot is judged by all others, those of the same image left out; the most suspicious come first.
@@ -440,7 +441,7 @@ def audit_command(folder: Path, k: int | None, style: str, output: Path | None) 
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
 
-    write_table(audit(checked(folder, "auto"), k="all" if k == 0 else k), style, output)
+    write_table(audit(checked(folder, "auto"), k=k), style, output)
 
 
 def _say(folder: Place, version: int, what: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import click
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
     from retrieval_tip.distributed.engine import BackboneName, Encoding, Ray
     from retrieval_tip.distributed.shards import Shard
+    from retrieval_tip.distributed.tasks import Asked
     from retrieval_tip.index.places import Model
     from retrieval_tip.store.manifest import Manifest
 
@@ -84,15 +85,15 @@ PLACE_OUT = Place(path_type=Path, dir_okay=False)
 Command = Callable[..., Any]
 
 
-class K(click.ParamType[int]):
-    """A number of keys, or ``all``: 0 stands for all, since click takes None as not given."""
+class K(click.ParamType[Any]):
+    """A number of keys, or ``all``."""
 
     name = "N|all"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, 0 for all."""
-        if value == "all" or (isinstance(value, int) and value >= 0):
-            return 0 if value == "all" else int(value)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
+        """The number, 1 or more, or ``all``."""
+        if value == "all":
+            return "all"
         try:
             number = int(value)
         except ValueError:
@@ -227,7 +228,7 @@ def validation(cache: CacheModel, path: Path, given: dict[str, Any], *, every: b
     from retrieval_tip.fit.search_hp import validation_shots
 
     val = open_source(path, split="val", root=given["root"])
-    every = every or given["val_shots"] == 0
+    every = every or given["val_shots"] == "all"
     return val if every else val.take(validation_shots(cache, val, path, given["val_shots"]))
 
 
@@ -260,19 +261,15 @@ def opened(folder: Path | Address, given: dict[str, Any]) -> Model:
         cache = stores.at(folder).load(device=given["device"])
     else:
         cache = checked(folder, given["device"], given["precision"], given.get("verify", "full"))
-    from retrieval_tip.retrieval.inputs import check_settings
-
-    cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
-    cache.beta = cache.beta if given["beta"] is None else given["beta"]
-    check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale)
+    cache.settings = cache.settings.but(alpha=given["alpha"], beta=given["beta"])
     return cache
 
 
 @overload
-def index_with(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | None, bool]: ...
+def index_with(folder: Path, given: dict[str, Any]) -> CacheModel: ...
 @overload
-def index_with(folder: Path | Address, given: dict[str, Any]) -> tuple[Model, int | None, bool]: ...
-def index_with(folder: Path | Address, given: dict[str, Any]) -> tuple[Model, int | None, bool]:
+def index_with(folder: Path | Address, given: dict[str, Any]) -> Model: ...
+def index_with(folder: Path | Address, given: dict[str, Any]) -> Model:
     """The index with the settings of the command line, or its own."""
     if given.get("index_shards") is not None:
         if given["where"] is not None:
@@ -281,8 +278,8 @@ def index_with(folder: Path | Address, given: dict[str, Any]) -> tuple[Model, in
     cache = opened(folder, given)
     if given["where"] is not None:
         cache = _restricted(cache, given["where"])
-    k = cache.k if given["k"] is None else given["k"] or None
-    return cache, k, cache.tail if given["tail"] is None else given["tail"]
+    cache.settings = cache.settings.but(k=given["k"], tail=given["tail"])
+    return cache
 
 
 def _restricted(cache: Model, where: str) -> CacheModel:
@@ -433,13 +430,11 @@ def named(
     return BackboneName(model or DEFAULT_MODEL, given["pretrained"] or pretrained, given["precision"], weights)
 
 
-def asked_of(cache: Classifier, given: dict[str, Any]) -> dict[str, Any]:
-    """What workers are to ask of their copy of an index, as :func:`index_with` has set this one.
+def asked_of(cache: Classifier, given: dict[str, Any]) -> Asked:
+    """How workers are to answer with their copy of an index, as :func:`index_with` has set this one."""
+    from retrieval_tip.distributed.tasks import Asked
 
-    Products are in float32 unless it is said otherwise: what is fastest may differ from machine to machine.
-    """
-    precision = "float32" if given["precision"] == "auto" else given["precision"]
-    return {"alpha": cache.alpha, "beta": cache.beta, "where": given["where"], "precision": precision}
+    return Asked(cache.settings, given["where"], "float32" if given["precision"] == "auto" else given["precision"])
 
 
 def encoding_for(cache: Classifier, shards: list[Shard], given: dict[str, Any]) -> Encoding:

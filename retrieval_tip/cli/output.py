@@ -20,7 +20,7 @@ from retrieval_tip.data.encoder import replacing
 from retrieval_tip.errors import RetrievalTipError, UsageError, first_line, one_line
 
 if TYPE_CHECKING:
-    from retrieval_tip.classifier import Prediction
+    from retrieval_tip.predictions import Prediction
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024

@@ -365,9 +365,7 @@ class ShardedCache(Classifier):
             index=self.index,
             class_ids=self._cache.class_ids,
             text_weights=self.text_weights,
-            alpha=self.alpha,
-            beta=self.beta,
-            logit_scale=self.logit_scale,
+            settings=self.settings,
         )
 
     @property

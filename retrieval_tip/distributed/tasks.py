@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from retrieval_tip.distributed.shards import Opened, Shard, cut_source, digest
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places as stores
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.labels import PREDICTIONS, rows_where
 
 GROUP_ROWS = 1024
@@ -69,27 +70,36 @@ class EncodeTask(Task):
         return Summary(shard.number, rows, failed)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How workers answer with their copy of an index: by these settings, with the keys that a condition holds for.
+
+    Products with all keys are in float32 unless it is said otherwise: what is fastest may differ from machine to
+    machine.
+    """
+
+    settings: Settings
+    where: str | None = None
+    precision: str = "float32"
+
+
 @dataclass
 class IndexTask(Task):
-    """Something that is asked of an index: a folder whose manifest has the digest ``sealed``, with these settings."""
+    """Something that is asked of an index: a folder whose manifest has the digest ``sealed``."""
 
     encoding: Encoding
     folder: str
     sealed: str
-    precision: str
-    alpha: float
-    beta: float
-    where: str | None
-    k: int | None
-    tail: bool
+    asked: Asked
 
     def start(self, device: str, encoder: Encoder) -> None:
         """Open the index, and take the keys that the condition holds for."""
-        cache = stores.at(self.folder).load(device=device, precision=self.precision, verify="fast")
+        cache = stores.at(self.folder).load(device=device, precision=self.asked.precision, verify="fast")
         if sealed_as(self.folder) != self.sealed:
             raise StoreError(f"{self.folder}: not the version that this run began with; start it again")
-        cache.alpha, cache.beta = self.alpha, self.beta
-        self._cache = cache if self.where is None else cache.take(rows_where(cache.labels, self.where))
+        cache.settings = self.asked.settings
+        where = self.asked.where
+        self._cache = cache if where is None else cache.take(rows_where(cache.labels, where))
 
 
 @dataclass
@@ -116,7 +126,7 @@ class ClassifyTask(IndexTask):
             [(column, PREDICTIONS[column]) for column in self.columns], metadata=self.run.metadata(shard.number)
         )
         answers = self._cache.classify_source(
-            found.source, encoder, self.top, self.k, self.tail, self.neighbours, self.certify
+            found.source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
         )
         rows: list[dict[str, Any]] = []
         with self.run.writing(part_name(shard.number)) as path:
@@ -143,7 +153,7 @@ class EvaluateTask(IndexTask):
         if not len(found.source):
             return Summary(shard.number, 0, _failed(found, encoder))
         ids = self._cache.ids_of(found.source)
-        seen = see(self._cache, encoder.blocks(found.source), ids, k=self.k, tail=self.tail)
+        seen = see(self._cache, encoder.blocks(found.source), ids)
         arrays = {name: value for name, value in vars(seen).items() if isinstance(value, np.ndarray)}
         return Summary(shard.number, len(seen.truth), _failed(found, encoder), arrays=arrays)
 
@@ -213,7 +223,7 @@ def classify(
     encoding: Encoding,
     ray: Ray | None = None,
     *,
-    settings: dict[str, Any],
+    asked: Asked,
     columns: Sequence[str] = ("input", "label", "probability"),
     top: int = 1,
     neighbours: int = 0,
@@ -224,11 +234,10 @@ def classify(
 ) -> Made:
     """Classify shards with an index folder into a folder of parts, with the columns that ``classify`` writes.
 
-    ``settings`` are ``alpha``, ``beta``, ``where``, ``k``, ``tail`` and ``precision``. It goes on and raises as
-    :func:`encode` does; StoreError where the index is changed meanwhile.
+    It goes on and raises as :func:`encode` does; StoreError where the index is changed meanwhile.
     """
     sealed = sealed_as(folder)
-    asked: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "columns": list(columns),
         "top": top,
         "neighbours": neighbours,
@@ -236,8 +245,8 @@ def classify(
         "abstain": abstain,
     }
     facts = {"task": "classify", "index": sealed}
-    run = Run.start(out, facts | _described(shards, encoding, settings | asked | _precision(encoding)))
-    task = ClassifyTask(encoding=encoding, folder=str(folder), sealed=sealed, run=run, **settings, **asked)
+    run = Run.start(out, facts | _described(shards, encoding, asdict(asked) | shown | _precision(encoding)))
+    task = ClassifyTask(encoding=encoding, folder=str(folder), sealed=sealed, asked=asked, run=run, **shown)
     return _make(run, task, shards, ray or Ray(), progress, say)
 
 
@@ -248,25 +257,25 @@ def evaluate(
     encoding: Encoding,
     ray: Ray | None = None,
     *,
-    settings: dict[str, Any],
+    asked: Asked,
     abstain: float | None = None,
     progress: bool = False,
     say: Callable[[Skipped], None] | None = None,
 ) -> tuple[Evaluation, list[Skipped]]:
     """:func:`evaluate.evaluate` of shards: workers see them, the figures are concluded here in one place.
 
-    ``cache`` is the index of ``folder`` with its settings, ``settings`` as for :func:`classify`. Returns the figures
-    and what could not be read. Raises InputError where that is everything, or a label is no class of the index.
+    ``cache`` is the index of ``folder`` with the settings that are asked for. Returns the figures, and what could not
+    be read. Raises InputError where that is everything, or a label is no class of the index.
     """
     check_abstain(abstain)
-    task = EvaluateTask(encoding=encoding, folder=str(folder), sealed=sealed_as(folder), **settings)
+    task = EvaluateTask(encoding=encoding, folder=str(folder), sealed=sealed_as(folder), asked=asked)
     found = sorted(through(task, shards, ray or Ray(), progress=progress), key=lambda summary: summary.shard)
     failed = _told((skipped for summary in found for skipped in summary.failed), say)
     parts = [Seen(**dict[str, Any](summary.arrays)) for summary in found if summary.rows]
     if not parts:
         raise InputError(f"none of the items could be read ({failed[0] if failed else 'there are none'})")
     seen = Seen.joined(parts)
-    return conclude(cache, seen, len(failed), k=settings["k"], tail=settings["tail"], abstain=abstain), failed
+    return conclude(cache, seen, len(failed), abstain=abstain), failed
 
 
 @dataclass(frozen=True)

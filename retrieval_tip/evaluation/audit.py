@@ -213,7 +213,7 @@ def audit(cache: CacheModel, *, k: int | Literal["all"] | None = None) -> pa.Tab
         unseen = (image[part, None] == image[rows]) | empty
         nearest, near = affinity.masked_fill(unseen, -torch.inf).max(dim=1)
         shift = nearest.clamp_min(torch.finfo(torch.float32).min)[:, None]  # the nearest counts 1, whatever beta
-        weights = tip.weight(affinity.sub_(shift - 1), cache.beta, out=affinity).masked_fill_(unseen, 0)
+        weights = tip.weight(affinity.sub_(shift - 1), cache.settings.beta, out=affinity).masked_fill_(unseen, 0)
         left = torch.from_numpy(hidden.left(part)).to(device)
         scores = torch.where(left > 0, tip.sum_by_class(weights, ids, c) / left.clamp_min(1), -1)
         mine = scores.gather(1, own[:, None])
@@ -221,7 +221,7 @@ def audit(cache: CacheModel, *, k: int | Literal["all"] | None = None) -> pa.Tab
         suggested = torch.where(mine[:, 0] >= best, own, suggested)
         judged = mine[:, 0] >= 0
         suspicious = ((suggested != own) & judged) | (closest >= NEAR)
-        scale = tip.weight(shift[:, 0], cache.beta)
+        scale = tip.weight(shift[:, 0], cache.settings.beta)
         columns = {
             "row": torch.arange(part.start, part.stop, device=device),
             "judged": judged,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from retrieval_tip.evaluation.calibration import (
     temperature_bounds,
 )
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
+from retrieval_tip.settings import KeysMet, Settings
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +117,7 @@ class Evaluation:
     ece: float
     n: int
     skipped: int
-    alpha: float
-    beta: float
-    k: int | None
-    tail: bool
-    temperature: float
+    settings: Settings
     per_class: dict[str, float]
     confusions: list[tuple[str, str, int]]
     answers: Answers = field(compare=False, repr=False)
@@ -131,8 +128,13 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """As ``evaluate --json`` prints it; ``k`` is ``"all"`` where every key is used."""
         left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
-        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        return facts | {"k": self.k or "all"}
+        facts: dict[str, Any] = {}
+        for field_ in fields(self):
+            if field_.name == "settings":
+                facts |= self.settings.shown()
+            elif field_.name not in left_out:
+                facts[field_.name] = getattr(self, field_.name)
+        return facts
 
 
 def evaluate(
@@ -140,12 +142,12 @@ def evaluate(
     source: Source,
     encoder: Encoder,
     *,
-    k: int | None = None,
-    tail: bool = True,
+    k: KeysMet = None,
+    tail: bool | None = None,
     abstain: float | None = None,
     affinities: bool = False,
 ) -> Evaluation:
-    """Classify a labelled source and compare. ``k`` and ``tail`` as for :meth:`CacheModel.logits`.
+    """Classify a labelled source and compare. ``k`` and ``tail`` are the index's own where they are not given.
 
     ``abstain``: a probability below which an answer would be withheld; ``affinities``: also count the affinities to
     keys of the same class and of others.
@@ -153,10 +155,9 @@ def evaluate(
     Raises InputError where the source has no items, or labels that are no class of the index; UsageError for
     ``abstain`` outside of 0 to 1.
     """
+    cache = cache.with_settings(cache.settings.but(k=k, tail=tail))
     truth = cache.ids_of(source)
-    return judge(
-        cache, encoder.blocks(source), truth, encoder.skipped, k=k, tail=tail, abstain=abstain, affinities=affinities
-    )
+    return judge(cache, encoder.blocks(source), truth, encoder.skipped, abstain=abstain, affinities=affinities)
 
 
 def judge(
@@ -165,8 +166,6 @@ def judge(
     ids: Ints,
     skipped: Sequence[Skipped] = (),
     *,
-    k: int | None = None,
-    tail: bool = True,
     abstain: float | None = None,
     affinities: bool = False,
     details: bool = False,
@@ -177,8 +176,8 @@ def judge(
     for ``abstain`` outside of 0 to 1.
     """
     check_abstain(abstain)
-    seen = see(cache, blocks, ids, k=k, tail=tail, affinities=affinities, details=details)
-    return conclude(cache, seen, len(skipped), k=k, tail=tail, abstain=abstain)
+    seen = see(cache, blocks, ids, affinities=affinities, details=details)
+    return conclude(cache, seen, len(skipped), abstain=abstain)
 
 
 @dataclass(frozen=True)
@@ -211,13 +210,11 @@ def see(
     blocks: Iterable[Block],
     ids: Ints,
     *,
-    k: int | None = None,
-    tail: bool = True,
     affinities: bool = False,
     details: bool = False,
 ) -> Seen:
     """Classify ``blocks`` of a source whose class ids are ``ids``, and keep what :func:`conclude` needs."""
-    truth = torch.from_numpy(ids)
+    truth, settings = torch.from_numpy(ids), cache.settings
     pairs = _Pairs(cache) if affinities else None
     most = min(5, len(cache.class_names))
     parts: list[torch.Tensor] = [torch.zeros((0, most + 2), dtype=torch.int64)]
@@ -226,18 +223,18 @@ def see(
     positions: list[Ints] = [np.zeros(0, dtype=np.int64)]
     for block in blocks:
         for part in cache.parts(len(block.positions)):
-            text, alone = cache.terms(block.features[part], k, tail)
-            logits = tip.blend(text, alone, cache.alpha)
+            text, alone = cache.terms(block.features[part])
+            logits = tip.blend(text, alone, settings.alpha)
             ranked = logits.topk(most, dim=1).indices
             parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
-            chances.append(tip.probabilities(logits, cache.temperature).gather(1, ranked[:, :1]).cpu())
+            chances.append(tip.probabilities(logits, settings.temperature).gather(1, ranked[:, :1]).cpu())
             positions.append(block.positions[part])
             true = truth[torch.from_numpy(positions[-1])]
             if pairs is not None:
                 pairs.add(block.features[part], true)
             if details:
-                of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, cache.alpha * alone)]
-                logs = (logits.double() / cache.temperature).log_softmax(dim=1)
+                of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
+                logs = (logits.double() / settings.temperature).log_softmax(dim=1)
                 log_truth = logs.gather(1, true.to(logits.device)[:, None])
                 log_doubt = logs.scatter(1, ranked[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
                 more.append(torch.cat([log_truth, log_doubt, *of_parts], dim=1).cpu())
@@ -257,8 +254,6 @@ def conclude(
     seen: Seen,
     skipped: int,
     *,
-    k: int | None = None,
-    tail: bool = True,
     abstain: float | None = None,
 ) -> Evaluation:
     """The figures of what was seen with these settings; ``skipped`` items could not be read.
@@ -281,11 +276,7 @@ def conclude(
         ece=expected_calibration_error(confidence, right),
         n=len(classes),
         skipped=skipped,
-        alpha=cache.alpha,
-        beta=cache.beta,
-        k=k,
-        tail=tail,
-        temperature=cache.temperature,
+        settings=cache.settings,
         per_class=per_class,
         confusions=[
             (cache.class_names[a], cache.class_names[b], times) for (a, b), times in wrong.most_common(CONFUSIONS)
@@ -347,7 +338,7 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibratio
     true: list[torch.Tensor] = []
     shots = 0
     for block in encoder.blocks(source):
-        parts.append(cache.logits(block.features, cache.k, cache.tail).cpu())
+        parts.append(cache.logits(block.features).cpu())
         true.append(truth[torch.from_numpy(block.positions)])
         f = torch.from_numpy(block.features).to(cache.device)
         nearest = cache.keys[np.maximum(cache.nearest(f, 1)[1][:, 0], 0)]
@@ -378,13 +369,13 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibratio
         temperature=fitted,
         n=len(y),
         top1=float(right.double().mean()),
-        ece_before=error(cache.temperature),
+        ece_before=error(cache.settings.temperature),
         ece_after=error(fitted),
-        nll_before=negative_log_likelihood(logits, y, cache.temperature),
+        nll_before=negative_log_likelihood(logits, y, cache.settings.temperature),
         nll_after=negative_log_likelihood(logits, y, fitted),
         at_bound=at_bound,
     )
-    cache.temperature = fitted
+    cache.settings = replace(cache.settings, temperature=fitted)
     cache.provenance = cache.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
     return result
 

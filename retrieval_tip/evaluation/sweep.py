@@ -133,9 +133,9 @@ def sweep(
                         dict(zip(RUN, run, strict=True))
                         | figures
                         | {
-                            "alpha": float(answering.alpha),
-                            "beta": float(answering.beta),
-                            "k": answering.k or 0,
+                            "alpha": answering.settings.alpha,
+                            "beta": answering.settings.beta,
+                            "k": answering.settings.k or 0,
                             "chosen_on": chosen_on,
                             "seconds": time.perf_counter() - start,
                             "parameters_trained": answering.keys.size if method == "tip-adapter-f" else 0,
@@ -161,8 +161,8 @@ def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
     """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched."""
     order, labels = _in_file_order(pool)
     drawn = pool.take(np.sort(order[few_shot(labels, shots, seed)]))
-    drawn.alpha, drawn.beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
-    return drawn
+    alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
+    return drawn.with_settings(drawn.settings.but(alpha=alpha, beta=beta))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -217,10 +217,10 @@ def _set(
 ) -> tuple[CacheModel, str]:
     """The drawn index, untouched, as a method answers with it; and what its settings were chosen on."""
     if method == "zero-shot":
-        return replace(cache, alpha=0.0), "nothing"
+        return cache.with_settings(cache.settings.but(alpha=0.0)), "nothing"
     if method == "paper-constants":
         alpha, beta = plain_settings(None, None, "none", None)
-        return replace(cache, alpha=alpha, beta=beta), "nothing"
+        return cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), "nothing"
     if method == "cache-alone":
         cache = replace(cache, text_weights=torch.zeros_like(cache.text_weights))
     counts = np.bincount(cache.class_ids.cpu().numpy())
@@ -228,7 +228,7 @@ def _set(
         return cache, "the shots' affinities"
     queries = leave_one_out(cache) if val is None else unseen(cache, val.features, val.ids, val.name)
     choice = search_paper(cache, queries, scales) if protocol == "paper" else search(cache, queries, cautious=True)
-    return replace(cache, alpha=choice.alpha, beta=choice.beta, k=choice.k), choice.source
+    return cache.with_settings(choice.settings(cache.settings)), choice.source
 
 
 def _fine_tune(
@@ -242,7 +242,7 @@ def _fine_tune(
 
 def _answer(cache: CacheModel, test: Items) -> dict[str, Any]:
     """top1, top5 and n of the test items."""
-    ranked = cache.logits(test.features, cache.k).topk(min(5, len(cache.class_names)), dim=1).indices.cpu()
+    ranked = cache.logits(test.features).topk(min(5, len(cache.class_names)), dim=1).indices.cpu()
     hits = ranked == torch.from_numpy(test.ids)[:, None]
     top1, top5 = float(hits[:, 0].double().mean()), float(hits.any(dim=1).double().mean())
     return {"top1": top1, "top5": top5, "n": len(test.ids)}

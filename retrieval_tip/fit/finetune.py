@@ -147,7 +147,7 @@ def finetune(
         _same(told, facts, show(place))
     with _repeatable(cache.device):
         alpha, beta = facts.get("settings") or _settings(cache, material, recipe)
-        run = _Run(replace(cache, alpha=alpha, beta=beta), material, recipe, told)
+        run = _Run(cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), material, recipe, told)
         if held is not None:
             run.restore(*held)
         run.train(place, checkpoint_seconds)
@@ -370,7 +370,7 @@ class _Run:
         groups = {"now": self.trainer.trained(), "kept": self.kept, "moments": self.trainer.moments()}
         tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
         facts = {name: getattr(self, name) for name in ("epoch", "seconds", "curve", "kept_epoch", "collapsed")}
-        facts |= {"settings": [self.cache.alpha, self.cache.beta], "precision": self.recipe.precision}
+        facts |= {"settings": [self.cache.settings.alpha, self.cache.settings.beta], "precision": self.recipe.precision}
         checkpoints.write(path, tensors, facts | {"told": self.told})
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -405,7 +405,7 @@ class _Run:
                 self.cache.device,
             ),
             text_index=None,
-            temperature=1.0,
+            settings=replace(self.cache.settings, temperature=1.0),
             backbone=backbone.identity if encoders and backbone is not None else self.cache.backbone,
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": self._facts(parent)},
             curve=pa.Table.from_pylist(self.curve, schema=CURVE),
@@ -415,7 +415,7 @@ class _Run:
         if "visual" in self.recipe.train:
             self.material.encode_queries_again(self.cache)
         if self.material.queries is not None:
-            settings = (cache.alpha, cache.beta)
+            settings = (cache.settings.alpha, cache.settings.beta)
             choice = search_hp.search(cache, self.material.queries, cautious=True, kept=settings)
             search_hp.apply(cache, choice)
         return Tuned(cache, self.kept_epoch, cast(pa.Table, cache.curve), self.collapsed, choice, backbone, encoders)
@@ -426,7 +426,7 @@ class _Run:
         recipe = asdict(self.recipe) | {"train": list(self.recipe.train)}
         run = {"epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.seconds, 3)}
         sources = {"shots": self.material.shots.name, "val": None if queries is None else queries.name}
-        settings = {"alpha": self.cache.alpha, "beta": self.cache.beta}
+        settings = {"alpha": self.cache.settings.alpha, "beta": self.cache.settings.beta}
         return {"parent": parent, "parent_version": self.cache.version} | recipe | settings | run | sources
 
 
@@ -443,7 +443,8 @@ def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, A
     if views is None:  # they are made as they are met
         digest.update("\n".join(material.shots.sources).encode("utf-8", "surrogatepass"))
     known = asdict(recipe) | {"train": list(recipe.train), "index, shots or validation images": digest.hexdigest()}
-    known |= {name: getattr(cache, name) for name in ("alpha", "beta", "logit_scale", "device")}
+    known |= {name: getattr(cache.settings, name) for name in ("alpha", "beta", "logit_scale")}
+    known |= {"device": cache.device}
     return known | {"backbone": None if backbone is None else backbone.identity.fingerprint}
 
 
@@ -457,17 +458,17 @@ def _same(told: dict[str, Any], facts: dict[str, Any], name: str) -> None:
 
 def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[float, float]:
     """The alpha and beta to train with."""
-    own = (cache.alpha, cache.beta)
+    own = (cache.settings.alpha, cache.settings.beta)
     statistics = measure(cache.keys, cache.class_ids.cpu().numpy())
     trains_encoder = any(part in recipe.train for part in PARTS)
     if recipe.settings == "own" or material.queries is None or statistics is None or trains_encoder:
         return own
     beta = FLATTER / statistics.std
-    alpha = _fitting_alpha(replace(cache, beta=beta), material.queries)
+    alpha = _fitting_alpha(cache.with_settings(cache.settings.but(beta=beta)), material.queries)
     trial = replace(recipe, epochs=math.ceil(recipe.epochs * TRIAL))
     results = []
     for settings in [own, *((times * alpha, beta) for times in STRONGER)]:
-        run = _Run(replace(cache, alpha=settings[0], beta=settings[1]), material, trial)
+        run = _Run(cache.with_settings(cache.settings.but(alpha=settings[0], beta=settings[1])), material, trial)
         run.train(None, math.inf)
         finite = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve if row["val_loss"] < math.inf]
         results.append((max(finite, default=(-1.0, -math.inf)), settings))
@@ -476,7 +477,7 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
 
 def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
     """The alpha of the least cross-entropy on the queries."""
-    text, terms = cache.terms(queries.features)
+    text, terms = cache.terms(queries.features, "all")
     ids = torch.from_numpy(queries.ids).to(cache.device)
     alphas = [float(alpha) for alpha in np.geomspace(1e-3, 1e6, 91)]
     return min(alphas, key=lambda alpha: float(functional.cross_entropy(tip.blend(text, terms, alpha), ids)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval.defaults import untouched_settings
-from retrieval_tip.retrieval.inputs import check_settings
+from retrieval_tip.settings import Settings
 from retrieval_tip.store.labels import images_of
 
 BETAS = np.geomspace(0.1, 100, 31)
@@ -91,6 +91,10 @@ class Choice:
     protocol: str
     warnings: tuple[str, ...]
     surface: pa.Table
+
+    def settings(self, before: Settings) -> Settings:
+        """The chosen alpha, beta and k in place of those ``before``; a fitted temperature no longer holds."""
+        return replace(before, alpha=self.alpha, beta=self.beta, k=self.k, temperature=1.0)
 
     def provenance(self) -> dict[str, Any]:
         """What goes into the manifest."""
@@ -160,8 +164,8 @@ def apply(cache: CacheModel, choice: Choice) -> None:
 
     An index over classes keeps its k: there it says what an answer may cost, and changes hardly any.
     """
-    cache.alpha, cache.beta, cache.temperature = choice.alpha, choice.beta, 1.0
-    cache.k = cache.k if cache.index.by_class else choice.k
+    settings = choice.settings(cache.settings)
+    cache.settings = replace(settings, k=cache.settings.k) if cache.index.by_class else settings
     kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
     cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
 
@@ -222,7 +226,7 @@ def search(
     are no settings.
     """
     if kept is not None:
-        check_settings(*kept, None, cache.logit_scale)
+        cache.settings.but(alpha=kept[0], beta=kept[1])  # which refuses what are no settings
     stay = untouched_settings(cache.keys, cache.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
     betas = sorted({*(BETAS if betas is None else betas), *always})
@@ -373,7 +377,7 @@ def _blocks(
         hidden = torch.from_numpy(queries.hidden[part]).to(cache.device)
         affinity = torch.cat([tip.affinity(f, keys) for keys, _ in cache.key_blocks()], dim=1)
         affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
-        text = tip.text_logits(f, cache.text_weights, cache.logit_scale)
+        text = tip.text_logits(f, cache.text_weights, cache.settings.logit_scale)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
         yield part, text, y, _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks, cache.values)
 

@@ -221,8 +221,8 @@ class Trainer:
         return mean_by_class(prompts, len(self.cache.class_names)).to(self.cache.device)
 
     def _blend(self, features: Tensor, cache_logits: Tensor, text_weights: Tensor) -> Tensor:
-        text = tip.text_logits(features, text_weights, self.cache.logit_scale)
-        return tip.blend(text, cache_logits, self.cache.alpha)
+        text = tip.text_logits(features, text_weights, self.cache.settings.logit_scale)
+        return tip.blend(text, cache_logits, self.cache.settings.alpha)
 
 
 class _All:
@@ -234,7 +234,7 @@ class _All:
         products = getattr(torch, trainer.recipe.precision)
         c = len(cache.class_names)
         self._memory = trainer.keys.new_empty(0)
-        self._keys = AllKeys(trainer.keys, cache.class_ids, c, cache.beta, trainer.values, products, block)
+        self._keys = AllKeys(trainer.keys, cache.class_ids, c, cache.settings.beta, trainer.values, products, block)
         self.optimizers = {
             part: BlockAdamW(matrix, block, **options)
             for part, matrix in (("keys", trainer.keys), ("values", trainer.values))
@@ -273,7 +273,7 @@ class _Nearest:
         self._index = VectorIndex.build(trainer.keys.cpu().numpy(), factory, cache.device)
         counts = torch.bincount(cache.class_ids, minlength=len(cache.class_names))
         self._sums = torch.zeros(len(counts), cache.d, device=cache.device)
-        self._keys = RetrievedKeys(trainer.keys, cache.class_ids, self._sums, counts, cache.beta)
+        self._keys = RetrievedKeys(trainer.keys, cache.class_ids, self._sums, counts, cache.settings.beta)
         self.optimizers = {"keys": RowAdamW(trainer.keys, **options)}
         self._sum()
 

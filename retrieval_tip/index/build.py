@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import torch
 
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
-from retrieval_tip.cache_model import LOGIT_SCALE, CacheModel
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, read_features, same_backbone, table_identity
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
@@ -27,9 +27,9 @@ from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import TableModel, labels_in_blocks
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
-from retrieval_tip.retrieval.inputs import check_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK, index_over, text_index_over
 from retrieval_tip.retrieval.vector_index import auto_factory
+from retrieval_tip.settings import KeysMet, Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 
@@ -56,7 +56,7 @@ def build_index(
     alpha: float | None = None,
     beta: float | None = None,
     normalize: str | None = None,
-    k: int | Literal["auto"] | None = "auto",
+    k: KeysMet = None,
     logit_scale: float | None = None,
     device: str = "auto",
 ) -> Model:
@@ -81,8 +81,8 @@ def build_index(
         normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). Where all three are left out they
             follow from the shots' own affinities (``both``); where one of alpha and beta is given it is ``none``, and
             the other is the paper's (1.0 and 5.5).
-        k: how many keys a query uses by default; ``None`` is all. ``auto`` is what goes with the choice of
-            ``index="auto"``, all with any other.
+        k: how many keys a query uses by default, or ``all``; ``None`` is what goes with the choice of ``index="auto"``,
+            all with any other.
         logit_scale: the backbone's own by default, 100 where there is none.
         device: of the classifier that is returned.
 
@@ -93,8 +93,8 @@ def build_index(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
     backbone = encoder.backbone
-    scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else LOGIT_SCALE
-    check_settings(alpha or 0.0, beta or 0.0, None if k == "auto" else k, scale)
+    scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else None
+    settings = Settings().but(alpha=alpha, beta=beta, logit_scale=scale, k=k)
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_form(form)
     class_names, weights, prompts = _text(source, encoder, templates, text)
@@ -119,8 +119,9 @@ def build_index(
             rows = labels_in_blocks(class_names, _blocks(source, encoder, ids, dtype))
             table = TableModel.create(writer, rows, class_names, weights, dtype, "auto" if index is None else index)
             statistics = table.statistics()
-            table.alpha, table.beta = plain_settings(alpha, beta, form, statistics)
-            table.logit_scale, table.k, table.templates = scale, None if k == "auto" else k, prompts
+            plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
+            table.settings = settings.but(alpha=plain_alpha, beta=plain_beta)
+            table.templates = prompts
             table.backbone = _identity(source, encoder)
             table.provenance = provenance | table.provenance | _seen(statistics, encoder)
             _warn_of_table(table)
@@ -152,10 +153,7 @@ def build_index(
             text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
             index=index_over(keys, ids[order], len(class_names), factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
-            alpha=plain_alpha,
-            beta=plain_beta,
-            logit_scale=scale,
-            k=met if k == "auto" else k,
+            settings=settings.but(alpha=plain_alpha, beta=plain_beta, k=met if k is None else k),
             templates=prompts,
             backbone=_identity(source, encoder),
             provenance=provenance | _seen(statistics, encoder),

@@ -40,7 +40,6 @@ from retrieval_tip.index.export import copy
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import TableModel
 from retrieval_tip.retrieval.defaults import check_form, plain_settings
-from retrieval_tip.retrieval.inputs import check_settings
 from retrieval_tip.store.labels import rows_where
 from retrieval_tip.store.manifest import Manifest
 
@@ -211,9 +210,8 @@ def configure(
     Raises UsageError where nothing is given, a setting cannot work, or templates come without a backbone; BackboneError
     where that is not the index's.
     """
-    given = {"alpha": alpha, "beta": beta, "tail": tail, "temperature": temperature}
+    given: dict[str, Any] = {"alpha": alpha, "beta": beta, "k": k, "tail": tail, "temperature": temperature}
     given = {name: value for name, value in given.items() if value is not None}
-    given |= {} if k is None else {"k": None if k == "all" else k}
     if not given and not templates and normalize is None:
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
     if normalize is not None:
@@ -232,9 +230,7 @@ def configure(
         if normalize is not None:
             found = plain_settings(alpha, beta, normalize, cache.statistics())
             given = {**given, **dict(zip(("alpha", "beta"), found, strict=True))}
-        for name, value in given.items():
-            setattr(cache, name, value)
-        check_settings(cache.alpha, cache.beta, cache.k, cache.logit_scale, cache.temperature)
+        cache.settings = cache.settings.but(**given)
         if prompts:
             if weights.keys() != set(cache.class_names):
                 raise StoreError(f"{folder}: got other classes meanwhile; try again")

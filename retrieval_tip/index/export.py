@@ -22,7 +22,7 @@ from retrieval_tip.store import folder as store
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Model
 
-SETTINGS = ("alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "backbone")
+BESIDE = ("settings", "templates", "backbone")
 """What an index has beside its keys, labels and classes."""
 
 
@@ -41,7 +41,7 @@ def copy(model: Model, target: stores.FolderStore | stores.LanceStore, what: str
     with target.write() as writer:
         text = model.text_weights.cpu().numpy()
         found = TableModel.create(writer, _stored_blocks(model), model.class_names, text, model.dtype)
-        for name in SETTINGS:
+        for name in BESIDE:
             setattr(found, name, getattr(model, name))
         found.provenance = {**model.provenance, "index": found.provenance["index"]}
         assert model.next_key_id is not None
@@ -84,7 +84,7 @@ def _copy_to_folder(model: Model, folder: Path, what: str) -> int:
                 text_weights=model.text_weights,
                 index=index_over(keys, ids, len(model.class_names), "Flat", "cpu"),
                 next_key_id=model.next_key_id,
-                **{name: getattr(model, name) for name in (*SETTINGS, "provenance")},
+                **{name: getattr(model, name) for name in (*BESIDE, "provenance")},
             )
             cache.commit(writer, what)
             assert cache.version is not None

@@ -120,8 +120,8 @@ def _timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Ten
 
 
 def _winners(cache: CacheModel, f: torch.Tensor, k: int | None) -> torch.Tensor:
-    text, alone = cache.terms(f, k)
-    return tip.blend(text, alone, cache.alpha).argmax(dim=1).cpu()
+    text, alone = cache.terms(f, k or "all", tail=True)
+    return tip.blend(text, alone, cache.settings.alpha).argmax(dim=1).cpu()
 
 
 def _clocked(run: Callable[[], Any]) -> float:

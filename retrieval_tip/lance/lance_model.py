@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import Identity, resolve_device
-from retrieval_tip.cache_model import ALPHA, BETA, LOGIT_SCALE, CacheModel
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier import Classifier, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.lance.key_table import (
@@ -44,6 +44,7 @@ from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import KeyStream, index_over
 from retrieval_tip.retrieval.logits import Nearest, Retrieval
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import Manifest, Table
@@ -146,12 +147,7 @@ class TableModel(Classifier):
     dtype: str = "float32"
     next_key_id: int = 0
     index_type: str = FLAT
-    alpha: float = ALPHA
-    beta: float = BETA
-    logit_scale: float = LOGIT_SCALE
-    k: int | None = None
-    tail: bool = True
-    temperature: float = 1.0
+    settings: Settings = field(default_factory=Settings)
     templates: list[str] = field(default_factory=list)
     backbone: Identity | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -192,7 +188,7 @@ class TableModel(Classifier):
 
     @classmethod
     def _of(cls, place: TableStore, manifest: Manifest, table: KeyTable, device: str) -> TableModel:
-        names = ("alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "provenance", "dtype")
+        names = ("settings", "templates", "provenance", "dtype")
         return cls(
             store=place,
             table=table,
@@ -288,9 +284,7 @@ class TableModel(Classifier):
             keys=self._keys,
             kind=self.index_type,
             text_weights=self.text_weights,
-            alpha=self.alpha,
-            beta=self.beta,
-            logit_scale=self.logit_scale,
+            settings=self.settings,
         )
 
     @cached_property
@@ -367,7 +361,7 @@ class TableModel(Classifier):
         labels = self.labels.take(pa.array(rows)).sort_by([("class_id", "ascending"), ("key_id", "ascending")])
         key_ids, ids = labels["key_id"].to_numpy(), labels["class_id"].to_numpy().astype(np.int64)
         keys = self.keys_of(key_ids)
-        names = ("alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "backbone", "provenance")
+        names = ("settings", "templates", "backbone", "provenance")
         return CacheModel(
             keys=keys,
             labels=labels.drop_columns([VERSION]),
@@ -565,7 +559,6 @@ class TableModel(Classifier):
         """
         writer = self._writing()
         self._keep_up()
-        inputs.check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
         self.manifest = Manifest(
             version=writer.number,
             parent=writer.parent.version if writer.parent else None,
@@ -575,12 +568,7 @@ class TableModel(Classifier):
             dtype=self.dtype,
             class_names=self.class_names,
             templates=self.templates,
-            logit_scale=float(self.logit_scale),
-            alpha=float(self.alpha),
-            beta=float(self.beta),
-            k=self.k,
-            tail=self.tail,
-            temperature=float(self.temperature),
+            settings=self.settings,
             index=self.index_type,
             backbone=self.backbone.to_dict() if self.backbone else None,
             provenance=self.provenance,

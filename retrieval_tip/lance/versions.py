@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -261,14 +261,11 @@ class TableStore:
         """What ``index info`` prints."""
         manifest = self.manifest()
         counts, table = self.classes(manifest).counts, self.table(manifest)
-        facts = asdict(manifest)
-        for name in ("files", "later"):
-            del facts[name]
+        facts = store.shown(manifest)
         return (
             {"folder": str(self)}
             | facts
             | {
-                "k": manifest.k or "all",
                 "classes": len(manifest.class_names),
                 "keys_per_class": store.keys_per_class(counts),
                 "not_indexed": table.unindexed(),

@@ -284,7 +284,7 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     below.set_ylim(0.7, max(b.count for b in bins) * 3)
     below.set_xlabel("probability of the answer")
     below.set_xlim(0, 1)
-    facts = f"expected calibration error {evaluation.ece:.3f}; temperature {evaluation.temperature:.4g}"
+    facts = f"expected calibration error {evaluation.ece:.3f}; temperature {evaluation.settings.temperature:.4g}"
     _title(axes, "Reliability", f"{facts}; {_items(evaluation)}")
     return figure
 

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from retrieval_tip import doctor
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.classifier import Neighbour, Prediction
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Block, Encoder, check_backbone, replacing
 from retrieval_tip.data.sources import Source, show
@@ -37,6 +36,7 @@ from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, judge
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.finetune import CURVE
+from retrieval_tip.predictions import Neighbour, Prediction
 from retrieval_tip.report import plots
 from retrieval_tip.report.html import Html, join, table, tag
 from retrieval_tip.store import folder as store
@@ -85,8 +85,6 @@ def write_report(
     encoder: Encoder,
     out: str | os.PathLike[str],
     *,
-    k: int | None = None,
-    tail: bool = True,
     val: Source | None = None,
     shots: Sequence[int] | None = None,
     seeds: int = SEEDS,
@@ -98,12 +96,10 @@ def write_report(
     """Judge an index by a labelled test source, and write what is known about both as one HTML file.
 
     Args:
-        cache: the index, answering with its ``alpha`` and ``beta``.
+        cache: the index, answering by its ``settings``.
         test: labelled images or features; the figures are those of :func:`evaluate.evaluate`.
         encoder: makes features of them; ``encoder.skipped`` names what could not be read.
         out: the file, replaced in one step when the report is whole.
-        k: how many keys a query uses, ``None`` is all.
-        tail: with ``k``, estimate what the keys that were not retrieved add.
         val: labelled validation source, which settings of the curves are chosen on and the surface of alpha and beta is
             drawn from; without it both are from the shots themselves, each left out.
         shots: draws of the curves, keys a class; by default 1, 2, 4 ... as far as every class has keys.
@@ -135,10 +131,8 @@ def write_report(
         encoder=encoder,
         blocks=blocks,
         ids=ids,
-        evaluation=judge(cache, blocks, ids, skipped, k=k, tail=tail, affinities=pairs <= AFFINITY_PAIRS, details=True),
+        evaluation=judge(cache, blocks, ids, skipped, affinities=pairs <= AFFINITY_PAIRS, details=True),
         skipped=skipped,
-        k=k,
-        tail=tail,
         val=None if val is None else sweep.encode(cache, val, encoder),
         shots=shots,
         seeds=seeds,
@@ -234,8 +228,6 @@ class _Making:
     ids: Ints
     evaluation: Evaluation
     skipped: list[Skipped]
-    k: int | None
-    tail: bool
     val: sweep.Items | None
     shots: Sequence[int] | None
     seeds: int
@@ -364,7 +356,7 @@ class _Making:
             lines.append(_Line("zero-shot", "text weights alone", right, truth, _ece(text.confidence, right)))
         alone = self.details.cache
         right = alone.predicted == truth
-        ece = _ece(alone.confidence, right) if found.alpha else None
+        ece = _ece(alone.confidence, right) if found.settings.alpha else None
         lines.append(
             _Line("cache alone", "fine-tuned keys alone" if self.is_tuned else "keys alone", right, truth, ece)
         )
@@ -383,7 +375,7 @@ class _Making:
         said = (
             "Accuracy is the share of the test items whose most probable class is the true one, with Wilson's 95% "
             "interval; the mean is over classes. ECE is the expected calibration error in 15 bins, of the blend at the "
-            f"index's temperature ({found.temperature:.4g}), of the others at 1."
+            f"index's temperature ({found.settings.temperature:.4g}), of the others at 1."
         )
         columns = ("answers by", "accuracy", "95% interval", "mean of classes", "ECE", "items")
         rows = [line.cells() for line in lines]
@@ -402,7 +394,7 @@ class _Making:
             check_backbone(parent.backbone, parent.d, self.encoder.backbone, [self.test])
             if parent.class_names != self.cache.class_names:
                 raise InputError(f"{name}: has other classes")
-            found = judge(parent, self.blocks, self.ids, k=parent.k, tail=parent.tail)
+            found = judge(parent, self.blocks, self.ids)
         except (RetrievalTipError, OSError, ValueError) as error:
             raise _LeftOutError(f"it was made from {name}, which cannot be asked ({error})") from None
         what = f"{name}, version {parent.version}, before fine-tuning"
@@ -489,23 +481,24 @@ class _Making:
             else:
                 queries = search_hp.unseen(cache, self.val.features, self.val.ids, self.val.name)
             queries = _some(queries)
-            k = None if cache.index.by_class or self.k is None or self.k >= cache.n else self.k
-            betas = sorted({*(cache.beta * AROUND if cache.beta else search_hp.BETAS).tolist(), cache.beta})
+            settings = cache.settings
+            k = None if cache.index.by_class or settings.k is None or settings.k >= cache.n else settings.k
+            betas = sorted({*(settings.beta * AROUND if settings.beta else search_hp.BETAS).tolist(), settings.beta})
             choice = search_hp.search(cache, queries, betas=betas, ks=[k])
         except RetrievalTipError as error:
             raise _LeftOutError(str(error)) from None
         (panel,) = plots.surface_panels(choice.surface)
-        own = float(panel.accuracy[panel.nearest(cache.alpha, cache.beta)])
+        own = float(panel.accuracy[panel.nearest(settings.alpha, settings.beta)])
         best = float(panel.accuracy.max())
-        beyond = not panel.alphas[0] <= cache.alpha <= panel.alphas[-1]
+        beyond = not panel.alphas[0] <= settings.alpha <= panel.alphas[-1]
         said = (
             f"On {Path(queries.name).name}, {counted(len(queries.ids), 'item')}, k = {k or 'all'}; not on test. "
-            f"Cross: this report's alpha {cache.alpha:.4g} and beta {cache.beta:.4g}, {_percent(own)}"
+            f"Cross: this report's alpha {settings.alpha:.4g} and beta {settings.beta:.4g}, {_percent(own)}"
             f"{' (alpha is beyond the edge)' if beyond else ''}. Circle: the highest, {_percent(best)}. "
             f"Cells more than {plots.POINTS} points below it share one colour."
         )
         return _plot(
-            lambda: plots.draw_heat(panel, cache.alpha, cache.beta), f"Accuracy over alpha and beta. {said}", said
+            lambda: plots.draw_heat(panel, settings.alpha, settings.beta), f"Accuracy over alpha and beta. {said}", said
         )
 
     def _training(self) -> Html:
@@ -561,8 +554,8 @@ class _Making:
         if not places:
             return {}
         some = self.features[np.asarray(places)]
-        found = self.cache.classify(some, 3, self.k, self.tail, NEIGHBOURS)
-        text, alone = self.cache.terms(some, self.k, self.tail)
+        found = self.cache.classify(some, 3, neighbours=NEIGHBOURS)
+        text, alone = self.cache.terms(some)
         names = self.cache.class_names
         explained = {}
         for row, (place, prediction) in enumerate(zip(places, found, strict=True)):
@@ -575,7 +568,7 @@ class _Making:
             for i, chance in sorted(chances.items(), key=lambda pair: -pair[1]):
                 kind, what = ("answer", "answered") if i == answer else ("true", "true") if i == truth else (None, None)
                 mark = [] if kind is None else [" ", tag("span", f"({what})", class_=kind)]
-                parts = (f"{float(text[row, i]):.2f}", f"{float(self.cache.alpha * alone[row, i]):.2f}")
+                parts = (f"{float(text[row, i]):.2f}", f"{float(self.cache.settings.alpha * alone[row, i]):.2f}")
                 rows.append((join([names[i], *mark]), _data(float(chance), _chance(float(chance))), *parts))
             columns = ("class", "probability", "text", "cache")
             explained[place] = prediction, table(columns, rows, numbers=(1, 2, 3))
@@ -762,11 +755,11 @@ class _Making:
         known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
         known |= {"temperature": kept.get("temperature", "not fitted")}
         for name, source in known.items():
-            value = getattr(found, name)
-            own = getattr(manifest, name) if manifest is not None else value
+            value = getattr(found.settings, name)
+            own = getattr(manifest.settings, name) if manifest is not None else value
             given = f"given for this report; the index has {_setting(own)}"
             yield name, _setting(value), _shown(source) if own == value else given
-        yield "logit_scale", _setting(self.cache.logit_scale), "the index"
+        yield "logit_scale", _setting(self.cache.settings.logit_scale), "the index"
 
     def _chosen(self) -> Html:
         search = self._search()

@@ -10,27 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError
 
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer[Any]]
 Features = npt.NDArray[np.floating[Any]] | Tensor
-
-
-def check_settings(alpha: float, beta: float, k: int | None, logit_scale: float, temperature: float = 1.0) -> None:
-    """Raise UsageError unless alpha and beta are finite, at least 0, k at least 1, scale and temperature positive."""
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not (_is_finite(value) and value >= 0):
-            raise UsageError(f"{name} is {value}: expected a finite number, 0 or more")
-    if k is not None and not (isinstance(k, int | np.integer) and k >= 1):
-        raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or None for all")
-    for name, value in (("logit_scale", logit_scale), ("temperature", temperature)):
-        if not (_is_finite(value) and value > 0):
-            raise UsageError(f"{name} is {value}: expected a finite number above 0")
-
-
-def _is_finite(value: float) -> bool:
-    """Whether a number is finite, and none that neither a tensor nor an array takes: a whole one may be that."""
-    return abs(value) < 2**63 if isinstance(value, int) else bool(np.isfinite(value))
 
 
 def matrix(features: Features, what: str) -> npt.NDArray[Any]:

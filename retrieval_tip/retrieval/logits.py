@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, KeyStream, own_affinity
 from retrieval_tip.retrieval.vector_index import VectorIndex
+from retrieval_tip.settings import Settings
 
 LOGITS = 1 << 25
 """Logits that are computed for one purpose at a time: 128 MiB of float32."""
@@ -44,6 +45,32 @@ class Nearest:
     rows: Tensor
     class_ids: Tensor
 
+    def first(self, number: int) -> Nearest:
+        """The nearest ``number`` of these; empty slots come last."""
+        shown = self.affinity.masked_fill(self.rows < 0, -torch.inf)
+        places = shown.topk(min(number, shown.shape[1]), dim=1).indices
+        return Nearest(*(column.gather(1, places) for column in (self.affinity, self.rows, self.class_ids)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Nearest]) -> Nearest:
+        """Those of consecutive queries as one."""
+        columns = [(part.affinity, part.rows, part.class_ids) for part in parts]
+        return cls(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The two parts of the logits of ``q`` queries: ``text`` and ``cache`` (without alpha), ``[q, c]`` each.
+
+    ``settled`` ``[q]`` bool: no key that was not met can change the winner; all are, unless it was to be looked at.
+    ``nearest``: the nearest of the keys that were met, where these were looked for and asked for.
+    """
+
+    text: Tensor
+    cache: Tensor
+    settled: Tensor
+    nearest: Nearest | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(ABC):
@@ -54,58 +81,59 @@ class Retrieval(ABC):
 
     keys: KeyStream
     text_weights: Tensor
-    alpha: float
-    beta: float
-    logit_scale: float
+    settings: Settings
 
     @abstractmethod
     def nearest(self, features: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys of each query."""
 
-    def terms(self, features: Tensor, k: int | None, tail: bool, certify: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Text and cache logits ``[q, c]`` over about ``k`` keys, ``None`` for all, the rest at its mean with ``tail``.
+    def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> Terms:
+        """Text and cache logits by the settings: over all keys, or about ``k`` of them, the rest at its mean (tail).
 
-        Also which queries ``[q]`` are settled; all are, unless that is to be looked at, to ``certify``.
+        With ``certify``, which queries are settled; with ``neighbours``, so many nearest keys of each query, where a
+        search finds them anyway.
         """
-        c = self.keys.n_classes
+        settings, c = self.settings, self.keys.n_classes
         text = features.new_empty(len(features), c)
         settled = torch.ones(len(features), dtype=torch.bool, device=self.keys.device)
-        if k is None or k >= self.keys.n:
-            tip.text_logits(features, self.text_weights, self.logit_scale, out=text)
-            return text, self._over_all(features, text), settled
-        cache = torch.empty_like(text)
-        self._meet(features, k, tail, text, cache, settled if certify else None)
-        return text, cache, settled
+        if settings.k is None or settings.k >= self.keys.n:
+            tip.text_logits(features, self.text_weights, settings.logit_scale, out=text)
+            return Terms(text, self._over_all(features, text), settled)
+        terms = Terms(text, torch.empty_like(text), settled)
+        nearest = self._meet(features, settings.k, terms, certify, neighbours)
+        return replace(terms, nearest=nearest)
 
     def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
-        products = self.keys.products(self.beta, len(features))
-        cache = self.keys.cache_logits(features, self.beta, products=products)
+        alpha, beta = self.settings.alpha, self.settings.beta
+        products = self.keys.products(beta, len(features))
+        cache = self.keys.cache_logits(features, beta, products=products)
         if products != torch.float32 and len(features):
-            parts, error = slices(len(features), QUERY_BLOCK), min(1.0, CLOSE * self.beta)
-            close = torch.cat([tip.close(text[part], cache[part], self.alpha, error) for part in parts])
-            cache[close] = self.keys.cache_logits(features[close], self.beta, products=torch.float32)
+            parts, error = slices(len(features), QUERY_BLOCK), min(1.0, CLOSE * beta)
+            close = torch.cat([tip.close(text[part], cache[part], alpha, error) for part in parts])
+            cache[close] = self.keys.cache_logits(features[close], beta, products=torch.float32)
         return cache
 
-    def _meet(self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None) -> None:
-        """Text logits, and cache logits over about ``k`` keys, here the nearest, ``[q, c]``.
-
-        Which queries are settled goes into ``settled`` ``[q]``, where it is given.
-        """
+    def _meet(self, features: Tensor, k: int, terms: Terms, certify: bool, neighbours: int) -> Nearest | None:
+        """Fill ``terms`` with logits over about ``k`` keys, here the nearest, of which ``neighbours`` are returned."""
+        settings, kept = self.settings, []
         for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
             f = features[part]
-            tip.text_logits(f, self.text_weights, self.logit_scale, out=text[part])
+            tip.text_logits(f, self.text_weights, settings.logit_scale, out=terms.text[part])
             near = self.nearest(f, k)
-            totals = tip.Totals.of(f, self.keys.sums, self.keys.counts) if tail or settled is not None else None
-            cache[part] = self._over(near, totals if tail else None)
-            if settled is not None and totals is not None:
-                logits = tip.blend(text[part], cache[part], self.alpha)
-                found = (logits, near.affinity, near.class_ids, totals)
-                settled[part] = tip.certificate(*found, self.alpha, self.beta, tail=tail)
+            totals = tip.Totals.of(f, self.keys.sums, self.keys.counts) if settings.tail or certify else None
+            terms.cache[part] = self._over(near, totals if settings.tail else None)
+            if certify and totals is not None:
+                logits = tip.blend(terms.text[part], terms.cache[part], settings.alpha)
+                met = (logits, near.affinity, near.class_ids, totals)
+                terms.settled[part] = tip.certificate(*met, settings.alpha, settings.beta, tail=settings.tail)
+            if neighbours:
+                kept.append(near.first(neighbours))
+        return Nearest.joined(kept) if kept else None
 
     def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
         """Cache logits ``[q, c]`` over keys of each query's own."""
-        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.beta, tail)
+        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,37 +157,37 @@ class IndexRetrieval(Retrieval):
     def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
         if self.values is None:
             return super()._over_all(features, text)
-        return self.keys.cache_logits(features, self.beta, self.values)
+        return self.keys.cache_logits(features, self.settings.beta, self.values)
 
-    def _meet(self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None) -> None:
-        meet = self._meet_classes if self.index.by_class else super()._meet
-        meet(features, k, tail, text, cache, settled)
+    def _meet(self, features: Tensor, k: int, terms: Terms, certify: bool, neighbours: int) -> Nearest | None:
+        if not self.index.by_class:
+            return super()._meet(features, k, terms, certify, neighbours)
+        self._meet_classes(features, k, terms, certify)
+        return None
 
-    def _meet_classes(
-        self, features: Tensor, k: int, tail: bool, text: Tensor, cache: Tensor, settled: Tensor | None
-    ) -> None:
-        """Text logits, and cache logits over the keys of the classes that can win, about ``k`` at most, ``[q, c]``.
+    def _meet_classes(self, features: Tensor, k: int, terms: Terms, certify: bool) -> None:
+        """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
 
-        Which queries are settled goes into ``settled`` ``[q]``, where it is given. First come all queries' classes: the
-        more queries meet a class at once, the less often its keys are read.
+        First come all queries' classes: the more queries meet a class at once, the less often its keys are read.
         """
-        keys, slack = self.keys, self.keys.slack(self.beta)
-        most = min(self._most(k), keys.n_classes)
-        classes = torch.empty(len(features), most, dtype=torch.int64, device=self.keys.device)
-        met = torch.empty(classes.shape, dtype=torch.bool, device=self.keys.device)
+        settings, keys, text, cache = self.settings, self.keys, terms.text, terms.cache
+        slack, most = keys.slack(settings.beta), min(self._most(k), keys.n_classes)
+        classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
+        met = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
         for part in slices(len(features), QUERY_BLOCK):
-            tip.text_logits(features[part], self.text_weights, self.logit_scale, out=text[part])
+            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=text[part])
             tip.affinity(features[part], keys.means, out=cache[part])
-            tip.at_mean(keys.counts, cache[part], self.beta, out=cache[part])
-            classes[part], met[part] = tip.promising(text[part], cache[part], self.alpha, slack, most)
-            if settled is not None:
-                settled[part] = tip.settled(text[part], cache[part], self.alpha, slack, classes[part])
+            tip.at_mean(keys.counts, cache[part], settings.beta, out=cache[part])
+            classes[part], met[part] = tip.promising(text[part], cache[part], settings.alpha, slack, most)
+            if certify:
+                terms.settled[part] = tip.settled(text[part], cache[part], settings.alpha, slack, classes[part])
         if self.values is None:
-            _put(cache, classes, met, keys.class_logits(features, classes, met, self.beta), tail)
+            exact = keys.class_logits(features, classes, met, settings.beta)
+            _put(cache, classes, met, exact, settings.tail)
             return
         for part in slices(len(features), QUERY_BLOCK):
             rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
-            totals = tip.Totals.of(features[part], keys.sums, keys.counts) if tail else None
+            totals = tip.Totals.of(features[part], keys.sums, keys.counts) if settings.tail else None
             cache[part] = self._over(self._described(keys.affinity(features[part], rows), rows), totals)
 
     def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
@@ -175,7 +203,7 @@ class IndexRetrieval(Retrieval):
             values = tip.Values(
                 self.values, near.rows.clamp_min(0), self.keys.value_sums(self.values) if tail else None
             )
-        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.beta, tail, values)
+        return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)
 
     def nearest(self, features: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them."""
@@ -210,24 +238,24 @@ class IndexRetrieval(Retrieval):
         """Keys that classes ``[q, m]`` hold together; -1 is none."""
         return self.keys.counts[classes.clamp_min(0)].where(classes >= 0, 0).sum(1)
 
-    def shortlist(self, features: Tensor, k: int, tail: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def shortlist(self, features: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The classes near each query by text or by mean key, ``[q, m]``, their text and their cache logits.
 
         A class that is there twice has the text logit -inf the second time.
         """
         assert self.text_index is not None
-        keys = self.keys
+        keys, settings = self.keys, self.settings
         near = [index.search_tensor(features, SHORTLIST)[1] for index in (self.index, self.text_index)]
         classes, _ = torch.cat(near, dim=1).sort(dim=1)
         again = torch.cat([classes[:, :1] < 0, (classes[:, 1:] == classes[:, :-1]) | (classes[:, 1:] < 0)], dim=1)
-        text = self.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
+        text = settings.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
         text.masked_fill_(again, -torch.inf)
         classes = classes.clamp_min(0)
-        cache = tip.at_mean(
-            keys.counts[classes], own_affinity(features, classes, lambda rows: keys.means[rows]), self.beta
-        )
-        places, met = tip.promising(text, cache, self.alpha, keys.slack(self.beta), self._most(k))
-        _put(cache, places, met, keys.class_logits(features, classes.gather(1, places), met, self.beta), tail)
+        means = own_affinity(features, classes, lambda rows: keys.means[rows])
+        cache = tip.at_mean(keys.counts[classes], means, settings.beta)
+        places, met = tip.promising(text, cache, settings.alpha, keys.slack(settings.beta), self._most(k))
+        exact = keys.class_logits(features, classes.gather(1, places), met, settings.beta)
+        _put(cache, places, met, exact, settings.tail)
         return classes, text, cache
 
     def _most(self, k: int) -> int:

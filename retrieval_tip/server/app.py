@@ -23,6 +23,7 @@ from retrieval_tip.server.problems import HANDLED, Problem, answer, handle
 from retrieval_tip.server.served import Ask, Served, Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import read
+from retrieval_tip.settings import KeysMet
 
 PAGE = Path(__file__).parent / "page"
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -208,8 +209,8 @@ def create_app(
         """Classify images or features. Inputs that cannot be read are named in `skipped`, unless none can."""
         version = service.index(index).now
         sent = await read(request, limits, norms, version.cache.d)
-        number = None if k is None else 0 if k == "all" else int(k)
-        ask = Ask(alpha, beta, number, tail, top, neighbours, logits, evidence)
+        met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
+        ask = Ask(alpha, beta, met, tail, top, neighbours, logits, evidence)
         results, skipped = await service.classify(version, ask, sent)
         return _json(_settings(version, ask) | {"results": results, "skipped": skipped})
 
@@ -223,9 +224,7 @@ def create_app(
 
 
 def _settings(version: Version, ask: Ask) -> dict[str, Any]:
-    cache, k, tail = version.settings(ask)
-    facts = {"alpha": cache.alpha, "beta": cache.beta, "k": k or "all", "tail": tail, "temperature": cache.temperature}
-    return {"index": version.name, "version": version.manifest.version} | facts
+    return {"index": version.name, "version": version.manifest.version} | version.settings(ask).shown()
 
 
 def _finish(request: Request) -> None:

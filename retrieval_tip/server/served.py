@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import math
@@ -19,13 +18,14 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
-from retrieval_tip.classifier import Prediction
 from retrieval_tip.data.encoder import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.objects import Address
+from retrieval_tip.predictions import Prediction
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.settings import KeysMet, Settings
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ COMPLETE, NEAREST = 1 << 14, 2048
 
 @dataclass(frozen=True)
 class Ask:
-    """How queries are to be answered; ``None`` is the index's own setting, for ``k`` 0 is all keys."""
+    """How queries are to be answered; ``None`` is the index's own setting."""
 
     alpha: float | None = None
     beta: float | None = None
-    k: int | None = None
+    k: KeysMet = None
     tail: bool | None = None
     top: int = 5
     neighbours: int = 5
@@ -68,23 +68,18 @@ class Version:
     manifest: Manifest
     backbone: Backbone | None
 
-    def settings(self, ask: Ask) -> tuple[Model, int | None, bool]:
-        """The index with the settings that are asked for, k (``None`` is all) and whether there is a tail."""
-        cache = self.cache
-        if ask.alpha is not None or ask.beta is not None:
-            cache = copy.copy(cache)  # the keys, and what was measured on them, are shared
-            cache.alpha = cache.alpha if ask.alpha is None else ask.alpha
-            cache.beta = cache.beta if ask.beta is None else ask.beta
-        k = cache.k if ask.k is None else ask.k or None
-        return cache, k, cache.tail if ask.tail is None else ask.tail
+    def settings(self, ask: Ask) -> Settings:
+        """The settings that are asked for, the index's own where nothing is said."""
+        return self.cache.settings.but(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
 
     def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
         """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`CacheModel.classify`."""
-        cache, k, tail = self.settings(ask)
+        cache = self.cache.with_settings(self.settings(ask))
         if ask.logits:
             cache = cache.every_class()
-        found = cache.classify(features, ask.top, k, tail, ask.neighbours)
-        results = [_result(prediction, ask) for prediction in found]
+        results = [
+            _result(prediction, ask) for prediction in cache.classify(features, ask.top, neighbours=ask.neighbours)
+        ]
         if ask.evidence:
             for result, own in zip(results, cache.evidence(features, COMPLETE, NEAREST), strict=True):
                 result["evidence"] = own
@@ -101,12 +96,8 @@ class Version:
             "n_keys": cache.n,
             "n_classes": len(cache.class_names),
             "d": cache.d,
-            "alpha": cache.alpha,
-            "beta": cache.beta,
-            "k": cache.k or "all",
-            "tail": cache.tail,
-            "temperature": cache.temperature,
-            "logit_scale": cache.logit_scale,
+            **cache.settings.shown(),
+            "logit_scale": cache.settings.logit_scale,
             "index": cache.index_type,
             "exact_search": cache.exact_search,
             "backbone": str(cache.backbone) if cache.backbone else None,

@@ -308,9 +308,7 @@ def describe(folder: Path) -> dict[str, Any]:
     (manifest, labels), _ = opened(folder, lambda found: (found, read_labels(folder, found)), verify="fast")
     ids = labels["class_id"].to_numpy()
     counts = np.bincount(ids, minlength=len(manifest.class_names))
-    facts = asdict(manifest)
-    for name in ("files", "later"):
-        del facts[name]
+    facts = shown(manifest)
     earlier = _before(folder, manifest)
     own = {file.name: file.bytes for file in manifest.data_files}
     held = {file.name: file.bytes for old in earlier for file in old.data_files}
@@ -318,7 +316,6 @@ def describe(folder: Path) -> dict[str, Any]:
         {"folder": str(folder)}
         | facts
         | {
-            "k": manifest.k or "all",
             "classes": len(manifest.class_names),
             "keys_per_class": keys_per_class(counts),
             "segments": len(manifest.segments),
@@ -329,6 +326,15 @@ def describe(folder: Path) -> dict[str, Any]:
             "bytes_of_earlier": sum(size for name, size in held.items() if name not in own),
         }
     )
+
+
+def shown(manifest: Manifest) -> dict[str, Any]:
+    """What ``index info`` prints of a manifest: all but its files, with the settings by name."""
+    facts: dict[str, Any] = asdict(manifest)
+    for name in ("files", "later"):
+        del facts[name]
+    facts |= facts.pop("settings")
+    return facts | {"k": manifest.settings.k or "all"}
 
 
 def keys_per_class(counts: npt.NDArray[np.int64]) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +15,7 @@ from typing import Any
 
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.errors import BackboneError, StoreError
+from retrieval_tip.settings import Settings
 
 FORMAT = "retrieval-tip index"
 FOLDER_FORMAT, FORMAT_VERSION = 2, 3
@@ -86,12 +86,7 @@ class Manifest:
     dtype: str
     class_names: list[str]
     templates: list[str]
-    logit_scale: float
-    alpha: float
-    beta: float
-    k: int | None
-    tail: bool
-    temperature: float
+    settings: Settings
     index: str
     backbone: dict[str, Any] | None
     provenance: dict[str, Any]
@@ -119,7 +114,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
-        body = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        body: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        body |= body.pop("settings")  # which lie beside the rest, by name
         if self.table is None:  # which older programs read too
             body |= {"format_version": FOLDER_FORMAT}
             del body["table"]
@@ -169,7 +165,8 @@ class Manifest:
             found = dict(found) | {"later": [], "next_key_id": None, "change": ""}
         if found["format_version"] < 3:
             found = dict(found) | {"table": None}
-        body = {key: found[key] for key in (f.name for f in fields(cls))}
+        body = {field.name: found[field.name] for field in fields(cls) if field.name != "settings"}
+        settings = Settings(**{field.name: found[field.name] for field in fields(Settings)})
 
         def need(condition: bool, what: str) -> None:
             if not condition:
@@ -177,15 +174,6 @@ class Manifest:
 
         def whole(value: object, least: int) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        def real(value: object) -> bool:
-            return (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and (isinstance(value, float) or value < 2**63)
-                and math.isfinite(value)
-                and value >= 0
-            )
 
         need(whole(body["version"], 1), "version")
         need(body["parent"] is None or (whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
@@ -195,11 +183,7 @@ class Manifest:
         for key in ("class_names", "templates"):
             need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
         need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
-        need(all(real(body[key]) for key in ("logit_scale", "alpha", "beta")), "alpha, beta or logit_scale")
-        need(body["logit_scale"] > 0, "logit_scale")
-        need(real(body["temperature"]) and body["temperature"] > 0, "temperature")
-        need(body["k"] is None or whole(body["k"], 1), "k")
-        need(isinstance(body["tail"], bool), "tail")
+        need(isinstance(found["tail"], bool), "tail")
         if body["backbone"] is not None:
             Identity.from_dict(body["backbone"])
         need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
@@ -226,14 +210,14 @@ class Manifest:
             need(whole(file.bytes, 1), f"files.{kind}.bytes")
             need(whole(file.rows, 1), f"files.{kind}.rows")
         if table is not None:
-            return cls(**(body | {"files": files, "later": later, "table": table}))
+            return cls(settings=settings, **(body | {"files": files, "later": later, "table": table}))
         first, classes = files["keys"].rows, len(body["class_names"])
         need(all(files[kind].rows == first for kind in ("index", "labels", "values") if kind in files), "files.rows")
         need(files["text"].rows == classes, "files.text.rows")
         need("text_index" not in files or files["text_index"].rows <= classes, "files.text_index.rows")
         need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
         need(first + sum(part.keys.rows for part in later) == body["n"], "n")
-        return cls(**(body | {"files": files, "later": later}))
+        return cls(settings=settings, **(body | {"files": files, "later": later}))
 
 
 def named_in(raw: bytes) -> set[str] | None:

@@ -1,0 +1,77 @@
+"""The settings of an index, one value: how it answers where nothing else is said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
+
+from retrieval_tip.errors import UsageError
+
+KeysMet = int | Literal["all"] | None
+"""How many of the nearest keys a query meets, as a call says it: ``None`` is what the index's settings say."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the method, ``logits = logit_scale * f W^T + alpha * C`` (:mod:`tip`). The defaults are the paper's.
+
+    Args:
+        alpha: residual ratio, how much the cache counts beside the text (paper, equation 6); 0 or more.
+        beta: sharpness of the exponential in the cache logits ``C`` (paper, equation 4); 0 or more.
+        logit_scale: temperature factor of the backbone, OpenAI's CLIP has 100; above 0.
+        k: how many of the nearest keys a query meets, 1 or more; ``None`` is all of them, Tip-Adapter exactly.
+        tail: with ``k``, estimate what the keys that were not retrieved add (:func:`tip.cache_logits`).
+        temperature: divides the logits where they become probabilities, and nowhere else; above 0.
+
+    Raises UsageError naming the setting that cannot work.
+    """
+
+    alpha: float = 1.0
+    beta: float = 5.5
+    logit_scale: float = 100.0
+    k: int | None = None
+    tail: bool = True
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "logit_scale", "temperature"):
+            value, above = getattr(self, name), name in ("logit_scale", "temperature")
+            if not _is_finite(value) or value < 0 or (above and value == 0):
+                raise UsageError(f"{name} is {value}: expected a finite number{' above 0' if above else ', 0 or more'}")
+            object.__setattr__(self, name, float(value))
+        if self.k is not None:
+            if not _is_whole(self.k) or self.k < 1:
+                raise UsageError(f"k is {self.k}: expected a whole number of keys, at least 1, or None for all")
+            object.__setattr__(self, "k", int(self.k))
+        object.__setattr__(self, "tail", bool(self.tail))
+
+    def but(self, *, k: KeysMet = None, **given: Any) -> Self:
+        """These settings but for those that are given; ``None`` is not given, a ``k`` of ``all`` is all keys."""
+        known = {name: value for name, value in given.items() if value is not None}
+        if k is not None:
+            known["k"] = None if k == "all" else k
+        return replace(self, **known) if known else self
+
+    def shown(self) -> dict[str, Any]:
+        """What may be set, by name, as people and JSON read it: a ``k`` of all keys is ``all``.
+
+        Without the ``logit_scale``, which is the backbone's.
+        """
+        names = (field.name for field in fields(self) if field.name != "logit_scale")
+        return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
+
+
+def _is_finite(value: object) -> bool:
+    """Whether this is a number that a float of 64 bits holds."""
+    try:
+        return not isinstance(value, bool | str) and math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool | str | float) and value == int(value) < 2**63
+    except (TypeError, ValueError, OverflowError):
+        return False
