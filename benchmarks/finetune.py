@@ -31,6 +31,7 @@ from retrieval_tip import CacheModel, Encoder, open_source
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.finetune import finetune
 from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
+from retrieval_tip.settings import Settings
 
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0
 RATE, EPS = 1e-3, 1e-4
@@ -99,9 +100,7 @@ class Material:
             ids,
             [f"class {i}" for i in range(classes)],
             world.text,
-            alpha=ALPHA,
-            beta=BETA,
-            logit_scale=SCALE,
+            settings=Settings(alpha=ALPHA, beta=BETA, logit_scale=SCALE),
             index=index,
             device="cpu",
             sources=[str(i) for i in range(len(ids))],
@@ -134,7 +133,7 @@ class Material:
     def accuracy(self, cache: CacheModel, alpha: float | None = None) -> float:
         """Percent of the queries."""
         text, alone = cache.terms(self.queries)
-        logits = text + (cache.alpha if alpha is None else alpha) * alone
+        logits = text + (cache.settings.alpha if alpha is None else alpha) * alone
         return 100 * float((logits.argmax(dim=1) == torch.from_numpy(self.query_ids)).float().mean())
 
 

@@ -186,8 +186,8 @@ class Score:
 
     @classmethod
     def of(cls, cache: CacheModel, items: sweep.Items) -> Score:
-        found = cache.logits(items.features, cache.k).argmax(dim=1).cpu().numpy()
-        return cls(found == items.ids, cache.alpha, cache.beta, cache.k)
+        found = cache.logits(items.features, cache.settings.k).argmax(dim=1).cpu().numpy()
+        return cls(found == items.ids, cache.settings.alpha, cache.settings.beta, cache.settings.k)
 
     @property
     def percent(self) -> float:
@@ -225,7 +225,7 @@ def finetuned(index: CacheModel, shots: Source, val: Source, test: Source, encod
     answers = sweep.encode(cache, test, encoder)
     as_trained = Score.of(cache, answers)
     choice = search_hp.search(cache, queries, cautious=True, kept=SETTINGS)
-    chosen = replace(cache, alpha=choice.alpha, beta=choice.beta, k=choice.k)
+    chosen = replace(cache, settings=cache.settings.but(alpha=choice.alpha, beta=choice.beta, k=choice.k))
     parameters = sum(size_of(part, index, encoder) for part in parts)
     return Finetuned(epochs, parameters, seconds, loss, collapsed, right.mean(), as_trained, Score.of(chosen, answers))
 

@@ -38,6 +38,7 @@ from throughput import FACTS, SEED, Row, facts, machine_line, write_rows
 from retrieval_tip import CacheModel
 from retrieval_tip.index import places as stores
 from retrieval_tip.retrieval.defaults import untouched_settings
+from retrieval_tip.settings import Settings
 
 GIB = 2**30
 LOGITS = 1 << 26
@@ -142,7 +143,7 @@ def answer(folder: Path, store: str, exact_queries: int) -> Row:
 
     def seconds(features: np.ndarray) -> tuple[float, np.ndarray]:
         begun = time.perf_counter()
-        found = cache.classify(features, k=cache.k, tail=cache.tail, neighbours=0)
+        found = cache.classify(features, k=cache.settings.k, tail=cache.settings.tail, neighbours=0)
         taken = time.perf_counter() - begun
         return taken, np.array([position[prediction.label] for prediction in found])
 
@@ -159,7 +160,7 @@ def answer(folder: Path, store: str, exact_queries: int) -> Row:
     exact = time.perf_counter() - start
     return {
         "index": cache.index_type,
-        "k": cache.k,
+        "k": cache.settings.k,
         "opening": opening,
         "first": first,
         "batch": batch,
@@ -181,7 +182,9 @@ def classify_exactly(n: int, d: int, c: int, queries: int) -> Row:
     alpha, beta = untouched_settings(keys, ids)
     del made
     gc.collect()
-    cache = CacheModel.from_features(keys, ids, class_names(c), text, alpha=alpha, beta=beta, device="cpu")
+    cache = CacheModel.from_features(
+        keys, ids, class_names(c), text, settings=Settings(alpha=alpha, beta=beta), device="cpu"
+    )
     start = time.perf_counter()
     found = cache.logits(features).argmax(dim=1).numpy()
     return {

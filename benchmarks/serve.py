@@ -119,12 +119,17 @@ class Body(BaseModel):
 def plain(folder: Path, what: str, device: str) -> None:
     """In a process of its own: the server that one writes first."""
     cache = CacheModel.load(folder, device=device, precision=PRECISION)
-    settings = {"alpha": cache.alpha, "beta": cache.beta, "k": cache.k or "all", "tail": cache.tail}
-    settings |= {"index": folder.name, "version": cache.version, "temperature": cache.temperature}
+    settings = {
+        "alpha": cache.settings.alpha,
+        "beta": cache.settings.beta,
+        "k": cache.settings.k or "all",
+        "tail": cache.settings.tail,
+    }
+    settings |= {"index": folder.name, "version": cache.version, "temperature": cache.settings.temperature}
     app = FastAPI()
 
     def classified(features: np.ndarray) -> list[Prediction]:
-        return cache.classify(features, top=TOP, k=cache.k, tail=cache.tail, neighbours=NEIGHBOURS)
+        return cache.classify(features, top=TOP, k=cache.settings.k, tail=cache.settings.tail, neighbours=NEIGHBOURS)
 
     def answer(names: Iterable[str], predictions: Iterable[Prediction]) -> dict[str, Any]:
         fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours")
@@ -329,7 +334,12 @@ class Replaced:
 
     def _build(self) -> None:
         cache = self._cache
-        settings = {"alpha": cache.alpha, "beta": cache.beta, "k": cache.k, "logit_scale": cache.logit_scale}
+        settings = {
+            "alpha": cache.settings.alpha,
+            "beta": cache.settings.beta,
+            "k": cache.settings.k,
+            "logit_scale": cache.settings.logit_scale,
+        }
         settings |= {"index": cache.index.factory, "text": self._text, "device": "cpu"}
         build_index(open_source(self._table), self._folder, Encoder(norms="keep"), **settings)
 
@@ -540,7 +550,14 @@ class Material:
         """What every row says of it."""
         cache = CacheModel.load(self.index, device="cpu", verify="fast")
         c = len(cache.class_names)
-        return {"what": self.what, "n": cache.n, "d": cache.d, "c": c, "index": cache.index.factory, "k": cache.k}
+        return {
+            "what": self.what,
+            "n": cache.n,
+            "d": cache.d,
+            "c": c,
+            "index": cache.index.factory,
+            "k": cache.settings.k,
+        }
 
 
 # The three measurements

@@ -44,6 +44,7 @@ from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.evaluation import sweep
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import index_over
+from retrieval_tip.settings import Settings
 
 SECTIONS = ("exact", "retrieval", "real")
 SEED = 0
@@ -207,7 +208,7 @@ def synchronize(tensor: Tensor) -> None:
 
 def dense(cache: CacheModel) -> Run:
     """(a), in blocks of keys where there are many."""
-    weights, alpha, beta, c = cache.text_weights, cache.alpha, cache.beta, len(cache.class_names)
+    weights, alpha, beta, c = cache.text_weights, cache.settings.alpha, cache.settings.beta, len(cache.class_names)
     keys = torch.from_numpy(cache.keys)
     keys = keys if cache.device == "cpu" else keys.to(cache.device)
     one_hot = torch.zeros(min(cache.n, DENSE_BLOCK), c, device=cache.device)
@@ -216,7 +217,7 @@ def dense(cache: CacheModel) -> Run:
         one_hot.scatter_(1, cache.class_ids[:, None], 1)
 
     def run(f: Tensor) -> Tensor:
-        logits = cache.logit_scale * f @ weights.T
+        logits = cache.settings.logit_scale * f @ weights.T
         for start in range(0, cache.n, DENSE_BLOCK):
             block = keys[start : start + DENSE_BLOCK]
             ids = cache.class_ids[start : start + DENSE_BLOCK, None]
@@ -282,7 +283,7 @@ class Material:
         alpha, beta = untouched_settings(keys, ids)
         names = [f"class {i}" for i in range(c)]
         cache = CacheModel.from_features(
-            keys, ids, names, made.text, alpha=alpha, beta=beta, index=index, device=device
+            keys, ids, names, made.text, settings=Settings(alpha=alpha, beta=beta), index=index, device=device
         )
         asked = made.classes(queries, 2)
         return cls(cache, torch.from_numpy(made.draw(asked, 3)).to(device), torch.from_numpy(asked))
@@ -299,7 +300,11 @@ class Material:
         if factory == cache.index.factory:
             return cache
         ids = cache.class_ids.cpu().numpy()
-        return replace(cache, index=index_over(cache.keys, ids, len(cache.class_names), factory, cache.device), k=None)
+        return replace(
+            cache,
+            index=index_over(cache.keys, ids, len(cache.class_names), factory, cache.device),
+            settings=cache.settings.but(k="all"),
+        )
 
     def print_head(self) -> None:
         """The size and the settings."""
@@ -307,7 +312,8 @@ class Material:
         zero_shot = (self.features @ cache.text_weights.T).argmax(dim=1).cpu() == self.ids
         click.echo(
             f"{cache.n:,} keys x {cache.d}, {len(cache.class_names)} classes, {len(self.ids):,} queries, alpha "
-            f"{cache.alpha:.4g}, beta {cache.beta:.4g}; zero-shot {100 * float(zero_shot.float().mean()):.2f} %"
+            f"{cache.settings.alpha:.4g}, beta {cache.settings.beta:.4g}; "
+            f"zero-shot {100 * float(zero_shot.float().mean()):.2f} %"
         )
 
 
@@ -420,11 +426,13 @@ def retrieval(
             ways[way, of.index.factory, k, tail] = Side(answering(of, k, tail), batch, calls)
         searches.setdefault((of.index.factory, k, batch), Side(search_alone(of, k), batch, calls))
 
-    try_all("auto", cache, cache.k, queries, tails=(True, False))
-    try_all("auto, single", cache, cache.k, 1, SINGLES)
+    try_all("auto", cache, cache.settings.k, queries, tails=(True, False))
+    try_all("auto, single", cache, cache.settings.k, 1, SINGLES)
     made = Made(c, d, SEED)
     many = torch.from_numpy(made.draw(made.classes(large_batch, 4), 5)).to(device)
-    ways["auto, large batch", cache.index.factory, cache.k, True] = Side(answering(cache, cache.k), len(many), own=many)
+    ways["auto, large batch", cache.index.factory, cache.settings.k, True] = Side(
+        answering(cache, cache.settings.k), len(many), own=many
+    )
     for factory, ks, batch in others(n, d, c, queries) if with_others else ():
         other = material.with_index(factory)
         for k in ks:

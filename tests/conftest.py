@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
 from click.testing import CliRunner, Result
 
+from retrieval_tip import CacheModel
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.cli import main
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
@@ -144,6 +148,12 @@ def run() -> Callable[..., Result]:
         return result
 
     return invoke
+
+
+def cache_of(*features: Any, **options: Any) -> CacheModel:
+    """:meth:`CacheModel.from_features`, with settings among the options."""
+    own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
+    return CacheModel.from_features(*features, settings=Settings(**own), **options)
 
 
 def mount(place: Path, options: str) -> None:

@@ -23,6 +23,7 @@ from retrieval_tip.evaluation import audit as audits
 from retrieval_tip.evaluation.audit import NEAR, Duplicate, Found, audit, describe_duplicates, duplicates, images_of
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval.segments import Segments
+from retrieval_tip.settings import Settings
 
 KINDS = ["identical image", "identical feature", "near-identical"]
 
@@ -252,7 +253,7 @@ def reference(cache, k=None):
         for y in range(c):
             if (shown & (ids == y)).any():
                 own = [j for j in met if shown[j] and ids[j] == y]
-                scores[y] = np.exp(-cache.beta * (1 - affinity[i, own])).sum() / (shown & (ids == y)).sum()
+                scores[y] = np.exp(-cache.settings.beta * (1 - affinity[i, own])).sum() / (shown & (ids == y)).sum()
         norms = np.linalg.norm(keys, axis=1)
         twins = [
             (digests[j] == digests[i] and bool(digests[i]), affinity[i, j] / norms[i] / norms[j], -j)
@@ -263,7 +264,11 @@ def reference(cache, k=None):
         seen = [j for j in met if shown[j]]
         nearest = max(seen, key=lambda j: affinity[i, j], default=None)
         judged = not np.isnan(scores[ids[i]])
-        lowest = 0 if nearest is None else np.finfo(np.float32).tiny * np.exp(-cache.beta * (1 - affinity[i, nearest]))
+        lowest = (
+            0
+            if nearest is None
+            else np.finfo(np.float32).tiny * np.exp(-cache.settings.beta * (1 - affinity[i, nearest]))
+        )
         suggested = int(np.nanargmax(scores)) if judged and scores[ids[i]] < np.nanmax(scores) else int(ids[i])
         if twins or suggested != ids[i]:
             found[key_ids[i]] = {
@@ -313,7 +318,7 @@ def made(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=T
         keys.astype(dtype),
         ids,
         [f"class {i}" for i in range(c)],
-        beta=beta,
+        settings=Settings(beta=beta),
         device="cpu",
         sources=[f"{i}" for i in range(n)],
     )
@@ -434,12 +439,12 @@ def test_real_clip_features_swap_of_labels(shared):
     features, labels = np.stack(rows["feature"].take(take).to_pylist()).astype(np.float32), labels[take]
     names = sorted(set(labels.tolist()))
     assert duplicates(features, labels_of([names.index(label) for label in labels])).pairs == []
-    clean = CacheModel.from_features(features, labels, names, beta=20, device="cpu")
+    clean = CacheModel.from_features(features, labels, names, settings=Settings(beta=20), device="cpu")
     swapped = np.random.default_rng(0).choice(144, 10, replace=False)
     wrong = labels.copy()
     wrong[swapped] = np.roll(labels[swapped], 1)
     swapped = swapped[wrong[swapped] != labels[swapped]]
-    table = audit(CacheModel.from_features(features, wrong, names, beta=20, device="cpu"))
+    table = audit(CacheModel.from_features(features, wrong, names, settings=Settings(beta=20), device="cpu"))
     assert len(swapped) >= 8
     assert set(swapped.tolist()) <= set(table["key_id"].to_pylist()[: len(swapped) + len(audit(clean))])
 

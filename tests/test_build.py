@@ -17,6 +17,7 @@ from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.index.build import build_index, read_text_table
+from retrieval_tip.settings import Settings
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -54,7 +55,9 @@ def test_the_classifier_is_the_one_from_arrays(table, tmp_path):
     text = unit_rows(3, 8, 9)
     weights = write_table(tmp_path / "text.parquet", text, NAMES)
     built = build(table, tmp_path / "i", text=weights, alpha=2.0, beta=3.0)
-    made = CacheModel.from_features(features(table), open_source(table).labels, NAMES, text, alpha=2.0, beta=3.0)
+    made = CacheModel.from_features(
+        features(table), open_source(table).labels, NAMES, text, settings=Settings(alpha=2.0, beta=3.0)
+    )
     queries = unit_rows(20, 8, 4)
     for k in (None, 5):
         np.testing.assert_allclose(built.logits(queries, k), made.logits(queries, k), rtol=1e-5, atol=1e-5)

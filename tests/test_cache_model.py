@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.predictions import Prediction
-from retrieval_tip.retrieval.inputs import check_settings
+from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[Any]
 Q, D, C = 70, 32, 12
@@ -60,7 +61,7 @@ def model(**changes: Any) -> CacheModel:
         "logit_scale": SCALE,
         "device": "cpu",
     } | changes
-    return CacheModel.from_features(**arguments)
+    return cache_of(**arguments)
 
 
 def dense(
@@ -91,7 +92,7 @@ def dense(
 def close(model_: CacheModel, expected: tuple[Array, Array], atol: float = 1e-4, **how: Any) -> None:
     logits = model_.logits(QUERIES, **how)
     assert logits.dtype == torch.float32
-    np.testing.assert_allclose(logits.cpu(), expected[0] + model_.alpha * expected[1], atol=atol, rtol=0)
+    np.testing.assert_allclose(logits.cpu(), expected[0] + model_.settings.alpha * expected[1], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
@@ -168,7 +169,7 @@ def test_real_features_give_the_published_accuracy(shared: Path) -> None:
         return np.stack(rows["feature"].to_numpy()), rows["label"].to_pylist()
 
     (K, labels), (f, truth), (W, names) = table("train"), table("test"), table("text")
-    cache = CacheModel.from_features(K, labels, names, W, alpha=1.17, beta=5.5, device="cpu")
+    cache = CacheModel.from_features(K, labels, names, W, settings=Settings(alpha=1.17, beta=5.5), device="cpu")
     y = np.array([names.index(label) for label in labels])
     A = f.astype(np.float64) @ K.T.astype(np.float64)
     expected = 100 * (f.astype(np.float64) @ W.T) + 1.17 * np.exp(-5.5 * (1 - A)) @ np.eye(9)[y]
@@ -201,7 +202,7 @@ def test_predictions_do_not_depend_on_batches_or_blocks(
     for k in (None, 16):
         whole = cache.logits(QUERIES, k)
         with monkeypatch.context() as patch:
-            for module in ("keys", "retrieval"):
+            for module in ("retrieval.keys", "retrieval.logits"):
                 patch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", blocks[0])
             patch.setattr("retrieval_tip.retrieval.keys.KEY_BLOCK", blocks[1])
             cache.__post_init__()  # sums are made by blocks of keys too
@@ -452,7 +453,7 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[RetrievalTipErr
     "k 0": ((QUERIES,), {"k": 0}, UsageError, "^k is 0: expected a whole number of keys, at least 1"),
     "k negative": ((QUERIES,), {"k": -5}, UsageError, "^k is -5"),
     "k a fraction": ((QUERIES,), {"k": 1.5}, UsageError, "^k is 1.5"),
-    "k a word": ((QUERIES,), {"k": "all"}, UsageError, "^k is all"),
+    "k a word": ((QUERIES,), {"k": "some"}, UsageError, "^k is some"),
 }
 
 
@@ -484,11 +485,27 @@ def test_what_overflows_is_said_instead_of_answered(k: int | None) -> None:
 
 
 def test_settings_are_checked_where_they_are_kept_too() -> None:
-    check_settings(0, 0, None, 1)
-    check_settings(1.0, 5.5, 1, 100.0)
-    for bad in ((-1, 1, None, 1), (1, math.inf, None, 1), (1, 1, 0, 1), (1, 1, 2.5, 1), (1, 1, None, -1)):
-        with pytest.raises(UsageError):
-            check_settings(*bad)
+    assert Settings(0, 0, 1).alpha == 0
+    assert Settings(np.float32(1), 5.5, 100.0, np.int64(1)) == Settings(1.0, 5.5, 100.0, 1)
+    for name, values in {
+        "alpha": (-1, math.nan, 10**400, True, "1", None, [1.0]),
+        "beta": (-1e-9, math.inf),
+        "logit_scale": (0, -1, -math.inf),
+        "k": (0, -1, 2.5, "all", True, 2**63, math.nan),
+        "temperature": (0.0, -1, math.inf),
+    }.items():
+        for value in values:
+            with pytest.raises(UsageError, match=f"^{name} is "):
+                Settings(**{name: value})
+
+
+def test_settings_change_by_what_is_given() -> None:
+    settings = Settings(alpha=2.0, k=7, tail=False)
+    assert settings.but() is settings
+    assert settings.but(k="all", beta=None, tail=None) == Settings(alpha=2.0, tail=False)
+    assert settings.but(k=3, tail=True, alpha=0.0) == Settings(alpha=0.0, k=3)
+    assert settings.but(k=3).shown() == {"alpha": 2.0, "beta": 5.5, "k": 3, "tail": False, "temperature": 1.0}
+    assert Settings().shown()["k"] == "all"
 
 
 def table(cache: CacheModel) -> dict[str, list[Any]]:
@@ -587,16 +604,14 @@ def test_every_setting_survives_saving(tmp_path: Path) -> None:
     made = model(text_weights=None)
     cache = CacheModel(
         keys=made.keys, labels=made.labels, class_names=NAMES, text_weights=torch.from_numpy(TEXT), index=made.index,
-        alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, temperature=2.5, templates=["a {}."],
+        settings=Settings(alpha=0.25, beta=7.5, logit_scale=42.5, k=9, tail=False, temperature=2.5),
+        templates=["a {}."],
         backbone=identity,
         provenance={"alpha": "given"},
     )  # fmt: skip
     cache.save(tmp_path / "x")
     loaded = CacheModel.load(tmp_path / "x", device="cpu")
-    for name in (
-        "class_names", "alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "backbone",
-        "provenance", "version",
-    ):  # fmt: skip
+    for name in ("class_names", "settings", "templates", "backbone", "provenance", "version"):
         assert getattr(loaded, name) == getattr(cache, name), name
     assert torch.equal(loaded.text_weights, cache.text_weights)
     assert loaded.index.factory == "Flat"

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -203,7 +204,7 @@ def food(shared, per_class=8, **changes):
     of = [np.flatnonzero(labels == name) for name in text["label"].to_pylist()]
     shots = np.concatenate([rows[:per_class] for rows in of])
     settings_ = {"alpha": 20.0, "beta": 5.5} | changes
-    cache = CacheModel.from_features(
+    cache = cache_of(
         rows_of(train)[shots], labels[shots].tolist(), text["label"].to_pylist(), rows_of(text), device="cpu",
         **settings_,
     )  # fmt: skip
@@ -227,7 +228,7 @@ def test_real_features_calibrated_on_validation_are_better_on_test(shared, tmp_p
     result = calibrate(cache, open_source(tmp_path / "val.parquet"), Encoder())
     after = evaluate(cache, test, Encoder())
     assert (
-        cache.temperature == after.temperature == result.temperature > 1.5
+        cache.settings.temperature == after.settings.temperature == result.temperature > 1.5
     )  # 20 times the cache is too sure of itself
     assert result.ece_after < result.ece_before
     assert result.nll_after < result.nll_before
@@ -247,7 +248,7 @@ def test_no_temperature_changes_an_answer(shared, temperature):
     cache, val = food(shared)
     features = rows_of(val)[::9]
     plain = cache.classify(features, top=9, k=16)
-    cache.temperature = temperature
+    cache.settings = cache.settings.but(temperature=temperature)
     for one, other in zip(plain, cache.classify(features, top=9, k=16), strict=True):
         assert one.labels == other.labels
         assert np.isfinite(other.probabilities).all()
@@ -259,9 +260,8 @@ def test_no_temperature_changes_an_answer(shared, temperature):
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
 def test_temperatures_that_are_none_are_refused(shared, wrong):
     cache, _ = food(shared, 1)
-    cache.temperature = wrong
     with pytest.raises(UsageError, match="temperature is"):
-        cache.__post_init__()
+        cache.settings.but(temperature=wrong)
 
 
 def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
@@ -278,17 +278,17 @@ def test_calibrate_writes_a_version_with_its_provenance(run, food_index):
     assert info["provenance"]["temperature"] == f"fitted on {val}, n=450"
     assert (info["version"], info["earlier_versions"]) == (2, [1])
     cache = CacheModel.load(folder, device="cpu")
-    assert cache.temperature == info["temperature"]
+    assert cache.settings.temperature == info["temperature"]
     assert cache.classify(features[:3])[0].probability < 1
     after = json.loads(run("evaluate", folder, test, "--json").stdout)
     assert after["ece"] < before["ece"]
-    assert after["temperature"] == cache.temperature
+    assert after["temperature"] == cache.settings.temperature
     assert {k: v for k, v in before.items() if k not in ("ece", "temperature")} == {
         k: v for k, v in after.items() if k not in ("ece", "temperature")
     }
     # fitting again starts from the logits, not from the last temperature
     assert run("calibrate", folder, "--val", val).exit_code == 0
-    assert CacheModel.load(folder, device="cpu").temperature == cache.temperature
+    assert CacheModel.load(folder, device="cpu").settings.temperature == cache.settings.temperature
 
 
 def test_a_failed_calibration_changes_nothing(run, food_index, tmp_path):
@@ -327,7 +327,7 @@ def test_no_test_part_is_read(run, shared, tmp_path):
         assert done.exit_code == 0, done.output
         cache = CacheModel.load(tmp_path / "i", device="cpu")
         assert cache.provenance["temperature"] == f"fitted on {path} (val), n={len(small['val'])}"
-        temperatures.append(cache.temperature)
+        temperatures.append(cache.settings.temperature)
     assert temperatures[0] == temperatures[1]
     assert run("calibrate", tmp_path / "i", "--val", path, "--split", "test").exit_code == 2
 

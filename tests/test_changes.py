@@ -27,6 +27,7 @@ from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageErr
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval.vector_index import auto_factory
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 
 Array = npt.NDArray[Any]
@@ -646,7 +647,7 @@ def test_templates_make_new_text_weights_by_the_backbone_of_the_index(
     np.testing.assert_allclose(
         cache.text_weights, text_weights(lit_mini, ["panda", "pizza"], ["the {}", "one {}"]), atol=1e-5
     )
-    assert (cache.templates, cache.alpha) == (["the {}", "one {}"], 2)
+    assert (cache.templates, cache.settings.alpha) == (["the {}", "one {}"], 2)
     assert cache.provenance["text"] == "templates"
     assert store.history(pictures)["change"].to_pylist()[-1] == "set alpha 2, 2 templates"
 
@@ -686,7 +687,12 @@ def test_a_compacted_index_is_a_new_build_of_the_same_keys_bit_for_bit(
 def wide(tmp_path: Path) -> Path:
     """An index of 60 keys of three classes, of two segments."""
     cache = CacheModel.from_features(
-        unit_rows(60, D), ["cat", "dog", "owl"] * 20, ["cat", "dog", "owl"], unit_rows(3, D, 1), alpha=1.0, device="cpu"
+        unit_rows(60, D),
+        ["cat", "dog", "owl"] * 20,
+        ["cat", "dog", "owl"],
+        unit_rows(3, D, 1),
+        settings=Settings(alpha=1.0),
+        device="cpu",
     )
     cache.save(tmp_path / "wide")
     return tmp_path / "wide"
@@ -711,7 +717,7 @@ def test_auto_chooses_the_type_by_the_numbers_and_k_with_it(run: Any, tmp_path: 
     CacheModel.from_features(unit_rows(n, D), np.arange(n) % c, names, device="cpu").save(tmp_path / "i")
     assert run("index", "rebuild", tmp_path / "i", "--index", "auto").exit_code == 0
     cache = opened(tmp_path / "i")
-    assert (cache.index.factory, cache.k) == auto_factory(n, c) == ("IVF183,Flat", 256)
+    assert (cache.index.factory, cache.settings.k) == auto_factory(n, c) == ("IVF183,Flat", 256)
 
 
 def test_keys_become_half_as_large_and_answers_nearly_the_same(run: Any, parted: Path) -> None:
@@ -740,10 +746,10 @@ def test_what_cannot_be_rebuilt_leaves_everything(run: Any, wide: Path) -> None:
 
 def test_a_compaction_that_is_refused_leaves_k() -> None:
     keys = 1e6 * unit_rows(2100, D)
-    cache = CacheModel.from_features(keys, np.arange(2100) % 3, list("abc"), device="cpu", beta=1e-6)
+    cache = CacheModel.from_features(keys, np.arange(2100) % 3, list("abc"), device="cpu", settings=Settings(beta=1e-6))
     with pytest.raises(InputError):
         cache.compact("auto", "float16")
-    assert cache.k is None
+    assert cache.settings.k is None
 
 
 # --- versions
@@ -1066,7 +1072,7 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
     before = everything(index)
     with pytest.raises(StoreError, match="is at version 2, not at 1 as when it was opened"):
         stale.save(index)
-    stale.alpha = 3.0
+    stale.settings = stale.settings.but(alpha=3.0)
     with pytest.raises(StoreError, match="is at version 2"):
         stale.save_settings(index)
     assert everything(index) == before
@@ -1086,7 +1092,9 @@ def test_an_index_with_trained_values_stays_one_segment_and_gives_what_it_should
 ) -> None:
     monkeypatch.setattr(cache_model, "SMALL", 0)
     keys, labels, values = unit_rows(12, D), ["cat", "dog"] * 6, unit_rows(12, 2, 3)
-    cache = CacheModel.from_features(keys, labels, ["cat", "dog"], device="cpu", values=values, beta=4.0, alpha=1.0)
+    cache = CacheModel.from_features(
+        keys, labels, ["cat", "dog"], device="cpu", values=values, settings=Settings(beta=4.0, alpha=1.0)
+    )
     folder = tmp_path / "i"
     cache.save(folder)
     own = {i: np.append(values[i], 0.0) for i in range(12)}
@@ -1143,7 +1151,7 @@ def test_backbone_errors_are_what_the_functions_say(pictures: Path, lit_mini: Ba
 def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Path) -> None:
     cache = opened(index)
     cache.relabel([0], "dog")
-    cache.alpha = 3.0
+    cache.settings = cache.settings.but(alpha=3.0)
     cache.save_settings(index)
     assert (opened(index).alpha, labels_of(index)[0]) == (3.0, "cat")
     cache.save(index)

@@ -59,7 +59,7 @@ def test_it_writes_another_index_with_its_story(run, place):
     record = cache.provenance["finetune"]
     assert record["parent"] == str(place / "index")
     assert (record["parent_version"], record["epochs"], record["seed"], record["train"]) == (1, 3, 1, ["keys"])
-    assert (said["alpha"], said["beta"], said["version"]) == (cache.alpha, cache.beta, 1)
+    assert (said["alpha"], said["beta"], said["version"]) == (cache.settings.alpha, cache.settings.beta, 1)
     assert not (place / "tuned.checkpoint").exists()
     assert (place / "curve.png").read_bytes()[:4] == b"\x89PNG"
     curve = run("index", "query", place / "tuned", "SELECT epoch FROM curve ORDER BY epoch", "--format", "json")
@@ -93,7 +93,7 @@ def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place
     result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1)
     assert result.exit_code == 0, result.stderr
     cache = CacheModel.load(place / "tuned", device="cpu")
-    assert (cache.alpha, cache.beta) == (3, 2)
+    assert (cache.settings.alpha, cache.settings.beta) == (3, 2)
 
 
 def test_the_same_seed_gives_the_same_keys_and_another_others(run, place):

@@ -57,7 +57,7 @@ def json_rows(text: str) -> list[dict[str, Any]]:
 
 
 def labels(cache: CacheModel, features: dict[str, Any], k: int | None) -> list[int]:
-    return cache.logits(features["queries"], k, cache.tail).argmax(1).tolist()
+    return cache.logits(features["queries"], k, cache.settings.tail).argmax(1).tolist()
 
 
 # -------------------------------------------------------------------------------------------------------------- tune
@@ -81,18 +81,22 @@ def test_a_new_version_is_what_was_printed(
     assert chosen == [next(row for row in rows if row["agreement"] >= wanted)]
     cache = verify(place / "index")
     assert cache.version == 2
-    assert (cache.index.factory, cache.index.effort, str(cache.k or "all")) == tuple(chosen[0][x] for x in COLUMNS[:3])
-    assert cache.tail
+    assert (cache.index.factory, cache.index.effort, str(cache.settings.k or "all")) == tuple(
+        chosen[0][x] for x in COLUMNS[:3]
+    )
+    assert cache.settings.tail
     told = f"tuned on {place / 'queries.parquet'}, n={Q}, agreement {chosen[0]['agreement']:.4g}"
     assert (cache.provenance["index"], cache.provenance["k"]) == (told, told)
-    assert result.stderr.strip() == (f"{place / 'index'}: version 2, {cache.index.factory}, k {cache.k or 'all'}")
+    assert result.stderr.strip() == (
+        f"{place / 'index'}: version 2, {cache.index.factory}, k {cache.settings.k or 'all'}"
+    )
     added = set((place / "index" / "data").iterdir()) - data
     assert {path.name.partition("-")[0] for path in added} <= {"index"}  # no other file is written again
     cache = CacheModel.load(place / "index", device="cpu", precision="float32")
-    same = np.mean(np.equal(labels(cache, features, cache.k), labels(cache, features, None)))
+    same = np.mean(np.equal(labels(cache, features, cache.settings.k), labels(cache, features, None)))
     assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
     asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json").stdout)
-    assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.k)]
+    assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.settings.k)]
 
 
 def test_settings_and_answers_over_all_keys_stay(run: Any, place: Path, features: dict[str, Any]) -> None:
@@ -287,7 +291,7 @@ def test_build_chooses_index_and_k_by_the_numbers_unless_k_is_given(
     write_table(place / "many.parquet", rows, [NAMES[i] for i in features["ids"]] * times)
     build(run, place, "auto", "--index", "auto", *more, train="many.parquet")
     cache = verify(place / "auto")
-    assert (cache.index.factory, cache.k) == expected
+    assert (cache.index.factory, cache.settings.k) == expected
 
 
 @pytest.mark.parametrize("index", ["Classes,Nope", "ClassesX", "Classes,IVF99,Flat", "Auto"])

@@ -33,7 +33,7 @@ def expected(version: str) -> dict[str, Any]:
 def check_answers(cache: Classifier, version: str, name: str) -> None:
     known = expected(version)
     features, answers = np.array(known["features"], dtype=np.float32), known["answers"][name]
-    np.testing.assert_allclose(cache.logits(features), answers["all"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cache.logits(features, k="all"), answers["all"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(cache.logits(features, k=4), answers["k4"], rtol=1e-5, atol=1e-5)
     assert [found.label for found in cache.classify(features)] == answers["labels"]
 
@@ -80,12 +80,12 @@ def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> Non
     check_answers(store.verify(), "v2", "plain")
     changes.configure(f"lance://{tmp_path / 'plain'}", temperature=2.0)
     check_answers(store.verify(), "v2", "plain")
-    assert (store.manifest().version, store.manifest().temperature) == (old.version + 1, 2.0)
+    assert (store.manifest().version, store.manifest().settings.temperature) == (old.version + 1, 2.0)
 
 
 def test_an_index_of_format_1_has_its_labels_and_settings() -> None:
     plain, tuned = (CacheModel.load(INDEXES / "v1" / name, device="cpu") for name in ("plain", "tuned"))
-    assert (plain.version, plain.alpha, plain.beta, plain.k) == (2, 2.0, 4.0, 4)
+    assert (plain.version, plain.settings.alpha, plain.settings.beta, plain.settings.k) == (2, 2.0, 4.0, 4)
     assert plain.provenance == {"alpha": "given", "beta": "given"}
     assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b"]
     asked = query(INDEXES / "v1" / "plain", "SELECT key_id FROM labels")
@@ -98,7 +98,13 @@ def test_an_index_of_format_1_has_its_labels_and_settings() -> None:
 
 def test_an_index_of_format_2_has_its_segments_and_versions() -> None:
     plain = CacheModel.load(INDEXES / "v2" / "plain", device="cpu")
-    assert (plain.version, plain.alpha, plain.k, plain.segments, plain.next_key_id) == (5, 2.0, 4, 2, 9)
+    assert (plain.version, plain.settings.alpha, plain.settings.k, plain.segments, plain.next_key_id) == (
+        5,
+        2.0,
+        4,
+        2,
+        9,
+    )
     assert plain.class_names == ["cat", "dog", "fish", "owl"]
     assert plain.labels["key_id"].to_pylist() == [1, 3, 2, 5, 0, 4, 7, 6]
     assert plain.labels["camera"].to_pylist() == ["a", "b", "a", "b", "a", "b", "a", "b"]

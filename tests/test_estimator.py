@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -63,7 +64,7 @@ def cache(**changes: Any) -> CacheModel:
         "text_weights": TEXT[SORTING],
         "device": "cpu",
     }
-    return CacheModel.from_features(**arguments | changes)
+    return cache_of(**arguments | changes)
 
 
 # Without normalize, exp(beta (A - 1)) overflows on scikit-learn's data of length 1000, and is refused: a small beta.
@@ -95,7 +96,7 @@ def test_logits_are_those_of_the_cache_model(
     weights = TEXT if text else None
     made = classifier(text_weights=weights, alpha=alpha, beta=beta, logit_scale=30.0, normalize=normalize, **how)
     expected = cache(text_weights=weights if weights is None else weights[SORTING], alpha=alpha, beta=beta)
-    expected.logit_scale = 30.0
+    expected.settings = expected.settings.but(logit_scale=30.0)
     logits = expected.logits(QUERIES, **how)
     scores = made.fit(X, Y).decision_function(QUERIES)
     assert scores.dtype == np.float32
@@ -118,7 +119,7 @@ def test_on_real_features(shared: Path) -> None:
     order = np.argsort(names)
     for normalize, of in ((False, lambda x: x), (True, unit)):  # stored as unit to three digits only
         made = TipAdapterClassifier(text, names, normalize=normalize, **numbers).fit(keys[shots], labels[shots])
-        by_hand = CacheModel.from_features(of(keys[shots]), labels[shots].tolist(), names.tolist(), text, **numbers)
+        by_hand = cache_of(of(keys[shots]), labels[shots].tolist(), names.tolist(), text, **numbers)
         expected = by_hand.logits(of(queries))[:, order]
         np.testing.assert_array_equal(made.classes_, names[order])
         np.testing.assert_allclose(made.decision_function(queries), expected, atol=1e-4)
@@ -280,7 +281,7 @@ def test_grid_search_over_alpha_and_beta() -> None:
             mine[alpha, beta] = -np.mean(losses)
     np.testing.assert_allclose(search.cv_results_["mean_test_score"], list(mine.values()), rtol=1e-4)
     assert search.best_params_ == dict(zip(("alpha", "beta"), max(mine, key=mine.__getitem__), strict=True))
-    assert search.best_estimator_.cache_.alpha == search.best_params_["alpha"]
+    assert search.best_estimator_.cache_.settings.alpha == search.best_params_["alpha"]
     assert search.score(QUERIES, classifier().fit(X, Y).predict(QUERIES)) < 0
     processes = GridSearchCV(TipAdapterClassifier(device="cpu"), {"beta": [1.0, 5.5]}, cv=2, n_jobs=2).fit(X, Y)
     assert processes.best_score_ > 0.8
@@ -353,8 +354,10 @@ def test_the_cache_behind_it_can_be_saved(tmp_path: Path) -> None:
     made = classifier(alpha=2.0, k=6).fit(X, Y)
     made.cache_.save(tmp_path / "index")
     opened = CacheModel.load(tmp_path / "index", device="cpu")
-    assert (opened.class_names, opened.alpha, opened.k) == (SORTED.tolist(), 2.0, 6)
-    np.testing.assert_array_equal(opened.logits(QUERIES, opened.k, opened.tail), made.decision_function(QUERIES))
+    assert (opened.class_names, opened.settings.alpha, opened.settings.k) == (SORTED.tolist(), 2.0, 6)
+    np.testing.assert_array_equal(
+        opened.logits(QUERIES, opened.settings.k, opened.settings.tail), made.decision_function(QUERIES)
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import cache_of
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -41,7 +42,7 @@ QUERIES = unit(_means[TRUTH] + 0.5 * _rng.standard_normal((Q, D)))
 def model(c: int = C, **changes: Any) -> CacheModel:
     few = c * SHOTS  # keys are in class order
     arguments: dict[str, Any] = {"text_weights": TEXT[:c], "alpha": 2.0, "beta": 3.0, "logit_scale": 10.0} | changes
-    return CacheModel.from_features(KEYS[:few], Y[:few], NAMES[:c], device="cpu", **arguments)
+    return cache_of(KEYS[:few], Y[:few], NAMES[:c], device="cpu", **arguments)
 
 
 def labelled(folder: Path, labels: list[str], features: Array) -> Source:
@@ -83,7 +84,8 @@ def test_accuracies_are_those_of_plain_numpy(source: Source, k: int | None) -> N
     assert found.per_class == pytest.approx(per_class)  # without the class that does not occur
     assert found.mean_per_class == pytest.approx(np.mean(list(per_class.values())))
     assert found.mean_per_class != pytest.approx(found.top1)
-    assert (found.n, found.skipped, found.alpha, found.beta, found.k, found.tail) == (Q, 0, 2.0, 3.0, k, False)
+    assert (found.n, found.skipped, found.settings.k, found.settings.tail) == (Q, 0, k, False)
+    assert (found.settings.alpha, found.settings.beta) == (2.0, 3.0)
 
 
 def test_confusions_are_the_most_frequent_mistakes(source: Source) -> None:
@@ -100,9 +102,9 @@ def test_the_tail_is_used_where_it_is_asked_for(source: Source) -> None:
     for tail in (False, True):
         found = evaluate(cache, source, Encoder(), k=3, tail=tail)
         predicted = cache.logits(QUERIES, 3, tail).argmax(1).numpy()
-        assert (found.top1, found.tail) == (pytest.approx((predicted == TRUTH).mean()), tail)
+        assert (found.top1, found.settings.tail) == (pytest.approx((predicted == TRUTH).mean()), tail)
     everything = evaluate(cache, source, Encoder(), k=len(KEYS))
-    assert replace(everything, k=None) == evaluate(cache, source, Encoder())
+    assert replace(everything, settings=everything.settings.but(k="all")) == evaluate(cache, source, Encoder())
 
 
 def test_order_and_choice_of_the_items_are_kept(source: Source) -> None:

@@ -27,6 +27,7 @@ from retrieval_tip.data.imports import export_table, export_text, import_table
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.index.build import build_index, read_text_table
+from retrieval_tip.settings import Settings
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
 
@@ -807,7 +808,7 @@ def cache_of(n: int = 40, d: int = 8, dtype: str = "float32", **options: Any) ->
     keys = unit_rows(n, d).astype(dtype)
     labels = [names[i % 3] for i in range(n)]
     cache = CacheModel.from_features(
-        keys, labels, names, unit_rows(3, d, 5), alpha=2.0, beta=3.0, device="cpu", **options
+        keys, labels, names, unit_rows(3, d, 5), settings=Settings(alpha=2.0, beta=3.0), device="cpu", **options
     )
     return replace(cache, backbone=IDENTITY)
 
@@ -820,8 +821,8 @@ def rebuilt(cache: CacheModel, tmp_path: Path, **options: Any) -> CacheModel:
         tmp_path / "built",
         Encoder(norms=options.pop("norms", "check")),
         text=tmp_path / "text.parquet",
-        alpha=cache.alpha,
-        beta=cache.beta,
+        alpha=cache.settings.alpha,
+        beta=cache.settings.beta,
         device="cpu",
         **options,
     )

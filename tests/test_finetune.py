@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,6 +31,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune, trainer
 from retrieval_tip.fit.finetune import CURVE, FLATTER, _Material, _Run, own_shots
 from retrieval_tip.fit.trainer import ENCODER_RATE, Recipe, Trainer, _Tower
+from retrieval_tip.settings import Settings
 
 NAMES = [f"class {i}" for i in range(C)]
 SHOTS = 37  # classes of 8 and 7 shots
@@ -55,7 +57,7 @@ def index(**changes: Any) -> CacheModel:
     options = {"alpha": 1.0, "beta": 5.5, "logit_scale": 10.0, "device": "cpu"} | changes
     dtype = options.pop("dtype", np.float32)
     sources = [f"shot {i}" for i in range(SHOTS)]
-    cache = CacheModel.from_features(keys.astype(dtype), ids, NAMES, unit_rows(C, D, 5), sources=sources, **options)
+    cache = cache_of(keys.astype(dtype), ids, NAMES, unit_rows(C, D, 5), sources=sources, **options)
     cache.provenance = {"alpha": "untouched", "temperature": {"queries": 3}, "normalize": "both"}
     return cache
 
@@ -130,8 +132,8 @@ def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tenso
         for batch in order.split(recipe.batch):
             f = features[rows[batch]]
             affinity = f @ keys.T
-            cache_logits = ((-1) * (cache.beta - cache.beta * affinity)).exp() @ values
-            logits = cache.logit_scale * f @ cache.text_weights.T + cache_logits * cache.alpha
+            cache_logits = ((-1) * (cache.settings.beta - cache.settings.beta * affinity)).exp() @ values
+            logits = cache.settings.logit_scale * f @ cache.text_weights.T + cache_logits * cache.settings.alpha
             loss = functional.cross_entropy(logits, ids[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -216,7 +218,7 @@ def test_the_result_is_an_index_that_can_be_kept(
     cache = index()
     cache.save(tmp_path / "parent")
     cache = CacheModel.load(tmp_path / "parent", device="cpu")
-    cache.temperature = 3.0
+    cache.settings = cache.settings.but(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
     tuned = finetune.finetune(
         cache, shots, Encoder(), Recipe(batch=16, train=train), val=val, parent=str(tmp_path / "parent")
@@ -228,7 +230,7 @@ def test_the_result_is_an_index_that_can_be_kept(
     tuned.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
     rows, _ = clusters(50, C, D, 9)
-    assert torch.equal(found.logits(rows, found.k), tuned.cache.logits(rows, tuned.cache.k))
+    assert torch.equal(found.logits(rows, found.k), tuned.cache.logits(rows, tuned.cache.settings.k))
     assert not torch.equal(found.logits(rows), cache.logits(rows))
     assert (told(found.curve), found.curve["seconds"]) == (told(tuned.curve), tuned.curve["seconds"])
     assert found.curve.schema == CURVE
@@ -251,7 +253,7 @@ def test_the_result_is_an_index_that_can_be_kept(
 def test_without_validation_the_last_epoch_is_kept_and_the_settings_stay(shots: Source) -> None:
     tuned = finetune.finetune(index(), shots, Encoder(), Recipe(batch=16, epochs=3))
     assert (tuned.epoch, tuned.choice, tuned.collapsed) == (3, None, None)
-    assert (tuned.cache.alpha, tuned.cache.beta) == (1.0, 5.5)
+    assert (tuned.cache.settings.alpha, tuned.cache.settings.beta) == (1.0, 5.5)
     assert tuned.cache.provenance["alpha"] == "finetune"
     rows = tuned.curve.to_pylist()
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
@@ -265,7 +267,10 @@ def test_without_validation_the_last_epoch_is_kept_and_the_settings_stay(shots: 
 def test_the_curve_tells_what_the_index_answers_on_the_validation_images(shots: Source, val: Source) -> None:
     tuned = finetune.finetune(index(), shots, Encoder(), replace(OWN, epochs=5), val=val)
     rows, ids = clusters(60, C, D, 2)
-    for epoch, cache in ((0, index()), (tuned.epoch, replace(tuned.cache, alpha=1.0, beta=5.5))):
+    for epoch, cache in (
+        (0, index()),
+        (tuned.epoch, replace(tuned.cache, settings=tuned.cache.settings.but(alpha=1.0, beta=5.5))),
+    ):
         logits = cache.logits(rows)
         row = tuned.curve.to_pylist()[epoch]
         assert row["val_loss"] == pytest.approx(
@@ -422,7 +427,7 @@ def test_settings_are_among_the_candidates_and_the_better_one_wins(
     def watched(run: _Run, *arguments: Any) -> None:
         train(run, *arguments)
         rows = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve]
-        tried.append((max(rows), (run.cache.alpha, run.cache.beta), run.recipe.epochs))
+        tried.append((max(rows), (run.cache.settings.alpha, run.cache.settings.beta), run.recipe.epochs))
 
     monkeypatch.setattr(_Run, "train", watched)
     cache = index()
@@ -432,7 +437,7 @@ def test_settings_are_among_the_candidates_and_the_better_one_wins(
     alphas = [alpha for _, (alpha, _), _ in tried[1:]]
     assert [alpha / alphas[0] for alpha in alphas] == [1, 4, 16]
     assert chosen == max(tried)[1]
-    text, terms = replace(cache, beta=tried[1][1][1]).terms(material.queries.features)
+    text, terms = replace(cache, settings=cache.settings.but(beta=tried[1][1][1])).terms(material.queries.features)
     ids = torch.from_numpy(material.queries.ids)
 
     def loss(alpha: float) -> float:
@@ -575,7 +580,12 @@ def test_the_sums_behind_the_tail_follow_the_keys(material: _Material) -> None:
     rows, ids = clusters(20, C, D, 4)
     trainer.refresh()
     now = CacheModel.from_features(
-        trainer.keys, cache.class_ids.numpy(), NAMES, cache.text_weights, beta=5.5, logit_scale=10.0, device="cpu"
+        trainer.keys,
+        cache.class_ids.numpy(),
+        NAMES,
+        cache.text_weights,
+        settings=Settings(beta=5.5, logit_scale=10.0),
+        device="cpu",
     )
     logits = now.logits(rows, k=3)
     loss, right = trainer.evaluate(torch.from_numpy(rows), torch.from_numpy(ids))
@@ -692,7 +702,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def image_index(pictures: Path, model: Any) -> CacheModel:
     cache = of_images(pictures / "train", model)
-    cache.alpha, cache.beta = 0.5, 2.0
+    cache.settings = cache.settings.but(alpha=0.5, beta=2.0)
     return cache
 
 
@@ -705,7 +715,7 @@ def of_images(folder: Path, model: Any) -> CacheModel:
         source.labels,
         names,
         text_weights(model, names, ["a {} thing.", "{}"]),
-        logit_scale=model.logit_scale,
+        settings=Settings(logit_scale=model.logit_scale),
         device="cpu",
         sources=source.sources,
     )
@@ -759,7 +769,7 @@ def test_encoders_are_trained_kept_and_found_again(
     right = (found.logits(encoded, found.k).argmax(1).numpy() == found.ids_of(val)).mean()
     assert tuned.choice is not None
     assert right == pytest.approx(tuned.choice.accuracy)
-    trained = replace(found, alpha=facts(tuned)["alpha"], beta=facts(tuned)["beta"])
+    trained = replace(found, settings=found.settings.but(alpha=facts(tuned)["alpha"], beta=facts(tuned)["beta"]))
     loss = functional.cross_entropy(trained.logits(encoded), torch.from_numpy(found.ids_of(val)))
     assert tuned.curve.to_pylist()[tuned.epoch]["val_loss"] == pytest.approx(float(loss), rel=1e-4)
 
@@ -927,7 +937,13 @@ def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared
         own = train.take(few_shot(train.labels, 16, seed))
         encoded = Encoder().encode(own).features
         cache = CacheModel.from_features(
-            encoded, own.labels, words.labels, text, alpha=1.17, beta=5.5, sources=own.sources, device="cpu"
+            encoded,
+            own.labels,
+            words.labels,
+            text,
+            settings=Settings(alpha=1.17, beta=5.5),
+            sources=own.sources,
+            device="cpu",
         )
         tuned = finetune.finetune(cache, own_shots(cache, own), Encoder(), Recipe(settings="own", seed=seed)).cache
         queries, ids = Encoder().encode(test).features, cache.ids_of(test)
@@ -968,7 +984,12 @@ def test_gpu_trains_encoders_as_the_cpu_does(model_folder: Path, pictures: Path)
         cache = of_images(pictures / "train", backbone)
         keys = torch.from_numpy(cache.keys)
         cache = CacheModel.from_features(
-            keys, cache.class_ids.cpu().numpy(), cache.class_names, cache.text_weights, beta=2.0, device=device
+            keys,
+            cache.class_ids.cpu().numpy(),
+            cache.class_names,
+            cache.text_weights,
+            settings=Settings(beta=2.0),
+            device=device,
         )
         cache.templates = ["a {} thing.", "{}"]
         curves.append(losses(finetune.finetune(cache, source, Encoder(backbone), recipe)))

@@ -86,7 +86,14 @@ def _train(job: dict[str, Any], steps: killing.Steps) -> None:
     steps.at = None
     values = None if tuned.cache.values is None else tuned.cache.values.numpy().tobytes().hex()
     rows = repr(tuned.curve.drop(["seconds"]).to_pylist())
-    result = [tuned.cache.keys.tobytes().hex(), values, tuned.epoch, rows, tuned.cache.alpha, tuned.cache.beta]
+    result = [
+        tuned.cache.keys.tobytes().hex(),
+        values,
+        tuned.epoch,
+        rows,
+        tuned.cache.settings.alpha,
+        tuned.cache.settings.beta,
+    ]
     Path(job["out"]).write_text(json.dumps([len(steps.names), result]))
 
 
@@ -240,7 +247,11 @@ def test_interrupted_encoders_go_on_as_if_nothing_had_happened(
     assert torch.equal(again.cache.text_weights, whole.cache.text_weights)
     assert "values" not in train or torch.equal(again.cache.values, whole.cache.values)
     assert again.backbone.identity == whole.backbone.identity != model.identity
-    assert (again.epoch, again.cache.alpha, again.cache.beta) == (whole.epoch, whole.cache.alpha, whole.cache.beta)
+    assert (again.epoch, again.cache.settings.alpha, again.cache.settings.beta) == (
+        whole.epoch,
+        whole.cache.settings.alpha,
+        whole.cache.settings.beta,
+    )
     other = tiny(tmp_path / "other", seed=3)
     arguments["encoder"] = Encoder(load_backbone(f"local-dir:{other}", device="cpu"))
     with pytest.raises(UsageError, match=r"x: of a run with another .*; start anew without --resume"):
@@ -417,9 +428,9 @@ def test_a_checkpoint_of_other_material_is_refused(run: dict[str, Any], folder: 
         {"cache": replace(cache, keys=flipped)},
         {"cache": replace(cache, text_weights=torch.from_numpy(unit_rows(C, D, 6)))},
         {"cache": replace(cache, values=torch.ones(cache.n, C))},
-        {"cache": replace(cache, alpha=2.0)},
-        {"cache": replace(cache, beta=2.0)},
-        {"cache": replace(cache, logit_scale=2.0)},
+        {"cache": replace(cache, settings=cache.settings.but(alpha=2.0))},
+        {"cache": replace(cache, settings=cache.settings.but(beta=2.0))},
+        {"cache": replace(cache, settings=cache.settings.but(logit_scale=2.0))},
     ]
     for other in others:
         with pytest.raises(UsageError, match=r"run\.checkpoint: of a run with another .*; start anew") as error:

@@ -34,6 +34,7 @@ import pytest
 import torch
 import warm
 from click.testing import Result
+from conftest import cache_of
 from PIL import Image
 from safetensors.torch import save_file
 from test_store import body_of, one_line, sealed, snapshot
@@ -104,20 +105,18 @@ def made(folder: Path, kind: str, place: Path) -> None:
     text = unit(rng.normal(size=(len(CLASSES), D)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = CacheModel.from_features(
-            keys, ids, CLASSES, text, device="cpu", index=FACTORIES.get(kind, "Flat"), **more
-        )
+        cache = cache_of(keys, ids, CLASSES, text, device="cpu", index=FACTORIES.get(kind, "Flat"), **more)
     if kind == "tuned":
         save_file({"a": torch.arange(6.0), "b": torch.ones(2, 2)}, place / "encoder.safetensors")
         cache = replace(
             cache, tuned=place / "encoder.safetensors", curve=pa.table({"epoch": [1, 2], "loss": [0.5, 0.2]})
         )
     cache.save(folder)
-    cache.alpha = 1.25
+    cache.settings = cache.settings.but(alpha=1.25)
     cache.save_settings(folder)
     if kind != "tuned":
         cache.add(unit(rng.normal(size=(ADDED, D))), ["cat", "owl", "eel"], ["a", "b", "c"])
-    cache.beta = 4.5
+    cache.settings = cache.settings.but(beta=4.5)
     cache.save(folder)
 
 
@@ -634,7 +633,7 @@ BACKBONE = {"model": "m", "pretrained": None, "weights": "ab", "config": "cd", "
 def plain(cache: CacheModel, body: dict[str, Any]) -> CacheModel:
     """With the settings and the names of the classes that there were."""
     cache = replace(cache, **{name: body[name] for name in SETTINGS})
-    cache.tail = body["tail"]
+    cache.settings = cache.settings.but(tail=body["tail"])
     return cache
 
 
@@ -663,7 +662,7 @@ def test_a_manifest_of_any_values_is_refused_or_answers_as_it_says(world: dict[s
             assert answer(plain(cache, body)) == before, (at, value)
             if at[0] in SETTINGS and len(at) == 1:
                 assert getattr(cache, at[0]) == value
-                refused(partial(cache.classify, QUERIES, k=cache.k, tail=cache.tail))
+                refused(partial(cache.classify, QUERIES, k=cache.settings.k, tail=cache.settings.tail))
             refused(lambda: store.describe(index))
             refused(lambda: store.history(index))
     assert done > 1500
@@ -1611,7 +1610,7 @@ def test_nothing_in_an_index_folder_is_imported(world: dict[str, Path], table: P
         assert done.returncode == 0, done.stderr
         assert not mark.exists()
     assert (index / "retrieval_tip.py").is_file()
-    assert verify(index).alpha == 2
+    assert verify(index).settings.alpha == 2
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "manifests", "data", "lock"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from retrieval_tip import CacheModel
 from retrieval_tip.predictions import SHOWN_PREDICTIONS, Predictions
 from retrieval_tip.report.html import VOID, Html, join, table, tag, text
+from retrieval_tip.settings import Settings
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -102,7 +103,9 @@ def cache():
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     names = [*HOSTILE[:2], "plain"]
     sources = [f"{HOSTILE[i % 5]}{i}" for i in range(12)]
-    return CacheModel.from_features(keys, [0, 1, 2] * 4, names, alpha=2.0, beta=5.5, device="cpu", sources=sources)
+    return CacheModel.from_features(
+        keys, [0, 1, 2] * 4, names, settings=Settings(alpha=2.0, beta=5.5), device="cpu", sources=sources
+    )
 
 
 def check(shown: str) -> Page:

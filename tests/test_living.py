@@ -29,10 +29,12 @@ from retrieval_tip import CacheModel, cache_model, verify
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import changes
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 
 Array = npt.NDArray[Any]
 D, ALPHA, BETA, SCALE = 6, 1.5, 4.0, 10.0
+SETTINGS = Settings(ALPHA, BETA, SCALE)
 LEAST, MOST, CLASSES = 6, 60, 6  # an inverted file of 4 lists needs 4 keys
 K = 5
 KEPT = 4
@@ -54,8 +56,8 @@ class State:
         labels = [label for label, _ in self.keys.values()]
         vectors = np.stack([vector for _, vector in self.keys.values()])
         return CacheModel.from_features(
-            vectors, labels, list(self.text), np.stack(list(self.text.values())), alpha=ALPHA, beta=BETA,
-            logit_scale=SCALE, device="cpu", sources=[str(key_id) for key_id in self.keys],
+            vectors, labels, list(self.text), np.stack(list(self.text.values())), settings=SETTINGS, device="cpu",
+            sources=[str(key_id) for key_id in self.keys],
         )  # fmt: skip
 
 
@@ -103,8 +105,7 @@ class Living(RuleBasedStateMachine):
     def build(self, n: int, c: int) -> None:
         names, vectors, text = [f"class {i}" for i in range(c)], self.vectors(n).astype(self.dtype), self.vectors(c)
         cache = CacheModel.from_features(
-            vectors, np.arange(n) % c, names, text, alpha=ALPHA, beta=BETA, logit_scale=SCALE, index=self.factory,
-            device="cpu",
+            vectors, np.arange(n) % c, names, text, settings=SETTINGS, index=self.factory, device="cpu"
         )  # fmt: skip
         cache.save(self.folder)
         keys = {i: (names[i % c], vector) for i, vector in enumerate(vectors)}

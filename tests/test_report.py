@@ -279,12 +279,12 @@ def test_parts_are_judged_as_plain_numpy_would(photographs):
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     ids = rng.integers(0, 6, 90)
     table = write_table(photographs / "made.parquet", rows, [ALIKE[i] for i in ids])
-    cache.alpha, cache.temperature = 3.0, 2.5
+    cache.settings = cache.settings.but(alpha=3.0, temperature=2.5)
     source = open_source(table)
     found = judge(cache, Encoder().blocks(source), cache.ids_of(source), details=True)
     f, keys = rows.astype(np.float64), np.asarray(cache.keys, dtype=np.float64)
-    text = cache.logit_scale * f @ cache.text_weights.numpy().astype(np.float64).T
-    alone = 3.0 * np.exp(-cache.beta * (1 - f @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
+    text = cache.settings.logit_scale * f @ cache.text_weights.numpy().astype(np.float64).T
+    alone = 3.0 * np.exp(-cache.settings.beta * (1 - f @ keys.T)) @ np.eye(6)[cache.class_ids.numpy()]
 
     def log_softmax(z):
         z = z - z.max(axis=1, keepdims=True)
@@ -591,8 +591,8 @@ def test_settings_say_where_they_come_from(tmp_path):
     page = read(tmp_path / "r.html")
     rows = {row[0]: row[1:] for row in section(page, "provenance").first("table").rows()}
     kept = CacheModel.load(folder, device="cpu")
-    assert rows["alpha"] == [f"{kept.alpha:.4g}", "search-hp"]
-    assert rows["beta"] == ["7", f"given for this report; the index has {kept.beta:.4g}"]
+    assert rows["alpha"] == [f"{kept.settings.alpha:.4g}", "search-hp"]
+    assert rows["beta"] == ["7", f"given for this report; the index has {kept.settings.beta:.4g}"]
     assert rows["k"][0] == "4"
     assert rows["tail"] == ["False", "given for this report; the index has True"]
     assert "its own shots, each left out" in section(page, "provenance").text
@@ -699,7 +699,7 @@ def test_a_manifest_may_say_anything(tmp_path):
     for parent in ("\0", str(folder), 7):
         odd |= {"finetune": {"parent": parent, "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
         curve = pa.table({"epoch": ["<b>"]})
-        strange = replace(cache, provenance=odd, curve=curve, temperature=2.0)
+        strange = replace(cache, provenance=odd, curve=curve, settings=cache.settings.but(temperature=2.0))
         found = write_report(strange, open_source(test), Encoder(), tmp_path / "r.html")
         assert set(found.left_out) == {"shots", "settings", "training"}
         page = read(found.path)

@@ -16,6 +16,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.search_hp import Queries, leave_one_out, right_between, search, search_paper
+from retrieval_tip.settings import Settings
 
 
 def clusters(n, c, d, seed, spread=0.6):
@@ -41,7 +42,7 @@ def made(shots=6, text=True, spread=0.6):
     keys, ids = clusters(shots * C, C, D, 1, spread)
     weights = unit_rows(C, D, 5) if text else None
     names = [f"class {i}" for i in range(C)]
-    return CacheModel.from_features(keys, ids, names, weights, logit_scale=10.0, device="cpu")
+    return CacheModel.from_features(keys, ids, names, weights, settings=Settings(logit_scale=10.0), device="cpu")
 
 
 def asked(cache, n=60, seed=2):
@@ -79,7 +80,7 @@ def test_as_good_as_every_crossing_at_every_beta(seed):
     # and the model itself, given the choice, is that often right: also at both ends of the interval
     low, high = choice.interval
     for alpha in (choice.alpha, low + 1e-3 * (choice.alpha - low), *([high * 0.999] if np.isfinite(high) else [])):
-        cache.alpha, cache.beta = alpha, choice.beta
+        cache.settings = cache.settings.but(alpha=alpha, beta=choice.beta)
         right = (cache.logits(queries.features, choice.k).argmax(1).numpy() == queries.ids).sum()
         assert right == best
 
@@ -107,10 +108,10 @@ def test_retrieval_and_tail_are_searched_as_the_model_answers():
     cache, ks = made(shots=8), [2, 8]
     queries = asked(cache)
     low, high = search_hp._intervals(cache, queries, [3.0], ks)
-    cache.beta = 3.0
+    cache.settings = cache.settings.but(beta=3.0)
     for j, k in enumerate(ks):
         for alpha in (0.5, 4.0, 40.0):
-            cache.alpha = alpha
+            cache.settings = cache.settings.but(alpha=alpha)
             right = cache.logits(queries.features, k).argmax(1).numpy() == queries.ids
             assert (((low[0, j] < alpha) & (alpha < high[0, j])) == right).all()
 
@@ -126,7 +127,7 @@ def test_leaving_one_out_is_an_index_without_that_shot():
             text, alone = without.terms(queries.features[row : row + 1], k)
             scale = torch.ones(C)
             scale[queries.ids[row]] = 4 / 3  # its own class has three of four keys left
-            without.beta = 4.0
+            without.settings = without.settings.but(beta=4.0)
             text, alone = without.terms(queries.features[row : row + 1], k)
             for alpha in (0.3, 3.0, 30.0):
                 right = int((text + alpha * scale * alone).argmax()) == queries.ids[row]
@@ -169,7 +170,9 @@ def test_text_alone_and_cache_alone_are_candidates():
     names = list("abcde")
 
     def chosen(weights, labels):
-        cache = CacheModel.from_features(keys, labels, names, weights, logit_scale=10.0, device="cpu")
+        cache = CacheModel.from_features(
+            keys, labels, names, weights, settings=Settings(logit_scale=10.0), device="cpu"
+        )
         return search(cache, search_hp.unseen(cache, features, ids, "made"))
 
     right = centres / np.linalg.norm(centres, axis=1, keepdims=True)
@@ -206,7 +209,7 @@ def test_the_surface_is_the_accuracy_there():
     queries = asked(cache)
     choice = search(cache, queries, betas=[1.0, 6.0], ks=[None, 4])
     for row in choice.surface.slice(0, 60).to_pylist() + choice.surface.slice(100, 60).to_pylist():
-        cache.alpha, cache.beta = row["alpha"], row["beta"]
+        cache.settings = cache.settings.but(alpha=row["alpha"], beta=row["beta"])
         answers = cache.logits(queries.features, row["k"] or None).argmax(1).numpy()
         assert row["accuracy"] == pytest.approx((answers == queries.ids).mean())
     assert 0 <= choice.flat <= 1
@@ -305,11 +308,11 @@ def test_settings_of_an_index_that_changed_meanwhile_are_not_written(tmp_path):
     cache = made()
     cache.save(tmp_path / "i")
     other = CacheModel.load(tmp_path / "i")
-    other.alpha = 9.0
+    other.settings = other.settings.but(alpha=9.0)
     other.save_settings(tmp_path / "i")
     with pytest.raises(StoreError, match="version 2, not at 1"):
         cache.save_settings(tmp_path / "i")
-    assert CacheModel.load(tmp_path / "i").alpha == 9.0
+    assert CacheModel.load(tmp_path / "i").settings.alpha == 9.0
 
 
 def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, tmp_path):
@@ -339,7 +342,7 @@ def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_
     cache = made()
     cache.text_weights = torch.from_numpy(centres_of(400, 7))
     alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
-    cache.alpha, cache.beta = alpha, beta
+    cache.settings = cache.settings.but(alpha=alpha, beta=beta)
     kept = 0
     for seed in range(8):
         queries = asked(cache, 12, seed)
@@ -358,7 +361,9 @@ def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_
     features, ids = clusters(200, C, D, 2, spread=0.2)
     centres = np.stack([features[ids == i].mean(axis=0) for i in range(C)]).astype(np.float32)
     keys, key_ids = clusters(30, C, D, 1, spread=0.2)
-    wrong = CacheModel.from_features(keys, (key_ids + 1) % C, list("abcde"), centres, logit_scale=1.0, device="cpu")
+    wrong = CacheModel.from_features(
+        keys, (key_ids + 1) % C, list("abcde"), centres, settings=Settings(logit_scale=1.0), device="cpu"
+    )
     moved = search(wrong, search_hp.unseen(wrong, features, ids, "made"), cautious=True)
     assert moved.accuracy == moved.best == 1.0
 
@@ -367,8 +372,8 @@ def test_an_index_over_classes_keeps_its_k() -> None:
     keys, ids = clusters(60, 6, 16, seed=1)
     text, _ = clusters(6, 6, 16, seed=2)
     cache = CacheModel.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index="Classes")
-    cache.k = 20
+    cache.settings = cache.settings.but(k=20)
     choice = search_hp.search(cache, search_hp.leave_one_out(cache))
     search_hp.apply(cache, choice)
-    assert (choice.k, cache.k) == (None, 20)
-    assert cache.alpha == choice.alpha
+    assert (choice.k, cache.settings.k) == (None, 20)
+    assert cache.settings.alpha == choice.alpha

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -31,6 +32,7 @@ from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval.keys import Keys, beside, index_over
 from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
+from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[Any]
 NAMES = [f"class {i}" for i in range(C)]
@@ -299,7 +301,7 @@ def segmented(n: int = 60, **options: Any) -> CacheModel:
     options = {"logit_scale": 10.0, "device": "cpu"} | options
     ends = [2 * n // 3, 13 * n // 15, 19 * n // 20, n]
     with mock.patch.object(cache_model, "SMALL", 0):
-        cache = CacheModel.from_features(keys[: ends[0]], ids[: ends[0]], NAMES, unit_rows(C, D, 5), **options)
+        cache = cache_of(keys[: ends[0]], ids[: ends[0]], NAMES, unit_rows(C, D, 5), **options)
         for start, end in itertools.pairwise(ends):
             cache.add(keys[start:end], ids[start:end])
     assert cache.segments == 4
@@ -310,7 +312,9 @@ def test_the_same_in_one_segment_is_the_same_classifier() -> None:
     cache = segmented()
     whole = cache.whole()
     keys, ids = clusters(60, C, D, 1)
-    built = CacheModel.from_features(keys, ids, NAMES, unit_rows(C, D, 5), logit_scale=10.0, device="cpu")
+    built = CacheModel.from_features(
+        keys, ids, NAMES, unit_rows(C, D, 5), settings=Settings(logit_scale=10.0), device="cpu"
+    )
     assert whole.segments == 1
     assert whole.whole() is whole
     assert cache.segments == 4
@@ -422,7 +426,7 @@ def test_an_index_that_lost_all_that_was_added_is_the_one_before(index: str) -> 
 
 def test_a_copy_with_other_settings_keeps_the_segments() -> None:
     cache = segmented()
-    other = replace(cache, alpha=3.0)
+    other = replace(cache, settings=cache.settings.but(alpha=3.0))
     queries = clusters(10, C, D, 2)[0]
     assert other.segments == 4
     text, alone = cache.terms(queries)

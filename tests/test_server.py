@@ -117,7 +117,7 @@ def test_features_are_classified_as_in_python(both: Client, food: Path) -> None:
     sent = {"features": queries, "inputs": [f"plate {i}" for i in range(20)]}
     found = both.post("/v1/classify?index=food", json=sent).json()
     cache = CacheModel.load(food, device="cpu", precision="float32")
-    expected = cache.classify(np.array(queries, dtype=np.float32), 5, cache.k, cache.tail)
+    expected = cache.classify(np.array(queries, dtype=np.float32), 5, cache.settings.k, cache.settings.tail)
     assert [one["input"] for one in found["results"]] == sent["inputs"]
     assert [one["labels"] for one in found["results"]] == [one.labels for one in expected]
     for one, other in zip(found["results"], expected, strict=True):
@@ -133,7 +133,7 @@ def test_indexes_are_described(both: Client, things: Path, food: Path) -> None:
     whole = both.get("/v1/indexes/things").json()
     assert {name: whole[name] for name in listed[0]} == listed[0]
     assert (whole["n_keys"], whole["n_classes"], whole["d"]) == (cache.n, len(cache.class_names), cache.d)
-    assert (whole["alpha"], whole["beta"], whole["k"]) == (cache.alpha, cache.beta, "all")
+    assert (whole["alpha"], whole["beta"], whole["k"]) == (cache.settings.alpha, cache.settings.beta, "all")
     assert whole["exact_search"]
     assert not whole["changes"]
     assert [one["label"] for one in whole["classes"]] == cache.class_names

@@ -276,7 +276,12 @@ def test_a_build_holds_what_it_was_made_of(pets):
     manifest = pets.store.manifest()
     assert (manifest.version, manifest.parent, manifest.n, manifest.d) == (1, None, N, D)
     assert (manifest.dtype, manifest.index, manifest.class_names) == ("float32", "Flat", pets.truth.names)
-    assert (manifest.alpha, manifest.beta, manifest.k, manifest.change) == (ALPHA, BETA, None, "build")
+    assert (manifest.settings.alpha, manifest.settings.beta, manifest.settings.k, manifest.change) == (
+        ALPHA,
+        BETA,
+        None,
+        "build",
+    )
     assert manifest.next_key_id == N
     assert pets.store.exists()
     assert pets.store.has_text(manifest)
@@ -356,7 +361,7 @@ def test_the_smallest_indexes_answer(kind, tmp_path):
         )
         names = sorted(set(labels))
         truth = Truth(names, np.zeros((len(names), d)), dict(enumerate(features)), dict(enumerate(labels)))
-        truth.alpha, truth.beta = built.alpha, built.beta
+        truth.alpha, truth.beta = built.settings.alpha, built.settings.beta
         asked = unit_rows(3, d, 5)
         for k in (None, 1, 64):
             np.testing.assert_allclose(built.logits(asked, k).numpy(), truth.logits(asked, k), rtol=1e-4, atol=EXACT)
@@ -1159,7 +1164,7 @@ def test_another_store_at_the_same_address_is_another_store(tmp_path):
         shutil.rmtree(path_of(place), ignore_errors=True)
         built = build_index(source(tmp_path / "t.parquet", rows, ["a", "b"] * 10), place, Encoder(), device="cpu")
         truth = Truth(["a", "b"], np.zeros((2, D)), dict(enumerate(rows)), dict(enumerate(["a", "b"] * 10)))
-        truth.alpha, truth.beta = built.alpha, built.beta
+        truth.alpha, truth.beta = built.settings.alpha, built.settings.beta
         check(place, truth)
 
 

@@ -15,6 +15,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation import sweep
+from retrieval_tip.settings import Settings
 
 NAMES = [f"class {i}" for i in range(C)]
 
@@ -22,7 +23,9 @@ NAMES = [f"class {i}" for i in range(C)]
 @pytest.fixture
 def pool():
     keys, ids = clusters(60, C, D, 1)
-    return CacheModel.from_features(keys, ids, NAMES, unit_rows(C, D, 5), logit_scale=10.0, device="cpu")
+    return CacheModel.from_features(
+        keys, ids, NAMES, unit_rows(C, D, 5), settings=Settings(logit_scale=10.0), device="cpu"
+    )
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path
     assert pq.read_table(tmp_path / "r.parquet").to_pylist() == rows
     for row in rows:
         drawn = sweep.draw(pool, row["shots"], row["seed"])
-        drawn.alpha, drawn.beta = row["alpha"], row["beta"]
+        drawn.settings = drawn.settings.but(alpha=row["alpha"], beta=row["beta"])
         text, alone = drawn.terms(test_items.features, row["k"] or None)
         logits = alone if row["method"] == "cache-alone" else text + row["alpha"] * alone
         assert row["top1"] == pytest.approx((logits.argmax(1).numpy() == test_items.ids).mean())

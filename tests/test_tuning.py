@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import made_module
@@ -34,7 +35,7 @@ def material() -> tuple[Array, Array, Array, Array]:
 def model(material: tuple[Array, Array, Array, Array], **changes: Any) -> CacheModel:
     array, ids, text, _ = material
     names = [f"class {i}" for i in range(C)]
-    return CacheModel.from_features(array, ids, names, text, device="cpu", **changes)
+    return cache_of(array, ids, names, text, device="cpu", **changes)
 
 
 def trial(microseconds: float, agreement: float, best: bool = False) -> Trial:
@@ -150,10 +151,10 @@ def test_all_keys_are_chosen_where_nothing_else_agrees(material: tuple[Array, Ar
 
 def test_tuning_leaves_the_classifier_as_it_was(material: tuple[Array, Array, Array, Array]) -> None:
     cache, queries = model(material, index="IVF4,Flat"), material[3]
-    before = (cache.index, cache.index.effort, cache.k, cache.alpha, cache.beta)
+    before = (cache.index, cache.index.effort, cache.settings.k, cache.settings.alpha, cache.settings.beta)
     answers = cache.logits(queries, 64)
     tune(cache, queries, agreement=0.5, factories=["IVF4,Flat", "Classes"])
-    assert (cache.index, cache.index.effort, cache.k, cache.alpha, cache.beta) == before
+    assert (cache.index, cache.index.effort, cache.settings.k, cache.settings.alpha, cache.settings.beta) == before
     assert torch.equal(cache.logits(queries, 64), answers)
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import cache_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -59,7 +60,7 @@ def model(**changes: Any) -> CacheModel:
         "keys": KEYS, "labels": Y, "class_names": NAMES, "text_weights": TEXT, "alpha": 1.5, "beta": BETA,
         "logit_scale": SCALE, "device": "cpu", "values": VALUES,
     } | changes  # fmt: skip
-    return CacheModel.from_features(**arguments)
+    return cache_of(**arguments)
 
 
 def slow(
@@ -256,7 +257,7 @@ def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callab
 
 def test_values_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [model().logits(QUERIES, k) for k in (None, 9)]
-    for module in ("keys", "retrieval"):
+    for module in ("retrieval.keys", "retrieval.logits"):
         monkeypatch.setattr(f"retrieval_tip.{module}.QUERY_BLOCK", 4)
     monkeypatch.setattr("retrieval_tip.retrieval.keys.KEY_BLOCK", 7)
     for k, before in zip((None, 9), whole, strict=True):
@@ -293,7 +294,9 @@ def test_values_of_a_copy_are_checked_and_used() -> None:
     cache.logits(QUERIES, 9)
     copy = replace(cache, values=model().values)
     np.testing.assert_allclose(copy.terms(QUERIES, 9)[1], slowly(9, True), rtol=1e-4, atol=1e-4)
-    again = replace(copy, alpha=0.5, values=2 * copy.values)  # sums are not those of the values before
+    again = replace(
+        copy, settings=copy.settings.but(alpha=0.5), values=2 * copy.values
+    )  # sums are not those of the values before
     np.testing.assert_allclose(again.terms(QUERIES, 9)[1], 2 * slowly(9, True), rtol=1e-4, atol=1e-4)
     for bad in (torch.ones(N, C + 1), torch.ones(N)):
         with pytest.raises(InputError, match=r"^values: shape"):
@@ -438,7 +441,7 @@ def test_the_choice_is_what_the_model_then_answers() -> None:
     queries = validation(cache)
     choice = search(cache, queries, ks=[None, 8])
     search_hp.apply(cache, choice)
-    answers = cache.logits(QUERIES, cache.k).argmax(1).numpy()
+    answers = cache.logits(QUERIES, cache.settings.k).argmax(1).numpy()
     assert (answers == TRUTH).mean() == pytest.approx(choice.accuracy)
 
 
@@ -450,7 +453,7 @@ def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
     trained = (0.02, 4.321)
     careful = search(cache, queries, cautious=True, kept=trained)
     assert (careful.alpha, careful.beta, careful.k) == (*trained, None)
-    cache.alpha, cache.beta = trained
+    cache.settings = cache.settings.but(**dict(zip(("alpha", "beta"), trained, strict=True)))
     assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
     assert careful.best > careful.accuracy
     (said,) = [warning for warning in careful.warnings if "--greedy takes it" in warning]
@@ -555,7 +558,7 @@ def test_everything_is_carried_into_the_next_version(index: Path, encoder_file: 
     first = names(index)
     shutil.rmtree(encoder_file.parent)  # the copy of the index is the one that counts
     cache = CacheModel.load(index, device="cpu")
-    cache.alpha = 9.0
+    cache.settings = cache.settings.but(alpha=9.0)
     cache.save_settings(index)
     assert names(index) == first
     cache.add(QUERIES[:2], [0, 1])
@@ -575,11 +578,17 @@ def test_everything_is_carried_into_the_next_version(index: Path, encoder_file: 
 
 
 def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, encoder_file: Path) -> None:
-    cache = replace(CacheModel.load(index, device="cpu"), values=None, tuned=None, curve=None, beta=7.0)
+    cache = replace(
+        CacheModel.load(index, device="cpu"),
+        values=None,
+        tuned=None,
+        curve=None,
+        settings=CacheModel.load(index, device="cpu").settings.but(beta=7.0),
+    )
     before = names(index)
     cache.save_settings(index)
     assert names(index) == before
-    assert CacheModel.load(index, device="cpu").beta == 7.0
+    assert CacheModel.load(index, device="cpu").settings.beta == 7.0
     plain = model(values=None)
     plain.save(tmp_path / "plain")
     plain.tuned = encoder_file
