@@ -116,7 +116,7 @@ def test_answers_are_the_python_faces(run, small, queries):
         for tail in ("--tail", "--no-tail"):
             settings = ("--alpha", 3, "--beta", 2, "-k", k, tail)
             shown = run("classify", small, queries, *settings, "--logits", "--format", "json").stdout
-            expected = cache.logits(features, None if k == "all" else k, tail == "--tail").numpy()
+            expected = cache.logits(features, k, tail == "--tail").numpy()
             np.testing.assert_allclose([json.loads(line)["logits"] for line in shown.splitlines()], expected, rtol=1e-5)
 
 

@@ -265,7 +265,7 @@ def test_made_data_of_two_segments_in_shards_answers_the_same(
         assert (found.n, found.d, found.dtype, found.index_type) == (9500, 256, dtype, "Flat")
         assert found.reload() is found
         assert found.classify(queries[:0]) == []
-        found.alpha = 0.0  # settings are its own
+        found.settings = found.settings.but(alpha=0.0)  # settings are its own
         assert not torch.equal(found.logits(queries), cache.logits(queries))
 
 
@@ -358,7 +358,7 @@ def test_shards_that_hold_an_old_version_say_so(here: None, made: Callable[[str]
     folder = Path(shutil.copytree(made("float32")[0], tmp_path / "copy"))
     with sharded(opened(folder), 2) as found:
         other = opened(folder)
-        other.alpha = 2.0
+        other.settings = other.settings.but(alpha=2.0)
         other.save_settings(folder)
         with pytest.raises(UsageError, match="newer version"):
             found.reload()

@@ -230,12 +230,12 @@ def test_the_result_is_an_index_that_can_be_kept(
     tuned.save(tmp_path / "tuned")
     found = verify(tmp_path / "tuned")
     rows, _ = clusters(50, C, D, 9)
-    assert torch.equal(found.logits(rows, found.k), tuned.cache.logits(rows, tuned.cache.settings.k))
+    assert torch.equal(found.logits(rows), tuned.cache.logits(rows))
     assert not torch.equal(found.logits(rows), cache.logits(rows))
     assert (told(found.curve), found.curve["seconds"]) == (told(tuned.curve), tuned.curve["seconds"])
     assert found.curve.schema == CURVE
     assert (found.values is not None) == ("values" in train)
-    assert found.temperature == 1.0
+    assert found.settings.temperature == 1.0
     assert "temperature" not in found.provenance
     record = found.provenance["finetune"]
     assert record == json.loads(json.dumps(facts(tuned)))
@@ -245,7 +245,7 @@ def test_the_result_is_an_index_that_can_be_kept(
     assert {name: record[name] for name in expected} == expected
     assert (found.provenance["alpha"], found.provenance["normalize"]) == ("search-hp", "both")
     assert tuned.choice is not None
-    assert (found.alpha, found.beta, found.k) == (tuned.choice.alpha, tuned.choice.beta, tuned.choice.k)
+    assert found.settings == tuned.choice.settings(found.settings)
     assert found.labels["source"].to_pylist() == cache.labels["source"].to_pylist()
     assert accuracy(found) > accuracy(cache)
 
@@ -766,7 +766,7 @@ def test_encoders_are_trained_kept_and_found_again(
         np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
     encoded = Encoder(again).encode(val).features
     np.testing.assert_allclose(found.logits(encoded), tuned.cache.logits(Encoder(tuned.backbone).encode(val).features))
-    right = (found.logits(encoded, found.k).argmax(1).numpy() == found.ids_of(val)).mean()
+    right = (found.logits(encoded).argmax(1).numpy() == found.ids_of(val)).mean()
     assert tuned.choice is not None
     assert right == pytest.approx(tuned.choice.accuracy)
     trained = replace(found, settings=found.settings.but(alpha=facts(tuned)["alpha"], beta=facts(tuned)["beta"]))
@@ -870,8 +870,10 @@ def test_all_parts_at_once_have_the_gradients_of_one_plain_backward(
         f = functional.normalize(theirs.forward_images(pixels), dim=1)
         texts = functional.normalize(theirs.forward_texts(prompts), dim=1).reshape(3, 2, -1).mean(1)
         text = functional.normalize(texts, dim=1)
-        cache = torch.exp(image_index.beta * (f @ keys.T - 1)) @ values
-        loss = functional.cross_entropy(image_index.logit_scale * f @ text.T + image_index.alpha * cache, ids)
+        cache = torch.exp(image_index.settings.beta * (f @ keys.T - 1)) @ values
+        loss = functional.cross_entropy(
+            image_index.settings.logit_scale * f @ text.T + image_index.settings.alpha * cache, ids
+        )
         loss.backward()
         torch.optim.AdamW([keys, values], lr=0.01, **options).step()
         torch.optim.AdamW(parameters, lr=0.01 * ENCODER_RATE, **options).step()

@@ -210,7 +210,7 @@ def test_the_surface_is_the_accuracy_there():
     choice = search(cache, queries, betas=[1.0, 6.0], ks=[None, 4])
     for row in choice.surface.slice(0, 60).to_pylist() + choice.surface.slice(100, 60).to_pylist():
         cache.settings = cache.settings.but(alpha=row["alpha"], beta=row["beta"])
-        answers = cache.logits(queries.features, row["k"] or None).argmax(1).numpy()
+        answers = cache.logits(queries.features, row["k"] or "all").argmax(1).numpy()
         assert row["accuracy"] == pytest.approx((answers == queries.ids).mean())
     assert 0 <= choice.flat <= 1
     assert choice.low <= choice.accuracy <= choice.high

@@ -41,6 +41,7 @@ from retrieval_tip.lance import key_table
 from retrieval_tip.lance import lance_model as table_model
 from retrieval_tip.lance import versions as table_store
 from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 
 pytestmark = pytest.mark.timeout(120)
@@ -464,11 +465,11 @@ def test_settings_are_changed(pets):
     changes.configure(pets.place, alpha=0.5, beta=2.0, k=8, tail=False, temperature=3.0)
     pets.truth.alpha, pets.truth.beta = 0.5, 2.0
     model = pets.check(forms=FORMS)
-    assert (model.k, model.tail, model.temperature) == (8, False, 3.0)
+    assert model.settings.but(alpha=1, beta=1) == Settings(1, 1, model.settings.logit_scale, 8, False, 3.0)
     assert model.provenance["alpha"] == "given"
     changes.configure(pets.place, k="all", normalize="both")
     model = pets.open()
-    assert model.k is None
+    assert model.settings.k is None
     same = stores.FolderStore(Path(changes_clone(pets, "folder"))).load(device="cpu").statistics()
     np.testing.assert_allclose(model.statistics().mean, same.mean, atol=1e-5)
     pets.refused(lambda: changes.configure(pets.place, templates=["a {}"]), "backbone", error=UsageError)
@@ -506,7 +507,8 @@ def test_untouched_settings_are_those_of_a_folder(tmp_path, monkeypatch):
     table = source(tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)])
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
     one, other = (build_index(table, place, Encoder(), device="cpu") for place in places)
-    assert (one.alpha, one.beta) == pytest.approx((other.alpha, other.beta), rel=1e-6)
+    assert one.settings.alpha == pytest.approx(other.settings.alpha, rel=1e-6)
+    assert one.settings.beta == pytest.approx(other.settings.beta, rel=1e-6)
 
 
 def versions_of(pets):
@@ -549,7 +551,7 @@ def test_history_goes_on_when_it_goes_back(pets):
     pets.check()
     assert labels_of(pets.place) == later
     assert changes.rollback(pets.place, 4).version == 6  # and forwards again
-    assert pets.open().alpha == 9.0
+    assert pets.open().settings.alpha == 9.0
     assert changes.rollback(pets.place, 1).version == 7
     pets.truth.remove(60, 61)
     pets.check()
@@ -845,7 +847,7 @@ def test_a_folder_is_no_table_and_a_table_no_folder(tmp_path, base):
         said(lambda wrong=wrong: build_index(train, wrong, Encoder(), device="cpu"), kind)
         said(lambda wrong=wrong: changes.configure(wrong, k=4), kind)
         assert everything(place) == before
-        assert stores.at(place).verify().k == 3
+        assert stores.at(place).verify().settings.k == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1328,7 +1330,7 @@ def test_a_folder_and_a_table_go_the_same_way(steps, base, tmp_path_factory):
             assert sorted(done[0].key_ids) == sorted(done[1].key_ids)
         assert labels_of(places[0]) == labels_of(places[1])
     one, other = (stores.at(place).verify() for place in places)
-    assert (one.counts, one.next_key_id, one.k, one.alpha) == (other.counts, other.next_key_id, other.k, other.alpha)
+    assert (one.counts, one.next_key_id, one.settings) == (other.counts, other.next_key_id, other.settings)
     sums = [model.retrieval.keys.sums.numpy() for model in (one, other)]
     np.testing.assert_allclose(sums[0], sums[1], atol=1e-5)
     for k, tail in FORMS:
