@@ -1,9 +1,8 @@
-"""The classifier whose keys lie in an index folder: it is loaded, saved, and changed by what it adds and removes."""
+"""The product: a cache of keys that answers and is edited in memory, and the index folder that it is kept in."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,26 +18,25 @@ from torch import Tensor
 
 from retrieval_tip.backbones.open_clip import Identity, resolve_device
 from retrieval_tip.classifier import Answers, Classifier, spread
-from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
+from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
-from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
-from retrieval_tip.store.manifest import DataFile, Manifest, Segment
-
-SMALL = 4096
-"""Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
+from retrieval_tip.store.contents import Contents, Stored
+from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
+from retrieval_tip.store.manifest import Manifest
 
 
 @dataclass
-class CacheModel(Classifier):
-    """Tip-Adapter's cache as a searchable index. Make one with :meth:`from_features` or :meth:`load`.
+class InMemory(Classifier):
+    """Keys in memory, or mapped to it: they answer, and can be edited.
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
     ``index`` was built over the first of them); ``labels`` describes them, row by row; ``text_weights`` ``[c, d]``
@@ -78,9 +76,7 @@ class CacheModel(Classifier):
     next_key_id: int | None = None
 
     def __post_init__(self) -> None:
-        self._check: store.Check | None = None
-        self._own: dict[str, Any] = {}
-        self._stored: list[tuple[npt.NDArray[Any], Segment]] = []
+        self._stored: Stored | None = None
         self.text_weights = self.text_weights.to(self.device)
         self._follow()
         if self.values is not None:
@@ -147,23 +143,13 @@ class CacheModel(Classifier):
         return self.index.exact_search
 
     @property
-    def place(self) -> str | None:
-        """Folder that this was loaded from or saved to."""
-        return None if self.folder is None else str(self.folder)
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """That of the version that this was loaded from or saved as."""
-        return None if self._check is None else self._check.manifest
-
-    @property
     def segments(self) -> int:
         """Number of segments of the keys; the index is over the first one."""
         return len(segments_of(self.keys))
 
-    def whole(self) -> CacheModel:
+    def whole(self) -> Self:
         """The same classifier with all keys in one segment; itself, where they are."""
-        return self if self.segments == 1 else self.take(self._order())
+        return self if self.segments == 1 else self.take(self._labelled.order())
 
     @classmethod
     def from_features(
@@ -228,245 +214,6 @@ class CacheModel(Classifier):
             precision=precision,
         )
 
-    @classmethod
-    def load(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        device: str = "auto",
-        precision: str = "auto",
-        verify: str = "full",
-        check: store.Check | None = None,
-        version: int | None = None,
-    ) -> Self:
-        """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
-
-        ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
-        (:meth:`keys.Keys.products`); ``float32`` answers the same everywhere. ``verify`` ``full`` compares every file
-        with its digest, ``fast`` large ones with their size only; ``check`` is that check where it was begun before,
-        and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives up the version
-        meanwhile, the one that is current then is opened. Raises StoreError naming the file that is missing, damaged,
-        does not fit the manifest, or is of a newer format.
-        """
-        place, device = Path(folder), resolve_device(device)
-        if version is None:
-            cache, check = store.opened(
-                place, lambda manifest: cls._open(place, manifest, device, precision), verify=verify, check=check
-            )
-        else:
-            check = store.Check(place, store.read_version(place, version), verify)
-            check.wait()
-            cache = cls._open(place, check.manifest, device, precision)
-        cache._remember(check)
-        return cache
-
-    @classmethod
-    def _open(cls, place: Path, manifest: Manifest, device: str, precision: str) -> Self:
-        files, classes = manifest.files, len(manifest.class_names)
-        parts = [store.read_array(place, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
-        if {part.dtype for part in parts} != {np.dtype(manifest.dtype)}:
-            raise StoreError(f"{place}: keys are not all {manifest.dtype}; build the index again")
-        text = store.read_array(place, files["text"], (classes, manifest.d))
-        values = (
-            torch.from_numpy(store.read_array(place, files["values"], (manifest.n, classes), (np.float32,)))
-            if "values" in files
-            else None
-        )
-        labels = store.read_labels(place, manifest)
-        index = VectorIndex.load(
-            place / files["index"].name, manifest.index, device, manifest.dtype == np.dtype(np.float16)
-        )
-        if index.d != manifest.d or not (
-            index.indexed <= classes if index.by_class else index.indexed == files["keys"].rows
-        ):
-            raise StoreError(f"{place / files['index'].name}: does not fit the manifest; build the index again")
-        text_index = None
-        if "text_index" in files:
-            text_index = VectorIndex.load(place / files["text_index"].name, manifest.index, device)
-        return cls(
-            keys=joined(parts),
-            labels=labels,
-            class_names=manifest.class_names,
-            text_weights=torch.from_numpy(text),
-            index=index,
-            settings=manifest.settings,
-            templates=manifest.templates,
-            backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
-            provenance=manifest.provenance,
-            device=device,
-            version=manifest.version,
-            values=values,
-            tuned=store.find_weights(place, files["weights"]) if "weights" in files else None,
-            curve=store.read_curve(place, files["curve"]) if "curve" in files else None,
-            precision=precision,
-            text_index=text_index,
-            folder=place,
-            next_key_id=manifest.next_key_id,
-        )
-
-    def reload(self) -> CacheModel:
-        """The current version of the folder that this was loaded from or saved to; itself, where this is that.
-
-        Files that both versions share are not hashed again. Settings that were changed here, but not saved, are not
-        taken over. Raises StoreError as :meth:`load`, UsageError where there is no folder.
-        """
-        if self.folder is None or self._check is None:
-            raise UsageError("reload: this classifier was neither loaded from a folder nor saved to one")
-        manifest = store.read_manifest(self.folder)
-        if manifest == self._check.manifest:
-            return self
-        check = store.Check(self.folder, manifest, self._check.verify, set(self._check.manifest.data_files))
-        return type(self).load(self.folder, device=self.device, precision=self.precision, check=check)
-
-    def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write a new version of an index folder (the first one, where there is none). See :func:`store.write`.
-
-        Files of the version that this was loaded from are shared, not written again. ``change`` is what its history
-        says of it. Raises StoreError where the folder cannot be written, has changed since this was loaded from it, or
-        ``tuned`` is no safetensors file; InputError for what a version cannot hold. After either nothing was changed.
-        """
-        with store.write(Path(folder)) as writer:
-            if writer.parent is not None and self._same(writer.folder):
-                self._check_current(writer)
-            self.commit(writer, change)
-
-    def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
-        """Write the settings and their provenance as a new version of the folder this was loaded from.
-
-        No data file is written again: all are that version's. Raises StoreError where the index has changed since it
-        was loaded.
-        """
-        with store.write(Path(folder)) as writer:
-            self._check_current(writer)
-            writer.keep_all()
-            self._check = self._commit(writer, change)  # what the files hold is what they held
-
-    def _check_current(self, writer: store.Writer) -> None:
-        """Raise StoreError unless the current version is the one that this was loaded from."""
-        found = writer.parent.version if writer.parent else None
-        if found is None or found != self.version:
-            raise StoreError(
-                f"{writer.folder}: is at version {found}, not at {self.version} as when it was opened; try again"
-            )
-
-    def _same(self, folder: Path) -> bool:
-        return None not in (self.folder, self.version) and Path(self.folder or "").resolve() == folder.resolve()
-
-    def commit(self, writer: store.Writer, change: str) -> None:
-        """Write what the version before does not have, and make this the current version.
-
-        ``change`` says in a few words what it is. Keys that the writer has already are not written again; ``tuned`` is
-        copied, by content, and is the copy from then on. Errors as for :meth:`save`.
-        """
-        parent = writer.parent if self._same(writer.folder) else None
-        parent = parent if parent is not None and parent.version == self.version else None
-        self._check_copied(shared=parent is not None)
-        if parent is None:
-            self._own, self._stored = {}, []
-        self._commit_keys(writer, parent)
-        for kind, index in (("index", self.index), ("text_index", self.text_index)):
-            if index is None:
-                continue
-            if parent is not None and kind in parent.files and index.path == writer.folder / parent.files[kind].name:
-                writer.keep(kind)
-            else:
-                self._seal_index(writer, kind, index)
-        if self._own.get("text") is self.text_weights:
-            writer.keep("text")
-        else:
-            writer.seal_array("text", self.text_weights.cpu().numpy())
-        if self.values is not None and self._own.get("values") is self.values:
-            writer.keep("values")
-        elif self.values is not None:
-            writer.seal_array("values", self.values.cpu().numpy())
-        if self.tuned is not None:
-            self.tuned = writer.seal_weights(self.tuned)
-        if self.curve is not None and self._own.get("curve") is self.curve:
-            writer.keep("curve")
-        elif self.curve is not None:
-            writer.seal_table("curve", self.curve)
-        self._remember(self._commit(writer, change))
-
-    def _check_copied(self, shared: bool) -> None:
-        """Check in full what is copied from a version that was not: else damage gets a digest that fits it.
-
-        ``shared`` says whether files are shared with that version. Raises StoreError naming the file that is damaged.
-        """
-        if self._check is None or self._check.verify == "full":
-            return
-        known: set[DataFile] = set()
-        if shared:
-            files, kept = self._check.manifest.files, set(map(id, segments_of(self.keys)))
-            parts = [segment for array, segment in self._stored if id(array) in kept]
-            known = {file for part in parts for file in (part.keys, part.labels)}
-            same = [kind for kind, found in self._held().items() if self._own.get(kind) is found]
-            known |= {files[kind] for kind in ("index", "text_index", "weights", *same) if kind in files}
-        store.Check(self._check.folder, self._check.manifest, known=known).wait()
-
-    def _held(self) -> dict[str, Any]:
-        """What data files hold as it is, by kind, but for the keys and their labels."""
-        return {"text": self.text_weights, "values": self.values, "curve": self.curve}
-
-    def _commit_keys(self, writer: store.Writer, parent: Manifest | None) -> None:
-        """Keys and labels, a segment at a time, but for those that are there."""
-        stored = {id(array): segment for array, segment in self._stored}
-        at = 0
-        for number, part in enumerate(segments_of(self.keys)):
-            found, labels = stored.get(id(part)), self.labels.slice(at, len(part))
-            at += len(part)
-            if number == 0:
-                if found is not None and parent is not None and found == parent.segments[0]:
-                    writer.keep("keys")
-                    writer.keep("labels")
-                    continue
-                if "keys" not in writer.files:
-                    writer.seal_array("keys", part)
-                writer.seal_table("labels", labels)
-            elif found is not None:
-                writer.keep_later(found)
-            else:
-                writer.seal_later(part, labels)
-
-    def _seal_index(self, writer: store.Writer, kind: str, index: VectorIndex) -> None:
-        staged = writer.stage(kind)
-        index.save(staged)
-        writer.seal(kind, staged, len(segments_of(self.keys)[0]) if kind == "index" else index.indexed)
-
-    def _commit(self, writer: store.Writer, change: str) -> store.Check:
-        """Write the manifest that makes this the current version. Returns a check that has nothing left to look at."""
-        parent = writer.parent.version if writer.parent else None
-        manifest = Manifest(
-            version=(parent or 0) + 1,
-            parent=parent,
-            **store.stamp(),
-            n=self.n,
-            d=self.d,
-            dtype=str(self.keys.dtype),
-            class_names=self.class_names,
-            templates=self.templates,
-            settings=self.settings,
-            index=self.index.factory,
-            backbone=self.backbone.to_dict() if self.backbone else None,
-            provenance=self.provenance,
-            files=writer.files,
-            later=writer.later,
-            next_key_id=self.next_key_id,
-            change=change,
-        )
-        writer.commit(manifest)
-        self.version, self.folder = manifest.version, writer.folder
-        return store.Check(writer.folder, manifest, known=manifest.data_files)
-
-    def _remember(self, check: store.Check) -> None:
-        """That the files of this version hold what is in memory now."""
-        manifest = check.manifest
-        self._check = check
-        self._stored = list(zip(segments_of(self.keys), manifest.segments, strict=True))
-        self._own = self._held()
-        for kind, index in (("index", self.index), ("text_index", self.text_index)):
-            if index is not None:
-                index.path = check.folder / manifest.files[kind].name
-
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
         """Add classes after those there are, without a key. On disk after :meth:`save`.
 
@@ -503,28 +250,9 @@ class CacheModel(Classifier):
         assert self.next_key_id is not None
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
-        added = self._numbered(added, ids)
-        try:
-            table = pa.concat_tables([self.labels, added], promote_options="default")
-        except pa.ArrowException as error:
-            raise InputError(f"labels: their columns do not fit the index's ({first_line(error)})") from None
-        values = self.values
-        if values is not None:
-            one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), len(self.class_names)).to(values)
-            values = torch.cat([values, one_hot])
-        parts = [*segments_of(self.keys), matrix.astype(self.keys.dtype)]
-        first = len(parts) - 1
-        while first and (len(parts[first - 1]) <= max(SMALL, sum(map(len, parts[first:]))) or values is not None):
-            first -= 1
-        self._arrange(parts, table, values, first)
+        self._hold(self._labelled.with_added(matrix, added, len(self.class_names)))
         self.next_key_id += len(matrix)
         return key_ids.tolist()
-
-    def _numbered(self, added: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
-        """Labels to be added, whose shots are counted on from those of their class."""
-        next_shot = np.zeros(len(self.class_names), dtype=np.int32)
-        np.maximum.at(next_shot, self.labels["class_id"].to_numpy(), self.labels["shot"].to_numpy() + 1)
-        return shots_after(added, ids, next_shot)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay, also those left without a key. On disk after :meth:`save`.
@@ -532,13 +260,11 @@ class CacheModel(Classifier):
         Segments that hold one are written again, and with the first one everything. Raises InputError for an id that is
         not there, and where no key would be left; then nothing was changed.
         """
-        gone = self._rows_of_ids(key_ids)
+        gone = self._labelled.rows_of(key_ids)
         if len(gone) == self.n:
             raise InputError("remove: an index needs at least one key; give up the folder instead")
         if len(gone):
-            keep = np.ones(self.n, dtype=bool)
-            keep[gone] = False
-            self._rearrange(self.labels, ~keep, keep)
+            self._hold(self._labelled.without(gone))
 
     def relabel(self, key_ids: Sequence[int], label: str) -> None:
         """Give keys to another class, as its last shots. On disk after :meth:`save`; costs as :meth:`remove`.
@@ -546,23 +272,11 @@ class CacheModel(Classifier):
         A trained value that a key gives stays with it. Raises InputError for an id or a label that is not there; then
         nothing was changed.
         """
-        rows = self._rows_of_ids(key_ids)
-        class_id = int(inputs.ids_of([label], self.class_names, 1)[0])
-        ids = self.labels["class_id"].to_numpy().copy()
-        rows = rows[ids[rows] != class_id]
-        if not len(rows):
-            return
-        names, shots = self.labels["label"].to_numpy().copy(), self.labels["shot"].to_numpy().copy()
-        first = shots[ids == class_id].max(initial=-1) + 1
-        shots[rows] = first + np.arange(len(rows))
-        ids[rows], names[rows] = class_id, label
-        table = self.labels
-        for name, column in (("class_id", ids), ("label", names), ("shot", shots)):
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, pa.array(column, LABEL_SCHEMA.field(name).type))
-        touched = np.zeros(self.n, dtype=bool)
-        touched[rows] = True
-        self._rearrange(table, touched, np.ones(self.n, dtype=bool))
+        labelled = self._labelled
+        rows, class_id = labelled.rows_of(key_ids), int(inputs.ids_of([label], self.class_names, 1)[0])
+        rows = rows[labelled.class_ids[rows] != class_id]
+        if len(rows):
+            self._hold(labelled.relabelled(rows, class_id, label))
 
     def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
         """Make all keys one segment, and build the index over them anew. On disk after :meth:`save`.
@@ -575,74 +289,35 @@ class CacheModel(Classifier):
         if factory == "auto":
             factory, k = auto_factory(self.n, len(self.class_names))
             settings = replace(settings, k=k)
-        order = self._order()
-        keys = self.keys[order]
+        ordered = self._labelled.take(self._labelled.order())
+        keys = ordered.keys
         if dtype is not None and keys.dtype != dtype:
             with np.errstate(over="ignore"):  # refused just below
-                keys = keys.astype(dtype)
+                keys = np.asarray(keys).astype(dtype)
             if not np.isfinite(keys).all():
                 raise InputError(f"keys: hold values too large for {keys.dtype}")
-        ids = self.labels["class_id"].to_numpy()[order]
         if factory is None or factory == self.index.factory:
-            index = self._index_over(keys, ids)
+            index = self._index_over(keys, ordered.class_ids)
         else:
-            index = index_over(keys, ids, len(self.class_names), factory, self.device)
+            index = index_over(keys, ordered.class_ids, len(self.class_names), factory, self.device)
         if self.text_index is not None or index.factory != self.index.factory:
             self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
-        self.keys, self.labels, self.index = keys, self.labels.take(pa.array(order)), index
-        self.settings, self.values = settings, self._values_of(order)
+        self.keys, self.labels, self.values = keys, ordered.labels, ordered.values
+        self.index, self.settings = index, settings
         self._follow()
 
-    def _rows_of_ids(self, key_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-        """The rows of keys, ascending. Raises InputError naming ids that are not there."""
-        present = self.labels["key_id"].to_numpy()
-        wanted = np.asarray(list(key_ids), dtype=np.int64)
-        missing = np.setdiff1d(wanted, present)
-        if missing.size:
-            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
-        return np.flatnonzero(np.isin(present, wanted))
+    @property
+    def _labelled(self) -> LabelledKeys:
+        return LabelledKeys(self.keys, self.labels, self.values)
 
-    def _order(self) -> npt.NDArray[np.int64]:
-        """The rows by class, and within a class by key id: the order of an index that is built at once."""
-        return np.lexsort((self.labels["key_id"].to_numpy(), self.labels["class_id"].to_numpy()))
-
-    def _rearrange(self, labels: pa.Table, touched: npt.NDArray[np.bool_], keep: npt.NDArray[np.bool_]) -> None:
-        """Take other labels for the same keys, and of these what to ``keep``, writing only segments that are touched.
-
-        The first segment is what the index is over, so where it is touched everything is.
-        """
-        parts = segments_of(self.keys)
-        spans = [slice(a, b) for a, b in itertools.pairwise(np.cumsum([0, *map(len, parts)]).tolist())]
-        ids, key_ids = labels["class_id"].to_numpy(), labels["key_id"].to_numpy()
-        if touched[spans[0]].any():
-            rows = np.flatnonzero(keep)
-            rows = rows[np.lexsort((key_ids[rows], ids[rows]))]
-            self._replace(self.keys[rows], labels.take(pa.array(rows)), self._values_of(rows))
-            return
-        kept, orders = [parts[0]], [np.arange(len(parts[0]))]
-        for part, span in zip(parts[1:], spans[1:], strict=True):
-            own = np.flatnonzero(keep[span])
-            if touched[span].any():
-                own = own[np.lexsort((key_ids[span][own], ids[span][own]))]
-            if len(own):
-                kept.append(part[own] if touched[span].any() else part)
-                orders.append(own + span.start)
-        self.keys, self.labels = joined(kept), labels.take(pa.array(np.concatenate(orders)))
-        if len(kept) == 1:
+    def _hold(self, labelled: LabelledKeys) -> None:
+        """Take these keys: the index stays where its segment does, else it is built anew over the first one."""
+        first, *late = segments_of(labelled.keys)
+        if first is not segments_of(self.keys)[0]:
+            self.index = self._index_over(first, labelled.class_ids[: len(first)])
+        elif not late:
             self.index = self.index.bare()
-        self._follow()
-
-    def _arrange(self, parts: Sequence[npt.NDArray[Any]], labels: pa.Table, values: Tensor | None, first: int) -> None:
-        """Take these segments, those from ``first`` on as one."""
-        start = sum(map(len, parts[:first]))
-        ids, key_ids = (labels[name].to_numpy()[start:] for name in ("class_id", "key_id"))
-        order = np.lexsort((key_ids, ids))
-        new = np.concatenate(parts[first:])[order]
-        labels = pa.concat_tables([labels.slice(0, start), labels.slice(start).take(pa.array(order))])
-        if not first:
-            self._replace(new, labels, None if values is None else values[order])
-            return
-        self.keys, self.labels = joined([*parts[:first], new]), labels
+        self.keys, self.labels, self.values = labelled.keys, labelled.labels, labelled.values
         self._follow()
 
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
@@ -660,17 +335,9 @@ class CacheModel(Classifier):
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`classifier.Classifier.find`."""
-        table = self.labels
-        chosen = pa.array(np.ones(len(table), dtype=bool))
-        if labels:
-            chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
-        if key_ids:
-            chosen = pc.and_(chosen, pc.is_in(table["key_id"], value_set=pa.array(key_ids, pa.int64())))
-        if source:
-            chosen = pc.and_(chosen, pc.match_substring(table["source"], source, ignore_case=True))
-        return table.filter(pc.fill_null(chosen, False))
+        return rows_with(self.labels, labels, source, key_ids)
 
-    def every_class(self) -> CacheModel:
+    def every_class(self) -> Self:
         """The same, without a shortlist of classes."""
         if self.text_index is None:
             return self
@@ -680,9 +347,7 @@ class CacheModel(Classifier):
 
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Digest and label of the keys that have one of these digests."""
-        asked = pa.array(set(digests) - {None}, pa.string())
-        same = self.labels.select(["digest", "label"]).filter(pc.is_in(self.labels["digest"], value_set=asked))
-        return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
+        return labelled_digests(self.labels, digests)
 
     def statistics(self) -> Statistics | None:
         """:func:`defaults.measure` of the keys."""
@@ -711,37 +376,207 @@ class CacheModel(Classifier):
         self._check_overflow(text.nan_to_num(neginf=0.0), cache)
         return Answers(text, cache, classes)
 
-    def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
         """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
 
         So few that the index's type cannot hold them are compared with every query (``Flat``).
         """
-        ids = self.labels["class_id"].to_numpy()[rows]
-        grouped = np.asarray(rows)[np.argsort(ids, kind="stable")]
-        keys = np.asarray(self.keys[grouped])
+        grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
+        part = self._labelled.take(grouped)
         try:
-            index = self._index_over(keys, np.sort(ids))
+            index = self._index_over(part.keys, part.class_ids)
         except UsageError:
-            index = index_over(keys, np.sort(ids), len(self.class_names), "Flat", self.device)
-        labels = self.labels.take(pa.array(grouped))
-        return replace(
-            self, keys=keys, labels=labels, index=index, version=None, folder=None, values=self._values_of(grouped)
-        )
+            index = index_over(part.keys, part.class_ids, len(self.class_names), "Flat", self.device)
+        taken = {"keys": part.keys, "labels": part.labels, "values": part.values, "index": index}
+        return replace(self, **taken, version=None, folder=None)
 
-    def _values_of(self, rows: npt.NDArray[np.int64]) -> Tensor | None:
-        return None if self.values is None else self.values[rows]
-
-    def _replace(self, keys: npt.NDArray[Any], labels: pa.Table, values: Tensor | None) -> None:
-        """Take these keys, which are in order, as one segment with an index over it."""
-        ids = labels["class_id"].to_numpy()
-        self.index, self.keys, self.labels, self.values = self._index_over(keys, ids), keys, labels, values
-        self._follow()
-
-    def _index_over(self, keys: npt.NDArray[Any], class_ids: npt.NDArray[Any]) -> VectorIndex:
+    def _index_over(self, keys: npt.NDArray[Any] | Segments, class_ids: npt.NDArray[Any]) -> VectorIndex:
         """An index like this one, as tuned as it is, over other keys."""
         index = index_over(keys, class_ids, len(self.class_names), self.index.factory, self.device)
         index.effort = self.index.effort
         return index
+
+
+class CacheModel(InMemory):
+    """Tip-Adapter's cache as a searchable index, kept in a folder. Make one with :meth:`from_features` or :meth:`load`.
+
+    It answers and is edited in memory (:class:`InMemory`); :meth:`save` writes the next version of the folder.
+    """
+
+    @property
+    def place(self) -> str | None:
+        """Folder that this was loaded from or saved to."""
+        return None if self.folder is None else str(self.folder)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """That of the version that this was loaded from or saved as."""
+        return None if self._stored is None else self._stored.manifest
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        verify: str = "full",
+        check: store.Check | None = None,
+        version: int | None = None,
+    ) -> Self:
+        """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
+
+        ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
+        (:meth:`keys.Keys.products`); ``float32`` answers the same everywhere. ``verify`` ``full`` compares every file
+        with its digest, ``fast`` large ones with their size only; ``check`` is that check where it was begun before,
+        and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives up the version
+        meanwhile, the one that is current then is opened. Raises StoreError naming the file that is missing, damaged,
+        does not fit the manifest, or is of a newer format.
+        """
+        place, device = Path(folder), resolve_device(device)
+        if version is None:
+            cache, check = store.opened(
+                place, lambda manifest: cls(**_opened(place, manifest, device, precision)), verify=verify, check=check
+            )
+        else:
+            check = store.Check(place, store.read_version(place, version), verify)
+            check.wait()
+            cache = cls(**_opened(place, check.manifest, device, precision))
+        cache._stored = Stored.of(check, cache._contents())
+        return cache
+
+    def _contents(self) -> Contents:
+        return Contents(
+            segments=segments_of(self.keys),
+            labels=self.labels,
+            text=self.text_weights,
+            values=self.values,
+            curve=self.curve,
+            weights=self.tuned,
+            index=self.index,
+            text_index=self.text_index,
+        )
+
+    def reload(self) -> Self:
+        """The current version of the folder that this was loaded from or saved to; itself, where this is that.
+
+        Files that both versions share are not hashed again. Settings that were changed here, but not saved, are not
+        taken over. Raises StoreError as :meth:`load`, UsageError where there is no folder.
+        """
+        if self.folder is None or self._stored is None:
+            raise UsageError("reload: this classifier was neither loaded from a folder nor saved to one")
+        manifest, before = store.read_manifest(self.folder), self._stored
+        if manifest == before.manifest:
+            return self
+        check = store.Check(self.folder, manifest, before.check.verify, set(before.manifest.data_files))
+        return type(self).load(self.folder, device=self.device, precision=self.precision, check=check)
+
+    def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
+        """Write a new version of an index folder (the first one, where there is none). See :func:`store.write`.
+
+        Files of the version that this was loaded from are shared, not written again. ``change`` is what its history
+        says of it. Raises StoreError where the folder cannot be written, has changed since this was loaded from it, or
+        ``tuned`` is no safetensors file; InputError for what a version cannot hold. After either nothing was changed.
+        """
+        with store.write(Path(folder)) as writer:
+            own = self.folder is not None and self.folder.resolve() == writer.folder.resolve()
+            if writer.parent is not None and own and self.version is not None:
+                self._check_current(writer)
+            self.commit(writer, change)
+
+    def save_settings(self, folder: str | os.PathLike[str], change: str = "change settings") -> None:
+        """Write the settings and their provenance as a new version of the folder this was loaded from.
+
+        No data file is written again: all are that version's. Raises StoreError where the index has changed since it
+        was loaded.
+        """
+        with store.write(Path(folder)) as writer:
+            self._check_current(writer)
+            writer.keep_all()
+            check = self._commit(writer, change)
+            self._stored = Stored(
+                check, None if self._stored is None else self._stored.contents
+            )  # which files still hold
+
+    def _check_current(self, writer: store.Writer) -> None:
+        """Raise StoreError unless the current version is the one that this was loaded from."""
+        found = writer.parent.version if writer.parent else None
+        if found is None or found != self.version:
+            raise StoreError(
+                f"{writer.folder}: is at version {found}, not at {self.version} as when it was opened; try again"
+            )
+
+    def commit(self, writer: store.Writer, change: str) -> None:
+        """Write what the version before does not have, and make this the current version.
+
+        ``change`` says in a few words what it is. Keys that the writer has already are not written again; ``tuned`` is
+        copied, by content, and is the copy from then on. Errors as for :meth:`save`.
+        """
+        contents = self._contents().write(writer, self._stored)
+        self.tuned = contents.weights
+        self._stored = Stored.of(self._commit(writer, change), contents)
+
+    def _commit(self, writer: store.Writer, change: str) -> store.Check:
+        """Write the manifest that makes this the current version. Returns a check that has nothing left to look at."""
+        manifest = _manifest(self, writer, change)
+        writer.commit(manifest)
+        self.version, self.folder = manifest.version, writer.folder
+        return store.Check(writer.folder, manifest, known=manifest.data_files)
+
+
+def _manifest(cache: CacheModel, writer: store.Writer, change: str) -> Manifest:
+    """What the version that the writer makes says of itself."""
+    parent = writer.parent.version if writer.parent else None
+    return Manifest(
+        version=(parent or 0) + 1,
+        parent=parent,
+        **store.stamp(),
+        n=cache.n,
+        d=cache.d,
+        dtype=cache.dtype,
+        class_names=cache.class_names,
+        templates=cache.templates,
+        settings=cache.settings,
+        index=cache.index.factory,
+        backbone=cache.backbone.to_dict() if cache.backbone else None,
+        provenance=cache.provenance,
+        files=writer.files,
+        later=writer.later,
+        next_key_id=cache.next_key_id,
+        change=change,
+    )
+
+
+def _opened(place: Path, manifest: Manifest, device: str, precision: str) -> dict[str, Any]:
+    """The fields of the classifier that a version of a folder holds."""
+    contents, files, c = Contents.read(place, manifest), manifest.files, len(manifest.class_names)
+    path, half = place / files["index"].name, manifest.dtype == "float16"
+    index = VectorIndex.load(path, manifest.index, device, half)
+    if index.d != manifest.d or not (index.indexed <= c if index.by_class else index.indexed == files["keys"].rows):
+        raise StoreError(f"{path}: does not fit the manifest; build the index again")
+    text_index = None
+    if "text_index" in files:
+        text_index = VectorIndex.load(place / files["text_index"].name, manifest.index, device)
+    return {
+        "keys": joined(contents.segments),
+        "labels": contents.labels,
+        "class_names": manifest.class_names,
+        "text_weights": torch.from_numpy(contents.text),
+        "index": index,
+        "settings": manifest.settings,
+        "templates": manifest.templates,
+        "backbone": Identity.from_dict(manifest.backbone) if manifest.backbone else None,
+        "provenance": manifest.provenance,
+        "device": device,
+        "version": manifest.version,
+        "values": None if contents.values is None else torch.from_numpy(contents.values),
+        "tuned": contents.weights,
+        "curve": contents.curve,
+        "precision": precision,
+        "text_index": text_index,
+        "folder": place,
+        "next_key_id": manifest.next_key_id,
+    }
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:

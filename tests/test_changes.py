@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from conftest import SHARED
 from test_cli import process, unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.data.encoder import Encoder
@@ -26,6 +27,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
@@ -96,7 +98,7 @@ def index(tmp_path: Path, table: Path, text: Path) -> Path:
 @pytest.fixture
 def parted(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, and two more keys in a segment of their own."""
-    monkeypatch.setattr(cache_model, "SMALL", 0)
+    monkeypatch.setattr(labelled_keys, "SMALL", 0)
     changes.add(
         index, open_source(write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])), Encoder()
     )
@@ -611,12 +613,11 @@ def test_a_setting_is_changed_alone_and_no_data_file_written(
     done = run("index", "set", index, *given)
     assert done.stdout == f"{index}: version 3, settings changed\n"
     now = store.read_manifest(index)
-    assert getattr(now, name) == value
+    assert now.settings == replace(before.settings, **{name: value})
     assert now.provenance[name] == "given"
-    for other in {"alpha", "beta", "k", "tail", "temperature", "files", "class_names"} - {name}:
-        assert getattr(now, other) == getattr(before, other)
+    assert (now.files, now.class_names) == (before.files, before.class_names)
     assert data_files(index) == files
-    assert getattr(verify(index), name) == value
+    assert verify(index).settings == now.settings
 
 
 @pytest.mark.parametrize(
@@ -829,7 +830,7 @@ def test_collecting_gives_up_versions_and_they_cannot_come_back(run: Any, index:
 def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(
     pictures: Path, lit_mini: Backbone, tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_model, "SMALL", 0)
+    monkeypatch.setattr(labelled_keys, "SMALL", 0)
     new = open_source(photographs(tmp_path / "new", panda=range(4, 6)))
     changes.add(pictures, new, Encoder(lit_mini))
     cache = opened(pictures)
@@ -857,7 +858,7 @@ def test_a_clone_is_the_index_again_with_a_history_of_its_own(run: Any, parted: 
     assert other.segments == 2
     assert torch.equal(one.logits(QUERIES), other.logits(QUERIES))
     assert one.labels.equals(other.labels)
-    for name in ("alpha", "beta", "k", "tail", "templates", "provenance", "class_names", "backbone", "next_key_id"):
+    for name in ("settings", "templates", "provenance", "class_names", "backbone", "next_key_id"):
         assert getattr(one, name) == getattr(other, name)
     assert run("index", "clone", parted, tmp_path / "first", "--version", 1).exit_code == 0
     assert torch.equal(opened(parted, version=1).logits(QUERIES), verify(tmp_path / "first").logits(QUERIES))
@@ -1090,7 +1091,7 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
 def test_an_index_with_trained_values_stays_one_segment_and_gives_what_it_should(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_model, "SMALL", 0)
+    monkeypatch.setattr(labelled_keys, "SMALL", 0)
     keys, labels, values = unit_rows(12, D), ["cat", "dog"] * 6, unit_rows(12, 2, 3)
     cache = CacheModel.from_features(
         keys, labels, ["cat", "dog"], device="cpu", values=values, settings=Settings(beta=4.0, alpha=1.0)
@@ -1153,7 +1154,7 @@ def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Pa
     cache.relabel([0], "dog")
     cache.settings = cache.settings.but(alpha=3.0)
     cache.save_settings(index)
-    assert (opened(index).alpha, labels_of(index)[0]) == (3.0, "cat")
+    assert (opened(index).settings.alpha, labels_of(index)[0]) == (3.0, "cat")
     cache.save(index)
     assert labels_of(index)[0] == "dog"
     assert torch.equal(verify(index).logits(QUERIES), cache.logits(QUERIES))

@@ -29,13 +29,13 @@ import pytest
 from conftest import AS_ROOT, mount
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
-from retrieval_tip.retrieval import vector_index
+from retrieval_tip.retrieval import labelled_keys, vector_index
 from retrieval_tip.store import folder as store
 
 D, CLASSES = 8, 4
@@ -175,7 +175,7 @@ def _work(job: killing.Job, steps: killing.Steps) -> None:
 
 
 if __name__ == "__main__":
-    cache_model.SMALL, store.LOCK_WAIT = SMALL, 120.0
+    labelled_keys.SMALL, store.LOCK_WAIT = SMALL, 120.0
     killing.serve(_work)
     raise SystemExit
 

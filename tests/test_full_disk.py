@@ -12,9 +12,10 @@ import pytest
 import test_kill_changes as living
 from test_store import one_line, snapshot
 
-from retrieval_tip import cache_model, verify
+from retrieval_tip import verify
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes
+from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -31,7 +32,7 @@ del OPERATIONS["gc"]
 @pytest.fixture(scope="module", autouse=True)
 def _segments() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_model, "SMALL", 0)
+        patch.setattr(labelled_keys, "SMALL", 0)
         yield
 
 

@@ -39,7 +39,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_store import body_of, one_line, sealed, snapshot
 
-from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip import CacheModel, verify
 from retrieval_tip.cli.output import write_table
 from retrieval_tip.data import images, sources
 from retrieval_tip.data import imports as exchange
@@ -48,6 +48,7 @@ from retrieval_tip.data.sources import open_inputs, open_source
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import labels
@@ -125,7 +126,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An index of each kind; nothing may change here."""
     place = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_model, "SMALL", 0)  # what is added stays a segment of its own
+        patch.setattr(labelled_keys, "SMALL", 0)  # what is added stays a segment of its own
         patch.setattr(store, "LOCK_WAIT", 10.0)
         patch.setattr(
             store, "stamp", lambda: {"created_at": "2026-01-01T00:00:00+00:00", "created_by": "retrieval-tip"}
@@ -747,7 +748,7 @@ def test_what_can_be_loaded_can_be_described(world: dict[str, Path], tmp_path: P
 def test_key_ids_are_never_given_twice_whatever_the_manifest_says(
     world: dict[str, Path], tmp_path: Path, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_model, "SMALL", 0)
+    monkeypatch.setattr(labelled_keys, "SMALL", 0)
     index = copied(world["flat"], tmp_path / "x")
     (index / "manifest.json").write_bytes(sealed(body_of(index) | {"next_key_id": value}))
 

@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
 
 D, CLASSES, KEPT = 8, 4, 2
@@ -97,7 +98,7 @@ def _work(job: killing.Job, steps: killing.Steps) -> None:
 
 
 if __name__ == "__main__":
-    cache_model.SMALL, store.KEPT_VERSIONS = 0, KEPT
+    labelled_keys.SMALL, store.KEPT_VERSIONS = 0, KEPT
     killing.serve(_work)
     raise SystemExit
 
@@ -106,7 +107,7 @@ if __name__ == "__main__":
 def _as_in_the_server() -> Iterator[None]:
     """Segments and versions are few and small."""
     with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_model, "SMALL", 0)
+        patch.setattr(labelled_keys, "SMALL", 0)
         patch.setattr(store, "KEPT_VERSIONS", KEPT)
         yield
 

@@ -25,10 +25,11 @@ from hypothesis.stateful import (
 )
 from test_cli import unit_rows, write_table
 
-from retrieval_tip import CacheModel, cache_model, verify
+from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.index import changes
+from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 
@@ -85,7 +86,7 @@ class Living(RuleBasedStateMachine):
         self.place = Path(tempfile.mkdtemp(prefix="retrieval-tip-living-"))
         self.folder = self.place / "index"
         self.patches = [
-            mock.patch.object(cache_model, "SMALL", self.small),
+            mock.patch.object(labelled_keys, "SMALL", self.small),
             mock.patch.object(store, "KEPT_VERSIONS", KEPT),
         ]
         for patch in self.patches:

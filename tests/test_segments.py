@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
-from retrieval_tip import CacheModel, cache_model
+from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError
@@ -29,6 +29,7 @@ from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.finetune import Recipe, finetune
 from retrieval_tip.index.tune import tune
 from retrieval_tip.retrieval import keys as keys_module
+from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.retrieval.keys import Keys, beside, index_over
 from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
@@ -300,7 +301,7 @@ def segmented(n: int = 60, **options: Any) -> CacheModel:
     keys = keys.astype(options.pop("dtype", np.float32))
     options = {"logit_scale": 10.0, "device": "cpu"} | options
     ends = [2 * n // 3, 13 * n // 15, 19 * n // 20, n]
-    with mock.patch.object(cache_model, "SMALL", 0):
+    with mock.patch.object(labelled_keys, "SMALL", 0):
         cache = cache_of(keys[: ends[0]], ids[: ends[0]], NAMES, unit_rows(C, D, 5), **options)
         for start, end in itertools.pairwise(ends):
             cache.add(keys[start:end], ids[start:end])
@@ -411,7 +412,7 @@ def test_tuning_wants_one_segment_and_says_so() -> None:
 def test_an_index_that_lost_all_that_was_added_is_the_one_before(index: str) -> None:
     cache, queries = segmented(index=index), clusters(30, C, D, 2)[0]
     base = cache.take(np.arange(40))
-    with mock.patch.object(cache_model, "SMALL", 0):
+    with mock.patch.object(labelled_keys, "SMALL", 0):
         cache.remove(range(57, 60))
         assert cache.segments == 3
         cache.remove(range(40, 57))

@@ -485,7 +485,7 @@ def changes_clone(pets, kind, name="clone", version=None):
 
 
 def test_compact_and_rebuild_keep_the_answers(pets, monkeypatch):
-    monkeypatch.setattr("retrieval_tip.cache_model.SMALL", 0)
+    monkeypatch.setattr("retrieval_tip.retrieval.labelled_keys.SMALL", 0)
     for seed in (30, 31):
         pets.add(unit_rows(3, D, seed), ["cat", HOSTILE, BARE])
     assert pets.open().segments > 1

@@ -29,6 +29,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import evaluate
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.search_hp import Queries, folds, leave_one_out, search, unseen
+from retrieval_tip.store import contents
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.manifest import KINDS, OPTIONAL_KINDS
@@ -546,8 +547,8 @@ def test_a_fine_tuned_index_comes_back_as_it_was(index: Path, encoder_file: Path
 
 def test_values_are_mapped_and_not_copied(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = []
-    read = store.read_array
-    monkeypatch.setattr(store, "read_array", lambda *arguments: mapped.append(read(*arguments)) or mapped[-1])
+    read = contents.read_array
+    monkeypatch.setattr(contents, "read_array", lambda *arguments: mapped.append(read(*arguments)) or mapped[-1])
     cache = CacheModel.load(index, device="cpu")
     assert cache.values is not None
     assert cache.values.data_ptr() in [array.ctypes.data for array in mapped if isinstance(array, np.memmap)]

@@ -135,6 +135,27 @@ def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDAr
     return added.set_column(added.column_names.index("shot"), "shot", shots)
 
 
+def rows_with(
+    table: pa.Table, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()
+) -> pa.Table:
+    """The rows of these labels and key ids (all, where none is named) whose source has that text, in whatever case."""
+    chosen = pa.array(np.ones(len(table), dtype=bool))
+    if labels:
+        chosen = pc.and_(chosen, pc.is_in(table["label"], value_set=pa.array(labels, pa.string())))
+    if key_ids:
+        chosen = pc.and_(chosen, pc.is_in(table["key_id"], value_set=pa.array(key_ids, pa.int64())))
+    if source:
+        chosen = pc.and_(chosen, pc.match_substring(table["source"], source, ignore_case=True))
+    return table.filter(pc.fill_null(chosen, False))
+
+
+def labelled_digests(table: pa.Table, digests: Sequence[str | None]) -> set[tuple[str, str]]:
+    """Digest and label of the rows that have one of these digests."""
+    asked = pa.array(set(digests) - {None}, pa.string())
+    same = table.select(["digest", "label"]).filter(pc.is_in(table["digest"], value_set=asked))
+    return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
+
+
 def images_of(labels: pa.Table) -> npt.NDArray[np.int64]:
     """A number a key ``[n]`` that agrees for keys of one image: of one content digest, or of one source without one."""
     images, sources = digest_codes(labels), _codes(labels["source"])

@@ -1,0 +1,134 @@
+"""Keys and the labels that describe them, row by row, as one value: an edit makes another one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from retrieval_tip.errors import InputError, first_line
+from retrieval_tip.retrieval.segments import Segments, joined, segments_of
+from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after
+
+SMALL = 4096
+"""Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
+
+IntArray = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class LabelledKeys:
+    """Keys ``[n, d]``, in segments that are each grouped by class, and their ``labels``, a row a key.
+
+    ``values`` ``[n, c]``, where they are trained: what each key gives to each class. Trained values are one array, and
+    so are their keys. The first segment is what the index is over: a change that leaves it alone shares it.
+    """
+
+    keys: npt.NDArray[Any] | Segments
+    labels: pa.Table
+    values: Tensor | None = None
+
+    @property
+    def class_ids(self) -> IntArray:
+        """Class id of each key ``[n]``."""
+        return np.asarray(self.labels["class_id"].to_numpy(), dtype=np.int64)
+
+    @property
+    def key_ids(self) -> IntArray:
+        """Id of each key ``[n]``."""
+        return np.asarray(self.labels["key_id"].to_numpy(), dtype=np.int64)
+
+    def rows_of(self, key_ids: Sequence[int]) -> IntArray:
+        """The rows of keys, ascending. Raises InputError naming ids that are not there."""
+        present, wanted = self.key_ids, np.asarray(list(key_ids), dtype=np.int64)
+        missing = np.setdiff1d(wanted, present)
+        if missing.size:
+            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
+        return np.flatnonzero(np.isin(present, wanted))
+
+    def order(self) -> IntArray:
+        """The rows by class, and within a class by key id: the order of an index that is built at once."""
+        return np.lexsort((self.key_ids, self.class_ids))
+
+    def take(self, rows: IntArray) -> LabelledKeys:
+        """Some of the keys, in this order, as one segment."""
+        values = None if self.values is None else self.values[rows]
+        return LabelledKeys(np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values)
+
+    def with_added(self, keys: npt.NDArray[Any], added: pa.Table, n_classes: int) -> LabelledKeys:
+        """With keys ``[m, d]`` and their labels, whose shots are counted on from those of their class.
+
+        They become a segment of their own. Segments before it that are not larger, or small, are joined with it, so
+        that there are few. Where there are values, a new key gives 1 to its own class. Raises InputError where columns
+        of the labels do not fit.
+        """
+        ids = added["class_id"].to_numpy().astype(np.int64)
+        next_shot = np.zeros(n_classes, dtype=np.int32)
+        np.maximum.at(next_shot, self.class_ids, self.labels["shot"].to_numpy() + 1)
+        try:
+            labels = pa.concat_tables([self.labels, shots_after(added, ids, next_shot)], promote_options="default")
+        except pa.ArrowException as error:
+            raise InputError(f"labels: their columns do not fit the index's ({first_line(error)})") from None
+        values = self.values
+        if values is not None:
+            one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), n_classes).to(values)
+            values = torch.cat([values, one_hot])
+        parts = [*segments_of(self.keys), keys.astype(self.keys.dtype)]
+        first = len(parts) - 1
+        while first and (len(parts[first - 1]) <= max(SMALL, sum(map(len, parts[first:]))) or values is not None):
+            first -= 1
+        start = sum(map(len, parts[:first]))
+        late = LabelledKeys(np.concatenate(parts[first:]), labels.slice(start), values)
+        late = late.take(late.order())
+        if not first:
+            return late
+        labels = pa.concat_tables([labels.slice(0, start), late.labels])
+        return LabelledKeys(joined([*parts[:first], *segments_of(late.keys)]), labels)
+
+    def without(self, rows: IntArray) -> LabelledKeys:
+        """Without some of the keys, by row."""
+        gone = np.zeros(len(self.labels), dtype=bool)
+        gone[rows] = True
+        return self._arranged(gone, ~gone)
+
+    def relabelled(self, rows: IntArray, class_id: int, label: str) -> LabelledKeys:
+        """With some of the keys, by row, given to another class, as its last shots; their values stay with them."""
+        ids, names = self.class_ids.copy(), self.labels["label"].to_numpy().copy()
+        shots = self.labels["shot"].to_numpy().copy()
+        shots[rows] = shots[ids == class_id].max(initial=-1) + 1 + np.arange(len(rows))
+        ids[rows], names[rows] = class_id, label
+        labels = self.labels
+        for name, column in (("class_id", ids), ("label", names), ("shot", shots)):
+            place = labels.column_names.index(name)
+            labels = labels.set_column(place, name, pa.array(column, LABEL_SCHEMA.field(name).type))
+        touched = np.zeros(len(ids), dtype=bool)
+        touched[rows] = True
+        return LabelledKeys(self.keys, labels, self.values)._arranged(touched, np.ones(len(ids), dtype=bool))
+
+    def _arranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
+        """Only those to ``keep``, in order again: segments of which none is ``touched`` are shared.
+
+        The index is over the first segment, so where that is touched all become one.
+        """
+        parts = segments_of(self.keys)
+        if touched[: len(parts[0])].any():
+            rows = np.flatnonzero(keep)
+            return self.take(rows[np.lexsort((self.key_ids[rows], self.class_ids[rows]))])
+        kept, orders = [parts[0]], [np.arange(len(parts[0]))]
+        starts = np.cumsum([0, *map(len, parts)]).tolist()
+        for part, (start, stop) in zip(parts[1:], itertools.pairwise(starts[1:]), strict=True):
+            own = np.flatnonzero(keep[start:stop])
+            if changed := bool(touched[start:stop].any()):
+                own = own[np.lexsort((self.key_ids[start:stop][own], self.class_ids[start:stop][own]))]
+            if len(own):
+                kept.append(part[own] if changed else part)
+                orders.append(own + start)
+        return LabelledKeys(joined(kept), self.labels.take(pa.array(np.concatenate(orders))))

@@ -1,0 +1,184 @@
+"""What the data files of an index folder hold: read into memory, and written as the next version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval_tip.errors import StoreError
+from retrieval_tip.store.folder import (
+    Check,
+    Writer,
+    find_weights,
+    read_array,
+    read_curve,
+    read_labels,
+)
+from retrieval_tip.store.manifest import DataFile, Manifest, Segment
+
+
+class SavedIndex(Protocol):
+    """A FAISS index as a folder keeps it: over ``indexed`` vectors, in the file ``path`` where it is saved."""
+
+    path: Path | None
+
+    @property
+    def indexed(self) -> int:
+        """Number of vectors."""
+
+    def save(self, path: Path) -> None:
+        """Write it."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the data files of a version hold, as arrays or tensors.
+
+    ``segments`` are the keys ``[n_i, d]``, float32 or float16, the first of which the ``index`` is over; ``labels``
+    describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32, the loss ``curve`` and
+    the ``weights`` of an encoder (a safetensors file) are those of a fine-tuned index, ``text_index`` is that of very
+    many classes. Where contents were just read, indexes are ``None``: their files are opened by who knows FAISS.
+    """
+
+    segments: Sequence[npt.NDArray[Any]]
+    labels: pa.Table
+    text: Any
+    values: Any = None
+    curve: pa.Table | None = None
+    weights: Path | None = None
+    index: SavedIndex | None = None
+    text_index: SavedIndex | None = None
+
+    @classmethod
+    def read(cls, folder: Path, manifest: Manifest) -> Contents:
+        """The contents of a version; arrays stay on disk, memory-mapped.
+
+        Raises StoreError naming the file that cannot be read, or does not fit the manifest.
+        """
+        files, c = manifest.files, len(manifest.class_names)
+        segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
+        if {part.dtype for part in segments} != {np.dtype(manifest.dtype)}:
+            raise StoreError(f"{folder}: keys are not all {manifest.dtype}; build the index again")
+        return cls(
+            segments=segments,
+            labels=read_labels(folder, manifest),
+            text=read_array(folder, files["text"], (c, manifest.d)),
+            values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,
+            curve=read_curve(folder, files["curve"]) if "curve" in files else None,
+            weights=find_weights(folder, files["weights"]) if "weights" in files else None,
+        )
+
+    def write(self, writer: Writer, stored: Stored | None) -> Contents:
+        """Seal every file that the version before does not have; ``stored`` is the version that these come from.
+
+        Keys that the writer has already are not written again. Returns the contents with the ``weights`` where they are
+        now: a copy, by content. Raises StoreError for a file that is damaged or cannot be written.
+        """
+        shared = stored if stored is not None and stored.is_before(writer) else None
+        if stored is not None:
+            stored.check_copied(self, shared=shared is not None)
+        self._write_keys(writer, shared)
+        for kind in ("index", "text_index"):
+            index: SavedIndex | None = getattr(self, kind)
+            if index is None:
+                continue
+            if shared is not None and shared.has_index(kind, index):
+                writer.keep(kind)
+                continue
+            staged = writer.stage(kind)
+            index.save(staged)
+            writer.seal(kind, staged, len(self.segments[0]) if kind == "index" else index.indexed)
+        for kind in ("text", "values", "curve"):
+            held = getattr(self, kind)
+            if held is None:
+                continue
+            if shared is not None and getattr(shared.contents, kind, None) is held:
+                writer.keep(kind)
+            elif kind == "curve":
+                writer.seal_table(kind, held)
+            else:
+                writer.seal_array(kind, held.cpu().numpy() if hasattr(held, "cpu") else held)
+        return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
+
+    def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
+        """Keys and labels, a segment at a time, but for those that are there."""
+        at = 0
+        for number, part in enumerate(self.segments):
+            segment, labels = None if shared is None else shared.segment_of(part), self.labels.slice(at, len(part))
+            at += len(part)
+            if number == 0:
+                if segment is not None and shared is not None and segment == shared.manifest.segments[0]:
+                    writer.keep("keys")
+                    writer.keep("labels")
+                    continue
+                if "keys" not in writer.files:
+                    writer.seal_array("keys", part)
+                writer.seal_table("labels", labels)
+            elif segment is not None:
+                writer.keep_later(segment)
+            else:
+                writer.seal_later(part, labels)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A version of an index folder, and the objects in memory that its files hold: these need not be written again.
+
+    ``check`` is the comparison of its files with their digests; ``contents`` are ``None`` where they are not known.
+    """
+
+    check: Check
+    contents: Contents | None
+
+    @classmethod
+    def of(cls, check: Check, contents: Contents) -> Stored:
+        """That a version holds these contents; its indexes learn the files that they are in."""
+        for kind in ("index", "text_index"):
+            if (index := getattr(contents, kind)) is not None:
+                index.path = check.folder / check.manifest.files[kind].name
+        return cls(check, contents)
+
+    @property
+    def manifest(self) -> Manifest:
+        """That of the version."""
+        return self.check.manifest
+
+    def is_before(self, writer: Writer) -> bool:
+        """Whether the version that is being written follows on this one."""
+        same = self.check.folder.resolve() == writer.folder.resolve()
+        return same and writer.parent is not None and writer.parent.version == self.manifest.version
+
+    def segment_of(self, array: npt.NDArray[Any]) -> Segment | None:
+        """The files of a segment, where this version has it."""
+        if self.contents is None:
+            return None
+        pairs = zip(self.contents.segments, self.manifest.segments, strict=True)
+        return next((segment for stored, segment in pairs if stored is array), None)
+
+    def has_index(self, kind: str, index: SavedIndex) -> bool:
+        """Whether this version has the index in a file."""
+        file = self.manifest.files.get(kind)
+        return file is not None and index.path == self.check.folder / file.name
+
+    def check_copied(self, contents: Contents, *, shared: bool) -> None:
+        """Check in full what is copied from this version, where it was not: else damage gets a digest that fits it.
+
+        ``shared`` says whether files are shared with it. Raises StoreError naming the file that is damaged.
+        """
+        if self.check.verify == "full":
+            return
+        known: set[DataFile] = set()
+        if shared:
+            files = self.manifest.files
+            segments = [segment for part in contents.segments if (segment := self.segment_of(part)) is not None]
+            known = {file for segment in segments for file in (segment.keys, segment.labels)}
+            held = ("text", "values", "curve")
+            same = [kind for kind in held if getattr(contents, kind) is getattr(self.contents, kind, None)]
+            known |= {files[kind] for kind in ("index", "text_index", "weights", *same) if kind in files}
+        Check(self.check.folder, self.manifest, known=known).wait()
