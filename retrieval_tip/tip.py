@@ -16,9 +16,17 @@ and the whole method::
 
 With trained values the cache is ``C = exp(-beta (1 - A)) V``, which for one-hot ones is the sum by class above.
 
+Settings fill in the rest: ``beta``, ``alpha`` and ``logit_scale`` (:mod:`settings`). A newcomer reads this file, then
+``classifier.py`` (how an index answers), then ``cache_model.py`` (the product).
+
 A query need not meet every key. :func:`cache_logits` sums over the keys it is given: all of them, or the k that were
 retrieved, with or without an estimate of the rest (the tail). :func:`promising` says which classes a query should meet
 whole, and :func:`settled` and :func:`certificate` when meeting more keys cannot change the answer.
+
+All keys are met block by block by :func:`cache_logits` itself (:mod:`retrieval.keys`). The sum by class is written
+again only where that cannot be used: in ``Keys.class_logits``, which meets each class's keys with only the queries that
+ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; in ``retrieval/fused.py``, a kernel in
+the language of GPUs; and in ``server/page/method.js``, in that of browsers.
 """
 
 from __future__ import annotations
@@ -54,12 +62,16 @@ def at_mean(number: Tensor, mean: Tensor, beta: float, out: Tensor | None = None
     return weight(mean, beta, out=out).mul_(number)
 
 
-def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int) -> Tensor:
+def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor | None = None) -> Tensor:
     """Sum values over the keys of each class, ``[q, k]`` to ``[q, c]``, without the one-hot product.
 
     ``class_ids`` is ``[k]`` where all queries meet the same keys, or ``[q, k]`` where each met its own. The id ``c``
-    marks an empty slot and is left out.
+    marks an empty slot and is left out. With ``out`` ``[q, c]`` the sums are added to it; all queries meet the same
+    keys then, and no slot is empty.
     """
+    if out is not None:
+        out.T.index_add_(0, class_ids, values.T)
+        return out
     q = values.shape[0]
     if class_ids.ndim == 1:  # keys along the rows: each addition is one contiguous run over the queries
         sums = values.new_zeros(n_classes + 1, q).index_add_(0, class_ids, values.T)
@@ -126,6 +138,7 @@ def cache_logits(
     beta: float,
     tail: Totals | None = None,
     values: Values | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Cache logits ``C[:, c] = sum over the given keys i of class c of exp(-beta (1 - A[:, i]))`` (equation 5).
 
@@ -136,10 +149,17 @@ def cache_logits(
       ``r_c exp(-beta (1 - m_c))`` (:func:`at_mean`), which never exceeds what they would add.
     - with ``values``: key i gives ``V_i`` in place of 1 to its own class, ``C = exp(-beta (1 - A)) V``. With a tail
       too, a key of class g that was not retrieved gives ``exp(-beta (1 - m_g)) V_i``.
+    - with ``out`` ``[q, c]``, as for a block of all keys: what these give is added to it, and ``affinity`` becomes
+      their weights. Both are fastest as transposes of contiguous tensors, keys along the rows.
 
     Returns ``[q, c]`` of the dtype of ``affinity``. Empty slots have the class id ``c``. Raises ValueError for a tail
     with values that lack ``sums``.
     """
+    if out is not None:
+        weights = weight(affinity, beta, out=affinity)
+        return (
+            sum_by_class(weights, class_ids, n_classes, out) if values is None else out.addmm_(weights, values.matrix)
+        )
     weights = weight(affinity, beta)
     if values is not None:
         return _valued(weights, affinity, class_ids, n_classes, beta, tail, values)

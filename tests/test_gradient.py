@@ -10,13 +10,61 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrieval_tip import tip
 from retrieval_tip.fit import gradient
-from retrieval_tip.fit.gradient import AllKeys, RetrievedKeys, cache_logits
+from retrieval_tip.fit.gradient import BLOCK, AllKeys, RetrievedKeys
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+class _CacheLogits(torch.autograd.Function):
+    """:class:`AllKeys` as a node of torch's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, keys: Tensor, values: Tensor | None, *rest: Any) -> Tensor:
+        class_ids, n_classes, beta, block = rest
+        cache, weights = AllKeys(keys, class_ids, n_classes, beta, values, block=block).forward(features)
+        ctx.save_for_backward(features, keys, values, class_ids, weights)
+        ctx.rest = n_classes, beta, block
+        return cache
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_cache: Tensor) -> tuple[Tensor | None, ...]:
+        features, keys, values, class_ids, weights = ctx.saved_tensors
+        n_classes, beta, block = ctx.rest
+        over = AllKeys(keys, class_ids, n_classes, beta, values, block=block)
+        d_features = torch.zeros_like(features) if ctx.needs_input_grad[0] else None
+        d_keys = torch.empty_like(keys) if ctx.needs_input_grad[1] else None
+        d_values = torch.empty_like(values) if ctx.needs_input_grad[2] else None
+        wanted = {"keys": d_keys is not None, "values": d_values is not None}
+        for found in over.backward(d_cache, features, weights, d_features=d_features, **wanted):
+            for whole, block_of in ((d_keys, found.keys), (d_values, found.values)):
+                if whole is not None and block_of is not None:
+                    whole[found.part] = block_of
+        return d_features, d_keys, d_values, None, None, None, None
+
+
+def cache_logits(
+    features: Tensor,
+    keys: Tensor,
+    class_ids: Tensor,
+    n_classes: int,
+    beta: float,
+    values: Tensor | None = None,
+    *,
+    block: int = BLOCK,
+) -> Tensor:
+    """:func:`tip.cache_logits` over all keys as a differentiable function of queries, keys and values.
+
+    ``features`` ``[q, d]``, ``keys`` ``[n, d]``, ``class_ids`` ``[n]`` int64, ``values`` ``[n, c]`` or ``None`` for
+    one-hot rows, to ``[q, c]``.
+    """
+    result: Tensor = _CacheLogits.apply(features, keys, values, class_ids, n_classes, beta, block)
+    return result
 
 
 class Case:

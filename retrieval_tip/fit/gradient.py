@@ -17,11 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from retrieval_tip import tip
 
@@ -118,56 +116,6 @@ class AllKeys:
     def _parts(self) -> Iterator[slice]:
         n = len(self.keys)
         return (slice(start, min(start + self.block, n)) for start in range(0, n, self.block))
-
-
-class _CacheLogits(torch.autograd.Function):
-    """:class:`AllKeys` as a node of torch's graph."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, keys: Tensor, values: Tensor | None, *rest: Any) -> Tensor:
-        class_ids, n_classes, beta, block = rest
-        cache, weights = AllKeys(keys, class_ids, n_classes, beta, values, block=block).forward(features)
-        ctx.save_for_backward(features, keys, values, class_ids, weights)
-        ctx.rest = n_classes, beta, block
-        return cache
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_cache: Tensor) -> tuple[Tensor | None, ...]:
-        features, keys, values, class_ids, weights = ctx.saved_tensors
-        n_classes, beta, block = ctx.rest
-        over = AllKeys(keys, class_ids, n_classes, beta, values, block=block)
-        d_features = torch.zeros_like(features) if ctx.needs_input_grad[0] else None
-        d_keys = torch.empty_like(keys) if ctx.needs_input_grad[1] else None
-        d_values = torch.empty_like(values) if ctx.needs_input_grad[2] else None
-        wanted = {"keys": d_keys is not None, "values": d_values is not None}
-        for found in over.backward(d_cache, features, weights, d_features=d_features, **wanted):
-            for whole, block_of in ((d_keys, found.keys), (d_values, found.values)):
-                if whole is not None and block_of is not None:
-                    whole[found.part] = block_of
-        return d_features, d_keys, d_values, None, None, None, None
-
-
-def cache_logits(
-    features: Tensor,
-    keys: Tensor,
-    class_ids: Tensor,
-    n_classes: int,
-    beta: float,
-    values: Tensor | None = None,
-    *,
-    block: int = BLOCK,
-) -> Tensor:
-    """:func:`tip.cache_logits` over all keys as a differentiable function of queries, keys and values.
-
-    ``features`` ``[q, d]``, ``keys`` ``[n, d]``, ``class_ids`` ``[n]`` int64, ``values`` ``[n, c]`` or ``None`` for
-    one-hot rows, to ``[q, c]``. Once differentiable, with the gradient of this module instead of torch's: it never
-    makes the ``[n, c]`` one-hot matrix. Loops of your own use it; :mod:`finetune` steps block by block instead.
-    """
-    result: Tensor = _CacheLogits.apply(  # type: ignore[no-untyped-call]
-        features, keys, values, class_ids, n_classes, beta, block
-    )
-    return result
 
 
 @dataclass(frozen=True)

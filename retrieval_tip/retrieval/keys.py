@@ -255,32 +255,25 @@ class KeyStream(ABC):
         self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor
     ) -> Tensor:
         """Cache logits ``[c, q]``: keys along the rows, so that each sum by class is a run over the queries."""
-        q, start = len(features), 0
-        cache = features.new_zeros(self.n_classes, q)
-        for weights, ids in self._weights(features, beta, products, memory):
-            if values is None:
-                cache.index_add_(0, ids, weights)
-            else:
-                cache.addmm_(values[start : start + len(ids)].T, weights)
-                start += len(ids)
+        cache, start = features.new_zeros(self.n_classes, len(features)), 0
+        for affinity, ids in self._affinities(features, products, memory):
+            own = None if values is None else tip.Values(values[start : start + len(ids)])
+            tip.cache_logits(affinity.T, ids, self.n_classes, beta, values=own, out=cache.T)
+            start += len(ids)
         return cache
 
-    def _weights(
-        self, features: Tensor, beta: float, products: torch.dtype, memory: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weights ``[b, q]`` of the keys, a block at a time in ``memory``, and their class ids ``[b]``."""
+    def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Affinities ``[b, q]`` of the keys, a block at a time in ``memory``, and their class ids ``[b]``."""
         q = len(features)
         if products == torch.float32:
             for keys, ids in self.blocks():
-                affinity = tip.affinity(keys, features, out=memory[: len(keys) * q].view(len(keys), q))
-                yield tip.weight(affinity, beta, out=affinity), ids
+                yield tip.affinity(keys, features, out=memory[: len(keys) * q].view(len(keys), q)), ids
             return
         halved, common = features.to(products), features @ self._centre
         product = torch.empty(self._block_size(), q, dtype=products, device=self.device)
         for keys, ids in self._halved(products):
             tip.affinity(keys, halved, out=product[: len(keys)])
-            affinity = torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q))
-            yield tip.weight(affinity, beta, out=affinity), ids
+            yield torch.add(product[: len(keys)], common, out=memory[: len(keys) * q].view(len(keys), q)), ids
 
     @cached_property
     def _centre(self) -> Tensor:
