@@ -341,9 +341,9 @@ class InMemory(Classifier):
         """The same, without a shortlist of classes."""
         if self.text_index is None:
             return self
-        found = copy.copy(self)  # the keys, and what was measured on them, are shared
-        found.text_index = None
-        return found
+        other = copy.copy(self)  # the keys, and what was measured on them, are shared
+        other.text_index = None
+        return other
 
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Digest and label of the keys that have one of these digests."""
@@ -500,10 +500,10 @@ class CacheModel(InMemory):
 
     def _check_current(self, writer: store.Writer) -> None:
         """Raise StoreError unless the current version is the one that this was loaded from."""
-        found = writer.parent.version if writer.parent else None
-        if found is None or found != self.version:
+        current = writer.parent.version if writer.parent else None
+        if current is None or current != self.version:
             raise StoreError(
-                f"{writer.folder}: is at version {found}, not at {self.version} as when it was opened; try again"
+                f"{writer.folder}: is at version {current}, not at {self.version} as when it was opened; try again"
             )
 
     def commit(self, writer: store.Writer, change: str) -> None:
@@ -598,9 +598,9 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)
     if not np.isfinite(queries).all():
         raise StoreError(f"{place}: keys that are not finite; build the index again")
-    found, rows = cache.index.search(queries, 1)
+    affinity, rows = cache.index.search(queries, 1)
     if cache.index.exact_affinity:
         own = np.einsum("qd,qd->q", queries, vectors[np.maximum(rows[:, 0], 0)], dtype=np.float64)
-        if not np.allclose(found[:, 0], own, rtol=1e-3, atol=1e-3):
+        if not np.allclose(affinity[:, 0], own, rtol=1e-3, atol=1e-3):
             raise StoreError(f"{place}: the FAISS index is not over these keys; build the index again")
     return cache

@@ -139,8 +139,8 @@ class Classifier(ABC):
     @property
     def counts(self) -> list[int]:
         """Keys of each class ``[c]``."""
-        found: list[int] = self.retrieval.keys.counts.long().tolist()
-        return found
+        counts: list[int] = self.retrieval.keys.counts.long().tolist()
+        return counts
 
     def __repr__(self) -> str:
         return (
@@ -366,7 +366,9 @@ class Classifier(ABC):
     def _every(self, features: Tensor) -> Nearest:
         """All keys, nearest first."""
         blocks = [(tip.affinity(features, keys), ids.clone()) for keys, ids in self.key_blocks()]
-        affinity, order = torch.cat([found for found, _ in blocks], dim=1).sort(dim=1, descending=True, stable=True)
+        affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
         rows, ids = torch.from_numpy(self.every_row()).to(order.device), torch.cat([ids for _, ids in blocks])
         return Nearest(affinity, rows[order], ids[order])
 

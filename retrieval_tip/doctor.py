@@ -35,11 +35,11 @@ def examine() -> Report:
             f"Python {platform.python_version()}: 3.11 to 3.13 is supported; make a new environment with one"
         )
     for name in PACKAGES:
-        found = _version(name)
-        facts[name] = found or "not installed"
-        if found is None and name == "transformers":
+        installed = _version(name)
+        facts[name] = installed or "not installed"
+        if installed is None and name == "transformers":
             facts[name] += " (needed only for text towers from Hugging Face: pip install 'retrieval-tip[hf]')"
-        elif found is None:
+        elif installed is None:
             problems.append(f"{name}: not installed; pip install retrieval-tip")
     _torch(facts, problems)
     _faiss(facts, problems)
@@ -48,7 +48,7 @@ def examine() -> Report:
 
 def faiss_distributions() -> dict[str, str]:
     """The installed distributions that bring a ``faiss`` module, with their versions."""
-    return {name: found for name in FAISS_DISTRIBUTIONS if (found := _version(name)) is not None}
+    return {name: version for name in FAISS_DISTRIBUTIONS if (version := _version(name)) is not None}
 
 
 def _torch(facts: dict[str, str], problems: list[str]) -> None:
@@ -66,7 +66,7 @@ def _torch(facts: dict[str, str], problems: list[str]) -> None:
 
 def _faiss(facts: dict[str, str], problems: list[str]) -> None:
     installed = faiss_distributions()
-    facts["faiss distribution"] = ", ".join(f"{name} {found}" for name, found in installed.items()) or "none"
+    facts["faiss distribution"] = ", ".join(f"{name} {version}" for name, version in installed.items()) or "none"
     right = "faiss-gpu" if sys.platform == "linux" and platform.machine() == "x86_64" else "faiss-cpu"
     if len(installed) > 1:
         problems.append(

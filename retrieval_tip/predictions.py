@@ -70,11 +70,11 @@ class Predictions(list[Prediction]):
         cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
         columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "nearest key")
         rows = []
-        for place, found in enumerate(self[:SHOWN_PREDICTIONS]):
-            key = found.neighbours[0] if found.neighbours else None
+        for place, prediction in enumerate(self[:SHOWN_PREDICTIONS]):
+            key = prediction.neighbours[0] if prediction.neighbours else None
             near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
-            figures = (f"{found.probability:.4f}", f"{found.text_logit:.4g}", f"{found.cache_logit:.4g}")
-            rows.append((place, found.label, *figures, *near))
+            figures = (f"{prediction.probability:.4f}", f"{prediction.text_logit:.4g}", f"{prediction.cache_logit:.4g}")
+            rows.append((place, prediction.label, *figures, *near))
         return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
 
 

@@ -233,8 +233,8 @@ def promising(text: Tensor, cache: Tensor, alpha: float, slack: float, most: int
     Returns the ``p = min(most, c)`` classes of the largest ``L``, ``[q, p]`` int64, largest first, and which of them
     can win, ``[q, p]`` bool (always the first).
     """
-    found, classes = blend(text, cache, alpha).topk(min(most, text.shape[1]), dim=1)
-    can = found + alpha * slack * cache.gather(1, classes) >= found[:, :1]
+    highest, classes = blend(text, cache, alpha).topk(min(most, text.shape[1]), dim=1)
+    can = highest + alpha * slack * cache.gather(1, classes) >= highest[:, :1]
     can[:, :1] = True  # also where logits overflow
     return classes, can
 

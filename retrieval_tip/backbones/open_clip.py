@@ -467,10 +467,11 @@ class OpenClipBackbone:
             if self._opened is None:
                 with _uncollected():
                     opened = _open(_plan(*self._names), self._device)
-                found = replace(opened.identity, weights=_weights_digest(opened.model))
-                if found.fingerprint != self._identity.fingerprint:
+                identity = replace(opened.identity, weights=_weights_digest(opened.model))
+                if identity.fingerprint != self._identity.fingerprint:
                     raise BackboneError(
-                        f"backbone {self._identity} is needed, but {found} is in use; their features cannot be compared"
+                        f"backbone {self._identity} is needed, but {identity} is in use; "
+                        "their features cannot be compared"
                     )
                 self._opened, self._digested = opened, _versions(opened.model)
             return self._opened
@@ -700,10 +701,10 @@ def _fold_batch_norms(model: Any, size: tuple[int, int]) -> Any:
             folded._modules = model._modules | {"visual": visual}
             for module in list(visual.modules()):
                 _fold_children(module)
-            expected, found = model.encode_image(probe), folded.encode_image(probe)
+            expected, folded_features = model.encode_image(probe), folded.encode_image(probe)
         except RuntimeError:  # what cannot be copied, or takes other pictures
             return model
-    return folded if float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) else model
+    return folded if float((folded_features - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) else model
 
 
 def _fold_children(module: Any) -> None:
@@ -733,9 +734,9 @@ def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, 
     for name, tensor in state.items():
         if name not in own:
             raise BackboneError(f"tensor {name!r} is in neither tower of {model}; they were tuned from another model")
-        found, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
-        if found != wanted:
-            raise BackboneError(f"tensor {name!r} is {found}, in {model} {wanted}; they were tuned from another model")
+        stated, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
+        if stated != wanted:
+            raise BackboneError(f"tensor {name!r} is {stated}, in {model} {wanted}; they were tuned from another model")
     missing = [name for tower in towers if not state.keys().isdisjoint(tower) for name in tower if name not in state]
     if missing or not state:
         what = f"tensor {missing[0]!r} is missing" if missing else "holds no tensors"

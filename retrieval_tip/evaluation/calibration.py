@@ -81,10 +81,10 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
 
     Bins and errors as for :func:`reliability`. It is an estimate, biased upwards where bins hold few answers.
     """
-    found = reliability(confidence, right, bins)
-    n = sum(b.count for b in found)
+    curve = reliability(confidence, right, bins)
+    n = sum(b.count for b in curve)
     gaps = (
-        b.count * abs(b.accuracy - b.confidence) for b in found if b.accuracy is not None and b.confidence is not None
+        b.count * abs(b.accuracy - b.confidence) for b in curve if b.accuracy is not None and b.confidence is not None
     )
     return float(sum(gaps) / n)
 

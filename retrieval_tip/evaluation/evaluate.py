@@ -92,8 +92,8 @@ class Answers:
     @property
     def right(self) -> npt.NDArray[np.bool_]:
         """Whether each answer is right, ``[n]``."""
-        found: npt.NDArray[np.bool_] = self.truth == self.predicted
-        return found
+        right: npt.NDArray[np.bool_] = self.truth == self.predicted
+        return right
 
 
 @dataclass(frozen=True)
@@ -396,11 +396,11 @@ class _Pairs:
             f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
             y = truth[first : first + QUERY_BLOCK].to(device)
             for keys, ids in cache.key_blocks():
-                found = tip.affinity(f, keys)
+                affinity = tip.affinity(f, keys)
                 same = y[:, None] == ids[None]
                 if self._reach is None:  # unit vectors: 1; fine-tuned keys may go beyond
-                    self._reach = max(1.0, float(found.abs().max()))
-                at = ((found / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)
+                    self._reach = max(1.0, float(affinity.abs().max()))
+                at = ((affinity / self._reach + 1) * (AFFINITY_BINS / 2)).long().clamp_(0, AFFINITY_BINS - 1)
                 self._same += torch.bincount(at[same], minlength=AFFINITY_BINS).cpu()
                 self._other += torch.bincount(at[~same], minlength=AFFINITY_BINS).cpu()
 

@@ -51,8 +51,8 @@ def projected(cache: Classifier, method: str = "pca", limit: int = 5000) -> Proj
         raise UsageError(f"method {method!r}: expected one of {', '.join(methods())} (umap needs umap-learn)")
     if limit < 1:
         raise UsageError(f"limit is {limit}: at least 1 key is needed")
-    found, labels = cache.some(limit)
-    keys = found.astype(np.float32)
+    features, labels = cache.some(limit)
+    keys = features.astype(np.float32)
     if method == "pca" or len(keys) < FEWEST:
         places, explained = _principal(keys)
     else:
@@ -67,11 +67,11 @@ def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
     centred = torch.from_numpy(keys - keys.mean(axis=0, dtype=np.float64).astype(np.float32))
     with torch.random.fork_rng(devices=[]):  # the axes are found from random directions: always the same ones
         torch.manual_seed(0)
-        _, found, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
+        _, scale, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
     axes = torch.nn.functional.pad(axes, (0, max(0, 2 - axes.shape[1])))[:, :2]
     axes = axes * torch.where(axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)) < 0, -1, 1)
     total = float(centred.square().sum())
-    first, second = ([*found.square().tolist(), 0.0][i] / total if total else 0.0 for i in (0, 1))
+    first, second = ([*scale.square().tolist(), 0.0][i] / total if total else 0.0 for i in (0, 1))
     places: FloatArray = (centred @ axes).numpy()
     return places, (first, second)
 

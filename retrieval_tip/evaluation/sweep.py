@@ -153,8 +153,8 @@ def sweep(
 def encode(pool: CacheModel, source: Source, encoder: Encoder) -> Items:
     """Features of a labelled source, with the class ids of the pool. Raises InputError for labels that are no class."""
     ids = pool.ids_of(source)
-    found = encoder.encode(source)
-    return Items(found.features, ids[found.positions], source.name)
+    encoded = encoder.encode(source)
+    return Items(encoded.features, ids[encoded.positions], source.name)
 
 
 def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:

@@ -30,8 +30,8 @@ class AdamW:
 
     def state(self) -> dict[str, Tensor]:
         """Moments and steps, by name."""
-        found = self._optimizer.state_dict()["state"]
-        return {f"{i}.{name}": value for i, parts in found.items() for name, value in parts.items()}
+        state = self._optimizer.state_dict()["state"]
+        return {f"{i}.{name}": value for i, parts in state.items() for name, value in parts.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state`."""

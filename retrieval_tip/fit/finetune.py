@@ -177,13 +177,13 @@ def own_shots(cache: CacheModel, source: Source) -> Source:
     Raises InputError where there is none.
     """
     own = set(cache.labels["source"].to_pylist())
-    found = [position for position, name in enumerate(source.sources) if name in own]
-    if not found:
+    positions = [position for position, name in enumerate(source.sources) if name in own]
+    if not positions:
         raise InputError(
             f"{source.name}: none of its {len(source)} items is a shot of the index; these are named like "
             f"{min(own)!r}, its items like {source.sources[0]!r}"
         )
-    return source.take(found)
+    return source.take(positions)
 
 
 @dataclass

@@ -148,9 +148,9 @@ class RetrievedKeys:
     def backward(self, d_cache: Tensor, features: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The rows ``[u]`` that were met, ascending, and the gradient ``[u, d]`` of their keys."""
         query, slot = (rows >= 0).nonzero(as_tuple=True)
-        found = rows[query, slot]
-        d_affinity = d_cache[query, self.class_ids[found]].mul_(weights[query, slot]).mul_(self.beta)
-        met, place = found.unique(return_inverse=True)
+        rows_met = rows[query, slot]
+        d_affinity = d_cache[query, self.class_ids[rows_met]].mul_(weights[query, slot]).mul_(self.beta)
+        met, place = rows_met.unique(return_inverse=True)
         outer = torch.sparse_coo_tensor(
             torch.stack([place, query]), d_affinity, (len(met), len(rows)), check_invariants=False
         )

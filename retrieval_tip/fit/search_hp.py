@@ -115,8 +115,8 @@ def on_validation(cache: CacheModel, source: Source, encoder: Encoder) -> Querie
     Raises InputError for labels that are no class of the index.
     """
     ids = cache.ids_of(source)
-    found = encoder.encode(source)
-    return unseen(cache, found.features, ids[found.positions], source.name)
+    encoded = encoder.encode(source)
+    return unseen(cache, encoded.features, ids[encoded.positions], source.name)
 
 
 def unseen(cache: CacheModel, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], name: str) -> Queries:
@@ -397,12 +397,12 @@ def _caches(
     made_up = torch.where(counts > 0, every / counts.clamp_min(1), 0)
     totals = tip.Totals(counts, tip.sum_by_class(affinity.where(seen, 0), ids, c))
     largest = max((k for k in ks if k is not None), default=0)
-    found, rows = affinity.topk(largest, dim=1) if largest else (affinity[:, :0], torch.empty(0))
+    highest, rows = affinity.topk(largest, dim=1) if largest else (affinity[:, :0], torch.empty(0))
     for j, k in enumerate(ks):
         near, near_ids, tail = affinity, ids, None
         if k is not None:
-            filled = found[:, :k] > -torch.inf
-            near, near_ids, tail = found[:, :k].where(filled, 0), torch.where(filled, ids[rows[:, :k]], c), totals
+            filled = highest[:, :k] > -torch.inf
+            near, near_ids, tail = highest[:, :k].where(filled, 0), torch.where(filled, ids[rows[:, :k]], c), totals
         if values is None:
             for b, beta in enumerate(betas):
                 yield b, j, made_up * tip.cache_logits(near, near_ids, c, beta, tail)

@@ -172,10 +172,10 @@ class Trainer:
 
     def trained(self) -> dict[str, Tensor]:
         """Copies of what is trained, by name; encoders' tensors as ``encoder.NAME``."""
-        found = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
+        trained = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
         if "text" in self.recipe.train:
-            found["text_weights"] = self.text_weights
-        copies = {name: tensor.clone() for name, tensor in found.items()}
+            trained["text_weights"] = self.text_weights
+        copies = {name: tensor.clone() for name, tensor in trained.items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
 
     def restore(self, trained: Mapping[str, Tensor]) -> None:

@@ -86,8 +86,8 @@ def tune(
         other = replace(cache, index=index, version=None)
         for effort, k in _settings(other):
             index.effort = effort
-            found, taken = _timed(other, f, k)
-            same = float((found == winners).double().mean())
+            own_winners, taken = _timed(other, f, k)
+            same = float((own_winners == winners).double().mean())
             trials[Trial(factory, effort, k, same, taken)] = index
     ordered = _frontier(list(trials))
     chosen = next(trial for trial in ordered if trial.agreement >= agreement)

@@ -89,9 +89,9 @@ def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
     """Text weights ``[c, d]`` float32, a copy; zeros where there are none. Raises InputError where they do not fit."""
     if weights is None:
         return torch.zeros(c, d)
-    found = matrix(weights, "text_weights")
-    check_shape("text_weights", found.shape, (c, d), "one a class")
-    return torch.from_numpy(np.array(found, dtype=np.float32))  # a copy: what the caller does to theirs is theirs
+    array = matrix(weights, "text_weights")
+    check_shape("text_weights", array.shape, (c, d), "one a class")
+    return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: what the caller does to theirs is theirs
 
 
 def new_classes(
@@ -113,19 +113,19 @@ def keys_to_add(
     keys: Features, labels: Labels, class_names: Sequence[str], d: int, dtype: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
     """Keys ``[m, d]`` that an index of this dtype can hold, and their class ids. Raises InputError where it cannot."""
-    found = matrix(keys, "keys")
-    if found.shape[1] != d:
-        raise InputError(f"keys: have {found.shape[1]} values, the index has {d}")
-    if np.abs(found).max() > np.finfo(dtype).max:
+    array = matrix(keys, "keys")
+    if array.shape[1] != d:
+        raise InputError(f"keys: have {array.shape[1]} values, the index has {d}")
+    if np.abs(array).max() > np.finfo(dtype).max:
         raise InputError(f"keys: hold values too large for the {dtype} of the index")
-    return found, ids_of(labels, class_names, len(found))
+    return array, ids_of(labels, class_names, len(array))
 
 
 def values_of(values: Features, n: int, c: int) -> Tensor:
     """Trained values ``[n, c]`` float32. Raises InputError where they do not fit."""
-    found = matrix(values, "values")
-    check_shape("values", found.shape, (n, c), "one row a key")
-    return torch.from_numpy(np.require(found, np.float32, ["C", "W"]))
+    array = matrix(values, "values")
+    check_shape("values", array.shape, (n, c), "one row a key")
+    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
 
 
 def check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:

@@ -108,8 +108,8 @@ def beside(index: VectorIndex, late: Sequence[npt.NDArray[Any]], class_ids: IntA
             np.add.at(sums, class_ids[start : start + len(part)], part)
             start += len(part)
         now = counts + np.bincount(class_ids, minlength=len(counts))
-        found: FloatArray = (sums / np.maximum(now, 1)[:, None])[changed].astype(np.float32)
-        return found
+        changed_means: FloatArray = (sums / np.maximum(now, 1)[:, None])[changed].astype(np.float32)
+        return changed_means
 
     return bare.plus(changed, means)
 
@@ -137,12 +137,12 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
 
     ``gather`` gives the vectors ``[b, k, d]`` of rows ``[b, k]``; it is asked for few at a time.
     """
-    found = features.new_zeros(rows.shape)
+    affinity = features.new_zeros(rows.shape)
     step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        found[part] = torch.einsum("qd,qkd->qk", features[part], gather(rows[part].clamp_min(0)).float())
-    return found.masked_fill_(rows < 0, 0)
+        affinity[part] = torch.einsum("qd,qkd->qk", features[part], gather(rows[part].clamp_min(0)).float())
+    return affinity.masked_fill_(rows < 0, 0)
 
 
 class KeyStream(ABC):
@@ -202,11 +202,11 @@ class KeyStream(ABC):
         """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
         for rows, ids in blocks:
-            found, counts = ids.unique_consecutive(return_counts=True)
-            if len(rows) < 16 * len(found):
+            present, counts = ids.unique_consecutive(return_counts=True)
+            if len(rows) < 16 * len(present):
                 sums.index_add_(0, ids, rows.double())
                 continue
-            for class_id, part in zip(found.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
+            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
 
@@ -237,13 +237,13 @@ class KeyStream(ABC):
         half = products != torch.float32
         common = features @ self._centre if half else features.new_zeros(len(features))
         queries = features.to(products).contiguous()
-        found = features.new_zeros(len(features), self.n_classes)
+        cache = features.new_zeros(len(features), self.n_classes)
         for keys, ids in self._halved(products) if half else self.blocks():
             present, ranks = ids.unique_consecutive(return_inverse=True)
             sums = features.new_zeros(len(features), len(present))
             kernel(queries, keys.contiguous(), ranks.int(), common, beta, sums)
-            found[:, present] += sums
-        return found
+            cache[:, present] += sums
+        return cache
 
     def _block_size(self) -> int:
         return min(self.n, KEY_BLOCK * self._times())
@@ -369,8 +369,8 @@ class Keys(KeyStream):
         root mean square error of cache logits stays within :data:`HALF_ERROR` of them.
         """
         if self.precision != "auto":
-            found: torch.dtype = getattr(torch, self.precision)
-            return found
+            dtype: torch.dtype = getattr(torch, self.precision)
+            return dtype
         if q < HALF_FROM_QUERIES:
             return torch.float32
         if beta not in self._products:
@@ -425,9 +425,9 @@ class Keys(KeyStream):
                 affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
                 sums[at : at + size] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
             at += size
-        found = features.new_zeros(classes.shape)
-        found[query, slot] = sums
-        return found
+        logits = features.new_zeros(classes.shape)
+        logits[query, slot] = sums
+        return logits
 
     def _ranges(self, class_id: int, size: int) -> Iterator[slice]:
         """Where the keys of a class are, at most ``size`` of them a slice."""
@@ -473,7 +473,7 @@ class Keys(KeyStream):
         features = self._gathered(asked).float()
         near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
         near.scatter_(1, self.class_ids[asked, None], -torch.inf)
-        found, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
+        highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
         every = np.diff(self.starts, axis=1)
         most = every.argmax(axis=0), np.arange(self.n_classes)  # the segment that holds most of a class stands for it
         starts, counts = (torch.from_numpy(x[most]).to(self.device) for x in (self.starts[:, :-1], every))
@@ -481,5 +481,5 @@ class Keys(KeyStream):
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
         affinity = self.affinity(features, rows.reshape(len(asked), -1)).view(rows.shape).double()
         excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # of nothing that underflows
-        excess = excess[found > -torch.inf].clamp(0, MOST_SLACK)
+        excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
         return float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0

@@ -209,8 +209,8 @@ class IndexRetrieval(Retrieval):
         """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them."""
         if self.index.by_class:
             return self._nearest_of_classes(features, k)
-        found, rows = self.index.search_tensor(features, k)
-        return self._described(found if self.index.exact_affinity else self.keys.affinity(features, rows), rows)
+        affinity, rows = self.index.search_tensor(features, k)
+        return self._described(affinity if self.index.exact_affinity else self.keys.affinity(features, rows), rows)
 
     def _nearest_of_classes(self, features: Tensor, k: int) -> Nearest:
         """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
@@ -225,12 +225,12 @@ class IndexRetrieval(Retrieval):
         for f, own in zip(features.split(step), near.split(step), strict=True):
             rows = self.keys.rows_of(own.clamp_min(0), own >= 0)
             affinity = self.keys.affinity(f, rows).masked_fill_(rows < 0, -torch.inf)
-            found, place = affinity.topk(min(k, rows.shape[1]), dim=1)
-            fill = (0, k - found.shape[1])
+            nearest, place = affinity.topk(min(k, rows.shape[1]), dim=1)
+            fill = (0, k - nearest.shape[1])
             parts.append(
-                (torch.nn.functional.pad(found, fill), torch.nn.functional.pad(rows.gather(1, place), fill, value=-1))
+                (torch.nn.functional.pad(nearest, fill), torch.nn.functional.pad(rows.gather(1, place), fill, value=-1))
             )
-        affinity = torch.cat([found for found, _ in parts])
+        affinity = torch.cat([nearest for nearest, _ in parts])
         rows = torch.cat([place for _, place in parts])
         return self._described(affinity, rows)
 

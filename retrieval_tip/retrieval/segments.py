@@ -48,12 +48,12 @@ class Segments:
             if step != 1:
                 return self[np.arange(start, stop, step)]
             first = int(np.searchsorted(self.starts, start, "right")) - 1
-            found = [
+            slices = [
                 part[max(start - at, 0) : max(stop - at, 0)]
                 for part, at in zip(self.parts[first:], self.starts[first:-1].tolist(), strict=True)
                 if at < stop
             ]
-            return found[0] if len(found) == 1 else np.concatenate(found or [self.parts[0][:0]])
+            return slices[0] if len(slices) == 1 else np.concatenate(slices or [self.parts[0][:0]])
         rows = np.asarray(rows) if np.size(rows) else np.empty(np.shape(rows), dtype=np.int64)
         rows = np.arange(len(self))[rows] if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):

@@ -146,9 +146,9 @@ class VectorIndex:
         Further ones leave no gap. It takes no training, every search compares with all of them, and they are asked for
         when the first one does.
         """
-        found = copy.copy(self)
-        found._late, found._late_rows, found._late_vectors = None, rows, vectors
-        return found
+        longer = copy.copy(self)
+        longer._late, longer._late_rows, longer._late_vectors = None, rows, vectors
+        return longer
 
     def bare(self) -> VectorIndex:
         """The same index without what is beside it."""
@@ -249,11 +249,11 @@ class VectorIndex:
         for part in _inner(self._cpu):
             if hasattr(part, "make_direct_map"):
                 part.make_direct_map()
-        found = np.empty((self.n, self.d), dtype=np.float32)
-        found[: self.indexed] = self._cpu.reconstruct_n(0, self.indexed)
+        vectors = np.empty((self.n, self.d), dtype=np.float32)
+        vectors[: self.indexed] = self._cpu.reconstruct_n(0, self.indexed)
         if len(self._late_rows):
-            found[self._late_rows] = self._beside().reconstruct_n(0, len(self._late_rows))
-        return found
+            vectors[self._late_rows] = self._beside().reconstruct_n(0, len(self._late_rows))
+        return vectors
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         """Affinities ``[q, k]`` float32, largest first, and rows ``[q, k]`` int64 of the k nearest vectors.
@@ -310,8 +310,8 @@ class VectorIndex:
             return torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
         importlib.import_module("faiss.contrib.torch_utils")  # from then on FAISS takes tensors too
         with self._lock:
-            found: tuple[Tensor, Tensor] = self._gpu.search(features.contiguous(), k)
-        return found
+            nearest: tuple[Tensor, Tensor] = self._gpu.search(features.contiguous(), k)
+        return nearest
 
     def _kind(self) -> str:
         return type(faiss().downcast_index(self._cpu)).__name__

@@ -135,11 +135,11 @@ class Manifest:
             raise StoreError(f"{damaged} (not JSON: {error}); {remedy}") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
-        found = body.get("format_version")
-        if isinstance(found, int) and found > FORMAT_VERSION:
+        version = body.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
             writer = ascii(body.get("created_by", "a newer version")).strip("'")
             raise StoreError(
-                f"{name}: index format {found}, this program reads up to {FORMAT_VERSION}; "
+                f"{name}: index format {version}, this program reads up to {FORMAT_VERSION}; "
                 f"it was written by {writer}: install that"
             )
         try:
@@ -152,21 +152,21 @@ class Manifest:
         if not sealed:
             raise StoreError(f"{damaged} (its own checksum does not fit); {remedy}")
         try:
-            if type(found) is not int or found < 1:
+            if type(version) is not int or version < 1:
                 raise ValueError("format_version")
             return cls.parse(body)
         except (KeyError, TypeError, ValueError, OverflowError, BackboneError) as error:
             raise StoreError(f"{damaged} ({error!r}); {remedy}") from None
 
     @classmethod
-    def parse(cls, found: Mapping[str, Any]) -> Manifest:
+    def parse(cls, stated: Mapping[str, Any]) -> Manifest:
         """A manifest of its JSON. Raises KeyError, TypeError, ValueError or OverflowError for what it cannot hold."""
-        if found["format_version"] == 1:
-            found = dict(found) | {"later": [], "next_key_id": None, "change": ""}
-        if found["format_version"] < 3:
-            found = dict(found) | {"table": None}
-        body = {field.name: found[field.name] for field in fields(cls) if field.name != "settings"}
-        settings = Settings(**{field.name: found[field.name] for field in fields(Settings)})
+        if stated["format_version"] == 1:
+            stated = dict(stated) | {"later": [], "next_key_id": None, "change": ""}
+        if stated["format_version"] < 3:
+            stated = dict(stated) | {"table": None}
+        body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
+        settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
 
         def need(condition: bool, what: str) -> None:
             if not condition:
@@ -183,7 +183,7 @@ class Manifest:
         for key in ("class_names", "templates"):
             need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
         need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
-        need(isinstance(found["tail"], bool), "tail")
+        need(isinstance(stated["tail"], bool), "tail")
         if body["backbone"] is not None:
             Identity.from_dict(body["backbone"])
         need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")

@@ -48,17 +48,17 @@ def check(name: str, root: str | os.PathLike[str]) -> list[str]:
     """
     dataset = facts(name)
     folder = _folder(dataset, Path(root))
-    found = lacking(dataset, folder, tuple(dataset.images))
-    if found:
-        return found
+    problems = lacking(dataset, folder, tuple(dataset.images))
+    if problems:
+        return problems
     for split in dataset.images:
         try:
-            found += look_into(dataset, folder, split)
+            problems += look_into(dataset, folder, split)
         except InputError as error:
-            found.append(str(error))
+            problems.append(str(error))
         except OSError as error:  # a folder that may not be entered
-            found.append(f"{error.filename or folder}: {error.strerror or error}")
-    return list(dict.fromkeys(found))
+            problems.append(f"{error.filename or folder}: {error.strerror or error}")
+    return list(dict.fromkeys(problems))
 
 
 def _folder(dataset: Dataset, root: Path) -> Path:

@@ -62,10 +62,10 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
     root = folder / dataset.images[split]
     paths: list[str] = []
     labels: list[str] = []
-    found = named_folders(dataset, folder, split)
-    if len(found) < dataset.classes:
-        log.warning("%s: %d of the %d class folders of %s", show(root), len(found), dataset.classes, dataset.name)
-    for class_name, path in found.items():
+    folders = named_folders(dataset, folder, split)
+    if len(folders) < dataset.classes:
+        log.warning("%s: %d of the %d class folders of %s", show(root), len(folders), dataset.classes, dataset.name)
+    for class_name, path in folders.items():
         own = [str(image) for image in images.find(path)]
         paths += own
         labels += [class_name] * len(own)
@@ -73,7 +73,7 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
             log.warning("%s: class folder without images", show(path))
     if not paths:
         raise InputError(f"{show(root)}: no images; expected {_IMAGES[dataset.layout]}")
-    return _source(show(root), list(found), paths, labels)
+    return _source(show(root), list(folders), paths, labels)
 
 
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
@@ -103,20 +103,20 @@ def class_names_by_folder(listing: Path) -> dict[str, str]:
     Where a name stands for several folders (older lists have two missiles), each later one gets one more ``_``, which
     prompts leave out: the classes stay apart and their prompts the same. Raises InputError naming the line.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     taken: set[str] = set()
     for number, line in _lines(listing):
         name, *rest = line.split(maxsplit=1)
         if not rest:
             raise InputError(f"{show(listing)}: line {number} is not a folder's name and the class's")
-        if name in found:
+        if name in names:
             raise InputError(f"{show(listing)}: line {number}: folder {name} stands there twice")
         class_name = rest[0]
         while class_name in taken:
             class_name += "_"
         taken.add(class_name)
-        found[name] = class_name
-    return found
+        names[name] = class_name
+    return names
 
 
 READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
@@ -136,9 +136,9 @@ def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str
         inside = [f"{part}/" if part else "its images" for part in dict.fromkeys(dataset.images.values())]
         inside += [file.name for file in files]
         return [f"{show(folder)}: no such folder; expected in it: {', '.join(inside)}"]
-    found = [f"{show(file)}: no such file; {look}" for file, look in files.items() if not os.path.isfile(file)]
+    missing = [f"{show(file)}: no such file; {look}" for file, look in files.items() if not os.path.isfile(file)]
     parts = dict.fromkeys(folder / dataset.images[split] for split in splits)
-    return found + [
+    return missing + [
         f"{show(part)}: no such folder; {_IMAGES[dataset.layout]}" for part in parts if not os.path.isdir(part)
     ]
 
@@ -148,9 +148,9 @@ def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
     expected = ""
     if dataset.layout in ("class folders", "numbered class folders"):
         expected = f": {_IMAGES[dataset.layout]}"
-        found = named_folders(dataset, folder, split)
-        where, number = show(folder / dataset.images[split]), len(found)
-        sample = list(found.values())[:: max(1, number // SAMPLE)]
+        folders = named_folders(dataset, folder, split)
+        where, number = show(folder / dataset.images[split]), len(folders)
+        sample = list(folders.values())[:: max(1, number // SAMPLE)]
         gone = [show(path) for path in sample if next(images.find(path), None) is None]
         what = "class folders have no image"
     else:
@@ -190,13 +190,13 @@ def _lines(file: Path) -> list[tuple[int, str]]:
         raise InputError(f"{show(file)}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{show(file)}: not text in UTF-8 (byte {error.start})") from None
-    found = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not found:
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
         raise InputError(f"{show(file)}: empty")
-    for number, line in found:
+    for number, line in lines:
         if len(line) > MAX_TEXT:
             raise InputError(f"{show(file)}: line {number} is longer than {MAX_TEXT} characters")
-    return found
+    return lines
 
 
 def _once(class_names: list[str], file: Path) -> None:
