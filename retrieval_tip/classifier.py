@@ -16,9 +16,10 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError, counted
+from retrieval_tip.errors import InputError, counted
 from retrieval_tip.report.html import table, tag
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
@@ -328,8 +329,7 @@ class Classifier(ABC):
         Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
         meets as many keys as settle its label (:meth:`certified`).
         """
-        if top < 1:
-            raise UsageError(f"top is {top}: at least 1 class has to be reported")
+        check_count("top", top)
         classes, text, cache, keys = self._answers(features, top, k, tail, certify)
         logits = tip.blend(text, cache, self.alpha)
         places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
