@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test check bench
+.PHONY: help setup browser demo lint test check bench attack
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -54,3 +54,6 @@ bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/memory.py --folder /tmp
+
+attack: setup ## hostile inputs over the commands and the server, 10 minutes at most; prints a table
+	$(BIN)/python benchmarks/attack.py

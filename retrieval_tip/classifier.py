@@ -17,9 +17,10 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError
 from retrieval_tip.predictions import Certified, Evidence, Neighbour, Prediction, Predictions
 from retrieval_tip.report.html import table, tag
 from retrieval_tip.retrieval import inputs
@@ -263,8 +264,7 @@ class Classifier(ABC):
         Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
         meets as many keys as settle its label (:meth:`certified`).
         """
-        if top < 1:
-            raise UsageError(f"top is {top}: at least 1 class has to be reported")
+        check_count("top", top)
         retrieval, f = self._retrieval(k, tail), self._queries(features)
         shown = min(neighbours, retrieval.settings.k or neighbours)
         answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)

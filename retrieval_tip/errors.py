@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+MAX_LINE = 1980
+"""Characters of a message: of a longer one the middle is left out, so that its line has fewer than 2,000."""
+SHOWN = 5
+"""Names that a message lists."""
 
 
 class RetrievalTipError(Exception):
@@ -25,9 +33,52 @@ class StoreError(RetrievalTipError):
     """An index folder that is missing, damaged, of another format, or cannot be written."""
 
 
+class _Escapes:
+    """For ``str.translate``: characters that are not printable, as ``escape`` writes them.
+
+    These are what starts a line, what a terminal obeys (C0 and C1), what turns the direction of text, and what is
+    invisible.
+    """
+
+    def __init__(self, escape: Callable[[str], str]) -> None:
+        self._escape = escape
+
+    def __getitem__(self, code: int) -> int | str:
+        return code if chr(code).isprintable() else self._escape(chr(code))
+
+
+_IN_TEXT = _Escapes(lambda character: character.encode("unicode_escape").decode())
+_IN_JSON = _Escapes(lambda character: json.dumps(character)[1:-1])
+
+
 def one_line(text: str) -> str:
     """Text on one line, without control characters that a terminal would obey, whatever names it holds."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if text.isprintable() else text.translate(_IN_TEXT)
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, as safe as :func:`one_line`: all that is escaped stands in strings, so none changes.
+
+    What JSON does not have is text.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if text.isprintable() else text.translate(_IN_JSON)
+
+
+def message(text: str) -> str:
+    """Text as standard error gets it: on one line, and no longer than :data:`MAX_LINE`, whatever it quotes."""
+    return _shortened(one_line(_shortened(text)))
+
+
+def _shortened(text: str) -> str:
+    """Text without its middle where it is too long: what it is about stands at the start, what to do at the end."""
+    rest = MAX_LINE // 3
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - rest - 5]} ... {text[-rest:]}"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of many, on one line."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import warm
 from click.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
+from retrieval_tip.store import query as sql
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
 
@@ -84,6 +86,25 @@ def log() -> Iterator[None]:
     yield
     logger.handlers[:], logger.propagate = before[:2]
     logger.setLevel(before[2])
+
+
+def answer_here(patch: pytest.MonkeyPatch) -> None:
+    """SQL is answered in this process: one for each of hundreds of statements takes minutes."""
+
+    def answered(what: str, tables: dict[str, pa.Table], text: str, predictions: Path | None, _: float) -> pa.Table:
+        sql._check_text(text, what)
+        plain = ((name, sql._castable(name, table)) for name, table in tables.items())
+        with sql._answering(what, plain, text, predictions, sql.MEMORY) as answer:
+            return answer.read_all()
+
+    patch.setattr(sql, "_answered", answered)
+    patch.setattr(sql, "_bound", lambda _: None)
+
+
+@pytest.fixture
+def sql_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See :func:`answer_here`."""
+    answer_here(monkeypatch)
 
 
 @pytest.fixture

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -18,6 +21,7 @@ import pytest
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import group as cli
+from retrieval_tip.errors import InputError
 
 
 def write_table(path, features, labels=None, ids=None, **extra):
@@ -295,6 +299,96 @@ def test_a_reader_that_stops_early_is_no_error(small, tmp_path):
         assert child.stderr is not None
         assert child.stderr.read() == b""
         assert child.wait() in (0, 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="SKIPPED: no /dev/full here")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], ["index", "--help"], ["index", "build", "--help"], ["datasets", "check", "."],
+     *(["datasets", "list", "--format", style] for style in ("table", "json", "csv", "parquet"))],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_standard_output_that_is_full_is_said_in_one_line(arguments, unbuffered):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "retrieval_tip", *arguments]
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [done.stderr.decode().rstrip()]
+    assert done.stderr.startswith(b"Error: ")
+    assert b"No space left" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["datasets", "list"], ["datasets", "check", "."]])
+def test_a_reader_that_is_gone_from_the_start_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "retrieval_tip", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode in (0, 1)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(("arguments", "status"), [("--version", 0), ("datasets list", 1), ("classify . -", 1)])
+def test_streams_that_are_closed_are_no_traceback(arguments, status):
+    command = f"{shlex.quote(sys.executable)} -m retrieval_tip {arguments} <&- >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == status
+
+
+def test_a_closed_standard_error_changes_nothing(small, queries, tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m retrieval_tip encode {queries} --out {tmp_path / 'o.parquet'} 2>&-"
+    subprocess.run(["sh", "-c", command], check=True)
+    assert pq.read_table(tmp_path / "o.parquet").num_rows == 5
+
+
+def on_stdin(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    return list(cli._paths_on_stdin())
+
+
+@pytest.mark.parametrize("size", [1 << 20, 5])
+def test_paths_come_from_standard_input_a_line_or_a_nul_each(monkeypatch, size):
+    monkeypatch.setattr(cli, "PATHS_READ", size)
+    for data, paths in (
+        (b"", []),
+        (b"a", ["a"]),
+        (b"a\n\n\nb c\nlast", ["a", "b c", "last"]),
+        (b"a\nb\0\xff\0", ["a\nb", "\udcff"]),
+        (b"\n" * 20, []),
+    ):
+        assert on_stdin(monkeypatch, data) == paths
+
+
+def test_a_standard_input_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(cli, "PATHS_READ", 10)
+    monkeypatch.setattr(cli, "MAX_PATHS", 20)
+    monkeypatch.setattr(cli, "MAX_PATHS_BYTES", 100)
+    for data in (b"x" * 30, b"a\n" * 30, b"\0" * 200, b"abcdefgh\n" * 20):
+        with pytest.raises(InputError, match=r"^standard input: "):
+            on_stdin(monkeypatch, data)
+
+
+def test_memory_that_torch_does_not_get_is_one_line(run, small, queries, monkeypatch):
+    class OutOfMemoryError(RuntimeError):
+        """As torch calls that of a GPU."""
+
+    for error in (
+        MemoryError(),
+        OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(CacheModel, "classify", fail)
+        failed = run("classify", small, queries)
+        assert failed.exit_code == 1
+        assert failed.stderr.startswith("Error: out of memory")
 
 
 def test_large_photographs_are_decoded_at_reduced_size_unless_told_otherwise(run, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from retrieval_tip import bounds
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.data import encoder as features_module
 from retrieval_tip.data import images
@@ -31,6 +32,7 @@ from retrieval_tip.data.encoder import (
     read_features,
     table_dim,
     table_identity,
+    view_names,
 )
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
@@ -129,6 +131,45 @@ def test_each_image_is_read_and_decoded_once(folder: Path, reads: Counter[str], 
         assert reads.pop("decoded") == 12
         assert set(reads.values()) == {1}
         assert len(reads) == 12
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(identity=replace(IDENTITY, preprocess={"size": (100, 200)}))  # a view has 240 kB
+    source = source_of(folder)
+    monkeypatch.setattr(bounds, "memory", lambda: 10_000_000)
+    monkeypatch.setattr(images, "read", lambda _: pytest.fail("an image was read"))
+    for encoder, words in (
+        (Encoder(fake, views=40), "40 views of 12 images"),
+        (Encoder(fake, batch_size=64, views=4), "4 views of 12 images"),  # the batch too is of the images there are
+        (Encoder(fake, batch_size=1, views=14), "14 views of 3 images"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            next(encoder.blocks(source))
+    with pytest.raises(UsageError, match="1 view of 12 images"):
+        next(Encoder(replace(fake, identity=replace(IDENTITY, preprocess={"size": 300}))).pixels(source, "a", 12))
+    with pytest.raises(UsageError, match="1000 views of 12 images"):
+        Encoder(replace(fake, dim=1000)).encode_views(source, view_names(1, 1000))
+    assert not fake.prepared
+
+
+def test_a_cache_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "encodings.sqlite")
+    with pytest.raises(InputError, match=r"not a file.*--no-cache"):
+        EncodingCache(tmp_path)
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RETRIEVAL_TIP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UsageError, match="--cache"):
+        EncodingCache.default_folder()
 
 
 def with_cache(folder: Path, use: Callable[[EncodingCache], Any]) -> Any:

@@ -52,6 +52,7 @@ from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import labels
+from retrieval_tip.store import query as asked_in_sql
 from retrieval_tip.store.manifest import SUFFIXES, TABLE_KINDS
 
 Array = npt.NDArray[Any]
@@ -1386,6 +1387,7 @@ UNSHOWN |= {
 }
 
 
+@pytest.mark.usefixtures("sql_here")
 @pytest.mark.parametrize("style", ["table", "json", "csv", "parquet"])
 def test_answers_of_any_type_are_written_or_refused(base: Path, tmp_path: Path, style: str) -> None:
     for what, sql in ODD_ANSWERS.items():
@@ -1569,6 +1571,7 @@ def test_a_question_on_the_command_line_reaches_no_file(run: Run, secrets: Path)
     ],
     ids=lambda command: " ".join(command[:2]),
 )
+@pytest.mark.usefixtures("sql_here")
 def test_a_condition_on_the_command_line_reaches_no_file(run: Run, secrets: Path, command: list[str]) -> None:
     before = snapshot(secrets)
     for condition in CONDITIONS:
@@ -1721,5 +1724,5 @@ def test_more_than_the_limits_is_refused_in_one_line(
     limited(exchange, "MAX_ROWS", 7, imported, "8 rows in all; expected 1 to 7")
     limited(exchange, "MAX_NAME", 5, imported, path, "label longer than 5 characters")
     limited(exchange, "MAX_TEXT", 5, imported, path, "id longer than 5 characters")
-    limited(labels, "MAX_OPEN", 3, lambda: store.query(base / "index", "SELECT ((((1))))"[:12]), "parentheses")
+    limited(asked_in_sql, "MAX_OPEN", 3, lambda: store.query(base / "index", "SELECT ((((1))))"[:12]), "parentheses")
     limited(store, "MANIFEST_BYTES", 500, lambda: store.read_manifest(world["flat"]), "too large for a manifest")

@@ -15,16 +15,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
+from click.types import FloatParamType, IntParamType, Tuple
 from PIL import Image
 
 from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.cli import group as cli
+from retrieval_tip.cli import output
+from retrieval_tip.cli.options import K
 from retrieval_tip.data.encoder import IDENTITY_KEY, Encoder
 from retrieval_tip.data.sources import open_source
+from retrieval_tip.errors import MAX_LINE
 from retrieval_tip.index.build import build_index
 
 D = 8
@@ -506,7 +512,38 @@ def test_wrong_usage_is_refused(
         (b"factory = 'Nonsense'", "Nonsense"),
         (b"norms = 'maybe'", "norms"),
         (None, "recipe.toml"),
+        *[
+            (b"shots = " + value, "shots")
+            for value in (
+                b"1e400",
+                b"1.5",
+                b"2.0",
+                b"nan",
+                b"true",
+                b"1979-05-27",
+                b"{}",
+                b"[]",
+                b"99999999999999999999",
+            )
+        ],
+        *[(b"k = " + value, "k") for value in (b"true", b"1.5", b"'some'", b"-1", b"2147483648", b"10:00:00")],
+        *[
+            (b"alpha = " + value, "alpha")
+            for value in (b"inf", b"1e400", b"1979-05-27", b"'1'", b"false", b"1e31", b"-1", b"0x" + b"f" * 5000)
+        ],
+        *[(b"strict = " + value, "strict") for value in (b"1", b"0", b"'yes'", b"1.0", b"[true]")],
+        *[
+            (b"template = " + value, "template")
+            for value in (b"'a {}'", b"[1]", b"['a {}', ['b {}']]", b"[true]", b"{a = 'b {}'}")
+        ],
+        *[(b"dtype = " + value, "dtype") for value in (b"32", b"['float16']", b"2020-01-01T00:00:00Z")],
+        *[(b"root = " + value, "root") for value in (b"1", b"'a\\u0000b'".replace(b"'", b'"'), b"true")],
+        (b"recipe = 'another.toml'", "recipe"),
+        (b"shots = " + b"[" * 3000 + b"]" * 3000, "recipe.toml"),
+        (b"shots" + b".a" * 5000 + b" = 1", "shots"),
+        (b"# " + b"x" * (1 << 20), "recipe.toml"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_a_wrong_recipe_is_wrong_usage(
     run: Run, world: Path, tmp_path: Path, text: bytes | None, words: str | None
@@ -520,6 +557,157 @@ def test_a_wrong_recipe_is_wrong_usage(
     else:
         check(result, 2, words)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "folder"])
+def test_a_recipe_that_is_no_file_is_wrong_usage(run: Run, world: Path, tmp_path: Path, place: str) -> None:
+    recipe = Path(place) if place.startswith("/") else tmp_path / place
+    _make(recipe, place)
+    check(run("index", "build", world / "train.parquet", "--out", tmp_path / "out", "--recipe", recipe), 2, str(recipe))
+
+
+def test_every_type_of_toml_has_its_options(run: Run, world: Path, tmp_path: Path) -> None:
+    text = (
+        "shots = 2\nalpha = 3\nbeta = 2.5\nk = 'all'\nstrict = true\nreduce = false\ndtype = 'float16'\ntemplate = []\n"
+    )
+    text += f"seed = 7\nsource = '{world / 'train.parquet'}'"
+    (tmp_path / "recipe.toml").write_text(text)
+    check(run("index", "build", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "out"), 0)
+    facts = json.loads(run("index", "info", tmp_path / "out", "--json").stdout)
+    assert (facts["n"], facts["alpha"], facts["beta"], facts["k"]) == (6, 3, 2.5, "all")
+    assert (facts["dtype"], facts["provenance"]["seed"]) == ("float16", 7)
+
+
+# -- numbers without end, and messages without end --
+
+
+def every_option() -> Iterator[tuple[str, click.Parameter]]:
+    waiting: list[tuple[str, click.Command]] = [("", cli.main)]
+    while waiting:
+        name, one = waiting.pop()
+        if isinstance(one, click.Group):
+            waiting += [(f"{name} {child}".strip(), below) for child, below in one.commands.items()]
+        else:
+            yield from ((f"{name} {parameter.name}", parameter) for parameter in one.params)
+
+
+NUMBERS = [
+    (name, one) for name, one in every_option() if isinstance(one.type, IntParamType | FloatParamType | K | Tuple)
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), NUMBERS, ids=[name for name, _ in NUMBERS])
+def test_every_number_has_bounds_and_is_one(name: str, parameter: click.Parameter) -> None:
+    kinds = parameter.type.types if isinstance(parameter.type, Tuple) else [parameter.type]
+    hostile = [
+        "nan",
+        "NAN",
+        "inf",
+        "-inf",
+        "1e400",
+        "1e308",
+        "-1",
+        str(2**63),
+        str(10**400),
+        "9" * 5000,
+        "",
+        "x",
+        "0x1",
+    ]
+    for kind in kinds:
+        for value in hostile:
+            if value == str(2**63) and isinstance(kind, FloatParamType):
+                continue  # a number like others
+            with pytest.raises(click.BadParameter):
+                kind.convert(value, parameter, None)
+
+
+LONG = "x" * 60_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ((LONG,), 2),
+        (("index", LONG), 2),
+        ((*BUILD, f"--{LONG}"), 2),
+        *[((*BUILD, f"--{name}", LONG), 2) for name in ("shots", "alpha", "dtype", "index")],
+        ((*BUILD, "--text", LONG), 1),
+        ((*BUILD, "-k", LONG), 2),
+        ((*BUILD, "--dataset", LONG), 2),
+        ((*BUILD, "--model", LONG), 2),
+        ((*BUILD, "--model", f"local-dir:{LONG}"), 1),
+        ((*BUILD[:3], "--out", "{t}/" + LONG), 1),
+        ((*BUILD[:3], "--out", "lance://{t}/" + LONG), 1),
+        (("index", "build", LONG, "--out", "{t}/out"), 1),
+        (("index", "info", LONG), 1),
+        ((*QUERY, f"SELECT {LONG}"), 2),
+        ((*QUERY, f"SELECT '{LONG}"), 2),
+        ((*QUERY, f"DROP TABLE {LONG}"), 2),
+        ((*CLASSIFY, "--where", f"label = {LONG}"), 2),
+        (("classify", "{w}/index", LONG), 2),
+        (("classify", "{w}/index", LONG + "*"), 1),
+        (("index", "remove", "{w}/index", "--key-ids", LONG), 2),
+        (("index", "import", "{w}/file", "--out", "{t}/out", "--labels", LONG), 2),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else str(value),
+)
+def test_a_message_has_a_length_whatever_it_quotes(
+    run: Run, world: Path, tmp_path: Path, unchanged: Callable[[], None], arguments: tuple[str, ...], status: int
+) -> None:
+    unchanged()
+    filled = [part.replace("{w}", str(world)).replace("{t}", str(tmp_path)) for part in arguments]
+    result = run(*filled)
+    assert result.exit_code == status, result.stderr[:1000]
+    assert max(map(len, result.stderr.splitlines())) <= MAX_LINE + len("warning: ")
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_a_warning_has_a_length_too(run: Run, world: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "/".join(["x" * 200] * 15)
+    result = run("classify", world / "index", world / "test.parquet", bad, "--model", "RN50")
+    assert max(map(len, result.stderr.splitlines())) <= MAX_LINE + len("warning: ")
+
+
+def test_a_split_file_of_very_many_parts_names_a_few(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({f"part{i}": [] for i in range(10_000)}))
+    result = run("index", "build", tmp_path / "s.json", "--out", tmp_path / "out")
+    check(result, 1, "s.json", "part0", "and 9995 more")
+    assert len(result.stderr) < 500
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """A path of 1,500 folders, none of which is there; they are removed by a program that does not call itself."""
+    yield tmp_path / "deep" / "/".join("a" * 1500)
+    subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)
+
+
+def test_an_output_may_lie_as_deep_as_a_path_is_long(run: Run, world: Path, deep: Path) -> None:
+    check(run("index", "build", world / "train.parquet", "--out", deep), 0)
+    check(run("index", "verify", deep), 0)
+    check(run("classify", deep, world / "test.parquet"), 0)
+    check(run("finetune", deep, "--source", world / "train.parquet", "--epochs", 1, "--out", deep.parent / "b/c/d"), 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("index", "build", "{w}/train.parquet", "--out", "{x}"),
+        ("index", "build", "{w}/train.parquet", "--out", "lance://{x}"),
+        ("finetune", "{w}/index", "--source", "{w}/train.parquet", "--epochs", "1", "--out", "{x}"),
+        ("index", "clone", "{w}/index", "{x}"),
+        ("encode", "{w}/train.parquet", "--out", "{x}"),
+        ("evaluate", "{w}/index", "{w}/test.parquet", "--plot", "{x}"),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:30],
+)
+def test_an_output_that_is_longer_than_a_path_makes_no_folder(
+    run: Run, world: Path, tmp_path: Path, unchanged: Callable[[], None], arguments: tuple[str, ...]
+) -> None:
+    unchanged()
+    long = tmp_path / "/".join("a" * 2500)
+    check(run(*[part.replace("{w}", str(world)).replace("{x}", str(long)) for part in arguments]), 1, "too long")
 
 
 # -- text tables that do not fit --
@@ -927,6 +1115,64 @@ def test_a_failure_midway_leaves_the_output_that_was_there(
     test = world / "test.parquet"
     result = run("classify", world / "index", test, tmp_path / "bad.parquet", "--format", style, "--output", tmp_path / "o")  # fmt: skip  # noqa: E501
     check(result, 1, "row 5")
+
+
+def test_a_pipe_that_nobody_reads_is_no_output(
+    run: Run, world: Path, tmp_path: Path, unchanged: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "READER_WAIT", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    unchanged()
+    check(run(*command("classify", world, tmp_path, world / "test.parquet"), "--output", tmp_path / "pipe"), 1, "pipe")
+
+
+# -- inputs that are no files --
+
+UNFIT = {
+    "--text": (*BUILD, "--text", "{x}.parquet"),
+    "--classes": (
+        "index",
+        "import",
+        "{w}/keys.npy",
+        "--labels",
+        "{w}/labels.csv",
+        "--classes",
+        "{x}.txt",
+        "--out",
+        "{t}/out",
+    ),
+    "--labels": ("index", "import", "{w}/keys.npy", "--labels", "{x}.csv", "--out", "{t}/out"),
+    "--labels npy": ("index", "import", "{w}/keys.npy", "--labels", "{x}.npy", "--out", "{t}/out"),
+    "import": ("index", "import", "{x}.npy", "--labels", "{w}/labels.csv", "--out", "{t}/out"),
+    "split file": ("index", "build", "{x}.json", "--out", "{t}/out"),
+    "table": ("index", "build", "{x}.csv", "--out", "{t}/out"),
+    "feature table": ("index", "build", "{x}.parquet", "--out", "{t}/out"),
+    "--predictions": ("index", "query", "{w}/index", "SELECT 1", "--predictions", "{x}.json"),
+    "--results": (*EVALUATE, "--shots", "2", "--results", "{x}.parquet"),
+    "checkpoint": ("finetune", "{w}/index", "--source", "{w}/train.parquet", "--out", "{x}", "--resume"),
+    "dataset": ("index", "build", "{t}/data", "--dataset", "fgvc", "--out", "{t}/out"),
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/proc/kmsg"])
+@pytest.mark.parametrize("name", UNFIT)
+def test_an_input_that_is_no_file_is_named_and_not_waited_for(
+    run: Run, world: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    np.save(world / "keys.npy", rows(6))
+    (world / "labels.csv").write_text("label\n" + "cat\ndog\n" * 3)
+    (tmp_path / "data" / "fgvc_aircraft" / "images").mkdir(parents=True)
+    places = [tmp_path / f"x.{ending}" for ending in ("parquet", "csv", "json", "npy", "txt", "checkpoint")]
+    lists = [tmp_path / "data" / "fgvc_aircraft" / name for name in ("variants.txt", "images_variant_train.txt")]
+    for place in [*places, *lists]:
+        os.mkfifo(place) if kind == "pipe" else place.symlink_to(kind)
+    result = run(
+        *[
+            part.replace("{w}", str(world)).replace("{t}", str(tmp_path)).replace("{x}", str(tmp_path / "x"))
+            for part in UNFIT[name]
+        ]
+    )
+    check(result, 1, "variants.txt" if name == "dataset" else "/x.")
 
 
 # -- in a process of its own --

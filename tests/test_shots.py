@@ -128,7 +128,7 @@ def test_nothing_is_drawn_from_nothing() -> None:
 
 @pytest.mark.parametrize("shots", [0, -3])
 def test_shots_have_to_be_positive(shots: int) -> None:
-    with pytest.raises(UsageError, match=rf"^shots is {shots}: at least 1 image a class is needed$"):
+    with pytest.raises(UsageError, match=rf"^shots is {shots}: "):
         few_shot(["a"], shots)
     with pytest.raises(UsageError, match=rf"^shots is {shots}: "):
         few_shot_split(["a"], ["a"], shots)

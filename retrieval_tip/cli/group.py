@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -36,17 +37,25 @@ from retrieval_tip.cli.options import (
     INDEX,
     INDEX_SHARDS,
     MODEL,
+    NUMBER,
     PLACE,
     PLACE_OUT,
+    POSITIVE,
     RAY_ADDRESS,
     READING,
     SCALES,
+    SEED,
+    SEEDS,
+    SHOTS,
     VIEWS,
+    VIEWS_COUNT,
     K,
+    Number,
     asked_of,
     backbone_for,
     backbone_of,
     checked,
+    count,
     encoder_of,
     encoding_for,
     encoding_of,
@@ -55,13 +64,24 @@ from retrieval_tip.cli.options import (
     named,
     opened,
     ray_of,
+    say,
     shards_of,
     shown,
     source_of,
     validation,
     warn,
 )
-from retrieval_tip.errors import RetrievalTipError, Skipped, UsageError, counted, one_line
+from retrieval_tip.errors import (
+    InputError,
+    RetrievalTipError,
+    Skipped,
+    UsageError,
+    counted,
+    json_line,
+    message,
+    one_line,
+)
+from retrieval_tip.files import make_folders
 
 if TYPE_CHECKING:
     from retrieval_tip.classifier import Classifier
@@ -70,24 +90,77 @@ if TYPE_CHECKING:
     from retrieval_tip.lance.objects import Address
 
 
+PATHS_READ = 1 << 20
+"""Bytes of standard input that are read at a time."""
+MAX_PATHS, MAX_PATHS_BYTES = 1 << 24, 1 << 30
+"""Most paths on standard input, and most bytes."""
+
+
 class _Group(click.Group):
-    """Turns the package's errors into one line on standard error and the exit status that belongs to them."""
+    """Turns errors, the package's and click's, into one line on standard error and the exit status that fits them."""
+
+    def make_context(self, *given: Any, **more: Any) -> click.Context:
+        _fill_closed_streams()
+        with _in_one_line():
+            return super().make_context(*given, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _in_one_line(ctx):
             return super().invoke(ctx)
-        except UsageError as error:
-            raise click.UsageError(one_line(str(error)), ctx) from error
-        except RetrievalTipError as error:
-            raise click.ClickException(one_line(str(error))) from error
-        except BrokenPipeError:  # whoever reads has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(0)
-        except MemoryError:
-            raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
-        except OSError as error:
-            name = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(one_line(f"{name}{error.strerror or error}")) from error
+
+
+@contextmanager
+def _in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
+    """What is raised here, as an exception that click shows in one line of bounded length."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:  # it is the help
+        raise
+    except click.UsageError as error:
+        raise click.UsageError(message(error.format_message()), error.ctx) from error
+    except click.ClickException as error:
+        raise click.ClickException(message(error.format_message())) from error
+    except UsageError as error:
+        raise click.UsageError(message(str(error)), ctx) from error
+    except RetrievalTipError as error:
+        raise click.ClickException(message(str(error))) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
+    except OSError as error:
+        lost = _give_up_stdout()
+        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            raise click.exceptions.Exit(0) from None
+        name = error.filename or ("standard output" if lost else "")
+        raise click.ClickException(message(f"{name}: {error.strerror or error}".removeprefix(": "))) from error
+
+
+def _fill_closed_streams() -> None:
+    """Nowhere in place of standard streams that are closed: files would get their numbers, and what libraries print."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - to the end
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory is what is missing: torch says it in words, or by an error of its own."""
+    own = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return own or isinstance(error, MemoryError)
+
+
+def _give_up_stdout() -> bool:
+    """Whether standard output takes no more; what it still holds is then dropped, or Python would fail at its end."""
+    if sys.stdout is None:  # closed from the start
+        return False
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -128,10 +201,10 @@ def _leave_lightly() -> None:
 
 
 class _OneLine(logging.Formatter):
-    """A name in a message cannot start another line."""
+    """A name in a message cannot start another line, nor fill the screen."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
+        return message(super().format(record))
 
 
 class _Stderr:
@@ -187,9 +260,9 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
 @click.argument("folder", type=INDEX)
 @click.argument("inputs", nargs=-1, required=True)
 @ANSWER
-@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="Classes to report.")
+@click.option("--top", type=count(), default=1, show_default=True, help="Classes to report.")
 @click.option("--explain", is_flag=True, help="The nearest keys, and what text and cache gave to the winner.")
-@click.option("--neighbours", type=click.IntRange(1), default=5, show_default=True, help="Keys shown by --explain.")
+@click.option("--neighbours", type=count(), default=5, show_default=True, help="Keys shown by --explain.")
 @click.option("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order.")
 @click.option("--certify", is_flag=True,
               help="More keys where k do not settle an answer, at last all; says how many took what.")  # fmt: skip
@@ -210,7 +283,7 @@ def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, .
     """
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import prediction_row, write_rows
+    from retrieval_tip.cli.output import prediction_details, prediction_row, write_rows
     from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.store.labels import PREDICTIONS
 
@@ -237,7 +310,7 @@ def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, .
                     settled[found.keys] += 1
                     yield prediction_row(name, found, columns, given["abstain"])
 
-        write_rows(rows(), columns, given["style"], given["output"], schema)
+        write_rows(rows(), columns, given["style"], given["output"], schema, prediction_details)
     if given["certify"]:
         _say_settled(cache, settled)
     finish(ctx, encoder.skipped)
@@ -274,7 +347,7 @@ def _classify_on_ray(
         progress=not ctx.obj,
         say=_say,
     )
-    click.echo(f"{one_line(show(given['output']))}: {made.rows} rows{_parts(made)}", err=True)
+    say(f"{show(given['output'])}: {made.rows} rows{_parts(made)}")
     if given["certify"] and made.settled:
         _say_settled(cache, made.settled)
     finish(ctx, made.failed)
@@ -294,7 +367,7 @@ def _say_settled(cache: Classifier, settled: dict[int | None, int]) -> None:
     how = "proved" if cache.exact_search else "agreed with"
     pairs = sorted((keys or 0, number) for keys, number in settled.items())
     by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in pairs)
-    click.echo(f"{how} the answer of all keys: {', '.join(by)}", err=True)
+    say(f"{how} the answer of all keys: {', '.join(by)}")
 
 
 def _say(skipped: Skipped) -> None:
@@ -328,11 +401,11 @@ def _in_shards(ctx: click.Context, cache: Classifier, given: dict[str, Any]) -> 
 @click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
 @click.option(
     "--shots",
-    type=click.IntRange(1),
+    type=SHOTS,
     multiple=True,
     help="Draw so many a class from the index's keys, again for each seed and method; repeat for more.",
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="With --shots: seeds 1 to N.")
+@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="With --shots: seeds 1 to N.")
 @click.option("--method", "methods", multiple=True,
               help="With --shots: a method, repeat for more.  [default: all but tip-adapter-f]")  # fmt: skip
 @click.option("--val", type=FOLDER, help="With --shots: choose settings on this.  [default: leave-one-out]")
@@ -396,17 +469,18 @@ def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path
         skipped = encoder.skipped
     if given["plot"]:
         files = plots.write_plots(found, given["plot"])
-        click.echo(f"{one_line(show(given['plot']))}: {', '.join(file.name for file in files)}", err=True)
+        say(f"{show(given['plot'])}: {', '.join(file.name for file in files)}")
     result = found.to_dict()
     if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False))
+        click.echo(json_line(result))
     else:
         per_class, confusions = result.pop("per_class"), result.pop("confusions")
         for name, value in result.items():
             click.echo(f"{name:<15}  {shown(value)}")
         worst = sorted(per_class.items(), key=lambda pair: pair[1])[:5]
-        click.echo(f"{'worst classes':<15}  {', '.join(f'{name} {shown(value)}' for name, value in worst)}")
-        click.echo(f"{'confusions':<15}  {', '.join(f'{a} as {b} ({times})' for a, b, times in confusions) or 'none'}")
+        click.echo(one_line(f"{'worst classes':<15}  {', '.join(f'{name} {shown(value)}' for name, value in worst)}"))
+        pairs = ", ".join(f"{a} as {b} ({times})" for a, b, times in confusions)
+        click.echo(one_line(f"{'confusions':<15}  {pairs or 'none'}"))
     finish(ctx, skipped)
 
 
@@ -460,11 +534,9 @@ def _sweep(ctx: click.Context, folder: Path, source: Path, as_json: bool, given:
 @click.option("--val", type=FOLDER,
               help="Labelled validation source, for curves and surface; of a split .json its val part.  "
                    "[default: the shots, each left out]")  # fmt: skip
-@click.option("--shots", type=click.IntRange(1), multiple=True,
+@click.option("--shots", type=SHOTS, multiple=True,
               help="Keys a class that are drawn for the curves; repeat for more.  [default: 1, 2, 4 ...]")  # fmt: skip
-@click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws of each number: seeds 1 to N."
-)
+@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Draws of each number: seeds 1 to N.")
 @click.option("--no-curves", is_flag=True, help="No accuracy over shots, which takes longest.")
 @ANSWER
 @BACKBONE
@@ -516,11 +588,11 @@ def report_command(ctx: click.Context, /, folder: Path, source: Path, out: Path,
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
               help="A further name that requests may ask for; repeat for more.  "
                    "[default: this machine's own, and any where --host is another]")  # fmt: skip
-@click.option("--max-bytes", type=click.IntRange(1), default=32 << 20, show_default=True, help="Of a request.")
-@click.option("--max-pixels", type=click.IntRange(1), default=50_000_000, show_default=True, help="Of an image.")
-@click.option("--queue", type=click.IntRange(1), default=256, show_default=True,
+@click.option("--max-bytes", type=count(), default=32 << 20, show_default=True, help="Of a request.")
+@click.option("--max-pixels", type=count(), default=50_000_000, show_default=True, help="Of an image.")
+@click.option("--queue", type=count("queue"), default=256, show_default=True,
               help="Images that wait at most; more are answered with 429.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=30.0, show_default=True, metavar="SECONDS",
+@click.option("--timeout", type=Number(0.1, 86_400), default=30.0, show_default=True, metavar="SECONDS",
               help="Until an answer.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
               show_default=True, help="As for classify.")  # fmt: skip
@@ -554,8 +626,8 @@ def serve_command(ctx: click.Context, /, folders: tuple[Path | Address, ...], **
         served = open_all(folders, given["device"], given["precision"], given["verify"])
         app = create_app(served, limits, token=token, uploads=given["uploads"], root=given["root"])
         what = ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
-        line = one_line(f"serving {what} at {address(listening)}; Ctrl+C ends it")
-        serve(app, listening, lambda: click.echo(line, err=True), given["timeout"])
+        line = f"serving {what} at {address(listening)}; Ctrl+C ends it"
+        serve(app, listening, lambda: say(line), given["timeout"])
 
 
 @main.command("search-hp")
@@ -564,9 +636,9 @@ def serve_command(ctx: click.Context, /, folders: tuple[Path | Address, ...], **
 @click.option(
     "--leave-one-out", is_flag=True, help="Score each shot with its own image's keys hidden; needs no images."
 )
-@click.option("--folds", type=click.IntRange(2), help="Score each shot with its fold's keys hidden.")
+@click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden.")
 @click.option(
-    "--val-shots", type=K(), help="Validation images a class, or all.  [default: min(shots, 4), as published]"
+    "--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4), as published]"
 )
 @click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
               help="paper: the published grid over the whole validation source.")  # fmt: skip
@@ -639,26 +711,26 @@ def search_command(ctx: click.Context, /, folder: Path, source: Path | None, **g
                    "[default: where the index was built from]")  # fmt: skip
 @click.option("--val", type=FOLDER, help="Labelled validation source, which chooses epoch and settings; of a "
                                          "split .json its val part.")  # fmt: skip
-@click.option("--val-shots", type=K(), help="Validation images a class, or all.  [default: min(shots, 4)]")
-@click.option("--epochs", type=click.IntRange(1), default=20, show_default=True, help="Passes over the shots.")
-@click.option("--batch", type=click.IntRange(1), default=256, show_default=True, help="Queries a step.")
-@click.option("--lr", type=float, default=1e-3, show_default=True,
+@click.option("--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4)]")
+@click.option("--epochs", type=count("epochs"), default=20, show_default=True, help="Passes over the shots.")
+@click.option("--batch", type=count("batch"), default=256, show_default=True, help="Queries a step.")
+@click.option("--lr", type=POSITIVE, default=1e-3, show_default=True,
               help="Learning rate, falling along a cosine; of encoders a thousandth.")  # fmt: skip
-@click.option("--eps", type=float, default=1e-4, show_default=True, help="AdamW's.")
-@click.option("--weight-decay", type=float, default=0.01, show_default=True, help="AdamW's.")
-@click.option("--views-cache", type=click.IntRange(1), metavar="M",
+@click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="AdamW's.")
+@click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="AdamW's.")
+@click.option("--views-cache", type=VIEWS_COUNT, metavar="M",
               help="Encode M augmented views of each shot once, and draw from them.  "
                    "[default: 16; with an encoder in training, fresh ones]")  # fmt: skip
 @click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode another view of each shot every epoch.")
-@click.option("--train-k", type=click.IntRange(1), metavar="N",
+@click.option("--train-k", type=count(), metavar="N",
               help="Train only the N nearest keys of each query: for caches too large for dense steps.")  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
               help="Of the matrix products; auto: bfloat16 where it is measured to be worth it.")  # fmt: skip
 @click.option("--settings", type=click.Choice(["tried", "own"]), default="tried", show_default=True,
               help="Alpha and beta to train with; tried: with --val, the best of a few; own: the index's.")  # fmt: skip
-@click.option("--alpha", type=float, help="Train with this alpha instead.  [implies --settings own]")
-@click.option("--beta", type=float, help="Train with this beta instead.  [implies --settings own]")
-@click.option("--seed", type=int, default=1, show_default=True, help="Draws batches and views.")
+@click.option("--alpha", type=NUMBER, help="Train with this alpha instead.  [implies --settings own]")
+@click.option("--beta", type=NUMBER, help="Train with this beta instead.  [implies --settings own]")
+@click.option("--seed", type=SEED, default=1, show_default=True, help="Draws batches and views.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run (its state is OUT.checkpoint).")
 @click.option("--plot", type=FILE, help="PNG file for loss and accuracy by epoch (needs matplotlib).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -702,7 +774,7 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
     if given["val"] is not None:
         sources.append(validation(cache, given["val"], given))
     checkpoint = Path(f"{out}.checkpoint")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(out.parent)
     backbone = backbone_for(cache, sources, given | {"precision": "auto"})
     settings = {name: given[name] for name in given if name not in ("views", "seed")}
     with encoder_of(ctx, backbone, settings) as encoder, _to_be_resumed(checkpoint):
@@ -833,9 +905,26 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 def _paths_on_stdin() -> Iterator[str]:
-    """One path a line, or separated by NUL (``find -print0``), whatever bytes they are made of."""
-    data = sys.stdin.buffer.read()
-    yield from map(os.fsdecode, data.split(b"\0" if b"\0" in data else b"\n"))
+    """One path a line, or separated by NUL (``find -print0``), whatever bytes they are made of.
+
+    Raises InputError where standard input is closed, or has more than any list of images.
+    """
+    if sys.stdin is None:
+        raise InputError("standard input is closed; it has the paths where - is given")
+    rest, paths, size, separator = b"", 0, 0, b""
+    while block := sys.stdin.buffer.read(PATHS_READ):
+        separator = separator or (b"\0" if b"\0" in block else b"\n")
+        whole, ended, last = (rest + block).rpartition(separator)
+        found = re.findall(b"[^" + separator + b"]+", whole) if ended else []
+        rest, paths, size = last, paths + len(found), size + len(block)
+        if paths > MAX_PATHS or size > MAX_PATHS_BYTES or len(rest) > PATHS_READ:
+            raise InputError(
+                f"standard input: more than {MAX_PATHS:,} paths or {MAX_PATHS_BYTES:,} bytes, or no paths at all; "
+                "give a table of them"
+            )
+        yield from map(os.fsdecode, found)
+    if rest:
+        yield os.fsdecode(rest)
 
 
 @contextmanager
@@ -845,5 +934,5 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if checkpoint.exists():
-            click.echo("interrupted; the same command with --resume goes on from the last checkpoint", err=True)
+            say("interrupted; the same command with --resume goes on from the last checkpoint")
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,23 +16,31 @@ from retrieval_tip.cli.options import (
     FOLDER,
     FORMAT,
     INDEX,
+    NUMBER,
+    POSITIVE,
     READING,
+    SEED,
+    SHOTS,
     VIEWS,
+    VIEWS_COUNT,
     K,
+    Number,
     Origin,
     backbone_for,
     backbone_of,
     checked,
+    count,
     encoder_of,
     finish,
     manifest_of,
     options,
     recipe,
+    say,
     shown,
     source_of,
     warn,
 )
-from retrieval_tip.errors import counted, one_line
+from retrieval_tip.errors import counted, few, json_line, one_line
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
@@ -61,20 +68,20 @@ def index() -> None:
 @BACKBONE
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class, instead of prompts.")
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
-@click.option("--shots", type=click.IntRange(1), help="Draw so many a class, as published.  [default: all]")
+@click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
 @VIEWS
 @click.option("--index", "factory",
               help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. Of a LanceDB "
                    "store: auto, Flat, IvfFlat, IvfSq or HnswSq.  [default: Flat, of a store auto]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
-@click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
-@click.option("--beta", type=float, help="Sharpness of the affinity.  [default: from the shots]")
+@click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]")
+@click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]")
 @click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
               help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
                    "[default: both; none where alpha or beta is given]")  # fmt: skip
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: all; with --index auto its choice]")
-@click.option("--logit-scale", type=float, help="Factor of the text logits.  [default: the backbone's, else 100]")
+@click.option("--logit-scale", type=POSITIVE, help="Factor of the text logits.  [default: the backbone's, else 100]")
 @READING
 @ENCODING
 @click.pass_context
@@ -121,7 +128,7 @@ def info(folder: Place, as_json: bool) -> None:
 
     facts = at(folder).describe()
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(json_line(facts))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -135,7 +142,8 @@ def verify(folder: Place) -> None:
     from retrieval_tip.index.places import at
 
     cache = at(folder).verify()
-    click.echo(f"{folder}: version {cache.version} is whole ({cache.n} keys, {len(cache.class_names)} classes)")
+    whole = f"version {cache.version} is whole ({cache.n} keys, {len(cache.class_names)} classes)"
+    click.echo(one_line(f"{folder}: {whole}"))
 
 
 @index.command("query")
@@ -143,7 +151,9 @@ def verify(folder: Place) -> None:
 @click.argument("sql")
 @FORMAT
 @click.option("--predictions", type=FILE, help="What classify wrote (.parquet, .csv, .json), as table predictions.")
-def query(folder: Place, sql: str, predictions: Path | None, style: str, output: Path | None) -> None:
+@click.option("--timeout", type=click.IntRange(1, 86_400), default=60, show_default=True,
+              help="Seconds that the answer may take.")  # fmt: skip
+def query(folder: Place, sql: str, predictions: Path | None, timeout: int, style: str, output: Path | None) -> None:
     """Ask the label store: one SELECT, read-only, without access to other files.
 
     The table labels has key_id, class_id, label, source, shot, views, digest, added_at and the further columns of the
@@ -154,14 +164,14 @@ def query(folder: Place, sql: str, predictions: Path | None, style: str, output:
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
 
-    write_table(at(folder).query(sql, predictions), style, output)
+    write_table(at(folder).query(sql, predictions, timeout), style, output)
 
 
 @index.command("tune")
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=FOLDER, required=True,
               help="Images or features to tune on, not the shots; of a split .json its val part.")  # fmt: skip
-@click.option("--agreement", type=click.FloatRange(0, 1, min_open=True), default=0.999, show_default=True,
+@click.option("--agreement", type=Number(0, 1, above=True), default=0.999, show_default=True,
               help="Share of the answers that have to be those over all keys.")  # fmt: skip
 @click.option("--index", "factories", multiple=True,
               help="FAISS factory to try, repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
@@ -205,7 +215,7 @@ def tune_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any
         where = f"tuned on {val.name}, n={found.n}, agreement {found.chosen.agreement:.4g}"
         cache.provenance = cache.provenance | {"index": where, "k": where}
         cache.save(folder, "tune")
-        click.echo(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}", err=True)
+        say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")
     finish(ctx, encoder.skipped)
 
 
@@ -228,9 +238,9 @@ _WHICH = options(
 @click.argument("folder", type=INDEX)
 @click.argument("source", type=FOLDER)
 @click.option("--text", type=FILE, help="Feature table of text features of the new classes, instead of prompts.")
-@click.option("--shots", type=click.IntRange(1), help="Draw so many a class, as published.  [default: all]")
-@click.option("--views", type=click.IntRange(1), help="Views that a key is the mean of.  [default: as the index's]")
-@click.option("--seed", type=int, help="Draws shots and views.  [default: the index's, else 1]")
+@click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
+@click.option("--views", type=VIEWS_COUNT, help="Views that a key is the mean of.  [default: as the index's]")
+@click.option("--seed", type=SEED, help="Draws shots and views.  [default: the index's, else 1]")
 @click.option("--skip-known", is_flag=True, help="Leave out images that the index has under the same label.")
 @BACKBONE
 @READING
@@ -297,11 +307,11 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 
 @index.command("set")
 @click.argument("folder", type=INDEX)
-@click.option("--alpha", type=float, help="Weight of the cache beside the text.")
-@click.option("--beta", type=float, help="Sharpness of the affinity.")
+@click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.")
+@click.option("--beta", type=NUMBER, help="Sharpness of the affinity.")
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.")
 @click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.")
-@click.option("--temperature", type=float, help="Divides the logits where they become probabilities.")
+@click.option("--temperature", type=POSITIVE, help="Divides the logits where they become probabilities.")
 @click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
               help="Alpha and beta in units of the shots there are now; both: as a new build has them.")  # fmt: skip
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
@@ -355,7 +365,7 @@ def history_command(folder: Place, style: str, output: Path | None) -> None:
 
 @index.command("rollback")
 @click.argument("folder", type=INDEX)
-@click.option("--version", type=click.IntRange(1), help="Version to go back to.  [default: the one before]")
+@click.option("--version", type=count(), help="Version to go back to.  [default: the one before]")
 def rollback_command(folder: Place, version: int | None) -> None:
     """Make an earlier version the content of a new one."""
     from retrieval_tip.index import changes
@@ -365,7 +375,7 @@ def rollback_command(folder: Place, version: int | None) -> None:
 
 @index.command("gc")
 @click.argument("folder", type=INDEX)
-@click.option("--keep", type=click.IntRange(1), default=1, show_default=True, help="Versions to keep, the last ones.")
+@click.option("--keep", type=count(), default=1, show_default=True, help="Versions to keep, the last ones.")
 def gc_command(folder: Place, keep: int) -> None:
     """Give up earlier versions, and remove the files that only they have."""
     from retrieval_tip.data.sources import show
@@ -378,7 +388,7 @@ def gc_command(folder: Place, keep: int) -> None:
 @index.command("clone")
 @click.argument("folder", type=INDEX)
 @click.argument("out", type=INDEX)
-@click.option("--version", type=click.IntRange(1), help="Version to copy.  [default: the current one]")
+@click.option("--version", type=count(), help="Version to copy.  [default: the current one]")
 def clone_command(folder: Place, out: Place, version: int | None) -> None:
     """Copy an index into a new folder OUT, checked on the way."""
     from retrieval_tip.index import changes
@@ -413,8 +423,8 @@ def export_command(folder: Path, out: Path, text: Path | None) -> None:
 @click.option("--index", "factory", help="As for index build.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
-@click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: from the shots]")
-@click.option("--beta", type=float, help="Sharpness of the affinity.  [default: from the shots]")
+@click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]")
+@click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]")
 @click.pass_context
 def import_command(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None:
     """Build an index from keys that another program made.
@@ -452,7 +462,7 @@ def _say(folder: Place, version: int, what: str) -> None:
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
     """What was added, and what is suspicious about it."""
-    from retrieval_tip.index.build import few, warn_of
+    from retrieval_tip.index.build import warn_of
 
     what = f"{counted(len(added.key_ids), 'key')} added"
     if added.classes:

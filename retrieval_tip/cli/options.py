@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import click
 
+from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.errors import Skipped, UsageError, one_line
+from retrieval_tip.errors import InputError, Skipped, UsageError, message, one_line
+from retrieval_tip.files import read_regular
 from retrieval_tip.lance.objects import Address
 
 if TYPE_CHECKING:
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
 FAILED, WRONG_USAGE, SOME_SKIPPED = 1, 2, 3
 SHOWN = 20
 """Classes that a line names."""
+LARGEST = 1e30
+"""The largest number that is taken: what is computed with it, in float32, reaches to 3e38."""
+RECIPE_BYTES = 1 << 20
+"""The largest recipe."""
 
 
 class Folder(click.Path):
@@ -90,6 +97,9 @@ class K(click.ParamType[Any]):
 
     name = "N|all"
 
+    def __init__(self, kind: str = "") -> None:
+        self.most = MOST.get(kind, MANY)
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
         """The number, 1 or more, or ``all``."""
         if value == "all":
@@ -98,9 +108,34 @@ class K(click.ParamType[Any]):
             number = int(value)
         except ValueError:
             number = 0
-        if number < 1:
-            self.fail(f"{value!r} is neither a number of keys, 1 or more, nor 'all'", param, ctx)
+        if not 1 <= number <= self.most:
+            self.fail(f"{value!r} is neither a number from 1 to {self.most} nor 'all'", param, ctx)
         return number
+
+
+def count(kind: str = "", least: int = 1) -> click.IntRange:
+    """A whole number from ``least`` to the most of its kind."""
+    return click.IntRange(least, MOST.get(kind, MANY))
+
+
+SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
+
+
+class Number(click.FloatRange):
+    """A number between bounds: neither NaN, which lies in every range, nor infinite."""
+
+    def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:
+        super().__init__(least, most, min_open=above)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)
 
 
 def options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -109,20 +144,68 @@ def options(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
 
 
 def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
-    """Options from a TOML file: defaults that the command line overrides."""
+    """Options from a TOML file: defaults that the command line overrides, each of the type that its option has."""
     if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise click.BadParameter(f"{path}: {error}", ctx) from None
-        known = {parameter.name: parameter for parameter in ctx.command.params}
+        values = _toml(path)
+        known = {parameter.name: parameter for parameter in ctx.command.params if parameter.expose_value}
         for name, value in values.items():
             if name not in known:
                 raise click.BadParameter(f"{path}: unknown setting {name!r}", ctx)
-            if isinstance(value, list | dict) and not getattr(known[name], "multiple", False):
-                raise click.BadParameter(f"{path}: {name} takes one value, not {value!r}", ctx)
+            expected, fits = _kind(known[name])
+            if not fits(value):
+                raise click.BadParameter(f"{path}: {name}: expected {expected}, not {_shown_toml(value)}", ctx)
         ctx.default_map = values
     return path
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says."""
+    try:
+        return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
+    except InputError as error:  # which names it
+        raise click.BadParameter(str(error)) from None
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise click.BadParameter(f"{path}: {error}") from None
+    except RecursionError:
+        raise click.BadParameter(f"{path}: arrays or tables are nested too deeply") from None
+
+
+def _kind(parameter: click.Parameter) -> tuple[str, Callable[[Any], bool]]:
+    """What TOML has to have for an option or argument, in words and as a test."""
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return "true or false", lambda value: isinstance(value, bool)
+    what, fits = _single(parameter.type)
+    if getattr(parameter, "multiple", False):
+        return f"an array, of {what} each", lambda value: isinstance(value, list) and all(map(fits, value))
+    return what, fits
+
+
+def _single(kind: click.ParamType[Any]) -> tuple[str, Callable[[Any], bool]]:
+    """What TOML has to have for one value of a type."""
+    if isinstance(kind, K):
+        return "a whole number or 'all'", lambda value: _is_whole(value) or value == "all"
+    if isinstance(kind, click.types.IntParamType):
+        return "a whole number", _is_whole
+    if isinstance(kind, click.types.FloatParamType):
+        return "a number", lambda value: _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return "text", lambda value: isinstance(value, str) and "\0" not in value  # no path or name has that
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a whole number such as TOML has: it fits into 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _shown_toml(value: Any) -> str:
+    """A value of TOML as a message shows it; of what holds others, or may be without end, only the kind."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | float) or _is_whole(value):
+        return repr(value)
+    kinds = {int: "a larger one than 64 bits hold", list: "an array", dict: "a table"}
+    return kinds.get(type(value), "a date or time")
 
 
 MODEL = options(
@@ -145,9 +228,9 @@ READING = options(
 ENCODING = options(
     click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
                  help="Rows of feature tables: must have norm 1, are scaled to it, or are kept as they are."),
-    click.option("--batch-size", type=click.IntRange(1),
+    click.option("--batch-size", type=count("batch_size"),
                  help="Images encoded at a time.  [default: the backbone's best, 4 on a CPU, 64 on a GPU]"),
-    click.option("--workers", type=click.IntRange(1), default=min(16, os.cpu_count() or 1), show_default="cores",
+    click.option("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1), show_default="cores",
                  help="Threads that read and decode images."),
     click.option("--cache", type=FOLDER,
                  help="Folder of the encoding cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"),
@@ -158,15 +241,15 @@ ENCODING = options(
     DEVICE,
 )  # fmt: skip
 VIEWS = options(
-    click.option("--views", type=click.IntRange(1), default=1, show_default=True,
+    click.option("--views", type=VIEWS_COUNT, default=1, show_default=True,
                  help="1: the centre view; V > 1: mean of V augmented views, as in the paper."),
-    click.option("--seed", type=int, default=1, show_default=True, help="Draws shots and views."),
+    click.option("--seed", type=SEED, default=1, show_default=True, help="Draws shots and views."),
 )  # fmt: skip
 ANSWER = options(
     click.option("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: the index's]"),
     click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.  [default: tail]"),
-    click.option("--alpha", type=float, help="Weight of the cache beside the text.  [default: the index's]"),
-    click.option("--beta", type=float, help="Sharpness of the affinity.  [default: the index's]"),
+    click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: the index's]"),
+    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: the index's]"),
     click.option(
         "--where", metavar="SQL", help="Use only the keys that this condition over the label store holds for."
     ),
@@ -185,21 +268,21 @@ ENGINE = options(
     click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
                  help="ray: by shards on a pool of processes, here or on a cluster, into a folder of parts that a "
                       "second run completes; takes tars and s3:// too."),
-    click.option("--actors", type=click.IntRange(1), metavar="N",
+    click.option("--actors", type=count("actors"), metavar="N",
                  help="With --engine ray: processes that work, at most.  [default: what there is room for]"),
-    click.option("--shard-size", type=click.IntRange(1), metavar="N",
+    click.option("--shard-size", type=count(), metavar="N",
                  help="With --engine ray: items that are done, and done again, together.  "
                       "[default: 256 images, 16384 rows of features; a tar is one shard]"),
 )  # fmt: skip
 INDEX_SHARDS = click.option(
     "--index-shards",
-    type=click.IntRange(1),
+    type=count("index_shards"),
     metavar="N",
     help="Keep the keys in N actors of Ray, each with a part of the index: exact, for more keys than one memory holds.",
 )
-ABSTAIN = click.option("--abstain", type=click.FloatRange(0, 1), metavar="P",
+ABSTAIN = click.option("--abstain", type=SHARE, metavar="P",
                         help="Withhold answers of a probability below P.")  # fmt: skip
-SCALES = click.option("--scales", type=(float, float), default=(7.0, 3.0), show_default=True,
+SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), default=(7.0, 3.0), show_default=True,
                        help="Largest beta and alpha of the published grid.")  # fmt: skip
 FORMAT = options(
     click.option("--format", "style", type=click.Choice(["table", "json", "csv", "parquet"]), default="table",
@@ -230,6 +313,11 @@ def validation(cache: CacheModel, path: Path, given: dict[str, Any], *, every: b
     val = open_source(path, split="val", root=given["root"])
     every = every or given["val_shots"] == "all"
     return val if every else val.take(validation_shots(cache, val, path, given["val_shots"]))
+
+
+def say(text: str) -> None:
+    """Say this on standard error, as a message."""
+    click.echo(message(text), err=True)
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -284,7 +372,7 @@ def index_with(folder: Path | Address, given: dict[str, Any]) -> Model:
 
 def _restricted(cache: Model, where: str) -> CacheModel:
     """The index over the keys that a condition holds for; what remains of each class is said."""
-    from retrieval_tip.store.labels import rows_where
+    from retrieval_tip.store.query import rows_where
 
     rows = rows_where(cache.labels, where)
     if not len(rows):
@@ -293,7 +381,7 @@ def _restricted(cache: Model, where: str) -> CacheModel:
     counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
     parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
     left = f", and {len(parts) - SHOWN} more classes" if len(parts) > SHOWN else ""
-    click.echo(one_line(f"where: {rest.n} of {cache.n} keys remain ({', '.join(parts[:SHOWN])}{left})"), err=True)
+    say(f"where: {rest.n} of {cache.n} keys remain ({', '.join(parts[:SHOWN])}{left})")
     return rest
 
 
@@ -479,15 +567,15 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {shown(part)}" for key, part in value.items())
+        return ", ".join(f"{one_line(key)} {shown(part)}" for key, part in value.items())
     if isinstance(value, list):
         line = ", ".join(shown(part) for part in value[:8])
         return line + (f" ... ({len(value)} in all)" if len(value) > 8 else "")
-    return "-" if value is None else str(value)
+    return "-" if value is None else one_line(str(value))
 
 
 def finish(ctx: click.Context, skipped: list[Skipped]) -> None:
     """Each skipped input was named when it was met; the exit status says that there were some."""
     if skipped:
-        click.echo(f"{len(skipped)} inputs could not be read", err=True)
+        say(f"{len(skipped)} inputs could not be read")
         ctx.exit(SOME_SKIPPED)

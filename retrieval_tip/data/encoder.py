@@ -26,9 +26,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from retrieval_tip.backbones.open_clip import Backbone, Identity, unit
+from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.sources import FEATURE, Source, few_names, open_parquet, row_groups, row_list, show, table_files
-from retrieval_tip.errors import BackboneError, InputError, Skipped, UsageError
+from retrieval_tip.errors import BackboneError, InputError, Skipped, UsageError, counted
+from retrieval_tip.files import make_folders
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +117,8 @@ class Encoder:
     def __post_init__(self) -> None:
         for name in ("views", "batch_size", "workers"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}: at least 1 is needed")
+            if value is not None:
+                check_count(name, value)
         if self.norms not in NORMS:
             raise UsageError(f"norms {self.norms!r}: expected one of {', '.join(NORMS)}")
 
@@ -126,7 +128,7 @@ class Encoder:
         Raises:
             InputError: a feature table with missing, unequal, non-finite or (``norms="check"``) unnormalised rows; with
                 ``strict`` an unreadable image; no readable item at all.
-            UsageError: images, but no backbone.
+            UsageError: images, but no backbone; views and images at a time that do not fit in memory.
             BackboneError: a feature table made with another backbone.
         """
         for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
@@ -149,8 +151,8 @@ class Encoder:
         of one shot, in the table's order, and ``names`` says nothing; norms are those that ``norms`` asks for. Shots
         come in order of first appearance.
 
-        Raises as :meth:`blocks`; UsageError where ``names`` is empty or names a view twice, InputError where the source
-        is empty.
+        Raises as :meth:`blocks`; UsageError where ``names`` is empty or names a view twice, or all of these features do
+        not fit in memory; InputError where the source is empty.
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; at least one item is needed")
@@ -158,6 +160,8 @@ class Encoder:
         if source.paths is not None:
             if not names or len(set(names)) < len(names):
                 raise UsageError(f"views {', '.join(names) or 'none'}: at least one is needed, and each of them once")
+            values = 2 * len(first) * len(names) * self._needed_backbone(source).dim  # twice: parts, and all of them
+            check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
             source, shots = source.take(first), np.arange(len(first))
         parts = list(self._parts(source, names, _each_view))
         shots = shots[np.concatenate([positions for positions, _, _ in parts])]
@@ -180,9 +184,9 @@ class Encoder:
 
         if source.paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; training an encoder needs the images")
-        if size < 1:
-            raise UsageError(f"size is {size}: at least 1 is needed")
+        check_count("batch", size)
         backbone = self._needed_backbone(source)
+        _check_pixels(backbone, len(source), 1, size, 2)
         start, done = 0, 0
         chunks = _chunks(source.paths, size)
         for chunk in self._ahead(
@@ -296,6 +300,7 @@ class Encoder:
         """Merged features ``[v, d]`` and digests of images, a batch at a time."""
         scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
         size = self.batch_size or backbone.batch_size
+        _check_pixels(backbone, len(paths), len(names), size, 3)
         least = _least(backbone) if self.reduce else None
 
         def kept(digest: str, view: str) -> FloatArray | None:
@@ -367,10 +372,26 @@ class _Loaded:
     problem: str | None
 
 
+def _sides(backbone: Backbone) -> tuple[int, int]:
+    """Pixels of each side of a view."""
+    size = backbone.identity.preprocess["size"]
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 def _least(backbone: Backbone) -> int:
     """How many pixels each side of a picture must keep where it is decoded at less than its size."""
-    size = backbone.identity.preprocess["size"]
-    return REDUCED_SIDES * (size if isinstance(size, int) else max(size))
+    return REDUCED_SIDES * max(_sides(backbone))
+
+
+def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
+    """Raise UsageError where pixels do not fit in memory: views of images, of which ``chunks`` of ``size`` are held.
+
+    And once more a batch of ``size`` views, which is what the backbone gets.
+    """
+    height, width = _sides(backbone)
+    held = views * min(number, chunks * size) + min(views * number, size)
+    what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
+    check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")
 
 
 def _load(
@@ -452,7 +473,7 @@ class EncodingCache:
         self.path = Path(folder) / "encodings.sqlite"
         self._lock = threading.Lock()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(self.path.parent)
             self._db = self._open()
         except sqlite3.OperationalError as error:
             raise self._unusable(error) from None
@@ -463,9 +484,13 @@ class EncodingCache:
 
     @staticmethod
     def default_folder() -> Path:
-        """``$RETRIEVAL_TIP_CACHE``, else ``retrieval-tip`` in the user's cache folder."""
-        own = os.environ.get("RETRIEVAL_TIP_CACHE")
-        return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
+        """``$RETRIEVAL_TIP_CACHE``, else ``retrieval-tip`` in the user's cache folder. Raises UsageError: no home."""
+        if own := os.environ.get("RETRIEVAL_TIP_CACHE"):
+            return Path(own)
+        try:
+            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
+        except RuntimeError:  # a user without a home, as in some containers
+            raise UsageError("the encoding cache has no place: no home folder; give --cache or --no-cache") from None
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(
@@ -483,6 +508,8 @@ class EncodingCache:
             raise self._unusable(error) from None
 
     def _open(self) -> sqlite3.Connection:
+        if self.path.exists() and not self.path.is_file():  # of a pipe, SQLite would wait for ever
+            raise self._unusable(ValueError("not a file"))
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
         try:
             db.execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -28,11 +29,14 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import IDENTITY_KEY, NORM_TOLERANCE, TABLE_ROWS, replacing
 from retrieval_tip.data.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list, show
 from retrieval_tip.errors import InputError, UsageError, first_line
+from retrieval_tip.files import check_regular, read_regular
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
+MAX_NAMES = 1 << 27
+"""Largest file of class names, in bytes."""
 MAX_NAME = 1024
 """Longest class name, in characters. Ids may have :data:`sources.MAX_TEXT`, as in every table that is read."""
 
@@ -422,7 +426,7 @@ def _class_names(file: Path) -> list[str]:
                 raise InputError(f"{name}: no column 'name' among {few_names(columns)}; call the column of names so")
             found: Any = [each for rows in _read_rows(file) for each in rows[column].to_pylist()]
         else:
-            text = file.read_text("utf-8-sig")
+            text = io.TextIOWrapper(io.BytesIO(read_regular(file, MAX_NAMES)), "utf-8-sig").read()
             found = json.loads(text) if suffix == ".json" else text.rstrip().split("\n")
     except (ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(f"{name}: cannot be read: {error}") from None
@@ -541,6 +545,7 @@ def _open_csv(file: Path, texts: Sequence[str]) -> pyarrow.csv.CSVStreamingReade
     types = dict.fromkeys(texts, pa.string())
     convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
     try:  # the name as bytes: it may not be UTF-8
+        check_regular(file)
         reader = pyarrow.csv.open_csv(pa.OSFile(os.fsencode(file)), parse_options=parse, convert_options=convert)
         "".join(reader.schema.names)  # which may not be UTF-8 either
         return reader

@@ -20,7 +20,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.data import images, remote
-from retrieval_tip.errors import InputError, first_line, one_line
+from retrieval_tip.errors import InputError, few, first_line, one_line
+from retrieval_tip.files import check_regular, read_regular
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ RUN, COMPLETE = "run.json", "complete.json"
 """In a folder of parts: what is being made, and, written last, that it is all there."""
 MAX_TEXT = 4096
 """Longest label or id, in characters: more is a table read wrongly."""
+MAX_SPLIT = 1 << 27
+"""Largest split file, in bytes: one of ImageNet takes as much."""
 MAX_ROWS = 2**31 - 1
 """Most rows of a table: a file of a few bytes may claim any number."""
 MAX_SHOWN = 64
@@ -253,13 +256,15 @@ def subfolders(folder: Path) -> list[os.DirEntry[str]]:
 def _split_file(file: Path, split: str, root: str | None) -> Source:
     name = f"{show(file)} ({split})"
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(read_regular(file, MAX_SPLIT))
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{show(file)}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{show(file)}: not JSON ({error})") from None
     if not isinstance(data, dict) or split not in data:
-        has = ", ".join(map(repr, data)) if isinstance(data, dict) else "no parts at all"
+        has = few(list(map(repr, data))) if isinstance(data, dict) else "no parts at all"
         raise InputError(f"{show(file)}: no part {split!r}; a split file has train, val and test, this one {has}")
     entries: list[tuple[str, int, str]] = []
     for row, entry in enumerate(data[split] if isinstance(data[split], list) else [None]):
@@ -405,6 +410,8 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
     url = file if isinstance(file, str) and remote.is_remote(file) else None
 
     def read() -> pq.ParquetFile:
+        if url is None:
+            check_regular(file)
         raw = pa.memory_map(os.fsencode(file)) if url is None else pa.PythonFile(remote.opened(url), "r")
         parquet = pq.ParquetFile(raw)
         "".join(parquet.schema_arrow.names)  # which may not be UTF-8
@@ -437,6 +444,7 @@ def _read_csv(file: Path) -> pa.Table:
             columns: list[str] = reader.schema.names
             return columns
 
+    _read(name, lambda: check_regular(file))
     columns = _read(name, header)
     _once(columns, name)
     return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))

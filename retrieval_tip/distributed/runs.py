@@ -29,6 +29,7 @@ from retrieval_tip.data import remote
 from retrieval_tip.data.encoder import replacing
 from retrieval_tip.data.sources import COMPLETE, RUN, open_parquet, show
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
+from retrieval_tip.files import make_folders
 
 FORMAT = 1
 PART_KEY = b"retrieval_tip.part"
@@ -119,7 +120,7 @@ class Run:
         place = self.at(name)
         if not remote.is_remote(place):
             try:
-                Path(place).parent.mkdir(parents=True, exist_ok=True)
+                make_folders(Path(place).parent)
             except OSError as error:
                 raise InputError(f"{show(place)}: cannot be written: {error.strerror}") from None
             with replacing(Path(place)) as temporary:

@@ -29,7 +29,8 @@ from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places as stores
 from retrieval_tip.settings import Settings
-from retrieval_tip.store.labels import PREDICTIONS, rows_where
+from retrieval_tip.store.labels import PREDICTIONS
+from retrieval_tip.store.query import rows_where
 
 GROUP_ROWS = 1024
 NOT_SAID = ("workers", "batch_size", "strict", "progress")

@@ -23,6 +23,7 @@ from retrieval_tip.data.encoder import Encoder, replacing
 from retrieval_tip.data.shots import few_shot, few_shot_split
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, first_line
+from retrieval_tip.files import check_regular
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
 from retrieval_tip.fit.trainer import Recipe
@@ -168,7 +169,9 @@ def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Rows of a table of runs. Raises InputError where it is none."""
     try:
-        table = pq.read_table(path)
+        check_regular(path)
+        with pa.OSFile(os.fsencode(path)) as file:
+            table = pq.ParquetFile(file).read()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
     if table.schema.names != SCHEMA.names:

@@ -16,6 +16,7 @@ from torch import Tensor
 from retrieval_tip.data.encoder import replacing
 from retrieval_tip.data.sources import show
 from retrieval_tip.errors import InputError
+from retrieval_tip.files import check_regular
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -32,6 +33,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The inverse of :func:`write`. Raises InputError naming the file where it is damaged or something else."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -39,7 +41,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metadata["checksum"] != _checksum(tensors, told):
             raise ValueError("its checksum does not fit")
         facts: dict[str, Any] = json.loads(told)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise InputError(
             f"{show(path)}: not a checkpoint of finetune, or damaged ({error}); start again without --resume"
         ) from None

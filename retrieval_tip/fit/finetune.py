@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import PARTS, Trainable, write_tuned
+from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
 from retrieval_tip.data.sources import Source, open_source, show
@@ -127,7 +128,8 @@ def finetune(
             same device with as many threads.
 
     Raises:
-        UsageError: a recipe that this index or backbone cannot follow; a checkpoint of another run.
+        UsageError: a recipe that this index or backbone cannot follow, or that does not fit in memory; a checkpoint of
+            another run.
         InputError: shots or validation images that do not fit the index; a damaged checkpoint.
     """
     place = None if checkpoint is None else Path(checkpoint)
@@ -139,6 +141,10 @@ def finetune(
             log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
     recipe, cache = recipe or Recipe(), cache.whole()
     material = _Material.of(cache, shots, encoder, recipe, val)
+    if cache.device == "cpu":
+        queries = min(recipe.batch, len(material.shots))
+        met, held_bytes = (cache.n, 4) if recipe.train_k is None else (min(recipe.train_k, cache.n), 24)
+        check_memory(held_bytes * queries * met, f"batch {queries} x {met} keys", "use a smaller batch, or train_k")
     facts = held[1] if held else {}
     if recipe.precision == "auto":
         recipe = replace(recipe, precision=facts.get("precision") or faster_precision(cache, recipe.batch))

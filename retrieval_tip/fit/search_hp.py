@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, replacing
 from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
@@ -178,8 +179,7 @@ def write_surface(choice: Choice, path: str | os.PathLike[str]) -> None:
 
 def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:
     """The images are dealt into ``number`` folds within each class; a query does not see the keys of its fold."""
-    if number < 2:
-        raise UsageError(f"folds is {number}: at least 2 are needed")
+    check_count("folds", number, 2)
     loo = leave_one_out(cache)
     generator = np.random.default_rng(seed)
     fold_of: dict[int, int] = {}

@@ -17,6 +17,7 @@ from torch.nn import functional
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import PARTS, Trainable
 from retrieval_tip.backbones.prompts import prompts_of
+from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.adamw import AdamW, BlockAdamW, RowAdamW
@@ -83,8 +84,8 @@ class Recipe:
             raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAIN)}")
         for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("train_k", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | np.integer) and value >= fewest):
-                raise UsageError(f"{name} is {value}: expected a whole number, {fewest} or more")
+            if value is not None:
+                check_count(name, value, fewest)
         for name, least in (("lr", 0.0), ("eps", 0.0), ("weight_decay", -1e-300)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > least):

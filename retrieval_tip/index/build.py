@@ -21,7 +21,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, read_features, same_backbone, table_identity
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, few
 from retrieval_tip.evaluation.audit import Found, describe_duplicates, duplicates
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
@@ -318,8 +318,3 @@ def provenance_of(given: float | None, form: str) -> str:
     if given is not None:
         return "given" if form == "none" else f"given as {given:g}, normalize {form}"
     return "the paper's default" if form == "none" else f"default, normalize {form}"
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names of many, on one line."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -23,14 +23,13 @@ from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.data.encoder import Encoder, check_backbone, same_backbone, table_identity
 from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source, show
-from retrieval_tip.errors import InputError, StoreError, UsageError, counted
+from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few
 from retrieval_tip.evaluation.audit import Found, duplicates
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import (
     DTYPES,
     build_index,
     draw_shots,
-    few,
     ids_in,
     item_columns,
     provenance_of,
@@ -40,8 +39,8 @@ from retrieval_tip.index.export import copy
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import TableModel
 from retrieval_tip.retrieval.defaults import check_form, plain_settings
-from retrieval_tip.store.labels import rows_where
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.query import rows_where
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Model

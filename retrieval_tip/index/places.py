@@ -17,6 +17,7 @@ from retrieval_tip.lance.objects import Address
 from retrieval_tip.lance.versions import TableStore
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.query import TIMEOUT
 
 if TYPE_CHECKING:  # what is asked of a manifest has no need of torch, which takes a second
     from retrieval_tip.cache_model import CacheModel
@@ -72,7 +73,7 @@ class Store(Protocol):
     def describe(self) -> dict[str, Any]:
         """What ``index info`` prints."""
 
-    def query(self, sql: str, predictions: Path | None = None) -> pa.Table:
+    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
         """The answer of a SELECT over the label store (:func:`store.query`)."""
 
     def rollback(self, version: int | None = None) -> int:
@@ -139,9 +140,9 @@ class FolderStore:
         """What ``index info`` prints."""
         return store.describe(self.folder)
 
-    def query(self, sql: str, predictions: Path | None = None) -> pa.Table:
+    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
         """The answer of a SELECT over the label store."""
-        return store.query(self.folder, sql, predictions)
+        return store.query(self.folder, sql, predictions, timeout)
 
     def rollback(self, version: int | None = None) -> int:
         """Make an earlier version the content of a new one."""

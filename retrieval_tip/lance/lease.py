@@ -26,6 +26,7 @@ from typing import Any
 import filelock
 
 from retrieval_tip.errors import StoreError, one_line
+from retrieval_tip.files import make_folders
 from retrieval_tip.lance.objects import Address, Objects
 
 LEASE = 20.0
@@ -73,7 +74,7 @@ def _locked(address: Address, folder: Path, wait: float) -> Iterator[Lease]:
     try:
         for left in reversed(range(_TRIES)):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folders(folder)
                 lock.acquire(timeout=wait, poll_interval=LOCAL_POLL)
                 break
             except FileNotFoundError:  # removed just now

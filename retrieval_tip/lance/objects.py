@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, one_line
+from retrieval_tip.files import make_folders
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, GCSStore, RetryConfig, S3Config, S3Store
@@ -272,7 +273,7 @@ class _Folder(Objects):
         try:
             made = [folder for folder in path.parents if not folder.exists()]
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folders(path.parent)
             except FileExistsError as error:
                 raise NotADirectoryError(
                     error.errno, "a file lies where a folder has to be", str(path.parent)

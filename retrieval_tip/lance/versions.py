@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from retrieval_tip.lance.objects import Address, Objects
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import labels
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
+from retrieval_tip.store.query import TIMEOUT, ask
 
 TABLE = "keys"
 PRUNED_EVERY = 16
@@ -274,14 +276,12 @@ class TableStore:
             }
         )
 
-    def query(self, sql: str, predictions: Any = None) -> pa.Table:
+    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
         """See :func:`store.query`; the table ``labels`` is read into memory, without the keys."""
         manifest = self.manifest()
         table = self.table(manifest)
         tables = {"labels": table.read([n for n in table.schema.names if n != VECTOR]), "versions": self.history()}
-        if predictions is not None:
-            tables["predictions"] = labels.read_predictions(predictions)
-        return labels.ask(tables, sql)
+        return ask(tables, sql, predictions, timeout)
 
     def rollback(self, version: int | None = None) -> int:
         """Make an earlier version, by default the one before, the content of a new one; returns the current version.

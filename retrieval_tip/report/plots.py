@@ -25,6 +25,7 @@ from retrieval_tip.data.sources import show
 from retrieval_tip.errors import UsageError, one_line
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
 from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation
+from retrieval_tip.files import make_folders
 from retrieval_tip.report import html
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
     }
     if evaluation.answers.affinities is not None:
         drawings["affinity.png"] = draw_affinity
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     written = []
     for name, draw in drawings.items():
         with _style(), replacing(folder / name) as temporary:

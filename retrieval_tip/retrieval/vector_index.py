@@ -29,6 +29,7 @@ IntArray = npt.NDArray[np.int64]
 HEADER = 45
 """Bytes of the smallest index file, a flat one without vectors: its kind, d, n, and what is not used here."""
 
+
 GPU_MAX_K = 2048
 """FAISS on a GPU retrieves no more keys, and probes no more lists; beyond it the CPU copy answers."""
 
@@ -41,6 +42,20 @@ BY_CLASS = "Classes"
 
 MANY_CLASSES = 32768
 """Classes from which even their means and text weights are searched by an index."""
+
+MOST_LINKS = 1024
+"""Of a key in a graph."""
+
+_SCALARS = "SQ(4|6|8|fp16|bf16)"
+_FACTORY = re.compile(
+    r"((PCAW?R?|RR|OPQ([0-9]{1,9}_)?)[0-9]{1,9},)?"
+    rf"(HNSW[0-9]{{0,9}}([,_](Flat|{_SCALARS}))?|(IVF[0-9]{{1,9}}(_HNSW[0-9]{{0,9}})?,)?"
+    rf"(Flat|{_SCALARS}|PQ[0-9]{{1,9}}(x([3-9]|1[0-2]))?(fsr?|np)?|RaBitQ[1-9]?(fs)?))"
+    rf"(,RFlat|,Refine\((Flat|{_SCALARS})\))?"
+)
+"""What a factory may be. FAISS knows more, but some of that ends the process (``Refine(IVF4,Flat)``), comes to no end
+(``NSG16``, where keys repeat), writes where it must not (``PCA7,OPQ60_300,Flat``), takes gigabytes (``RQ2x24``), or is
+for vectors of another kind (``SQ8_direct``: of bytes)."""
 
 
 def inner_factory(factory: str) -> str | None:
@@ -110,16 +125,12 @@ class VectorIndex:
         """Train (where the type needs it) and fill an index over ``keys`` ``[n, d]`` float32 or float16.
 
         Keys are read in blocks, so they may be memory-mapped. Raises UsageError for a factory string that FAISS does
-        not know, that would normalise, or that cannot be trained on so few keys.
+        not know or is not to be asked for, that would normalise, or that cannot be trained on so few keys.
         """
         n, d = keys.shape
-        if re.search(r"(?<!\d)0+(?!\d)|(HNSW|NSG)0*1(?!\d)", factory):  # FAISS takes some of these, then crashes
-            raise UsageError(f"index {factory!r}: a count in it is 0, or its graph has 1 link a key, which is too few")
-        if "norm" in factory.lower():
-            raise UsageError(
-                f"index {factory!r}: normalises, which an index must not: fine-tuned keys are not unit vectors"
-            )
         inner = inner_factory(factory) or factory
+        if problem := _factory_problem(inner, n, d):
+            raise UsageError(f"index {_shown(factory)}: {problem}")
         index = _attempt(factory, lambda: faiss().index_factory(d, inner, faiss().METRIC_INNER_PRODUCT))
         _set_search_effort(index)
         if not index.is_trained:
@@ -350,6 +361,26 @@ def _bytes_on_gpu(index: Any, half: bool) -> int:
 
 def _free_on_gpu() -> int:
     return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else 0
+
+
+def _factory_problem(factory: str, n: int, d: int) -> str | None:
+    """Why FAISS is not to be asked for an index of this factory over ``n`` vectors of ``d`` values, if it is not."""
+    if "norm" in factory.lower():
+        return "normalises, which an index must not: fine-tuned keys are not unit vectors"
+    if not _FACTORY.fullmatch(factory):
+        return (
+            "no type that can be used here; give Flat, IVF256,Flat, HNSW32, SQ8, PQ16, RaBitQ4 or what is made of "
+            "these, as PCA64,IVF256,PQ16,RFlat"
+        )
+    for name, count in re.findall(r"(IVF|HNSW|PQ|PCAW?R?|RR|_)([0-9]+)", factory):  # OPQ ends in PQ
+        least, most = {"IVF": (1, n), "HNSW": (2, MOST_LINKS)}.get(name, (1, d))
+        if not least <= int(count) <= most:
+            return f"{count} in it is not from {least} to {most:,}, as it has to be for {n:,} vectors of {d:,} values"
+    return None
+
+
+def _shown(factory: str) -> str:
+    return repr(factory if len(factory) <= 80 else f"{factory[:80]}...")
 
 
 def _size_problem(path: Path) -> str | None:

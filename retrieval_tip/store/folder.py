@@ -41,10 +41,12 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.files import make_folders
 from retrieval_tip.lance.objects import sync
 from retrieval_tip.store import labels
 from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
+from retrieval_tip.store.query import TIMEOUT, ask
 
 T = TypeVar("T")
 
@@ -363,14 +365,14 @@ def history(folder: Path) -> pa.Table:
     )
 
 
-def query(folder: Path, sql: str, predictions: Path | None = None) -> pa.Table:
-    """The answer of a SELECT over the label store (:func:`labels.ask`): table ``labels`` and view ``class_counts``.
+def query(folder: Path, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
+    """The answer of a SELECT over the label store (:func:`sql.ask`): table ``labels`` and view ``class_counts``.
 
     Further tables: ``versions`` (:func:`history`), ``curve`` of a fine-tuned index that has the loss curve of its
     training, a row an epoch, and ``predictions``, where a file of them is given (:func:`labels.read_predictions`).
 
-    Raises UsageError where the statement is not one SELECT or duckdb refuses it; StoreError where the index is damaged;
-    InputError where the file is none of predictions.
+    Raises UsageError where the statement is not one SELECT, duckdb refuses it, or it takes longer than ``timeout``
+    seconds or too much memory; StoreError where the index is damaged; InputError where the file is none of predictions.
     """
 
     def read(manifest: Manifest) -> dict[str, pa.Table]:
@@ -378,9 +380,7 @@ def query(folder: Path, sql: str, predictions: Path | None = None) -> pa.Table:
         return {"labels": read_labels(folder, manifest), "versions": history(folder)} | curve
 
     tables, _ = opened(folder, read)
-    if predictions is not None:
-        tables["predictions"] = labels.read_predictions(predictions)
-    return labels.ask(tables, sql)
+    return ask(tables, sql, predictions, timeout)
 
 
 class Writer:
@@ -607,7 +607,7 @@ def _lock(folder: Path, wait: float) -> Iterator[None]:
     lock = filelock.FileLock(path)
     for left in reversed(range(VERSIONS_TRIED)):
         try:
-            data.mkdir(parents=True, exist_ok=True)
+            make_folders(data)
             lock.acquire(timeout=wait, poll_interval=LOCK_POLL)
             break
         except filelock.Timeout:

@@ -1,29 +1,22 @@
-"""The label store's tables and how they are asked: in SQL, by conditions on rows, beside predictions and versions.
-
-SQL runs in a duckdb of its own, on copies in memory, which reaches no file, no network and no setting.
-"""
+"""The label store's tables: labels, what classify wrote beside them, and versions. :mod:`sql` asks them."""
 
 from __future__ import annotations
 
 import datetime
 import io
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrieval_tip.errors import InputError, UsageError, first_line, one_line
-
-if TYPE_CHECKING:
-    import duckdb
+from retrieval_tip.errors import InputError, first_line, one_line
+from retrieval_tip.files import NotAFileError, open_regular
 
 _NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
 _NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64()}
@@ -74,17 +67,6 @@ MAX_ROWS = 100_000_000
 """Most predictions that one file may hold."""
 MAX_LINE = 1 << 26
 """Bytes: the longest line of a text file of predictions; a thousand classes with their logits take 20 thousand."""
-MAX_OPEN = 500
-"""Most parentheses left open: duckdb's parser takes memory by their square, gigabytes for thousands, under no limit."""
-
-_SETTINGS = (
-    "autoinstall_known_extensions = false",
-    "autoload_known_extensions = false",
-    "python_enable_replacements = false",
-    "temp_directory = ''",  # before access ends: a folder for temporary files stays open to read and write
-    "secret_directory = ''",  # which would tell the home folder
-    "enable_external_access = false",
-)
 _SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
 _REMEDY = "expected what retrieval-tip classify --format parquet, csv or json --output FILE writes"
 
@@ -189,135 +171,6 @@ def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArr
     return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
 
 
-def ask(tables: Mapping[str, pa.Table], sql: str) -> pa.Table:
-    """The answer of one SELECT over these tables, by name, and over ``class_counts``, a view of ``labels``.
-
-    The view has ``class_id``, ``label`` and ``keys``, a row a class that has keys. The tables are copied; columns in
-    half precision come as float32. A column of the answer whose name stood before gets another one (``label_1``).
-
-    Raises UsageError where the statement is not one SELECT, or duckdb refuses it or runs out of its memory; InputError
-    for a table that duckdb cannot hold.
-    """
-    import duckdb
-
-    _check_text(sql, "query")
-    with _database(tables) as database:
-        try:
-            select = _one_select(database, sql, "query: expected one SELECT; the label store is read-only here")
-            answer: pa.Table = database.sql(select).to_arrow_table()
-        except duckdb.Error as error:
-            raise UsageError(f"query: {first_line(error)}") from None
-        except pa.ArrowException as error:
-            raise UsageError(f"query: its answer cannot be kept ({first_line(error)})") from None
-    return answer.rename_columns(_apart(answer.column_names))
-
-
-def _apart(names: Sequence[str]) -> list[str]:
-    """Names of columns, each once: those that stand again get ``_1``, ``_2`` ..., as duckdb's tables do."""
-    found: list[str] = []
-    for name in names:
-        number, distinct = 0, name
-        while distinct in found or (number and distinct in names):
-            number += 1
-            distinct = f"{name}_{number}"
-        found.append(distinct)
-    return found
-
-
-def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
-    """Positions ``[m]`` int64, ascending, of the rows where a boolean SQL expression over the columns holds.
-
-    What is NULL does not hold. Subqueries may ask ``labels`` and ``class_counts``.
-
-    Raises UsageError where the condition is not one boolean expression, or duckdb refuses it; InputError for a table
-    that duckdb cannot hold.
-    """
-    import duckdb
-
-    _check_text(condition, "where")
-    columns = ", ".join(labels.column_names)
-    expected = one_line(f"expected one condition that is true or false of a row, over the columns {columns}")
-    position = "position"
-    while position in {name.lower() for name in labels.column_names}:
-        position += "_"
-    numbered = labels.append_column(position, pa.array(np.arange(len(labels))))
-    with _database({"labels": numbered}) as database:
-        try:
-            # Bare, it can close no parenthesis of ours; within one, it can end no SELECT and open no comment.
-            _one_select(database, f"SELECT {condition}", f"where: {expected}")
-            asked = f"SELECT ({condition}) FROM labels"  # noqa: S608 - one expression, as the two of them show
-            types = [str(kind) for kind in database.sql(_one_select(database, asked, f"where: {expected}")).types]
-            if types != ["BOOLEAN"]:
-                raise UsageError(f"where: is {', '.join(types)}; {expected}")
-            select = f"SELECT {position} FROM labels WHERE ({condition})"  # noqa: S608
-            rows: npt.NDArray[np.int64] = database.sql(select).to_arrow_table()[position].to_numpy()
-        except duckdb.Error as error:
-            raise UsageError(f"where: {first_line(error)}; {expected}") from None
-    return np.sort(rows)  # duckdb's threads may hand them over in any order
-
-
-@contextmanager
-def _database(tables: Mapping[str, pa.Table]) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A duckdb in memory that holds copies of these tables, and reaches nothing else."""
-    import duckdb
-
-    with duckdb.connect(":memory:") as database:
-        for setting in _SETTINGS:
-            database.execute(f"SET {setting}")
-        # Its default is most of the machine's, or of the container's; the tables and the answer need theirs beside it.
-        limit, unit = str(database.execute("SELECT current_setting('memory_limit')").fetchall()[0][0]).split()
-        database.execute(f"SET memory_limit = '{float(limit) / 2} {unit}'")
-        database.execute("SET lock_configuration = true")
-        for name, table in tables.items():
-            try:
-                plain = table.cast(pa.schema([field.with_type(_plain(field.type)) for field in table.schema]))
-                database.register("from Arrow", plain)
-                database.execute(f'CREATE TABLE "{name}" AS FROM "from Arrow"')
-                database.unregister("from Arrow")
-                if name == "labels":
-                    database.execute(
-                        "CREATE VIEW class_counts AS SELECT class_id, label, count(*) AS keys FROM labels "
-                        "GROUP BY class_id, label ORDER BY class_id"
-                    )
-            except (duckdb.Error, pa.ArrowException) as error:
-                raise InputError(f"{name}: duckdb cannot hold this table ({first_line(error)})") from None
-        yield database
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The nearest type that duckdb takes from Arrow."""
-    if pa.types.is_float16(kind):
-        return pa.float32()
-    if pa.types.is_decimal256(kind):
-        return pa.float64()
-    if pa.types.is_struct(kind):
-        return pa.struct([kind.field(i).with_type(_plain(kind.field(i).type)) for i in range(kind.num_fields)])
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.large_list(_plain(kind.value_type))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(_plain(kind.value_type), kind.list_size)
-    return kind
-
-
-def _one_select(database: duckdb.DuckDBPyConnection, sql: str, refusal: str) -> duckdb.Statement:
-    """The statement, parsed. Raises UsageError where it is not a single SELECT, duckdb.Error where it is no SQL."""
-    import duckdb
-
-    statements = database.extract_statements(sql)
-    if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-        raise UsageError(refusal)
-    return statements[0]
-
-
-def _check_text(sql: str, what: str) -> None:
-    try:
-        sql.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{what}: not UTF-8 text") from None
-    if sql.count("(") - sql.count(")") > MAX_OPEN:
-        raise UsageError(f"{what}: more than {MAX_OPEN} parentheses are not closed")
-
-
 def read_predictions(path: Path) -> pa.Table:
     """Predictions that ``classify`` wrote, a row an input: Parquet, CSV or JSON lines, told apart by what is in them.
 
@@ -327,14 +180,12 @@ def read_predictions(path: Path) -> pa.Table:
     Raises InputError naming the file and what is wrong with it, also where it has more than ``MAX_ROWS`` rows.
     """
     name = one_line(str(path))
-    if not path.is_file():
-        raise InputError(f"{name}: {'not a file' if path.exists() else 'no such file'}; {_REMEDY}")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.readline(MAX_LINE).removeprefix(b"\xef\xbb\xbf").lstrip()
-        read = _parquet if head.startswith(b"PAR1") else _json if head.startswith(b"{") else _csv
-        with pa.OSFile(os.fsencode(path)) as raw:  # by its bytes, for the name may not be UTF-8
-            table = read(raw, head)
+            read = _parquet if head.startswith(b"PAR1") else _json if head.startswith(b"{") else _csv
+            file.seek(0)
+            table = read(pa.PythonFile(file), head)
         _check_columns(table.column_names, len(table))
         for column in ("input", "label"):
             if table.schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
@@ -342,7 +193,11 @@ def read_predictions(path: Path) -> pa.Table:
         table.validate(full=True)  # that text is UTF-8
         if table["input"].null_count:
             raise ValueError(f"row {np.flatnonzero(table['input'].is_null().to_numpy())[0]} has no input")
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+    except NotAFileError as error:
+        raise InputError(f"{error}; {_REMEDY}") from None
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file; {_REMEDY}") from None
+    except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise InputError(f"{name}: cannot be read as predictions ({reason}); {_REMEDY}") from None
     return table

@@ -14,9 +14,12 @@ from retrieval_tip.data import images
 from retrieval_tip.data.datasets.facts import Dataset, Layout
 from retrieval_tip.data.sources import MAX_TEXT, Source, open_source, show, subfolders
 from retrieval_tip.errors import InputError
+from retrieval_tip.files import read_regular
 
 log = logging.getLogger(__name__)
 
+MAX_LISTING = 1 << 26
+"""Largest list of classes or images, in bytes."""
 SAMPLE = 16
 """So many images or class folders of a part are looked for by a check."""
 
@@ -185,7 +188,9 @@ _IMAGES: Mapping[Layout, str] = {
 def _lines(file: Path) -> list[tuple[int, str]]:
     """Lines that are not blank, with their numbers from 1. Raises InputError where there are none."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_regular(file, MAX_LISTING).decode("utf-8-sig")
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{show(file)}: {error.strerror}") from None
     except UnicodeDecodeError as error:

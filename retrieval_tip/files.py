@@ -1,0 +1,95 @@
+"""Files that others name: opened only where they are regular ones, so that no pipe, device or socket holds us up."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from retrieval_tip.errors import InputError, one_line
+
+FOLDER = "a folder"
+
+_KINDS = {
+    stat.S_IFDIR: FOLDER,
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class NotAFileError(InputError):
+    """A path that leads to no regular file; ``kind`` says what is there: a folder, a pipe, a device or a socket."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        super().__init__(f"{one_line(os.fspath(path))}: {kind}, not a file")
+        self.kind = kind
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, or what a link leads to, opened to be read, without ever waiting for it.
+
+    What is no regular file is not even opened: that alone would wake whoever writes to a pipe, and rewind a tape.
+
+    Raises NotAFileError, which names the path and what it is; OSError and ValueError as ``open`` does: no such file, no
+    permission, no name that a file can have.
+    """
+    _check(Path(path).stat().st_mode, path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _check(os.fstat(descriptor).st_mode, path)  # another may have come in its place
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise as :func:`open_regular` does, before a library opens a file by its name.
+
+    And OSError for a file that is empty, by what it says: some of ``/proc`` have no end.
+    """
+    with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise OSError(errno.ENODATA, "the file is empty", os.fspath(path))
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a regular file, as many as it says that it has: of one of ``/proc``, which has no end, none.
+
+    Raises InputError where these are more than ``most``, unread, and else as :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise InputError(f"{one_line(os.fspath(path))}: {size:,} bytes are more than it may have ({most:,})")
+        return file.read(size) or b""  # none: what would have made us wait
+
+
+def make_folders(path: str | os.PathLike[str]) -> None:
+    """A folder and those above it that are not there; ``Path.mkdir`` calls itself for each, and ends at a thousand.
+
+    Raises OSError as ``mkdir`` does: something else has the name of one, it is too long, no permission.
+    """
+    missing, folder = [Path(path)], Path(path)
+    while not _is_there(folder) and folder != folder.parent:
+        folder = folder.parent
+        missing.append(folder)
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _check(mode: int, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(mode):
+        raise NotAFileError(path, _KINDS.get(stat.S_IFMT(mode), "something else"))

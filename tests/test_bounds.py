@@ -1,0 +1,80 @@
+"""What is asked for is within bounds, and memory is reckoned before it is taken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retrieval_tip import bounds
+from retrieval_tip.bounds import MANY, MOST, check_count, check_memory, memory
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.shots import few_shot
+from retrieval_tip.errors import UsageError
+from retrieval_tip.fit.trainer import Recipe
+
+
+@pytest.mark.parametrize("name", [*MOST, "anything"])
+def test_a_count_is_a_whole_number_up_to_the_most_of_its_kind(name: str) -> None:
+    most = MOST.get(name, MANY)
+    for good in (1, most, np.int32(1)):
+        check_count(name, good)
+    for bad in (0, -1, most + 1, 2**63, 10**5000, 1.5, float("nan"), float("inf"), "1", None):
+        with pytest.raises(UsageError, match=f"^{name} is "):
+            check_count(name, bad)
+    with pytest.raises(UsageError, match=f"^{name} is 1: .* from 2 "):
+        check_count(name, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        *((name, lambda value, name=name: Encoder(**{name: value})) for name in ("views", "batch_size", "workers")),
+        *((name, lambda value, name=name: Recipe(**{name: value})) for name in ("epochs", "batch", "views", "train_k")),
+        ("seed", lambda value: Recipe(seed=value)),
+        ("shots", lambda value: few_shot(["a"], value)),
+    ],
+)
+def test_counts_that_memory_depends_on_are_bounded_in_python_too(name: str, make: Callable[[Any], object]) -> None:
+    for value in (2**31, 2**63) if name != "seed" else (2**63, 2**64):
+        with pytest.raises(UsageError, match=f"^{name} is "):
+            make(value)
+
+
+def test_memory_that_is_not_there_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "memory", lambda: 24 << 30)
+    check_memory(24 << 30, "this", "ask for less")
+    with pytest.raises(UsageError, match=r"^this: needs 9\.09 TiB of memory, .* 24 GiB; ask for less$"):
+        check_memory(10**13, "this", "ask for less")
+    check_memory(0, "this", "ask for less")
+    monkeypatch.setattr(bounds, "memory", lambda: None)
+    check_memory(10**30, "this", "ask for less")  # nobody knows
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: limits as Linux has them")
+def test_the_least_limit_on_memory_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = memory()
+    assert whole is not None
+    assert whole > 1 << 26
+    code = "import resource as r; r.setrlimit(r.RLIMIT_AS, (1 << 40, 1 << 41)); r.setrlimit(r.RLIMIT_AS, (1 << 29, 1 << 40))"  # fmt: skip  # noqa: E501
+    code += "; from retrieval_tip.bounds import memory; print(memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) == 1 << 29
+    (tmp_path / "memory.max").write_text(f"{1 << 25}\n")
+    (tmp_path / "no limit").write_text("max\n")
+    monkeypatch.setattr(bounds, "_LIMITS", (str(tmp_path / "gone"), str(tmp_path / "no limit")))
+    assert memory() == whole or memory() > whole
+    monkeypatch.setattr(bounds, "_LIMITS", (str(tmp_path / "memory.max"),))
+    assert memory() == 1 << 25
+
+
+def test_a_draw_that_no_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "memory", lambda: 1 << 20)
+    assert len(few_shot(["a", "b"], 1000)) == 2000
+    with pytest.raises(UsageError, match=r"^1000000 shots of 2 classes: "):
+        few_shot(["a", "b"], 1_000_000)

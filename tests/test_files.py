@@ -1,0 +1,91 @@
+"""Regular files are opened and read; whatever else a path leads to is named, and nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from retrieval_tip.errors import InputError
+from retrieval_tip.files import NotAFileError, open_regular, read_regular
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+
+
+MAKERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "folder": (lambda path: path.mkdir(), "folder"),
+    "pipe": (os.mkfifo, "pipe"),
+    "socket": (_socket, "socket"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "device"),
+    "terminal": (lambda path: path.symlink_to("/dev/ptmx"), "device"),
+}
+
+
+@pytest.mark.parametrize("what", MAKERS)
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, what: str) -> None:
+    make, word = MAKERS[what]
+    path = tmp_path / "x\n.png"
+    make(path)
+    for read in (open_regular, lambda path: read_regular(path, 10)):
+        with pytest.raises(NotAFileError, match=word) as caught:
+            read(path)
+        assert str(tmp_path / r"x\n.png") in str(caught.value)
+        assert word in caught.value.kind
+
+
+def test_what_comes_in_the_place_of_a_file_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    path.touch()
+    opened: list[int] = []
+    real = os.open
+
+    def swap(name: Path, flags: int) -> int:
+        path.unlink()
+        os.mkfifo(path)
+        opened.append(real(name, flags))
+        return opened[0]
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(NotAFileError, match="pipe"):
+        open_regular(path)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])  # it was closed
+
+
+def test_errors_of_the_system_are_those_of_open(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "none")
+    with pytest.raises(ValueError, match="null"):
+        open_regular("a\0b")
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_regular(loop)
+
+
+def test_a_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
+    path, link = tmp_path / "x", tmp_path / "link"
+    path.write_bytes(b"anything")
+    link.symlink_to("x")
+    with open_regular(link) as file:
+        assert file.read() == b"anything"
+        assert not os.get_inheritable(file.fileno())
+    assert read_regular(str(link), 8) == b"anything"
+    with pytest.raises(InputError, match=r"x: 8 bytes are more than"):
+        read_regular(path, 7)
+
+
+@pytest.mark.parametrize("path", ["/proc/kmsg", "/proc/self/pagemap", "/proc/self/mem", "/proc/kcore"])
+def test_files_without_an_end_give_nothing(path: str) -> None:
+    if not os.access(path, os.R_OK):
+        pytest.skip(f"{path} cannot be read here")
+    try:
+        assert read_regular(path, 1 << 30) == b""
+    except (InputError, OSError) as error:  # too large, by what it says; or not permitted
+        assert path in str(error)  # noqa: PT017

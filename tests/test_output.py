@@ -1,0 +1,124 @@
+"""What is printed, as a table for eyes and as data: a terminal gets nothing that it would obey."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retrieval_tip.cli.output import FORMATS, WIDE, prediction_details, write_rows, write_table
+from retrieval_tip.errors import json_line, one_line
+
+OBEYED = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
+"""Escape sequences of both kinds, marks of direction, ends of lines."""
+HOSTILE = pa.table(
+    {
+        f"name{OBEYED}": [f"a{OBEYED}"],
+        "list": [[f"b{OBEYED}"]],
+        "object": [{f"k{OBEYED}": [f"c{OBEYED}"]}],
+        "bytes": [OBEYED.encode()],
+    }
+)
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard output, as it is on a terminal or not."""
+
+    def __init__(self, is_one: bool) -> None:
+        super().__init__(io.BytesIO())
+        self.is_one = is_one
+
+    def isatty(self) -> bool:
+        return self.is_one
+
+    @property
+    def text(self) -> str:
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode()
+
+
+@pytest.mark.parametrize("style", ["table", "json", "csv"])
+def test_nothing_that_a_terminal_obeys_reaches_one(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(is_one=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    write_table(HOSTILE, style, None)
+    lines = terminal.text.splitlines()
+    assert len(lines) == (1 if style == "json" else 2)
+    assert all(line.isprintable() for line in lines)
+    assert "u202e" in terminal.text
+
+
+def test_a_table_in_a_file_is_for_eyes_too(tmp_path: Path) -> None:
+    write_table(HOSTILE, "table", tmp_path / "out")
+    assert all(line.isprintable() for line in (tmp_path / "out").read_text().splitlines())
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_data_stays_data(tmp_path: Path, to_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In files, and where standard output is no terminal; JSON is data everywhere."""
+    for style in ("json", "csv"):
+        out = Terminal(is_one=False)
+        monkeypatch.setattr(sys, "stdout", out)
+        write_table(HOSTILE.drop_columns(["bytes"]), style, tmp_path / style if to_file else None)
+        text = (tmp_path / style).read_bytes().decode() if to_file else out.text
+        if style == "json":
+            assert json.loads(text) == HOSTILE.drop_columns(["bytes"]).to_pylist()[0]
+        else:
+            heading, row = csv.reader(io.StringIO(text, newline=""))
+            assert (heading[0], row[0]) == (f"name{OBEYED}", f"a{OBEYED}")
+            assert json.loads(row[1]) == [f"b{OBEYED}"]
+    write_table(HOSTILE, "parquet", tmp_path / "parquet")
+    assert pq.read_table(tmp_path / "parquet").equals(HOSTILE)
+
+
+def test_escapes_change_no_json_and_no_text_that_is_printable() -> None:
+    every = (
+        "".join(chr(code) for code in range(0x11000) if not 0xD800 <= code < 0xE000) + "\U0001f600\U000e0001\U0010ffff"
+    )
+    assert json.loads(json_line(every)) == every
+    assert json_line(every).isprintable()
+    assert one_line(every).isprintable()
+    for plain in ("Übergröße 猫 🐈", ""):
+        assert (one_line(plain), json_line(plain)) == (plain, f'"{plain}"')
+    assert json_line({"a": [1, None, True]}) == '{"a": [1, null, true]}'
+
+
+PREDICTED = ("labels", "probabilities", "neighbours", "logits")
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+@pytest.mark.parametrize("value", ["text", 1, None, [1], ["a"], [{"a": 1}], [[None]], {"a": 1}, []], ids=repr)
+def test_columns_mean_nothing_by_their_names(name: str, value: object, tmp_path: Path) -> None:
+    table = pa.table({name: [value], "after": ["x"]})
+    for style in FORMATS:
+        write_table(table, style, tmp_path / style)
+    heading, row = (tmp_path / "table").read_text().splitlines()
+    assert heading.split() == [name, "after"]
+    assert row.strip().startswith("-" if value is None else value if isinstance(value, str) else json.dumps(value))
+    assert row.endswith("  x")
+
+
+def test_predictions_have_details_below_them(tmp_path: Path) -> None:
+    near = {"key_id": 3, "source": f"s{OBEYED}", "label": "cat", "affinity": 0.5, "weight": 0.25}
+    row = {"input": "a", "label": "cat", "labels": ["cat", f"d{OBEYED}"], "probabilities": [0.75, 0.25]}
+    row |= {"logits": [1.0, 2.0], "neighbours": [near]}
+    schema = pa.Table.from_pylist([row]).schema
+    write_rows([row, row | {"neighbours": []}], list(row), "table", tmp_path / "out", schema, prediction_details)
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert lines[0].split() == ["input", "label"]
+    assert [line.split()[0] for line in lines] == ["input", "a", "affinity", "0.5000", "cat", "a", "cat"]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_one_long_cell_does_not_make_every_line_long(tmp_path: Path) -> None:
+    long = "x" * (WIDE + 1)
+    table = pa.table({"a": [long, *["y"] * 1000], "b": ["z"] * 1001})
+    write_table(table, "table", tmp_path / "out")
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert lines[:3] == ["a  b", f"{long}  z", "y  z"]
