@@ -34,7 +34,6 @@ from retrieval_tip.cli.options import (
     FOLDER,
     FORMAT,
     INDEX,
-    INDEX_SHARDS,
     MODEL,
     PLACE,
     PLACE_OUT,
@@ -195,7 +194,6 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
               help="More keys where k do not settle an answer, at last all; says how many took what.")  # fmt: skip
 @ABSTAIN
 @ENGINE
-@INDEX_SHARDS
 @RAY_ADDRESS
 @FORMAT
 @BACKBONE
@@ -221,9 +219,8 @@ def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, .
         return
     sources = list(open_inputs(inputs, _paths_on_stdin()))
     backbone = backbone_for(loaded, sources, given)
-    cache = _in_shards(ctx, loaded, given)
     columns = _columns(given)
-    cache = cache.every_class() if given["with_logits"] else cache
+    cache = loaded.every_class() if given["with_logits"] else loaded
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     settled: Counter[int | None] = Counter()
     with encoder_of(ctx, backbone, given) as encoder:
@@ -309,18 +306,6 @@ def _parts(made: Made) -> str:
     return f" in {counted(made.parts, 'part')}{kept}"
 
 
-def _in_shards(ctx: click.Context, cache: Classifier, given: dict[str, Any]) -> Classifier:
-    """The index, with its keys in shards until ``ctx`` ends where that is so said."""
-    if given["index_shards"] is None:
-        return cache
-    from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.distributed.faiss_shards import sharded
-
-    if not isinstance(cache, CacheModel):
-        raise UsageError("--index-shards: only the keys of an index folder can be in shards; leave it out")
-    return ctx.with_resource(sharded(cache, given["index_shards"], given["ray_address"]))
-
-
 @main.command("evaluate")
 @click.argument("folder", type=INDEX)
 @click.argument("source", type=PLACE)
@@ -348,7 +333,6 @@ def _in_shards(ctx: click.Context, cache: Classifier, given: dict[str, Any]) -> 
 @click.option("--results", type=FILE, help="With --shots: Parquet file, one row a run; what is in it is not run again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
 @ENGINE
-@INDEX_SHARDS
 @RAY_ADDRESS
 @BACKBONE
 @READING
@@ -367,8 +351,6 @@ def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path
     if ray is not None and (given["shots"] or given["plot"]):
         raise UsageError(f"--engine ray does not go with {'--shots' if given['shots'] else '--plot'}; leave it out")
     if given["shots"]:
-        if given["index_shards"] is not None:
-            raise UsageError("--index-shards does not go with --shots, which makes an index of each draw")
         if not isinstance(folder, Path):
             raise UsageError(f"--shots draws from an index folder; copy it: retrieval-tip index clone {folder} DIR")
         _sweep(ctx, folder, source, as_json, given)
@@ -393,9 +375,8 @@ def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path
     else:
         test = source_of(source, given, "test")
         with encoder_of(ctx, backbone_for(loaded, [test], given), given) as encoder:
-            cache = _in_shards(ctx, loaded, given)
             found = evaluate(
-                cache, test, encoder, k=k, tail=tail, abstain=given["abstain"], affinities=given["plot"] is not None
+                loaded, test, encoder, k=k, tail=tail, abstain=given["abstain"], affinities=given["plot"] is not None
             )
         skipped = encoder.skipped
     if given["plot"]:

@@ -190,12 +190,6 @@ ENGINE = options(
                  help="With --engine ray: items that are done, and done again, together.  "
                       "[default: 256 images, 16384 rows of features; a tar is one shard]"),
 )  # fmt: skip
-INDEX_SHARDS = click.option(
-    "--index-shards",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Keep the keys in N actors of Ray, each with a part of the index: exact, for more keys than one memory holds.",
-)
 ABSTAIN = click.option("--abstain", type=click.FloatRange(0, 1), metavar="P",
                         help="Withhold answers of a probability below P.")  # fmt: skip
 SCALES = click.option("--scales", type=(float, float), default=(7.0, 3.0), show_default=True,
@@ -274,10 +268,6 @@ def index_with(folder: Path, given: dict[str, Any]) -> tuple[CacheModel, int | N
 def index_with(folder: Path | Address, given: dict[str, Any]) -> tuple[Model, int | None, bool]: ...
 def index_with(folder: Path | Address, given: dict[str, Any]) -> tuple[Model, int | None, bool]:
     """The index with the settings of the command line, or its own."""
-    if given.get("index_shards") is not None:
-        if given["where"] is not None:
-            raise UsageError("--where does not go with --index-shards: shards hold all keys; give one of them")
-        given = given | {"device": "cpu"}  # a GPU would take in what the shards are to hold
     cache = opened(folder, given)
     if given["where"] is not None:
         cache = _restricted(cache, given["where"])
@@ -388,12 +378,9 @@ def ray_of(given: dict[str, Any]) -> Ray | None:
         for name in ("actors", "shard_size"):
             if given[name] is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --engine ray")
-        if given["ray_address"] is not None and given.get("index_shards") is None:
-            or_shards = " or --index-shards" if "index_shards" in given else ""
-            raise UsageError(f"--ray-address: nothing here runs on Ray; give --engine ray{or_shards} too")
+        if given["ray_address"] is not None:
+            raise UsageError("--ray-address: nothing here runs on Ray; give --engine ray too")
         return None
-    if given.get("index_shards") is not None:
-        raise UsageError("--engine ray and --index-shards: give one of them")
     from retrieval_tip.distributed.cluster import needed_ray
     from retrieval_tip.distributed.engine import Ray
 

@@ -66,13 +66,11 @@ def needed_ray() -> Any:
 
 
 @contextmanager
-def connected(
-    address: str | None = None, *, cpus: int | None = None, object_store: int = OBJECT_STORE
-) -> Iterator[Any]:
+def connected(address: str | None = None) -> Iterator[Any]:
     """The module ``ray``, connected to the cluster at ``address``, or else to a Ray that is started here.
 
-    A Ray that is started here has no dashboard, listens on loopback, sends no usage statistics, has ``object_store``
-    bytes of shared memory and ``cpus`` CPUs (by default this machine's); it ends with the block and leaves no files.
+    A Ray that is started here has no dashboard, listens on loopback, sends no usage statistics and has
+    :data:`OBJECT_STORE` bytes of shared memory; it ends with the block and leaves no files.
     Within another such block, and where the process is connected already, that connection is used and stays.
 
     Raises UsageError where Ray is not installed or none answers at ``address``.
@@ -88,20 +86,19 @@ def connected(
             folder = stack.enter_context(_folder())
             stack.enter_context(_loopback())
             stack.callback(ray.shutdown)  # before the folder goes
-            _start(ray, cpus, object_store, folder)
+            _start(ray, folder)
         else:
             _join(ray, address, stack)
         yield ray
 
 
-def _start(ray: Any, cpus: int | None, object_store: int, folder: str | None) -> None:
+def _start(ray: Any, folder: str | None) -> None:
     try:
         with _silently():
             ray.init(
                 address="local",  # whatever RAY_ADDRESS says
-                num_cpus=cpus,
                 include_dashboard=False,
-                object_store_memory=object_store,
+                object_store_memory=OBJECT_STORE,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
                 _node_ip_address="127.0.0.1",
