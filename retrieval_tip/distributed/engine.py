@@ -28,7 +28,7 @@ from retrieval_tip import errors
 from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.data.encoder import Encoder, EncodingCache
 from retrieval_tip.distributed.cluster import Room, connected, room
-from retrieval_tip.distributed.shards import Opened, Shard, opened
+from retrieval_tip.distributed.shards import OpenShard, Shard, open_shard
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, first_line
 
 RETRIES = 3
@@ -123,7 +123,7 @@ class Task(ABC):
         """Open what all shards need, once an actor; ``encoder`` is that of ``encoding``, with its backbone."""
 
     @abstractmethod
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Do one shard; ``encoder`` reads it, and names in ``skipped`` what cannot be read."""
 
 
@@ -161,11 +161,11 @@ class Worker:
         try:
             if self._problem is not None:
                 raise self._problem
-            with opened(shard) as found:
-                encoder = replace(self._encoder, read=found.read, skipped=[])
-                if found.failed and encoder.strict:
-                    raise InputError(f"{found.failed[0]}; leave out --strict to go on without it")
-                return self._task.work(shard, found, encoder)
+            with open_shard(shard) as opened:
+                encoder = replace(self._encoder, read=opened.read, skipped=[])
+                if opened.failed and encoder.strict:
+                    raise InputError(f"{opened.failed[0]}; leave out --strict to go on without it")
+                return self._task.work(shard, opened, encoder)
         except RetrievalTipError as error:
             return Summary(shard.number, error=(type(error).__name__, str(error)))
         except OSError as error:  # a full disk, a file that went away

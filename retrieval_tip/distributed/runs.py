@@ -30,9 +30,9 @@ from retrieval_tip.data.encoder import replacing
 from retrieval_tip.data.sources import COMPLETE, RUN, open_parquet, show
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
 
-FORMAT = 1
+RUN_FORMAT = 1
 PART_KEY = b"retrieval_tip.part"
-FAILED = pa.schema([("input", pa.string()), ("reason", pa.string())])
+FAILED_SCHEMA = pa.schema([("input", pa.string()), ("reason", pa.string())])
 
 
 def part_name(number: int) -> str:
@@ -53,7 +53,7 @@ class Run:
 
         Raises UsageError for a folder that holds anything else, InputError where it cannot be written or read.
         """
-        text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+        text = json.dumps({"format": RUN_FORMAT, **facts}, sort_keys=True)
         run = cls(os.fspath(place).rstrip("/") or "/", hashlib.sha256(text.encode()).hexdigest())
         sealed = json.dumps({"digest": run.digest, **json.loads(text)}, indent=1).encode()
         found = run.read(RUN)
@@ -147,7 +147,7 @@ class Run:
         if failed:
             rows = [{"input": skipped.source, "reason": skipped.reason} for skipped in failed]
             with self.writing(f"failed/{part_name(number)}") as path:
-                pq.write_table(pa.Table.from_pylist(rows, schema=FAILED), str(path))
+                pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), str(path))
 
     def done(self, number: int) -> dict[int, int]:
         """Shards below ``number`` whose part is there and whole, with its rows."""

@@ -24,7 +24,7 @@ from retrieval_tip.data.encoder import Encoder, Views, grouped, table_dim, table
 from retrieval_tip.data.sources import Source
 from retrieval_tip.distributed.engine import Encoding, Ray, Summary, Task, through
 from retrieval_tip.distributed.runs import Run, part_name
-from retrieval_tip.distributed.shards import Opened, Shard, cut_source, digest
+from retrieval_tip.distributed.shards import OpenShard, Shard, cut_source, digest
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places as stores
@@ -59,12 +59,12 @@ class EncodeTask(Task):
     dim: int
     identity: dict[str, Any] | None
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Write the part."""
         identity = None if self.identity is None else Identity.from_dict(self.identity)
         with self.run.writing(part_name(shard.number)) as path:
-            rows = write_encoded(found.source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
-            failed = _failed(found, encoder)
+            rows = write_encoded(opened.source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
+            failed = _failed(opened, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, rows, failed)
 
@@ -109,14 +109,14 @@ class ClassifyTask(IndexTask):
         if "logits" in self.columns:
             self._cache = self._cache.every_class()
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Write the part."""
         settled: Counter[int | None] = Counter()
         schema = pa.schema(
             [(column, PREDICTIONS[column]) for column in self.columns], metadata=self.run.metadata(shard.number)
         )
         answers = self._cache.classify_source(
-            found.source, encoder, self.top, self.k, self.tail, self.neighbours, self.certify
+            opened.source, encoder, self.top, self.k, self.tail, self.neighbours, self.certify
         )
         rows: list[dict[str, Any]] = []
         with self.run.writing(part_name(shard.number)) as path:
@@ -129,7 +129,7 @@ class ClassifyTask(IndexTask):
                         rows.clear()
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-            failed = _failed(found, encoder)
+            failed = _failed(opened, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, settled.total(), failed, facts={"settled": list(settled.items())})
 
@@ -138,14 +138,14 @@ class ClassifyTask(IndexTask):
 class EvaluateTask(IndexTask):
     """What an evaluation needs of each shard."""
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Classify, and keep a few numbers of each item."""
-        if not len(found.source):
-            return Summary(shard.number, 0, _failed(found, encoder))
-        ids = self._cache.ids_of(found.source)
-        seen = see(self._cache, encoder.blocks(found.source), ids, k=self.k, tail=self.tail)
+        if not len(opened.source):
+            return Summary(shard.number, 0, _failed(opened, encoder))
+        ids = self._cache.ids_of(opened.source)
+        seen = see(self._cache, encoder.blocks(opened.source), ids, k=self.k, tail=self.tail)
         arrays = {name: value for name, value in vars(seen).items() if isinstance(value, np.ndarray)}
-        return Summary(shard.number, len(seen.truth), _failed(found, encoder), arrays=arrays)
+        return Summary(shard.number, len(seen.truth), _failed(opened, encoder), arrays=arrays)
 
 
 @dataclass
@@ -155,15 +155,15 @@ class ViewsTask(Task):
     encoding: Encoding
     names: list[str]
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Encode; an image that cannot be read is left out."""
         try:
-            views = replace(encoder, empty=False).encode_views(found.source, self.names)
+            views = replace(encoder, empty=False).encode_views(opened.source, self.names)
         except InputError:
-            if len(encoder.skipped) < len(set(found.source.paths or ())):
+            if len(encoder.skipped) < len(set(opened.source.paths or ())):
                 raise
-            return Summary(shard.number, 0, _failed(found, encoder))
-        return Summary(shard.number, len(views.positions), _failed(found, encoder), arrays=dict(vars(views)))
+            return Summary(shard.number, 0, _failed(opened, encoder))
+        return Summary(shard.number, len(views.positions), _failed(opened, encoder), arrays=dict(vars(views)))
 
 
 def sealed_as(folder: stores.Place) -> str:
@@ -323,8 +323,8 @@ def _make(
     return Made(sum(rows.values()), len(shards), kept, failed, dict(nodes), dict(settled))
 
 
-def _failed(found: Opened, encoder: Encoder) -> list[Skipped]:
-    return list(dict.fromkeys([*found.failed, *encoder.skipped]))
+def _failed(opened: OpenShard, encoder: Encoder) -> list[Skipped]:
+    return list(dict.fromkeys([*opened.failed, *encoder.skipped]))
 
 
 def _told(failed: Any, say: Callable[[Skipped], None] | None) -> list[Skipped]:
