@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from retrieval_tip.classifier import Classifier
     from retrieval_tip.distributed.engine import Ray
     from retrieval_tip.distributed.tasks import Made
-    from retrieval_tip.lance.objects import Address
+    from retrieval_tip.lance.address import Address
 
 
 class _Group(click.Group):

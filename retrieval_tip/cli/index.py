@@ -37,7 +37,7 @@ from retrieval_tip.errors import counted, one_line
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
-    from retrieval_tip.lance.objects import Address
+    from retrieval_tip.lance.address import Address
 
     Place = Path | Address
 

@@ -16,7 +16,7 @@ import click
 
 from retrieval_tip.data.remote import is_remote
 from retrieval_tip.errors import Skipped, UsageError, one_line
-from retrieval_tip.lance.objects import Address
+from retrieval_tip.lance.address import Address
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.open_clip import Backbone, Identity
@@ -39,7 +39,7 @@ class Folder(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
-        if isinstance(value, str) and Address.parse(value) is not None:
+        if Address.parse(str(value)) is not None:
             self.fail(
                 f"{value}: is the address of a LanceDB store, and this takes a folder; copy it: retrieval-tip index "
                 f"clone {value} DIR",
@@ -56,9 +56,7 @@ class Index(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Address:
         """The folder's path, or the address."""
-        if isinstance(value, Path | Address):
-            return value
-        return Address.parse(value) or Path(value)
+        return Address.parse(str(value)) or Path(value)
 
 
 FOLDER, INDEX = Folder(path_type=Path), Index()
@@ -247,13 +245,10 @@ def opened(folder: Path, given: dict[str, Any]) -> CacheModel: ...
 def opened(folder: Path | Address, given: dict[str, Any]) -> Model: ...
 def opened(folder: Path | Address, given: dict[str, Any]) -> Model:
     """The index, with the alpha and beta of the command line where they are given."""
-    cache: Model
-    if isinstance(folder, Address):
-        from retrieval_tip.index import places as stores
+    from retrieval_tip.index.places import at
 
-        cache = stores.at(folder).load(device=given["device"])
-    else:
-        cache = checked(folder, given["device"], given["precision"], given.get("verify", "full"))
+    how = {name: given[name] for name in ("device", "precision", "verify") if name in given}
+    cache = at(folder).load(**how)
     from retrieval_tip.retrieval.inputs import check_settings
 
     cache.alpha = cache.alpha if given["alpha"] is None else given["alpha"]
@@ -291,14 +286,10 @@ def _restricted(cache: Model, where: str) -> CacheModel:
 
 
 def manifest_of(folder: Path | Address) -> Manifest:
-    """The manifest of an index's current version, without torch where it is a folder."""
-    if isinstance(folder, Address):
-        from retrieval_tip.lance.versions import TableStore
+    """The manifest of an index's current version, without torch."""
+    from retrieval_tip.index.places import at
 
-        return TableStore(folder).manifest()
-    from retrieval_tip.store.folder import read_manifest
-
-    return read_manifest(folder)
+    return at(folder).manifest()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.errors import StoreError, UsageError, first_line
-from retrieval_tip.lance.objects import Address, storage_options
+from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
