@@ -21,7 +21,6 @@ import pytest
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance import lease
 from retrieval_tip.lance.address import Address
-from retrieval_tip.lance.lease import Lease
 from retrieval_tip.lance.objects import Objects
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def append(times):
             for what in ("begins", "ends"):
                 before = objects.get("list") if "list" in objects.names() else b""
                 time.sleep(0.005)
-                own.still_held()
+                own()
                 objects.put("list", before + f"{os.getpid()} {what}\\n".encode())
 
 def hold():
@@ -60,7 +59,7 @@ def hold():
         say("held")
         while "end" not in (order := sys.stdin.readline()) and order:
             try:
-                own.still_held()
+                own()
                 say("still held")
             except StoreError as error:
                 say(error)
@@ -116,7 +115,7 @@ def at(place: str) -> Objects:
     return Objects(address)
 
 
-def take(place: str, wait: float = 0.0) -> AbstractContextManager[Lease]:
+def take(place: str, wait: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
     return lease.held(at(place), wait)
 
 
@@ -134,13 +133,13 @@ def refused(place: str, wait: float = 0.0) -> str:
 
 def test_it_is_free_again_whatever_ends_it(place: str):
     with take(place) as own:
-        own.still_held()
+        own()
     errors: list[type[BaseException]] = [ValueError, KeyboardInterrupt, SystemExit]
     for error in errors:
         with pytest.raises(error), take(place):
             raise error
     with take(place) as own:
-        own.still_held()
+        own()
 
 
 def test_another_one_is_told_who_writes(place: str):
@@ -188,7 +187,7 @@ def test_after_a_kill_the_next_one_gets_it(place: str, monkeypatch: pytest.Monke
         began = time.monotonic()
         with take(place, 10) as own:
             took = time.monotonic() - began
-            own.still_held()
+            own()
         assert took < 5 if place.startswith("lance") else 0.9 < took < 8
 
 
@@ -210,9 +209,9 @@ def test_on_a_disk_a_stopped_holder_holds_it(tmp_path: Path):
 
 def test_on_a_disk_errors_are_one_line(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
-    assert "cannot be locked" in refused(f"lance://{tmp_path}/file/x")
+    assert "cannot be written" in refused(f"lance://{tmp_path}/file/x")
     (tmp_path / "x" / "lock").mkdir(parents=True)
-    assert "cannot be locked" in refused(f"lance://{tmp_path}/x")
+    assert "cannot be written" in refused(f"lance://{tmp_path}/x")
 
 
 # ------------------------------------------------------------------------------------------------------------- bucket
@@ -229,11 +228,11 @@ def test_a_stopped_holder_finds_that_it_lost_it(bucket: str, monkeypatch: pytest
             said = first.ask("look")
             assert said.startswith(f"{bucket}: lost the right to write (it was taken over by process {os.getpid()} on ")
             time.sleep(0.6)  # it gives no sign of life any more
-            own.still_held()
+            own()
         assert "lost the right to write" in first.ask("look")
         assert first.ask("end") == "left"
     with take(bucket) as own:
-        own.still_held()
+        own()
         assert at(bucket).names() == [lease.NAME]
 
 
@@ -241,7 +240,7 @@ def test_a_living_holder_keeps_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE", 1.2)
     with take(bucket) as own:
         assert "is being written by" in refused(bucket, 1.6)
-        own.still_held()
+        own()
 
 
 def content(**what: object) -> bytes:
@@ -283,7 +282,7 @@ def test_who_was_slow_and_saw_it_free_does_not_take_it_from_another(bucket: str,
         monkeypatch.setattr(slow, "read", lambda name, most=None: next(stale, None) or read(name, most))
         with pytest.raises(StoreError, match="is being written by"), lease.held(slow, 0.5):
             pass
-        other.still_held()
+        other()
 
 
 def test_a_sign_of_life_that_comes_too_late_changes_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch):
@@ -306,10 +305,10 @@ def test_a_sign_of_life_that_comes_too_late_changes_nothing(bucket: str, monkeyp
             before = at(bucket).get(lease.NAME)
             gone.set()
             assert sent.wait(10)
-            second.still_held()
+            second()
             assert json.loads(at(bucket).get(lease.NAME))["token"] == json.loads(before)["token"]
             with pytest.raises(StoreError, match="lost the right to write"):
-                first.still_held()
+                first()
 
 
 def test_what_the_server_kept_but_did_not_acknowledge_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch):
@@ -323,12 +322,12 @@ def test_what_the_server_kept_but_did_not_acknowledge_is_held(bucket: str, monke
 
     monkeypatch.setattr(objects, "replace", unsaid)
     with lease.held(objects, 0) as own:
-        own.still_held()
+        own()
         assert "is being written by" in refused(bucket)
         until = time.monotonic() + 10
         while len(calls) < 3 and time.monotonic() < until:  # so do its signs of life
             time.sleep(0.02)
-        own.still_held()
+        own()
     assert len(calls) >= 3
 
     def fail(name: str, data: bytes, version: UpdateVersion | None) -> None:
@@ -342,7 +341,7 @@ def test_what_the_server_kept_but_did_not_acknowledge_is_held(bucket: str, monke
     with lease.held(objects, 0) as own:  # it was released, so this one waits for nothing
         monkeypatch.setattr(objects, "replace", unsaid_once(objects, replace))
         time.sleep(0.5)
-        own.still_held()
+        own()
 
 
 def unsaid_once(objects: Objects, replace: Callable[..., UpdateVersion | None]) -> Callable[..., None]:
@@ -397,7 +396,7 @@ def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(objects, "replace", replace)
         for _ in range(2):  # and it stays lost, whatever comes back
             with pytest.raises(StoreError, match=r"could not be renewed: cannot connect.*nothing was changed"):
-                own.still_held()
+                own()
 
 
 def test_a_short_cut_does_no_harm(bucket: str, monkeypatch: pytest.MonkeyPatch):
@@ -416,7 +415,7 @@ def test_a_short_cut_does_no_harm(bucket: str, monkeypatch: pytest.MonkeyPatch):
         until = time.monotonic() + 10
         while len(calls) < 3 and time.monotonic() < until:
             time.sleep(0.02)
-        own.still_held()
+        own()
     assert len(calls) >= 4
 
 
@@ -430,8 +429,8 @@ def test_a_service_that_cannot_be_asked_is_an_error_for_all(bucket: str, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(objects, "read", cut)
             with pytest.raises(StoreError, match="cannot connect"):
-                own.still_held()
+                own()
             with pytest.raises(StoreError, match="cannot connect"), lease.held(objects, 0):
                 pass
-        own.still_held()
+        own()
     assert "no such bucket" in refused("s3://no-such-bucket/x")

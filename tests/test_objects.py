@@ -55,23 +55,23 @@ def at(text: str) -> Objects:
 
 
 @pytest.mark.parametrize(
-    ("text", "canonical", "name"),
+    ("text", "canonical"),
     [
-        ("lance://indexes/x", "lance://indexes/x", "x"),
-        ("lance:///abs/x/", "lance:///abs/x", "x"),
-        ("lance:////abs//./x//", "lance:///abs/x", "x"),
-        ("lance://../x y ü%41#", "lance://../x y ü%41#", "x y ü%41#"),
-        ("lance://a@b", "lance://a@b", "a@b"),
-        ("LANCE://x", "lance://x", "x"),
-        ("s3://bucket/x", "s3://bucket/x", "x"),
-        ("s3://bucket//a//b/", "s3://bucket/a/b", "b"),
-        ("S3://bucket/a@b:c", "s3://bucket/a@b:c", "a@b:c"),
-        ("gs://my_bucket.de/a/ü b", "gs://my_bucket.de/a/ü b", "ü b"),
+        ("lance://indexes/x", "lance://indexes/x"),
+        ("lance:///abs/x/", "lance:///abs/x"),
+        ("lance:////abs//./x//", "lance:///abs/x"),
+        ("lance://../x y ü%41#", "lance://../x y ü%41#"),
+        ("lance://a@b", "lance://a@b"),
+        ("LANCE://x", "lance://x"),
+        ("s3://bucket/x", "s3://bucket/x"),
+        ("s3://bucket//a//b/", "s3://bucket/a/b"),
+        ("S3://bucket/a@b:c", "s3://bucket/a@b:c"),
+        ("gs://my_bucket.de/a/ü b", "gs://my_bucket.de/a/ü b"),
     ],
 )
-def test_an_address_has_one_text(text: str, canonical: str, name: str):
+def test_an_address_has_one_text(text: str, canonical: str):
     address = parsed(text)
-    assert (str(address), address.name) == (canonical, name)
+    assert str(address) == canonical
     assert parsed(canonical) == address
     assert len({parsed(canonical), address}) == 1
 
@@ -138,7 +138,6 @@ def test_addresses_of_buckets_come_back(scheme: str, name: str, parts: list[str]
     assert parsed(str(address)) == address
     assert address.uri == str(address)
     assert address.local is None
-    assert address.name == parts[-1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -403,24 +402,26 @@ def test_on_a_disk_a_folder_that_may_not_be_written(tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork")
-def test_a_forked_process_is_told_to_open_its_own(place: str):
+def test_a_forked_process_is_told_so(place: str):
     store = at(place)
     store.put("x", b"1")
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
 
     def ask() -> None:
-        try:
-            answers.put(str(store.get("x")))
-        except StoreError as error:
-            answers.put(str(error))
+        for own in (store, at(place)):
+            try:
+                answers.put(str(own.get("x")))
+            except StoreError as error:
+                answers.put(str(error))
 
     child = context.Process(target=ask)
     child.start()
-    text = answers.get(timeout=20)
+    for _ in range(2):
+        text = answers.get(timeout=20)
+        assert place in text
+        assert "forked" in text
     child.join(10)
-    assert place in text
-    assert "forked" in text
 
 
 def test_without_obstore_it_is_said_how_to_get_it(tmp_path: Path, no_obstore: None):

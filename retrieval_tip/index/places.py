@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -39,16 +38,7 @@ class Change:
     what: str = ""
 
 
-class Writer(Protocol):
-    """A version in the making, alone, after its ``parent``; ``None``: it is the first."""
-
-    parent: Manifest | None
-
-    def commit(self, manifest: Manifest) -> None:
-        """Make this the current version."""
-
-
-class Store(ABC):
+class Store(Protocol):
     """The versions of one index, of which readers see one whole, and writers make the next one alone.
 
     ``local`` is the folder on this machine that it lies in, ``None`` in a bucket; ``look_every`` the seconds between
@@ -59,7 +49,6 @@ class Store(ABC):
     local: Path | None
     look_every: float
 
-    @abstractmethod
     def __str__(self) -> str:
         """The folder or address."""
 
@@ -73,52 +62,41 @@ class Store(ABC):
         """The last part of the folder or address."""
         return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
 
-    @abstractmethod
     def exists(self) -> bool:
         """Whether there is an index (in whatever state)."""
 
-    @abstractmethod
     def stamp(self) -> Hashable | None:
         """A value that changes with the current version, found without asking a service; ``None``: there is none.
 
         Where only asking tells, it changes always.
         """
 
-    @abstractmethod
     def manifest(self, version: int | None = None) -> Manifest:
         """The current version, or an earlier one."""
 
-    @abstractmethod
     def load(
         self, *, device: str = "auto", precision: str = "auto", verify: str = "full", version: int | None = None
     ) -> Model:
         """The current version, or an earlier one, opened."""
 
-    @abstractmethod
     def load_whole(self) -> CacheModel:
         """The current version, opened as one array of keys on the CPU. Raises UsageError where they are too many."""
 
-    @abstractmethod
     def has_text(self, manifest: Manifest) -> bool:
         """Whether a version has text weights that are not all zero."""
 
-    @abstractmethod
-    def write(self, wait: float | None = None) -> AbstractContextManager[Writer]:
+    def write(self, wait: float | None = None) -> AbstractContextManager[Any]:
         """The next version, to be made alone: another writer waits its turn, ``wait`` seconds."""
 
-    @abstractmethod
     def change(self, verify: str = "full") -> AbstractContextManager[Change]:
         """The current version, alone, to become the next one, unless nothing is said of it."""
 
-    @abstractmethod
     def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
         """Build what is to become the next version anew from its keys, as another type or dtype."""
 
-    @abstractmethod
     def verify(self) -> Model:
         """Check every byte, or every row, of the current version, and that its parts fit together."""
 
-    @abstractmethod
     def check(self, manifest: Manifest) -> None:
         """Check that a version can be made current again."""
 
@@ -126,15 +104,12 @@ class Store(ABC):
         """The first key id that was not given up to a version."""
         return manifest.next_key_id or 0
 
-    @abstractmethod
     def history(self) -> pa.Table:
         """The versions that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`."""
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """The facts that ``index info`` prints."""
 
-    @abstractmethod
     def query(self, sql: str, predictions: Path | None = None) -> pa.Table:
         """The answer of a SELECT over the label store (:func:`store.query`)."""
 
@@ -154,7 +129,6 @@ class Store(ABC):
             writer.commit(history.renewed(old, current, following, store.stamp()))
             return current.version + 1
 
-    @abstractmethod
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
         """Give up all versions but the last ``keep``: versions, bytes that are free now."""
 

@@ -99,11 +99,6 @@ class Address:
         return f"{self.scheme}://{self.bucket}{'/' if self.bucket else ''}{self.path}"
 
     @property
-    def name(self) -> str:
-        """The last part."""
-        return self.path.rpartition("/")[2]
-
-    @property
     def local(self) -> Path | None:
         """The folder; ``None`` for a bucket."""
         return None if self.bucket else Path(self.path)

@@ -15,8 +15,8 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.errors import StoreError, one_line
@@ -35,39 +35,27 @@ MOST_BYTES = 1 << 14
 """A lease that is larger was not written here."""
 
 
-class Lease:
-    """The right to write. This one, of a disk, is never lost: the system keeps it."""
-
-    def still_held(self) -> None:
-        """Ask right before a commit. Raises StoreError where another may have taken it meanwhile."""
-
-
 @contextmanager
-def held(objects: Objects, wait: float) -> Iterator[Lease]:
+def held(objects: Objects, wait: float) -> Iterator[Callable[[], None]]:
     """The right to be the one writer of a store, within the context; one waits its turn, up to ``wait`` seconds.
 
-    Any exception ends it too. One whose process died holds it for :data:`LEASE` seconds in a bucket, and no longer at
-    all on a disk. Raises StoreError: another one writes, or the disk or the service fails.
+    It is given as a function to be called right before a commit, which raises StoreError where another may have taken
+    it meanwhile. Any exception ends it too. One whose process died holds it for :data:`LEASE` seconds in a bucket, and
+    no longer at all on a disk. Raises StoreError: another one writes, or the disk or the service fails.
     """
-    address = objects.address
-    if address.local is None:
-        lease = _Renewed(objects)
-        try:
-            lease.take(wait)
-            yield lease
-        finally:
-            lease.release()
+    if objects.address.local is not None:
+        with locked(objects.address.local, objects.address, wait):
+            yield lambda: None  # the system keeps it
         return
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(address.local, address, wait))
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise StoreError(one_line(f"{address}/lock: cannot be locked: {reason}; nothing was changed")) from None
-        yield Lease()
+    lease = _Lease(objects)
+    try:
+        lease.take(wait)
+        yield lease.still_held
+    finally:
+        lease.release()
 
 
-class _Renewed(Lease):
+class _Lease:
     """The lease in a bucket. All that is written says whose it is, so that nobody takes another's for its own."""
 
     def __init__(self, objects: Objects) -> None:
@@ -80,30 +68,25 @@ class _Renewed(Lease):
 
     def take(self, wait: float) -> None:
         """Get it within so many seconds. Raises StoreError where another holds it for longer."""
-        until = time.monotonic() + wait
-        seen, since = None, 0.0
+        until, seen, since = time.monotonic() + wait, None, 0.0
         while True:
-            look = content, version = self._look()
+            look = said, version = self._look()
             now = time.monotonic()  # after the look: what is seen is not older
             if look != seen:
                 seen, since = look, now
-            free = version is None or _read(content).get("released") is True or now - since >= LEASE
-            if free and self._write(version):
+            if (version is None or said.get("released") is True or now - since >= LEASE) and self._write(version):
                 break
             if time.monotonic() >= until:
-                raise busy(self._objects.address, _owner(content))
+                raise busy(self._objects.address, _owner(said))
             time.sleep(max(0.0, min(POLL, LEASE / 8, until - time.monotonic())))
         self._thread.start()
 
     def still_held(self) -> None:
         """Look whether it was taken. Raises StoreError where it was, or where that cannot be found out."""
-        if self._lost is None and not self._is_own(content := self._look()[0]):
-            self._lose(content)
+        self._lost = self._lost or self._taken_by(self._look()[0])
         if self._lost is not None:
-            address = self._objects.address
-            raise StoreError(
-                one_line(f"{address}: lost the right to write ({self._lost}); nothing was changed, try again")
-            )
+            text = f"{self._objects.address}: lost the right to write ({self._lost}); nothing was changed, try again"
+            raise StoreError(one_line(text))
 
     def release(self) -> None:
         """Let the next one have it. What fails here costs that one :data:`LEASE` seconds, and nothing else."""
@@ -111,30 +94,34 @@ class _Renewed(Lease):
         if self._thread.is_alive():
             self._thread.join()  # or else a late sign of life would take the release back
         with suppress(StoreError):  # one that was interrupted while it took the lease may have it, too
-            content, version = self._look()
-            if self._is_own(content):
+            said, version = self._look()
+            if self._taken_by(said) is None:
                 self._write(version, released=True)
 
-    def _look(self) -> tuple[bytes, UpdateVersion | None]:
-        """The object and its version; ``None`` where there is none."""
+    def _look(self) -> tuple[dict[str, Any], UpdateVersion | None]:
+        """The facts of the lease and its version; ``None`` where there is none.
+
+        One that is damaged has no facts, and ends as that of a dead holder does.
+        """
         try:
-            return self._objects.read(NAME, MOST_BYTES)
+            content, version = self._objects.read(NAME, MOST_BYTES)
         except FileNotFoundError:
-            return b"", None
+            return {}, None
+        with suppress(ValueError, RecursionError):
+            said = json.loads(content)
+            return said if isinstance(said, dict) else {}, version
+        return {}, version
 
     def _write(self, version: UpdateVersion | None, released: bool = False) -> bool:
         """Replace this version, or one of ours, by what says that this process lives; whether that lies there now."""
-        began = time.monotonic()
-        self._beats += 1
-        said = {"owner": this_process(), "token": self._token, "beat": self._beats, "released": released}
-        content = json.dumps(said, indent=1).encode()
+        began, self._beats = time.monotonic(), self._beats + 1
+        new = {"owner": this_process(), "token": self._token, "beat": self._beats, "released": released}
+        content = json.dumps(new, indent=1).encode()
         written = self._objects.replace(NAME, content, version)
-        if written is None:  # a server can keep what it then fails to acknowledge
-            there, version = self._look()
-            if there == content:
-                written = version
-            elif self._is_own(there):
-                written = self._objects.replace(NAME, content, version)
+        if written is None:  # a server can keep what it then fails to acknowledge: this, or the one before
+            said, version = self._look()
+            if self._taken_by(said) is None:
+                written = version if said == new else self._objects.replace(NAME, content, version)
         if written is not None:
             self._version, self._renewed = written, began
         return written is not None
@@ -144,27 +131,16 @@ class _Renewed(Lease):
         while self._lost is None and not self._ended.wait(LEASE / 4):
             try:
                 if not self._write(self._version):
-                    self._lose(self._look()[0])
+                    self._lost = self._taken_by(self._look()[0])
             except StoreError as error:
                 if time.monotonic() - self._renewed >= LEASE:
                     self._lost = f"it could not be renewed: {error}"
 
-    def _is_own(self, content: bytes) -> bool:
-        return _read(content).get("token") == self._token
-
-    def _lose(self, content: bytes) -> None:
-        self._lost = f"it was taken over by {_owner(content) if content else 'somebody who removed it'}"
+    def _taken_by(self, said: dict[str, Any]) -> str | None:
+        """Who has taken the lease, or removed it; ``None``: it is ours."""
+        return None if said.get("token") == self._token else f"it was taken over by {_owner(said)}"
 
 
-def _read(content: bytes) -> dict[str, Any]:
-    """The facts of a lease; none where it is damaged, and then it ends as that of a dead holder does."""
-    try:
-        facts = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _owner(content: bytes) -> str:
-    owner = _read(content).get("owner")
+def _owner(said: dict[str, Any]) -> str:
+    owner = said.get("owner")
     return ascii(owner[:200]).strip("'") if isinstance(owner, str) and owner else "another process"

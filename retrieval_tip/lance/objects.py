@@ -42,13 +42,11 @@ class Objects:
 
     Nothing is read before it is asked for, and the place need not exist. Raises UsageError where obstore is not
     installed, StoreError for an environment that cannot be used. Every method raises StoreError where the disk or the
-    service refuses, cannot be reached or cannot be understood, in a process that was forked, where obstore's threads
-    are gone, and for a name that no object can have.
+    service refuses, cannot be reached or cannot be understood, and for a name that no object can have.
     """
 
     def __init__(self, address: Address) -> None:
-        self.address = address
-        self._root, self._process = address.local, os.getpid()
+        self.address, self._root = address, address.local
         try:
             import obstore  # noqa: F401 - only whether it is there
         except ImportError:
@@ -192,10 +190,9 @@ class Objects:
         from obstore.exceptions import BaseError
         from obstore.store import LocalStore
 
-        if os.getpid() != self._process:
-            raise StoreError(
-                f"{one_line(str(self.address))}: was opened before this process was forked; open it here, or use spawn"
-            )
+        if os.getpid() != _first_process():
+            place = one_line(str(self.address))
+            raise StoreError(f"{place}: this process was forked from one that had asked a store; use spawn")
         try:
             if self._root is not None and what == "written":
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -260,6 +257,12 @@ class Objects:
             why = re.sub(r"//[^/\s]*@", "//", line)[:200]
         place = f"{self.address}/{name}" if name else str(self.address)
         return StoreError(one_line(f"{place}: {why}"))
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process that obstore's threads are in; one that is forked from it has none, and would wait for ever."""
+    return os.getpid()
 
 
 def sync(folder: Path) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +99,8 @@ class Classes:
 class Writer:
     """A version in the making, alone. Make one with :meth:`LanceVersions.write`."""
 
-    def __init__(self, store: LanceVersions, held: lease.Lease, parent: Manifest | None) -> None:
-        self.store, self.parent, self._held = store, parent, held
+    def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
+        self.store, self.parent, self._still_held = store, parent, still_held
         self._files = store.table_files()
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
@@ -138,7 +138,7 @@ class Writer:
         if KeyTable.at(address, manifest.table.name, manifest.table.version).rows != manifest.n:
             raise StoreError(f"{address}: was written by another process meanwhile; try again")
         self._flush()
-        self._held.still_held()
+        self._still_held()
         name = _name(manifest.version)
         # Where the answer was lost, it may be there all the same; what is there tells whose it is.
         if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
@@ -234,9 +234,9 @@ class LanceVersions:
         cannot be written.
         """
         self._refuse_others()
-        with lease.held(self.objects, store.LOCK_WAIT if wait is None else wait) as held:
+        with lease.held(self.objects, store.LOCK_WAIT if wait is None else wait) as still_held:
             self._tidy()
-            yield Writer(self, held, self.manifest() if self.exists() else None)
+            yield Writer(self, still_held, self.manifest() if self.exists() else None)
 
     def _tidy(self) -> None:
         """Remove files that a killed writer was writing: they have no names of objects yet."""

@@ -27,7 +27,7 @@ def locked(folder: Path, place: object, wait: float) -> Iterator[None]:
     """The right to write a folder, within the context; a writer waits its turn, up to ``wait`` seconds.
 
     The folder and its ``data`` are made; another writer that fails to make a first version removes them under its lock.
-    Raises StoreError, which calls the folder ``place``, where another holds the lock for longer; OSError.
+    Raises StoreError, which calls the folder ``place``, where another holds the lock for longer, or it cannot be had.
     """
     path, data = folder / "lock", folder / "data"
     lock = filelock.FileLock(path)
@@ -38,9 +38,10 @@ def locked(folder: Path, place: object, wait: float) -> Iterator[None]:
             break
         except filelock.Timeout:
             raise busy(place, _owner(path)) from None
-        except FileNotFoundError:  # removed just now
-            if not left:
-                raise
+        except OSError as error:
+            if not left or not isinstance(error, FileNotFoundError):  # else it was removed just now
+                reason = error.strerror or type(error).__name__
+                raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
     try:
         data.mkdir(exist_ok=True)
         with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
