@@ -139,7 +139,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
 
     def metadata(self, number: int) -> dict[bytes, bytes]:
-        """What the file of shard ``number`` says of itself."""
+        """Metadata of the file of shard ``number``."""
         return {PART_KEY: json.dumps({"run": self.digest, "shard": number}).encode()}
 
     def write_failed(self, number: int, failed: Sequence[Skipped]) -> None:
@@ -165,7 +165,7 @@ class Run:
         return int(parquet.metadata.num_rows) if said == {"run": self.digest, "shard": number} else None
 
     def failed(self, number: int) -> list[Skipped]:
-        """What of all shards below ``number`` could not be read."""
+        """Inputs of all shards below ``number`` that could not be read."""
         there = self.names("failed")
         found = []
         for shard in range(number):

@@ -1,4 +1,4 @@
-"""How a source is cut into input shards, the unit of work and of resuming: the same source gives the same shards.
+"""Input shards of a source, the unit of work and of resuming: the same source gives the same shards.
 
 - images, by path: so many of them, with their labels
 - a Parquet table, of features or of paths: so many rows, read by the row groups that hold them
@@ -74,12 +74,12 @@ class Shard:
     stamp: str = ""
 
     def to_json(self) -> str:
-        """As text of ASCII, whatever bytes its names are made of."""
+        """Text of ASCII, whatever bytes its names are made of."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Shard:
-        """What :meth:`to_json` wrote."""
+        """The inverse of :meth:`to_json`."""
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
@@ -288,7 +288,7 @@ def _remote_images(folder: str, labelled: bool) -> Source:
 
 
 def _stamp(place: str) -> str:
-    """Which file it is: its size, and its tag or the time of its last change."""
+    """The mark of a file: its size, and its tag or the time of its last change."""
     if remote.is_remote(place):
         facts = remote.attempt(place, lambda: remote.system_of(place).info(place))
         return f"{facts.get('size')} {facts.get('e_tag') or facts.get('last_modified')}"

@@ -1,4 +1,4 @@
-"""``encode``, ``classify``, ``evaluate`` and the views of ``finetune`` by shards on Ray: what each is told and gives.
+"""``encode``, ``classify``, ``evaluate`` and the views of ``finetune`` by shards on Ray.
 
 Each does with a shard what the package does with a source; no figure and no formula is here.
 """
@@ -37,7 +37,7 @@ NOT_SAID = ("workers", "batch_size", "strict", "progress")
 
 @dataclass(frozen=True)
 class Made:
-    """What a run made: ``rows`` in ``parts``, of which ``kept`` were there; what ``failed``; shards done by each node.
+    """The result of a run: ``rows``, ``parts``, of which ``kept`` were there, what ``failed``, shards of each node.
 
     ``settled``: how many rows took how many keys where answers were certified, of the parts made now.
     """
@@ -71,7 +71,7 @@ class EncodeTask(Task):
 
 @dataclass
 class IndexTask(Task):
-    """Something that is asked of an index: a folder whose manifest has the digest ``sealed``, with these settings."""
+    """A question to an index: a folder whose manifest has the digest ``sealed``, with these settings."""
 
     encoding: Encoding
     folder: str
@@ -136,7 +136,7 @@ class ClassifyTask(IndexTask):
 
 @dataclass
 class EvaluateTask(IndexTask):
-    """What an evaluation needs of each shard."""
+    """The numbers of each shard that an evaluation needs."""
 
     def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Classify, and keep a few numbers of each item."""
@@ -277,7 +277,7 @@ class RayEncoder(Encoder):
     ray: Ray = field(default_factory=Ray)
 
     def encode_views(self, source: Source, names: Sequence[str]) -> Views:
-        """As :meth:`Encoder.encode_views`; each worker encodes the views of some of the shots."""
+        """Views as of :meth:`Encoder.encode_views`; each worker encodes the views of some of the shots."""
         if source.paths is None or not names or len(set(names)) < len(names):
             return super().encode_views(source, names)
         first, _ = grouped(source.paths)
@@ -337,7 +337,7 @@ def _told(failed: Any, say: Callable[[Skipped], None] | None) -> list[Skipped]:
 
 
 def _described(shards: Sequence[Shard], encoding: Encoding, settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's description every task has."""
+    """The part of a run's description that every task has."""
     said = {name: value for name, value in encoding.settings.items() if name not in NOT_SAID}
     return {"source": digest(shards), "shards": len(shards), "settings": said | settings}
 

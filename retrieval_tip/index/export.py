@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from retrieval_tip.index.places import Model
 
 SETTINGS = ("alpha", "beta", "logit_scale", "k", "tail", "temperature", "templates", "backbone")
-"""What an index has beside its keys, labels and classes."""
+"""Names of what an index has beside its keys, labels and classes."""
 
 
 def copy(model: Model, target: stores.Store, what: str) -> int:

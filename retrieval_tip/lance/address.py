@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from retrieval_tip.errors import StoreError, UsageError, one_line
 
 CONNECT_SECONDS, ANSWER_SECONDS, RETRY_SECONDS, RETRIES = 4, 8, 10, 4
-"""How long a server may take to be connected to and to answer; no request is tried again later than that or more often.
+"""Seconds that a server may take to be connected to and to answer; no request is tried again later or more often.
 One that cannot be reached has failed after ``RETRY_SECONDS + ANSWER_SECONDS``."""
 
 S3_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -30,12 +30,12 @@ _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _SCHEME = re.compile(r"(lance|s3|gs)://", re.IGNORECASE)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
-"""What obstore and LanceDB would not both take for the same key."""
+"""Characters that obstore and LanceDB would not both take for the same key."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a store is. ``str`` gives the one text of it that :meth:`parse` reads, and holds no credential.
+    """The place of a store. ``str`` gives the one text of it that :meth:`parse` reads, and holds no credential.
 
     ``scheme`` is ``lance``, ``s3`` or ``gs``; ``bucket`` is empty where it is a local folder; ``path`` is the folder or
     the prefix.

@@ -104,7 +104,7 @@ def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int) -> pa.Table:
 
 @contextmanager
 def _said(address: Address, what: str) -> Iterator[None]:
-    """What the engine refuses, in one line."""
+    """Errors of the engine as StoreError, in one line."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:

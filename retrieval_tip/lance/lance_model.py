@@ -285,7 +285,7 @@ class LanceModel(Classifier):
 
     @property
     def retrieval(self) -> LanceRetrieval:
-        """What finds the keys, with the settings as they are now."""
+        """Retrieval of the keys, with the settings as they are now."""
         return LanceRetrieval(
             keys=self._keys,
             kind=self.index_type,

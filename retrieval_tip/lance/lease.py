@@ -137,7 +137,7 @@ class _Lease:
                     self._lost = f"it could not be renewed: {error}"
 
     def _taken_by(self, said: dict[str, Any]) -> str | None:
-        """Who has taken the lease, or removed it; ``None``: it is ours."""
+        """The loss of the lease, in words; ``None``: it is ours."""
         return None if said.get("token") == self._token else f"it was taken over by {_owner(said)}"
 
 

@@ -64,7 +64,7 @@ class Classes:
     sums: npt.NDArray[np.float64]
 
     def to_bytes(self) -> bytes:
-        """As a Parquet file."""
+        """The bytes of a Parquet file."""
         d = self.text.shape[1]
 
         def lists(array: npt.NDArray[Any]) -> pa.Array:
@@ -273,13 +273,13 @@ class LanceVersions:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What ``index info`` prints."""
+        """The facts that ``index info`` prints."""
         manifest = self.manifest()
         counts, table = self.classes(manifest).counts, self.table(manifest)
         return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=table.unindexed())
 
     def query(self, sql: str, predictions: Any = None) -> pa.Table:
-        """See :func:`store.query`; the table ``labels`` is read into memory, without the keys."""
+        """The answer of a SELECT (:func:`store.query`); table ``labels`` is read into memory, without the keys."""
         manifest = self.manifest()
         table = self.table(manifest)
         tables = {"labels": table.read([n for n in table.schema.names if n != VECTOR]), "versions": self.history()}
