@@ -50,7 +50,6 @@ bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/scale.py --memory
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/living.py
-	$(BIN)/python benchmarks/shards.py
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/memory.py --folder /tmp

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,3 +94,13 @@ def _is_there(path: Path) -> bool:
 def _check(mode: int, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
         raise NotAFileError(path, _KINDS.get(stat.S_IFMT(mode), "something else"))
+
+
+def sync(folder: Path) -> None:
+    """Flush a folder's entries, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,15 +1,48 @@
-"""A prediction: what an index answers to one query, and what the answer was made of."""
+"""A prediction, what an index answers to one query: as an object, as a row, and in files of rows."""
 
 from __future__ import annotations
 
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import pyarrow as pa
 
-from retrieval_tip.errors import counted
+from retrieval_tip.errors import InputError, counted, first_line, one_line
+from retrieval_tip.files import NotAFileError, open_regular
 from retrieval_tip.report.html import table, tag
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
+_NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64()}
+PREDICTIONS = {
+    "input": pa.string(),
+    "label": pa.string(),
+    "probability": pa.float64(),
+    "labels": pa.list_(pa.string()),
+    "probabilities": pa.list_(pa.float64()),
+    "logits": pa.list_(pa.float32()),
+    "text_logit": pa.float64(),
+    "cache_logit": pa.float64(),
+    "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
+    "keys": pa.int64(),
+}
+"""The columns that ``classify`` can write, with their types."""
+
+MAX_ROWS = 100_000_000
+"""Most predictions that one file may hold."""
+MAX_LINE = 1 << 26
+"""Bytes: the longest line of a text file of predictions; a thousand classes with their logits take 20 thousand."""
+_SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
+_REMEDY = "expected what retrieval-tip classify --format parquet, csv or json --output FILE writes"
 
 SHOWN_PREDICTIONS = 50
 """How many a notebook shows."""
@@ -109,3 +142,107 @@ class Certified:
     text: Tensor
     cache: Tensor
     keys: Tensor
+
+
+def prediction_row(
+    name: str, prediction: Prediction, columns: Sequence[str], abstain: float | None = None
+) -> dict[str, Any]:
+    """A prediction as ``classify`` writes it, of these columns; below ``abstain`` it has no label."""
+    row = vars(prediction) | {
+        "input": name,
+        "label": prediction.label if abstain is None or prediction.probability >= abstain else None,
+        "logits": prediction.logits.tolist() if "logits" in columns and prediction.logits is not None else None,
+        "neighbours": [vars(neighbour) for neighbour in prediction.neighbours],
+    }
+    return {column: row[column] for column in columns}
+
+
+def read_predictions(path: Path) -> pa.Table:
+    """Predictions that ``classify`` wrote, a row an input: Parquet, CSV or JSON lines, told apart by what is in them.
+
+    The columns have the types of ``PREDICTIONS``; ``input`` and ``label`` are there, ``label`` may be null. Further
+    columns stay; of JSON lines, those that are text, a number or a truth value in the first one.
+
+    Raises InputError naming the file and what is wrong with it, also where it has more than ``MAX_ROWS`` rows.
+    """
+    name = one_line(str(path))
+    try:
+        with open_regular(path) as file:
+            head = file.readline(MAX_LINE).removeprefix(b"\xef\xbb\xbf").lstrip()
+            read = _parquet if head.startswith(b"PAR1") else _json if head.startswith(b"{") else _csv
+            file.seek(0)
+            table = read(pa.PythonFile(file), head)
+        _check_columns(table.column_names, len(table))
+        for column in ("input", "label"):
+            if table.schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
+                raise ValueError(f"column {column!r} is {table.schema.field(column).type}, not text")
+        table.validate(full=True)  # that text is UTF-8
+        if table["input"].null_count:
+            raise ValueError(f"row {np.flatnonzero(table['input'].is_null().to_numpy())[0]} has no input")
+    except NotAFileError as error:
+        raise InputError(f"{error}; {_REMEDY}") from None
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file; {_REMEDY}") from None
+    except (OSError, ValueError, RecursionError, MemoryError, pa.ArrowException) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise InputError(f"{name}: cannot be read as predictions ({reason}); {_REMEDY}") from None
+    return table
+
+
+def _check_columns(columns: Sequence[str], rows: int) -> None:
+    if twice := [column for column, times in Counter(columns).items() if times > 1]:
+        raise ValueError(f"column {twice[0]!r} stands twice")
+    if missing := [column for column in ("input", "label") if column not in columns]:
+        raise ValueError(f"no column {missing[0]!r}")
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"{rows:,} rows, more than {MAX_ROWS:,}" if rows else "no rows")
+
+
+def _parquet(raw: pa.NativeFile, _: bytes) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(raw) as file:
+        _check_columns(file.schema_arrow.names, file.metadata.num_rows)  # before it takes the memory
+        return file.read()
+
+
+def _json(raw: pa.NativeFile, head: bytes) -> pa.Table:
+    first: dict[str, Any] = json.loads(head)
+    kinds = {key: PREDICTIONS.get(key, _SCALARS.get(type(value))) for key, value in first.items()}
+    return _read_json(raw, {key: kind for key, kind in kinds.items() if kind is not None})
+
+
+def _read_json(raw: pa.NativeFile | io.BytesIO, kinds: Mapping[str, pa.DataType]) -> pa.Table:
+    """These columns of JSON lines; everything else is skipped, for Arrow overflows its stack on types nested deeply."""
+    import pyarrow.json
+
+    schema = pa.schema(list(kinds.items()))
+    return pyarrow.json.read_json(
+        raw,
+        pyarrow.json.ReadOptions(block_size=MAX_LINE),
+        pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    )
+
+
+def _csv(raw: pa.NativeFile, _: bytes) -> pa.Table:
+    """A CSV file, in which lists are JSON."""
+    import pyarrow.csv
+
+    nested = {column: kind for column, kind in PREDICTIONS.items() if pa.types.is_nested(kind)}
+    table = pyarrow.csv.read_csv(
+        raw,
+        pyarrow.csv.ReadOptions(block_size=MAX_LINE),
+        pyarrow.csv.ParseOptions(newlines_in_values=True),
+        pyarrow.csv.ConvertOptions(
+            column_types=PREDICTIONS | dict.fromkeys(nested, pa.string()), strings_can_be_null=True, null_values=[""]
+        ),
+    )
+    _check_columns(table.column_names, len(table))
+    for column in nested.keys() & set(table.column_names):
+        cells = table[column].to_pylist()
+        lines = "".join(f'{{"cell": {"null" if cell is None else cell}}}\n' for cell in cells)
+        parsed = _read_json(io.BytesIO(lines.encode()), {"cell": nested[column]})
+        if len(parsed) != len(table):  # a cell that closes its line and opens another
+            raise ValueError(f"column {column!r} is not JSON")
+        table = table.set_column(table.column_names.index(column), column, parsed["cell"])
+    return table

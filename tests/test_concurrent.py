@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import killing
 import numpy as np
 import numpy.typing as npt
@@ -352,7 +353,7 @@ def test_an_index_that_is_made_at_any_look_at_a_new_folder_is_no_other_thing_in_
 ) -> None:
     cache = CacheModel.load(index, device="cpu")
     other = CacheModel.load(index, device="cpu")
-    state, acquire = dict[str, int](), store.filelock.FileLock.acquire
+    state, acquire = dict[str, int](), filelock.FileLock.acquire
 
     def locking(*arguments: Any, **named: Any) -> Any:
         state["at"] = -1  # behind the lock nobody else writes
@@ -376,7 +377,7 @@ def test_an_index_that_is_made_at_any_look_at_a_new_folder_is_no_other_thing_in_
         with monkeypatch.context() as patch:
             for module, name in ((os, "stat"), (os, "listdir"), (os, "mkdir")):
                 patch.setattr(module, name, looking(getattr(module, name), folder))
-            patch.setattr(store.filelock.FileLock, "acquire", locking)
+            patch.setattr(filelock.FileLock, "acquire", locking)
             replace(cache).save(folder)
         if store.read_manifest(folder).version == 1:
             break
@@ -407,7 +408,7 @@ def test_what_a_failed_build_removes_at_any_moment_is_made_again(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """What another writer removes as it fails, just before this one has the lock."""
-    folder, acquire, tried = tmp_path / "new", store.filelock.FileLock.acquire, []
+    folder, acquire, tried = tmp_path / "new", filelock.FileLock.acquire, []
 
     def late(self: Any, *arguments: Any, **named: Any) -> Any:
         if not tried:
@@ -419,7 +420,7 @@ def test_what_a_failed_build_removes_at_any_moment_is_made_again(
                 folder.rmdir()
         return acquire(self, *arguments, **named)
 
-    monkeypatch.setattr(store.filelock.FileLock, "acquire", late)
+    monkeypatch.setattr(filelock.FileLock, "acquire", late)
     CacheModel.load(index, device="cpu").save(folder)
     assert tried
     assert verify(folder).version == 1

@@ -45,6 +45,7 @@ from retrieval_tip.data import images, sources
 from retrieval_tip.data import imports as exchange
 from retrieval_tip.data.encoder import NORM_TOLERANCE, Encoder
 from retrieval_tip.data.sources import open_inputs, open_source
+from retrieval_tip import predictions
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
@@ -1291,7 +1292,7 @@ class TextTable:
             assert len(set(names)) == len(names) == number
 
     def predictions(self) -> None:
-        found = labels.read_predictions(self.path)
+        found = predictions.read_predictions(self.path)
         if self.column is not None:
             assert found["input"].to_pylist() == self.column["input"]
             assert found["label"].to_pylist() == [cell or None for cell in self.column["label"]]
@@ -1326,7 +1327,7 @@ def test_names_of_columns_that_are_not_utf8_are_refused(base: Path, tmp_path: Pa
     path.write_bytes(name.encode("latin-1") + b"\na,b,c\n")
     for call in (
         lambda: open_source(path),
-        lambda: labels.read_predictions(path),
+        lambda: predictions.read_predictions(path),
         lambda: changes.import_index(base / "keys.npy", tmp_path / "out", labels=path),
         lambda: exchange._class_names(path),
     ):
@@ -1719,8 +1720,8 @@ def test_more_than_the_limits_is_refused_in_one_line(
 
     limited(sources, "MAX_TEXT", 5, lambda: open_source(path), path, "rows 0, 1, 2", "source longer than 5 characters")
     limited(sources, "MAX_ROWS", 7, lambda: open_source(path), path, "8 rows, more than 7")
-    limited(labels, "MAX_ROWS", 7, lambda: labels.read_predictions(path), path, "8 rows, more than 7")
-    limited(labels, "MAX_LINE", 12, lambda: labels.read_predictions(path), path)
+    limited(predictions, "MAX_ROWS", 7, lambda: predictions.read_predictions(path), path, "8 rows, more than 7")
+    limited(predictions, "MAX_LINE", 12, lambda: predictions.read_predictions(path), path)
     limited(exchange, "MAX_ROWS", 7, imported, "8 rows in all; expected 1 to 7")
     limited(exchange, "MAX_NAME", 5, imported, path, "label longer than 5 characters")
     limited(exchange, "MAX_TEXT", 5, imported, path, "id longer than 5 characters")

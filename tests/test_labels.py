@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from retrieval_tip.cli.output import write_rows
 from retrieval_tip.errors import InputError, RetrievalTipError
+from retrieval_tip.predictions import PREDICTIONS, read_predictions
 from retrieval_tip.store import labels as module
-from retrieval_tip.store.labels import PREDICTIONS, VERSIONS_SCHEMA, read_predictions, versions_table
+from retrieval_tip.store.labels import VERSIONS_SCHEMA, versions_table
 from retrieval_tip.store.query import ask
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)

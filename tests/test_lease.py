@@ -13,14 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import buckets
 import pytest
 
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance import lease
-from retrieval_tip.lance.lease import Lease
-from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.lance.address import Address
+from retrieval_tip.lance.objects import Objects
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -32,10 +36,10 @@ WORKER = """
 import os, sys, time
 from retrieval_tip.lance import lease
 from retrieval_tip.errors import StoreError
-from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.lance.address import Address
+from retrieval_tip.lance.objects import Objects
 
-address = Address.parse(sys.argv[1])
-objects = Objects.at(address)
+objects = Objects(Address.parse(sys.argv[1]))
 lease.LEASE = float(sys.argv[2])
 
 def say(text):
@@ -43,19 +47,19 @@ def say(text):
 
 def append(times):
     for _ in range(times):
-        with lease.held(objects, address, 30) as own:
+        with lease.held(objects, 30) as own:
             for what in ("begins", "ends"):
                 before = objects.get("list") if "list" in objects.names() else b""
                 time.sleep(0.005)
-                own.still_held()
+                own()
                 objects.put("list", before + f"{os.getpid()} {what}\\n".encode())
 
 def hold():
-    with lease.held(objects, address, 10) as own:
+    with lease.held(objects, 10) as own:
         say("held")
         while "end" not in (order := sys.stdin.readline()) and order:
             try:
-                own.still_held()
+                own()
                 say("still held")
             except StoreError as error:
                 say(error)
@@ -105,14 +109,14 @@ def holder(place: str, seconds: float) -> Iterator[Holder]:
         found.close()
 
 
-def at(place: str) -> tuple[Objects, Address]:
+def at(place: str) -> Objects:
     address = Address.parse(place)
     assert address is not None
-    return Objects.at(address), address
+    return Objects(address)
 
 
-def take(place: str, wait: float = 0.0) -> AbstractContextManager[Lease]:
-    return lease.held(*at(place), wait)
+def take(place: str, wait: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
+    return lease.held(at(place), wait)
 
 
 def refused(place: str, wait: float = 0.0) -> str:
@@ -129,13 +133,13 @@ def refused(place: str, wait: float = 0.0) -> str:
 
 def test_it_is_free_again_whatever_ends_it(place: str):
     with take(place) as own:
-        own.still_held()
+        own()
     errors: list[type[BaseException]] = [ValueError, KeyboardInterrupt, SystemExit]
     for error in errors:
         with pytest.raises(error), take(place):
             raise error
     with take(place) as own:
-        own.still_held()
+        own()
 
 
 def test_another_one_is_told_who_writes(place: str):
@@ -166,7 +170,7 @@ def test_processes_that_append_to_a_list_do_not_interleave(place: str):
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, place, "20", "8"]) for _ in range(2)]
     for worker in workers:
         assert worker.wait(40) == 0
-    lines = at(place)[0].get("list").decode().split("\n")[:-1]
+    lines = at(place).get("list").decode().split("\n")[:-1]
     assert len(lines) == 2 * 2 * 8
     for begins, ends in zip(lines[::2], lines[1::2], strict=True):
         assert (begins.split()[1], ends.split()[1]) == ("begins", "ends")
@@ -183,7 +187,7 @@ def test_after_a_kill_the_next_one_gets_it(place: str, monkeypatch: pytest.Monke
         began = time.monotonic()
         with take(place, 10) as own:
             took = time.monotonic() - began
-            own.still_held()
+            own()
         assert took < 5 if place.startswith("lance") else 0.9 < took < 8
 
 
@@ -205,9 +209,9 @@ def test_on_a_disk_a_stopped_holder_holds_it(tmp_path: Path):
 
 def test_on_a_disk_errors_are_one_line(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
-    assert "cannot be locked" in refused(f"lance://{tmp_path}/file/x")
+    assert "cannot be written" in refused(f"lance://{tmp_path}/file/x")
     (tmp_path / "x" / "lock").mkdir(parents=True)
-    assert "cannot be locked" in refused(f"lance://{tmp_path}/x")
+    assert "cannot be written" in refused(f"lance://{tmp_path}/x")
 
 
 # ------------------------------------------------------------------------------------------------------------- bucket
@@ -224,103 +228,152 @@ def test_a_stopped_holder_finds_that_it_lost_it(bucket: str, monkeypatch: pytest
             said = first.ask("look")
             assert said.startswith(f"{bucket}: lost the right to write (it was taken over by process {os.getpid()} on ")
             time.sleep(0.6)  # it gives no sign of life any more
-            own.still_held()
+            own()
         assert "lost the right to write" in first.ask("look")
         assert first.ask("end") == "left"
     with take(bucket) as own:
-        own.still_held()
-        assert len(at(bucket)[0].names("lock")) == 1
+        own()
+        assert at(bucket).names() == [lease.NAME]
 
 
 def test_a_living_holder_keeps_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE", 1.2)
     with take(bucket) as own:
         assert "is being written by" in refused(bucket, 1.6)
-        own.still_held()
+        own()
 
 
-def link(number: int, **what: object) -> tuple[str, bytes]:
-    return f"lock/{number:08d}", json.dumps(
-        {"owner": "process 1 on mars", "beat": 1, "released": False} | what
-    ).encode()
+def content(**what: object) -> bytes:
+    return json.dumps({"owner": "process 1 on mars", "beat": 1, "released": False} | what).encode()
 
 
-def test_numbers_go_on_and_old_ones_are_removed(bucket: str):
-    objects, _ = at(bucket)
-    objects.put(*link(16))
-    objects.put(*link(17, released=True))
-    with take(bucket):
-        assert objects.names("lock") == ["lock/00000018"]
-        assert json.loads(objects.get("lock/00000018"))["released"] is False
-    assert json.loads(objects.get("lock/00000018"))["released"] is True
-    with take(bucket):
-        assert objects.names("lock") == ["lock/00000019"]
+def test_it_is_one_object_that_says_whose_it_is(bucket: str):
+    objects = at(bucket)
+    objects.put(lease.NAME, content(released=True))
+    for _ in range(2):
+        with take(bucket):
+            assert objects.names() == [lease.NAME]
+            held = json.loads(objects.get(lease.NAME))
+            assert held["owner"] == f"process {os.getpid()} on {socket.gethostname()}"
+            assert held["released"] is False
+        assert json.loads(objects.get(lease.NAME))["released"] is True
 
 
-@pytest.mark.parametrize("content", [b"\xff", b"[" * 10000, b'{"owner": 5, "released": "yes"}'])
-def test_a_damaged_lease_ends_as_that_of_a_dead_holder(content: bytes, bucket: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("damaged", [b"\xff", b"[" * 10000, b'{"owner": 5, "released": "yes"}'])
+def test_a_damaged_lease_ends_as_that_of_a_dead_holder(damaged: bytes, bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE", 0.3)
-    at(bucket)[0].put("lock/00000003", content)
+    at(bucket).put(lease.NAME, damaged)
     assert "is being written by another process" in refused(bucket)
     with take(bucket, 5):
         pass
 
 
 def test_an_owner_cannot_write_to_the_terminal(bucket: str):
-    at(bucket)[0].put(*link(1, owner="\x1b[2Jä\n" * 500))
+    at(bucket).put(lease.NAME, content(owner="\x1b[2Jä\n" * 500))
     assert len(refused(bucket)) < 1500
 
 
-def test_who_was_slow_and_creates_a_removed_number_does_not_hold_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    objects, address = at(bucket)
-    objects.put(*link(17, released=True))
-    with take(bucket):
-        pass
-    with take(bucket) as other:  # holds 19, and has removed 17 and 18
-        slow, _ = at(bucket)
-        names, get = slow.names, slow.get
-        stale = iter([["lock/00000017"]])
-        monkeypatch.setattr(slow, "names", lambda folder: next(stale, None) or names(folder))
-        seen = iter([link(17, released=True)[1]])
-        monkeypatch.setattr(slow, "get", lambda name, most=None: next(seen, None) or get(name, most))
-        with pytest.raises(StoreError, match="is being written by"), lease.held(slow, address, 0.5):
+def test_who_was_slow_and_saw_it_free_does_not_take_it_from_another(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    objects = at(bucket)
+    objects.put(lease.NAME, content(released=True))
+    slow = at(bucket)
+    read, stale = slow.read, iter([slow.read(lease.NAME)])
+    with take(bucket) as other:
+        monkeypatch.setattr(slow, "read", lambda name, most=None: next(stale, None) or read(name, most))
+        with pytest.raises(StoreError, match="is being written by"), lease.held(slow, 0.5):
             pass
-        other.still_held()
-        assert names("lock") == ["lock/00000019"]
+        other()
+
+
+def test_a_sign_of_life_that_comes_too_late_changes_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "LEASE", 0.4)
+    slow = at(bucket)
+    replace, gone, sent = slow.replace, threading.Event(), threading.Event()
+
+    def late(name: str, data: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
+        if threading.current_thread() is not threading.main_thread():
+            gone.wait(20)
+        try:
+            return replace(name, data, version)
+        finally:
+            sent.set()
+
+    with lease.held(slow, 0) as first:
+        sent.clear()
+        monkeypatch.setattr(slow, "replace", late)
+        with take(bucket, 10) as second:
+            before = at(bucket).get(lease.NAME)
+            gone.set()
+            assert sent.wait(10)
+            second()
+            assert json.loads(at(bucket).get(lease.NAME))["token"] == json.loads(before)["token"]
+            with pytest.raises(StoreError, match="lost the right to write"):
+                first()
 
 
 def test_what_the_server_kept_but_did_not_acknowledge_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    objects, address = at(bucket)
-    create = objects.create
-    monkeypatch.setattr(objects, "create", lambda name, data: create(name, data) and False)
-    with lease.held(objects, address, 0) as own:
-        own.still_held()
-        assert "is being written by" in refused(bucket)
+    monkeypatch.setattr(lease, "LEASE", 0.8)
+    objects = at(bucket)
+    replace, calls = objects.replace, list[bytes]()
 
-    def fail(name: str, data: bytes) -> bool:
-        create(name, data)
+    def unsaid(name: str, data: bytes, version: UpdateVersion | None) -> None:
+        calls.append(data)
+        replace(name, data, version)
+
+    monkeypatch.setattr(objects, "replace", unsaid)
+    with lease.held(objects, 0) as own:
+        own()
+        assert "is being written by" in refused(bucket)
+        until = time.monotonic() + 10
+        while len(calls) < 3 and time.monotonic() < until:  # so do its signs of life
+            time.sleep(0.02)
+        own()
+    assert len(calls) >= 3
+
+    def fail(name: str, data: bytes, version: UpdateVersion | None) -> None:
+        replace(name, data, version)
+        monkeypatch.setattr(objects, "replace", replace)
         raise StoreError("cut off")
 
-    monkeypatch.setattr(objects, "create", fail)
-    with pytest.raises(StoreError, match="cut off"), lease.held(objects, address, 0):
+    monkeypatch.setattr(objects, "replace", fail)
+    with pytest.raises(StoreError, match="cut off"), lease.held(objects, 0):
         pass
-    with take(bucket):  # it was released, so this one waits for nothing
-        pass
+    with lease.held(objects, 0) as own:  # it was released, so this one waits for nothing
+        monkeypatch.setattr(objects, "replace", unsaid_once(objects, replace))
+        time.sleep(0.5)
+        own()
+
+
+def unsaid_once(objects: Objects, replace: Callable[..., UpdateVersion | None]) -> Callable[..., None]:
+    """A sign of life that is kept, and whose answer is an error: the next one follows it."""
+
+    def fail(name: str, data: bytes, version: UpdateVersion | None) -> None:
+        replace(name, data, version)
+        objects.replace = replace  # type: ignore[method-assign, assignment]
+        raise StoreError("cut off")
+
+    return fail
 
 
 def test_an_interrupt_while_it_is_taken_releases_only_what_is_its_own(bucket: str, monkeypatch: pytest.MonkeyPatch):
     for mine in (True, False):
-        objects, address = at(bucket)
-        create = objects.create
+        objects = at(bucket)
+        replace = objects.replace
 
         def interrupted(
-            name: str, data: bytes, create: Callable[[str, bytes], bool] = create, own: bool = mine
-        ) -> bool:
-            create(name, data if own else link(1)[1])
+            name: str,
+            data: bytes,
+            version: UpdateVersion | None,
+            replace: Callable[..., object] = replace,
+            own: bool = mine,
+        ) -> None:
+            replace(name, data if own else content(), version)
+            monkeypatch.undo()
+            buckets.use(monkeypatch, buckets.endpoint())
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(objects, "create", interrupted)
-        with pytest.raises(KeyboardInterrupt), lease.held(objects, address, 0):
+        monkeypatch.setattr(objects, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt), lease.held(objects, 0):
             pass
         if mine:
             with take(bucket):
@@ -331,53 +384,53 @@ def test_an_interrupt_while_it_is_taken_releases_only_what_is_its_own(bucket: st
 
 def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE", 0.4)
-    objects, address = at(bucket)
-    put = objects.put
+    objects = at(bucket)
+    replace = objects.replace
 
-    def cut(name: str, data: bytes) -> None:
+    def cut(name: str, data: bytes, version: UpdateVersion | None) -> None:
         raise StoreError("cannot connect to 127.0.0.1:9")
 
-    with lease.held(objects, address, 0) as own:
-        monkeypatch.setattr(objects, "put", cut)
+    with lease.held(objects, 0) as own:
+        monkeypatch.setattr(objects, "replace", cut)
         time.sleep(1.0)
-        monkeypatch.setattr(objects, "put", put)
+        monkeypatch.setattr(objects, "replace", replace)
         for _ in range(2):  # and it stays lost, whatever comes back
             with pytest.raises(StoreError, match=r"could not be renewed: cannot connect.*nothing was changed"):
-                own.still_held()
+                own()
 
 
 def test_a_short_cut_does_no_harm(bucket: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "LEASE", 1.2)
-    objects, address = at(bucket)
-    put, calls = objects.put, list[str]()
+    objects = at(bucket)
+    replace, calls = objects.replace, list[str]()
 
-    def flaky(name: str, data: bytes) -> None:
+    def flaky(name: str, data: bytes, version: UpdateVersion | None) -> UpdateVersion | None:
         calls.append(name)
-        if len(calls) == 1:
+        if len(calls) == 2:
             raise StoreError("cannot connect to 127.0.0.1:9")
-        put(name, data)
+        return replace(name, data, version)
 
-    monkeypatch.setattr(objects, "put", flaky)
-    with lease.held(objects, address, 0) as own:
+    monkeypatch.setattr(objects, "replace", flaky)
+    with lease.held(objects, 0) as own:
         until = time.monotonic() + 10
-        while len(calls) < 2 and time.monotonic() < until:
+        while len(calls) < 3 and time.monotonic() < until:
             time.sleep(0.02)
-        own.still_held()
-    assert len(calls) >= 3
+        own()
+    assert len(calls) >= 4
 
 
 def test_a_service_that_cannot_be_asked_is_an_error_for_all(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    objects, address = at(bucket)
+    objects = at(bucket)
 
-    def cut(folder: str) -> list[str]:
+    def cut(name: str, most: int | None = None) -> tuple[bytes, UpdateVersion]:
         raise StoreError("cannot connect to 127.0.0.1:9")
 
-    with lease.held(objects, address, 0) as own:
+    with lease.held(objects, 0) as own:
         with monkeypatch.context() as patch:
-            patch.setattr(objects, "names", cut)
+            patch.setattr(objects, "read", cut)
             with pytest.raises(StoreError, match="cannot connect"):
-                own.still_held()
-            with pytest.raises(StoreError, match="cannot connect"), lease.held(objects, address, 0):
+                own()
+            with pytest.raises(StoreError, match="cannot connect"), lease.held(objects, 0):
                 pass
-        own.still_held()
+        own()
     assert "no such bucket" in refused("s3://no-such-bucket/x")

@@ -193,7 +193,6 @@ def test_without_ray_it_is_said_how_to_get_it(run, monkeypatch, pictures, tmp_pa
         (("encode", "x", "--out", "x", "--shard-size", 2), "--shard-size needs --engine ray"),
         (("encode", "x", "--out", "x", "--ray-address", "a:1"), "give --engine ray too"),
         (("evaluate", "x", "x", "--engine", "ray", "--plot", "p"), "does not go with --plot"),
-        (("evaluate", "x", "x", "--engine", "ray", "--index-shards", 2), "give one of them"),
         (("finetune", "x", "--out", "y", "--engine", "ray", "--views", "fresh"), "give --views-cache M"),
     ],
 )
@@ -399,7 +398,7 @@ def test_from_tars_on_s3_to_a_table_on_s3(cluster, run, model, tmp_path, monkeyp
     # the table there is a source, read by ranges
     cut = shards.cut(f"{bucket}/out", size=2)
     assert [(shard.first, shard.last) for shard in cut] == [(0, 2), (2, 3), (0, 1)]
-    with shards.opened(cut[1]) as found:
+    with shards.open_shard(cut[1]) as found:
         np.testing.assert_array_equal(
             Encoder().encode(found.source).features, np.array(table["feature"].to_pylist(), np.float32)[2:3]
         )

@@ -50,7 +50,7 @@ def features(path, n, d=4, group=None, **extra):
 
 def opened(shard):
     """A shard's items with the bytes of each image, and what failed."""
-    with shards.opened(shard) as found:
+    with shards.open_shard(shard) as found:
         paths = found.source.paths or ()
         return found.source, {path: found.read(path) for path in paths}, found.failed
 
@@ -67,7 +67,7 @@ def test_the_shards_of_a_table_are_its_rows_once_and_in_order(tmp_path_factory, 
     assert cut == shards.cut(path, size=size)
     found, ids = [], []
     for shard in cut:
-        with shards.opened(shards.Shard.from_json(shard.to_json())) as one:
+        with shards.open_shard(shards.Shard.from_json(shard.to_json())) as one:
             ids += one.source.sources
             found.append(Encoder().encode(one.source).features)
     assert ids == [f"q{i}" for i in range(n)]
@@ -91,9 +91,9 @@ def test_only_the_row_groups_of_a_shard_are_looked_at(tmp_path):
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 4)
     pq.write_table(pa.table({"id": list("abcdefgh"), "feature": column}), path, row_group_size=4)
     one, two = shards.cut(path, size=4)
-    with shards.opened(one) as found:
+    with shards.open_shard(one) as found:
         assert len(Encoder().encode(found.source).features) == 4
-    with shards.opened(two) as found, pytest.raises(InputError, match="rows 4, 5, 6, 7: the feature holds NaN"):
+    with shards.open_shard(two) as found, pytest.raises(InputError, match="rows 4, 5, 6, 7: the feature holds NaN"):
         Encoder().encode(found.source)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -520,7 +521,7 @@ def test_whoever_loses_the_race_for_a_new_folder_does_not_remove_the_winners_wor
     tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "new"
-    refuse = store.filelock.Timeout
+    refuse = filelock.Timeout
 
     class Late:
         """Another process has made the folder between the first look and the lock, and is still at it."""
@@ -532,7 +533,7 @@ def test_whoever_loses_the_race_for_a_new_folder_does_not_remove_the_winners_wor
         def acquire(self, timeout: float, poll_interval: float) -> None:
             raise refuse("lock")
 
-    monkeypatch.setattr(store.filelock, "FileLock", Late)
+    monkeypatch.setattr(filelock, "FileLock", Late)
     with pytest.raises(StoreError, match="is being written"):
         model().save(folder)
     assert len(list((folder / "data").iterdir())) == 4

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import buckets
@@ -37,12 +39,12 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import key_table
-from retrieval_tip.lance import lance_model as table_model
-from retrieval_tip.lance import versions as table_store
-from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.lance import key_table, lance_model, versions
+from retrieval_tip.lance.address import Address
+from retrieval_tip.lance.objects import Objects
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
+from retrieval_tip.store.manifest import Table
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -161,7 +163,7 @@ def everything(place):
     """Every file or object of a store."""
     if not place.startswith("s3://"):
         return {str(p.relative_to(path_of(place))): p.read_bytes() for p in path_of(place).rglob("*") if p.is_file()}
-    client = Objects.at(Address.parse(place))._store
+    client = Objects(Address.parse(place))._bucket
     names = [entry["path"] for batch in obstore.list(client) for entry in batch]
     return {name: bytes(obstore.get(client, name).bytes()) for name in names}
 
@@ -169,7 +171,7 @@ def everything(place):
 def put(place, name, data):
     """Write, or with ``None`` remove, a file or object."""
     if place.startswith("s3://"):
-        client = Objects.at(Address.parse(place))._store
+        client = Objects(Address.parse(place))._bucket
         obstore.put(client, name, data) if data is not None else obstore.delete(client, name)
     elif data is None:
         (path_of(place) / name).unlink()
@@ -600,7 +602,7 @@ def test_only_so_many_versions_are_kept(pets, monkeypatch):
 def test_giving_up_versions_leaves_no_copies_of_the_table(local, monkeypatch):
     """The engine puts pieces together when it gives up versions, in a version of its own that no manifest names."""
     monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
-    monkeypatch.setattr(table_store, "PRUNED_EVERY", 4)
+    monkeypatch.setattr(versions, "PRUNED_EVERY", 4)
     pieces = []
     for seed in range(30, 42):
         local.add(unit_rows(1, D, seed), ["cat"])
@@ -617,7 +619,7 @@ def test_a_change_stands_where_nothing_can_be_given_up(beside, monkeypatch):
         raise StoreError("the disk fails")
 
     monkeypatch.setattr(store, "KEPT_VERSIONS", 1)
-    monkeypatch.setattr(table_store, "PRUNED_EVERY", 1)
+    monkeypatch.setattr(versions, "PRUNED_EVERY", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_table.KeyTable, "prune", fails)
         assert changes.configure(beside.place, k=3).version == 2
@@ -695,6 +697,12 @@ def test_a_clone_is_the_same_index_elsewhere(pets, to):
     older = changes_clone(pets, to, "older", version=1)
     assert stores.at(older).verify().n == N
     said(lambda: changes.clone(pets.place, out), "already")
+
+
+def test_a_clone_does_not_lie_in_what_it_is_a_copy_of(local):
+    said(lambda: changes.clone(local.place, f"{local.place}/clone"), f"{local.place}/clone")
+    said(lambda: changes.clone(local.place, str(path_of(local.place) / "clone")), "clone")
+    assert changes.configure(local.place, k=3).version == 2
 
 
 @pytest.mark.parametrize("other", KINDS)
@@ -802,6 +810,34 @@ def test_a_table_that_is_written_by_others_meanwhile_is_no_next_version(local):
             local.refused(change, "meanwhile")
         assert len(raced) == 1
         local.check()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SKIPPED: needs /proc to see what is flushed")
+def test_all_that_a_manifest_names_is_flushed_before_it(local, monkeypatch):
+    def files():
+        return {path for path in path_of(local.place).rglob("*") if path.is_file()}
+
+    def fsync(handle):
+        flushed.append(Path(f"/proc/self/fd/{handle}").resolve())
+        real(handle)
+
+    flushed, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+    calls = (
+        lambda: local.add(unit_rows(2, D, 20), ["cat", BARE]),
+        lambda: changes.remove(local.place, key_ids=[0]),
+        lambda: changes.rebuild(local.place, index="IvfFlat"),
+    )
+    for call in calls:
+        before = files()
+        flushed.clear()
+        call()
+        (last,) = (i for i, path in enumerate(flushed) if path.parent.name == "manifests" and path.suffix == ".tmp")
+        new = {path for path in files() - before if path.parent.name != "manifests"}
+        table = {path for path in new if "keys.lance" in path.parts}
+        assert table <= set(flushed[:last])
+        assert {path.parent for path in table} | {path_of(local.place)} <= set(flushed[:last])
+        assert all(path in flushed or any(f".{path.name}." in one.name for one in flushed[:last]) for path in new)
 
 
 def raw(pets):
@@ -956,8 +992,8 @@ def tampered(pets, tamper, **facts):
         tamper(writer.table.table)
         old = writer.parent
         found = {"n": writer.table.rows, "version": old.version + 1, "parent": old.version} | facts
-        entry = table_model.Table("keys", writer.table.version, found["n"])
-        writer.commit(table_store.replace(old, table=entry, **found))
+        entry = Table("keys", writer.table.version, found["n"])
+        writer.commit(replace(old, table=entry, **found))
 
 
 def changed_vector(table):
@@ -1181,9 +1217,9 @@ def clustered(n, seed, classes=20, d=32):
 
 
 def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_model, "INDEX_FROM", 3000)
+    monkeypatch.setattr(lance_model, "INDEX_FROM", 3000)
     monkeypatch.setattr(key_table, "INDEX_FROM", 3000)
-    monkeypatch.setattr(table_model, "UNINDEXED", 500)
+    monkeypatch.setattr(lance_model, "UNINDEXED", 500)
     place = made(tmp_path, "lance")
     rows, labels = clustered(2900, 1)
     build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), device="cpu")
@@ -1200,7 +1236,7 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
     assert np.mean([model.class_names[i] == truth for i, truth in zip(winners, truths, strict=True)]) > 0.9
-    found = model.retrieval.nearest(table_model.torch.from_numpy(queries), 10)
+    found = model.retrieval.nearest(lance_model.torch.from_numpy(queries), 10)
     exact = np.sort(queries @ rows.T, axis=1)[:, ::-1][:, :10]
     near = found.affinity.numpy()
     assert (np.diff(near, axis=1) <= 0).all()
@@ -1256,7 +1292,7 @@ def test_affinities_are_products_with_the_stored_keys(tmp_path, kind, n, dtype):
         own = stored[[near.key_id for near in one.neighbours]].astype(np.float32) @ queries[q]
         np.testing.assert_allclose([near.affinity for near in one.neighbours], own, atol=1e-6)
         assert len({near.key_id for near in one.neighbours}) == 10
-    found = model.retrieval.nearest(table_model.torch.from_numpy(queries), 10).affinity.numpy()
+    found = model.retrieval.nearest(lance_model.torch.from_numpy(queries), 10).affinity.numpy()
     exact = np.sort(queries @ stored.astype(np.float32).T, axis=1)[:, ::-1][:, :10]
     assert np.isclose(found, exact, atol=1e-5).mean() > 0.9
     changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Encoder())

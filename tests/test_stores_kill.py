@@ -29,9 +29,9 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import key_table, lease, objects
-from retrieval_tip.lance import versions as table_store
-from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.lance import key_table, lease, versions
+from retrieval_tip.lance.address import Address, storage_options
+from retrieval_tip.lance.objects import Objects
 from retrieval_tip.store import folder as store
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
@@ -89,15 +89,15 @@ def around(steps, owner, name):
 
 def _work(job, steps):
     if job["counted"]:
-        own = objects._Bucket if job["place"].startswith("s3") else objects._Folder
         for name in ("put", "create", "delete"):
-            around(steps, own, name)
+            around(steps, Objects, name)
         for name in ("add", "delete", "restore", "optimize", "create_index", "add_columns"):
             around(steps, lancedb.table.LanceTable, name)
         around(steps, lancedb.db.LanceDBConnection, "create_table")
         for name in ("create", "delete"):
             around(steps, lancedb.table.Tags, name)
-        around(steps, os, "link")
+        around(steps, obstore, "copy")
+        around(steps, os, "fsync")
         steps.events("fcntl.flock")
     lease.LEASE = job["lease"]
     OPERATIONS[job["name"]](job["place"], Path(job["tables"]))
@@ -105,7 +105,7 @@ def _work(job, steps):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)  # of forks, which its engine has not been used before
-    store.KEPT_VERSIONS, store.LOCK_WAIT, table_store.PRUNED_EVERY = KEPT, 60.0, PRUNED_EVERY
+    store.KEPT_VERSIONS, store.LOCK_WAIT, versions.PRUNED_EVERY = KEPT, 60.0, PRUNED_EVERY
     killing.serve(_work)
     raise SystemExit
 
@@ -115,7 +115,7 @@ def _as_in_the_server():
     with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
         buckets.use(patch, buckets.endpoint())
         patch.setattr(store, "KEPT_VERSIONS", KEPT)
-        patch.setattr(table_store, "PRUNED_EVERY", PRUNED_EVERY)
+        patch.setattr(versions, "PRUNED_EVERY", PRUNED_EVERY)
         patch.setattr(lease, "LEASE", LEASE)
         yield
 
@@ -163,7 +163,7 @@ class World:
         if what == "first":
             return place
         if self.kind == "s3":
-            source, target = (Objects.at(Address.parse(p))._store for p in (self.old, place))
+            source, target = (Objects(Address.parse(p))._bucket for p in (self.old, place))
             for batch in obstore.list(source):
                 for entry in batch:
                     obstore.put(target, entry["path"], bytes(obstore.get(source, entry["path"]).bytes()))
@@ -230,7 +230,7 @@ def check_tidy(place, behind=False):
 
 
 def options(at):
-    return objects.storage_options(at.address) or None
+    return storage_options(at.address) or None
 
 
 def check_killed(place, world, what, folder):

@@ -35,7 +35,6 @@ from retrieval_tip.cli.options import (
     FOLDER,
     FORMAT,
     INDEX,
-    INDEX_SHARDS,
     MODEL,
     NUMBER,
     PLACE,
@@ -87,7 +86,7 @@ if TYPE_CHECKING:
     from retrieval_tip.classifier import Classifier
     from retrieval_tip.distributed.engine import Ray
     from retrieval_tip.distributed.tasks import Made
-    from retrieval_tip.lance.objects import Address
+    from retrieval_tip.lance.address import Address
 
 
 PATHS_READ = 1 << 20
@@ -268,7 +267,6 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
               help="More keys where k do not settle an answer, at last all; says how many took what.")  # fmt: skip
 @ABSTAIN
 @ENGINE
-@INDEX_SHARDS
 @RAY_ADDRESS
 @FORMAT
 @BACKBONE
@@ -283,9 +281,9 @@ def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, .
     """
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import prediction_details, prediction_row, write_rows
+    from retrieval_tip.cli.output import prediction_details, write_rows
     from retrieval_tip.data.sources import open_inputs
-    from retrieval_tip.store.labels import PREDICTIONS
+    from retrieval_tip.predictions import PREDICTIONS, prediction_row
 
     ray = ray_of(given)
     loaded = index_with(folder, given)
@@ -294,9 +292,8 @@ def classify(ctx: click.Context, /, folder: Path | Address, inputs: tuple[str, .
         return
     sources = list(open_inputs(inputs, _paths_on_stdin()))
     backbone = backbone_for(loaded, sources, given)
-    cache = _in_shards(ctx, loaded, given)
     columns = _columns(given)
-    cache = cache.every_class() if given["with_logits"] else cache
+    cache = loaded.every_class() if given["with_logits"] else loaded
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     settled: Counter[int | None] = Counter()
     with encoder_of(ctx, backbone, given) as encoder:
@@ -381,18 +378,6 @@ def _parts(made: Made) -> str:
     return f" in {counted(made.parts, 'part')}{kept}"
 
 
-def _in_shards(ctx: click.Context, cache: Classifier, given: dict[str, Any]) -> Classifier:
-    """The index, with its keys in shards until ``ctx`` ends where that is so said."""
-    if given["index_shards"] is None:
-        return cache
-    from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.distributed.faiss_shards import sharded
-
-    if not isinstance(cache, CacheModel):
-        raise UsageError("--index-shards: only the keys of an index folder can be in shards; leave it out")
-    return ctx.with_resource(sharded(cache, given["index_shards"], given["ray_address"]))
-
-
 @main.command("evaluate")
 @click.argument("folder", type=INDEX)
 @click.argument("source", type=PLACE)
@@ -420,7 +405,6 @@ def _in_shards(ctx: click.Context, cache: Classifier, given: dict[str, Any]) -> 
 @click.option("--results", type=FILE, help="With --shots: Parquet file, one row a run; what is in it is not run again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
 @ENGINE
-@INDEX_SHARDS
 @RAY_ADDRESS
 @BACKBONE
 @READING
@@ -439,8 +423,6 @@ def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path
     if ray is not None and (given["shots"] or given["plot"]):
         raise UsageError(f"--engine ray does not go with {'--shots' if given['shots'] else '--plot'}; leave it out")
     if given["shots"]:
-        if given["index_shards"] is not None:
-            raise UsageError("--index-shards does not go with --shots, which makes an index of each draw")
         if not isinstance(folder, Path):
             raise UsageError(f"--shots draws from an index folder; copy it: retrieval-tip index clone {folder} DIR")
         _sweep(ctx, folder, source, as_json, given)
@@ -464,8 +446,7 @@ def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path
     else:
         test = source_of(source, given, "test")
         with encoder_of(ctx, backbone_for(loaded, [test], given), given) as encoder:
-            cache = _in_shards(ctx, loaded, given)
-            found = evaluate(cache, test, encoder, abstain=given["abstain"], affinities=given["plot"] is not None)
+            found = evaluate(loaded, test, encoder, abstain=given["abstain"], affinities=given["plot"] is not None)
         skipped = encoder.skipped
     if given["plot"]:
         files = plots.write_plots(found, given["plot"])

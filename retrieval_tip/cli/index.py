@@ -44,7 +44,7 @@ from retrieval_tip.errors import counted, few, json_line, one_line
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
-    from retrieval_tip.lance.objects import Address
+    from retrieval_tip.lance.address import Address
     from retrieval_tip.settings import KeysMet
 
     Place = Path | Address

@@ -19,7 +19,7 @@ from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
 from retrieval_tip.errors import InputError, Skipped, UsageError, message, one_line
 from retrieval_tip.files import read_regular
-from retrieval_tip.lance.objects import Address
+from retrieval_tip.lance.address import Address
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.open_clip import Backbone, Identity
@@ -47,7 +47,7 @@ class Folder(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
-        if isinstance(value, str) and Address.parse(value) is not None:
+        if Address.parse(str(value)) is not None:
             self.fail(
                 f"{value}: is the address of a LanceDB store, and this takes a folder; copy it: retrieval-tip index "
                 f"clone {value} DIR",
@@ -64,9 +64,7 @@ class Index(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Address:
         """The folder's path, or the address."""
-        if isinstance(value, Path | Address):
-            return value
-        return Address.parse(value) or Path(value)
+        return Address.parse(str(value)) or Path(value)
 
 
 FOLDER, INDEX = Folder(path_type=Path), Index()
@@ -274,12 +272,6 @@ ENGINE = options(
                  help="With --engine ray: items that are done, and done again, together.  "
                       "[default: 256 images, 16384 rows of features; a tar is one shard]"),
 )  # fmt: skip
-INDEX_SHARDS = click.option(
-    "--index-shards",
-    type=count("index_shards"),
-    metavar="N",
-    help="Keep the keys in N actors of Ray, each with a part of the index: exact, for more keys than one memory holds.",
-)
 ABSTAIN = click.option("--abstain", type=SHARE, metavar="P",
                         help="Withhold answers of a probability below P.")  # fmt: skip
 SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), default=(7.0, 3.0), show_default=True,
@@ -342,13 +334,10 @@ def opened(folder: Path, given: dict[str, Any]) -> CacheModel: ...
 def opened(folder: Path | Address, given: dict[str, Any]) -> Model: ...
 def opened(folder: Path | Address, given: dict[str, Any]) -> Model:
     """The index, with the alpha and beta of the command line where they are given."""
-    cache: Model
-    if isinstance(folder, Address):
-        from retrieval_tip.index import places as stores
+    from retrieval_tip.index.places import at
 
-        cache = stores.at(folder).load(device=given["device"])
-    else:
-        cache = checked(folder, given["device"], given["precision"], given.get("verify", "full"))
+    how = {name: given[name] for name in ("device", "precision", "verify") if name in given}
+    cache = at(folder).load(**how)
     cache.settings = cache.settings.but(alpha=given["alpha"], beta=given["beta"])
     return cache
 
@@ -359,10 +348,6 @@ def index_with(folder: Path, given: dict[str, Any]) -> CacheModel: ...
 def index_with(folder: Path | Address, given: dict[str, Any]) -> Model: ...
 def index_with(folder: Path | Address, given: dict[str, Any]) -> Model:
     """The index with the settings of the command line, or its own."""
-    if given.get("index_shards") is not None:
-        if given["where"] is not None:
-            raise UsageError("--where does not go with --index-shards: shards hold all keys; give one of them")
-        given = given | {"device": "cpu"}  # a GPU would take in what the shards are to hold
     cache = opened(folder, given)
     if given["where"] is not None:
         cache = _restricted(cache, given["where"])
@@ -386,14 +371,10 @@ def _restricted(cache: Model, where: str) -> CacheModel:
 
 
 def manifest_of(folder: Path | Address) -> Manifest:
-    """The manifest of an index's current version, without torch where it is a folder."""
-    if isinstance(folder, Address):
-        from retrieval_tip.lance.versions import TableStore
+    """The manifest of an index's current version, without torch."""
+    from retrieval_tip.index.places import at
 
-        return TableStore(folder).manifest()
-    from retrieval_tip.store.folder import read_manifest
-
-    return read_manifest(folder)
+    return at(folder).manifest()
 
 
 @dataclass(frozen=True)
@@ -473,12 +454,9 @@ def ray_of(given: dict[str, Any]) -> Ray | None:
         for name in ("actors", "shard_size"):
             if given[name] is not None:
                 raise UsageError(f"--{name.replace('_', '-')} needs --engine ray")
-        if given["ray_address"] is not None and given.get("index_shards") is None:
-            or_shards = " or --index-shards" if "index_shards" in given else ""
-            raise UsageError(f"--ray-address: nothing here runs on Ray; give --engine ray{or_shards} too")
+        if given["ray_address"] is not None:
+            raise UsageError("--ray-address: nothing here runs on Ray; give --engine ray too")
         return None
-    if given.get("index_shards") is not None:
-        raise UsageError("--engine ray and --index-shards: give one of them")
     from retrieval_tip.distributed.cluster import needed_ray
     from retrieval_tip.distributed.engine import Ray
 

@@ -21,7 +21,7 @@ from retrieval_tip.data.encoder import replacing
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line
 
 if TYPE_CHECKING:
-    from retrieval_tip.predictions import Prediction
+    pass
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
@@ -69,19 +69,6 @@ def write_rows(
                 _csv(rows, columns, text, safe=path is None and sys.stdout.isatty())
         finally:
             text.detach()
-
-
-def prediction_row(
-    name: str, found: Prediction, columns: Sequence[str], abstain: float | None = None
-) -> dict[str, Any]:
-    """A prediction as ``classify`` writes it, of these columns; below ``abstain`` it has no label."""
-    row = vars(found) | {
-        "input": name,
-        "label": found.label if abstain is None or found.probability >= abstain else None,
-        "logits": found.logits.tolist() if "logits" in columns and found.logits is not None else None,
-        "neighbours": [vars(neighbour) for neighbour in found.neighbours],
-    }
-    return {column: row[column] for column in columns}
 
 
 def prediction_details(row: Row) -> Iterator[str]:

@@ -32,7 +32,7 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class Room:
-    """How many actors a cluster has room for, and what each of them gets. ``device`` is what torch calls it there."""
+    """Actors that a cluster has room for, and what each of them gets. ``device`` is what torch calls it there."""
 
     actors: int
     cpus: float
@@ -49,7 +49,7 @@ class Room:
         return max(1, int(self.cpus))
 
     def limits(self) -> dict[str, float]:
-        """As ``ray.remote`` takes them."""
+        """Arguments of ``ray.remote``."""
         return {"num_cpus": self.cpus} | ({"num_gpus": self.gpus} if self.gpus else {})
 
 
@@ -66,13 +66,11 @@ def needed_ray() -> Any:
 
 
 @contextmanager
-def connected(
-    address: str | None = None, *, cpus: int | None = None, object_store: int = OBJECT_STORE
-) -> Iterator[Any]:
+def connected(address: str | None = None) -> Iterator[Any]:
     """The module ``ray``, connected to the cluster at ``address``, or else to a Ray that is started here.
 
-    A Ray that is started here has no dashboard, listens on loopback, sends no usage statistics, has ``object_store``
-    bytes of shared memory and ``cpus`` CPUs (by default this machine's); it ends with the block and leaves no files.
+    A Ray that is started here has no dashboard, listens on loopback, sends no usage statistics and has
+    :data:`OBJECT_STORE` bytes of shared memory; it ends with the block and leaves no files.
     Within another such block, and where the process is connected already, that connection is used and stays.
 
     Raises UsageError where Ray is not installed or none answers at ``address``.
@@ -88,20 +86,19 @@ def connected(
             folder = stack.enter_context(_folder())
             stack.enter_context(_loopback())
             stack.callback(ray.shutdown)  # before the folder goes
-            _start(ray, cpus, object_store, folder)
+            _start(ray, folder)
         else:
             _join(ray, address, stack)
         yield ray
 
 
-def _start(ray: Any, cpus: int | None, object_store: int, folder: str | None) -> None:
+def _start(ray: Any, folder: str | None) -> None:
     try:
         with _silently():
             ray.init(
                 address="local",  # whatever RAY_ADDRESS says
-                num_cpus=cpus,
                 include_dashboard=False,
-                object_store_memory=object_store,
+                object_store_memory=OBJECT_STORE,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
                 _node_ip_address="127.0.0.1",
@@ -174,7 +171,7 @@ def _loopback() -> Iterator[None]:
 
 
 def room(device: str = "auto", actors: int | None = None) -> Room:
-    """How many actors the connected cluster has room for, ``actors`` at most; at least a part of a CPU stays free.
+    """Actors that the connected cluster has room for, ``actors`` at most; at least a part of a CPU stays free.
 
     With an actor on every CPU nothing could be read, and the work would wait for ever. Where there are GPUs and
     ``device`` is ``auto`` or ``cuda``, each actor gets one. Raises UsageError for ``cuda`` without any GPU, for one by
@@ -217,7 +214,7 @@ def _room(cpus: list[float], gpus: list[float], device: str, actors: int | None)
 
 @contextmanager
 def _silently() -> Iterator[None]:
-    """What is written to standard error past Python, and by the processes started meanwhile, goes nowhere.
+    """Silence of standard error past Python, and of the processes that are started meanwhile.
 
     Ray says there at which level it logs. What is wrong it raises.
     """
@@ -234,7 +231,7 @@ def _silently() -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Neither Ray's loggers nor those of its parts say anything below an error of theirs meanwhile.
+    """Silence of Ray's loggers and of those of its parts below an error of theirs meanwhile.
 
     Nor does Ray write that a process ended to standard output, between results; what matters of it is said by us.
     """

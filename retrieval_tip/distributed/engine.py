@@ -28,7 +28,7 @@ from retrieval_tip import errors
 from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.data.encoder import Encoder, EncodingCache
 from retrieval_tip.distributed.cluster import Room, connected, room
-from retrieval_tip.distributed.shards import Opened, Shard, opened
+from retrieval_tip.distributed.shards import OpenShard, Shard, open_shard
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, first_line
 
 RETRIES = 3
@@ -39,7 +39,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Ray:
-    """Where and how wide: the cluster's ``address`` (``None``: one that is started here), ``actors`` at most.
+    """The cluster to use: its ``address`` (``None``: one that is started here), ``actors`` at most.
 
     ``device`` as :func:`cluster.room` takes it; ``size`` items a shard.
     """
@@ -60,11 +60,11 @@ class BackboneName:
     tuned: str | None = None
 
     def looked_at(self) -> Backbone:
-        """It, on the CPU, to see whether it is there and what it is; nothing is encoded with it."""
+        """The backbone on the CPU, to see whether it is there and what it is; nothing is encoded with it."""
         return replace(self, precision="auto").load("cpu")
 
     def load(self, device: str) -> Backbone:
-        """It, on this device."""
+        """The backbone on this device."""
         from retrieval_tip.backbones.open_clip import load_backbone
 
         return load_backbone(self.model, self.pretrained, device=device, precision=self.precision, tuned=self.tuned)
@@ -72,7 +72,7 @@ class BackboneName:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How actors encode: a backbone by name, :class:`Encoder`'s settings, the folder of the encoding cache."""
+    """A backbone by its name, the settings of :class:`Encoder`, and the folder of the encoding cache, for actors."""
 
     backbone: BackboneName | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a worker says of a shard: rows that it made, what failed, where it ran, and what its task adds."""
+    """A worker's report of a shard: rows that it made, what failed, where it ran, and what its task adds."""
 
     shard: int
     rows: int = 0
@@ -93,7 +93,7 @@ class Summary:
     error: tuple[str, str] | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """As a row of a Ray dataset, of plain types."""
+        """A row of a Ray dataset, of plain types."""
         names = ("shard", "rows", "node", "pid", "facts", "error")
         said = {name: getattr(self, name) for name in names}
         said["failed"] = [[skipped.source, skipped.reason] for skipped in self.failed]
@@ -103,7 +103,7 @@ class Summary:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Summary:
-        """What :meth:`to_row` made."""
+        """The inverse of :meth:`to_row`."""
         said = json.loads(row["said"])
         said["failed"] = [Skipped(*pair) for pair in said["failed"]]
         said["error"] = None if said["error"] is None else tuple(said["error"])
@@ -115,7 +115,7 @@ class Summary:
 
 
 class Task(ABC):
-    """What is made of each shard. It is sent to the actors, so it holds names and settings, and opens things there."""
+    """The work on each shard. It is sent to the actors, so it holds names and settings, and opens things there."""
 
     encoding: Encoding
 
@@ -123,7 +123,7 @@ class Task(ABC):
         """Open what all shards need, once an actor; ``encoder`` is that of ``encoding``, with its backbone."""
 
     @abstractmethod
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Do one shard; ``encoder`` reads it, and names in ``skipped`` what cannot be read."""
 
 
@@ -161,11 +161,11 @@ class Worker:
         try:
             if self._problem is not None:
                 raise self._problem
-            with opened(shard) as found:
-                encoder = replace(self._encoder, read=found.read, skipped=[])
-                if found.failed and encoder.strict:
-                    raise InputError(f"{found.failed[0]}; leave out --strict to go on without it")
-                return self._task.work(shard, found, encoder)
+            with open_shard(shard) as opened:
+                encoder = replace(self._encoder, read=opened.read, skipped=[])
+                if opened.failed and encoder.strict:
+                    raise InputError(f"{opened.failed[0]}; leave out --strict to go on without it")
+                return self._task.work(shard, opened, encoder)
         except RetrievalTipError as error:
             return Summary(shard.number, error=(type(error).__name__, str(error)))
         except OSError as error:  # a full disk, a file that went away

@@ -31,9 +31,9 @@ from retrieval_tip.data.sources import COMPLETE, RUN, open_parquet, show
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
 from retrieval_tip.files import make_folders
 
-FORMAT = 1
+RUN_FORMAT = 1
 PART_KEY = b"retrieval_tip.part"
-FAILED = pa.schema([("input", pa.string()), ("reason", pa.string())])
+FAILED_SCHEMA = pa.schema([("input", pa.string()), ("reason", pa.string())])
 
 
 def part_name(number: int) -> str:
@@ -54,7 +54,7 @@ class Run:
 
         Raises UsageError for a folder that holds anything else, InputError where it cannot be written or read.
         """
-        text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+        text = json.dumps({"format": RUN_FORMAT, **facts}, sort_keys=True)
         run = cls(os.fspath(place).rstrip("/") or "/", hashlib.sha256(text.encode()).hexdigest())
         sealed = json.dumps({"digest": run.digest, **json.loads(text)}, indent=1).encode()
         found = run.read(RUN)
@@ -140,7 +140,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
 
     def metadata(self, number: int) -> dict[bytes, bytes]:
-        """What the file of shard ``number`` says of itself."""
+        """Metadata of the file of shard ``number``."""
         return {PART_KEY: json.dumps({"run": self.digest, "shard": number}).encode()}
 
     def write_failed(self, number: int, failed: Sequence[Skipped]) -> None:
@@ -148,7 +148,7 @@ class Run:
         if failed:
             rows = [{"input": skipped.source, "reason": skipped.reason} for skipped in failed]
             with self.writing(f"failed/{part_name(number)}") as path:
-                pq.write_table(pa.Table.from_pylist(rows, schema=FAILED), str(path))
+                pq.write_table(pa.Table.from_pylist(rows, schema=FAILED_SCHEMA), str(path))
 
     def done(self, number: int) -> dict[int, int]:
         """Shards below ``number`` whose part is there and whole, with its rows."""
@@ -166,7 +166,7 @@ class Run:
         return int(parquet.metadata.num_rows) if said == {"run": self.digest, "shard": number} else None
 
     def failed(self, number: int) -> list[Skipped]:
-        """What of all shards below ``number`` could not be read."""
+        """Inputs of all shards below ``number`` that could not be read."""
         there = self.names("failed")
         found = []
         for shard in range(number):

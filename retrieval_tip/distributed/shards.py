@@ -1,4 +1,4 @@
-"""How a source is cut into input shards, the unit of work and of resuming: the same source gives the same shards.
+"""Input shards of a source, the unit of work and of resuming: the same source gives the same shards.
 
 - images, by path: so many of them, with their labels
 - a Parquet table, of features or of paths: so many rows, read by the row groups that hold them
@@ -74,12 +74,12 @@ class Shard:
     stamp: str = ""
 
     def to_json(self) -> str:
-        """As text of ASCII, whatever bytes its names are made of."""
+        """Text of ASCII, whatever bytes its names are made of."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Shard:
-        """What :meth:`to_json` wrote."""
+        """The inverse of :meth:`to_json`."""
         return cls(**json.loads(text))
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenShard:
     """A shard that can be read: its items, how to get an image's bytes, and what of it is lost already."""
 
     source: Source
@@ -132,8 +132,7 @@ def cut(
         return numbered(shard for file in files for shard in _cut_rows(os.fspath(file), base, labelled, size))
     if remote.is_remote(where):
         return cut_source(_remote_images(where, labelled), size)
-    opened = (open_source if labelled else open_items)(where, split=split, root=base)
-    return cut_source(opened, size)
+    return cut_source((open_source if labelled else open_items)(where, split=split, root=base), size)
 
 
 def cut_source(source: Source, size: int | None = None) -> list[Shard]:
@@ -189,7 +188,7 @@ def numbered(shards: Any) -> list[Shard]:
 
 
 @contextmanager
-def opened(shard: Shard) -> Iterator[Opened]:
+def open_shard(shard: Shard) -> Iterator[OpenShard]:
     """A shard to read. Raises InputError where a table cannot be read; what is wrong with a tar is in ``failed``."""
     with ExitStack() as stack:
         if shard.kind == "tar":
@@ -197,11 +196,11 @@ def opened(shard: Shard) -> Iterator[Opened]:
         elif shard.kind == "rows":
             place = shard.place if remote.is_remote(shard.place) else Path(shard.place)
             source = open_rows(place, shard.first, shard.last, root=shard.root, labelled=shard.labelled)
-            yield Opened(source, read, [])
+            yield OpenShard(source, read, [])
         else:
             with pa.ipc.open_stream(base64.b64decode(shard.items)) as stream:
                 items = stream.read_all()
-            yield Opened(Source(shard.place, items, (), tuple(shard.paths)), read, [])
+            yield OpenShard(Source(shard.place, items, (), tuple(shard.paths)), read, [])
 
 
 def read(path: str) -> bytes:
@@ -289,7 +288,7 @@ def _remote_images(folder: str, labelled: bool) -> Source:
 
 
 def _stamp(place: str) -> str:
-    """Which file it is: its size, and its tag or the time of its last change."""
+    """The mark of a file: its size, and its tag or the time of its last change."""
     if remote.is_remote(place):
         facts = remote.attempt(place, lambda: remote.system_of(place).info(place))
         return f"{facts.get('size')} {facts.get('e_tag') or facts.get('last_modified')}"
@@ -311,7 +310,7 @@ class _Sample:
     labels: dict[str, bytes] = field(default_factory=dict)
 
 
-def _open_tar(shard: Shard, stack: ExitStack) -> Opened:
+def _open_tar(shard: Shard, stack: ExitStack) -> OpenShard:
     """The images of a tar as a source; names in it are names only, nothing is unpacked by them."""
     failed: list[Skipped] = []
     places: dict[str, tuple[int, int]] = {}
@@ -354,7 +353,7 @@ def _open_tar(shard: Shard, stack: ExitStack) -> Opened:
     items = {"source": pa.array(list(places), pa.string())}
     if any(label is not None for label in labels):
         items["label"] = pa.array(labels, pa.string())
-    return Opened(Source(name, pa.table(items), (), tuple(places)), read_member, failed)
+    return OpenShard(Source(name, pa.table(items), (), tuple(places)), read_member, failed)
 
 
 def _plain_tar(place: str, stack: ExitStack) -> BinaryIO:

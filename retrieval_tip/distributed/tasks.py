@@ -1,4 +1,4 @@
-"""``encode``, ``classify``, ``evaluate`` and the views of ``finetune`` by shards on Ray: what each is told and gives.
+"""``encode``, ``classify``, ``evaluate`` and the views of ``finetune`` by shards on Ray.
 
 Each does with a shard what the package does with a source; no figure and no formula is here.
 """
@@ -19,17 +19,16 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.classifier import Classifier
-from retrieval_tip.cli.output import prediction_row
 from retrieval_tip.data.encoder import Encoder, Views, grouped, table_dim, table_identity, write_encoded
 from retrieval_tip.data.sources import Source
 from retrieval_tip.distributed.engine import Encoding, Ray, Summary, Task, through
 from retrieval_tip.distributed.runs import Run, part_name
-from retrieval_tip.distributed.shards import Opened, Shard, cut_source, digest
+from retrieval_tip.distributed.shards import OpenShard, Shard, cut_source, digest
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places as stores
+from retrieval_tip.predictions import PREDICTIONS, prediction_row
 from retrieval_tip.settings import Settings
-from retrieval_tip.store.labels import PREDICTIONS
 from retrieval_tip.store.query import rows_where
 
 GROUP_ROWS = 1024
@@ -39,7 +38,7 @@ NOT_SAID = ("workers", "batch_size", "strict", "progress")
 
 @dataclass(frozen=True)
 class Made:
-    """What a run made: ``rows`` in ``parts``, of which ``kept`` were there; what ``failed``; shards done by each node.
+    """The result of a run: ``rows``, ``parts``, of which ``kept`` were there, what ``failed``, shards of each node.
 
     ``settled``: how many rows took how many keys where answers were certified, of the parts made now.
     """
@@ -61,12 +60,12 @@ class EncodeTask(Task):
     dim: int
     identity: dict[str, Any] | None
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Write the part."""
         identity = None if self.identity is None else Identity.from_dict(self.identity)
         with self.run.writing(part_name(shard.number)) as path:
-            rows = write_encoded(found.source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
-            failed = _failed(found, encoder)
+            rows = write_encoded(opened.source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
+            failed = _failed(opened, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, rows, failed)
 
@@ -86,7 +85,7 @@ class Asked:
 
 @dataclass
 class IndexTask(Task):
-    """Something that is asked of an index: a folder whose manifest has the digest ``sealed``."""
+    """A question to an index: a folder whose manifest has the digest ``sealed``."""
 
     encoding: Encoding
     folder: str
@@ -120,14 +119,14 @@ class ClassifyTask(IndexTask):
         if "logits" in self.columns:
             self._cache = self._cache.every_class()
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Write the part."""
         settled: Counter[int | None] = Counter()
         schema = pa.schema(
             [(column, PREDICTIONS[column]) for column in self.columns], metadata=self.run.metadata(shard.number)
         )
         answers = self._cache.classify_source(
-            found.source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
+            opened.source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
         )
         rows: list[dict[str, Any]] = []
         with self.run.writing(part_name(shard.number)) as path:
@@ -140,23 +139,23 @@ class ClassifyTask(IndexTask):
                         rows.clear()
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-            failed = _failed(found, encoder)
+            failed = _failed(opened, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, settled.total(), failed, facts={"settled": list(settled.items())})
 
 
 @dataclass
 class EvaluateTask(IndexTask):
-    """What an evaluation needs of each shard."""
+    """The numbers of each shard that an evaluation needs."""
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Classify, and keep a few numbers of each item."""
-        if not len(found.source):
-            return Summary(shard.number, 0, _failed(found, encoder))
-        ids = self._cache.ids_of(found.source)
-        seen = see(self._cache, encoder.blocks(found.source), ids)
+        if not len(opened.source):
+            return Summary(shard.number, 0, _failed(opened, encoder))
+        ids = self._cache.ids_of(opened.source)
+        seen = see(self._cache, encoder.blocks(opened.source), ids)
         arrays = {name: value for name, value in vars(seen).items() if isinstance(value, np.ndarray)}
-        return Summary(shard.number, len(seen.truth), _failed(found, encoder), arrays=arrays)
+        return Summary(shard.number, len(seen.truth), _failed(opened, encoder), arrays=arrays)
 
 
 @dataclass
@@ -166,15 +165,15 @@ class ViewsTask(Task):
     encoding: Encoding
     names: list[str]
 
-    def work(self, shard: Shard, found: Opened, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
         """Encode; an image that cannot be read is left out."""
         try:
-            views = replace(encoder, empty=False).encode_views(found.source, self.names)
+            views = replace(encoder, empty=False).encode_views(opened.source, self.names)
         except InputError:
-            if len(encoder.skipped) < len(set(found.source.paths or ())):
+            if len(encoder.skipped) < len(set(opened.source.paths or ())):
                 raise
-            return Summary(shard.number, 0, _failed(found, encoder))
-        return Summary(shard.number, len(views.positions), _failed(found, encoder), arrays=dict(vars(views)))
+            return Summary(shard.number, 0, _failed(opened, encoder))
+        return Summary(shard.number, len(views.positions), _failed(opened, encoder), arrays=dict(vars(views)))
 
 
 def sealed_as(folder: stores.Place) -> str:
@@ -287,7 +286,7 @@ class RayEncoder(Encoder):
     ray: Ray = field(default_factory=Ray)
 
     def encode_views(self, source: Source, names: Sequence[str]) -> Views:
-        """As :meth:`Encoder.encode_views`; each worker encodes the views of some of the shots."""
+        """Views as of :meth:`Encoder.encode_views`; each worker encodes the views of some of the shots."""
         if source.paths is None or not names or len(set(names)) < len(names):
             return super().encode_views(source, names)
         first, _ = grouped(source.paths)
@@ -333,8 +332,8 @@ def _make(
     return Made(sum(rows.values()), len(shards), kept, failed, dict(nodes), dict(settled))
 
 
-def _failed(found: Opened, encoder: Encoder) -> list[Skipped]:
-    return list(dict.fromkeys([*found.failed, *encoder.skipped]))
+def _failed(opened: OpenShard, encoder: Encoder) -> list[Skipped]:
+    return list(dict.fromkeys([*opened.failed, *encoder.skipped]))
 
 
 def _told(failed: Any, say: Callable[[Skipped], None] | None) -> list[Skipped]:
@@ -347,7 +346,7 @@ def _told(failed: Any, say: Callable[[Skipped], None] | None) -> list[Skipped]:
 
 
 def _described(shards: Sequence[Shard], encoding: Encoding, settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's description every task has."""
+    """The part of a run's description that every task has."""
     said = {name: value for name, value in encoding.settings.items() if name not in NOT_SAID}
     return {"source": digest(shards), "shards": len(shards), "settings": said | settings}
 

@@ -25,7 +25,7 @@ from retrieval_tip.errors import InputError, UsageError, few
 from retrieval_tip.evaluation.audit import Found, describe_duplicates, duplicates
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
-from retrieval_tip.lance.lance_model import TableModel, labels_in_blocks
+from retrieval_tip.lance.lance_model import LanceModel, labels_in_blocks
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK, index_over, text_index_over
 from retrieval_tip.retrieval.vector_index import auto_factory
@@ -114,10 +114,10 @@ def build_index(
         "beta": provenance_of(beta, form),
     }
     place = stores.at(out)
-    if isinstance(place, stores.LanceStore):
+    if isinstance(place, stores.LanceStore):  # keys stream into its table as they come; a folder's are sorted in a file
         with place.write() as writer:
             rows = labels_in_blocks(class_names, _blocks(source, encoder, ids, dtype))
-            table = TableModel.create(writer, rows, class_names, weights, dtype, "auto" if index is None else index)
+            table = LanceModel.create(writer, rows, class_names, weights, dtype, "auto" if index is None else index)
             statistics = table.statistics()
             plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
             table.settings = settings.but(alpha=plain_alpha, beta=plain_beta)
@@ -162,7 +162,7 @@ def build_index(
     return place.load(device=device)
 
 
-def _warn_of_table(table: TableModel) -> None:
+def _warn_of_table(table: LanceModel) -> None:
     """What is suspicious about a table that was just made."""
     _warn_of_bare(np.flatnonzero(table.classes.counts == 0).tolist(), table.class_names)
     if table.n <= FEW_KEYS:

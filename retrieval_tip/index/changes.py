@@ -37,7 +37,7 @@ from retrieval_tip.index.build import (
 )
 from retrieval_tip.index.export import copy
 from retrieval_tip.index.places import Place
-from retrieval_tip.lance.lance_model import TableModel
+from retrieval_tip.lance.lance_model import LanceModel
 from retrieval_tip.retrieval.defaults import check_form, plain_settings
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
@@ -131,11 +131,9 @@ def merge(folder: Place, other: Place) -> Added:
     no text where this one has; StoreError as :func:`store.write`.
     """
     target, source = stores.at(folder), stores.at(other)
-    if _resolved(target) == _resolved(source):
+    if target.resolved == source.resolved:
         raise UsageError(f"{other}: is the index itself; its keys would be there twice")
-    theirs = source.load(device="cpu", precision="float32")
-    if isinstance(theirs, TableModel):
-        theirs = theirs.take(np.arange(theirs.n))
+    theirs = source.load_whole()
     if theirs.values is not None:
         raise InputError(
             f"{other}: has trained values, which are of no use among other keys; merge the index before them"
@@ -265,11 +263,9 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: str | None = None
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
-    with stores.at(folder).change() as change:
-        if isinstance(change.cache, TableModel):
-            change.cache.rewrite(index, dtype)
-        else:
-            change.cache.compact(index, dtype)
+    place = stores.at(folder)
+    with place.change() as change:
+        place.rebuild(change.cache, index, dtype)
         change.what = f"rebuild as {change.cache.index_type} of {change.cache.dtype}"
     return Changed(_version(change.cache), [])
 
@@ -294,7 +290,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     source, target = stores.at(folder), stores.at(out)
     if target.exists():
         raise StoreError(f"{out}: holds an index already; give another folder")
-    if isinstance(target, stores.FolderStore) and Path(_resolved(target)).is_relative_to(_resolved(source)):
+    if target.local is not None and Path(target.resolved).is_relative_to(source.resolved):
         raise StoreError(f"{out}: lies in the index itself; give a folder outside of it")
     cache = source.load(device="cpu", version=version)
     what = f"clone version {cache.version} of {show(str(source))}"
@@ -398,7 +394,7 @@ def _poison(cache: Model, key_ids: Sequence[int]) -> Found | None:
     """The new keys that are in another class too."""
     if not key_ids:
         return None
-    if isinstance(cache, TableModel):
+    if isinstance(cache, LanceModel):  # a folder's keys are there at once, a table's are asked for a few at a time
         return _poison_of_table(cache, key_ids)
     fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
     cheap = not (cache.index.by_class or cache.index.exact_search)  # the others compare with very many keys
@@ -408,7 +404,7 @@ def _poison(cache: Model, key_ids: Sequence[int]) -> Found | None:
     return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=search)
 
 
-def _poison_of_table(cache: TableModel, key_ids: Sequence[int]) -> Found:
+def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Found:
     """The same, of the new keys with their nearest ones and those of their images: nothing else is read."""
     asked = np.asarray(key_ids[:MOST_ASKED])
     near = cache.retrieval.nearest(torch.from_numpy(cache.keys_of(asked).astype(np.float32)), NEIGHBOURS)
@@ -435,11 +431,6 @@ def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> l
         return chosen
     found: list[int] = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
     return found
-
-
-def _resolved(place: stores.FolderStore | stores.LanceStore) -> str:
-    """The same text for the same place."""
-    return str(place.folder.resolve()) if isinstance(place, stores.FolderStore) else place.address.uri
 
 
 def _said(what: str, classes: Sequence[str]) -> str:

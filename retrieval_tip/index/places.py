@@ -1,29 +1,31 @@
-"""Where an index is kept: in a folder, or in a LanceDB table with objects beside it. Both answer to one protocol."""
+"""The places of an index: a folder, or a LanceDB table with objects beside it. Both answer to one protocol."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from retrieval_tip.errors import StoreError
-from retrieval_tip.lance.objects import Address
-from retrieval_tip.lance.versions import TableStore
+from retrieval_tip.lance.address import Address
+from retrieval_tip.lance.versions import LanceVersions
 from retrieval_tip.store import folder as store
+from retrieval_tip.store import history
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 
 if TYPE_CHECKING:  # what is asked of a manifest has no need of torch, which takes a second
     from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.lance.lance_model import TableModel
+    from retrieval_tip.lance.lance_model import LanceModel
 
-    Model = CacheModel | TableModel
+    Model = CacheModel | LanceModel
 
 Place = str | os.PathLike[str] | Address
 """A folder, or the address of a LanceDB store: ``lance://PATH``, ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``."""
@@ -40,15 +42,35 @@ class Change:
 class Store(Protocol):
     """The versions of one index, of which readers see one whole, and writers make the next one alone.
 
-    Errors are StoreError: it is not there, is damaged, is being written, or cannot be written. What fails, or is killed
-    at any moment, changes nothing.
+    ``local`` is the folder on this machine that it lies in, ``None`` in a bucket; ``look_every`` the seconds between
+    two looks of a server for another version. Errors are StoreError: it is not there, is damaged, is being written, or
+    cannot be written. What fails, or is killed at any moment, changes nothing.
     """
+
+    local: Path | None
+    look_every: float
 
     def __str__(self) -> str:
         """The folder or address."""
 
+    @property
+    def resolved(self) -> str:
+        """A text that is the same for the same place."""
+        return str(self) if self.local is None else str(self.local.resolve())
+
+    @property
+    def name(self) -> str:
+        """The last part of the folder or address."""
+        return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
+
     def exists(self) -> bool:
         """Whether there is an index (in whatever state)."""
+
+    def stamp(self) -> Hashable | None:
+        """A value that changes with the current version, found without asking a service; ``None``: there is none.
+
+        Where only asking tells, it changes always.
+        """
 
     def manifest(self, version: int | None = None) -> Manifest:
         """The current version, or an earlier one."""
@@ -58,59 +80,101 @@ class Store(Protocol):
     ) -> Model:
         """The current version, or an earlier one, opened."""
 
+    def load_whole(self) -> CacheModel:
+        """The current version, opened as one array of keys on the CPU. Raises UsageError where they are too many."""
+
     def has_text(self, manifest: Manifest) -> bool:
         """Whether a version has text weights that are not all zero."""
+
+    def write(self, wait: float | None = None) -> AbstractContextManager[Any]:
+        """The next version, to be made alone: another writer waits its turn, ``wait`` seconds."""
 
     def change(self, verify: str = "full") -> AbstractContextManager[Change]:
         """The current version, alone, to become the next one, unless nothing is said of it."""
 
+    def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
+        """Build what is to become the next version anew from its keys, as another type or dtype."""
+
     def verify(self) -> Model:
         """Check every byte, or every row, of the current version, and that its parts fit together."""
+
+    def check(self, manifest: Manifest) -> None:
+        """Check that a version can be made current again."""
+
+    def next_key_id(self, manifest: Manifest) -> int:
+        """The first key id that was not given up to a version."""
+        return manifest.next_key_id or 0
 
     def history(self) -> pa.Table:
         """The versions that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`."""
 
     def describe(self) -> dict[str, Any]:
-        """What ``index info`` prints."""
+        """The facts that ``index info`` prints."""
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
         """The answer of a SELECT over the label store (:func:`store.query`)."""
 
     def rollback(self, version: int | None = None) -> int:
         """Make an earlier version, by default the one before, the content of a new one; returns the current version."""
+        self.manifest()  # where there is no index, nothing is made
+        with self.write() as writer:
+            current = writer.parent or self.manifest()
+            wanted = version if version is not None else current.parent
+            if wanted is None:
+                raise StoreError(f"{self}: has no version before {current.version}")
+            if wanted == current.version:
+                return current.version
+            old = self.manifest(wanted)
+            self.check(old)
+            following = max(self.next_key_id(manifest) for manifest in (old, current))
+            writer.commit(history.renewed(old, current, following, store.stamp()))
+            return current.version + 1
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
         """Give up all versions but the last ``keep``: versions, bytes that are free now."""
 
 
-@dataclass(frozen=True)
-class FolderStore:
-    """An index folder: see :mod:`store`."""
+class FolderStore(Store):
+    """An index folder: see :mod:`store.folder`."""
 
-    folder: Path
+    look_every = 0.0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = self.local = folder
 
     def __str__(self) -> str:
         return str(self.folder)
 
     def exists(self) -> bool:
-        """Whether the folder holds an index."""
         return store.is_index(self.folder)
 
+    def stamp(self) -> Hashable | None:
+        try:
+            status = (self.folder / "manifest.json").stat()  # which each version replaces
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
     def manifest(self, version: int | None = None) -> Manifest:
-        """The current version, or an earlier one."""
         return store.read_manifest(self.folder) if version is None else store.read_version(self.folder, version)
 
     def load(
         self, *, device: str = "auto", precision: str = "auto", verify: str = "full", version: int | None = None
     ) -> CacheModel:
-        """See :meth:`CacheModel.load`."""
+        check = store.Check(self.folder, verify=verify) if version is None else None  # while torch is imported
         from retrieval_tip.cache_model import CacheModel
 
-        return CacheModel.load(self.folder, device=device, precision=precision, verify=verify, version=version)
+        how: dict[str, Any] = {"precision": precision, "verify": verify, "check": check, "version": version}
+        return CacheModel.load(self.folder, device=device, **how)
+
+    def load_whole(self) -> CacheModel:
+        return self.load(device="cpu", precision="float32")
 
     def has_text(self, manifest: Manifest) -> bool:
-        """Whether a version has text weights that are not all zero."""
         return store.has_text(self.folder, manifest)
+
+    def write(self, wait: float | None = None) -> AbstractContextManager[store.Writer]:
+        return store.write(self.folder, wait)
 
     @contextmanager
     def change(self, verify: str = "full") -> Iterator[Change]:
@@ -126,99 +190,90 @@ class FolderStore:
             if change.what:
                 cache.commit(writer, change.what)
 
+    def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
+        cache.compact(index, dtype)
+
     def verify(self) -> CacheModel:
         """Check every byte of every kept version, and that the parts of the current one fit together."""
         from retrieval_tip.cache_model import verify
 
         return verify(self.folder)
 
+    def check(self, manifest: Manifest) -> None:
+        store.Check(self.folder, manifest).wait()
+
+    def next_key_id(self, manifest: Manifest) -> int:
+        return store.next_key_id(self.folder, manifest)
+
     def history(self) -> pa.Table:
-        """The versions that are kept, oldest first."""
         return store.history(self.folder)
 
     def describe(self) -> dict[str, Any]:
-        """What ``index info`` prints."""
         return store.describe(self.folder)
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """The answer of a SELECT over the label store."""
         return store.query(self.folder, sql, predictions, timeout)
 
-    def rollback(self, version: int | None = None) -> int:
-        """Make an earlier version the content of a new one."""
-        place = self.folder
-        store.read_manifest(place)
-        with store.write(place) as writer:
-            current = writer.parent
-            assert current is not None
-            wanted = version if version is not None else current.parent
-            if wanted is None:
-                raise StoreError(f"{place}: has no version before {current.version}")
-            if wanted == current.version:
-                return current.version
-            old = store.read_version(place, wanted)
-            store.Check(place, old).wait()
-            found = dataclasses.replace(
-                old,
-                version=current.version + 1,
-                parent=current.version,
-                next_key_id=max(store.next_key_id(place, manifest) for manifest in (old, current)),
-                change=f"rollback to version {wanted}",
-                **store.stamp(),
-            )
-            writer.commit(found)
-        return found.version
-
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
-        """Give up all versions but the last ``keep``."""
         return store.collect(self.folder, keep)
 
 
-class LanceStore(TableStore):
-    """A LanceDB table with objects beside it: see :mod:`table_store`."""
+class LanceStore(LanceVersions, Store):
+    """A LanceDB table with objects beside it: see :mod:`lance.versions`."""
+
+    look_every = 2.0
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(address)
+        self.local = address.local
+
+    def stamp(self) -> Hashable:
+        return time.monotonic_ns()
 
     def load(
-        self,
-        *,
-        device: str = "auto",
-        precision: str = "auto",
-        verify: str = "full",
-        version: int | None = None,
-    ) -> TableModel:
-        """See :meth:`TableModel.load`; products are float32, and rows are checked by :meth:`verify` only."""
-        from retrieval_tip.lance.lance_model import TableModel
+        self, *, device: str = "auto", precision: str = "auto", verify: str = "full", version: int | None = None
+    ) -> LanceModel:
+        """See :meth:`LanceModel.load`; products are float32, and rows are checked by :meth:`verify` only."""
+        from retrieval_tip.lance.lance_model import LanceModel
 
         del precision, verify
-        return TableModel.load(self, device=device, version=version)
+        return LanceModel.load(self, device=device, version=version)
+
+    def load_whole(self) -> CacheModel:
+        model = self.load(device="cpu")
+        return model.take(np.arange(model.n))
 
     def has_text(self, manifest: Manifest) -> bool:
-        """Whether a version has text weights that are not all zero."""
         return bool(self.classes(manifest).text.any())
 
     @contextmanager
     def change(self, verify: str = "full") -> Iterator[Change]:
-        """The current version, to become the next one."""
-        from retrieval_tip.lance.lance_model import TableModel
+        from retrieval_tip.lance.lance_model import LanceModel
 
         del verify
         self.manifest()  # where there is no index, nothing is made
         with self.write() as writer:
-            cache = TableModel.changing(writer)
+            cache = LanceModel.changing(writer)
             change = Change(cache)
             yield change
             if change.what:
                 cache.commit(change.what)
 
-    def verify(self) -> TableModel:
-        """Check every row of the current version, and that its parts fit together."""
+    def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
+        cache.rewrite(index, dtype)
+
+    def verify(self) -> LanceModel:
         from retrieval_tip.lance.lance_model import verify
 
         return verify(self)
 
+    def check(self, manifest: Manifest) -> None:
+        self.classes(manifest)
+
 
 def at(place: Place) -> FolderStore | LanceStore:
     """The store at a folder or an address, whether there is an index or not. Raises UsageError for a wrong address."""
-    if isinstance(place, Address):
-        return LanceStore(place)
-    address = Address.parse(place) if isinstance(place, str) else None
-    return FolderStore(Path(place)) if address is None else LanceStore(address)
+    if isinstance(place, os.PathLike):
+        return FolderStore(Path(place))
+    address = Address.parse(str(place))
+    return FolderStore(Path(str(place))) if address is None else LanceStore(address)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.errors import StoreError, UsageError, first_line
-from retrieval_tip.lance.objects import Address, storage_options
+from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
@@ -104,7 +104,7 @@ def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int) -> pa.Table:
 
 @contextmanager
 def _said(address: Address, what: str) -> Iterator[None]:
-    """What the engine refuses, in one line."""
+    """Errors of the engine as StoreError, in one line."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:

@@ -7,10 +7,12 @@ class ids, and a query that meets all keys reads them a block at a time.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ from retrieval_tip.lance.key_table import (
     rows_of,
     schema_of,
 )
-from retrieval_tip.lance.versions import Classes, TableStore, Writer
+from retrieval_tip.lance.versions import Classes, LanceVersions, Writer
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
@@ -62,7 +64,7 @@ largest key's value, and of the sum's. Both sums are float64, so that one wrong 
 IntArray = npt.NDArray[np.int64]
 
 
-class TableKeys(KeyStream):
+class LanceKeys(KeyStream):
     """The keys of a table; ``classes`` says how many each class has, and what they add up to."""
 
     def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
@@ -118,10 +120,10 @@ class TableKeys(KeyStream):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableRetrieval(Retrieval):
+class LanceRetrieval(Retrieval):
     """Of keys in a LanceDB table, by its index, or by comparing with all where it has none."""
 
-    keys: TableKeys
+    keys: LanceKeys
     kind: str
 
     def nearest(self, features: Tensor, k: int) -> Nearest:
@@ -135,13 +137,13 @@ class TableRetrieval(Retrieval):
 
 
 @dataclass(repr=False, kw_only=True)
-class TableModel(Classifier):
-    """A version of a :class:`table_store.TableStore`, opened. Make one with :meth:`load`.
+class LanceModel(Classifier):
+    """A version of a :class:`versions.LanceVersions`, opened. Make one with :meth:`load`.
 
     It is changed by :mod:`changes` only, where it has a ``writer``: its table is then the one in the making.
     """
 
-    store: TableStore
+    store: LanceVersions
     table: KeyTable
     classes: Classes
     dtype: str = "float32"
@@ -165,10 +167,10 @@ class TableModel(Classifier):
         """Bring up to date what follows from the classes and the table."""
         self.class_names = self.classes.names
         self.text_weights = torch.from_numpy(self.classes.text).to(self.device)
-        self._keys = TableKeys(self.table, self.classes, self.device)
+        self._keys = LanceKeys(self.table, self.classes, self.device)
 
     @classmethod
-    def load(cls, place: TableStore, *, device: str = "auto", version: int | None = None) -> TableModel:
+    def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> LanceModel:
         """Open the current version of a store, or an earlier one. Its small part is checked; the table by its size.
 
         Raises StoreError naming what is missing, damaged or does not fit the manifest.
@@ -177,7 +179,7 @@ class TableModel(Classifier):
         return cls._of(place, manifest, place.table(manifest), resolve_device(device))
 
     @classmethod
-    def changing(cls, writer: Writer) -> TableModel:
+    def changing(cls, writer: Writer) -> LanceModel:
         """The current version, to become the next one. Raises StoreError as :meth:`load`, or where there is none."""
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # which says what to do
@@ -187,7 +189,7 @@ class TableModel(Classifier):
         return found
 
     @classmethod
-    def _of(cls, place: TableStore, manifest: Manifest, table: KeyTable, device: str) -> TableModel:
+    def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str) -> LanceModel:
         names = ("settings", "templates", "provenance", "dtype")
         return cls(
             store=place,
@@ -213,7 +215,7 @@ class TableModel(Classifier):
         index: str = "auto",
         *,
         stored: bool = False,
-    ) -> TableModel:
+    ) -> LanceModel:
         """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
 
         It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
@@ -278,9 +280,9 @@ class TableModel(Classifier):
         return self.index_type == FLAT
 
     @property
-    def retrieval(self) -> TableRetrieval:
-        """What finds the keys, with the settings as they are now."""
-        return TableRetrieval(
+    def retrieval(self) -> LanceRetrieval:
+        """Retrieval of the keys, with the settings as they are now."""
+        return LanceRetrieval(
             keys=self._keys,
             kind=self.index_type,
             text_weights=self.text_weights,
@@ -292,7 +294,7 @@ class TableModel(Classifier):
         """The label store, in memory, without the keys: about 150 bytes a key."""
         return self.table.read([name for name in self.table.schema.names if name != VECTOR])
 
-    def reload(self) -> TableModel:
+    def reload(self) -> LanceModel:
         """The current version of the store; itself, where this is that. Raises StoreError as :meth:`load`."""
         return self if self.store.manifest() == self.manifest else self.load(self.store, device=self.device)
 
@@ -359,19 +361,7 @@ class TableModel(Classifier):
                 f"store into a folder: retrieval-tip index clone {self.store} DIR"
             )
         labels = self.labels.take(pa.array(rows)).sort_by([("class_id", "ascending"), ("key_id", "ascending")])
-        key_ids, ids = labels["key_id"].to_numpy(), labels["class_id"].to_numpy().astype(np.int64)
-        keys = self.keys_of(key_ids)
-        names = ("settings", "templates", "backbone", "provenance")
-        return CacheModel(
-            keys=keys,
-            labels=labels.drop_columns([VERSION]),
-            class_names=self.class_names,
-            text_weights=self.text_weights,
-            index=index_over(keys, ids, len(self.class_names), FLAT, self.device),
-            device=self.device,
-            next_key_id=self.next_key_id,
-            **{name: getattr(self, name) for name in names},
-        )
+        return self._in_memory(self.keys_of(labels["key_id"].to_numpy()), labels.drop_columns([VERSION]))
 
     def keys_of(self, key_ids: IntArray) -> npt.NDArray[Any]:
         """Keys ``[m, d]`` as they are stored, by their ids, each of which is there."""
@@ -385,6 +375,39 @@ class TableModel(Classifier):
         """Labels, and keys as they are stored, of all rows, some at a time."""
         for batch in self.table.scan(self.table.schema.names):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
+
+    def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
+        """Write a folder of the same keys, labels and settings, with a ``Flat`` index. See :meth:`CacheModel.save`."""
+        labels = self.labels.drop_columns([VERSION])
+        order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        key_ids = labels["key_id"].to_numpy()
+        by_id = np.argsort(key_ids)
+        with store.write(Path(folder)) as writer:
+            staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
+            for part, keys in self.stored_blocks():
+                rows = by_id[np.searchsorted(key_ids[by_id], part["key_id"].to_numpy())]
+                array[place[rows]] = keys
+            array.flush()  # type: ignore[attr-defined]  # a memmap
+            del array
+            keys = np.load(writer.seal("keys", staged, self.n), mmap_mode="c")
+            self._in_memory(keys, labels.take(pa.array(order))).commit(writer, change)
+
+    def _in_memory(self, keys: npt.NDArray[Any], labels: pa.Table) -> CacheModel:
+        """A classifier over keys and their labels, grouped by class, with these settings; exact."""
+        names = ("settings", "templates", "backbone", "provenance")
+        ids = labels["class_id"].to_numpy().astype(np.int64)
+        return CacheModel(
+            keys=keys,
+            labels=labels,
+            class_names=self.class_names,
+            text_weights=self.text_weights,
+            index=index_over(keys, ids, len(self.class_names), FLAT, self.device),
+            device=self.device,
+            next_key_id=self.next_key_id,
+            **{name: getattr(self, name) for name in names},
+        )
 
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
         """See :meth:`CacheModel.add_classes`."""
@@ -555,7 +578,7 @@ class TableModel(Classifier):
     def commit(self, change: str) -> None:
         """Make this the current version of its store; ``change`` says in a few words what it is.
 
-        Raises as :meth:`table_store.Writer.commit`.
+        Raises as :meth:`versions.Writer.commit`.
         """
         writer = self._writing()
         self._keep_up()
@@ -583,12 +606,12 @@ class TableModel(Classifier):
             self.store.forget_old(self.manifest.version)
 
 
-def verify(place: TableStore) -> TableModel:
+def verify(place: LanceVersions) -> LanceModel:
     """Check every row of the current version of a store, and that its parts fit together; of earlier ones the objects.
 
     Raises StoreError naming what is damaged or does not fit. Returns the opened index.
     """
-    model = TableModel.load(place, device="cpu")
+    model = LanceModel.load(place, device="cpu")
     assert model.manifest is not None
     remedy = "go back to a version before, or build the store again"
     for old in place.earlier(model.manifest):

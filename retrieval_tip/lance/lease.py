@@ -1,9 +1,9 @@
 """One writer at a time.
 
-On a local disk that is the system's lock on a file, which ends with the process that holds it. A bucket has no locks,
-so there it is a chain of objects, ``lock/00000017``: whoever creates the next number holds the lease, and may do so
-when the last one was released, or has not changed for :data:`LEASE` seconds while one looked at it. The holder changes
-it more often than that, so clocks of two machines need not agree.
+On a local disk that is the system's lock on a file (:mod:`store.lock`). A bucket has no locks, so there it is one
+object, ``lease``, which is only written in place of the version that was read before (If-Match). Whoever replaces one
+that was released, or that has not changed for :data:`LEASE` seconds while one looked at it, holds it. The holder
+changes it more often than that, so clocks of two machines need not agree.
 
 A holder that was stopped for longer learns that it lost the lease when it asks, right before it commits. What is
 committed is an object that is created, so even one that loses it a moment later replaces nothing.
@@ -12,225 +12,135 @@ committed is an object that is created, so even one that loses it a moment later
 from __future__ import annotations
 
 import json
-import os
-import re
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
-
-import filelock
+from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.errors import StoreError, one_line
-from retrieval_tip.files import make_folders
-from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.lance.objects import Objects
+from retrieval_tip.store.lock import busy, locked, this_process
+
+if TYPE_CHECKING:
+    from obstore import UpdateVersion
 
 LEASE = 20.0
 """Seconds without a sign of life after which a holder in a bucket counts as dead; it gives four in that time."""
-POLL, LOCAL_POLL = 0.2, 0.02
-"""Seconds between two looks of a waiter: at a service, at a disk."""
+POLL = 0.2
+"""Seconds between two looks of a waiter at a bucket."""
+NAME = "lease"
 MOST_BYTES = 1 << 14
 """A lease that is larger was not written here."""
-_TRIES = 16
-"""Times that a lock is taken anew because its folder was removed meanwhile."""
-
-_LINK = re.compile(r"lock/(\d{8})")
-
-
-class Lease:
-    """That this process may write. This one is never lost: the system keeps it."""
-
-    def still_held(self) -> None:
-        """Ask right before a commit. Raises StoreError where another may have taken it meanwhile."""
 
 
 @contextmanager
-def held(objects: Objects, address: Address, wait: float) -> Iterator[Lease]:
-    """Be the one writer of a store, within the context; another one waits its turn, up to ``wait`` seconds.
+def held(objects: Objects, wait: float) -> Iterator[Callable[[], None]]:
+    """The right to be the one writer of a store, within the context; one waits its turn, up to ``wait`` seconds.
 
-    Any exception ends it too. One whose process died holds it for :data:`LEASE` seconds in a bucket, and no longer at
-    all on a disk. Raises StoreError: another one writes, or the disk or the service fails.
+    It is given as a function to be called right before a commit, which raises StoreError where another may have taken
+    it meanwhile. Any exception ends it too. One whose process died holds it for :data:`LEASE` seconds in a bucket, and
+    no longer at all on a disk. Raises StoreError: another one writes, or the disk or the service fails.
     """
-    with _locked(address, address.local, wait) if address.local is not None else _leased(objects, address, wait) as own:
-        yield own
-
-
-def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def _busy(address: Address, owner: str) -> StoreError:
-    return StoreError(one_line(f"{address}: is being written by {owner or 'another process'}; try later"))
-
-
-@contextmanager
-def _locked(address: Address, folder: Path, wait: float) -> Iterator[Lease]:
-    path = folder / "lock"
-    lock = filelock.FileLock(path)
-    try:
-        for left in reversed(range(_TRIES)):
-            try:
-                make_folders(folder)
-                lock.acquire(timeout=wait, poll_interval=LOCAL_POLL)
-                break
-            except FileNotFoundError:  # removed just now
-                if not left:
-                    raise
-    except filelock.Timeout:
-        text = ""
-        with suppress(OSError):
-            text = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
-        raise _busy(address, text) from None
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise StoreError(one_line(f"{address}/lock: cannot be locked: {reason}; nothing was changed")) from None
-    try:
-        with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
-            path.write_text(_me(), "utf-8")
-        yield Lease()
-    finally:
-        with suppress(OSError):  # the next owner may take a moment to say who it is, and is not this one
-            os.truncate(path, 0)
-        lock.release()
-
-
-@contextmanager
-def _leased(objects: Objects, address: Address, wait: float) -> Iterator[Lease]:
-    lease = _Chained(objects, address)
+    if objects.address.local is not None:
+        with locked(objects.address.local, objects.address, wait):
+            yield lambda: None  # the system keeps it
+        return
+    lease = _Lease(objects)
     try:
         lease.take(wait)
-        yield lease
+        yield lease.still_held
     finally:
         lease.release()
 
 
-class _Chained(Lease):
+class _Lease:
     """The lease in a bucket. All that is written says whose it is, so that nobody takes another's for its own."""
 
-    def __init__(self, objects: Objects, address: Address) -> None:
-        self._objects, self._address = objects, address
-        self._token = uuid.uuid4().hex
-        self._beats = 0
-        self._name: str | None = None
+    def __init__(self, objects: Objects) -> None:
+        self._objects, self._token, self._beats = objects, uuid.uuid4().hex, 0
+        self._version: UpdateVersion | None = None
         self._lost: str | None = None
         self._renewed = 0.0
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
 
     def take(self, wait: float) -> None:
         """Get it within so many seconds. Raises StoreError where another holds it for longer."""
-        until = time.monotonic() + wait
-        last, content, since = "", b"", 0.0
+        until, seen, since = time.monotonic() + wait, None, 0.0
         while True:
-            chain = self._chain()
+            look = said, version = self._look()
             now = time.monotonic()  # after the look: what is seen is not older
-            found = b""
-            if chain:
-                try:
-                    found = self._objects.get(chain[-1], MOST_BYTES)
-                except FileNotFoundError:  # the next holder removed it
-                    chain, found = [chain[-1]], b"gone"
-                if (chain[-1], found) != (last, content):
-                    last, content, since = chain[-1], found, now
-            free = not chain or _read(found).get("released") is True or now - since >= LEASE
-            if free and self._create(chain[-1] if chain else "lock/00000000"):
+            if look != seen:
+                seen, since = look, now
+            if (version is None or said.get("released") is True or now - since >= LEASE) and self._write(version):
                 break
             if time.monotonic() >= until:
-                raise _busy(self._address, _owner(found))
+                raise busy(self._objects.address, _owner(said))
             time.sleep(max(0.0, min(POLL, LEASE / 8, until - time.monotonic())))
-        self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
         self._thread.start()
-        with suppress(StoreError):  # the next one removes them
-            self._objects.delete([name for name in self._chain() if name < self._held])
 
     def still_held(self) -> None:
         """Look whether it was taken. Raises StoreError where it was, or where that cannot be found out."""
-        if self._lost is None:
-            self._look()
+        self._lost = self._lost or self._taken_by(self._look()[0])
         if self._lost is not None:
-            raise StoreError(
-                one_line(f"{self._address}: lost the right to write ({self._lost}); nothing was changed, try again")
-            )
+            text = f"{self._objects.address}: lost the right to write ({self._lost}); nothing was changed, try again"
+            raise StoreError(one_line(text))
 
     def release(self) -> None:
         """Let the next one have it. What fails here costs that one :data:`LEASE` seconds, and nothing else."""
         self._ended.set()
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._thread.join()  # or else a late sign of life would take the release back
-        if self._name is None or self._lost is not None:
-            return
-        with suppress(StoreError, FileNotFoundError):
-            if self._thread is not None or self._is_mine(self._name):  # else it was interrupted while it took it
-                self._objects.put(self._name, self._content(released=True))
+        with suppress(StoreError):  # one that was interrupted while it took the lease may have it, too
+            said, version = self._look()
+            if self._taken_by(said) is None:
+                self._write(version, released=True)
 
-    @property
-    def _held(self) -> str:
-        assert self._name is not None
-        return self._name
+    def _look(self) -> tuple[dict[str, Any], UpdateVersion | None]:
+        """The facts of the lease and its version; ``None`` where there is none.
 
-    def _create(self, last: str) -> bool:
-        """Create what comes after the last one; whether it is ours and the last."""
-        name = f"lock/{int(last[-8:]) + 1:08d}"
-        self._name, self._renewed = name, time.monotonic()
-        if self._objects.create(name, self._content()) or self._is_mine(name):
-            if self._chain()[-1:] == [name]:
-                return True
-            # Others went on meanwhile, and removed the one that had this number.
-            self._objects.delete([name])
-        self._name = None
-        return False
-
-    def _is_mine(self, name: str) -> bool:
-        """Whether an object is ours after all: a server can keep what it then fails to acknowledge."""
+        One that is damaged has no facts, and ends as that of a dead holder does.
+        """
         try:
-            return _read(self._objects.get(name, MOST_BYTES)).get("token") == self._token
+            content, version = self._objects.read(NAME, MOST_BYTES)
         except FileNotFoundError:
-            return False
+            return {}, None
+        with suppress(ValueError, RecursionError):
+            said = json.loads(content)
+            return said if isinstance(said, dict) else {}, version
+        return {}, version
 
-    def _chain(self) -> list[str]:
-        return [name for name in self._objects.names("lock") if _LINK.fullmatch(name)]
-
-    def _content(self, released: bool = False) -> bytes:
-        self._beats += 1
-        return json.dumps(
-            {"owner": _me(), "token": self._token, "beat": self._beats, "released": released}, indent=1
-        ).encode()
-
-    def _look(self) -> None:
-        chain = self._chain()
-        if chain[-1:] != [self._held]:
-            owner = "another process"
-            with suppress(StoreError, FileNotFoundError):
-                owner = _owner(self._objects.get(chain[-1], MOST_BYTES)) if chain else "somebody who removed it"
-            self._lost = f"it was taken over by {owner}"
+    def _write(self, version: UpdateVersion | None, released: bool = False) -> bool:
+        """Replace this version, or one of ours, by what says that this process lives; whether that lies there now."""
+        began, self._beats = time.monotonic(), self._beats + 1
+        new = {"owner": this_process(), "token": self._token, "beat": self._beats, "released": released}
+        content = json.dumps(new, indent=1).encode()
+        written = self._objects.replace(NAME, content, version)
+        if written is None:  # a server can keep what it then fails to acknowledge: this, or the one before
+            said, version = self._look()
+            if self._taken_by(said) is None:
+                written = version if said == new else self._objects.replace(NAME, content, version)
+        if written is not None:
+            self._version, self._renewed = written, began
+        return written is not None
 
     def _live(self) -> None:
         """Give signs of life until it is released or lost."""
         while self._lost is None and not self._ended.wait(LEASE / 4):
-            began = time.monotonic()
             try:
-                self._look()  # first: what was taken over is not written again
-                if self._lost is None:
-                    self._objects.put(self._held, self._content())
-                    self._renewed = began
+                if not self._write(self._version):
+                    self._lost = self._taken_by(self._look()[0])
             except StoreError as error:
                 if time.monotonic() - self._renewed >= LEASE:
                     self._lost = f"it could not be renewed: {error}"
 
-
-def _read(content: bytes) -> dict[str, Any]:
-    """What a lease says; nothing where it is damaged, and then it ends as that of a dead holder does."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    def _taken_by(self, said: dict[str, Any]) -> str | None:
+        """The loss of the lease, in words; ``None``: it is ours."""
+        return None if said.get("token") == self._token else f"it was taken over by {_owner(said)}"
 
 
-def _owner(content: bytes) -> str:
-    owner = _read(content).get("owner")
+def _owner(said: dict[str, Any]) -> str:
+    owner = said.get("owner")
     return ascii(owner[:200]).strip("'") if isinstance(owner, str) and owner else "another process"

@@ -1,4 +1,4 @@
-"""One index beside a LanceDB table, on a local disk or in a bucket: manifests and class tables as objects.
+"""The versions of one index beside a LanceDB table, on a disk or in a bucket: manifests and class tables as objects.
 
 Readers see the old version or the new one, never half of one.
 
@@ -6,21 +6,25 @@ manifests/000003.json          a version each; the one with the highest number i
                                what makes a version: of two writers one can
 data/classes-<digest>.parquet  of each class: label, text weight, number of keys, sum of keys
 keys.lance/                    the table of keys and labels, whose own version each manifest names
-lock                           held by the process that writes; in a bucket a chain of leases (:mod:`lease`)
+lock                           held by the process that writes; in a bucket an object, ``lease`` (:mod:`lance.lease`)
+
+LanceDB's own versions were tried as the commit, and lose a concurrent add: ``create_table(mode="overwrite")`` drops it
+in silence, and ``mode="create"``, raced on a disk, told both that they had succeeded in 5 of 20 races. So the manifest,
+an object that is created only where it is not there (If-None-Match, or a hard link), stays the commit.
 
 A writer that was killed leaves versions of the table that no manifest names; the next one starts from the one that its
-manifest names, so nothing is there twice. Credentials are in the environment, never here.
+manifest names, so nothing is there twice. On a disk all new files of the table are flushed before the manifest is
+created, for the engine does not do it. Credentials are in the environment, never here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.errors import StoreError, UsageError, first_line
+from retrieval_tip.files import sync
 from retrieval_tip.lance import lease
+from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.key_table import VECTOR, KeyTable
-from retrieval_tip.lance.objects import Address, Objects
+from retrieval_tip.lance.objects import Objects, flush
 from retrieval_tip.store import folder as store
-from retrieval_tip.store import labels
+from retrieval_tip.store import history
 from retrieval_tip.store.manifest import DataFile, Manifest, Table
 from retrieval_tip.store.query import TIMEOUT, ask
 
@@ -60,7 +66,7 @@ class Classes:
     sums: npt.NDArray[np.float64]
 
     def to_bytes(self) -> bytes:
-        """As a Parquet file."""
+        """The bytes of a Parquet file."""
         d = self.text.shape[1]
 
         def lists(array: npt.NDArray[Any]) -> pa.Array:
@@ -93,10 +99,11 @@ class Classes:
 
 
 class Writer:
-    """A new version in the making, alone. Make one with :meth:`TableStore.write`."""
+    """A version in the making, alone. Make one with :meth:`LanceVersions.write`."""
 
-    def __init__(self, store: TableStore, held: lease.Lease, parent: Manifest | None) -> None:
-        self.store, self.parent, self._held = store, parent, held
+    def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
+        self.store, self.parent, self._still_held = store, parent, still_held
+        self._files = store.table_files()
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
             self.table = KeyTable.latest(store.address, parent.table.name)
@@ -124,31 +131,40 @@ class Writer:
     def commit(self, manifest: Manifest) -> None:
         """Make this the current version; until its manifest is created the old one stands.
 
-        Raises InputError for what a manifest cannot hold, StoreError where another writer was faster, or the table does
-        not have the rows that it should.
+        Raises InputError for what a manifest cannot hold, StoreError where another writer was faster, the table does
+        not have the rows that it should, or cannot be flushed.
         """
-        try:
-            raw = manifest.to_bytes()
-            Manifest.parse(json.loads(raw))  # what could not be read again is never written
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            address = self.store.address
-            raise InputError(f"{address}: a manifest cannot hold this ({error}); nothing was changed") from None
+        address, objects = self.store.address, self.store.objects
+        raw = history.sealed(manifest, address)
         assert manifest.table is not None
-        if KeyTable.at(self.store.address, manifest.table.name, manifest.table.version).rows != manifest.n:
-            raise StoreError(f"{self.store.address}: was written by another process meanwhile; try again")
-        self._held.still_held()
+        if KeyTable.at(address, manifest.table.name, manifest.table.version).rows != manifest.n:
+            raise StoreError(f"{address}: was written by another process meanwhile; try again")
+        self._flush()
+        self._still_held()
         name = _name(manifest.version)
         # Where the answer was lost, it may be there all the same; what is there tells whose it is.
-        if not self.store.objects.create(name, raw) and self.store.objects.get(name, len(raw)) != raw:
-            raise StoreError(f"{self.store.address}: got version {manifest.version} from another process; try again")
+        if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
+            raise StoreError(f"{address}: got version {manifest.version} from another process; try again")
+
+    def _flush(self) -> None:
+        """Flush the files of the table that are new on a disk, and the folders that hold them."""
+        root, new = self.store.address.local, [path for path, _ in self.store.table_files() - self._files]
+        try:
+            for path in new:
+                flush(path)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise StoreError(f"{self.store}: its table cannot be flushed: {reason}; nothing was changed") from None
+        for folder in {folder for path in new for folder in path.parents if root in (folder, *folder.parents)}:
+            sync(folder)
 
 
-class TableStore:
-    """Where the versions of one index are kept. Nothing is opened or made until it is asked for."""
+class LanceVersions:
+    """The versions of one index at an address. Nothing is opened or made until it is asked for."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self.objects = Objects.at(address)
+        self.objects = Objects(address)
 
     def __str__(self) -> str:
         return str(self.address)
@@ -198,6 +214,12 @@ class TableStore:
                              "before, or build again")  # fmt: skip
         return Classes.from_bytes(raw, manifest, f"{self}/{entry.name}")
 
+    def table_files(self) -> set[tuple[Path, int]]:
+        """Files of the table on a disk, with the times of their last change; none of one in a bucket."""
+        root = self.address.local
+        paths = [] if root is None else root.glob(f"{TABLE}.lance/**/*")
+        return {(path, path.stat().st_mtime_ns) for path in paths if path.is_file()}
+
     def table(self, manifest: Manifest) -> KeyTable:
         """The table as it was at a version. Raises StoreError where it does not fit the manifest."""
         assert manifest.table is not None
@@ -214,13 +236,13 @@ class TableStore:
         cannot be written.
         """
         self._refuse_others()
-        with lease.held(self.objects, self.address, store.LOCK_WAIT if wait is None else wait) as held:
+        with lease.held(self.objects, store.LOCK_WAIT if wait is None else wait) as still_held:
             self._tidy()
-            yield Writer(self, held, self.manifest() if self.exists() else None)
+            yield Writer(self, still_held, self.manifest() if self.exists() else None)
 
     def _tidy(self) -> None:
         """Remove files that a killed writer was writing: they have no names of objects yet."""
-        for path in self.address.local.glob("*/.*.tmp") if self.address.local is not None else ():
+        for path in self.address.local.glob("*/.*.tmp*") if self.address.local is not None else ():
             with suppress(OSError):
                 path.unlink()
 
@@ -239,14 +261,7 @@ class TableStore:
         ``bytes`` are those of the small part. Raises StoreError where one is damaged.
         """
         current = self.manifest()
-        rows = []
-        for manifest in [*self.earlier(current), current]:
-            row = {
-                name: getattr(manifest, name) for name in ("version", "parent", "created_at", "created_by", "change")
-            }
-            row |= {"keys": manifest.n, "classes": len(manifest.class_names), "current": manifest == current}
-            rows.append(row | {"bytes": sum(file.bytes for file in manifest.data_files)})
-        return labels.versions_table(rows)
+        return history.history(self.earlier(current), current)
 
     def earlier(self, current: Manifest) -> list[Manifest]:
         """The versions before, oldest first."""
@@ -260,56 +275,17 @@ class TableStore:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What ``index info`` prints."""
+        """The facts that ``index info`` prints."""
         manifest = self.manifest()
         counts, table = self.classes(manifest).counts, self.table(manifest)
-        facts = store.shown(manifest)
-        return (
-            {"folder": str(self)}
-            | facts
-            | {
-                "classes": len(manifest.class_names),
-                "keys_per_class": store.keys_per_class(counts),
-                "not_indexed": table.unindexed(),
-                "files": {kind: file.name for kind, file in manifest.files.items()},
-                "earlier_versions": [old.version for old in self.earlier(manifest)],
-            }
-        )
+        return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=table.unindexed())
 
-    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """See :func:`store.query`; the table ``labels`` is read into memory, without the keys."""
+    def query(self, sql: str, predictions: Any = None, timeout: float = TIMEOUT) -> pa.Table:
+        """The answer of a SELECT (:func:`store.query`); table ``labels`` is read into memory, without the keys."""
         manifest = self.manifest()
         table = self.table(manifest)
         tables = {"labels": table.read([n for n in table.schema.names if n != VECTOR]), "versions": self.history()}
         return ask(tables, sql, predictions, timeout)
-
-    def rollback(self, version: int | None = None) -> int:
-        """Make an earlier version, by default the one before, the content of a new one; returns the current version.
-
-        Raises StoreError where that version is not there or damaged.
-        """
-        self.manifest()  # where there is no index, nothing is made
-        with self.write() as writer:
-            current = writer.parent or self.manifest()
-            wanted = version if version is not None else current.parent
-            if wanted is None:
-                raise StoreError(f"{self}: has no version before {current.version}")
-            if wanted == current.version:
-                return current.version
-            old = self.manifest(wanted)
-            self.classes(old)
-            following = max(found.next_key_id or 0 for found in (old, current))
-            writer.commit(
-                replace(
-                    old,
-                    version=writer.number,
-                    parent=current.version,
-                    next_key_id=following,
-                    change=f"rollback to version {wanted}",
-                    **store.stamp(),
-                )
-            )
-            return writer.number
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
         """Give up all versions but the last ``keep``, and what only they have: versions, bytes of objects.
@@ -327,14 +303,13 @@ class TableStore:
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
         self.objects.delete([_name(version) for version in gone])
         named = {file.name for manifest in kept for file in manifest.data_files}
-        strays = [name for name in self.objects.names("data") if name not in named]
-        freed = sum(self.objects.size(name) for name in strays)
+        strays = {name: size for name, size in self.objects.sizes("data").items() if name not in named}
         self.objects.delete(strays)
         tables: Sequence[Table] = [manifest.table for manifest in kept if manifest.table is not None]
         if prune:
             table = KeyTable.latest(self.address, tables[-1].name)
             table.prune(sorted({found.version for found in tables}))
-        return gone, freed
+        return gone, sum(strays.values())
 
     def prunes(self, number: int) -> bool:
         """Whether the version with this number, once it is there, is to give up versions of the table."""

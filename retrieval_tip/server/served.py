@@ -8,7 +8,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
 from retrieval_tip.data.encoder import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.index import places as stores
-from retrieval_tip.lance.objects import Address
+from retrieval_tip.lance.address import Address
 from retrieval_tip.predictions import Prediction
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
@@ -37,9 +37,6 @@ FloatArray = npt.NDArray[np.float32]
 
 RETRY_SECONDS = 30.0
 """A version that could not be opened is tried again after so long: a file may be restored."""
-
-ASKED_EVERY = 2.0
-"""Seconds between two questions to a LanceDB store whether it has another version."""
 
 COMPLETE, NEAREST = 1 << 14, 2048
 """Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
@@ -170,29 +167,19 @@ class Served:
     def __init__(self, folder: Path | Address, backbones: Backbones, device: str, precision: str, verify: str) -> None:
         """Open what is in a folder, or in a LanceDB store. Raises StoreError where that cannot be."""
         self.folder = folder
-        self.name = folder.name if isinstance(folder, Address) else folder.resolve().name
+        self.place: stores.Store = stores.at(folder)
+        self.name = self.place.name
         self._backbones, self._precision = backbones, precision
         self._changing = threading.Lock()
-        self._seen = self._stamp()
+        self._seen = self.place.stamp()
         self._failed_at, self._looked_at = -math.inf, time.monotonic()
-        cache = stores.at(folder).load(device=device, precision=precision, verify=verify)
+        cache = self.place.load(device=device, precision=precision, verify=verify)
         self.now = self._opened(cache)
 
     @property
     def beside(self) -> Path | None:
         """The folder that the index lies in; ``None`` for one in a bucket."""
-        place = self.folder.local if isinstance(self.folder, Address) else self.folder
-        return None if place is None else place.resolve().parent
-
-    def _stamp(self) -> tuple[int, ...] | None:
-        """What changes whenever the manifest is replaced; ``None`` where there is none, or it takes asking a store."""
-        if isinstance(self.folder, Address):
-            return None
-        try:
-            found = (self.folder / "manifest.json").stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return None if self.place.local is None else self.place.local.resolve().parent
 
     def _opened(self, cache: Model) -> Version:
         manifest = cache.manifest
@@ -205,17 +192,17 @@ class Served:
 
     def changed(self) -> bool:
         """Whether there may be another version that can be opened: a look at a file; of a store, whether to ask it."""
-        if isinstance(self.folder, Address):
-            return time.monotonic() - self._looked_at >= ASKED_EVERY
-        stamp = self._stamp()
+        return time.monotonic() - self._looked_at >= self.place.look_every and self._is_other(self.place.stamp())
+
+    def _is_other(self, stamp: Hashable | None) -> bool:
         again = RETRY_SECONDS <= time.monotonic() - self._failed_at < math.inf
         return stamp is not None and (again or stamp != self._seen)
 
     def follow(self) -> Version:
         """Take the folder's current version, where there is another; where it cannot be opened, stay at this one."""
         with self._changing:
-            stamp = self._stamp()
-            if not isinstance(self.folder, Address) and (stamp is None or not self.changed()):
+            stamp = self.place.stamp()
+            if not self._is_other(stamp):
                 return self.now
             self._looked_at = time.monotonic()
             self._failed_at = -math.inf

@@ -245,7 +245,7 @@ class Service:
         """Suspicious shots, worst first. Raises Problem 422 where there are too many keys, 503 while it takes long."""
         if version.cache.n > MOST_AUDITED:
             raise Problem(422, f"{version.cache.n:,} keys are many: use retrieval-tip index audit {version.name}")
-        if not isinstance(version.cache, CacheModel):
+        if not isinstance(version.cache, CacheModel):  # it compares all keys with each other, in memory
             raise Problem(
                 422, "an index in a LanceDB store is audited as a folder: retrieval-tip index clone, then audit"
             )

@@ -16,23 +16,19 @@ from __future__ import annotations
 import datetime
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
 import shutil
-import socket
 import stat
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -41,10 +37,10 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
-from retrieval_tip.files import make_folders
-from retrieval_tip.lance.objects import sync
-from retrieval_tip.store import labels
+from retrieval_tip.files import sync
+from retrieval_tip.store import history as versions
 from retrieval_tip.store.labels import LABEL_SCHEMA
+from retrieval_tip.store.lock import locked
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
 from retrieval_tip.store.query import TIMEOUT, ask
 
@@ -52,8 +48,8 @@ T = TypeVar("T")
 
 KEPT_VERSIONS = 32
 """So many versions are kept by themselves, the current one among them; :func:`collect` keeps fewer."""
-LOCK_WAIT, LOCK_POLL = 30.0, 0.02
-"""Seconds that a writer waits for another one, and between two looks."""
+LOCK_WAIT = 30.0
+"""Seconds that a writer waits for another one."""
 
 HASHED_AT_A_TIME = 1 << 24
 """Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
@@ -308,40 +304,18 @@ def _read_table(path: Path) -> pa.Table:
 def describe(folder: Path) -> dict[str, Any]:
     """What ``index info`` prints: the manifest, the keys a class, and the space on disk."""
     (manifest, labels), _ = opened(folder, lambda found: (found, read_labels(folder, found)), verify="fast")
-    ids = labels["class_id"].to_numpy()
-    counts = np.bincount(ids, minlength=len(manifest.class_names))
-    facts = shown(manifest)
+    counts = np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names))
     earlier = _before(folder, manifest)
     own = {file.name: file.bytes for file in manifest.data_files}
     held = {file.name: file.bytes for old in earlier for file in old.data_files}
-    return (
-        {"folder": str(folder)}
-        | facts
-        | {
-            "classes": len(manifest.class_names),
-            "keys_per_class": keys_per_class(counts),
-            "segments": len(manifest.segments),
-            "not_indexed": manifest.n - manifest.files["keys"].rows,
-            "bytes": sum(own.values()),
-            "files": {kind: file.name for kind, file in manifest.files.items()},
-            "earlier_versions": [old.version for old in earlier],
-            "bytes_of_earlier": sum(size for name, size in held.items() if name not in own),
-        }
-    )
-
-
-def shown(manifest: Manifest) -> dict[str, Any]:
-    """What ``index info`` prints of a manifest: all but its files, with the settings by name."""
-    facts: dict[str, Any] = asdict(manifest)
-    for name in ("files", "later"):
-        del facts[name]
-    facts |= facts.pop("settings")
-    return facts | {"k": manifest.settings.k or "all"}
-
-
-def keys_per_class(counts: npt.NDArray[np.int64]) -> dict[str, float]:
-    """What ``index info`` prints of the keys of each class ``[c]``."""
-    return {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
+    more = {
+        "segments": len(manifest.segments),
+        "not_indexed": manifest.n - manifest.files["keys"].rows,
+        "bytes": sum(own.values()),
+    }
+    return versions.described(folder, manifest, earlier, counts, **more) | {
+        "bytes_of_earlier": sum(size for name, size in held.items() if name not in own)
+    }
 
 
 def history(folder: Path) -> pa.Table:
@@ -350,26 +324,14 @@ def history(folder: Path) -> pa.Table:
     Raises StoreError where one of them is damaged.
     """
     current = read_manifest(folder)
-    earlier = _before(folder, current)
-    return labels.versions_table(
-        [
-            {name: getattr(manifest, name) for name in ("version", "parent", "created_at", "created_by", "change")}
-            | {
-                "keys": manifest.n,
-                "classes": len(manifest.class_names),
-                "bytes": sum({file.name: file.bytes for file in manifest.data_files}.values()),
-                "current": manifest is current,
-            }
-            for manifest in [*earlier, current]
-        ]
-    )
+    return versions.history(_before(folder, current), current)
 
 
 def query(folder: Path, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
     """The answer of a SELECT over the label store (:func:`sql.ask`): table ``labels`` and view ``class_counts``.
 
     Further tables: ``versions`` (:func:`history`), ``curve`` of a fine-tuned index that has the loss curve of its
-    training, a row an epoch, and ``predictions``, where a file of them is given (:func:`labels.read_predictions`).
+    training, a row an epoch, and ``predictions``, where a file of them is given (:func:`read_predictions`).
 
     Raises UsageError where the statement is not one SELECT, duckdb refuses it, or it takes longer than ``timeout``
     seconds or too much memory; StoreError where the index is damaged; InputError where the file is none of predictions.
@@ -498,11 +460,7 @@ class Writer:
 
         Raises InputError for a setting or a name that a manifest cannot hold.
         """
-        try:
-            raw = manifest.to_bytes()
-            Manifest.parse(json.loads(raw))  # what could not be read again is never written
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise InputError(f"{self.folder}: a manifest cannot hold this ({error}); nothing was changed") from None
+        raw = versions.sealed(manifest, self.folder)
         sync(self.folder / "data")
         if self.parent is not None:
             earlier = self.folder / "manifests"
@@ -553,7 +511,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
             raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
         if not all(_is_own(name) for name in _names_in(folder)) and not is_index(folder):
             raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
-        with _lock(folder, LOCK_WAIT if wait is None else wait):
+        with locked(folder, folder, LOCK_WAIT if wait is None else wait):
             try:
                 _tidy(folder)
                 writer = Writer(folder)
@@ -595,51 +553,6 @@ def _remove_own(folder: Path) -> None:
             if empty.exists():
                 empty.rmdir()
         (folder / "lock").unlink()
-
-
-@contextmanager
-def _lock(folder: Path, wait: float) -> Iterator[None]:
-    """The lock is the system's, so it ends with the process that holds it; the file's text says who that is.
-
-    The folder and its ``data`` are made; another writer that fails to make a first version removes them under its lock.
-    """
-    path, data = folder / "lock", folder / "data"
-    lock = filelock.FileLock(path)
-    for left in reversed(range(VERSIONS_TRIED)):
-        try:
-            make_folders(data)
-            lock.acquire(timeout=wait, poll_interval=LOCK_POLL)
-            break
-        except filelock.Timeout:
-            raise StoreError(f"{folder}: is being written by {_owner(path)}; try later") from None
-        except FileNotFoundError:  # removed just now
-            if not left:
-                raise
-    try:
-        data.mkdir(exist_ok=True)
-        with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
-        yield
-    finally:
-        with suppress(OSError):  # the next owner may take a moment to say who it is, and is not this one
-            os.truncate(path, 0)
-        lock.release()
-
-
-def _owner(path: Path) -> str:
-    """Who holds a lock, and whether that is gone: a process that it left behind then holds it."""
-    text = ""
-    with suppress(OSError):
-        text = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
-    found = re.fullmatch(r"process (\d{1,9}) on (\S+)", text)
-    if found is not None and found[2] == socket.gethostname() and os.name == "posix":  # elsewhere 0 is a signal
-        try:
-            os.kill(int(found[1]), 0)
-        except ProcessLookupError:
-            return f"something that {text} started before it ended, which has to be ended too"
-        except OSError:
-            pass
-    return text or "another process"
 
 
 def stamp() -> dict[str, Any]:

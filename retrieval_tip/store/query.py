@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, one_line
-from retrieval_tip.store.labels import read_predictions
+from retrieval_tip.predictions import read_predictions
 
 if TYPE_CHECKING:
     import duckdb
@@ -67,7 +67,7 @@ def ask(
     """The answer of one SELECT over these tables, by name, and over ``class_counts``, a view of ``labels``.
 
     The view has ``class_id``, ``label`` and ``keys``, a row a class that has keys. The table ``predictions`` is what a
-    file of them holds (:func:`labels.read_predictions`). Columns in half precision come as float32. A column of the
+    file of them holds (:func:`read_predictions`). Columns in half precision come as float32. A column of the
     answer whose name stood before gets another one (``label_1``).
 
     Raises UsageError where the statement is not one SELECT, or duckdb refuses it, or it takes longer than ``timeout``

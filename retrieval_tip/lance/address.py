@@ -1,0 +1,169 @@
+"""Addresses of stores, and what the environment says of the servers that keep them.
+
+lance://indexes/pets  lance:///data/pets     a local folder, relative or absolute
+s3://bucket/prefix    gs://bucket/prefix     what lies below a prefix of a bucket
+
+Credentials come from the environment and are in no address, message or option.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from retrieval_tip.errors import StoreError, UsageError, one_line
+
+CONNECT_SECONDS, ANSWER_SECONDS, RETRY_SECONDS, RETRIES = 4, 8, 10, 4
+"""Seconds that a server may take to be connected to and to answer; no request is tried again later or more often.
+One that cannot be reached has failed after ``RETRY_SECONDS + ANSWER_SECONDS``."""
+
+S3_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+GCS_CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS to the file of a service account"
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
+
+_SCHEME = re.compile(r"(lance|s3|gs)://", re.IGNORECASE)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+_UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
+"""Characters that obstore and LanceDB would not both take for the same key."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """The place of a store. ``str`` gives the one text of it that :meth:`parse` reads, and holds no credential.
+
+    ``scheme`` is ``lance``, ``s3`` or ``gs``; ``bucket`` is empty where it is a local folder; ``path`` is the folder or
+    the prefix.
+    """
+
+    scheme: str
+    bucket: str
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> Address | None:
+        """The address that a text is; ``None`` where it is none, but may be a folder's path.
+
+        Raises UsageError: it begins as an address, but has no bucket or no path, holds a password, a query, control
+        characters or what is no UTF-8, leads out of its bucket by ``..``, or has characters that clients of buckets
+        do not agree about.
+        """
+        match = _SCHEME.match(text)
+        if match is None:
+            return None
+        scheme, rest = match[1].lower(), text[match.end() :]
+        first = rest.partition("/")[0]
+        local = scheme == "lance"
+        if ("@" in first) if not local else (":" in first and "@" in first) or re.search(r"^[^/@]*:[^@]*@", rest):
+            raise UsageError(f"{scheme}://...: an address holds no user and password; {set_credentials(scheme)}")
+        if not local and ":" in first:  # a port, or a password with a slash in it: nothing of it is repeated
+            raise UsageError(f"{scheme}://...: an address begins with a bucket's name; a server is AWS_ENDPOINT_URL")
+        rest, query, _ = rest.partition("?")
+        shown = one_line(f"{scheme}://{rest}")
+        if query:
+            raise UsageError(f"{shown}?...: an address has no query; settings come from the environment")
+        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in rest):
+            raise UsageError(f"{shown}: control characters, or not UTF-8, in an address")
+        return cls._folder(rest, shown) if local else cls._prefix(scheme, rest, shown)
+
+    @classmethod
+    def _folder(cls, rest: str, shown: str) -> Address:
+        path = Path(re.sub(r"^/+", "/", rest)).as_posix()
+        if not rest or Path(path).name in ("", ".."):
+            raise UsageError(f"{shown}: no path; an address is lance://indexes/NAME, or lance:///NAME from the root")
+        return cls("lance", "", path)
+
+    @classmethod
+    def _prefix(cls, scheme: str, rest: str, shown: str) -> Address:
+        bucket, _, prefix = rest.partition("/")
+        parts = [part for part in prefix.split("/") if part]
+        form = f"an address is {scheme}://BUCKET/NAME"
+        if not bucket:
+            raise UsageError(f"{shown}: no bucket; {form}")
+        if not _BUCKET.fullmatch(bucket):
+            raise UsageError(f"{shown}: {one_line(bucket)!r} is no bucket's name; {form}")
+        if not parts:
+            raise UsageError(f"{shown}: no path, and a store is no whole bucket; {form}")
+        if "." in parts or ".." in parts:
+            raise UsageError(f"{shown}: '.' or '..' in an address of a bucket; give the path itself")
+        if unlike := _UNLIKE.search(prefix):
+            raise UsageError(f"{shown}: {unlike[0]!r} in an address, which not all programs read alike; leave it out")
+        return cls(scheme, bucket, "/".join(parts))
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}{'/' if self.bucket else ''}{self.path}"
+
+    @property
+    def local(self) -> Path | None:
+        """The folder; ``None`` for a bucket."""
+        return None if self.bucket else Path(self.path)
+
+    @property
+    def uri(self) -> str:
+        """The text that ``lancedb.connect`` takes: a local path, which is absolute, or the address itself."""
+        if self.local is None:
+            return str(self)
+        return str(self.local.resolve() if ".." in self.local.parts else self.local.absolute())
+
+
+def storage_options(address: Address) -> dict[str, str]:
+    """Options of ``lancedb.connect``, which :class:`objects.Objects` follows too: both ask one server as patiently.
+
+    No credential is among it: those are read from the environment. Empty for a local folder. Raises StoreError where
+    the environment's endpoint is none.
+    """
+    if address.local is not None:
+        return {}
+    options = {
+        "connect_timeout": f"{CONNECT_SECONDS}s",
+        "read_timeout": f"{ANSWER_SECONDS}s",
+        "client_max_retries": str(RETRIES),
+        "client_retry_timeout": str(RETRY_SECONDS),
+        "allow_http": str(_allow_http()).lower(),
+    }
+    if endpoint := _endpoint(address):
+        options["aws_endpoint"] = endpoint
+    if address.scheme == "s3" and (region := _first_of(_REGIONS)):
+        options["aws_region"] = region
+    return options
+
+
+def set_credentials(scheme: str) -> str:
+    """The advice how to give credentials."""
+    return f"set {GCS_CREDENTIALS if scheme == 'gs' else S3_CREDENTIALS} in the environment"
+
+
+def _endpoint(address: Address) -> str | None:
+    """The server that the environment names: both clients know the three variables, but not in one order.
+
+    Raises StoreError where it is no address of one, holds a password, or has no TLS and that is not allowed.
+    """
+    endpoint = _first_of(_ENDPOINTS) if address.scheme == "s3" else None
+    if endpoint is None:
+        return None
+    variable = next(name for name in _ENDPOINTS if os.environ.get(name))
+    place = one_line(str(address))
+    try:
+        parts = urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable or "@" in parts.netloc:
+        raise StoreError(f"{place}: {variable} is not the address of a server; set it to https://HOST, without a user")
+    if parts.scheme == "http" and not _allow_http():
+        host = one_line(parts.netloc)
+        raise StoreError(f"{place}: {variable} names {host} without TLS; set AWS_ALLOW_HTTP=true if that is meant")
+    return endpoint.rstrip("/")
+
+
+def _first_of(names: Iterable[str]) -> str | None:
+    return next((value for name in names if (value := os.environ.get(name))), None)
+
+
+def _allow_http() -> bool:
+    return os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "on", "yes", "y")

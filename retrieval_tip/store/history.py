@@ -1,0 +1,79 @@
+"""The plans that a folder and a LanceDB table share: how a version is sealed, told of, and made current again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval_tip.errors import InputError
+from retrieval_tip.store.labels import versions_table
+from retrieval_tip.store.manifest import Manifest
+
+
+def sealed(manifest: Manifest, place: object) -> bytes:
+    """The bytes of a manifest that is to be committed: what could not be read again is never written.
+
+    Raises InputError for a setting or a name that a manifest cannot hold.
+    """
+    try:
+        raw = manifest.to_bytes()
+        Manifest.parse(json.loads(raw))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{place}: a manifest cannot hold this ({error}); nothing was changed") from None
+    return raw
+
+
+def renewed(old: Manifest, current: Manifest, next_key_id: int, stamp: dict[str, Any]) -> Manifest:
+    """An earlier version as the one after the current: of its content, with no key id that was given since."""
+    return dataclasses.replace(
+        old,
+        version=current.version + 1,
+        parent=current.version,
+        next_key_id=next_key_id,
+        change=f"rollback to version {old.version}",
+        **stamp,
+    )
+
+
+def history(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
+    """Versions, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`. ``bytes`` are those of each one's files."""
+    names = ("version", "parent", "created_at", "created_by", "change")
+    return versions_table(
+        [
+            {name: getattr(manifest, name) for name in names}
+            | {
+                "keys": manifest.n,
+                "classes": len(manifest.class_names),
+                "bytes": sum({file.name: file.bytes for file in manifest.data_files}.values()),
+                "current": manifest is current,
+            }
+            for manifest in [*earlier, current]
+        ]
+    )
+
+
+def described(
+    place: object, manifest: Manifest, earlier: Sequence[Manifest], counts: npt.NDArray[np.int64], **more: Any
+) -> dict[str, Any]:
+    """The facts that ``index info`` prints of a version: its manifest, its keys of each class ``[c]``, and ``more``."""
+    facts = dataclasses.asdict(manifest)
+    for name in ("files", "later"):
+        del facts[name]
+    facts |= facts.pop("settings")
+    per_class = {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}
+    return (
+        {"folder": str(place)}
+        | facts
+        | {"k": manifest.settings.k or "all", "classes": len(manifest.class_names), "keys_per_class": per_class}
+        | more
+        | {
+            "files": {kind: file.name for kind, file in manifest.files.items()},
+            "earlier_versions": [old.version for old in earlier],
+        }
+    )

@@ -1,0 +1,80 @@
+"""The lock of a folder: one process at a time writes what lies in it.
+
+It is the system's lock on a file, so it ends with the process that holds it; the file's text says who that is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+
+from retrieval_tip.errors import StoreError, one_line
+from retrieval_tip.files import make_folders
+
+POLL = 0.02
+"""Seconds between two looks of a writer that waits."""
+TRIES = 16
+"""Times that a lock is taken anew because its folder was removed meanwhile."""
+
+
+@contextmanager
+def locked(folder: Path, place: object, wait: float) -> Iterator[None]:
+    """The right to write a folder, within the context; a writer waits its turn, up to ``wait`` seconds.
+
+    The folder and its ``data`` are made; another writer that fails to make a first version removes them under its lock.
+    Raises StoreError, which calls the folder ``place``, where another holds the lock for longer, or it cannot be had.
+    """
+    path, data = folder / "lock", folder / "data"
+    lock = filelock.FileLock(path)
+    for left in reversed(range(TRIES)):
+        try:
+            make_folders(data)
+            lock.acquire(timeout=wait, poll_interval=POLL)
+            break
+        except filelock.Timeout:
+            raise busy(place, _owner(path)) from None
+        except OSError as error:
+            if not left or not isinstance(error, FileNotFoundError):  # else it was removed just now
+                reason = error.strerror or type(error).__name__
+                raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
+    try:
+        data.mkdir(exist_ok=True)
+        with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
+            path.write_text(this_process(), "utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # the next owner may take a moment to say who it is, and is not this one
+            os.truncate(path, 0)
+        lock.release()
+
+
+def this_process() -> str:
+    """The owner of what this process writes."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def busy(place: object, owner: str) -> StoreError:
+    """The error of a writer that has waited long enough."""
+    return StoreError(one_line(f"{place}: is being written by {owner or 'another process'}; try later"))
+
+
+def _owner(path: Path) -> str:
+    """The holder of a lock, and whether that is gone: a process that it left behind then holds it."""
+    text = ""
+    with suppress(OSError):
+        text = ascii(path.read_text("utf-8", "replace")[:200].strip()).strip("'")
+    match = re.fullmatch(r"process (\d{1,9}) on (\S+)", text)
+    if match is not None and match[2] == socket.gethostname() and os.name == "posix":  # elsewhere 0 is a signal
+        try:
+            os.kill(int(match[1]), 0)
+        except ProcessLookupError:
+            return f"something that {text} started before it ended, which has to be ended too"
+        except OSError:
+            pass
+    return text
