@@ -60,9 +60,9 @@ from throughput import FACTS, SEED, Row, facts, installed, machine_line, write_r
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source
 from retrieval_tip.backbones.open_clip import unit
 from retrieval_tip.data.encoder import pixels_of
-from retrieval_tip.data.imports import export_table, export_text
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes
+from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.predictions import Prediction
 from retrieval_tip.store import folder as store
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
     from retrieval_tip.cache_model import CacheModel, verify
-    from retrieval_tip.data.encoder import Encoder, EncodingCache
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.data.sources import Source, open_inputs, open_source
     from retrieval_tip.errors import RetrievalTipError
     from retrieval_tip.estimator import TipAdapterClassifier

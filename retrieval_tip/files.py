@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from retrieval_tip.errors import InputError, one_line
+from retrieval_tip.errors import InputError, one_line, show
+
+if TYPE_CHECKING:
+    pass
 
 FOLDER = "a folder"
 
@@ -104,3 +110,23 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file that takes the name ``path`` when it is whole; a link is written through.
+
+    Raises InputError where ``path`` cannot be written; then nothing is left of it.
+    """
+    place = Path(os.path.realpath(path))
+    temporary = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        if place.exists() and not place.is_file():
+            raise InputError(f"{show(path)}: cannot be written: not a file")
+        yield temporary
+        temporary.replace(place)
+    except OSError as error:
+        raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -21,12 +21,15 @@ from hypothesis import strategies as st
 
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data import feature_tables
 from retrieval_tip.data import imports as exchange
-from retrieval_tip.data.encoder import Encoder, table_identity
-from retrieval_tip.data.imports import export_table, export_text, import_table
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.feature_tables import IDENTITY_KEY, table_identity
+from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.index.build import build_index, read_text_table
+from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.settings import Settings
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
@@ -675,7 +678,7 @@ def test_a_long_import_stays_flat_in_memory(tmp_path, monkeypatch):
     pool = pa.default_memory_pool()
     before = pool.bytes_allocated()
     tracemalloc.start()
-    blocks = exchange._write
+    blocks = feature_tables.write_table
 
     def watched(out, schema, found):
         def each():
@@ -858,7 +861,7 @@ def test_the_exported_table_says_what_the_index_knows(tmp_path):
         assert table[column].to_pylist() == cache.labels[column].to_pylist()
     assert table["id"].to_pylist() == cache.labels["source"].to_pylist()
     assert table_identity(tmp_path / "t.parquet") == IDENTITY
-    assert json.loads(table.schema.metadata[exchange.IDENTITY_KEY]) == IDENTITY.to_dict()
+    assert json.loads(table.schema.metadata[IDENTITY_KEY]) == IDENTITY.to_dict()
     np.testing.assert_array_equal(rows_of(tmp_path / "t.parquet"), cache.keys)
 
 

@@ -23,17 +23,9 @@ from retrieval_tip import bounds
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.data import encoder as features_module
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import (
-    IDENTITY_KEY,
-    Encoder,
-    EncodingCache,
-    check_backbone,
-    encode_table,
-    read_features,
-    table_dim,
-    table_identity,
-    view_names,
-)
+from retrieval_tip.data.encoder import Encoder, encode_table, view_names
+from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.feature_tables import IDENTITY_KEY, check_backbone, read_features, table_dim, table_identity
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 

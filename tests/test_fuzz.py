@@ -39,13 +39,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_store import body_of, one_line, sealed, snapshot
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import CacheModel, predictions, verify
 from retrieval_tip.cli.output import write_table
 from retrieval_tip.data import images, sources
 from retrieval_tip.data import imports as exchange
-from retrieval_tip.data.encoder import NORM_TOLERANCE, Encoder
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.feature_tables import NORM_TOLERANCE
 from retrieval_tip.data.sources import open_inputs, open_source
-from retrieval_tip import predictions
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index

@@ -28,7 +28,8 @@ from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.cli import group as cli
 from retrieval_tip.cli import output
 from retrieval_tip.cli.options import K
-from retrieval_tip.data.encoder import IDENTITY_KEY, Encoder
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.feature_tables import IDENTITY_KEY
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import MAX_LINE
 from retrieval_tip.index.build import build_index

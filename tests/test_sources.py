@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source, row_list, show
-from retrieval_tip.errors import InputError
+from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source, row_list
+from retrieval_tip.errors import InputError, show
 
 
 def touch(folder: Path, *paths: str) -> None:

@@ -22,7 +22,8 @@ from test_features import IDENTITY, Fake, folder, picture, reads, source_of, uni
 from retrieval_tip.backbones.open_clip import unit
 from retrieval_tip.data import encoder as features_module
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder, EncodingCache, view_names
+from retrieval_tip.data.encoder import Encoder, view_names
+from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 

@@ -236,7 +236,7 @@ def encode(ctx: click.Context, /, source: Path, out: Path, **given: Any) -> None
     which serves as the table does.
     """
     from retrieval_tip.data.encoder import encode_table
-    from retrieval_tip.data.sources import show
+    from retrieval_tip.errors import show
 
     ray = ray_of(given)
     if ray is not None:
@@ -322,9 +322,9 @@ def _classify_on_ray(
     ray: Ray,
 ) -> None:
     """Classify by shards into a folder of parts."""
-    from retrieval_tip.data.sources import show
     from retrieval_tip.distributed import tasks
     from retrieval_tip.distributed.shards import cut_inputs
+    from retrieval_tip.errors import show
 
     if given["style"] != "parquet" or given["output"] is None:
         raise UsageError("--engine ray writes parts: give --format parquet and --output FOLDER")
@@ -427,7 +427,7 @@ def evaluate_command(ctx: click.Context, /, folder: Path | Address, source: Path
             raise UsageError(f"--shots draws from an index folder; copy it: retrieval-tip index clone {folder} DIR")
         _sweep(ctx, folder, source, as_json, given)
         return
-    from retrieval_tip.data.sources import show
+    from retrieval_tip.errors import show
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
 
@@ -529,7 +529,7 @@ def report_command(ctx: click.Context, /, folder: Path, source: Path, out: Path,
 
     Figures are those of evaluate. Curves over shots and the surface of alpha and beta never choose on the test source.
     """
-    from retrieval_tip.data.sources import show
+    from retrieval_tip.errors import show
     from retrieval_tip.report.report import check, write_report
 
     if given["shots"] and given["no_curves"]:
@@ -727,7 +727,7 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
     Trained are its keys, or what --train says, by AdamW on augmented views of the shots. With --val the epoch is chosen
     on it, and alpha, beta and k are searched again. What was interrupted goes on with --resume, to the same result.
     """
-    from retrieval_tip.data.sources import show
+    from retrieval_tip.errors import show
     from retrieval_tip.fit.finetune import finetune, own_shots, shots_of
     from retrieval_tip.fit.trainer import VIEWS, Recipe
     from retrieval_tip.report import plots

@@ -378,7 +378,7 @@ def rollback_command(folder: Place, version: int | None) -> None:
 @click.option("--keep", type=count(), default=1, show_default=True, help="Versions to keep, the last ones.")
 def gc_command(folder: Place, keep: int) -> None:
     """Give up earlier versions, and remove the files that only they have."""
-    from retrieval_tip.data.sources import show
+    from retrieval_tip.errors import show
     from retrieval_tip.index.places import at
 
     versions, freed = at(folder).collect(keep)
@@ -402,8 +402,8 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 @click.option("--text", type=FILE, help="Feature table for the text weights, as index build --text takes it.")
 def export_command(folder: Path, out: Path, text: Path | None) -> None:
     """Write the keys of an index, and what it says of them, as one feature table."""
-    from retrieval_tip.data.imports import export_table, export_text
-    from retrieval_tip.data.sources import show
+    from retrieval_tip.errors import show
+    from retrieval_tip.index.export import export_table, export_text
 
     cache = checked(folder, "cpu")
     click.echo(f"{one_line(show(out))}: {export_table(cache, out)} rows")
@@ -455,7 +455,7 @@ def audit_command(folder: Path, k: KeysMet, style: str, output: Path | None) -> 
 
 
 def _say(folder: Place, version: int, what: str) -> None:
-    from retrieval_tip.data.sources import show
+    from retrieval_tip.errors import show
 
     click.echo(one_line(f"{show(str(folder))}: version {version}, {what}"))
 

@@ -415,7 +415,7 @@ def load(
 
 def backbone_of(source: Source, given: dict[str, Any], *, needed: bool = False) -> Backbone | None:
     """The backbone of a source: named, or the one that a feature table names where text weights need it."""
-    from retrieval_tip.data.encoder import table_identity
+    from retrieval_tip.data.feature_tables import table_identity
 
     if source.table is None or given["model"]:
         return load(given)
@@ -428,7 +428,7 @@ def backbone_for(
 ) -> Backbone | None:
     """The index's own backbone, where there are images to encode or it is needed; refused if it is another by now."""
     from retrieval_tip.backbones.open_clip import load_when_needed
-    from retrieval_tip.data.encoder import check_backbone
+    from retrieval_tip.data.feature_tables import check_backbone
 
     images = needed or any(source.table is None for source in sources)
     identity = cache.backbone
@@ -476,7 +476,7 @@ def shards_of(path: Path | str, given: dict[str, Any], split: str, *, labelled: 
 
 def encoding_of(given: dict[str, Any], name: BackboneName | None) -> Encoding:
     """How the workers of a command encode."""
-    from retrieval_tip.data.encoder import EncodingCache
+    from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.engine import Encoding
 
     cache = None if given["no_cache"] else os.fspath(given["cache"] or EncodingCache.default_folder())
@@ -507,7 +507,7 @@ def encoding_for(cache: Classifier, shards: list[Shard], given: dict[str, Any]) 
     """How the workers encode for an index: with its own backbone, where there are images; refused as it is here."""
     import pyarrow as pa
 
-    from retrieval_tip.data.encoder import check_backbone
+    from retrieval_tip.data.feature_tables import check_backbone
     from retrieval_tip.data.sources import Source
 
     identity, name, backbone = cache.backbone, None, None
@@ -527,7 +527,8 @@ def encoding_for(cache: Classifier, shards: list[Shard], given: dict[str, Any]) 
 @contextmanager
 def encoder_of(ctx: click.Context, backbone: Backbone | None, given: dict[str, Any]) -> Iterator[Encoder]:
     """How the command's inputs become features; the encoding cache is closed at the end."""
-    from retrieval_tip.data.encoder import Encoder, EncodingCache
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.encoding_cache import EncodingCache
 
     use_cache = backbone is not None and not given["no_cache"]
     cache = EncodingCache(given["cache"] or EncodingCache.default_folder()) if use_cache else None

@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.data.encoder import replacing
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line
+from retrieval_tip.files import replacing
 
 if TYPE_CHECKING:
     pass

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import sqlite3
-import threading
-import uuid
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -28,9 +22,11 @@ from tqdm import tqdm
 from retrieval_tip.backbones.open_clip import Backbone, Identity, unit
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
-from retrieval_tip.data.sources import FEATURE, Source, few_names, open_parquet, row_groups, row_list, show, table_files
-from retrieval_tip.errors import BackboneError, InputError, Skipped, UsageError, counted
-from retrieval_tip.files import make_folders
+from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.feature_tables import IDENTITY_KEY, NORMS, _read_rows, same_backbone, table_dim, table_identity
+from retrieval_tip.data.sources import FEATURE, Source
+from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
+from retrieval_tip.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +40,6 @@ _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
-IDENTITY_KEY = b"retrieval_tip.backbone"
-NORMS = ("check", "unit", "keep")
-NORM_TOLERANCE = 0.01
-TABLE_ROWS = 8192
 GROUP_ROWS = 1024
 REDUCED_SIDES = 3
 """A JPEG is decoded at a size of which each side is so many times the view's: with 2, some cosines were below 0.999."""
@@ -460,255 +452,6 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
     return first.astype(np.int64), shots
 
 
-_DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
-
-
-class EncodingCache:
-    """Raw features by backbone, image content and view, in one SQLite file: what was encoded once is never again.
-
-    Safe to share between threads and processes. A damaged entry counts as absent; a damaged file is put aside.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.path = Path(folder) / "encodings.sqlite"
-        self._lock = threading.Lock()
-        try:
-            make_folders(self.path.parent)
-            self._db = self._open()
-        except sqlite3.OperationalError as error:
-            raise self._unusable(error) from None
-        except _DAMAGE:
-            self._renew()
-        except OSError as error:
-            raise self._unusable(error) from None
-
-    @staticmethod
-    def default_folder() -> Path:
-        """``$RETRIEVAL_TIP_CACHE``, else ``retrieval-tip`` in the user's cache folder. Raises UsageError: no home."""
-        if own := os.environ.get("RETRIEVAL_TIP_CACHE"):
-            return Path(own)
-        try:
-            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
-        except RuntimeError:  # a user without a home, as in some containers
-            raise UsageError("the encoding cache has no place: no home folder; give --cache or --no-cache") from None
-
-    def _unusable(self, error: Exception) -> InputError:
-        return InputError(
-            f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
-        )
-
-    def _renew(self) -> None:
-        """Put a damaged file aside and start another."""
-        aside = self.path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
-        try:
-            self.path.rename(aside)
-            log.warning("%s: damaged, put aside as %s; encoding anew", show(self.path), aside.name)
-            self._db = self._open()
-        except (OSError, sqlite3.Error) as error:
-            raise self._unusable(error) from None
-
-    def _open(self) -> sqlite3.Connection:
-        if self.path.exists() and not self.path.is_file():  # of a pipe, SQLite would wait for ever
-            raise self._unusable(ValueError("not a file"))
-        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
-        try:
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL, "
-                "feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view))"
-            )
-            db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
-        """The raw feature ``[d]`` of a view, or ``None``."""
-        query = "SELECT feature, crc FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
-        try:
-            with self._lock:
-                row = self._db.execute(query, (scope, digest, view)).fetchone()
-        except _DAMAGE:
-            return None
-        if row is None or not isinstance(row[0], bytes) or _crc(scope, digest, view, row[0]) != row[1]:
-            return None
-        return np.frombuffer(row[0], dtype="<f4")
-
-    def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
-        """Keep raw features by (digest, view)."""
-        rows = []
-        for (digest, view), feature in features.items():
-            blob = feature.astype("<f4").tobytes()
-            rows.append((scope, digest, view, blob, _crc(scope, digest, view, blob)))
-        with self._lock:
-            try:
-                self._insert(rows)
-            except sqlite3.OperationalError as error:
-                raise self._unusable(error) from None
-            except _DAMAGE:
-                self._db.close()
-                self._renew()
-                self._insert(rows)
-
-    def _insert(self, rows: Sequence[tuple[str, str, str, bytes, int]]) -> None:
-        self._db.execute("BEGIN")
-        try:
-            self._db.executemany("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
-            self._db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
-
-
-def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
-    """Over the key too: a damaged file must not give one image the feature of another."""
-    return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))
-
-
-def same_backbone(one: Identity, other: Identity, what: str) -> None:
-    """Raise BackboneError naming both, unless features of the two can be compared."""
-    if one.fingerprint != other.fingerprint:
-        raise BackboneError(
-            f"{what}: made with backbone {one}, but {other} is in use; their features cannot be compared"
-        )
-
-
-def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
-    """Raise where features of ``sources`` cannot be compared with an index of ``d`` values by ``identity``.
-
-    BackboneError names both backbones; InputError the two lengths.
-    """
-    if backbone is not None:
-        if identity is not None:
-            same_backbone(identity, backbone.identity, "index")
-        if backbone.dim != d:
-            raise BackboneError(f"backbone {backbone.identity}: its features have {backbone.dim} values, the index {d}")
-    for source in sources:
-        if source.table is not None:
-            found = table_identity(source.table)
-            if identity is not None and found is not None:
-                same_backbone(found, identity, source.name)
-            if table_dim(source.table) != d:
-                raise InputError(f"{source.name}: features of {table_dim(source.table)} values, the index has {d}")
-
-
-def table_identity(path: Path | str) -> Identity | None:
-    """The backbone in a feature table's metadata, if there is one."""
-    files = table_files(path)
-    raw = (open_parquet(files[0]).schema_arrow.metadata or {}).get(IDENTITY_KEY) if files else None
-    if raw is None:
-        return None
-    try:
-        return Identity.from_dict(json.loads(raw))
-    except (ValueError, RecursionError, BackboneError) as error:
-        raise InputError(f"{show(path)}: its backbone metadata cannot be read ({error})") from None
-
-
-def table_dim(path: Path | str) -> int:
-    """Length ``d`` of the features of a table."""
-    for batch in read_features(path, "keep"):
-        return int(batch.shape[1])
-    raise InputError(f"{show(path)}: has no rows")
-
-
-def read_features(path: Path | str, norms: str = "check") -> Iterator[FloatArray]:
-    """The features of a table in file order, ``[b, d]`` float32 a time, so that no table has to fit in memory.
-
-    Raises InputError naming the rows where features are missing, of unequal length, not finite, or not of unit norm.
-    """
-    for _, features in _read_rows(path, norms, 0, None):
-        yield features
-
-
-def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
-    """:func:`read_features` with the number of each block's first row, of blocks that hold rows ``first`` to ``last``.
-
-    Row groups and files without any of them are not read.
-    """
-    start, dim = 0, None
-    for part in table_files(path):
-        file, begins, name = open_parquet(part), start, show(part)
-        start += file.metadata.num_rows
-        if start <= first or (last is not None and begins >= last):
-            continue
-        _check_kind(file, name)
-        groups, at = row_groups(file, max(0, first - begins), None if last is None else last - begins)
-        try:
-            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[FEATURE]):
-                if at + batch.num_rows > first - begins and batch.num_rows:
-                    features = _matrix(batch.column(FEATURE), at, dim, name)
-                    dim = features.shape[1]
-                    yield begins + at, check_norms(features, at, norms, name)
-                at += batch.num_rows
-                if last is not None and begins + at >= last:
-                    break
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
-
-
-def _check_kind(file: pq.ParquetFile, name: str) -> None:
-    """Raise InputError where a file has no features, or what is called so is none."""
-    if FEATURE not in file.schema_arrow.names:
-        raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
-    kind = file.schema_arrow.field(FEATURE).type
-    is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not is_list or not pa.types.is_floating(kind.value_type):
-        raise InputError(f"{name}: column {FEATURE!r} is {kind}; expected lists of float32 or float16")
-
-
-def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:
-    if column.null_count:
-        rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
-        raise InputError(f"{name}: {row_list(rows + start)} without a feature")
-    if pa.types.is_fixed_size_list(column.type):
-        lengths = np.full(len(column), column.type.list_size)
-    else:
-        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    dim = int(lengths[0]) if dim is None else dim
-    if dim == 0:
-        raise InputError(f"{name}: row {start} has no values")
-    wrong = np.flatnonzero(lengths != dim)
-    if wrong.size:
-        row = int(wrong[0])
-        raise InputError(f"{name}: row {row + start} has {int(lengths[row])} values, the rows before have {dim}")
-    values = column.flatten()
-    if values.null_count:
-        rows = np.unique(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False)) // dim)
-        raise InputError(f"{name}: {row_list(rows + start)} with a missing value in the feature")
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
-        matrix: FloatArray = values.to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
-    return matrix
-
-
-def check_norms(features: FloatArray, start: int, norms: str, name: str) -> FloatArray:
-    """Features ``[b, d]``, rows from ``start`` on of ``name``, with the norms that one of ``NORMS`` asks for.
-
-    Raises InputError naming rows that are not finite, are zero, or (``check``) whose norm is not 1.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
-    rows = np.flatnonzero(~np.isfinite(lengths))
-    if rows.size:
-        raise InputError(f"{name}: {row_list(rows + start)}: the feature holds NaN or infinity")
-    rows = np.flatnonzero(lengths == 0)
-    if rows.size and norms != "keep":
-        raise InputError(f"{name}: {row_list(rows + start)}: the feature is zero, so it has no direction")
-    if norms == "unit":
-        features = (features / lengths[:, None]).astype(np.float32)
-    rows = np.flatnonzero(np.abs(lengths - 1) > NORM_TOLERANCE)
-    if rows.size and norms == "check":
-        raise InputError(
-            f"{name}: {row_list(rows + start)}: norm {lengths[rows[0]]:.4g} instead of 1; "
-            "give --norms unit to normalise here, or --norms keep where it is meant"
-        )
-    return features
-
-
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
     """Encode a source into a feature table: ``id``, ``label``, ``feature``, ``digest`` and its further columns.
 
@@ -768,23 +511,3 @@ def write_encoded(
         if waiting:
             writer.write_table(pa.concat_tables(waiting).combine_chunks())
     return number
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place to write a file that takes the name ``path`` when it is whole; a link is written through.
-
-    Raises InputError where ``path`` cannot be written; then nothing is left of it.
-    """
-    place = Path(os.path.realpath(path))
-    temporary = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        if place.exists() and not place.is_file():
-            raise InputError(f"{show(path)}: cannot be written: not a file")
-        yield temporary
-        temporary.replace(place)
-    except OSError as error:
-        raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -22,13 +22,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 
-from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import IDENTITY_KEY, NORM_TOLERANCE, TABLE_ROWS, replacing
-from retrieval_tip.data.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list, show
-from retrieval_tip.errors import InputError, UsageError, first_line
+from retrieval_tip.data.feature_tables import NORM_TOLERANCE, TABLE_ROWS, schema_of, table_of, write_table
+from retrieval_tip.data.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list
+from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import check_regular, read_regular
 
 log = logging.getLogger(__name__)
@@ -131,97 +129,7 @@ def import_table(
     except OSError as error:
         raise InputError(f"{show(error.filename or source)}: cannot be read: {error.strerror or error}") from None
     columns, schema = _plan(parts, label_column)
-    return _write(out, schema, _blocks(parts, columns, schema, names))
-
-
-def export_table(cache: CacheModel, out: Path) -> int:
-    """Write the keys of an index as a feature table, in the order of the index; returns the number of rows.
-
-    ``id`` (the key's source), ``label``, ``feature`` ``[d]`` of the keys' dtype, as they are, then ``key_id``,
-    ``shot``, ``views``, ``digest``, ``added_at`` and the further columns of the label store; the backbone's identity in
-    the metadata. Trained values and a tuned encoder have no place in a table: a warning says so.
-
-    Raises InputError where ``out`` cannot be written; then nothing is left of it.
-    """
-    _outside(cache, out)
-    for found, what in ((cache.values, "trained values"), (cache.tuned, "the fine-tuned encoder")):
-        if found is not None:
-            log.warning("%s: %s of the index cannot be in a table; what is built from it lacks them", show(out), what)
-    table = cache.labels
-    own = {"class_id", "label", "source", "id", FEATURE}
-    further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]
-    schema = _schema(cache.d, cache.keys.dtype, further, cache)
-
-    def blocks() -> Iterator[pa.Table]:
-        for start in range(0, cache.n, TABLE_ROWS):
-            rows = table.slice(start, TABLE_ROWS)
-            blank = pc.equal(pc.utf8_trim_whitespace(rows["source"]), "").fill_null(True)
-            number = pc.binary_join_element_wise("key", rows["key_id"].cast(pa.string()), " ")
-            yield _table(
-                schema,
-                pc.if_else(blank, number, rows["source"]),
-                rows["label"],
-                np.asarray(cache.keys[start : start + TABLE_ROWS]),
-                {field.name: rows[field.name] for field in further},
-            )
-
-    return _write(out, schema, blocks())
-
-
-def export_text(cache: CacheModel, out: Path) -> int:
-    """Write the text weights ``[c, d]`` of an index as a table of text features, a row a class, as ``--text`` takes it.
-
-    Returns the number of classes. Raises UsageError where the index has no text weights, InputError where some class
-    has none, or ``out`` cannot be written; then nothing is left of it.
-    """
-    _outside(cache, out)
-    if not cache.has_text:
-        raise UsageError("text: the index has no text weights to export; its keys alone are all there is")
-    weights = cache.text_weights.cpu().numpy()
-    bare = np.flatnonzero(~weights.any(axis=1))
-    if bare.size:
-        raise InputError(f"text: class {cache.class_names[bare[0]]!r} has no text weight; build the index with one")
-    names, schema = pa.array(cache.class_names, pa.string()), _schema(cache.d, weights.dtype, [], cache)
-    starts = range(0, len(names), TABLE_ROWS)
-    parts = ((names.slice(at, TABLE_ROWS), weights[at : at + TABLE_ROWS]) for at in starts)
-    return _write(out, schema, (_table(schema, name, name, part, {}) for name, part in parts))
-
-
-def _outside(cache: CacheModel, out: Path) -> None:
-    """Raise UsageError where a table would be written into the index itself."""
-    if cache.folder is not None and out.resolve().is_relative_to(cache.folder.resolve()):
-        raise UsageError(f"{show(out)}: lies in the index itself; give a place outside of it")
-
-
-def _schema(d: int, dtype: npt.DTypeLike, further: Sequence[pa.Field], cache: CacheModel | None = None) -> pa.Schema:
-    identity = cache.backbone if cache is not None else None
-    return pa.schema(
-        [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.from_numpy_dtype(dtype), d)), *further],
-        metadata={IDENTITY_KEY: json.dumps(identity.to_dict())} if identity is not None else None,
-    )
-
-
-def _table(schema: pa.Schema, ids: Any, labels: Any, features: Array, further: Mapping[str, Any]) -> pa.Table:
-    flat = pa.array(np.ascontiguousarray(features).reshape(-1))
-    column = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
-    return pa.table({"id": ids, "label": labels, FEATURE: column, **further}, schema=schema)
-
-
-def _write(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
-    number = 0
-    plain = [name for name in schema.names if name != FEATURE]
-    try:
-        with (
-            replacing(out) as temporary,
-            temporary.open("wb") as file,
-            pq.ParquetWriter(file, schema, use_dictionary=plain, compression="none") as writer,
-        ):
-            for block in blocks:
-                writer.write_table(block)
-                number += len(block)
-    except pa.ArrowException as error:  # a type that Parquet has not
-        raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
-    return number
+    return write_table(out, schema, _blocks(parts, columns, schema, names))
 
 
 # What is there
@@ -476,7 +384,7 @@ def _plan(parts: Sequence[_Part], label_column: str | None) -> tuple[_Columns, p
         fields = list(pa.unify_schemas(further, promote_options="permissive"))
     except pa.ArrowException as error:
         raise InputError(f"{first.where}: a column is of another type in another file: {first_line(error)}") from None
-    return columns, _schema(d[0], np.result_type(*dtypes), fields)
+    return columns, schema_of(d[0], np.result_type(*dtypes), fields)
 
 
 def _choose(names: Sequence[str], label_column: str | None, where: str) -> _Columns:
@@ -506,7 +414,7 @@ def _blocks(
             labels = _labels(rows[columns.label], columns.folder, by, start, part.where)
             block = _checked(features, start, len(rows), dtype, show(part.file))
             further = {field.name: _cast(rows, field, part.where) for field in list(schema)[3:]}
-            yield _table(schema, ids, labels, block, further)
+            yield table_of(schema, ids, labels, block, further)
             start += len(rows)
         done += start
 

@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.data import images, remote
-from retrieval_tip.errors import InputError, few, first_line, one_line
+from retrieval_tip.errors import InputError, few, first_line, one_line, show
 from retrieval_tip.files import check_regular, read_regular
 
 log = logging.getLogger(__name__)
@@ -211,14 +211,6 @@ def table_files(table: Path | str) -> list[Path | str]:
 def of_images(paths: Sequence[str], name: str = "images") -> Source:
     """Images without labels."""
     return Source(name, pa.table({"source": pa.array([show(path) for path in paths], pa.string())}), (), tuple(paths))
-
-
-def show(path: str | os.PathLike[str]) -> str:
-    """A path as text that every terminal and file format can hold, whatever bytes it is made of."""
-    try:
-        return os.fsencode(path).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half of a surrogate pair, from JSON
-        return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _class_folders(folder: Path) -> Source:

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from retrieval_tip import errors
 from retrieval_tip.backbones.open_clip import Backbone
-from retrieval_tip.data.encoder import Encoder, EncodingCache
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.distributed.cluster import Room, connected, room
 from retrieval_tip.distributed.shards import OpenShard, Shard, open_shard
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, first_line

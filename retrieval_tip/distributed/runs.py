@@ -26,10 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.data import remote
-from retrieval_tip.data.encoder import replacing
-from retrieval_tip.data.sources import COMPLETE, RUN, open_parquet, show
-from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
-from retrieval_tip.files import make_folders
+from retrieval_tip.data.sources import COMPLETE, RUN, open_parquet
+from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, show
+from retrieval_tip.files import make_folders, replacing
 
 RUN_FORMAT = 1
 PART_KEY = b"retrieval_tip.part"

@@ -38,10 +38,9 @@ from retrieval_tip.data.sources import (
     open_parquet,
     open_rows,
     open_source,
-    show,
     table_files,
 )
-from retrieval_tip.errors import InputError, Skipped, UsageError, first_line
+from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, show
 
 IMAGES, ROWS = 256, 16_384
 """Items of a shard by default: images, and rows of a feature table."""

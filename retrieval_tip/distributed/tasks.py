@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.classifier import Classifier
-from retrieval_tip.data.encoder import Encoder, Views, grouped, table_dim, table_identity, write_encoded
+from retrieval_tip.data.encoder import Encoder, Views, grouped, write_encoded
+from retrieval_tip.data.feature_tables import table_dim, table_identity
 from retrieval_tip.data.sources import Source
 from retrieval_tip.distributed.engine import Encoding, Ray, Summary, Task, through
 from retrieval_tip.distributed.runs import Run, part_name

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import torch
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import Encoder, replacing
+from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot, few_shot_split
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, first_line
-from retrieval_tip.files import check_regular
+from retrieval_tip.files import check_regular, replacing
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
 from retrieval_tip.fit.trainer import Recipe

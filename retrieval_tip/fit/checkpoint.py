@@ -13,10 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retrieval_tip.data.encoder import replacing
-from retrieval_tip.data.sources import show
-from retrieval_tip.errors import InputError
-from retrieval_tip.files import check_regular
+from retrieval_tip.errors import InputError, show
+from retrieval_tip.files import check_regular, replacing
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -32,8 +32,8 @@ from retrieval_tip.backbones.open_clip import PARTS, Trainable, write_tuned
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
-from retrieval_tip.data.sources import Source, open_source, show
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.fit import checkpoint as checkpoints
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.adamw import cosine

@@ -24,10 +24,11 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import Encoder, replacing
+from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.files import replacing
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.labels import images_of

@@ -18,7 +18,8 @@ import torch
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import Encoder, read_features, same_backbone, table_identity
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.feature_tables import read_features, same_backbone, table_identity
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError, few

@@ -20,10 +20,11 @@ import torch
 
 from retrieval_tip.backbones.open_clip import Backbone, Identity
 from retrieval_tip.backbones.prompts import check_templates, text_weights
-from retrieval_tip.data.encoder import Encoder, check_backbone, same_backbone, table_identity
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.feature_tables import check_backbone, same_backbone, table_identity
 from retrieval_tip.data.imports import import_table
-from retrieval_tip.data.sources import Source, open_source, show
-from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.evaluation.audit import Found, duplicates
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import (

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
 
-from retrieval_tip.errors import InputError
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, write_table
+from retrieval_tip.data.sources import FEATURE
+from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.key_table import VERSION
 from retrieval_tip.lance.lance_model import LanceModel
@@ -17,6 +25,8 @@ from retrieval_tip.retrieval.segments import runs
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Model
+
+log = logging.getLogger(__name__)
 
 BESIDE = ("settings", "templates", "backbone")
 """What an index has beside its keys, labels and classes."""
@@ -54,3 +64,62 @@ def _stored_blocks(model: Model) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
         return
     for part in runs(model.keys, KEY_BLOCK):
         yield model.labels.slice(part.start, part.stop - part.start), model.keys[part]
+
+
+def export_table(cache: CacheModel, out: Path) -> int:
+    """Write the keys of an index as a feature table, in the order of the index; returns the number of rows.
+
+    ``id`` (the key's source), ``label``, ``feature`` ``[d]`` of the keys' dtype, as they are, then ``key_id``,
+    ``shot``, ``views``, ``digest``, ``added_at`` and the further columns of the label store; the backbone's identity in
+    the metadata. Trained values and a tuned encoder have no place in a table: a warning says so.
+
+    Raises InputError where ``out`` cannot be written; then nothing is left of it.
+    """
+    _outside(cache, out)
+    for found, what in ((cache.values, "trained values"), (cache.tuned, "the fine-tuned encoder")):
+        if found is not None:
+            log.warning("%s: %s of the index cannot be in a table; what is built from it lacks them", show(out), what)
+    table = cache.labels
+    own = {"class_id", "label", "source", "id", FEATURE}
+    further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]
+    schema = schema_of(cache.d, cache.keys.dtype, further, cache.backbone)
+
+    def blocks() -> Iterator[pa.Table]:
+        for start in range(0, cache.n, TABLE_ROWS):
+            rows = table.slice(start, TABLE_ROWS)
+            blank = pc.equal(pc.utf8_trim_whitespace(rows["source"]), "").fill_null(True)
+            number = pc.binary_join_element_wise("key", rows["key_id"].cast(pa.string()), " ")
+            yield table_of(
+                schema,
+                pc.if_else(blank, number, rows["source"]),
+                rows["label"],
+                np.asarray(cache.keys[start : start + TABLE_ROWS]),
+                {field.name: rows[field.name] for field in further},
+            )
+
+    return write_table(out, schema, blocks())
+
+
+def export_text(cache: CacheModel, out: Path) -> int:
+    """Write the text weights ``[c, d]`` of an index as a table of text features, a row a class, as ``--text`` takes it.
+
+    Returns the number of classes. Raises UsageError where the index has no text weights, InputError where some class
+    has none, or ``out`` cannot be written; then nothing is left of it.
+    """
+    _outside(cache, out)
+    if not cache.has_text:
+        raise UsageError("text: the index has no text weights to export; its keys alone are all there is")
+    weights = cache.text_weights.cpu().numpy()
+    bare = np.flatnonzero(~weights.any(axis=1))
+    if bare.size:
+        raise InputError(f"text: class {cache.class_names[bare[0]]!r} has no text weight; build the index with one")
+    names, schema = pa.array(cache.class_names, pa.string()), schema_of(cache.d, weights.dtype, [], cache.backbone)
+    starts = range(0, len(names), TABLE_ROWS)
+    parts = ((names.slice(at, TABLE_ROWS), weights[at : at + TABLE_ROWS]) for at in starts)
+    return write_table(out, schema, (table_of(schema, name, name, part, {}) for name, part in parts))
+
+
+def _outside(cache: CacheModel, out: Path) -> None:
+    """Raise UsageError where a table would be written into the index itself."""
+    if cache.folder is not None and out.resolve().is_relative_to(cache.folder.resolve()):
+        raise UsageError(f"{show(out)}: lies in the index itself; give a place outside of it")

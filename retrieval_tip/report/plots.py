@@ -20,12 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.data.encoder import replacing
-from retrieval_tip.data.sources import show
-from retrieval_tip.errors import UsageError, one_line
+from retrieval_tip.errors import UsageError, one_line, show
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
 from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation
-from retrieval_tip.files import make_folders
+from retrieval_tip.files import make_folders, replacing
 from retrieval_tip.report import html
 
 if TYPE_CHECKING:

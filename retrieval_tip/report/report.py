@@ -28,12 +28,14 @@ from tqdm import tqdm
 from retrieval_tip import doctor
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Block, Encoder, check_backbone, replacing
-from retrieval_tip.data.sources import Source, show
-from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, UsageError, counted
+from retrieval_tip.data.encoder import Block, Encoder
+from retrieval_tip.data.feature_tables import check_backbone
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, UsageError, counted, show
 from retrieval_tip.evaluation import sweep
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.evaluate import Answers, Evaluation, judge
+from retrieval_tip.files import replacing
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.finetune import CURVE
 from retrieval_tip.predictions import Neighbour, Prediction

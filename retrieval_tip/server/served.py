@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
-from retrieval_tip.data.encoder import check_backbone
+from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.address import Address

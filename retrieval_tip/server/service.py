@@ -26,11 +26,12 @@ from PIL import Image
 from retrieval_tip.backbones.open_clip import Backbone, unit
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of, replacing
-from retrieval_tip.data.sources import Source, open_source, show
-from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
+from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, show
 from retrieval_tip.evaluation.audit import audit, describe_duplicates
 from retrieval_tip.evaluation.projection import methods, projected
+from retrieval_tip.files import replacing
 from retrieval_tip.index import changes
 from retrieval_tip.server import metrics
 from retrieval_tip.server.batching import Batcher

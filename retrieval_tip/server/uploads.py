@@ -10,7 +10,8 @@ import orjson
 from fastapi import Request
 from starlette.datastructures import UploadFile
 
-from retrieval_tip.data.encoder import FloatArray, check_norms
+from retrieval_tip.data.encoder import FloatArray
+from retrieval_tip.data.feature_tables import check_norms
 from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.inputs import matrix
 from retrieval_tip.server.limits import Limits
