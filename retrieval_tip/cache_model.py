@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,11 +20,12 @@ from torch import Tensor
 from retrieval_tip.backbones.open_clip import Identity, resolve_device
 from retrieval_tip.classifier import Classifier, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
-from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval
+from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, Keys, beside, index_over, text_index_over
+from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, slices
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
 from retrieval_tip.store import folder as store
@@ -369,7 +370,7 @@ class CacheModel(Classifier):
             )
 
     def _same(self, folder: Path) -> bool:
-        return None not in (self.folder, self.version) and Path(self.folder or "").resolve() == folder.resolve()
+        return None not in (self.folder, self.version) and real(self.folder or "") == real(folder)
 
     def commit(self, writer: store.Writer, change: str) -> None:
         """Write what the version before does not have, and make this the current version.
@@ -452,7 +453,11 @@ class CacheModel(Classifier):
         writer.seal(kind, staged, len(segments_of(self.keys)[0]) if kind == "index" else index.indexed)
 
     def _commit(self, writer: store.Writer, change: str) -> store.Check:
-        """Write the manifest that makes this the current version. Returns a check that has nothing left to look at."""
+        """Write the manifest that makes this the current version. Returns a check that has nothing left to look at.
+
+        Raises as :meth:`classifier.Classifier.check_answers`.
+        """
+        self.check_answers()
         parent = writer.parent.version if writer.parent else None
         manifest = Manifest(
             version=(parent or 0) + 1,
@@ -680,6 +685,13 @@ class CacheModel(Classifier):
         """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
         rows = spread(self.n, m)
         return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
+
+    def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
+        """Class ids and keys, as they are stored, of some classes, a block at a time."""
+        every = self.labels["class_id"].to_numpy().astype(np.int64)
+        rows = np.flatnonzero(np.isin(every, class_ids))
+        for part in slices(len(rows), KEY_BLOCK):
+            yield every[rows[part]], np.asarray(self.keys[rows[part]])
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`classifier.Classifier.find`."""

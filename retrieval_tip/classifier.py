@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import Identity
@@ -28,6 +29,9 @@ from retrieval_tip.store.manifest import Manifest
 
 SHOWN_CLASSES, SHOWN_PREDICTIONS = 8, 50
 """How many of each a notebook shows."""
+
+ASKED = 16
+"""Keys that are asked about, before they become a version."""
 
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
@@ -267,6 +271,20 @@ class Classifier(ABC):
         text, cache, _ = self.retrieval.terms(inputs.queries(features, self.d).to(self.device), k, tail, certify=False)
         self._check_overflow(text, cache)
         return text, cache
+
+    def check_answers(self) -> None:
+        """Raise unless this can answer: of a few of its own keys, as unit queries, the logits over these keys.
+
+        So it costs the same however many keys there are. UsageError and InputError as :meth:`logits`.
+        """
+        inputs.check_settings(self.alpha, self.beta, self.k, self.logit_scale, self.temperature)
+        keys, described = self.some(ASKED)
+        own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
+        ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
+        values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
+        queries = functional.normalize(own)
+        cache = tip.cache_logits(tip.affinity(queries, own), ids, len(self.class_names), self.beta, values=values)
+        self._check_overflow(tip.text_logits(queries, self.text_weights, self.logit_scale), cache)
 
     def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
         largest = (_largest(text), _largest(cache)) if len(text) else (text.new_zeros(()), cache.new_zeros(()))

@@ -29,7 +29,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import IDENTITY_KEY, NORM_TOLERANCE, TABLE_ROWS, replacing
 from retrieval_tip.data.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list, show
 from retrieval_tip.errors import InputError, UsageError, first_line
-from retrieval_tip.files import check_regular, read_regular
+from retrieval_tip.files import check_regular, read_regular, real
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def export_text(cache: CacheModel, out: Path) -> int:
 
 def _outside(cache: CacheModel, out: Path) -> None:
     """Raise UsageError where a table would be written into the index itself."""
-    if cache.folder is not None and out.resolve().is_relative_to(cache.folder.resolve()):
+    if cache.folder is not None and real(out).is_relative_to(real(cache.folder)):
         raise UsageError(f"{show(out)}: lies in the index itself; give a place outside of it")
 
 
@@ -276,7 +276,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
 
 def _inside(folder: Path, file: Path) -> Path:
     """A file that was found, not named: it has to lie in the folder, also when links are followed."""
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not real(file).is_relative_to(real(folder)):
         raise InputError(f"{show(file)}: is a link that leads out of the folder; put the file itself there")
     if not file.is_file():
         raise InputError(f"{show(file)}: missing, or not a file")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, one_line
-from retrieval_tip.files import make_folders
+from retrieval_tip.files import make_folders, real
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, GCSStore, RetryConfig, S3Config, S3Store
@@ -131,7 +131,7 @@ class Address:
         """What ``lancedb.connect`` takes: a local path, which is absolute, or the address itself."""
         if self.local is None:
             return str(self)
-        return str(self.local.resolve() if ".." in self.local.parts else self.local.absolute())
+        return str(real(self.local) if ".." in self.local.parts else self.local.absolute())
 
 
 class Objects(ABC):

@@ -24,6 +24,7 @@ from retrieval_tip.data.encoder import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.objects import Address
+from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.store.manifest import Manifest
@@ -43,6 +44,12 @@ ASKED_EVERY = 2.0
 
 COMPLETE, NEAREST = 1 << 14, 2048
 """Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
+
+NEIGHBOUR_CELLS = 16
+"""What a neighbour in an answer counts, which is an object with names: its memory is that of so many numbers."""
+
+VALUES = 1 << 22
+"""Numbers of answers, or keys that are retrieved for them, at a time."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +85,33 @@ class Version:
         k = cache.k if ask.k is None else ask.k or None
         return cache, k, cache.tail if ask.tail is None else ask.tail
 
+    def cells(self, ask: Ask) -> int:
+        """Numbers in the answer to one query, or keys to be retrieved for it, where that is asked for."""
+        cache, c = self.cache, len(self.cache.class_names)
+        near = cache.n if cache.n <= COMPLETE else NEAREST
+        evidence = cache.d + 3 * c + 3 * near if ask.evidence else 0
+        neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, cache.n)
+        return 2 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + evidence + min(ask.k or 0, cache.n)
+
+    def at_once(self, ask: Ask) -> int:
+        """Queries that are answered at a time: their answers, and the keys that they retrieve, are limited."""
+        _, k, _ = self.settings(ask)
+        return max(
+            1, min(VALUES // max(self.cells(ask), min(k or 0, self.cache.n)), LOGITS // len(self.cache.class_names))
+        )
+
     def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
         """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`CacheModel.classify`."""
         cache, k, tail = self.settings(ask)
         if ask.logits:
             cache = cache.every_class()
-        found = cache.classify(features, ask.top, k, tail, ask.neighbours)
-        results = [_result(prediction, ask) for prediction in found]
-        if ask.evidence:
-            for result, own in zip(results, cache.evidence(features, COMPLETE, NEAREST), strict=True):
-                result["evidence"] = own
+        results: list[dict[str, Any]] = []
+        for part in slices(len(features), self.at_once(ask)):
+            found = [_result(one, ask) for one in cache.classify(features[part], ask.top, k, tail, ask.neighbours)]
+            if ask.evidence:
+                for result, own in zip(found, cache.evidence(features[part], COMPLETE, NEAREST), strict=True):
+                    result["evidence"] = own
+            results += found
         return results
 
     def describe(self, *, changes: bool, whole: bool = False) -> dict[str, Any]:
