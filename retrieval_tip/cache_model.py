@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,12 +19,13 @@ from torch import Tensor
 from retrieval_tip.backbones.open_clip import Identity, resolve_device
 from retrieval_tip.classifier import Answers, Classifier, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, beside, index_over, text_index_over
+from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, Keys, beside, index_over, text_index_over
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
-from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval
+from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
 from retrieval_tip.settings import Settings
@@ -333,6 +334,13 @@ class InMemory(Classifier):
         rows = spread(self.n, m)
         return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
 
+    def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
+        """Class ids and keys, as they are stored, of some classes, a block at a time."""
+        every = self.labels["class_id"].to_numpy().astype(np.int64)
+        rows = np.flatnonzero(np.isin(every, class_ids))
+        for part in slices(len(rows), KEY_BLOCK):
+            yield every[rows[part]], np.asarray(self.keys[rows[part]])
+
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`classifier.Classifier.find`."""
         return rows_with(self.labels, labels, source, key_ids)
@@ -479,7 +487,7 @@ class CacheModel(InMemory):
         ``tuned`` is no safetensors file; InputError for what a version cannot hold. After either nothing was changed.
         """
         with store.write(Path(folder)) as writer:
-            own = self.folder is not None and self.folder.resolve() == writer.folder.resolve()
+            own = self.folder is not None and real(self.folder) == real(writer.folder)
             if writer.parent is not None and own and self.version is not None:
                 self._check_current(writer)
             self.commit(writer, change)
@@ -517,7 +525,11 @@ class CacheModel(InMemory):
         self._stored = Stored.of(self._commit(writer, change), contents)
 
     def _commit(self, writer: store.Writer, change: str) -> store.Check:
-        """Write the manifest that makes this the current version. Returns a check that has nothing left to look at."""
+        """Write the manifest that makes this the current version. Returns a check that has nothing left to look at.
+
+        Raises as :meth:`classifier.Classifier.check_answers`.
+        """
+        self.check_answers()
         manifest = _manifest(self, writer, change)
         writer.commit(manifest)
         self.version, self.folder = manifest.version, writer.folder

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import Identity
@@ -31,6 +32,9 @@ from retrieval_tip.store.manifest import Manifest
 
 SHOWN_CLASSES = 8
 """How many a notebook shows."""
+
+ASKED = 16
+"""Keys that are asked about, before they become a version."""
 
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all."""
@@ -198,6 +202,20 @@ class Classifier(ABC):
         terms = self._retrieval(k, tail).terms(self._queries(features))
         self._check_overflow(terms.text, terms.cache)
         return terms.text, terms.cache
+
+    def check_answers(self) -> None:
+        """Raise unless this can answer: of a few of its own keys, as unit queries, the logits over these keys.
+
+        So it costs the same however many keys there are. UsageError and InputError as :meth:`logits`.
+        """
+        settings = self.settings
+        keys, described = self.some(ASKED)
+        own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
+        ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
+        values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
+        queries = functional.normalize(own)
+        cache = tip.cache_logits(tip.affinity(queries, own), ids, len(self.class_names), settings.beta, values=values)
+        self._check_overflow(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache)
 
     def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
         """Raise InputError, naming the setting, where logits are not finite."""

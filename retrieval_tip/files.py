@@ -76,6 +76,11 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
         return file.read(size) or b""  # none: what would have made us wait
 
 
+def real(path: str | os.PathLike[str]) -> Path:
+    """A path with its links followed; of one that leads in a circle, as far as they lead: ``resolve`` raises there."""
+    return Path(os.path.realpath(path))
+
+
 def make_folders(path: str | os.PathLike[str]) -> None:
     """A folder and those above it that are not there; ``Path.mkdir`` calls itself for each, and ends at a thousand.
 

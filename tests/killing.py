@@ -33,9 +33,9 @@ class Steps:
         self.at, self.how, self.names = at, how, list[str]()
 
     def step(self, name: str) -> None:
-        if len(self.names) == self.at:
-            os.kill(os.getpid(), getattr(signal, self.how))
         self.names.append(name)
+        if len(self.names) - 1 == self.at:
+            os.kill(os.getpid(), getattr(signal, self.how))
 
     def before(self, module: Any, name: str, after: bool = False) -> None:
         """A step before each call of a function, and one after it if so said."""

@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -14,9 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from click.testing import CliRunner
+from fastapi import FastAPI
 
+from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
+from retrieval_tip.server import run
 
 START_SECONDS = 120
 
@@ -81,3 +86,48 @@ def server(
         assert process.stderr is not None
         process.stderr.close()
     assert "Traceback" not in "".join(said), "".join(said)
+
+
+def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
+    """An index of random features."""
+    keys = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    CacheModel.from_features(keys, np.arange(n) % classes, [f"class {i}" for i in range(classes)]).save(folder)
+    return folder
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[tuple[str, int]]:
+    """An application as ``serve`` runs it, in a thread of this process: its address."""
+    with run.listen("127.0.0.1", 0) as listening:
+        server = run._Server(run.configured(app, 1), lambda: None)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield listening.getsockname()[:2]
+        finally:
+            server.should_exit = True
+            thread.join(30)
+        assert not thread.is_alive()
+
+
+def told(place: tuple[str, int], *said: bytes) -> bytes:
+    """All that a server answers on a connection on which these are sent, until it closes it."""
+    with socket.create_connection(place, timeout=30) as asking:
+        try:
+            for part in said:
+                asking.sendall(part)
+        except OSError:  # it does not listen any more
+            pass
+        return rest(asking)
+
+
+def rest(asking: socket.socket) -> bytes:
+    """What still comes on a connection until it is closed."""
+    answer = b""
+    try:
+        while part := asking.recv(1 << 16):
+            answer += part
+    except ConnectionResetError:
+        pass
+    return answer

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.server.batching import Batcher
+from retrieval_tip.server.batching import Batcher, Kept
 from retrieval_tip.server.problems import Problem
 
 
@@ -40,7 +41,7 @@ def test_what_waits_meanwhile_becomes_one_batch() -> None:
     gate = Gate()
 
     async def ask() -> None:
-        batcher = Batcher("test", gate, most=100, room=100)
+        batcher = Batcher("test", gate, most=lambda _: 100, room=100)
         first = asyncio.create_task(batcher("a", [0]))
         await soon(lambda: not batcher._waiting and batcher._worker is not None)
         others = [asyncio.create_task(batcher("a", [i, -i])) for i in range(1, 11)]
@@ -67,7 +68,7 @@ def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most:
         return [f"{key}{item}" for item in items]
 
     async def ask() -> list[list[str]]:
-        batcher = Batcher("test", run, most=most, room=10_000)
+        batcher = Batcher("test", run, most=lambda _: most, room=10_000)
         answers = await asyncio.gather(*(batcher(key, items) for key, items in calls))
         await batcher.close()
         return answers
@@ -81,7 +82,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     gate = Gate()
 
     async def ask() -> None:
-        batcher = Batcher("test", gate, most=1, room=3)
+        batcher = Batcher("test", gate, most=lambda _: 1, room=3)
         first = asyncio.create_task(batcher("a", [0]))
         await soon(lambda: not batcher._waiting and batcher._worker is not None)
         waiting = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
@@ -105,7 +106,7 @@ def test_an_error_reaches_those_that_it_was_made_for() -> None:
         return items
 
     async def ask() -> list[object]:
-        batcher = Batcher("test", run, most=10, room=10)
+        batcher = Batcher("test", run, most=lambda _: 10, room=10)
         calls = [batcher("bad", [1]), batcher("good", [2]), batcher("bad", [3])]
         found = await asyncio.gather(*calls, return_exceptions=True)
         await batcher.close()
@@ -117,11 +118,28 @@ def test_an_error_reaches_those_that_it_was_made_for() -> None:
     assert isinstance(three, InputError)
 
 
+def test_nobody_gets_an_error_for_what_others_sent() -> None:
+    def run(_: str, items: list[int]) -> list[int]:
+        if 13 in items:
+            raise InputError("no such thing")
+        return items
+
+    async def ask() -> list[object]:
+        batcher = Batcher("test", run, most=lambda _: 100, room=100)
+        found = await asyncio.gather(*(batcher("a", [i, i]) for i in range(20)), return_exceptions=True)
+        await batcher.close()
+        return found
+
+    found = asyncio.run(ask())
+    assert isinstance(found.pop(13), InputError)
+    assert found == [[i, i] for i in range(20) if i != 13]
+
+
 def test_who_has_gone_is_not_answered() -> None:
     gate = Gate()
 
     async def ask() -> None:
-        batcher = Batcher("test", gate, most=10, room=10)
+        batcher = Batcher("test", gate, most=lambda _: 10, room=10)
         first = asyncio.create_task(batcher("a", [0]))
         await soon(lambda: not batcher._waiting and batcher._worker is not None)
         gone, stays = asyncio.create_task(batcher("a", [1])), asyncio.create_task(batcher("a", [2]))
@@ -142,7 +160,7 @@ def test_closing_answers_what_was_taken() -> None:
     gate = Gate()
 
     async def ask() -> list[str]:
-        batcher = Batcher("test", gate, most=1, room=10)
+        batcher = Batcher("test", gate, most=lambda _: 1, room=10)
         calls = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
         await asyncio.sleep(0)
         gate.open.set()
@@ -150,3 +168,79 @@ def test_closing_answers_what_was_taken() -> None:
         return [call.result()[0] for call in calls]
 
     assert asyncio.run(ask()) == ["a0", "a1", "a2"]
+
+
+class Maker:
+    """Makes values, and counts; waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.open, self.made = threading.Event(), []
+
+    def of(self, value: str) -> Callable[[], str]:
+        def make() -> str:
+            assert self.open.wait(30)
+            self.made.append(value)
+            if value == "bad":
+                raise InputError("no such thing")
+            return value
+
+        return make
+
+
+def test_what_is_kept_is_made_once() -> None:
+    maker = Maker()
+
+    async def ask() -> None:
+        with ThreadPoolExecutor(4) as pool:
+            kept: Kept[str, str] = Kept(pool, most=8, room=10, size=len)
+            calls = [asyncio.create_task(kept(key, maker.of(key))) for key in ["aaaa"] * 50 + ["bbbb"] * 50]
+            await asyncio.sleep(0)
+            gone = calls.pop(0)
+            gone.cancel()  # which leaves it to the others
+            maker.open.set()
+            assert await asyncio.gather(*calls) == ["aaaa"] * 49 + ["bbbb"] * 50
+            assert sorted(maker.made) == ["aaaa", "bbbb"]
+            assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
+            assert await kept("cc", maker.of("cc")) == "cc"  # for which the one that was not asked for last goes
+            assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
+            assert sorted(maker.made) == ["aaaa", "bbbb", "cc"]
+            assert list(kept._results) == ["cc", "aaaa"]
+            assert kept._size == 6
+            assert await kept("too large", maker.of("too large")) == "too large"
+            assert (kept._size, kept._results) == (0, {})
+
+    asyncio.run(ask())
+
+
+def test_what_failed_is_not_kept() -> None:
+    maker = Maker()
+    maker.open.set()
+
+    async def ask() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            kept: Kept[str, str] = Kept(pool, most=8, room=1)
+            for number in (1, 2):
+                with pytest.raises(InputError):
+                    await kept("a", maker.of("bad"))
+                assert len(maker.made) == number
+
+    asyncio.run(ask())
+
+
+def test_no_more_is_made_than_there_is_room_for() -> None:
+    maker = Maker()
+
+    async def ask() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            kept: Kept[str, str] = Kept(pool, most=8, room=2)
+            calls = [asyncio.create_task(kept(key, maker.of(key))) for key in "abab"]
+            await asyncio.sleep(0)
+            with pytest.raises(Problem) as refused:
+                await kept("c", maker.of("c"))
+            assert refused.value.status == 503
+            assert int(refused.value.headers["Retry-After"]) >= 1
+            maker.open.set()
+            assert await asyncio.gather(*calls) == list("abab")
+            assert await kept("c", maker.of("c")) == "c"
+
+    asyncio.run(ask())

@@ -219,6 +219,37 @@ def test_known_images_are_left_out_where_that_is_asked_for(run: Any, pictures: P
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["", "lance://"])
+def test_known_features_are_left_out_where_that_is_asked_for(
+    run: Any, tmp_path: Path, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labelled_keys, "SMALL", 0)
+    rows = unit_rows(8, D, 5)
+    rows[0, 0] = 0.0
+    first = write_table(tmp_path / "first.parquet", rows[:4], ["cat", "dog"] * 2, digest=["", None, "", None])
+    rows[0, 0] = -0.0  # the same number
+    second = write_table(tmp_path / "second.parquet", rows[2:], ["cat", "dog", "dog", "cat", "emu", "cat"])
+    place = f"{kind}{tmp_path / 'index'}"
+    assert run("index", "build", first, "--norms", "keep", "--dtype", dtype, "--out", place).exit_code == 0
+    add = ("index", "add", place, "--norms", "keep", "--skip-known")
+    assert run(*add, first).stdout == f"{place}: version 1, 0 keys added, 4 known images left out\n"
+    done = run(*add, second)  # two are there, of which none under another label
+    assert done.stdout == f"{place}: version 2, 4 keys added, 1 new class: emu, 2 known images left out\n"
+    for again in (first, second):
+        assert "version 2, 0 keys added" in run(*add, again).stdout
+    other = write_table(
+        tmp_path / "other.parquet", rows[:4], ["dog", "cat", "cat", "emu"]
+    )  # under other labels but one
+    assert run(*add, other).stdout == f"{place}: version 3, 3 keys added, 1 known image left out\n"
+    plain = run("index", "add", place, "--norms", "keep", second)
+    assert plain.stdout == f"{place}: version 4, 6 keys added\n"
+    assert "6 images of them were there already, under the same label; --skip-known" in plain.stderr
+    monkeypatch.setattr(changes, "COMPARED", 3)  # more costs too much where nothing depends on it
+    assert "--skip-known" not in run("index", "add", place, "--norms", "keep", first).stderr
+    assert run(*add, first).stdout == f"{place}: version 5, 0 keys added, 4 known images left out\n"
+
+
 def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
     run: Any, pictures: Path, tmp_path: Path
 ) -> None:
@@ -637,6 +668,31 @@ def test_settings_that_cannot_work_are_wrong_usage_and_change_nothing(
     assert everything(index) == before
 
 
+@pytest.mark.parametrize("alpha", [1e39, 1e145])
+def test_settings_with_which_no_query_is_answered_become_no_version(
+    run: Any, index: Path, table: Path, text: Path, tmp_path: Path, alpha: float
+) -> None:
+    before, out, given = everything(index), tmp_path / "out", ("--alpha", alpha)
+    np.save(tmp_path / "keys.npy", unit_rows(4, D))
+    labels = write_table(tmp_path / "names.parquet", unit_rows(4, D), ["cat", "dog"] * 2)
+    long = write_table(tmp_path / "long.parquet", 100 * unit_rows(4, D), ["cat", "dog"] * 2)
+    for command, named in (
+        (("index", "set", index, *given), f"alpha {alpha:g}"),
+        (("index", "build", table, "--text", text, *given, "--out", out), f"alpha {alpha:g}"),
+        (("index", "import", tmp_path / "keys.npy", "--labels", labels, *given, "--out", out), f"alpha {alpha:g}"),
+        (("index", "build", long, "--norms", "keep", "--beta", 5.5, "--out", out), "beta 5.5"),
+        (("index", "add", index, long, "--norms", "keep"), "beta 4"),
+    ):
+        refused(run(*command), 1, named)
+    cache = opened(index)
+    cache.alpha = alpha
+    for write in (cache.save_settings, cache.save):
+        with pytest.raises(InputError, match=r"^alpha"):
+            write(index)
+    assert everything(index) == before
+    assert not store.is_index(out)
+
+
 def test_templates_make_new_text_weights_by_the_backbone_of_the_index(
     run: Any, pictures: Path, lit_mini: Backbone
 ) -> None:
@@ -739,7 +795,7 @@ def test_what_cannot_be_rebuilt_leaves_everything(run: Any, wide: Path) -> None:
     refused(run("index", "rebuild", wide, "--dtype", "int8"), 2, "int8")
     with pytest.raises(UsageError, match="int8"):
         changes.rebuild(wide, dtype="int8")
-    large = CacheModel.from_features(1e6 * unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu")
+    large = CacheModel.from_features(1e6 * unit_rows(2, D), ["cat", "dog"], ["cat", "dog"], device="cpu", beta=0.0)
     large.save(wide.parent / "large")
     refused(run("index", "rebuild", wide.parent / "large", "--dtype", "float16"), 1, "too large for float16")
     assert everything(wide) == before

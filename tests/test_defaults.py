@@ -45,6 +45,14 @@ def test_the_forms_agree_at_sixteen_shots():
     assert set(UNTOUCHED) == set(NORMALIZE)
 
 
+@pytest.mark.parametrize("form", NORMALIZE)
+@pytest.mark.parametrize(("mean", "std"), [(0.7, 1e-3), (0.9999, 1.1e-6), (-1, 1e-5), (0.0, 0.3), (1.0, 1e-4)])
+def test_defaults_are_settings_that_float32_holds(form, mean, std):
+    alpha, beta = plain_settings(None, None, form, Statistics(mean, std, 1.0))
+    weights = np.exp(np.float32(beta) * (np.linspace(-1, 1, 9, dtype=np.float32) - 1))
+    assert np.isfinite(np.float32(alpha) * weights * np.float32(1e6)).all()  # a million keys a class
+
+
 def test_what_cannot_be_normalised_is_said():
     assert plain_settings(None, None, "both", None) == (1.0, 5.5)
     with pytest.raises(UsageError, match="at least two classes"):

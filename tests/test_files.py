@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.files import NotAFileError, open_regular, read_regular
+from retrieval_tip.files import NotAFileError, check_regular, make_folders, open_regular, read_regular, real
 
 
 def _socket(path: Path) -> None:
@@ -32,7 +34,7 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path, what: str
     make, word = MAKERS[what]
     path = tmp_path / "x\n.png"
     make(path)
-    for read in (open_regular, lambda path: read_regular(path, 10)):
+    for read in (open_regular, check_regular, lambda path: read_regular(path, 10)):
         with pytest.raises(NotAFileError, match=word) as caught:
             read(path)
         assert str(tmp_path / r"x\n.png") in str(caught.value)
@@ -79,6 +81,35 @@ def test_a_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
     assert read_regular(str(link), 8) == b"anything"
     with pytest.raises(InputError, match=r"x: 8 bytes are more than"):
         read_regular(path, 7)
+    check_regular(link)
+    path.write_bytes(b"")
+    with pytest.raises(OSError, match="empty"):
+        check_regular(link)
+
+
+def test_folders_are_made_as_deep_as_a_path_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folders("a/b/c")
+    make_folders(Path("a/b/c"))
+    assert Path("a/b/c").is_dir()
+    Path("a/file").touch()
+    Path("dangling").symlink_to("nowhere")
+    for name in ("a/file", "a/file/b", "dangling", "dangling/b", "/".join("a" * 3000), "x/" + "b" * 300, "/proc/x/y"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OSError, match=r"Errno"):
+            make_folders(name)
+        assert sorted(tmp_path.rglob("*")) in (before, sorted([*before, tmp_path / "x"]))
+    limit = sys.getrecursionlimit()
+    make_folders("d/" * (limit + 10))
+    subprocess.run(["rm", "-rf", "d"], check=True)  # which does not call itself
+
+
+def test_links_in_a_circle_lead_somewhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    assert real(tmp_path / "link") == real(tmp_path / "file")
+    assert real(tmp_path / "loop").parent == real(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["/proc/kmsg", "/proc/self/pagemap", "/proc/self/mem", "/proc/kcore"])

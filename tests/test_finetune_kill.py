@@ -6,9 +6,11 @@ Run as a script, this file is the trainer.
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -361,6 +363,104 @@ def test_a_damaged_checkpoint_is_named(run: dict[str, Any]) -> None:
         assert run["checkpoint"].read_bytes() == data
     run["checkpoint"].write_bytes(raw)
     finetune.finetune(**run, resume=True)
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+ODD_FACTS: dict[str, list[object]] = {
+    "epoch": ["1", -1, 1.0, True, None, 3, 10**400, {}],
+    "kept_epoch": [-1, 3, "1", None, 0.5],
+    "seconds": [math.nan, math.inf, -1.0, "1", None, 10**400],
+    "curve": [None, {}, [], [1], [{}], "x"],
+    "collapsed": [3, [], {}],
+    "settings": [
+        None,
+        [],
+        [1.0],
+        [1.0, math.nan],
+        [1.0, math.inf],
+        [-1.0, 1.0],
+        ["1", 1.0],
+        [10**400, 1],
+        [1, 2, 3],
+        "12",
+    ],
+    "precision": [None, "float64", ["float32"], 3],
+    "told": [None, [], "x", 3],
+}
+ODD_ROWS: dict[str, list[object]] = {
+    "epoch": [2, 0.5, "1", None],
+    "loss": ["1", None, [1], 10**400, -1.0],
+    "accuracy": [2.0, -1.0, {}],
+    "val_accuracy": [1.5, "x", -math.inf],
+    "seconds": [10**400, None],
+}
+
+
+def strange_facts(facts: dict[str, Any]) -> Iterator[Any]:
+    """Facts that no run writes."""
+    yield from ([], None, 3, "x", {}, [facts])
+    for name, values in ODD_FACTS.items():
+        yield {key: value for key, value in facts.items() if key != name}
+        yield from (facts | {name: value} for value in values)
+    first, second, third = facts["curve"]
+    for name, values in ODD_ROWS.items():
+        yield from (facts | {"curve": [first, second | {name: value}, third]} for value in values)
+        yield facts | {"curve": [first, {key: value for key, value in second.items() if key != name}, third]}
+    yield facts | {"curve": [first, second | {"more": 1}, third]}
+    yield facts | {"curve": [first, third, second]}
+
+
+def strange_tensors(tensors: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors that no such run writes."""
+    for name, tensor in tensors.items():
+        rest = {other: held for other, held in tensors.items() if other != name}
+        yield rest
+        yield rest | {name: torch.zeros(tensor.shape or (2, 3))[:1]}
+        yield rest | {name: torch.zeros(*tensor.shape, 2)}
+        yield rest | {f"{name}x": tensor}
+        yield rest | {name.replace("/", "."): tensor}
+    yield tensors | {"now/keys": tensors["now/keys"].double()}
+    yield tensors | {"more/keys": tensors["now/keys"]}
+    yield tensors | {"moments/keys.x.exp_avg": tensors["moments/keys.0.exp_avg"]}
+    yield tensors | {"moments/keys.99.exp_avg": tensors["moments/keys.0.exp_avg"]}
+    yield tensors | {"kept/keys": tensors["kept/keys"] * math.nan}
+    yield {}
+
+
+@pytest.mark.parametrize("kind", ["facts", "tensors", "nested"])
+def test_a_whole_file_that_no_run_has_written_is_named(run: dict[str, Any], kind: str) -> None:
+    place = run["checkpoint"]
+    tensors, facts = checkpoint.read(place)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the file will be another
+    odd: list[tuple[Any, Any]] = [(tensors, each) for each in strange_facts(facts)]
+    if kind == "tensors":
+        odd = [(each, facts) for each in strange_tensors(tensors)]
+    for held, told in [(tensors, NESTED)] if kind == "nested" else odd:
+        with pytest.MonkeyPatch.context() as patch:
+            if kind == "nested":  # Python writes none either
+                patch.setattr(checkpoint.json, "dumps", lambda text: text)
+            checkpoint.write(place, {name: tensor.clone() for name, tensor in held.items()}, told)
+        before = place.read_bytes()
+        with pytest.raises(InputError, match=r"run\.checkpoint: not a checkpoint of finetune") as error:
+            print(told, {name: tensor.shape for name, tensor in held.items()}, finetune.finetune(**run, resume=True))
+        assert "\n" not in str(error.value)
+        assert place.read_bytes() == before
+    checkpoint.write(place, tensors, facts)
+    assert finetune.finetune(**run, resume=True).epoch == facts["kept_epoch"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda place: place.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_checkpoint_that_is_no_file_is_named_and_not_waited_for(
+    run: dict[str, Any], make: Callable[[Path], None], resume: bool
+) -> None:
+    run["checkpoint"].unlink()
+    make(run["checkpoint"])
+    with pytest.raises(InputError) as error:
+        finetune.finetune(**run, resume=resume)
+    assert str(error.value).startswith(f"{run['checkpoint']}: ")
+    assert not run["checkpoint"].is_file()
+    assert os.path.lexists(run["checkpoint"])
 
 
 def test_something_else_is_no_checkpoint(run: dict[str, Any], folder: Path) -> None:

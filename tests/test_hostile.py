@@ -1072,6 +1072,27 @@ def test_a_table_may_have_a_name_that_is_not_utf8(see: Run, gallery: Gallery, tm
     check(see("classify", gallery.index, out), 0)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search-hp", "{w}/index", "--leave-one-out", "--dry-run", "--surface", "{x}"),
+        ("search-hp", "{w}/index", "--leave-one-out", "--dry-run", "--plot", "{x}"),
+        ("evaluate", "{w}/index", "{w}/test.parquet", "--shots", "2", "--seeds", "1", "--results", "{x}"),
+        ("evaluate", "{w}/index", "{w}/test.parquet", "--plot", "{x}"),
+        ("index", "export", "{w}/index", "--out", "{x}"),
+        ("classify", "{w}/index", "{w}/test.parquet", "--output", "{x}"),
+        ("classify", "{w}/index", "{w}/test.parquet", "--format", "parquet", "--output", "{x}"),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:30],
+)
+def test_an_output_may_have_a_name_that_is_not_utf8(
+    run: Run, world: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    out = tmp_path / "\udcff.png"
+    check(run(*[part.replace("{w}", str(world)).replace("{x}", str(out)) for part in arguments]), 0)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_names_that_are_not_utf8_come_through_standard_input(see: Run, gallery: Gallery, tmp_path: Path) -> None:
     raw = os.fsencode(tmp_path) + b"/caf\xe9.png"
     Path(os.fsdecode(raw)).write_bytes(picture())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -36,7 +37,9 @@ def _build(job: dict[str, Any], steps: killing.Steps) -> None:
     from retrieval_tip.cli import main
 
     steps.writes()
-    main(job["arguments"], standalone_mode=False)
+    status = main(job["arguments"], standalone_mode=False)
+    if status:
+        os._exit(status)
 
 
 if __name__ == "__main__":
@@ -154,6 +157,20 @@ def test_killed_at_every_step_the_index_is_the_old_or_the_new(
         outcomes.append(check_killed(folder, answers, builder, tables[1]))
         shutil.rmtree(folder)
     # There is one moment at which the new version takes over, and steps on both sides of it.
+    assert sorted(outcomes, key=["before", "after"].index) == outcomes
+    assert set(outcomes) == {"before", "after"}
+
+
+def test_interrupted_at_any_step_nothing_is_half_written_and_the_status_says_so(
+    builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
+) -> None:
+    outcomes = []
+    for step in range(0, answers[3], 1 if os.environ.get("RETRIEVAL_TIP_SOAK") else 4):
+        folder, how = tmp_path / str(step), ("SIGINT", "SIGTERM", "SIGHUP")[step % 3]
+        shutil.copytree(old, folder)
+        assert builder.build(tables[1], folder, step=step, how=how) == 128 + getattr(signal, how)
+        assert not list(folder.rglob(".*"))
+        outcomes.append(check_killed(folder, answers, builder, tables[1]))
     assert sorted(outcomes, key=["before", "after"].index) == outcomes
     assert set(outcomes) == {"before", "after"}
 

@@ -22,10 +22,13 @@ import psutil
 import pytest
 from click.testing import Result
 from PIL import Image
-from serving import photographs, server
+from serving import photographs, random_index, rest, running, server, told
 
+from retrieval_tip.server import limits as limits_module
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
+from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.served import open_all
 
 from conftest import SHARED  # isort: skip
 
@@ -44,6 +47,11 @@ def served(things: Path) -> Iterator[tuple[str, psutil.Process]]:
 @pytest.fixture(scope="module")
 def photo() -> tuple[Path, str]:
     return photographs(SHARED, "test", 10, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def random_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_index(tmp_path_factory.mktemp("random") / "random", 4000, 64, 10)
 
 
 def connection(address: str, timeout: float = 60) -> http.client.HTTPConnection:
@@ -145,8 +153,12 @@ def test_a_server_for_this_machine_answers_to_its_own_names_only(served: tuple[s
         (f"[::1]:{port}", 200),
         (f"evil.example:{port}", 421),
         ("localhost.evil.example", 421),
-        ("evil.example@localhost", 200),
-        ("", 421),
+        ("evil.example@localhost", 400),
+        ("[::1].evil.example", 400),
+        ("[::1]evil.example", 400),
+        ("localhost:80:80", 400),
+        ("localhost/", 400),
+        ("", 400),
     ):
         answer = httpx.get(f"{address}/v1/indexes", headers={"Host": host})
         assert answer.status_code == status, host
@@ -167,35 +179,168 @@ def test_what_is_slow_to_come_is_given_up(things: Path, strict: str) -> None:
     asking.endheaders()
     asking.send(b'{"features"')
     answer = asking.getresponse()  # though the rest never comes
-    assert (answer.status, answer.getheader("retry-after")) == (503, "5")
-    body = json.loads(answer.read())
-    assert "no answer within 5 s" in body["detail"]
+    assert (answer.status, answer.getheader("connection")) == (408, "close")
+    assert "5 s" in json.loads(answer.read())["detail"]
     asking.close()
     assert httpx.post(f"{strict}/v1/classify", json=feature(things)).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "said", [b"", b"GET /healthz HTTP/1.1\r\nHost: loc", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+    ("said", "more"),
+    [
+        (b"", b""),
+        (b"GET /healthz HTTP/1.1\r\nHost: loc", b""),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n", b"x"),
+    ],
 )
-def test_a_connection_that_says_nothing_is_closed(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A half head, too, also after a whole one."""
+def test_a_connection_that_says_nothing_is_closed(said: bytes, more: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half head, too, also after a whole one; and what is none."""
     monkeypatch.setattr(run_module, "HEAD_SECONDS", 0.2)
-    with run_module.listen("127.0.0.1", 0) as listening:
-        place = listening.getsockname()
-        server = run_module._Server(run_module.configured(create_app({}), 1), lambda: None)
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        try:
+    with running(create_app({})) as place, socket.create_connection(place, timeout=30) as asking:
+        asking.sendall(said)
+        if said.endswith(b"\r\n\r\n"):
+            assert asking.recv(65536).startswith(b"HTTP/1.1 200")
+            asking.sendall(more)
+        assert asking.recv(65536) == b""  # closed
+
+
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+POST = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+FIELD = b"x: " + bytes(1000).replace(b"\0", b"a") + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    {
+        "one field": [HEAD, b"x: ", b"a" * (8 << 20)],
+        "many fields": [HEAD, *[FIELD] * 8000],
+        "a whole head": [HEAD + FIELD * 70 + b"\r\n"],
+        "an address": [b"GET /" + b"a" * (1 << 20)],
+        "lines before a head": [b"\r\n" * (1 << 20)],
+        "after a body": [CHUNKED, b"0\r\n", *[FIELD] * 8000],
+        "beside a chunk": [CHUNKED, b"1;", b"a" * (1 << 20)],
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_heads_have_a_size(random_things: Path, said: tuple[str, list[bytes]]) -> None:
+    with running(create_app(open_all([random_things], "cpu", "float32", "fast"))) as place:
+        answer = told(place, *said[1])
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert b"application/problem+json" in answer
+        assert told(place, HEAD + FIELD * 60 + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
+
+def test_few_requests_may_wait_behind_another() -> None:
+    with running(create_app({})) as place:
+        assert told(place, (HEAD + b"\r\n") * 5 + HEAD + b"Connection: close\r\n\r\n").count(b"HTTP/1.1 200 ") == 6
+        answer = told(place, (HEAD + b"\r\n") * 3000)
+        assert 0 < answer.count(b"HTTP/1.1 200 ") <= run_module.PIPELINED + 1
+        answer = told(place, HEAD + b"\r\n" + HEAD + FIELD * 70)  # the first is answered
+        assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 ") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, HEAD + b"Host: localhost\r\n\r\n"),
+        (400, HEAD + b"Host: evil.example\r\n\r\n"),
+        (400, b"GET /healthz HTTP/1.1\r\n\r\n"),
+        (400, b"GET /healthz HTTP/1.0\r\n\r\n"),
+        (400, b"GET http://evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET http://localhost@evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (421, b"GET http://evil.example/healthz HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n"),
+        (200, b"GET http://localhost/healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"),
+        (400, POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}"),
+        (400, POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+        (400, POST + b"Content-Length: 2, 2\r\n\r\n{}"),
+        (400, b"SSH-2.0-OpenSSH\r\n\r\n"),
+        (421, b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
+              b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"),
+    ],
+)  # fmt: skip
+def test_requests_of_two_meanings_are_refused(status: int, said: bytes) -> None:
+    with running(create_app({}, Limits(hosts=run_module.LOOPBACK))) as place:
+        answer = told(place, said)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert (status == 200) != (b"application/problem+json" in answer)
+
+
+def asked(rows: int, query: str = "") -> bytes:
+    """A request to classify features."""
+    body = json.dumps({"features": [[0.125] * 64] * rows}).encode()
+    return POST.replace(b"classify", b"classify" + query.encode()) + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def test_what_is_promised_takes_no_room(random_things: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came does, and it has to come."""
+    monkeypatch.setattr(limits_module, "PART_SECONDS", 1.0)
+    served = open_all([random_things], "cpu", "float32", "fast")
+    with running(create_app(served, Limits(held=200_000))) as place:
+        waiting = [socket.create_connection(place, timeout=30) for _ in range(12)]
+        for one in waiting:
+            one.sendall(POST + b"Content-Length: 33554432\r\n\r\n{")
+        answer = httpx.post("http://{}:{}/v1/classify".format(*place), json={"features": [[0.125] * 64]})
+        assert answer.status_code == 200
+        assert [rest(one).split()[1] for one in waiting] == [b"408"] * 12
+        for one in waiting:
+            one.close()
+        with socket.create_connection(place, timeout=30) as large:
+            large.sendall(POST + b"Content-Length: 180000\r\n\r\n" + b" " * 179_000)
+            time.sleep(0.2)
+            refused = told(place, POST + b"Connection: close\r\nContent-Length: 50000\r\n\r\n" + b" " * 50_000)
+            assert refused.split()[1] == b"429"
+            assert rest(large).split()[1] == b"408"
+        assert (
+            told(place, POST + b"Connection: close\r\nContent-Length: 50000\r\n\r\n" + b" " * 50_000).split()[1]
+            == b"400"
+        )
+
+
+def test_an_answer_that_is_not_taken_is_given_up(random_things: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile it takes room."""
+    monkeypatch.setattr(run_module, "PART_SECONDS", 1.0)
+    served = open_all([random_things], "cpu", "float32", "fast")
+    large = asked(64, "?evidence=true")  # about 5 MB
+    with running(create_app(served, Limits(held=15_000_000))) as place:
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.settimeout(30)
+            one.connect(place)
+            one.sendall(large)
+        assert {one.recv(12)[-3:] for one in waiting} == {b"200", b"503"}
+        time.sleep(2)
+        for one in waiting:
+            one.close()
+        assert told(place, large.replace(b"Host", b"Connection: close\r\nHost")).startswith(b"HTTP/1.1 200")
+
+
+def test_who_leaves_before_the_answer_makes_no_error(random_things: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = open_all([random_things], "cpu", "float32", "fast")
+    with running(create_app(served)) as place:
+        for _ in range(20):
             with socket.create_connection(place, timeout=30) as asking:
-                asking.sendall(said)
-                if said.endswith(b"\r\n\r\n"):
-                    assert asking.recv(65536).startswith(b"HTTP/1.1 200")
-                    asking.sendall(b"GET /hea")
-                assert asking.recv(65536) == b""  # closed
-        finally:
-            server.should_exit = True
-            thread.join(30)
-        assert not thread.is_alive()
+                asking.sendall(asked(200) + (HEAD + b"\r\n") * 2)
+        assert told(place, HEAD + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_connections_that_ask_nothing_make_room(random_things: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "CONNECTIONS", 4)
+    served = open_all([random_things], "cpu", "float32", "fast")
+    with running(create_app(served)) as place:
+        waiting = []
+        for number in range(12):
+            waiting.append(socket.create_connection(place, timeout=5))
+            waiting[-1].sendall([b"", HEAD, POST + b"Content-Length: 1000\r\n\r\n{"][number % 3])
+            assert told(place, asked(1).replace(b"Host", b"Connection: close\r\nHost")).startswith(b"HTTP/1.1 200")
+        assert [rest(one) for one in waiting[:8]] == [b""] * 8
+        for one in waiting:
+            one.close()
 
 
 def test_a_full_queue_is_answered_with_429(strict: str, photo: tuple[Path, str]) -> None:

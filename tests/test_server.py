@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import photographs
+from serving import photographs, random_index
 
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
@@ -23,9 +27,11 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.index import changes
 from retrieval_tip.server import served as served_module
+from retrieval_tip.server import service as service_module
+from retrieval_tip.server import uploads as uploads_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import open_all
+from retrieval_tip.server.served import Ask, open_all
 
 from conftest import SHARED  # isort: skip
 
@@ -205,10 +211,72 @@ def test_map_and_audit_are_the_librarys(both: Client, things: Path) -> None:
     assert len(both.get("/v1/indexes/things/audit?limit=1").json()["shots"]) == min(1, len(expected))
 
 
+def test_a_map_of_more_keys_than_there_are_is_that_of_all(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = service_module.projected
+
+    def counted(cache: CacheModel, method: str, limit: int) -> object:
+        made.append(limit)
+        return real(cache, method, limit)
+
+    monkeypatch.setattr(service_module, "projected", counted)
+    with serving(own) as client:
+        for limit in (80, 81, 5000, 100_000):
+            assert client.get(f"/v1/indexes/own/map?limit={limit}").status_code == 200
+        assert made == [80]
+        monkeypatch.setattr(service_module, "MAPPED", 1280 * 50)  # features of 1280 values
+        assert len(client.get("/v1/indexes/own/map").json()["x"]) == 50
+
+
+def test_few_maps_and_audits_are_kept_and_fewer_wait(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, go = [], threading.Event()
+    real = service_module.projected
+
+    def slow(cache: CacheModel, method: str, limit: int) -> object:
+        assert go.wait(30)
+        made.append(limit)
+        return real(cache, method, limit)
+
+    monkeypatch.setattr(service_module, "projected", slow)
+    monkeypatch.setattr(service_module, "PATIENCE", 0.05)
+    with serving(own) as client:
+        for limit in range(1, 30):
+            answer = client.get(f"/v1/indexes/own/map?limit={limit}")
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert client.get("/v1/indexes/own/audit").status_code == 503
+        go.set()
+        monkeypatch.setattr(service_module, "PATIENCE", 30)
+        assert client.get("/v1/indexes/own/map?limit=1").status_code == 200
+        assert client.get("/v1/indexes/own/map?limit=29").status_code == 200
+        assert made == [*range(1, service_module.SLOW_AT_ONCE + 1), 29]
+
+
+def test_a_picture_is_drawn_once_however_many_ask(both: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, here = [], threading.Barrier(8)
+    real = service_module.images.thumbnail
+
+    def counted(*arguments: object, **options: object) -> bytes:
+        drawn.append(arguments[1])
+        return bytes(real(*arguments, **options))
+
+    def ask(_: int) -> int:
+        here.wait(30)
+        return int(both.get("/v1/indexes/things/keys/9/image?size=77").status_code)
+
+    monkeypatch.setattr(service_module.images, "thumbnail", counted)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(ask, range(8))) == {200}
+    assert both.get("/v1/indexes/things/keys/9/image?size=77").status_code == 200
+    assert drawn == [77]
+
+
 def test_changes_need_the_token(own: Path, both: Client) -> None:
     photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
     with serving(own, token=TOKEN) as client:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN[:-1]}):
+        bearer = f"Bearer {TOKEN}"
+        said = ("", "Bearer wrong", TOKEN[:-1], TOKEN, f"Basic {TOKEN}", f"Bearer{TOKEN}", f"{bearer} x", "Bearer é")
+        two = [("Authorization", bearer), ("Authorization", bearer)]
+        for headers in ({}, *({"Authorization": one.encode("latin-1")} for one in said), two):
             sent = {"files": {"images": photo}, "data": {"label": "accordion"}, "headers": headers}
             answers = [
                 client.post("/v1/indexes/own/keys", **sent),
@@ -218,6 +286,9 @@ def test_changes_need_the_token(own: Path, both: Client) -> None:
                 assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
                 assert TOKEN not in answer.text
         assert client.get("/v1/indexes").json()["indexes"][0]["version"] == 1
+        for right in (bearer, bearer.lower().replace(TOKEN.lower(), TOKEN), f"Bearer  {TOKEN}"):
+            missing = client.delete("/v1/indexes/own/keys?key_id=999", headers={"Authorization": right})
+            assert missing.status_code == 404
     refused = both.delete("/v1/indexes/things/keys?key_id=1", headers=AUTHORISED)
     assert refused.status_code == 403
     assert "--token" in refused.json()["detail"]
@@ -382,7 +453,17 @@ UNUSABLE = {
     "NaN": (400, b'{"features": [[%s]]}' % b",".join([b"NaN"] * 512)),
     "large integers": (422, b'{"features": [[%s]]}' % b",".join([b"9" * 18] * 512)),
     "larger integers": (422, b'{"features": [[%s]]}' % b",".join([b"9" * 19] * 512)),
-    "deep": (400, b"[" * 100_000),
+    "deep": (400, b"[" * 60_000),
+    "millions of lists": (413, b'{"features": [%s]}' % b",".join([b"[]"] * 2_500_000)),
+    "millions of objects": (413, b'{"features": [%s]}' % b",".join([b'{"":{}}'] * 1_000_000)),
+    "millions of fields": (413, b"{%s}" % b",".join(b'"%x":0' % i for i in range(700_000))),
+    "millions of numbers": (413, b'{"features": [%s]}' % b",".join([b"0"] * 4_000_000)),
+    "one text": (422, b'{"features": [[%s, "1"]]}' % b",".join([b"0.0441941738"] * 511)),
+    "one true": (422, b'{"features": [[%s, true]]}' % b",".join([b"0.0441941738"] * 511)),
+    "one null": (422, b'{"features": [[%s, null]]}' % b",".join([b"0.0441941738"] * 511)),
+    "one list": (422, b'{"features": [[%s, [0.04]]]}' % b",".join([b"0.0441941738"] * 511)),
+    "one object": (422, b'{"features": [[%s, {}]]}' % b",".join([b"0.0441941738"] * 511)),
+    "one row of another length": (422, b'{"features": [[%s], [1]]}' % b",".join([b"0.0441941738"] * 512)),
     "another field": (422, b'{"features": [], "feature": 1}'),
     "inputs of another number": (422, b'{"features": [], "inputs": ["a"]}'),
     "inputs that are numbers": (422, b'{"features": [[%s]], "inputs": [1]}' % b",".join([b"0.0441941738"] * 512)),
@@ -400,6 +481,97 @@ def test_features_that_cannot_be_used_are_refused(both: Client, what: str) -> No
     problem = answer.json()
     assert problem["status"] == status
     assert "\n" not in problem["detail"]
+
+
+def test_numbers_of_any_kind_are_features(both: Client) -> None:
+    rows = [[1] + [0] * 511, [0.6, 0.8] + [0] * 510, [1.0, -0.0] + [0] * 510, [0, 1] + [1e-300] * 510]
+    answer = both.post("/v1/classify?index=food", json={"features": rows})
+    assert (answer.status_code, len(answer.json()["results"])) == (200, 4)
+
+
+def test_a_long_text_among_features_takes_no_memory() -> None:
+    """An array of it would hold it as often as there are values."""
+    code = """
+import resource
+from retrieval_tip.server.limits import Limits
+from retrieval_tip.server.uploads import _json
+from retrieval_tip.errors import InputError
+body = b'{"features": [["%s"%s]]}' % (b"a" * 1_000_000, b", 0" * 511)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    _json(body, Limits(), "check", 512, labelled=False)
+except InputError as error:
+    assert "row 0" in str(error)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 64 << 10  # KiB
+
+
+def test_long_json_is_parsed_beside_what_is_answered(both: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    real = uploads_module._json
+
+    def noted(*arguments: object, **options: object) -> object:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(uploads_module, "_json", noted)
+    for rows in (1, 100):
+        answer = both.post("/v1/classify?index=food", json={"features": [[512**-0.5] * 512] * rows})
+        assert answer.status_code == 200
+    assert threads[0] != "parse"
+    assert threads[1] == "parse"
+
+
+@pytest.fixture(scope="module")
+def random_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_index(tmp_path_factory.mktemp("random") / "random", 2000, 16, 50)
+
+
+@pytest.mark.parametrize(
+    ("query", "cells"),
+    [
+        ("evidence=true", 10 + 80 + 16 + 150 + 6000),
+        ("logits=true", 10 + 80 + 50),
+        ("top=1000", 100 + 80),
+        ("neighbours=1000", 10 + 16_000),
+        ("neighbours=0&k=1500", 10 + 1500),
+        ("neighbours=0&k=all", 10),
+    ],
+)
+def test_an_answers_size_is_limited_before_it_is_made(
+    random_things: Path, query: str, cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = [0.25] * 16
+    with serving(random_things, limits=Limits(cells=7 * cells)) as client:
+        assert client.post(f"/v1/classify?{query}", json={"features": [row] * 7}).status_code == 200
+        monkeypatch.setattr(CacheModel, "classify", None)  # nothing is computed
+        answer = client.post(f"/v1/classify?{query}", json={"features": [row] * 8})
+        assert answer.status_code == 422
+        assert f"{7 * cells:,}" in answer.json()["detail"]
+        assert "send 7 at once" in answer.json()["detail"]
+    monkeypatch.undo()
+    with serving(random_things, limits=Limits(cells=1)) as client:  # one has its answer, whatever its size
+        assert client.post(f"/v1/classify?{query}", json={"features": [row]}).status_code == 200
+
+
+def test_answers_do_not_depend_on_how_many_are_made_at_a_time(
+    random_things: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.asarray(CacheModel.load(random_things, device="cpu").keys[:40], dtype=np.float64).tolist()
+    ask = "/v1/classify?evidence=true&logits=true&neighbours=3"
+    with serving(random_things) as client:
+        expected = client.post(ask, json={"features": rows}).json()["results"]
+        monkeypatch.setattr(served_module, "VALUES", 50_000)
+        found = client.post(ask, json={"features": rows}).json()["results"]
+    version = open_all([random_things], "cpu", "float32", "full")["random"].now
+    assert version.at_once(Ask(evidence=True, logits=True, neighbours=3)) == 7
+    assert version.at_once(Ask(k=1500, neighbours=0)) == 33
+    for one, other in zip(found, expected, strict=True):
+        assert one["label"] == other["label"]
+        assert one["evidence"]["key_ids"][:3] == other["evidence"]["key_ids"][:3]
+        np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_requests_that_make_no_sense_are_refused(both: Client, things: Path) -> None:
@@ -422,6 +594,10 @@ def test_requests_that_make_no_sense_are_refused(both: Client, things: Path) -> 
     assert status("/v1/classify?index=things", content=b"--y\r\n", headers=form) in (400, 422)
     assert status("/v1/classify?index=things", content=b"x", headers={"Content-Type": "multipart/form-data"}) == 400
     assert status("/v1/classify?index=things", files=[("images", photo)] * 65) == 400
+    for charset in ("undefined", "punycode", "utf-16"):
+        form = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+        body = b'--x\r\nContent-Disposition: form-data; name="images"\r\n\r\nx\r\n--x--\r\n'
+        assert status("/v1/classify?index=things", content=body, headers=form) == 415
     for query in ("alpha=-1", "beta=nan", "beta=inf", "k=0", "k=some", "top=0", "neighbours=-1", "tail=perhaps"):
         assert status(f"/v1/classify?index=food&{query}", json=feature) == 422
     assert status("/v1/classify?index=food&alpha=1e308&beta=0", json=feature) == 422  # the logits overflow

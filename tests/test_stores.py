@@ -478,6 +478,11 @@ def test_settings_are_changed(pets):
     pets.refused(lambda: changes.configure(pets.place), "nothing to set", error=UsageError)
     for wrong in ({"alpha": -1.0}, {"beta": float("nan")}, {"k": 0}, {"temperature": 0.0}):
         pets.refused(lambda wrong=wrong: changes.configure(pets.place, **wrong), next(iter(wrong)), error=UsageError)
+    pets.refused(lambda: changes.configure(pets.place, alpha=1e145), "alpha 1e+145", error=InputError)
+    out = made(pets.tables, pets.kind, "out")
+    table = pets.table(QUERIES, ["cat", "dog"] * 6)
+    said(lambda: build_index(table, out, Encoder(), alpha=1e145, device="cpu"), "alpha 1e+145", error=InputError)
+    assert not stores.at(out).exists()
 
 
 def changes_clone(pets, kind, name="clone", version=None):

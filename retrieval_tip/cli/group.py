@@ -11,12 +11,15 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,8 +107,13 @@ class _Group(click.Group):
             return super().make_context(*given, **more)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _in_one_line(ctx):
-            return super().invoke(ctx)
+        try:
+            with _orderly_end(), _in_one_line(ctx):
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            line = "; ".join(["interrupted", *getattr(error, "__notes__", ())])
+            click.echo("\n" * sys.stderr.isatty() + line, err=True)  # after the ^C that a terminal shows
+            ctx.exit(128 + next((number for number in error.args if isinstance(number, int)), signal.SIGINT))
 
 
 @contextmanager
@@ -162,6 +170,40 @@ def _give_up_stdout() -> bool:
     return False
 
 
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl+C does: it removes what is half written, and lets another one write.
+
+    A second one ends it at once.
+    """
+    ended = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal ended
+        while frame is not None and not ended:  # torch crashes where its import is stopped: that ends at once too
+            ended = frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+            frame = frame.f_back
+        if ended:
+            os.write(2, b"interrupted\n")
+            os._exit(128 + number)
+        ended = True
+        raise KeyboardInterrupt(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    unchanged = signal.SIG_DFL, signal.default_int_handler  # what else there is, who started the command wants so
+    own = [number for number in numbers if before[number] in unchanged]
+    if threading.current_thread() is not threading.main_thread():
+        own = []  # only there can it be said
+    try:
+        for number in own:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in own:
+            signal.signal(number, before[number])
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, package_name="retrieval-tip")
 @click.option("-q", "--quiet", is_flag=True, help="No warnings and no progress bar.")
@@ -169,7 +211,8 @@ def _give_up_stdout() -> bool:
 def main(ctx: click.Context, quiet: bool) -> None:
     """Few-shot image classification as retrieval (Tip-Adapter on a FAISS index).
 
-    Exit status: 0 done; 1 failed, nothing was changed; 2 wrong usage; 3 done, but some inputs could not be read.
+    Exit status: 0 done; 1 failed, nothing was changed; 2 wrong usage; 3 done, but some inputs could not be read; 130
+    interrupted (128 + the signal).
     """
     handler = logging.StreamHandler(_Stderr())
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
@@ -731,6 +774,7 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
     from retrieval_tip.fit.finetune import finetune, own_shots, shots_of
     from retrieval_tip.fit.trainer import VIEWS, Recipe
     from retrieval_tip.report import plots
+    from retrieval_tip.store.folder import check_name
 
     if given["views"] and given["views_cache"]:
         raise UsageError("--views fresh and --views-cache: give one of them")
@@ -754,6 +798,7 @@ def finetune_command(ctx: click.Context, /, folder: Path, out: Path, source: Pat
     sources = [shots]
     if given["val"] is not None:
         sources.append(validation(cache, given["val"], given))
+    check_name(out)
     checkpoint = Path(f"{out}.checkpoint")
     make_folders(out.parent)
     backbone = backbone_for(cache, sources, given | {"precision": "auto"})
@@ -913,7 +958,7 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
     """Say how an interrupted run goes on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if checkpoint.exists():
-            say("interrupted; the same command with --resume goes on from the last checkpoint")
+            error.add_note("the same command with --resume goes on from the last checkpoint")
         raise

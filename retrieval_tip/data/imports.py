@@ -27,7 +27,7 @@ import torch
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE, TABLE_ROWS, schema_of, table_of, write_table
 from retrieval_tip.data.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list
 from retrieval_tip.errors import InputError, UsageError, first_line, show
-from retrieval_tip.files import check_regular, read_regular
+from retrieval_tip.files import check_regular, read_regular, real
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _files(folder: Path, suffix: str) -> list[Path]:
 
 def _inside(folder: Path, file: Path) -> Path:
     """A file that was found, not named: it has to lie in the folder, also when links are followed."""
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not real(file).is_relative_to(real(folder)):
         raise InputError(f"{show(file)}: is a link that leads out of the folder; put the file itself there")
     if not file.is_file():
         raise InputError(f"{show(file)}: missing, or not a file")

@@ -146,8 +146,8 @@ def sweep(
                         }
                     )
                     rows.append(done[run])
-                    with replacing(path) as temporary:
-                        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
+                    with replacing(path) as temporary, temporary.open("wb") as file:
+                        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
                 yield done[run]
 
 

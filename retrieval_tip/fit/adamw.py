@@ -34,12 +34,18 @@ class AdamW:
         return {f"{i}.{name}": value for i, parts in state.items() for name, value in parts.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. Raises ValueError for what is none of these tensors."""
         whole = self._optimizer.state_dict()
         whole["state"] = {}
+        shapes = {str(i): tensor.shape for i, tensor in enumerate(self._optimizer.param_groups[0]["params"])}
         for name, value in state.items():
             number, _, part = name.partition(".")
+            expected = {"step": torch.Size(), "exp_avg": shapes.get(number), "exp_avg_sq": shapes.get(number)}
+            if number not in shapes or value.shape != expected.get(part):
+                raise ValueError(f"moment {name!r} is of shape {tuple(value.shape)}")
             whole["state"].setdefault(int(number), {})[part] = value
+        if any(len(parts) < 3 for parts in whole["state"].values()):
+            raise ValueError("a moment is missing")
         self._optimizer.load_state_dict(whole)
 
 
@@ -90,8 +96,10 @@ class RowAdamW:
         return {"first": self._first, "second": self._second, "steps": self._steps}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. Raises ValueError for what is none of these tensors."""
         for name, own in self.state().items():
+            if name not in state or state[name].shape != own.shape:
+                raise ValueError(f"moment {name!r} is missing, or of another shape")
             own.copy_(state[name])
 
 

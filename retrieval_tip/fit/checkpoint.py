@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retrieval_tip.errors import InputError, show
-from retrieval_tip.files import check_regular, replacing
+from retrieval_tip.errors import InputError, first_line, show
+from retrieval_tip.files import open_regular, replacing
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -29,9 +29,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of :func:`write`. Raises InputError naming the file where it is damaged or something else."""
+    """The inverse of :func:`write`. Raises InputError naming the file where it is damaged or something else.
+
+    Whether tensors and facts fit a run is for that to say; what does not is :func:`unfit`.
+    """
     try:
-        check_regular(path)
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -39,11 +42,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if metadata["checksum"] != _checksum(tensors, told):
             raise ValueError("its checksum does not fit")
         facts: dict[str, Any] = json.loads(told)
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{show(path)}: not a checkpoint of finetune, or damaged ({error}); start again without --resume"
-        ) from None
+        if not isinstance(facts, dict):
+            raise ValueError("its facts are no object")
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, TypeError, RecursionError) as error:
+        raise unfit(path, error) from None
     return tensors, facts
+
+
+def unfit(path: Path, error: Exception) -> InputError:
+    """What is wrong with a checkpoint, and what to do."""
+    return InputError(
+        f"{show(path)}: not a checkpoint of finetune, or damaged ({first_line(error)}); start again without --resume"
+    )
 
 
 def _checksum(tensors: Mapping[str, Tensor], told: str) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, UsageError, show
+from retrieval_tip.errors import BackboneError, InputError, UsageError, show
 from retrieval_tip.fit import checkpoint as checkpoints
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.adamw import cosine
@@ -136,7 +137,9 @@ def finetune(
     held = None
     if place is not None and place.exists():
         if resume:
-            held = checkpoints.read(place)
+            held = _read(place)
+        elif not place.is_file():
+            raise InputError(f"{show(place)}: is no file, and its name is needed for the state of the run; remove it")
         else:
             log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
     recipe, cache = recipe or Recipe(), cache.whole()
@@ -152,10 +155,13 @@ def finetune(
     if place is not None and held is not None:
         _same(told, facts, show(place))
     with _repeatable(cache.device):
-        alpha, beta = facts.get("settings") or _settings(cache, material, recipe)
+        alpha, beta = facts["settings"] if facts else _settings(cache, material, recipe)
         run = _Run(cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), material, recipe, told)
-        if held is not None:
-            run.restore(*held)
+        if place is not None and held is not None:
+            try:
+                run.restore(*held)
+            except (LookupError, RuntimeError, TypeError, ValueError, BackboneError) as error:  # tensors
+                raise checkpoints.unfit(place, error) from None
         run.train(place, checkpoint_seconds)
     run.report()
     return run.result(parent)
@@ -380,11 +386,16 @@ class _Run:
         checkpoints.write(path, tensors, facts | {"told": self.told})
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Go on where a checkpoint left off."""
+        """Go on where a checkpoint left off. Raises as :meth:`Trainer.restore` and :meth:`Trainer.restore_moments`."""
+        if facts["epoch"] > self.recipe.epochs:
+            raise ValueError(f"it has {facts['epoch']} epochs")
         groups: dict[str, dict[str, Tensor]] = {"now": {}, "kept": {}, "moments": {}}
         for path, tensor in tensors.items():
             group, _, tensor_name = path.partition("/")
             groups[group][tensor_name] = tensor
+        self.trainer.check(groups["kept"])
+        if odd := [name for name, tensor in groups["kept"].items() if not torch.isfinite(tensor).all()]:
+            raise ValueError(f"tensor {odd[0]!r} that was kept is not finite")
         self.trainer.restore(groups["now"])
         self.trainer.restore_moments(groups["moments"])
         self.kept = groups["kept"]
@@ -456,10 +467,44 @@ def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, A
 
 def _same(told: dict[str, Any], facts: dict[str, Any], name: str) -> None:
     """Raise UsageError where a checkpoint is another run's."""
-    theirs = facts.get("told", {})
-    other = [part for part, ours in told.items() if theirs.get(part) != ours]
+    other = [part for part, ours in told.items() if facts["told"].get(part) != ours]
     if other:
         raise UsageError(f"{name}: of a run with another {', '.join(other)}; start anew without --resume")
+
+
+def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint. Raises InputError naming the file, and the fact that no run can have written."""
+    tensors, facts = checkpoints.read(place)
+    epoch, kept, seconds, settings, curve = (
+        facts.get(name) for name in ("epoch", "kept_epoch", "seconds", "settings", "curve")
+    )
+    possible = {
+        "told": isinstance(facts.get("told"), dict),
+        "epoch": type(epoch) is int and epoch >= 0,
+        "kept_epoch": type(epoch) is type(kept) is int and 0 <= kept <= epoch,
+        "seconds": _is_amount(seconds),
+        "collapsed": isinstance(facts.get("collapsed"), str | None),
+        "settings": isinstance(settings, list) and len(settings) == 2 and all(map(_is_amount, settings)),
+        "precision": facts.get("precision") in ("float32", "bfloat16"),
+        "curve": isinstance(curve, list) and len(curve) - 1 == epoch and all(map(_is_row, curve, range(len(curve)))),
+    }
+    if wrong := [name for name, fits in possible.items() if not fits]:
+        raise checkpoints.unfit(place, ValueError(f"{wrong[0]} is none that it writes"))
+    return tensors, facts
+
+
+def _is_row(row: Any, epoch: int) -> bool:
+    """Whether a value of JSON is the row of an epoch; what was not measured is NaN."""
+    if not isinstance(row, dict) or row.keys() != set(CURVE.names) or row["epoch"] != epoch:
+        return False
+    measured = [name for name, value in row.items() if not (type(value) is float and math.isnan(value))]
+    shares = [row[name] for name in ("accuracy", "val_accuracy") if name in measured]
+    return all(_is_amount(row[name], math.inf) for name in measured) and all(share <= 1 for share in shares)
+
+
+def _is_amount(value: Any, most: float = sys.float_info.max) -> bool:
+    """Whether a value of JSON is a number, 0 or more, and as a whole one none that a float rounds."""
+    return (type(value) is float and 0 <= value <= most) or (type(value) is int and 0 <= value < 2**53)
 
 
 def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[float, float]:

@@ -174,8 +174,8 @@ def apply(cache: CacheModel, choice: Choice) -> None:
 
 def write_surface(choice: Choice, path: str | os.PathLike[str]) -> None:
     """Write the accuracy surface as Parquet. Raises InputError where that cannot be done."""
-    with replacing(Path(path)) as temporary:
-        pq.write_table(choice.surface, temporary)
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:  # whose name may not be UTF-8
+        pq.write_table(choice.surface, file)
 
 
 def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:

@@ -179,8 +179,18 @@ class Trainer:
         copies = {name: tensor.clone() for name, tensor in trained.items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
 
+    def check(self, trained: Mapping[str, Tensor]) -> None:
+        """Raise ValueError naming the tensor that :meth:`trained` does not have like this."""
+        own = self.trained()
+        if odd := sorted(own.keys() ^ trained.keys()):
+            raise ValueError(f"tensor {odd[0]!r} is missing, or of another run")
+        for name, tensor in trained.items():
+            if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
+                raise ValueError(f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+
     def restore(self, trained: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`trained`."""
+        """The inverse of :meth:`trained`. Raises as :meth:`check`; then nothing was changed."""
+        self.check(trained)
         for part, tensor in self._matrices():
             if part in trained:
                 tensor.copy_(trained[part])
@@ -203,7 +213,7 @@ class Trainer:
         return {f"{part}.{name}": t for part, own in self._optimizers().items() for name, t in own.state().items()}
 
     def restore_moments(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`moments`."""
+        """The inverse of :meth:`moments`. Raises ValueError naming what does not fit."""
         for part, optimizer in self._optimizers().items():
             start = f"{part}."
             optimizer.restore({name[len(start) :]: t for name, t in state.items() if name.startswith(start)})

@@ -52,6 +52,8 @@ MOST_ASKED, NEIGHBOURS = 512, 4
 """New keys of a table that are compared with the nearest there, and with how many."""
 PAIRS = 1 << 26
 """Affinities that an addition is checked with, at most: half a second on two cores. It must cost by what is added."""
+COMPARED = 1 << 18
+"""Keys that new features are compared with, at most, where what is known is only to be counted."""
 EFFORT = 16
 """Lists that are probed for what is nearly identical: that lies in the nearest one, or beside it."""
 
@@ -93,7 +95,8 @@ def add(
         encoder: backbone, views and caching, as the index's; ``encoder.skipped`` names what could not be read.
         text: a table of text features labelled by class, for the new classes.
         shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
-        skip_known: leave out images that the index has under the same label, by the digest of their bytes.
+        skip_known: leave out what the index has under the same label: images by the digest of their bytes, features
+            without one by their values, as they are stored.
 
     Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`store.write`.
     """
@@ -111,8 +114,8 @@ def add(
     with stores.at(folder).change("fast") as change:
         cache = change.cache
         labels = np.array(items["label"].to_pylist(), dtype=object)
-        unknown = _unknown(cache.known(columns["digests"]), labels, columns["digests"])
-        rows = unknown if skip_known else np.arange(len(labels))
+        known = _known(cache, labels, columns["digests"], block.features, None if skip_known else COMPARED)
+        rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
         classes = _add_classes(cache, source.class_names, weights)
         key_ids = []
         if len(rows):
@@ -121,7 +124,7 @@ def add(
             key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **picked)
         if len(rows) or classes:
             change.what = _said(f"add {counted(len(rows), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, len(labels) - len(unknown), _poison(cache, key_ids))
+    return Added(_version(cache), key_ids, classes, int(known.sum()), _poison(cache, key_ids))
 
 
 def merge(folder: Place, other: Place) -> Added:
@@ -378,12 +381,38 @@ def _needed(
     return new
 
 
-def _unknown(
-    known: set[tuple[str, str]], labels: npt.NDArray[Any], digests: Sequence[str | None]
-) -> npt.NDArray[np.int64]:
-    """Rows of images that the index does not have under the same label."""
-    pairs = zip(digests, labels.tolist(), strict=True)
-    return np.flatnonzero([digest is None or (digest, label) not in known for digest, label in pairs])
+def _known(
+    cache: Model,
+    labels: npt.NDArray[Any],
+    digests: Sequence[str | None],
+    features: npt.NDArray[np.float32],
+    most: int | None,
+) -> npt.NDArray[np.bool_]:
+    """Which of some images ``[m]`` the index has under the same label.
+
+    Where there is no digest, it is a key of the class that has the same ``features`` ``[m, d]``; these are not looked
+    for where the classes have more than ``most`` keys.
+    """
+    by_digest = cache.known([digest or None for digest in digests])
+    known = np.array([pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool)
+    position = {name: i for i, name in enumerate(cache.class_names)}
+    ids = np.array([position.get(label, -1) for label in labels.tolist()])
+    bare = np.flatnonzero([not digest for digest in digests] & (ids >= 0))
+    classes = np.unique(ids[bare])
+    if not len(bare) or (most is not None and sum(np.array(cache.counts)[classes].tolist()) > most):
+        return known
+    with np.errstate(over="ignore"):  # what is too large is refused where it is added
+        rows = features[bare].astype(cache.dtype) + np.zeros((), cache.dtype)  # and 0 is not -0
+    wanted = {(class_id, row.tobytes()): False for class_id, row in zip(ids[bare].tolist(), rows, strict=True)}
+    first = np.unique(rows[:, 0])
+    for class_ids, keys in cache.of_classes(classes):
+        near = np.searchsorted(first, keys[:, 0]).clip(max=len(first) - 1)
+        alike = np.flatnonzero(first[near] == keys[:, 0])  # few, so that no more are looked at one by one
+        for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), cache.dtype), strict=True):
+            if (class_id, key.tobytes()) in wanted:
+                wanted[class_id, key.tobytes()] = True
+    known[bare] = list(map(wanted.__getitem__, zip(ids[bare].tolist(), (row.tobytes() for row in rows), strict=True)))
+    return known
 
 
 def _picked(column: Any, rows: npt.NDArray[np.int64]) -> Any:

@@ -17,6 +17,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, write_table
 from retrieval_tip.data.sources import FEATURE
 from retrieval_tip.errors import InputError, UsageError, show
+from retrieval_tip.files import real
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.key_table import VERSION
 from retrieval_tip.lance.lance_model import LanceModel
@@ -121,5 +122,5 @@ def export_text(cache: CacheModel, out: Path) -> int:
 
 def _outside(cache: CacheModel, out: Path) -> None:
     """Raise UsageError where a table would be written into the index itself."""
-    if cache.folder is not None and out.resolve().is_relative_to(cache.folder.resolve()):
+    if cache.folder is not None and real(out).is_relative_to(real(cache.folder)):
         raise UsageError(f"{show(out)}: lies in the index itself; give a place outside of it")

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from retrieval_tip.errors import StoreError
+from retrieval_tip.files import real
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.versions import LanceVersions
 from retrieval_tip.store import folder as store
@@ -56,7 +57,7 @@ class Store(Protocol):
     @property
     def resolved(self) -> str:
         """A text that is the same for the same place."""
-        return str(self) if self.local is None else str(self.local.resolve())
+        return str(self) if self.local is None else str(real(self.local))
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, one_line
+from retrieval_tip.files import real
 
 CONNECT_SECONDS, ANSWER_SECONDS, RETRY_SECONDS, RETRIES = 4, 8, 10, 4
 """Seconds that a server may take to be connected to and to answer; no request is tried again later or more often.
@@ -108,7 +109,7 @@ class Address:
         """The text that ``lancedb.connect`` takes: a local path, which is absolute, or the address itself."""
         if self.local is None:
             return str(self)
-        return str(self.local.resolve() if ".." in self.local.parts else self.local.absolute())
+        return str(real(self.local) if ".." in self.local.parts else self.local.absolute())
 
 
 def storage_options(address: Address) -> dict[str, str]:

@@ -219,11 +219,15 @@ class KeyTable:
 
     def of_ids(self, column: str, values: Sequence[Any], columns: Sequence[str]) -> pa.Table:
         """Rows whose ``column`` is one of ``values``; a number that no row can have finds none."""
-        values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
-        parts = [values[start : start + ASKED_AT_ONCE] for start in range(0, len(values), ASKED_AT_ONCE)]
-        tables = [self.read(columns, f"{column} IN ({', '.join(map(_literal, part))})") for part in parts]
         schema = pa.schema([self.schema.field(name) for name in columns])
-        return pa.concat_tables(tables) if tables else schema.empty_table()
+        return pa.Table.from_batches(list(self.scan_of(column, values, columns)), schema)
+
+    def scan_of(self, column: str, values: Sequence[Any], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The same, some at a time."""
+        values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
+        for start in range(0, len(values), ASKED_AT_ONCE):
+            wanted = ", ".join(map(_literal, values[start : start + ASKED_AT_ONCE]))
+            yield from self.scan(columns, f"{column} IN ({wanted})")
 
     def take(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         """Columns of some rows, by the ascending numbers that :meth:`search` and :meth:`scan` give them, in that order.

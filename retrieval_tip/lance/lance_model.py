@@ -312,6 +312,11 @@ class LanceModel(Classifier):
         found = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(found[VECTOR]), found.select(["key_id", "class_id"])
 
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, npt.NDArray[Any]]]:
+        """Class ids and keys, as they are stored, of some classes, a block at a time."""
+        for batch in self.table.scan_of("class_id", class_ids.tolist(), ["class_id", VECTOR]):
+            yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
+
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`classifier.Classifier.find`."""
         columns = [name for name in self.table.schema.names if name != VECTOR]
@@ -578,9 +583,10 @@ class LanceModel(Classifier):
     def commit(self, change: str) -> None:
         """Make this the current version of its store; ``change`` says in a few words what it is.
 
-        Raises as :meth:`versions.Writer.commit`.
+        Raises as :meth:`classifier.Classifier.check_answers` and :meth:`versions.Writer.commit`.
         """
         writer = self._writing()
+        self.check_answers()
         self._keep_up()
         self.manifest = Manifest(
             version=writer.number,

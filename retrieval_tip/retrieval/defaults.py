@@ -23,6 +23,9 @@ UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0),
 DOUBT = 4
 """Shots that a class is credited with beside its own: a mean over few is trusted less (chosen on validation data)."""
 
+STEEPEST = 60.0
+"""Exponent ``beta (1 - mean)`` of a default, at most: beyond, where images are nearly the same, float32 overflows."""
+
 SAMPLE = 4096
 """Keys that the affinities are measured on, at most."""
 
@@ -71,7 +74,8 @@ def plain_settings(
         beta_plain  = beta / std
         alpha_plain = alpha exp(beta_plain (1 - mean)) / (shots + 4)
 
-    ``None`` is the form's own default. Without statistics the paper's settings are taken where none are given.
+    ``None`` is the form's own default, with which float32 holds the logits of keys of unit norm (:data:`STEEPEST`).
+    Without statistics the paper's settings are taken where none are given.
 
     Raises UsageError for an unknown form, and where statistics are missing for given settings.
     """
@@ -80,12 +84,14 @@ def plain_settings(
         if alpha is not None or beta is not None:
             raise UsageError(f"normalize {normalize!r}: needs keys of at least two classes that differ; use none")
         normalize = "none"
-    alpha = UNTOUCHED[normalize][0] if alpha is None else alpha
+    alpha, chosen = UNTOUCHED[normalize][0] if alpha is None else alpha, beta is None
     beta = UNTOUCHED[normalize][1] if beta is None else beta
     if statistics is None or normalize == "none":
         return alpha, beta
     if normalize in ("both", "affinity"):
         beta /= statistics.std
+        if chosen and beta * (1 - statistics.mean) > STEEPEST:
+            beta = STEEPEST / (1 - statistics.mean)
         try:
             alpha *= math.exp(beta * (1 - statistics.mean))
         except OverflowError:

@@ -34,6 +34,7 @@ Name = Annotated[str | None, Query(alias="index", description="Which index; need
 Norms = Annotated[
     str, Query(pattern="^(check|unit|keep)$", description="Features must have norm 1, are scaled, or kept.")
 ]
+Token = Annotated[str | None, Header(description="Bearer and the server's token, in one field.")]
 KeyId = Annotated[int, Field(ge=0, le=2**62)]
 Positive = Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="In place of the index's.")]
 
@@ -69,11 +70,13 @@ def create_app(
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, _unexpected)
 
-    def allowed(authorization: str | None) -> None:
+    def allowed(request: Request) -> None:
         if token is None:
             raise Problem(403, "this server takes no changes; start it with --token TOKEN to add and remove shots")
-        sent = (authorization or "").removeprefix("Bearer ").encode("latin-1")
-        if not hmac.compare_digest(sent, token.encode()):
+        said = request.headers.getlist("authorization")
+        scheme, _, sent = said[0].partition(" ") if len(said) == 1 else ("", "", "")
+        right = hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
+        if scheme.lower() != "bearer" or not right:
             raise Problem(401, "send the server's token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
     @app.get("/healthz", response_model=schemas.Health)
@@ -107,18 +110,17 @@ def create_app(
     ) -> Response:
         """The label store, a page at a time, in its order."""
         version = service.index(name).now
-        rows = version.cache.find(label, source, key_id)
-        found = rows.slice(offset, limit).to_pylist()
-        for row in found:
-            there = service.picture(row["source"]) is not None
-            row["image"] = f"/v1/indexes/{quote(name, safe='')}/keys/{row['key_id']}/image" if there else None
-        facts = {"version": version.manifest.version, "total": len(rows), "offset": offset, "limit": limit}
-        return _json(facts | {"keys": found})
+        total, rows = await service.keys(version, label, source, key_id, slice(offset, offset + limit))
+        for row in rows:
+            there = f"/v1/indexes/{quote(name, safe='')}/keys/{row['key_id']}/image"
+            row["image"] = there if row["image"] else None
+        facts = {"version": version.manifest.version, "total": total, "offset": offset, "limit": limit}
+        return _json(facts | {"keys": rows})
 
     @app.get(
         "/v1/indexes/{name}/keys/{key_id}/image",
         response_class=Response,
-        responses={200: {"content": {"image/jpeg": {}}}, **schemas.problems(404, 422)},
+        responses={200: {"content": {"image/jpeg": {}}}, **schemas.problems(404, 422, 503)},
     )
     async def image(
         name: str,
@@ -138,7 +140,7 @@ def create_app(
     async def map_of(
         name: str,
         method: Annotated[str, Query(pattern="^(pca|umap)$", description="umap needs umap-learn there.")] = "pca",
-        limit: Annotated[int, Query(ge=1, le=100_000)] = 5000,
+        limit: Annotated[int, Query(ge=1, le=100_000, description="Keys at most; long features: fewer.")] = 5000,
     ) -> Response:
         """The keys in two dimensions."""
         return _json(await service.map(service.index(name).now, method, limit))
@@ -153,17 +155,17 @@ def create_app(
         status_code=201,
         response_model=schemas.Added,
         responses=schemas.answered(201, "What was added", schemas.ADDED_EXAMPLE)
-        | schemas.problems(400, 401, 403, 404, 413, 415, 422, 429, 503),
+        | schemas.problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
         openapi_extra=schemas.ADD,
     )
     async def add(
         request: Request,
         name: str,
         norms: Norms = "check",
-        authorization: Annotated[str | None, Header()] = None,
+        authorization: Token = None,
     ) -> Response:
         """Add labelled images or features as shots, as a new version of the index. A new label makes a new class."""
-        allowed(authorization)
+        allowed(request)
         one = service.index(name)
         sent = await read(request, limits, norms, one.now.cache.d, labelled=True)
         _finish(request)
@@ -178,10 +180,10 @@ def create_app(
         request: Request,
         name: str,
         key_id: Annotated[list[KeyId], Query(min_length=1, max_length=1000)],
-        authorization: Annotated[str | None, Header()] = None,
+        authorization: Token = None,
     ) -> Response:
         """Remove shots, as a new version of the index."""
-        allowed(authorization)
+        allowed(request)
         one = service.index(name)
         _finish(request)
         return _json(await service.remove(one, key_id))
@@ -190,7 +192,7 @@ def create_app(
         "/v1/classify",
         response_model=schemas.Classified,
         responses=schemas.answered(200, "The answers", schemas.CLASSIFIED_EXAMPLE)
-        | schemas.problems(400, 404, 413, 415, 422, 429, 503),
+        | schemas.problems(400, 404, 408, 413, 415, 422, 429, 503),
         openapi_extra=schemas.CLASSIFY,
     )
     async def classify(

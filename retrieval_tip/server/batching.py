@@ -1,13 +1,13 @@
-"""Requests that wait together are answered together: one product with the keys serves them all."""
+"""Work that requests share: what waits together is answered together, and what takes long is made once and kept."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -33,12 +33,12 @@ class Batcher(Generic[K, T, R]):
     """Calls ``run(key, items)`` in a thread of its own, with the items of all calls of one key that wait meanwhile.
 
     While one batch is computed the next one gathers, so a call that comes alone does not wait for others. Batches have
-    ``most`` items, or those of one call; calls are answered in the order in which they came, but for those that join
-    an earlier one of their key. At most ``room`` items wait: a further call is refused at once, with the seconds after
-    which there will be room, unless nothing waits.
+    ``most(key)`` items, or those of one call; calls are answered in the order in which they came, but for those that
+    join an earlier one of their key. At most ``room`` items wait: a further call is refused at once, with the seconds
+    after which there will be room, unless nothing waits.
     """
 
-    def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: int, room: int) -> None:
+    def __init__(self, name: str, run: Callable[[K, list[T]], list[R]], *, most: Callable[[K], int], room: int) -> None:
         self._name, self._run, self._most, self._room = name, run, most, room
         self._waiting: deque[_Call[K, T, R]] = deque()
         self._items = 0
@@ -49,7 +49,7 @@ class Batcher(Generic[K, T, R]):
     async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
         """What ``run`` gives for these items, in order.
 
-        Raises Problem 429 where too many wait, and what ``run`` raises: for all the calls that it was made for.
+        Raises Problem 429 where too many wait, and what ``run`` raises for them.
         """
         if self._items and self._items + len(items) > self._room:
             metrics.REFUSED.labels(self._name).inc()
@@ -68,28 +68,31 @@ class Batcher(Generic[K, T, R]):
 
     async def _work(self) -> None:
         """Until nothing waits."""
-        loop = asyncio.get_running_loop()
         while self._waiting:
-            calls = self._next()
-            if not calls:
-                continue
-            items = [item for call in calls for item in call.items]
-            start = time.perf_counter()
-            try:
-                answers = await loop.run_in_executor(self._pool, self._run, calls[0].key, items)
-            except Exception as error:
-                for call in calls:
-                    if not call.answer.done():
-                        call.answer.set_exception(error)
-                continue
-            seconds = (time.perf_counter() - start) / max(1, len(items))
-            self._seconds += SMOOTHING * (seconds - self._seconds) if self._seconds else seconds
-            metrics.BATCHES.labels(self._name).observe(len(items))
-            at = 0
-            for call in calls:
-                if not call.answer.done():  # else whoever asked has gone
-                    call.answer.set_result(answers[at : at + len(call.items)])
-                at += len(call.items)
+            if calls := self._next():
+                await self._answer(calls)
+
+    async def _answer(self, calls: list[_Call[K, T, R]]) -> None:
+        """One batch. One that fails is halved until it is one call's: nobody gets an error for what others sent."""
+        items = [item for call in calls for item in call.items]
+        start = time.perf_counter()
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._pool, self._run, calls[0].key, items)
+        except Exception as error:
+            if half := len(calls) // 2:
+                await self._answer(calls[:half])
+                await self._answer(calls[half:])
+            elif not calls[0].answer.done():
+                calls[0].answer.set_exception(error)
+            return
+        seconds = (time.perf_counter() - start) / max(1, len(items))
+        self._seconds += SMOOTHING * (seconds - self._seconds) if self._seconds else seconds
+        metrics.BATCHES.labels(self._name).observe(len(items))
+        at = 0
+        for call in calls:
+            if not call.answer.done():  # else whoever asked has gone
+                call.answer.set_result(answers[at : at + len(call.items)])
+            at += len(call.items)
 
     def _next(self) -> list[_Call[K, T, R]]:
         """The calls of the next batch: the first one that is still wanted, and those of its key that fit beside it."""
@@ -100,7 +103,7 @@ class Batcher(Generic[K, T, R]):
             call = self._waiting.popleft()
             if call.answer.done():
                 self._count(-len(call.items))
-            elif not taken or (call.key == taken[0].key and number + len(call.items) <= self._most):
+            elif not taken or (call.key == taken[0].key and number + len(call.items) <= self._most(call.key)):
                 taken.append(call)
                 number += len(call.items)
                 self._count(-len(call.items))
@@ -114,3 +117,41 @@ class Batcher(Generic[K, T, R]):
         if self._worker is not None:
             await self._worker
         self._pool.shutdown()
+
+
+class Kept(Generic[K, R]):
+    """Results by key, each made once in a thread of ``pool``: who asks meanwhile waits for the one that is made.
+
+    Kept are those that were asked for last, of ``most`` altogether by their ``size``. At most ``room`` are made or
+    wait for it: a further one is refused at once.
+    """
+
+    def __init__(self, pool: Executor, *, most: int, room: int, size: Callable[[R], int] = lambda _: 1) -> None:
+        self._pool, self._most, self._room, self._size_of = pool, most, room, size
+        self._results: OrderedDict[K, R] = OrderedDict()
+        self._making: dict[K, asyncio.Future[R]] = {}
+        self._size = 0
+
+    async def __call__(self, key: K, make: Callable[[], R]) -> R:
+        """What ``make`` gives. Raises Problem 503 where too many are made, and what ``make`` raises, which is not kept.
+
+        Who is cancelled leaves it to the others: it is made to its end.
+        """
+        if key in self._results:
+            self._results.move_to_end(key)
+            return self._results[key]
+        if key not in self._making:
+            if len(self._making) >= self._room:
+                raise Problem(503, f"{self._room} others are being made; ask again in 5 s", {"Retry-After": "5"})
+            made = self._making[key] = asyncio.get_running_loop().run_in_executor(self._pool, make)
+            made.add_done_callback(lambda future: self._keep(key, future))
+        return await asyncio.shield(self._making[key])
+
+    def _keep(self, key: K, made: asyncio.Future[R]) -> None:
+        del self._making[key]
+        if made.cancelled() or made.exception() is not None:
+            return
+        self._results[key] = made.result()
+        self._size += self._size_of(made.result())
+        while self._size > self._most:
+            self._size -= self._size_of(self._results.popitem(last=False)[1])

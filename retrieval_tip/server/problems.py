@@ -17,6 +17,8 @@ from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_
 MEDIA = "application/problem+json"
 BUSY = 5
 """Seconds after which to ask again where the index is being written, or the disk is full."""
+NAMED = 3
+"""Errors of one request that are said."""
 
 
 class Problem(Exception):  # noqa: N818  # the name of the format
@@ -43,7 +45,9 @@ def of(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
-        return Problem(422, "; ".join(map(_said, error.errors())) or "not as the description of the interface says")
+        return Problem(
+            422, "; ".join(map(_said, error.errors()[:NAMED])) or "not as the description of the interface says"
+        )
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail), error.headers)
     if isinstance(error, InputError | UsageError):

@@ -20,9 +20,11 @@ import torch
 from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
+from retrieval_tip.files import real
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.address import Address
 from retrieval_tip.predictions import Prediction
+from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.settings import KeysMet, Settings
@@ -40,6 +42,12 @@ RETRY_SECONDS = 30.0
 
 COMPLETE, NEAREST = 1 << 14, 2048
 """Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
+
+NEIGHBOUR_CELLS = 16
+"""What a neighbour in an answer counts, which is an object with names: its memory is that of so many numbers."""
+
+VALUES = 1 << 22
+"""Numbers of answers, or keys that are retrieved for them, at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,33 @@ class Version:
         """The settings that are asked for, the index's own where nothing is said."""
         return self.cache.settings.but(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
 
+    def cells(self, ask: Ask) -> int:
+        """Numbers in the answer to one query, or keys to be retrieved for it, where that is asked for."""
+        cache, c = self.cache, len(self.cache.class_names)
+        near = cache.n if cache.n <= COMPLETE else NEAREST
+        evidence = cache.d + 3 * c + 3 * near if ask.evidence else 0
+        neighbours = NEIGHBOUR_CELLS * min(ask.neighbours, cache.n)
+        met = 0 if ask.k is None or ask.k == "all" else min(ask.k, cache.n)
+        return 2 * min(ask.top, c) + neighbours + (c if ask.logits else 0) + evidence + met
+
+    def at_once(self, ask: Ask) -> int:
+        """Queries that are answered at a time: their answers, and the keys that they retrieve, are limited."""
+        met = min(self.settings(ask).k or 0, self.cache.n)
+        return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
+
     def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
         """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`CacheModel.classify`."""
         cache = self.cache.with_settings(self.settings(ask))
         if ask.logits:
             cache = cache.every_class()
-        results = [
-            _result(prediction, ask) for prediction in cache.classify(features, ask.top, neighbours=ask.neighbours)
-        ]
-        if ask.evidence:
-            for result, own in zip(results, cache.evidence(features, COMPLETE, NEAREST), strict=True):
-                result["evidence"] = own
+        results: list[dict[str, Any]] = []
+        for part in slices(len(features), self.at_once(ask)):
+            predictions = cache.classify(features[part], ask.top, neighbours=ask.neighbours)
+            answers = [_result(prediction, ask) for prediction in predictions]
+            if ask.evidence:
+                for answer, own in zip(answers, cache.evidence(features[part], COMPLETE, NEAREST), strict=True):
+                    answer["evidence"] = own
+            results += answers
         return results
 
     def describe(self, *, changes: bool, whole: bool = False) -> dict[str, Any]:
@@ -179,7 +203,7 @@ class Served:
     @property
     def beside(self) -> Path | None:
         """The folder that the index lies in; ``None`` for one in a bucket."""
-        return None if self.place.local is None else self.place.local.resolve().parent
+        return None if self.place.local is None else real(self.place.local).parent
 
     def _opened(self, cache: Model) -> Version:
         manifest = cache.manifest

@@ -9,7 +9,6 @@ import logging
 import os
 import tempfile
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
@@ -34,10 +33,10 @@ from retrieval_tip.evaluation.projection import methods, projected
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes
 from retrieval_tip.server import metrics
-from retrieval_tip.server.batching import Batcher
+from retrieval_tip.server.batching import Batcher, Kept
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.served import Ask, Served, Version, encoded
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Served, Version, encoded
 from retrieval_tip.server.uploads import Sent
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,14 @@ POLL = 1.0
 PATIENCE = 10.0
 """Seconds that a request waits for a map or an audit; then it is told to ask again."""
 ROWS_AT_A_TIME = 256
-THUMBNAIL_BYTES = 64 << 20
+THUMBNAIL_BYTES, THUMBNAIL_OVERHEAD = 64 << 20, 1 << 10
+"""Of pictures of shots that are kept, and what each takes beyond its own bytes."""
+DRAWN_AT_ONCE, SLOW_AT_ONCE = 256, 4
+"""Pictures of shots, and maps and audits, that are made or wait for it at most; more are answered with 503."""
+SLOW_KEPT = 32
+"""Maps and audits that are kept."""
+MAPPED = 1 << 24
+"""Values of the keys that a map is made of at most: 64 MiB of float32, and a few times that."""
 AUDITED, MOST_AUDITED = 1000, 1 << 15
 """Suspicious shots that are kept of an audit; keys that one may have here: each is compared with each."""
 
@@ -72,20 +78,22 @@ class Service:
         self._uploads, self._root = uploads, root or Path()
         sizes = [one.now.backbone.batch_size for one in served.values() if one.now.backbone is not None]
         self._encode: Batcher[Backbone, torch.Tensor, FloatArray] = Batcher(
-            "images", encoded, most=max(sizes, default=1), room=limits.queue
+            "images", encoded, most=lambda _: max(sizes, default=1), room=limits.queue
         )
         self._answer: Batcher[tuple[Version, Ask], FloatArray, dict[str, Any]] = Batcher(
-            "features", _answered, most=ROWS_AT_A_TIME, room=QUEUED_ROWS * limits.queue
+            "features",
+            _answered,
+            most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
+            room=QUEUED_ROWS * limits.queue,
         )
         self._decoding = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
-        self._following, self._changing, self._slow = (
-            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("follow", "change", "slow")
+        self._finding, self._following, self._changing, self._slow = (
+            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("find", "follow", "change", "slow")
         )
-        self._made: weakref.WeakKeyDictionary[Version, dict[Hashable, asyncio.Future[Any]]] = (
-            weakref.WeakKeyDictionary()
+        self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
+        self._thumbnails: Kept[Hashable, bytes] = Kept(
+            self._decoding, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
         )
-        self._thumbnails: OrderedDict[Hashable, bytes] = OrderedDict()
-        self._thumbnail_bytes = 0
         self._follower: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -100,7 +108,7 @@ class Service:
                 await self._follower
         await self._encode.close()
         await self._answer.close()
-        for pool in (self._decoding, self._following, self._changing, self._slow):
+        for pool in (self._decoding, self._finding, self._following, self._changing, self._slow):
             pool.shutdown(cancel_futures=pool is self._slow)
 
     async def _follow(self) -> None:
@@ -130,7 +138,18 @@ class Service:
     async def classify(
         self, version: Version, ask: Ask, sent: Sent
     ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-        """Results, and the inputs that were skipped. Raises Problem 422 where none can be used, 429 where many wait."""
+        """Results, and the inputs that were skipped.
+
+        Raises Problem 422 where none can be used, or the answer would be too large; 429 where many wait.
+        """
+        cells, rows = version.cells(ask), len(sent.names)
+        if rows > 1 and rows * cells > self.limits.cells:
+            raise Problem(
+                422,
+                f"{rows} inputs: their answers and the keys for them would be {rows * cells:,} numbers, a neighbour "
+                f"counting as {NEIGHBOUR_CELLS}, of {self.limits.cells:,} at most; send "
+                f"{max(1, self.limits.cells // cells)} at once, or ask for less (evidence, logits, neighbours, top, k)",
+            )
         skipped: list[dict[str, str]] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
         if sent.images is not None:
@@ -216,7 +235,7 @@ class Service:
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> dict[str, Any]:
         """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
-        there = set(one.now.cache.find(key_ids=key_ids)["key_id"].to_pylist())
+        there = set((await self._in(self._finding, one.now.cache.find, (), None, key_ids))["key_id"].to_pylist())
         if missing := [key_id for key_id in key_ids if key_id not in there]:
             raise Problem(404, f"index {one.name!r} has no key {missing[0]}")
         call = lambda: changes.remove(one.folder, key_ids=key_ids)  # noqa: E731
@@ -224,11 +243,24 @@ class Service:
         await self._in(self._following, one.follow)
         return {"index": one.name, "version": removed.version, "key_ids": removed.key_ids}
 
+    async def keys(
+        self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
+    ) -> tuple[int, list[dict[str, Any]]]:
+        """How many keys :meth:`CacheModel.find` finds, and a page of them; ``image`` is whether there is a picture."""
+
+        def call() -> tuple[int, list[dict[str, Any]]]:
+            found = version.cache.find(labels, source, key_ids)
+            rows = found.slice(page.start, page.stop - page.start).to_pylist()
+            return len(found), [row | {"image": self.picture(row["source"]) is not None} for row in rows]
+
+        return await self._in(self._finding, call)
+
     async def map(self, version: Version, method: str, limit: int) -> dict[str, Any]:
         """Keys in two dimensions. Raises Problem 422 for a method that is not there, 503 while it takes long."""
         if method not in methods():
             raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")
         cache = version.cache
+        limit = min(limit, cache.n, max(1, MAPPED // cache.d))
         found = await self._once(version, ("map", method, limit), lambda: projected(cache, method, limit))
         return {
             "version": version.manifest.version,
@@ -262,36 +294,24 @@ class Service:
 
     async def _once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
         """What ``call`` gives, made once a version."""
-        made = self._made.setdefault(version, {})
-        future = made.get(what)
-        if future is None or (future.done() and future.exception() is not None):
-            future = made[what] = asyncio.ensure_future(self._in(self._slow, call))
         try:
             async with asyncio.timeout(PATIENCE):
-                found: T = await asyncio.shield(future)
+                found: T = await self._made((weakref.ref(version), what), call)  # which keeps no version alive
                 return found
         except TimeoutError:
             raise Problem(503, "it is still being computed; ask again in 5 s", {"Retry-After": "5"}) from None
 
     async def thumbnail(self, version: Version, key_id: int, size: int) -> bytes:
         """A shot's picture as a small JPEG. Raises Problem 404 where there is none."""
-        path = self.picture(version.source_of(key_id))
+        path = self.picture(await self._in(self._finding, version.source_of, key_id))
         if path is None:
             raise Problem(404, f"key {key_id}: its source is no image on this machine")
         try:
             seen = path.stat()
             name = (path, seen.st_mtime_ns, seen.st_size, size)
-            if (kept := self._thumbnails.get(name)) is not None:
-                self._thumbnails.move_to_end(name)
-                return kept
-            made = await self._in(self._decoding, self._drawn, path, size)
+            return await self._thumbnails(name, lambda: self._drawn(path, size))
         except (OSError, InputError) as error:
             raise Problem(404, f"key {key_id}: its picture cannot be read ({error})") from None
-        self._thumbnails[name] = made
-        self._thumbnail_bytes += len(made)
-        while self._thumbnail_bytes > THUMBNAIL_BYTES:
-            self._thumbnail_bytes -= len(self._thumbnails.popitem(last=False)[1])
-        return made
 
     def _drawn(self, path: Path, size: int) -> bytes:
         return images.thumbnail(images.read(path), size, most=self.limits.pixels, formats=FORMATS)

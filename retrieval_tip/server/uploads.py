@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import orjson
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from retrieval_tip.data.encoder import FloatArray
@@ -22,6 +26,13 @@ LONGEST_FIELD = 1 << 16
 """Bytes of a form's text field."""
 LONGEST_NAME = 1024
 """Characters of an input's name or a label."""
+PARTS_A_ROW = 64
+"""Lists, texts and commas that JSON may hold for each row of features, beside those of its numbers: others have
+nothing to do here, and millions of them would stop everything for as long as they take to parse."""
+SHORT = 1 << 16
+"""Bytes of JSON that are parsed at once; of more, one request's at a time, and others are answered meanwhile."""
+
+_PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,17 @@ async def read(request: Request, limits: Limits, norms: str, d: int, *, labelled
     if kind == FORM:
         return await _form(request, limits, labelled=labelled)
     if kind == JSON:
-        return _json(await _body(request, limits), limits, norms, d, labelled=labelled)
+        body = await _body(request, limits)
+        parse = partial(_json, body, limits, norms, d, labelled=labelled)
+        return parse() if len(body) <= SHORT else await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
     raise Problem(415, f"content type {kind!r}: expected {FORM} with images, or {JSON} with features")
 
 
 async def _form(request: Request, limits: Limits, *, labelled: bool) -> Sent:
     fields = ("images", "label") if labelled else ("images",)
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs take long, or fail
+        raise Problem(415, f"content type {FORM}: its text has to be UTF-8")
     async with request.form(max_files=limits.images, max_fields=8, max_part_size=LONGEST_FIELD) as form:
         names: list[str] = []
         images: list[bytes] = []
@@ -82,6 +98,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
 
 
 def _json(body: bytes, limits: Limits, norms: str, d: int, *, labelled: bool) -> Sent:
+    _check_parts(body, limits.rows, d)
     try:
         sent = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -91,7 +108,7 @@ def _json(body: bytes, limits: Limits, norms: str, d: int, *, labelled: bool) ->
     if not isinstance(sent, dict) or not isinstance(sent.get("features"), list):
         raise Problem(422, "expected an object with 'features', a list of lists of numbers")
     if superfluous := sorted(sent.keys() - known):
-        raise Problem(422, f"{superfluous[0]!r}: not known here; expected {', '.join(sorted(known))}")
+        raise Problem(422, f"{superfluous[0][:LONGEST_NAME]!r}: not known here; expected {', '.join(sorted(known))}")
     rows = len(sent["features"])
     if not 1 <= rows <= limits.rows:
         raise Problem(413 if rows else 422, f"features: {rows} rows; send 1 to {limits.rows} at once")
@@ -103,17 +120,27 @@ def _json(body: bytes, limits: Limits, norms: str, d: int, *, labelled: bool) ->
     return Sent(names, None, features, labels)
 
 
+def _check_parts(body: bytes, rows: int, d: int) -> None:
+    """Raise Problem 413 for JSON of more parts than ``rows`` features of ``d`` values have, with a name and a label."""
+    read = np.frombuffer(body, np.uint8)
+    commas, others = (sum(int(np.count_nonzero(read == ord(part))) for part in parts) for parts in (",", '[{"'))
+    if commas > rows * (d + PARTS_A_ROW) or others > rows * PARTS_A_ROW:
+        raise Problem(413, f"JSON of more parts than {rows} features of {d} values have; send fewer at once")
+
+
 def _features(sent: list[Any], d: int, norms: str) -> FloatArray:
-    if not all(isinstance(row, list) and len(row) == d for row in sent):
-        row = next(i for i, row in enumerate(sent) if not isinstance(row, list) or len(row) != d)
-        raise InputError(f"features: row {row} is no list of {d} numbers, as the index needs")
-    try:
-        found = np.asarray(sent)
-    except (ValueError, OverflowError):
-        found = np.empty(0, dtype=object)
-    if found.dtype.kind not in "fiu":
-        raise InputError("features: hold something other than numbers")
-    return check_norms(matrix(found.astype(np.float64), "features"), 0, norms, "features")
+    """Rows of JSON as features; what they hold is looked at first, for an array of texts takes their longest for each.
+
+    Raises InputError.
+    """
+    found = np.empty((len(sent), d))
+    for i, row in enumerate(sent):
+        if not isinstance(row, list) or len(row) != d:
+            raise InputError(f"features: row {i} is no list of {d} numbers, as the index needs")
+        if not {float, int}.issuperset(map(type, row)):  # bool is another type
+            raise InputError(f"features: row {i} holds something other than numbers")
+        found[i] = row
+    return check_norms(matrix(found, "features"), 0, norms, "features")
 
 
 def _texts(sent: object, field: str, rows: int) -> list[str]:

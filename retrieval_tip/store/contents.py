@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.errors import StoreError
+from retrieval_tip.files import real
 from retrieval_tip.store.folder import (
     Check,
     Writer,
@@ -151,7 +152,7 @@ class Stored:
 
     def is_before(self, writer: Writer) -> bool:
         """Whether the version that is being written follows on this one."""
-        same = self.check.folder.resolve() == writer.folder.resolve()
+        same = real(self.check.folder) == real(writer.folder)
         return same and writer.parent is not None and writer.parent.version == self.manifest.version
 
     def segment_of(self, array: npt.NDArray[Any]) -> Segment | None:

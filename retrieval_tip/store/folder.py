@@ -77,7 +77,7 @@ def is_index(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> Manifest:
     """The current version of an index. Raises StoreError where the folder is not one, or the manifest is damaged."""
-    _check_name(folder)
+    check_name(folder)
     path = folder / "manifest.json"
     try:
         found = Manifest.from_bytes(_read_manifest(folder, path), str(path))
@@ -500,7 +500,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
     folders that were not there are removed again. Raises StoreError: the folder is something else, is locked, cannot be
     written, or the disk is full.
     """
-    _check_name(folder)
+    check_name(folder)
     for name in ("data", "manifests", "lock", "manifest.json"):
         if not _lies_in(folder, folder / name):
             raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
@@ -676,7 +676,8 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _check_name(folder: Path) -> None:
+def check_name(folder: Path) -> None:
+    """Raise StoreError for a name that no index folder can have."""
     if not _is_text(str(folder)):
         shown = str(folder).encode("utf-8", "backslashreplace").decode()
         raise StoreError(f"{shown}: the folder's name is not UTF-8, which FAISS needs; give another one")
