@@ -22,6 +22,7 @@ from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
 from retrieval_tip.classifier import Prediction
 from retrieval_tip.data.encoder import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
+from retrieval_tip.files import real
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.objects import Address
 from retrieval_tip.retrieval.logits import LOGITS, slices
@@ -203,7 +204,7 @@ class Served:
     def __init__(self, folder: Path | Address, backbones: Backbones, device: str, precision: str, verify: str) -> None:
         """Open what is in a folder, or in a LanceDB store. Raises StoreError where that cannot be."""
         self.folder = folder
-        self.name = folder.name if isinstance(folder, Address) else folder.resolve().name
+        self.name = folder.name if isinstance(folder, Address) else real(folder).name
         self._backbones, self._precision = backbones, precision
         self._changing = threading.Lock()
         self._seen = self._stamp()
@@ -215,7 +216,7 @@ class Served:
     def beside(self) -> Path | None:
         """The folder that the index lies in; ``None`` for one in a bucket."""
         place = self.folder.local if isinstance(self.folder, Address) else self.folder
-        return None if place is None else place.resolve().parent
+        return None if place is None else real(place).parent
 
     def _stamp(self) -> tuple[int, ...] | None:
         """What changes whenever the manifest is replaced; ``None`` where there is none, or it takes asking a store."""
