@@ -94,11 +94,11 @@ def answer_here(patch: pytest.MonkeyPatch) -> None:
     def answered(what: str, tables: dict[str, pa.Table], text: str, predictions: Path | None, _: float) -> pa.Table:
         sql._check_text(text, what)
         plain = ((name, sql._castable(name, table)) for name, table in tables.items())
-        with sql._answering(what, plain, text, predictions, sql.MEMORY) as answer:
+        with sql._answering(what, plain, text, predictions, sql.MEMORY, 60) as answer:
             return answer.read_all()
 
     patch.setattr(sql, "_answered", answered)
-    patch.setattr(sql, "_bound", lambda _: None)
+    patch.setattr(sql, "_bound", lambda *_: None)
 
 
 @pytest.fixture

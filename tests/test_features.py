@@ -474,6 +474,44 @@ def test_a_cache_that_cannot_be_is_refused_with_the_way_out(tmp_path: Path) -> N
             EncodingCache(place)
 
 
+def test_a_default_cache_that_cannot_be_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file/below", Path("/dev/null/x")):
+        monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(place))
+        caplog.clear()
+        assert EncodingCache.at(None) is None
+        (said,) = caplog.messages
+        assert str(place) in said
+        with pytest.raises(InputError, match="--no-cache"):
+            EncodingCache.at(place)
+    for name in ("RETRIEVAL_TIP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert EncodingCache.at(None) is None
+
+
+def homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_where_a_cache_cannot_be_written_encoding_goes_on_and_says_so_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = source_of(folder)
+    fill(tmp_path / "c", source.take(range(3)))
+    right = all_of(Encoder(Fake()), source)[1]
+    backbone = Fake()
+    cache = EncodingCache(tmp_path / "c")
+    cache._db.execute("PRAGMA query_only = 1")
+    assert np.array_equal(all_of(Encoder(backbone, cache=cache, batch_size=2), source)[1], right)
+    cache.close()
+    assert sum(backbone.batches) == 9  # what is kept is used
+    assert len(caplog.messages) == 1
+    assert str(tmp_path / "c") in caplog.text
+
+
 def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")

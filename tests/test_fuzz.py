@@ -1678,7 +1678,7 @@ def test_a_copy_to_a_name_that_is_too_long_is_refused(base: Path, tmp_path: Path
     assert refused(lambda: changes.clone(base / "index", tmp_path / ("x" * 300)))
 
 
-@pytest.mark.parametrize("style", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "PCX", "JPEG2000"])
+@pytest.mark.parametrize("style", images.FORMATS)
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, style: str
 ) -> None:

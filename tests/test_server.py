@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from serving import photographs, random_index
 
 from retrieval_tip import CacheModel
 from retrieval_tip.cli import main
+from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.evaluation.audit import audit
@@ -371,6 +374,64 @@ def test_labels_that_are_none_are_refused(own: Path, label: str) -> None:
         sent = {"files": {"images": photo.read_bytes()}, "data": {"label": label}, "headers": AUTHORISED}
         assert client.post("/v1/indexes/own/keys", **sent).status_code == 422
     assert not (own.parent / "own-shots").exists()
+
+
+@pytest.mark.parametrize("style", images.FORMATS)
+def test_each_format_is_classified_and_added(own: Path, style: str) -> None:
+    sent = io.BytesIO()
+    with Image.open(photographs(SHARED, "test", 10, 1)[0][0]) as image:
+        image.save(sent, style)
+    with serving(own, token=TOKEN) as client:
+        files = {"images": ("photograph", sent.getvalue())}
+        answer = client.post("/v1/classify", files=files)
+        assert answer.status_code == 200, answer.text
+        added = client.post("/v1/indexes/own/keys", files=files, data={"label": "new"}, headers=AUTHORISED)
+        assert (added.status_code, added.json()["key_ids"]) == (201, [80])
+        (kept,) = (own.parent / "own-shots" / "new").iterdir()
+        assert kept.read_bytes() == sent.getvalue()
+        assert kept.suffix in images.extensions()
+        assert client.get("/v1/indexes/own/keys/80/image").status_code == 200
+
+
+@pytest.mark.parametrize("style", ["ICO", "TGA", "QOI"])
+def test_other_formats_are_named_and_not_kept(own: Path, style: str) -> None:
+    sent = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(sent, style)
+    with serving(own, token=TOKEN) as client:
+        files = {"images": ("icon", sent.getvalue())}
+        for path, more in (("/v1/classify", {}), ("/v1/indexes/own/keys", {"data": {"label": "new"}})):
+            answer = client.post(path, files=files, headers=AUTHORISED, **more)
+            assert (answer.status_code, "icon: not an image" in answer.json()["detail"]) == (422, True)
+    assert not (own.parent / "own-shots").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("nobody thought of this"), OSError(28, "No space left on device")])
+def test_whatever_goes_wrong_no_image_and_no_folder_is_kept(
+    own: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    photo = photographs(SHARED, "test", 10, 1)[0][0]
+    monkeypatch.setattr(changes, "add", broken)
+    app = create_app(open_all([own], "cpu", "float32", "full"), token=TOKEN)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        sent = {"files": {"images": photo.read_bytes()}, "data": {"label": "new"}, "headers": AUTHORISED}
+        assert client.post("/v1/indexes/own/keys", **sent).status_code >= 500
+    assert not list((own.parent / "own-shots").iterdir())
+
+
+def test_a_picture_that_has_become_a_pipe_is_not_waited_for(own: Path) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0]
+    with serving(own, token=TOKEN) as client:
+        sent = {"files": {"images": photo.read_bytes()}, "data": {"label": "new"}, "headers": AUTHORISED}
+        assert client.post("/v1/indexes/own/keys", **sent).status_code == 201
+        (kept,) = (own.parent / "own-shots" / "new").iterdir()
+        kept.unlink()
+        for make in (os.mkfifo, lambda path: path.symlink_to("/proc/self/pagemap"), lambda path: path.mkdir()):
+            make(kept)
+            assert client.get("/v1/indexes/own/keys/80/image").status_code == 404
+            kept.rmdir() if kept.is_dir() else kept.unlink()
 
 
 def test_a_change_that_fails_keeps_no_image(own: Path, food: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -459,6 +460,55 @@ def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(
     assert [manifest.version for manifest in kept] == [3, 2]
     named = {folder / file.name for manifest in kept for file in manifest.files.values()}
     assert set((folder / "data").iterdir()) == named
+
+
+def test_earlier_manifests_that_cannot_be_listed_are_named_and_keep_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "x"
+    for seed in (1, 2):
+        model(seed).save(folder)
+    files = set((folder / "data").iterdir())
+
+    def refusing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def listed(path: Any = ".") -> Any:
+            if str(path) == str(folder / "manifests"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path)
+
+        return listed
+
+    with monkeypatch.context() as patch:
+        for name in ("scandir", "listdir"):
+            patch.setattr(os, name, refusing(getattr(os, name)))
+        for look in (store.history, store.describe, verify, lambda folder: store.read_version(folder, 7)):
+            with pytest.raises(StoreError) as caught:
+                look(folder)
+            one_line(caught, folder / "manifests")
+        model(3).save(folder)
+        assert files < set((folder / "data").iterdir())
+    assert verify(folder).version == 3
+    assert store.history(folder)["version"].to_pylist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_manifest_that_cannot_be_looked_at_is_not_written_over_with_a_first_version(
+    index: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    before, real = snapshot(index), os.stat
+
+    def stat(path: Any, *rest: Any, **more: Any) -> os.stat_result:
+        if str(path) == str(index / "manifest.json"):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert store.is_index(index)
+        with pytest.raises(StoreError) as caught:
+            model(2).save(index)
+        one_line(caught, index)
+    assert snapshot(index) == before
 
 
 # --- writers

@@ -38,8 +38,8 @@ SHOWN = 20
 """Classes that a line names."""
 LARGEST = 1e30
 """The largest number that is taken: what is computed with it, in float32, reaches to 3e38."""
-RECIPE_BYTES = 1 << 20
-"""The largest recipe."""
+RECIPE_BYTES, RECIPE_DOTS = 1 << 20, 1000
+"""The largest recipe, and the most dots in it: a dotted key takes the parser time by the square of its parts."""
 
 
 class Folder(click.Path):
@@ -159,7 +159,10 @@ def recipe(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | 
 def _toml(path: Path) -> dict[str, Any]:
     """What a TOML file says."""
     try:
-        return tomllib.loads(read_regular(path, RECIPE_BYTES).decode())
+        raw = read_regular(path, RECIPE_BYTES)
+        if raw.count(b".") > RECIPE_DOTS:
+            raise InputError(f"{path}: more than {RECIPE_DOTS} dots; no setting is a dotted key")
+        return tomllib.loads(raw.decode())
     except InputError as error:  # which names it
         raise click.BadParameter(str(error)) from None
     except OSError as error:
@@ -530,8 +533,7 @@ def encoder_of(ctx: click.Context, backbone: Backbone | None, given: dict[str, A
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache
 
-    use_cache = backbone is not None and not given["no_cache"]
-    cache = EncodingCache(given["cache"] or EncodingCache.default_folder()) if use_cache else None
+    cache = None if backbone is None or given["no_cache"] else EncodingCache.at(given["cache"])
     names = ("views", "seed", "norms", "batch_size", "workers", "reduce", "strict")
     settings = {name: given[name] for name in names if name in given}
     try:

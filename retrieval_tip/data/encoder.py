@@ -386,6 +386,7 @@ def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks
     check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")
 
 
+@images.turn()
 def _load(
     path: str,
     backbone: Backbone,
@@ -420,14 +421,13 @@ def _load(
     return _Loaded(path, digest, features, pixels, None)
 
 
-def pixels_of(
-    data: bytes, backbone: Backbone, *, most: int | None = None, formats: Sequence[str] | None = None
-) -> torch.Tensor:
+@images.turn()
+def pixels_of(data: bytes, backbone: Backbone, *, most: int | None = None) -> torch.Tensor:
     """Pixels ``[3, h, w]`` float32 of the centre view of an encoded image, as :meth:`Encoder.blocks` takes it.
 
-    ``most`` and ``formats`` as for :func:`images.decode`; raises InputError as that.
+    ``most`` as for :func:`images.decode`; raises InputError as that.
     """
-    return backbone.preprocess(images.decode(data, _least(backbone), most=most, formats=formats))
+    return backbone.preprocess(images.decode(data, _least(backbone), most=most))
 
 
 def _mean_view(raw: FloatArray) -> FloatArray:

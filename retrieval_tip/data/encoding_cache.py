@@ -32,12 +32,14 @@ _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 class EncodingCache:
     """Raw features by backbone, image content and view, in one SQLite file: what was encoded once is never again.
 
-    Safe to share between threads and processes. A damaged entry counts as absent; a damaged file is put aside.
+    Safe to share between threads and processes. A damaged entry counts as absent; a damaged file is put aside; where
+    it cannot be written, what is encoded is no more kept. Raises InputError for a folder where there can be none.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / "encodings.sqlite"
         self._lock = threading.Lock()
+        self._keeps = True
         try:
             make_folders(self.path.parent)
             self._db = self._open()
@@ -47,6 +49,20 @@ class EncodingCache:
             self._renew()
         except OSError as error:
             raise self._unusable(error) from None
+
+    @classmethod
+    def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
+        """The cache in a folder, by default the default one; ``None`` where that cannot be, which is said.
+
+        Raises InputError for a given folder where there can be none.
+        """
+        try:
+            return cls(folder or cls.default_folder())
+        except (InputError, UsageError) as error:
+            if folder:
+                raise
+            log.warning("%s; encoding without it", error)
+            return None
 
     @staticmethod
     def default_folder() -> Path:
@@ -101,20 +117,26 @@ class EncodingCache:
         return np.frombuffer(row[0], dtype="<f4")
 
     def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
-        """Keep raw features by (digest, view)."""
+        """Keep raw features by (digest, view), while that can be done."""
         rows = []
         for (digest, view), feature in features.items():
             blob = feature.astype("<f4").tobytes()
             rows.append((scope, digest, view, blob, _crc(scope, digest, view, blob)))
         with self._lock:
+            if not self._keeps:
+                return
             try:
-                self._insert(rows)
-            except sqlite3.OperationalError as error:
-                raise self._unusable(error) from None
-            except _DAMAGE:
-                self._db.close()
-                self._renew()
-                self._insert(rows)
+                try:
+                    self._insert(rows)
+                except sqlite3.OperationalError as error:
+                    raise self._unusable(error) from None
+                except _DAMAGE:
+                    self._db.close()
+                    self._renew()
+                    self._insert(rows)
+            except (sqlite3.Error, InputError) as error:
+                self._keeps = False
+                log.warning("%s; encoding goes on without keeping more", error)
 
     def _insert(self, rows: Sequence[tuple[str, str, str, bytes, int]]) -> None:
         self._db.execute("BEGIN")

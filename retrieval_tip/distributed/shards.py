@@ -209,9 +209,7 @@ def read(path: str) -> bytes:
     system = remote.system_of(path)
 
     def fetch() -> bytes:
-        size = system.size(path)
-        if size > images.MAX_BYTES:
-            raise InputError(f"{size:,} bytes are more than an image file may have ({images.MAX_BYTES:,})")
+        images.admit(system.size(path))
         return bytes(system.cat_file(path))
 
     try:
@@ -342,8 +340,7 @@ def _open_tar(shard: Shard, stack: ExitStack) -> OpenShard:
 
     def read_member(path: str) -> bytes:
         start, size = places[path]
-        if size > images.MAX_BYTES:
-            raise InputError(f"{size:,} bytes are more than an image file may have ({images.MAX_BYTES:,})")
+        images.admit(size)
         data = os.pread(file.fileno(), size, start)  # several threads read at once
         if not data:
             raise InputError("empty file")

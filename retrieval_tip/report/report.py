@@ -832,6 +832,7 @@ class _Pictures:
                    aria_label=f"{alt}, no picture: {name}")  # fmt: skip
 
     @staticmethod
+    @images.turn()
     def _encoded(path: str, digest: str | None, side: int) -> str | None:
         try:
             data = images.read(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import logging
 import os
 import tempfile
@@ -20,14 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from retrieval_tip.backbones.open_clip import Backbone, unit
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, show
+from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.evaluation.audit import audit, describe_duplicates
 from retrieval_tip.evaluation.projection import methods, projected
 from retrieval_tip.files import replacing
@@ -40,10 +38,6 @@ from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Served, Version, e
 from retrieval_tip.server.uploads import Sent
 
 log = logging.getLogger(__name__)
-
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-"""Pillow's names of the image formats that are taken: those of cameras, screens and browsers."""
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
 
 POLL = 1.0
 """Seconds between two looks at whether an index has a new version."""
@@ -174,7 +168,7 @@ class Service:
 
     def _pixels(self, data: bytes, backbone: Backbone) -> torch.Tensor | InputError:
         try:
-            return pixels_of(data, backbone, most=self.limits.pixels, formats=FORMATS)
+            return pixels_of(data, backbone, most=self.limits.pixels)
         except InputError as error:
             return error
 
@@ -209,29 +203,31 @@ class Service:
         if self._uploads is None and beside is None:
             raise Problem(422, f"index {one.name!r} is in a bucket; images are added where serve has --uploads FOLDER")
         folder = (self._uploads or Path(beside or "") / f"{one.name}-shots") / _file_name(label)
-        paths, fresh = [], []
+        named = {
+            folder / (hashlib.sha256(data).hexdigest()[:16] + images.extension(data)): data
+            for data in dict.fromkeys(datas)
+        }
+        fresh: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for data in dict.fromkeys(datas):
-                path = folder / (hashlib.sha256(data).hexdigest()[:16] + _suffix(data))
-                paths.append(str(path))
+            for path, data in named.items():
                 if not path.exists():
                     fresh.append(path)
                     with replacing(path) as temporary:
                         temporary.write_bytes(data)
+            paths = [str(path) for path in named]
             items = pa.table({"source": [show(path) for path in paths], "label": [label] * len(paths)})
             source = Source(f"shots of {label}", items, (label,), tuple(paths))
             added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
-            if added.known:  # under another name
-                kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
-                _remove([path for path in fresh if show(path) not in kept])
-            return added
-        except OSError as error:
-            _remove(fresh)
-            raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
-        except RetrievalTipError:
-            _remove(fresh)
+        except BaseException as error:  # also what nobody thought of: of what is not added, nothing is kept
+            _remove(folder, fresh)
+            if isinstance(error, OSError):
+                raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
             raise
+        if added.known:  # under another name
+            kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
+            _remove(folder, [path for path in fresh if show(path) not in kept])
+        return added
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> dict[str, Any]:
         """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
@@ -313,8 +309,9 @@ class Service:
         except (OSError, InputError) as error:
             raise Problem(404, f"key {key_id}: its picture cannot be read ({error})") from None
 
+    @images.turn()
     def _drawn(self, path: Path, size: int) -> bytes:
-        return images.thumbnail(images.read(path), size, most=self.limits.pixels, formats=FORMATS)
+        return images.thumbnail(images.read(path), size, most=self.limits.pixels)
 
     def picture(self, source: str) -> Path | None:
         """The file that a shot's source names, where that is an image's name and the file is there."""
@@ -376,14 +373,9 @@ def _file_name(label: str) -> str:
     return name if not name.startswith(".") else f"%2E{name[1:]}"
 
 
-def _suffix(data: bytes) -> str:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        kind = image.format or ""
-    return SUFFIXES.get(kind, f".{kind.lower()}")
-
-
-def _remove(paths: Sequence[Path]) -> None:
+def _remove(folder: Path, paths: Sequence[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             path.unlink()
-            path.parent.rmdir()  # where it was the only one
+    with suppress(OSError):
+        folder.rmdir()  # where nothing else is in it

@@ -14,6 +14,7 @@ lock                      held by the process that writes
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import itertools
 import math
@@ -71,8 +72,8 @@ def is_index(folder: Path) -> bool:
     """Whether a folder holds an index (in whatever state)."""
     try:
         return (folder / "manifest.json").is_file()
-    except OSError:  # a name that is too long
-        return False
+    except OSError as error:  # else it is one, as far as can be told: nobody is to write a first version over it
+        return error.errno != errno.ENAMETOOLONG
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -472,7 +473,7 @@ class Writer:
         # The new version stands, so nothing below may fail; what is not done here the next writer does.
         sync(self.folder)
         sync(self.folder.parent)
-        with suppress(OSError):
+        with suppress(OSError, StoreError):
             _forget(self.folder, KEPT_VERSIONS)
 
     @property
@@ -525,7 +526,8 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
                     _remove_own(folder)
     except OSError as error:
         raise StoreError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}; nothing was changed"
+            f"{error.filename2 or error.filename or folder}: cannot be written: {error.strerror or error}; "
+            "nothing was changed"
         ) from error
     finally:
         with suppress(OSError):  # a folder that is not empty stays: another writer may have moved in
@@ -595,11 +597,15 @@ def check_earlier(folder: Path) -> None:
 
 
 def _earlier_paths(folder: Path) -> list[Path]:
-    """The manifests of earlier versions, oldest first."""
+    """The manifests of earlier versions, oldest first. Raises StoreError where they cannot be listed."""
+    place = folder / "manifests"
     try:
-        return sorted((folder / "manifests").glob("*.json"), key=lambda path: (len(path.name), path.name))
-    except FileNotFoundError:  # their folder went with the last of them, just now
+        found = [path for path in place.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
+    except FileNotFoundError:  # it goes with the last of them
         return []
+    except OSError as error:
+        raise StoreError(f"{place}: cannot be read: {error.strerror}") from None
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:

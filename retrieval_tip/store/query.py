@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import duckdb
 
 TIMEOUT = 60
-"""Seconds that an answer may take, unless another limit is given."""
+"""Seconds that an answer may take when the tables are there, unless another limit is given."""
 LONGEST = 86_400
 """The largest limit, in seconds: a day."""
 MAX_TEXT = 1 << 16
@@ -40,10 +40,9 @@ MAX_OPEN = 500
 MAX_COLUMNS = 1 << 13
 """Columns of an answer, at most."""
 MEMORY = 512 << 20
-"""Bytes that an answer may take beside the tables, which take twice their own and :data:`CELL` for each value."""
-CELL = 16
+"""Bytes that the way to an answer may take beside the tables, and twice the tables' own."""
 ANSWER = 128 << 20
-"""Bytes of an answer, at most, beside those of the tables."""
+"""Bytes of an answer, at most, and twice the tables' own."""
 UNPACKED = 16
 """Times its size that a file of predictions may take in memory, beside :data:`MEMORY`."""
 THREADS = 4
@@ -56,6 +55,7 @@ _SETTINGS = (
     "temp_directory = ''",  # before access ends: a folder for temporary files stays open to read and write
     "secret_directory = ''",  # which would tell the home folder
     "enable_external_access = false",
+    "enable_progress_bar = false",  # it would appear on standard output
 )
 _STATUS: dict[type[RetrievalTipError], int] = {UsageError: 2, InputError: 3}
 """What the process ends with where it says why."""
@@ -119,7 +119,7 @@ def _answered(
     """The answer of another process. ``what``: a ``query``, or a condition (``where``) on the rows of ``labels``."""
     _check_text(text, what)
     plain = {name: _castable(name, table) for name, table in tables.items()}
-    held = sum(2 * table.nbytes + CELL * table.num_rows * table.num_columns for table in plain.values())
+    held = 2 * sum(table.nbytes for table in plain.values())
     asked = {"what": what, "text": text, "tables": list(plain), "timeout": timeout, "memory": MEMORY + held}
     asked |= {"predictions": None if predictions is None else str(predictions)}
     # What is imported there is what was imported here, and nothing of the working folder. Arrow's own pool of memory
@@ -216,17 +216,17 @@ def _unheld(name: str, error: Exception) -> InputError:
 
 def _answer() -> None:
     """What the other process does: a request and tables from standard input, an answer to standard output."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing else gets into the answer, as a bar that shows progress
     asked = json.loads(sys.stdin.buffer.readline())
-    if sys.platform != "win32":
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends it in the middle of whatever it does
-        signal.setitimer(signal.ITIMER_REAL, asked["timeout"])
     pa.set_cpu_count(THREADS)
     tables = ((name, pa.ipc.open_stream(sys.stdin.buffer)) for name in asked["tables"])
     predictions = None if asked["predictions"] is None else Path(asked["predictions"])
     try:
         with (
-            _answering(asked["what"], tables, asked["text"], predictions, asked["memory"]) as answer,
-            pa.ipc.new_stream(sys.stdout.buffer, answer.schema) as stream,
+            _answering(asked["what"], tables, asked["text"], predictions, asked["memory"], asked["timeout"]) as answer,
+            out,
+            pa.ipc.new_stream(out, answer.schema) as stream,
         ):
             for batch in answer:
                 stream.write_batch(batch)
@@ -242,19 +242,23 @@ def _answering(
     text: str,
     predictions: Path | None,
     memory: int,
+    timeout: float,
 ) -> Iterator[pa.RecordBatchReader]:
-    """The answer while it is made, in ``memory`` bytes beside those that this process has."""
+    """The answer while it is made, in ``memory`` bytes and ``timeout`` seconds beside what the tables take."""
     import duckdb
 
     if predictions is not None:
         with suppress(OSError, ValueError):  # the reader says so
             memory += UNPACKED * predictions.stat().st_size
-    with _database(memory) as database:
-        _bound(memory)
+    with _database() as database:
         columns: list[str] = []
         for name, table in tables:
             _create(database, name, table)
             columns = table.schema.names
+        used = int(database.execute("SELECT sum(memory_usage_bytes) FROM duckdb_memory()").fetchall()[0][0])
+        database.execute(f"SET memory_limit = '{min(used + memory, _limit(database))} bytes'")
+        database.execute("SET lock_configuration = true")
+        _bound(memory, timeout)
         if predictions is not None:
             _create(database, "predictions", _castable("predictions", read_predictions(predictions)))
         hint = ""
@@ -280,7 +284,7 @@ def _answering(
 
 
 @contextmanager
-def _database(memory: int) -> Iterator[duckdb.DuckDBPyConnection]:
+def _database() -> Iterator[duckdb.DuckDBPyConnection]:
     """A duckdb in memory that reaches nothing else."""
     import duckdb
 
@@ -288,16 +292,25 @@ def _database(memory: int) -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect(":memory:", config={"threads": threads}) as database:
         for setting in _SETTINGS:
             database.execute(f"SET {setting}")
-        # Its default is most of the machine's, or of the container's; the tables and the answer need theirs beside it.
-        number, unit = str(database.execute("SELECT current_setting('memory_limit')").fetchall()[0][0]).split()
-        most = float(number) / 2 * 1024 ** ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB").index(unit)
-        database.execute(f"SET memory_limit = '{int(min(most, memory))} bytes'")
-        database.execute("SET lock_configuration = true")
+        # Its default is most of the machine's, or of the container's; what asks needs its own beside it.
+        database.execute(f"SET memory_limit = '{_limit(database) // 2} bytes'")
         yield database
 
 
-def _bound(memory: int) -> None:
-    """Let this process take so many bytes more than it has; elsewhere than on Linux duckdb's own limit has to do."""
+def _limit(database: duckdb.DuckDBPyConnection) -> int:
+    """Bytes of memory that duckdb allows itself."""
+    number, unit = str(database.execute("SELECT current_setting('memory_limit')").fetchall()[0][0]).split()
+    return int(float(number) * 1024 ** ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB").index(unit))
+
+
+def _bound(memory: int, timeout: float) -> None:
+    """Let this process take so many bytes more than it has, and end after so many seconds, whatever it is doing.
+
+    Memory is bounded on Linux; elsewhere duckdb's own limit has to do.
+    """
+    if sys.platform != "win32":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, timeout)
     if sys.platform == "linux":
         import resource
 
