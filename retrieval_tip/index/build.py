@@ -22,11 +22,11 @@ from retrieval_tip.data.encoder import Encoder, read_features, same_backbone, ta
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.evaluation.audit import Found, describe_duplicates, duplicates
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import TableModel, labels_in_blocks
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
+from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.inputs import check_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK, index_over, text_index_over
 from retrieval_tip.retrieval.vector_index import auto_factory
@@ -241,7 +241,7 @@ def _text(
     return source.class_names, None, []
 
 
-def warn_of(found: Found) -> None:
+def warn_of(found: Duplicates) -> None:
     """Say which images are in two classes: one of the labels is wrong, or both are."""
     for line in describe_duplicates(found):
         log.warning("in two classes: %s", line)
