@@ -19,7 +19,7 @@ from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, counted
-from retrieval_tip.report.html import table, tag
+from retrieval_tip.html import markup, table
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
@@ -72,11 +72,8 @@ class Prediction:
             (f"{key.affinity:.4f}", f"{key.weight:.1e}", key.label, key.source, key.key_id) for key in self.neighbours
         )
         columns = ("affinity", "weight", "label", "source", "key")
-        return tag(
-            "div",
-            table(("class", "probability"), classes, caption, numbers=(1,)),
-            table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else None,
-        )
+        neighbours = table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else ""
+        return f"<div>{table(('class', 'probability'), classes, caption, numbers=(1,))}{neighbours}</div>"
 
 
 class Predictions(list[Prediction]):
@@ -250,7 +247,7 @@ class Classifier(ABC):
             ("backbone", self.backbone or "unnamed"),
             ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
         ]
-        return table((), rows, tag("b", type(self).__name__))
+        return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
 
     @property
     def has_text(self) -> bool:
