@@ -126,8 +126,9 @@ def write_report(
     items = None if val is None else sweep.encode(cache, val, encoder)
     place = Path(folder) if folder is not None else cache.folder
     judged = Judged(
-        cache, test, encoder, blocks, ids, found, k, tail, items, shots, seeds, curves, place, where, command
-    )
+        cache, test, encoder, blocks, ids, found, k, tail,
+        val=items, shots=shots, seeds=seeds, curves=curves, folder=place, where=where, command=command,
+    )  # fmt: skip
     parts, left_out = _parts(judged)
     page = _page(judged, parts, left_out).encode()
     with replacing(path) as temporary:
