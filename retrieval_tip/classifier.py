@@ -22,8 +22,8 @@ from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError
+from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import Certified, Evidence, Neighbour, Prediction, Predictions
-from retrieval_tip.report.html import table, tag
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
@@ -172,7 +172,7 @@ class Classifier(ABC):
             ("backbone", self.backbone or "unnamed"),
             ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
         ]
-        return table((), rows, tag("b", type(self).__name__))
+        return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
 
     @property
     def has_text(self) -> bool:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from retrieval_tip.errors import InputError, counted, first_line, one_line
 from retrieval_tip.files import NotAFileError, open_regular
-from retrieval_tip.report.html import table, tag
+from retrieval_tip.html import table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,11 +88,8 @@ class Prediction:
             (f"{key.affinity:.4f}", f"{key.weight:.1e}", key.label, key.source, key.key_id) for key in self.neighbours
         )
         columns = ("affinity", "weight", "label", "source", "key")
-        return tag(
-            "div",
-            table(("class", "probability"), classes, caption, numbers=(1,)),
-            table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else None,
-        )
+        neighbours = table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else ""
+        return f"<div>{table(('class', 'probability'), classes, caption, numbers=(1,))}{neighbours}</div>"
 
 
 class Predictions(list[Prediction]):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
 from retrieval_tip import CacheModel
+from retrieval_tip.html import markup, render, table
 from retrieval_tip.predictions import SHOWN_PREDICTIONS, Predictions
-from retrieval_tip.report.html import VOID, Html, join, table, tag, text
 from retrieval_tip.settings import Settings
+
+VOID = frozenset({"br", "hr", "img", "link", "meta"})
+"""Elements without content or an end."""
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -59,25 +65,20 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def test_text_is_escaped_once():
-    assert text('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;"
-    assert text(text("<")) == "&lt;"
-    assert text(Html("<b>")) == "<b>"
-    assert text(1.5) == "1.5"
-    assert text("a\nb\u202ec\ud800") == "a\\nb\\u202ec\\ud800"
+def test_a_value_is_escaped_once_and_on_one_line():
+    (head, *cells) = Page(table([], [['<a href="x">&\'', markup("<b>&lt;</b>"), 1.5, "a\nb\u202ec\ud800"]])).words
+    assert (head, *cells) == ('<a href="x">&\'', "<", "150.0%", "a\\nb\\u202ec\\ud800")
+    assert markup("<b>{}</b>").format("<") == "<b>&lt;</b>"
+    assert Page(table([], [["{{ 7 * 7 }}{% raw %}"]])).words == ["{{ 7 * 7 }}{% raw %}"]
 
 
-def test_an_element_escapes_what_is_not_markup():
-    made = tag(
-        "a", "<b>", tag("b", "&"), None, 3, href='"#', class_="x", aria_label="y", hidden=True, title=None, id=False
-    )
-    assert made == '<a href="&quot;#" class="x" aria-label="y" hidden>&lt;b&gt;<b>&amp;</b>3</a>'
-    assert tag("img", alt="<") == '<img alt="&lt;">'
-    assert join(["<", None, tag("br")], ", ") == "&lt;, <br>"
+def test_a_name_that_is_not_given_is_an_error():
+    with pytest.raises(UndefinedError):
+        render("report/page.html.j2", title="")
 
 
 def test_a_table_has_headings_and_aligns_numbers():
-    page = Page(table(["name", "<n>"], [["<a>", 1], ["b", tag("b", "2")]], "cap<tion", numbers=[1]))
+    page = Page(table(["name", "<n>"], [["<a>", 1], ["b", markup("<b>2</b>")]], "cap<tion", numbers=[1]))
     assert page.text == "cap<tion name <n> <a> 1 b 2"
     heads = [attributes for name, attributes in page.elements if name == "th"]
     assert [attributes["scope"] for attributes in heads] == ["col", "col", "row", "row"]
@@ -91,6 +92,12 @@ def test_whatever_the_text_it_stays_text(one, other):
     page = Page(table([one], [[other, one]], other))
     assert page.tags <= {"table", "caption", "thead", "tbody", "tr", "th", "td"}
     assert "\n" not in table([one], [[other]])
+
+
+def test_jinja_is_imported_only_to_show():
+    script = "import sys, retrieval_tip.classifier; print('jinja2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 # --------------------------------------------------------------------------------------------------------- notebooks

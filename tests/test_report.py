@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from conftest import SHARED
 from PIL import Image
 from test_cli import unit_rows, write_table
+from test_html import VOID
 from test_plots import made_up
 
 from retrieval_tip.cache_model import CacheModel
@@ -27,8 +28,8 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.evaluate import Answers, Details, Part, judge
 from retrieval_tip.report import plots, report
-from retrieval_tip.report.html import VOID
-from retrieval_tip.report.report import certain_mistakes, wilson, worst_mistakes, write_report
+from retrieval_tip.report.mistakes import MISTAKES, certain_mistakes, worst_mistakes
+from retrieval_tip.report.report import wilson, write_report
 
 pytest.importorskip("matplotlib")
 
@@ -397,14 +398,14 @@ def test_the_surface_is_that_of_the_shots_and_never_of_the_test(food, tmp_path):
 def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photographs):
     page = read(written[0])
     cards = list(page.first("ol", id="worst").all("li", class_="card"))
-    assert 2 < len(cards) <= report.MISTAKES
+    assert 2 < len(cards) <= MISTAKES
     for card in cards:
         (query,) = card.all("img", class_="query")
         assert query.attributes["title"] == card.attributes["data-item"]
         assert len(list(card.all("img", class_="key"))) == 5
         data = base64.b64decode(query.attributes["src"].removeprefix("data:image/jpeg;base64,"))
         with Image.open(io.BytesIO(data)) as small, Image.open(query.attributes["title"]) as large:
-            assert max(small.size) == report.QUERY_SIDE
+            assert max(small.size) == 180
             assert small.size[0] / small.size[1] == pytest.approx(large.size[0] / large.size[1], rel=0.02)
             pair = [np.asarray(image.convert("L").resize((16, 16)), dtype=float) for image in (small, large)]
         assert np.abs(pair[0] - pair[1]).mean() < 8
@@ -662,7 +663,7 @@ def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
         refused = done("report", folder, *arguments, status=status)
         assert said in refused.stderr
         assert refused.stdout == ""
-    monkeypatch.setattr(report._Making, "page", lambda self: "\ud800")
+    monkeypatch.setattr(report, "render", lambda *_, **__: "\ud800")
     with pytest.raises(UnicodeEncodeError):
         command("report", folder, "--test", test, "--out", kept)
     assert sorted(tmp_path.iterdir()) == before

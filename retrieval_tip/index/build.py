@@ -23,11 +23,11 @@ from retrieval_tip.data.feature_tables import read_features, same_backbone, tabl
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError, few
-from retrieval_tip.evaluation.audit import Found, describe_duplicates, duplicates
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import LanceModel, labels_in_blocks
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
+from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, index_over, text_index_over
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import KeysMet, Settings
@@ -240,7 +240,7 @@ def _text(
     return source.class_names, None, []
 
 
-def warn_of(found: Found) -> None:
+def warn_of(found: Duplicates) -> None:
     """Say which images are in two classes: one of the labels is wrong, or both are."""
     for line in describe_duplicates(found):
         log.warning("in two classes: %s", line)

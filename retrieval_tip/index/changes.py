@@ -25,7 +25,6 @@ from retrieval_tip.data.feature_tables import check_backbone, same_backbone, tab
 from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
-from retrieval_tip.evaluation.audit import Found, duplicates
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import (
     DTYPES,
@@ -40,6 +39,7 @@ from retrieval_tip.index.export import copy
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import LanceModel
 from retrieval_tip.retrieval.defaults import check_form, plain_settings
+from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 
@@ -72,7 +72,7 @@ class Added(Changed):
 
     classes: list[str]
     known: int
-    found: Found | None
+    found: Duplicates | None
 
 
 def add(
@@ -420,7 +420,7 @@ def _picked(column: Any, rows: npt.NDArray[np.int64]) -> Any:
     return [column[row] for row in rows] if isinstance(column, list) else column.take(pa.array(rows))
 
 
-def _poison(cache: Model, key_ids: Sequence[int]) -> Found | None:
+def _poison(cache: Model, key_ids: Sequence[int]) -> Duplicates | None:
     """The new keys that are in another class too."""
     if not key_ids:
         return None
@@ -434,7 +434,7 @@ def _poison(cache: Model, key_ids: Sequence[int]) -> Found | None:
     return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=search)
 
 
-def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Found:
+def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Duplicates:
     """The same, of the new keys with their nearest ones and those of their images: nothing else is read."""
     asked = np.asarray(key_ids[:MOST_ASKED])
     near = cache.retrieval.nearest(torch.from_numpy(cache.keys_of(asked).astype(np.float32)), NEIGHBOURS)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.errors import UsageError, one_line, show
+from retrieval_tip.errors import UsageError, counted, one_line, show
 from retrieval_tip.evaluation.calibration import accuracy_coverage, reliability
 from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation
 from retrieval_tip.files import make_folders, replacing
-from retrieval_tip.report import html
+from retrieval_tip.html import markup
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -43,6 +45,13 @@ WRITTEN = 20
 AFFINITY_BARS = 80
 LONGEST_NAME = 26
 DPI = 120
+LOOKS = {
+    "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 12,
+    "axes.titleweight": "bold", "figure.constrained_layout.use": True, "figure.titlesize": 12,
+    "figure.titleweight": "bold", "image.cmap": "cividis", "legend.edgecolor": "none", "legend.fontsize": 8,
+    "legend.framealpha": 0.9, "savefig.dpi": DPI, "svg.fonttype": "none",
+}  # fmt: skip
+"""How every diagram looks, beside matplotlib's defaults."""
 PANELS = 6
 """Heat maps of one accuracy surface."""
 POINTS = 5
@@ -109,14 +118,11 @@ def affinity_bars(affinities: Affinities, bars: int = AFFINITY_BARS) -> tuple[Fl
     low, high = int(either[0]), int(either[-1]) + 1
     width = max(1, -(-(high - low) // bars))
     starts = np.arange(low, high, width)
-    ends = np.minimum(starts + width, len(affinities.same))
     edges = affinities.edges[np.append(starts, starts[-1] + width).clip(max=len(affinities.same))]
-
-    def shares(counts: Ints) -> Floats:
-        sums = np.array([counts[a:b].sum() for a, b in zip(starts, ends, strict=True)], dtype=np.float64)
-        return sums / max(1, int(counts.sum()))
-
-    return edges, shares(affinities.same), shares(affinities.other)
+    same, other = (
+        np.add.reduceat(counts, starts) / max(1, int(counts.sum())) for counts in (affinities.same, affinities.other)
+    )
+    return edges, same, other
 
 
 def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
@@ -184,21 +190,21 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
     of these names are replaced. Raises UsageError as :func:`check`; InputError where the folder cannot be written.
     """
     check(folder)
-    drawings: dict[str, Callable[[Evaluation], Figure]] = {
-        "confusion.png": draw_confusion,
-        "per_class.png": draw_per_class,
-        "reliability.png": draw_reliability,
-        "coverage.png": draw_coverage,
-    }
+    drawings = [draw_confusion, draw_per_class, draw_reliability, draw_coverage]
     if evaluation.answers.affinities is not None:
-        drawings["affinity.png"] = draw_affinity
+        drawings.append(draw_affinity)
     make_folders(folder)
     written = []
-    for name, draw in drawings.items():
-        with _style(), replacing(folder / name) as temporary:
-            draw(evaluation).savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
-        written.append(folder / name)
+    for draw in drawings:
+        written.append(folder / f"{draw.__name__.removeprefix('draw_')}.png")
+        _write(partial(draw, evaluation), written[-1])
     return written
+
+
+def _write(draw: Callable[[], Figure], path: Path) -> None:
+    needs_matplotlib()
+    with _style(), replacing(path) as temporary:
+        draw().savefig(temporary, format="png", metadata={"Software": "retrieval-tip"})
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
@@ -211,7 +217,7 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
     side = max(3.0, cell * m)
     figure, axes = _figure(side + 3.4, side + 2.2)
     shares = 100 * found.counts / np.maximum(found.totals, 1)[:, None]
-    image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    image = axes.imshow(shares, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if m <= WRITTEN:
         for i, j in zip(*np.nonzero(found.counts), strict=True):
             colour = "white" if shares[i, j] < 45 else "black"
@@ -223,14 +229,13 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
     names = list(map(_name, found.names))
     axes.set_xticks(range(m), names, rotation=90, fontsize=size)
     axes.set_yticks(range(m), names, fontsize=size)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100])
-    bar.set_label("share of the true class's items, %")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100],
+                          label="share of the true class's items, %")  # fmt: skip
     bar.outline.set_visible(False)
-    some = f"the {m} classes of most errors, of {found.of}" if m < found.of else _number(m, "class", "classes")
+    some = f"the {m} classes of most errors, of {found.of}" if m < found.of else counted(m, "class")
     _title(axes, "Confusion matrix", f"{some}; {_items(evaluation)}, top-1 {evaluation.top1:.1%}")
     return figure
 
@@ -247,19 +252,14 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
                   bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.6})  # fmt: skip
     axes.axvline(100 * evaluation.mean_per_class, color=ORANGE, linestyle="--", linewidth=1.2)
     axes.set_yticks(y, list(map(_name, names)), fontsize=8 if m <= FEWER_CLASSES else 7)
-    axes.set_ylim(-0.7, m - 0.3)
-    axes.set_xlim(0, 106)
-    axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("top-1 accuracy, %")
-    some = f"the worst {m} of {of} classes" if m < of else _number(m, "class", "classes")
+    axes.set(xlim=(0, 106), ylim=(-0.7, m - 0.3), xticks=range(0, 101, 20), xlabel="top-1 accuracy, %")
+    some = f"the worst {m} of {of} classes" if m < of else counted(m, "class")
     _title(axes, "Accuracy by class", f"{some}; dashed: mean over classes {evaluation.mean_per_class:.1%}")
     return figure
 
 
 def draw_reliability(evaluation: Evaluation) -> Figure:
     """Accuracy against confidence in bins, with the number of answers below."""
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
     answers = evaluation.answers
     bins = [b for b in reliability(answers.confidence, answers.right) if b.count]
     figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
@@ -271,18 +271,13 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     axes.hlines(confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
                 label="mean probability of the answers")  # fmt: skip
     axes.plot([0, 1], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="perfect calibration")
-    axes.set_ylim(0, 132)  # room for the legend
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("accuracy, %")
-    axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    axes.set(ylim=(0, 132), yticks=range(0, 101, 20), ylabel="accuracy, %")  # with room for the legend
+    axes.legend(loc="upper left")
     below.bar(centres, [b.count for b in bins], width * 0.92, color=GREY)
-    below.set_ylabel("answers")
-    below.set_yscale("log")
-    below.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    below.yaxis.set_minor_formatter(NullFormatter())
+    below.set(xlabel="probability of the answer", xlim=(0, 1), ylabel="answers", yscale="log")
     below.set_ylim(0.7, max(b.count for b in bins) * 3)
-    below.set_xlabel("probability of the answer")
-    below.set_xlim(0, 1)
+    below.yaxis.set_major_formatter("{x:,.0f}")
+    below.yaxis.set_minor_formatter("")
     facts = f"expected calibration error {evaluation.ece:.3f}; temperature {evaluation.settings.temperature:.4g}"
     _title(axes, "Reliability", f"{facts}; {_items(evaluation)}")
     return figure
@@ -310,10 +305,8 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
                 axes.text(x - 0.8, bottom + 0.02 * (top - bottom), f"P ≥ {threshold:g}", rotation=90, ha="right",
                           va="bottom", fontsize=8, color=BLACK)  # fmt: skip
                 taken.append(x)
-    axes.set_xlim(0, 101)
-    axes.set_ylim(bottom, top)
-    axes.set_xlabel("coverage: share of the items that are answered, %")
-    axes.set_ylabel("accuracy of the answers, %")
+    axes.set(xlim=(0, 101), xlabel="coverage: share of the items that are answered, %")
+    axes.set(ylim=(bottom, top), ylabel="accuracy of the answers, %")
     said = f"everything answered: {evaluation.top1:.1%}"
     if evaluation.abstain is not None and evaluation.selective_top1 is not None:
         said += f"; P ≥ {evaluation.abstain:g}: {evaluation.selective_top1:.1%} of {evaluation.coverage:.1%}"
@@ -336,9 +329,9 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
         if mean is not None:
             axes.axvline(mean, ymax=0.8, color=colour, linestyle="--", linewidth=1.2)
     axes.set_ylim(0, 125 * max(same.max(), other.max(), 1e-9))  # room for the legend
-    axes.set_xlabel("affinity of query and key (inner product)")
-    axes.set_ylabel(f"share of the pairs, % in a bin of {edges[1] - edges[0]:.3f}")
-    axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    axes.set(xlabel="affinity of query and key (inner product)")
+    axes.set(ylabel=f"share of the pairs, % in a bin of {edges[1] - edges[0]:.3f}")
+    axes.legend(loc="upper left")
     _title(axes, "Affinity to the keys", f"{_items(evaluation)}; dashed: means")
     return figure
 
@@ -351,23 +344,22 @@ def draw_surface(surface: pa.Table, path: Path) -> None:
 
     Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
     """
-    needs_matplotlib()
-    panels = surface_panels(surface)
+    _write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path)
+
+
+def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    with _style(), replacing(path) as temporary:
-        figure, drawn = _grid(max(3.6 * across + 1.6, 6.6), 3.2 * down + 0.7, down, across)
-        reached = 100 * surface["accuracy"].to_numpy()
-        low, high = float(np.quantile(reached, 0.25)), float(reached.max())  # the colours are for where it is good
-        for axes, panel in zip(drawn, panels, strict=False):
-            image = _heat(axes, panel, low, high)
-            axes.set_title(f"k = {panel.k or 'all'}: at best {panel.accuracy.max():.1%}", fontsize=9.5, loc="left")
-        for axes in drawn[len(panels) :]:
-            axes.set_visible(False)
-        bar = figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min")
-        bar.set_label("accuracy, %")
-        figure.suptitle("Accuracy by alpha, beta and k (circle: the best of a panel)", fontsize=12, fontweight="bold")
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+    figure, drawn = _grid(max(3.6 * across + 1.6, 6.6), 3.2 * down + 0.7, down, across)
+    low, high = float(np.quantile(reached, 0.25)), float(reached.max())  # the colours are for where it is good
+    for axes, panel in zip(drawn, panels, strict=False):
+        image = _heat(axes, panel, low, high)
+        axes.set_title(f"k = {panel.k or 'all'}: at best {panel.accuracy.max():.1%}", size=9.5, weight="normal")
+    for axes in drawn[len(panels) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min", label="accuracy, %")
+    figure.suptitle("Accuracy by alpha, beta and k (circle: the best of a panel)")
+    return figure
 
 
 def draw_frontier(tuning: Tuning, path: Path) -> None:
@@ -375,35 +367,33 @@ def draw_frontier(tuning: Tuning, path: Path) -> None:
 
     Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
     """
-    needs_matplotlib()
-    with _style(), replacing(path) as temporary:
-        figure, drawn = _grid(7, 4.2, 1, 1)
-        axes = drawn[0]
+    _write(partial(_draw_frontier, tuning), path)
 
-        def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
-            return [trial.microseconds for trial in trials], [100 * (1 - trial.agreement) for trial in trials]
 
-        for factory in dict.fromkeys(trial.index for trial in tuning.trials):
-            axes.scatter(*points([t for t in tuning.trials if t.index == factory]), s=24, label=factory)
-        axes.plot(*points([t for t in tuning.trials if t.best]), color=GREY, linewidth=1.2, zorder=0)
-        axes.scatter(*points([tuning.chosen]), s=120, facecolors="none", edgecolors=BLACK, label="chosen")
-        axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=100 / tuning.n)
-        axes.set_xlabel("microseconds a query")
-        axes.set_ylabel("answers other than those over all keys, %")
-        axes.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+def _draw_frontier(tuning: Tuning) -> Figure:
+    figure, axes = _figure(7, 4.2)
+
+    def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
+        return [trial.microseconds for trial in trials], [100 * (1 - trial.agreement) for trial in trials]
+
+    for factory in dict.fromkeys(trial.index for trial in tuning.trials):
+        axes.scatter(*points([t for t in tuning.trials if t.index == factory]), s=24, label=factory)
+    axes.plot(*points([t for t in tuning.trials if t.best]), color=GREY, linewidth=1.2, zorder=0)
+    axes.scatter(*points([tuning.chosen]), s=120, facecolors="none", edgecolors=BLACK, label="chosen")
+    axes.set(xscale="log", xlabel="microseconds a query", ylabel="answers other than those over all keys, %")
+    axes.set_yscale("symlog", linthresh=100 / tuning.n)
+    axes.legend()
+    return figure
 
 
 def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
     """Accuracy over alpha and beta at one k: a circle at the best, a cross at the cell next to these settings."""
-    figure, (axes,) = _grid(6.8, 4.4, 1, 1)
+    figure, axes = _figure(6.8, 4.4)
     best = 100 * float(panel.accuracy.max())
     image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
     row, column = panel.nearest(alpha, beta)
     axes.plot(column + 0.5, row + 0.5, "X", markersize=10, color=ORANGE, markeredgecolor="white")
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min")
-    bar.set_label("accuracy, %")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min", label="accuracy, %")
     bar.outline.set_visible(False)
     return figure
 
@@ -413,7 +403,7 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
 
     ``lines`` as :func:`sweep.summary` gives them (method, shots, top1, half), ``rows`` the runs (method, shots, top1).
     """
-    figure, (axes,) = _grid(6.8, 4.2, 1, 1)
+    figure, axes = _figure(6.8, 4.2)
     colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
     for place, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
         own = [line for line in lines if line["method"] == method]
@@ -432,13 +422,12 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
-    axes.set_xlabel("shots: keys a class")
-    axes.set_ylabel("top-1 accuracy on test, %")
-    axes.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+    axes.set(xlabel="shots: keys a class", ylabel="top-1 accuracy on test, %")
+    axes.legend(fontsize=9)
     return figure
 
 
-def draw_training(curve: pa.Table, kept: int) -> Figure:
+def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
     """Cross-entropy and accuracy by epoch; ``curve`` has the columns of :data:`finetune.CURVE`, ``kept`` is one."""
     from matplotlib.ticker import MaxNLocator
 
@@ -453,9 +442,10 @@ def draw_training(curve: pa.Table, kept: int) -> Figure:
             axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation images")
         axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="the epoch that was kept")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-    drawn[0].legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+        axes.set(xlabel="epoch", ylabel=label)
+    drawn[0].legend()
+    if title:
+        figure.suptitle(title)
     return figure
 
 
@@ -465,14 +455,10 @@ def draw_curve(curve: pa.Table, kept: int, path: Path) -> None:
     Arguments as for :func:`draw_training`. Raises UsageError without matplotlib; InputError where ``path`` cannot be
     written.
     """
-    needs_matplotlib()
-    with _style(), replacing(path) as temporary:
-        figure = draw_training(curve, kept)
-        figure.suptitle("Fine-tuning", fontsize=12, fontweight="bold")
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": "retrieval-tip"})
+    _write(partial(draw_training, curve, kept, "Fine-tuning"), path)
 
 
-def svg(draw: Callable[[], Figure], label: str) -> str:
+def svg(draw: Callable[[], Figure], label: str) -> Markup:
     """A diagram as an element of an HTML page: ``<svg>`` with an accessible ``label``, its colours those of the page.
 
     Text stays text. Nothing in it refers to anywhere but itself. The page has to define ``--paper``, ``--blue``,
@@ -481,20 +467,19 @@ def svg(draw: Callable[[], Figure], label: str) -> str:
     buffer = io.StringIO()
     themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
     themed |= dict.fromkeys(("axes.facecolor", "figure.facecolor"), PAPER)
-    with _style(themed | {"svg.fonttype": "none", "svg.hashsalt": label}):
+    with _style(themed | {"svg.hashsalt": label}):
         figure = draw()
         width, height = (72 * side for side in figure.get_size_inches())
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", dpi=DPI, metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=nothing)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = drawn[drawn.index(">") + 1 :]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the same in every diagram, and never referred to
     drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
-    title = html.text(label)
-    size = f'viewBox="0 0 {width:g} {height:g}" width="{width * 4 / 3:g}"'  # in px, of which an inch has 96
-    return f'<svg {size} role="img" aria-label="{title}">{drawn.strip()}'
+    start = markup('<svg viewBox="0 0 {:g} {:g}" width="{:g}" role="img" aria-label="{}">')  # px: an inch has 96
+    return start.format(width, height, width * 4 / 3, one_line(label)) + markup(drawn.strip())
 
 
 def _themed(style: re.Match[str]) -> str:
@@ -528,7 +513,7 @@ def _style(settings: dict[Any, Any] | None = None) -> Iterator[None]:
     level = logging.getLogger("matplotlib.font_manager").level
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings or {})
+        matplotlib.rcParams.update(LOOKS | (settings or {}))
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script without a font
         try:
@@ -547,33 +532,19 @@ def _grid(width: float, height: float, down: int, across: int, **how: Any) -> tu
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as New
 
-    figure = New(figsize=(width, height), layout="constrained")
+    figure = New(figsize=(width, height))
     FigureCanvasAgg(figure)
     made: Any = figure.subplots(down, across, squeeze=False, **how)
-    for axes in made.flat:
-        axes.spines[["top", "right"]].set_visible(False)
     return figure, list(made.flat)
 
 
 def _title(axes: Axes, title: str, facts: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20)
-    axes.text(0, 1, facts, transform=axes.transAxes + _raised(axes), fontsize=8.5, color=BLACK, va="bottom")
-
-
-def _raised(axes: Axes) -> Any:
-    from matplotlib.transforms import ScaledTranslation
-
-    figure = axes.get_figure()
-    assert figure is not None
-    return ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
+    axes.set_title(title, pad=20)
+    axes.annotate(facts, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8.5, color=BLACK, va="bottom")
 
 
 def _items(evaluation: Evaluation) -> str:
-    return _number(evaluation.n, "item", "items")
-
-
-def _number(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
+    return counted(evaluation.n, "item")
 
 
 def _name(name: str) -> str:

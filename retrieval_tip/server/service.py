@@ -26,10 +26,11 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, StoreError, show
-from retrieval_tip.evaluation.audit import audit, describe_duplicates
+from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import methods, projected
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes
+from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import metrics
 from retrieval_tip.server.batching import Batcher, Kept
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits

@@ -1,0 +1,162 @@
+"""Mistakes and confusions: wrong answers, with the pictures of their items and of the keys that made them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrieval_tip.data import images
+from retrieval_tip.errors import InputError
+from retrieval_tip.evaluation.evaluate import Answers
+from retrieval_tip.predictions import Neighbour
+from retrieval_tip.report.judged import Judged
+
+MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
+"""Mistakes of each list, confused pairs, pictures of each pair, and keys that are shown beside a mistake."""
+
+
+class Picture(NamedTuple):
+    """An image, the ``digest`` of its bytes where known, and ``alt``, what it should be."""
+
+    path: str
+    digest: str | None
+    alt: str
+
+
+class Chance(NamedTuple):
+    """A class of an answer: its probability, the two parts of its logit; ``kind`` is ``answer``, ``true`` or empty."""
+
+    name: str
+    kind: str
+    probability: float
+    text: float
+    cache: float
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer to an ``item``: its most probable classes, and the nearest keys with their pictures."""
+
+    number: int
+    item: str
+    truth: str
+    answer: str
+    probability: float
+    chances: list[Chance]
+    picture: Picture
+    keys: list[tuple[Neighbour, Picture]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Items of a class, ``times`` of ``total``, that were answered with another; some of them, and keys near these."""
+
+    truth: str
+    answer: str
+    times: int
+    total: int
+    items: list[Picture]
+    keys: list[tuple[Neighbour, Picture]]
+
+
+def worst_mistakes(answers: Answers, most: int = MISTAKES) -> list[int]:
+    """Wrong answers whose true class is least probable, as places in ``answers``; ties in the order of the source."""
+    assert answers.details is not None
+    return _lowest(answers, answers.details.log_truth, most)
+
+
+def certain_mistakes(answers: Answers, most: int = MISTAKES) -> list[int]:
+    """Wrong answers of the highest probability, as places in ``answers``; ties in the order of the source."""
+    assert answers.details is not None
+    return _lowest(answers, answers.details.log_doubt, most)
+
+
+def _lowest(answers: Answers, values: npt.NDArray[np.float64], most: int) -> list[int]:
+    wrong = np.flatnonzero(~answers.right)
+    order: list[int] = wrong[np.argsort(values[wrong], kind="stable")][:most].tolist()
+    return order
+
+
+def mistakes(judged: Judged) -> dict[str, Any]:
+    """The ``worst`` mistakes and the most ``certain`` ones, numbered in this order; some may be both."""
+    worst, certain = worst_mistakes(judged.answers), certain_mistakes(judged.answers)
+    places = list(dict.fromkeys([*worst, *certain]))
+    made = dict(zip(places, _explained(judged, places), strict=True)) if places else {}
+    lists = {"worst": [made[place] for place in worst], "certain": [made[place] for place in certain]}
+    return lists | {"wrong": int((~judged.answers.right).sum())}
+
+
+def _explained(judged: Judged, places: Sequence[int]) -> list[Mistake]:
+    cache, answers, some = judged.cache, judged.answers, judged.features[np.asarray(places)]
+    names, explained = cache.class_names, []
+    predictions = cache.classify(some, 3, neighbours=NEIGHBOURS)
+    text, alone = cache.terms(some)
+    for row, (place, prediction) in enumerate(zip(places, predictions, strict=True)):
+        truth, answer, sure = int(answers.truth[place]), int(answers.predicted[place]), float(answers.confidence[place])
+        likely = zip(map(names.index, prediction.labels), prediction.probabilities, strict=True)
+        likeliest = dict(likely) | {answer: sure, truth: math.exp(judged.details.log_truth[place])}
+        kinds = {truth: "true", answer: "answer"}
+        chances = [
+            Chance(names[i], kinds.get(i, ""), p, float(text[row, i]), float(cache.settings.alpha * alone[row, i]))
+            for i, p in sorted(likeliest.items(), key=lambda pair: -pair[1])
+        ]
+        item = judged.test.sources[int(judged.details.positions[place])]
+        picture, keys = _of_item(judged, place), _with_pictures(judged, prediction.neighbours)
+        explained.append(Mistake(row + 1, item, names[truth], names[answer], sure, chances, picture, keys))
+    return explained
+
+
+def confusions(judged: Judged) -> list[Pair]:
+    """The pairs of classes that are confused most often, with the most certain of the items and keys near them."""
+    answers, names = judged.answers, judged.cache.class_names
+    pairs = [(names.index(truth), names.index(answer), n) for truth, answer, n in judged.evaluation.confusions[:PAIRS]]
+    if not pairs:
+        return []
+    places = []
+    for truth, answer, _ in pairs:
+        own = np.flatnonzero((answers.truth == truth) & (answers.predicted == answer))
+        places.append(own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES])
+    some = judged.features[np.concatenate(places)]
+    predictions = iter(judged.cache.classify(some, 3, neighbours=NEIGHBOURS))
+    found = []
+    for (truth, answer, times), own in zip(pairs, places, strict=True):
+        near = [key for _ in own for key in next(predictions).neighbours if key.label == names[answer]]
+        keys = _with_pictures(judged, list({key.key_id: key for key in near}.values())[:EXAMPLES])
+        items = [_of_item(judged, place) for place in own.tolist()]
+        found.append(Pair(names[truth], names[answer], times, int((answers.truth == truth).sum()), items, keys))
+    return found
+
+
+def _of_item(judged: Judged, place: int) -> Picture:
+    test, position = judged.test, int(judged.details.positions[place])
+    path = test.paths[position] if test.paths is not None else test.sources[position]
+    label = judged.cache.class_names[int(judged.answers.truth[place])]
+    return Picture(path, judged.digests[place], f"test item of {label}")
+
+
+def _with_pictures(judged: Judged, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
+    labels = judged.cache.labels.select(["key_id", "digest"])
+    rows = labels.filter(pc.is_in(labels["key_id"], value_set=pa.array([key.key_id for key in keys], pa.int64())))
+    digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))
+    return [(key, Picture(key.source, digests.get(key.key_id), f"key of {key.label}")) for key in keys]
+
+
+@images.turn()
+def thumbnail(path: str, digest: str | None, side: int) -> str | None:
+    """A JPEG file of a picture in base64, ``side`` pixels at most; ``None`` where there is none of that digest."""
+    try:
+        data = images.read(path)
+        if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+            return None
+        return base64.b64encode(images.thumbnail(data, side)).decode()
+    except InputError:
+        return None

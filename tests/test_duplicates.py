@@ -1,0 +1,225 @@
+"""Duplicates across classes: against every pair, planted in made keys, and where there are very many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cli import unit_rows
+
+from retrieval_tip.cache_model import CacheModel, label_table
+from retrieval_tip.errors import InputError
+from retrieval_tip.retrieval import duplicates as module
+from retrieval_tip.retrieval.duplicates import NEAR, Duplicate, Duplicates, describe_duplicates, duplicates
+from retrieval_tip.retrieval.segments import Segments
+from retrieval_tip.store.labels import images_of
+
+KINDS = ["identical image", "identical feature", "near-identical"]
+
+
+def labels_of(ids, digests=None, key_ids=None, c=None):
+    ids = np.asarray(ids, dtype=np.int64)
+    names = [f"class {i}" for i in range(c or int(ids.max(initial=0)) + 1)]
+    return label_table(names, ids, [f"{i}.jpg" for i in range(len(ids))], key_ids=key_ids, digests=digests)
+
+
+def poisoned(seed, n=24, c=3, d=6):
+    """Keys of any norm, some repeated, moved a little or scaled, with digests that repeat too."""
+    generator = np.random.default_rng(seed)
+    keys = generator.normal(size=(n, d)).astype(np.float32)
+    for row in range(1, n):
+        draw, other = generator.integers(6), generator.integers(row)
+        if draw == 0:
+            keys[row] = keys[other]
+        elif draw == 1:
+            keys[row] = 3 * keys[other]
+        elif draw == 2:
+            keys[row] = keys[other] + 0.05 * generator.normal(size=d)
+    some = [None, "", "a", "b", "c", "d"]
+    digests = [some[i] for i in generator.choice(6, n, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1])]
+    return keys, generator.integers(0, c, n), digests
+
+
+def dense(keys, ids, digests, fresh=None, least=NEAR, near=True):
+    """Every pair, one by one: ``{(row, row): kind}``; unless ``near``, fresh rows are compared by digest alone."""
+    f = np.asarray(keys, dtype=np.float64)
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    found = {}
+    for i in range(len(f)):
+        for j in range(i + 1, len(f)):
+            if ids[i] == ids[j] or (fresh is not None and i not in fresh and j not in fresh):
+                continue
+            if digests[i] and digests[i] == digests[j]:
+                found[i, j] = KINDS[0]
+            elif (keys[i] == keys[j]).all() and (near or fresh is None):
+                found[i, j] = KINDS[1]
+            elif near and f[i] @ f[j] >= least:
+                found[i, j] = KINDS[2]
+    return found
+
+
+def as_found(found):
+    return {(pair.key_id, pair.other_key_id): pair.kind for pair in found.pairs}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0, 10**6]), st.booleans())
+def test_duplicates_are_those_of_every_pair(seed, some, budget, half):
+    keys, ids, digests = poisoned(seed)
+    keys = keys.astype(np.float16) if half else keys
+    cosines = unit(keys) @ unit(keys).T
+    least = 0.97 if np.abs(cosines - 0.97).min() > 1e-5 else 0.97002
+    fresh = np.random.default_rng(seed).choice(24, 5, replace=False) if some else None
+    found = duplicates(keys, labels_of(ids, digests), fresh, least=least, budget=budget)
+    assert found.compared == ("all" if budget else "digests")
+    expected = dense(keys, ids, digests, fresh, least, near=bool(budget))
+    assert as_found(found) == expected
+    assert found.total == len(found.pairs) == len(expected)
+    for pair in found.pairs:
+        assert pair.affinity == pytest.approx(cosines[pair.key_id, pair.other_key_id], abs=1e-6)
+        assert pair.label == f"class {ids[pair.key_id]}"
+        assert pair.other_label == f"class {ids[pair.other_key_id]}"
+        assert (pair.source, pair.other_source) == (f"{pair.key_id}.jpg", f"{pair.other_key_id}.jpg")
+    order = [(KINDS.index(p.kind), -p.affinity, p.key_id, p.other_key_id) for p in found.pairs]
+    assert order == sorted(order)
+
+
+def unit(keys):
+    f = np.asarray(keys, dtype=np.float64)
+    return f / np.linalg.norm(f, axis=1, keepdims=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0, 10**6]))
+def test_the_closest_are_kept_and_all_are_counted(seed, most, budget):
+    keys, ids, digests = poisoned(seed)
+    every = duplicates(keys, labels_of(ids, digests), budget=budget)
+    found = duplicates(keys, labels_of(ids, digests), budget=budget, most=most)
+    assert found.total == every.total
+    assert len(found.pairs) == min(most, every.total)
+    assert [p.kind for p in found.pairs] == [p.kind for p in every.pairs][:most] or budget
+    if budget:  # equal features are told from near ones among those that are kept
+        closest = [p for p in every.pairs if p.kind == KINDS[0]]
+        closest += sorted((p for p in every.pairs if p.kind != KINDS[0]), key=lambda p: -p.affinity)
+        key = [(p.kind == KINDS[0]) or round(p.affinity, 5) for p in found.pairs]
+        wanted = [(p.kind == KINDS[0]) or round(p.affinity, 5) for p in closest[:most]]
+        assert sorted(map(float, key)) == pytest.approx(sorted(map(float, wanted)), abs=2e-5)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    keys, ids, digests = poisoned(3, n=60)
+    labels = labels_of(ids, digests)
+    whole = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
+    for name, size in (("KEY_BLOCK", 7), ("QUERY_BLOCK", 4), ("BLOCK", 5)):
+        monkeypatch.setattr(module, name, size)
+    split = [duplicates(keys, labels, fresh, budget=b) for fresh in (None, [0, 7, 31, 59]) for b in (0, 10**6)]
+    assert list(map(as_found, split)) == list(map(as_found, whole))
+    assert [x.total for x in split] == [x.total for x in whole]
+    assert whole[1].total > whole[0].total > 0
+
+
+def test_segments_and_memory_maps_are_keys_too(tmp_path):
+    keys, ids, digests = poisoned(4)
+    np.save(tmp_path / "keys.npy", keys)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    for budget in (0, 10**6):
+        plain = duplicates(keys, labels_of(ids, digests), budget=budget)
+        for other in (mapped, Segments([keys[:5], keys[5:6], keys[6:]])):
+            assert duplicates(other, labels_of(ids, digests), budget=budget) == plain
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_features_of_zeros_and_ones_are_told_apart_by_a_single_value(d, dtype):
+    bits = min(d, 8)
+    keys = np.zeros((2 * 2**bits, d), dtype=dtype)  # 16 values: words of 8 bytes, whose low bits are all zero
+    keys[:, -1 :: -(d // bits)] = [[float(bit) for bit in f"{i % 2**bits:0{bits}b}"] for i in range(len(keys))]
+    found = duplicates(keys, labels_of([0] * 2**bits + [1] * 2**bits), budget=0)
+    assert as_found(found) == {(i, i + 2**bits): KINDS[1] for i in range(2**bits)}
+
+
+def test_one_image_in_every_class_does_not_fill_the_memory():
+    n, c = 10_000, 100
+    labels = labels_of(np.arange(n) % c, ["same"] * n)
+    keys = np.ones((n, 2), dtype=np.float32)
+    found = duplicates(keys, labels, budget=0, most=10)
+    assert (len(found.pairs), found.total, found.compared) == (10, n * (n - n // c) // 2, "digests")
+    one = duplicates(keys, labels, [17])
+    assert (len(one.pairs), one.total) == (1000, n - n // c)
+    assert all(17 in (pair.key_id, pair.other_key_id) for pair in one.pairs)
+
+
+def test_repeats_within_a_class_are_no_poison():
+    keys = np.ones((6, 4), dtype=np.float32)
+    for budget in (0, 10**6):
+        assert duplicates(keys, labels_of([1] * 6, ["same"] * 6), budget=budget).pairs == []
+
+
+def test_the_lower_key_id_comes_first_whatever_the_rows():
+    keys = unit_rows(4, 8)
+    keys[3] = keys[0]
+    found = duplicates(keys, labels_of([0, 0, 1, 1], key_ids=np.array([9, 3, 4, 2])))
+    assert [(p.key_id, p.source, p.other_key_id, p.other_source) for p in found.pairs] == [(2, "3.jpg", 9, "0.jpg")]
+
+
+def test_labels_in_several_chunks():
+    keys = unit_rows(5, 8)
+    labels = labels_of([0, 0, 1, 1, 2], ["x", "y", "y", "x", None])
+    chunked = pa.concat_tables([labels[:2], labels[2:3], labels[3:]])
+    assert as_found(duplicates(keys, chunked)) == {(0, 3): KINDS[0], (1, 2): KINDS[0]}
+    assert len(set(images_of(chunked).tolist())) == 3
+
+
+def test_beyond_the_budget_a_search_finds_what_is_near_the_fresh_ones():
+    keys, ids, _ = poisoned(8, n=80, d=16)
+    keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
+    order = np.argsort(ids, kind="stable")
+    cache = CacheModel.from_features(keys, ids, [f"class {i}" for i in range(3)], device="cpu")
+    fresh = np.arange(10, 40, 3)
+    every = duplicates(cache.keys, cache.labels, fresh)
+    found = duplicates(cache.keys, cache.labels, fresh, budget=0, search=cache.nearest)
+    assert found.compared == "nearest"
+    assert found.pairs == every.pairs != []
+    few = duplicates(cache.keys, cache.labels, fresh, budget=0, search=cache.nearest, most=2)
+    assert (few.total, len(few.pairs)) == (every.total, 2)
+    assert {round(pair.affinity, 5) for pair in few.pairs} == set(
+        sorted({round(p.affinity, 5) for p in every.pairs})[-1:]
+    )
+    assert (cache.labels["key_id"].to_numpy() == order).all()
+
+    # also where it answers in arrays, with empty slots
+    def sparse(features, k):
+        affinity, rows = cache.nearest(features, k)
+        return np.pad(affinity.numpy(), ((0, 0), (0, 1))), np.pad(rows, ((0, 0), (0, 1)), constant_values=-1)
+
+    assert duplicates(cache.keys, cache.labels, fresh, budget=0, search=sparse).pairs == every.pairs
+    assert duplicates(cache.keys, cache.labels, budget=0, search=cache.nearest).compared == "digests"
+
+
+def test_duplicates_of_what_does_not_fit_are_refused():
+    keys, labels = unit_rows(4, 8), labels_of([0, 0, 1, 1])
+    with pytest.raises(InputError, match="labels: 4 rows for 3 keys"):
+        duplicates(keys[:3], labels)
+    for row in (-1, 4):
+        with pytest.raises(InputError, match=f"fresh: row {row} is none of the 4 keys"):
+            duplicates(keys, labels, [0, row])
+    assert duplicates(keys, labels, []) == Duplicates([], 0, "all")
+
+
+def test_duplicates_are_described_in_lines():
+    keys = np.eye(6, 8, dtype=np.float32)
+    keys[3], keys[4], keys[5] = keys[0], keys[1] + 0.01 * keys[2], keys[2]
+    labels = labels_of([0, 0, 0, 1, 1, 1], [None, None, "z", None, None, "z"])
+    lines = [
+        "2.jpg (class 0) and 5.jpg (class 1): identical image",
+        "0.jpg (class 0) and 3.jpg (class 1): identical feature",
+        "1.jpg (class 0) and 4.jpg (class 1): near-identical (affinity 1.0000)",
+    ]
+    found = duplicates(keys, labels)
+    assert describe_duplicates(found) == lines
+    assert describe_duplicates(found, limit=1) == [lines[0], "and 2 more"]
+    assert describe_duplicates(Duplicates([], 0, "all")) == []
+    hostile = Duplicate(0, "a\n\x1b[2J.jpg", "x", 1, "b", "y", 1.0, KINDS[0])
+    assert describe_duplicates(Duplicates([hostile], 1, "all")) == [r"a\n\x1b[2J.jpg (x) and b (y): identical image"]
