@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test check bench attack
+.PHONY: help setup browser demo lint test soak check bench attack
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -32,8 +32,11 @@ lint: setup ## formatting, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: setup ## the test suite
+test: setup ## the tests that have to pass before a commit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: setup ## every test at its full size: all kills, ten thousand damaged files, Ray, the browser
+	RETRIEVAL_TIP_SOAK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 check: lint test ## what has to pass before a commit
 

@@ -32,6 +32,9 @@ AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a ``PATH`` with what is installed here
 SHARED = Path(os.environ.get("RETRIEVAL_TIP_SHARED", ROOT.parent / "shared"))
 
+SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
+"""``make soak``: every kill, every damaged file, Ray, the browser. Without it the same tests take a sample."""
+
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 
 
@@ -39,8 +42,17 @@ LONG = ("test_readme.py", "test_report.py", "test_page.py", "test_serve.py", "te
         "test_startup.py", "test_living.py")  # fmt: skip
 
 
+def sampled(number: int, few: int = 4) -> list[int]:
+    """Which of so many steps are tried: every one in a soak, else a few, the first and the last among them."""
+    return [*range(number)] if SOAK else sorted({i * (number - 1) // (few - 1) for i in range(few)})
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest come first: where two processes share the work, none then waits for the last one."""
+    long = pytest.mark.skip(reason="a long test: make soak runs it")
+    for item in items:
+        if not SOAK and item.get_closest_marker("soak"):
+            item.add_marker(long)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 

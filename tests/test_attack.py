@@ -15,7 +15,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from attack import LONGEST, judged
 from hostile import AREAS, Case
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: it needs forks and /proc")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: it needs forks and /proc"),
+]
 
 TRACEBACK = "Traceback (most recent call last):\n  File x\nValueError: y\n"
 REQUEST = Case(sends=[b"GET / HTTP/1.1\r\n\r\n"])

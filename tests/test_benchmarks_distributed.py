@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import distributed
 from made import Made
 
+pytestmark = pytest.mark.soak
+
 
 def test_its_queries_are_a_feature_table_and_the_same_each_time(tmp_path, run):
     made = Made(5, 16, 0)

@@ -11,6 +11,8 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
+pytestmark = pytest.mark.soak
+
 
 @pytest.fixture(scope="module")
 def benchmark():

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.soak
 
 
 def test_a_build_additions_and_removals_are_measured(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SKIPPED: needs wait4")
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(sys.platform == "win32", reason="SKIPPED: needs wait4")]
 
 TOY = ("--keys", "3000", "--dim", "64", "--classes", "50", "--queries", "40")
 

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.soak
+
 SCRIPT = ROOT / "benchmarks" / "serve.py"
 ANSWER = b'{"version":%d,"results":[]}'
 

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, needs_shared
 
+pytestmark = pytest.mark.soak
+
 SCRIPT = ROOT / "benchmarks" / "throughput.py"
 
 

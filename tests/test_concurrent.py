@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from conftest import AS_ROOT, mount
+from conftest import AS_ROOT, SOAK, mount
 from test_cli import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
@@ -42,7 +42,7 @@ from retrieval_tip.store import folder as store
 D, CLASSES = 8, 4
 NAMES = [f"class {i}" for i in range(CLASSES)]
 WRITERS, READERS = 4, 4
-SECONDS = float(os.environ.get("RETRIEVAL_TIP_SECONDS", "8"))
+SECONDS = float(os.environ.get("RETRIEVAL_TIP_SECONDS", "8" if SOAK else "2"))
 SMALL = 8
 QUERIES = unit_rows(4, D, 99)
 

@@ -34,7 +34,7 @@ import pytest
 import torch
 import warm
 from click.testing import Result
-from conftest import cache_of
+from conftest import SOAK, cache_of
 from PIL import Image
 from safetensors.torch import save_file
 from test_store import body_of, one_line, sealed, snapshot
@@ -63,7 +63,7 @@ CLASSES = ["cat", "dog", "owl", "eel"]
 N, D, ADDED = 40, 8, 3
 KINDS = ["flat", "ivf", "hnsw", "classes", "graph", "tuned"]
 FACTORIES = {"ivf": "IVF4,Flat", "hnsw": "HNSW8", "classes": "Classes", "graph": "Classes,HNSW8"}
-DAMAGED, RESEALED = 1100, 96
+DAMAGED, RESEALED = (1100, 96) if SOAK else (120, 16)
 """Damages in all, and those under a manifest that was made to fit them."""
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 """When all is made, so that every run damages the same bytes."""
@@ -830,7 +830,7 @@ TEXTS = [
     "\u202e",
 ]
 BLANKS = [None, "", "  ", "\t"]
-TABLES, TEXT_TABLES = 600, 400
+TABLES, TEXT_TABLES = (600, 400) if SOAK else (100, 60)
 
 
 class Wrong(Exception):

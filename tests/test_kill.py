@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import SOAK, sampled
 
 N, D, CLASSES = 120, 16, 6
-MOMENTS = 16
+MOMENTS = 16 if SOAK else 4
 
 if __name__ != "__main__":
     import torch
@@ -150,7 +151,7 @@ def test_killed_at_every_step_the_index_is_the_old_or_the_new(
     steps = answers[3]
     assert steps > 20  # the hooks see the build
     outcomes = []
-    for step in range(steps):
+    for step in sampled(steps, 8):
         folder = tmp_path / str(step)
         shutil.copytree(old, folder)
         assert builder.build(tables[1], folder, step=step) == -signal.SIGKILL
@@ -165,7 +166,7 @@ def test_interrupted_at_any_step_nothing_is_half_written_and_the_status_says_so(
     builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
 ) -> None:
     outcomes = []
-    for step in range(0, answers[3], 1 if os.environ.get("RETRIEVAL_TIP_SOAK") else 4):
+    for step in sampled(answers[3], 8):
         folder, how = tmp_path / str(step), ("SIGINT", "SIGTERM", "SIGHUP")[step % 3]
         shutil.copytree(old, folder)
         assert builder.build(tables[1], folder, step=step, how=how) == 128 + getattr(signal, how)
@@ -194,7 +195,7 @@ def test_killed_first_build_leaves_a_whole_index_or_a_place_to_build_one(
 ) -> None:
     assert builder.build(tables[1], tmp_path / "counted" / "index") == 0
     whole = 0
-    for step in range(len(builder.steps)):
+    for step in sampled(len(builder.steps), 8):
         folder = tmp_path / str(step) / "index"
         assert builder.build(tables[1], folder, step=step) == -signal.SIGKILL
         if is_index(folder):

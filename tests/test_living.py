@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import SOAK
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -311,7 +312,9 @@ class Living(RuleBasedStateMachine):
 )
 def test_an_index_that_lives_answers_as_one_that_is_built_afresh(factory: str, dtype: str, small: int) -> None:
     kind = type("LivingIndex", (Living,), {"factory": factory, "dtype": dtype, "small": small})
-    quick = settings(max_examples=6, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck))
+    quick = settings(
+        max_examples=6 if SOAK else 2, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -15,7 +15,7 @@ from retrieval_tip import CacheModel
 ROWS, DIM = 200_000, 256
 FEATURES = ROWS * DIM * 4 / 2**30
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SKIPPED: needs wait4")
+pytestmark = [pytest.mark.soak, pytest.mark.skipif(sys.platform == "win32", reason="SKIPPED: needs wait4")]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from serving import server
 
 from retrieval_tip.cli import main
 
+pytestmark = pytest.mark.soak
+
 CLASSES = ["accordion", "butterfly", "camera", "crab", "crayfish", "dalmatian", "lobster", "panda", "pizza", "starfish"]
 HOSTILE = '<img src=x onerror="document.title=1">'
 TOKEN = "a token"

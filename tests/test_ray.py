@@ -35,7 +35,11 @@ from retrieval_tip.distributed import engine, runs, shards, tasks
 from retrieval_tip.distributed.engine import BackboneName, Encoding, Ray
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import SOAK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -259,7 +259,7 @@ GRAMMAR = ["", "PCA32,", "PCAR16,", "PCAW8,", "RR64,", "OPQ8,", "OPQ8_32,"], [
 
 def test_types_of_many_kinds_find_near_keys_and_load_as_they_were(tmp_path: Path) -> None:
     kinds = ["".join(parts) for parts in itertools.product(*GRAMMAR)]
-    for factory in kinds if os.environ.get("RETRIEVAL_TIP_SOAK") else random.Random(0).sample(kinds, 24):
+    for factory in kinds if SOAK else random.Random(0).sample(kinds, 24):
         index = VectorIndex.build(KEYS, factory, "cpu")
         rows = index.search(QUERIES, 10)[1]
         exact = np.take_along_axis(EXACT, rows, axis=1)
