@@ -34,27 +34,13 @@ class StoreError(RetrievalTipError):
     """An index folder that is missing, damaged, of another format, or cannot be written."""
 
 
-class _Escapes:
-    """For ``str.translate``: characters that are not printable, as ``escape`` writes them.
-
-    These are what starts a line, what a terminal obeys (C0 and C1), what turns the direction of text, and what is
-    invisible.
-    """
-
-    def __init__(self, escape: Callable[[str], str]) -> None:
-        self._escape = escape
-
-    def __getitem__(self, code: int) -> int | str:
-        return code if chr(code).isprintable() else self._escape(chr(code))
-
-
-_IN_TEXT = _Escapes(lambda character: character.encode("unicode_escape").decode())
-_IN_JSON = _Escapes(lambda character: json.dumps(character)[1:-1])
-
-
 def one_line(text: str) -> str:
-    """Text on one line, without control characters that a terminal would obey, whatever names it holds."""
-    return text if text.isprintable() else text.translate(_IN_TEXT)
+    """Text on one line, without characters that a terminal would obey, whatever names it holds.
+
+    Escaped is what is not printable: ends of lines, control characters (C0 and C1), marks that turn the direction of
+    text, and what is invisible.
+    """
+    return _escaped(text, lambda character: character.encode("unicode_escape").decode())
 
 
 def json_line(value: Any) -> str:
@@ -62,8 +48,13 @@ def json_line(value: Any) -> str:
 
     What JSON does not have is text.
     """
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if text.isprintable() else text.translate(_IN_JSON)
+    return _escaped(json.dumps(value, ensure_ascii=False, default=str), lambda character: json.dumps(character)[1:-1])
+
+
+def _escaped(text: str, escape: Callable[[str], str]) -> str:
+    if text.isprintable():
+        return text
+    return text.translate({ord(character): escape(character) for character in set(text) if not character.isprintable()})
 
 
 def message(text: str) -> str:

@@ -830,13 +830,13 @@ def picture(style: str = "PNG", size: tuple[int, int] = (40, 30), seed: int = 0,
     return buffer.getvalue()
 
 
-def png(width: int, height: int, body: bytes = zlib.compress(b"\0" * 1000)) -> bytes:
+def png(width: int, height: int, body: bytes = zlib.compress(b"\0" * 1000), colour: int = 2) -> bytes:
     """A small PNG that claims this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
@@ -881,8 +881,12 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "only-header.webp": (b"RIFF\x24\0\0\0WEBPVP8 ", ""),
     "only-header.tif": (b"II*\0\x08\0\0\0", ""),
     "endless.tif": (b"II*\0\x08\0\0\0\0\0\x08\0\0\0", ""),
-    "stub.h5": (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, ""),
-    "film.mpg": (b"\0\0\x01\xb3\x16\0\xf0\x14\xff\xff\xe0\x18", ""),
+    "stub.png": (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, ""),
+    "icon.png": (picture("ICO"), "not an image"),
+    "large.png": (png(13_000, 13_000, colour=6), "MB of memory"),
+    "odd-depth.pgm": (b"P5\n99 99\n254\n" + bytes(99 * 99), "save it as PNG"),
+    "segments.jpg": (picture("JPEG").replace(b"\xff\xdb", b"\xff\xe5\0\2" * 140_000 + b"\xff\xdb", 1), "segments"),
+    "film.jpg": (b"\0\0\x01\xb3\x16\0\xf0\x14\xff\xff\xe0\x18", ""),
 }
 
 
@@ -947,6 +951,10 @@ def _make(path: Path, kind: str) -> None:
         path.symlink_to("nowhere")
     elif kind == "linked folder":
         path.symlink_to(".")
+    elif kind == "linked device":
+        path.symlink_to("/dev/zero")
+    elif kind == "endless":
+        path.symlink_to("/proc/self/pagemap")
 
 
 @pytest.mark.parametrize(
@@ -987,7 +995,9 @@ def test_a_link_in_a_circle_is_one_line(run: Run, world: Path, tmp_path: Path, a
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "pipe", "loop", "dangling", "long name", "device"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "pipe", "loop", "dangling", "long name", "device", "linked device", "endless"]
+)
 def test_what_is_no_file_is_named(see: Run, gallery: Gallery, tmp_path: Path, kind: str) -> None:
     bad = {"long name": tmp_path / ("x" * 300), "device": Path("/dev/zero")}.get(kind, tmp_path / "x.png")
     _make(bad, kind)
@@ -1009,6 +1019,8 @@ def test_all_damaged_images_together(see: Run, gallery: Gallery, tmp_path: Path)
     folder.mkdir()
     for name, (raw, _) in DAMAGED.items():
         (folder / name).write_bytes(raw)
+    for kind in ("pipe", "loop", "dangling", "linked device", "endless"):
+        _make(folder / f"{kind}.png", kind)
     bad = sorted(folder.iterdir())
     (folder / "good.png").write_bytes(picture(seed=9))
     skipped(see("classify", gallery.index, tmp_path), *bad)

@@ -284,6 +284,21 @@ def test_newer_format_is_refused_with_the_version_that_is_needed(index: Path) ->
     assert "\x1b" not in str(error.value)
 
 
+def test_an_entry_that_is_not_known_is_refused_since_answers_may_depend_on_it(index: Path) -> None:
+    body = body_of(index) | {"metric": "whitened", "created_by": "retrieval-tip 9.9"}
+    (index / "manifest.json").write_bytes(sealed(body))
+    before = snapshot(index)
+    for opened in (CacheModel.load, verify, store.describe, store.history, model(1).save):
+        with pytest.raises(StoreError) as error:
+            opened(index)
+        one_line(error, "metric", "retrieval-tip 9.9")
+    assert snapshot(index) == before
+    for raw in (body | {"x" * 9999: 1}, body | {"created_by": ["x" * 9999]}):
+        with pytest.raises(StoreError) as error:
+            Manifest.from_bytes(sealed(raw), "m.json")
+        assert len(str(error.value)) < 400
+
+
 def nested(depth: int) -> bytes:
     return b"[" * depth + b"]" * depth
 

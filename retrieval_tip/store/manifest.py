@@ -136,8 +136,8 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise StoreError(f"{name}: not the manifest of a retrieval-tip index")
         version = body.get("format_version")
+        writer = ascii(body.get("created_by", "a newer version"))[:100].strip("'")
         if isinstance(version, int) and version > FORMAT_VERSION:
-            writer = ascii(body.get("created_by", "a newer version")).strip("'")
             raise StoreError(
                 f"{name}: index format {version}, this program reads up to {FORMAT_VERSION}; "
                 f"it was written by {writer}: install that"
@@ -151,6 +151,11 @@ class Manifest:
             sealed = False
         if not sealed:
             raise StoreError(f"{damaged} (its own checksum does not fit); {remedy}")
+        if unknown := body.keys() - _ENTRIES:  # what it says there may change every answer
+            raise StoreError(
+                f"{name}: has entries that this program does not know ({ascii(sorted(unknown))[:100]}); "
+                f"it was written by {writer}: install that"
+            )
         try:
             if type(version) is not int or version < 1:
                 raise ValueError("format_version")
@@ -218,6 +223,9 @@ class Manifest:
         need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
         need(first + sum(part.keys.rows for part in later) == body["n"], "n")
         return cls(settings=settings, **(body | {"files": files, "later": later}))
+
+
+_ENTRIES = {"format", "format_version", "sha256", *(field.name for field in fields(Manifest))}
 
 
 def named_in(raw: bytes) -> set[str] | None:
