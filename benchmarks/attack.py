@@ -59,8 +59,8 @@ sys.path.append(str(ROOT / "tests"))
 import warm
 
 MIB = 1 << 20
-HANG, SERVES, ANSWERS = 20.0, 3.0, 5
-"""Seconds until a try hangs; until a server that an option started is ended; that ours has for an answer."""
+HANG, SERVES, ANSWERS = 20.0, 5.0, 5
+"""Seconds until a try hangs; that another server, of an option, has to start; that ours has for an answer."""
 MOST, KILLED = 1000 * MIB, 2000 * MIB
 """Memory above the idle process that is a failure, and that ends a try at once."""
 LONGEST = 4000
@@ -139,6 +139,8 @@ def start(case: Case, folder: Path) -> Child:
                 os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
             if case.sends is None:
                 prepare(case, folder)
+                if "-" in case.arguments and Path("stdin").exists():
+                    os.dup2(os.open("stdin", os.O_RDONLY), 0)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
         except BaseException:
             traceback.print_exc()
@@ -333,6 +335,7 @@ class Campaign:
         self.name, self.area, self.seed, self.keep = name, area, seed, keep
         self.tally, self.running, self.again = Tally(), list[Child](), deque[Case]()
         self.suspects, self.joint, self.log = list[Case](), "", ""
+        (SCRATCH / "tries").mkdir(exist_ok=True)
         idle = start(Case(call=lambda: None), SCRATCH / "idle")
         self.idle = os.wait4(idle.pid, 0)[2].ru_maxrss * 1024
         _clear(idle)
@@ -343,7 +346,7 @@ class Campaign:
             SERVER.start()
         while True:
             while self._room() and (case := self._next(numbers, ends)) is not None:
-                folder = SCRATCH / f"{case.name}-{time.monotonic_ns()}"
+                folder = SCRATCH / "tries" / f"{case.name}-{time.monotonic_ns()}"
                 self.running.append(start(case, folder))
                 self.tally.tried += not case.alone
             if not self.running:
@@ -407,9 +410,10 @@ class Campaign:
         served, seconds = child.case.sends is not None, time.monotonic() - child.began
         if not served:
             child.peak = max(child.peak, _resident(child.pid, "VmRSS") - self.idle)
-        if child.case.arguments[:1] == ["serve"] and seconds > SERVES and not child.asked:
-            child.asked = True
-            os.kill(child.pid, signal.SIGTERM)
+        if child.case.arguments[:1] == ["serve"] and not child.asked:
+            child.asked = seconds > SERVES or " at http://" in _read(child.beside(".err"))
+            if child.asked:
+                os.kill(child.pid, signal.SIGTERM)
         if child.peak > KILLED and not served:
             child.ended = "too much"
         elif seconds > HANG:
@@ -462,7 +466,7 @@ class Campaign:
         if wrong and any(case in self.suspects for case in cases):
             self.suspects = []
         said = CONTROL.sub("?", "; ".join(f"{column}: {reason}" for column, reason in wrong.items()))
-        lines = [f"    sh {again(case)}  # {line_of(case, 160)}" for case in cases]
+        lines = [f"    bash {again(case)}  # {line_of(case, 160)}" for case in cases]
         self.tally.failures.append(
             "\n".join([f"{', '.join(case.name for case in cases) or self.name}: {said}", *lines])
         )
@@ -482,7 +486,8 @@ def line_of(case: Case, most: int = 0) -> str:
     """The command of a case, or the first line of its request."""
     if case.sends is not None:
         return shown(case.sends[0].split(b"\r\n")[0].decode("latin-1"), most)
-    return " ".join(["retrieval-tip", *(shown(argument, most) for argument in case.arguments)])
+    stdin = " < stdin" * ("-" in case.arguments)
+    return " ".join(["retrieval-tip", *(shown(argument, most) for argument in case.arguments)]) + stdin
 
 
 def again(case: Case) -> Path:
@@ -497,6 +502,7 @@ def again(case: Case) -> Path:
                 prepare(case, place)
             os._exit(0)
         os.waitpid(pid, 0)
+        Path(f"{place}.before").unlink(missing_ok=True)
         script = f"cd {place} && {line_of(case)}\n"
     else:
         place.mkdir()

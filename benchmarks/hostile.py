@@ -259,39 +259,65 @@ def _wrong_number(kind: click.ParamType[Any], value: str) -> bool:
     return not finite or (least is not None and number < least) or (most is not None and number > most)
 
 
+LEFT_OUT = {"index_shards", "plot"}
+"""Options that start Ray, or draw for a second."""
+SPECIAL = {"factory": "factories", "factories": "factories", "host": "hosts", "where": "conditions"}
+
+
+def _is_number(kind: click.ParamType[Any]) -> bool:
+    return isinstance(kind, click.types.IntParamType | click.types.FloatParamType)
+
+
+@cache
+def _parameters() -> dict[str, list[tuple[int, click.Parameter]]]:
+    """Which commands have a parameter of a name. Those that name files count three times."""
+    found: dict[str, list[tuple[int, click.Parameter]]] = {}
+    for at, (command, _, _) in enumerate(commands()):
+        for param in command.params:
+            if param.name not in LEFT_OUT:
+                found.setdefault(str(param.name), []).append((at, param))
+    files = [
+        name for name, of in found.items() if isinstance(of[0][1].type, click.Path) or name in ("folder", "inputs")
+    ]
+    return found | {name + " " * times: found[name] for name in files for times in (1, 2)}
+
+
+def _value(rng: Draw, param: click.Parameter, makers: list[Callable[[], object]]) -> str:
+    """A hostile value of a parameter; where it is the name of a file, what makes that is added to ``makers``."""
+    kind, name = param.type, str(param.name)
+    if (_is_number(kind) or isinstance(kind, click.Tuple) or name == "k") and rng.random() < 0.8:
+        return rng.choice(table("numbers"))
+    if name in SPECIAL and rng.random() < 0.8:
+        text = rng.choice(table(SPECIAL[name]))
+        return text.replace("{e}", "1").replace("{f}", "labels").replace("\0", "")
+    if isinstance(kind, click.Choice) and rng.random() < 0.4:
+        return rng.choice([str(choice) for choice in kind.choices if choice != "ray"])
+    if rng.random() < (0.8 if isinstance(kind, click.Path) else 0.5):
+        text, maker = path(rng)
+        makers.append(maker)
+        return text
+    return rng.choice(table("texts"))
+
+
 def options(rng: Draw) -> Case:
     """every option and argument of every command"""
-    command, words, needs = rng.choice([each for each in commands() if each[1] != ["serve"] or rng.random() < 0.3])
-    arguments, makers, bad = list(needs), [], {}
-    positional = [param for param in command.params if isinstance(param, click.Argument)]
-    special = {"factory": "factories", "factories": "factories", "host": "hosts", "where": "conditions"}
-    for param in rng.choices(command.params, k=rng.choice([1, 1, 2])) if command.params else []:
-        kind, name = param.type, str(param.name)
-        number = isinstance(kind, click.types.IntParamType | click.types.FloatParamType)
-        if name == "index_shards" or (name == "plot" and rng.random() < 0.7):
-            continue  # it starts Ray, or draws for a second
-        if isinstance(param, click.Option) and param.is_flag:
-            arguments.append(rng.choice(param.opts + param.secondary_opts))
+    at, param = rng.choice(_parameters()[rng.choice(list(_parameters()))])
+    command, words, needs = commands()[at]
+    arguments, makers, bad = list(needs), list[Callable[[], object]](), {}
+    others = [other for other in command.params if other.name not in LEFT_OUT and rng.random() < 0.03]
+    for each in (param, *others):
+        if isinstance(each, click.Option) and each.is_flag:
+            arguments.append(rng.choice(each.opts + each.secondary_opts))
             continue
-        if (number or isinstance(kind, click.Tuple) or name == "k") and rng.random() < 0.8:
-            value = rng.choice(table("numbers"))
-        elif name in special and rng.random() < 0.8:
-            value = rng.choice(table(special[name])).replace("{e}", "1").replace("{f}", "labels")
-        elif isinstance(kind, click.Choice) and rng.random() < 0.4:
-            value = rng.choice([str(choice) for choice in kind.choices if choice != "ray"])
-        elif rng.random() < 0.6:
-            value, maker = path(rng)
-            makers.append(maker)
+        value, place = _value(rng, each, makers), [p for p in command.params if isinstance(p, click.Argument)]
+        wrong = _is_number(each.type) and _wrong_number(each.type, value)
+        if str(each.name) in WORK and not wrong and float(value[:300]) > WORK[str(each.name)]:
+            value = "2"
+        if isinstance(each, click.Option):
+            bad[each.name] = wrong
+            arguments += [rng.choice(each.opts), *[value] * each.nargs]
         else:
-            value = rng.choice(table("texts"))
-        value = value.replace("\0", "")
-        if number and not _wrong_number(kind, value) and float(value[:300]) > WORK.get(name, math.inf):
-            continue
-        if isinstance(param, click.Option):
-            bad[name] = number and _wrong_number(kind, value)
-            arguments += [rng.choice(param.opts), *[value] * param.nargs]
-        elif positional.index(param) < len(needs):
-            arguments[positional.index(param)] = value
+            arguments[place.index(each) : place.index(each) + 1] = [value]
     must_fail = any(bad.values()) and "--help" not in arguments
     return Case([*words, *arguments], lambda: [maker() for maker in makers], must_fail)
 
@@ -468,7 +494,11 @@ def images(rng: Draw) -> Case:
     words = rng.choice(table("with_picture")).replace("{model}", f"local-dir:{BACKBONE}").split()
 
     def prepare() -> None:
-        if "{}" not in words:
+        if "-" in words:
+            names = rng.choices([*table("texts"), name, "shots/cat/0.png"], k=rng.choice([1, 5, 20]))
+            raw = rng.choice(["\n", "\0", "\r\n"]).join(names).encode("utf-8", "surrogateescape")
+            Path("stdin").write_bytes(raw)
+        elif "{}" not in words:
             for i in range(rng.choice([1, 3])):
                 Path(f"shots/dog/x{i}{suffix or '.png'}").write_bytes(_picture(rng, "cli"))
         elif maker:

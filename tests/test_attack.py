@@ -86,7 +86,7 @@ def test_areas_that_need_no_backbone_are_tried(tmp_path: Path) -> None:
     assert found.keys() == {name for name, area in AREAS.items() if not area.images}
     assert all(tried == 3 for tried, *_ in found.values())
     assert status == any(any(counts) for _, *counts, _ in found.values()) or "memory:" in report
-    assert len(re.findall(r"^    sh /\S+/again.sh  # ", report, re.M)) == report.count("/again.sh")
+    assert len(re.findall(r"^    bash /\S+/again.sh  # ", report, re.M)) == report.count("/again.sh")
 
 
 @pytest.mark.parametrize(

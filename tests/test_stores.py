@@ -5,6 +5,7 @@ What an index should answer is written out here, in float64, from the keys and l
 
 from __future__ import annotations
 
+import datetime
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import shutil
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -656,6 +658,21 @@ def test_the_bytes_of_removed_keys_go_with_the_last_version(kind, base, tmp_path
         changes.rebuild(pets.place)
     pets.store.collect()
     assert not any(key in data for data in everything(pets.place).values())
+
+
+def test_versions_are_given_up_also_after_the_clock_was_set_back(local, monkeypatch):
+    class Earlier(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime.now(tz) - datetime.timedelta(days=365)
+
+    fake = types.SimpleNamespace(datetime=Earlier, timedelta=datetime.timedelta)
+    for k in (3, 4):
+        changes.configure(local.place, k=k)
+    monkeypatch.setattr(key_table, "datetime", fake)
+    given_up, _ = local.store.collect()
+    assert given_up == list(range(1, local.store.manifest().version))
+    local.check()
 
 
 def test_marks_of_a_writer_that_was_killed_keep_no_version(local):

@@ -139,7 +139,7 @@ def finetune(
         if resume:
             held = _read(place)
         elif not place.is_file():
-            raise InputError(f"{show(place)}: is no file, and its name is needed for the state of the run; remove it")
+            raise InputError(f"{show(place)}: cannot be written: not a file; the state of the run needs its name")
         else:
             log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
     recipe, cache = recipe or Recipe(), cache.whole()

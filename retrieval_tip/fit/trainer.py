@@ -173,15 +173,17 @@ class Trainer:
 
     def trained(self) -> dict[str, Tensor]:
         """Copies of what is trained, by name; encoders' tensors as ``encoder.NAME``."""
-        trained = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
-        if "text" in self.recipe.train:
-            trained["text_weights"] = self.text_weights
-        copies = {name: tensor.clone() for name, tensor in trained.items()}
+        copies = {name: tensor.clone() for name, tensor in self._in_training().items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
+
+    def _in_training(self) -> dict[str, Tensor]:
+        """What is trained beside encoders."""
+        found = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
+        return found | ({"text_weights": self.text_weights} if "text" in self.recipe.train else {})
 
     def check(self, trained: Mapping[str, Tensor]) -> None:
         """Raise ValueError naming the tensor that :meth:`trained` does not have like this."""
-        own = self.trained()
+        own = self._in_training() | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
         if odd := sorted(own.keys() ^ trained.keys()):
             raise ValueError(f"tensor {odd[0]!r} is missing, or of another run")
         for name, tensor in trained.items():

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_tip.errors import StoreError, UsageError, first_line
+from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line
 from retrieval_tip.lance.address import Address, storage_options
+from retrieval_tip.lance.objects import storage_options
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
@@ -107,7 +108,9 @@ def _said(address: Address, what: str) -> Iterator[None]:
     """Errors of the engine as StoreError, in one line."""
     try:
         yield
-    except (RuntimeError, ValueError, OSError, KeyError, pa.ArrowException) as error:
+    except RetrievalTipError:
+        raise
+    except Exception as error:  # among them a panic of the engine's, which has a type of its own
         raise StoreError(f"{address}: {what} failed ({first_line(error)[:300]})") from None
 
 
@@ -402,8 +405,9 @@ class KeyTable:
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
             self.optimize()  # so that giving up comes at once below: its clock starts when it is asked
             slack = datetime.timedelta(seconds=0.002)
+            oldest = min(made[version] for version in kept)  # a clock that was set back since makes that a later one
             while True:
-                age = datetime.datetime.now(made[min(kept)].tzinfo) - made[min(kept)] + slack
+                age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
                 try:
                     with _said(self.address, "giving up versions"):
                         self.table.optimize(cleanup_older_than=age)

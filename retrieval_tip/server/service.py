@@ -171,7 +171,7 @@ class Service:
         try:
             return pixels_of(data, backbone, most=self.limits.pixels)
         except InputError as error:
-            return error
+            return InputError(str(error))  # without the traceback, which holds the image and what was made of it
 
     async def add(self, one: Served, sent: Sent) -> dict[str, Any]:
         """Add shots; the index is at the new version when this returns. Raises as :func:`changes.add`."""
