@@ -689,7 +689,7 @@ def test_a_long_import_stays_flat_in_memory(tmp_path, monkeypatch):
 
         return blocks(out, schema, each())
 
-    monkeypatch.setattr(exchange, "_write", watched)
+    monkeypatch.setattr(exchange, "write_table", watched)
     try:
         assert import_table(tmp_path / "f.npy", tmp_path / "t.parquet", labels=tmp_path / "l.csv") == n
         assert tracemalloc.get_traced_memory()[1] < 8 << 20  # the features alone are 15 MiB

@@ -22,7 +22,7 @@ from PIL import Image
 from retrieval_tip import bounds
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.data import encoder as features_module
-from retrieval_tip.data import images
+from retrieval_tip.data import feature_tables, images
 from retrieval_tip.data.encoder import Encoder, encode_table, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import IDENTITY_KEY, check_backbone, read_features, table_dim, table_identity
@@ -584,7 +584,7 @@ def test_features_of_every_float_and_list_type_are_read(tmp_path: Path, kind: st
 
 
 def test_large_tables_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "TABLE_ROWS", 7)
+    monkeypatch.setattr(feature_tables, "TABLE_ROWS", 7)
     rows = unit_rows(30)
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"feature": pa.array(list(rows), pa.list_(pa.float32(), 4))}), path, row_group_size=11)
@@ -622,7 +622,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, rows: list[Any], words: str) -> No
 
 
 def test_rows_are_counted_over_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "TABLE_ROWS", 4)
+    monkeypatch.setattr(feature_tables, "TABLE_ROWS", 4)
     rows: list[Any] = list(unit_rows(20))
     cases = {"row 13 has 3": [1.0, 0.0, 0.0], "row 13: the feature holds": [np.nan] * 4, "row 13 without": None}
     for words, wrong in cases.items():
@@ -688,7 +688,7 @@ def test_a_column_named_like_a_part_of_the_feature_is_not_taken_for_it(tmp_path:
 def test_rows_are_picked_in_any_order_and_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int]
 ) -> None:
-    monkeypatch.setattr(features_module, "TABLE_ROWS", 6)
+    monkeypatch.setattr(feature_tables, "TABLE_ROWS", 6)
     rows = unit_rows(20)
     source = open_items(table_of(tmp_path / "t.parquet", list(rows))).take(order)
     positions, found = all_of(Encoder(), source)
@@ -697,7 +697,7 @@ def test_rows_are_picked_in_any_order_and_again(
 
 
 def test_a_table_in_order_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "TABLE_ROWS", 6)
+    monkeypatch.setattr(feature_tables, "TABLE_ROWS", 6)
     source = open_items(table_of(tmp_path / "t.parquet", list(unit_rows(20))))
     assert [len(block.positions) for block in Encoder().blocks(source)] == [6, 6, 6, 2]
 

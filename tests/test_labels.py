@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retrieval_tip import predictions
 from retrieval_tip.cli.output import write_rows
 from retrieval_tip.errors import InputError, RetrievalTipError
 from retrieval_tip.predictions import PREDICTIONS, read_predictions
-from retrieval_tip.store import labels as module
 from retrieval_tip.store.labels import VERSIONS_SCHEMA, versions_table
 from retrieval_tip.store.query import ask
 
@@ -208,9 +208,9 @@ def test_parquet_that_is_no_predictions_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_a_file_of_too_many_predictions_is_refused(tmp_path: Path, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "p", ROWS, style)
-    monkeypatch.setattr(module, "MAX_ROWS", 2)
+    monkeypatch.setattr(predictions, "MAX_ROWS", 2)
     assert read_predictions(path).num_rows == 2
-    monkeypatch.setattr(module, "MAX_ROWS", 1)
+    monkeypatch.setattr(predictions, "MAX_ROWS", 1)
     with pytest.raises(InputError, match="2 rows, more than 1"):
         read_predictions(path)
 

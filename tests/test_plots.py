@@ -20,6 +20,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation.evaluate import Affinities, Answers, Evaluation, evaluate
 from retrieval_tip.report import plots
+from retrieval_tip.settings import Settings
 
 pytest.importorskip("matplotlib")
 
@@ -35,8 +36,8 @@ def made_up(truth, predicted, names, confidence=None, affinities=True, **changes
     counts = [np.histogram(np.random.default_rng(0).normal(m, 0.07, 999).clip(-1, 1), edges)[0] for m in (0.75, 0.5)]
     facts = {
         "top1": float(right.mean()), "top5": 1.0, "zero_shot_top1": None, "cache_top1": 0.5,
-        "mean_per_class": 0.5, "ece": 0.1, "n": len(truth), "skipped": 0, "alpha": 1.0, "beta": 5.5, "k": None,
-        "tail": True, "temperature": 1.0, "confusions": [],
+        "mean_per_class": 0.5, "ece": 0.1, "n": len(truth), "skipped": 0, "settings": Settings(),
+        "confusions": [],
         "per_class": {names[i]: float(right[truth == i].mean()) for i in np.unique(truth)},
         "answers": Answers(truth, predicted, confidence, names, Affinities(edges, *counts) if affinities else None),
     }  # fmt: skip

@@ -235,7 +235,7 @@ def test_a_known_backbone_is_loaded_when_something_is_encoded(known, opened):
     np.testing.assert_array_equal(waiting.encode_images(pixels), plain.encode_images(pixels))
     np.testing.assert_array_equal(waiting.encode_texts(["a cat"]), plain.encode_texts(["a cat"]))
     assert waiting.identity == identity
-    assert waiting.logit_scale == plain.settings.logit_scale
+    assert waiting.logit_scale == plain.logit_scale
     assert len(opened) == 1
 
 

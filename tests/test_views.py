@@ -20,8 +20,7 @@ import torch
 from test_features import IDENTITY, Fake, folder, picture, reads, source_of, unit_rows, with_identity  # noqa: F401
 
 from retrieval_tip.backbones.open_clip import unit
-from retrieval_tip.data import encoder as features_module
-from retrieval_tip.data import images
+from retrieval_tip.data import feature_tables, images
 from retrieval_tip.data.encoder import Encoder, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
@@ -147,7 +146,7 @@ def table(path: Path, ids: list[str], rows: np.ndarray) -> Source:
 def test_rows_that_share_an_id_are_the_views_of_a_shot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table_rows: int
 ) -> None:
-    monkeypatch.setattr(features_module, "TABLE_ROWS", table_rows)
+    monkeypatch.setattr(feature_tables, "TABLE_ROWS", table_rows)
     rows = unit_rows(7)
     source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
     found = Encoder().encode_views(source, [])

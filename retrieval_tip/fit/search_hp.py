@@ -268,7 +268,7 @@ def search_paper(
     ``scales`` are those of beta and alpha (7 and 3 for ImageNet). Published figures used the whole validation split,
     for ImageNet the test set; alpha 0 is not in the grid.
     """
-    check_settings(scales[1], scales[0], None, cache.logit_scale)
+    cache.settings.but(alpha=scales[1], beta=scales[0])  # which refuses what are no settings
     _check(cache, queries)
     betas, alphas = (
         [0.1 + i * (scale - 0.1) / steps for i in range(steps)]

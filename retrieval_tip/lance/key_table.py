@@ -24,7 +24,6 @@ import pyarrow as pa
 
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line
 from retrieval_tip.lance.address import Address, storage_options
-from retrieval_tip.lance.objects import storage_options
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]

@@ -225,7 +225,9 @@ class Manifest:
         return cls(settings=settings, **(body | {"files": files, "later": later}))
 
 
-_ENTRIES = {"format", "format_version", "sha256", *(field.name for field in fields(Manifest))}
+_ENTRIES = {"format", "format_version", "sha256"} | {
+    field.name for kind in (Manifest, Settings) for field in fields(kind) if field.name != "settings"
+}
 
 
 def named_in(raw: bytes) -> set[str] | None:
