@@ -486,7 +486,7 @@ class EncodingCache:
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
-        """The cache in a folder; where none is given in the default one, or ``None`` where that cannot be, which is said.
+        """The cache in a folder; where none is given in the default one; ``None`` where that cannot be, which is said.
 
         Raises InputError for a given folder where there can be none.
         """
