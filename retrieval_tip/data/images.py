@@ -68,7 +68,7 @@ MAX_EXIF = 1 << 20
 PART_PIXELS = 1 << 18
 """Of a picture, converted at a time."""
 GIVEN_BACK = 64 << 20
-"""After an image that took so many bytes or more, the C library is asked to give freed memory back."""
+"""Before and after an image that takes so many bytes or more, the C library is asked to give freed memory back."""
 
 THUMBNAIL_QUALITY = 80
 """Of the JPEG files that :func:`thumbnail` makes, of 100."""
@@ -173,6 +173,8 @@ def _claim(size: int) -> None:
         _here.held = 0
         _room.take(size)
         _here.held = size
+        if size >= GIVEN_BACK:
+            _give_memory_back()
 
 
 def _give_memory_back() -> None:

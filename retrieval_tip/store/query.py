@@ -166,7 +166,7 @@ def _received(source: Any, most: int, what: str) -> pa.Table:
     size, batches = 0, []
     with pa.ipc.open_stream(source) as stream:
         for batch in stream:
-            size += batch.nbytes
+            size += max(batch.nbytes, 8 * batch.num_rows)  # rows of nothing take no bytes, and time
             if size > most:
                 raise UsageError(f"{what}: its answer takes more than {most >> 20} MiB; ask for less, as with LIMIT")
             batches.append(batch)
