@@ -609,7 +609,7 @@ class LanceModel(Classifier):
         writer.commit(self.manifest)
         self.version = self.manifest.version
         with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
-            self.store.forget_old(self.manifest.version)
+            self.store.forget_old(writer.still_held, self.manifest.version)
 
 
 def verify(place: LanceVersions) -> LanceModel:

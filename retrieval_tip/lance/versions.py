@@ -102,7 +102,7 @@ class Writer:
     """A version in the making, alone. Make one with :meth:`LanceVersions.write`."""
 
     def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
-        self.store, self.parent, self._still_held = store, parent, still_held
+        self.store, self.parent, self.still_held = store, parent, still_held
         self._files = store.table_files()
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
@@ -140,11 +140,20 @@ class Writer:
         if KeyTable.at(address, manifest.table.name, manifest.table.version).rows != manifest.n:
             raise StoreError(f"{address}: was written by another process meanwhile; try again")
         self._flush()
-        self._still_held()
+        self.still_held()
         name = _name(manifest.version)
         # Where the answer was lost, it may be there all the same; what is there tells whose it is.
         if not objects.create(name, raw) and objects.get(name, len(raw)) != raw:
             raise StoreError(f"{address}: got version {manifest.version} from another process; try again")
+        try:
+            self.still_held()
+        except StoreError as lost:  # whoever has it now may have given up what no manifest named yet
+            try:
+                self.store.classes(manifest)
+                self.store.table(manifest)
+            except StoreError:
+                objects.delete([name])
+                raise lost from None
 
     def _flush(self) -> None:
         """Flush the files of the table that are new on a disk, and the folders that hold them."""
@@ -295,19 +304,22 @@ class LanceVersions:
         if keep < 1:
             raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
         self.manifest()
-        with self.write():
-            return self._forget(keep)
+        with self.write() as writer:
+            return self._forget(writer.still_held, keep)
 
-    def _forget(self, keep: int, prune: bool = True) -> tuple[list[int], int]:
+    def _forget(self, still_held: Callable[[], None], keep: int, prune: bool = True) -> tuple[list[int], int]:
         there = self._versions()
         gone, kept = there[:-keep], [self._read(version) for version in there[-keep:]]
-        self.objects.delete([_name(version) for version in gone])
         named = {file.name for manifest in kept for file in manifest.data_files}
         strays = {name: size for name, size in self.objects.sizes("data").items() if name not in named}
+        still_held()  # else another one may have made a version since, of what looks given up here
+        self.objects.delete([_name(version) for version in gone])
+        still_held()
         self.objects.delete(strays)
         tables: Sequence[Table] = [manifest.table for manifest in kept if manifest.table is not None]
         if prune:
             table = KeyTable.latest(self.address, tables[-1].name)
+            still_held()
             table.prune(sorted({found.version for found in tables}))
         return gone, sum(strays.values())
 
@@ -315,10 +327,10 @@ class LanceVersions:
         """Whether the version with this number, once it is there, is to give up versions of the table."""
         return number % PRUNED_EVERY == 0 and len(self._versions()) >= store.KEPT_VERSIONS
 
-    def forget_old(self, number: int) -> None:
+    def forget_old(self, still_held: Callable[[], None], number: int) -> None:
         """Give up what is beyond :data:`store.KEPT_VERSIONS`, right after the version with this number."""
         if len(self._versions()) > store.KEPT_VERSIONS:
-            self._forget(store.KEPT_VERSIONS, prune=number % PRUNED_EVERY == 0)
+            self._forget(still_held, store.KEPT_VERSIONS, prune=number % PRUNED_EVERY == 0)
 
 
 def _name(version: int) -> str:
