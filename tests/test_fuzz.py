@@ -20,7 +20,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,10 +47,11 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE
 from retrieval_tip.data.sources import open_inputs, open_source
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
-from retrieval_tip.index import changes
+from retrieval_tip.index import changes, export
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.retrieval.vector_index import faiss
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import labels
 from retrieval_tip.store import query as asked_in_sql
@@ -299,7 +300,7 @@ def test_damage_is_named_and_never_changes_an_answer(world: dict[str, Path], tmp
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             path.write_bytes(raw)
         done[what] += 1
-    assert done.total() > 1000
+    assert done.total() > 0.9 * DAMAGED
     assert len(done) > 10
     for kind, index in copies.items():  # and all of it was put back
         assert snapshot(index) == snapshot(world[kind])
@@ -635,9 +636,8 @@ BACKBONE = {"model": "m", "pretrained": None, "weights": "ab", "config": "cd", "
 
 def plain(cache: CacheModel, body: dict[str, Any]) -> CacheModel:
     """With the settings and the names of the classes that there were."""
-    cache = replace(cache, **{name: body[name] for name in SETTINGS})
-    cache.settings = cache.settings.but(tail=body["tail"])
-    return cache
+    own = {field.name: body[field.name] for field in fields(Settings)}
+    return replace(cache, class_names=body["class_names"], settings=Settings(**own))
 
 
 def test_a_manifest_of_any_values_is_refused_or_answers_as_it_says(world: dict[str, Path], tmp_path: Path) -> None:
@@ -664,8 +664,8 @@ def test_a_manifest_of_any_values_is_refused_or_answers_as_it_says(world: dict[s
             kept.add(at[0])
             assert answer(plain(cache, body)) == before, (at, value)
             if at[0] in SETTINGS and len(at) == 1:
-                assert getattr(cache, at[0]) == value
-                refused(partial(cache.classify, QUERIES, k=cache.settings.k, tail=cache.settings.tail))
+                assert getattr(cache if at[0] == "class_names" else cache.settings, at[0]) == value
+                refused(partial(cache.classify, QUERIES))
             refused(lambda: store.describe(index))
             refused(lambda: store.history(index))
     assert done > 1500
@@ -1207,9 +1207,10 @@ def test_any_table_is_refused_in_one_line_or_read_value_by_value(base: Path, tmp
                 assert right is not None, (said, error)
                 if right.row is not None:
                     assert f"row {right.row}" in str(error) or f"rows {right.row}," in str(error), (said, error)
-    assert outcomes.total() > 1000
-    assert min(outcomes[way.__name__] for way in [consumers.source, *ways]) > 2, outcomes
-    assert min(outcomes[f"{way.__name__} refused"] for way in [consumers.source, *ways]) > 5, outcomes
+    assert outcomes.total() > 1.5 * TABLES
+    if SOAK:  # then every way is gone often enough
+        assert min(outcomes[way.__name__] for way in [consumers.source, *ways]) > 2, outcomes
+        assert min(outcomes[f"{way.__name__} refused"] for way in [consumers.source, *ways]) > 5, outcomes
 
 
 def any_text(rng: random.Random) -> tuple[bytes, str, list[list[str]] | None]:
@@ -1649,7 +1650,7 @@ def test_links_out_of_the_folder_are_neither_read_nor_written(
 def test_copies_and_tables_go_to_names_of_any_kind(base: Path, tmp_path: Path, name: str) -> None:
     changes.clone(base / "index", tmp_path / name)
     assert answer_of(tmp_path / name) == answer_of(base / "index")
-    assert exchange.export_table(opened(tmp_path / name), tmp_path / f"{name}.parquet") == 8
+    assert export.export_table(opened(tmp_path / name), tmp_path / f"{name}.parquet") == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}.parquet"])
 
 
@@ -1668,7 +1669,7 @@ def test_copies_and_tables_never_take_the_place_of_something_else(base: Path, tm
     for place in ("file", "full", "pipe", "index", "file/x", "bad\udcff"):
         assert refused(lambda to=tmp_path / place: changes.clone(index, to)), place
     for place in ("full", "pipe", "index", "file/x.parquet", "x" * 300, "nowhere/x.parquet"):
-        assert refused(lambda to=tmp_path / place: exchange.export_table(cache, to)), place
+        assert refused(lambda to=tmp_path / place: export.export_table(cache, to)), place
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "thesis").read_text() == "kept"
     assert answer_of(index) == answer_of(base / "index")

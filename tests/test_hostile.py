@@ -509,7 +509,7 @@ def test_wrong_usage_is_refused(
         (b"shots = 1\nshots = 2", "recipe.toml"),
         (b"\xff\xfe", "recipe.toml"),
         (b"alpha = nan", "alpha"),
-        (b"k = 0", None),
+        (b"k = 0", "-k"),
         (b"factory = 'Nonsense'", "Nonsense"),
         (b"norms = 'maybe'", "norms"),
         (None, "recipe.toml"),

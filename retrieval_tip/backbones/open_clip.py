@@ -825,7 +825,7 @@ def _quiet() -> Iterator[None]:
 
     What this package says meanwhile, in another thread, is still said.
     """
-    ours = logging.getLogger(__package__)
+    ours = logging.getLogger("retrieval_tip")
     with _QUIET:
         loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
         before = [logger.level for logger in loggers]
