@@ -635,7 +635,7 @@ def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
     assert "1 item could not be read" in page.first("header").text
     said = section(page, "provenance").text
     assert "54 answered, 1 could not be read" in said
-    assert f"{bad}: not an image that Pillow can open" in said
+    assert f"{bad}: not an image of a format that is read" in said
     out = (tmp_path / "r.html").read_bytes()
     refused = done(*arguments, "--strict", status=1)
     assert "<b>ad.jpg" in refused.stderr

@@ -700,12 +700,7 @@ def test_a_clone_is_the_same_index_elsewhere(pets, to):
     assert labels_of(out) == labels_of(pets.place)
     one, other = pets.open(), stores.at(out).load(device="cpu")
     facts = (
-        "alpha",
-        "beta",
-        "k",
-        "tail",
-        "temperature",
-        "logit_scale",
+        "settings",
         "templates",
         "backbone",
         "dtype",

@@ -102,9 +102,13 @@ class _Group(click.Group):
     """Turns errors, the package's and click's, into one line on standard error and the exit status that fits them."""
 
     def make_context(self, *given: Any, **more: Any) -> click.Context:
-        _fill_closed_streams()
-        with _in_one_line():
-            return super().make_context(*given, **more)
+        try:
+            _fill_closed_streams()
+            with _in_one_line():
+                return super().make_context(*given, **more)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(128 + signal.SIGINT) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
