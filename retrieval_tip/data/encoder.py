@@ -176,7 +176,7 @@ class Encoder:
 
         if source.paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; training an encoder needs the images")
-        check_count("batch", size)
+        check_count("size", size)
         backbone = self._needed_backbone(source)
         _check_pixels(backbone, len(source), 1, size, 2)
         start, done = 0, 0
