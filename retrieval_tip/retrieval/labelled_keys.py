@@ -101,6 +101,7 @@ class LabelledKeys:
 
     def relabelled(self, rows: IntArray, class_id: int, label: str) -> LabelledKeys:
         """With some of the keys, by row, given to another class, as its last shots; their values stay with them."""
+        rows = rows[np.argsort(self.key_ids[rows])]  # segments need not lie by key id, and a table of keys does
         ids, names = self.class_ids.copy(), self.labels["label"].to_numpy().copy()
         shots = self.labels["shot"].to_numpy().copy()
         shots[rows] = shots[ids == class_id].max(initial=-1) + 1 + np.arange(len(rows))
