@@ -1536,7 +1536,7 @@ def test_a_table_is_served(things, tmp_path, run):
     changes.clone(things, own)
     folder = stores.at(things).load(device="cpu")
     features = np.asarray(folder.keys[:5], dtype=np.float32)
-    expected = folder.classify(features, top=3, k=folder.k, neighbours=3)
+    expected = folder.classify(features, top=3, neighbours=3)
     sent, headers = {"features": features.tolist()}, {"authorization": f"Bearer {token}"}
     with server(own, token=token) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
 
