@@ -9,15 +9,14 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from retrieval_tip.errors import InputError, one_line, show
 
-if TYPE_CHECKING:
-    pass
-
 FOLDER = "a folder"
+KERNEL = "made up by the kernel"
 
 _KINDS = {
     stat.S_IFDIR: FOLDER,
@@ -29,7 +28,10 @@ _KINDS = {
 
 
 class NotAFileError(InputError):
-    """A path that leads to no regular file; ``kind`` says what is there: a folder, a pipe, a device or a socket."""
+    """A path that leads to no regular file; ``kind`` says what is there: a folder, a pipe, a device or a socket.
+
+    Or a file that the kernel makes up, in ``/proc`` or ``/sys``.
+    """
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
         super().__init__(f"{one_line(os.fspath(path))}: {kind}, not a file")
@@ -44,10 +46,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     Raises NotAFileError, which names the path and what it is; OSError and ValueError as ``open`` does: no such file, no
     permission, no name that a file can have.
     """
-    _check(Path(path).stat().st_mode, path)
+    _check(Path(path).stat(), path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        _check(os.fstat(descriptor).st_mode, path)  # another may have come in its place
+        _check(os.fstat(descriptor), path)  # another may have come in its place
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -55,17 +57,14 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise as :func:`open_regular` does, before a library opens a file by its name.
-
-    And OSError for a file that is empty, by what it says: some of ``/proc`` have no end.
-    """
+    """Raise as :func:`open_regular` does, before a library opens a file by its name; and OSError where it is empty."""
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             raise OSError(errno.ENODATA, "the file is empty", os.fspath(path))
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """The bytes of a regular file, as many as it says that it has: of one of ``/proc``, which has no end, none.
+    """The bytes of a regular file, as many as it says that it has.
 
     Raises InputError where these are more than ``most``, unread, and else as :func:`open_regular`.
     """
@@ -73,7 +72,7 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise InputError(f"{one_line(os.fspath(path))}: {size:,} bytes are more than it may have ({most:,})")
-        return file.read(size) or b""  # none: what would have made us wait
+        return file.read(size)
 
 
 def real(path: str | os.PathLike[str]) -> Path:
@@ -102,9 +101,16 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _check(mode: int, path: str | os.PathLike[str]) -> None:
-    if not stat.S_ISREG(mode):
-        raise NotAFileError(path, _KINDS.get(stat.S_IFMT(mode), "something else"))
+def _check(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise NotAFileError(path, _KINDS.get(stat.S_IFMT(status.st_mode), "something else"))
+    if status.st_dev in _kernel_devices():  # says that it is regular, and may have no end or never answer: /proc/kmsg
+        raise NotAFileError(path, KERNEL)
+
+
+@cache
+def _kernel_devices() -> frozenset[int]:
+    return frozenset(folder.stat().st_dev for folder in (Path("/proc"), Path("/sys")) if folder.is_mount())
 
 
 def sync(folder: Path) -> None:

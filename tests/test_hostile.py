@@ -1258,7 +1258,7 @@ PROGRAM = [sys.executable, "-c", "from retrieval_tip.cli import main; main()"]
     [
         (("index", "build", "{t}/bad.parquet", "--out", "{t}/out", "--text", "{w}/text.parquet"), 1, "row 2"),
         (("classify", "{w}/other", "{w}/test.parquet"), 1, "other: not an index"),
-        (("classify", "{w}/index", "{w}/test.parquet", "--alpha", "nan"), 2, "alpha is nan"),
+        (("classify", "{w}/index", "{w}/test.parquet", "--alpha", "nan"), 2, "--alpha': 'nan'"),
         (("evaluate", "{w}/index", "{t}/cut.parquet"), 1, "cut.parquet: cannot be read"),
     ],
 )

@@ -27,7 +27,7 @@ import torch
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE, TABLE_ROWS, schema_of, table_of, write_table
 from retrieval_tip.data.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list
 from retrieval_tip.errors import InputError, UsageError, first_line, show
-from retrieval_tip.files import check_regular, read_regular, real
+from retrieval_tip.files import check_regular, open_regular, read_regular, real
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +212,7 @@ def _pairs(folder: Path, arrays: Sequence[Path], tables: Sequence[Path]) -> list
 def _read_npy(file: Path) -> Array:
     """An array, memory-mapped: a header that claims more than the file holds is refused, and no pickle is read."""
     try:
+        check_regular(file)
         array: Array = np.lib.format.open_memmap(file, mode="r")
     except Exception as error:  # damaged headers fail anywhere in numpy's parser
         raise InputError(f"{show(file)}: cannot be read as .npy: {first_line(error)}") from None
@@ -222,7 +223,7 @@ def _read_tensor(file: Path) -> Array:
     """One tensor of ``torch.save``, memory-mapped where that works. Nothing that the file tells to run is run."""
     name, load = show(file), partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        with file.open("rb") as raw, warnings.catch_warnings():
+        with open_regular(file) as raw, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if zipfile.is_zipfile(raw) and any(entry.compress_type for entry in zipfile.ZipFile(raw).infolist()):
                 raise ValueError("it is compressed, which torch.save never does")  # a little file may become a huge one
