@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import Identity, resolve_device
 from retrieval_tip.classifier import Answers, Classifier, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
@@ -28,7 +30,7 @@ from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Fitted, Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
@@ -46,15 +48,18 @@ class InMemory(Classifier):
     are so many that not even these are all met. ``class_ids`` ``[n]`` int64, on the device, repeats what ``labels``
     say.
 
-    A fine-tuned cache may have more: ``values`` ``[n, c]`` float32, on the device, what each key gives to each class in
-    place of 1 to its own (:class:`tip.Values`); ``tuned``, the safetensors file of the fine-tuned encoder that the
-    features come from; ``curve``, the loss curve of the training, a row an epoch.
+    What was ``fitted`` to the shots (:mod:`fit.closed_form`), or trained: a ``metric``, and the ``points`` ``phi(K)``
+    that queries then meet in place of the keys, of their dtype and in their segments; ``values`` ``[n, c]`` float32, on
+    the device, what each key gives to each class in place of 1 to its own (:class:`tip.Values`); ``tuned``, the
+    safetensors file of the fine-tuned encoder that the features come from; ``curve``, the loss curve of the training, a
+    row an epoch.
 
     ``folder`` and ``version`` say which version of which index folder this is, ``next_key_id`` from where on key ids
     were never given.
 
     Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with :func:`dataclasses.replace`, never in
-    their place. Raises InputError for values of another shape or a curve without rows.
+    their place; points that are not given follow from the keys. Raises InputError for values of another shape or a
+    curve without rows.
     """
 
     keys: npt.NDArray[Any] | Segments
@@ -75,10 +80,16 @@ class InMemory(Classifier):
     text_index: VectorIndex | None = None
     folder: Path | None = None
     next_key_id: int | None = None
+    metric: tip.Metric | None = None
+    points: npt.NDArray[Any] | Segments | None = None
+    fitted: Fitted | None = None
 
     def __post_init__(self) -> None:
         self._stored: Stored | None = None
         self.text_weights = self.text_weights.to(self.device)
+        if self.metric is not None:
+            self.metric = tip.Metric(self.metric.mean.to(self.device), self.metric.transform.to(self.device))
+            self.points = self._with_points()
         self._follow()
         if self.values is not None:
             inputs.check_shape("values", self.values.shape, (self.n, len(self.class_names)), "one row a key")
@@ -89,7 +100,7 @@ class InMemory(Classifier):
     def _follow(self) -> None:
         """Bring up to date what follows from the keys, their labels, the classes and the text weights."""
         class_ids = self.labels["class_id"].to_numpy().astype(np.int64)
-        c, (base, *late) = len(self.class_names), segments_of(self.keys)
+        c, (base, *late) = len(self.class_names), segments_of(self.met)
         if not self.index.by_class and self.index.indexed != len(base):
             raise InputError(f"index: is over {self.index.indexed} vectors, the first segment has {len(base)} keys")
         if late or (self.index.by_class and self.index.indexed < c):
@@ -99,7 +110,7 @@ class InMemory(Classifier):
             at, weights = self.text_index.indexed, self.text_weights
             self.text_index = self.text_index.plus(np.arange(at, c), lambda: weights[at:].cpu().numpy())
         means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
-        self._keys = Keys(self.keys, class_ids, c, self.device, self.precision, means)
+        self._keys = Keys(self.met, class_ids, c, self.device, self.precision, means)
         self.class_ids = self._keys.class_ids
         if self.next_key_id is None:
             self.next_key_id = int(pc.max(self.labels["key_id"]).as_py()) + 1
@@ -116,7 +127,29 @@ class InMemory(Classifier):
             text_index=self.text_index,
             values=self.values,
             settings=self.settings,
+            metric=self.metric,
         )
+
+    @property
+    def met(self) -> npt.NDArray[Any] | Segments:
+        """What queries meet: the points of the keys in the metric, or the keys themselves."""
+        return self.keys if self.points is None else self.points
+
+    def _points_of(self, keys: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """``phi`` of keys ``[m, d]``, of their dtype; ``None`` without a metric."""
+        if self.metric is None:
+            return None
+        points = np.empty(keys.shape, dtype=keys.dtype)
+        for part in slices(len(keys), KEY_BLOCK):
+            block = torch.from_numpy(np.array(keys[part], dtype=np.float32)).to(self.device)
+            points[part] = self.metric(block).cpu().numpy()
+        return points
+
+    def _with_points(self) -> npt.NDArray[Any] | Segments:
+        """The points of all keys: those that are known, which are of the first segments, and the others anew."""
+        known = [] if self.points is None else list(segments_of(self.points))
+        late = [self._points_of(part) for part in segments_of(self.keys)[len(known) :]]
+        return joined([*known, *(part for part in late if part is not None)])
 
     @property
     def n(self) -> int:
@@ -242,18 +275,41 @@ class InMemory(Classifier):
 
         It costs by what is added: the keys become a segment of their own, beside the index over the others. Segments
         that are not larger are joined with it, so that there are few, and where what was added since the index was
-        built is as much as that, it is built anew (:meth:`compact`). Where the cache has values, a new key gives 1 to
-        its own class: it was not trained; and these are all one segment. ``views``, ``digests`` (SHA-256 of the images)
-        and ``extra`` columns go into the label store. Raises InputError for keys or labels that do not fit; then
-        nothing was changed.
+        built is as much as that, it is built anew (:meth:`compact`). Where the cache has values these are all one
+        segment. Where they were solved, those of the new keys are solved for what the others leave of them
+        (:meth:`_values_of`); where they were trained, a new key gives 1 to its own class. ``views``, ``digests``
+        (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError for keys or labels that
+        do not fit; then nothing was changed.
         """
         matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
-        self._hold(self._labelled.with_added(matrix, added, len(self.class_names)))
+        matrix = np.asarray(matrix).astype(self.dtype)
+        points = self._points_of(matrix)
+        values = None if self.values is None else self._values_of(matrix if points is None else points, ids)
+        self._hold(self._labelled.with_added(LabelledKeys(matrix, added, values, points), len(self.class_names)))
         self.next_key_id += len(matrix)
         return key_ids.tolist()
+
+    def _values_of(self, points: npt.NDArray[Any], ids: npt.NDArray[np.int64]) -> Tensor:
+        """Values ``[m, c]`` of new keys, which lie at ``points`` ``[m, d]``, among those that there are.
+
+        Solved ones answer what the others leave, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block
+        Gauss-Seidel of the system that all values together solve. So a change costs by what is added.
+        """
+        one_hot = functional.one_hot(torch.from_numpy(ids).to(self.device), len(self.class_names)).float()
+        if self.fitted is None or self.fitted.ridge is None:
+            return one_hot
+        own, beta = torch.from_numpy(points.astype(np.float32)).to(self.device), self.settings.beta
+        parts: list[Tensor] = []
+        for part in slices(len(own), KEY_BLOCK):
+            left = one_hot[part] - self._keys.cache_logits(own[part], beta, self.values)
+            if parts:
+                left -= tip.weight(tip.affinity(own[part], own[: part.start]), beta) @ torch.cat(parts)
+            gram = tip.weight(tip.affinity(own[part], own[part]), beta)
+            parts.append(tip.ridge_values(gram, left, self.fitted.ridge))
+        return torch.cat(parts)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay, also those left without a key. On disk after :meth:`save`.
@@ -270,14 +326,24 @@ class InMemory(Classifier):
     def relabel(self, key_ids: Sequence[int], label: str) -> None:
         """Give keys to another class, as its last shots. On disk after :meth:`save`; costs as :meth:`remove`.
 
-        A trained value that a key gives stays with it. Raises InputError for an id or a label that is not there; then
+        A value that a key gives stays with it where it was trained, and is solved anew where it was solved.
+        Raises InputError for an id or a label that is not there; then
         nothing was changed.
         """
         labelled = self._labelled
         rows, class_id = labelled.rows_of(key_ids), int(inputs.ids_of([label], self.class_names, 1)[0])
         rows = rows[labelled.class_ids[rows] != class_id]
-        if len(rows):
-            self._hold(labelled.relabelled(rows, class_id, label))
+        if not len(rows):
+            return
+        if self.values is not None and self.fitted is not None and self.fitted.ridge is not None:
+            own = torch.from_numpy(np.asarray(self.met[rows], dtype=np.float32)).to(self.device)
+            gram = tip.weight(tip.affinity(own, own), self.settings.beta)
+            wanted = functional.one_hot(torch.full((len(rows),), class_id), len(self.class_names)).to(self.values)
+            left = wanted - self._keys.cache_logits(own, self.settings.beta, self.values) + gram @ self.values[rows]
+            values = self.values.clone()
+            values[rows] = tip.ridge_values(gram, left, self.fitted.ridge)
+            labelled = replace(labelled, values=values)
+        self._hold(labelled.relabelled(rows, class_id, label))
 
     def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
         """Make all keys one segment, and build the index over them anew. On disk after :meth:`save`.
@@ -291,34 +357,58 @@ class InMemory(Classifier):
             factory, k = auto_factory(self.n, len(self.class_names))
             settings = replace(settings, k=k)
         ordered = self._labelled.take(self._labelled.order())
-        keys = ordered.keys
-        if dtype is not None and keys.dtype != dtype:
+        if dtype is not None and ordered.keys.dtype != dtype:
             with np.errstate(over="ignore"):  # refused just below
-                keys = np.asarray(keys).astype(dtype)
+                keys = np.asarray(ordered.keys).astype(dtype)
+                points = None if ordered.points is None else np.asarray(ordered.points).astype(dtype)
             if not np.isfinite(keys).all():
                 raise InputError(f"keys: hold values too large for {keys.dtype}")
+            ordered = replace(ordered, keys=keys, points=points)
         if factory is None or factory == self.index.factory:
-            index = self._index_over(keys, ordered.class_ids)
+            index = self._index_over(ordered.met, ordered.class_ids)
         else:
-            index = index_over(keys, ordered.class_ids, len(self.class_names), factory, self.device)
+            index = index_over(ordered.met, ordered.class_ids, len(self.class_names), factory, self.device)
         if self.text_index is not None or index.factory != self.index.factory:
             self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
-        self.keys, self.labels, self.values = keys, ordered.labels, ordered.values
+        self._take(ordered)
         self.index, self.settings = index, settings
         self._follow()
 
+    def set_fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
+    ) -> None:
+        """Take a metric, values ``[n, c]`` and how they were ``fitted``, with the index over the points then.
+
+        All keys have to be one segment. ``factory`` is the type of the index, by default what it is. On disk after
+        :meth:`save`. Raises UsageError for a factory that cannot work.
+        """
+        moved = self.metric is not None or metric is not None
+        self.metric, self.values, self.fitted = metric, values, fitted
+        self.points = None
+        self.points = None if metric is None else self._with_points()
+        class_ids = self.class_ids.cpu().numpy()
+        if factory is not None and factory != self.index.factory:
+            self.index = index_over(self.met, class_ids, len(self.class_names), factory, self.device)
+        elif moved:
+            self.index = self._index_over(self.met, class_ids)
+        self._follow()
+
+    def _take(self, labelled: LabelledKeys) -> None:
+        self.keys, self.labels = labelled.keys, labelled.labels
+        self.values, self.points = labelled.values, labelled.points
+
     @property
     def _labelled(self) -> LabelledKeys:
-        return LabelledKeys(self.keys, self.labels, self.values)
+        return LabelledKeys(self.keys, self.labels, self.values, self.points)
 
     def _hold(self, labelled: LabelledKeys) -> None:
         """Take these keys: the index stays where its segment does, else it is built anew over the first one."""
-        first, *late = segments_of(labelled.keys)
-        if first is not segments_of(self.keys)[0]:
+        first, *late = segments_of(labelled.met)
+        if first is not segments_of(self.met)[0]:
             self.index = self._index_over(first, labelled.class_ids[: len(first)])
         elif not late:
             self.index = self.index.bare()
-        self.keys, self.labels, self.values = labelled.keys, labelled.labels, labelled.values
+        self._take(labelled)
         self._follow()
 
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
@@ -358,8 +448,8 @@ class InMemory(Classifier):
         return labelled_digests(self.labels, digests)
 
     def statistics(self) -> Statistics | None:
-        """:func:`defaults.measure` of the keys."""
-        return measure(self.keys, self.class_ids.cpu().numpy())
+        """:func:`defaults.measure` of what queries meet."""
+        return measure(self.met, self.class_ids.cpu().numpy())
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
         """Take other text weights ``[c, d]``, made from these templates. On disk after :meth:`save`."""
@@ -371,7 +461,8 @@ class InMemory(Classifier):
 
         Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
         """
-        near = self.retrieval.nearest(features, k)
+        retrieval = self.retrieval
+        near = retrieval.nearest(retrieval.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
     def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
@@ -392,10 +483,10 @@ class InMemory(Classifier):
         grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
         part = self._labelled.take(grouped)
         try:
-            index = self._index_over(part.keys, part.class_ids)
+            index = self._index_over(part.met, part.class_ids)
         except UsageError:
-            index = index_over(part.keys, part.class_ids, len(self.class_names), "Flat", self.device)
-        taken = {"keys": part.keys, "labels": part.labels, "values": part.values, "index": index}
+            index = index_over(part.met, part.class_ids, len(self.class_names), "Flat", self.device)
+        taken = {"keys": part.keys, "labels": part.labels, "values": part.values, "points": part.points, "index": index}
         return replace(self, **taken, version=None, folder=None)
 
     def _index_over(self, keys: npt.NDArray[Any] | Segments, class_ids: npt.NDArray[Any]) -> VectorIndex:
@@ -463,6 +554,8 @@ class CacheModel(InMemory):
             weights=self.tuned,
             index=self.index,
             text_index=self.text_index,
+            metric=self.metric,
+            points=None if self.points is None else segments_of(self.points)[0],
         )
 
     def reload(self) -> Self:
@@ -556,6 +649,7 @@ def _manifest(cache: CacheModel, writer: store.Writer, change: str) -> Manifest:
         later=writer.later,
         next_key_id=cache.next_key_id,
         change=change,
+        fitted=cache.fitted,
     )
 
 
@@ -588,6 +682,9 @@ def _opened(place: Path, manifest: Manifest, device: str, precision: str) -> dic
         "text_index": text_index,
         "folder": place,
         "next_key_id": manifest.next_key_id,
+        "metric": contents.metric,
+        "points": contents.points,
+        "fitted": manifest.fitted,
     }
 
 
@@ -602,10 +699,10 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     if not torch.isfinite(cache.text_weights).all():
         raise StoreError(f"{place}: text weights that are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():
-        raise StoreError(f"{place}: values that are not finite; fine-tune again, or go back to the version before")
-    vectors = cache.keys
+        raise StoreError(f"{place}: values that are not finite; fit again, or go back to the version before")
+    vectors = cache.met
     if cache.index.by_class:  # not those that the index itself holds
-        vectors = Keys(cache.keys, cache.class_ids.numpy(), len(cache.class_names)).means.numpy()
+        vectors = Keys(cache.met, cache.class_ids.numpy(), len(cache.class_names)).means.numpy()
     sample = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), 256)).astype(int))
     queries = np.ascontiguousarray(vectors[sample], dtype=np.float32)
     if not np.isfinite(queries).all():

@@ -58,9 +58,9 @@ class Answers:
 class Classifier(ABC):
     """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
 
-    ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are those of a
-    fine-tuned cache,
-    ``tuned`` the weights of a fine-tuned encoder. ``folder`` and ``version`` say which version of what this is.
+    ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
+    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder.
+    ``folder`` and ``version`` say which version of what this is.
     """
 
     class_names: list[str]
@@ -213,8 +213,9 @@ class Classifier(ABC):
         own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
         ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
         values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
-        queries = functional.normalize(own)
-        cache = tip.cache_logits(tip.affinity(queries, own), ids, len(self.class_names), settings.beta, values=values)
+        queries, retrieval = functional.normalize(own), self.retrieval
+        affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
+        cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         self._check_overflow(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache)
 
     def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
@@ -288,7 +289,7 @@ class Classifier(ABC):
         answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
         nearest = answers.nearest
         if nearest is None and shown > 0:
-            nearest = retrieval.nearest(f, shown)
+            nearest = retrieval.nearest(retrieval.points(f), shown)
         near = [[]] * len(f) if nearest is None else self._described_nearest(nearest)
         return self._predictions(answers, top, near)
 
@@ -360,11 +361,12 @@ class Classifier(ABC):
         """
         f, retrieval = self._queries(features), self.retrieval
         keys = retrieval.keys
-        near = self._every(f) if self.n <= complete else retrieval.nearest(f, nearest)
+        points = retrieval.points(f)
+        near = self._every(points) if self.n <= complete else retrieval.nearest(points, nearest)
         used, where = np.unique(near.rows.clamp_min(0).cpu().numpy(), return_inverse=True)
         key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
         text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
-        sums = tip.Totals.of(f, keys.sums, keys.counts).affinities.cpu().numpy()
+        sums = tip.Totals.of(points, keys.sums, keys.counts).affinities.cpu().numpy()
         counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
         affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
         return [
@@ -381,9 +383,9 @@ class Classifier(ABC):
             for q, (feature, own_text, own_sums) in enumerate(zip(f.cpu().numpy(), text, sums, strict=True))
         ]
 
-    def _every(self, features: Tensor) -> Nearest:
+    def _every(self, points: Tensor) -> Nearest:
         """All keys, nearest first."""
-        blocks = [(tip.affinity(features, keys), ids.clone()) for keys, ids in self.key_blocks()]
+        blocks = [(tip.affinity(points, keys), ids.clone()) for keys, ids in self.key_blocks()]
         affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
             dim=1, descending=True, stable=True
         )
@@ -429,7 +431,7 @@ class Classifier(ABC):
         ]
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
+        """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
         return self.retrieval.keys.blocks()
 
 

@@ -183,7 +183,13 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         if parts is not None:
             device = resolve_device(state["device"])
             ids = parts["labels"]["class_id"].to_numpy().astype(np.int64)
-            index = index_over(parts["keys"], ids, len(parts["class_names"]), parts["index"], device)
+            index = index_over(
+                parts["keys"] if parts["points"] is None else parts["points"],
+                ids,
+                len(parts["class_names"]),
+                parts["index"],
+                device,
+            )
             state = state | {"cache_": CacheModel(**parts | {"index": index, "device": device})}
         super().__setstate__(state)
 

@@ -23,6 +23,7 @@ class Settings:
         k: how many of the nearest keys a query meets, 1 or more; ``None`` is all of them, Tip-Adapter exactly.
         tail: with ``k``, estimate what the keys that were not retrieved add (:func:`tip.cache_logits`).
         temperature: divides the logits where they become probabilities, and nowhere else; above 0.
+        least_affinity: a query whose nearest key has a smaller affinity is unlike any shot; ``None``: nothing is.
 
     Raises UsageError naming the setting that cannot work.
     """
@@ -33,6 +34,7 @@ class Settings:
     k: int | None = None
     tail: bool = True
     temperature: float = 1.0
+    least_affinity: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "logit_scale", "temperature"):
@@ -45,6 +47,8 @@ class Settings:
                 raise UsageError(f"k is {self.k}: expected a whole number of keys, at least 1, or None for all")
             object.__setattr__(self, "k", int(self.k))
         object.__setattr__(self, "tail", bool(self.tail))
+        if self.least_affinity is not None and not _is_finite(self.least_affinity):
+            raise UsageError(f"least_affinity is {self.least_affinity}: expected a finite number, or None")
 
     def but(self, *, k: KeysMet = None, **given: Any) -> Self:
         """These settings but for those that are given; ``None`` is not given, a ``k`` of ``all`` is all keys."""
@@ -60,6 +64,30 @@ class Settings:
         """
         names = (field.name for field in fields(self) if field.name != "logit_scale")
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How the metric and the values of an index were fitted to its shots (:mod:`fit.closed_form`).
+
+    ``metric`` is ``none`` or ``within``, shrunk by ``shrinkage``; ``values`` are ``one-hot``, or ``solved`` with
+    ``ridge``; ``keys`` is how many there were then.
+    """
+
+    metric: str
+    values: str
+    shrinkage: float | None
+    ridge: float | None
+    keys: int
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("none", "within") or self.values not in ("one-hot", "solved"):
+            raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} are none that are known")
+        for given, needed in ((self.shrinkage, self.metric == "within"), (self.ridge, self.values == "solved")):
+            if (given is not None) != needed or (given is not None and not (_is_finite(given) and given >= 0)):
+                raise UsageError(f"fitted: shrinkage {self.shrinkage} or ridge {self.ridge} do not fit what was fitted")
+        if self.ridge == 0 or not _is_whole(self.keys) or self.keys < 1:
+            raise UsageError(f"fitted: ridge {self.ridge} or keys {self.keys}, expected above 0")
 
 
 def _is_finite(value: object) -> bool:

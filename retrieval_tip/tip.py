@@ -6,15 +6,18 @@ Letters used throughout:
 - ``K`` keys, ``[n, d]``: features of the labelled shots (unit norm, unless they were fine-tuned)
 - ``y`` class ids of the keys, integers in ``0 .. c - 1``
 - ``W`` text weights of the classes, ``[c, d]``
-- ``V`` values of the keys, ``[n, c]``: what each gives to the classes. One-hot, 1 for its own class, unless trained
+- ``V`` values of the keys, ``[n, c]``: what each gives to the classes. One-hot, 1 for its own class, unless they were
+  solved or trained
 
 and the whole method::
 
-    affinity   A = f K^T
-    cache      C[:, c] = sum over keys i of class c of exp(-beta (1 - A[:, i]))
+    metric     phi(x) = unit((x - m) T)
+    affinity   A = phi(f) phi(K)^T
+    cache      C = exp(-beta (1 - A)) V
     logits     = logit_scale * f W^T + alpha * C
 
-With trained values the cache is ``C = exp(-beta (1 - A)) V``, which for one-hot ones is the sum by class above.
+Tip-Adapter has no metric, ``phi(x) = x``, and one-hot values: then ``C[:, c]`` is the sum over the keys i of class c of
+``exp(-beta (1 - A[:, i]))``. Both letters can be filled from the shots in closed form (:mod:`fit.closed_form`).
 
 Settings fill in the rest: ``beta``, ``alpha`` and ``logit_scale`` (:mod:`settings`). A newcomer reads this file, then
 ``classifier.py`` (how an index answers), then ``cache_model.py`` (the product).
@@ -41,8 +44,27 @@ LARGEST = torch.finfo(torch.float32).max
 """Torch refuses a larger factor. Where it matters the logits overflow anyway."""
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A metric ``phi(x) = unit((x - m) T)``: features ``[q, d]`` to unit vectors ``[q, d]``, float32.
+
+    ``mean`` ``m`` ``[d]`` and ``transform`` ``T`` ``[d, d]``, both float32. Queries and keys go through it alike, text
+    weights do not.
+    """
+
+    mean: Tensor
+    transform: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """``phi`` of features ``[q, d]``; one that equals the mean becomes 0."""
+        return torch.nn.functional.normalize((features - self.mean) @ self.transform)
+
+
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
-    """Inner products ``A = f K^T``: features ``[q, d]`` and keys ``[n, d]`` to ``[q, n]`` (paper, equation 4)."""
+    """Inner products ``A = f K^T``: features ``[q, d]`` and keys ``[n, d]`` to ``[q, n]`` (paper, equation 4).
+
+    With a metric, of ``phi(f)`` and ``phi(K)``.
+    """
     return torch.mm(features, keys.T, out=out)
 
 
@@ -111,7 +133,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Values:
-    """What each key gives to each class, in place of 1 to its own: the values of a fine-tuned cache.
+    """What each key gives to each class, in place of 1 to its own: values that were solved or trained.
 
     ``matrix`` ``[n, c]``: row i is ``V_i``, of the dtype of the weights; one-hot rows are plain Tip-Adapter. ``rows``
     ``[q, k]`` int64: the row of each retrieved key (any row for an empty slot); ``None`` where column j of the affinity
@@ -192,6 +214,18 @@ def _valued(
     left = weight(mean, beta).where(number > 0, 0)
     own = left.gather(1, class_ids.clamp_max(n_classes - 1).expand_as(weights))
     return values.weighted((weights - own).where(filled, 0)) + left @ values.sums
+
+
+def ridge_values(gram: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Values that answer the keys themselves: ``V = (G + lambda I)^-1 Y``, kernel ridge regression.
+
+    ``gram`` ``G = exp(-beta (1 - phi(K) phi(K)^T))`` ``[n, n]``, ``targets`` ``[n, c]``, one-hot for keys of their own
+    class; ``ridge`` ``lambda`` above 0. By Cholesky's factorisation in the dtype of ``gram``, whose memory is used.
+    Source: ProKeR (Bendou et al., CVPR 2025, equation 6); with the identity in place of the inverse it is Tip-Adapter.
+    Raises torch.linalg.LinAlgError where the system cannot be solved in that dtype.
+    """
+    gram.diagonal().add_(ridge)
+    return torch.cholesky_solve(targets, torch.linalg.cholesky(gram))
 
 
 def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out: Tensor | None = None) -> Tensor:

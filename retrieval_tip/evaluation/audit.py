@@ -68,13 +68,13 @@ def audit(cache: CacheModel, *, k: int | Literal["all"] | None = None) -> pa.Tab
     norms = torch.cat([keys.norm(dim=1) for keys, _ in cache.key_blocks()]).clamp_min(LEAST)
     parts = []
     for part in slices(n, max(1, min(QUERY_BLOCK, VALUES // max(c, min(met or n, n))))):
-        f = torch.from_numpy(np.asarray(cache.keys[part], dtype=np.float32)).to(device)
+        f = torch.from_numpy(np.asarray(cache.met[part], dtype=np.float32)).to(device)
         own = cache.class_ids[part]
         if met is None:
             affinity, rows = _to_all(cache, f), torch.arange(n, device=device)
         else:
-            affinity, found = cache.nearest(f, met)
-            rows = torch.from_numpy(found).to(device)
+            near_keys = cache.retrieval.nearest(f, met)
+            affinity, rows = near_keys.affinity, near_keys.rows
         empty, rows = rows < 0, rows.clamp_min(0)
         ids = cache.class_ids[rows].masked_fill(empty, c)
         cosine = affinity / norms[part, None] / norms[rows]

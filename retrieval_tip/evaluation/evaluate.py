@@ -394,6 +394,7 @@ class _Pairs:
         cache, device = self._cache, self._cache.device
         for first in range(0, len(features), QUERY_BLOCK):
             f = torch.from_numpy(np.ascontiguousarray(features[first : first + QUERY_BLOCK])).float().to(device)
+            f = cache.retrieval.points(f)
             y = truth[first : first + QUERY_BLOCK].to(device)
             for keys, ids in cache.key_blocks():
                 affinity = tip.affinity(f, keys)

@@ -228,7 +228,7 @@ def search(
     """
     if kept is not None:
         cache.settings.but(alpha=kept[0], beta=kept[1])  # which refuses what are no settings
-    stay = untouched_settings(cache.keys, cache.class_ids.cpu().numpy()) if kept is None else kept
+    stay = untouched_settings(cache.met, cache.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
     betas = sorted({*(BETAS if betas is None else betas), *always})
     ks = ([None] if cache.index.by_class else _powers(cache.n)) if ks is None else list(ks)
@@ -377,7 +377,8 @@ def _blocks(
         part = slice(start, min(start + QUERY_BLOCK, len(queries.ids)))
         f = torch.from_numpy(queries.features[part]).to(cache.device)
         hidden = torch.from_numpy(queries.hidden[part]).to(cache.device)
-        affinity = torch.cat([tip.affinity(f, keys) for keys, _ in cache.key_blocks()], dim=1)
+        points = cache.retrieval.points(f)
+        affinity = torch.cat([tip.affinity(points, keys) for keys, _ in cache.key_blocks()], dim=1)
         affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
         text = tip.text_logits(f, cache.text_weights, cache.settings.logit_scale)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from retrieval_tip.data.feature_tables import read_features, same_backbone, tabl
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError, few
+from retrieval_tip.fit import closed_form
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import LanceModel, labels_in_blocks
@@ -57,6 +58,9 @@ def build_index(
     alpha: float | None = None,
     beta: float | None = None,
     normalize: str | None = None,
+    fit: str | None = None,
+    metric: str | None = None,
+    values: str | None = None,
     k: KeysMet = None,
     logit_scale: float | None = None,
     device: str = "auto",
@@ -79,9 +83,12 @@ def build_index(
         dtype: of the stored keys, ``float32`` or ``float16``.
         alpha: residual ratio.
         beta: sharpness.
-        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`). Where all three are left out they
-            follow from the shots' own affinities (``both``); where one of alpha and beta is given it is ``none``, and
-            the other is the paper's (1.0 and 5.5).
+        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`), by default the paper's where one
+            of them is given: the other is then 1.0 or 5.5. Else they follow from the shots' own affinities (``both``).
+        fit: ``auto`` fits metric, values and settings to the shots (:func:`closed_form.fit`); ``none`` is Tip-Adapter,
+            and the default where alpha, beta or normalize is given, or a LanceDB store is built.
+        metric: ``none`` or ``within``, where the fit is not to choose.
+        values: ``one-hot`` or ``solved``, where the fit is not to choose.
         k: how many keys a query uses by default, or ``all``; ``None`` is what goes with the choice of ``index="auto"``,
             all with any other.
         logit_scale: the backbone's own by default, 100 where there is none.
@@ -98,6 +105,7 @@ def build_index(
     settings = Settings().but(alpha=alpha, beta=beta, logit_scale=scale, k=k)
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_form(form)
+    fitting = _fitting(fit, (metric, values), (alpha, beta, normalize), stores.at(out))
     class_names, weights, prompts = _text(source, encoder, templates, text)
     ids = ids_in(source, class_names)
     if shots is not None:
@@ -152,15 +160,41 @@ def build_index(
             labels=labels,
             class_names=list(class_names),
             text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
-            index=index_over(keys, ids[order], len(class_names), factory, device="cpu"),
+            index=index_over(keys, ids[order], len(class_names), "Flat" if fitting else factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
             settings=settings.but(alpha=plain_alpha, beta=plain_beta, k=met if k is None else k),
             templates=prompts,
             backbone=_identity(source, encoder),
             provenance=provenance | _seen(statistics, encoder),
         )
+        if fitting:
+            warn(closed_form.fit(cache, metric=metric, values=values, factory=factory).warnings)
         cache.commit(writer, "build")
     return place.load(device=device)
+
+
+def _fitting(
+    fit: str | None, letters: Sequence[str | None], settings: Sequence[float | str | None], place: Model | Any
+) -> bool:
+    """Whether a build fits. Raises UsageError for what does not go together."""
+    if fit not in (None, "auto", "none"):
+        raise UsageError(f"fit {fit!r}: expected auto or none")
+    given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
+    if isinstance(place, stores.LanceStore):
+        if fit == "auto" or wanted:
+            raise UsageError("fit: a LanceDB store keeps no metric and no values; build a folder")
+        return False
+    if given and (fit == "auto" or wanted):
+        raise UsageError("fit: finds alpha and beta itself; leave out alpha, beta and normalize, or the fit")
+    if fit == "none" and wanted:
+        raise UsageError("fit none: has neither metric nor values to choose")
+    return not given and fit != "none"
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Say these."""
+    for warning in warnings:
+        log.warning("%s", warning)
 
 
 def _warn_of_table(table: LanceModel) -> None:

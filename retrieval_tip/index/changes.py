@@ -138,7 +138,7 @@ def merge(folder: Place, other: Place) -> Added:
     if target.resolved == source.resolved:
         raise UsageError(f"{other}: is the index itself; its keys would be there twice")
     theirs = source.load_whole()
-    if theirs.values is not None:
+    if theirs.values is not None and theirs.fitted is None:
         raise InputError(
             f"{other}: has trained values, which are of no use among other keys; merge the index before them"
         )
@@ -427,7 +427,9 @@ def _poison(cache: Model, key_ids: Sequence[int]) -> Duplicates | None:
     if isinstance(cache, LanceModel):  # a folder's keys are there at once, a table's are asked for a few at a time
         return _poison_of_table(cache, key_ids)
     fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
-    cheap = not (cache.index.by_class or cache.index.exact_search)  # the others compare with very many keys
+    cheap = not (
+        cache.metric or cache.index.by_class or cache.index.exact_search
+    )  # the others compare with very many keys
     search = cache.nearest if cheap else None
     if cache.index.effort is not None:
         cache.index.effort = min(cache.index.effort, EFFORT)  # of this copy, which has been written

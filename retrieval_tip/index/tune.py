@@ -82,7 +82,7 @@ def tune(
     trials = {Trial(cache.index.factory, cache.index.effort, None, 1.0, cost): cache.index}
     for factory in factories or _usual(cache):
         ids = cache.class_ids.cpu().numpy()
-        index = index_over(cache.keys, ids, len(cache.class_names), factory, cache.device)
+        index = index_over(cache.met, ids, len(cache.class_names), factory, cache.device)
         other = replace(cache, index=index, version=None)
         for effort, k in _settings(other):
             index.effort = effort

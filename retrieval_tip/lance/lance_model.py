@@ -126,13 +126,13 @@ class LanceRetrieval(Retrieval):
     keys: LanceKeys
     kind: str
 
-    def nearest(self, features: Tensor, k: int) -> Nearest:
+    def nearest(self, points: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys; affinities are to the keys themselves, also where the index compresses them."""
         k = min(k, self.keys.n)
         if self.kind == FLAT:
-            return self.keys.nearest(features, k)
-        found = self.keys.table.search(features.cpu().numpy(), k)
-        affinity, rows, ids = (torch.from_numpy(part).to(features.device) for part in found)
+            return self.keys.nearest(points, k)
+        found = self.keys.table.search(points.cpu().numpy(), k)
+        affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in found)
         return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,20 @@ Bools = npt.NDArray[np.bool_]
 class LabelledKeys:
     """Keys ``[n, d]``, in segments that are each grouped by class, and their ``labels``, a row a key.
 
-    ``values`` ``[n, c]``, where they are trained: what each key gives to each class. Trained values are one array, and
-    so are their keys. The first segment is what the index is over: a change that leaves it alone shares it.
+    ``points``, where there is a metric: the keys in it, in the same segments. ``values`` ``[n, c]``, where they are
+    solved or trained: what each key gives to each class. Values are one array, and so are then their keys. The first
+    segment is what the index is over: a change that leaves it alone shares it.
     """
 
     keys: npt.NDArray[Any] | Segments
     labels: pa.Table
     values: Tensor | None = None
+    points: npt.NDArray[Any] | Segments | None = None
+
+    @property
+    def met(self) -> npt.NDArray[Any] | Segments:
+        """What queries meet: the points, or the keys themselves."""
+        return self.keys if self.points is None else self.points
 
     @property
     def class_ids(self) -> IntArray:
@@ -61,15 +68,16 @@ class LabelledKeys:
     def take(self, rows: IntArray) -> LabelledKeys:
         """Some of the keys, in this order, as one segment."""
         values = None if self.values is None else self.values[rows]
-        return LabelledKeys(np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values)
+        points = None if self.points is None else np.asarray(self.points[rows])
+        return LabelledKeys(np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values, points)
 
-    def with_added(self, keys: npt.NDArray[Any], added: pa.Table, n_classes: int) -> LabelledKeys:
-        """With keys ``[m, d]`` and their labels, whose shots are counted on from those of their class.
+    def with_added(self, new: LabelledKeys, n_classes: int) -> LabelledKeys:
+        """With ``new`` ones, ``[m, d]``, whose shots are counted on from those of their class.
 
         They become a segment of their own. Segments before it that are not larger, or small, are joined with it, so
-        that there are few. Where there are values, a new key gives 1 to its own class. Raises InputError where columns
-        of the labels do not fit.
+        that there are few. Raises InputError where columns of the labels do not fit.
         """
+        added = new.labels
         ids = added["class_id"].to_numpy().astype(np.int64)
         next_shot = np.zeros(n_classes, dtype=np.int32)
         np.maximum.at(next_shot, self.class_ids, self.labels["shot"].to_numpy() + 1)
@@ -77,21 +85,25 @@ class LabelledKeys:
             labels = pa.concat_tables([self.labels, shots_after(added, ids, next_shot)], promote_options="default")
         except pa.ArrowException as error:
             raise InputError(f"labels: their columns do not fit the index's ({first_line(error)})") from None
-        values = self.values
-        if values is not None:
-            one_hot = torch.nn.functional.one_hot(torch.from_numpy(ids), n_classes).to(values)
-            values = torch.cat([values, one_hot])
-        parts = [*segments_of(self.keys), keys.astype(self.keys.dtype)]
+        values = None
+        if self.values is not None and new.values is not None:
+            values = torch.cat([self.values, new.values.to(self.values)])
+        parts = [*segments_of(self.keys), np.asarray(new.keys).astype(self.keys.dtype)]
         first = len(parts) - 1
         while first and (len(parts[first - 1]) <= max(SMALL, sum(map(len, parts[first:]))) or values is not None):
             first -= 1
         start = sum(map(len, parts[:first]))
-        late = LabelledKeys(np.concatenate(parts[first:]), labels.slice(start), values)
+        lying: list[npt.NDArray[Any]] | None = None
+        if self.points is not None and new.points is not None:
+            lying = [*segments_of(self.points), np.asarray(new.points).astype(self.keys.dtype)]
+        points = None if lying is None else np.concatenate(lying[first:])
+        late = LabelledKeys(np.concatenate(parts[first:]), labels.slice(start), values, points)
         late = late.take(late.order())
         if not first:
             return late
         labels = pa.concat_tables([labels.slice(0, start), late.labels])
-        return LabelledKeys(joined([*parts[:first], *segments_of(late.keys)]), labels)
+        points_now = None if lying is None or late.points is None else joined([*lying[:first], np.asarray(late.points)])
+        return LabelledKeys(joined([*parts[:first], np.asarray(late.keys)]), labels, None, points_now)
 
     def without(self, rows: IntArray) -> LabelledKeys:
         """Without some of the keys, by row."""
@@ -112,7 +124,7 @@ class LabelledKeys:
             labels = labels.set_column(place, name, pa.array(column, LABEL_SCHEMA.field(name).type))
         touched = np.zeros(len(ids), dtype=bool)
         touched[rows] = True
-        return LabelledKeys(self.keys, labels, self.values)._arranged(touched, np.ones(len(ids), dtype=bool))
+        return replace(self, labels=labels)._arranged(touched, np.ones(len(ids), dtype=bool))
 
     def _arranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
         """Only those to ``keep``, in order again: segments of which none is ``touched`` are shared.
@@ -120,16 +132,22 @@ class LabelledKeys:
         The index is over the first segment, so where that is touched all become one.
         """
         parts = segments_of(self.keys)
+        points = None if self.points is None else segments_of(self.points)
         if touched[: len(parts[0])].any():
             rows = np.flatnonzero(keep)
             return self.take(rows[np.lexsort((self.key_ids[rows], self.class_ids[rows]))])
         kept, orders = [parts[0]], [np.arange(len(parts[0]))]
+        lying = [] if points is None else [points[0]]
         starts = np.cumsum([0, *map(len, parts)]).tolist()
-        for part, (start, stop) in zip(parts[1:], itertools.pairwise(starts[1:]), strict=True):
+        for number, (start, stop) in enumerate(itertools.pairwise(starts[1:]), 1):
+            part = parts[number]
             own = np.flatnonzero(keep[start:stop])
             if changed := bool(touched[start:stop].any()):
                 own = own[np.lexsort((self.key_ids[start:stop][own], self.class_ids[start:stop][own]))]
             if len(own):
                 kept.append(part[own] if changed else part)
+                if points is not None:
+                    lying.append(points[number][own] if changed else points[number])
                 orders.append(own + start)
-        return LabelledKeys(joined(kept), self.labels.take(pa.array(np.concatenate(orders))))
+        labels = self.labels.take(pa.array(np.concatenate(orders)))
+        return LabelledKeys(joined(kept), labels, None, joined(lying) if lying else None)

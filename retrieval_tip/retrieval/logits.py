@@ -76,15 +76,21 @@ class Terms:
 class Retrieval(ABC):
     """Keys and what finds them, with the settings of the method: see :class:`classifier.Classifier`.
 
-    Features ``[q, d]`` are float32 on the device of the keys. Logits may overflow here.
+    Features ``[q, d]`` are float32 on the device of the keys, which are ``phi(K)`` where there is a ``metric``: then
+    ``points`` are ``phi(f)``, else ``f``. Logits may overflow here.
     """
 
     keys: KeyStream
     text_weights: Tensor
     settings: Settings
+    metric: tip.Metric | None = None
+
+    def points(self, features: Tensor) -> Tensor:
+        """``phi(f)``: where queries lie among the keys, ``[q, d]``."""
+        return features if self.metric is None else self.metric(features)
 
     @abstractmethod
-    def nearest(self, features: Tensor, k: int) -> Nearest:
+    def nearest(self, points: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys of each query."""
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> Terms:
@@ -93,35 +99,36 @@ class Retrieval(ABC):
         With ``certify``, which queries are settled; with ``neighbours``, so many nearest keys of each query, where a
         search finds them anyway.
         """
-        settings, c = self.settings, self.keys.n_classes
+        settings, c, points = self.settings, self.keys.n_classes, self.points(features)
         text = features.new_empty(len(features), c)
         settled = torch.ones(len(features), dtype=torch.bool, device=self.keys.device)
         if settings.k is None or settings.k >= self.keys.n:
             tip.text_logits(features, self.text_weights, settings.logit_scale, out=text)
-            return Terms(text, self._over_all(features, text), settled)
+            return Terms(text, self._over_all(points, text), settled)
         terms = Terms(text, torch.empty_like(text), settled)
-        nearest = self._meet(features, settings.k, terms, certify, neighbours)
+        nearest = self._meet(features, points, settings.k, terms, certify, neighbours)
         return replace(terms, nearest=nearest)
 
-    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
+    def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
         alpha, beta = self.settings.alpha, self.settings.beta
-        products = self.keys.products(beta, len(features))
-        cache = self.keys.cache_logits(features, beta, products=products)
-        if products != torch.float32 and len(features):
-            parts, error = slices(len(features), QUERY_BLOCK), min(1.0, CLOSE * beta)
+        products = self.keys.products(beta, len(points))
+        cache = self.keys.cache_logits(points, beta, products=products)
+        if products != torch.float32 and len(points):
+            parts, error = slices(len(points), QUERY_BLOCK), min(1.0, CLOSE * beta)
             close = torch.cat([tip.close(text[part], cache[part], alpha, error) for part in parts])
-            cache[close] = self.keys.cache_logits(features[close], beta, products=torch.float32)
+            cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
         return cache
 
-    def _meet(self, features: Tensor, k: int, terms: Terms, certify: bool, neighbours: int) -> Nearest | None:
+    def _meet(
+        self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool, neighbours: int
+    ) -> Nearest | None:
         """Fill ``terms`` with logits over about ``k`` keys, here the nearest, of which ``neighbours`` are returned."""
         settings, kept = self.settings, []
         for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            f = features[part]
-            tip.text_logits(f, self.text_weights, settings.logit_scale, out=terms.text[part])
-            near = self.nearest(f, k)
-            totals = tip.Totals.of(f, self.keys.sums, self.keys.counts) if settings.tail or certify else None
+            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=terms.text[part])
+            near = self.nearest(points[part], k)
+            totals = tip.Totals.of(points[part], self.keys.sums, self.keys.counts) if settings.tail or certify else None
             terms.cache[part] = self._over(near, totals if settings.tail else None)
             if certify and totals is not None:
                 logits = tip.blend(terms.text[part], terms.cache[part], settings.alpha)
@@ -154,18 +161,20 @@ class IndexRetrieval(Retrieval):
         """Whether the classes are so many that :meth:`shortlist` is for them."""
         return self.text_index is not None and self.index.by_class and self.values is None
 
-    def _over_all(self, features: Tensor, text: Tensor) -> Tensor:
+    def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
         if self.values is None:
-            return super()._over_all(features, text)
-        return self.keys.cache_logits(features, self.settings.beta, self.values)
+            return super()._over_all(points, text)
+        return self.keys.cache_logits(points, self.settings.beta, self.values)
 
-    def _meet(self, features: Tensor, k: int, terms: Terms, certify: bool, neighbours: int) -> Nearest | None:
+    def _meet(
+        self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool, neighbours: int
+    ) -> Nearest | None:
         if not self.index.by_class:
-            return super()._meet(features, k, terms, certify, neighbours)
-        self._meet_classes(features, k, terms, certify)
+            return super()._meet(features, points, k, terms, certify, neighbours)
+        self._meet_classes(features, points, k, terms, certify)
         return None
 
-    def _meet_classes(self, features: Tensor, k: int, terms: Terms, certify: bool) -> None:
+    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool) -> None:
         """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
 
         First come all queries' classes: the more queries meet a class at once, the less often its keys are read.
@@ -176,19 +185,19 @@ class IndexRetrieval(Retrieval):
         met = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
         for part in slices(len(features), QUERY_BLOCK):
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=text[part])
-            tip.affinity(features[part], keys.means, out=cache[part])
+            tip.affinity(points[part], keys.means, out=cache[part])
             tip.at_mean(keys.counts, cache[part], settings.beta, out=cache[part])
             classes[part], met[part] = tip.promising(text[part], cache[part], settings.alpha, slack, most)
             if certify:
                 terms.settled[part] = tip.settled(text[part], cache[part], settings.alpha, slack, classes[part])
         if self.values is None:
-            exact = keys.class_logits(features, classes, met, settings.beta)
+            exact = keys.class_logits(points, classes, met, settings.beta)
             _put(cache, classes, met, exact, settings.tail)
             return
         for part in slices(len(features), QUERY_BLOCK):
             rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
-            totals = tip.Totals.of(features[part], keys.sums, keys.counts) if settings.tail else None
-            cache[part] = self._over(self._described(keys.affinity(features[part], rows), rows), totals)
+            totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
+            cache[part] = self._over(self._described(keys.affinity(points[part], rows), rows), totals)
 
     def _described(self, affinity: Tensor, rows: Tensor) -> Nearest:
         """Keys by row, with their class ids; empty slots, row -1, have the id ``c`` and affinity 0."""
@@ -205,24 +214,24 @@ class IndexRetrieval(Retrieval):
             )
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)
 
-    def nearest(self, features: Tensor, k: int) -> Nearest:
+    def nearest(self, points: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them."""
         if self.index.by_class:
-            return self._nearest_of_classes(features, k)
-        affinity, rows = self.index.search_tensor(features, k)
-        return self._described(affinity if self.index.exact_affinity else self.keys.affinity(features, rows), rows)
+            return self._nearest_of_classes(points, k)
+        affinity, rows = self.index.search_tensor(points, k)
+        return self._described(affinity if self.index.exact_affinity else self.keys.affinity(points, rows), rows)
 
-    def _nearest_of_classes(self, features: Tensor, k: int) -> Nearest:
+    def _nearest_of_classes(self, points: Tensor, k: int) -> Nearest:
         """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
         k = min(k, self.keys.n)
         number = min(self.keys.n_classes, max(8, round(4 * k / self.keys.mean_count)))
-        _, near = self.index.search_tensor(features, number)
+        _, near = self.index.search_tensor(points, number)
         while number < self.keys.n_classes and (self._held(near) < k).any():
             number = min(self.keys.n_classes, 4 * number)  # these have no keys, or few
-            _, near = self.index.search_tensor(features, number)
+            _, near = self.index.search_tensor(points, number)
         step = max(1, (1 << 22) // max(1, round(number * self.keys.mean_count)))
         parts: list[tuple[Tensor, Tensor]] = []
-        for f, own in zip(features.split(step), near.split(step), strict=True):
+        for f, own in zip(points.split(step), near.split(step), strict=True):
             rows = self.keys.rows_of(own.clamp_min(0), own >= 0)
             affinity = self.keys.affinity(f, rows).masked_fill_(rows < 0, -torch.inf)
             nearest, place = affinity.topk(min(k, rows.shape[1]), dim=1)
@@ -245,16 +254,18 @@ class IndexRetrieval(Retrieval):
         """
         assert self.text_index is not None
         keys, settings = self.keys, self.settings
-        near = [index.search_tensor(features, SHORTLIST)[1] for index in (self.index, self.text_index)]
+        points = self.points(features)
+        pairs = ((self.index, points), (self.text_index, features))
+        near = [index.search_tensor(where, SHORTLIST)[1] for index, where in pairs]
         classes, _ = torch.cat(near, dim=1).sort(dim=1)
         again = torch.cat([classes[:, :1] < 0, (classes[:, 1:] == classes[:, :-1]) | (classes[:, 1:] < 0)], dim=1)
         text = settings.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
         text.masked_fill_(again, -torch.inf)
         classes = classes.clamp_min(0)
-        means = own_affinity(features, classes, lambda rows: keys.means[rows])
+        means = own_affinity(points, classes, lambda rows: keys.means[rows])
         cache = tip.at_mean(keys.counts[classes], means, settings.beta)
         places, met = tip.promising(text, cache, settings.alpha, keys.slack(settings.beta), self._most(k))
-        exact = keys.class_logits(features, classes.gather(1, places), met, settings.beta)
+        exact = keys.class_logits(points, classes.gather(1, places), met, settings.beta)
         _put(cache, places, met, exact, settings.tail)
         return classes, text, cache
 

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
+from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import real
 from retrieval_tip.store.folder import (
@@ -22,6 +24,9 @@ from retrieval_tip.store.folder import (
     read_labels,
 )
 from retrieval_tip.store.manifest import DataFile, Manifest, Segment
+
+HELD = ("text", "values", "curve", "metric", "points")
+"""What is one file each, and written again only where it is another object."""
 
 
 class SavedIndex(Protocol):
@@ -42,8 +47,9 @@ class Contents:
     """What the data files of a version hold, as arrays or tensors.
 
     ``segments`` are the keys ``[n_i, d]``, float32 or float16, the first of which the ``index`` is over; ``labels``
-    describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32, the loss ``curve`` and
-    the ``weights`` of an encoder (a safetensors file) are those of a fine-tuned index, ``text_index`` is that of very
+    describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32 were solved or trained;
+    the ``metric`` of a fitted index makes the first segment its ``points``, of the keys' dtype; the loss ``curve`` and
+    the ``weights`` of an encoder (a safetensors file) are those of a fine-tuned one, ``text_index`` is that of very
     many classes. Where contents were just read, indexes are ``None``: their files are opened by who knows FAISS.
     """
 
@@ -55,6 +61,8 @@ class Contents:
     weights: Path | None = None
     index: SavedIndex | None = None
     text_index: SavedIndex | None = None
+    metric: tip.Metric | None = None
+    points: npt.NDArray[Any] | None = None
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
@@ -66,8 +74,13 @@ class Contents:
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
         if {part.dtype for part in segments} != {np.dtype(manifest.dtype)}:
             raise StoreError(f"{folder}: keys are not all {manifest.dtype}; build the index again")
+        first = len(segments[0])
         return cls(
             segments=segments,
+            metric=_metric(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
+            if "metric" in files
+            else None,
+            points=read_array(folder, files["points"], (first, manifest.d)) if "points" in files else None,
             labels=read_labels(folder, manifest),
             text=read_array(folder, files["text"], (c, manifest.d)),
             values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,
@@ -95,7 +108,7 @@ class Contents:
             staged = writer.stage(kind)
             index.save(staged)
             writer.seal(kind, staged, len(self.segments[0]) if kind == "index" else index.indexed)
-        for kind in ("text", "values", "curve"):
+        for kind in HELD:
             held = getattr(self, kind)
             if held is None:
                 continue
@@ -104,7 +117,8 @@ class Contents:
             elif kind == "curve":
                 writer.seal_table(kind, held)
             else:
-                writer.seal_array(kind, held.cpu().numpy() if hasattr(held, "cpu") else held)
+                whole = torch.cat([held.mean[None], held.transform]) if isinstance(held, tip.Metric) else held
+                writer.seal_array(kind, whole.cpu().numpy() if isinstance(whole, torch.Tensor) else whole)
         return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
@@ -125,6 +139,12 @@ class Contents:
                 writer.keep_later(segment)
             else:
                 writer.seal_later(part, labels)
+
+
+def _metric(array: npt.NDArray[Any]) -> tip.Metric:
+    """The metric that a file holds: its mean, then its transform."""
+    whole = torch.from_numpy(np.array(array))
+    return tip.Metric(whole[0], whole[1:])
 
 
 @dataclass(frozen=True)
@@ -179,7 +199,6 @@ class Stored:
             files = self.manifest.files
             segments = [segment for part in contents.segments if (segment := self.segment_of(part)) is not None]
             known = {file for segment in segments for file in (segment.keys, segment.labels)}
-            held = ("text", "values", "curve")
-            same = [kind for kind in held if getattr(contents, kind) is getattr(self.contents, kind, None)]
+            same = [kind for kind in HELD if getattr(contents, kind) is getattr(self.contents, kind, None)]
             known |= {files[kind] for kind in ("index", "text_index", "weights", *same) if kind in files}
         Check(self.check.folder, self.manifest, known=known).wait()

@@ -15,17 +15,19 @@ from typing import Any
 
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.errors import BackboneError, StoreError
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Fitted, Settings
 
 FORMAT = "retrieval-tip index"
-FOLDER_FORMAT, FORMAT_VERSION = 2, 3
+FOLDER_FORMAT, TABLE_FORMAT, FORMAT_VERSION = 2, 3, 4
 """1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2.
-3 is 2 with a ``table``; a folder has none, and stays at 2."""
+3 is 2 with a ``table``. 4 is 3 with what was ``fitted``; else it stays at 2 or 3, which older programs read."""
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
-OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss"}
-"""Of a fine-tuned index: trained values ``[n, c]`` float32, tensors of its encoder, the loss curve of the training.
-Of one of very many classes: the FAISS index over their text weights."""
+OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss",
+                  "metric": ".npy", "points": ".npy"}  # fmt: skip
+"""Of a fitted or fine-tuned index: values ``[n, c]`` float32. Of a fitted one, the metric ``[1 + d, d]`` float32, which
+is its mean and its transform, and the points ``phi(K)`` of the first segment. Of a fine-tuned one, tensors of its
+encoder and the loss curve of the training. Of one of very many classes: the FAISS index over their text weights."""
 TABLE_KINDS = {"classes": ".parquet"}
 """Beside a table: of each class its label, its text weight, and number and sum of its keys."""
 SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS
@@ -41,7 +43,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class DataFile:
     """One immutable file of an index: its place below the folder, rows, bytes and SHA-256.
 
-    ``rows``: keys, or classes (text), tensors (weights) or epochs (curve).
+    ``rows``: keys, or classes (text), tensors (weights), epochs (curve) or 1 + d (metric).
     """
 
     name: str
@@ -95,6 +97,7 @@ class Manifest:
     next_key_id: int | None = None
     change: str = ""
     table: Table | None = None
+    fitted: Fitted | None = None
 
     @property
     def segments(self) -> list[Segment]:
@@ -116,9 +119,10 @@ class Manifest:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
         body: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         body |= body.pop("settings")  # which lie beside the rest, by name
-        if self.table is None:  # which older programs read too
-            body |= {"format_version": FOLDER_FORMAT}
-            del body["table"]
+        if self.fitted is None and self.settings.least_affinity is None:  # which older programs read too
+            body |= {"format_version": TABLE_FORMAT if self.table else FOLDER_FORMAT}
+            for name in ("fitted", "least_affinity", *(() if self.table else ("table",))):
+                del body[name]
         return _seal(body)
 
     @classmethod
@@ -168,8 +172,10 @@ class Manifest:
         """A manifest of its JSON. Raises KeyError, TypeError, ValueError or OverflowError for what it cannot hold."""
         if stated["format_version"] == 1:
             stated = dict(stated) | {"later": [], "next_key_id": None, "change": ""}
-        if stated["format_version"] < 3:
+        if stated["format_version"] < TABLE_FORMAT:
             stated = dict(stated) | {"table": None}
+        if stated["format_version"] < FORMAT_VERSION:
+            stated = dict(stated) | {"fitted": None, "least_affinity": None}
         body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
         settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
 
@@ -200,6 +206,7 @@ class Manifest:
         need(all(isinstance(entry, dict) for entry in body["later"]), "later")
         later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
         table = None if body["table"] is None else Table(**body["table"])
+        body["fitted"] = None if body["fitted"] is None else Fitted(**body["fitted"])
         if table is not None:
             need(files.keys() == TABLE_KINDS.keys() and not later, "files")
             need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
@@ -217,8 +224,15 @@ class Manifest:
         if table is not None:
             return cls(settings=settings, **(body | {"files": files, "later": later, "table": table}))
         first, classes = files["keys"].rows, len(body["class_names"])
-        need(all(files[kind].rows == first for kind in ("index", "labels", "values") if kind in files), "files.rows")
+        need(
+            all(files[kind].rows == first for kind in ("index", "labels", "values", "points") if kind in files),
+            "files.rows",
+        )
         need(files["text"].rows == classes, "files.text.rows")
+        fitted: Fitted | None = body["fitted"]
+        metric, points = files.get("metric"), files.get("points")
+        need((metric is not None) == (points is not None) == (fitted is not None and fitted.metric != "none"), "metric")
+        need(metric is None or metric.rows == body["d"] + 1, "files.metric.rows")
         need("text_index" not in files or files["text_index"].rows <= classes, "files.text_index.rows")
         need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
         need(first + sum(part.keys.rows for part in later) == body["n"], "n")

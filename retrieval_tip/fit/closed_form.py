@@ -1,0 +1,552 @@
+"""Closed form: the metric and the values of an index, solved from its shots in seconds, and chosen by folds of them.
+
+Two letters of the formula (:mod:`tip`) are filled::
+
+    metric     phi(x) = unit((x - m) T),   T = ((1 - s) S + s tr(S) / d I)^(-1/2)
+    values     V = (G + lambda I)^-1 Y,    G = exp(-beta (1 - phi(K) phi(K)^T))
+
+``S`` ``[d, d]`` is the scatter of the shots within their classes, so that directions in which photographs of one class
+differ count little. Sources: the metric is that of Gaussian discriminant analysis with one covariance (Wang et al.,
+GDA-CLIP, ICLR 2024); the values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025).
+
+What is fitted is chosen on the shots alone: everything is solved anew without each fold of them, which then is judged.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.retrieval.defaults import untouched_settings
+from retrieval_tip.retrieval.keys import KEY_BLOCK
+from retrieval_tip.retrieval.segments import Segments
+from retrieval_tip.retrieval.vector_index import inner_factory
+from retrieval_tip.settings import Fitted, Settings
+from retrieval_tip.store.labels import images_of
+
+log = logging.getLogger(__name__)
+
+Keys = npt.NDArray[Any] | Segments
+IntArray = npt.NDArray[np.int64]
+
+METRICS, VALUES = ("none", "within"), ("one-hot", "solved")
+
+FOLDS, MOST_FOLDS = 4, 8
+"""Folds that a form is chosen by, and those that the chosen one is judged by where the keys are few."""
+
+CHOSEN_ON, CHOSEN_SHOTS, JUDGED = 2048, 32, 4096
+"""Keys that a form is chosen on, those of a class among them, and photographs that the chosen one is judged by."""
+
+MOST_SOLVED = 1 << 14
+"""Keys whose values are solved, at most: the system has n^2 numbers, and takes n^3 / 3 steps."""
+
+LEAST_SHOTS = 3
+"""Photographs a class from which a form is chosen: folds of two leave one, which says little of what two will do."""
+
+AFFINITIES = 1 << 28
+"""Affinities that the chosen form is judged by, about, where there are very many keys."""
+
+LEAST_JUDGED = 8
+"""Photographs that can be judged, without which nothing is chosen."""
+
+UNLIKE = 0.05
+"""The share of the shots that are nearer to no other than what is called unlike any shot."""
+
+SMALLEST_EIGENVALUE = 1e-7
+"""Of a scatter, as a share of its mean: below it a direction is noise of float32."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to fill the letters: a metric shrunk by ``shrinkage`` or none, values solved with ``ridge`` or one-hot."""
+
+    shrinkage: float | None
+    ridge: float | None
+    beta: float
+
+    @property
+    def metric(self) -> str:
+        """``within`` or ``none``."""
+        return "none" if self.shrinkage is None else "within"
+
+    @property
+    def values(self) -> str:
+        """``solved`` or ``one-hot``."""
+        return "one-hot" if self.ridge is None else "solved"
+
+    def __str__(self) -> str:
+        metric = "no metric" if self.shrinkage is None else f"within-class metric (shrinkage {self.shrinkage:g})"
+        values = "one-hot values" if self.ridge is None else f"solved values (ridge {self.ridge:g})"
+        return f"{metric}, {values}, beta {self.beta:g}"
+
+
+DEFAULT = Form(0.8, 0.1, 1.0)
+"""What stands unless the shots say otherwise: on each dataset of shared data it is near the best of all."""
+
+ONE_SHOT, ONE_SHOT_ALPHA = Form(None, 0.5, 1.0), 12.0
+"""Of one photograph a class, which leaves nothing to judge by: found on four datasets of real CLIP features, where an
+alpha from 10 to 20 does as well."""
+
+FORMS = (
+    DEFAULT,
+    Form(0.8, 1.0, 2.0), Form(0.8, 0.1, 4.0), Form(0.5, 0.1, 1.0), Form(0.5, 0.3, 2.0),
+    Form(None, 0.3, 1.0), Form(None, 0.1, 4.0),
+    Form(0.8, None, 1.0), Form(0.5, None, 1.0), Form(0.5, None, 4.0), Form(None, None, 1.0), Form(None, None, 5.5),
+)  # fmt: skip
+"""Those that are tried, the one that stands first."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """How shots spread: their mean ``m`` ``[d]``, and eigenvalues ``[d]`` and eigenvectors ``[d, d]`` of ``S``."""
+
+    mean: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @classmethod
+    def of(cls, keys: Keys, ids: Tensor, c: int, rows: Tensor) -> Scatter:
+        """That of some ``rows`` of keys ``[n, d]`` of classes ``ids`` ``[n]``: within classes, or in all of one each.
+
+        ``S = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n`` from sums over blocks of keys, in float64; ``m`` is the
+        mean of the classes' means, so that no class counts more for having more shots.
+        """
+        counts = torch.bincount(ids[rows], minlength=c).double()
+        d = keys.shape[1]
+        sums, scatter = torch.zeros(c, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+        for part in rows.split(KEY_BLOCK):
+            block = _taken(keys, part)
+            sums.index_add_(0, ids[part], block.double())
+            scatter += block.T @ block
+        there = counts > 0
+        mean = (sums[there] / counts[there, None]).mean(0)
+        if counts.max() < 2:
+            whole = sums.sum(0)
+            scatter -= torch.outer(whole, whole) / len(rows)
+        else:
+            roots = sums / counts.clamp_min(1).sqrt()[:, None]
+            scatter.addmm_(roots.T, roots, alpha=-1)
+        values, vectors = torch.linalg.eigh(scatter / len(rows))
+        return cls(mean, values.clamp_min(0), vectors)
+
+    def metric(self, shrinkage: float) -> tip.Metric | None:
+        """``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``, float32; ``None`` where nothing spreads."""
+        scale = float(self.eigenvalues.mean())
+        if not scale > 0:
+            return None
+        shrunk = (1 - shrinkage) * self.eigenvalues / scale + shrinkage
+        transform = (self.eigenvectors / shrunk.clamp_min(SMALLEST_EIGENVALUE).sqrt()) @ self.eigenvectors.T
+        return tip.Metric(self.mean.float(), transform.float().contiguous())
+
+
+def solve(points: Tensor, ids: Tensor, c: int, form: Form) -> Tensor | None:
+    """Values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]``; ``None``: one-hot ones.
+
+    See :func:`tip.ridge_values`.
+    """
+    if form.ridge is None:
+        return None
+    gram = tip.affinity(points, points)
+    return tip.ridge_values(tip.weight(gram, form.beta, out=gram), one_hot(ids, c).float(), form.ridge)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How much words and photographs count: ``softmax(a text + b cache)`` is most likely, by what was held out.
+
+    ``a`` is 0 where there is no text. ``losses`` ``[q]``, in nats, and whether text, cache and both are right
+    ``[q]`` each.
+    """
+
+    a: float
+    b: float
+    losses: Tensor
+    text_right: Tensor
+    cache_right: Tensor
+    right: Tensor
+
+    def settings(self, settings: Settings, beta: float) -> Settings:
+        """Settings by which an index answers so: ``alpha = b / a`` and ``temperature = 1 / a``."""
+        if not self.a:
+            return replace(settings, alpha=self.b, beta=beta, temperature=1.0)
+        return replace(settings, alpha=self.b / self.a, beta=beta, temperature=1 / self.a)
+
+
+def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
+    """The most likely ``a`` and ``b`` for text and cache logits ``[q, c]`` of queries of classes ``ids`` ``[q]``.
+
+    Minimises the cross-entropy of ``softmax(a text + b cache)``, convex in ``a, b >= 0``, by Newton's method in
+    ``log a, log b``. As in Platt's scaling (1999) a label counts ``(q + 1) / (q + 2)``, the rest is spread over the
+    other classes: where all answers are right, nothing else would keep ``a`` and ``b`` finite.
+    """
+    q, c = cache.shape
+    parts = torch.stack([part.double() for part in ((cache,) if text is None else (text, cache))])
+    parts -= parts.mean(2, keepdim=True)
+    scales = parts.flatten(1).std(1).clamp_min(1e-12)
+    parts /= scales[:, None, None]
+    smoothed = torch.full_like(parts[0], 1 / ((q + 2) * max(c - 1, 1))).scatter_(1, ids[:, None], (q + 1) / (q + 2))
+
+    def at(logs: Tensor) -> tuple[Tensor, float]:
+        chances = torch.tensordot(logs.exp(), parts, 1).log_softmax(1)
+        return chances, -float((smoothed * chances).sum() / q)
+
+    logs = torch.zeros(len(parts), dtype=torch.float64)
+    chances, loss = at(logs)
+    for _ in range(STEPS):
+        p, factors = chances.exp(), logs.exp()
+        gradient = ((p - smoothed) * parts).sum((1, 2)) / q * factors
+        means = (p * parts).sum(2)
+        curvature = torch.einsum("iqc,jqc->ij", p * parts, parts) - means @ means.T
+        curvature = curvature / q * factors[:, None] * factors + torch.diag(gradient.clamp_min(0) + 1e-9)
+        step, size = torch.linalg.solve(curvature, gradient).clamp(-2, 2), 1.0
+        while True:
+            following = (logs - size * step).clamp(-REACH, REACH)
+            new_chances, new_loss = at(following)
+            if new_loss <= loss or size < 1e-3:
+                break
+            size /= 2
+        done = loss - new_loss < 1e-7
+        if new_loss <= loss:
+            logs, chances, loss = following, new_chances, new_loss
+        if done:
+            break
+    weights = (logs.exp() / scales).tolist()
+    right = chances.argmax(1) == ids
+    return Blend(
+        a=0.0 if text is None else weights[0],
+        b=weights[-1],
+        losses=-chances.gather(1, ids[:, None])[:, 0],
+        text_right=torch.zeros_like(right) if text is None else text.argmax(1) == ids,
+        cache_right=cache.argmax(1) == ids,
+        right=right,
+    )
+
+
+STEPS, REACH = 60, 7.0
+"""Of Newton's method: steps at most, and how far a logarithm may go from that of logits of unit spread."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is judged: features ``[q, d]`` float32 of class ids ``[q]``, by an index over these ``rows`` of the keys."""
+
+    features: Tensor
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclass
+class Folds:
+    """Keys ``[n, d]``, their class ids ``[n]``, scaled ``text`` weights ``[c, d]``, and what is held out in turn."""
+
+    keys: Keys
+    ids: Tensor
+    c: int
+    text: Tensor | None
+    held: Sequence[Held]
+    _scatters: dict[int, Scatter] = field(default_factory=dict)
+
+    @classmethod
+    def of_shots(
+        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int
+    ) -> Folds:
+        """``number`` folds of the images of keys, as many as the smallest class allows; about ``judged`` are judged."""
+        folds, first = _folds(images, ids, number)
+        held: list[Held] = []
+        for fold in range(folds.max(initial=-1) + 1):
+            asked = first[folds[first] == fold]
+            if len(asked) > judged:
+                asked = np.sort(np.random.default_rng(fold).choice(asked, judged, replace=False))
+            rows = torch.from_numpy(np.flatnonzero(folds != fold))
+            held.append(Held(_taken(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows))
+            judged -= len(asked)
+            if judged <= 0:
+                break
+        return cls(keys, torch.from_numpy(ids), c, text, held)
+
+    def judge(self, form: Form) -> tuple[Blend, Tensor]:
+        """How a form does when it is fitted without each fold; and the affinity of each to its nearest key ``[q]``."""
+        caches, nearest = [], []
+        for number, held in enumerate(self.held):
+            if form.shrinkage is not None and number not in self._scatters:
+                self._scatters[number] = Scatter.of(self.keys, self.ids, self.c, held.rows)
+            metric = None if form.shrinkage is None else self._scatters[number].metric(form.shrinkage)
+            cache, near = _cache_of(self, held, metric, form)
+            caches.append(cache)
+            nearest.append(near)
+        ids = torch.cat([held.ids for held in self.held])
+        text = None
+        if self.text is not None:
+            text = torch.cat([held.features for held in self.held]) @ self.text.T
+        return blend(text, torch.cat(caches), ids), torch.cat(nearest)
+
+
+def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -> tuple[Tensor, Tensor]:
+    """Cache logits ``[q, c]`` of what is held out by an index over the other keys; the nearest affinity ``[q]``."""
+    queries = held.features if metric is None else metric(held.features)
+    nearest = torch.full((len(queries),), -torch.inf)
+    cache = torch.zeros(len(queries), folds.c)
+    values = None
+    if form.ridge is not None:
+        keys = _taken(folds.keys, held.rows)
+        values = solve(keys if metric is None else metric(keys), folds.ids[held.rows], folds.c, form)
+    for start in range(0, len(held.rows), KEY_BLOCK):  # there may be very many keys, where values are one-hot
+        rows = held.rows[start : start + KEY_BLOCK]
+        keys = _taken(folds.keys, rows)
+        affinity = tip.affinity(queries, keys if metric is None else metric(keys))
+        torch.maximum(nearest, affinity.amax(1), out=nearest)
+        own = None if values is None else tip.Values(values[start : start + KEY_BLOCK])
+        cache += tip.cache_logits(affinity, folds.ids[rows], folds.c, form.beta, values=own)
+    return cache, nearest
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A form that was tried: its mean cross-entropy in nats, and accuracy."""
+
+    form: Form
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and how it does on the ``n`` photographs that were held out, in ``folds``.
+
+    ``photos``, ``words`` and ``both`` are accuracies by the cache alone, the text alone and the blend; ``words`` is
+    ``None`` without text. ``n`` is 0 where nothing could be judged, and then there are no accuracies.
+    """
+
+    form: Form
+    trials: Sequence[Trial]
+    judged_on: str
+    n: int
+    folds: int
+    seconds: float
+    photos: float | None = None
+    words: float | None = None
+    both: float | None = None
+
+    def __str__(self) -> str:
+        if self.photos is None or self.both is None:
+            return f"nothing to judge by, with one photograph a class or one class alone -> {self.form}"
+        parts = [f"photos alone {100 * self.photos:.1f} %"]
+        if self.words is not None:
+            parts += [f"words alone {100 * self.words:.1f} %", f"both {100 * self.both:.1f} %"]
+        return f"judged on {self.judged_on}: {', '.join(parts)} -> {self.form}"
+
+    @property
+    def warnings(self) -> Iterator[str]:
+        """What a user should know of it."""
+        if self.words is not None and self.photos is not None and self.both is not None and self.photos > self.both:
+            yield (
+                f"words do not help: photos alone {100 * self.photos:.1f} %, with words {100 * self.both:.1f} %; "
+                "so they are given little weight"
+            )
+
+    def provenance(self) -> dict[str, Any]:
+        """What goes into the manifest."""
+        parts = {name: getattr(self, name) for name in ("photos", "words", "both")}
+        return {
+            "summary": str(self),
+            "judged_on": self.judged_on,
+            "queries": self.n,
+            "folds": self.folds,
+            **{name: None if part is None else round(part, 6) for name, part in parts.items()},
+            "trials": [[str(trial.form), round(trial.loss, 6), round(trial.accuracy, 6)] for trial in self.trials],
+        }
+
+
+def fit(
+    cache: CacheModel,
+    *,
+    metric: str | None = None,
+    values: str | None = None,
+    validation: tuple[npt.NDArray[np.float32], IntArray] | None = None,
+    name: str = "validation",
+    factory: str | None = None,
+) -> Choice:
+    """Give an index the metric, values, alpha, beta and temperature that its own shots speak for.
+
+    A form is chosen by folds of the shots (views of one photograph together, everything solved anew without each fold),
+    or by ``validation``, features ``[q, d]`` and class ids ``[q]`` that are none of the keys. :data:`DEFAULT` stands
+    unless another is right at least as often, and its cross-entropy smaller by more than two standard errors of the
+    difference: few shots choose badly among many forms. Classes of one photograph take part without being judged; where
+    there are no others, the settings are the documented ones (:func:`_unjudged`). The temperature comes with the blend
+    (:func:`blend`), and what is ``unlike`` any shot from how near held-out shots are to the others.
+
+    Args:
+        cache: keys as they were built or added, in one segment; its present metric and values do not matter.
+        metric: ``none`` or ``within``, where it is not to be chosen.
+        values: ``one-hot`` or ``solved``, where they are not to be chosen. One-hot where the index retrieves ``k``
+            keys, which would miss what the others take back, and above :data:`MOST_SOLVED` keys.
+        validation: what to judge by in place of the shots.
+        name: what the validation images are called.
+        factory: type of the index over the points, by default the one that there is.
+
+    On disk after :meth:`CacheModel.save`. Returns the choice. Raises UsageError for another
+    metric or other values, and for solved ones that cannot be; InputError for an index that was fine-tuned or has
+    several segments.
+    """
+    start = time.perf_counter()
+    by_class = cache.index.by_class if factory is None else inner_factory(factory) is not None
+    forms = _forms(cache, metric, values, by_class=by_class)
+    if cache.curve is not None:
+        raise InputError("fit: the keys of this index were fine-tuned, and are no shots any more; fit the one before")
+    if cache.segments > 1:
+        raise InputError("fit: the index has segments beside it; compact it first")
+    keys, ids, c = cache.keys, cache.class_ids.cpu().numpy(), len(cache.class_names)
+    text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
+    images = images_of(cache.labels)
+    judged = int(min(JUDGED, max(256, AFFINITIES / cache.n)))
+    if validation is None:
+        folds = Folds.of_shots(keys, ids, c, text, images, MOST_FOLDS if cache.n <= JUDGED else FOLDS, judged)
+        count = sum(len(held.ids) for held in folds.held)
+        judged_on = f"your own photos, each left out (n={count})"
+    else:
+        held = Held(torch.from_numpy(validation[0]), torch.from_numpy(validation[1]), torch.arange(cache.n))
+        folds = Folds(keys, torch.from_numpy(ids), c, text, [held])
+        count, judged_on = len(held.ids), f"{name} (n={count})"
+    trials: list[Trial] = []
+    form, settings, blended = forms[0], cache.settings, None
+    if count >= LEAST_JUDGED and c > 1:
+        enough = validation is not None or len(np.unique(images)) >= LEAST_SHOTS * c
+        if len(forms) > 1 and enough:
+            chosen_on = folds if validation is not None else _sample(keys, ids, c, text, images)
+            form, trials = _choose(chosen_on, forms)
+        blended, nearest = folds.judge(form)
+        settings = blended.settings(settings, form.beta)
+        settings = replace(settings, least_affinity=float(nearest.quantile(UNLIKE)))
+    else:
+        (form, settings), count = _unjudged(cache, forms), 0
+    solved, values_now, fitted = _solved(cache, form)
+    choice = Choice(
+        form=form,
+        trials=trials,
+        judged_on=judged_on,
+        n=count,
+        folds=len(folds.held),
+        seconds=time.perf_counter() - start,
+        photos=None if blended is None else float(blended.cache_right.double().mean()),
+        words=None if blended is None or text is None else float(blended.text_right.double().mean()),
+        both=None if blended is None else float(blended.right.double().mean()),
+    )
+    where = f"fitted on {judged_on}" if blended is not None else "documented for shots that cannot be judged"
+    provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
+    cache.set_fitted(solved, values_now, fitted, factory)
+    cache.settings, cache.provenance = settings, cache.provenance | provenance
+    return choice
+
+
+def _forms(cache: CacheModel, metric: str | None, values: str | None, *, by_class: bool) -> list[Form]:
+    """The forms that may be chosen, the one that stands first."""
+    for what, given, known in (("metric", metric, METRICS), ("values", values, VALUES)):
+        if given not in (None, *known):
+            raise UsageError(f"{what} {given!r}: expected one of {', '.join(known)}")
+    if cache.settings.k is not None or by_class or cache.n > MOST_SOLVED:
+        if values == "solved":
+            raise UsageError(
+                f"values solved: need an index whose queries meet all keys, at most {MOST_SOLVED:,}; this one has "
+                f"{cache.n:,} and k {cache.settings.k or 'all'}"
+            )
+        values = "one-hot"
+    return [form for form in FORMS if metric in (None, form.metric) and values in (None, form.values)]
+
+
+def _unjudged(cache: CacheModel, forms: Sequence[Form]) -> tuple[Form, Settings]:
+    """The form and settings of shots that cannot be judged: :data:`ONE_SHOT`, or the untouched ones where it cannot be.
+
+    Without text alpha changes nothing.
+    """
+    if ONE_SHOT.values in {form.values for form in forms}:
+        form = replace(ONE_SHOT, shrinkage=None if any(form.shrinkage is None for form in forms) else DEFAULT.shrinkage)
+        return form, replace(cache.settings, alpha=ONE_SHOT_ALPHA, beta=form.beta, temperature=1.0)
+    alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
+    return Form(None, None, beta), replace(cache.settings, alpha=alpha, beta=beta, temperature=1.0)
+
+
+def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray) -> Folds:
+    """Folds of as many classes as :data:`CHOSEN_ON` keys allow, and of :data:`CHOSEN_SHOTS` keys a class at most."""
+    if len(ids) > CHOSEN_ON:
+        draw = np.random.default_rng(0)
+        mixed = draw.permutation(len(ids))
+        mixed = mixed[np.argsort(ids[mixed], kind="stable")]
+        rank = np.arange(len(ids)) - np.searchsorted(ids[mixed], ids[mixed])
+        mixed = mixed[rank < CHOSEN_SHOTS]
+        counts = np.bincount(ids[mixed], minlength=c)
+        classes = draw.permutation(c)
+        classes = np.sort(classes[: max(2, int(np.searchsorted(np.cumsum(counts[classes]), CHOSEN_ON, "right")))])
+        rows = np.sort(mixed[np.isin(ids[mixed], classes)])
+        keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
+        ids, c = np.searchsorted(classes, ids[rows]), len(classes)
+    return Folds.of_shots(keys, ids, c, text, images, FOLDS, len(ids))
+
+
+def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[Trial]]:
+    """The first form, or the best of those that are surely better than it: see :func:`fit`."""
+    stands, _ = folds.judge(forms[0])
+    best, trials = (forms[0], float(stands.losses.mean())), []
+    for form in forms:
+        judged = stands if form is forms[0] else folds.judge(form)[0]
+        loss, more = float(judged.losses.mean()), stands.losses - judged.losses
+        trials.append(Trial(form, loss, float(judged.right.double().mean())))
+        sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
+        if sure and judged.right.sum() >= stands.right.sum() and loss < best[1]:
+            best = form, loss
+    return best[0], trials
+
+
+def _solved(cache: CacheModel, form: Form) -> tuple[tip.Metric | None, Tensor | None, Fitted]:
+    """The metric and the values of a form over all keys, and what was fitted."""
+    ids, every, c = cache.class_ids.cpu(), torch.arange(cache.n), len(cache.class_names)
+    metric = None
+    if form.shrinkage is not None:
+        metric = Scatter.of(cache.keys, ids, c, every).metric(form.shrinkage)
+    fitted = Fitted(
+        metric="none" if metric is None else form.metric,
+        values=form.values,
+        shrinkage=None if metric is None else form.shrinkage,
+        ridge=form.ridge,
+        keys=cache.n,
+    )
+    if form.ridge is None:
+        return metric, None, fitted
+    keys = _taken(cache.keys, every)
+    return metric, solve(keys if metric is None else metric(keys), ids, c, form), fitted
+
+
+def _taken(keys: Keys, rows: Tensor) -> Tensor:
+    """Some rows of the keys, float32."""
+    return torch.from_numpy(np.array(keys[rows.numpy()], dtype=np.float32))
+
+
+def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:
+    """The fold of each key ``[n]``, -1 for what is never held out; and the first key of each image.
+
+    The images of a class, mixed, are dealt out in turn, into ``number`` folds, or as many as the smallest class has
+    images that has two or more.
+    """
+    _, first, image = np.unique(images, return_index=True, return_inverse=True)
+    own = ids[first]
+    order = np.random.default_rng(0).permutation(len(first))
+    order = order[np.argsort(own[order], kind="stable")]
+    counts = np.bincount(own)
+    several = counts[own] > 1
+    if not several.any():
+        return np.full(len(ids), -1), first
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[order] = np.arange(len(first)) - np.searchsorted(own[order], own[order])
+    folds = np.where(several, rank % min(number, int(counts[counts > 1].min())), -1)
+    return folds[image], first
