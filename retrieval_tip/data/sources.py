@@ -89,7 +89,9 @@ class Source:
         )
 
 
-def open_source(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+def open_source(
+    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
+) -> Source:
     """A labelled source, told apart by what it is.
 
     - a folder of class folders: classes are the folders in name order, images are searched below each
@@ -119,7 +121,9 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
     )
 
 
-def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+def open_items(
+    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
+) -> Source:
     """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
     file = Path(path)
     if is_parts(file):
@@ -245,7 +249,7 @@ def subfolders(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(found, key=lambda entry: entry.name)
 
 
-def _split_file(file: Path, split: str, root: str | None) -> Source:
+def _split_file(file: Path, split: str, root: str | os.PathLike[str] | None) -> Source:
     name = f"{show(file)} ({split})"
     try:
         data = json.loads(read_regular(file, MAX_SPLIT))
@@ -298,7 +302,13 @@ def _image_root(file: Path, paths: Sequence[str]) -> Path:
 
 
 def _table(
-    file: Path | str, root: str | None, *, labelled: bool, first: int = 0, last: int | None = None, whole: bool = True
+    file: Path | str,
+    root: str | os.PathLike[str] | None,
+    *,
+    labelled: bool,
+    first: int = 0,
+    last: int | None = None,
+    whole: bool = True,
 ) -> Source:
     name = show(file)
     items, has_features = _items(file, first, last, whole=whole)
