@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What settings are chosen on, and how."""
+    """The queries that settings are chosen on, and the rule that chooses."""
 
     leave_one_out: bool
     folds: int | None
@@ -141,7 +141,7 @@ def _print_choice(choice: Choice, k: int | None, version: int | None, as_json: b
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What is trained, and how."""
+    """The parts that are trained, and the recipe."""
 
     train: tuple[str, ...]
     epochs: int

@@ -544,7 +544,7 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
     if added.known and not skipped:
         known = counted(added.known, "image")
         warn([f"{known} of them were there already, under the same label; --skip-known would leave them out"])
-    if added.found is not None:
-        warn_of(added.found)
-        if added.found.compared == "digests":
+    if added.duplicates is not None:
+        warn_of(added.duplicates)
+        if added.duplicates.compared == "digests":
             warn(["near-identical images were not looked for among so many keys: index audit does"])

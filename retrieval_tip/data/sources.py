@@ -130,10 +130,10 @@ def open_items(
         return _table(file, root, labelled=False)
     folders = subfolders(file) if os.path.isdir(file) else None
     if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
-        found = [str(image) for image in images.find(file)]
-        if not found:
+        paths = [str(image) for image in images.find(file)]
+        if not paths:
             raise InputError(f"{show(file)}: no images in this folder")
-        return of_images(found, show(file))
+        return of_images(paths, show(file))
     if _is_table(file):
         return _table(file, root, labelled=False)
     return open_source(path, split=split, root=root)
@@ -153,10 +153,10 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
         elif os.path.isdir(file) and not is_parts(file):
-            found = [str(image) for image in images.find(file)]
-            if not found:
+            inside = [str(image) for image in images.find(file)]
+            if not inside:
                 raise InputError(f"{show(file)}: no images in this folder")
-            paths += found
+            paths += inside
         elif _is_table(file):
             if paths:
                 yield of_images(paths)
@@ -164,10 +164,10 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             yield _table(file, None, labelled=False)
         elif not os.path.exists(file) and glob.has_magic(argument):
             matches = sorted(glob.glob(argument, recursive=True))
-            found = [match for match in matches if not os.path.isdir(match)]
-            if not found:
+            files = [match for match in matches if not os.path.isdir(match)]
+            if not files:
                 raise InputError(f"{show(argument)}: no file matches")
-            waiting += found[::-1]
+            waiting += files[::-1]
         else:
             paths.append(argument)
     if paths:
@@ -194,14 +194,14 @@ def table_files(table: Path | str) -> list[Path | str]:
         if table.endswith(".parquet"):
             return [table]
         name = table.rstrip("/")
-        found = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
+        places = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
     elif os.path.isdir(table):
         name = show(table)
         with os.scandir(table) as entries:
-            found = [entry.path for entry in entries]
+            places = [entry.path for entry in entries]
     else:
         return [table]
-    names = {place.rpartition("/")[2]: place for place in found}
+    names = {place.rpartition("/")[2]: place for place in places}
     if RUN not in names:
         raise InputError(f"{name}: no feature table; a folder of parts has {RUN}")
     if COMPLETE not in names:
@@ -222,12 +222,12 @@ def _class_folders(folder: Path) -> Source:
     labels: list[str] = []
     names: list[str] = []
     for entry in subfolders(folder):
-        found = [str(path) for path in images.find(Path(entry.path))]
+        inside = [str(path) for path in images.find(Path(entry.path))]
         name = show(entry.name)
         names.append(name)
-        paths += found
-        labels += [name] * len(found)
-        if not found:
+        paths += inside
+        labels += [name] * len(inside)
+        if not inside:
             log.warning("%s: class folder without images", show(entry.path))
     if not paths:
         raise InputError(f"{show(folder)}: no images; expected one folder a class with images in it")
@@ -245,8 +245,8 @@ def _class_folders(folder: Path) -> Source:
 def subfolders(folder: Path) -> list[os.DirEntry[str]]:
     """The folders in a folder, in name order, without the hidden ones."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
-    return sorted(found, key=lambda entry: entry.name)
+        folders = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
+    return sorted(folders, key=lambda entry: entry.name)
 
 
 def _split_file(file: Path, split: str, root: str | os.PathLike[str] | None) -> Source:
