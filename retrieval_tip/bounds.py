@@ -48,17 +48,17 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 
 def memory() -> int | None:
     """Bytes of memory that this process may have: the machine's, or the least limit on it; ``None``: unknown."""
-    found: list[int] = []
+    sizes: list[int] = []
     with suppress(AttributeError, OSError, ValueError):  # not on Windows
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for name in _LIMITS:  # of the container
         with suppress(OSError, ValueError):
-            found.append(int(Path(name).read_text("ascii")))
+            sizes.append(int(Path(name).read_text("ascii")))
     with suppress(ImportError):
         import resource
 
-        found += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
-    return min((size for size in found if size > 0), default=None)
+        sizes += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    return min((size for size in sizes if size > 0), default=None)
 
 
 def _amount(size: int) -> str:

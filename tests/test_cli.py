@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ import pytest
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import group as cli
+from retrieval_tip.cli import stdin
 from retrieval_tip.errors import InputError
 
 
@@ -72,6 +75,40 @@ def test_every_command_and_option_has_help(run, command):
         found = found.commands[name]
     assert found.help
     assert all(option.help for option in found.params if isinstance(option, click.Option))
+
+
+def told_apart(function):
+    """A command's own function, and the groups of options that it takes as one value each, by parameter."""
+    groups = {}
+    while hasattr(function, "__wrapped__"):
+        outer = inspect.getclosurevars(function).nonlocals
+        groups |= {outer["name"]: outer["kind"]} if "kind" in outer else {}
+        function = function.__wrapped__
+    return function, groups
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_a_command_takes_its_options_as_they_are_declared(command):
+    found = cli.main
+    for name in command:
+        found = found.commands[name]
+    function, groups = told_apart(found.callback)
+    values = {option.name: option for option in found.params if option.expose_value}
+    parameters = inspect.signature(function).parameters
+    taken = {name: one.annotation for name, one in parameters.items() if one.annotation != "click.Context"}
+    for name, kind in groups.items():
+        assert taken.pop(name) == kind.__name__
+        own = {field.name: field for field in fields(kind)}
+        assert all(field.name in values or field.default is not MISSING for field in own.values())
+        taken |= {name: field.type for name, field in own.items() if name in values}
+    assert taken.keys() == values.keys()
+    for name, option in values.items():
+        if option.callback is not None:  # which makes another type of it
+            continue
+        default = option.to_info_dict()["default"] if isinstance(option, click.Option) else ""
+        may_lack = default is None and not (option.required or option.multiple)
+        assert ("None" in taken[name] or taken[name] == "KeysMet") == may_lack, name
+        assert taken[name].startswith("tuple") == (getattr(option, "multiple", False) or option.nargs != 1), name
 
 
 def test_json_csv_and_parquet_tell_the_same(run, small, queries, tmp_path):
@@ -347,12 +384,12 @@ def test_a_closed_standard_error_changes_nothing(small, queries, tmp_path):
 
 def on_stdin(monkeypatch, data):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
-    return list(cli._paths_on_stdin())
+    return list(stdin.paths_on_stdin())
 
 
 @pytest.mark.parametrize("size", [1 << 20, 5])
 def test_paths_come_from_standard_input_a_line_or_a_nul_each(monkeypatch, size):
-    monkeypatch.setattr(cli, "PATHS_READ", size)
+    monkeypatch.setattr(stdin, "PATHS_READ", size)
     for data, paths in (
         (b"", []),
         (b"a", ["a"]),
@@ -364,9 +401,9 @@ def test_paths_come_from_standard_input_a_line_or_a_nul_each(monkeypatch, size):
 
 
 def test_a_standard_input_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr(cli, "PATHS_READ", 10)
-    monkeypatch.setattr(cli, "MAX_PATHS", 20)
-    monkeypatch.setattr(cli, "MAX_PATHS_BYTES", 100)
+    monkeypatch.setattr(stdin, "PATHS_READ", 10)
+    monkeypatch.setattr(stdin, "MAX_PATHS", 20)
+    monkeypatch.setattr(stdin, "MAX_PATHS_BYTES", 100)
     for data in (b"x" * 30, b"a\n" * 30, b"\0" * 200, b"abcdefgh\n" * 20):
         with pytest.raises(InputError, match=r"^standard input: "):
             on_stdin(monkeypatch, data)

@@ -10,8 +10,10 @@ import pytest
 from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import CacheModel, Encoder, Recipe, open_source, verify
 from retrieval_tip.fit import checkpoint
+from retrieval_tip.fit.finetune import checkpoint_of, finetune_into
+from retrieval_tip.fit.search_hp import validation_shots
 
 NAMES = [f"class {i}" for i in range(C)]
 
@@ -66,6 +68,20 @@ def test_it_writes_another_index_with_its_story(run, place):
     assert [json.loads(line)["epoch"] for line in curve.stdout.splitlines()] == [0, 1, 2, 3]
     evaluated = run("evaluate", place / "tuned", place / "test.parquet", "--json")
     assert 0 <= json.loads(evaluated.stdout)["top1"] <= 1
+
+
+def test_python_does_what_the_command_does(run, place):
+    told = tune(run, place, "--val", place / "val.parquet", "--epochs", 2, "--batch", 16, "--json")
+    cache = CacheModel.load(place / "index", device="cpu", precision="float32")
+    shots, val = (open_source(place / f"{name}.parquet") for name in ("views", "val"))
+    val = val.take(validation_shots(cache, val))
+    recipe = Recipe(epochs=2, batch=16)
+    tuned = finetune_into(place / "again", cache, shots, Encoder(), recipe, val=val, parent=str(place / "index"))
+    assert tuned.facts() | {"seconds": 0} == json.loads(told.stdout) | {"seconds": 0}
+    one, other = (CacheModel.load(place / name, device="cpu") for name in ("tuned", "again"))
+    assert np.array_equal(one.keys, other.keys)
+    assert one.settings == other.settings
+    assert not checkpoint_of(place / "again").exists()
 
 
 def test_without_source_it_trains_on_the_table_that_the_index_was_built_from(run, place):

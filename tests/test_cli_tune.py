@@ -16,7 +16,8 @@ import pytest
 from test_cli import write_table
 from test_keys import made_module
 
-from retrieval_tip import CacheModel, verify
+from retrieval_tip import CacheModel, Encoder, verify
+from retrieval_tip.data.sources import open_items
 from retrieval_tip.index import tune as tuning
 
 C, SHOTS, Q = 20, 16, 120
@@ -97,6 +98,18 @@ def test_a_new_version_is_what_was_printed(
     assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
     asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json").stdout)
     assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.settings.k)]
+
+
+def test_python_does_what_the_command_does(run: Any, place: Path) -> None:
+    cache = CacheModel.load(place / "index", device="cpu", precision="float32")
+    queries = open_items(place / "queries.parquet")
+    tuned = tuning.tune_on(cache, queries, Encoder(), agreement=0.01, factories=["IVF8,Flat"])
+    tuned.apply(cache, place / "index")
+    held = verify(place / "index")
+    assert (held.version, held.index.factory, held.settings) == (2, tuned.chosen.index, cache.settings)
+    assert held.settings.k == tuned.chosen.k
+    where = f"tuned on {queries.name}, n={Q}, agreement {tuned.chosen.agreement:.4g}"
+    assert held.provenance["index"] == held.provenance["k"] == where
 
 
 def test_settings_and_answers_over_all_keys_stay(run: Any, place: Path, features: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from retrieval_tip.backbones.open_clip import Backbone
 from retrieval_tip.cli import group as cli
 from retrieval_tip.cli import output
-from retrieval_tip.cli.options import K
+from retrieval_tip.cli.parameters import K
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import IDENTITY_KEY
 from retrieval_tip.data.sources import open_source

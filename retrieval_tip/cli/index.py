@@ -4,48 +4,59 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from retrieval_tip.cli.options import (
-    BACKBONE,
-    DEVICE,
-    ENCODING,
-    FILE,
-    FOLDER,
-    FORMAT,
-    INDEX,
-    NUMBER,
-    POSITIVE,
-    READING,
-    SEED,
-    SHOTS,
-    VIEWS,
-    VIEWS_COUNT,
-    K,
-    Number,
+from retrieval_tip.cli.messages import about, finish, print_facts, say, warn
+from retrieval_tip.cli.opening import (
     Origin,
     backbone_for,
     backbone_of,
     checked,
-    count,
+    encoder_for,
     encoder_of,
-    finish,
     manifest_of,
-    options,
-    recipe,
-    say,
-    shown,
     source_of,
-    warn,
 )
-from retrieval_tip.errors import counted, few, json_line, one_line
+from retrieval_tip.cli.options import (
+    BACKBONE,
+    DEVICE,
+    ENCODING,
+    FORMAT,
+    JSON,
+    READING,
+    ROOT,
+    VIEWS,
+    BackboneOptions,
+    EncodingOptions,
+    OutputOptions,
+    ReadingOptions,
+    ViewOptions,
+    grouped,
+    options,
+)
+from retrieval_tip.cli.parameters import (
+    FILE,
+    FOLDER,
+    INDEX,
+    NUMBER,
+    POSITIVE,
+    SEED,
+    SHOTS,
+    VIEWS_COUNT,
+    K,
+    Number,
+    count,
+)
+from retrieval_tip.cli.recipe import recipe
+from retrieval_tip.errors import counted, few, json_line
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
     from retrieval_tip.lance.address import Address
     from retrieval_tip.settings import KeysMet
+    from retrieval_tip.store.manifest import Manifest
 
     Place = Path | Address
 
@@ -85,7 +96,24 @@ def index() -> None:
 @READING
 @ENCODING
 @click.pass_context
-def build(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None:
+def build(
+    ctx: click.Context,
+    source: Path,
+    out: Place,
+    text: Path | None,
+    template: tuple[str, ...],
+    shots: int | None,
+    views: ViewOptions,
+    factory: str | None,
+    dtype: str,
+    alpha: float | None,
+    beta: float | None,
+    normalize: str | None,
+    k: KeysMet,
+    logit_scale: float | None,
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
     """Build an index folder from labelled images or features.
 
     SOURCE is a folder of class folders, a .csv, .tsv or .parquet with path and label, a feature table (.parquet with
@@ -95,33 +123,32 @@ def build(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
 
-    shots = source_of(source, given, "train")
-    templates = given["template"] or (facts(shots.dataset).templates if shots.dataset and not given["text"] else ())
-    backbone = backbone_of(shots, given, needed=given["text"] is None)
-    with encoder_of(ctx, backbone, given) as encoder:
+    items = source_of(source, reading, "train")
+    templates = template or (facts(items.dataset).templates if items.dataset and not text else ())
+    with encoder_of(ctx, backbone_of(items, encoding, needed=text is None), encoding, views) as encoder:
         cache = build_index(
-            shots,
+            items,
             out,
             encoder,
-            shots=given["shots"],
+            shots=shots,
             templates=templates,
-            text=given["text"],
-            index=given["factory"],
-            dtype=given["dtype"],
-            alpha=given["alpha"],
-            beta=given["beta"],
-            normalize=given["normalize"],
-            k=given["k"],
-            logit_scale=given["logit_scale"],
+            text=text,
+            index=factory,
+            dtype=dtype,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            k=k,
+            logit_scale=logit_scale,
             device="cpu",
         )
-    _say(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+    _say_version(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
     finish(ctx, encoder.skipped)
 
 
 @index.command("info")
 @click.argument("folder", type=INDEX)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@JSON
 def info(folder: Place, as_json: bool) -> None:
     """Describe an index: version, backbone, classes, settings and where they come from."""
     from retrieval_tip.index.places import at
@@ -130,9 +157,7 @@ def info(folder: Place, as_json: bool) -> None:
     if as_json:
         click.echo(json_line(facts))
         return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        click.echo(f"{name.ljust(width)}  {shown(value)}")
+    print_facts(facts, max(map(len, facts)))
 
 
 @index.command("verify")
@@ -142,8 +167,7 @@ def verify(folder: Place) -> None:
     from retrieval_tip.index.places import at
 
     cache = at(folder).verify()
-    whole = f"version {cache.version} is whole ({cache.n} keys, {len(cache.class_names)} classes)"
-    click.echo(one_line(f"{folder}: {whole}"))
+    about(folder, f"version {cache.version} is whole ({cache.n} keys, {len(cache.class_names)} classes)")
 
 
 @index.command("query")
@@ -153,7 +177,7 @@ def verify(folder: Place) -> None:
 @click.option("--predictions", type=FILE, help="What classify wrote (.parquet, .csv, .json), as table predictions.")
 @click.option("--timeout", type=click.IntRange(1, 86_400), default=60, show_default=True,
               help="Seconds that the answer may take.")  # fmt: skip
-def query(folder: Place, sql: str, predictions: Path | None, timeout: int, style: str, output: Path | None) -> None:
+def query(folder: Place, sql: str, predictions: Path | None, timeout: int, printing: OutputOptions) -> None:
     """Ask the label store: one SELECT, read-only, without access to other files.
 
     The table labels has key_id, class_id, label, source, shot, views, digest, added_at and the further columns of the
@@ -164,7 +188,7 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, style
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
 
-    write_table(at(folder).query(sql, predictions, timeout), style, output)
+    write_table(at(folder).query(sql, predictions, timeout), printing.style, printing.output)
 
 
 @index.command("tune")
@@ -177,12 +201,23 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, style
               help="FAISS factory to try, repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print, change nothing.")
 @click.option("--plot", type=FILE, help="PNG file for cost and agreement (needs matplotlib).")
-@click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
+@ROOT
 @FORMAT
 @BACKBONE
 @ENCODING
 @click.pass_context
-def tune_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any) -> None:
+def tune_command(
+    ctx: click.Context,
+    folder: Path,
+    source: Path,
+    agreement: float,
+    factories: tuple[str, ...],
+    dry_run: bool,
+    plot: Path | None,
+    root: Path | None,
+    printing: OutputOptions,
+    encoding: EncodingOptions,
+) -> None:
     """Find the cheapest index and k whose answers are those over all keys, and write a new version with them.
 
     Prints the settings that no cheaper one equals, and what a query costs with each here, in one batch. Labels are not
@@ -192,39 +227,34 @@ def tune_command(ctx: click.Context, /, folder: Path, source: Path, **given: Any
 
     from retrieval_tip.cli.output import write_rows
     from retrieval_tip.data.sources import open_items
-    from retrieval_tip.index.tune import tune
+    from retrieval_tip.index.tune import tune_on
     from retrieval_tip.report import plots
 
-    if given["plot"]:
+    if plot:
         plots.needs_matplotlib()
-    cache = checked(folder, given["device"], given["precision"])
-    if cache.segments > 1:
-        cache.compact()
-    val = open_items(source, split="val", root=given["root"])
-    with encoder_of(ctx, backbone_for(cache, [val], given), given) as encoder:
-        found = tune(cache, encoder.encode(val).features, agreement=given["agreement"], factories=given["factories"])
-    if given["plot"]:
-        plots.draw_frontier(found, given["plot"])
+    cache = checked(folder, encoding.device, encoding.precision)
+    val = open_items(source, split="val", root=root)
+    with encoder_for(ctx, cache, [val], encoding) as encoder:
+        tuning = tune_on(cache, val, encoder, agreement=agreement, factories=factories)
+    if plot:
+        plots.draw_frontier(tuning, plot)
     types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
     types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
-    rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is found.chosen} for t in found.trials if t.best]
+    rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]
     rows = [{name: row[name] for name in types} for row in rows]
-    write_rows(rows, list(types), given["style"], given["output"], pa.schema(list(types.items())))
-    if not given["dry_run"]:
-        cache.index, cache.settings = found.index, cache.settings.but(k=found.chosen.k or "all", tail=True)
-        where = f"tuned on {val.name}, n={found.n}, agreement {found.chosen.agreement:.4g}"
-        cache.provenance = cache.provenance | {"index": where, "k": where}
-        cache.save(folder, "tune")
+    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
+    if not dry_run:
+        tuning.apply(cache, folder)
         say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")
     finish(ctx, encoder.skipped)
 
 
-def _ids(ctx: click.Context, _: click.Parameter, given: tuple[str, ...]) -> list[int] | None:
+def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
     """Key ids, however many in each option; ``None`` where there is no option."""
-    parts = [part.strip() for text in given for part in text.split(",")]
+    parts = [part.strip() for text in texts for part in text.split(",")]
     if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
         raise click.BadParameter(f"{wrong[0]!r} is no key id, a whole number", ctx)
-    return [int(part) for part in parts] if given else None
+    return [int(part) for part in parts] if texts else None
 
 
 _WHICH = options(
@@ -246,7 +276,18 @@ _WHICH = options(
 @READING
 @ENCODING
 @click.pass_context
-def add_command(ctx: click.Context, /, folder: Place, source: Path, **given: Any) -> None:
+def add_command(
+    ctx: click.Context,
+    folder: Place,
+    source: Path,
+    text: Path | None,
+    shots: int | None,
+    views: int | None,
+    seed: int | None,
+    skip_known: bool,
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
     """Add labelled images or features, as for index build, to an index.
 
     Classes that are new come after those there are, with text weights from the index's templates or --text. It costs
@@ -254,21 +295,21 @@ def add_command(ctx: click.Context, /, folder: Place, source: Path, **given: Any
     """
     from retrieval_tip.index import changes
 
-    manifest, shots = manifest_of(folder), source_of(source, given, "train")
-    of_index = manifest.provenance
-    for name in ("views", "seed"):
-        if given[name] is None:
-            value = of_index.get(name)
-            given[name] = value if isinstance(value, int) else 1
-    new = not set(shots.class_names) <= set(manifest.class_names)
-    needed = new and given["text"] is None and bool(manifest.templates)
-    backbone = backbone_for(Origin.of(folder), [shots], given, needed=needed)
-    with encoder_of(ctx, backbone, given) as encoder:
-        added = changes.add(
-            folder, shots, encoder, text=given["text"], shots=given["shots"], skip_known=given["skip_known"]
-        )
-    _say_added(folder, added, given["skip_known"])
+    manifest, items = manifest_of(folder), source_of(source, reading, "train")
+    new = not set(items.class_names) <= set(manifest.class_names)
+    needed = new and text is None and bool(manifest.templates)
+    drawn = _as_built(manifest, views, seed)
+    with encoder_for(ctx, Origin.of(folder), [items], encoding, drawn, needed=needed) as encoder:
+        added = changes.add(folder, items, encoder, text=text, shots=shots, skip_known=skip_known)
+    _say_added(folder, added, skip_known)
     finish(ctx, encoder.skipped)
+
+
+def _as_built(manifest: Manifest, views: int | None, seed: int | None) -> ViewOptions:
+    """These views and this seed, or those that an index was built with."""
+    built = {name: manifest.provenance.get(name) for name in ("views", "seed")}
+    own = {name: value if isinstance(value, int) else 1 for name, value in built.items()}
+    return ViewOptions(own["views"] if views is None else views, own["seed"] if seed is None else seed)
 
 
 @index.command("merge")
@@ -290,7 +331,7 @@ def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) 
     from retrieval_tip.index import changes
 
     removed = changes.remove(folder, where=where, key_ids=key_ids)
-    _say(folder, removed.version, f"{counted(len(removed.key_ids), 'key')} removed")
+    _say_version(folder, removed.version, f"{counted(len(removed.key_ids), 'key')} removed")
 
 
 @index.command("relabel")
@@ -302,7 +343,7 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
     from retrieval_tip.index import changes
 
     changed = changes.relabel(folder, label, where=where, key_ids=key_ids)
-    _say(folder, changed.version, f"{counted(len(changed.key_ids), 'key')} given to {label}")
+    _say_version(folder, changed.version, f"{counted(len(changed.key_ids), 'key')} given to {label}")
 
 
 @index.command("set")
@@ -315,21 +356,33 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 @click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
               help="Alpha and beta in units of the shots there are now; both: as a new build has them.")  # fmt: skip
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
-@BACKBONE
-@DEVICE
-def set_command(folder: Place, template: tuple[str, ...], **given: Any) -> None:
+@grouped("backbone", BackboneOptions, BACKBONE, DEVICE)
+def set_command(
+    folder: Place,
+    alpha: float | None,
+    beta: float | None,
+    k: KeysMet,
+    tail: bool | None,
+    temperature: float | None,
+    normalize: str | None,
+    template: tuple[str, ...],
+    backbone: BackboneOptions,
+) -> None:
     """Change settings of an index. Templates replace its text weights."""
     from retrieval_tip.index import changes
 
-    cache = given | {"no_cache": True}
     changed = changes.configure(
         folder,
-        **{name: given[name] for name in ("alpha", "beta", "tail", "temperature", "normalize")},
-        k=given["k"],
+        alpha=alpha,
+        beta=beta,
+        k=k,
+        tail=tail,
+        temperature=temperature,
+        normalize=normalize,
         templates=template,
-        backbone=backbone_for(Origin.of(folder), [], cache, needed=True) if template else None,
+        backbone=backbone_for(Origin.of(folder), [], backbone, cached=False, needed=True) if template else None,
     )
-    _say(folder, changed.version, "settings changed")
+    _say_version(folder, changed.version, "settings changed")
 
 
 @index.command("compact")
@@ -338,7 +391,7 @@ def compact_command(folder: Place) -> None:
     """Make one segment of all keys, indexed anew: as a new build of the same keys."""
     from retrieval_tip.index import changes
 
-    _say(folder, changes.compact(folder).version, "one segment")
+    _say_version(folder, changes.compact(folder).version, "one segment")
 
 
 @index.command("rebuild")
@@ -349,18 +402,18 @@ def rebuild_command(folder: Place, factory: str | None, dtype: str | None) -> No
     """Build the FAISS index from the keys anew, as another type or from keys of another precision."""
     from retrieval_tip.index import changes
 
-    _say(folder, changes.rebuild(folder, index=factory, dtype=dtype).version, "rebuilt")
+    _say_version(folder, changes.rebuild(folder, index=factory, dtype=dtype).version, "rebuilt")
 
 
 @index.command("history")
 @click.argument("folder", type=INDEX)
 @FORMAT
-def history_command(folder: Place, style: str, output: Path | None) -> None:
+def history_command(folder: Place, printing: OutputOptions) -> None:
     """List the versions of an index that are kept, oldest first, and what made them."""
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
 
-    write_table(at(folder).history(), style, output)
+    write_table(at(folder).history(), printing.style, printing.output)
 
 
 @index.command("rollback")
@@ -370,7 +423,7 @@ def rollback_command(folder: Place, version: int | None) -> None:
     """Make an earlier version the content of a new one."""
     from retrieval_tip.index import changes
 
-    _say(folder, changes.rollback(folder, version).version, "rolled back")
+    _say_version(folder, changes.rollback(folder, version).version, "rolled back")
 
 
 @index.command("gc")
@@ -378,11 +431,10 @@ def rollback_command(folder: Place, version: int | None) -> None:
 @click.option("--keep", type=count(), default=1, show_default=True, help="Versions to keep, the last ones.")
 def gc_command(folder: Place, keep: int) -> None:
     """Give up earlier versions, and remove the files that only they have."""
-    from retrieval_tip.errors import show
     from retrieval_tip.index.places import at
 
     versions, freed = at(folder).collect(keep)
-    click.echo(f"{one_line(show(str(folder)))}: {counted(len(versions), 'version')} given up, {freed:,} bytes freed")
+    about(folder, f"{counted(len(versions), 'version')} given up, {freed:,} bytes freed")
 
 
 @index.command("clone")
@@ -393,7 +445,7 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
     """Copy an index into a new folder OUT, checked on the way."""
     from retrieval_tip.index import changes
 
-    _say(out, changes.clone(folder, out, version).version, f"a copy of {folder}")
+    _say_version(out, changes.clone(folder, out, version).version, f"a copy of {folder}")
 
 
 @index.command("export")
@@ -402,13 +454,12 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 @click.option("--text", type=FILE, help="Feature table for the text weights, as index build --text takes it.")
 def export_command(folder: Path, out: Path, text: Path | None) -> None:
     """Write the keys of an index, and what it says of them, as one feature table."""
-    from retrieval_tip.errors import show
     from retrieval_tip.index.export import export_table, export_text
 
     cache = checked(folder, "cpu")
-    click.echo(f"{one_line(show(out))}: {export_table(cache, out)} rows")
+    about(out, f"{export_table(cache, out)} rows")
     if text is not None:
-        click.echo(f"{one_line(show(text))}: {export_text(cache, text)} rows")
+        about(text, f"{export_text(cache, text)} rows")
 
 
 @index.command("import")
@@ -425,8 +476,19 @@ def export_command(folder: Path, out: Path, text: Path | None) -> None:
               help="Type of the stored keys.")  # fmt: skip
 @click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]")
 @click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]")
-@click.pass_context
-def import_command(ctx: click.Context, /, source: Path, out: Place, **given: Any) -> None:
+def import_command(
+    source: Path,
+    out: Place,
+    classes: Path | None,
+    labels: Path | None,
+    label_column: str | None,
+    text: Path | None,
+    norms: str,
+    factory: str | None,
+    dtype: str,
+    alpha: float | None,
+    beta: float | None,
+) -> None:
     """Build an index from keys that another program made.
 
     SOURCE is a folder with Tip-Adapter's keys_16shots.pt and values_16shots.pt (or the former itself), an .npy file
@@ -434,16 +496,27 @@ def import_command(ctx: click.Context, /, source: Path, out: Place, **given: Any
     """
     from retrieval_tip.index.changes import import_index
 
-    names = ("classes", "labels", "label_column", "text", "norms", "dtype", "alpha", "beta")
-    cache = import_index(source, out, index=given["factory"], **{name: given[name] for name in names})
-    _say(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+    cache = import_index(
+        source,
+        out,
+        classes=classes,
+        labels=labels,
+        label_column=label_column,
+        text=text,
+        norms=norms,
+        index=factory,
+        dtype=dtype,
+        alpha=alpha,
+        beta=beta,
+    )
+    _say_version(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
 
 
 @index.command("audit")
 @click.argument("folder", type=FOLDER)
 @click.option("-k", "k", type=K(), help="Nearest keys that judge a shot, or all.  [default: all, while they are few]")
 @FORMAT
-def audit_command(folder: Path, k: KeysMet, style: str, output: Path | None) -> None:
+def audit_command(folder: Path, k: KeysMet, printing: OutputOptions) -> None:
     """Find suspicious shots: those whose neighbours have another label, and images that are in two classes.
 
     Each shot is judged by all others, those of the same image left out; the most suspicious come first.
@@ -451,17 +524,15 @@ def audit_command(folder: Path, k: KeysMet, style: str, output: Path | None) -> 
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
 
-    write_table(audit(checked(folder, "auto"), k=k), style, output)
+    write_table(audit(checked(folder, "auto"), k=k), printing.style, printing.output)
 
 
-def _say(folder: Place, version: int, what: str) -> None:
-    from retrieval_tip.errors import show
-
-    click.echo(one_line(f"{show(str(folder))}: version {version}, {what}"))
+def _say_version(folder: Place, version: int, what: str) -> None:
+    about(folder, f"version {version}, {what}")
 
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
-    """What was added, and what is suspicious about it."""
+    """Print how much was added, and warn of what is suspicious about it."""
     from retrieval_tip.index.build import warn_of
 
     what = f"{counted(len(added.key_ids), 'key')} added"
@@ -469,11 +540,11 @@ def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
         what += f", {counted(len(added.classes), 'new class')}: {few(added.classes)}"
     if added.known and skipped:
         what += f", {counted(added.known, 'known image')} left out"
-    _say(folder, added.version, what)
+    _say_version(folder, added.version, what)
     if added.known and not skipped:
         known = counted(added.known, "image")
         warn([f"{known} of them were there already, under the same label; --skip-known would leave them out"])
-    if added.found is not None:
-        warn_of(added.found)
-        if added.found.compared == "digests":
+    if added.duplicates is not None:
+        warn_of(added.duplicates)
+        if added.duplicates.compared == "digests":
             warn(["near-identical images were not looked for among so many keys: index audit does"])

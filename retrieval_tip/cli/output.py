@@ -12,16 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from typing import IO, Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line
 from retrieval_tip.files import replacing
-
-if TYPE_CHECKING:
-    pass
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
@@ -72,7 +69,7 @@ def write_rows(
 
 
 def prediction_details(row: Row) -> Iterator[str]:
-    """What a table has below a prediction: its nearest keys, and classes with their probabilities."""
+    """Lines of a table below a prediction: its nearest keys, and classes with their probabilities."""
     if row.get("neighbours"):
         for text in table_lines(row["neighbours"], ["affinity", "weight", "label", "source", "key_id"]):
             yield f"    {text}"
@@ -140,7 +137,7 @@ def _csv(rows: Iterable[Row], columns: Sequence[str], target: IO[str], safe: boo
 
 
 class _Lines:
-    """What a CSV writer writes to: its lines end here as they do everywhere."""
+    """The target of a CSV writer, with lines that end as they do everywhere."""
 
     def __init__(self, target: IO[str]) -> None:
         self._target = target

@@ -187,10 +187,10 @@ class Encoder:
             for item in chunk:
                 if item.problem is not None:
                     self._skip(item.path, item.problem)
-            found = [place for place, item in enumerate(chunk, start) if item.problem is None]
-            if found:
-                yield np.array(found), torch.stack([chunk[place - start].pixels[name] for place in found])
-            start, done = start + len(chunk), done + len(found)
+            readable = [place for place, item in enumerate(chunk, start) if item.problem is None]
+            if readable:
+                yield np.array(readable), torch.stack([chunk[place - start].pixels[name] for place in readable])
+            start, done = start + len(chunk), done + len(readable)
         if not done and start:
             raise self._none_read(source)
 

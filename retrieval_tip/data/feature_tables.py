@@ -55,9 +55,9 @@ def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None,
             raise BackboneError(f"backbone {backbone.identity}: its features have {backbone.dim} values, the index {d}")
     for source in sources:
         if source.table is not None:
-            found = table_identity(source.table)
-            if identity is not None and found is not None:
-                same_backbone(found, identity, source.name)
+            said = table_identity(source.table)
+            if identity is not None and said is not None:
+                same_backbone(said, identity, source.name)
             if table_dim(source.table) != d:
                 raise InputError(f"{source.name}: features of {table_dim(source.table)} values, the index has {d}")
 

@@ -228,12 +228,12 @@ class _Bounded(io.BytesIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """As of any file, but of many bytes no more at once than Pillow's own readers take."""
-        found = super().read(-1 if size is None else min(size, 1 << 20))
+        data = super().read(-1 if size is None else min(size, 1 << 20))
         if size is not None and size >= 0:  # all at once is what WEBP asks for, once
-            self.effort -= len(found) + READ_EFFORT
+            self.effort -= len(data) + READ_EFFORT
         if self.effort < 0:
             raise InputError("more of it is metadata, or in small pieces, than is read: save it anew without that")
-        return found
+        return data
 
 
 def _open(data: bytes) -> Image.Image:
@@ -308,11 +308,11 @@ class _Jpeg:
     def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
         """Marker, start and end of each segment from a place on, to the end of the picture."""
         for _ in range(MAX_PARTS):
-            found = _MARKER.search(data, at)
-            if found is None or data[found.end() - 1] == _END:
+            marker = _MARKER.search(data, at)
+            if marker is None or data[marker.end() - 1] == _END:
                 return
-            at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-            yield data[found.end() - 1], found.start(), at
+            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+            yield data[marker.end() - 1], marker.start(), at
         raise InputError(f"a JPEG of more than {MAX_PARTS:,} segments")
 
 

@@ -154,7 +154,7 @@ def _find(
         if not keys and not arrays:
             raise UsageError(f"{name}: holds nothing that can be imported; {_KINDS}")
         if len(keys) > 1 or (keys and arrays):
-            several = ", ".join(show(found.name) for found in [*keys, *arrays][:4])
+            several = ", ".join(show(path.name) for path in [*keys, *arrays][:4])
             raise UsageError(f"{name}: holds several things that can be imported ({several}); name one of them itself")
         if arrays:
             tables = _files(source / "metadata" if nested else source, ".parquet")
@@ -333,20 +333,20 @@ def _class_names(file: Path) -> list[str]:
             column = next((column for column in NAME_COLUMNS if column in columns), columns[0])
             if column not in NAME_COLUMNS and len(columns) > 1:
                 raise InputError(f"{name}: no column 'name' among {few_names(columns)}; call the column of names so")
-            found: Any = [each for rows in _read_rows(file) for each in rows[column].to_pylist()]
+            values: Any = [each for rows in _read_rows(file) for each in rows[column].to_pylist()]
         else:
             text = io.TextIOWrapper(io.BytesIO(read_regular(file, MAX_NAMES)), "utf-8-sig").read()
-            found = json.loads(text) if suffix == ".json" else text.rstrip().split("\n")
+            values = json.loads(text) if suffix == ".json" else text.rstrip().split("\n")
     except (ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(f"{name}: cannot be read: {error}") from None
-    if isinstance(found, dict):
-        numbers = [str(i) for i in range(len(found))]
-        if all(type(value) is int for value in found.values()):  # {name: id}
-            found = {str(number): key for key, number in found.items()}
-        if found.keys() != set(numbers):
+    if isinstance(values, dict):
+        numbers = [str(i) for i in range(len(values))]
+        if all(type(value) is int for value in values.values()):  # {name: id}
+            values = {str(number): key for key, number in values.items()}
+        if values.keys() != set(numbers):
             raise InputError(f"{name}: expected ids from 0 to {len(numbers) - 1}, each once")
-        found = [found[number] for number in numbers]
-    names = [show(each).strip() if isinstance(each, str) else "" for each in found] if isinstance(found, list) else []
+        values = [values[number] for number in numbers]
+    names = [show(each).strip() if isinstance(each, str) else "" for each in values] if isinstance(values, list) else []
     if not names or not all(0 < len(each) <= MAX_NAME for each in names):
         at = f" {next(i for i, each in enumerate(names) if not 0 < len(each) <= MAX_NAME)}" if names else ""
         raise InputError(f"{name}: class{at} has no name; expected texts of 1 to {MAX_NAME} characters")
@@ -485,13 +485,13 @@ def _checked(features: Array, start: int, number: int, dtype: npt.DTypeLike, nam
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
             return np.ascontiguousarray(features[at : at + size], dtype=dtype)
 
-    found = block(start, number)
+    rows_read = block(start, number)
     for what, test in _UNFIT.items():
-        if test(found).any():
+        if test(rows_read).any():
             every = range(0, len(features), TABLE_ROWS)
             rows = np.concatenate([at + np.flatnonzero(test(block(at, TABLE_ROWS))) for at in every])
             raise InputError(f"{name}: {row_list(rows)}: {what}; leave it out, and its label")
-    return found
+    return rows_read
 
 
 def _texts(column: pa.ChunkedArray, what: str, longest: int, start: int, where: str) -> pa.ChunkedArray:
@@ -520,8 +520,8 @@ def _labels(
     """The label of each row, by the folder that it lies in, or as one of ``names`` where there are some."""
     if folder:
         texts = _texts(column, "path", MAX_TEXT, start, where)
-        found = pc.struct_field(pc.extract_regex(texts, _FOLDER), "folder")
-        column = pc.if_else(pc.is_in(found, pa.array([".", ".."])), None, found)
+        folders = pc.struct_field(pc.extract_regex(texts, _FOLDER), "folder")
+        column = pc.if_else(pc.is_in(folders, pa.array([".", ".."])), None, folders)
     texts = _texts(column, "folder to be the label" if folder else "label", MAX_NAME, start, where)
     if names is None:
         return texts

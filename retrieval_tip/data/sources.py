@@ -89,7 +89,9 @@ class Source:
         )
 
 
-def open_source(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+def open_source(
+    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
+) -> Source:
     """A labelled source, told apart by what it is.
 
     - a folder of class folders: classes are the folders in name order, images are searched below each
@@ -119,17 +121,19 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None, root:
     )
 
 
-def open_items(path: str | os.PathLike[str], *, split: str | None = None, root: str | None = None) -> Source:
+def open_items(
+    path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
+) -> Source:
     """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
     file = Path(path)
     if is_parts(file):
         return _table(file, root, labelled=False)
     folders = subfolders(file) if os.path.isdir(file) else None
     if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
-        found = [str(image) for image in images.find(file)]
-        if not found:
+        paths = [str(image) for image in images.find(file)]
+        if not paths:
             raise InputError(f"{show(file)}: no images in this folder")
-        return of_images(found, show(file))
+        return of_images(paths, show(file))
     if _is_table(file):
         return _table(file, root, labelled=False)
     return open_source(path, split=split, root=root)
@@ -149,10 +153,10 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
         elif os.path.isdir(file) and not is_parts(file):
-            found = [str(image) for image in images.find(file)]
-            if not found:
+            inside = [str(image) for image in images.find(file)]
+            if not inside:
                 raise InputError(f"{show(file)}: no images in this folder")
-            paths += found
+            paths += inside
         elif _is_table(file):
             if paths:
                 yield of_images(paths)
@@ -160,10 +164,10 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             yield _table(file, None, labelled=False)
         elif not os.path.exists(file) and glob.has_magic(argument):
             matches = sorted(glob.glob(argument, recursive=True))
-            found = [match for match in matches if not os.path.isdir(match)]
-            if not found:
+            files = [match for match in matches if not os.path.isdir(match)]
+            if not files:
                 raise InputError(f"{show(argument)}: no file matches")
-            waiting += found[::-1]
+            waiting += files[::-1]
         else:
             paths.append(argument)
     if paths:
@@ -190,14 +194,14 @@ def table_files(table: Path | str) -> list[Path | str]:
         if table.endswith(".parquet"):
             return [table]
         name = table.rstrip("/")
-        found = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
+        places = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
     elif os.path.isdir(table):
         name = show(table)
         with os.scandir(table) as entries:
-            found = [entry.path for entry in entries]
+            places = [entry.path for entry in entries]
     else:
         return [table]
-    names = {place.rpartition("/")[2]: place for place in found}
+    names = {place.rpartition("/")[2]: place for place in places}
     if RUN not in names:
         raise InputError(f"{name}: no feature table; a folder of parts has {RUN}")
     if COMPLETE not in names:
@@ -218,12 +222,12 @@ def _class_folders(folder: Path) -> Source:
     labels: list[str] = []
     names: list[str] = []
     for entry in subfolders(folder):
-        found = [str(path) for path in images.find(Path(entry.path))]
+        inside = [str(path) for path in images.find(Path(entry.path))]
         name = show(entry.name)
         names.append(name)
-        paths += found
-        labels += [name] * len(found)
-        if not found:
+        paths += inside
+        labels += [name] * len(inside)
+        if not inside:
             log.warning("%s: class folder without images", show(entry.path))
     if not paths:
         raise InputError(f"{show(folder)}: no images; expected one folder a class with images in it")
@@ -241,11 +245,11 @@ def _class_folders(folder: Path) -> Source:
 def subfolders(folder: Path) -> list[os.DirEntry[str]]:
     """The folders in a folder, in name order, without the hidden ones."""
     with os.scandir(folder) as entries:
-        found = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
-    return sorted(found, key=lambda entry: entry.name)
+        folders = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
+    return sorted(folders, key=lambda entry: entry.name)
 
 
-def _split_file(file: Path, split: str, root: str | None) -> Source:
+def _split_file(file: Path, split: str, root: str | os.PathLike[str] | None) -> Source:
     name = f"{show(file)} ({split})"
     try:
         data = json.loads(read_regular(file, MAX_SPLIT))
@@ -298,7 +302,13 @@ def _image_root(file: Path, paths: Sequence[str]) -> Path:
 
 
 def _table(
-    file: Path | str, root: str | None, *, labelled: bool, first: int = 0, last: int | None = None, whole: bool = True
+    file: Path | str,
+    root: str | os.PathLike[str] | None,
+    *,
+    labelled: bool,
+    first: int = 0,
+    last: int | None = None,
+    whole: bool = True,
 ) -> Source:
     name = show(file)
     items, has_features = _items(file, first, last, whole=whole)

@@ -35,12 +35,14 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError, show
+from retrieval_tip.files import make_folders
 from retrieval_tip.fit import checkpoint as checkpoints
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.adamw import cosine
 from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
 from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.keys import index_over
+from retrieval_tip.store.folder import check_name
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,44 @@ class Tuned:
                 self.cache.tuned = Path(place) / "encoders.safetensors"
                 write_tuned(self.cache.tuned, self.encoders)
             self.cache.save(folder, "finetune")
+
+    def facts(self) -> dict[str, Any]:
+        """The figures that the command line prints; what was not measured is ``None``."""
+        kept, record = self.curve.to_pylist()[self.epoch], self.cache.provenance["finetune"]
+        facts: dict[str, Any] = {"version": self.cache.version, "trained": record["train"], "epoch": self.epoch}
+        facts |= {name: None if math.isnan(kept[name]) else kept[name] for name in ("loss", "accuracy")}
+        facts |= {"val_accuracy": self.choice.accuracy if self.choice else None}
+        facts |= {name: self.cache.settings.shown()[name] for name in ("alpha", "beta", "k")}
+        return facts | {"collapsed": self.collapsed, "seconds": record["seconds"]}
+
+
+def checkpoint_of(out: str | os.PathLike[str]) -> Path:
+    """The file that has the state of an interrupted run into the folder ``out``."""
+    return Path(f"{os.fspath(out)}.checkpoint")
+
+
+def finetune_into(
+    out: str | os.PathLike[str],
+    cache: CacheModel,
+    shots: Source,
+    encoder: Encoder,
+    recipe: Recipe | None = None,
+    *,
+    val: Source | search_hp.Queries | None = None,
+    parent: str = "",
+    resume: bool = False,
+) -> Tuned:
+    """Fine-tune, as :func:`finetune`, into the index folder ``out``, with a checkpoint beside it until it is there.
+
+    Raises as that, and as :meth:`Tuned.save`: StoreError for a name that no index folder can have.
+    """
+    check_name(Path(out))
+    make_folders(Path(out).parent)
+    checkpoint = checkpoint_of(out)
+    tuned = finetune(cache, shots, encoder, recipe, val=val, parent=parent, checkpoint=checkpoint, resume=resume)
+    tuned.save(out)
+    checkpoint.unlink(missing_ok=True)
+    return tuned
 
 
 def finetune(

@@ -161,15 +161,19 @@ def validation_shots(
     return few_shot(validation.labels, number or min(drawn or VAL_SHOTS, VAL_SHOTS), seed)
 
 
-def apply(cache: CacheModel, choice: Choice) -> None:
+def apply(cache: CacheModel, choice: Choice, folder: str | os.PathLike[str] | None = None) -> None:
     """Give the index the chosen settings, with where they come from; a fitted temperature no longer holds.
 
-    An index over classes keeps its k: there it says what an answer may cost, and changes hardly any.
+    An index over classes keeps its k: there it says what an answer may cost, and changes hardly any. With the
+    ``folder`` that the index was loaded from, they become a new version of it; raises as
+    :meth:`CacheModel.save_settings`.
     """
     settings = choice.settings(cache.settings)
     cache.settings = replace(settings, k=cache.settings.k) if cache.index.by_class else settings
     kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
     cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
+    if folder is not None:
+        cache.save_settings(folder, "search-hp")
 
 
 def write_surface(choice: Choice, path: str | os.PathLike[str]) -> None:

@@ -72,7 +72,7 @@ class Added(Changed):
 
     classes: list[str]
     known: int
-    found: Duplicates | None
+    duplicates: Duplicates | None
 
 
 def add(
@@ -229,8 +229,8 @@ def configure(
     with stores.at(folder).change("fast") as change:
         cache = change.cache
         if normalize is not None:
-            found = plain_settings(alpha, beta, normalize, cache.statistics())
-            given = {**given, **dict(zip(("alpha", "beta"), found, strict=True))}
+            plain = plain_settings(alpha, beta, normalize, cache.statistics())
+            given = {**given, **dict(zip(("alpha", "beta"), plain, strict=True))}
         cache.settings = cache.settings.but(**given)
         if prompts:
             if weights.keys() != set(cache.class_names):
@@ -330,11 +330,11 @@ def import_index(
             **{name: None if path is None else Path(path) for name, path in given.items()},
         )
         try:
-            found = dataclasses.replace(open_source(table), name=show(source))
+            items = dataclasses.replace(open_source(table), name=show(source))
         except InputError as error:
             raise InputError(str(error).replace(show(table), show(source))) from None
         settings: dict[str, Any] = {"text": text, "index": index, "dtype": dtype, "alpha": alpha, "beta": beta}
-        return build_index(found, out, Encoder(norms=norms), device="cpu", **settings)
+        return build_index(items, out, Encoder(norms=norms), device="cpu", **settings)
 
 
 def _weights_of(
@@ -446,8 +446,8 @@ def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Duplicates:
     same = cache.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()
     some = np.unique(np.concatenate([cache.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
     labels = cache.find(key_ids=some.tolist()).sort_by("key_id")
-    found = duplicates(cache.keys_of(some), labels, np.flatnonzero(np.isin(some, asked)), budget=PAIRS)
-    return found if len(asked) == len(key_ids) else dataclasses.replace(found, compared="digests")
+    pairs = duplicates(cache.keys_of(some), labels, np.flatnonzero(np.isin(some, asked)), budget=PAIRS)
+    return pairs if len(asked) == len(key_ids) else dataclasses.replace(pairs, compared="digests")
 
 
 def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
@@ -461,8 +461,9 @@ def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> l
         if missing := sorted(set(chosen).difference(there)):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         return chosen
-    found: list[int] = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
-    return found
+    rows = rows_where(cache.labels, where)
+    held: list[int] = cache.labels["key_id"].to_numpy()[rows].tolist()
+    return held
 
 
 def _said(what: str, classes: Sequence[str]) -> str:

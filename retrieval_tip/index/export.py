@@ -77,8 +77,8 @@ def export_table(cache: CacheModel, out: Path) -> int:
     Raises InputError where ``out`` cannot be written; then nothing is left of it.
     """
     _outside(cache, out)
-    for found, what in ((cache.values, "trained values"), (cache.tuned, "the fine-tuned encoder")):
-        if found is not None:
+    for part, what in ((cache.values, "trained values"), (cache.tuned, "the fine-tuned encoder")):
+        if part is not None:
             log.warning("%s: %s of the index cannot be in a table; what is built from it lacks them", show(out), what)
     table = cache.labels
     own = {"class_id", "label", "source", "id", FEATURE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, inner_factory, lists_for
@@ -48,12 +51,37 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The ``trials``, cheapest first, and the ``chosen`` one with the index that it stands for."""
+    """The ``trials``, cheapest first, and the ``chosen`` one with the index that it stands for.
+
+    They were tried on ``n`` queries of ``source``.
+    """
 
     trials: list[Trial]
     chosen: Trial
     index: VectorIndex
     n: int
+    source: str = ""
+
+    def apply(self, cache: CacheModel, folder: str | os.PathLike[str] | None = None) -> None:
+        """Give the index of the ``cache`` that was tuned the chosen type, effort and k, and say where they come from.
+
+        With a ``folder``, that becomes a new version of it; raises as :meth:`CacheModel.save`.
+        """
+        where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
+        cache.index, cache.settings = self.index, cache.settings.but(k=self.chosen.k or "all", tail=True)
+        cache.provenance = cache.provenance | {"index": where, "k": where}
+        if folder is not None:
+            cache.save(folder, "tune")
+
+
+def tune_on(
+    cache: CacheModel, source: Source, encoder: Encoder, *, agreement: float = 0.999, factories: Sequence[str] = ()
+) -> Tuning:
+    """Tune, as :func:`tune`, on the images or features of a source. What was added to the index is compacted first."""
+    if cache.segments > 1:
+        cache.compact()
+    features = encoder.encode(source).features
+    return replace(tune(cache, features, agreement=agreement, factories=factories), source=source.name)
 
 
 def tune(

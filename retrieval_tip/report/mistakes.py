@@ -127,13 +127,13 @@ def confusions(judged: Judged) -> list[Pair]:
         places.append(own[np.argsort(-answers.confidence[own], kind="stable")][:EXAMPLES])
     some = judged.features[np.concatenate(places)]
     predictions = iter(judged.cache.classify(some, 3, neighbours=NEIGHBOURS))
-    found = []
+    described = []
     for (truth, answer, times), own in zip(pairs, places, strict=True):
         near = [key for _ in own for key in next(predictions).neighbours if key.label == names[answer]]
         keys = _with_pictures(judged, list({key.key_id: key for key in near}.values())[:EXAMPLES])
         items = [_of_item(judged, place) for place in own.tolist()]
-        found.append(Pair(names[truth], names[answer], times, int((answers.truth == truth).sum()), items, keys))
-    return found
+        described.append(Pair(names[truth], names[answer], times, int((answers.truth == truth).sum()), items, keys))
+    return described
 
 
 def _of_item(judged: Judged, place: int) -> Picture:

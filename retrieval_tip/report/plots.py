@@ -211,22 +211,22 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
     """Confusion matrix, rows true, columns predicted, as shares of the true class."""
     from matplotlib.colors import PowerNorm
 
-    found = confusion(evaluation.answers)
-    m = len(found.names)
+    matrix = confusion(evaluation.answers)
+    m = len(matrix.names)
     cell = 0.42 if m <= WRITTEN else 0.2 if m <= FEWER_CLASSES else 0.15
     side = max(3.0, cell * m)
     figure, axes = _figure(side + 3.4, side + 2.2)
-    shares = 100 * found.counts / np.maximum(found.totals, 1)[:, None]
+    shares = 100 * matrix.counts / np.maximum(matrix.totals, 1)[:, None]
     image = axes.imshow(shares, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if m <= WRITTEN:
-        for i, j in zip(*np.nonzero(found.counts), strict=True):
+        for i, j in zip(*np.nonzero(matrix.counts), strict=True):
             colour = "white" if shares[i, j] < 45 else "black"
-            axes.text(j, i, str(found.counts[i, j]), ha="center", va="center", color=colour, fontsize=8)
+            axes.text(j, i, str(matrix.counts[i, j]), ha="center", va="center", color=colour, fontsize=8)
     for line in (axes.axhline, axes.axvline):  # to follow a row or a column by
         for at in range(1, m):
             line(at - 0.5, color="white", alpha=0.12, linewidth=0.5)
     size = 8 if m <= FEWER_CLASSES else 6.5
-    names = list(map(_name, found.names))
+    names = list(map(_name, matrix.names))
     axes.set_xticks(range(m), names, rotation=90, fontsize=size)
     axes.set_yticks(range(m), names, fontsize=size)
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -235,7 +235,7 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100],
                           label="share of the true class's items, %")  # fmt: skip
     bar.outline.set_visible(False)
-    some = f"the {m} classes of most errors, of {found.of}" if m < found.of else counted(m, "class")
+    some = f"the {m} classes of most errors, of {matrix.of}" if m < matrix.of else counted(m, "class")
     _title(axes, "Confusion matrix", f"{some}; {_items(evaluation)}, top-1 {evaluation.top1:.1%}")
     return figure
 
@@ -484,11 +484,11 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
 
 def _themed(style: re.Match[str]) -> str:
     """A style attribute in the fonts and colours of the page."""
-    found = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
-    found = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", found)
+    themed = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
+    themed = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", themed)
     for colour, name in THEME.items():
-        found = re.sub(colour, name, found, flags=re.IGNORECASE)
-    return found
+        themed = re.sub(colour, name, themed, flags=re.IGNORECASE)
+    return themed
 
 
 def _heat(axes: Axes, panel: Panel, low: float, high: float) -> Any:

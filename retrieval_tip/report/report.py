@@ -120,18 +120,18 @@ def write_report(
             raise UsageError(f"shots {number}: class {rare!r} has {counted(least, 'key')}, and draws are from these")
     ids, blocks = cache.ids_of(test), list(encoder.blocks(test))
     few = sum(len(block.positions) for block in blocks) * cache.n <= AFFINITY_PAIRS
-    found = judge(cache, blocks, ids, list(encoder.skipped), affinities=few, details=True)
+    evaluation = judge(cache, blocks, ids, list(encoder.skipped), affinities=few, details=True)
     items = None if val is None else sweep.encode(cache, val, encoder)
     place = Path(folder) if folder is not None else cache.folder
     judged = Judged(
-        cache, test, encoder, blocks, ids, found,
+        cache, test, encoder, blocks, ids, evaluation,
         val=items, shots=shots, seeds=seeds, curves=curves, folder=place, where=where, command=command,
     )  # fmt: skip
     parts, left_out = _parts(judged)
     page = _page(judged, parts, left_out).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
-    return Report(path, len(page), found, left_out)
+    return Report(path, len(page), evaluation, left_out)
 
 
 def check(out: Path) -> None:
@@ -197,10 +197,10 @@ def _parts(judged: Judged) -> tuple[dict[str, Any], dict[str, str]]:
 def _page(judged: Judged, parts: dict[str, Any], left_out: dict[str, str]) -> str:
     cache, digests = judged.cache, [digest for digest in judged.digests if digest is not None]
     shared = pc.sum(pc.is_in(pa.array(digests, pa.string()), value_set=cache.labels["digest"])).as_py() or 0
-    name, found = show(judged.folder) if judged.folder is not None else "an index", judged.evaluation
+    name, evaluation = show(judged.folder) if judged.folder is not None else "an index", judged.evaluation
     values = {
-        "title": f"{name} on {Path(judged.test.name).name}", "judged": judged, "cache": cache, "found": found,
-        "blend": _blend(judged), "interval": wilson(int(judged.answers.right.sum()), found.n), "shared": shared,
+        "title": f"{name} on {Path(judged.test.name).name}", "judged": judged, "cache": cache, "evaluation": evaluation,
+        "blend": _blend(judged), "interval": wilson(int(judged.answers.right.sum()), evaluation.n), "shared": shared,
         "parts": parts, "left_out": left_out, "counted": counted, "show": show, "thumbnail": remembered(thumbnail),
     }  # fmt: skip
     return render("report/page.html.j2", **values)
@@ -224,14 +224,14 @@ class Way(NamedTuple):
 
 def _accuracy(judged: Judged) -> dict[str, Any]:
     """The ways of answering, and why the index before fine-tuning is missing among them."""
-    found, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
+    evaluation, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
     text, alone, ways, missing = details.text, details.cache, [], ""
-    if found.zero_shot_top1 is not None:
+    if evaluation.zero_shot_top1 is not None:
         right = text.predicted == truth
         ece = expected_calibration_error(text.confidence, right)
         ways.append(_way("zero-shot", "text weights alone", right, truth, ece))
     right = alone.predicted == truth
-    known = expected_calibration_error(alone.confidence, right) if found.settings.alpha else None
+    known = expected_calibration_error(alone.confidence, right) if evaluation.settings.alpha else None
     ways.append(_way("cache alone", "fine-tuned keys alone" if tuned else "keys alone", right, truth, known))
     if tuned:
         try:
@@ -239,7 +239,7 @@ def _accuracy(judged: Judged) -> dict[str, Any]:
         except _LeftOutError as reason:
             missing = str(reason)
     what = "text and fine-tuned cache" if tuned else "text and cache, blended"
-    ways.append(_way(_blend(judged), what, judged.answers.right, truth, found.ece))
+    ways.append(_way(_blend(judged), what, judged.answers.right, truth, evaluation.ece))
     return {"ways": ways, "missing": missing}
 
 
@@ -265,11 +265,11 @@ def _parent(judged: Judged) -> Way:
         check_backbone(parent.backbone, parent.d, judged.encoder.backbone, [judged.test])
         if parent.class_names != cache.class_names:
             raise InputError(f"{name}: has other classes")
-        found = judge(parent, judged.blocks, judged.ids)
+        untrained = judge(parent, judged.blocks, judged.ids)
     except (RetrievalTipError, OSError, ValueError) as error:
         raise _LeftOutError(f"it was made from {name}, which cannot be asked ({error})") from None
     what = f"{name}, version {parent.version}, before fine-tuning"
-    return _way("Tip-Adapter", what, found.answers.right, found.answers.truth, found.ece)
+    return _way("Tip-Adapter", what, untrained.answers.right, untrained.answers.truth, untrained.ece)
 
 
 # --------------------------------------------------------------------------------------------------- shots, settings
@@ -418,29 +418,29 @@ def _confusions(judged: Judged) -> dict[str, Any]:
 
 def _classes(judged: Judged) -> dict[str, Any]:
     """Classes, the worst first: name, accuracy, its interval, items, keys, and what it is most often taken for."""
-    answers, names, found = judged.answers, judged.cache.class_names, judged.evaluation
+    answers, names, evaluation = judged.answers, judged.cache.class_names, judged.evaluation
     rows, keys = [], judged.cache.counts
-    for name, accuracy in sorted(found.per_class.items(), key=lambda pair: pair[1])[:CLASSES]:
+    for name, accuracy in sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:CLASSES]:
         i = names.index(name)
         own = answers.truth == i
         wrong = Counter(answers.predicted[own & ~answers.right].tolist()).most_common(1)
         most = f"{names[wrong[0][0]]} ({wrong[0][1]})" if wrong else "-"
         low, high = wilson(int(answers.right[own].sum()), int(own.sum()))
         rows.append((name, accuracy, f"{low:.1%} to {high:.1%}", int(own.sum()), keys[i], most))
-    said = f"Mean over classes {found.mean_per_class:.1%}; the lowest, {rows[0][0]}, {rows[0][1]:.1%}."
-    svg = plots.svg(lambda: plots.draw_per_class(found), f"Accuracy by class. {said}")
+    said = f"Mean over classes {evaluation.mean_per_class:.1%}; the lowest, {rows[0][0]}, {rows[0][1]:.1%}."
+    svg = plots.svg(lambda: plots.draw_per_class(evaluation), f"Accuracy by class. {said}")
     return {"said": said, "rows": rows, "svg": svg}
 
 
 def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
     """Reliability, and accuracy against coverage."""
-    found = judged.evaluation
-    said = f"Mean probability of an answer {found.answers.confidence.mean():.1%}, accuracy {found.top1:.1%}"
-    said += f", expected calibration error {found.ece:.3f}."
+    evaluation = judged.evaluation
+    said = f"Mean probability of an answer {evaluation.answers.confidence.mean():.1%}, accuracy {evaluation.top1:.1%}"
+    said += f", expected calibration error {evaluation.ece:.3f}."
     covered = "Accuracy of the answers that are given, as those of the lowest probability are withheld."
     return (
-        _plot(lambda: plots.draw_reliability(found), said, "Reliability. "),
-        _plot(lambda: plots.draw_coverage(found), covered),
+        _plot(lambda: plots.draw_reliability(evaluation), said, "Reliability. "),
+        _plot(lambda: plots.draw_coverage(evaluation), covered),
     )
 
 

@@ -184,10 +184,10 @@ class Guard:
         said = headers.getlist("host")
         if not said and version == "1.0" and hosts is None:
             return
-        found = HOST.fullmatch(said[0]) if len(said) == 1 else None
-        if found is None:
+        host = HOST.fullmatch(said[0]) if len(said) == 1 else None
+        if host is None:
             raise Problem(400, "expected one field Host, with a name or an address, and a port")
-        name = found[1].lower()
+        name = host[1].lower()
         if hosts is not None and name not in hosts:
             raise Problem(421, f"host {name!r} is none that this server answers to; start it with --allow-host {name}")
 

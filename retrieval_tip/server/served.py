@@ -137,14 +137,14 @@ class Version:
 
     def source_of(self, key_id: int) -> str:
         """Where a key comes from. Raises Problem 404 where there is no such key."""
-        found = self.cache.find(key_ids=[key_id])
-        if not len(found):
+        keys = self.cache.find(key_ids=[key_id])
+        if not len(keys):
             raise Problem(404, f"index {self.name!r} has no key {key_id}")
-        return str(found["source"][0].as_py())
+        return str(keys["source"][0].as_py())
 
 
-def _result(found: Prediction, ask: Ask) -> dict[str, Any]:
-    result: dict[str, Any] = {"input": None} | vars(found)
+def _result(prediction: Prediction, ask: Ask) -> dict[str, Any]:
+    result: dict[str, Any] = {"input": None} | vars(prediction)
     del result["keys"]
     if not ask.logits:
         del result["logits"]

@@ -148,10 +148,10 @@ class Service:
         skipped: list[dict[str, str]] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
         if sent.images is not None:
-            found = await self._features(version, sent.images)
-            skipped = _skipped(names, found)
-            names = [name for name, one in zip(names, found, strict=True) if not isinstance(one, InputError)]
-            features = [one for one in found if not isinstance(one, InputError)]
+            encoded = await self._features(version, sent.images)
+            skipped = _skipped(names, encoded)
+            names = [name for name, one in zip(names, encoded, strict=True) if not isinstance(one, InputError)]
+            features = [one for one in encoded if not isinstance(one, InputError)]
             if not features:
                 raise Problem(422, _said(skipped))
         results = await self._answer((version, ask), features)
@@ -181,9 +181,11 @@ class Service:
             added = await self._in(self._changing, _add_features, one, backbone, sent)
         else:
             backbone = _backbone_of(one.now)
-            found = [await self._in(self._decoding, self._pixels, data, backbone) for data in sent.images]
-            skipped = _skipped(sent.names, found)
-            good = [data for data, pixels in zip(sent.images, found, strict=True) if not isinstance(pixels, InputError)]
+            decoded = [await self._in(self._decoding, self._pixels, data, backbone) for data in sent.images]
+            skipped = _skipped(sent.names, decoded)
+            good = [
+                data for data, pixels in zip(sent.images, decoded, strict=True) if not isinstance(pixels, InputError)
+            ]
             if not good:
                 raise Problem(422, _said(skipped))
             added = await self._in(self._changing, self._add_images, one, backbone, sent.labels[0], good)
@@ -194,7 +196,7 @@ class Service:
             "key_ids": added.key_ids,
             "classes": added.classes,
             "known": added.known,
-            "duplicates": describe_duplicates(added.found) if added.found is not None else [],
+            "duplicates": describe_duplicates(added.duplicates) if added.duplicates is not None else [],
             "skipped": skipped,
         }
 
@@ -246,9 +248,9 @@ class Service:
         """How many keys :meth:`CacheModel.find` finds, and a page of them; ``image`` is whether there is a picture."""
 
         def call() -> tuple[int, list[dict[str, Any]]]:
-            found = version.cache.find(labels, source, key_ids)
-            rows = found.slice(page.start, page.stop - page.start).to_pylist()
-            return len(found), [row | {"image": self.picture(row["source"]) is not None} for row in rows]
+            keys = version.cache.find(labels, source, key_ids)
+            rows = keys.slice(page.start, page.stop - page.start).to_pylist()
+            return len(keys), [row | {"image": self.picture(row["source"]) is not None} for row in rows]
 
         return await self._in(self._finding, call)
 
@@ -258,17 +260,17 @@ class Service:
             raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")
         cache = version.cache
         limit = min(limit, cache.n, max(1, MAPPED // cache.d))
-        found = await self._once(version, ("map", method, limit), lambda: projected(cache, method, limit))
+        projection = await self._once(version, ("map", method, limit), lambda: projected(cache, method, limit))
         return {
             "version": version.manifest.version,
             "method": method,
             "methods": methods(),
             "total": cache.n,
-            "key_ids": found.key_ids,
-            "class_ids": found.class_ids,
-            "x": found.places[:, 0].copy(),
-            "y": found.places[:, 1].copy(),
-            "explained": found.explained,
+            "key_ids": projection.key_ids,
+            "class_ids": projection.class_ids,
+            "x": projection.places[:, 0].copy(),
+            "y": projection.places[:, 1].copy(),
+            "explained": projection.explained,
         }
 
     async def audit(self, version: Version, limit: int) -> dict[str, Any]:
@@ -293,8 +295,8 @@ class Service:
         """What ``call`` gives, made once a version."""
         try:
             async with asyncio.timeout(PATIENCE):
-                found: T = await self._made((weakref.ref(version), what), call)  # which keeps no version alive
-                return found
+                answer: T = await self._made((weakref.ref(version), what), call)  # which keeps no version alive
+                return answer
         except TimeoutError:
             raise Problem(503, "it is still being computed; ask again in 5 s", {"Retry-After": "5"}) from None
 
@@ -342,8 +344,8 @@ def _unit(raw: FloatArray) -> FloatArray | InputError:
         return error
 
 
-def _skipped(names: Sequence[str], found: Sequence[object]) -> list[dict[str, str]]:
-    pairs = zip(names, found, strict=True)
+def _skipped(names: Sequence[str], results: Sequence[object]) -> list[dict[str, str]]:
+    pairs = zip(names, results, strict=True)
     return [{"input": name, "reason": str(one)} for name, one in pairs if isinstance(one, InputError)]
 
 

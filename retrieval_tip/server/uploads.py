@@ -133,14 +133,14 @@ def _features(sent: list[Any], d: int, norms: str) -> FloatArray:
 
     Raises InputError.
     """
-    found = np.empty((len(sent), d))
+    rows = np.empty((len(sent), d))
     for i, row in enumerate(sent):
         if not isinstance(row, list) or len(row) != d:
             raise InputError(f"features: row {i} is no list of {d} numbers, as the index needs")
         if not {float, int}.issuperset(map(type, row)):  # bool is another type
             raise InputError(f"features: row {i} holds something other than numbers")
-        found[i] = row
-    return check_norms(matrix(found, "features"), 0, norms, "features")
+        rows[i] = row
+    return check_norms(matrix(rows, "features"), 0, norms, "features")
 
 
 def _texts(sent: object, field: str, rows: int) -> list[str]:

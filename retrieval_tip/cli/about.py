@@ -1,0 +1,77 @@
+"""The commands about what is here: ``datasets`` and ``doctor``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from retrieval_tip.cli.messages import FAILED
+from retrieval_tip.cli.options import FORMAT, JSON, OutputOptions
+from retrieval_tip.cli.parameters import FOLDER
+from retrieval_tip.errors import one_line
+
+
+@click.group("datasets")
+def datasets_group() -> None:
+    """The datasets that --dataset knows: what they are, and whether they are there."""
+
+
+@datasets_group.command("list")
+@FORMAT
+def datasets_list(printing: OutputOptions) -> None:
+    """List the datasets: name, folder below the one that holds all of them, number of classes, templates."""
+    import pyarrow as pa
+
+    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.data.datasets import facts, names
+
+    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": pa.list_(pa.string())}
+    rows = [{column: getattr(facts(name), column) for column in types} for name in names()]
+    for row in rows:  # a table shows no lists
+        row["templates"] = " | ".join(row["templates"]) if printing.style == "table" else list(row["templates"])
+    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
+
+
+@datasets_group.command("check")
+@click.argument("root", type=FOLDER)
+@click.argument("names", nargs=-1)
+@click.pass_context
+def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> None:
+    """Check that datasets lie in the folder ROOT as CoOp lays them out, and say what is missing.
+
+    NAMES are datasets, by default all. Exit status 0 where all that are named are there, or where none is named, any.
+    """
+    from retrieval_tip.data import datasets
+
+    rows = [datasets.facts(name) for name in names or datasets.names()]
+    width = max(len(row.name) for row in rows)
+    good = 0
+    for row in rows:
+        problems = datasets.check(row.name, root)
+        good += not problems
+        state = f"missing: {'; '.join(problems)}" if problems else "ok"
+        click.echo(one_line(f"{row.name:<{width}}  {state}"))
+    ctx.exit(0 if good == len(rows) or (good and not names) else FAILED)
+
+
+@click.command()
+@JSON
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Explain this installation: versions, devices, FAISS build. Exit status 1 where something needs repair."""
+    from retrieval_tip.doctor import examine
+
+    report = examine()
+    if as_json:
+        click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
+    else:
+        width = max(map(len, report.facts))
+        for name, value in report.facts.items():
+            click.echo(f"{name.ljust(width)}  {value}")
+        for problem in report.problems:
+            click.echo(f"problem: {problem}")
+        if not report.problems:
+            click.echo("no problems found")
+    ctx.exit(FAILED if report.problems else 0)

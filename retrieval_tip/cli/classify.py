@@ -1,0 +1,231 @@
+"""The commands that make features and answers of images: ``encode`` and ``classify``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from retrieval_tip.cli.messages import about, finish, say, say_skipped
+from retrieval_tip.cli.on_ray import asked_of, encoding_for, encoding_of, named, parts, ray_of, shards_of
+from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with, source_of
+from retrieval_tip.cli.options import (
+    ABSTAIN,
+    ANSWER,
+    BACKBONE,
+    ENCODING,
+    ENGINE,
+    FORMAT,
+    READING,
+    VIEWS,
+    AnswerOptions,
+    EncodingOptions,
+    EngineOptions,
+    OutputOptions,
+    ReadingOptions,
+    ViewOptions,
+    grouped,
+)
+from retrieval_tip.cli.parameters import INDEX, PLACE, PLACE_OUT, count
+from retrieval_tip.cli.stdin import paths_on_stdin
+from retrieval_tip.errors import UsageError, show
+
+if TYPE_CHECKING:
+    from retrieval_tip.classifier import Classifier
+    from retrieval_tip.distributed.engine import Encoding, Ray
+    from retrieval_tip.distributed.shards import Shard
+    from retrieval_tip.distributed.tasks import Asked
+    from retrieval_tip.lance.address import Address
+
+
+@click.command()
+@click.argument("source", type=PLACE)
+@click.option("--out", type=PLACE_OUT, required=True, help="Feature table to write (.parquet).")
+@ENGINE
+@BACKBONE
+@VIEWS
+@READING
+@ENCODING
+@click.pass_context
+def encode(
+    ctx: click.Context,
+    source: Path | str,
+    out: Path | str,
+    engine: EngineOptions,
+    views: ViewOptions,
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Encode images once into a feature table, which serves wherever images do.
+
+    SOURCE as for index build, or a folder of images without labels. With --engine ray, --out is a folder of parts,
+    which serves as the table does.
+    """
+    from retrieval_tip.data.encoder import encode_table
+
+    ray = ray_of(engine, encoding.device)
+    if ray is not None:
+        from retrieval_tip.distributed import tasks
+
+        shards = shards_of(source, reading, ray.size, "train", labelled=False)
+        name = None if all(shard.features for shard in shards) else named(encoding)
+        how = encoding_of(encoding, name, views)
+        made = tasks.encode(shards, out, how, ray, progress=not ctx.obj, say=say_skipped)
+        about(out, f"{made.rows} rows{parts(made)}")
+        finish(ctx, made.failed)
+        return
+    items = source_of(Path(source), reading, "train", labelled=False)
+    with encoder_of(ctx, backbone_of(items, encoding), encoding, views) as encoder:
+        rows = encode_table(items, out, encoder)
+    about(out, f"{rows} rows")
+    finish(ctx, encoder.skipped)
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """The classes, reasons and logits that the row of an input has, and when its answer is withheld."""
+
+    top: int
+    explain: bool
+    neighbours: int
+    with_logits: bool
+    certify: bool
+    abstain: float | None
+
+    @property
+    def shown_neighbours(self) -> int:
+        """Neighbours that are shown."""
+        return self.neighbours if self.explain else 0
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of a row."""
+        columns = ["input", "label", "probability"]
+        columns += ["labels", "probabilities"] if self.top > 1 else []
+        columns += ["logits"] if self.with_logits else []
+        columns += ["text_logit", "cache_logit", "neighbours"] if self.explain else []
+        return columns + (["keys"] if self.certify else [])
+
+
+_ROWS = grouped(
+    "rows", RowOptions,
+    click.option("--top", type=count(), default=1, show_default=True, help="Classes to report."),
+    click.option("--explain", is_flag=True, help="The nearest keys, and what text and cache gave to the winner."),
+    click.option("--neighbours", type=count(), default=5, show_default=True, help="Keys shown by --explain."),
+    click.option("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
+    click.option("--certify", is_flag=True,
+                 help="More keys where k do not settle an answer, at last all; says how many took what."),
+    ABSTAIN,
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("folder", type=INDEX)
+@click.argument("inputs", nargs=-1, required=True)
+@ANSWER
+@_ROWS
+@ENGINE
+@FORMAT
+@BACKBONE
+@ENCODING
+@click.pass_context
+def classify(
+    ctx: click.Context,
+    folder: Path | Address,
+    inputs: tuple[str, ...],
+    answer: AnswerOptions,
+    rows: RowOptions,
+    engine: EngineOptions,
+    printing: OutputOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Classify images or features with an index.
+
+    INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input. With
+    --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability. With
+    --engine ray, --output is a folder of Parquet parts.
+    """
+    import pyarrow as pa
+
+    from retrieval_tip.cli.output import prediction_details, write_rows
+    from retrieval_tip.data.sources import open_inputs
+    from retrieval_tip.predictions import PREDICTIONS, prediction_row
+
+    ray = ray_of(engine, encoding.device)
+    loaded = index_with(folder, answer, encoding)
+    if ray is not None:
+        from retrieval_tip.distributed.shards import cut_inputs
+
+        if printing.style != "parquet" or printing.output is None:
+            raise UsageError("--engine ray writes parts: give --format parquet and --output FOLDER")
+        shards = cut_inputs(inputs, paths_on_stdin(), ray.size)
+        how = encoding_for(loaded, shards, encoding)
+        asked = asked_of(loaded, answer, encoding.precision)
+        _classify_on_ray(ctx, folder, loaded, shards, printing.output, how, ray, asked, rows)
+        return
+    sources = list(open_inputs(inputs, paths_on_stdin()))
+    cache = loaded.every_class() if rows.with_logits else loaded
+    columns = rows.columns
+    schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
+    settled: Counter[int | None] = Counter()
+    with encoder_for(ctx, loaded, sources, encoding) as encoder:
+
+        def answers() -> Iterator[dict[str, Any]]:
+            for source in sources:
+                for name, prediction in cache.classify_source(
+                    source, encoder, rows.top, neighbours=rows.shown_neighbours, certify=rows.certify
+                ):
+                    settled[prediction.keys] += 1
+                    yield prediction_row(name, prediction, columns, rows.abstain)
+
+        write_rows(answers(), columns, printing.style, printing.output, schema, prediction_details)
+    if rows.certify:
+        _say_settled(cache, settled)
+    finish(ctx, encoder.skipped)
+
+
+def _classify_on_ray(
+    ctx: click.Context,
+    folder: Path | Address,
+    cache: Classifier,
+    shards: list[Shard],
+    out: Path,
+    encoding: Encoding,
+    ray: Ray,
+    asked: Asked,
+    rows: RowOptions,
+) -> None:
+    """Classify by shards into a folder of parts."""
+    from retrieval_tip.distributed import tasks
+
+    made = tasks.classify(
+        folder,
+        shards,
+        out,
+        encoding,
+        ray,
+        asked=asked,
+        columns=rows.columns,
+        top=rows.top,
+        neighbours=rows.shown_neighbours,
+        certify=rows.certify,
+        abstain=rows.abstain,
+        progress=not ctx.obj,
+        say=say_skipped,
+    )
+    say(f"{show(out)}: {made.rows} rows{parts(made)}")
+    if rows.certify and made.settled:
+        _say_settled(cache, made.settled)
+    finish(ctx, made.failed)
+
+
+def _say_settled(cache: Classifier, settled: dict[int | None, int]) -> None:
+    """Say how many answers took how many keys."""
+    how = "proved" if cache.exact_search else "agreed with"
+    pairs = sorted((keys or 0, number) for keys, number in settled.items())
+    by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in pairs)
+    say(f"{how} the answer of all keys: {', '.join(by)}")

@@ -1,0 +1,260 @@
+"""The commands that judge an index by a labelled source: ``evaluate`` and ``report``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from retrieval_tip.cli.messages import about, finish, print_facts, say, say_skipped, shown
+from retrieval_tip.cli.on_ray import asked_of, encoding_for, ray_of, shards_of
+from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
+from retrieval_tip.cli.options import (
+    ABSTAIN,
+    ANSWER,
+    BACKBONE,
+    ENCODING,
+    ENGINE,
+    READING,
+    SCALES,
+    AnswerOptions,
+    EncodingOptions,
+    EngineOptions,
+    ReadingOptions,
+    grouped,
+)
+from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, PLACE, SEEDS, SHOTS
+from retrieval_tip.errors import UsageError, json_line, one_line, show
+
+if TYPE_CHECKING:
+    from retrieval_tip.evaluation.evaluate import Evaluation
+    from retrieval_tip.lance.address import Address
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The runs of a sweep over shots, seeds and methods, and how each of them chooses its settings."""
+
+    shots: tuple[int, ...]
+    seeds: int
+    methods: tuple[str, ...]
+    val: Path | None
+    protocol: str
+    scales: tuple[float, float]
+    results: Path | None
+
+
+_SWEEP = grouped(
+    "runs", SweepOptions,
+    click.option("--shots", type=SHOTS, multiple=True,
+                 help="Draw so many a class from the index's keys, again for each seed and method; repeat for more."),
+    click.option("--seeds", type=SEEDS, default=3, show_default=True, help="With --shots: seeds 1 to N."),
+    click.option("--method", "methods", multiple=True,
+                 help="With --shots: a method, repeat for more.  [default: all but tip-adapter-f]"),
+    click.option("--val", type=FOLDER, help="With --shots: choose settings on this.  [default: leave-one-out]"),
+    click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
+                 help="With --shots: how settings are chosen."),
+    SCALES,
+    click.option("--results", type=FILE,
+                 help="With --shots: Parquet file, one row a run; what is in it is not run again."),
+)  # fmt: skip
+
+
+@click.command("evaluate")
+@click.argument("folder", type=INDEX)
+@click.argument("source", type=PLACE)
+@ANSWER
+@ABSTAIN
+@click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
+@_SWEEP
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
+@ENGINE
+@BACKBONE
+@READING
+@ENCODING
+@click.pass_context
+def evaluate_command(
+    ctx: click.Context,
+    folder: Path | Address,
+    source: Path | str,
+    answer: AnswerOptions,
+    abstain: float | None,
+    plot: Path | None,
+    runs: SweepOptions,
+    as_json: bool,
+    engine: EngineOptions,
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Accuracy of an index on a labelled source (a split .json: its test part): blend, zero-shot and cache alone.
+
+    ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is the fraction of
+    the items that are answered and selective_top1 the accuracy of these.
+
+    With --shots, the index is a pool of labelled keys: every run draws its shots from it by the published rule, chooses
+    its settings without the test source, and becomes a row of --results.
+    """
+    ray = ray_of(engine, encoding.device)
+    if ray is not None and (runs.shots or plot):
+        raise UsageError(f"--engine ray does not go with {'--shots' if runs.shots else '--plot'}; leave it out")
+    if runs.shots:
+        if not isinstance(folder, Path):
+            raise UsageError(f"--shots draws from an index folder; copy it: retrieval-tip index clone {folder} DIR")
+        _sweep(ctx, folder, Path(source), as_json, runs, reading, encoding)
+        return
+    from retrieval_tip.evaluation.evaluate import evaluate
+    from retrieval_tip.report import plots
+
+    if plot:
+        plots.check(plot)
+    loaded = index_with(folder, answer, encoding)
+    if ray is not None:
+        from retrieval_tip.distributed import tasks
+
+        shards = shards_of(source, reading, ray.size, "test")
+        evaluation, skipped = tasks.evaluate(
+            loaded, folder, shards, encoding_for(loaded, shards, encoding), ray,
+            asked=asked_of(loaded, answer, encoding.precision), abstain=abstain,
+            progress=not ctx.obj, say=say_skipped,
+        )  # fmt: skip
+    else:
+        test = source_of(Path(source), reading, "test")
+        with encoder_for(ctx, loaded, [test], encoding) as encoder:
+            evaluation = evaluate(loaded, test, encoder, abstain=abstain, affinities=plot is not None)
+        skipped = encoder.skipped
+    if plot:
+        files = plots.write_plots(evaluation, plot)
+        say(f"{show(plot)}: {', '.join(file.name for file in files)}")
+    _print_evaluation(evaluation, as_json)
+    finish(ctx, skipped)
+
+
+def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
+    """Print the figures, as JSON or a line each, with the worst classes and the most frequent confusions."""
+    result = evaluation.to_dict()
+    if as_json:
+        click.echo(json_line(result))
+        return
+    per_class, confusions = result.pop("per_class"), result.pop("confusions")
+    print_facts(result, 15)
+    worst = sorted(per_class.items(), key=lambda pair: pair[1])[:5]
+    click.echo(one_line(f"{'worst classes':<15}  {', '.join(f'{name} {shown(value)}' for name, value in worst)}"))
+    pairs = ", ".join(f"{a} as {b} ({times})" for a, b, times in confusions)
+    click.echo(one_line(f"{'confusions':<15}  {pairs or 'none'}"))
+
+
+def _sweep(
+    ctx: click.Context,
+    folder: Path,
+    source: Path,
+    as_json: bool,
+    runs: SweepOptions,
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Shots x seeds x methods."""
+    from retrieval_tip.cli.output import table_lines
+    from retrieval_tip.evaluation import sweep
+    from retrieval_tip.fit.finetune import shots_of
+    from retrieval_tip.store.folder import read_manifest
+
+    if runs.results is None:
+        raise UsageError("--shots needs --results FILE, where every run becomes a row")
+    if runs.val is None and runs.protocol == "paper":
+        raise UsageError("--protocol paper chooses on a validation source; give --val")
+    pool = checked(folder, encoding.device)
+    sources = [source_of(source, reading, "test")]
+    if runs.val is not None:
+        sources.append(source_of(runs.val, reading.without_split(), "val"))
+    methods = runs.methods or sweep.PLAIN
+    images = [shots_of(pool)] if "tip-adapter-f" in methods else []
+    rows = []
+    with encoder_for(ctx, pool, [*sources, *images], encoding) as encoder:
+        test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
+        for row in sweep.sweep(
+            pool,
+            read_manifest(folder).keys_digest,
+            test,
+            runs.results,
+            shots=runs.shots,
+            seeds=range(1, runs.seeds + 1),
+            methods=methods,
+            val=rest[0] if rest else None,
+            protocol=runs.protocol,
+            scales=runs.scales,
+            views=(images[0], encoder) if images else None,
+        ):
+            rows.append(row)
+            if as_json:
+                click.echo(json.dumps(row))
+    if not as_json:
+        for line in table_lines(sweep.summary(rows), ["method", "shots", "seeds", "top1", "half"]):
+            click.echo(line)
+    finish(ctx, encoder.skipped)
+
+
+@click.command("report")
+@click.argument("folder", type=FOLDER)
+@click.option("--test", "source", type=FOLDER, required=True,
+              help="Labelled test source; of a split .json its test part.")  # fmt: skip
+@click.option("--out", type=FILE, required=True, help="HTML file to write.")
+@click.option("--val", type=FOLDER,
+              help="Labelled validation source, for curves and surface; of a split .json its val part.  "
+                   "[default: the shots, each left out]")  # fmt: skip
+@click.option("--shots", type=SHOTS, multiple=True,
+              help="Keys a class that are drawn for the curves; repeat for more.  [default: 1, 2, 4 ...]")  # fmt: skip
+@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Draws of each number: seeds 1 to N.")
+@click.option("--no-curves", is_flag=True, help="No accuracy over shots, which takes longest.")
+@ANSWER
+@BACKBONE
+@READING
+@ENCODING
+@click.pass_context
+def report_command(
+    ctx: click.Context,
+    folder: Path,
+    source: Path,
+    out: Path,
+    val: Path | None,
+    shots: tuple[int, ...],
+    seeds: int,
+    no_curves: bool,
+    answer: AnswerOptions,
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Write a report on an index as one HTML file that opens anywhere: accuracy, mistakes, settings (needs matplotlib).
+
+    Figures are those of evaluate. Curves over shots and the surface of alpha and beta never choose on the test source.
+    """
+    from retrieval_tip.report.report import check, write_report
+
+    if shots and no_curves:
+        raise UsageError("--shots and --no-curves: give one of them")
+    check(out)
+    cache = index_with(folder, answer, encoding)
+    test = source_of(source, reading, "test")
+    unseen = None if val is None else source_of(val, reading.without_split(), "val")
+    sources = [test] if unseen is None else [test, unseen]
+    with encoder_for(ctx, cache, sources, encoding) as encoder:
+        written = write_report(
+            cache,
+            test,
+            encoder,
+            out,
+            val=unseen,
+            shots=shots or None,
+            seeds=seeds,
+            curves=not no_curves,
+            folder=folder,
+            where=answer.where,
+            command=shlex.join(["retrieval-tip", *sys.argv[1:]]),
+        )
+    figures = written.evaluation
+    about(out, f"{written.bytes / 1e6:.1f} MB, top1 {shown(figures.top1)} of {figures.n} items")
+    finish(ctx, encoder.skipped)

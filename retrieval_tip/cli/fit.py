@@ -1,0 +1,321 @@
+"""The commands that choose settings and train: ``search-hp``, ``finetune`` and ``calibrate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from retrieval_tip.cli.messages import finish, print_facts, warn
+from retrieval_tip.cli.on_ray import encoding_views, ray_of
+from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of, validation
+from retrieval_tip.cli.options import (
+    BACKBONE,
+    ENCODING,
+    ENGINE,
+    JSON,
+    MODEL,
+    READING,
+    ROOT,
+    SCALES,
+    AnswerOptions,
+    EncodingOptions,
+    EngineOptions,
+    ReadingOptions,
+    grouped,
+)
+from retrieval_tip.cli.parameters import FILE, FOLDER, NUMBER, POSITIVE, SEED, VIEWS_COUNT, K, count
+from retrieval_tip.errors import Skipped, UsageError, show
+
+if TYPE_CHECKING:
+    from retrieval_tip.fit.search_hp import Choice
+    from retrieval_tip.fit.trainer import Recipe
+    from retrieval_tip.settings import KeysMet
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The queries that settings are chosen on, and the rule that chooses."""
+
+    leave_one_out: bool
+    folds: int | None
+    val_shots: KeysMet
+    protocol: str
+    scales: tuple[float, float]
+    greedy: bool
+
+
+_SEARCH = grouped(
+    "how", SearchOptions,
+    click.option("--leave-one-out", is_flag=True,
+                 help="Score each shot with its own image's keys hidden; needs no images."),
+    click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden."),
+    click.option("--val-shots", type=K("shots"),
+                 help="Validation images a class, or all.  [default: min(shots, 4), as published]"),
+    click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
+                 help="paper: the published grid over the whole validation source."),
+    SCALES,
+)  # fmt: skip
+
+
+@click.command("search-hp")
+@click.argument("folder", type=FOLDER)
+@click.option("--val", "source", type=FOLDER, help="Labelled validation source; of a split .json its val part.")
+@_SEARCH
+@click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
+@click.option("--plot", type=FILE, help="PNG file for the same as a heat map (needs matplotlib).")
+@click.option(
+    "--greedy",
+    is_flag=True,
+    help="Take the best found even where so few images cannot tell it from the untouched settings.",
+)
+@click.option("--dry-run", is_flag=True, help="Report only; the index keeps its settings.")
+@JSON
+@ROOT
+@BACKBONE
+@ENCODING
+@click.pass_context
+def search_command(
+    ctx: click.Context,
+    folder: Path,
+    source: Path | None,
+    how: SearchOptions,
+    surface: Path | None,
+    plot: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    root: Path | None,
+    encoding: EncodingOptions,
+) -> None:
+    """Choose alpha, beta and k on validation images or on the shots themselves, and write them into the index.
+
+    Never on test: a split .json gives its val part. The choice is exact in alpha, and makes a new version of the index.
+    """
+    from retrieval_tip.fit import search_hp
+
+    if sum((source is not None, how.leave_one_out, how.folds is not None)) != 1:
+        raise UsageError("give one of --val SOURCE, --leave-one-out and --folds N: settings are chosen on one of them")
+    cache = checked(folder, encoding.device)
+    skipped: list[Skipped] = []
+    paper = how.protocol == "paper"
+    if source is None:
+        queries = search_hp.leave_one_out(cache) if how.folds is None else search_hp.folds(cache, how.folds)
+    else:
+        val = validation(cache, source, root, how.val_shots, every=paper)
+        with encoder_for(ctx, cache, [val], encoding) as encoder:
+            queries = search_hp.on_validation(cache, val, encoder)
+        skipped = encoder.skipped
+    choice = (
+        search_hp.search_paper(cache, queries, how.scales)
+        if paper
+        else search_hp.search(cache, queries, cautious=not how.greedy)
+    )
+    warn(choice.warnings)
+    if surface:
+        search_hp.write_surface(choice, surface)
+    if plot:
+        from retrieval_tip.report.plots import draw_surface
+
+        draw_surface(choice.surface, plot)
+    if not dry_run:
+        search_hp.apply(cache, choice, folder)
+    _print_choice(choice, choice.k if dry_run else cache.settings.k, cache.version, as_json)
+    finish(ctx, skipped)
+
+
+def _print_choice(choice: Choice, k: int | None, version: int | None, as_json: bool) -> None:
+    """Print the chosen settings and what is known about them; an interval without end ends with null in JSON."""
+    facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
+    facts |= {"k": k or "all", "version": version}
+    if as_json:
+        facts["interval"] = [None if value == float("inf") else value for value in choice.interval]
+        click.echo(json.dumps(facts | {"warnings": choice.warnings}))
+    else:
+        print_facts(facts | {"interval": list(choice.interval)}, 12)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The parts that are trained, and the recipe."""
+
+    train: tuple[str, ...]
+    epochs: int
+    batch: int
+    lr: float
+    eps: float
+    weight_decay: float
+    views_cache: int | None
+    views: str | None
+    train_k: int | None
+    products: str
+    settings: str
+    alpha: float | None
+    beta: float | None
+    seed: int
+
+    def recipe(self, on_ray: bool) -> Recipe:
+        """The recipe of the training. Raises UsageError for views that do not go together, or with Ray."""
+        from retrieval_tip.fit.trainer import VIEWS, Recipe
+
+        if self.views and self.views_cache:
+            raise UsageError("--views fresh and --views-cache: give one of them")
+        encoders = {"visual", "text"} & set(self.train)
+        fresh = self.views or (encoders and not self.views_cache)
+        if on_ray and fresh:
+            raise UsageError("--engine ray encodes the views once, before the training: give --views-cache M")
+        own = self.settings == "own" or self.alpha is not None or self.beta is not None
+        return Recipe(
+            train=tuple(dict.fromkeys(self.train)),
+            views=None if fresh else self.views_cache or VIEWS,
+            settings="own" if own else "tried",
+            epochs=self.epochs,
+            batch=self.batch,
+            lr=self.lr,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            train_k=self.train_k,
+            precision=self.products,
+            seed=self.seed,
+        )
+
+
+_TRAINING = grouped(
+    "training", TrainingOptions,
+    click.option("--epochs", type=count("epochs"), default=20, show_default=True, help="Passes over the shots."),
+    click.option("--batch", type=count("batch"), default=256, show_default=True, help="Queries a step."),
+    click.option("--lr", type=POSITIVE, default=1e-3, show_default=True,
+                 help="Learning rate, falling along a cosine; of encoders a thousandth."),
+    click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="AdamW's."),
+    click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="AdamW's."),
+    click.option("--views-cache", type=VIEWS_COUNT, metavar="M",
+                 help="Encode M augmented views of each shot once, and draw from them.  "
+                      "[default: 16; with an encoder in training, fresh ones]"),
+    click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode another view of each shot every epoch."),
+    click.option("--train-k", type=count(), metavar="N",
+                 help="Train only the N nearest keys of each query: for caches too large for dense steps."),
+    click.option("--precision", "products", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
+                 show_default=True,
+                 help="Of the matrix products; auto: bfloat16 where it is measured to be worth it."),
+    click.option("--settings", type=click.Choice(["tried", "own"]), default="tried", show_default=True,
+                 help="Alpha and beta to train with; tried: with --val, the best of a few; own: the index's."),
+    click.option("--alpha", type=NUMBER, help="Train with this alpha instead.  [implies --settings own]"),
+    click.option("--beta", type=NUMBER, help="Train with this beta instead.  [implies --settings own]"),
+    click.option("--seed", type=SEED, default=1, show_default=True, help="Draws batches and views."),
+)  # fmt: skip
+
+
+@click.command("finetune")
+@click.argument("folder", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Index folder for the result.")
+@click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
+              show_default=True, help="What is trained; repeat for more.")  # fmt: skip
+@click.option("--source", type=FOLDER,
+              help="The shots, as images or as a table whose rows are views (rows of one id: of one shot).  "
+                   "[default: where the index was built from]")  # fmt: skip
+@click.option("--val", type=FOLDER, help="Labelled validation source, which chooses epoch and settings; of a "
+                                         "split .json its val part.")  # fmt: skip
+@click.option("--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4)]")
+@_TRAINING
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run (its state is OUT.checkpoint).")
+@click.option("--plot", type=FILE, help="PNG file for loss and accuracy by epoch (needs matplotlib).")
+@JSON
+@ENGINE
+@MODEL
+@READING
+@ENCODING
+@click.pass_context
+def finetune_command(
+    ctx: click.Context,
+    folder: Path,
+    out: Path,
+    source: Path | None,
+    val: Path | None,
+    val_shots: KeysMet,
+    training: TrainingOptions,
+    resume: bool,
+    plot: Path | None,
+    as_json: bool,
+    engine: EngineOptions,
+    reading: ReadingOptions,
+    encoding: EncodingOptions,
+) -> None:
+    """Fine-tune an index on its shots (Tip-Adapter-F) into another index folder.
+
+    Trained are its keys, or what --train says, by AdamW on augmented views of the shots. With --val the epoch is chosen
+    on it, and alpha, beta and k are searched again. What was interrupted goes on with --resume, to the same result.
+    """
+    from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
+    from retrieval_tip.report import plots
+
+    ray = ray_of(engine, encoding.device)
+    if plot:
+        plots.needs_matplotlib()
+    recipe = training.recipe(ray is not None)
+    own = AnswerOptions(alpha=training.alpha, beta=training.beta)
+    cache = index_with(folder, own, replace(encoding, precision="float32"))
+    shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
+    unseen = None if val is None else validation(cache, val, reading.root, val_shots)
+    sources = [shots] if unseen is None else [shots, unseen]
+    with encoder_for(ctx, cache, sources, encoding) as encoder, _to_be_resumed(checkpoint_of(out)):
+        tuned = finetune_into(
+            out,
+            cache,
+            shots,
+            encoder if ray is None else encoding_views(encoder, cache, encoding, ray),
+            recipe,
+            val=unseen,
+            parent=show(folder),
+            resume=resume,
+        )
+    if plot:
+        plots.draw_curve(tuned.curve, tuned.epoch, plot)
+    warn(tuned.choice.warnings if tuned.choice else ())
+    if as_json:
+        click.echo(json.dumps(tuned.facts()))
+    else:
+        print_facts(tuned.facts(), 12)
+    finish(ctx, encoder.skipped)
+
+
+@contextmanager
+def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
+    """Say how an interrupted run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if checkpoint.exists():
+            error.add_note("the same command with --resume goes on from the last checkpoint")
+        raise
+
+
+@click.command("calibrate")
+@click.argument("folder", type=FOLDER)
+@click.option("--val", "source", type=FOLDER, required=True,
+              help="Labelled validation source, neither shots nor test; of a split .json its val part.")  # fmt: skip
+@ROOT
+@BACKBONE
+@ENCODING
+@click.pass_context
+def calibrate_command(
+    ctx: click.Context, folder: Path, source: Path, root: Path | None, encoding: EncodingOptions
+) -> None:
+    """Fit the temperature of an index's probabilities on validation images, and write a new version with it.
+
+    Predictions stay; their probabilities become softmax(logits / temperature). It is fitted for the index's own keys,
+    alpha, beta, k and tail: calibrate again when these change.
+    """
+    from retrieval_tip.data.sources import open_source
+    from retrieval_tip.evaluation.evaluate import calibrate
+
+    cache = checked(folder, encoding.device)
+    val = open_source(source, split="val", root=root)
+    with encoder_for(ctx, cache, [val], encoding) as encoder:
+        result = calibrate(cache, val, encoder)
+    cache.save_settings(folder, "calibrate")
+    print_facts(vars(result) | {"version": cache.version}, 15)
+    finish(ctx, encoder.skipped)

@@ -1,0 +1,208 @@
+"""The sources, backbones, encoders and indexes that the options of a command stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import click
+
+from retrieval_tip.cli.messages import say
+from retrieval_tip.cli.options import AnswerOptions, BackboneOptions, EncodingOptions, ReadingOptions, ViewOptions
+from retrieval_tip.errors import UsageError
+from retrieval_tip.lance.address import Address
+
+if TYPE_CHECKING:
+    from retrieval_tip.backbones.open_clip import Backbone, Identity
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.classifier import Classifier
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.sources import Source
+    from retrieval_tip.index.places import Model
+    from retrieval_tip.settings import KeysMet
+    from retrieval_tip.store.manifest import Manifest
+
+    Place = Path | Address
+
+SHOWN = 20
+"""Classes that a line names."""
+UNNAMED = "the index was built from features of an unnamed backbone; name it with --model to encode images"
+
+
+def source_of(path: Path, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
+    """The source of a command, with ``split`` as the part where none is given; or the dataset that it names."""
+    from retrieval_tip.data.sources import open_items, open_source
+
+    part = reading.split or split
+    if reading.dataset is None:
+        return (open_source if labelled else open_items)(path, split=part, root=reading.root)
+    from retrieval_tip.data.datasets import open_dataset
+
+    if reading.root is not None:
+        raise UsageError("--root does not go with --dataset: SOURCE is the folder that holds the dataset's folder")
+    return open_dataset(reading.dataset, path, part)
+
+
+def validation(
+    cache: CacheModel, path: Path, root: Path | None, number: KeysMet = None, *, every: bool = False
+) -> Source:
+    """Validation images: a ``number`` of them a class, by default as published, or every one."""
+    from retrieval_tip.data.sources import open_source
+    from retrieval_tip.fit.search_hp import validation_shots
+
+    val = open_source(path, split="val", root=root)
+    return val if every or number == "all" else val.take(validation_shots(cache, val, path, number))
+
+
+def checked(folder: Path, device: str, precision: str = "float32", verify: str = "full") -> CacheModel:
+    """The index. Its files are hashed while torch is imported."""
+    from retrieval_tip.store.folder import Check
+
+    check = Check(folder, verify=verify)
+    from retrieval_tip.cache_model import CacheModel
+
+    return CacheModel.load(folder, device=device, precision=precision, check=check)
+
+
+@overload
+def index_with(folder: Path, answer: AnswerOptions, backbone: BackboneOptions) -> CacheModel: ...
+@overload
+def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> Model: ...
+def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> Model:
+    """The index with the settings of the command line, or its own, over the keys that a condition holds for."""
+    from retrieval_tip.index.places import at
+
+    cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=answer.verify)
+    cache.settings = cache.settings.but(alpha=answer.alpha, beta=answer.beta)
+    if answer.where is not None:
+        cache = _restricted(cache, answer.where)
+    cache.settings = cache.settings.but(k=answer.k, tail=answer.tail)
+    return cache
+
+
+def _restricted(cache: Model, where: str) -> CacheModel:
+    """The index over the keys that a condition holds for; what remains of each class is said."""
+    from retrieval_tip.store.query import rows_where
+
+    rows = rows_where(cache.labels, where)
+    if not len(rows):
+        raise UsageError(f"where: holds for none of the {cache.n} keys")
+    rest = cache.take(rows)
+    counts = zip(cache.class_names, rest.counts, cache.counts, strict=True)
+    parts = [f"{name} {a}/{b}" for name, a, b in counts if a < b]
+    left = f", and {len(parts) - SHOWN} more classes" if len(parts) > SHOWN else ""
+    say(f"where: {rest.n} of {cache.n} keys remain ({', '.join(parts[:SHOWN])}{left})")
+    return rest
+
+
+def manifest_of(folder: Place) -> Manifest:
+    """The manifest of an index's current version, without torch."""
+    from retrieval_tip.index.places import at
+
+    return at(folder).manifest()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The origin of an index's features, as its manifest says: enough to encode more of them."""
+
+    backbone: Identity | None
+    d: int
+    tuned: Path | None
+
+    @classmethod
+    def of(cls, folder: Place) -> Origin:
+        """The origin of an index."""
+        from retrieval_tip.backbones.open_clip import Identity
+        from retrieval_tip.store.folder import find_weights
+
+        manifest, tuned = manifest_of(folder), None
+        if isinstance(folder, Path) and "weights" in manifest.files:
+            tuned = find_weights(folder, manifest.files["weights"])
+        return cls(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, tuned)
+
+
+def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
+    """Model and weights that the command line names, else those of the identity, else the default's."""
+    from retrieval_tip.backbones.open_clip import DEFAULT_MODEL
+
+    if backbone.model or identity is None:
+        return backbone.model or DEFAULT_MODEL, backbone.pretrained
+    return identity.model or DEFAULT_MODEL, backbone.pretrained or identity.pretrained
+
+
+def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
+    """The backbone of :func:`name_of`."""
+    from retrieval_tip.backbones.open_clip import load_backbone
+
+    model, pretrained = name_of(backbone, identity)
+    return load_backbone(model, pretrained, device=backbone.device, precision=backbone.precision, tuned=tuned)
+
+
+def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
+    """The backbone of a source: named, or the one that a feature table names where text weights need it."""
+    from retrieval_tip.data.feature_tables import table_identity
+
+    if source.table is None or backbone.model:
+        return load(backbone)
+    identity = table_identity(source.table) if needed else None
+    return load(backbone, identity) if identity else None
+
+
+def backbone_for(
+    cache: Classifier | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, cached: bool, needed: bool
+) -> Backbone | None:
+    """The index's own backbone, where there are images to encode or it is needed; refused if it is another by now.
+
+    With an encoding cache (``cached``) it is loaded when something is met that is not in there.
+    """
+    from retrieval_tip.backbones.open_clip import load_when_needed
+    from retrieval_tip.data.feature_tables import check_backbone
+
+    images = needed or any(source.table is None for source in sources)
+    identity = cache.backbone
+    if images and identity is None and not backbone.model:
+        raise UsageError(UNNAMED)
+    loaded: Backbone | None = None
+    if images:
+        if identity and cached and not (cache.tuned or backbone.model or backbone.pretrained):
+            loaded = load_when_needed(identity, cache.d, device=backbone.device, precision=backbone.precision)
+        else:
+            loaded = load(backbone, identity, cache.tuned)
+    check_backbone(cache.backbone, cache.d, loaded, list(sources))
+    return loaded
+
+
+@contextmanager
+def encoder_of(
+    ctx: click.Context, backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
+) -> Iterator[Encoder]:
+    """The encoder of a command's inputs; the encoding cache is closed at the end."""
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.encoding_cache import EncodingCache
+
+    cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
+    try:
+        yield Encoder(backbone=backbone, cache=cache, progress=not ctx.obj, **encoding.settings(views))
+    finally:
+        if cache is not None:
+            cache.close()
+
+
+@contextmanager
+def encoder_for(
+    ctx: click.Context,
+    cache: Classifier | Origin,
+    sources: Sequence[Source],
+    encoding: EncodingOptions,
+    views: ViewOptions | None = None,
+    *,
+    needed: bool = False,
+) -> Iterator[Encoder]:
+    """The encoder of sources that an index meets, with the index's own backbone (:func:`backbone_for`)."""
+    own = backbone_for(cache, sources, encoding, cached=not encoding.no_cache, needed=needed)
+    with encoder_of(ctx, own, encoding, views) as encoder:
+        yield encoder

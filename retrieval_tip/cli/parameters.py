@@ -1,0 +1,108 @@
+"""The types of options and arguments: paths, indexes, and numbers with bounds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from retrieval_tip.bounds import MANY, MOST
+from retrieval_tip.data.remote import is_remote
+from retrieval_tip.lance.address import Address
+
+LARGEST = 1e30
+"""The largest number that is taken: what is computed with it, in float32, reaches to 3e38."""
+
+
+class Folder(click.Path):
+    """A path, and no address of a LanceDB store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if Address.parse(str(value)) is not None:
+            self.fail(
+                f"{value}: is the address of a LanceDB store, and this takes a folder; copy it: retrieval-tip index "
+                f"clone {value} DIR",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+class Index(click.ParamType[Any]):
+    """An index: a folder, or the address of a LanceDB store."""
+
+    name = "DIR|lance://PATH|s3://..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Address:
+        """The folder's path, or the address."""
+        return Address.parse(str(value)) or Path(value)
+
+
+FOLDER, INDEX = Folder(path_type=Path), Index()
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Place(click.Path):
+    """A path; with ``--engine ray`` also the URL of an object, and a folder where else a file is written."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A path, or the URL as it is."""
+        engine = ctx.params.get("engine") if ctx is not None else None
+        if engine == "ray":
+            return value if is_remote(value) else Path(value)
+        if engine is not None and is_remote(value):
+            self.fail(f"{value}: object stores are read and written with --engine ray", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PLACE = Place(path_type=Path)
+PLACE_OUT = Place(path_type=Path, dir_okay=False)
+
+
+class K(click.ParamType[Any]):
+    """A number of keys, or ``all``."""
+
+    name = "N|all"
+
+    def __init__(self, kind: str = "") -> None:
+        self.most = MOST.get(kind, MANY)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
+        """The number, 1 or more, or ``all``."""
+        if value == "all":
+            return "all"
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if not 1 <= number <= self.most:
+            self.fail(f"{value!r} is neither a number from 1 to {self.most} nor 'all'", param, ctx)
+        return number
+
+
+def count(kind: str = "", least: int = 1) -> click.IntRange:
+    """A whole number from ``least`` to the most of its kind."""
+    return click.IntRange(least, MOST.get(kind, MANY))
+
+
+SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
+
+
+class Number(click.FloatRange):
+    """A number between bounds: neither NaN, which lies in every range, nor infinite."""
+
+    def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:
+        super().__init__(least, most, min_open=above)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)

@@ -1,0 +1,95 @@
+"""The command ``serve``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from retrieval_tip.cli.messages import say
+from retrieval_tip.cli.options import DEVICE, grouped
+from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
+from retrieval_tip.errors import UsageError, counted
+
+if TYPE_CHECKING:
+    from retrieval_tip.lance.address import Address
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitOptions:
+    """The most that a request may take, in bytes, pixels and seconds, and that may wait."""
+
+    max_bytes: int
+    max_pixels: int
+    queue: int
+    timeout: float
+
+
+_LIMITS = grouped(
+    "most", LimitOptions,
+    click.option("--max-bytes", type=count(), default=32 << 20, show_default=True, help="Of a request."),
+    click.option("--max-pixels", type=count(), default=50_000_000, show_default=True, help="Of an image."),
+    click.option("--queue", type=count("queue"), default=256, show_default=True,
+                 help="Images that wait at most; more are answered with 429."),
+    click.option("--timeout", type=Number(0.1, 86_400), default=30.0, show_default=True, metavar="SECONDS",
+                 help="Until an answer."),
+)  # fmt: skip
+
+
+@click.command("serve")
+@click.argument("folders", type=INDEX, nargs=-1, required=True, metavar="DIR...")
+@click.option("--host", default="127.0.0.1", show_default=True,
+              help="Address to listen at; one that others reach shows them the indexes.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one.")
+@click.option("--token", envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True,
+              help="Who sends this may add and remove shots.  [default: nobody may]")  # fmt: skip
+@click.option("--uploads", type=FOLDER, help="Folder for images that are added.  [default: DIR-shots, beside each DIR]")
+@click.option("--root", type=FOLDER, help="Folder that relative paths of shots' pictures start from.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
+              help="A further name that requests may ask for; repeat for more.  "
+                   "[default: this machine's own, and any where --host is another]")  # fmt: skip
+@_LIMITS
+@click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
+              show_default=True, help="As for classify.")  # fmt: skip
+@click.option("--verify", type=click.Choice(["full", "fast"]), default="full", show_default=True,
+              help="How the files of every new version are checked.")  # fmt: skip
+@DEVICE
+def serve_command(
+    folders: tuple[Path | Address, ...],
+    host: str,
+    port: int,
+    token: str | None,
+    uploads: Path | None,
+    root: Path | None,
+    hosts: tuple[str, ...],
+    most: LimitOptions,
+    precision: str,
+    verify: str,
+    device: str,
+) -> None:
+    """Serve indexes over HTTP, with a page at / to look at them. Ends with Ctrl+C or SIGTERM, in order.
+
+    An index that gets a new version is followed. Needs pip install 'retrieval-tip[serve]'.
+    """
+    try:
+        import fastapi  # noqa: F401
+    except ModuleNotFoundError:
+        raise UsageError("serve needs FastAPI and uvicorn: pip install 'retrieval-tip[serve]'") from None
+    from retrieval_tip.server.app import create_app
+    from retrieval_tip.server.limits import Limits
+    from retrieval_tip.server.run import LOOPBACK, address, listen, serve
+    from retrieval_tip.server.served import open_all
+
+    if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
+        raise UsageError("--token: give a secret of printable ASCII characters, or leave it out")
+    limits = Limits(bytes=most.max_bytes, pixels=most.max_pixels, queue=most.queue, seconds=most.timeout)
+    with listen(host, port) as listening:
+        if hosts or listening.getsockname()[0].startswith(("127.", "::1")):
+            limits = dataclasses.replace(limits, hosts=LOOPBACK | {name.lower() for name in hosts})
+        served = open_all(folders, device, precision, verify)
+        app = create_app(served, limits, token=token, uploads=uploads, root=root)
+        what = ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
+        line = f"serving {what} at {address(listening)}; Ctrl+C ends it"
+        serve(app, listening, lambda: say(line), most.timeout)
