@@ -1,4 +1,4 @@
-"""The commands that choose settings and train: ``search-hp``, ``finetune`` and ``calibrate``."""
+"""The commands that fit, choose settings and train: ``fit``, ``search-hp``, ``finetune`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from retrieval_tip.cli.messages import finish, print_facts, warn
+from retrieval_tip.cli.messages import finish, print_facts, say, warn
 from retrieval_tip.cli.on_ray import encoding_views, ray_of
-from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of, validation
+from retrieval_tip.cli.opening import Origin, checked, encoder_for, index_with, source_of, validation
 from retrieval_tip.cli.options import (
     BACKBONE,
     ENCODING,
     ENGINE,
     JSON,
+    LETTERS,
     MODEL,
     READING,
     ROOT,
@@ -61,6 +62,43 @@ _SEARCH = grouped(
                  help="paper: the published grid over the whole validation source."),
     SCALES,
 )  # fmt: skip
+
+
+@click.command("fit")
+@click.argument("folder", type=FOLDER)
+@click.option("--val", "source", type=FOLDER, help="Labelled validation source to judge by, in place of the shots.")
+@LETTERS
+@ROOT
+@BACKBONE
+@ENCODING
+@click.pass_context
+def fit_command(
+    ctx: click.Context,
+    folder: Path,
+    source: Path | None,
+    metric: str | None,
+    values: str | None,
+    root: Path | None,
+    encoding: EncodingOptions,
+) -> None:
+    """Fit metric, values and settings to the shots anew, in closed form, as index build does.
+
+    After shots were added, or to judge by validation images with --val. Never on test: a split .json gives its val
+    part. Makes a new version of the index.
+    """
+    from retrieval_tip.data.sources import open_source
+    from retrieval_tip.index.fit import fit_index
+
+    if source is None:
+        choice, skipped = fit_index(folder, metric=metric, values=values), []
+    else:
+        val = open_source(source, split="val", root=root)
+        with encoder_for(ctx, Origin.of(folder), [val], encoding) as encoder:
+            choice = fit_index(folder, metric=metric, values=values, validation=val, encoder=encoder)
+        skipped = encoder.skipped
+    warn(choice.warnings)
+    say(f"{choice} ({choice.seconds:.1f} s)")
+    finish(ctx, skipped)
 
 
 @click.command("search-hp")

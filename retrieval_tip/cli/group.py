@@ -23,7 +23,7 @@ from retrieval_tip import __version__
 from retrieval_tip.cli.about import datasets_group, doctor
 from retrieval_tip.cli.classify import classify, encode
 from retrieval_tip.cli.evaluate import evaluate_command, report_command
-from retrieval_tip.cli.fit import calibrate_command, finetune_command, search_command
+from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_command, search_command
 from retrieval_tip.cli.index import index
 from retrieval_tip.cli.serve import serve_command
 from retrieval_tip.errors import RetrievalTipError, UsageError, message
@@ -201,6 +201,7 @@ for _command in (
     evaluate_command,
     report_command,
     serve_command,
+    fit_command,
     search_command,
     finetune_command,
     calibrate_command,

@@ -25,6 +25,7 @@ from retrieval_tip.cli.options import (
     ENCODING,
     FORMAT,
     JSON,
+    LETTERS,
     READING,
     ROOT,
     VIEWS,
@@ -86,6 +87,10 @@ def index() -> None:
                    "store: auto, Flat, IvfFlat, IvfSq or HnswSq.  [default: Flat, of a store auto]")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
+@click.option("--fit", type=click.Choice(["auto", "none"]),
+              help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
+                   "[default: auto; none where alpha, beta or normalize is given, and of a LanceDB store]")  # fmt: skip
+@LETTERS
 @click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]")
 @click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]")
 @click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
@@ -106,6 +111,9 @@ def build(
     views: ViewOptions,
     factory: str | None,
     dtype: str,
+    fit: str | None,
+    metric: str | None,
+    values: str | None,
     alpha: float | None,
     beta: float | None,
     normalize: str | None,
@@ -138,10 +146,15 @@ def build(
             alpha=alpha,
             beta=beta,
             normalize=normalize,
+            fit=fit,
+            metric=metric,
+            values=values,
             k=k,
             logit_scale=logit_scale,
             device="cpu",
         )
+    if "fit" in cache.provenance:
+        say(cache.provenance["fit"]["summary"])
     _say_version(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
     finish(ctx, encoder.skipped)
 
@@ -474,6 +487,10 @@ def export_command(folder: Path, out: Path, text: Path | None) -> None:
 @click.option("--index", "factory", help="As for index build.")
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Type of the stored keys.")  # fmt: skip
+@click.option("--fit", type=click.Choice(["auto", "none"]),
+              help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
+                   "[default: auto; none where alpha, beta or normalize is given, and of a LanceDB store]")  # fmt: skip
+@LETTERS
 @click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]")
 @click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]")
 def import_command(
@@ -486,6 +503,9 @@ def import_command(
     norms: str,
     factory: str | None,
     dtype: str,
+    fit: str | None,
+    metric: str | None,
+    values: str | None,
     alpha: float | None,
     beta: float | None,
 ) -> None:

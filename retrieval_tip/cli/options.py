@@ -42,6 +42,14 @@ def grouped(name: str, kind: type[Any], *shown: Callable[[Command], Command]) ->
     return decorate
 
 
+LETTERS = options(
+    click.option("--metric", type=click.Choice(["none", "within"]),
+                 help="within: directions in which photographs of a class differ count little.  [default: chosen]"),
+    click.option("--values", type=click.Choice(["one-hot", "solved"]),
+                 help="solved: by ridge regression, what each key gives to each class.  [default: chosen]"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
     """The backbone that is named, if one is; its arithmetic and that of the products with all keys; the device."""
