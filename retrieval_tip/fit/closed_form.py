@@ -14,6 +14,7 @@ What is fitted is chosen on the shots alone: everything is solved anew without e
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -448,6 +449,22 @@ def fit(
     cache.set_fitted(solved, values_now, fitted, factory)
     cache.settings, cache.provenance = settings, cache.provenance | provenance
     return choice
+
+
+def unfitted(cache: CacheModel) -> CacheModel:
+    """The same keys as Tip-Adapter has them: no metric, one-hot values, untouched alpha and beta; itself, where it is.
+
+    The index over them is built anew, in memory; ``cache`` stays as it is.
+    """
+    if cache.fitted is None:
+        return cache
+    other = copy.copy(cache)
+    other.set_fitted(None, None, None)
+    alpha, beta = untouched_settings(other.keys, other.class_ids.cpu().numpy())
+    other.settings = replace(other.settings, alpha=alpha, beta=beta, temperature=1.0, least_affinity=None)
+    kept = {name: part for name, part in cache.provenance.items() if name not in ("fit", "temperature")}
+    other.provenance = kept | {"alpha": "default, normalize both", "beta": "default, normalize both"}
+    return other
 
 
 def _forms(cache: CacheModel, metric: str | None, values: str | None, *, by_class: bool) -> list[Form]:

@@ -39,6 +39,7 @@ from retrieval_tip.files import make_folders
 from retrieval_tip.fit import checkpoint as checkpoints
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.adamw import cosine
+from retrieval_tip.fit.closed_form import unfitted
 from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
 from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.keys import index_over
@@ -152,7 +153,8 @@ def finetune(
     """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
 
     Args:
-        cache: the index; it stays as it is. The settings it is trained with: ``recipe.settings``.
+        cache: the index; it stays as it is. The settings it is trained with: ``recipe.settings``. What was fitted in
+            closed form is left out: training starts from Tip-Adapter, as in the paper.
         shots: what to train on: by rights the index's own shots (see :func:`own_shots`), as images, or as a feature
             table whose rows are views; rows that share an id are views of one shot.
         encoder: makes features of them, and has the backbone; its ``views`` and ``seed`` are not looked at. A backbone
@@ -182,7 +184,7 @@ def finetune(
             raise InputError(f"{show(place)}: cannot be written: not a file; the state of the run needs its name")
         else:
             log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
-    recipe, cache = recipe or Recipe(), cache.whole()
+    recipe, cache = recipe or Recipe(), unfitted(cache.whole())
     material = _Material.of(cache, shots, encoder, recipe, val)
     if cache.device == "cpu":
         queries = min(recipe.batch, len(material.shots))

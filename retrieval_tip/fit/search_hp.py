@@ -130,8 +130,14 @@ def leave_one_out(cache: CacheModel) -> Queries:
     """Each shot is scored against the others: its own key is hidden, and every key of the same image.
 
     Keys are of one image where their content digest agrees, or their source where there is none. Raises UsageError
-    where a class with keys has fewer than two images: without its only one nothing is left to recognise it by.
+    where a class with keys has fewer than two images: without its only one nothing is left to recognise it by; and
+    where values were solved, for each knows all shots.
     """
+    if cache.fitted is not None and cache.fitted.ridge is not None:
+        raise UsageError(
+            "leave-one-out: the values of this index were solved from all its shots; use retrieval-tip fit, which solves "
+            "them anew without each fold, or --val SOURCE"
+        )
     groups = images_of(cache.labels)
     ids = cache.class_ids.cpu().numpy()
     _, first = np.unique(groups, return_index=True)  # an image drawn twice is asked once

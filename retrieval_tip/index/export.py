@@ -18,6 +18,7 @@ from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, w
 from retrieval_tip.data.sources import FEATURE
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
+from retrieval_tip.fit.closed_form import unfitted
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.key_table import VERSION
 from retrieval_tip.lance.lance_model import LanceModel
@@ -36,12 +37,15 @@ BESIDE = ("settings", "templates", "backbone")
 def copy(model: Model, target: stores.Store, what: str) -> int:
     """Write an opened index to a place that has none; returns its version. ``what`` is said of it in its history.
 
-    Raises InputError for trained values or encoders, which a LanceDB store does not keep; StoreError as
-    :func:`store.write`.
+    A LanceDB store keeps no metric and no values. What was fitted is left out there, with a warning, and the copy
+    answers as Tip-Adapter; trained values or encoders raise InputError. StoreError as :func:`store.write`.
     """
     if not isinstance(target, stores.LanceStore):  # a folder keeps all that a model has, a table some of it
         model.save(str(target), what)
         return target.manifest().version
+    if isinstance(model, CacheModel) and model.fitted is not None:
+        log.warning("%s: a LanceDB store keeps neither metric nor values; the copy answers as Tip-Adapter", target)
+        model = unfitted(model)
     if model.values is not None or model.tuned is not None:
         raise InputError(
             f"{target}: a LanceDB store keeps no trained values and no trained encoder; keep this index in a folder"
@@ -78,7 +82,7 @@ def export_table(cache: CacheModel, out: Path) -> int:
     """
     _outside(cache, out)
     for part, what in ((cache.values, "trained values"), (cache.tuned, "the fine-tuned encoder")):
-        if part is not None:
+        if part is not None and (what != "trained values" or cache.fitted is None):  # fitted ones are fitted anew
             log.warning("%s: %s of the index cannot be in a table; what is built from it lacks them", show(out), what)
     table = cache.labels
     own = {"class_id", "label", "source", "id", FEATURE}
