@@ -135,8 +135,8 @@ def leave_one_out(cache: CacheModel) -> Queries:
     """
     if cache.fitted is not None and cache.fitted.ridge is not None:
         raise UsageError(
-            "leave-one-out: the values of this index were solved from all its shots; use retrieval-tip fit, which solves "
-            "them anew without each fold, or --val SOURCE"
+            "leave-one-out: the values of this index were solved from all its shots; use retrieval-tip fit, which "
+            "solves them anew without each fold, or --val SOURCE"
         )
     groups = images_of(cache.labels)
     ids = cache.class_ids.cpu().numpy()
