@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,8 @@ PREDICTIONS = {
     "cache_logit": pa.float64(),
     "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
     "keys": pa.int64(),
+    "nearest_affinity": pa.float64(),
+    "unlike": pa.bool_(),
 }
 """The columns that ``classify`` can write, with their types."""
 
@@ -46,6 +48,11 @@ _REMEDY = "expected what retrieval-tip classify --format parquet, csv or json --
 
 SHOWN_PREDICTIONS = 50
 """How many a notebook shows."""
+
+
+Abstain = float | Literal["auto"] | None
+"""The probability below which an answer is withheld."""
+EVEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,9 @@ class Prediction:
     ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
     (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order, ``None`` where
     the classes are so many that only a shortlist was compared, which the probabilities are then over; the nearest
-    ``neighbours``. ``keys``: how many of the keys settled the answer, where it was certified.
+    ``neighbours``. ``keys``: how many of the keys settled the answer, where it was certified. ``unlike``: whether the
+    ``nearest_affinity``, that to the nearest key, is smaller than the index's ``least_affinity``, so that the query is
+    unlike any shot; both ``None`` where the index has none.
     """
 
     label: str
@@ -79,6 +88,17 @@ class Prediction:
     logits: npt.NDArray[np.float32] | None = field(compare=False)
     neighbours: list[Neighbour]
     keys: int | None = None
+    nearest_affinity: float | None = None
+    unlike: bool | None = None
+
+    def withheld(self, abstain: Abstain) -> bool:
+        """Whether the label is withheld: of a probability below ``abstain``, or by ``auto``.
+
+        That is where it is unlike any shot, or more likely wrong than right.
+        """
+        if abstain == "auto":
+            return bool(self.unlike) or self.probability < EVEN
+        return abstain is not None and self.probability < abstain
 
     def _repr_html_(self) -> str:
         """For notebooks: the classes, the two parts of the winner's logit, and the neighbours."""
@@ -142,12 +162,12 @@ class Certified:
 
 
 def prediction_row(
-    name: str, prediction: Prediction, columns: Sequence[str], abstain: float | None = None
+    name: str, prediction: Prediction, columns: Sequence[str], abstain: Abstain = None
 ) -> dict[str, Any]:
-    """A prediction as ``classify`` writes it, of these columns; below ``abstain`` it has no label."""
+    """A prediction as ``classify`` writes it, of these columns; withheld, it has no label."""
     row = vars(prediction) | {
         "input": name,
-        "label": prediction.label if abstain is None or prediction.probability >= abstain else None,
+        "label": None if prediction.withheld(abstain) else prediction.label,
         "logits": prediction.logits.tolist() if "logits" in columns and prediction.logits is not None else None,
         "neighbours": [vars(neighbour) for neighbour in prediction.neighbours],
     }

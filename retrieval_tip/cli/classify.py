@@ -14,7 +14,6 @@ from retrieval_tip.cli.messages import about, finish, say, say_skipped
 from retrieval_tip.cli.on_ray import asked_of, encoding_for, encoding_of, named, parts, ray_of, shards_of
 from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with, source_of
 from retrieval_tip.cli.options import (
-    ABSTAIN,
     ANSWER,
     BACKBONE,
     ENCODING,
@@ -30,7 +29,7 @@ from retrieval_tip.cli.options import (
     ViewOptions,
     grouped,
 )
-from retrieval_tip.cli.parameters import INDEX, PLACE, PLACE_OUT, count
+from retrieval_tip.cli.parameters import INDEX, PLACE, PLACE_OUT, Abstaining, count
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, show
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from retrieval_tip.distributed.shards import Shard
     from retrieval_tip.distributed.tasks import Asked
     from retrieval_tip.lance.address import Address
+    from retrieval_tip.predictions import Abstain
 
 
 @click.command()
@@ -94,20 +94,21 @@ class RowOptions:
     neighbours: int
     with_logits: bool
     certify: bool
-    abstain: float | None
+    abstain: Abstain
 
     @property
     def shown_neighbours(self) -> int:
         """Neighbours that are shown."""
         return self.neighbours if self.explain else 0
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns of a row."""
+    def columns(self, cache: Classifier) -> list[str]:
+        """The columns of a row of an index."""
         columns = ["input", "label", "probability"]
+        columns += ["unlike"] if cache.settings.least_affinity is not None else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
         columns += ["logits"] if self.with_logits else []
         columns += ["text_logit", "cache_logit", "neighbours"] if self.explain else []
+        columns += ["nearest_affinity"] if self.explain and "unlike" in columns else []
         return columns + (["keys"] if self.certify else [])
 
 
@@ -119,7 +120,8 @@ _ROWS = grouped(
     click.option("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
     click.option("--certify", is_flag=True,
                  help="More keys where k do not settle an answer, at last all; says how many took what."),
-    ABSTAIN,
+    click.option("--abstain", type=Abstaining(),
+                 help="Withhold answers of a probability below P; auto: below 0.5, or unlike any shot."),
 )  # fmt: skip
 
 
@@ -146,7 +148,8 @@ def classify(
     """Classify images or features with an index.
 
     INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input. With
-    --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability. With
+    --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability. unlike says
+    that no shot is as near as nearly all shots are to another one, where the index was fitted. With
     --engine ray, --output is a folder of Parquet parts.
     """
     import pyarrow as pa
@@ -169,7 +172,7 @@ def classify(
         return
     sources = list(open_inputs(inputs, paths_on_stdin()))
     cache = loaded.every_class() if rows.with_logits else loaded
-    columns = rows.columns
+    columns = rows.columns(cache)
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     settled: Counter[int | None] = Counter()
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
@@ -209,7 +212,7 @@ def _classify_on_ray(
         encoding,
         ray,
         asked=asked,
-        columns=rows.columns,
+        columns=rows.columns(cache),
         top=rows.top,
         neighbours=rows.shown_neighbours,
         certify=rows.certify,

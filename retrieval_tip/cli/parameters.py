@@ -105,4 +105,14 @@ class Number(click.FloatRange):
         return number
 
 
+class Abstaining(click.ParamType[Any]):
+    """A probability, or ``auto``."""
+
+    name = "P|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | Literal["auto"]:
+        """The probability, or ``auto``."""
+        return "auto" if value == "auto" else SHARE.convert(value, param, ctx)
+
+
 NUMBER, POSITIVE, SHARE = Number(), Number(above=True), Number(0, 1)

@@ -28,7 +28,7 @@ from retrieval_tip.distributed.shards import OpenShard, Shard, cut_source, diges
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places as stores
-from retrieval_tip.predictions import PREDICTIONS, prediction_row
+from retrieval_tip.predictions import PREDICTIONS, Abstain, prediction_row
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.query import rows_where
 
@@ -112,7 +112,7 @@ class ClassifyTask(IndexTask):
     top: int
     neighbours: int
     certify: bool
-    abstain: float | None
+    abstain: Abstain
 
     def start(self, device: str, encoder: Encoder) -> None:
         """Open the index."""
@@ -229,7 +229,7 @@ def classify(
     top: int = 1,
     neighbours: int = 0,
     certify: bool = False,
-    abstain: float | None = None,
+    abstain: Abstain = None,
     progress: bool = False,
     say: Callable[[Skipped], None] | None = None,
 ) -> Made:
