@@ -300,16 +300,9 @@ def finetune_command(
     unseen = None if val is None else validation(cache, val, reading.root, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
     with encoder_for(ctx, cache, sources, encoding) as encoder, _to_be_resumed(checkpoint_of(out)):
-        tuned = finetune_into(
-            out,
-            cache,
-            shots,
-            encoder if ray is None else encoding_views(encoder, cache, encoding, ray),
-            recipe,
-            val=unseen,
-            parent=show(folder),
-            resume=resume,
-        )
+        if ray is not None:
+            encoder = encoding_views(encoder, cache, encoding, ray)
+        tuned = finetune_into(out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume)
     if plot:
         plots.draw_curve(tuned.curve, tuned.epoch, plot)
     warn(tuned.choice.warnings if tuned.choice else ())

@@ -65,6 +65,12 @@ if TYPE_CHECKING:
 OUT = click.option("--out", "--store", type=INDEX, required=True,
                    help="Index folder, or LanceDB store (lance://PATH, s3://BUCKET/PATH, gs://...); an index that is "
                         "there gets a new version.")  # fmt: skip
+_KEYS = options(
+    click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+                 help="Type of the stored keys."),
+    click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]"),
+    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]"),
+)  # fmt: skip
 
 
 @click.group("index")
@@ -85,14 +91,11 @@ def index() -> None:
 @click.option("--index", "factory",
               help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. Of a LanceDB "
                    "store: auto, Flat, IvfFlat, IvfSq or HnswSq.  [default: Flat, of a store auto]")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
-              help="Type of the stored keys.")  # fmt: skip
 @click.option("--fit", type=click.Choice(["auto", "none"]),
               help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
                    "[default: auto; none where alpha, beta or normalize is given, and of a LanceDB store]")  # fmt: skip
 @LETTERS
-@click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]")
-@click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]")
+@_KEYS
 @click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
               help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
                    "[default: both; none where alpha or beta is given]")  # fmt: skip
@@ -485,14 +488,7 @@ def export_command(folder: Path, out: Path, text: Path | None) -> None:
 @click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
               help="Rows must have norm 1, are scaled to it, or are kept as they are.")  # fmt: skip
 @click.option("--index", "factory", help="As for index build.")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
-              help="Type of the stored keys.")  # fmt: skip
-@click.option("--fit", type=click.Choice(["auto", "none"]),
-              help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
-                   "[default: auto; none where alpha, beta or normalize is given, and of a LanceDB store]")  # fmt: skip
-@LETTERS
-@click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]")
-@click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]")
+@_KEYS
 def import_command(
     source: Path,
     out: Place,
@@ -503,9 +499,6 @@ def import_command(
     norms: str,
     factory: str | None,
     dtype: str,
-    fit: str | None,
-    metric: str | None,
-    values: str | None,
     alpha: float | None,
     beta: float | None,
 ) -> None:
