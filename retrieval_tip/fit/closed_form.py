@@ -419,7 +419,8 @@ def fit(
     else:
         held = Held(torch.from_numpy(validation[0]), torch.from_numpy(validation[1]), torch.arange(cache.n))
         folds = Folds(keys, torch.from_numpy(ids), c, text, [held])
-        count, judged_on = len(held.ids), f"{name} (n={count})"
+        count = len(held.ids)
+        judged_on = f"{name} (n={count})"
     trials: list[Trial] = []
     form, settings, blended = forms[0], cache.settings, None
     if count >= LEAST_JUDGED and c > 1:

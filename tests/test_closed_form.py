@@ -1,0 +1,418 @@
+"""The closed form: metric and values against dense float64, honest folds, and the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval_tip import CacheModel, tip
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.closed_form import DEFAULT, ONE_SHOT, Form, Scatter, blend
+from retrieval_tip.settings import Settings
+
+C, D = 5, 16
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def clusters(shots, seed=0, spread=0.6, c=C, d=D):
+    """Unit features ``[c * shots, d]`` around means of their classes, wide in a few directions that say nothing."""
+    draw = np.random.default_rng(seed)
+    means = np.random.default_rng(99).normal(size=(c, d))
+    wide = np.ones(d)
+    wide[: d // 4] = 4
+    features = np.repeat(means, shots, 0) + spread * draw.normal(size=(c * shots, d)) * wide
+    return unit(features).astype(np.float32), np.repeat(np.arange(c), shots)
+
+
+def text_of(c=C, d=D, seed=99, noise=1.0):
+    means = np.random.default_rng(seed).normal(size=(c, d))
+    return unit(means + noise * np.random.default_rng(3).normal(size=means.shape)).astype(np.float32)
+
+
+def model(shots=6, text=True, seed=0, **options):
+    keys, ids = clusters(shots, seed)
+    names = [f"class {i}" for i in range(C)]
+    return CacheModel.from_features(keys, ids, names, text_of() if text else None, **options)
+
+
+def dense(cache, queries, form):
+    """Text, cache logits and points of an index fitted with a form, by the definition, float64."""
+    keys = np.asarray(cache.keys, dtype=np.float64)
+    ids, c = cache.class_ids.numpy(), len(cache.class_names)
+    q = queries.astype(np.float64)
+    means = np.stack([keys[ids == i].mean(0) for i in range(c)])
+    if form.shrinkage is not None:
+        s = np.zeros((keys.shape[1],) * 2)
+        for key, i in zip(keys, ids, strict=True):
+            s += np.outer(key - means[i], key - means[i]) / len(keys)
+        s = (1 - form.shrinkage) * s + form.shrinkage * np.trace(s) / len(s) * np.eye(len(s))
+        values, vectors = np.linalg.eigh(s)
+        transform = vectors @ np.diag(values**-0.5) @ vectors.T
+        keys, q = unit((keys - means.mean(0)) @ transform), unit((q - means.mean(0)) @ transform)
+    y = np.eye(c)[ids]
+    v = y
+    if form.ridge is not None:
+        gram = np.exp(-form.beta * (1 - keys @ keys.T))
+        v = np.linalg.solve(gram + form.ridge * np.eye(len(keys)), y)
+    text = cache.settings.logit_scale * queries.astype(np.float64) @ cache.text_weights.numpy().astype(np.float64).T
+    return text, np.exp(-form.beta * (1 - q @ keys.T)) @ v, keys
+
+
+FORMS = [Form(0.8, 0.1, 1.0), Form(0.5, None, 4.0), Form(None, 0.3, 2.0), Form(None, None, 5.5)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_logits_are_those_of_the_definition(form, where, tmp_path, monkeypatch):
+    cache = model()
+    monkeypatch.setattr(closed_form, "FORMS", (form,))
+    closed_form.fit(cache)
+    if where == "disk":
+        cache.save(tmp_path / "index")
+        cache = CacheModel.load(tmp_path / "index")
+    queries, _ = clusters(4, seed=5)
+    text, alone, points = dense(cache, queries, form)
+    own_text, own_cache = (part.numpy() for part in cache.terms(queries))
+    np.testing.assert_allclose(own_text, text, atol=1e-4)
+    np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
+    np.testing.assert_allclose(cache.met, points, atol=1e-5)
+    expected = text + cache.settings.alpha * alone
+    np.testing.assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
+    near = cache.classify(queries, neighbours=1)
+    affinity = (unit_points(cache, queries) @ points.T).max(1)
+    np.testing.assert_allclose([one.neighbours[0].affinity for one in near], affinity, atol=1e-5)
+
+
+def unit_points(cache, queries):
+    return cache.retrieval.points(torch.from_numpy(queries)).numpy()
+
+
+def test_fitted_with_neither_letter_it_is_the_paper(monkeypatch):
+    cache, plain = model(), model()
+    monkeypatch.setattr(closed_form, "FORMS", (Form(None, None, 5.5),))
+    closed_form.fit(cache)
+    assert cache.metric is cache.values is cache.points is None
+    plain.settings = cache.settings
+    queries, _ = clusters(4, seed=5)
+    assert torch.equal(cache.logits(queries), plain.logits(queries))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 5), st.floats(0.05, 1))
+def test_the_scatter_is_the_definition(seed, c, shots, shrinkage):
+    draw = np.random.default_rng(seed)
+    ids = np.sort(draw.integers(0, c, c * shots))
+    keys = unit(draw.normal(size=(len(ids), 7))).astype(np.float32)
+    found = Scatter.of(keys, torch.from_numpy(ids), c, torch.arange(len(ids)))
+    present = np.unique(ids)
+    means = {i: keys[ids == i].astype(np.float64).mean(0) for i in present}
+    several = np.bincount(ids).max() > 1
+    centred = keys - np.stack([means[i] for i in ids]) if several else keys - keys.astype(np.float64).mean(0)
+    expected = centred.T @ centred / len(ids)
+    made = found.eigenvectors.numpy() @ np.diag(found.eigenvalues.numpy()) @ found.eigenvectors.numpy().T
+    np.testing.assert_allclose(made, expected, atol=1e-6)
+    np.testing.assert_allclose(found.mean, np.mean([means[i] for i in present], axis=0), atol=1e-6)
+    metric = found.metric(shrinkage)
+    if metric is not None:
+        points = metric(torch.from_numpy(keys))
+        assert torch.isfinite(points).all()
+        assert float((points.norm(dim=1) - 1).abs().max()) < 1e-4 or np.allclose(keys, found.mean, atol=1e-4)
+
+
+def test_each_fold_is_judged_by_what_saw_nothing_of_it(monkeypatch):
+    """The judge's logits of a fold are those of an index that was fitted to the other shots alone."""
+    cache = model(shots=4)
+    keys, ids = np.asarray(cache.keys), cache.class_ids.numpy()
+    seen = {}
+    real = blend
+    monkeypatch.setattr(closed_form, "blend", lambda text, made, y: seen.setdefault("cache", made) is None or real(text, made, y))  # fmt: skip  # noqa: E501
+    folds = closed_form.Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 4, 10**6)
+    folds.judge(DEFAULT)
+    assert [len(held.ids) for held in folds.held] == [C] * 4
+    at = 0
+    for held in folds.held:
+        rows = held.rows.numpy()
+        rest = CacheModel.from_features(keys[rows], ids[rows], cache.class_names)
+        _, alone, _ = dense(rest, held.features.numpy(), DEFAULT)
+        np.testing.assert_allclose(seen["cache"][at : at + len(alone)], alone, atol=2e-4)
+        at += len(alone)
+
+
+def test_views_of_one_photograph_stay_together():
+    images = np.array([0, 0, 1, 1, 2, 2, 3, 3, 4])
+    ids = np.array([0, 0, 0, 0, 1, 1, 1, 1, 2])
+    folds, first = closed_form._folds(images, ids, 4)
+    assert folds[8] == -1  # the only photograph of its class takes part without being judged
+    assert all(folds[i] == folds[i + 1] >= 0 for i in range(0, 8, 2))
+    assert {folds[0], folds[2]} == {folds[4], folds[6]} == {0, 1}
+    assert first.tolist() == [0, 2, 4, 6, 8]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0.1, 3.0, 100.0]))
+def test_the_blend_is_the_most_likely_one(seed, with_text, scale):
+    draw = np.random.default_rng(seed)
+    y = torch.from_numpy(draw.integers(0, 4, 40))
+    cache = torch.from_numpy(draw.normal(size=(40, 4))).float() + torch.nn.functional.one_hot(y, 4)
+    text = scale * torch.from_numpy(draw.normal(size=(40, 4))).float() if with_text else None
+    found = blend(text, cache, y)
+
+    def loss(a, b):
+        logits = b * cache.double() + (0 if text is None else a * text.double())
+        q = len(y)
+        target = torch.full((q, 4), 1 / ((q + 2) * 3), dtype=torch.float64).scatter_(1, y[:, None], (q + 1) / (q + 2))
+        return float(-(target * logits.log_softmax(1)).sum() / q)
+
+    best = loss(found.a, found.b)
+    for a in (0.5, 0.9, 1, 1.1, 2):
+        for b in (0.5, 0.9, 1, 1.1, 2):
+            assert best <= loss(a * found.a, b * found.b) + 1e-4
+
+
+def test_a_blend_of_what_is_always_right_stays_finite():
+    y = torch.arange(6) % 3
+    logits = 10 * torch.nn.functional.one_hot(y, 3).float()
+    found = blend(logits, logits, y)
+    settled = found.settings(Settings(), 1.0)
+    assert all(np.isfinite([settled.alpha, settled.temperature]))
+    assert bool(found.right.all())
+
+
+def test_shots_choose_the_metric_where_it_helps():
+    keys, ids = clusters(12, spread=1.0)
+    cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)])
+    queries, truth = clusters(40, seed=7, spread=1.0)
+    before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    choice = closed_form.fit(cache)
+    after = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    assert after > before + 0.05
+    assert abs(choice.both - after) < 0.2
+    assert cache.fitted.metric == "within"
+    assert cache.fitted.keys == len(keys)
+    assert [trial.form for trial in choice.trials] == list(closed_form.FORMS)
+
+
+def test_words_that_do_not_help_count_little_and_it_is_said():
+    keys, ids = clusters(12)
+    noise = unit(np.random.default_rng(8).normal(size=(C, D))).astype(np.float32)
+    cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
+    choice = closed_form.fit(cache)
+    queries, truth = clusters(20, seed=7)
+    text, alone = cache.terms(queries)
+    both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    assert choice.words < 0.5 < choice.photos
+    assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.03 > (text.argmax(1).numpy() == truth).mean()
+
+
+def test_one_photograph_a_class_takes_the_documented_settings():
+    cache = model(shots=1)
+    choice = closed_form.fit(cache)
+    assert (choice.form, choice.n, choice.both, cache.settings.alpha) == (ONE_SHOT, 0, None, closed_form.ONE_SHOT_ALPHA)
+    assert cache.settings.least_affinity is None
+    assert "nothing to judge by" in str(choice)
+
+
+def test_letters_can_be_fixed_and_what_cannot_be_is_refused():
+    cache = model()
+    closed_form.fit(cache, metric="none", values="one-hot")
+    assert (cache.fitted.metric, cache.fitted.values) == ("none", "one-hot")
+    with pytest.raises(UsageError, match="metric 'all'"):
+        closed_form.fit(cache, metric="all")
+    cache.settings = cache.settings.but(k=3)
+    with pytest.raises(UsageError, match="values solved: need an index whose queries meet all keys"):
+        closed_form.fit(cache, values="solved")
+    closed_form.fit(cache)
+    assert cache.fitted.values == "one-hot"
+
+
+def test_validation_images_judge_in_place_of_the_shots():
+    cache = model()
+    queries, truth = clusters(8, seed=5)
+    choice = closed_form.fit(cache, validation=(queries, truth), name="val")
+    assert choice.judged_on == "val (n=40)"
+    assert choice.both == pytest.approx((cache.logits(queries).argmax(1).numpy() == truth).mean())
+
+
+def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
+    cache = model(shots=16)
+    closed_form.fit(cache)
+    known, _ = clusters(40, seed=5)
+    unknown = unit(np.random.default_rng(11).normal(size=(200, D))).astype(np.float32)
+    near, far = cache.classify(known, neighbours=0), cache.classify(unknown, neighbours=0)
+    assert np.mean([one.unlike for one in near]) < 0.12 < 0.3 < np.mean([one.unlike for one in far])
+    for one in far:
+        assert one.unlike == (one.nearest_affinity < cache.settings.least_affinity)
+        assert one.withheld("auto") == (one.unlike or one.probability < 0.5)
+    assert near == cache.classify(known, neighbours=0, k="all")
+
+
+@pytest.mark.parametrize("form", [Form(0.8, 0.1, 1.0), Form(0.5, None, 4.0)], ids=str)
+def test_shots_that_come_and_go_keep_to_the_form(form, tmp_path, monkeypatch):
+    """Added shots are points of the same metric, and their values answer what the others leave of them."""
+    monkeypatch.setattr(closed_form, "FORMS", (form,))
+    cache = model(shots=6)
+    closed_form.fit(cache)
+    metric = cache.metric
+    more, ids = clusters(2, seed=21)
+    cache.save(tmp_path / "index")
+    cache = CacheModel.load(tmp_path / "index")
+    key_ids = cache.add(more, [cache.class_names[i] for i in ids])
+    cache.save(tmp_path / "index", "add")
+    cache = CacheModel.load(tmp_path / "index")
+    expected = metric(torch.from_numpy(np.asarray(cache.keys))).numpy()
+    np.testing.assert_allclose(np.asarray(cache.met), expected, atol=1e-6)
+    if form.ridge is not None:
+        alone = cache.terms(more)[1].numpy()
+        rows = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
+        order = np.argsort(cache.labels["key_id"].to_numpy()[rows])
+        values = cache.values.numpy()[rows[order]]
+        np.testing.assert_allclose(alone + form.ridge * values, np.eye(C)[ids], atol=1e-3)  # (G + lambda I) V = Y there
+        cache.relabel(key_ids[:1], cache.class_names[(ids[0] + 1) % C])
+        row = int(np.flatnonzero(cache.labels["key_id"].to_numpy() == key_ids[0])[0])
+        own = cache.terms(more[:1])[1].numpy()[0] + form.ridge * cache.values.numpy()[row]
+        np.testing.assert_allclose(own, np.eye(C)[(ids[0] + 1) % C], atol=1e-3)
+    cache.remove(key_ids)
+    assert len(cache.met) == cache.n == 6 * C
+
+
+def test_fitting_twice_gives_the_same_bytes_and_the_first_fit_leaves_no_trace(tmp_path):
+    from retrieval_tip.index.fit import fit_index
+
+    cache = model(shots=6)
+    cache.save(tmp_path / "index")
+    first = fit_index(tmp_path / "index")
+    files = CacheModel.load(tmp_path / "index").manifest.files
+    second = fit_index(tmp_path / "index")
+    again = CacheModel.load(tmp_path / "index").manifest
+    assert again.files == files
+    assert (str(first), first.provenance()) == (str(second), second.provenance())
+    assert again.version == 3
+
+
+def test_a_fine_tuned_index_and_one_with_segments_are_no_shots():
+    cache = model()
+    cache.add(*(lambda keys, ids: (keys, [cache.class_names[i] for i in ids]))(*clusters(1, seed=3)))
+    if cache.segments > 1:
+        with pytest.raises(InputError, match="compact it first"):
+            closed_form.fit(cache)
+    cache.compact()
+    cache.curve = pa.table({"epoch": [1]})
+    with pytest.raises(InputError, match="fine-tuned"):
+        closed_form.fit(cache)
+
+
+# -- through the commands --
+
+
+def table(path: Path, features, labels) -> Path:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    rows = {"id": [f"{path.stem}-{i}" for i in range(len(features))], "label": labels, "feature": column}
+    pq.write_table(pa.table(rows), path)
+    return path
+
+
+@pytest.fixture
+def tables(tmp_path):
+    names = [f"class {i}" for i in range(C)]
+    for name, shots, seed in (("train", 6, 0), ("test", 20, 5), ("more", 2, 21)):
+        keys, ids = clusters(shots, seed)
+        table(tmp_path / f"{name}.parquet", keys, [names[i] for i in ids])
+    table(tmp_path / "text.parquet", text_of(), names)
+    return tmp_path
+
+
+def test_a_build_fits_and_says_what_it_judged(run, tables):
+    out = tables / "index"
+    built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
+    assert built.exit_code == 0, built.output
+    assert "judged on your own photos, each left out (n=30): photos alone" in built.stderr
+    info = json.loads(run("index", "info", out, "--json").stdout)
+    assert info["fitted"]["keys"] == 30 and info["format_version"] if "format_version" in info else True
+    answers = run("classify", out, tables / "test.parquet", "--format", "json")
+    first = json.loads(answers.stdout.splitlines()[0])
+    assert set(first) == {"input", "label", "probability", "unlike"}
+    assert run("index", "verify", out).exit_code == 0
+
+
+def test_fit_again_after_add(run, tables):
+    out = tables / "index"
+    run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
+    assert run("index", "add", out, tables / "more.parquet").exit_code == 0
+    assert json.loads(run("index", "info", out, "--json").stdout)["fitted"]["keys"] == 30
+    fitted = run("fit", out, "--metric", "within", "--values", "one-hot")
+    assert fitted.exit_code == 0, fitted.output
+    assert "one-hot values" in fitted.stderr
+    info = json.loads(run("index", "info", out, "--json").stdout)
+    assert (info["fitted"]["keys"], info["version"], info["change"]) == (40, 3, "fit")
+    judged = run("fit", out, "--val", tables / "test.parquet")
+    assert "judged on" in judged.stderr
+    assert "n=100" in judged.stderr
+
+
+@pytest.mark.parametrize("options", [("--fit", "none"), ("--alpha", "1"), ("--beta", "5.5"), ("--normalize", "none")])
+def test_without_a_fit_it_is_tip_adapter(run, tables, options):
+    out = tables / "index"
+    built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out, *options)
+    assert built.exit_code == 0, built.output
+    cache = CacheModel.load(out)
+    assert cache.fitted is cache.metric is cache.values is None
+    queries, _ = clusters(20, 5)
+    weights = np.exp(-cache.settings.beta * (1 - queries.astype(float) @ np.asarray(cache.keys, dtype=float).T))
+    expected = 100 * queries @ text_of().T + cache.settings.alpha * weights @ np.eye(C)[cache.class_ids.numpy()]
+    np.testing.assert_allclose(cache.logits(queries), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--fit", "auto", "--alpha", "1"), ("--metric", "within", "--beta", "2"), ("--fit", "none", "--values", "solved")],
+)
+def test_what_does_not_go_together_is_refused(run, tables, options):
+    arguments = ("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", tables / "o")
+    result = run(*arguments, *options)
+    assert result.exit_code == 2
+    assert "fit" in result.stderr
+    assert not (tables / "o").exists()
+
+
+def test_leave_one_out_of_solved_values_is_refused(run, tables):
+    out = tables / "index"
+    run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
+    result = run("search-hp", out, "--leave-one-out")
+    assert result.exit_code == 2
+    assert "retrieval-tip fit" in result.stderr
+
+
+def test_labels_of_the_test_images_change_nothing(run, tables):
+    out, other = tables / "index", tables / "other"
+    arguments = ("index", "build", tables / "train.parquet", "--text", tables / "text.parquet")
+    run(*arguments, "--out", out)
+    features, _ = clusters(20, 5)
+    table(tables / "test.parquet", features, ["class 0"] * len(features))
+    run(*arguments, "--out", other)
+    one, two = CacheModel.load(out).manifest, CacheModel.load(other).manifest
+    assert {kind: file for kind, file in one.files.items() if kind != "labels"} == {
+        kind: file for kind, file in two.files.items() if kind != "labels"
+    }
+    assert (one.settings, one.fitted) == (two.settings, two.fitted)
+
+
+def test_affinities_are_weighed_by_the_definition_of_a_neighbour():
+    cache = model()
+    closed_form.fit(cache)
+    queries, _ = clusters(1, seed=5)
+    for one in cache.classify(queries, neighbours=3):
+        for neighbour in one.neighbours:
+            expected = tip.weight(torch.tensor(neighbour.affinity), cache.settings.beta)
+            assert neighbour.weight == pytest.approx(float(expected), rel=1e-5)
