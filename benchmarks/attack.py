@@ -83,7 +83,8 @@ def judged(case: Case, status: int, out: str, err: str, changed: bool) -> dict[s
     if found := UNHANDLED.search(err):
         return {"tracebacks": err[found.start() :].strip().splitlines()[-1][:200]}
     answers = [int(code) for code in re.findall(r"^answer (\d+)", out, re.M)] if case.sends is not None else []
-    lines, interrupted = err.splitlines(), {-number for _, number in case.signals}
+    asked = [signal.SIGTERM] * (case.arguments[:1] == ["serve"])  # perhaps before it listens, where that takes long
+    lines, interrupted = err.splitlines(), {-number for number in (*asked, *(number for _, number in case.signals))}
     interrupted |= {128 - number for number in interrupted}
     wrong = {
         f"answered {answers}": any(code >= 500 and code not in (503, 507) for code in answers),
@@ -150,10 +151,11 @@ def start(case: Case, folder: Path) -> Child:
                 os.environ.update(case.variables)
             if case.user:
                 _as_a_user()
+            _become(case)
         except BaseException:
             traceback.print_exc()
+        finally:  # whatever happens, or it would go on as the campaign, and clear up
             os._exit(NOT_MADE)
-        _become(case)
     return Child(case, folder, pid, os.pidfd_open(pid), time.monotonic())
 
 
@@ -228,14 +230,18 @@ def _checked(case: Case, status: int) -> int:
     """The status, or that an index which a command left after signals is damaged."""
     from retrieval_tip.cli import main
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # one may be on its way
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(KeyboardInterrupt):  # one may be on its way
+            signal.signal(number, signal.SIG_IGN)
     for place in ("index", "new"):
         if Path(place, "manifest.json").exists():
             try:
                 main(["--quiet", "index", "verify", place], prog_name="retrieval-tip")
             except SystemExit as end:
                 status = status if not end.code else DAMAGED
+            except Exception:
+                traceback.print_exc()
+                status = DAMAGED
     return status
 
 
