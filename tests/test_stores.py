@@ -407,6 +407,7 @@ def test_a_further_column_is_added_and_one_of_another_type_is_not(pets):
     pets.check()
 
 
+@pytest.mark.usefixtures("sql_here")
 def test_keys_are_removed_by_id_and_by_condition(pets):
     assert changes.remove(pets.place, key_ids=[5, 3, 5]).key_ids == [5, 3]
     pets.truth.remove(3, 5)
@@ -447,6 +448,7 @@ def test_numbers_that_no_key_can_have_find_none(beside):
     assert beside.open().find(key_ids=[7, 2**70])["key_id"].to_pylist() == [7]
 
 
+@pytest.mark.usefixtures("sql_here")
 def test_keys_are_given_to_another_class(pets):
     before = labels_of(pets.place)
     moved = [i for i, label in pets.truth.labels.items() if label == "cat"][:3]
