@@ -16,7 +16,7 @@ It fails where
 - it ends in a traceback;
 - its status is none of 0 to 3, or an answer is 5xx, but for 503 and 507; it ends well although its input is certainly
   bad; the index has changed although it failed; or a line of its errors is very long, or has control characters;
-- it takes 20 seconds;
+- it takes 20 seconds more than the limit that it has of its own, as SQL has (`index query --timeout`);
 - memory peaks at more than 1 GB above the idle process or server. One that takes 2 GB is ended at once.
 
 Exit status: 0 where none fails, else 1. Needs Linux.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import http.client
 import json
@@ -38,6 +39,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -60,14 +62,15 @@ import warm
 
 MIB = 1 << 20
 HANG, SERVES, ANSWERS = 20.0, 5.0, 5
-"""Seconds until a try hangs; that another server, of an option, has to start; that ours has for an answer."""
+"""Seconds until a try hangs, beyond a limit of its own; that another server, of an option, has to start; that ours has
+for an answer."""
 MOST, KILLED = 1000 * MIB, 2000 * MIB
 """Memory above the idle process that is a failure, and that ends a try at once."""
 LONGEST = 4000
 """Characters of a line of standard error: more is a failure."""
 COLUMNS = ("tracebacks", "wrong exit status", "hangs", "memory")
-NOT_MADE = 99
-"""Exit status of a child that could not make the files of its case."""
+NOT_MADE, DAMAGED = 99, 98
+"""Exit status of a child that could not make the files of its case, or left an index that is damaged."""
 
 UNHANDLED = re.compile(
     r"^(Traceback \(most|Exception ignored|Exception in thread|Fatal Python|terminate called).*", re.M
@@ -80,15 +83,18 @@ def judged(case: Case, status: int, out: str, err: str, changed: bool) -> dict[s
     if found := UNHANDLED.search(err):
         return {"tracebacks": err[found.start() :].strip().splitlines()[-1][:200]}
     answers = [int(code) for code in re.findall(r"^answer (\d+)", out, re.M)] if case.sends is not None else []
-    lines = err.splitlines()
+    asked = [signal.SIGTERM] * (case.arguments[:1] == ["serve"])  # perhaps before it listens, where that takes long
+    lines, interrupted = err.splitlines(), {-number for number in (*asked, *(number for _, number in case.signals))}
+    interrupted |= {128 - number for number in interrupted}
     wrong = {
         f"answered {answers}": any(code >= 500 and code not in (503, 507) for code in answers),
         "the server does not answer after it": case.sends is not None and "health 200" not in out,
-        f"ended by signal {-status}": status < 0,
-        f"exit status {status}": status not in (0, 1, 2, 3) and status >= 0,
+        "the index is damaged": status == DAMAGED,
+        f"ended by signal {-status}": status < 0 and status not in interrupted,
+        f"exit status {status}": status not in (0, 1, 2, 3, *interrupted) and status >= 0,
         "ends well, although its input is bad": case.bad
         and (any(c < 300 for c in answers) if case.sends else not status),
-        f"exit status {status}, but the index has changed": changed and status not in (0, 3),
+        f"exit status {status}, but the index has changed": changed and status not in (0, 3, *interrupted),
         f"a line of {max(map(len, lines), default=0):,} characters": any(len(line) > LONGEST for line in lines),
         f"{CONTROL.findall(err)[:3]} on standard error": CONTROL.search(err) is not None,
     }
@@ -142,11 +148,35 @@ def start(case: Case, folder: Path) -> Child:
                 if "-" in case.arguments and Path("stdin").exists():
                     os.dup2(os.open("stdin", os.O_RDONLY), 0)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+                os.environ.update(case.variables)
+            if case.user:
+                _as_a_user()
+            _become(case)
         except BaseException:
             traceback.print_exc()
+        finally:  # whatever happens, or it would go on as the campaign, and clear up
             os._exit(NOT_MADE)
-        _become(case)
     return Child(case, folder, pid, os.pidfd_open(pid), time.monotonic())
+
+
+def _as_a_user() -> None:
+    """Give up what root may beyond its own files' rights, for what it starts too."""
+    libc = ctypes.CDLL(None)
+    for capability in range(64):
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    libc.capset(struct.pack("II", 0x20080522, 0), bytes(24))
+
+
+def _send(signals: list[tuple[float, int]]) -> None:
+    """Have this process get these, from one that it forks."""
+    pid = os.getpid()
+    if os.fork():
+        return
+    for delay, number in signals:
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    os._exit(0)
 
 
 def prepare(case: Case, folder: Path) -> None:
@@ -172,21 +202,47 @@ def _become(case: Case) -> NoReturn:
             case.call()
         elif case.sends is not None:
             _ask(case)
+        elif case.fresh:
+            os.execv(sys.executable, [sys.executable, "-m", "retrieval_tip", *case.arguments])
         else:
             from retrieval_tip.cli import main
 
             sys.argv[:] = ["retrieval-tip", *case.arguments]
+            _send(case.signals)
             main(prog_name="retrieval-tip")
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:  # before the command line has begun, or after its end
+        status = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
+    if case.signals:
+        status = _checked(case, status)
     threading._shutdown()
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(status)
+
+
+def _checked(case: Case, status: int) -> int:
+    """The status, or that an index which a command left after signals is damaged."""
+    from retrieval_tip.cli import main
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(KeyboardInterrupt):  # one may be on its way
+            signal.signal(number, signal.SIG_IGN)
+    for place in ("index", "new"):
+        if Path(place, "manifest.json").exists():
+            try:
+                main(["--quiet", "index", "verify", place], prog_name="retrieval-tip")
+            except SystemExit as end:
+                status = status if not end.code else DAMAGED
+            except Exception:
+                traceback.print_exc()
+                status = DAMAGED
+    return status
 
 
 def _ask(case: Case) -> None:
@@ -416,7 +472,7 @@ class Campaign:
                 os.kill(child.pid, signal.SIGTERM)
         if child.peak > KILLED and not served:
             child.ended = "too much"
-        elif seconds > HANG:
+        elif seconds > HANG + child.case.limit:
             child.ended = child.ended or "hangs"
         if child.ended in ("too much", "hangs"):
             child.kill()
@@ -448,7 +504,7 @@ class Campaign:
         changed = not served and before.exists() and before.read_text() != _manifests(child.folder)
         wrong = judged(case, status, out, err, changed) if not child.ended else {}
         if child.ended == "hangs":
-            wrong = {"hangs": f"no end within {HANG:g} s"}
+            wrong = {"hangs": f"no end within {HANG + case.limit:g} s"}
         elif child.ended and child.ended != "too much":
             wrong = {"wrong exit status": child.ended}
         if child.peak > MOST:
@@ -487,7 +543,11 @@ def line_of(case: Case, most: int = 0) -> str:
     if case.sends is not None:
         return shown(case.sends[0].split(b"\r\n")[0].decode("latin-1"), most)
     stdin = " < stdin" * ("-" in case.arguments)
-    return " ".join(["retrieval-tip", *(shown(argument, most) for argument in case.arguments)]) + stdin
+    variables = ["env", *(f"{name}={shown(value, most)}" for name, value in case.variables.items())]
+    rights = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] * case.user
+    before = [*rights, *variables[: len(variables) * bool(case.variables)]]
+    sent = "".join(f" # {delay:.3f} s: {signal.Signals(number).name}" for delay, number in case.signals)
+    return " ".join([*before, "retrieval-tip", *(shown(argument, most) for argument in case.arguments)]) + stdin + sent
 
 
 def again(case: Case) -> Path:

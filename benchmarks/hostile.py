@@ -16,6 +16,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import struct
 import time
@@ -50,6 +51,8 @@ HUGE = [0, 1, 0x7FFF, 0xFFFF, 20_000, *SIDES.values(), 0x7FFFFFFF, 0xFFFFFFFF, 1
 BOMBS = [("TIFF", "L", "tiff_deflate"), ("TIFF", "1", "group4"), ("TIFF", "L", "packbits"), ("GIF", "L", ""),
          ("JPEG", "L", "")]  # fmt: skip
 """Format, mode and compression of some bombs: of one colour, few bytes and many pixels."""
+SQL_LIMIT = 60.0
+"""Seconds after which SQL ends, unless another limit is given."""
 WORK = {"epochs": 50, "seeds": 3, "views_cache": 50, "folds": 50}
 """Options that ask for work, and the most that a try asks for."""
 
@@ -212,14 +215,22 @@ def told(body: Any, **how: Any) -> bytes:
 class Case:
     """One try: a command and what makes its files, or a request in parts; ``call`` stands in for the command line.
 
-    ``bad``: it must not end well. ``given``: the folder of ``BASE`` that it starts with. Of a request, ``pause``
-    seconds follow each part, ``half`` ends what is sent, and so many ``answers`` are due. ``alone``: nothing else runs.
+    ``bad``: it must not end well. ``given``: the folder of ``BASE`` that it starts with. ``limit``: seconds after
+    which it ends by itself. ``user``: it may do nothing that root alone may. ``variables``: of its environment; with
+    ``fresh`` a new interpreter reads them. ``signals``: what it gets, each so many seconds after the one before.
+    Of a request, ``pause`` seconds follow each part, ``half`` ends what is sent, and so many ``answers`` are due.
+    ``alone``: nothing else runs.
     """
 
     arguments: list[str] = field(default_factory=list)
     prepare: Callable[[], object] = lambda: None
     bad: bool = False
     given: str = "given"
+    limit: float = 0.0
+    user: bool = False
+    variables: dict[str, str] = field(default_factory=dict)
+    fresh: bool = False
+    signals: list[tuple[float, int]] = field(default_factory=list)
     call: Callable[[], object] | None = None
     sends: list[bytes] | None = None
     pause: float = 0.0
@@ -319,7 +330,8 @@ def options(rng: Draw) -> Case:
         else:
             arguments[place.index(each) : place.index(each) + 1] = [value]
     must_fail = any(bad.values()) and "--help" not in arguments
-    return Case([*words, *arguments], lambda: [maker() for maker in makers], must_fail)
+    limit = SQL_LIMIT if "--where" in arguments or words == ["index", "query"] else 0.0
+    return Case([*words, *arguments], lambda: [maker() for maker in makers], must_fail, limit=limit)
 
 
 def recipes(rng: Draw) -> Case:
@@ -349,7 +361,11 @@ def sql(rng: Draw) -> Case:
 
     line = rng.choice(table("asked")[:-1] * 4 + table("asked")[-1:])  # the last one, a report, takes a second
     names = {"{sql}": "statements", "{where}": "conditions"}
-    return Case([filled(names[word]) if word in names else word for word in line.split()])
+    words = [filled(names[word]) if word in names else word for word in line.split()]
+    if words[1] != "query" or rng.random() < 0.03:
+        return Case(words, limit=SQL_LIMIT)
+    limit = rng.choice([1, 2, 3])
+    return Case([*words, "--timeout", str(limit)], limit=limit)
 
 
 def _features(rng: Draw) -> dict[str, Array]:
@@ -437,7 +453,9 @@ def _parquet(rng: Draw) -> bytes:
     with contextlib.suppress(pa.ArrowException, OSError):  # what Parquet cannot hold
         pq.write_table(found.slice(0, rng.choice([N] * 5 + [0, 1])), buffer, row_group_size=rng.choice([None, 1]))
     raw = buffer.getvalue() or b"PAR1PAR1"
-    return raw[:-4] + b"PARE" if rng.random() < 0.03 else raw  # the mark of an encrypted file
+    if rng.random() < 0.05:
+        return Path(rng.choice(["encrypted.parquet", "encrypted-columns.parquet"])).read_bytes()
+    return raw[:-4] + b"PARE" if rng.random() < 0.02 else raw  # the mark of an encrypted file
 
 
 def _text_table(rng: Draw, comma: str) -> bytes:
@@ -595,7 +613,46 @@ def states(rng: Draw) -> Case:
     asked = rng.choice(["FROM predictions", "SELECT count(*) FROM predictions JOIN labels USING (label)"])
     file = f"predictions.{kind}"
     words = ["index", "query", "index", asked, "--predictions", file, "--format", style]
-    return Case(words, lambda: Path(file).write_bytes(_predictions(kind, rng)))
+    return Case(words, lambda: Path(file).write_bytes(_predictions(kind, rng)), limit=SQL_LIMIT)
+
+
+# --- what is around a command
+
+
+def rights(rng: Draw) -> Case:
+    """files and folders that a command may not read, write or enter"""
+    lines = [line.replace("{}", "index") for line in table("with_folder") if "{}" in line] + table("good")
+    words = shlex.split(rng.choice([line for line in lines if "index2" not in line]))
+    places = ["index", "index", "index/manifest.json", "index/*", "index/*/*", "*.parquet", ".", "new", "new.parquet"]
+    place, mode = rng.choice(places), rng.choice([0, 0o100, 0o200, 0o300, 0o400, 0o500, 0o600])
+
+    def prepare() -> None:
+        if place.startswith("new"):
+            (os.mkdir if place == "new" else partial(_bytes, b""))(place)
+        found = sorted(Path().glob(place)) if place != "." else [Path()]
+        rng.choice(found).chmod(mode)
+
+    return Case(words, prepare, user=True)
+
+
+def environments(rng: Draw) -> Case:
+    """variables of the environment, every one that is read"""
+    words = shlex.split(rng.choice(table("good") + table("with_variables")))
+    values = table("texts") + table("numbers") + table("variable_values") * 2
+    values = [value.replace("\0", "") for value in values if len(value) < 50_000]
+    drawn = {name: rng.choice(values) for name in rng.choices(table("variables"), k=rng.choice([1, 1, 2, 4]))}
+    return Case(words, variables=drawn, fresh=rng.random() < 0.1)
+
+
+def signals(rng: Draw) -> Case:
+    """commands that write, stopped for a while, interrupted and ended, at any moment"""
+    words = shlex.split(rng.choice(table("writers")))
+    sent = [(rng.uniform(0, rng.choice([0.05, 0.3, 1.0])), signal.SIGSTOP), (rng.uniform(0, 0.3), signal.SIGCONT)]
+    ends = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if rng.random() < 0.7:
+        at = rng.choice([0, 1, 2])  # before it is stopped, meanwhile, or after it goes on
+        sent[at:at] = [(rng.uniform(0, 0.3), rng.choice(ends)) for _ in range(rng.choice([1, 1, 1, 2]))]
+    return Case(words, signals=[(delay, int(number)) for delay, number in sent])
 
 
 # --- requests
@@ -727,6 +784,7 @@ def make_base(*, with_images: bool) -> None:
         ids = [f"i{i}" for i in range(len(rows))]
         pq.write_table(pa.table({"id": ids, "label": CLASSES * times, "feature": rows.tolist()}), f"{name}.parquet")
     np.save("keys.npy", rows)
+    _encrypted(pq.read_table("table.parquet"))
     _run("index build table.parquet --text text.parquet --out index")
     _run("index set index --alpha 2")
     for kind in ("csv", "json", "parquet"):
@@ -745,6 +803,27 @@ def make_base(*, with_images: bool) -> None:
             shutil.copy(PICTURES / f"picture-PNG-{('L', 'RGB')[number]}-211x307", folder / f"{number}.png")
         os.chdir(BASE / "pictured")
         _run("index build shots --template {} --out images", "--model", f"local-dir:{BACKBONE}")
+
+
+def _encrypted(found: Any) -> None:
+    """A table as encrypted Parquet, with its footer and without, under a key that nobody is given."""
+    import pyarrow.parquet as pq
+    from pyarrow.parquet import encryption
+
+    class Keys(encryption.KmsClient):  # type: ignore[misc]
+        def wrap_key(self, key: bytes, _: str) -> bytes:
+            return key.hex().encode()
+
+        def unwrap_key(self, wrapped: bytes, _: str) -> bytes:
+            return bytes.fromhex(wrapped.decode())
+
+    factory, server = encryption.CryptoFactory(lambda _: Keys()), encryption.KmsConnectionConfig()
+    for name, plain in (("encrypted", False), ("encrypted-columns", True)):
+        how = encryption.EncryptionConfiguration("foot", column_keys={"key": ["label"]}, plaintext_footer=plain)
+        with pq.ParquetWriter(
+            f"{name}.parquet", found.schema, encryption_properties=factory.file_encryption_properties(server, how)
+        ) as writer:
+            writer.write_table(found)
 
 
 def _draw() -> None:
@@ -799,6 +878,9 @@ AREAS = {
     "images": Area(images, 400, images=True),
     "folders": Area(folders, 600),
     "states": Area(states, 300),
+    "rights": Area(rights, 300),
+    "environments": Area(environments, 300, at_once=4),  # most of their time they wait for servers that are not there
+    "signals": Area(signals, 300),
     "http": Area(requests, 800, served=True, at_once=4),
     "http images": Area(uploads, 300, images=True, served=True, at_once=4),
 }

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from attack import LONGEST, judged
+from attack import DAMAGED, LONGEST, judged
 from hostile import AREAS, Case
 
 pytestmark = [
@@ -22,6 +22,7 @@ pytestmark = [
 
 TRACEBACK = "Traceback (most recent call last):\n  File x\nValueError: y\n"
 REQUEST = Case(sends=[b"GET / HTTP/1.1\r\n\r\n"])
+TERMINATED = Case(signals=[(0.1, 15)])
 FEW = """
 import sys
 sys.path.insert(0, "benchmarks")
@@ -43,11 +44,15 @@ def hangs(): time.sleep(60)
 def grows(): time.sleep(len(bytearray(os.urandom(1)) * (200 << 20)) and 0.3)
 def shouts(): sys.stderr.write("\\x1b[31m"); sys.exit(1)
 def refuses(): sys.stderr.write("Error: no\\n"); sys.exit(1)
+def waits(): time.sleep(3)
+def ends_by_signal(): signal.raise_signal(signal.SIGTERM)
 def bursts(): time.sleep(len(bytearray(os.urandom(1)) * (400 << 20)) and 60)
 
-calls = iter([fails, ends_otherwise, crashes, hangs, grows, shouts, refuses, bursts])
+calls = [fails, ends_otherwise, crashes, hangs, grows, shouts, refuses, bursts, waits, ends_by_signal]
+more = {waits: {"limit": 3.0}, ends_by_signal: {"signals": [(0, signal.SIGTERM)]}}
+cases = iter([Case(call=call, **more.get(call, {})) for call in calls])
 attack.HANG, attack.MOST, attack.KILLED, attack.make_world = 2.0, 100 << 20, 300 << 20, lambda chosen: None
-attack.AREAS = {"planted": Area(lambda rng: Case(call=next(calls)), 8)}
+attack.AREAS = {"planted": Area(lambda rng: next(cases), len(calls))}
 attack.main()
 """
 
@@ -71,7 +76,7 @@ def test_every_kind_of_failure_is_counted_and_named(tmp_path: Path) -> None:
     status, report = run(PLANTED, tmp_path)
     assert status == 1
     *counts, peak = rows(report)["planted"]
-    assert counts == [8, 1, 3, 1]
+    assert counts == [10, 1, 3, 1]
     assert 300 < peak < 400  # it was ended in time
     failed = dict(re.findall(r"^(planted-\d): ([a-z ]+):", report, re.M))
     assert failed == {
@@ -98,6 +103,13 @@ def test_areas_that_need_no_backbone_are_tried(tmp_path: Path) -> None:
         (Case(), 0, ("", "Exception ignored in: <x>\nValueError: y\n"), "tracebacks"),
         (Case(), 4, ("", ""), "wrong exit status"),
         (Case(), -11, ("", ""), "wrong exit status"),
+        (Case(), 143, ("", ""), "wrong exit status"),
+        (TERMINATED, 143, ("", ""), None),
+        (Case(["serve", "x"]), 143, ("", ""), None),
+        (Case(["serve", "x"]), 130, ("", ""), "wrong exit status"),
+        (TERMINATED, -15, ("", ""), None),
+        (TERMINATED, 130, ("", ""), "wrong exit status"),
+        (TERMINATED, DAMAGED, ("", ""), "wrong exit status"),
         (Case(bad=True), 0, ("", ""), "wrong exit status"),
         (Case(bad=True), 2, ("", ""), None),
         (Case(), 1, ("", "Error: " + "x" * LONGEST), "wrong exit status"),

@@ -311,6 +311,7 @@ def check_history(index: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READ)
+@pytest.mark.usefixtures("sql_here")
 def test_a_version_that_is_given_up_at_any_look_of_a_reader_is_no_error(
     index: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

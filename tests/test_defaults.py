@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import SOAK
 from test_search_hp import clusters
 
 from retrieval_tip.errors import UsageError
@@ -66,12 +67,14 @@ def test_what_cannot_be_normalised_is_said():
 def test_untouched_defaults_give_most_of_what_is_there(run, shared, tmp_path):
     """Paper's constants give 46 % on lit-mini; on CLIP's features nothing is lost against alpha 1.17, beta 5.5."""
     split = shared / "data/caltech101/split_zhou_Caltech101.json"
-    built = run("index", "build", split, "--model", f"local-dir:{shared / 'models/lit-mini'}", "--out", tmp_path / "c")
+    model, shots = f"local-dir:{shared / 'models/lit-mini'}", () if SOAK else ("--shots", 4)
+    built = run("index", "build", split, "--model", model, *shots, "--out", tmp_path / "c")
     assert built.exit_code == 0, built.output
-    assert json.loads(run("evaluate", tmp_path / "c", split, "--json").stdout)["top1"] >= 0.85
+    part, least = ("test", 0.85) if SOAK else ("val", 0.8)
+    assert json.loads(run("evaluate", tmp_path / "c", split, "--split", part, "--json").stdout)["top1"] >= least
     food = shared / "data/clip-food9"
     untouched, published = [], []
-    for seed in range(1, 6):
+    for seed in range(1, 6 if SOAK else 4):
         out, text = tmp_path / str(seed), ("--text", food / "text.parquet")
         run("index", "build", food / "train.parquet", *text, "--shots", 16, "--seed", seed, "--out", out)
         test = ("evaluate", out, food / "test.parquet", "--json")

@@ -831,7 +831,7 @@ TEXTS = [
     "\u202e",
 ]
 BLANKS = [None, "", "  ", "\t"]
-TABLES, TEXT_TABLES = (600, 400) if SOAK else (100, 60)
+TABLES, TEXT_TABLES = (600, 400) if SOAK else (60, 40)
 
 
 class Wrong(Exception):

@@ -473,6 +473,16 @@ def test_a_diagram_takes_any_name(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("date", ["-", "", "9" * 30])
+def test_a_diagram_reads_no_date_of_the_environment(date, monkeypatch):
+    evaluation, drawn = made_up([0, 1], [1, 0], ["cat", "dog"]), []
+    for value in (None, date):
+        if value is not None:
+            monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
+        drawn.append(plots.svg(lambda: plots.draw_confusion(evaluation), "x"))
+    assert drawn[0] == drawn[1]
+
+
 def test_the_cell_of_a_setting_is_the_next_one_by_ratio():
     panel = plots.Panel(0, np.array([0, 1.0, 10, 100]), np.array([0.5, 1, 2]), np.zeros((3, 4)))
     for (alpha, beta), cell in {(0, 1): (1, 0), (4, 1.3): (1, 2), (3, 1.5): (2, 1), (1e9, 0): (0, 3)}.items():

@@ -380,7 +380,7 @@ def test_requests_that_wait_together_are_one_batch(things: Path, served: tuple[s
 
 
 def test_the_end_finishes_what_was_taken(things: Path, photo: tuple[Path, str]) -> None:
-    files = [("images", photo[0].read_bytes())] * 48
+    files = [("images", photo[0].read_bytes())] * 24
     with server(things) as (address, process):
         with httpx.Client(base_url=address, timeout=120) as client, ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/classify", files=files)
@@ -389,7 +389,7 @@ def test_the_end_finishes_what_was_taken(things: Path, photo: tuple[Path, str]) 
                     assert not asked.done()
             process.send_signal(signal.SIGTERM)
             answer = asked.result()
-            assert (answer.status_code, len(answer.json()["results"])) == (200, 48)
+            assert (answer.status_code, len(answer.json()["results"])) == (200, 24)
         assert process.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(address)

@@ -418,6 +418,7 @@ def test_a_command_lets_threads_sleep_unless_the_environment_says_otherwise():
 # the benchmark
 
 
+@pytest.mark.soak
 def test_the_benchmark(shared, warm_path, monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("benchmarks_startup", ROOT / "benchmarks" / "startup.py")
     module = importlib.util.module_from_spec(spec)

@@ -41,7 +41,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import key_table, lance_model, versions
+from retrieval_tip.lance import key_table, lance_model, lease, versions
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.objects import Objects
 from retrieval_tip.settings import Settings
@@ -407,6 +407,7 @@ def test_a_further_column_is_added_and_one_of_another_type_is_not(pets):
     pets.check()
 
 
+@pytest.mark.usefixtures("sql_here")
 def test_keys_are_removed_by_id_and_by_condition(pets):
     assert changes.remove(pets.place, key_ids=[5, 3, 5]).key_ids == [5, 3]
     pets.truth.remove(3, 5)
@@ -447,6 +448,7 @@ def test_numbers_that_no_key_can_have_find_none(beside):
     assert beside.open().find(key_ids=[7, 2**70])["key_id"].to_pylist() == [7]
 
 
+@pytest.mark.usefixtures("sql_here")
 def test_keys_are_given_to_another_class(pets):
     before = labels_of(pets.place)
     moved = [i for i, label in pets.truth.labels.items() if label == "cat"][:3]
@@ -807,6 +809,54 @@ def test_a_second_writer_is_told_that_there_is_one(pets):
         said(lambda: changes.configure(pets.place, k=3), "is being written")
         assert change.what == ""
     assert changes.configure(pets.place, k=3).version == 2
+
+
+def another_took_over(place):
+    """The lease of a bucket as another holder leaves it, who saw none of ours for long enough."""
+    put(place, lease.NAME, json.dumps({"owner": "process 1 on mars", "token": "x", "released": True}).encode())
+
+
+@pytest.fixture
+def in_bucket(base, tmp_path):
+    """The same, in LanceDB in a bucket."""
+    return pets_of("s3", base, tmp_path)
+
+
+def test_who_lost_the_right_to_write_gives_up_nothing_that_another_needs(in_bucket, monkeypatch):
+    """Stopped after it looked what is needed; the other one goes back to a version that looked given up."""
+    truth = dict(in_bucket.truth.keys), dict(in_bucket.truth.labels)
+    in_bucket.add(unit_rows(2, D, 20), ["cat", "cat"])
+    real = Objects.sizes
+
+    def slow(self, folder):
+        found = real(self, folder)
+        if folder != "data":
+            return found
+        monkeypatch.setattr(Objects, "sizes", real)
+        another_took_over(in_bucket.place)
+        assert changes.rollback(in_bucket.place).version == 3
+        return found
+
+    monkeypatch.setattr(Objects, "sizes", slow)
+    said(in_bucket.store.collect, "lost the right to write")
+    in_bucket.truth.keys, in_bucket.truth.labels = truth
+    in_bucket.check()
+    assert in_bucket.store.history()["version"].to_pylist() == [1, 2, 3]
+
+
+def test_a_version_whose_parts_another_gave_up_is_none(in_bucket, monkeypatch):
+    """Stopped right before it created the manifest: until then nobody could know that its parts are needed."""
+    more, real = in_bucket.table(unit_rows(2, D, 20), ["cat", "cat"]), Objects.create
+
+    def slow(self, name, data):
+        monkeypatch.setattr(Objects, "create", real)
+        another_took_over(in_bucket.place)
+        in_bucket.store.collect()
+        return real(self, name, data)
+
+    monkeypatch.setattr(Objects, "create", slow)
+    in_bucket.refused(lambda: changes.add(in_bucket.place, more, Encoder()), "lost the right to write")
+    in_bucket.check()
 
 
 def test_a_table_that_is_written_by_others_meanwhile_is_no_next_version(local):

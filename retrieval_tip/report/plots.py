@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -471,7 +472,11 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
         figure = draw()
         width, height = (72 * side for side in figure.get_size_inches())
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # nonsense in it would be an error, though no date is written
+        try:
+            figure.savefig(buffer, format="svg", metadata=nothing)
+        finally:
+            os.environ |= {} if date is None else {"SOURCE_DATE_EPOCH": date}
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = drawn[drawn.index(">") + 1 :]
