@@ -1,7 +1,7 @@
 """Indexes that older versions wrote load for ever: ``indexes/vN`` was written by format N, and is never changed.
 
 ``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
-keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one.
+keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one. Format 4 has what was fitted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from retrieval_tip.cache_model import CacheModel, verify
 from retrieval_tip.classifier import Classifier
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
+from retrieval_tip.settings import Fitted
 from retrieval_tip.store.folder import history, query, read_manifest
-from retrieval_tip.store.manifest import FOLDER_FORMAT, FORMAT_VERSION, Manifest
+from retrieval_tip.store.manifest import FOLDER_FORMAT, FORMAT_VERSION, TABLE_FORMAT, Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
 NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]
+NAMES += [("v4", "solved"), ("v4", "metric")]
 
 
 def expected(version: str) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_pat
     changes.configure(folder, temperature=2.0)
     new = verify(folder)
     check_answers(new, version, name)
-    assert json.loads((folder / "manifest.json").read_text())["format_version"] == FOLDER_FORMAT
+    assert json.loads((folder / "manifest.json").read_text())["format_version"] == (4 if version == "v4" else FOLDER_FORMAT)
     kept = folder / "manifests" / f"{old.version:06d}.json"
     assert kept.read_bytes() == (INDEXES / version / name / "manifest.json").read_bytes()
     assert history(folder)["change"].to_pylist()[-1] == "set temperature 2"
@@ -76,7 +78,7 @@ def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> Non
     shutil.copytree(INDEXES / "v3" / "plain", tmp_path / "plain")
     store = at(f"lance://{tmp_path / 'plain'}")
     old = store.manifest()
-    assert json.loads((tmp_path / "plain/manifests/000001.json").read_text())["format_version"] == FORMAT_VERSION
+    assert json.loads((tmp_path / "plain/manifests/000001.json").read_text())["format_version"] == TABLE_FORMAT
     check_answers(store.verify(), "v2", "plain")
     changes.configure(f"lance://{tmp_path / 'plain'}", temperature=2.0)
     check_answers(store.verify(), "v2", "plain")
@@ -117,6 +119,17 @@ def test_an_index_of_format_2_has_its_segments_and_versions() -> None:
         "set alpha 2, k 4",
     ]
     assert CacheModel.load(INDEXES / "v2" / "plain", device="cpu", version=3).n == 9
+
+
+def test_an_index_of_format_4_has_what_was_fitted() -> None:
+    solved, metric = (CacheModel.load(INDEXES / "v4" / name, device="cpu") for name in ("solved", "metric"))
+    assert solved.fitted == Fitted("within", "solved", 0.8, 0.1, 12)
+    assert metric.fitted == Fitted("within", "one-hot", 0.5, None, 12)
+    assert (metric.n, metric.segments, metric.version) == (14, 2, 2)
+    assert solved.metric is not None
+    assert solved.values is not None
+    assert metric.values is None
+    assert metric.settings.least_affinity is not None
 
 
 @pytest.mark.parametrize(("version", "name"), NAMES)

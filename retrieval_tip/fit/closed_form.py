@@ -235,7 +235,7 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
     )
 
 
-STEPS, REACH = 60, 7.0
+STEPS, REACH = 60, 4.0
 """Of Newton's method: steps at most, and how far a logarithm may go from that of logits of unit spread."""
 
 
