@@ -51,6 +51,8 @@ HUGE = [0, 1, 0x7FFF, 0xFFFF, 20_000, *SIDES.values(), 0x7FFFFFFF, 0xFFFFFFFF, 1
 BOMBS = [("TIFF", "L", "tiff_deflate"), ("TIFF", "1", "group4"), ("TIFF", "L", "packbits"), ("GIF", "L", ""),
          ("JPEG", "L", "")]  # fmt: skip
 """Format, mode and compression of some bombs: of one colour, few bytes and many pixels."""
+NATIVE = ("OMP_", "MKL_", "OPENBLAS_", "ARROW_", "LANCE", "RUST_", "CU")
+"""What variables begin with that libraries read before anything here runs; they print a wrong value as it is."""
 SQL_LIMIT = 60.0
 """Seconds after which SQL ends, unless another limit is given."""
 WORK = {"epochs": 50, "seeds": 3, "views_cache": 50, "folds": 50}
@@ -640,7 +642,9 @@ def environments(rng: Draw) -> Case:
     words = shlex.split(rng.choice(table("good") + table("with_variables")))
     values = table("texts") + table("numbers") + table("variable_values") * 2
     values = [value.replace("\0", "") for value in values if len(value) < 50_000]
-    drawn = {name: rng.choice(values) for name in rng.choices(table("variables"), k=rng.choice([1, 1, 2, 4]))}
+    plain, drawn = [value for value in values if value.isprintable()], {}
+    for name in rng.choices(table("variables"), k=rng.choice([1, 1, 2, 4])):
+        drawn[name] = rng.choice(plain if name.startswith(NATIVE) else values)
     return Case(words, variables=drawn, fresh=rng.random() < 0.1)
 
 

@@ -38,8 +38,9 @@ SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 
 
-LONG = ("test_readme.py", "test_report.py", "test_page.py", "test_serve.py", "test_kill_changes.py", "test_fuzz.py",
-        "test_startup.py", "test_living.py")  # fmt: skip
+LONG = ("test_stores.py", "test_readme.py", "test_page.py", "test_ray.py", "test_fuzz.py", "test_store.py",
+        "test_serve.py", "test_report.py", "test_stores_kill.py", "test_finetune_kill.py", "test_server.py",
+        "test_kill_changes.py", "test_full_disk.py", "test_startup.py", "test_living.py")  # fmt: skip
 
 
 def sampled(number: int, few: int = 4) -> list[int]:

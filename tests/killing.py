@@ -109,6 +109,7 @@ def _child(work: Callable[[Job, Steps], None], job: Job) -> int:
     status = 1
     try:
         os.dup2(2, 1)  # standard output is the server's
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a command leaves it so
         steps = Steps(job["step"], job["how"])
         work(job, steps)
         steps.at = None

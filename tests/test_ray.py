@@ -440,9 +440,9 @@ def test_the_views_of_finetuning_are_those_of_one_process(pictures, model, monke
 
 def test_a_worker_says_what_is_wrong_in_one_line(asked, tmp_path):
     write_table(asked / "bad.parquet", unit_rows(4, 8, 2), ["class 0", "class 0", "class 0", "dog"])
-    settings = tasks.Asked(Settings(alpha=1.0, beta=1.0))
+    plain = tasks.Asked(Settings(alpha=1.0, beta=1.0))
     sealed = tasks.sealed_as(asked / "index")
-    task = tasks.EvaluateTask(encoding=Encoding(), folder=str(asked / "index"), sealed=sealed, asked=settings)
+    task = tasks.EvaluateTask(encoding=Encoding(), folder=str(asked / "index"), sealed=sealed, asked=plain)
     worker = engine.Worker(task, clusters.Room(1, 1.0), str(tmp_path))
     (shard,) = shards.cut(asked / "bad.parquet", labelled=True)
     kind, text = worker._done(shard).error
@@ -454,9 +454,7 @@ def test_a_worker_says_what_is_wrong_in_one_line(asked, tmp_path):
     assert text.startswith(f"{asked / 'bad.parquet'} rows 0 to 4: a worker failed: AttributeError: ")
     (asked / "bad.parquet").unlink()
     assert worker._done(shard).error[0] == "InputError"
-    task = tasks.EvaluateTask(
-        encoding=Encoding(BackboneName("local-dir:nowhere")), folder="x", sealed="", asked=settings
-    )
+    task = tasks.EvaluateTask(encoding=Encoding(BackboneName("local-dir:nowhere")), folder="x", sealed="", asked=plain)
     assert "nowhere" in engine.Worker(task, clusters.Room(1, 1.0), str(tmp_path))._done(shard).error[1]
 
 
@@ -470,8 +468,8 @@ def test_what_a_worker_refuses_is_said_as_here(cluster, asked):
     sealed = tasks.sealed_as(asked / "index")
     with pytest.raises(StoreError, match="no such folder"):
         tasks.sealed_as(asked / "nothing")
-    settings = tasks.Asked(Settings(alpha=1.0, beta=1.0))
-    task = tasks.EvaluateTask(Encoding(), str(asked / "index"), sealed[::-1], settings)
+    plain = tasks.Asked(Settings(alpha=1.0, beta=1.0))
+    task = tasks.EvaluateTask(encoding=Encoding(), folder=str(asked / "index"), sealed=sealed[::-1], asked=plain)
     with pytest.raises(StoreError, match="not the version that this run began with"):
         task.start("cpu", Encoder())
     with pytest.raises(UsageError, match="images need a backbone"):

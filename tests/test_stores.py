@@ -28,7 +28,7 @@ import obstore
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
-from conftest import SHARED
+from conftest import SHARED, SOAK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import photographs, server
@@ -1421,7 +1421,7 @@ def step(place, tables, what, m, seed, number):
     return changes.rebuild(place)  # one that is done in both, however many pieces there are
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8 if SOAK else 2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_a_folder_and_a_table_go_the_same_way(steps, base, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("ways")
