@@ -47,6 +47,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE
 from retrieval_tip.data.sources import open_inputs, open_source
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
+from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes, export
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import labelled_keys
@@ -62,7 +63,7 @@ Run = Callable[..., Result]
 
 CLASSES = ["cat", "dog", "owl", "eel"]
 N, D, ADDED = 40, 8, 3
-KINDS = ["flat", "ivf", "hnsw", "classes", "graph", "tuned"]
+KINDS = ["flat", "ivf", "hnsw", "classes", "graph", "tuned", "fitted"]
 FACTORIES = {"ivf": "IVF4,Flat", "hnsw": "HNSW8", "classes": "Classes", "graph": "Classes,HNSW8"}
 DAMAGED, RESEALED = (1100, 96) if SOAK else (120, 16)
 """Damages in all, and those under a manifest that was made to fit them."""
@@ -115,6 +116,8 @@ def made(folder: Path, kind: str, place: Path) -> None:
         cache = replace(
             cache, tuned=place / "encoder.safetensors", curve=pa.table({"epoch": [1, 2], "loss": [0.5, 0.2]})
         )
+    if kind == "fitted":
+        closed_form.fit(cache, values="one-hot")
     cache.save(folder)
     cache.settings = cache.settings.but(alpha=1.25)
     cache.save_settings(folder)
@@ -141,7 +144,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             made(place / kind, kind, place)
     kinds = {kind for name in KINDS for kind in store.read_manifest(place / name).files}
     assert kinds == {*SUFFIXES} - {*TABLE_KINDS}
-    assert [len(store.read_manifest(place / name).later) for name in KINDS] == [1, 1, 1, 1, 1, 0]
+    assert [len(store.read_manifest(place / name).later) for name in KINDS] == [1, 1, 1, 1, 1, 0, 1]
     return {kind: place / kind for kind in KINDS}
 
 

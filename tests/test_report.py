@@ -175,6 +175,8 @@ def photographs(tmp_path_factory):
         "-q",
         "index",
         "build",
+        "--fit",
+        "none",
         place / "shots",
         "--model",
         f"local-dir:{SHARED}/models/lit-mini",

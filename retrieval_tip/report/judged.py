@@ -72,4 +72,5 @@ class Judged:
     @property
     def is_tuned(self) -> bool:
         """Whether the keys are fine-tuned ones."""
-        return bool(self.record("finetune")) or self.cache.curve is not None or self.cache.values is not None
+        trained = self.cache.values is not None and self.cache.fitted is None
+        return bool(self.record("finetune")) or self.cache.curve is not None or trained

@@ -244,7 +244,7 @@ def _accuracy(judged: Judged) -> dict[str, Any]:
 
 
 def _blend(judged: Judged) -> str:
-    return "Tip-Adapter-F" if judged.is_tuned else "Tip-Adapter"
+    return "Tip-Adapter-F" if judged.is_tuned else "Tip-Adapter" if judged.cache.fitted is None else "fitted"
 
 
 def _way(name: str, what: str, right: Bools, truth: Ints, ece: float | None) -> Way:
