@@ -27,7 +27,7 @@ from retrieval_tip.predictions import Certified, Evidence, Neighbour, Prediction
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
-from retrieval_tip.settings import KeysMet, Settings
+from retrieval_tip.settings import Fitted, KeysMet, Settings
 from retrieval_tip.store.manifest import Manifest
 
 SHOWN_CLASSES = 8
@@ -59,7 +59,8 @@ class Classifier(ABC):
     """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
 
     ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
-    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder.
+    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder, ``metric`` and
+    ``fitted`` what was fitted, which only a folder keeps.
     ``folder`` and ``version`` say which version of what this is.
     """
 
@@ -73,6 +74,8 @@ class Classifier(ABC):
     version: int | None
     values: Tensor | None
     tuned: Path | None
+    metric: tip.Metric | None = None
+    fitted: Fitted | None = None
 
     @property
     @abstractmethod

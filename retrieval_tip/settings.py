@@ -60,9 +60,9 @@ class Settings:
     def shown(self) -> dict[str, Any]:
         """What may be set, by name, as people and JSON read it: a ``k`` of all keys is ``all``.
 
-        Without the ``logit_scale``, which is the backbone's.
+        Without the ``logit_scale``, which is the backbone's, and the ``least_affinity``, which a fit finds.
         """
-        names = (field.name for field in fields(self) if field.name != "logit_scale")
+        names = (field.name for field in fields(self) if field.name not in ("logit_scale", "least_affinity"))
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
 
 

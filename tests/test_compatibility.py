@@ -1,7 +1,8 @@
 """Indexes that older versions wrote load for ever: ``indexes/vN`` was written by format N, and is never changed.
 
 ``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
-keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one. Format 4 has what was fitted.
+keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one. Format 4 has what was
+fitted.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_pat
     changes.configure(folder, temperature=2.0)
     new = verify(folder)
     check_answers(new, version, name)
-    assert json.loads((folder / "manifest.json").read_text())["format_version"] == (4 if version == "v4" else FOLDER_FORMAT)
+    written = json.loads((folder / "manifest.json").read_text())["format_version"]
+    assert written == (4 if version == "v4" else FOLDER_FORMAT)
     kept = folder / "manifests" / f"{old.version:06d}.json"
     assert kept.read_bytes() == (INDEXES / version / name / "manifest.json").read_bytes()
     assert history(folder)["change"].to_pylist()[-1] == "set temperature 2"

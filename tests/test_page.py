@@ -462,7 +462,7 @@ def test_what_the_page_cannot_compute_is_asked(opened: Open, served: Served, run
 
     def trained(route: Route) -> None:
         response = route.fetch()
-        route.fulfill(response=response, json=response.json() | {"trained_values": True})
+        route.fulfill(response=response, json=response.json() | {"values": "trained"})
 
     page.route("**/v1/indexes/*", trained)
     page.reload()

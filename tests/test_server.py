@@ -722,7 +722,7 @@ def test_shots_that_were_fine_tuned_answer_too(own: Path, lit_mini: object) -> N
     tuned.save(own.parent / "tuned")
     with serving(own.parent / "tuned") as client:
         described = client.get("/v1/indexes").json()["indexes"][0]
-        assert described["trained_values"]
+        assert described["values"] == "trained"
         sent = {"features": np.asarray(cache.keys[:2]).tolist()}
         found = client.post("/v1/classify?logits=true", json=sent).json()
         np.testing.assert_allclose([one["logits"] for one in found["results"]], tuned.logits(cache.keys[:2]), rtol=1e-4)

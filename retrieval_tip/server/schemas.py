@@ -50,7 +50,9 @@ class Index(BaseModel):
     backbone: str | None
     images: bool
     text: bool
-    trained_values: bool
+    least_affinity: float | None
+    metric: Literal["none", "within"]
+    values: Literal["one-hot", "solved", "trained"]
     changes: bool
 
 
@@ -203,6 +205,8 @@ class Result(BaseModel):
     text_logit: float
     cache_logit: float
     neighbours: list[Neighbour]
+    nearest_affinity: float | None = None
+    unlike: bool | None = None
     logits: list[float] | None = None
     evidence: Evidence | None = None
 

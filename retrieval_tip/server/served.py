@@ -124,7 +124,8 @@ class Version:
             "backbone": str(cache.backbone) if cache.backbone else None,
             "images": self.backbone is not None,
             "text": cache.has_text,
-            "trained_values": cache.values is not None,
+            "least_affinity": cache.settings.least_affinity,
+            **_letters(cache),
             "changes": changes,
         }
         if whole:
@@ -143,9 +144,18 @@ class Version:
         return str(keys["source"][0].as_py())
 
 
+def _letters(cache: Model) -> dict[str, str]:
+    """What the metric and the values of an index are."""
+    if cache.fitted is not None:
+        return {"metric": cache.fitted.metric, "values": cache.fitted.values}
+    return {"metric": "none", "values": "one-hot" if cache.values is None else "trained"}
+
+
 def _result(prediction: Prediction, ask: Ask) -> dict[str, Any]:
     result: dict[str, Any] = {"input": None} | vars(prediction)
     del result["keys"]
+    if prediction.unlike is None:
+        del result["nearest_affinity"], result["unlike"]
     if not ask.logits:
         del result["logits"]
     return result

@@ -65,7 +65,8 @@ function showAbout() {
     "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
     backbone: info.backbone ?? "none: features only",
     templates: info.text ? info.templates.join(" · ") || "text from elsewhere" : "no text",
-    values: info.trained_values ? "trained" : null,
+    metric: info.metric === "none" ? null : "within-class",
+    values: info.values === "one-hot" ? null : info.values,
   };
   fill($("about"), facts);
   fill($("provenance"), info.provenance);

@@ -1,5 +1,6 @@
 // The method, once: Tip-Adapter over the evidence of one image, in float64. Pure functions; as tip.py does in torch.
 //
+//   affinities A are to the keys in the index's metric, where it has one: the server gives them
 //   cache   C_c = sum over the k nearest keys i of class c of exp(-beta (1 - A_i))
 //           + with tail, for the r_c keys of c that are left:  r_c exp(-beta (1 - m_c)),  m_c their mean affinity
 //   logits  = text + alpha C          probabilities = softmax(logits / temperature)
@@ -22,7 +23,7 @@ export function evidenceOf(json) {
 
 /** Whether the answer is exactly the server's: all keys that count are here, and they are really the nearest. */
 export function computable(index, evidence, { k }) {
-  if (index.trained_values) return false;
+  if (index.values !== "one-hot") return false;
   if (k === "all") return evidence.complete;
   return index.exact_search && (k <= evidence.affinities.length || evidence.complete);
 }
