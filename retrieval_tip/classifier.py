@@ -59,8 +59,8 @@ class Classifier(ABC):
     """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
 
     ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
-    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder, ``metric`` and
-    ``fitted`` what was fitted, which only a folder keeps.
+    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder. ``metric``
+    and ``fitted`` are what was fitted, which only a folder keeps.
     ``folder`` and ``version`` say which version of what this is.
     """
 
