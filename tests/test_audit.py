@@ -260,7 +260,7 @@ def test_swapped_photographs_come_first(shared, lit_mini, photographs, monkeypat
     again = io.BytesIO()
     Image.open(files["dalmatian"][4]).convert("RGB").save(again, "JPEG", quality=80)
     (photographs / "pizza" / "again.jpg").write_bytes(again.getvalue())
-    cache = build_index(open_source(photographs), photographs / "index", Encoder(lit_mini), device="cpu")
+    cache = build_index(open_source(photographs), photographs / "index", Encoder(lit_mini), device="cpu", fit="none")
 
     rows = audit(cache).to_pylist()
     wrong = {f"{'panda'}-{files['panda'][0].name}": "panda", f"pizza-{files['pizza'][1].name}": "pizza"}

@@ -34,7 +34,7 @@ def features(path):
 
 
 def build(path, out, **options):
-    return build_index(open_source(path), out, Encoder(seed=options.pop("seed", 1)), **options)
+    return build_index(open_source(path), out, Encoder(seed=options.pop("seed", 1)), **options, fit="none")
 
 
 def test_keys_are_the_rows_grouped_by_class_in_file_order(table, tmp_path):
@@ -146,7 +146,7 @@ def test_views_of_photographs_are_averaged_then_normalised(shared, lit_mini, tmp
     from retrieval_tip.data import images
 
     source = open_source(shared / "data/caltech101/split_zhou_Caltech101.json").take([0, 1, 20])
-    cache = build_index(source, tmp_path / "i", Encoder(lit_mini, views=3, seed=5))
+    cache = build_index(source, tmp_path / "i", Encoder(lit_mini, views=3, seed=5), fit="none")
     data = images.read(source.paths[2])
     import hashlib
 
@@ -166,6 +166,6 @@ def test_further_columns_of_a_table_of_paths_reach_the_label_store(shared, lit_m
     pq.write_table(
         pa.table({"path": list(map(str, files)), "label": ["panda"] * 2, "iso": [100, 200]}), tmp_path / "p.parquet"
     )
-    cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Encoder(lit_mini))
+    cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Encoder(lit_mini), fit="none")
     assert cache.labels["iso"].to_pylist() == [100, 200]
     assert CacheModel.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]

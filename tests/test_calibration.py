@@ -322,7 +322,7 @@ def test_no_test_part_is_read(run, shared, tmp_path):
         path.write_text(json.dumps(small | {"test": test}))
         model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}") if not number else ()
         if model:
-            assert run("index", "build", path, *model, "--out", tmp_path / "i").exit_code == 0
+            assert run("index", "build", "--fit", "none", path, *model, "--out", tmp_path / "i").exit_code == 0
         done = run("calibrate", tmp_path / "i", "--val", path)
         assert done.exit_code == 0, done.output
         cache = CacheModel.load(tmp_path / "i", device="cpu")

@@ -63,7 +63,7 @@ def photographs(folder: Path, **classes: range) -> Path:
 def _pictures(tmp_path_factory: pytest.TempPathFactory, lit_mini: Backbone) -> Path:
     place = tmp_path_factory.mktemp("pictures")
     source = open_source(photographs(place / "photos", panda=range(4), pizza=range(4)))
-    build_index(source, place / "index", Encoder(lit_mini), templates=TEMPLATES, device="cpu")
+    build_index(source, place / "index", Encoder(lit_mini), templates=TEMPLATES, device="cpu", fit="none")
     return place
 
 
@@ -175,6 +175,8 @@ def test_views_and_seed_are_those_of_the_index_unless_given(run: Any, lit_mini: 
     built = run(
         "index",
         "build",
+        "--fit",
+        "none",
         photos,
         "--model",
         MODEL,
@@ -231,7 +233,10 @@ def test_known_features_are_left_out_where_that_is_asked_for(
     rows[0, 0] = -0.0  # the same number
     second = write_table(tmp_path / "second.parquet", rows[2:], ["cat", "dog", "dog", "cat", "emu", "cat"])
     place = f"{kind}{tmp_path / 'index'}"
-    assert run("index", "build", first, "--norms", "keep", "--dtype", dtype, "--out", place).exit_code == 0
+    assert (
+        run("index", "build", "--fit", "none", first, "--norms", "keep", "--dtype", dtype, "--out", place).exit_code
+        == 0
+    )
     add = ("index", "add", place, "--norms", "keep", "--skip-known")
     assert run(*add, first).stdout == f"{place}: version 1, 0 keys added, 4 known images left out\n"
     done = run(*add, second)  # two are there, of which none under another label
@@ -264,7 +269,7 @@ def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
     assert "x.jpg (pizza)" in done.stderr
     assert f"{known.name} (panda)" in done.stderr
     photographs(wrong, panda=range(1))
-    built = run("index", "build", wrong, "--model", MODEL, "--device", "cpu", "--out", tmp_path / "i")
+    built = run("index", "build", "--fit", "none", wrong, "--model", MODEL, "--device", "cpu", "--out", tmp_path / "i")
     assert built.exit_code == 0
     assert "in two classes:" in built.stderr
     assert "identical image" in built.stderr
@@ -328,7 +333,7 @@ def test_new_classes_of_a_feature_table_get_their_text_from_a_table(run: Any, in
 
 
 def test_an_index_without_text_needs_none_for_new_classes(run: Any, table: Path, tmp_path: Path) -> None:
-    assert run("index", "build", table, "--out", tmp_path / "i").exit_code == 0
+    assert run("index", "build", "--fit", "none", table, "--out", tmp_path / "i").exit_code == 0
     more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["owl"])
     assert run("index", "add", tmp_path / "i", more).exit_code == 0
     cache = verify(tmp_path / "i")
@@ -431,7 +436,7 @@ def other(tmp_path: Path) -> Path:
     """An index of three keys, two of them of a class that the first one does not have."""
     source = write_table(tmp_path / "o.parquet", unit_rows(3, D, 7), ["owl", "cat", "owl"], lens=["x", "y", "z"])
     weights = write_table(tmp_path / "ot.parquet", unit_rows(2, D, 8), ["owl", "cat"])
-    build_index(open_source(source), tmp_path / "other", Encoder(), text=weights, device="cpu")
+    build_index(open_source(source), tmp_path / "other", Encoder(), text=weights, device="cpu", fit="none")
     return tmp_path / "other"
 
 
@@ -483,7 +488,10 @@ def test_what_cannot_be_merged_is_refused_and_changes_nothing(
     model = f"local-dir:{tiny(tmp_path / 'model')}"
     foreign = tmp_path / "foreign"
     photos = pictures.parent / "photos"
-    assert run("index", "build", photos, "--model", model, "--device", "cpu", "--out", foreign).exit_code == 0
+    assert (
+        run("index", "build", "--fit", "none", photos, "--model", model, "--device", "cpu", "--out", foreign).exit_code
+        == 0
+    )
     refused(run("index", "merge", pictures, foreign), 1, MODEL, model, "cannot be compared")
     assert version(pictures) == 1
 
@@ -679,9 +687,9 @@ def test_settings_with_which_no_query_is_answered_become_no_version(
     long = write_table(tmp_path / "long.parquet", 100 * unit_rows(4, D), ["cat", "dog"] * 2)
     for command, named in (
         (("index", "set", index, *given), f"alpha {alpha:g}"),
-        (("index", "build", table, "--text", text, *given, "--out", out), f"alpha {alpha:g}"),
+        (("index", "build", "--fit", "none", table, "--text", text, *given, "--out", out), f"alpha {alpha:g}"),
         (("index", "import", tmp_path / "keys.npy", "--labels", labels, *given, "--out", out), f"alpha {alpha:g}"),
-        (("index", "build", long, "--norms", "keep", "--beta", 5.5, "--out", out), "beta 5.5"),
+        (("index", "build", "--fit", "none", long, "--norms", "keep", "--beta", 5.5, "--out", out), "beta 5.5"),
         (("index", "add", index, long, "--norms", "keep"), "beta 4"),
     ):
         result = run(*command)
@@ -946,7 +954,9 @@ def test_what_is_exported_can_be_built_again(run: Any, parted: Path, tmp_path: P
     out, text = tmp_path / "keys.parquet", tmp_path / "weights.parquet"
     done = run("index", "export", parted, "--out", out, "--text", text)
     assert done.stdout == f"{out}: 8 rows\n{text}: 2 rows\n"
-    built = run("index", "build", out, "--text", text, "--alpha", 1, "--beta", 4, "--out", tmp_path / "again")
+    built = run(
+        "index", "build", "--fit", "none", out, "--text", text, "--alpha", 1, "--beta", 4, "--out", tmp_path / "again"
+    )
     assert built.exit_code == 0, built.output
     one, other = opened(parted), verify(tmp_path / "again")
     np.testing.assert_allclose(other.logits(QUERIES), one.logits(QUERIES), atol=1e-4)

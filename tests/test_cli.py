@@ -48,7 +48,7 @@ def small(tmp_path, run):
     table = write_table(tmp_path / "train.parquet", unit_rows(6, 8), ["cat", "dog"] * 3, camera=list("abcabc"))
     text = write_table(tmp_path / "text.parquet", unit_rows(2, 8, 1), ["cat", "dog"])
     out = tmp_path / "index"
-    built = run("index", "build", table, "--text", text, "--out", out)
+    built = run("index", "build", "--fit", "none", table, "--text", text, "--out", out)
     assert built.exit_code == 0, built.output
     return out
 
@@ -163,7 +163,7 @@ def test_answers_are_the_python_faces(run, small, queries):
 
 def test_settings_of_the_index_hold_where_none_are_given(run, tmp_path, queries):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
-    built = run("index", "build", table, "--alpha", 7, "--beta", 2, "-k", 3, "--out", tmp_path / "i")
+    built = run("index", "build", "--fit", "none", table, "--alpha", 7, "--beta", 2, "-k", 3, "--out", tmp_path / "i")
     assert built.exit_code == 0
     test = write_table(tmp_path / "test.parquet", unit_rows(4, 8, 5), ["cat", "dog"] * 2)
     result = json.loads(run("evaluate", tmp_path / "i", test, "--json").stdout)
@@ -210,7 +210,9 @@ def test_another_backbone_than_the_indexs_is_refused_with_both_named(run, shared
     photographs = shared / "data/caltech101/101_ObjectCategories"
     for name in ("panda", "pizza"):
         shutil.copytree(photographs / name, tmp_path / "photos" / name)
-    built = run("index", "build", tmp_path / "photos", "--model", f"local-dir:{one}", "--out", tmp_path / "i")
+    built = run(
+        "index", "build", "--fit", "none", tmp_path / "photos", "--model", f"local-dir:{one}", "--out", tmp_path / "i"
+    )
     assert built.exit_code == 0, built.output
     image = next((tmp_path / "photos" / "panda").iterdir())
     assert run("classify", tmp_path / "i", image).exit_code == 0
@@ -242,9 +244,9 @@ def test_a_table_that_was_encoded_here_gives_the_index_that_its_images_give(run,
     for name in ("panda", "pizza"):
         shutil.copytree(shared / "data/caltech101/101_ObjectCategories" / name, photographs / name)
     assert run("encode", photographs, *model, "--out", tmp_path / "t.parquet").exit_code == 0
-    assert run("index", "build", photographs, *model, "--out", tmp_path / "a").exit_code == 0
+    assert run("index", "build", "--fit", "none", photographs, *model, "--out", tmp_path / "a").exit_code == 0
     assert (
-        run("index", "build", tmp_path / "t.parquet", "--out", tmp_path / "b").exit_code == 0
+        run("index", "build", "--fit", "none", tmp_path / "t.parquet", "--out", tmp_path / "b").exit_code == 0
     )  # its metadata name the model
     a, b = CacheModel.load(tmp_path / "a"), CacheModel.load(tmp_path / "b")
     np.testing.assert_array_equal(a.keys, b.keys)
@@ -267,11 +269,11 @@ def test_unreadable_images_are_named_and_the_exit_status_is_3(run, shared, tmp_p
     broken = sorted((photographs / "panda").iterdir())[1]
     broken.chmod(0o644)
     broken.write_bytes(broken.read_bytes()[:1000])
-    strict = run("index", "build", photographs, *model, "--strict", "--out", tmp_path / "i")
+    strict = run("index", "build", "--fit", "none", photographs, *model, "--strict", "--out", tmp_path / "i")
     assert strict.exit_code == 1
     assert str(broken) in strict.stderr
     assert not (tmp_path / "i").exists()
-    built = run("index", "build", photographs, *model, "--out", tmp_path / "i")
+    built = run("index", "build", "--fit", "none", photographs, *model, "--out", tmp_path / "i")
     assert built.exit_code == 3
     assert f"skipped {broken}: damaged image" in built.stderr
     number = sum(1 for _ in photographs.glob("*/*.jpg"))

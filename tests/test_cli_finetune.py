@@ -41,7 +41,8 @@ def place(tmp_path, run):
     for name, n, seed in (("val", 30, 3), ("test", 60, 4)):
         features, ids = clusters(n, C, D, seed)
         write_table(tmp_path / f"{name}.parquet", features, [NAMES[i] for i in ids])
-    built = run("index", "build", tmp_path / "train.parquet", "--text", tmp_path / "text.parquet", "--logit-scale", 10,
+    built = run("index", "build", "--fit", "none",
+                tmp_path / "train.parquet", "--text", tmp_path / "text.parquet", "--logit-scale", 10,
                 "--out", tmp_path / "index")  # fmt: skip
     assert built.exit_code == 0, built.stderr
     return tmp_path

@@ -45,7 +45,9 @@ def place(tmp_path: Path, run: Any, features: dict[str, Any]) -> Path:
 
 
 def build(run: Any, place: Path, out: str, *more: object, train: str = "train.parquet") -> None:
-    built = run("index", "build", place / train, "--text", place / "text.parquet", "--out", place / out, *more)
+    built = run(
+        "index", "build", "--fit", "none", place / train, "--text", place / "text.parquet", "--out", place / out, *more
+    )
     assert built.exit_code == 0, built.stderr
 
 
@@ -309,7 +311,8 @@ def test_build_chooses_index_and_k_by_the_numbers_unless_k_is_given(
 
 @pytest.mark.parametrize("index", ["Classes,Nope", "ClassesX", "Classes,IVF99,Flat", "Auto"])
 def test_an_index_over_classes_that_cannot_be_is_one_line_and_leaves_nothing(run: Any, place: Path, index: str) -> None:
-    result = run("index", "build", place / "train.parquet", "--text", place / "text.parquet", "--index", index,
+    result = run("index", "build", "--fit", "none",
+                 place / "train.parquet", "--text", place / "text.parquet", "--index", index,
                  "--out", place / "bad")  # fmt: skip
     assert result.exit_code == 2
     assert result.stderr.strip().splitlines()[-1].startswith(f"Error: index {index!r}: ")

@@ -143,7 +143,9 @@ def _read(job: killing.Job) -> dict[str, Any]:
 
 
 def _build(job: killing.Job) -> None:
-    build_index(open_source(job["table"]), job["folder"], Encoder(norms=job.get("norms", "check")), device="cpu")
+    build_index(
+        open_source(job["table"]), job["folder"], Encoder(norms=job.get("norms", "check")), device="cpu", fit="none"
+    )
 
 
 def _hold(job: killing.Job) -> None:
@@ -199,7 +201,9 @@ BASE = [f"base/{i}" for i in range(40)]
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    build_index(open_source(table(tmp_path / "base.parquet", BASE)), tmp_path / "index", Encoder(), device="cpu")
+    build_index(
+        open_source(table(tmp_path / "base.parquet", BASE)), tmp_path / "index", Encoder(), device="cpu", fit="none"
+    )
     return tmp_path / "index"
 
 
@@ -453,7 +457,7 @@ def test_a_read_only_folder_is_read_and_refused_to_every_writer(index: Path, tmp
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
             lambda: store.collect(folder),
-            lambda: build_index(more, folder, Encoder(), device="cpu"),
+            lambda: build_index(more, folder, Encoder(), device="cpu", fit="none"),
         ]
         for write in writers:
             with pytest.raises(StoreError) as error:

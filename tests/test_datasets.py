@@ -421,7 +421,7 @@ def test_build_encode_and_evaluate_by_name(run, photographs, tmp_path):
     from test_backbone import tiny
 
     model = ("--model", f"local-dir:{tiny(tmp_path / 'model')}")
-    built = run("index", "build", photographs, "--dataset", "caltech", *model, "--out", tmp_path / "a")
+    built = run("index", "build", "--fit", "none", photographs, "--dataset", "caltech", *model, "--out", tmp_path / "a")
     assert built.exit_code == 0, built.output
     cache = CacheModel.load(tmp_path / "a")
     assert list(cache.templates) == ["a photo of a {}."]
@@ -455,7 +455,16 @@ def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_pat
     (photographs / "dtd/101_ObjectCategories").rename(photographs / "dtd/images")
     listing = photographs / "dtd" / facts("caltech101").listing
     listing.rename(listing.with_name(facts("dtd").listing))
-    build = ("index", "build", photographs / "dtd", "--dataset", "dtd", *model)  # the dataset's own folder
+    build = (
+        "index",
+        "build",
+        "--fit",
+        "none",
+        photographs / "dtd",
+        "--dataset",
+        "dtd",
+        *model,
+    )  # the dataset's own folder
     assert run(*build, "--out", tmp_path / "own").exit_code == 0
     assert list(CacheModel.load(tmp_path / "own").templates) == ["{} texture."]
     assert run(*build, "--template", "a {}", "--template", "the {}", "--out", tmp_path / "given").exit_code == 0
@@ -471,7 +480,7 @@ def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_pat
 
 
 def test_wrong_use_is_said_and_builds_nothing(run, photographs, tmp_path):
-    build = ("index", "build", photographs, "--out", tmp_path / "a")
+    build = ("index", "build", "--fit", "none", photographs, "--out", tmp_path / "a")
     for options, status, message in (
         (("--dataset", "kaltech"), 2, "no dataset 'kaltech'; the datasets are ImageNet, "),
         (("--dataset", "pets"), 1, "oxford_pets: no such folder; expected in it: images/, split_zhou_OxfordPets.json"),

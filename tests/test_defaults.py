@@ -68,7 +68,7 @@ def test_untouched_defaults_give_most_of_what_is_there(run, shared, tmp_path):
     """Paper's constants give 46 % on lit-mini; on CLIP's features nothing is lost against alpha 1.17, beta 5.5."""
     split = shared / "data/caltech101/split_zhou_Caltech101.json"
     model, shots = f"local-dir:{shared / 'models/lit-mini'}", () if SOAK else ("--shots", 4)
-    built = run("index", "build", split, "--model", model, *shots, "--out", tmp_path / "c")
+    built = run("index", "build", "--fit", "none", split, "--model", model, *shots, "--out", tmp_path / "c")
     assert built.exit_code == 0, built.output
     part, least = ("test", 0.85) if SOAK else ("val", 0.8)
     assert json.loads(run("evaluate", tmp_path / "c", split, "--split", part, "--json").stdout)["top1"] >= least
@@ -76,7 +76,20 @@ def test_untouched_defaults_give_most_of_what_is_there(run, shared, tmp_path):
     untouched, published = [], []
     for seed in range(1, 6 if SOAK else 4):
         out, text = tmp_path / str(seed), ("--text", food / "text.parquet")
-        run("index", "build", food / "train.parquet", *text, "--shots", 16, "--seed", seed, "--out", out)
+        run(
+            "index",
+            "build",
+            "--fit",
+            "none",
+            food / "train.parquet",
+            *text,
+            "--shots",
+            16,
+            "--seed",
+            seed,
+            "--out",
+            out,
+        )
         test = ("evaluate", out, food / "test.parquet", "--json")
         untouched.append(json.loads(run(*test).stdout)["top1"])
         published.append(json.loads(run(*test, "--alpha", 1.17, "--beta", 5.5).stdout)["top1"])

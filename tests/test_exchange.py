@@ -85,7 +85,9 @@ def test_a_research_cache_becomes_rows_with_the_classes_of_its_one_hot_values(tm
         expected = keys.numpy() if dtype in (torch.float16, torch.float32) else keys.float().numpy()
         np.testing.assert_array_equal(rows_of(out), expected)
         assert rows_of(out).dtype == expected.dtype
-    cache = build_index(source, tmp_path / "i", Encoder(), dtype="float16" if dtype == torch.float16 else "float32")
+    cache = build_index(
+        source, tmp_path / "i", Encoder(), dtype="float16" if dtype == torch.float16 else "float32", fit="none"
+    )
     assert cache.n == 12
     assert cache.class_names == ["ant", "bee", "cat"]
 
@@ -105,8 +107,8 @@ def test_the_trained_adapter_is_taken_only_by_name_and_keeps_its_norms(tmp_path)
     import_table(tmp_path / "c/best_F_16shots.pt", out)
     np.testing.assert_array_equal(rows_of(out), weight.detach().numpy())
     with pytest.raises(InputError, match="norm 3 instead of 1; give --norms"):
-        build_index(open_source(out), tmp_path / "i", Encoder())
-    assert build_index(open_source(out), tmp_path / "i", Encoder(norms="keep")).n == 5
+        build_index(open_source(out), tmp_path / "i", Encoder(), fit="none")
+    assert build_index(open_source(out), tmp_path / "i", Encoder(norms="keep"), fit="none").n == 5
     import_table(tmp_path / "c", out)
     np.testing.assert_array_equal(rows_of(out), unit_rows(5, 5, 9).astype(np.float16))
 
@@ -315,7 +317,11 @@ def test_tables_of_labels_bring_ids_and_further_columns(tmp_path, suffix):
         "camera": table["camera"],
     }
     np.testing.assert_array_equal(rows_of(out), unit_rows(3, 4))
-    assert build_index(open_source(out), tmp_path / "i", Encoder()).labels["camera"].to_pylist() == ["1", "3", None]
+    assert build_index(open_source(out), tmp_path / "i", Encoder(), fit="none").labels["camera"].to_pylist() == [
+        "1",
+        "3",
+        None,
+    ]
 
 
 def test_another_column_of_labels(tmp_path):

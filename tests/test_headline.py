@@ -21,7 +21,7 @@ def test_caltech_from_photographs(run, shared, caltech, monkeypatch):
     """Measured with plain open_clip and the formula: see lit-mini's MODEL.md."""
     split = shared / "data/caltech101/split_zhou_Caltech101.json"
     model = f"local-dir:{shared / 'models/lit-mini'}"
-    built = run("index", "build", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
+    built = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
     assert built.exit_code == 0, built.output
     assert "1600 keys of 1280, 100 classes" in built.stdout
 
@@ -44,7 +44,7 @@ def test_caltech_from_photographs(run, shared, caltech, monkeypatch):
     read = images.read
     monkeypatch.setattr(images, "read", lambda path: reads.append(str(path)) or read(path))
     monkeypatch.setattr(backbone.OpenClipBackbone, "encode_images", lambda *_: pytest.fail("encoded again"))
-    again = run("index", "build", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
+    again = run("index", "build", "--fit", "none", split, "--model", model, "--template", TEMPLATE, "--out", caltech)
     assert again.exit_code == 0, again.output
     assert len(reads) == len(set(reads)) == 1600
 
@@ -56,7 +56,20 @@ def test_food_from_clip_features(run, shared, tmp_path):
     for seed in range(1, 6):
         out = tmp_path / str(seed)
         text = ("--text", food / "text.parquet")
-        built = run("index", "build", food / "train.parquet", *text, "--shots", 16, "--seed", seed, "--out", out)
+        built = run(
+            "index",
+            "build",
+            "--fit",
+            "none",
+            food / "train.parquet",
+            *text,
+            "--shots",
+            16,
+            "--seed",
+            seed,
+            "--out",
+            out,
+        )
         assert built.exit_code == 0, built.output
         settings = ("--alpha", 1.17, "--beta", 5.5)
         result = json.loads(run("evaluate", out, food / "test.parquet", *settings, "--json").stdout)

@@ -304,7 +304,7 @@ def test_the_driver_then_a_worker_is_killed_and_the_table_is_the_same(cluster, r
     assert source.items.equals(one.items)
     assert source.class_names == ("cat", "dog")
     np.testing.assert_allclose(Encoder().encode(source).features, Encoder().encode(one).features, atol=1e-6)
-    built = run("index", "build", out, "--shots", 4, "--out", tmp_path / "index")
+    built = run("index", "build", "--fit", "none", out, "--shots", 4, "--out", tmp_path / "index")
     assert built.exit_code == 0, built.stderr
     assert run("classify", tmp_path / "index", out, "--format", "csv").stdout.count("\n") == 40
     assert json.loads(run("evaluate", tmp_path / "index", out, "--json").stdout)["n"] == 39
@@ -317,7 +317,8 @@ def asked(tmp_path, run):
     write_table(tmp_path / "train.parquet", unit_rows(30, 8), labels)
     write_table(tmp_path / "text.parquet", unit_rows(3, 8, 1), sorted(set(labels)))
     write_table(tmp_path / "test.parquet", unit_rows(50, 8, 2), [f"class {i % 3}" for i in range(50)])
-    built = run("index", "build", tmp_path / "train.parquet", "--text", tmp_path / "text.parquet", "--out",
+    built = run("index", "build", "--fit", "none",
+                tmp_path / "train.parquet", "--text", tmp_path / "text.parquet", "--out",
                 tmp_path / "index")  # fmt: skip
     assert built.exit_code == 0, built.output
     return tmp_path

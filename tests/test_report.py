@@ -205,6 +205,8 @@ def food(tmp_path_factory):
         "-q",
         "index",
         "build",
+        "--fit",
+        "none",
         data / "train.parquet",
         "--text",
         data / "text.parquet",
@@ -229,7 +231,7 @@ def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=No
     shots = write_table(tmp_path / "shots.parquet", rows(keys, 2), [labels[i] for i in keys])
     test = write_table(tmp_path / "test.parquet", rows(ids, 3), [labels[i] for i in ids], **table)
     words = ("--text", write_table(tmp_path / "text.parquet", means, list(labels))) if text else ()
-    done("-q", "index", "build", shots, *words, "--out", tmp_path / "index")
+    done("-q", "index", "build", "--fit", "none", shots, *words, "--out", tmp_path / "index")
     return tmp_path / "index", test
 
 
@@ -436,6 +438,8 @@ def test_a_picture_that_moved_or_changed_is_not_shown(photographs, tmp_path):
         "-q",
         "index",
         "build",
+        "--fit",
+        "none",
         tmp_path / "shots",
         "--model",
         f"local-dir:{SHARED}/models/lit-mini",
@@ -574,7 +578,7 @@ def test_a_test_of_one_class(labels, tmp_path):
 
 def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
     table = write_table(tmp_path / "one.parquet", unit_rows(3, 8), ["a", "a", "b"])
-    done("-q", "index", "build", table, "--out", tmp_path / "one")
+    done("-q", "index", "build", "--fit", "none", table, "--out", tmp_path / "one")
     done("-q", "report", tmp_path / "one", "--test", table, "--out", tmp_path / "r.html")
     page = read(tmp_path / "r.html")
     assert "Left out: class 'b' has one key; draws need 2 keys a class or more." in section(page, "shots").text

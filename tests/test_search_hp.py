@@ -260,7 +260,7 @@ def test_test_labels_cannot_reach_the_search(run, split, shared, tmp_path):
             data["test"] = [[e[0], *labels[-1 - i]] for i, e in enumerate(data["test"])]
             split.write_text(json.dumps(data))
         out = tmp_path / f"i{poisoned}"
-        assert run("index", "build", split, *model, "--shots", 4, "--out", out).exit_code == 0
+        assert run("index", "build", "--fit", "none", split, *model, "--shots", 4, "--out", out).exit_code == 0
         done = run("search-hp", out, "--val", split, "--json")
         assert done.exit_code == 0, done.output
         facts = json.loads(done.stdout)
@@ -272,7 +272,19 @@ def test_test_labels_cannot_reach_the_search(run, split, shared, tmp_path):
 
 def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp_path):
     food, out = shared / "data/clip-food9", tmp_path / "i"
-    built = run("index", "build", food / "train.parquet", "--text", food / "text.parquet", "--shots", 16, "--out", out)
+    built = run(
+        "index",
+        "build",
+        "--fit",
+        "none",
+        food / "train.parquet",
+        "--text",
+        food / "text.parquet",
+        "--shots",
+        16,
+        "--out",
+        out,
+    )
     assert built.exit_code == 0
     before = json.loads(run("index", "info", out, "--json").stdout)
     dry = json.loads(run("search-hp", out, "--leave-one-out", "--dry-run", "--json").stdout)
@@ -297,7 +309,7 @@ def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp
 
 def test_one_source_of_validation_has_to_be_named(run, tmp_path):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
-    assert run("index", "build", table, "--out", tmp_path / "i").exit_code == 0
+    assert run("index", "build", "--fit", "none", table, "--out", tmp_path / "i").exit_code == 0
     for options in ((), ("--leave-one-out", "--folds", 2), ("--val", table, "--leave-one-out")):
         refused = run("search-hp", tmp_path / "i", *options)
         assert refused.exit_code == 2

@@ -266,16 +266,16 @@ def test_manifest_edited_by_hand_is_refused(index: Path) -> None:
 
 
 def test_newer_format_is_refused_with_the_version_that_is_needed(index: Path) -> None:
-    body = body_of(index) | {"format_version": 4, "created_by": "retrieval-tip 9.9", "alpha": {"new": "meaning"}}
+    body = body_of(index) | {"format_version": 5, "created_by": "retrieval-tip 9.9", "alpha": {"new": "meaning"}}
     # However the newer format is sealed: its seal is not this one's to judge.
     for raw in (sealed(body), json.dumps(body).encode()):
         (index / "manifest.json").write_bytes(raw)
         for opened in (CacheModel.load, verify, store.describe):
             with pytest.raises(StoreError) as error:
                 opened(index)
-            one_line(error, "index format 4", "reads up to 3", "retrieval-tip 9.9")
+            one_line(error, "index format 5", "reads up to 4", "retrieval-tip 9.9")
         before = snapshot(index)
-        with pytest.raises(StoreError, match="index format 4"):
+        with pytest.raises(StoreError, match="index format 5"):
             model(1).save(index)
         assert snapshot(index) == before
     with pytest.raises(StoreError) as error:

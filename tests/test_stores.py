@@ -363,7 +363,7 @@ def test_the_smallest_indexes_answer(kind, tmp_path):
     for number, (n, d, labels) in enumerate([(1, 1, ["only"]), (3, 1, ["a", "a", "b"]), (1, 4, ["only"])]):
         place, features = made(tmp_path, kind, f"small-{number}"), unit_rows(n, d, 3)
         built = build_index(
-            source(tmp_path / f"{kind}{number}.parquet", features, labels), place, Encoder(), device="cpu"
+            source(tmp_path / f"{kind}{number}.parquet", features, labels), place, Encoder(), fit="none", device="cpu"
         )
         names = sorted(set(labels))
         truth = Truth(names, np.zeros((len(names), d)), dict(enumerate(features)), dict(enumerate(labels)))
@@ -518,7 +518,7 @@ def test_untouched_settings_are_those_of_a_folder(tmp_path, monkeypatch):
     labels = ["cat" if i % 3 else "dog" for i in range(100)]
     table = source(tmp_path / "table.parquet", unit_rows(100, D, 40), labels, [str(i) for i in range(100)])
     places = (str(tmp_path / "folder"), f"lance://{tmp_path / 'table'}")
-    one, other = (build_index(table, place, Encoder(), device="cpu") for place in places)
+    one, other = (build_index(table, place, Encoder(), fit="none", device="cpu") for place in places)
     assert one.settings.alpha == pytest.approx(other.settings.alpha, rel=1e-6)
     assert one.settings.beta == pytest.approx(other.settings.beta, rel=1e-6)
 
@@ -934,7 +934,7 @@ def test_a_place_that_is_something_else_is_left_alone(tmp_path, base):
     (tmp_path / "file").write_bytes(b"text")
     for name in ("holiday", "file"):
         for place in (f"lance://{tmp_path / name}", str(tmp_path / name)):
-            said(lambda place=place: build_index(train, place, Encoder(), device="cpu"), name)
+            said(lambda place=place: build_index(train, place, Encoder(), fit="none", device="cpu"), name)
     assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"photo"
     assert [path.name for path in (tmp_path / "holiday").iterdir()] == ["photo.jpg"]
     assert (tmp_path / "file").read_bytes() == b"text"
@@ -949,7 +949,7 @@ def test_a_folder_is_no_table_and_a_table_no_folder(tmp_path, base):
         before = everything(place)
         wrong = place.removeprefix("lance://") if other == "folder" else f"lance://{place}"
         said(lambda wrong=wrong: stores.at(wrong).load(device="cpu"), kind)
-        said(lambda wrong=wrong: build_index(train, wrong, Encoder(), device="cpu"), kind)
+        said(lambda wrong=wrong: build_index(train, wrong, Encoder(), fit="none", device="cpu"), kind)
         said(lambda wrong=wrong: changes.configure(wrong, k=4), kind)
         assert everything(place) == before
         assert stores.at(place).verify().settings.k == 3
@@ -1009,7 +1009,10 @@ def test_a_damaged_manifest_is_named(beside):
         for call in readers(beside):
             said(call, name, *(["99"] if what == "newer" else []))
         said(lambda: changes.configure(beside.place, k=4), name)
-        said(lambda: build_index(beside.table(QUERIES, ["a"] * 12), beside.place, Encoder(), device="cpu"), name)
+        said(
+            lambda: build_index(beside.table(QUERIES, ["a"] * 12), beside.place, Encoder(), fit="none", device="cpu"),
+            name,
+        )
     put(beside.place, name, everything(beside.place)["manifests/000001.json"])
     said(beside.open, name, "another index")
     put(beside.place, name, None)  # then it never was
@@ -1130,7 +1133,7 @@ def test_verify_finds_one_key_among_many(tmp_path):
     rows = unit_rows(n, D, 7) * 0.3 + 0.25
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     place = made(tmp_path, "lance")
-    build_index(source(tmp_path / "many.parquet", rows, ["one"] * n), place, Encoder(), device="cpu")
+    build_index(source(tmp_path / "many.parquet", rows, ["one"] * n), place, Encoder(), fit="none", device="cpu")
     pets = Pets(place, None, tmp_path, "lance")
     pets.store.verify()
     tampered(pets, changed_vector)
@@ -1148,10 +1151,10 @@ def test_a_column_that_a_table_cannot_have_is_refused(beside, column, tmp_path):
     text = beside.refused(lambda: changes.add(beside.place, table(), Encoder()), repr(column), error=InputError)
     assert "rename it" in text
     new = made(tmp_path, beside.kind, "new")
-    said(lambda: build_index(table(), new, Encoder(), device="cpu"), repr(column), error=InputError)
+    said(lambda: build_index(table(), new, Encoder(), fit="none", device="cpu"), repr(column), error=InputError)
     assert not stores.at(new).exists()
     folder = made(tmp_path, "folder", "with column")
-    build_index(table(), folder, Encoder(), device="cpu")
+    build_index(table(), folder, Encoder(), fit="none", device="cpu")
     said(lambda: changes.clone(folder, new), repr(column), error=InputError)
 
 
@@ -1167,7 +1170,7 @@ def test_further_columns_of_any_type_and_name_come_back(tmp_path):
     table = source(tmp_path / "t.parquet", features, ["a", "b"], **columns)
     more = source(tmp_path / "u.parquet", -features, ["a", "b"], ["u", "v"], **columns)
     for place in places:
-        build_index(table, place, Encoder(), device="cpu")
+        build_index(table, place, Encoder(), fit="none", device="cpu")
         changes.add(place, more, Encoder())
         changes.relabel(place, "b", key_ids=[0])
         stores.at(place).verify()
@@ -1185,7 +1188,9 @@ def test_features_that_cannot_be_keys_are_refused(pets, tmp_path):
         pets.refused(lambda rows=rows: pets.add(rows, ["cat"] * 3), error=InputError)
         new = made(tmp_path, pets.kind, f"new-{name}")
         table = pets.table(rows, ["cat"] * 3)
-        said(lambda new=new, table=table: build_index(table, new, Encoder(), device="cpu"), error=InputError)
+        said(
+            lambda new=new, table=table: build_index(table, new, Encoder(), fit="none", device="cpu"), error=InputError
+        )
         assert not stores.at(new).exists()
     pets.refused(lambda: pets.add(unit_rows(1, D + 1, 3), ["cat"]), str(D + 1), error=InputError)
     with pytest.raises(InputError):
@@ -1269,7 +1274,9 @@ def test_another_store_at_the_same_address_is_another_store(tmp_path):
     for seed in (1, 2):
         rows = unit_rows(20, D, seed)
         shutil.rmtree(path_of(place), ignore_errors=True)
-        built = build_index(source(tmp_path / "t.parquet", rows, ["a", "b"] * 10), place, Encoder(), device="cpu")
+        built = build_index(
+            source(tmp_path / "t.parquet", rows, ["a", "b"] * 10), place, Encoder(), fit="none", device="cpu"
+        )
         truth = Truth(["a", "b"], np.zeros((2, D)), dict(enumerate(rows)), dict(enumerate(["a", "b"] * 10)))
         truth.alpha, truth.beta = built.settings.alpha, built.settings.beta
         check(place, truth)
@@ -1291,7 +1298,7 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
     monkeypatch.setattr(lance_model, "UNINDEXED", 500)
     place = made(tmp_path, "lance")
     rows, labels = clustered(2900, 1)
-    build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), device="cpu")
+    build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), fit="none", device="cpu")
     at = stores.at(place)
     assert at.load(device="cpu").index_type == "Flat"
     more, more_labels = clustered(200, 2)
@@ -1350,7 +1357,7 @@ def test_affinities_are_products_with_the_stored_keys(tmp_path, kind, n, dtype):
     place = made(tmp_path, "lance")
     rows, labels = clustered(n, 1)
     table = source(tmp_path / "t.parquet", rows, labels)
-    build_index(table, place, Encoder(), index=kind, dtype=dtype, device="cpu")
+    build_index(table, place, Encoder(), index=kind, dtype=dtype, fit="none", device="cpu")
     model = stores.at(place).verify()
     assert (model.index_type, model.exact_search, model.manifest.provenance["index"]) == (kind, False, "given")
     stored = model.keys_of(np.arange(n))
