@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.open_clip import resolve_device, unit
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit import closed_form
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.settings import Settings
@@ -43,8 +44,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             they are. ``None`` leaves the decision to the cache alone.
         class_names: the ``c`` labels in the order of ``text_weights``. It may name classes that ``y`` lacks, which
             are then decided by their text alone. ``None``: the sorted labels of ``y``.
-        alpha: residual ratio, how much the cache counts beside the text; 0 or more.
-        beta: sharpness of the exponential; 0 or more.
+        alpha: residual ratio, how much the cache counts beside the text; 0 or more. ``auto`` fits metric, values,
+            alpha, beta and temperature to the rows in closed form (:func:`retrieval_tip.fit.closed_form.fit`), the first time:
+            :meth:`partial_fit` keeps them.
+        beta: sharpness of the exponential; 0 or more. Not looked at with ``alpha="auto"``.
+        metric: with ``alpha="auto"``: ``none`` or ``within``; ``None`` is chosen.
+        values: with ``alpha="auto"``: ``one-hot`` or ``solved``; ``None`` is chosen.
         k: how many of the nearest keys a query uses; ``None`` is all of them, Tip-Adapter exactly.
         tail: with ``k``, estimate what the other keys add.
         logit_scale: factor of the text logits, the backbone's own (100 for OpenAI's CLIP).
@@ -73,8 +78,10 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         text_weights: Features | None = None,
         class_names: Sequence[Any] | Array | None = None,
         *,
-        alpha: float = Settings.alpha,
+        alpha: float | Literal["auto"] = Settings.alpha,
         beta: float = Settings.beta,
+        metric: str | None = None,
+        values: str | None = None,
         k: int | None = None,
         tail: bool = True,
         logit_scale: float = Settings.logit_scale,
@@ -86,6 +93,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.class_names = class_names
         self.alpha = alpha
         self.beta = beta
+        self.metric = metric
+        self.values = values
         self.k = k
         self.tail = tail
         self.logit_scale = logit_scale
@@ -198,7 +207,11 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         normalize = bool(self.normalize)
         X, y = validate_data(self, X, y, dtype=_dtypes(normalize))  # noqa: N806
         check_classification_targets(y)
-        settings = Settings(self.alpha, self.beta, self.logit_scale, self.k, self.tail)
+        auto = isinstance(self.alpha, str) and self.alpha == "auto"
+        if not auto and (self.metric is not None or self.values is not None):
+            raise UsageError('metric and values: are fitted where alpha is "auto"')
+        alpha, beta = (Settings.alpha, Settings.beta) if auto else (self.alpha, self.beta)
+        settings = Settings(cast(float, alpha), beta, self.logit_scale, self.k, self.tail)
         ordered = self.class_names is not None
         classes, order = _classes(y if labels is None else labels, once=ordered)
         text = self.text_weights
@@ -219,6 +232,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             index=self.index,
             device=self.device,
         )
+        if auto:
+            closed_form.fit(cache, metric=self.metric, values=self.values)
         self.classes_, self.cache_, self._normalize = classes, cache, normalize
         return self
 

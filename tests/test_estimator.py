@@ -72,6 +72,7 @@ def cache(**changes: Any) -> CacheModel:
     [
         TipAdapterClassifier(),
         TipAdapterClassifier(k=3),
+        TipAdapterClassifier(alpha="auto"),
         TipAdapterClassifier(k=8, tail=False, index="HNSW8"),
         TipAdapterClassifier(normalize=False, beta=1e-4),
     ],

@@ -28,6 +28,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
+from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
 
@@ -88,6 +89,7 @@ OPERATIONS: dict[str, Operation] = {
     "rebuild": lambda folder, *_: changes.rebuild(folder, dtype="float16"),
     "rollback": lambda folder, *_: changes.rollback(folder),
     "gc": lambda folder, *_: store.collect(folder, 1),
+    "fit": lambda folder, *_: fit_index(folder),
     "build": lambda folder, place, index: built(folder, place, "other", index),
 }
 
