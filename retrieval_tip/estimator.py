@@ -45,8 +45,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         class_names: the ``c`` labels in the order of ``text_weights``. It may name classes that ``y`` lacks, which
             are then decided by their text alone. ``None``: the sorted labels of ``y``.
         alpha: residual ratio, how much the cache counts beside the text; 0 or more. ``auto`` fits metric, values,
-            alpha, beta and temperature to the rows in closed form (:func:`retrieval_tip.fit.closed_form.fit`), the first
-            time: :meth:`partial_fit` keeps them.
+            alpha, beta and temperature to the rows in closed form (:func:`retrieval_tip.fit.closed_form.fit`), the
+            first time: :meth:`partial_fit` keeps them.
         beta: sharpness of the exponential; 0 or more. Not looked at with ``alpha="auto"``.
         metric: with ``alpha="auto"``: ``none`` or ``within``; ``None`` is chosen.
         values: with ``alpha="auto"``: ``one-hot`` or ``solved``; ``None`` is chosen.
