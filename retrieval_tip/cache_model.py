@@ -36,6 +36,9 @@ from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
 
+SOLVED_AGAIN = 4096
+"""Keys up to which a change solves all values anew, a second at most; beyond, those of the keys that it touches."""
+
 
 @dataclass
 class InMemory(Classifier):
@@ -276,10 +279,10 @@ class InMemory(Classifier):
         It costs by what is added: the keys become a segment of their own, beside the index over the others. Segments
         that are not larger are joined with it, so that there are few, and where what was added since the index was
         built is as much as that, it is built anew (:meth:`compact`). Where the cache has values these are all one
-        segment. Where they were solved, those of the new keys are solved for what the others leave of them
-        (:meth:`_values_of`); where they were trained, a new key gives 1 to its own class. ``views``, ``digests``
-        (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError for keys or labels that
-        do not fit; then nothing was changed.
+        segment. Where they were solved, they are anew, or of very many keys those of the new ones for what the others
+        leave of them (:meth:`_values_of`); where they were trained, a new key gives 1 to its own class. ``views``,
+        ``digests`` (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError for keys or
+        labels that do not fit; then nothing was changed.
         """
         matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
@@ -295,11 +298,13 @@ class InMemory(Classifier):
     def _values_of(self, points: npt.NDArray[Any], ids: npt.NDArray[np.int64]) -> Tensor:
         """Values ``[m, c]`` of new keys, which lie at ``points`` ``[m, d]``, among those that there are.
 
-        Solved ones answer what the others leave, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block
-        Gauss-Seidel of the system that all values together solve. So a change costs by what is added.
+        Where all are too many to be solved anew, these answer what the others leave,
+        ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block Gauss-Seidel of the system of all values.
         """
         one_hot = functional.one_hot(torch.from_numpy(ids).to(self.device), len(self.class_names)).float()
         if self.fitted is None or self.fitted.ridge is None:
+            return one_hot
+        if self.n + len(points) <= SOLVED_AGAIN:  # all are, when they are held
             return one_hot
         own, beta = torch.from_numpy(points.astype(np.float32)).to(self.device), self.settings.beta
         parts: list[Tensor] = []
@@ -335,7 +340,7 @@ class InMemory(Classifier):
         rows = rows[labelled.class_ids[rows] != class_id]
         if not len(rows):
             return
-        if self.values is not None and self.fitted is not None and self.fitted.ridge is not None:
+        if self.values is not None and self.fitted is not None and self.fitted.ridge and self.n > SOLVED_AGAIN:
             own = torch.from_numpy(np.asarray(self.met[rows], dtype=np.float32)).to(self.device)
             gram = tip.weight(tip.affinity(own, own), self.settings.beta)
             wanted = functional.one_hot(torch.full((len(rows),), class_id), len(self.class_names)).to(self.values)
@@ -403,6 +408,7 @@ class InMemory(Classifier):
 
     def _hold(self, labelled: LabelledKeys) -> None:
         """Take these keys: the index stays where its segment does, else it is built anew over the first one."""
+        labelled = self._solved_again(labelled)
         first, *late = segments_of(labelled.met)
         if first is not segments_of(self.met)[0]:
             self.index = self._index_over(first, labelled.class_ids[: len(first)])
@@ -410,6 +416,18 @@ class InMemory(Classifier):
             self.index = self.index.bare()
         self._take(labelled)
         self._follow()
+
+    def _solved_again(self, labelled: LabelledKeys) -> LabelledKeys:
+        """With the values of all solved anew, where they were solved, and are few enough for that to cost little.
+
+        What a key gives depends on the keys around it, so that those that stay would not be right without the others.
+        """
+        if self.fitted is None or self.fitted.ridge is None or len(labelled.keys) > SOLVED_AGAIN:
+            return labelled
+        points = torch.from_numpy(np.array(labelled.met, dtype=np.float32)).to(self.device)
+        wanted = functional.one_hot(torch.from_numpy(labelled.class_ids), len(self.class_names)).float()
+        gram = tip.weight(tip.affinity(points, points), self.settings.beta)
+        return replace(labelled, values=tip.ridge_values(gram, wanted.to(self.device), self.fitted.ridge))
 
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Columns of the label store of some keys, by row ``[m]``."""
@@ -481,7 +499,7 @@ class InMemory(Classifier):
         So few that the index's type cannot hold them are compared with every query (``Flat``).
         """
         grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
-        part = self._labelled.take(grouped)
+        part = self._solved_again(self._labelled.take(grouped))
         try:
             index = self._index_over(part.met, part.class_ids)
         except UsageError:

@@ -174,8 +174,12 @@ def apply(cache: CacheModel, choice: Choice, folder: str | os.PathLike[str] | No
     ``folder`` that the index was loaded from, they become a new version of it; raises as
     :meth:`CacheModel.save_settings`.
     """
-    settings = choice.settings(cache.settings)
-    cache.settings = replace(settings, k=cache.settings.k) if cache.index.by_class else settings
+    own, settings = cache.settings, choice.settings(cache.settings)
+    if cache.index.by_class:
+        settings = replace(settings, k=own.k)
+    if (settings.alpha, settings.beta) == (own.alpha, own.beta):
+        settings = replace(settings, temperature=own.temperature)  # which was fitted with these
+    cache.settings = settings
     kept = {name: value for name, value in cache.provenance.items() if name != "temperature"}
     cache.provenance = kept | {"alpha": "search-hp", "beta": "search-hp", "search": choice.provenance()}
     if folder is not None:
@@ -230,12 +234,16 @@ def search(
         cautious: keep the untouched settings (:mod:`defaults`) unless the best ones are right on more queries than
             chance explains (paired, 95 %): few queries choose among thousands of settings, and mislead.
         kept: alpha and beta that a cautious search keeps instead, with ``k = all``: of fine-tuned keys, those that they
-            were trained with. This beta is always tried.
+            were trained with; of a fitted index by default its own. This beta is always tried.
         seed: of the bootstrap.
 
     Raises InputError where queries are empty, of classes that are none, or not ``[q, d]``; UsageError for ``kept`` that
     are no settings.
     """
+    if kept is None and cache.fitted is not None:
+        kept = cache.settings.alpha, cache.settings.beta
+        if betas is None and cache.fitted.ridge is not None:  # values are solved for one beta
+            betas = [cache.settings.beta]
     if kept is not None:
         cache.settings.but(alpha=kept[0], beta=kept[1])  # which refuses what are no settings
     stay = untouched_settings(cache.met, cache.class_ids.cpu().numpy()) if kept is None else kept
