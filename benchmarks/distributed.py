@@ -135,7 +135,7 @@ def write_index(folder: Path, made: Made) -> Path:
         numbers = [f"{name}-{i}" for i in range(len(names))]
         pq.write_table(pa.table({"id": numbers, "label": names, "feature": column}), folder / f"{name}.parquet")
     tables = (folder / "keys.parquet", "--text", folder / "text.parquet")
-    watch(COMMAND, "-q", "index", "build", *tables, "--out", folder / "index", "--device", "cpu")
+    watch(COMMAND, "-q", "index", "build", "--fit", "none", *tables, "--out", folder / "index", "--device", "cpu")
     return folder / "index"
 
 

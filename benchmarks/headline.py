@@ -54,7 +54,18 @@ def main(shared: Path) -> None:
         caltech, food = shared / "data/caltech101/split_zhou_Caltech101.json", shared / "data/clip-food9"
         index = Path(folder) / "caltech"
         template = ("--template", "a photo of a {}.")
-        tip("index", "build", caltech, "--model", f"local-dir:{shared / 'models/lit-mini'}", *template, "--out", index)
+        tip(
+            "index",
+            "build",
+            "--fit",
+            "none",
+            caltech,
+            "--model",
+            f"local-dir:{shared / 'models/lit-mini'}",
+            *template,
+            "--out",
+            index,
+        )
         show("Caltech101, 100 classes, 16 shots, lit-mini, untouched settings", percent(index, caltech))
         for alpha, beta in ((1, 5.5), (50, 1), (1, 10)):
             scores = percent(index, caltech, "--alpha", alpha, "--beta", beta)
@@ -63,7 +74,7 @@ def main(shared: Path) -> None:
         for seed in range(1, 6):
             index = Path(folder) / f"food-{seed}"
             shots = ("--shots", 16, "--seed", seed, "--text", food / "text.parquet")
-            tip("index", "build", food / "train.parquet", *shots, "--out", index)
+            tip("index", "build", "--fit", "none", food / "train.parquet", *shots, "--out", index)
             runs.append(percent(index, food / "test.parquet", "--alpha", 1.17, "--beta", 5.5))
             untouched.append(percent(index, food / "test.parquet"))
         means = [statistics.mean(values) for values in zip(*runs, strict=True)]

@@ -74,7 +74,9 @@ def main(keys: int, added: int, dim: int, classes: int, index: str, times: int, 
 
         def build() -> CacheModel:
             source = open_source(place / "table.parquet")
-            return build_index(source, target, Encoder(), text=place / "text.parquet", index=index, device="cpu")
+            return build_index(
+                source, target, Encoder(), text=place / "text.parquet", index=index, fit="none", device="cpu"
+            )
 
         measures["build"] = timed(build)
         factory = CacheModel.load(target, device="cpu", verify="fast").index.factory

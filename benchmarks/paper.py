@@ -74,7 +74,7 @@ def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict
     encoder = Encoder(backbone, cache=with_cache, progress=True)
     train = datasets.open_dataset(name, folder, "train")
     out = work / f"{name}-{backbone.identity.fingerprint}"
-    pool = build_index(train, out, encoder, templates=facts.templates)
+    pool = build_index(train, out, encoder, templates=facts.templates, fit="none")
     test = sweep.encode(pool, datasets.open_dataset(name, folder, "test"), encoder)
     try:
         val = sweep.encode(pool, datasets.open_dataset(name, folder, "val"), encoder)
@@ -87,7 +87,7 @@ def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict
 def table_rows(train: Path, test: Path, text: Path, work: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure feature tables."""
     out = work / f"{train.parent.name}-{train.stem}"
-    pool = build_index(open_source(train), out, Encoder(), text=text)
+    pool = build_index(open_source(train), out, Encoder(), text=text, fit="none")
     items = sweep.encode(pool, open_source(test), Encoder())
     return list(measure(pool, out, items, None, sweep.PAPER_SCALES, options))
 

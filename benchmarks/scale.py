@@ -212,7 +212,7 @@ def large(folder: Path, given: dict[str, Any]) -> Iterator[tuple[str, float | No
     options = ("--dtype", dtype, "--index", given["index"], "--out", place, "--device", "cpu")
     k = given["k"] or (256 if given["store"] == "lance" else None)
     met = () if k is None else ("-k", k)
-    build = launch(command, "-q", "index", "build", *tables, *options, *met)
+    build = launch(command, "-q", "index", "build", "--fit", "none", *tables, *options, *met)
     table_size = (folder / "table.parquet").stat().st_size
     (folder / "table.parquet").unlink()  # so that its pages make room
     yield "building", build.seconds, "s"

@@ -341,7 +341,7 @@ class Replaced:
             "logit_scale": cache.settings.logit_scale,
         }
         settings |= {"index": cache.index.factory, "text": self._text, "device": "cpu"}
-        build_index(open_source(self._table), self._folder, Encoder(norms="keep"), **settings)
+        build_index(open_source(self._table), self._folder, Encoder(norms="keep"), fit="none", **settings)
 
 
 def replace(folders: Sequence[Path], seconds: float, every: float) -> None:

@@ -148,7 +148,18 @@ def main(
         pq.write_table(table, folder / "shots.parquet")
         chosen = ("--model", model, *(("--pretrained", pretrained) if pretrained else ()))
         cache = ("--cache", folder / "cache")
-        seconds("-q", "index", "build", folder / "shots.parquet", *chosen, *cache, "--out", folder / "images")
+        seconds(
+            "-q",
+            "index",
+            "build",
+            "--fit",
+            "none",
+            folder / "shots.parquet",
+            *chosen,
+            *cache,
+            "--out",
+            folder / "images",
+        )
         rows, row = make_features(folder, keys, dim)
         large = f"{keys:,} keys x {dim}"
         commands = {

@@ -524,7 +524,9 @@ def real(data: Path, rounds: int, device: str) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         if food.is_dir():
             train, test = (open_source(food / f"{part}.parquet") for part in ("train", "test"))
-            pool = build_index(train, Path(folder) / "food", Encoder(), text=food / "text.parquet", device=device)
+            pool = build_index(
+                train, Path(folder) / "food", Encoder(), text=food / "text.parquet", fit="none", device=device
+            )
             items = sweep.encode(pool, test, Encoder())
             yield from on_real("clip-food9, 16 shots", sweep.draw(pool, 16, 1), items, rounds)
             yield from on_real("clip-food9, all keys", pool, items, rounds)
@@ -535,7 +537,9 @@ def real(data: Path, rounds: int, device: str) -> Iterator[Row]:
                 backbone = load_backbone(f"local-dir:{model}")
                 encoder = Encoder(backbone, cache=EncodingCache(EncodingCache.default_folder()))
                 source, templates = open_source(caltech), ["a photo of a {}."]
-                pool = build_index(source, Path(folder) / "caltech", encoder, templates=templates, device=device)
+                pool = build_index(
+                    source, Path(folder) / "caltech", encoder, templates=templates, fit="none", device=device
+                )
                 items = sweep.encode(pool, open_source(caltech, split="test"), encoder)
             except RetrievalTipError as error:
                 click.echo(f"Caltech101: skipped, {error}")
