@@ -28,6 +28,7 @@ from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, Keys, beside, index_over, text_index_over
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
+from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
 from retrieval_tip.settings import Fitted, Settings
@@ -35,9 +36,6 @@ from retrieval_tip.store import folder as store
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
-
-SOLVED_AGAIN = 4096
-"""Keys up to which a change solves all values anew, a second at most; beyond, those of the keys that it touches."""
 
 
 @dataclass
@@ -280,7 +278,7 @@ class InMemory(Classifier):
         that are not larger are joined with it, so that there are few, and where what was added since the index was
         built is as much as that, it is built anew (:meth:`compact`). Where the cache has values these are all one
         segment. Where they were solved, they are anew, or of very many keys those of the new ones for what the others
-        leave of them (:meth:`_values_of`); where they were trained, a new key gives 1 to its own class. ``views``,
+        leave of them (:class:`ridge.Ridge`); where they were trained, a new key gives 1 to its own class. ``views``,
         ``digests`` (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError for keys or
         labels that do not fit; then nothing was changed.
         """
@@ -290,31 +288,14 @@ class InMemory(Classifier):
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
         matrix = np.asarray(matrix).astype(self.dtype)
         points = self._points_of(matrix)
-        values = None if self.values is None else self._values_of(matrix if points is None else points, ids)
+        values = None
+        if self.values is not None and self._ridge is not None:
+            values = self._ridge.added(self._keys, self.values, matrix if points is None else points, ids)
+        elif self.values is not None:
+            values = functional.one_hot(torch.from_numpy(ids), len(self.class_names)).to(self.values)
         self._hold(self._labelled.with_added(LabelledKeys(matrix, added, values, points), len(self.class_names)))
         self.next_key_id += len(matrix)
         return key_ids.tolist()
-
-    def _values_of(self, points: npt.NDArray[Any], ids: npt.NDArray[np.int64]) -> Tensor:
-        """Values ``[m, c]`` of new keys, which lie at ``points`` ``[m, d]``, among those that there are.
-
-        Where all are too many to be solved anew, these answer what the others leave,
-        ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block Gauss-Seidel of the system of all values.
-        """
-        one_hot = functional.one_hot(torch.from_numpy(ids).to(self.device), len(self.class_names)).float()
-        if self.fitted is None or self.fitted.ridge is None:
-            return one_hot
-        if self.n + len(points) <= SOLVED_AGAIN:  # all are, when they are held
-            return one_hot
-        own, beta = torch.from_numpy(points.astype(np.float32)).to(self.device), self.settings.beta
-        parts: list[Tensor] = []
-        for part in slices(len(own), KEY_BLOCK):
-            left = one_hot[part] - self._keys.cache_logits(own[part], beta, self.values)
-            if parts:
-                left -= tip.weight(tip.affinity(own[part], own[: part.start]), beta) @ torch.cat(parts)
-            gram = tip.weight(tip.affinity(own[part], own[part]), beta)
-            parts.append(tip.ridge_values(gram, left, self.fitted.ridge))
-        return torch.cat(parts)
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay, also those left without a key. On disk after :meth:`save`.
@@ -340,14 +321,8 @@ class InMemory(Classifier):
         rows = rows[labelled.class_ids[rows] != class_id]
         if not len(rows):
             return
-        if self.values is not None and self.fitted is not None and self.fitted.ridge and self.n > SOLVED_AGAIN:
-            own = torch.from_numpy(np.asarray(self.met[rows], dtype=np.float32)).to(self.device)
-            gram = tip.weight(tip.affinity(own, own), self.settings.beta)
-            wanted = functional.one_hot(torch.full((len(rows),), class_id), len(self.class_names)).to(self.values)
-            left = wanted - self._keys.cache_logits(own, self.settings.beta, self.values) + gram @ self.values[rows]
-            values = self.values.clone()
-            values[rows] = tip.ridge_values(gram, left, self.fitted.ridge)
-            labelled = replace(labelled, values=values)
+        if self._ridge is not None:
+            labelled = self._ridge.relabelled(self._keys, labelled, rows, class_id)
         self._hold(labelled.relabelled(rows, class_id, label))
 
     def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
@@ -408,7 +383,7 @@ class InMemory(Classifier):
 
     def _hold(self, labelled: LabelledKeys) -> None:
         """Take these keys: the index stays where its segment does, else it is built anew over the first one."""
-        labelled = self._solved_again(labelled)
+        labelled = labelled if self._ridge is None else self._ridge.solved(labelled)
         first, *late = segments_of(labelled.met)
         if first is not segments_of(self.met)[0]:
             self.index = self._index_over(first, labelled.class_ids[: len(first)])
@@ -417,17 +392,12 @@ class InMemory(Classifier):
         self._take(labelled)
         self._follow()
 
-    def _solved_again(self, labelled: LabelledKeys) -> LabelledKeys:
-        """With the values of all solved anew, where they were solved, and are few enough for that to cost little.
-
-        What a key gives depends on the keys around it, so that those that stay would not be right without the others.
-        """
-        if self.fitted is None or self.fitted.ridge is None or len(labelled.keys) > SOLVED_AGAIN:
-            return labelled
-        points = torch.from_numpy(np.array(labelled.met, dtype=np.float32)).to(self.device)
-        wanted = functional.one_hot(torch.from_numpy(labelled.class_ids), len(self.class_names)).float()
-        gram = tip.weight(tip.affinity(points, points), self.settings.beta)
-        return replace(labelled, values=tip.ridge_values(gram, wanted.to(self.device), self.fitted.ridge))
+    @property
+    def _ridge(self) -> Ridge | None:
+        """What keeps solved values right as keys come and go; ``None`` where values were not solved."""
+        if self.fitted is None or self.fitted.ridge is None:
+            return None
+        return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
 
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Columns of the label store of some keys, by row ``[m]``."""
@@ -499,7 +469,8 @@ class InMemory(Classifier):
         So few that the index's type cannot hold them are compared with every query (``Flat``).
         """
         grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
-        part = self._solved_again(self._labelled.take(grouped))
+        part = self._labelled.take(grouped)
+        part = part if self._ridge is None else self._ridge.solved(part)
         try:
             index = self._index_over(part.met, part.class_ids)
         except UsageError:

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip import CacheModel, cache_model, tip
+from retrieval_tip import CacheModel, tip
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.closed_form import DEFAULT, ONE_SHOT, Form, Scatter, blend
+from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
 
 C, D = 5, 16
@@ -266,7 +267,7 @@ def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypat
 
     Of few keys all values are solved anew.
     """
-    monkeypatch.setattr(cache_model, "SOLVED_AGAIN", most)
+    monkeypatch.setattr(ridge, "SOLVED_AGAIN", most)
     monkeypatch.setattr(closed_form, "FORMS", (form,))
     cache = model(shots=6)
     closed_form.fit(cache)

@@ -6,7 +6,9 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +113,6 @@ def build_index(
     if shots is not None:
         drawn = draw_shots(ids, class_names, shots, encoder.seed)
         source, ids = source.take(drawn), ids[drawn]
-    order = np.argsort(ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
     provenance = {
         "source": source.name,
         "dataset": source.dataset,
@@ -122,55 +123,94 @@ def build_index(
         "alpha": provenance_of(alpha, form),
         "beta": provenance_of(beta, form),
     }
+    made = _Made(source, encoder, class_names, ids, weights, prompts, settings, (alpha, beta, form), provenance)
     place = stores.at(out)
-    if isinstance(place, stores.LanceStore):  # keys stream into its table as they come; a folder's are sorted in a file
-        with place.write() as writer:
-            rows = labels_in_blocks(class_names, _blocks(source, encoder, ids, dtype))
-            table = LanceModel.create(writer, rows, class_names, weights, dtype, "auto" if index is None else index)
-            statistics = table.statistics()
-            plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
-            table.settings = settings.but(alpha=plain_alpha, beta=plain_beta)
-            table.templates = prompts
-            table.backbone = _identity(source, encoder)
-            table.provenance = provenance | table.provenance | _seen(statistics, encoder)
-            _warn_of_table(table)
-            table.commit("build")
-        return place.load(device=device)
+    if isinstance(place, stores.LanceStore):
+        _build_table(place, made, dtype, "auto" if index is None else index)
+    else:
+        choose = partial(closed_form.fit, metric=metric, values=values) if fitting else None
+        _build_folder(place.folder, made, dtype, "Flat" if index is None else index, keep_k=k is not None, fit=choose)
+    return place.load(device=device)
 
-    index = "Flat" if index is None else index
-    with store.write(place.folder) as writer:
+
+@dataclass(frozen=True)
+class _Made:
+    """What an index is made of, wherever it is kept: items and their class ids ``[m]``, and text weights ``[c, d]``."""
+
+    source: Source
+    encoder: Encoder
+    class_names: Sequence[str]
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32] | None
+    prompts: list[str]
+    settings: Settings
+    asked: tuple[float | None, float | None, str]
+    provenance: dict[str, Any]
+
+    def untouched(self, statistics: Statistics | None) -> Settings:
+        """The settings, with alpha and beta in plain units."""
+        alpha, beta = plain_settings(*self.asked, statistics)
+        return self.settings.but(alpha=alpha, beta=beta)
+
+    def described(self, statistics: Statistics | None) -> dict[str, Any]:
+        """The provenance, with what is known when all items are read."""
+        return self.provenance | {
+            "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
+            "skipped": [str(skipped) for skipped in self.encoder.skipped],
+        }
+
+
+def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str) -> None:
+    """Keys stream into the table as they come."""
+    with place.write() as writer:
+        rows = labels_in_blocks(made.class_names, _blocks(made.source, made.encoder, made.ids, dtype))
+        table = LanceModel.create(writer, rows, made.class_names, made.weights, dtype, index)
+        statistics = table.statistics()
+        table.settings = made.untouched(statistics)
+        table.templates = made.prompts
+        table.backbone = _identity(made.source, made.encoder)
+        table.provenance = made.described(statistics) | table.provenance
+        _warn_of_table(table)
+        table.commit("build")
+
+
+def _build_folder(
+    folder: Path, made: _Made, dtype: str, index: str, *, keep_k: bool, fit: Callable[..., closed_form.Choice] | None
+) -> None:
+    """Keys are sorted by class in a file; then the index over them, or over what a ``fit`` makes of them."""
+    source, encoder, names, weights = made.source, made.encoder, list(made.class_names), made.weights
+    order = np.argsort(made.ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
+    with store.write(folder) as writer:
         keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
         order = order[kept]
-        if weights is not None and weights.shape[1] != keys.shape[1]:
+        ids, d = made.ids[order], keys.shape[1]
+        if weights is not None and weights.shape[1] != d:
             raise InputError(
-                f"{source.name}: features of {keys.shape[1]} values, but text weights of {weights.shape[1]}; "
+                f"{source.name}: features of {d} values, but text weights of {weights.shape[1]}; "
                 "they have to come from the same backbone"
             )
-        _warn_of_bare(sorted(set(range(len(class_names))) - set(ids[order].tolist())), class_names)
-        statistics = measure(keys, ids[order])
-        plain_alpha, plain_beta = plain_settings(alpha, beta, form, statistics)
-        factory, met = auto_factory(len(keys), len(class_names)) if index == "auto" else (index, None)
+        _warn_of_bare(sorted(set(range(len(names))) - set(ids.tolist())), names)
+        statistics = measure(keys, ids)
+        factory, met = auto_factory(len(keys), len(names)) if index == "auto" else (index, None)
+        settings = made.untouched(statistics)
         columns = item_columns(source.items.take(pa.array(order)), digests)
-        labels = label_table(
-            class_names, ids[order], key_ids=order, views=encoder.views if source.table is None else 1, **columns
-        )
+        labels = label_table(names, ids, key_ids=order, views=encoder.views if source.table is None else 1, **columns)
         warn_of(duplicates(keys, labels))
         cache = CacheModel(
             keys=keys,
             labels=labels,
-            class_names=list(class_names),
-            text_weights=torch.zeros(len(class_names), keys.shape[1]) if weights is None else torch.from_numpy(weights),
-            index=index_over(keys, ids[order], len(class_names), "Flat" if fitting else factory, device="cpu"),
+            class_names=names,
+            text_weights=torch.zeros(len(names), d) if weights is None else torch.from_numpy(weights),
+            index=index_over(keys, ids, len(names), "Flat" if fit else factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
-            settings=settings.but(alpha=plain_alpha, beta=plain_beta, k=met if k is None else k),
-            templates=prompts,
+            settings=settings if keep_k else settings.but(k="all" if met is None else met),
+            templates=made.prompts,
             backbone=_identity(source, encoder),
-            provenance=provenance | _seen(statistics, encoder),
+            provenance=made.described(statistics),
         )
-        if fitting:
-            warn(closed_form.fit(cache, metric=metric, values=values, factory=factory).warnings)
+        if fit is not None:
+            warn(fit(cache, factory=factory).warnings)
         cache.commit(writer, "build")
-    return place.load(device=device)
 
 
 def _fitting(
@@ -208,14 +248,6 @@ def _warn_of_table(table: LanceModel) -> None:
 def _warn_of_bare(classes: Sequence[int], class_names: Sequence[str]) -> None:
     if classes:
         log.warning("%d classes have no key: %s", len(classes), few([class_names[i] for i in classes]))
-
-
-def _seen(statistics: Statistics | None, encoder: Encoder) -> dict[str, Any]:
-    """What is known of a build when it is done."""
-    return {
-        "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
-        "skipped": [str(skipped) for skipped in encoder.skipped],
-    }
 
 
 def _blocks(

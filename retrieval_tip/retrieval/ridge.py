@@ -1,0 +1,76 @@
+"""Values that were solved, as keys come and go: what a key gives depends on the keys around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from retrieval_tip import tip
+from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
+from retrieval_tip.retrieval.labelled_keys import LabelledKeys
+
+IntArray = npt.NDArray[np.int64]
+
+SOLVED_AGAIN = 4096
+"""Keys up to which a change solves all values anew, a second at most; beyond, those of the keys that it touches."""
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """The system that values solve, ``(G + lambda I) V = Y`` (:func:`tip.ridge_values`), of ``c`` classes."""
+
+    n_classes: int
+    beta: float
+    ridge: float
+    device: str
+
+    def solved(self, labelled: LabelledKeys) -> LabelledKeys:
+        """With the values of all keys solved anew, where they are few enough for that to cost little."""
+        if len(labelled.keys) > SOLVED_AGAIN:
+            return labelled
+        points = self._on_device(np.asarray(labelled.met))
+        return replace(
+            labelled, values=tip.ridge_values(self._gram(points), self._wanted(labelled.class_ids), self.ridge)
+        )
+
+    def added(self, keys: Keys, values: Tensor, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
+        """Values ``[m, c]`` of new keys at ``points`` ``[m, d]``, among keys that have ``values`` ``[n, c]``.
+
+        They answer what the others leave, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block
+        Gauss-Seidel, a block of the new keys after the other. Where all will be :meth:`solved`, the targets.
+        """
+        wanted = self._wanted(ids)
+        if keys.n + len(ids) <= SOLVED_AGAIN:
+            return wanted
+        own, parts = self._on_device(points), [values[:0]]
+        for start in range(0, len(own), KEY_BLOCK):
+            block = own[start : start + KEY_BLOCK]
+            left = wanted[start : start + KEY_BLOCK] - keys.cache_logits(block, self.beta, values)
+            left -= tip.weight(tip.affinity(block, own[:start]), self.beta) @ torch.cat(parts)
+            parts.append(tip.ridge_values(self._gram(block), left, self.ridge))
+        return torch.cat(parts)
+
+    def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_id: int) -> LabelledKeys:
+        """With the values of some keys, by row, solved for another class, those of all others as they are."""
+        assert labelled.values is not None
+        if len(labelled.keys) <= SOLVED_AGAIN:
+            return labelled  # all will be solved
+        own = self._on_device(np.asarray(labelled.met[rows]))
+        gram, values = self._gram(own), labelled.values.clone()
+        others = keys.cache_logits(own, self.beta, values) - gram @ values[rows]
+        values[rows] = tip.ridge_values(gram, self._wanted(np.full(len(rows), class_id)) - others, self.ridge)
+        return replace(labelled, values=values)
+
+    def _on_device(self, points: npt.NDArray[np.floating]) -> Tensor:
+        return torch.from_numpy(points.astype(np.float32)).to(self.device)
+
+    def _gram(self, points: Tensor) -> Tensor:
+        return tip.weight(tip.affinity(points, points), self.beta)
+
+    def _wanted(self, ids: IntArray) -> Tensor:
+        return one_hot(torch.from_numpy(ids).to(self.device), self.n_classes).float()
