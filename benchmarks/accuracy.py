@@ -269,7 +269,9 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: all]")
 @click.option("--seeds", default=3, show_default=True, help="Draws, where shots are drawn.")
-@click.option("--finetune", "tuning", is_flag=True, help=f"{FINE_TUNED} too, which takes minutes.")
+@click.option(
+    "--finetune", "tuning", is_flag=True, help=f"{FINE_TUNED} too: seconds from tables, minutes from photographs."
+)
 @click.option("--results", type=click.Path(path_type=Path), help="JSON lines, one a run: what is in it is not run.")
 def main(
     shared: Path,
