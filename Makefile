@@ -42,6 +42,7 @@ check: lint test ## what has to pass before a commit
 
 bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/headline.py
+	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/paper.py
 	$(BIN)/python benchmarks/paper.py --table 1
 	$(BIN)/python benchmarks/normalize.py

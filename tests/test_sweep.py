@@ -15,6 +15,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation import sweep
+from retrieval_tip.fit import closed_form
 from retrieval_tip.settings import Settings
 
 NAMES = [f"class {i}" for i in range(C)]
@@ -52,18 +53,49 @@ def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path
     assert len(rows) == 2 * 2 * len(sweep.PLAIN)
     assert pq.read_table(tmp_path / "r.parquet").to_pylist() == rows
     for row in rows:
+        assert row["parameters_trained"] == 0
+        assert row["seconds"] > 0
+        if row["method"] in ("closed-form", "class-means"):
+            continue
         drawn = sweep.draw(pool, row["shots"], row["seed"])
         drawn.settings = drawn.settings.but(alpha=row["alpha"], beta=row["beta"])
         text, alone = drawn.terms(test_items.features, row["k"] or None)
         logits = alone if row["method"] == "cache-alone" else text + row["alpha"] * alone
         assert row["top1"] == pytest.approx((logits.argmax(1).numpy() == test_items.ids).mean())
-        assert row["parameters_trained"] == 0
-        assert row["seconds"] > 0
     by = {(row["method"], row["shots"], row["seed"]): row for row in rows}
     assert by["paper-constants", 4, 1]["beta"] == 5.5
     assert by["zero-shot", 4, 1]["alpha"] == 0
     assert by["tip-adapter", 4, 1]["chosen_on"] == "its own shots, each left out"
     assert by["tip-adapter", 1, 1]["chosen_on"] == "the shots' affinities"  # one image cannot be left out
+
+
+def test_rivals_and_the_closed_form_are_those_of_the_drawn_shots(pool, test_items, tmp_path):
+    methods = ["closed-form", "class-means", "linear-probe"]
+    rows = rows_of(pool, test_items, tmp_path / "r.parquet", methods=methods)
+    for row in rows:
+        drawn = sweep.draw(pool, row["shots"], row["seed"])
+        if row["method"] == "closed-form":
+            closed_form.fit(drawn)
+            answering = drawn
+            assert (row["alpha"], row["beta"], row["k"]) == (drawn.settings.alpha, drawn.settings.beta, 0)
+        else:
+            answering = sweep.LINEAR[row["method"]](drawn)
+            assert row["alpha"] is row["beta"] is row["k"] is None
+        right = answering.logits(test_items.features).argmax(1).numpy() == test_items.ids
+        assert row["top1"] == pytest.approx(right.mean())
+        assert row["parameters_trained"] == (C * (D + 1) if row["method"] == "linear-probe" else 0)
+    chosen = {(row["method"], row["shots"]): row["chosen_on"] for row in rows}
+    assert chosen["closed-form", 1] == chosen["class-means", 4] == "nothing"
+    assert chosen["closed-form", 4] == chosen["linear-probe", 4] == "folds of the shots"
+
+
+def test_what_was_fitted_to_all_keys_of_a_pool_is_not_known_to_a_draw_of_them(pool, test_items, tmp_path):
+    rows = rows_of(pool, test_items, tmp_path / "a.parquet", seeds=[1])
+    closed_form.fit(pool, metric="within", values="solved")
+    assert pool.fitted is not None
+    fitted = rows_of(pool, test_items, tmp_path / "b.parquet", seeds=[1])
+    told = ("method", "shots", "top1", "top5", "alpha", "beta", "k")
+    assert [[row[name] for name in told] for row in fitted] == [[row[name] for name in told] for row in rows]
 
 
 def test_runs_resume_where_they_stopped(pool, test_items, tmp_path, monkeypatch):
@@ -133,7 +165,7 @@ def test_through_the_command_line(run, tmp_path):
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0].split() == ["method", "shots", "seeds", "top1", "half"]
     lines = [json.loads(line) for line in run("evaluate", tmp_path / "i", test, *options, "--json").stdout.splitlines()]
-    assert len(lines) == 20
+    assert len(lines) == 2 * 2 * len(sweep.PLAIN)
     assert pq.read_table(tmp_path / "r.parquet").to_pylist() == lines
     assert run("evaluate", tmp_path / "i", test, "--shots", 2).exit_code == 2
     paper = ("--protocol", "paper", "--results", tmp_path / "p.parquet", "--shots", 2)

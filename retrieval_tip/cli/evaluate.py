@@ -55,7 +55,7 @@ _SWEEP = grouped(
                  help="Draw so many a class from the index's keys, again for each seed and method; repeat for more."),
     click.option("--seeds", type=SEEDS, default=3, show_default=True, help="With --shots: seeds 1 to N."),
     click.option("--method", "methods", multiple=True,
-                 help="With --shots: a method, repeat for more.  [default: all but tip-adapter-f]"),
+                 help="With --shots: a method, repeat for more.  [default: all but linear-probe and tip-adapter-f]"),
     click.option("--val", type=FOLDER, help="With --shots: choose settings on this.  [default: leave-one-out]"),
     click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
                  help="With --shots: how settings are chosen."),

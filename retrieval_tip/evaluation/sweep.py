@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 import os
@@ -23,19 +24,27 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot, few_shot_split
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, UsageError, first_line
+from retrieval_tip.evaluation.baselines import Linear, class_means, linear_probe
 from retrieval_tip.files import check_regular, replacing
+from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
 from retrieval_tip.fit.trainer import Recipe
 from retrieval_tip.retrieval.defaults import plain_settings, untouched_settings
 
-METHODS = ("zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants", "tip-adapter-f")
+METHODS = ("zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants", "closed-form", "class-means",
+           "linear-probe", "tip-adapter-f")  # fmt: skip
 """zero-shot: the text alone. tip-adapter: alpha, beta and k chosen as the protocol says. cache-alone: without text,
-beta and k chosen likewise. untouched: the settings that a new index gets. paper-constants: alpha 1, beta 5.5.
-tip-adapter-f: keys fine-tuned on views of the shots, with the settings and the epoch that validation images choose."""
+beta and k chosen likewise. untouched: alpha and beta in units of the shots' affinities. paper-constants: alpha 1, beta
+5.5. closed-form: what a new index gets, metric, values and settings fitted to the shots and chosen by folds of them.
+class-means: the nearest class mean, without text. linear-probe: logistic regression without text, its C chosen by folds
+of the shots. tip-adapter-f: keys fine-tuned on views of the shots, with the settings and the epoch that validation
+images choose."""
 
-PLAIN = METHODS[:-1]
+PLAIN = METHODS[:-2]
 """Those that train nothing."""
+
+LINEAR = {"class-means": class_means, "linear-probe": linear_probe}
 
 SCHEMA = pa.schema(
     [
@@ -59,8 +68,9 @@ SCHEMA = pa.schema(
         ("at", pa.string()),
     ]
 )
-"""One row a run; ``k`` 0 is all; ``seconds`` choosing and answering, without encoding; ``peak_memory`` of the process
-in bytes so far; ``keys`` the digest of the keys that shots are drawn from."""
+"""One row a run; ``k`` 0 is all; alpha, beta and k are null of a method that has none; ``seconds`` choosing and
+answering, without encoding; ``peak_memory`` of the process in bytes so far; ``keys`` the digest of the keys that shots
+are drawn from."""
 
 RUN = ("keys", "test", "method", "protocol", "shots", "seed")
 """What tells one run from another."""
@@ -125,21 +135,23 @@ def sweep(
                     if drawn is None:
                         drawn, seen = draw(pool, number, seed), _validation(pool, val, number, seed, protocol)
                     start = time.perf_counter()
+                    answering: CacheModel | Linear
                     if method == "tip-adapter-f" and views is not None:
                         answering, chosen_on = _fine_tune(drawn, *views, seen, seed)
                     else:
                         answering, chosen_on = _set(drawn, method, protocol, scales, seen)
                     figures = _answer(answering, test)
+                    settings = answering.settings if isinstance(answering, CacheModel) else None
                     done[run] = (
                         dict(zip(RUN, run, strict=True))
                         | figures
                         | {
-                            "alpha": answering.settings.alpha,
-                            "beta": answering.settings.beta,
-                            "k": answering.settings.k or 0,
+                            "alpha": settings and settings.alpha,
+                            "beta": settings and settings.beta,
+                            "k": settings and (settings.k or 0),
                             "chosen_on": chosen_on,
                             "seconds": time.perf_counter() - start,
-                            "parameters_trained": answering.keys.size if method == "tip-adapter-f" else 0,
+                            "parameters_trained": _trained(answering, method),
                             "peak_memory": _peak_memory(),
                             "backbone": str(pool.backbone) if pool.backbone else None,
                             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -159,9 +171,12 @@ def encode(pool: CacheModel, source: Source, encoder: Encoder) -> Items:
 
 
 def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
-    """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched."""
+    """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched.
+
+    What was fitted to all keys of the pool is left out.
+    """
     order, labels = _in_file_order(pool)
-    drawn = pool.take(np.sort(order[few_shot(labels, shots, seed)]))
+    drawn = closed_form.unfitted(pool.take(np.sort(order[few_shot(labels, shots, seed)])))
     alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
     return drawn.with_settings(drawn.settings.but(alpha=alpha, beta=beta))
 
@@ -217,8 +232,13 @@ def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, prot
 
 def _set(
     cache: CacheModel, method: str, protocol: str, scales: tuple[float, float], val: Items | None
-) -> tuple[CacheModel, str]:
+) -> tuple[CacheModel | Linear, str]:
     """The drawn index, untouched, as a method answers with it; and what its settings were chosen on."""
+    if method in LINEAR:
+        return LINEAR[method](cache), "nothing" if method == "class-means" else "folds of the shots"
+    if method == "closed-form":
+        cache = copy.copy(cache)
+        return cache, "folds of the shots" if closed_form.fit(cache).n else "nothing"
     if method == "zero-shot":
         return cache.with_settings(cache.settings.but(alpha=0.0)), "nothing"
     if method == "paper-constants":
@@ -243,9 +263,17 @@ def _fine_tune(
     return tuned.cache, "nothing" if val is None else val.name
 
 
-def _answer(cache: CacheModel, test: Items) -> dict[str, Any]:
+def _trained(answering: CacheModel | Linear, method: str) -> int:
+    """How many parameters a method has trained."""
+    if method == "linear-probe" and isinstance(answering, Linear):
+        return answering.weights.numel() + answering.bias.numel()
+    return answering.keys.size if method == "tip-adapter-f" and isinstance(answering, CacheModel) else 0
+
+
+def _answer(answering: CacheModel | Linear, test: Items) -> dict[str, Any]:
     """top1, top5 and n of the test items."""
-    ranked = cache.logits(test.features).topk(min(5, len(cache.class_names)), dim=1).indices.cpu()
+    logits = answering.logits(test.features)
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
     hits = ranked == torch.from_numpy(test.ids)[:, None]
     top1, top5 = float(hits[:, 0].double().mean()), float(hits.any(dim=1).double().mean())
     return {"top1": top1, "top5": top5, "n": len(test.ids)}

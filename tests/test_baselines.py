@@ -1,0 +1,97 @@
+"""The field's simple rivals: each is what its equation says, and chooses on the shots alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from test_cli import unit_rows
+from test_search_hp import C, D, clusters
+
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.evaluation import baselines
+from retrieval_tip.settings import Settings
+
+NAMES = [f"class {i}" for i in range(C)]
+SETTINGS = Settings(logit_scale=10.0)
+
+
+def cache_of(n, text=None, names=NAMES):
+    keys, ids = clusters(n, C, D, 1, spread=1.2)
+    return CacheModel.from_features(keys, ids, names, text, settings=SETTINGS, device="cpu")
+
+
+QUERIES, _ = clusters(200, C, D, 2, spread=1.2)
+
+
+def test_class_means_are_unit_means_of_the_shots():
+    cache = cache_of(30)
+    means = np.stack([np.asarray(cache.keys)[cache.class_ids.numpy() == c].mean(0) for c in range(C)])
+    cosines = QUERIES @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+    np.testing.assert_allclose(baselines.class_means(cache).logits(QUERIES), 100 * cosines, rtol=1e-5, atol=1e-4)
+
+
+def test_the_linear_probe_is_scikit_learns():
+    cache = cache_of(40)
+    probe = baselines.linear_probe(cache)
+    near = []
+    for c in baselines.CS:
+        theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(np.asarray(cache.keys), cache.class_ids.numpy())
+        near.append(np.abs(theirs.predict_proba(QUERIES) - probe.logits(QUERIES).softmax(1).numpy()).max())
+    assert min(near) < 5e-3, near
+
+
+def test_the_discriminant_without_text_ranks_as_scikit_learns_does():
+    cache = cache_of(40)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=D / (cache.n - 1 + D), priors=np.full(C, 1 / C))
+    theirs.fit(np.asarray(cache.keys), cache.class_ids.numpy())
+    ours = baselines.discriminant(cache).logits(QUERIES).log_softmax(1).numpy()
+    log = theirs.predict_log_proba(QUERIES)
+    scales = (ours[:, :1] - ours[:, 1:]) / (log[:, :1] - log[:, 1:])  # one factor stands for a temperature
+    np.testing.assert_allclose(scales, np.median(scales), rtol=0.02)
+
+
+def test_the_discriminant_with_text_adds_it():
+    text = unit_rows(C, D, 5)
+    bare, both = baselines.discriminant(cache_of(40)), baselines.discriminant(cache_of(40, text))
+    parts = torch.stack([bare.weights.flatten(), torch.from_numpy(text).flatten()], 1).double()
+    solved = torch.linalg.lstsq(parts, both.weights.flatten().double()[:, None])
+    assert (
+        float((parts @ solved.solution - both.weights.flatten()[:, None]).abs().max()) < 1e-4 * both.weights.abs().max()
+    )
+    assert (solved.solution > -1e-6).all()
+
+
+@pytest.mark.parametrize("rival", [baselines.class_means, baselines.linear_probe, baselines.discriminant])
+def test_one_shot_a_class_and_a_class_without_a_shot_are_answered(rival):
+    names, text = [*NAMES, "none"], unit_rows(C + 1, D, 5)
+    for n, weights in ((C, None), (4 * C, None), (4 * C, text)):
+        logits = rival(cache_of(n, weights, names)).logits(QUERIES)
+        assert logits.shape == (len(QUERIES), C + 1)
+        assert torch.isfinite(logits).all()
+
+
+def test_on_real_features_the_discriminant_answers_as_the_published_equation(shared):
+    """GDA-CLIP's, written out in float64; without text a factor changes no answer."""
+    place = shared / "data/clip-vitb32/caltech101"
+
+    def read(name):
+        table = pq.read_table(place / f"{name}.parquet")
+        return np.stack(table["feature"].to_numpy()).astype(np.float32), np.array(table["label"].to_pylist())
+
+    (keys, labels), (features, truth) = read("shots_4"), read("test")
+    names = np.unique(labels)
+    cache = CacheModel.from_features(keys, labels.tolist(), names.tolist(), device="cpu")
+    n, d = keys.shape
+    means = np.stack([keys[labels == name].mean(0, dtype=np.float64) for name in names])
+    rest = keys - means[np.searchsorted(names, labels)]
+    covariance = np.cov(rest.T)
+    inverse = d * np.linalg.inv((n - 1) * covariance + np.trace(covariance) * np.eye(d))
+    weights = means @ inverse
+    published = (features @ weights.T - (weights * means).sum(1) / 2).argmax(1)
+    ours = baselines.discriminant(cache).logits(features).argmax(1).numpy()
+    assert (ours == published).mean() > 0.999
+    assert (names[ours] == truth).mean() > 0.9
