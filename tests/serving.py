@@ -43,7 +43,7 @@ def build(shared: Path, out: Path, items: list[tuple[Path, str]], *options: str)
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *((str(path), name) for path, name in items)])
     model = f"local-dir:{shared / 'models' / 'lit-mini'}"
-    command = ["index", "build", str(table), "--out", str(out), "--model", model, *options]
+    command = ["index", "build", "--fit", "none", str(table), "--out", str(out), "--model", model, *options]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     return out

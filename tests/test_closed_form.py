@@ -221,7 +221,8 @@ def test_words_that_do_not_help_count_little_and_it_is_said():
 def test_one_photograph_a_class_takes_the_documented_settings():
     cache = model(shots=1)
     choice = closed_form.fit(cache)
-    assert (choice.form, choice.n, choice.both, cache.settings.alpha) == (ONE_SHOT, 0, None, closed_form.ONE_SHOT_ALPHA)
+    assert (choice.form, choice.n, choice.both) == (ONE_SHOT, 0, None)
+    assert cache.settings.alpha == pytest.approx(closed_form.ONE_SHOT_ALPHA * cache.settings.temperature)
     assert cache.settings.least_affinity is None
     assert "nothing to judge by" in str(choice)
 
