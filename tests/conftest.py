@@ -92,13 +92,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def log() -> Iterator[None]:
-    """What the command line sets up for its messages ends with the test that ran it."""
+def log() -> None:
+    """What the command line sets up for its messages ends with the test, or the fixture, that ran it."""
     logger = logging.getLogger("retrieval_tip")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate = before[:2]
-    logger.setLevel(before[2])
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 def answer_here(patch: pytest.MonkeyPatch) -> None:
