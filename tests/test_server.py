@@ -49,7 +49,19 @@ def food(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
     data, out = SHARED / "data" / "clip-food9", tmp_path_factory.mktemp("food") / "food"
-    arguments = ["index", "build", data / "train.parquet", "--text", data / "text.parquet", "--shots", 16, "--out", out]
+    arguments = [
+        "index",
+        "build",
+        "--fit",
+        "none",
+        data / "train.parquet",
+        "--text",
+        data / "text.parquet",
+        "--shots",
+        16,
+        "--out",
+        out,
+    ]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return out
@@ -633,6 +645,25 @@ def test_answers_do_not_depend_on_how_many_are_made_at_a_time(
         assert one["label"] == other["label"]
         assert one["evidence"]["key_ids"][:3] == other["evidence"]["key_ids"][:3]
         np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fitted_index_is_served_as_it_answers(tmp_path: Path) -> None:
+    data, out = SHARED / "data" / "clip-food9", tmp_path / "food"
+    arguments = ["index", "build", data / "train.parquet", "--text", data / "text.parquet", "--shots", 4, "--out", out]
+    assert CliRunner().invoke(main, [str(argument) for argument in arguments]).exit_code == 0
+    queries = pq.read_table(data / "test.parquet")["feature"].to_pylist()[::40]
+    cache = CacheModel.load(out, device="cpu")
+    with serving(out) as client:
+        described = client.get("/v1/indexes/food").json()
+        found = client.post("/v1/classify?logits=true&evidence=true&neighbours=2", json={"features": queries}).json()
+    assert cache.fitted is not None
+    assert (described["metric"], described["values"]) == (cache.fitted.metric, cache.fitted.values)
+    assert described["least_affinity"] == pytest.approx(cache.settings.least_affinity)
+    for own, expected in zip(found["results"], cache.classify(np.array(queries), neighbours=2), strict=True):
+        assert (own["label"], own["unlike"]) == (expected.label, expected.unlike)
+        np.testing.assert_allclose(own["logits"], expected.logits, rtol=1e-4)
+        np.testing.assert_allclose(own["nearest_affinity"], expected.neighbours[0].affinity, rtol=1e-4)
+        np.testing.assert_allclose(own["evidence"]["affinities"][0], expected.neighbours[0].affinity, rtol=1e-4)
 
 
 def test_requests_that_make_no_sense_are_refused(both: Client, things: Path) -> None:
