@@ -1476,7 +1476,17 @@ def dishes(tmp_path_factory):
     found = {kind: made(place, kind, kind) for kind in KINDS}
     for kind, address in found.items():
         out = "--out" if kind == "folder" else "--store"
-        command = ["index", "build", FOOD / "train.parquet", "--text", FOOD / "text.parquet", out, address]
+        command = [
+            "index",
+            "build",
+            "--fit",
+            "none",
+            FOOD / "train.parquet",
+            "--text",
+            FOOD / "text.parquet",
+            out,
+            address,
+        ]
         done(CliRunner().invoke(main, [str(word) for word in command]))
     return found, [FOOD / "test.parquet"], FOOD / "test.parquet"
 
@@ -1487,7 +1497,17 @@ def pictures(tmp_path_factory, things):
     place = tmp_path_factory.mktemp("pictures")
     found = {"folder": str(things)} | {kind: made(place, kind, kind) for kind in KINDS[1:]}
     for kind in KINDS[1:]:
-        command = ["index", "build", things.with_suffix(".csv"), "--store", found[kind], "--model", MODEL]
+        command = [
+            "index",
+            "build",
+            "--fit",
+            "none",
+            things.with_suffix(".csv"),
+            "--store",
+            found[kind],
+            "--model",
+            MODEL,
+        ]
         done(CliRunner().invoke(main, [*map(str, command), "--device", "cpu"]))
     asked = photographs(SHARED, "test", 10, LABELS)
     lines = "".join(f"{path},{label}\n" for path, label in asked)
