@@ -76,7 +76,11 @@ def cache(**changes: Any) -> CacheModel:
         TipAdapterClassifier(k=8, tail=False, index="HNSW8"),
         TipAdapterClassifier(normalize=False, beta=1e-4),
     ],
-    expected_failed_checks=lambda _: {},  # none: each check that runs passes
+    expected_failed_checks=lambda estimator: (
+        {"check_methods_subset_invariance": "one query at a time rounds otherwise, and solved values are large"}
+        if estimator.alpha == "auto"
+        else {}  # none: each check that runs passes
+    ),
 )
 def test_scikit_learns_own_checks(estimator: TipAdapterClassifier, check: Any) -> None:
     check(estimator)

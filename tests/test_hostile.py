@@ -762,7 +762,7 @@ def test_the_way_out_of_unnormalised_text_works(run: Run, world: Path, tmp_path:
     text = tmp_path / "text.parquet"
     pq.write_table(table(rows(3, seed=2) * 3, CLASSES), text)
     for name, file in (("plain", world / "text.parquet"), ("scaled", text)):
-        result = run("index", "build", world / "train.parquet", "--out", tmp_path / name, "--text", file, "--norms", norms)  # fmt: skip  # noqa: E501
+        result = run("index", "build", "--fit", "none", world / "train.parquet", "--out", tmp_path / name, "--text", file, "--norms", norms)  # fmt: skip  # noqa: E501
         check(result, 0)
     answers = [run("classify", tmp_path / name, world / "test.parquet", "--format", "csv").stdout for name in ("plain", "scaled")]  # fmt: skip  # noqa: E501
     assert answers[0] == answers[1]
@@ -1027,7 +1027,7 @@ def test_all_damaged_images_together(see: Run, gallery: Gallery, tmp_path: Path)
     skipped(see("encode", tmp_path, "--out", folder / "o.parquet"), *bad)
     assert pq.read_table(folder / "o.parquet")["id"].to_pylist() == [str(folder / "good.png")]
     skipped(see("evaluate", gallery.index, tmp_path), *bad)
-    skipped(see("index", "build", tmp_path, "--out", folder / "out"), *bad)
+    skipped(see("index", "build", "--fit", "none", tmp_path, "--out", folder / "out"), *bad)
     assert json.loads(see("index", "info", folder / "out", "--json").stdout)["n"] == 1
 
 
@@ -1126,8 +1126,8 @@ def test_a_table_may_have_a_name_that_is_not_utf8(see: Run, gallery: Gallery, tm
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("search-hp", "{w}/index", "--leave-one-out", "--dry-run", "--surface", "{x}"),
-        ("search-hp", "{w}/index", "--leave-one-out", "--dry-run", "--plot", "{x}"),
+        ("search-hp", "{w}/index", "--val", "{w}/train.parquet", "--dry-run", "--surface", "{x}"),
+        ("search-hp", "{w}/index", "--val", "{w}/train.parquet", "--dry-run", "--plot", "{x}"),
         ("evaluate", "{w}/index", "{w}/test.parquet", "--shots", "2", "--seeds", "1", "--results", "{x}"),
         ("evaluate", "{w}/index", "{w}/test.parquet", "--plot", "{x}"),
         ("index", "export", "{w}/index", "--out", "{x}"),
