@@ -46,6 +46,7 @@ bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/paper.py
 	$(BIN)/python benchmarks/paper.py --table 1
 	$(BIN)/python benchmarks/normalize.py
+	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/encoding.py
