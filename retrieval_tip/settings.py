@@ -12,6 +12,10 @@ KeysMet = int | Literal["all"] | None
 """How many of the nearest keys a query meets, as a call says it: ``None`` is what the index's settings say."""
 
 
+FITTED = ("least_affinity", "log_offset")
+"""Settings that only a fit finds; ``None`` without one."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of the method, ``logits = logit_scale * f W^T + alpha * C`` (:mod:`tip`). The defaults are the paper's.
@@ -23,6 +27,7 @@ class Settings:
         k: how many of the nearest keys a query meets, 1 or more; ``None`` is all of them, Tip-Adapter exactly.
         tail: with ``k``, estimate what the keys that were not retrieved add (:func:`tip.cache_logits`).
         temperature: divides the logits where they become probabilities, and nowhere else; above 0.
+        log_offset: the cache counts by its logarithm, ``log(max(C, 0) + o)``; above 0, ``None``: as it is.
         least_affinity: a query whose nearest key has a smaller affinity is unlike any shot; ``None``: nothing is.
 
     Raises UsageError naming the setting that cannot work.
@@ -35,6 +40,7 @@ class Settings:
     tail: bool = True
     temperature: float = 1.0
     least_affinity: float | None = None
+    log_offset: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "logit_scale", "temperature"):
@@ -49,6 +55,8 @@ class Settings:
         object.__setattr__(self, "tail", bool(self.tail))
         if self.least_affinity is not None and not _is_finite(self.least_affinity):
             raise UsageError(f"least_affinity is {self.least_affinity}: expected a finite number, or None")
+        if self.log_offset is not None and not (_is_finite(self.log_offset) and self.log_offset > 0):
+            raise UsageError(f"log_offset is {self.log_offset}: expected a finite number above 0, or None")
 
     def but(self, *, k: KeysMet = None, **given: Any) -> Self:
         """These settings but for those that are given; ``None`` is not given, a ``k`` of ``all`` is all keys."""
@@ -57,12 +65,16 @@ class Settings:
             known["k"] = None if k == "all" else k
         return replace(self, **known) if known else self
 
+    def unfitted(self) -> Self:
+        """These without what only a fit finds."""
+        return replace(self, least_affinity=None, log_offset=None)
+
     def shown(self) -> dict[str, Any]:
         """What may be set, by name, as people and JSON read it: a ``k`` of all keys is ``all``.
 
-        Without the ``logit_scale``, which is the backbone's, and the ``least_affinity``, which a fit finds.
+        Without the ``logit_scale``, which is the backbone's, and what only a fit finds.
         """
-        names = (field.name for field in fields(self) if field.name not in ("logit_scale", "least_affinity"))
+        names = (field.name for field in fields(self) if field.name not in ("logit_scale", *FITTED))
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
 
 

@@ -85,6 +85,9 @@ def test_logits_are_those_of_the_definition(form, where, tmp_path, monkeypatch):
         cache = CacheModel.load(tmp_path / "index")
     queries, _ = clusters(4, seed=5)
     text, alone, points = dense(cache, queries, form)
+    if cache.settings.log_offset is not None:
+        assert form.ridge is not None
+        alone = np.log(np.maximum(alone, 0) + cache.settings.log_offset)
     own_text, own_cache = (part.numpy() for part in cache.terms(queries))
     np.testing.assert_allclose(own_text, text, atol=1e-4)
     np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
@@ -181,6 +184,21 @@ def test_the_blend_is_the_most_likely_one(seed, with_text, scale):
     for a in (1, 1.1, 2) if at_bound else (0.5, 0.9, 1, 1.1, 2):
         for b in (0.5, 0.9, 1, 1.1, 2):
             assert best <= loss(a * found.a, b * found.b) + 1e-4
+
+
+def test_the_logarithm_is_taken_where_it_is_more_likely():
+    """Of chances that span decades; not where the cache is what the logits are."""
+    draw = np.random.default_rng(0)
+    y = torch.from_numpy(draw.integers(0, 6, 500))
+    logits = torch.from_numpy(draw.normal(size=(500, 6))) + 2 * torch.nn.functional.one_hot(y, 6)
+    chances = logits.softmax(1).float()
+    linked, offset = closed_form._linked(None, chances, y, (None, 0.1, 0.05))
+    assert offset is not None
+    assert linked.losses.mean() < blend(None, chances, y).losses.mean() - 0.005
+    assert closed_form._linked(None, logits.float(), y, (None, 0.1, 0.05))[1] is None
+    raw = torch.tensor([[0.5, -0.1, 0.0]])
+    expected = np.log(np.array([[0.6, 0.1, 0.1]]))
+    np.testing.assert_allclose(tip.log_cache(raw.clone(), 0.1), expected, rtol=1e-5)
 
 
 def test_a_blend_of_what_is_always_right_stays_finite():
@@ -282,6 +300,7 @@ def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypat
     expected = metric(torch.from_numpy(np.asarray(cache.keys))).numpy()
     np.testing.assert_allclose(np.asarray(cache.met), expected, atol=1e-6)
     if form.ridge is not None:
+        cache.settings = cache.settings.unfitted()
         alone = cache.terms(more)[1].numpy()
         rows = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
         order = np.argsort(cache.labels["key_id"].to_numpy()[rows])

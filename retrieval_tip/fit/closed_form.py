@@ -59,6 +59,9 @@ LEAST_SHOTS = 3
 AFFINITIES = 1 << 28
 """Affinities that the chosen form is judged by, about, where there are very many keys."""
 
+OFFSETS = (None, 0.1, 0.05)
+"""Offsets of the logarithm of the cache that are tried where values were solved; ``None`` is no logarithm."""
+
 LEAST_JUDGED = 8
 """Photographs that can be judged, without which nothing is chosen."""
 
@@ -278,8 +281,16 @@ class Folds:
                 break
         return cls(keys, torch.from_numpy(ids), c, text, held)
 
-    def judge(self, form: Form) -> tuple[Blend, Tensor]:
-        """How a form does when it is fitted without each fold; and the affinity of each to its nearest key ``[q]``."""
+    def judge(self, form: Form) -> Blend:
+        """How a form does when it is fitted without each fold."""
+        text, cache, ids, _ = self.logits(form)
+        return blend(text, cache, ids)
+
+    def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Text and cache logits ``[q, c]`` and class ids ``[q]`` of what is held out, by a form fitted without it.
+
+        And the affinity of each to its nearest key ``[q]``.
+        """
         caches, nearest = [], []
         for number, held in enumerate(self.held):
             if form.shrinkage is not None and number not in self._scatters:
@@ -292,7 +303,7 @@ class Folds:
         text = None
         if self.text is not None:
             text = torch.cat([held.features for held in self.held]) @ self.text.T
-        return blend(text, torch.cat(caches), ids), torch.cat(nearest)
+        return text, torch.cat(caches), ids, torch.cat(nearest)
 
 
 def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -> tuple[Tensor, Tensor]:
@@ -423,15 +434,19 @@ def fit(
         count = len(held.ids)
         judged_on = f"{name} (n={count})"
     trials: list[Trial] = []
-    form, settings, blended = forms[0], cache.settings, None
+    form, settings, blended = forms[0], cache.settings.unfitted(), None
     if count >= LEAST_JUDGED and c > 1:
         enough = validation is not None or len(np.unique(images)) >= LEAST_SHOTS * c
         if len(forms) > 1 and enough:
             chosen_on = folds if validation is not None else _sample(keys, ids, c, text, images)
             form, trials = _choose(chosen_on, forms)
-        blended, nearest = folds.judge(form)
-        settings = blended.settings(settings, form.beta)
-        settings = replace(settings, least_affinity=float(nearest.quantile(UNLIKE)))
+        text_held, cache_held, ids_held, nearest = folds.logits(form)
+        blended, offset = _linked(text_held, cache_held, ids_held, OFFSETS if form.ridge is not None else (None,))
+        settings = replace(
+            blended.settings(settings, form.beta),
+            least_affinity=float(nearest.quantile(UNLIKE)),
+            log_offset=offset,
+        )
     else:
         (form, settings), count = _unjudged(cache, forms), 0
     solved, values_now, fitted = _solved(cache, form)
@@ -463,7 +478,7 @@ def unfitted(cache: CacheModel) -> CacheModel:
     other = copy.copy(cache)
     other.set_fitted(None, None, None)
     alpha, beta = untouched_settings(other.keys, other.class_ids.cpu().numpy())
-    other.settings = replace(other.settings, alpha=alpha, beta=beta, temperature=1.0, least_affinity=None)
+    other.settings = replace(other.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     kept = {name: part for name, part in cache.provenance.items() if name not in ("fit", "temperature")}
     other.provenance = kept | {"alpha": "default, normalize both", "beta": "default, normalize both"}
     return other
@@ -491,7 +506,7 @@ def _unjudged(cache: CacheModel, forms: Sequence[Form]) -> tuple[Form, Settings]
     """
     if ONE_SHOT.values not in {form.values for form in forms}:
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
-        return Form(None, None, beta), replace(cache.settings, alpha=alpha, beta=beta, temperature=1.0)
+        return Form(None, None, beta), replace(cache.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
     form = replace(ONE_SHOT, shrinkage=None if any(form.shrinkage is None for form in forms) else DEFAULT.shrinkage)
     temperature = 1.0
     if cache.has_text and len(cache.class_names) > 1:
@@ -500,7 +515,7 @@ def _unjudged(cache: CacheModel, forms: Sequence[Form]) -> tuple[Form, Settings]
         text = tip.text_logits(keys, cache.text_weights.cpu(), cache.settings.logit_scale)
         temperature = 1 / blend(None, text, cache.class_ids.cpu()[rows]).b
     alpha = ONE_SHOT_ALPHA * temperature if cache.has_text else ONE_SHOT_ALONE
-    return form, replace(cache.settings, alpha=alpha, beta=form.beta, temperature=temperature)
+    return form, replace(cache.settings.unfitted(), alpha=alpha, beta=form.beta, temperature=temperature)
 
 
 def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray) -> Folds:
@@ -520,12 +535,23 @@ def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntA
     return Folds.of_shots(keys, ids, c, text, images, FOLDS, len(ids))
 
 
+def _linked(
+    text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None]
+) -> tuple[Blend, float | None]:
+    """The most likely of the blends with the cache as it is, or by its logarithm with one of these offsets."""
+    blends = [
+        (blend(text, cache if offset is None else tip.log_cache(cache.clone(), offset), ids), offset)
+        for offset in offsets
+    ]
+    return min(blends, key=lambda pair: float(pair[0].losses.mean()))
+
+
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[Trial]]:
     """The first form, or the best of those that are surely better than it: see :func:`fit`."""
-    stands, _ = folds.judge(forms[0])
+    stands = folds.judge(forms[0])
     best, trials = (forms[0], float(stands.losses.mean())), []
     for form in forms:
-        judged = stands if form is forms[0] else folds.judge(form)[0]
+        judged = stands if form is forms[0] else folds.judge(form)
         loss, more = float(judged.losses.mean()), stands.losses - judged.losses
         trials.append(Trial(form, loss, float(judged.right.double().mean())))
         sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5

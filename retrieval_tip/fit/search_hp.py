@@ -400,7 +400,10 @@ def _blocks(
         affinity.masked_fill_(hidden[:, None] == groups[None, :], -torch.inf)
         text = tip.text_logits(f, cache.text_weights, cache.settings.logit_scale)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
-        yield part, text, y, _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks, cache.values)
+        caches = _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks, cache.values)
+        if (offset := cache.settings.log_offset) is not None:
+            caches = ((b, j, tip.log_cache(cache_logits, offset)) for b, j, cache_logits in caches)
+        yield part, text, y, caches
 
 
 def _caches(

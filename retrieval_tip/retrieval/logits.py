@@ -104,10 +104,13 @@ class Retrieval(ABC):
         settled = torch.ones(len(features), dtype=torch.bool, device=self.keys.device)
         if settings.k is None or settings.k >= self.keys.n:
             tip.text_logits(features, self.text_weights, settings.logit_scale, out=text)
-            return Terms(text, self._over_all(points, text), settled)
-        terms = Terms(text, torch.empty_like(text), settled)
-        nearest = self._meet(features, points, settings.k, terms, certify, neighbours)
-        return replace(terms, nearest=nearest)
+            terms = Terms(text, self._over_all(points, text), settled)
+        else:
+            terms = Terms(text, torch.empty_like(text), settled)
+            terms = replace(terms, nearest=self._meet(features, points, settings.k, terms, certify, neighbours))
+        if settings.log_offset is not None:
+            tip.log_cache(terms.cache, settings.log_offset)
+        return terms
 
     def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""

@@ -51,6 +51,7 @@ class Index(BaseModel):
     images: bool
     text: bool
     least_affinity: float | None
+    log_offset: float | None
     metric: Literal["none", "within"]
     values: Literal["one-hot", "solved", "trained"]
     changes: bool

@@ -27,7 +27,7 @@ from retrieval_tip.predictions import Prediction
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.settings import KeysMet, Settings
+from retrieval_tip.settings import FITTED, KeysMet, Settings
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Version:
             "backbone": str(cache.backbone) if cache.backbone else None,
             "images": self.backbone is not None,
             "text": cache.has_text,
-            "least_affinity": cache.settings.least_affinity,
+            **{name: getattr(cache.settings, name) for name in FITTED},
             **_letters(cache),
             "changes": changes,
         }

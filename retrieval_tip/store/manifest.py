@@ -15,7 +15,7 @@ from typing import Any
 
 from retrieval_tip.backbones.open_clip import Identity
 from retrieval_tip.errors import BackboneError, StoreError
-from retrieval_tip.settings import Fitted, Settings
+from retrieval_tip.settings import FITTED, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 FOLDER_FORMAT, TABLE_FORMAT, FORMAT_VERSION = 2, 3, 4
@@ -119,9 +119,9 @@ class Manifest:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
         body: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         body |= body.pop("settings")  # which lie beside the rest, by name
-        if self.fitted is None and self.settings.least_affinity is None:  # which older programs read too
+        if self.fitted is None and self.settings == self.settings.unfitted():  # which older programs read too
             body |= {"format_version": TABLE_FORMAT if self.table else FOLDER_FORMAT}
-            for name in ("fitted", "least_affinity", *(() if self.table else ("table",))):
+            for name in ("fitted", *FITTED, *(() if self.table else ("table",))):
                 del body[name]
         return _seal(body)
 
@@ -175,7 +175,7 @@ class Manifest:
         if stated["format_version"] < TABLE_FORMAT:
             stated = dict(stated) | {"table": None}
         if stated["format_version"] < FORMAT_VERSION:
-            stated = dict(stated) | {"fitted": None, "least_affinity": None}
+            stated = dict(stated) | {"fitted": None} | dict.fromkeys(FITTED)
         body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
         settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
 
