@@ -27,7 +27,7 @@ class Settings:
         k: how many of the nearest keys a query meets, 1 or more; ``None`` is all of them, Tip-Adapter exactly.
         tail: with ``k``, estimate what the keys that were not retrieved add (:func:`tip.cache_logits`).
         temperature: divides the logits where they become probabilities, and nowhere else; above 0.
-        log_offset: the cache counts by its logarithm, ``log(max(C, 0) + o)``; above 0, ``None``: as it is.
+        log_offset: the cache counts by its logarithm, ``log(1 + max(C, 0) / o)``; above 0, ``None``: as it is.
         least_affinity: a query whose nearest key has a smaller affinity is unlike any shot; ``None``: nothing is.
 
     Raises UsageError naming the setting that cannot work.

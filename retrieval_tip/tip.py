@@ -16,7 +16,7 @@ and the whole method::
     cache      C = exp(-beta (1 - A)) V
     logits     = logit_scale * f W^T + alpha * C
 
-Where values were solved, ``log(max(C, 0) + o)`` may stand for ``C`` (:func:`log_cache`).
+Where values were solved, ``log(1 + max(C, 0) / o)`` may stand for ``C`` (:func:`log_cache`).
 Tip-Adapter has no metric, ``phi(x) = x``, and one-hot values: then ``C[:, c]`` is the sum over the keys i of class c of
 ``exp(-beta (1 - A[:, i]))``. Both letters can be filled from the shots in closed form (:mod:`fit.closed_form`).
 
@@ -230,12 +230,12 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float) -> Tensor:
 
 
 def log_cache(cache: Tensor, offset: float) -> Tensor:
-    """``log(max(C, 0) + o)`` of cache logits ``[q, c]``, in their memory: what solved values give spans decades.
+    """``log(1 + max(C, 0) / o)`` of cache logits ``[q, c]``, in their memory: what solved values give spans decades.
 
     With one-hot targets ``C`` is near the chance of each class, and a logarithm makes a logit of it; the offset ``o``
     says below which chance classes are no longer told apart. It changes no order but of classes below 0.
     """
-    return cache.clamp_min_(0).add_(offset).log_()
+    return cache.clamp_min_(0).div_(offset).log1p_()
 
 
 def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out: Tensor | None = None) -> Tensor:

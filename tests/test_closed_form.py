@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_definition(form, where, tmp_path, monkeypatch):
     text, alone, points = dense(cache, queries, form)
     if cache.settings.log_offset is not None:
         assert form.ridge is not None
-        alone = np.log(np.maximum(alone, 0) + cache.settings.log_offset)
+        alone = np.log1p(np.maximum(alone, 0) / cache.settings.log_offset)
     own_text, own_cache = (part.numpy() for part in cache.terms(queries))
     np.testing.assert_allclose(own_text, text, atol=1e-4)
     np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
@@ -197,7 +197,7 @@ def test_the_logarithm_is_taken_where_it_is_more_likely():
     assert linked.losses.mean() < blend(None, chances, y).losses.mean() - 0.005
     assert closed_form._linked(None, logits.float(), y, (None, 0.1, 0.05))[1] is None
     raw = torch.tensor([[0.5, -0.1, 0.0]])
-    expected = np.log(np.array([[0.6, 0.1, 0.1]]))
+    expected = np.log(np.array([[6.0, 1.0, 1.0]]))
     np.testing.assert_allclose(tip.log_cache(raw.clone(), 0.1), expected, rtol=1e-5)
 
 
