@@ -290,19 +290,13 @@ class Classifier(ABC):
         """
         check_count("top", top)
         retrieval, f = self._retrieval(k, tail), self._queries(features)
-        shown, least = min(neighbours, retrieval.settings.k or neighbours), retrieval.settings.least_affinity
-        looked_at = max(shown, 0 if least is None else 1)
-        answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, looked_at)
+        shown = min(neighbours, retrieval.settings.k or neighbours)
+        answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
         nearest = answers.nearest
-        if nearest is None and looked_at > 0:
-            nearest = retrieval.nearest(retrieval.points(f), looked_at)
-        near = [[]] * len(f) if nearest is None or shown < 1 else self._described_nearest(nearest)
-        predictions = self._predictions(answers, top, near)
-        if nearest is None or least is None:
-            return predictions
-        closest = nearest.affinity.masked_fill(nearest.rows < 0, -1).amax(1).tolist()
-        pairs = zip(predictions, closest, strict=True)
-        return Predictions(replace(one, nearest_affinity=close, unlike=close < least) for one, close in pairs)
+        if nearest is None and shown > 0:
+            nearest = retrieval.nearest(retrieval.points(f), shown)
+        near = [[]] * len(f) if nearest is None else self._described_nearest(nearest)
+        return self._predictions(answers, top, near)
 
     def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
         """Logits of queries, of ``top`` classes at least, and ``neighbours`` nearest keys where they were met."""
@@ -327,7 +321,10 @@ class Classifier(ABC):
         parts = torch.cat([own_text, weighted], dim=1).tolist()
         rows = logits.cpu().numpy() if answers.classes is None else [None] * len(logits)
         keys: Sequence[int | None] = answers.keys or [None] * len(logits)
-        by_query = zip(chances.tolist(), ranked.tolist(), parts, rows, near, keys, strict=True)
+        least, unlike = self.settings.least_cache, [None] * len(logits)
+        if least is not None:
+            unlike = (cache.amax(dim=1) < least).tolist()
+        by_query = zip(chances.tolist(), ranked.tolist(), parts, rows, near, keys, unlike, strict=True)
         return Predictions(
             Prediction(
                 label=self.class_names[ids[0]],
@@ -339,8 +336,9 @@ class Classifier(ABC):
                 logits=row,
                 neighbours=nearest,
                 keys=number,
+                unlike=far,
             )
-            for probabilities, ids, part, row, nearest, number in by_query
+            for probabilities, ids, part, row, nearest, number, far in by_query
         )
 
     def classify_source(

@@ -34,7 +34,6 @@ PREDICTIONS = {
     "cache_logit": pa.float64(),
     "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
     "keys": pa.int64(),
-    "nearest_affinity": pa.float64(),
     "unlike": pa.bool_(),
 }
 """The columns that ``classify`` can write, with their types."""
@@ -75,8 +74,8 @@ class Prediction:
     (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order, ``None`` where
     the classes are so many that only a shortlist was compared, which the probabilities are then over; the nearest
     ``neighbours``. ``keys``: how many of the keys settled the answer, where it was certified. ``unlike``: whether the
-    ``nearest_affinity``, that to the nearest key, is smaller than the index's ``least_affinity``, so that the query is
-    unlike any shot; both ``None`` where the index has none.
+    largest cache logit is smaller than the index's ``least_cache``, so that the query is unlike any shot; ``None``
+    where the index has none.
     """
 
     label: str
@@ -88,7 +87,6 @@ class Prediction:
     logits: npt.NDArray[np.float32] | None = field(compare=False)
     neighbours: list[Neighbour]
     keys: int | None = None
-    nearest_affinity: float | None = None
     unlike: bool | None = None
 
     def withheld(self, abstain: Abstain) -> bool:

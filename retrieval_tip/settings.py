@@ -12,7 +12,7 @@ KeysMet = int | Literal["all"] | None
 """How many of the nearest keys a query meets, as a call says it: ``None`` is what the index's settings say."""
 
 
-FITTED = ("least_affinity", "log_offset")
+FITTED = ("least_cache", "log_offset")
 """Settings that only a fit finds; ``None`` without one."""
 
 
@@ -28,7 +28,7 @@ class Settings:
         tail: with ``k``, estimate what the keys that were not retrieved add (:func:`tip.cache_logits`).
         temperature: divides the logits where they become probabilities, and nowhere else; above 0.
         log_offset: the cache counts by its logarithm, ``log(1 + max(C, 0) / o)``; above 0, ``None``: as it is.
-        least_affinity: a query whose nearest key has a smaller affinity is unlike any shot; ``None``: nothing is.
+        least_cache: a query whose largest cache logit is smaller is unlike any shot; ``None``: nothing is.
 
     Raises UsageError naming the setting that cannot work.
     """
@@ -39,7 +39,7 @@ class Settings:
     k: int | None = None
     tail: bool = True
     temperature: float = 1.0
-    least_affinity: float | None = None
+    least_cache: float | None = None
     log_offset: float | None = None
 
     def __post_init__(self) -> None:
@@ -53,8 +53,8 @@ class Settings:
                 raise UsageError(f"k is {self.k}: expected a whole number of keys, at least 1, or None for all")
             object.__setattr__(self, "k", int(self.k))
         object.__setattr__(self, "tail", bool(self.tail))
-        if self.least_affinity is not None and not _is_finite(self.least_affinity):
-            raise UsageError(f"least_affinity is {self.least_affinity}: expected a finite number, or None")
+        if self.least_cache is not None and not _is_finite(self.least_cache):
+            raise UsageError(f"least_cache is {self.least_cache}: expected a finite number, or None")
         if self.log_offset is not None and not (_is_finite(self.log_offset) and self.log_offset > 0):
             raise UsageError(f"log_offset is {self.log_offset}: expected a finite number above 0, or None")
 
@@ -67,7 +67,7 @@ class Settings:
 
     def unfitted(self) -> Self:
         """These without what only a fit finds."""
-        return replace(self, least_affinity=None, log_offset=None)
+        return replace(self, least_cache=None, log_offset=None)
 
     def shown(self) -> dict[str, Any]:
         """What may be set, by name, as people and JSON read it: a ``k`` of all keys is ``all``.

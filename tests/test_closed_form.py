@@ -241,7 +241,7 @@ def test_one_photograph_a_class_takes_the_documented_settings():
     choice = closed_form.fit(cache)
     assert (choice.form, choice.n, choice.both) == (ONE_SHOT, 0, None)
     assert cache.settings.alpha == pytest.approx(closed_form.ONE_SHOT_ALPHA * cache.settings.temperature)
-    assert cache.settings.least_affinity is None
+    assert cache.settings.least_cache is None
     assert "nothing to judge by" in str(choice)
 
 
@@ -273,8 +273,8 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
     unknown = unit(np.random.default_rng(11).normal(size=(200, D))).astype(np.float32)
     near, far = cache.classify(known, neighbours=0), cache.classify(unknown, neighbours=0)
     assert np.mean([one.unlike for one in near]) < 0.12 < 0.3 < np.mean([one.unlike for one in far])
-    for one in far:
-        assert one.unlike == (one.nearest_affinity < cache.settings.least_affinity)
+    for number, one in enumerate(far):
+        assert one.unlike == (cache.terms(unknown[number : number + 1])[1].max() < cache.settings.least_cache)
         assert one.withheld("auto") == (one.unlike or one.probability < 0.5)
     assert near == cache.classify(known, neighbours=0, k="all")
 

@@ -131,7 +131,7 @@ def test_an_index_of_format_4_has_what_was_fitted() -> None:
     assert solved.metric is not None
     assert solved.values is not None
     assert metric.values is None
-    assert metric.settings.least_affinity is not None
+    assert metric.settings.least_cache is not None
 
 
 @pytest.mark.parametrize(("version", "name"), NAMES)

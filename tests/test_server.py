@@ -658,11 +658,10 @@ def test_a_fitted_index_is_served_as_it_answers(tmp_path: Path) -> None:
         found = client.post("/v1/classify?logits=true&evidence=true&neighbours=2", json={"features": queries}).json()
     assert cache.fitted is not None
     assert (described["metric"], described["values"]) == (cache.fitted.metric, cache.fitted.values)
-    assert described["least_affinity"] == pytest.approx(cache.settings.least_affinity)
+    assert described["least_cache"] == pytest.approx(cache.settings.least_cache)
     for own, expected in zip(found["results"], cache.classify(np.array(queries), neighbours=2), strict=True):
         assert (own["label"], own["unlike"]) == (expected.label, expected.unlike)
         np.testing.assert_allclose(own["logits"], expected.logits, rtol=1e-4)
-        np.testing.assert_allclose(own["nearest_affinity"], expected.neighbours[0].affinity, rtol=1e-4)
         np.testing.assert_allclose(own["evidence"]["affinities"][0], expected.neighbours[0].affinity, rtol=1e-4)
 
 

@@ -104,11 +104,10 @@ class RowOptions:
     def columns(self, cache: Classifier) -> list[str]:
         """The columns of a row of an index."""
         columns = ["input", "label", "probability"]
-        columns += ["unlike"] if cache.settings.least_affinity is not None else []
+        columns += ["unlike"] if cache.settings.least_cache is not None else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
         columns += ["logits"] if self.with_logits else []
         columns += ["text_logit", "cache_logit", "neighbours"] if self.explain else []
-        columns += ["nearest_affinity"] if self.explain and "unlike" in columns else []
         return columns + (["keys"] if self.certify else [])
 
 
@@ -149,7 +148,7 @@ def classify(
 
     INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input. With
     --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability. unlike says
-    that no shot is as near as nearly all shots are to another one, where the index was fitted. With
+    that it is unlike any shot, where the index was fitted. With
     --engine ray, --output is a folder of Parquet parts.
     """
     import pyarrow as pa

@@ -66,7 +66,7 @@ LEAST_JUDGED = 8
 """Photographs that can be judged, without which nothing is chosen."""
 
 UNLIKE = 0.05
-"""The share of the shots that are nearer to no other than what is called unlike any shot."""
+"""The share of the shots whose largest cache logit, without them, is smaller than that of what is like some shot."""
 
 SMALLEST_EIGENVALUE = 1e-7
 """Of a scatter, as a share of its mean: below it a direction is noise of float32."""
@@ -284,33 +284,27 @@ class Folds:
 
     def judge(self, form: Form) -> Blend:
         """How a form does when it is fitted without each fold."""
-        text, cache, ids, _ = self.logits(form)
+        text, cache, ids = self.logits(form)
         return blend(text, cache, ids)
 
-    def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Text and cache logits ``[q, c]`` and class ids ``[q]`` of what is held out, by a form fitted without it.
-
-        And the affinity of each to its nearest key ``[q]``.
-        """
-        caches, nearest = [], []
+    def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Text and cache logits ``[q, c]`` and class ids ``[q]`` of what is held out, by a form fitted without it."""
+        caches = []
         for number, held in enumerate(self.held):
             if form.shrinkage is not None and number not in self._scatters:
                 self._scatters[number] = Scatter.of(self.keys, self.ids, self.c, held.rows)
             metric = None if form.shrinkage is None else self._scatters[number].metric(form.shrinkage)
-            cache, near = _cache_of(self, held, metric, form)
-            caches.append(cache)
-            nearest.append(near)
+            caches.append(_cache_of(self, held, metric, form))
         ids = torch.cat([held.ids for held in self.held])
         text = None
         if self.text is not None:
             text = torch.cat([held.features for held in self.held]) @ self.text.T
-        return text, torch.cat(caches), ids, torch.cat(nearest)
+        return text, torch.cat(caches), ids
 
 
-def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -> tuple[Tensor, Tensor]:
-    """Cache logits ``[q, c]`` of what is held out by an index over the other keys; the nearest affinity ``[q]``."""
+def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -> Tensor:
+    """Cache logits ``[q, c]`` of what is held out by an index over the other keys."""
     queries = held.features if metric is None else metric(held.features)
-    nearest = torch.full((len(queries),), -torch.inf)
     cache = torch.zeros(len(queries), folds.c)
     values = None
     if form.ridge is not None:
@@ -320,10 +314,9 @@ def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -
         rows = held.rows[start : start + KEY_BLOCK]
         keys = _taken(folds.keys, rows)
         affinity = tip.affinity(queries, keys if metric is None else metric(keys))
-        torch.maximum(nearest, affinity.amax(1), out=nearest)
         own = None if values is None else tip.Values(values[start : start + KEY_BLOCK])
         cache += tip.cache_logits(affinity, folds.ids[rows], folds.c, form.beta, values=own)
-    return cache, nearest
+    return cache
 
 
 @dataclass(frozen=True)
@@ -399,7 +392,7 @@ def fit(
     unless another is right at least as often, and its cross-entropy smaller by more than two standard errors of the
     difference: few shots choose badly among many forms. Classes of one photograph take part without being judged; where
     there are no others, the settings are the documented ones (:func:`_unjudged`). The temperature comes with the blend
-    (:func:`blend`), and what is ``unlike`` any shot from how near held-out shots are to the others.
+    (:func:`blend`), and what is ``unlike`` any shot from what the others say of held-out shots.
 
     Args:
         cache: keys as they were built or added, in one segment; its present metric and values do not matter.
@@ -441,11 +434,11 @@ def fit(
         if len(forms) > 1 and enough:
             chosen_on = folds if validation is not None else _sample(keys, ids, c, text, images)
             form, trials = _choose(chosen_on, forms)
-        text_held, cache_held, ids_held, nearest = folds.logits(form)
+        text_held, cache_held, ids_held = folds.logits(form)
         blended, offset = _linked(text_held, cache_held, ids_held, OFFSETS if form.ridge is not None else (None,))
         settings = replace(
             blended.settings(settings, form.beta),
-            least_affinity=float(nearest.quantile(UNLIKE)),
+            least_cache=float(_of_logarithm(cache_held, offset).amax(1).quantile(UNLIKE)),
             log_offset=offset,
         )
     else:
@@ -541,11 +534,12 @@ def _linked(
     text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None]
 ) -> tuple[Blend, float | None]:
     """The most likely of the blends with the cache as it is, or by its logarithm with one of these offsets."""
-    blends = [
-        (blend(text, cache if offset is None else tip.log_cache(cache.clone(), offset), ids), offset)
-        for offset in offsets
-    ]
+    blends = [(blend(text, _of_logarithm(cache, offset), ids), offset) for offset in offsets]
     return min(blends, key=lambda pair: float(pair[0].losses.mean()))
+
+
+def _of_logarithm(cache: Tensor, offset: float | None) -> Tensor:
+    return cache if offset is None else tip.log_cache(cache.clone(), offset)
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[Trial]]:

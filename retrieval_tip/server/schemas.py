@@ -50,7 +50,7 @@ class Index(BaseModel):
     backbone: str | None
     images: bool
     text: bool
-    least_affinity: float | None
+    least_cache: float | None
     log_offset: float | None
     metric: Literal["none", "within"]
     values: Literal["one-hot", "solved", "trained"]
@@ -206,7 +206,6 @@ class Result(BaseModel):
     text_logit: float
     cache_logit: float
     neighbours: list[Neighbour]
-    nearest_affinity: float | None = None
     unlike: bool | None = None
     logits: list[float] | None = None
     evidence: Evidence | None = None

@@ -155,7 +155,7 @@ def _result(prediction: Prediction, ask: Ask) -> dict[str, Any]:
     result: dict[str, Any] = {"input": None} | vars(prediction)
     del result["keys"]
     if prediction.unlike is None:
-        del result["nearest_affinity"], result["unlike"]
+        del result["unlike"]
     if not ask.logits:
         del result["logits"]
     return result
