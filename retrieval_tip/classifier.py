@@ -219,8 +219,7 @@ class Classifier(ABC):
         queries, retrieval = functional.normalize(own), self.retrieval
         affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
-        if settings.log_offset is not None:
-            tip.log_cache(cache, settings.log_offset)
+        tip.log_cache(cache, settings.log_offset)
         self._check_overflow(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache)
 
     def _check_overflow(self, text: Tensor, cache: Tensor) -> None:

@@ -229,13 +229,14 @@ def ridge_values(gram: Tensor, targets: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(targets, torch.linalg.cholesky(gram))
 
 
-def log_cache(cache: Tensor, offset: float) -> Tensor:
+def log_cache(cache: Tensor, offset: float | None) -> Tensor:
     """``log(1 + max(C, 0) / o)`` of cache logits ``[q, c]``, in their memory: what solved values give spans decades.
 
     With one-hot targets ``C`` is near the chance of each class, and a logarithm makes a logit of it; the offset ``o``
-    says below which chance classes are no longer told apart. It changes no order but of classes below 0.
+    says below which chance classes are no longer told apart. It changes no order but of classes below 0. Without an
+    offset they stay as they are.
     """
-    return cache.clamp_min_(0).div_(offset).log1p_()
+    return cache if offset is None else cache.clamp_min_(0).div_(offset).log1p_()
 
 
 def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out: Tensor | None = None) -> Tensor:

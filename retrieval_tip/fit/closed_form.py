@@ -15,7 +15,6 @@ What is fitted is chosen on the shots alone: everything is solved anew without e
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,19 +24,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
+from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.retrieval.segments import Segments
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import Fitted, Settings
 from retrieval_tip.store.labels import images_of
-
-log = logging.getLogger(__name__)
 
 Keys = npt.NDArray[Any] | Segments
 IntArray = npt.NDArray[np.int64]
@@ -155,17 +152,6 @@ class Scatter:
         shrunk = (1 - shrinkage) * self.eigenvalues / scale + shrinkage
         transform = (self.eigenvectors / shrunk.clamp_min(SMALLEST_EIGENVALUE).sqrt()) @ self.eigenvectors.T
         return tip.Metric(self.mean.float(), transform.float().contiguous())
-
-
-def solve(points: Tensor, ids: Tensor, c: int, form: Form) -> Tensor | None:
-    """Values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]``; ``None``: one-hot ones.
-
-    See :func:`tip.ridge_values`.
-    """
-    if form.ridge is None:
-        return None
-    gram = tip.affinity(points, points)
-    return tip.ridge_values(tip.weight(gram, form.beta, out=gram), one_hot(ids, c).float(), form.ridge)
 
 
 @dataclass(frozen=True)
@@ -298,7 +284,7 @@ class Folds:
         ids = torch.cat([held.ids for held in self.held])
         text = None
         if self.text is not None:
-            text = torch.cat([held.features for held in self.held]) @ self.text.T
+            text = tip.affinity(torch.cat([held.features for held in self.held]), self.text)
         return text, torch.cat(caches), ids
 
 
@@ -306,10 +292,7 @@ def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -
     """Cache logits ``[q, c]`` of what is held out by an index over the other keys."""
     queries = held.features if metric is None else metric(held.features)
     cache = torch.zeros(len(queries), folds.c)
-    values = None
-    if form.ridge is not None:
-        keys = _taken(folds.keys, held.rows)
-        values = solve(keys if metric is None else metric(keys), folds.ids[held.rows], folds.c, form)
+    values = _values(folds.keys, folds.ids, folds.c, held.rows, metric, form)
     for start in range(0, len(held.rows), KEY_BLOCK):  # there may be very many keys, where values are one-hot
         rows = held.rows[start : start + KEY_BLOCK]
         keys = _taken(folds.keys, rows)
@@ -438,12 +421,12 @@ def fit(
         blended, offset = _linked(text_held, cache_held, ids_held, OFFSETS if form.ridge is not None else (None,))
         settings = replace(
             blended.settings(settings, form.beta),
-            least_cache=float(_of_logarithm(cache_held, offset).amax(1).quantile(UNLIKE)),
+            least_cache=float(tip.log_cache(cache_held, offset).amax(1).quantile(UNLIKE)),
             log_offset=offset,
         )
     else:
         (form, settings), count = _unjudged(cache, forms), 0
-    solved, values_now, fitted = _solved(cache, form)
+    solved_metric, solved_values, fitted = _solved(cache, form)
     choice = Choice(
         form=form,
         trials=trials,
@@ -457,7 +440,7 @@ def fit(
     )
     where = f"fitted on {judged_on}" if blended is not None else "documented for shots that cannot be judged"
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
-    cache.set_fitted(solved, values_now, fitted, factory)
+    cache.set_fitted(solved_metric, solved_values, fitted, factory)
     cache.settings, cache.provenance = settings, cache.provenance | provenance
     return choice
 
@@ -517,14 +500,11 @@ def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntA
     """Folds of as many classes as :data:`CHOSEN_ON` keys allow, and of :data:`CHOSEN_SHOTS` keys a class at most."""
     if len(ids) > CHOSEN_ON:
         draw = np.random.default_rng(0)
-        mixed = draw.permutation(len(ids))
-        mixed = mixed[np.argsort(ids[mixed], kind="stable")]
-        rank = np.arange(len(ids)) - np.searchsorted(ids[mixed], ids[mixed])
-        mixed = mixed[rank < CHOSEN_SHOTS]
-        counts = np.bincount(ids[mixed], minlength=c)
+        few = np.flatnonzero(_ranks(ids, draw) < CHOSEN_SHOTS)
+        counts = np.bincount(ids[few], minlength=c)
         classes = draw.permutation(c)
         classes = np.sort(classes[: max(2, int(np.searchsorted(np.cumsum(counts[classes]), CHOSEN_ON, "right")))])
-        rows = np.sort(mixed[np.isin(ids[mixed], classes)])
+        rows = few[np.isin(ids[few], classes)]
         keys, images, text = np.asarray(keys[rows]), images[rows], None if text is None else text[classes]
         ids, c = np.searchsorted(classes, ids[rows]), len(classes)
     return Folds.of_shots(keys, ids, c, text, images, FOLDS, len(ids))
@@ -534,12 +514,8 @@ def _linked(
     text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None]
 ) -> tuple[Blend, float | None]:
     """The most likely of the blends with the cache as it is, or by its logarithm with one of these offsets."""
-    blends = [(blend(text, _of_logarithm(cache, offset), ids), offset) for offset in offsets]
+    blends = [(blend(text, tip.log_cache(cache.clone(), offset), ids), offset) for offset in offsets]
     return min(blends, key=lambda pair: float(pair[0].losses.mean()))
-
-
-def _of_logarithm(cache: Tensor, offset: float | None) -> Tensor:
-    return cache if offset is None else tip.log_cache(cache.clone(), offset)
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[Trial]]:
@@ -569,10 +545,24 @@ def _solved(cache: CacheModel, form: Form) -> tuple[tip.Metric | None, Tensor | 
         ridge=form.ridge,
         keys=cache.n,
     )
+    return metric, _values(cache.keys, ids, c, every, metric, form), fitted
+
+
+def _values(keys: Keys, ids: Tensor, c: int, rows: Tensor, metric: tip.Metric | None, form: Form) -> Tensor | None:
+    """Solved values ``[m, c]`` of some ``rows`` of the keys; ``None`` where a form leaves them one-hot."""
     if form.ridge is None:
-        return metric, None, fitted
-    keys = _taken(cache.keys, every)
-    return metric, solve(keys if metric is None else metric(keys), ids, c, form), fitted
+        return None
+    own = _taken(keys, rows)
+    return Ridge(c, form.beta, form.ridge, "cpu").values(own if metric is None else metric(own), ids[rows])
+
+
+def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
+    """The place of each ``[n]`` within its class, once all are mixed."""
+    order = draw.permutation(len(ids))
+    order = order[np.argsort(ids[order], kind="stable")]
+    ranks = np.empty(len(ids), dtype=np.int64)
+    ranks[order] = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
+    return ranks
 
 
 def _taken(keys: Keys, rows: Tensor) -> Tensor:
@@ -588,13 +578,10 @@ def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntA
     """
     _, first, image = np.unique(images, return_index=True, return_inverse=True)
     own = ids[first]
-    order = np.random.default_rng(0).permutation(len(first))
-    order = order[np.argsort(own[order], kind="stable")]
     counts = np.bincount(own)
     several = counts[own] > 1
     if not several.any():
         return np.full(len(ids), -1), first
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[order] = np.arange(len(first)) - np.searchsorted(own[order], own[order])
-    folds = np.where(several, rank % min(number, int(counts[counts > 1].min())), -1)
+    ranks = _ranks(own, np.random.default_rng(0))
+    folds = np.where(several, ranks % min(number, int(counts[counts > 1].min())), -1)
     return folds[image], first

@@ -401,9 +401,8 @@ def _blocks(
         text = tip.text_logits(f, cache.text_weights, cache.settings.logit_scale)
         y = torch.from_numpy(queries.ids[part]).to(cache.device)
         caches = _caches(affinity, cache.class_ids, len(cache.class_names), betas, ks, cache.values)
-        if (offset := cache.settings.log_offset) is not None:
-            caches = ((b, j, tip.log_cache(cache_logits, offset)) for b, j, cache_logits in caches)
-        yield part, text, y, caches
+        offset = cache.settings.log_offset
+        yield part, text, y, ((b, j, tip.log_cache(cache_logits, offset)) for b, j, cache_logits in caches)
 
 
 def _caches(

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,8 @@ def build_index(
     settings = Settings().but(alpha=alpha, beta=beta, logit_scale=scale, k=k)
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_form(form)
-    fitting = _fitting(fit, (metric, values), (alpha, beta, normalize), stores.at(out))
+    place = stores.at(out)
+    fitting = _fitting(fit, (metric, values), (alpha, beta, normalize), place)
     class_names, weights, prompts = _text(source, encoder, templates, text)
     ids = ids_in(source, class_names)
     if shots is not None:
@@ -124,7 +125,6 @@ def build_index(
         "beta": provenance_of(beta, form),
     }
     made = _Made(source, encoder, class_names, ids, weights, prompts, settings, (alpha, beta, form), provenance)
-    place = stores.at(out)
     if isinstance(place, stores.LanceStore):
         _build_table(place, made, dtype, "auto" if index is None else index)
     else:
@@ -203,18 +203,19 @@ def _build_folder(
             text_weights=torch.zeros(len(names), d) if weights is None else torch.from_numpy(weights),
             index=index_over(keys, ids, len(names), "Flat" if fit else factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
-            settings=settings if keep_k else settings.but(k="all" if met is None else met),
+            settings=settings if keep_k else settings.but(k=met),
             templates=made.prompts,
             backbone=_identity(source, encoder),
             provenance=made.described(statistics),
         )
         if fit is not None:
-            warn(fit(cache, factory=factory).warnings)
+            for warning in fit(cache, factory=factory).warnings:
+                log.warning("%s", warning)
         cache.commit(writer, "build")
 
 
 def _fitting(
-    fit: str | None, letters: Sequence[str | None], settings: Sequence[float | str | None], place: Model | Any
+    fit: str | None, letters: Sequence[str | None], settings: Sequence[float | str | None], place: stores.Store
 ) -> bool:
     """Whether a build fits. Raises UsageError for what does not go together."""
     if fit not in (None, "auto", "none"):
@@ -229,12 +230,6 @@ def _fitting(
     if fit == "none" and wanted:
         raise UsageError("fit none: has neither metric nor values to choose")
     return not given and fit != "none"
-
-
-def warn(warnings: Iterable[str]) -> None:
-    """Say these."""
-    for warning in warnings:
-        log.warning("%s", warning)
 
 
 def _warn_of_table(table: LanceModel) -> None:

@@ -10,6 +10,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Choice
+from retrieval_tip.fit.search_hp import on_validation
 
 
 def fit_index(
@@ -35,8 +36,8 @@ def fit_index(
     cache = CacheModel.load(folder, device="cpu")
     held = None
     if validation is not None and encoder is not None:
-        ids, encoded = cache.ids_of(validation), encoder.encode(validation)
-        held = encoded.features, ids[encoded.positions]
+        queries = on_validation(cache, validation, encoder)
+        held = queries.features, queries.ids
     if cache.segments > 1:
         cache.compact()
     name = "" if validation is None else validation.name

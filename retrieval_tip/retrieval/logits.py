@@ -108,8 +108,7 @@ class Retrieval(ABC):
         else:
             terms = Terms(text, torch.empty_like(text), settled)
             terms = replace(terms, nearest=self._meet(features, points, settings.k, terms, certify, neighbours))
-        if settings.log_offset is not None:
-            tip.log_cache(terms.cache, settings.log_offset)
+        tip.log_cache(terms.cache, settings.log_offset)
         return terms
 
     def _over_all(self, points: Tensor, text: Tensor) -> Tensor:

@@ -29,14 +29,16 @@ class Ridge:
     ridge: float
     device: str
 
+    def values(self, points: Tensor, ids: Tensor) -> Tensor:
+        """Values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]``, all solved at once."""
+        return tip.ridge_values(self._gram(points), one_hot(ids, self.n_classes).float(), self.ridge)
+
     def solved(self, labelled: LabelledKeys) -> LabelledKeys:
         """With the values of all keys solved anew, where they are few enough for that to cost little."""
         if len(labelled.keys) > SOLVED_AGAIN:
             return labelled
-        points = self._on_device(np.asarray(labelled.met))
-        return replace(
-            labelled, values=tip.ridge_values(self._gram(points), self._wanted(labelled.class_ids), self.ridge)
-        )
+        ids = torch.from_numpy(labelled.class_ids).to(self.device)
+        return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.met)), ids))
 
     def added(self, keys: Keys, values: Tensor, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
         """Values ``[m, c]`` of new keys at ``points`` ``[m, d]``, among keys that have ``values`` ``[n, c]``.
@@ -70,7 +72,8 @@ class Ridge:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
 
     def _gram(self, points: Tensor) -> Tensor:
-        return tip.weight(tip.affinity(points, points), self.beta)
+        affinity = tip.affinity(points, points)
+        return tip.weight(affinity, self.beta, out=affinity)
 
     def _wanted(self, ids: IntArray) -> Tensor:
         return one_hot(torch.from_numpy(ids).to(self.device), self.n_classes).float()
