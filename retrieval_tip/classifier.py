@@ -294,8 +294,7 @@ class Classifier(ABC):
         nearest = answers.nearest
         if nearest is None and shown > 0:
             nearest = retrieval.nearest(retrieval.points(f), shown)
-        near = [[]] * len(f) if nearest is None else self._described_nearest(nearest)
-        return self._predictions(answers, top, near)
+        return self._predictions(answers, top, nearest)
 
     def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
         """Logits of queries, of ``top`` classes at least, and ``neighbours`` nearest keys where they were met."""
@@ -307,8 +306,8 @@ class Classifier(ABC):
         certified = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
         return Answers(certified.text, certified.cache, keys=certified.keys.tolist())
 
-    def _predictions(self, answers: Answers, top: int, near: Sequence[list[Neighbour]]) -> Predictions:
-        """The answers as people read them, with the described neighbours of each query."""
+    def _predictions(self, answers: Answers, top: int, nearest: Nearest | None) -> Predictions:
+        """The answers as people read them, with the nearest keys of each query."""
         text, cache, alpha = answers.text, answers.cache, self.settings.alpha
         logits = tip.blend(text, cache, alpha)
         places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
@@ -319,6 +318,7 @@ class Classifier(ABC):
         weighted = tip.blend(torch.zeros_like(own_cache), own_cache, alpha)
         parts = torch.cat([own_text, weighted], dim=1).tolist()
         rows = logits.cpu().numpy() if answers.classes is None else [None] * len(logits)
+        near = [[]] * len(logits) if nearest is None else self._described_nearest(nearest, ranked)
         keys: Sequence[int | None] = answers.keys or [None] * len(logits)
         least, unlike = self.settings.least_cache, [None] * len(logits)
         if least is not None:
@@ -333,11 +333,11 @@ class Classifier(ABC):
                 text_logit=part[0],
                 cache_logit=part[1],
                 logits=row,
-                neighbours=nearest,
+                neighbours=neighbours,
                 keys=number,
                 unlike=far,
             )
-            for probabilities, ids, part, row, nearest, number, far in by_query
+            for probabilities, ids, part, row, neighbours, number, far in by_query
         )
 
     def classify_source(
@@ -421,17 +421,22 @@ class Classifier(ABC):
             )
         return np.array([position[label] for label in labels], dtype=np.int64)
 
-    def _described_nearest(self, near: Nearest) -> list[list[Neighbour]]:
-        """The nearest keys of each query as people read them, nearest first."""
+    def _described_nearest(self, near: Nearest, classes: Tensor) -> list[list[Neighbour]]:
+        """The nearest keys of each query as people read them, nearest first, and what they give to its ``classes``."""
         rows = near.rows.cpu().numpy()
-        weights = tip.weight(near.affinity, self.settings.beta).tolist()
+        weight = tip.weight(near.affinity, self.settings.beta)
+        if self.values is None:
+            values = (near.class_ids[:, :, None] == classes[:, None]).float()
+        else:
+            values = self.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+        weights, gives = weight.tolist(), (weight[:, :, None] * values).tolist()
         used, where = np.unique(rows[rows >= 0], return_inverse=True)
         described = self.described(used, ["key_id", "source", "label"]).to_pylist()
         place = np.full(rows.shape, -1)
         place[rows >= 0] = where
         return [
             [
-                Neighbour(**described[place[q, j]], affinity=value, weight=weights[q][j])
+                Neighbour(**described[place[q, j]], affinity=value, weight=weights[q][j], gives=gives[q][j])
                 for j, value in sorted(enumerate(values), key=lambda pair: -pair[1])
                 if place[q, j] >= 0
             ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
-_NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64()}
+_NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64(), "gives": pa.list_(pa.float64())}
 PREDICTIONS = {
     "input": pa.string(),
     "label": pa.string(),
@@ -54,15 +54,27 @@ Abstain = float | Literal["auto"] | None
 EVEN = 0.5
 
 
+def shown_probability(probability: float) -> str:
+    """A probability for eyes: 1 is never said of what only rounds to it, nor 0."""
+    if probability > 0.99995:  # float32 also rounds to 1 what is less
+        return ">0.9999"
+    return f"{probability:.1e}" if 0 < probability < 5e-4 else f"{probability:.4f}"
+
+
 @dataclass(frozen=True)
 class Neighbour:
-    """A key near a query: what it is, its ``affinity`` and its ``weight`` ``exp(-beta (1 - affinity))``."""
+    """A key near a query: what it is, its ``affinity``, and its ``weight`` ``w = exp(-beta (1 - affinity))``.
+
+    ``gives``: what it adds to the cache ``C`` of each class in the prediction's ``labels``, ``w V``: its weight to its
+    own class and 0 to others, or, where values were solved or trained, more or less to each, also below 0.
+    """
 
     key_id: int
     source: str
     label: str
     affinity: float
     weight: float
+    gives: list[float]
 
 
 @dataclass(frozen=True)
@@ -100,13 +112,14 @@ class Prediction:
 
     def _repr_html_(self) -> str:
         """For notebooks: the classes, the two parts of the winner's logit, and the neighbours."""
-        classes = zip(self.labels, (f"{probability:.4f}" for probability in self.probabilities), strict=True)
+        classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)
         caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
         near = (
-            (f"{key.affinity:.4f}", f"{key.weight:.1e}", key.label, key.source, key.key_id) for key in self.neighbours
+            (f"{key.affinity:.4f}", f"{key.weight:.1e}", f"{key.gives[0]:.1e}", key.label, key.source, key.key_id)
+            for key in self.neighbours
         )
-        columns = ("affinity", "weight", "label", "source", "key")
-        neighbours = table(columns, near, "nearest keys", numbers=(0, 1, 4)) if self.neighbours else ""
+        columns = ("affinity", "weight", f"gives to {self.label}", "label", "source", "key")
+        neighbours = table(columns, near, "nearest keys", numbers=(0, 1, 2, 5)) if self.neighbours else ""
         return f"<div>{table(('class', 'probability'), classes, caption, numbers=(1,))}{neighbours}</div>"
 
 
@@ -121,7 +134,11 @@ class Predictions(list[Prediction]):
         for place, prediction in enumerate(self[:SHOWN_PREDICTIONS]):
             key = prediction.neighbours[0] if prediction.neighbours else None
             near = (f"{key.affinity:.4f}", f"{key.label} ({key.source})") if key else ("-", "-")
-            figures = (f"{prediction.probability:.4f}", f"{prediction.text_logit:.4g}", f"{prediction.cache_logit:.4g}")
+            figures = (
+                shown_probability(prediction.probability),
+                f"{prediction.text_logit:.4g}",
+                f"{prediction.cache_logit:.4g}",
+            )
             rows.append((place, prediction.label, *figures, *near))
         return table(columns, rows, counted(len(self), "prediction") + cut, numbers=(0, 2, 3, 4, 5))
 

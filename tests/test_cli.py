@@ -134,7 +134,7 @@ def test_json_csv_and_parquet_tell_the_same(run, small, queries, tmp_path):
         assert record["logits"] == pytest.approx(line["logits"])
         assert line["label"] == line["labels"][0]
         assert line["text_logit"] + line["cache_logit"] == pytest.approx(max(line["logits"]), rel=1e-5)
-        assert set(line["neighbours"][0]) == {"key_id", "source", "label", "affinity", "weight"}
+        assert set(line["neighbours"][0]) == {"key_id", "source", "label", "affinity", "weight", "gives"}
 
 
 def test_the_table_is_for_eyes_and_holds_no_control_characters(run, small, queries):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from retrieval_tip import CacheModel, tip
 from retrieval_tip.errors import InputError, UsageError
@@ -240,9 +241,23 @@ def test_one_photograph_a_class_takes_the_documented_settings():
     cache = model(shots=1)
     choice = closed_form.fit(cache)
     assert (choice.form, choice.n, choice.both) == (ONE_SHOT, 0, None)
-    assert cache.settings.alpha == pytest.approx(closed_form.ONE_SHOT_ALPHA * cache.settings.temperature)
+    cooled = max(1.0, cache.settings.temperature)
+    assert cache.settings.alpha == pytest.approx(closed_form.ONE_SHOT_ALPHA * cooled**2 * cache.settings.temperature)
     assert cache.settings.least_cache is None
     assert "nothing to judge by" in str(choice)
+
+
+def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
+    keys, ids = clusters(1, spread=0.3)
+    noise = unit(np.random.default_rng(5).normal(size=(C, D))).astype(np.float32)
+    cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
+    closed_form.fit(cache)
+    queries, truth = clusters(20, seed=7, spread=0.3)
+    text, alone = cache.terms(queries)
+    both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.05 > (text.argmax(1).numpy() == truth).mean()
+    # as sure as photographs can be, at most: the cache counts ONE_SHOT_MOST in the end
+    assert cache.settings.alpha / cache.settings.temperature <= closed_form.ONE_SHOT_MOST * 1.0001
 
 
 def test_letters_can_be_fixed_and_what_cannot_be_is_refused():
@@ -261,7 +276,7 @@ def test_letters_can_be_fixed_and_what_cannot_be_is_refused():
 def test_validation_images_judge_in_place_of_the_shots():
     cache = model()
     queries, truth = clusters(8, seed=5)
-    choice = closed_form.fit(cache, validation=(queries, truth), name="val")
+    choice = closed_form.fit(cache, validation=search_hp.unseen(cache, queries, truth, "val"))
     assert choice.judged_on == "val (n=40)"
     assert choice.both == pytest.approx((cache.logits(queries).argmax(1).numpy() == truth).mean())
 
@@ -390,11 +405,23 @@ def test_a_build_fits_and_says_what_it_judged(run, tables):
     assert built.exit_code == 0, built.output
     assert "judged on your own photos, each left out (n=30): photos alone" in built.stderr
     info = json.loads(run("index", "info", out, "--json").stdout)
-    assert info["fitted"]["keys"] == 30 and info["format_version"] if "format_version" in info else True
+    assert info["fitted"]["keys"] == 30
     answers = run("classify", out, tables / "test.parquet", "--format", "json")
     first = json.loads(answers.stdout.splitlines()[0])
     assert set(first) == {"input", "label", "probability", "unlike"}
     assert run("index", "verify", out).exit_code == 0
+
+
+def test_the_choice_can_be_drawn(run, tables):
+    index, plot, text = tables / "index", tables / "choice.png", tables / "text.parquet"
+    assert run("index", "build", tables / "train.parquet", "--text", text, "--out", index).exit_code == 0
+    assert run("fit", index, "--plot", plot).exit_code == 0
+    with Image.open(plot) as image:
+        assert min(image.size) > 300
+    assert run("index", "build", tables / "text.parquet", "--text", text, "--out", tables / "single").exit_code == 0
+    done = run("fit", tables / "single", "--plot", tables / "none.png")
+    assert (done.exit_code, (tables / "none.png").exists()) == (0, False)
+    assert "nothing was tried" in done.stderr
 
 
 def test_fit_again_after_add(run, tables):

@@ -36,7 +36,14 @@ def one_line(error: pytest.ExceptionInfo[RetrievalTipError], *parts: object) -> 
 
 # --- files of predictions
 
-NEIGHBOUR = {"key_id": 3, "source": 'camera-3/a, "b"\n.jpg', "label": "cat", "affinity": 0.5, "weight": 1e-5}
+NEIGHBOUR = {
+    "key_id": 3,
+    "source": 'camera-3/a, "b"\n.jpg',
+    "label": "cat",
+    "affinity": 0.5,
+    "weight": 1e-5,
+    "gives": [1e-5, -2e-7],
+}
 ROWS: list[dict[str, Any]] = [
     {"input": "a.jpg", "label": "cat", "probability": 0.75, "labels": ["cat", "2024-01-01"],
      "probabilities": [0.75, 0.25], "logits": [1.5, -2.0], "text_logit": 1.0, "cache_logit": 0.5,

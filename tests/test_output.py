@@ -105,7 +105,7 @@ def test_columns_mean_nothing_by_their_names(name: str, value: object, tmp_path:
 
 
 def test_predictions_have_details_below_them(tmp_path: Path) -> None:
-    near = {"key_id": 3, "source": f"s{OBEYED}", "label": "cat", "affinity": 0.5, "weight": 0.25}
+    near = {"key_id": 3, "source": f"s{OBEYED}", "label": "cat", "affinity": 0.5, "weight": 0.25, "gives": [-0.5]}
     row = {"input": "a", "label": "cat", "labels": ["cat", f"d{OBEYED}"], "probabilities": [0.75, 0.25]}
     row |= {"logits": [1.0, 2.0], "neighbours": [near]}
     schema = pa.Table.from_pylist([row]).schema
@@ -114,6 +114,17 @@ def test_predictions_have_details_below_them(tmp_path: Path) -> None:
     assert lines[0].split() == ["input", "label"]
     assert [line.split()[0] for line in lines] == ["input", "a", "affinity", "0.5000", "cat", "a", "cat"]
     assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.0, ">0.9999"), (0.99996, ">0.9999"), (0.99994, "0.9999"), (0.5, "0.5000"), (1e-7, "1.0e-07")],
+)
+def test_a_probability_is_never_rounded_to_certainty(value, shown, tmp_path: Path) -> None:
+    row = {"probability": value, "labels": ["cat"], "probabilities": [value], "neighbours": []}
+    schema = pa.Table.from_pylist([row]).schema
+    write_rows([row], list(row), "table", tmp_path / "out", schema, prediction_details)
+    assert (tmp_path / "out").read_text().split() == ["probability", shown, "cat", shown]
 
 
 def test_one_long_cell_does_not_make_every_line_long(tmp_path: Path) -> None:

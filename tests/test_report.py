@@ -333,7 +333,7 @@ def test_the_mistakes_are_the_worst_and_the_most_certain(tmp_path):
     i = names.index(worst[0])
     for name, row in values.items():
         c = cache.class_names.index(name)
-        assert float(row[1].replace("< 1e-9", "0")) == pytest.approx(chances[i, c], abs=6e-5)
+        assert float(row[1].replace("< 1e-9", "0").replace(">0.9999", "1")) == pytest.approx(chances[i, c], abs=6e-5)
         assert float(row[2]) + float(row[3]) == pytest.approx(logits[i, c], abs=0.02)
     near = [float(node.text.split(" A ")[1].split()[0]) for node in card.first("ol").all("li")]
     assert near == pytest.approx(np.sort(affinity[i])[::-1][:5], abs=6e-4)
@@ -548,11 +548,31 @@ def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(photographs, tmp
     assert f"it was made from {away}, which cannot be asked" in section(page, "accuracy").text
 
 
+def test_a_fitted_index_is_set_beside_what_else_its_shots_allow(tmp_path):
+    folder, test = made(tmp_path)
+    results = tmp_path / "runs.parquet"
+    rivals = ["--method", "class-means", "--method", "linear-probe", "--method", "untouched"]
+    done("-q", "evaluate", folder, test, "--shots", 4, "--seeds", 1, *rivals, "--results", results)
+    accuracy = {row["method"]: row["top1"] for row in pq.read_table(results).to_pylist()}
+    done("-q", "fit", folder)
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--shots", 4)
+    page = read(tmp_path / "r.html")
+    ways = {name: way[0] for name, way in figures(page).items()}
+    assert set(ways) == {"zero-shot", "cache alone", "class means", "linear probe", "Tip-Adapter", "fitted"}
+    assert accuracy == {
+        "class-means": ways["class means"],
+        "linear-probe": ways["linear probe"],
+        "untouched": ways["Tip-Adapter"],
+    }
+    rows = section(page, "shots").first("table").rows()[1:]
+    assert {row[0] for row in rows} == {"zero-shot", "tip-adapter", "closed-form"}
+
+
 def test_an_index_without_text_has_no_zero_shot(tmp_path):
     folder, test = made(tmp_path, text=False)
     done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--shots", 2)
     page = read(tmp_path / "r.html")
-    assert set(figures(page)) == {"cache alone", "Tip-Adapter"}
+    assert set(figures(page)) == {"cache alone", "class means", "linear probe", "Tip-Adapter"}
     assert "no text weights" in section(page, "accuracy").text
     assert {row[0] for row in section(page, "shots").first("table").rows()[1:]} == {"cache-alone"}
 

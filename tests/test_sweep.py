@@ -69,6 +69,14 @@ def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path
     assert by["tip-adapter", 1, 1]["chosen_on"] == "the shots' affinities"  # one image cannot be left out
 
 
+def test_a_fine_tuned_pool_is_swept_without_the_method_that_refuses_it(pool, test_items, tmp_path):
+    pool.curve = pa.table({"epoch": [1]})
+    rows = rows_of(pool, test_items, tmp_path / "r.parquet", shots=[4], seeds=[1])
+    assert [row["method"] for row in rows] == [method for method in sweep.PLAIN if method != "closed-form"]
+    with pytest.raises(InputError, match="fine-tuned"):
+        rows_of(pool, test_items, tmp_path / "r.parquet", shots=[4], seeds=[1], methods=["closed-form"])
+
+
 def test_rivals_and_the_closed_form_are_those_of_the_drawn_shots(pool, test_items, tmp_path):
     methods = ["closed-form", "class-means", "linear-probe"]
     rows = rows_of(pool, test_items, tmp_path / "r.parquet", methods=methods)

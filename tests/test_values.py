@@ -78,6 +78,22 @@ def slow(
     return cache
 
 
+@pytest.mark.parametrize("values", [None, VALUES])
+def test_what_the_keys_give_adds_up_to_the_cache(values):
+    cache = model(values=values)
+    alone = cache.terms(QUERIES)[1].numpy()
+    for q, prediction in enumerate(cache.classify(QUERIES, top=C, neighbours=N)):
+        assert len(prediction.neighbours) == N
+        gives = np.array([key.gives for key in prediction.neighbours])
+        ids = [NAMES.index(label) for label in prediction.labels]
+        np.testing.assert_allclose(gives.sum(0), alone[q, ids], rtol=1e-4, atol=1e-5)
+        if values is None:
+            own = [[key.weight * (key.label == label) for label in prediction.labels] for key in prediction.neighbours]
+            np.testing.assert_allclose(gives, own)
+        else:
+            assert gives.min() < 0
+
+
 def slowly(k: int | None, tail: bool, keys: Array = KEYS, y: Array = Y, values: Array = VALUES) -> Array:
     """Cache logits of QUERIES, the slow way."""
     A = QUERIES.astype(np.float64) @ keys.T.astype(np.float64)
@@ -144,7 +160,7 @@ def test_one_hot_values_change_nothing(case: Case, beta: float) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(cases, betas)
-def test_values_are_given_key_by_key(case: Case, beta: float) -> None:
+def test_values_are_giveskey_by_key(case: Case, beta: float) -> None:
     y, A = torch.from_numpy(case.y), torch.from_numpy(case.A)
     every = np.ones_like(case.found)
 

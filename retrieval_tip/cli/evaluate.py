@@ -171,8 +171,7 @@ def _sweep(
     sources = [source_of(source, reading, "test")]
     if runs.val is not None:
         sources.append(source_of(runs.val, reading.without_split(), "val"))
-    methods = runs.methods or sweep.PLAIN
-    images = [shots_of(pool)] if "tip-adapter-f" in methods else []
+    images = [shots_of(pool)] if "tip-adapter-f" in runs.methods else []
     rows = []
     with encoder_for(ctx, pool, [*sources, *images], encoding) as encoder:
         test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
@@ -183,7 +182,7 @@ def _sweep(
             runs.results,
             shots=runs.shots,
             seeds=range(1, runs.seeds + 1),
-            methods=methods,
+            methods=runs.methods or None,
             val=rest[0] if rest else None,
             protocol=runs.protocol,
             scales=runs.scales,

@@ -68,6 +68,7 @@ _SEARCH = grouped(
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=FOLDER, help="Labelled validation source to judge by, in place of the shots.")
 @LETTERS
+@click.option("--plot", type=FILE, help="PNG file for the forms that were tried (needs matplotlib).")
 @ROOT
 @BACKBONE
 @ENCODING
@@ -78,6 +79,7 @@ def fit_command(
     source: Path | None,
     metric: str | None,
     values: str | None,
+    plot: Path | None,
     root: Path | None,
     encoding: EncodingOptions,
 ) -> None:
@@ -88,7 +90,10 @@ def fit_command(
     """
     from retrieval_tip.data.sources import open_source
     from retrieval_tip.index.fit import fit_index
+    from retrieval_tip.report import plots
 
+    if plot:
+        plots.needs_matplotlib()
     if source is None:
         choice, skipped = fit_index(folder, metric=metric, values=values), []
     else:
@@ -98,6 +103,10 @@ def fit_command(
         skipped = encoder.skipped
     warn(choice.warnings)
     say(f"{choice} ({choice.seconds:.1f} s)")
+    if plot and choice.trials:
+        plots.draw_choice(choice, plot)
+    elif plot:
+        warn(["--plot: nothing was tried, so nothing is drawn; the documented form stands"])
     finish(ctx, skipped)
 
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line
 from retrieval_tip.files import replacing
+from retrieval_tip.predictions import shown_probability
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
@@ -71,11 +72,12 @@ def write_rows(
 def prediction_details(row: Row) -> Iterator[str]:
     """Lines of a table below a prediction: its nearest keys, and classes with their probabilities."""
     if row.get("neighbours"):
-        for text in table_lines(row["neighbours"], ["affinity", "weight", "label", "source", "key_id"]):
+        near = [neighbour | {"gives": neighbour["gives"][0]} for neighbour in row["neighbours"]]  # to the answer
+        for text in table_lines(near, ["affinity", "weight", "gives", "label", "source", "key_id"]):
             yield f"    {text}"
     others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
     if others:
-        yield "    " + ", ".join(f"{one_line(label)} {probability:.4f}" for label, probability in others)
+        yield "    " + ", ".join(f"{one_line(label)} {shown_probability(chance)}" for label, chance in others)
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
@@ -103,7 +105,7 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
 
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
     """Aligned lines with a heading; numbers to the right."""
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    cells = [[_cell(row.get(column), column) for column in columns] for row in rows]
     right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
     heading = [one_line(column) for column in columns]
     widths = [max([len(t) for t in texts if len(t) <= WIDE], default=0) for texts in zip(heading, *cells, strict=True)]
@@ -194,8 +196,10 @@ def _opened(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "wb")
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, column: str) -> str:
     if isinstance(value, float):
+        if column == "probability":
+            return shown_probability(value)
         return f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.4f}"
     if isinstance(value, list | dict):
         return json_line(value)

@@ -42,7 +42,7 @@ of the shots. tip-adapter-f: keys fine-tuned on views of the shots, with the set
 images choose."""
 
 PLAIN = METHODS[:-2]
-"""Those that train nothing."""
+"""Those that train nothing, which are run where none is named; fine-tuned keys are no shots, to fit anything to."""
 
 LINEAR = {"class-means": class_means, "linear-probe": linear_probe}
 
@@ -96,7 +96,7 @@ def sweep(
     *,
     shots: Sequence[int],
     seeds: Sequence[int],
-    methods: Sequence[str] = PLAIN,
+    methods: Sequence[str] | None = None,
     val: Items | None = None,
     protocol: str = "honest",
     scales: tuple[float, float] = PAPER_SCALES,
@@ -108,11 +108,13 @@ def sweep(
     settings are chosen on the published validation draw out of ``val`` (``min(shots, 4)`` a class), without ``val`` by
     leave-one-out, and at 1 shot without ``val`` they stay untouched. ``paper`` settings come from the published grid
     over all of ``val``. ``test`` is only ever answered. ``tip-adapter-f`` needs ``views``: the pool's images or a table
-    of their views, and what encodes them.
+    of their views, and what encodes them. ``methods`` are those of :data:`PLAIN` where none is given.
 
     Raises UsageError for an unknown method or protocol, or the paper's protocol without ``val``; InputError where
     ``results`` is not a table of runs or cannot be written.
     """
+    if methods is None:
+        methods = [method for method in PLAIN if pool.curve is None or method != "closed-form"]
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         raise UsageError(f"method {unknown[0]!r}: expected one of {', '.join(METHODS)}")

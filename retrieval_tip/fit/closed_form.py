@@ -28,6 +28,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.ridge import Ridge
@@ -97,10 +98,11 @@ DEFAULT = Form(0.8, 0.1, 1.0)
 """What stands unless the shots say otherwise: on each dataset of shared data it is near the best of all."""
 
 ONE_SHOT = Form(None, 0.5, 1.0)
-ONE_SHOT_ALPHA, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 70.0, 25
-"""Of one photograph a class, which leaves nothing to judge the cache by: how much it counts beside text whose own
-temperature was fitted to the shots, and alone; found on four datasets of real CLIP features, where 12 to 18 do as well.
-And the photographs that the backbone's own temperature counts as: few say little of another one."""
+ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
+"""Of one photograph a class, which leaves nothing to judge the cache by: how much it counts beside text that is as sure
+as it may be, at most beside any text, and alone; found on four datasets of real CLIP features, where 12 to 18 do as
+well, and one of a weak text tower. And the photographs that the backbone's own temperature counts as: few say little of
+another one."""
 
 FORMS = (
     DEFAULT,
@@ -364,18 +366,17 @@ def fit(
     *,
     metric: str | None = None,
     values: str | None = None,
-    validation: tuple[npt.NDArray[np.float32], IntArray] | None = None,
-    name: str = "validation",
+    validation: Queries | None = None,
     factory: str | None = None,
 ) -> Choice:
     """Give an index the metric, values, alpha, beta and temperature that its own shots speak for.
 
     A form is chosen by folds of the shots (views of one photograph together, everything solved anew without each fold),
-    or by ``validation``, features ``[q, d]`` and class ids ``[q]`` that are none of the keys. :data:`DEFAULT` stands
-    unless another is right at least as often, and its cross-entropy smaller by more than two standard errors of the
-    difference: few shots choose badly among many forms. Classes of one photograph take part without being judged; where
-    there are no others, the settings are the documented ones (:func:`_unjudged`). The temperature comes with the blend
-    (:func:`blend`), and what is ``unlike`` any shot from what the others say of held-out shots.
+    or by ``validation`` images that are none of the keys. :data:`DEFAULT` stands unless another is right at least as
+    often, and its cross-entropy smaller by more than two standard errors of the difference: few shots choose badly
+    among many forms. Classes of one photograph take part without being judged; where there are no others, the settings
+    are the documented ones (:func:`_unjudged`). The temperature comes with the blend (:func:`blend`), and what is
+    ``unlike`` any shot from what the others say of held-out shots.
 
     Args:
         cache: keys as they were built or added, in one segment; its present metric and values do not matter.
@@ -383,12 +384,10 @@ def fit(
         values: ``one-hot`` or ``solved``, where they are not to be chosen. One-hot where the index retrieves ``k``
             keys, which would miss what the others take back, and above :data:`MOST_SOLVED` keys.
         validation: what to judge by in place of the shots.
-        name: what the validation images are called.
         factory: type of the index over the points, by default the one that there is.
 
-    On disk after :meth:`CacheModel.save`. Returns the choice. Raises UsageError for another
-    metric or other values, and for solved ones that cannot be; InputError for an index that was fine-tuned or has
-    several segments.
+    On disk after :meth:`CacheModel.save`. Returns the choice. Raises UsageError for another metric or other values, and
+    for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments.
     """
     start = time.perf_counter()
     by_class = cache.index.by_class if factory is None else inner_factory(factory) is not None
@@ -397,50 +396,20 @@ def fit(
         raise InputError("fit: the keys of this index were fine-tuned, and are no shots any more; fit the one before")
     if cache.segments > 1:
         raise InputError("fit: the index has segments beside it; compact it first")
-    keys, ids, c = cache.keys, cache.class_ids.cpu().numpy(), len(cache.class_names)
-    text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
-    images = images_of(cache.labels)
-    judged = int(min(JUDGED, max(256, AFFINITIES / cache.n)))
-    if validation is None:
-        folds = Folds.of_shots(keys, ids, c, text, images, MOST_FOLDS if cache.n <= JUDGED else FOLDS, judged)
-        count = sum(len(held.ids) for held in folds.held)
-        judged_on = f"your own photos, each left out (n={count})"
+    folds, judged_on = _judged_by(cache, validation)
+    n = sum(len(held.ids) for held in folds.held)
+    if n >= LEAST_JUDGED and folds.c > 1:
+        form, trials = _chosen(cache, forms, folds, by_shots=validation is None)
+        settings, accuracies = _settled(cache.settings, form, folds)
+        where = f"fitted on {judged_on}"
     else:
-        held = Held(torch.from_numpy(validation[0]), torch.from_numpy(validation[1]), torch.arange(cache.n))
-        folds = Folds(keys, torch.from_numpy(ids), c, text, [held])
-        count = len(held.ids)
-        judged_on = f"{name} (n={count})"
-    trials: list[Trial] = []
-    form, settings, blended = forms[0], cache.settings.unfitted(), None
-    if count >= LEAST_JUDGED and c > 1:
-        enough = validation is not None or len(np.unique(images)) >= LEAST_SHOTS * c
-        if len(forms) > 1 and enough:
-            chosen_on = folds if validation is not None else _sample(keys, ids, c, text, images)
-            form, trials = _choose(chosen_on, forms)
-        text_held, cache_held, ids_held = folds.logits(form)
-        blended, offset = _linked(text_held, cache_held, ids_held, OFFSETS if form.ridge is not None else (None,))
-        settings = replace(
-            blended.settings(settings, form.beta),
-            least_cache=float(tip.log_cache(cache_held, offset).amax(1).quantile(UNLIKE)),
-            log_offset=offset,
-        )
-    else:
-        (form, settings), count = _unjudged(cache, forms), 0
-    solved_metric, solved_values, fitted = _solved(cache, form)
-    choice = Choice(
-        form=form,
-        trials=trials,
-        judged_on=judged_on,
-        n=count,
-        folds=len(folds.held),
-        seconds=time.perf_counter() - start,
-        photos=None if blended is None else float(blended.cache_right.double().mean()),
-        words=None if blended is None or text is None else float(blended.text_right.double().mean()),
-        both=None if blended is None else float(blended.right.double().mean()),
-    )
-    where = f"fitted on {judged_on}" if blended is not None else "documented for shots that cannot be judged"
+        (form, settings), trials, accuracies, n = _unjudged(cache, forms), [], {}, 0
+        where = "documented for shots that cannot be judged"
+    solved = _solved(cache, form)
+    seconds = time.perf_counter() - start
+    choice = Choice(form, trials, judged_on, n, len(folds.held), seconds, **accuracies)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
-    cache.set_fitted(solved_metric, solved_values, fitted, factory)
+    cache.set_fitted(*solved, factory)
     cache.settings, cache.provenance = settings, cache.provenance | provenance
     return choice
 
@@ -476,10 +445,46 @@ def _forms(cache: CacheModel, metric: str | None, values: str | None, *, by_clas
     return [form for form in FORMS if metric in (None, form.metric) and values in (None, form.values)]
 
 
+def _judged_by(cache: CacheModel, validation: Queries | None) -> tuple[Folds, str]:
+    """What the chosen form is judged by, and what that is called."""
+    ids, c = cache.class_ids.cpu(), len(cache.class_names)
+    text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
+    if validation is not None:
+        held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
+        return Folds(cache.keys, ids, c, text, [held]), f"{validation.name} (n={len(held.ids)})"
+    number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
+    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images_of(cache.labels), number, judged)
+    return folds, f"your own photos, each left out (n={sum(len(held.ids) for held in folds.held)})"
+
+
+def _chosen(cache: CacheModel, forms: Sequence[Form], folds: Folds, *, by_shots: bool) -> tuple[Form, list[Trial]]:
+    """The form that is chosen and those that were tried: none, where there are too few shots to choose by."""
+    images = images_of(cache.labels)
+    if len(forms) == 1 or (by_shots and len(np.unique(images)) < LEAST_SHOTS * folds.c):
+        return forms[0], []
+    if by_shots:
+        folds = _sample(cache.keys, folds.ids.numpy(), folds.c, folds.text, images)
+    return _choose(folds, forms)
+
+
+def _settled(settings: Settings, form: Form, folds: Folds) -> tuple[Settings, dict[str, float | None]]:
+    """The settings of a form that go best with what is held out, and how text, cache and both do on it."""
+    text, cache, ids = folds.logits(form)
+    blended, offset = _linked(text, cache, ids, OFFSETS if form.ridge is not None else (None,))
+    least = float(tip.log_cache(cache, offset).amax(1).quantile(UNLIKE))
+    settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
+    photos, words, both = (
+        float(right.double().mean()) for right in (blended.cache_right, blended.text_right, blended.right)
+    )
+    return settings, {"photos": photos, "words": None if text is None else words, "both": both}
+
+
 def _unjudged(cache: CacheModel, forms: Sequence[Form]) -> tuple[Form, Settings]:
     """The form and settings of shots that cannot be judged: :data:`ONE_SHOT`, or the untouched ones where it cannot be.
 
-    The shots do judge the text, which has not seen them: its temperature is fitted, so that weak words count little.
+    The shots do judge the text, which has not seen them: its temperature T is fitted, so that weak words count little.
+    Where these were too sure, T > 1, photographs count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``, made
+    less sure as a whole where that is more than photographs can be.
     """
     if ONE_SHOT.values not in {form.values for form in forms}:
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
@@ -492,7 +497,9 @@ def _unjudged(cache: CacheModel, forms: Sequence[Form]) -> tuple[Form, Settings]
         text = tip.text_logits(keys, cache.text_weights.cpu(), cache.settings.logit_scale)
         trusted = len(rows) / (len(rows) + ONE_SHOT_DOUBT)
         temperature = blend(None, text, cache.class_ids.cpu()[rows]).b ** -trusted
-    alpha = ONE_SHOT_ALPHA * temperature if cache.has_text else ONE_SHOT_ALONE
+    photos = ONE_SHOT_ALPHA * max(1.0, temperature) ** 2 if cache.has_text else ONE_SHOT_ALONE
+    alpha = photos * temperature
+    temperature *= max(1.0, photos / ONE_SHOT_MOST) if cache.has_text else 1.0
     return form, replace(cache.settings.unfitted(), alpha=alpha, beta=form.beta, temperature=temperature)
 
 

@@ -34,13 +34,11 @@ def fit_index(
     nothing was changed.
     """
     cache = CacheModel.load(folder, device="cpu")
-    held = None
+    queries = None
     if validation is not None and encoder is not None:
         queries = on_validation(cache, validation, encoder)
-        held = queries.features, queries.ids
     if cache.segments > 1:
         cache.compact()
-    name = "" if validation is None else validation.name
-    choice = closed_form.fit(cache, metric=metric, values=values, validation=held, name=name)
+    choice = closed_form.fit(cache, metric=metric, values=values, validation=queries)
     cache.save(Path(folder), "fit")
     return choice

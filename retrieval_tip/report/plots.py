@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from retrieval_tip.fit.closed_form import Choice
     from retrieval_tip.index.tune import Trial, Tuning
 
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
@@ -425,6 +426,32 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     axes.minorticks_off()
     axes.set(xlabel="shots: keys a class", ylabel="top-1 accuracy on test, %")
     axes.legend(fontsize=9)
+    return figure
+
+
+def draw_choice(choice: Choice, path: Path) -> None:
+    """Write the forms that were tried when an index was fitted as a PNG file: their cross-entropy and accuracy.
+
+    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
+    """
+    _write(partial(_draw_choice, choice), path)
+
+
+def _draw_choice(choice: Choice) -> Figure:
+    """A line a form, the most likely one on top."""
+    trials = sorted(choice.trials, key=lambda trial: -trial.loss)
+    figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
+    places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
+    columns = (
+        ("cross-entropy, nats", [trial.loss for trial in trials]),
+        ("top-1, %", [100 * t.accuracy for t in trials]),
+    )
+    for axes, (label, figures) in zip(drawn, columns, strict=True):
+        axes.hlines(places, min(figures), figures, color=GREY, linewidth=1)
+        axes.scatter(figures, places, color=[ORANGE if chosen else BLUE for chosen in own], zorder=3)
+        axes.set(xlabel=label)
+    drawn[0].set_yticks(places, [str(trial.form) for trial in trials], fontsize=8)
+    figure.suptitle("Forms on folds of the shots; orange: chosen")
     return figure
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone
@@ -33,9 +34,10 @@ from retrieval_tip.evaluation import sweep
 from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.evaluation.evaluate import Evaluation, judge
 from retrieval_tip.files import replacing
-from retrieval_tip.fit import search_hp
+from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import CURVE
 from retrieval_tip.html import render
+from retrieval_tip.predictions import shown_probability
 from retrieval_tip.report import plots
 from retrieval_tip.report.judged import Judged
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
@@ -50,6 +52,8 @@ CLASSES = 1000
 AFFINITY_PAIRS = 2_000_000_000
 """Of more pairs of an item and a key, affinities are not counted."""
 SHOTS = tuple(2**i for i in range(10))
+RIVAL_KEYS = 1 << 14
+"""Of more keys, what else the same shots allow is left out: a linear probe takes minutes."""
 CURVE_KEYS = 4096
 """Draws of more keys are left out of the curves unless they are asked for: a search costs by the square of the keys."""
 SURFACE_KEYS, SURFACE_QUERIES = 20_000, 2_000
@@ -202,6 +206,7 @@ def _page(judged: Judged, parts: dict[str, Any], left_out: dict[str, str]) -> st
         "title": f"{name} on {Path(judged.test.name).name}", "judged": judged, "cache": cache, "evaluation": evaluation,
         "blend": _blend(judged), "interval": wilson(int(judged.answers.right.sum()), evaluation.n), "shared": shared,
         "parts": parts, "left_out": left_out, "counted": counted, "show": show, "thumbnail": remembered(thumbnail),
+        "shown_probability": shown_probability,
     }  # fmt: skip
     return render("report/page.html.j2", **values)
 
@@ -223,7 +228,7 @@ class Way(NamedTuple):
 
 
 def _accuracy(judged: Judged) -> dict[str, Any]:
-    """The ways of answering, and why the index before fine-tuning is missing among them."""
+    """The ways of answering, what else the same shots allow among them, and why some of it is missing."""
     evaluation, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
     text, alone, ways, missing = details.text, details.cache, [], ""
     if evaluation.zero_shot_top1 is not None:
@@ -233,14 +238,37 @@ def _accuracy(judged: Judged) -> dict[str, Any]:
     right = alone.predicted == truth
     known = expected_calibration_error(alone.confidence, right) if evaluation.settings.alpha else None
     ways.append(_way("cache alone", "fine-tuned keys alone" if tuned else "keys alone", right, truth, known))
-    if tuned:
-        try:
-            ways.append(_parent(judged))
-        except _LeftOutError as reason:
-            missing = str(reason)
+    try:
+        ways += _others(judged, _parent(judged) if tuned else judged.cache)
+    except _LeftOutError as reason:
+        missing = str(reason)
     what = "text and fine-tuned cache" if tuned else "text and cache, blended"
     ways.append(_way(_blend(judged), what, judged.answers.right, truth, evaluation.ece))
     return {"ways": ways, "missing": missing}
+
+
+def _others(judged: Judged, shots: CacheModel) -> list[Way]:
+    """What else the same shots allow: the field's simple rivals, Tip-Adapter, and the index before fine-tuning."""
+    ways, truth = [], judged.answers.truth
+    if shots.n <= RIVAL_KEYS:
+        for name, rival in sweep.LINEAR.items():
+            logits = rival(shots).logits(judged.features)
+            confidence, predicted = tip.probabilities(logits).max(1)
+            right = predicted.numpy() == truth
+            ece = expected_calibration_error(confidence.numpy(), right)
+            ways.append(_way(name.replace("-", " "), "of the same shots, without text", right, truth, ece))
+        if shots.fitted is not None:
+            ways.append(_answering(judged, closed_form.unfitted(shots), "of the same shots, nothing fitted"))
+    if judged.is_tuned:
+        ways.append(_answering(judged, shots, f"{shots.place}, version {shots.version}, before fine-tuning"))
+    return ways
+
+
+def _answering(judged: Judged, shots: CacheModel, what: str) -> Way:
+    """Another index answering the same items."""
+    other = judge(shots, judged.blocks, judged.ids)
+    name = "Tip-Adapter" if shots.fitted is None else "fitted"
+    return _way(name, what, other.answers.right, other.answers.truth, other.ece)
 
 
 def _blend(judged: Judged) -> str:
@@ -253,8 +281,8 @@ def _way(name: str, what: str, right: Bools, truth: Ints, ece: float | None) -> 
     return Way(name, what, hits / n, *wilson(hits, n), mean, ece, n)
 
 
-def _parent(judged: Judged) -> Way:
-    """The index that this one was fine-tuned from, answering the same items."""
+def _parent(judged: Judged) -> CacheModel:
+    """The index that this one was fine-tuned from."""
     cache, facts = judged.cache, judged.record("finetune")
     name, version = facts.get("parent"), facts.get("parent_version")
     if not isinstance(name, str) or not name:
@@ -265,11 +293,9 @@ def _parent(judged: Judged) -> Way:
         check_backbone(parent.backbone, parent.d, judged.encoder.backbone, [judged.test])
         if parent.class_names != cache.class_names:
             raise InputError(f"{name}: has other classes")
-        untrained = judge(parent, judged.blocks, judged.ids)
     except (RetrievalTipError, OSError, ValueError) as error:
         raise _LeftOutError(f"it was made from {name}, which cannot be asked ({error})") from None
-    what = f"{name}, version {parent.version}, before fine-tuning"
-    return _way("Tip-Adapter", what, untrained.answers.right, untrained.answers.truth, untrained.ece)
+    return parent
 
 
 # --------------------------------------------------------------------------------------------------- shots, settings
@@ -299,7 +325,8 @@ def _drawn(judged: Judged) -> tuple[list[int], str]:
 def _over_shots(judged: Judged) -> dict[str, Any]:
     """Accuracy over shots: method, shots, draws, mean, half of the interval, lowest and highest; and a diagram."""
     numbers, more = _drawn(judged)
-    methods = sweep.METHODS[:3] if judged.cache.has_text else ("cache-alone",)
+    last = "cache-alone" if judged.cache.fitted is None else "closed-form"
+    methods = ("zero-shot", "tip-adapter", last) if judged.cache.has_text else (last,)
     try:
         runs = _runs(judged, numbers, methods)
     except RetrievalTipError as error:

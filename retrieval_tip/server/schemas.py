@@ -173,13 +173,14 @@ class Removed(BaseModel):
 
 
 class Neighbour(BaseModel):
-    """A key near the query; ``weight`` is exp(-beta (1 - affinity))."""
+    """A key near the query; ``weight`` is exp(-beta (1 - affinity)), ``gives`` what it adds to each of ``labels``."""
 
     key_id: int
     source: str
     label: str
     affinity: float
     weight: float
+    gives: list[float]
 
 
 class Evidence(BaseModel):
@@ -283,7 +284,14 @@ CLASSIFIED_EXAMPLE = {
             "text_logit": 24.1,
             "cache_logit": 3.2,
             "neighbours": [
-                {"key_id": 7, "source": "photos/cat/7.jpg", "label": "cat", "affinity": 0.81, "weight": 0.352},
+                {
+                    "key_id": 7,
+                    "source": "photos/cat/7.jpg",
+                    "label": "cat",
+                    "affinity": 0.81,
+                    "weight": 0.352,
+                    "gives": [0.352, 0.0],
+                },
             ],
         }
     ],

@@ -202,7 +202,7 @@ export class Card {
       this.version = answer.version;
     }
     if (answer.version !== state.info.version) return this.view.outdated(this);
-    if (result.evidence) this.#showNeighbours(result.neighbours);
+    if (result.evidence) this.#showNeighbours(result);
     this.served = { name, rows: rowsOf(result, this.evidence.text) };
     this.state.replaceChildren();
     this.element.setAttribute("aria-busy", "false");
@@ -282,9 +282,10 @@ export class Card {
   }
 
   /** The nearest keys, also those beyond k, which the server does not name: a larger k may count them. */
-  #showNeighbours(named) {
+  #showNeighbours({ neighbours: named, labels }) {
     const { keyIds, classIds, affinities } = this.evidence;
     const sources = new Map(named.map(({ key_id: id, source }) => [id, source]));
+    const gives = new Map(named.map(({ key_id: id, gives: each }) => [id, each]));
     const items = keyIds.slice(0, NEIGHBOURS).map((id, i) => {
       const label = state.labels[classIds[i]];
       return el(
@@ -294,6 +295,7 @@ export class Card {
         el("span", { class: "name" }, label),
         el("span", { class: "affinity", data: { value: affinities[i] } }, `affinity ${affinities[i].toFixed(3)}`),
         el("span", { class: "weight" }),
+        ...given(gives.get(id), labels),
       );
     });
     this.neighbours.replaceChildren(...items);
@@ -314,6 +316,16 @@ export class Card {
     this.was.textContent = `was ${byLabel(before, shown) ? "" : `${old.label} `}${percent(old.probability)}`;
   }
 }
+
+/** What a neighbour gave to the classes that are shown: where values were solved, some to each, also below 0. */
+function given(gives, labels) {
+  if (!gives || state.info.values === "one-hot") return [];
+  return labels.map((label, i) => {
+    const sign = gives[i] > 0 ? "+" : "";
+    return el("span", { class: "gives", data: { value: gives[i] } }, `${sign}${short(gives[i])} to ${label}`);
+  });
+}
+
 function rowElement() {
   return el(
     "tr",
