@@ -201,15 +201,15 @@ def _room(cpus: list[float], gpus: list[float], device: str, actors: int | None)
     largest = max(cpus)
     if largest < 2:
         each = SHARE * min(c for c in cpus if c > 0)
-        found = sum(c > 0 for c in cpus)
+        most = sum(c > 0 for c in cpus)
     else:
         each = float(max(1, int(largest) // ACTORS_A_NODE))
-        found = sum(int(c // each) for c in cpus)
-        if found * each > sum(cpus) - 1:
-            found -= 1
+        most = sum(int(c // each) for c in cpus)
+        if most * each > sum(cpus) - 1:
+            most -= 1
     if actors is not None:
-        found = min(found, actors)
-    return Room(max(1, found), each)
+        most = min(most, actors)
+    return Room(max(1, most), each)
 
 
 @contextmanager

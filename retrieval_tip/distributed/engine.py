@@ -110,8 +110,8 @@ class Summary:
         said["error"] = None if said["error"] is None else tuple(said["error"])
         arrays = {}
         if row["arrays"]:
-            with np.load(io.BytesIO(row["arrays"]), allow_pickle=False) as found:
-                arrays = dict(found)
+            with np.load(io.BytesIO(row["arrays"]), allow_pickle=False) as held:
+                arrays = dict(held)
         return cls(**said, arrays=arrays)
 
 
@@ -154,8 +154,8 @@ class Worker:
         rows = []
         for packed in batch.column("shard").to_pylist():
             shard = Shard.from_json(zlib.decompress(packed).decode())
-            found = replace(self._done(shard), node=node, pid=os.getpid())
-            rows.append(found.to_row())
+            summary = replace(self._done(shard), node=node, pid=os.getpid())
+            rows.append(summary.to_row())
         return pa.Table.from_pylist(rows, schema=pa.schema([("said", pa.string()), ("arrays", pa.binary())]))
 
     def _done(self, shard: Shard) -> Summary:
@@ -198,12 +198,12 @@ def through(task: Task, shards: Sequence[Shard], ray: Ray, *, progress: bool = F
         connected(ray.address) as module,
         tqdm(total=len(shards), unit="shard", disable=None if progress else True, leave=False) as bar,
     ):
-        for found in _stream(module, task, shards, room(ray.device, min(ray.actors or len(shards), len(shards)))):
-            if found.error is not None:
-                kind, text = found.error
+        for summary in _stream(module, task, shards, room(ray.device, min(ray.actors or len(shards), len(shards)))):
+            if summary.error is not None:
+                kind, text = summary.error
                 raise getattr(errors, kind, InputError)(text)
             bar.update()
-            yield found
+            yield summary
 
 
 def _stream(module: Any, task: Task, shards: Sequence[Shard], place: Room) -> Iterator[Summary]:

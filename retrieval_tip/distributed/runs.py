@@ -56,16 +56,16 @@ class Run:
         text = json.dumps({"format": RUN_FORMAT, **facts}, sort_keys=True)
         run = cls(os.fspath(place).rstrip("/") or "/", hashlib.sha256(text.encode()).hexdigest())
         sealed = json.dumps({"digest": run.digest, **json.loads(text)}, indent=1).encode()
-        found = run.read(RUN)
-        if found is None:
+        earlier = run.read(RUN)
+        if earlier is None:
             if run.names():
                 raise UsageError(
                     f"{show(run.place)}: holds files already and no run of --engine ray; give another folder"
                 )
             run.write(RUN, sealed)
-        elif found != sealed:
+        elif earlier != sealed:
             raise UsageError(
-                f"{show(run.place)}: holds another run ({_difference(found, sealed)}); "
+                f"{show(run.place)}: holds another run ({_difference(earlier, sealed)}); "
                 "give another folder, or remove this one to start anew"
             )
         return run
@@ -152,8 +152,8 @@ class Run:
     def done(self, number: int) -> dict[int, int]:
         """Shards below ``number`` whose part is there and whole, with its rows."""
         there = self.names()
-        found = {shard: self._rows(shard) for shard in range(number) if part_name(shard) in there}
-        return {shard: rows for shard, rows in found.items() if rows is not None}
+        rows_by_shard = {shard: self._rows(shard) for shard in range(number) if part_name(shard) in there}
+        return {shard: rows for shard, rows in rows_by_shard.items() if rows is not None}
 
     def _rows(self, number: int) -> int | None:
         place = self.at(part_name(number))
@@ -167,13 +167,13 @@ class Run:
     def failed(self, number: int) -> list[Skipped]:
         """Inputs of all shards below ``number`` that could not be read."""
         there = self.names("failed")
-        found = []
+        skipped = []
         for shard in range(number):
             if part_name(shard) in there:
                 place = self.at(f"failed/{part_name(shard)}")
                 table = open_parquet(place if remote.is_remote(place) else Path(place)).read()
-                found += [Skipped(row["input"], row["reason"]) for row in table.to_pylist()]
-        return found
+                skipped += [Skipped(row["input"], row["reason"]) for row in table.to_pylist()]
+        return skipped
 
     def finish(self, parts: int, rows: int, failed: int) -> None:
         """Say that all is there. Raises InputError where a part is not: workers on other machines wrote elsewhere."""
@@ -187,10 +187,10 @@ class Run:
         self.write(COMPLETE, json.dumps({"run": self.digest, "parts": parts, "rows": rows, "failed": failed}).encode())
 
 
-def _difference(found: bytes, sealed: bytes) -> str:
+def _difference(earlier: bytes, sealed: bytes) -> str:
     """The first setting in which two descriptions differ."""
     try:
-        one, other = json.loads(found), json.loads(sealed)
+        one, other = json.loads(earlier), json.loads(sealed)
         for name in sorted(one.keys() | other.keys()):
             if name not in ("digest", "settings") and one.get(name) != other.get(name):
                 return f"of another {name}"

@@ -97,10 +97,10 @@ class OpenShard:
 
 def digest(shards: Sequence[Shard]) -> str:
     """SHA-256 of what the shards are: another source, other files in it or another cut give another."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for shard in shards:
-        found.update(shard.to_json().encode() + b"\n")
-    return found.hexdigest()
+        sha256.update(shard.to_json().encode() + b"\n")
+    return sha256.hexdigest()
 
 
 def cut(
@@ -141,10 +141,12 @@ def cut_source(source: Source, size: int | None = None) -> list[Shard]:
     """
     if source.paths is None:
         assert source.table is not None
-        found = numbered(s for file in table_files(source.table) for s in _cut_rows(os.fspath(file), None, False, size))
-        if sum(shard.last - shard.first for shard in found) != len(source):
+        shards = numbered(
+            s for file in table_files(source.table) for s in _cut_rows(os.fspath(file), None, False, size)
+        )
+        if sum(shard.last - shard.first for shard in shards) != len(source):
             raise UsageError(f"{source.name}: only all rows of a feature table can be cut into shards")
-        return found
+        return shards
     size = size or IMAGES
     shards = []
     for first in range(0, len(source), size):
@@ -163,22 +165,22 @@ def cut_inputs(arguments: Iterable[str], stdin: Iterable[str] = (), size: int | 
 
     Raises as that and as :func:`cut`.
     """
-    found: list[Shard] = []
+    shards: list[Shard] = []
     waiting: list[str] = []
 
     def flush() -> None:
         for source in open_inputs(waiting, stdin):
-            found.extend(cut_source(source, size))
+            shards.extend(cut_source(source, size))
         waiting.clear()
 
     for argument in arguments:
         if argument != "-" and (remote.is_remote(argument) or _tars(argument) or _is_parquet(argument)):
             flush()
-            found += cut(argument, size=size)
+            shards += cut(argument, size=size)
         else:
             waiting.append(argument)
     flush()
-    return numbered(found)
+    return numbered(shards)
 
 
 def numbered(shards: Any) -> list[Shard]:
@@ -271,8 +273,8 @@ def _remote_images(folder: str, labelled: bool) -> Source:
     """The images below a folder of an object store; where they lie in folders of it, these are their labels."""
     system, scheme = remote.system_of(folder), folder.partition("://")[0]
     base = f"{scheme}://{folder.partition('://')[2].strip('/')}/"
-    found = [f"{scheme}://{name}" for name in sorted(remote.attempt(folder, lambda: system.find(folder)))]
-    paths = [path for path in found if Path(path).suffix.lower() in images.extensions() and path.startswith(base)]
+    urls = [f"{scheme}://{name}" for name in sorted(remote.attempt(folder, lambda: system.find(folder)))]
+    paths = [path for path in urls if Path(path).suffix.lower() in images.extensions() and path.startswith(base)]
     if not paths:
         raise InputError(f"{show(folder)}: no images, tars or Parquet file there")
     labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
@@ -392,22 +394,22 @@ def _samples(file: BinaryIO, name: str, failed: list[Skipped]) -> Iterator[_Samp
     Damage ends the tar: what is after it is lost, and said.
     """
     sample: _Sample | None = None
-    found = 0
+    members = 0
     with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", ignore_zeros=False) as tar:
         while True:
             try:
                 member = tar.next()
             except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-                failed.append(Skipped(name, f"damaged after {found} members: {first_line(error)}"))
+                failed.append(Skipped(name, f"damaged after {members} members: {first_line(error)}"))
                 break
             if member is None:
                 if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                    failed.append(Skipped(name, f"damaged or cut off after {found} members: no end mark there"))
+                    failed.append(Skipped(name, f"damaged or cut off after {members} members: no end mark there"))
                 break
             tar.members.clear()  # type: ignore[attr-defined]  # it keeps each of them, which adds up
             if not member.isreg() or member.issparse():
                 continue
-            found += 1
+            members += 1
             folder, _, base = member.name.rpartition("/")
             stem, _, kind = base.partition(".")
             key, kind = show(f"{folder}/{stem}" if folder else stem), kind.lower()

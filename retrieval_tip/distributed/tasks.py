@@ -270,9 +270,9 @@ def evaluate(
     """
     check_abstain(abstain)
     task = EvaluateTask(encoding=encoding, folder=str(folder), sealed=sealed_as(folder), asked=asked)
-    found = sorted(through(task, shards, ray or Ray(), progress=progress), key=lambda summary: summary.shard)
-    failed = _told((skipped for summary in found for skipped in summary.failed), say)
-    parts = [Seen(**dict[str, Any](summary.arrays)) for summary in found if summary.rows]
+    summaries = sorted(through(task, shards, ray or Ray(), progress=progress), key=lambda summary: summary.shard)
+    failed = _told((skipped for summary in summaries for skipped in summary.failed), say)
+    parts = [Seen(**dict[str, Any](summary.arrays)) for summary in summaries if summary.rows]
     if not parts:
         raise InputError(f"none of the items could be read ({failed[0] if failed else 'there are none'})")
     seen = Seen.joined(parts)
@@ -293,12 +293,12 @@ class RayEncoder(Encoder):
         first, _ = grouped(source.paths)
         shards = cut_source(source.take(first), self.ray.size)
         task = ViewsTask(self.encoding, list(names))
-        summaries = through(task, shards, self.ray, progress=self.progress)
-        found = sorted(summaries, key=lambda summary: summary.shard)
-        for summary in found:
+        done = through(task, shards, self.ray, progress=self.progress)
+        summaries = sorted(done, key=lambda summary: summary.shard)
+        for summary in summaries:
             for skipped in summary.failed:
                 self._say(skipped)
-        parts = [(shards[summary.shard].first, Views(**summary.arrays)) for summary in found if summary.rows]
+        parts = [(shards[summary.shard].first, Views(**summary.arrays)) for summary in summaries if summary.rows]
         if not parts:
             raise self._none_read(source)
         counts = np.concatenate([np.diff(views.starts) for _, views in parts])

@@ -119,20 +119,20 @@ def _to_all(cache: CacheModel, features: Tensor) -> Tensor:
     return out.T
 
 
-def _table(cache: CacheModel, found: dict[str, npt.NDArray[Any]]) -> pa.Table:
+def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     """Suspicious shots by row, described, most suspicious first; row -1 is none."""
     key_ids, names = cache.labels["key_id"].to_numpy(), pa.array(cache.class_names, pa.string())
-    judged = found["judged"]
-    order = np.lexsort((key_ids[found["row"]], -np.where(judged, found["margin"], 0)))
-    found = {name: column[order] for name, column in found.items()}
-    unjudged = ~found["judged"]
+    judged = shots["judged"]
+    order = np.lexsort((key_ids[shots["row"]], -np.where(judged, shots["margin"], 0)))
+    shots = {name: column[order] for name, column in shots.items()}
+    unjudged = ~shots["judged"]
 
     def described(name: str, column: str) -> Any:
-        rows = found[name]
+        rows = shots[name]
         return cache.labels[column].take(pa.array(rows, pa.int64(), mask=rows < 0))
 
     def judgement(name: str, kind: pa.DataType) -> pa.Array:
-        return pa.array(found[name], kind, mask=unjudged)
+        return pa.array(shots[name], kind, mask=unjudged)
 
     return pa.table(
         {
@@ -147,7 +147,7 @@ def _table(cache: CacheModel, found: dict[str, npt.NDArray[Any]]) -> pa.Table:
             "nearest_key_id": described("near", "key_id"),
             "nearest_source": described("near", "source"),
             "nearest_label": described("near", "label"),
-            "nearest_affinity": pa.array(found["nearest_affinity"], pa.float32(), mask=found["near"] < 0),
+            "nearest_affinity": pa.array(shots["nearest_affinity"], pa.float32(), mask=shots["near"] < 0),
             "duplicate_of": described("twin", "key_id"),
         }
     )

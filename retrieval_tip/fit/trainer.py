@@ -178,8 +178,8 @@ class Trainer:
 
     def _in_training(self) -> dict[str, Tensor]:
         """What is trained beside encoders."""
-        found = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
-        return found | ({"text_weights": self.text_weights} if "text" in self.recipe.train else {})
+        parameters = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
+        return parameters | ({"text_weights": self.text_weights} if "text" in self.recipe.train else {})
 
     def check(self, trained: Mapping[str, Tensor]) -> None:
         """Raise ValueError naming the tensor that :meth:`trained` does not have like this."""

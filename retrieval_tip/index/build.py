@@ -301,9 +301,9 @@ def _text(
     return source.class_names, None, []
 
 
-def warn_of(found: Duplicates) -> None:
+def warn_of(duplicates: Duplicates) -> None:
     """Say which images are in two classes: one of the labels is wrong, or both are."""
-    for line in describe_duplicates(found):
+    for line in describe_duplicates(duplicates):
         log.warning("in two classes: %s", line)
 
 

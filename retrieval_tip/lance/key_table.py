@@ -181,8 +181,8 @@ class KeyTable:
     def schema(self) -> pa.Schema:
         """The columns."""
         with _said(self.address, "reading its schema"):
-            found: pa.Schema = self.table.schema
-            return found
+            schema: pa.Schema = self.table.schema
+            return schema
 
     @property
     def vector_type(self) -> tuple[int, str]:
@@ -240,16 +240,16 @@ class KeyTable:
         if not len(rows):
             return schema.empty_table()
         with _said(self.address, "reading rows"):
-            found: pa.Table = self.table.take_row_ids(rows.tolist()).select(list(columns)).to_arrow()
-        if len(found) != len(rows):
-            raise StoreError(f"{self.address}: found {len(found)} of {len(rows)} rows; check it with index verify")
-        return found.select(list(columns))
+            taken: pa.Table = self.table.take_row_ids(rows.tolist()).select(list(columns)).to_arrow()
+        if len(taken) != len(rows):
+            raise StoreError(f"{self.address}: found {len(taken)} of {len(rows)} rows; check it with index verify")
+        return taken.select(list(columns))
 
     def offsets(self, places: IntArray, columns: Sequence[str]) -> pa.Table:
         """Columns of the rows at some places, ascending, of all."""
         with _said(self.address, "reading rows"):
-            found: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
-        return found
+            taken: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
+        return taken
 
     def matrix(self, column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
         """The vectors ``[m, d]`` of a column of this table, as they are stored. Raises StoreError where one is none."""
@@ -260,20 +260,20 @@ class KeyTable:
         values = column.flatten()
         if column.null_count or values.null_count:
             raise StoreError(f"{self.address}: a key lacks values; go back to a version before, or build it again")
-        found: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
-        return found
+        matrix: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+        return matrix
 
     def index(self) -> str:
         """The type of the index over the keys, ``Flat`` where there is none. Raises StoreError for one of no dot."""
         with _said(self.address, "reading its indexes"):
-            found = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
-        if not found:
+            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
+        if not indices:
             return FLAT
-        details = found[0].index_details or {}
+        details = indices[0].index_details or {}
         if str(details.get("metric_type", "DOT")).lower() != "dot":
             raise StoreError(f"{self.address}: its index is by {details['metric_type']}, not dot; rebuild it")
         names = {name.lower(): name for name in (*KINDS, "IvfHnswSq")}
-        kind = names.get(str(found[0].index_type).replace("_", "").lower(), str(found[0].index_type))
+        kind = names.get(str(indices[0].index_type).replace("_", "").lower(), str(indices[0].index_type))
         return "HnswSq" if kind == "IvfHnswSq" else kind
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray, IntArray]:
@@ -290,12 +290,12 @@ class KeyTable:
             part = np.ascontiguousarray(features[start : start + step], dtype=np.float32)
             hits = self._hits(part, k)
             query = hits["query_index"].to_numpy() if "query_index" in hits.column_names else np.zeros(len(hits), int)
-            found = np.einsum("md,md->m", part[query], self.matrix(hits[VECTOR]).astype(np.float32, copy=False))
-            order = np.lexsort((-found, query))
+            products = np.einsum("md,md->m", part[query], self.matrix(hits[VECTOR]).astype(np.float32, copy=False))
+            order = np.lexsort((-products, query))
             query = query[order]
             place = np.arange(len(query)) - np.searchsorted(query, query)
             at = (start + query, place)
-            affinity[at], rows[at] = found[order], hits[ROW].to_numpy().astype(np.int64)[order]
+            affinity[at], rows[at] = products[order], hits[ROW].to_numpy().astype(np.int64)[order]
             ids[at] = hits["class_id"].to_numpy()[order]
         return affinity, rows, ids
 
@@ -310,8 +310,8 @@ class KeyTable:
                 query = query.refine_factor(KINDS[kind])
             if kind == "HnswSq":
                 query = query.ef(max(128, 2 * k) * KINDS[kind])
-            found: pa.Table = query.to_arrow()
-        return found
+            hits: pa.Table = query.to_arrow()
+        return hits
 
     def _searched(self) -> tuple[str, int]:
         """The type of the index and its number of lists."""
@@ -373,8 +373,8 @@ class KeyTable:
     def unindexed(self) -> int:
         """Rows that the index does not hold; 0 where there is none."""
         with _said(self.address, "reading its index"):
-            found = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
-            stats = self.table.index_stats(found[0].name) if found else None
+            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
+            stats = self.table.index_stats(indices[0].name) if indices else None
         return 0 if stats is None else int(stats.num_unindexed_rows)
 
     @property

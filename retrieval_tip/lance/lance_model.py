@@ -82,7 +82,7 @@ class LanceKeys(KeyStream):
         return list(self._read())
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        found = 0
+        n_read = 0
         for batch in self.table.scan(["class_id", VECTOR], with_rows=True, size=SCANNED):
             ids = batch["class_id"].to_numpy().astype(np.int64)
             if len(ids) and not 0 <= ids.min() <= ids.max() < self.n_classes:
@@ -95,9 +95,11 @@ class LanceKeys(KeyStream):
                 part = slice(start, start + self._block_size())
                 block = (np.array(keys[part], dtype=np.float32), ids[part].copy(), rows[part].copy())
                 yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
-            found += len(ids)
-        if found != self.n:
-            raise StoreError(f"{self.table.address}: has {found} rows, its manifest says {self.n}; use another version")
+            n_read += len(ids)
+        if n_read != self.n:
+            raise StoreError(
+                f"{self.table.address}: has {n_read} rows, its manifest says {self.n}; use another version"
+            )
 
     def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """:meth:`blocks` with the numbers ``[b]`` that the table knows the rows by."""
@@ -131,8 +133,8 @@ class LanceRetrieval(Retrieval):
         k = min(k, self.keys.n)
         if self.kind == FLAT:
             return self.keys.nearest(points, k)
-        found = self.keys.table.search(points.cpu().numpy(), k)
-        affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in found)
+        hits = self.keys.table.search(points.cpu().numpy(), k)
+        affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
         return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))
 
 
@@ -184,9 +186,9 @@ class LanceModel(Classifier):
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # which says what to do
             raise StoreError(f"{writer.store}: is being made by another process; try again")
-        found = cls._of(writer.store, writer.parent, writer.table, "cpu")
-        found.writer = writer
-        return found
+        model = cls._of(writer.store, writer.parent, writer.table, "cpu")
+        model.writer = writer
+        return model
 
     @classmethod
     def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str) -> LanceModel:
@@ -304,13 +306,13 @@ class LanceModel(Classifier):
 
     def every_row(self) -> IntArray:
         """The table's row numbers of all keys ``[n]``, in the order of :meth:`key_blocks`."""
-        found: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
-        return found
+        rows: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
+        return rows
 
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
         """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
-        found = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
-        return self.table.matrix(found[VECTOR]), found.select(["key_id", "class_id"])
+        some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
+        return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, npt.NDArray[Any]]]:
         """Class ids and keys, as they are stored, of some classes, a block at a time."""
@@ -321,23 +323,23 @@ class LanceModel(Classifier):
         """See :meth:`classifier.Classifier.find`."""
         columns = [name for name in self.table.schema.names if name != VECTOR]
         if key_ids:
-            found = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
+            rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
         elif labels:
-            found = self.table.of_ids("label", list(dict.fromkeys(labels)), columns)
+            rows = self.table.of_ids("label", list(dict.fromkeys(labels)), columns)
         else:
-            found = self.table.read(columns)
+            rows = self.table.read(columns)
         if labels:
-            found = found.filter(pc.is_in(found["label"], value_set=pa.array(labels, pa.string())))
+            rows = rows.filter(pc.is_in(rows["label"], value_set=pa.array(labels, pa.string())))
         if source:
-            chosen = pc.match_substring(found["source"], source, ignore_case=True)
-            found = found.filter(pc.fill_null(chosen, False))
-        return found
+            chosen = pc.match_substring(rows["source"], source, ignore_case=True)
+            rows = rows.filter(pc.fill_null(chosen, False))
+        return rows
 
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Digest and label of the keys that have one of these digests."""
         asked = list(dict.fromkeys(digest for digest in digests if digest is not None))
-        found = self.table.of_ids("digest", asked, ["digest", "label"])
-        return set(zip(found["digest"].to_pylist(), found["label"].to_pylist(), strict=True))
+        same = self.table.of_ids("digest", asked, ["digest", "label"])
+        return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
 
     def statistics(self) -> Statistics | None:
         """:func:`defaults.measure` of a sample of the keys, of few enough the one that a folder of them would take.
@@ -352,8 +354,8 @@ class LanceModel(Classifier):
                 chosen = np.lexsort((ids["key_id"].to_numpy(), ids["class_id"].to_numpy()))[chosen]
             chosen = np.sort(chosen)
         some = self.table.offsets(chosen, ["class_id", VECTOR])
-        found = measure(self.table.matrix(some[VECTOR]), some["class_id"].to_numpy().astype(np.int64))
-        return None if found is None else replace(found, shots=self.n / int((self.classes.counts > 0).sum()))
+        sampled = measure(self.table.matrix(some[VECTOR]), some["class_id"].to_numpy().astype(np.int64))
+        return None if sampled is None else replace(sampled, shots=self.n / int((self.classes.counts > 0).sum()))
 
     def take(self, rows: IntArray) -> CacheModel:
         """A classifier in memory over some of the keys, by their places in :attr:`labels`; exact, with these settings.
@@ -370,10 +372,10 @@ class LanceModel(Classifier):
 
     def keys_of(self, key_ids: IntArray) -> npt.NDArray[Any]:
         """Keys ``[m, d]`` as they are stored, by their ids, each of which is there."""
-        found = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
-        order = np.argsort(found["key_id"].to_numpy())
-        place = order[np.searchsorted(found["key_id"].to_numpy()[order], key_ids)]
-        keys: npt.NDArray[Any] = self.table.matrix(found[VECTOR])[place]
+        some = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
+        order = np.argsort(some["key_id"].to_numpy())
+        place = order[np.searchsorted(some["key_id"].to_numpy()[order], key_ids)]
+        keys: npt.NDArray[Any] = self.table.matrix(some[VECTOR])[place]
         return keys
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
@@ -469,8 +471,8 @@ class LanceModel(Classifier):
     def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
         """The number of the next shot of each class ``[c]``; 0 for classes that are not among these."""
         following = np.zeros(len(self.class_names), dtype=np.int32)
-        found = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
-        np.maximum.at(following, found["class_id"].to_numpy(), found["shot"].to_numpy() + 1)
+        shots = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
+        np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
         return following
 
     def _count(self, ids: IntArray, keys: npt.NDArray[Any], sign: int) -> None:
@@ -491,41 +493,40 @@ class LanceModel(Classifier):
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay. See :meth:`CacheModel.remove`."""
         self._writing()
-        found = self._of_ids(key_ids, ["key_id", "class_id", VECTOR])
-        if len(found) == self.n:
+        rows = self._of_ids(key_ids, ["key_id", "class_id", VECTOR])
+        if len(rows) == self.n:
             raise InputError("remove: an index needs at least one key; give up the folder instead")
-        if len(found):
-            self.table.delete(found["key_id"].to_pylist())
-            self._count(found["class_id"].to_numpy().astype(np.int64), self.table.matrix(found[VECTOR]), -1)
+        if len(rows):
+            self.table.delete(rows["key_id"].to_pylist())
+            self._count(rows["class_id"].to_numpy().astype(np.int64), self.table.matrix(rows[VECTOR]), -1)
 
     def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Rows of keys. Raises InputError naming ids that are not there."""
-        found = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
-        missing = sorted(set(key_ids) - set(found["key_id"].to_pylist()))
+        rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
+        missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
         if missing:
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
-        return found
+        return rows
 
     def relabel(self, key_ids: Sequence[int], label: str) -> None:
         """Give keys to another class, as its last shots. See :meth:`CacheModel.relabel`."""
         writer = self._writing()
         class_id = int(inputs.ids_of([label], self.class_names, 1)[0])
-        found = self._of_ids(key_ids, self.table.schema.names)
-        found = found.filter(pc.not_equal(found["class_id"], class_id)).sort_by("key_id")
-        if not len(found):
+        moved = self._of_ids(key_ids, self.table.schema.names)
+        moved = moved.filter(pc.not_equal(moved["class_id"], class_id)).sort_by("key_id")
+        if not len(moved):
             return
-        m, first = len(found), int(self._next_shots(np.array([class_id]))[class_id])
-        old, keys = found["class_id"].to_numpy().astype(np.int64), self.table.matrix(found[VECTOR])
+        m, first = len(moved), int(self._next_shots(np.array([class_id]))[class_id])
+        old, keys = moved["class_id"].to_numpy().astype(np.int64), self.table.matrix(moved[VECTOR])
         new = {
             "class_id": np.full(m, class_id, dtype=np.int32),
             "label": [label] * m,
             "shot": (first + np.arange(m)).astype(np.int32),
             VERSION: np.full(m, writer.number),
         }
-        moved = found
         for name, column in new.items():
             moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
-        self.table.delete(found["key_id"].to_pylist())
+        self.table.delete(moved["key_id"].to_pylist())
         self.table.append(moved)
         self._count(old, keys, -1)
         self._count(np.full(m, class_id, dtype=np.int64), keys, 1)
@@ -552,7 +553,7 @@ class LanceModel(Classifier):
         kept = "auto" if self.provenance.get("index") == "auto" else self.index_type
         blocks = replace(self, table=before).stored_blocks()
         text = self.classes.text
-        found = self.create(
+        anew = self.create(
             writer,
             blocks,
             self.class_names,
@@ -561,8 +562,8 @@ class LanceModel(Classifier):
             kept if factory is None else factory,
             stored=True,
         )
-        self.table, self.classes, self.dtype = found.table, found.classes, found.dtype
-        self.index_type, self.provenance = found.index_type, self.provenance | found.provenance
+        self.table, self.classes, self.dtype = anew.table, anew.classes, anew.dtype
+        self.index_type, self.provenance = anew.index_type, self.provenance | anew.provenance
         self._follow()
 
     def _index(self, kind: str, asked: str) -> None:

@@ -88,14 +88,14 @@ class Classes:
                 table[column].combine_chunks().flatten().to_numpy().reshape(-1, manifest.d)
                 for column in ("text", "sum")
             )
-            found = cls(manifest.class_names, text.copy(), table["keys"].to_numpy().astype(np.int64), sums.copy())
+            classes = cls(manifest.class_names, text.copy(), table["keys"].to_numpy().astype(np.int64), sums.copy())
             names = table["label"].to_pylist()
         except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
             raise StoreError(f"{damaged} ({first_line(error)})") from None
         whole = text.dtype == np.float32 and sums.dtype == np.float64 and len(text) == len(sums) == len(names)
-        if not whole or names != manifest.class_names or found.counts.sum() != manifest.n or found.counts.min() < 0:
+        if not whole or names != manifest.class_names or classes.counts.sum() != manifest.n or classes.counts.min() < 0:
             raise StoreError(damaged)
-        return found
+        return classes
 
 
 class Writer:
@@ -184,8 +184,8 @@ class LanceVersions:
 
     def _versions(self) -> list[int]:
         """The versions that are kept, oldest first."""
-        found = (_MANIFEST.fullmatch(name.rpartition("/")[2]) for name in self.objects.names("manifests"))
-        return sorted(int(match[1]) for match in found if match)
+        matches = (_MANIFEST.fullmatch(name.rpartition("/")[2]) for name in self.objects.names("manifests"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def manifest(self, version: int | None = None) -> Manifest:
         """The current version, or an earlier one. Raises StoreError where it is not there, or is damaged."""
@@ -206,10 +206,10 @@ class LanceVersions:
     def _read(self, version: int) -> Manifest:
         name = _name(version)
         raw = self.objects.get(name, store.MANIFEST_BYTES)
-        found = Manifest.from_bytes(raw, f"{self}/{name}", "restore it, or go back to a version before it")
-        if found.table is None or found.version != version:
+        manifest = Manifest.from_bytes(raw, f"{self}/{name}", "restore it, or go back to a version before it")
+        if manifest.table is None or manifest.version != version:
             raise StoreError(f"{self}/{name}: is the manifest of another index; restore it")
-        return found
+        return manifest
 
     def classes(self, manifest: Manifest) -> Classes:
         """The small part of a version. Raises StoreError where it is missing or damaged."""
@@ -274,14 +274,14 @@ class LanceVersions:
 
     def earlier(self, current: Manifest) -> list[Manifest]:
         """The versions before, oldest first."""
-        found = []
+        manifests = []
         for version in self._versions():
             if version < current.version:
                 try:
-                    found.append(self._read(version))
+                    manifests.append(self._read(version))
                 except FileNotFoundError:  # given up just now
                     continue
-        return found
+        return manifests
 
     def describe(self) -> dict[str, Any]:
         """The facts that ``index info`` prints."""
@@ -320,7 +320,7 @@ class LanceVersions:
         if prune:
             table = KeyTable.latest(self.address, tables[-1].name)
             still_held()
-            table.prune(sorted({found.version for found in tables}))
+            table.prune(sorted({entry.version for entry in tables}))
         return gone, sum(strays.values())
 
     def prunes(self, number: int) -> bool:

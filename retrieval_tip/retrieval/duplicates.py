@@ -147,14 +147,14 @@ def duplicates(
     return Duplicates(_described(keys, labels, a, b, kinds), total + more[2], compared)
 
 
-def describe_duplicates(found: Duplicates, limit: int = 5) -> list[str]:
+def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
     """Lines for a warning: the first ``limit`` pairs, and how many more there are."""
     lines = [
         one_line(f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label}): {pair.kind}")
         + (f" (affinity {pair.affinity:.4f})" if pair.kind == KINDS[2] else "")
-        for pair in found.pairs[:limit]
+        for pair in duplicates.pairs[:limit]
     ]
-    left = found.total - len(lines)
+    left = duplicates.total - len(lines)
     return [*lines, f"and {left} more"] if left > 0 else lines
 
 

@@ -81,10 +81,10 @@ def read_manifest(folder: Path) -> Manifest:
     check_name(folder)
     path = folder / "manifest.json"
     try:
-        found = Manifest.from_bytes(_read_manifest(folder, path), str(path))
-        if found.table is not None:
+        manifest = Manifest.from_bytes(_read_manifest(folder, path), str(path))
+        if manifest.table is not None:
             raise StoreError(f"{path}: is the manifest of a LanceDB store, not of a folder; restore the folder's own")
-        return found
+        return manifest
     except FileNotFoundError:
         what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
         raise StoreError(f"{folder}: {what}; make one with retrieval-tip index build SOURCE --out {folder}") from None
@@ -98,12 +98,12 @@ def read_version(folder: Path, version: int) -> Manifest:
     if version == current.version:
         return current
     path = folder / "manifests" / f"{version:06d}.json"
-    found = _read_earlier(folder, path)
-    if found is None:
+    manifest = _read_earlier(folder, path)
+    if manifest is None:
         stems = [path.stem for path in _earlier_paths(folder) if path.name != _manifest_name(current)]
         there = [*(int(stem) for stem in stems if stem.isdecimal()), current.version]
         raise StoreError(f"{folder}: has no version {version}; there are {', '.join(map(str, there))}")
-    return found
+    return manifest
 
 
 def _read_manifest(folder: Path, path: Path) -> bytes:
@@ -152,13 +152,13 @@ class Check:
         self.manifest = read_manifest(folder) if manifest is None else manifest
         files = [file for file in self.manifest.data_files if file not in known]
         pool = ThreadPoolExecutor(min(len(files), 16) or 1, thread_name_prefix="check")
-        self._found = [pool.submit(_problem, folder, file, verify) for file in files]
+        self._problems = [pool.submit(_problem, folder, file, verify) for file in files]
         pool.shutdown(wait=False)
 
     def wait(self) -> None:
         """Return when every file is as the manifest says. Raises StoreError naming the first that is not."""
-        for found in self._found:
-            _refuse(found.result())
+        for problem in self._problems:
+            _refuse(problem.result())
 
 
 def check_file(folder: Path, file: DataFile, verify: str = "full") -> None:
@@ -304,7 +304,7 @@ def _read_table(path: Path) -> pa.Table:
 
 def describe(folder: Path) -> dict[str, Any]:
     """What ``index info`` prints: the manifest, the keys a class, and the space on disk."""
-    (manifest, labels), _ = opened(folder, lambda found: (found, read_labels(folder, found)), verify="fast")
+    (manifest, labels), _ = opened(folder, lambda manifest: (manifest, read_labels(folder, manifest)), verify="fast")
     counts = np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names))
     earlier = _before(folder, manifest)
     own = {file.name: file.bytes for file in manifest.data_files}
@@ -573,10 +573,10 @@ def next_key_id(folder: Path, manifest: Manifest) -> int:
 def earlier_manifests(folder: Path) -> list[Manifest]:
     """The earlier versions that are kept, oldest first. Raises StoreError where one is damaged."""
     for _ in range(VERSIONS_TRIED):
-        found = [_read_earlier(folder, path) for path in _earlier_paths(folder)]
-        if None not in found:  # else some were given up meanwhile, and those that were read may have gaps
+        manifests = [_read_earlier(folder, path) for path in _earlier_paths(folder)]
+        if None not in manifests:  # else some were given up meanwhile, and those that were read may have gaps
             break
-    return [manifest for manifest in found if manifest is not None]
+    return [manifest for manifest in manifests if manifest is not None]
 
 
 def _before(folder: Path, current: Manifest) -> list[Manifest]:
@@ -600,12 +600,12 @@ def _earlier_paths(folder: Path) -> list[Path]:
     """The manifests of earlier versions, oldest first. Raises StoreError where they cannot be listed."""
     place = folder / "manifests"
     try:
-        found = [path for path in place.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
+        paths = [path for path in place.iterdir() if path.suffix == ".json" and not path.name.startswith(".")]
     except FileNotFoundError:  # it goes with the last of them
         return []
     except OSError as error:
         raise StoreError(f"{place}: cannot be read: {error.strerror}") from None
-    return sorted(found, key=lambda path: (len(path.name), path.name))
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
 
 
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:
@@ -628,11 +628,11 @@ def _tidy(folder: Path) -> None:
         names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
         if None in names:
             return  # what a damaged manifest names is not known, so everything stays
-        named = {folder / name for found in names for name in found or ()}
-        found = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
+        named = {folder / name for part in names for name in part or ()}
+        paths = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
     except (OSError, StoreError):
         return
-    for path in (path for path in found if path not in named):
+    for path in (path for path in paths if path not in named):
         if _FILE_NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()

@@ -134,8 +134,8 @@ def digest_codes(labels: pa.Table, among: npt.NDArray[np.int64] | None = None) -
         wanted = wanted.filter(pc.not_equal(wanted, ""))
         if not len(wanted):
             return np.full(len(labels), -1)
-        found = pc.index_in(column, value_set=wanted).fill_null(-1)
-        return np.asarray(found.to_numpy(), dtype=np.int64)
+        codes = pc.index_in(column, value_set=wanted).fill_null(-1)
+        return np.asarray(codes.to_numpy(), dtype=np.int64)
     return _codes(pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column))
 
 

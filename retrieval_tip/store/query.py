@@ -91,13 +91,13 @@ def rows_where(labels: pa.Table, condition: str) -> npt.NDArray[np.int64]:
     while position in {name.lower() for name in labels.column_names}:
         position += "_"
     numbered = labels.append_column(position, pa.array(np.arange(len(labels))))
-    found: npt.NDArray[np.int64] = _answered("where", {"labels": numbered}, condition, None, TIMEOUT)[0].to_numpy()
-    return np.sort(found)  # duckdb's threads may hand them over in any order
+    positions: npt.NDArray[np.int64] = _answered("where", {"labels": numbered}, condition, None, TIMEOUT)[0].to_numpy()
+    return np.sort(positions)  # duckdb's threads may hand them over in any order
 
 
 def _apart(names: Sequence[str]) -> list[str]:
     """Names of columns, each once: those that stand again get ``_1``, ``_2`` ..., as duckdb's tables do."""
-    found: list[str] = []
+    columns: list[str] = []
     taken, times = set(names), Counter[str]()
     for name in names:
         distinct = name
@@ -106,8 +106,8 @@ def _apart(names: Sequence[str]) -> list[str]:
             times[name] = int(distinct.rpartition("_")[2])
         times[name] += 1
         taken.add(distinct)
-        found.append(distinct)
-    return found
+        columns.append(distinct)
+    return columns
 
 
 # The process that asks
