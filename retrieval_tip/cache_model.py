@@ -31,7 +31,7 @@ from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval,
 from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
-from retrieval_tip.settings import Fitted, Settings
+from retrieval_tip.settings import Built, Fitted, Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
@@ -56,7 +56,7 @@ class InMemory(Classifier):
     row an epoch.
 
     ``folder`` and ``version`` say which version of which index folder this is, ``next_key_id`` from where on key ids
-    were never given.
+    were never given, ``built`` how it was built.
 
     Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with :func:`dataclasses.replace`, never in
     their place; points that are not given follow from the keys. Raises InputError for values of another shape or a
@@ -84,6 +84,7 @@ class InMemory(Classifier):
     metric: tip.Metric | None = None
     points: npt.NDArray[Any] | Segments | None = None
     fitted: Fitted | None = None
+    built: Built = field(default_factory=Built)
 
     def __post_init__(self) -> None:
         self._stored: Stored | None = None
@@ -639,6 +640,7 @@ def _manifest(cache: CacheModel, writer: store.Writer, change: str) -> Manifest:
         next_key_id=cache.next_key_id,
         change=change,
         fitted=cache.fitted,
+        built=cache.built,
     )
 
 
@@ -674,6 +676,7 @@ def _opened(place: Path, manifest: Manifest, device: str, precision: str) -> dic
         "metric": contents.metric,
         "points": contents.points,
         "fitted": manifest.fitted,
+        "built": manifest.built,
     }
 
 

@@ -27,7 +27,7 @@ from retrieval_tip.predictions import Certified, Evidence, Neighbour, Prediction
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
-from retrieval_tip.settings import Fitted, KeysMet, Settings
+from retrieval_tip.settings import Built, Fitted, KeysMet, Settings
 from retrieval_tip.store.manifest import Manifest
 
 SHOWN_CLASSES = 8
@@ -70,6 +70,7 @@ class Classifier(ABC):
     templates: list[str]
     backbone: Identity | None
     provenance: dict[str, Any]
+    built: Built
     device: str
     version: int | None
     values: Tensor | None

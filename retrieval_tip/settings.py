@@ -57,6 +57,9 @@ class Settings:
             raise UsageError(f"least_cache is {self.least_cache}: expected a finite number, or None")
         if self.log_offset is not None and not (_is_finite(self.log_offset) and self.log_offset > 0):
             raise UsageError(f"log_offset is {self.log_offset}: expected a finite number above 0, or None")
+        for name in FITTED:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
 
     def but(self, *, k: KeysMet = None, **given: Any) -> Self:
         """These settings but for those that are given; ``None`` is not given, a ``k`` of ``all`` is all keys."""
@@ -100,6 +103,28 @@ class Fitted:
                 raise UsageError(f"fitted: shrinkage {self.shrinkage} or ridge {self.ridge} do not fit what was fitted")
         if self.ridge == 0 or not _is_whole(self.keys) or self.keys < 1:
             raise UsageError(f"fitted: ridge {self.ridge} or keys {self.keys}, expected above 0")
+
+
+@dataclass(frozen=True)
+class Built:
+    """How an index was built, as far as what comes later goes by it: its provenance is a record, this decides.
+
+    ``source`` is the name of the labelled source; so many ``shots`` a class were drawn from it (``None`` took all), and
+    a key is the mean of so many ``views``, both with ``seed``. ``auto_index``: the index of a LanceDB table follows the
+    number of its keys.
+    """
+
+    source: str | None = None
+    shots: int | None = None
+    seed: int = 1
+    views: int = 1
+    auto_index: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = ((self.shots, 1), (self.seed, 0), (self.views, 1))
+        whole = all(number is None or (type(number) is int and number >= least) for number, least in numbers)
+        if not whole or not isinstance(self.source, str | None) or type(self.auto_index) is not bool:
+            raise UsageError(f"built: {self} cannot be how an index was built")
 
 
 def _is_finite(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 ``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
 keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one. Format 4 has what was
-fitted.
+fitted, format 5 how an index was built.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from retrieval_tip.cache_model import CacheModel, verify
 from retrieval_tip.classifier import Classifier
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
-from retrieval_tip.settings import Fitted
+from retrieval_tip.settings import Built, Fitted
 from retrieval_tip.store.folder import history, query, read_manifest
-from retrieval_tip.store.manifest import FOLDER_FORMAT, FORMAT_VERSION, TABLE_FORMAT, Manifest
+from retrieval_tip.store.manifest import FORMAT_VERSION, TABLE_FORMAT, Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
 NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]
-NAMES += [("v4", "solved"), ("v4", "metric")]
+NAMES += [("v4", "solved"), ("v4", "metric"), ("v5", "drawn"), ("v5", "fitted")]
 
 
 def expected(version: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_an_older_index_goes_on_as_one_of_today(version: str, name: str, tmp_pat
     new = verify(folder)
     check_answers(new, version, name)
     written = json.loads((folder / "manifest.json").read_text())["format_version"]
-    assert written == (4 if version == "v4" else FOLDER_FORMAT)
+    assert written == FORMAT_VERSION
     kept = folder / "manifests" / f"{old.version:06d}.json"
     assert kept.read_bytes() == (INDEXES / version / name / "manifest.json").read_bytes()
     assert history(folder)["change"].to_pylist()[-1] == "set temperature 2"
@@ -132,6 +132,31 @@ def test_an_index_of_format_4_has_what_was_fitted() -> None:
     assert solved.values is not None
     assert metric.values is None
     assert metric.settings.least_cache is not None
+
+
+@pytest.mark.parametrize("name", ["drawn", "fitted"])
+def test_an_index_of_format_5_says_how_it_was_built(name: str) -> None:
+    cache = CacheModel.load(INDEXES / "v5" / name, device="cpu")
+    assert cache.built == Built("shots.parquet", shots=5, seed=7)
+    assert (cache.n, cache.version) == (18, 2)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "built"),
+    [
+        ({"source": "a.csv", "shots": 4, "seed": 7, "views": 3}, Built("a.csv", 4, 7, 3)),
+        (
+            {"source": "a.csv", "shots": None, "seed": None, "views": 1, "index": "auto"},
+            Built("a.csv", auto_index=True),
+        ),
+        ({"source": 5, "shots": "x", "seed": -1, "views": True, "index": "given"}, Built()),
+        ({}, Built()),
+    ],
+)
+def test_a_format_before_5_was_built_as_its_provenance_says(recorded: dict[str, Any], built: Built) -> None:
+    body = json.loads((INDEXES / "v2" / "plain" / "manifest.json").read_text())
+    manifest = Manifest.parse(body | {"provenance": recorded})
+    assert (manifest.built, manifest.provenance) == (built, recorded)
 
 
 @pytest.mark.parametrize(("version", "name"), NAMES)

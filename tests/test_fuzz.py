@@ -607,7 +607,7 @@ HOSTILE: list[Any] = [
     [], [None], [[]], [1], ["x"], [{}], {}, {"": None}, {"x": {"y": []}}, "../x", "/etc/passwd",
     "data\\x", "data/../x", "file:///x", LOOKALIKE,
 ]  # fmt: skip
-SETTINGS = ("alpha", "beta", "k", "tail", "temperature", "logit_scale", "class_names")
+SETTINGS = ("alpha", "beta", "k", "tail", "temperature", "logit_scale", "least_cache", "log_offset", "class_names")
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -674,7 +674,7 @@ def test_a_manifest_of_any_values_is_refused_or_answers_as_it_says(world: dict[s
             refused(lambda: store.history(index))
     assert done > 1500
     assert kept <= {*SETTINGS, "format_version", "version", "parent", "created_at", "created_by", "templates", "index",
-                    "backbone", "provenance", "change", "next_key_id"}  # fmt: skip
+                    "backbone", "provenance", "built", "fitted", "table", "change", "next_key_id"}  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [None, 5, "x", [], [[]]], ids=str)

@@ -16,7 +16,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.search_hp import Queries, leave_one_out, right_between, search, search_paper
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Built, Settings
 
 
 def clusters(n, c, d, seed, spread=0.6):
@@ -343,7 +343,7 @@ def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, t
         (tmp_path / "images" / entry[0]).touch()
     (tmp_path / "pets.json").symlink_to(split)
     cache = made()
-    cache.provenance = {"shots": 16, "seed": 1, "source": f"{tmp_path / 'pets.json'} (train)"}
+    cache.built = Built(f"{tmp_path / 'pets.json'} (train)", shots=16)
     assert search_hp.validation_shots(cache, val, tmp_path / "pets.json") == published
     assert len(search_hp.validation_shots(cache, val, number=2)) == 2 * 37
 

@@ -32,7 +32,7 @@ from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
-from retrieval_tip.store.manifest import KINDS, named_in
+from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, named_in
 
 CLASSES = ["cat", "dog", "owl", "eel"]
 N, D = 40, 8
@@ -164,6 +164,7 @@ WRONG: dict[str, list[Any]] = {
     "index": NOT_TEXT,
     "backbone": [[], "RN50", 5, True, {}, {"model": "RN50"}, BACKBONE | {"model": 5}, BACKBONE | {"preprocess": []}],
     "provenance": [[], None, "x"],
+    "built": [[], None, {"x": 1}, *({name: -1} for name in ("source", "shots", "seed", "views", "auto_index"))],
     "files": [{}, [], None, "x", {"keys": None}],
 }
 NAMES = [
@@ -232,7 +233,7 @@ def test_manifest_without_a_field_is_refused(index: Path) -> None:
     wrong += [body | {"files": part} for part in without(files)]
     wrong += [body | {"files": files | {"keys": part}} for part in without(keys)]
     wrong += [body | {"files": files | {"extra": keys}}, body | {"files": files | {"keys": keys | {"extra": 1}}}]
-    assert len(wrong) == 24 + 4 + 4 + 2
+    assert len(wrong) == 29 + 4 + 4 + 2
     for manifest in wrong:
         with pytest.raises(StoreError) as error:
             Manifest.from_bytes(sealed(manifest), "m.json")
@@ -266,16 +267,20 @@ def test_manifest_edited_by_hand_is_refused(index: Path) -> None:
 
 
 def test_newer_format_is_refused_with_the_version_that_is_needed(index: Path) -> None:
-    body = body_of(index) | {"format_version": 5, "created_by": "retrieval-tip 9.9", "alpha": {"new": "meaning"}}
+    body = body_of(index) | {
+        "format_version": FORMAT_VERSION + 1,
+        "created_by": "retrieval-tip 9.9",
+        "alpha": {"new": "meaning"},
+    }
     # However the newer format is sealed: its seal is not this one's to judge.
     for raw in (sealed(body), json.dumps(body).encode()):
         (index / "manifest.json").write_bytes(raw)
         for opened in (CacheModel.load, verify, store.describe):
             with pytest.raises(StoreError) as error:
                 opened(index)
-            one_line(error, "index format 5", "reads up to 4", "retrieval-tip 9.9")
+            one_line(error, f"index format {FORMAT_VERSION + 1}", f"reads up to {FORMAT_VERSION}", "retrieval-tip 9.9")
         before = snapshot(index)
-        with pytest.raises(StoreError, match="index format 5"):
+        with pytest.raises(StoreError, match=f"index format {FORMAT_VERSION + 1}"):
             model(1).save(index)
         assert snapshot(index) == before
     with pytest.raises(StoreError) as error:

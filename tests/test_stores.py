@@ -1305,7 +1305,7 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
     changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Encoder())
     model = at.verify()
     assert (model.index_type, model.exact_search, model.n) == ("IvfFlat", False, 3100)
-    assert at.manifest().provenance["index"] == "auto"
+    assert at.manifest().built.auto_index
     rows, labels = np.concatenate([rows, more]), labels + more_labels
     queries, truths = clustered(200, 3)
     by_all, by_index = model.logits(queries), model.logits(queries, 64)
@@ -1359,7 +1359,7 @@ def test_affinities_are_products_with_the_stored_keys(tmp_path, kind, n, dtype):
     table = source(tmp_path / "t.parquet", rows, labels)
     build_index(table, place, Encoder(), index=kind, dtype=dtype, fit="none", device="cpu")
     model = stores.at(place).verify()
-    assert (model.index_type, model.exact_search, model.manifest.provenance["index"]) == (kind, False, "given")
+    assert (model.index_type, model.exact_search, model.manifest.built.auto_index) == (kind, False, False)
     stored = model.keys_of(np.arange(n))
     assert stored.dtype == dtype
     assert np.array_equal(stored, rows.astype(dtype))

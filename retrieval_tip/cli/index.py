@@ -323,9 +323,8 @@ def add_command(
 
 def _as_built(manifest: Manifest, views: int | None, seed: int | None) -> ViewOptions:
     """These views and this seed, or those that an index was built with."""
-    built = {name: manifest.provenance.get(name) for name in ("views", "seed")}
-    own = {name: value if isinstance(value, int) else 1 for name, value in built.items()}
-    return ViewOptions(own["views"] if views is None else views, own["seed"] if seed is None else seed)
+    built = manifest.built
+    return ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
 
 
 @index.command("merge")

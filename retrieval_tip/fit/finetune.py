@@ -219,8 +219,8 @@ def shots_of(cache: CacheModel) -> Source:
     missing = next((path for path in paths if not Path(path).is_file()), None)
     if missing is None:
         return Source("the shots of the index", table, tuple(cache.class_names), tuple(paths))
-    origin = cache.provenance.get("source")
-    if isinstance(origin, str) and origin.endswith(".parquet") and Path(origin).is_file():
+    origin = cache.built.source
+    if origin is not None and origin.endswith(".parquet") and Path(origin).is_file():
         return own_shots(cache, open_source(origin))
     raise InputError(f"{missing}: no such file, though it is a shot of the index; give --source with the shots")
 

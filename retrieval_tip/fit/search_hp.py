@@ -159,10 +159,10 @@ def validation_shots(
     Where ``path`` is the split file that the index's own shots were drawn from, its published validation draw: it goes
     on with the generator where the training draw ended.
     """
-    drawn, seed = cache.provenance.get("shots"), cache.provenance.get("seed") or 1
+    drawn, seed = cache.built.shots, cache.built.seed
     if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
         train = open_source(path, split="train")
-        if train.name == cache.provenance.get("source"):
+        if train.name == cache.built.source:
             return few_shot_split(train.labels, validation.labels, drawn, seed)[1]
     return few_shot(validation.labels, number or min(drawn or VAL_SHOTS, VAL_SHOTS), seed)
 

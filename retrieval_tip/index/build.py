@@ -7,10 +7,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, pl
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, index_over, text_index_over
 from retrieval_tip.retrieval.vector_index import auto_factory
-from retrieval_tip.settings import KeysMet, Settings
+from retrieval_tip.settings import Built, KeysMet, Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 
@@ -102,59 +102,95 @@ def build_index(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
-    backbone = encoder.backbone
-    scale = logit_scale if logit_scale is not None else backbone.logit_scale if backbone else None
-    settings = Settings().but(alpha=alpha, beta=beta, logit_scale=scale, k=k)
-    form = normalize or ("both" if alpha is None and beta is None else "none")
-    check_form(form)
+    asked = _Asked.of(encoder, alpha, beta, normalize, logit_scale, k)
     place = stores.at(out)
     fitting = _fitting(fit, (metric, values), (alpha, beta, normalize), place)
-    class_names, weights, prompts = _text(source, encoder, templates, text)
-    ids = ids_in(source, class_names)
+    words = _text(source, encoder, templates, text)
+    ids = ids_in(source, words.class_names)
     if shots is not None:
-        drawn = draw_shots(ids, class_names, shots, encoder.seed)
+        drawn = draw_shots(ids, words.class_names, shots, encoder.seed)
         source, ids = source.take(drawn), ids[drawn]
-    provenance = {
-        "source": source.name,
-        "dataset": source.dataset,
-        "shots": shots,
-        "seed": encoder.seed if shots is not None or encoder.views > 1 else None,
-        "views": encoder.views,
-        "text": "templates" if prompts else None if text is None else str(text),
-        "alpha": provenance_of(alpha, form),
-        "beta": provenance_of(beta, form),
-    }
-    made = _Made(source, encoder, class_names, ids, weights, prompts, settings, (alpha, beta, form), provenance)
+    made = _Made(source, encoder, ids, words, asked, shots)
     if isinstance(place, stores.LanceStore):
         _build_table(place, made, dtype, "auto" if index is None else index)
     else:
         choose = partial(closed_form.fit, metric=metric, values=values) if fitting else None
-        _build_folder(place.folder, made, dtype, "Flat" if index is None else index, keep_k=k is not None, fit=choose)
+        _build_folder(place.folder, made, dtype, "Flat" if index is None else index, choose)
     return place.load(device=device)
+
+
+class _Words(NamedTuple):
+    """The classes in order, their text weights ``[c, d]``, the templates of the prompts, and where this comes from."""
+
+    class_names: Sequence[str]
+    weights: npt.NDArray[np.float32] | None
+    templates: list[str]
+    origin: str | None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Settings as they were asked for: ``alpha`` and ``beta`` in units of ``form``, or neither."""
+
+    settings: Settings
+    alpha: float | None
+    beta: float | None
+    form: str
+    keeps_k: bool
+
+    @classmethod
+    def of(
+        cls,
+        encoder: Encoder,
+        alpha: float | None,
+        beta: float | None,
+        normalize: str | None,
+        logit_scale: float | None,
+        k: KeysMet,
+    ) -> _Asked:
+        """The settings that a build was given. Raises UsageError for those that cannot work."""
+        if logit_scale is None and encoder.backbone is not None:
+            logit_scale = encoder.backbone.logit_scale
+        settings = Settings().but(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
+        form = normalize or ("both" if alpha is None and beta is None else "none")
+        check_form(form)
+        return cls(settings, alpha, beta, form, keeps_k=k is not None)
+
+    def plain(self, statistics: Statistics | None) -> Settings:
+        """The settings, with alpha and beta in plain units."""
+        alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
+        return self.settings.but(alpha=alpha, beta=beta)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What an index is made of, wherever it is kept: items and their class ids ``[m]``, and text weights ``[c, d]``."""
+    """What an index is made of, wherever it is kept: items and their class ids ``[m]``, words, and what was asked."""
 
     source: Source
     encoder: Encoder
-    class_names: Sequence[str]
     ids: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32] | None
-    prompts: list[str]
-    settings: Settings
-    asked: tuple[float | None, float | None, str]
-    provenance: dict[str, Any]
+    words: _Words
+    asked: _Asked
+    shots: int | None
 
-    def untouched(self, statistics: Statistics | None) -> Settings:
-        """The settings, with alpha and beta in plain units."""
-        alpha, beta = plain_settings(*self.asked, statistics)
-        return self.settings.but(alpha=alpha, beta=beta)
+    @property
+    def built(self) -> Built:
+        """How it is built."""
+        drawn = self.shots is not None or self.encoder.views > 1
+        return Built(self.source.name, self.shots, self.encoder.seed if drawn else 1, self.encoder.views)
 
     def described(self, statistics: Statistics | None) -> dict[str, Any]:
         """The provenance, with what is known when all items are read."""
-        return self.provenance | {
+        views, asked = self.encoder.views, self.asked
+        return {
+            "source": self.source.name,
+            "dataset": self.source.dataset,
+            "shots": self.shots,
+            "seed": self.encoder.seed if self.shots is not None or views > 1 else None,
+            "views": views,
+            "text": self.words.origin,
+            "alpha": provenance_of(asked.alpha, asked.form),
+            "beta": provenance_of(asked.beta, asked.form),
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.encoder.skipped],
         }
@@ -163,22 +199,24 @@ class _Made:
 def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str) -> None:
     """Keys stream into the table as they come."""
     with place.write() as writer:
-        rows = labels_in_blocks(made.class_names, _blocks(made.source, made.encoder, made.ids, dtype))
-        table = LanceModel.create(writer, rows, made.class_names, made.weights, dtype, index)
+        names, weights, templates, _ = made.words
+        rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
+        table = LanceModel.create(writer, rows, names, weights, dtype, index)
         statistics = table.statistics()
-        table.settings = made.untouched(statistics)
-        table.templates = made.prompts
+        table.settings = made.asked.plain(statistics)
+        table.templates = templates
         table.backbone = _identity(made.source, made.encoder)
-        table.provenance = made.described(statistics) | table.provenance
+        table.provenance = made.described(statistics)
+        table.built = replace(made.built, auto_index=table.built.auto_index)
         _warn_of_table(table)
         table.commit("build")
 
 
 def _build_folder(
-    folder: Path, made: _Made, dtype: str, index: str, *, keep_k: bool, fit: Callable[..., closed_form.Choice] | None
+    folder: Path, made: _Made, dtype: str, index: str, fit: Callable[..., closed_form.Choice] | None
 ) -> None:
     """Keys are sorted by class in a file; then the index over them, or over what a ``fit`` makes of them."""
-    source, encoder, names, weights = made.source, made.encoder, list(made.class_names), made.weights
+    source, encoder, names, weights = made.source, made.encoder, list(made.words.class_names), made.words.weights
     order = np.argsort(made.ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
     with store.write(folder) as writer:
         keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
@@ -192,7 +230,7 @@ def _build_folder(
         _warn_of_bare(sorted(set(range(len(names))) - set(ids.tolist())), names)
         statistics = measure(keys, ids)
         factory, met = auto_factory(len(keys), len(names)) if index == "auto" else (index, None)
-        settings = made.untouched(statistics)
+        settings = made.asked.plain(statistics)
         columns = item_columns(source.items.take(pa.array(order)), digests)
         labels = label_table(names, ids, key_ids=order, views=encoder.views if source.table is None else 1, **columns)
         warn_of(duplicates(keys, labels))
@@ -203,10 +241,11 @@ def _build_folder(
             text_weights=torch.zeros(len(names), d) if weights is None else torch.from_numpy(weights),
             index=index_over(keys, ids, len(names), "Flat" if fit else factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
-            settings=settings if keep_k else settings.but(k=met),
-            templates=made.prompts,
+            settings=settings if made.asked.keeps_k else settings.but(k=met),
+            templates=made.words.templates,
             backbone=_identity(source, encoder),
             provenance=made.described(statistics),
+            built=made.built,
         )
         if fit is not None:
             for warning in fit(cache, factory=factory).warnings:
@@ -282,8 +321,8 @@ def read_text_table(
 
 def _text(
     source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
-) -> tuple[Sequence[str], npt.NDArray[np.float32] | None, list[str]]:
-    """The classes in order, their text weights (from a table, from prompts, or none), and the prompts' templates."""
+) -> _Words:
+    """The classes and their text weights: from a table, from prompts, or none."""
     if text is not None:
         if templates:
             raise UsageError("text and templates: give one of them; a text table already holds the prompts' features")
@@ -291,14 +330,15 @@ def _text(
         theirs, ours = table_identity(Path(text)), _identity(source, encoder)
         if theirs is not None and ours is not None:
             same_backbone(theirs, ours, str(text))
-        return class_names, weights, []
+        return _Words(class_names, weights, [], str(text))
     if encoder.backbone is not None:
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
-        return source.class_names, text_weights(encoder.backbone, source.class_names, prompts), prompts
+        weights = text_weights(encoder.backbone, source.class_names, prompts)
+        return _Words(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
     log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
-    return source.class_names, None, []
+    return _Words(source.class_names, None, [], None)
 
 
 def warn_of(duplicates: Duplicates) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BESIDE = ("settings", "templates", "backbone")
+BESIDE = ("settings", "templates", "backbone", "provenance")
 """What an index has beside its keys, labels and classes."""
 
 
@@ -55,7 +56,7 @@ def copy(model: Model, target: stores.Store, what: str) -> int:
         copied = LanceModel.create(writer, _stored_blocks(model), model.class_names, text, model.dtype)
         for name in BESIDE:
             setattr(copied, name, getattr(model, name))
-        copied.provenance = {**model.provenance, "index": copied.provenance["index"]}
+        copied.built = replace(model.built, auto_index=copied.built.auto_index)
         assert model.next_key_id is not None
         copied.next_key_id = model.next_key_id
         copied.commit(what)

@@ -46,7 +46,7 @@ from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import KeyStream, index_over
 from retrieval_tip.retrieval.logits import Nearest, Retrieval
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Built, Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import Manifest, Table
@@ -155,6 +155,7 @@ class LanceModel(Classifier):
     templates: list[str] = field(default_factory=list)
     backbone: Identity | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    built: Built = field(default_factory=Built)
     device: str = "cpu"
     manifest: Manifest | None = None
     version: int | None = None
@@ -192,7 +193,7 @@ class LanceModel(Classifier):
 
     @classmethod
     def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str) -> LanceModel:
-        names = ("settings", "templates", "provenance", "dtype")
+        names = ("settings", "templates", "provenance", "built", "dtype")
         return cls(
             store=place,
             table=table,
@@ -403,7 +404,7 @@ class LanceModel(Classifier):
 
     def _in_memory(self, keys: npt.NDArray[Any], labels: pa.Table) -> CacheModel:
         """A classifier over keys and their labels, grouped by class, with these settings; exact."""
-        names = ("settings", "templates", "backbone", "provenance")
+        names = ("settings", "templates", "backbone", "provenance", "built")
         ids = labels["class_id"].to_numpy().astype(np.int64)
         return CacheModel(
             keys=keys,
@@ -550,7 +551,7 @@ class LanceModel(Classifier):
         """
         writer = self._writing()
         before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
-        kept = "auto" if self.provenance.get("index") == "auto" else self.index_type
+        kept = "auto" if self.built.auto_index else self.index_type
         blocks = replace(self, table=before).stored_blocks()
         text = self.classes.text
         anew = self.create(
@@ -563,20 +564,20 @@ class LanceModel(Classifier):
             stored=True,
         )
         self.table, self.classes, self.dtype = anew.table, anew.classes, anew.dtype
-        self.index_type, self.provenance = anew.index_type, self.provenance | anew.provenance
+        self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
         self._follow()
 
     def _index(self, kind: str, asked: str) -> None:
         """Have an index of this kind, because of what was asked for."""
         self.table.build_index(kind)
         self.index_type = kind
-        self.provenance = self.provenance | {"index": "auto" if asked == "auto" else "given"}
+        self.built = replace(self.built, auto_index=asked == "auto")
 
     def _keep_up(self) -> None:
         """Let the index follow the table: rows beside it cost every search, and many keys need one."""
         if self.store.prunes(self._writing().number):  # else that puts pieces together in a version of its own
             self.table.optimize()
-        if self.index_type == FLAT and self.n >= INDEX_FROM and self.provenance.get("index") == "auto":
+        if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
             self._index(index_kind("auto", self.n), "auto")
         elif self.index_type != FLAT and self.table.unindexed() >= UNINDEXED:
             self.table.optimize()
@@ -602,6 +603,7 @@ class LanceModel(Classifier):
             index=self.index_type,
             backbone=self.backbone.to_dict() if self.backbone else None,
             provenance=self.provenance,
+            built=self.built,
             files={"classes": writer.classes(self.classes)},
             next_key_id=self.next_key_id,
             change=change,

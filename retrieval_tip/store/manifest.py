@@ -10,17 +10,18 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from retrieval_tip.backbones.open_clip import Identity
-from retrieval_tip.errors import BackboneError, StoreError
-from retrieval_tip.settings import FITTED, Fitted, Settings
+from retrieval_tip.errors import BackboneError, StoreError, UsageError
+from retrieval_tip.settings import FITTED, Built, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
-FOLDER_FORMAT, TABLE_FORMAT, FORMAT_VERSION = 2, 3, 4
-"""1 had one segment, and neither ``change`` nor ``next_key_id``; it is read, and what is changed is written as 2.
-3 is 2 with a ``table``. 4 is 3 with what was ``fitted``; else it stays at 2 or 3, which older programs read."""
+TABLE_FORMAT, FITTED_FORMAT, FORMAT_VERSION = 3, 4, 5
+"""All are read, and what is changed is written as the last. 1 had one segment, and neither ``change`` nor
+``next_key_id``; 3 is 2 with a ``table``, 4 is 3 with what was ``fitted``, 5 is 4 with what was ``built``."""
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss",
@@ -75,7 +76,8 @@ class Manifest:
 
     ``files`` by kind: ``keys`` and ``labels`` are the first segment, which the ``index`` is over; ``later`` segments
     were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
-    given (``None`` in format 1, which did not keep that). Where keys and labels are in a ``table``, ``files`` are
+    given (``None`` in format 1, which did not keep that). ``provenance`` is a record, by which nothing is decided; what
+    is stands in ``built`` and ``fitted``. Where keys and labels are in a ``table``, ``files`` are
     ``classes`` alone, and there are no segments.
     """
 
@@ -98,6 +100,7 @@ class Manifest:
     change: str = ""
     table: Table | None = None
     fitted: Fitted | None = None
+    built: Built = field(default_factory=Built)
 
     @property
     def segments(self) -> list[Segment]:
@@ -119,10 +122,6 @@ class Manifest:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
         body: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         body |= body.pop("settings")  # which lie beside the rest, by name
-        if self.fitted is None and self.settings == self.settings.unfitted():  # which older programs read too
-            body |= {"format_version": TABLE_FORMAT if self.table else FOLDER_FORMAT}
-            for name in ("fitted", *FITTED, *(() if self.table else ("table",))):
-                del body[name]
         return _seal(body)
 
     @classmethod
@@ -174,69 +173,78 @@ class Manifest:
             stated = dict(stated) | {"later": [], "next_key_id": None, "change": ""}
         if stated["format_version"] < TABLE_FORMAT:
             stated = dict(stated) | {"table": None}
-        if stated["format_version"] < FORMAT_VERSION:
+        if stated["format_version"] < FITTED_FORMAT:
             stated = dict(stated) | {"fitted": None} | dict.fromkeys(FITTED)
+        if stated["format_version"] < FORMAT_VERSION:
+            stated = dict(stated) | {"built": _built(stated["provenance"])}
         body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
         settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
-
-        def need(condition: bool, what: str) -> None:
-            if not condition:
-                raise ValueError(what)
-
-        def whole(value: object, least: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        need(whole(body["version"], 1), "version")
-        need(body["parent"] is None or (whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
-        need(all(isinstance(body[key], str) for key in ("created_at", "created_by", "dtype", "index")), "text")
-        need(whole(body["n"], 1) and whole(body["d"], 1), "n or d")
-        need(body["dtype"] in ("float32", "float16"), "dtype")
+        _need(_whole(body["version"], 1), "version")
+        _need(body["parent"] is None or (_whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
+        _need(all(isinstance(body[key], str) for key in ("created_at", "created_by", "dtype", "index")), "text")
+        _need(_whole(body["n"], 1) and _whole(body["d"], 1), "n or d")
+        _need(body["dtype"] in ("float32", "float16"), "dtype")
         for key in ("class_names", "templates"):
-            need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
-        need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
-        need(isinstance(stated["tail"], bool), "tail")
+            _need(isinstance(body[key], list) and all(isinstance(text, str) for text in body[key]), key)
+        _need(len(set(body["class_names"])) == len(body["class_names"]) > 0, "class_names")
+        _need(isinstance(stated["tail"], bool), "tail")
         if body["backbone"] is not None:
             Identity.from_dict(body["backbone"])
-        need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
-        need(_shallow(body["provenance"], MAX_DEPTH), "provenance")
-        need(isinstance(body["change"], str) and isinstance(body["later"], list), "change or later")
+        _need(isinstance(body["provenance"], dict) and isinstance(body["files"], dict), "provenance or files")
+        _need(_shallow(body["provenance"], MAX_DEPTH), "provenance")
+        _need(isinstance(body["change"], str) and isinstance(body["later"], list), "change or later")
         following = body["next_key_id"]
-        need(following is None or (whole(following, 1) and following <= MAX_KEY_ID), "next_key_id")
+        _need(following is None or (_whole(following, 1) and following <= MAX_KEY_ID), "next_key_id")
         files = {kind: DataFile(**entry) for kind, entry in body["files"].items()}
-        need(all(isinstance(entry, dict) for entry in body["later"]), "later")
+        _need(all(isinstance(entry, dict) for entry in body["later"]), "later")
         later = [Segment(**{kind: DataFile(**file) for kind, file in entry.items()}) for entry in body["later"]]
-        table = None if body["table"] is None else Table(**body["table"])
+        body |= {"files": files, "later": later, "built": Built(**body["built"])}
+        body["table"] = None if body["table"] is None else Table(**body["table"])
         body["fitted"] = None if body["fitted"] is None else Fitted(**body["fitted"])
+        manifest = cls(settings=settings, **body)
+        manifest._check_files()
+        return manifest
+
+    def _check_files(self) -> None:
+        """Raise ValueError for data files that are not those of such a version."""
+        files, later, table, c = self.files, self.later, self.table, len(self.class_names)
         if table is not None:
-            need(files.keys() == TABLE_KINDS.keys() and not later, "files")
-            need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
-            need(whole(table.version, 1) and table.rows == body["n"] and whole(table.rows, 1), "table")
-            need(files["classes"].rows == len(body["class_names"]), "files.classes.rows")
+            _need(files.keys() == TABLE_KINDS.keys() and not later, "files")
+            _need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
+            _need(_whole(table.version, 1) and table.rows == self.n and _whole(table.rows, 1), "table")
+            _need(files["classes"].rows == c, "files.classes.rows")
         else:
-            need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
-        need(not later or "values" not in files, "later")  # trained values are one array
+            _need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
+        _need(not later or "values" not in files, "later")  # trained values are one array
         of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
         for kind, file in [*files.items(), *of_later]:
-            need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
-            need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
-            need(whole(file.bytes, 1), f"files.{kind}.bytes")
-            need(whole(file.rows, 1), f"files.{kind}.rows")
+            _need(_SHA256.fullmatch(file.sha256) is not None, f"files.{kind}.sha256")
+            _need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
+            _need(_whole(file.bytes, 1), f"files.{kind}.bytes")
+            _need(_whole(file.rows, 1), f"files.{kind}.rows")
         if table is not None:
-            return cls(settings=settings, **(body | {"files": files, "later": later, "table": table}))
-        first, classes = files["keys"].rows, len(body["class_names"])
-        need(
-            all(files[kind].rows == first for kind in ("index", "labels", "values", "points") if kind in files),
-            "files.rows",
-        )
-        need(files["text"].rows == classes, "files.text.rows")
-        fitted: Fitted | None = body["fitted"]
-        metric, points = files.get("metric"), files.get("points")
-        need((metric is not None) == (points is not None) == (fitted is not None and fitted.metric != "none"), "metric")
-        need(metric is None or metric.rows == body["d"] + 1, "files.metric.rows")
-        need("text_index" not in files or files["text_index"].rows <= classes, "files.text_index.rows")
-        need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
-        need(first + sum(part.keys.rows for part in later) == body["n"], "n")
-        return cls(settings=settings, **(body | {"files": files, "later": later}))
+            return
+        first, metric, points = files["keys"].rows, files.get("metric"), files.get("points")
+        of_keys = [files[kind].rows for kind in ("index", "labels", "values", "points") if kind in files]
+        _need(all(rows == first for rows in of_keys), "files.rows")
+        _need(files["text"].rows == c, "files.text.rows")
+        moved = self.fitted is not None and self.fitted.metric != "none"
+        _need((metric is not None) == (points is not None) == moved, "metric")
+        _need(metric is None or metric.rows == self.d + 1, "files.metric.rows")
+        _need("text_index" not in files or files["text_index"].rows <= c, "files.text_index.rows")
+        _need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
+        _need(first + sum(part.keys.rows for part in later) == self.n, "n")
+
+
+def _need(condition: bool, what: str) -> None:
+    """Raise ValueError naming ``what`` is wrong, unless a condition holds."""
+    if not condition:
+        raise ValueError(what)
+
+
+def _whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number, at least so large."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 _ENTRIES = {"format", "format_version", "sha256"} | {
@@ -253,6 +261,17 @@ def named_in(raw: bytes) -> set[str] | None:
     if hashlib.sha256(body + b"\n}").hexdigest().encode() + b'"\n}' != digest:
         return None
     return {name.decode() for name in _NAMED.findall(raw)}
+
+
+def _built(provenance: object) -> dict[str, Any]:
+    """How an index was built, by the provenance of a format before 5, as far as it can be that."""
+    stated = provenance if isinstance(provenance, dict) else {}
+    said: dict[str, Any] = {"auto_index": stated.get("index") == "auto"}
+    for name in ("source", "shots", "seed", "views"):
+        if (value := stated.get(name)) is not None:
+            with suppress(UsageError):
+                said[name] = getattr(Built(**{name: value}), name)
+    return said
 
 
 def _shallow(value: Any, depth: int) -> bool:
