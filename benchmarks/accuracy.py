@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source, tip
-from retrieval_tip.backbones.open_clip import unit
+from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.sources import Source
 from retrieval_tip.evaluation import baselines, sweep
 from retrieval_tip.evaluation.calibration import expected_calibration_error

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from retrieval_tip import Encoder, load_backbone
-from retrieval_tip.backbones.open_clip import Backbone, unit
+from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.data import images
 from retrieval_tip.data.sources import of_images
 

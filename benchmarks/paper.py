@@ -28,7 +28,7 @@ import click
 import numpy as np
 
 from retrieval_tip import Encoder, EncodingCache, build_index, load_backbone, open_source
-from retrieval_tip.backbones.open_clip import PARTS
+from retrieval_tip.backbones.base import PARTS
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import datasets
 from retrieval_tip.data.encoder import view_names

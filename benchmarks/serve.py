@@ -58,7 +58,7 @@ from scale import write_tables
 from throughput import FACTS, SEED, Row, facts, installed, machine_line, write_rows
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source
-from retrieval_tip.backbones.open_clip import unit
+from retrieval_tip.backbones.base import unit
 from retrieval_tip.data.encoder import pixels_of
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes

@@ -39,7 +39,7 @@ from made import Made
 from torch import Tensor
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source
-from retrieval_tip.backbones.open_clip import resolve_device
+from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.evaluation import sweep
 from retrieval_tip.retrieval.defaults import untouched_settings

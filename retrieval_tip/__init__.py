@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
+    from retrieval_tip.backbones.base import Backbone, Identity
+    from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.cache_model import CacheModel, verify
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Backbone": "backbones.open_clip",
+    "Backbone": "backbones.base",
     "CacheModel": "cache_model",
     "Encoder": "data.encoder",
     "EncodingCache": "data.encoder",
     "Evaluation": "evaluation.evaluate",
-    "Identity": "backbones.open_clip",
+    "Identity": "backbones.base",
     "Neighbour": "predictions",
     "Prediction": "predictions",
     "Predictions": "predictions",
@@ -42,7 +43,7 @@ _HOMES = {
     "TipAdapterClassifier": "estimator",
     "Tuned": "fit.finetune",
     "build_index": "index.build",
-    "load_backbone": "backbones.open_clip",
+    "load_backbone": "backbones.loading",
     "open_inputs": "data.sources",
     "open_source": "data.sources",
     "verify": "cache_model",

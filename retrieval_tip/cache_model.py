@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.open_clip import Identity, resolve_device
+from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.classifier import Answers, Classifier, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.open_clip import resolve_device, unit
+from retrieval_tip.backbones.base import resolve_device, unit
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form

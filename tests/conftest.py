@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from retrieval_tip import CacheModel
 from retrieval_tip.backbones import open_clip as backbone
-from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
@@ -70,9 +70,9 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hashed_once() -> Iterator[None]:
     """The weights of a shared model, which nobody changes, are hashed once, not by every command that asks for them."""
     known: dict[tuple[Path, str], bool] = {}
-    real = backbone._lies_in
+    real = backbone.lies_in
 
-    def lies_in(folder: Path, identity: backbone.Identity) -> bool:
+    def lies_in(folder: Path, identity: Identity) -> bool:
         if not folder.resolve().is_relative_to(SHARED.resolve()):
             return real(folder, identity)
         key = folder.resolve(), repr(identity)
@@ -81,7 +81,7 @@ def hashed_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "_lies_in", lies_in)
+        patch.setattr(backbone, "lies_in", lies_in)
         yield
 
 
@@ -129,7 +129,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def lit_mini() -> Backbone:
     """A small real dual encoder."""
-    from retrieval_tip.backbones.open_clip import load_backbone
+    from retrieval_tip.backbones.loading import load_backbone
 
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")

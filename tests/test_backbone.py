@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from retrieval_tip.backbones import open_clip as backbone
-from retrieval_tip.backbones.open_clip import PARTS, Identity, load_backbone, unit, write_tuned
+from retrieval_tip.backbones import torch_backbone
+from retrieval_tip.backbones.base import PARTS, Identity, unit
+from retrieval_tip.backbones.loading import load_backbone, write_tuned
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
 TINY = {
@@ -126,7 +128,13 @@ def test_a_bare_checkpoint_loads_and_says_what_it_assumes(tmp_path, caplog):
     [
         ("RN50x", "openai", UsageError, ["RN50x", "RN50x4"]),
         ("RN50", "nonsense", UsageError, ["nonsense", "openai"]),
-        ("ViT-B-32", None, UsageError, ["--pretrained", "laion2b_s34b_b79k"]),
+        ("ViT-B-32", None, BackboneError, ["laion/CLIP-ViT-B-32-DataComp", "--pretrained datacomp_xl"]),
+        ("ViT-S-32", None, UsageError, ["--pretrained FILE"]),
+        ("RN5O", None, UsageError, ["RN50"]),
+        ("timm:dinov2_small", None, UsageError, ["timm:vit_small_patch14_dinov2"]),
+        ("timm:tf_efficientnet_lite0.nonsense", None, UsageError, ["nonsense", "in1k"]),
+        ("timm:tf_efficientnet_lite0", None, BackboneError, ["tf_efficientnet_lite0.in1k", "--pretrained FILE"]),
+        ("timm:tf_efficientnet_lite0", "/no/file", BackboneError, ["/no/file"]),
         ("RN50", "openai=/no/such/file", BackboneError, ["/no/such/file", "RN50/openai"]),
         ("RN50", "openai", BackboneError, ["timm/resnet50_clip.openai", "--pretrained openai=FILE"]),
         ("hf-hub:some/repository", None, BackboneError, ["some/repository", "local-dir:"]),
@@ -205,7 +213,7 @@ def test_views_are_the_papers(tmp_path, monkeypatch):
     assert one.shape == (3, 32, 32)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
-    boxes = [backbone._crop(120, 80, random.Random(seed)) for seed in range(500)]
+    boxes = [torch_backbone._crop(120, 80, random.Random(seed)) for seed in range(500)]
     for top, left, height, width in boxes:
         assert 0 <= top <= 80 - height
         assert 0 <= left <= 120 - width
@@ -230,7 +238,7 @@ def test_views_are_the_papers(tmp_path, monkeypatch):
 
 def test_crops_of_extreme_pictures_stay_inside():
     for width, height in ((1, 1), (1, 500), (500, 1), (2, 3)):
-        top, left, h, w = backbone._crop(width, height, random.Random(0))
+        top, left, h, w = torch_backbone._crop(width, height, random.Random(0))
         assert 0 < h <= height
         assert 0 < w <= width
         assert 0 <= top <= height - h
@@ -468,7 +476,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tiny_folder, tmp_path):
         with pytest.raises(BackboneError, match=words):
             model.adopt(wrong)
         assert model.identity == before
-        assert model.identity.weights == backbone._weights_digest(model._model)
+        assert model.identity.weights == torch_backbone.weights_digest(model._model)
         file = tmp_path / f"{number}.safetensors"
         write_tuned(file, wrong)
         with pytest.raises(BackboneError, match=f"{file}: .*{words}") as error:
@@ -596,3 +604,80 @@ def test_a_norm_that_is_called_elsewhere_is_not_folded(tmp_path):
 def test_a_tower_without_batch_norms_is_the_model_itself(tiny_folder):
     model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
     assert model._folded_model is model._model
+
+
+# -- an image encoder alone, and what is loaded already --
+
+
+@pytest.fixture(scope="module")
+def image_weights(tmp_path_factory):
+    """Weights of a model of timm, under names that another program gave them, with a classifier at the end."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("tf_efficientnet_lite0")
+    file = tmp_path_factory.mktemp("weights") / "lite0.pth"
+    torch.save({f"_other.{number}": tensor for number, tensor in enumerate(model.state_dict().values())}, file)
+    return file, model.eval()
+
+
+def test_an_image_encoder_gives_the_features_of_plain_timm(image_weights, tmp_path):
+    from timm.data import create_transform, resolve_model_data_config
+
+    file, model = image_weights
+    ours = load_backbone("timm:tf_efficientnet_lite0", str(file), device="cpu")
+    view = create_transform(**resolve_model_data_config(model))(picture())
+    torch.testing.assert_close(ours.preprocess(picture()), view)
+    with torch.inference_mode():
+        plain = model.forward_head(model.forward_features(view[None]), pre_logits=True).numpy()
+    np.testing.assert_allclose(ours.encode_images(view[None]), plain, rtol=1e-4, atol=1e-5)
+    assert (ours.dim, ours.has_text) == (1280, False)
+    own = tmp_path / "own.safetensors"
+    save_file(model.state_dict(), own)  # under timm's names the classifier may stand anywhere
+    again = load_backbone("timm:tf_efficientnet_lite0", f"in1k={own}", device="cpu")
+    assert again.identity.fingerprint == ours.identity.fingerprint
+    assert (again.identity.model, again.identity.pretrained) == ("timm:tf_efficientnet_lite0.in1k", str(own))
+
+
+def test_an_image_encoder_knows_no_words(image_weights):
+    model = load_backbone("timm:tf_efficientnet_lite0", str(image_weights[0]), device="cpu")
+    for words in (lambda: model.encode_texts(["a cat"]), lambda: a_step(model, ["text"])):
+        with pytest.raises(UsageError, match=r"timm:tf_efficientnet_lite0.*no text encoder"):
+            words()
+    assert set(model.tuned(PARTS)) == set(model._model.state_dict())
+
+
+def test_weights_of_another_model_are_refused_by_their_name(image_weights, tmp_path):
+    with pytest.raises(BackboneError, match=r"lite0\.pth: not weights of timm:resnet18: tensor 'conv1"):
+        load_backbone("timm:resnet18", str(image_weights[0]), device="cpu")
+    (tmp_path / "text.pth").write_text("none")
+    with pytest.raises(BackboneError, match=r"text\.pth: cannot be read"):
+        load_backbone("timm:resnet18", str(tmp_path / "text.pth"), device="cpu")
+
+
+def test_a_model_that_is_loaded_already_is_the_same_backbone(tmp_path):
+    from retrieval_tip.backbones.open_clip import OpenClipBackbone
+
+    name = f"local-dir:{tiny(tmp_path / 'model')}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    given = OpenClipBackbone.of(model, preprocess, tokenizer, name="mine")
+    named = load_backbone(name, device="cpu")
+    pixels = named.preprocess(picture())[None]
+    torch.testing.assert_close(given.preprocess(picture())[None], pixels)
+    np.testing.assert_array_equal(given.encode_images(pixels), named.encode_images(pixels))
+    np.testing.assert_array_equal(given.encode_texts(["a cat"]), named.encode_texts(["a cat"]))
+    assert (given.dim, given.logit_scale, given.identity.model) == (named.dim, named.logit_scale, "mine")
+    assert given.identity.weights == named.identity.weights
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_is_loaded_already_can_say_what_it_is(monkeypatch):
+    """Under its architecture and tag it is, for an index, the one that is loaded by these names."""
+    from retrieval_tip.backbones.open_clip import OpenClipBackbone
+
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("RN50", force_quick_gelu=True)
+    given = OpenClipBackbone.of(model, preprocess, open_clip.get_tokenizer("RN50"), name="RN50", pretrained="openai")
+    assert (given.identity.model, given.identity.pretrained) == ("RN50", "openai")
+    assert given.identity.config == backbone._config_digest(open_clip.get_model_config("RN50"), quick_gelu=True)

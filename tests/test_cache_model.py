@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import retrieval_tip
 from retrieval_tip import CacheModel
-from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError

@@ -19,7 +19,7 @@ from conftest import SHARED
 from test_cli import process, unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
-from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot
@@ -1210,7 +1210,7 @@ def test_an_index_with_trained_values_stays_one_segment_and_gives_what_it_should
 def test_backbone_errors_are_what_the_functions_say(pictures: Path, lit_mini: Backbone, tmp_path: Path) -> None:
     from test_backbone import tiny
 
-    from retrieval_tip.backbones.open_clip import load_backbone
+    from retrieval_tip.backbones.loading import load_backbone
 
     other = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
     new = open_source(photographs(tmp_path / "new", panda=range(4, 5)))

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import feature_tables
 from retrieval_tip.data import imports as exchange

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from retrieval_tip import bounds
-from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data import encoder as features_module
 from retrieval_tip.data import feature_tables, images
 from retrieval_tip.data.encoder import Encoder, encode_table, view_names
@@ -56,6 +56,8 @@ class Fake:
         self.batches.append(len(pixels))
         means = pixels.double().mean(dim=(2, 3)).float()
         return torch.cat([means, pixels[:, :, 0, 0] + 1], dim=1).numpy()
+
+    has_text = True
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         raise AssertionError("no text is encoded here")

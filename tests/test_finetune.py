@@ -23,7 +23,7 @@ from test_search_hp import C, D, clusters
 from torch.nn import functional
 
 from retrieval_tip import CacheModel, verify
-from retrieval_tip.backbones.open_clip import load_backbone
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, open_source

@@ -40,7 +40,7 @@ if __name__ != "__main__":
     from test_search_hp import C, D, clusters
 
     from retrieval_tip import CacheModel
-    from retrieval_tip.backbones.open_clip import load_backbone
+    from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import open_source
     from retrieval_tip.errors import InputError, UsageError

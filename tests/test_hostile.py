@@ -24,7 +24,7 @@ from click.testing import Result
 from click.types import FloatParamType, IntParamType, Tuple
 from PIL import Image
 
-from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.cli import group as cli
 from retrieval_tip.cli import output
 from retrieval_tip.cli.parameters import K

@@ -26,7 +26,7 @@ from test_backbone import tiny
 from test_cli import unit_rows, write_table
 from test_shards import jpeg, tar
 
-from retrieval_tip.backbones.open_clip import load_backbone
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data import remote
 from retrieval_tip.data.encoder import Encoder, encode_table, view_names
 from retrieval_tip.data.sources import open_items, open_source

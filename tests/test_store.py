@@ -26,7 +26,7 @@ import torch
 from conftest import AS_ROOT, mount
 
 from retrieval_tip import CacheModel, verify
-from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store import folder as store

@@ -19,7 +19,7 @@ import pytest
 import torch
 from test_features import IDENTITY, Fake, folder, picture, reads, source_of, unit_rows, with_identity  # noqa: F401
 
-from retrieval_tip.backbones.open_clip import unit
+from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import feature_tables, images
 from retrieval_tip.data.encoder import Encoder, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from retrieval_tip.cli.messages import FAILED
+from retrieval_tip.cli.messages import FAILED, say
 from retrieval_tip.cli.options import FORMAT, JSON, OutputOptions
 from retrieval_tip.cli.parameters import FOLDER
 from retrieval_tip.errors import one_line
@@ -54,6 +54,31 @@ def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> No
         state = f"missing: {'; '.join(problems)}" if problems else "ok"
         click.echo(one_line(f"{row.name:<{width}}  {state}"))
     ctx.exit(0 if good == len(rows) or (good and not names) else FAILED)
+
+
+@click.command("models")
+@click.argument("word", default="")
+@FORMAT
+def models_command(word: str, printing: OutputOptions) -> None:
+    """List backbones: name, weights (the recommended first), size, and whether they are here already.
+
+    WORD is any part of a name (dinov2, ViT-B/32, siglip); without it a few are listed that are a good start. A backbone
+    without words compares photographs alone.
+    """
+    import pyarrow as pa
+
+    from retrieval_tip.backbones.catalogue import megabytes, search
+    from retrieval_tip.cli.output import write_rows
+
+    found = search(word)
+    types = {"model": pa.string(), "size": pa.string(), "words": pa.bool_(), "cached": pa.bool_()}
+    types |= {"pretrained": pa.list_(pa.string())}
+    rows = [vars(model) | {"size": None if model.bytes is None else megabytes(model.bytes)} for model in found]
+    for row in rows:
+        row["pretrained"] = ", ".join(row["pretrained"]) if printing.style == "table" else row["pretrained"]
+    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
+    if not word:
+        say("retrieval-tip models WORD searches all of them")
 
 
 @click.command()

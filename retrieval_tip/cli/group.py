@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from retrieval_tip import __version__
-from retrieval_tip.cli.about import datasets_group, doctor
+from retrieval_tip.cli.about import datasets_group, doctor, models_command
 from retrieval_tip.cli.classify import classify, encode
 from retrieval_tip.cli.evaluate import evaluate_command, report_command
 from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_command, search_command
@@ -205,6 +205,7 @@ for _command in (
     search_command,
     finetune_command,
     calibrate_command,
+    models_command,
     datasets_group,
     doctor,
 ):

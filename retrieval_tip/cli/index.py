@@ -135,8 +135,10 @@ def build(
     from retrieval_tip.index.build import build_index
 
     items = source_of(source, reading, "train")
-    templates = template or (facts(items.dataset).templates if items.dataset and not text else ())
-    with encoder_of(ctx, backbone_of(items, encoding, needed=text is None), encoding, views) as encoder:
+    backbone = backbone_of(items, encoding, needed=text is None)
+    words = backbone is not None and backbone.has_text and not text
+    templates = template or (facts(items.dataset).templates if items.dataset and words else ())
+    with encoder_of(ctx, backbone, encoding, views) as encoder:
         cache = build_index(
             items,
             out,

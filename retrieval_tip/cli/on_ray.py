@@ -18,7 +18,7 @@ from retrieval_tip.cli.options import (
 from retrieval_tip.errors import UsageError, counted
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbones.open_clip import Identity
+    from retrieval_tip.backbones.base import Identity
     from retrieval_tip.classifier import Classifier
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.distributed.engine import BackboneName, Encoding, Ray

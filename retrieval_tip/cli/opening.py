@@ -16,7 +16,7 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.lance.address import Address
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbones.open_clip import Backbone, Identity
+    from retrieval_tip.backbones.base import Backbone, Identity
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.classifier import Classifier
     from retrieval_tip.data.encoder import Encoder
@@ -116,7 +116,7 @@ class Origin:
     @classmethod
     def of(cls, folder: Place) -> Origin:
         """The origin of an index."""
-        from retrieval_tip.backbones.open_clip import Identity
+        from retrieval_tip.backbones.base import Identity
         from retrieval_tip.store.folder import find_weights
 
         manifest, tuned = manifest_of(folder), None
@@ -127,16 +127,16 @@ class Origin:
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:
     """Model and weights that the command line names, else those of the identity, else the default's."""
-    from retrieval_tip.backbones.open_clip import DEFAULT_MODEL
+    from retrieval_tip.backbones.catalogue import DEFAULT
 
     if backbone.model or identity is None:
-        return backbone.model or DEFAULT_MODEL, backbone.pretrained
-    return identity.model or DEFAULT_MODEL, backbone.pretrained or identity.pretrained
+        return backbone.model or DEFAULT, backbone.pretrained
+    return identity.model or DEFAULT, backbone.pretrained or identity.pretrained
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
     """The backbone of :func:`name_of`."""
-    from retrieval_tip.backbones.open_clip import load_backbone
+    from retrieval_tip.backbones.loading import load_backbone
 
     model, pretrained = name_of(backbone, identity)
     return load_backbone(model, pretrained, device=backbone.device, precision=backbone.precision, tuned=tuned)
@@ -159,7 +159,7 @@ def backbone_for(
 
     With an encoding cache (``cached``) it is loaded when something is met that is not in there.
     """
-    from retrieval_tip.backbones.open_clip import load_when_needed
+    from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone
 
     images = needed or any(source.table is None for source in sources)

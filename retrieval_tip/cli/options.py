@@ -132,8 +132,15 @@ class OutputOptions:
 ROOT = click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 MODEL = options(
-    click.option("--model", help="open_clip architecture, local-dir:PATH or hf-hub:ORG/REPO.  [default: RN50, openai]"),
-    click.option("--pretrained", help="Tag, checkpoint file, or TAG=FILE for a local copy of a tag's weights."),
+    click.option(
+        "--model",
+        help="Architecture of open_clip, timm:NAME, local-dir:PATH or hf-hub:ORG/REPO (see: retrieval-tip models)."
+        "  [default: ViT-B-32]",
+    ),
+    click.option(
+        "--pretrained",
+        help="Tag, checkpoint file, or TAG=FILE for a local copy of a tag's weights.  [default: the recommended tag]",
+    ),
 )
 BACKBONE = options(
     MODEL,

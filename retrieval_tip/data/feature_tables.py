@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from retrieval_tip.backbones.open_clip import Backbone, Identity
+from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.data.sources import FEATURE, Source, few_names, open_parquet, row_groups, row_list, table_files
 from retrieval_tip.errors import BackboneError, InputError, first_line, show
 from retrieval_tip.files import replacing

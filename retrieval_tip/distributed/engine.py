@@ -25,7 +25,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from retrieval_tip import errors
-from retrieval_tip.backbones.open_clip import Backbone
+from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.distributed.cluster import Room, connected, room
@@ -66,7 +66,7 @@ class BackboneName:
 
     def load(self, device: str) -> Backbone:
         """The backbone on this device."""
-        from retrieval_tip.backbones.open_clip import load_backbone
+        from retrieval_tip.backbones.loading import load_backbone
 
         return load_backbone(self.model, self.pretrained, device=device, precision=self.precision, tuned=self.tuned)
 

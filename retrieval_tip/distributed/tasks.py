@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.classifier import Classifier
 from retrieval_tip.data.encoder import Encoder, Views, grouped, write_encoded
 from retrieval_tip.data.feature_tables import table_dim, table_identity

@@ -29,7 +29,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.open_clip import PARTS, Trainable, write_tuned
+from retrieval_tip.backbones.base import PARTS, Trainable
+from retrieval_tip.backbones.loading import write_tuned
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names

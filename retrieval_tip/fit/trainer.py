@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.open_clip import PARTS, Trainable
+from retrieval_tip.backbones.base import PARTS, Trainable
 from retrieval_tip.backbones.prompts import prompts_of
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel

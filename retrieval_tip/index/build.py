@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -331,12 +331,14 @@ def _text(
         if theirs is not None and ours is not None:
             same_backbone(theirs, ours, str(text))
         return _Words(class_names, weights, [], str(text))
-    if encoder.backbone is not None:
+    if encoder.backbone is not None and (templates or encoder.backbone.has_text):
         prompts = list(check_templates(templates or DEFAULT_TEMPLATES))
         weights = text_weights(encoder.backbone, source.class_names, prompts)
         return _Words(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
+    if encoder.backbone is not None:  # an image encoder alone was asked for
+        return _Words(source.class_names, None, [], None)
     log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
     return _Words(source.class_names, None, [], None)
 

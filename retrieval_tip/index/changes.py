@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip.backbones.open_clip import Backbone, Identity
+from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone, same_backbone, table_identity

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.open_clip import Identity, resolve_device
+from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier import Classifier, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.backbones.open_clip import Backbone, Identity, load_backbone
+from retrieval_tip.backbones.base import Backbone, Identity
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real

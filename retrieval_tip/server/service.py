@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from retrieval_tip.backbones.open_clip import Backbone, unit
+from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of

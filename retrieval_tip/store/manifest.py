@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from retrieval_tip.backbones.open_clip import Identity
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.settings import FITTED, Built, Fitted, Settings
 

@@ -1,0 +1,174 @@
+"""What a backbone is: something that turns pictures, and where it can sentences, into features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval_tip.errors import BackboneError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import torch
+    from PIL import Image
+
+PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+PARTS = ("visual", "text")
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which backbone made a feature, enough to refuse another one.
+
+    ``model`` and ``pretrained`` say how to load it; ``weights`` (digest over every tensor), ``config`` (digest of the
+    architecture) and ``preprocess`` say what it is. The same weights from a tag and from a file are the same backbone.
+    """
+
+    model: str
+    pretrained: str | None
+    weights: str
+    config: str
+    preprocess: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that agree exactly where features can be compared."""
+        what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in manifests and feature tables."""
+        return asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Identity:
+        """The inverse of :meth:`to_dict`. Raises BackboneError where a part is missing or of the wrong type."""
+        if not isinstance(data, Mapping):
+            raise BackboneError("backbone: not an object")
+        kinds = {"model": str, "pretrained": (str, type(None)), "weights": str, "config": str, "preprocess": Mapping}
+        for key, kind in kinds.items():
+            if not isinstance(data.get(key), kind):  # type: ignore[arg-type]  # a type or a tuple of types
+                raise BackboneError(f"backbone: {key} is missing or of the wrong type")
+        return cls(**{key: data[key] for key in kinds})
+
+
+class Backbone(Protocol):
+    """An image encoder, with a text encoder beside it or without, as who only needs its features sees it."""
+
+    @property
+    def identity(self) -> Identity:
+        """Which one it is."""
+
+    @property
+    def dim(self) -> int:
+        """Length ``d`` of its features."""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it encodes sentences too; without, the photographs alone tell the classes apart."""
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the zero-shot logits (100 for OpenAI's CLIP)."""
+
+    @property
+    def precision(self) -> str:
+        """``float32``, or the autocast dtype: part of what an encoding is cached under."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many views it encodes best at a time, on the device that it is on."""
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """An RGB picture as the model's own centre view, ``[3, h, w]`` float32."""
+
+    def view(self, image: Image.Image, seed: str) -> torch.Tensor:
+        """An augmented view, ``[3, h, w]`` float32; the same picture and seed give the same view."""
+
+    def encode_images(self, pixels: torch.Tensor) -> FloatArray:
+        """Raw features ``[b, d]`` of views ``[b, 3, h, w]``: not normalised, so that views can be averaged first."""
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Raw features ``[t, d]`` of sentences. Raises UsageError where there is no text encoder."""
+
+
+class Trainable(Backbone, Protocol):
+    """A backbone whose towers, ``visual`` and ``text``, can be trained and stored apart from their base.
+
+    Every method that takes parts raises UsageError for another name.
+    """
+
+    def parameters(self, part: str) -> list[torch.nn.Parameter]:
+        """The parameters of one tower, in the model's order; the logit scale and bias belong to neither."""
+
+    def training(self, parts: Sequence[str]) -> AbstractContextManager[list[torch.nn.Parameter]]:
+        """Within it, the parameters of ``parts``, which it gives, take gradients; behind it, none does."""
+
+    def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, on the backbone's device, with gradient."""
+
+    def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Raw features ``[t, d]`` float32 of sentences, on the backbone's device, with gradient."""
+
+    def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """A copy of every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
+
+    def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put the tensors of whole towers, as :meth:`tuned` gives them, in place of the model's own.
+
+        The backbone is then another one: its identity follows its weights. Raises BackboneError naming the tensor
+        that is unknown, missing, or of another shape or type; then nothing was changed.
+        """
+
+
+def unit(features: FloatArray, what: str = "feature") -> FloatArray:
+    """Rows scaled to length 1, ``[m, d]`` float32: the one place where features are normalised.
+
+    Raises InputError naming the row where a feature is zero or not finite.
+    """
+    norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    if bad.size:
+        raise InputError(f"{what} {int(bad[0])}: zero or not finite, so it has no direction")
+    scaled: FloatArray = (features / norms).astype(np.float32)
+    return scaled
+
+
+def resolve_device(device: str = "auto") -> str:
+    """``auto`` to ``cuda`` where there is a GPU, else ``cpu``. Raises UsageError for a device that is not here."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    if device == "cuda" or device.startswith("cuda:"):
+        if not torch.cuda.is_available():
+            raise UsageError(f"device {device!r}: torch finds no CUDA GPU; use --device auto or cpu (see doctor)")
+        number = device[5:]
+        if device != "cuda" and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
+            raise UsageError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs")
+        return device
+    raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
+
+
+def resolved(device: str, precision: str) -> tuple[str, str]:
+    """Device and precision, each as what ``auto`` stands for. Raises UsageError for others than there are."""
+    device = resolve_device(device)
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "float32" if device == "cpu" else "float16"
+    return device, precision

@@ -1,0 +1,236 @@
+"""The backbones that there are: their names as people spell them, their tags, their sizes, and what is here already."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from retrieval_tip.errors import UsageError, counted, first_line
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "ViT-B-32"
+"""The backbone where none is named: its recommended weights have 69 % of ImageNet by words alone, in 0.6 GB."""
+
+SHORT = {
+    "clip": "ViT-B-32",
+    "clip-large": "ViT-L-14",
+    "siglip2": "ViT-B-16-SigLIP2",
+    "mobileclip": "MobileCLIP2-S0",
+    "dinov2": "timm:vit_small_patch14_dinov2.lvd142m",
+    "dinov3": "timm:vit_small_patch16_dinov3.lvd1689m",
+    "efficientnet": "timm:tf_efficientnet_lite0.in1k",
+}
+"""Short names of backbones that are a good start, and their names."""
+
+_ELSEWHERE = {
+    "openai/clip-vit-base-patch32": ("ViT-B-32", "openai"),
+    "openai/clip-vit-base-patch16": ("ViT-B-16", "openai"),
+    "openai/clip-vit-large-patch14": ("ViT-L-14", "openai"),
+    "openai/clip-vit-large-patch14-336": ("ViT-L-14-336", "openai"),
+    "dinov2_vits14": ("timm:vit_small_patch14_dinov2.lvd142m", None),
+    "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", None),
+    "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", None),
+}
+"""Names that the same weights have in other libraries."""
+
+_FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
+"""Beginnings of tags, best first: trained the longest on the most of what is openly licensed."""
+
+NEAR, ALIKE = 8, 0.6
+"""Names that a message offers, and how alike they have to be, of 1 (:func:`difflib.get_close_matches`)."""
+
+LARGEST_LIST = 200
+"""Backbones of which the size is computed for a list: each takes a twentieth of a second."""
+
+
+def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
+    """Model and weights by the names under which they are loaded, however they were spelled.
+
+    ``ViT-B/32`` and ``vit-b-32`` are ``ViT-B-32``, ``ViT-L/14@336px`` is ``ViT-L-14-336``, ``clip`` is
+    ``SHORT["clip"]``, ``openai/clip-vit-base-patch32`` is ``ViT-B-32`` with ``openai``, ``timm/NAME`` is ``timm:NAME``.
+    What nobody knows is returned as it is.
+    """
+    model = model or DEFAULT
+    if model.startswith(("local-dir:", "hf-hub:", "timm:")):
+        return model, pretrained
+    if model.lower() in _ELSEWHERE:
+        name, tag = _ELSEWHERE[model.lower()]
+        return name, pretrained or tag
+    if model.lower() in SHORT:
+        return SHORT[model.lower()], pretrained
+    if model.startswith("timm/"):
+        return f"timm:{model.removeprefix('timm/')}", pretrained
+    if has(model):
+        return model, pretrained
+    plain = {_plain(name): name for name in _architectures()}
+    return plain.get(_plain(model), model), pretrained
+
+
+def _plain(name: str) -> str:
+    """A name without what people spell differently."""
+    return re.sub(r"[-_/@ ]+", "-", name.lower().removesuffix("px"))
+
+
+@cache
+def _architectures() -> tuple[str, ...]:
+    import open_clip
+
+    return tuple(open_clip.list_models())
+
+
+def has(model: str) -> bool:
+    """Whether a name is an architecture of open_clip."""
+    return model in _architectures()
+
+
+def unknown(model: str) -> UsageError:
+    """The error for a name that is no architecture of open_clip, with the names near it."""
+    text = f"model {model!r}: not an open_clip architecture, timm:NAME, local-dir:PATH or hf-hub:ORG/REPO"
+    return UsageError(text + _offer(model, _architectures()) + "; retrieval-tip models WORD lists what there is")
+
+
+def unknown_timm(model: str) -> UsageError:
+    """The error for a name that timm does not know, with the names near it."""
+    import timm
+
+    return UsageError(f"model 'timm:{model}': timm has no such model" + _offer(model, timm.list_models(), "timm:"))
+
+
+def _offer(model: str, names: Sequence[str], prefix: str = "") -> str:
+    """The names that have every part of this one in them, and those that are spelled nearly so."""
+    plain, asked = {_plain(name): name for name in names}, _plain(model)
+    whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
+    near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][:NEAR]
+    return f"; near it are {', '.join(prefix + plain[name] for name in near)}" if near else ""
+
+
+def recommended(model: str) -> str | None:
+    """The tag of an architecture of open_clip that is taken where none is named; ``None`` where it has no tags."""
+    import open_clip
+
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
+    return next((tag for first in _FIRST for tag in tags if tag.startswith(first)), tags[0] if tags else None)
+
+
+def timm_tags(architecture: str) -> list[str]:
+    """The tags of a model of timm, its own default first."""
+    import timm
+
+    return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A backbone that can be named: its tags, the recommended one first, and the bytes of its weights in float32.
+
+    ``cached``: whether the recommended weights are on this machine already.
+    """
+
+    model: str
+    pretrained: list[str]
+    bytes: int | None
+    words: bool
+    cached: bool
+
+
+def search(word: str = "") -> list[Named]:
+    """The backbones whose name or tags have this word in them, in whatever spelling; by default those of ``SHORT``.
+
+    Raises UsageError where there is none, with the names near it.
+    """
+    import timm
+
+    if not word:
+        return [_described(name) for name in dict.fromkeys(SHORT.values())]
+    asked = _plain(word.removeprefix("timm:"))
+    short = [name for key, name in SHORT.items() if key == asked]
+    ours = [m for m in _architectures() if recommended(m) and any(asked in _plain(t) for t in (m, *_tags(m)))]
+    theirs = [f"timm:{name}" for name in timm.list_pretrained() if asked in _plain(name)]
+    if word.startswith("timm:"):
+        ours = []
+    if not (found := list(dict.fromkeys([*short, *ours, *theirs]))):
+        raise UsageError(f"models {word!r}: no backbone has this in its name" + _offer(word, _architectures()))
+    return [_described(name, sized=len(found) <= LARGEST_LIST) for name in found]
+
+
+def _tags(model: str) -> list[str]:
+    import open_clip
+
+    best, tags = recommended(model), open_clip.list_pretrained_tags_by_model(model)
+    return sorted(tags, key=lambda tag: tag != best)
+
+
+def _described(name: str, *, sized: bool = True) -> Named:
+    import open_clip
+    import timm
+
+    if name.startswith("timm:"):
+        own = name.removeprefix("timm:")
+        config = timm.get_pretrained_cfg(own)
+        cached = config is not None and _is_cached(config.hf_hub_id)
+        return Named(name, [own.partition(".")[2]], _bytes(name) if sized else None, False, cached)
+    tags = _tags(name)
+    repository = open_clip.get_pretrained_cfg(name, tags[0]).get("hf_hub", "").rpartition("/")[0]
+    return Named(name, tags, _bytes(name) if sized else None, True, _is_cached(repository))
+
+
+def _bytes(name: str) -> int | None:
+    """Bytes of the parameters in float32, counted on a model that has none in memory."""
+    import open_clip
+    import timm
+    import torch
+
+    level = logging.root.manager.disable
+    try:
+        logging.disable()  # each step is logged
+        with torch.device("meta"):
+            if name.startswith("timm:"):
+                model: Any = timm.create_model(name.removeprefix("timm:"), num_classes=0)
+            else:
+                model = open_clip.create_model(name, device="meta", load_weights=False)
+    except Exception as error:  # a tower whose configuration lies on a hub
+        log.debug("%s: size unknown: %s", name, first_line(error))
+        return None
+    finally:
+        logging.disable(level)
+    return int(4 * sum(parameter.numel() for parameter in model.parameters()))
+
+
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+"""Files that open_clip and timm look for on a hub, in this order."""
+
+
+def _is_cached(repository: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(repository, file) for file in WEIGHTS] if repository else []
+    return any(isinstance(path, str) for path in found)
+
+
+def say_fetched(repository: str) -> None:
+    """Say how large the weights are, before they are fetched; nothing where they are here, or nobody answers."""
+    import huggingface_hub
+
+    if _is_cached(repository) or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return
+    try:
+        listed = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=3).siblings or []
+        sizes = {file.rfilename: file.size for file in listed}
+        size = next(sizes[file] for file in WEIGHTS if sizes.get(file))
+    except Exception as error:  # whatever it is, fetching will say it
+        log.debug("%s: %s", repository, first_line(error))
+        return
+    assert size is not None
+    log.info("fetching %s of weights from huggingface.co/%s, once", megabytes(size), repository)
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes as people say it."""
+    return counted(round(size / 1e6), "MB").removesuffix("s") if size < 1e9 else f"{size / 1e9:.1f} GB"

@@ -1,0 +1,121 @@
+"""Backbones by name: :func:`load_backbone`, and the files of those that were fine-tuned."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrieval_tip.backbones import open_clip, timm
+from retrieval_tip.backbones.base import Identity, Trainable, resolved
+from retrieval_tip.backbones.catalogue import named
+from retrieval_tip.backbones.torch_backbone import TorchBackbone
+from retrieval_tip.errors import BackboneError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_backbone(
+    model: str | None = None,
+    pretrained: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    tuned: str | os.PathLike[str] | None = None,
+) -> Trainable:
+    """A backbone by its name, in evaluation mode.
+
+    Args:
+        model: an open_clip architecture (``ViT-B-32``, or as OpenAI spells it ``ViT-B/32``); ``local-dir:PATH`` (a
+            folder with ``open_clip_config.json`` and weights) or ``hf-hub:ORG/REPO`` in open_clip's format;
+            ``timm:NAME`` for an image encoder without words (``timm:vit_small_patch14_dinov2.lvd142m``); a short name
+            of :data:`catalogue.SHORT`. ``None``: :data:`catalogue.DEFAULT`.
+        pretrained: a tag (``openai``, ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE`` (a local copy of that
+            tag's weights, with the preprocessing and activation that belong to the tag). ``None``: the tag that
+            :func:`catalogue.recommended` names.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``float32``; ``float16`` or ``bfloat16`` autocast; ``auto`` is float32 on a CPU, float16 on a GPU.
+        tuned: a file by :func:`write_tuned`, whose tensors take the place of the model's.
+
+    Raises:
+        UsageError: an unknown architecture, tag, device or precision.
+        BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted);
+            ``tuned`` is missing, damaged, or holds tensors that do not fit the model.
+    """
+    device, precision = resolved(device, precision)
+    state = None if tuned is None else _read_tuned(Path(tuned))
+    with _uncollected():
+        backbone = _of(model, pretrained, device, precision)
+    if state is not None:
+        try:
+            backbone.adopt(state)
+        except BackboneError as error:
+            raise BackboneError(f"{tuned}: {error}") from None
+    return backbone
+
+
+def load_when_needed(identity: Identity, dim: int, *, device: str = "auto", precision: str = "auto") -> Trainable:
+    """The backbone ``identity`` of features ``[m, dim]``, loaded when first something is encoded, where that can wait.
+
+    It can for a ``local-dir:`` model whose files are, byte by byte, the ones that ``identity`` names; any other is
+    loaded now, whichever it is by now. Raises as :func:`load_backbone`; one that waited raises BackboneError when it is
+    loaded and is another one after all.
+    """
+    device, precision = resolved(device, precision)
+    model = identity.model
+    if model.startswith("local-dir:") and open_clip.lies_in(Path(model.removeprefix("local-dir:")), identity):
+        return open_clip.OpenClipBackbone(model, None, device, precision, (identity, dim))
+    return load_backbone(model, identity.pretrained, device=device, precision=precision)
+
+
+def _of(model: str | None, pretrained: str | None, device: str, precision: str) -> TorchBackbone:
+    name, tag = named(model, pretrained)
+    if name.startswith("timm:"):
+        return timm.TimmBackbone(name.removeprefix("timm:"), tag, device, precision)
+    return open_clip.OpenClipBackbone(name, tag, device, precision)
+
+
+def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors of :meth:`Trainable.tuned` as a safetensors file, for ``load_backbone(..., tuned=path)``.
+
+    The same tensors give the same bytes. Raises BackboneError naming the file where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"{path}: cannot be written: {first_line(error)}") from None
+
+
+def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    try:
+        if not file.is_file():  # a pipe would wait for ever
+            raise FileNotFoundError("no such file")
+        state: dict[str, torch.Tensor] = load(file.read_bytes())  # load_file refuses names that are not UTF-8
+    except OSError as error:
+        reason = error.strerror or error
+        raise BackboneError(f"{file}: tuned weights cannot be read: {reason}; restore it or fine-tune again") from None
+    except Exception as error:  # safetensors raises its own error, KeyError or torch's
+        reason = first_line(error)
+        raise BackboneError(f"{file}: damaged, or not tuned weights: {reason}; restore it or fine-tune again") from None
+    return state
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: open_clip's imports make a million objects that stay, and walking them took a third."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,138 @@
+"""Backbones by timm: image encoders without words (DINOv2, DINOv3, EfficientNet). The photographs alone decide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.catalogue import say_fetched, timm_tags, unknown_timm
+from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
+from retrieval_tip.errors import BackboneError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+class TimmBackbone(TorchBackbone):
+    """A :class:`base.Trainable` backbone of one tower, by timm. Make one with :func:`loading.load_backbone`.
+
+    Its features are what the model gives before its classifier, ``timm.create_model(NAME, num_classes=0)``, of a view
+    that the model's own configuration describes.
+    """
+
+    def __init__(self, name: str, pretrained: str | None, device: str, precision: str) -> None:
+        self._names = (name, pretrained)
+        super().__init__(device, precision)
+
+    def _open(self) -> Opened:
+        import timm
+        from timm.data.config import resolve_model_data_config
+        from timm.data.transforms_factory import create_transform
+
+        architecture, tag, file = _plan(*self._names)
+        name = f"{architecture}.{tag}" if tag else architecture
+        try:
+            config = timm.get_pretrained_cfg(name)
+            if file is None and config is not None and config.hf_hub_id:
+                say_fetched(config.hf_hub_id)
+            tower = timm.create_model(name, pretrained=file is None, num_classes=0)
+        except Exception as error:  # timm, the hub, torch and safetensors each raise their own
+            reason = first_line(error).rpartition("Last error: ")[2]
+            raise BackboneError(
+                f"wanted the weights of timm:{name}, which are not cached and cannot be fetched ({reason}); "
+                "give --pretrained FILE"
+            ) from error
+        if file is not None:
+            _fill(tower, file, name)
+        settings = resolve_model_data_config(tower)
+        identity = Identity(
+            model=f"timm:{name}",
+            pretrained=None if file is None else str(file.resolve()),
+            weights="",
+            config=f"sha256:{hashlib.sha256(json.dumps({'timm': architecture}).encode()).hexdigest()}",
+            preprocess=_plain(settings),
+        )
+        model = frozen(_image_encoder(tower)).to(self._device)
+        preprocess = create_transform(**settings, is_training=False)
+        dim: Any = getattr(tower, "head_hidden_size", None) or tower.num_features
+        return Opened(model, preprocess, identity, int(dim), None)
+
+
+def _image_encoder(tower: torch.nn.Module) -> torch.nn.Module:
+    """A module like an open_clip model, of the image tower alone."""
+    import torch
+
+    class ImageEncoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = tower
+
+        def encode_image(self, pixels: torch.Tensor) -> Any:
+            return self.visual(pixels)
+
+    return ImageEncoder()
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Timm's settings of a view as an identity holds them, with the size as open_clip calls it."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return plain | {"size": plain.pop("input_size")[1:]}
+
+
+def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:
+    """Architecture, tag and file of what was asked for. Raises UsageError or BackboneError naming what is not there."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise unknown_timm(name)
+    file = None
+    if pretrained is not None:
+        of, _, path = pretrained.rpartition("=")
+        if pretrained in timm_tags(architecture):
+            tag = pretrained
+        else:
+            tag, file = of or tag, Path(path)
+            if not file.is_file():
+                raise BackboneError(f"{path}: no such checkpoint (wanted as the weights of timm:{architecture})")
+    tags = timm_tags(architecture)
+    if tag and tag not in tags:
+        known = f"its tags are {', '.join(tags)}" if tags else "it has none"
+        raise UsageError(f"model 'timm:{name}': {tag!r} is no tag of {architecture}; {known}")
+    if not tag and file is None:
+        if not tags:
+            raise UsageError(f"model 'timm:{name}': nobody has published weights of it; give --pretrained FILE")
+        config = timm.get_pretrained_cfg(architecture)
+        tag = config.tag if config is not None and config.tag in tags else tags[0]
+    return architecture, tag or None, file
+
+
+def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
+    """Put the tensors of a checkpoint into a tower, by their names, or, where another program named them, in order.
+
+    Raises BackboneError naming the file and the first tensor that does not fit.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        state: dict[str, torch.Tensor] = load_state_dict(str(file), use_ema=False, weights_only=True)
+    except Exception as error:  # torch, safetensors and pickle each raise their own
+        raise BackboneError(f"{file}: cannot be read as weights of timm:{name}: {first_line(error)}") from None
+    own = tower.state_dict()
+    if own.keys() <= state.keys():
+        chosen = {key: state[key] for key in own}
+    else:  # what the classifier adds comes last
+        chosen = dict(zip(own, state.values(), strict=False))
+    for key, tensor in own.items():
+        if key not in chosen or chosen[key].shape != tensor.shape:
+            found = "missing" if key not in chosen else f"{list(chosen[key].shape)}, not {list(tensor.shape)}"
+            raise BackboneError(f"{file}: not weights of timm:{name}: tensor {key!r} is {found}")
+    tower.load_state_dict(chosen)

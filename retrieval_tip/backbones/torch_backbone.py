@@ -1,0 +1,364 @@
+"""A backbone that is a torch module, whoever made it: views, features, training, and which weights it has."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import random
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retrieval_tip.backbones.base import PARTS, FloatArray, Identity
+from retrieval_tip.errors import BackboneError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    Tokenizer = Callable[[list[str]], torch.Tensor]
+
+VIEW_SCALE = (0.5, 1.0)
+VIEW_RATIO = (3 / 4, 4 / 3)
+
+_OPENING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was opened, in evaluation mode and without gradients, and which one it is, but for its weights.
+
+    ``model`` is a module with a submodule ``visual`` and a method ``encode_image``; where it has a text tower, also
+    with ``encode_text`` and ``logit_scale``, and ``tokenizer`` makes what turns sentences into its input.
+    """
+
+    model: Any
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    identity: Identity
+    dim: int | None
+    tokenizer: Callable[[], Tokenizer] | None
+
+
+class TorchBackbone(ABC):
+    """A :class:`base.Trainable` backbone of a torch module. Make one with :func:`loading.load_backbone`."""
+
+    _folded: tuple[list[int], Any] | None = None
+    """By the versions of the image tower's tensors that it was made of: see :attr:`_folded_model`."""
+
+    def __init__(self, device: str, precision: str, awaited: tuple[Identity, int] | None = None) -> None:
+        """``awaited``: its identity and ``d`` where they are known; then it is opened when something is encoded."""
+        import torch
+
+        self._device = torch.device(device)
+        self._precision = precision
+        self._opened: Opened | None = None
+        self._digested: list[int] | None = None
+        if awaited is None:
+            self._opened = self._open()
+            self._identity = self._opened.identity
+        else:
+            self._identity = awaited[0]
+        size = self._identity.preprocess["size"]
+        self._size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
+        if self._opened is None:
+            assert awaited is not None
+            self._dim = awaited[1]
+        else:
+            self._dim = self._opened.dim or int(self.encode_texts(["a"]).shape[1])
+
+    @abstractmethod
+    def _open(self) -> Opened:
+        """The model on the backbone's device. Raises BackboneError for weights that are missing or damaged."""
+
+    def _open_model(self) -> Opened:
+        with _OPENING:  # threads that decode images ask for it at the same time
+            if self._opened is None:
+                opened = self._open()
+                identity = replace(opened.identity, weights=weights_digest(opened.model))
+                if identity.fingerprint != self._identity.fingerprint:
+                    raise BackboneError(
+                        f"backbone {self._identity} is needed, but {identity} is in use; "
+                        "their features cannot be compared"
+                    )
+                self._opened, self._digested = opened, _versions(opened.model)
+            return self._opened
+
+    @property
+    def _model(self) -> Any:
+        return self._open_model().model
+
+    @property
+    def _preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
+        return self._open_model().preprocess
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        """Made when there is a text: images need none."""
+        make = self._open_model().tokenizer
+        if make is None:
+            raise UsageError(f"{self._identity.model}: has no text encoder; leave out what is made of words")
+        return make()
+
+    @property
+    def identity(self) -> Identity:
+        """Which one it is: the digest is of the weights as they are now, so that no cache takes old for new."""
+        if self._opened is None:
+            return self._identity
+        versions = _versions(self._model)
+        if versions != self._digested:
+            self._identity = replace(self._identity, weights=weights_digest(self._model))
+            self._digested = versions
+        return self._identity
+
+    @property
+    def dim(self) -> int:
+        """Length ``d`` of its features."""
+        return self._dim
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a text tower."""
+        return self._opened is None or self._opened.tokenizer is not None  # those that are awaited have
+
+    @property
+    def logit_scale(self) -> float:
+        """The model's own temperature, ``exp`` of its stored logarithm; 100 where it compares nothing with words."""
+        return float(self._model.logit_scale.exp()) if self.has_text else 100.0
+
+    @property
+    def precision(self) -> str:
+        """``float32``, or the autocast dtype."""
+        return self._precision
+
+    @property
+    def batch_size(self) -> int:
+        """64 on a GPU. 4 on a CPU, where larger batches spend their time on fresh memory (benchmarks/encoding.py)."""
+        return 4 if self._device.type == "cpu" else 64
+
+    @property
+    def _folded_model(self) -> Any:
+        """The model to encode with, as its weights are now: on a CPU without batch norms, where that can be."""
+        if self._device.type != "cpu":
+            return self._model
+        versions = _versions(self._model.visual)
+        if self._folded is None or self._folded[0] != versions:
+            self._folded = versions, _fold_batch_norms(self._model, self._size)
+        return self._folded[1]
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """The model's own centre view, ``[3, h, w]`` float32."""
+        # Not in numpy: while threads that decode have OpenMP threads of their own, the model's spin little at their
+        # barriers. Where they spin on cores that others use too, encoding takes several times as long.
+        tensor: torch.Tensor = self._preprocess(image)
+        return tensor
+
+    def view(self, image: Image.Image, seed: str) -> torch.Tensor:
+        """The paper's augmented view: random resized crop (area 0.5 to 1, bicubic), flipped half the time."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as vision
+
+        generator = random.Random(seed)  # noqa: S311
+        top, left, height, width = _crop(image.width, image.height, generator)
+        crop = vision.resized_crop(image, top, left, height, width, list(self._size), InterpolationMode.BICUBIC)
+        if generator.random() < 0.5:
+            crop = vision.hflip(crop)
+        config = self._identity.preprocess
+        tensor: torch.Tensor = vision.normalize(vision.to_tensor(crop), config["mean"], config["std"])
+        return tensor
+
+    def encode_images(self, pixels: torch.Tensor) -> FloatArray:
+        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``."""
+        model = self._folded_model if len(pixels) > 1 else self._model  # folding takes longer than it gains for one
+        return _without_gradient(lambda given: self._forward_pixels(model, given), pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> FloatArray:
+        """Raw features ``[t, d]`` float32 of sentences."""
+        return _without_gradient(self.forward_texts, texts)
+
+    def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, with gradient."""
+        return self._forward_pixels(self._model, pixels)
+
+    def _forward_pixels(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        channels_last = pixels.to(self._device, memory_format=torch.channels_last)  # convolutions prefer it
+        return self._forward(model.encode_image, channels_last)
+
+    def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Raw features ``[t, d]`` float32 of sentences, with gradient."""
+        tokens = self._tokenizer(list(texts)).to(self._device)
+        return self._forward(self._model.encode_text, tokens)
+
+    def _forward(self, tower: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self._precision == "float32":
+            return tower(given)
+        with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
+            return tower(given).float()
+
+    def parameters(self, part: str) -> list[torch.nn.Parameter]:
+        """The parameters of one tower, in the model's order."""
+        return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
+
+    @contextmanager
+    def training(self, parts: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
+        """Within it, the parameters of ``parts``, which it gives, take gradients; behind it, none does."""
+        parameters = [parameter for part in parts for parameter in self.parameters(part)]
+        if "text" in parts and not self.has_text:
+            raise UsageError(f"train text: {self._identity.model} has no text encoder")
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield parameters
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """A copy of every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
+        return {name: _copied(tensor) for part in parts for name, tensor in self._tensors(part).items()}
+
+    def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put the tensors of whole towers in place of the model's own; the identity follows."""
+        towers = [self._tensors(part) for part in PARTS]
+        _check_fit(state, towers, self._identity.model)
+        self._model.load_state_dict(dict(state), strict=False)
+
+    def _tensors(self, part: str) -> dict[str, torch.Tensor]:
+        """What the state of one tower holds: parameters and buffers."""
+        return {name: tensor for name, tensor in self._model.state_dict().items() if self._is_of(part, name)}
+
+    def _is_of(self, part: str, name: str) -> bool:
+        if part not in PARTS:
+            raise UsageError(f"part {part!r}: expected one of {', '.join(PARTS)}")
+        if part == "visual":
+            return name.startswith("visual.")
+        if not self.has_text:
+            return False
+        if hasattr(self._model, "text"):
+            return name.startswith("text.")
+        # OpenAI's CLIP: the modules of the text tower lie on the model itself
+        return not name.startswith(("visual.", "logit_scale", "logit_bias"))
+
+
+def _without_gradient(forward: Callable[[Any], torch.Tensor], given: Any) -> FloatArray:
+    import torch
+
+    with torch.no_grad():  # not inference_mode: what a tower keeps from then could not take part in training later
+        array: FloatArray = forward(given).float().cpu().numpy()
+    return array
+
+
+def _fold_batch_norms(model: Any, size: tuple[int, int]) -> Any:
+    """``model``, or one that shares its tensors and gives its features of images up to float rounding, but faster.
+
+    A convolution takes the scale and the shift of the batch norm that follows it: one pass over the activations less,
+    and one that would be written to fresh memory. Modules tell what follows them by their order only, so ``model``
+    itself is returned where the two disagree on a picture.
+    """
+    import torch
+
+    if not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.visual.modules()):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.visual.parameters(), *model.visual.buffers())}
+    folded = copy.copy(model)
+    probe = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    with torch.no_grad():
+        try:
+            visual = copy.deepcopy(model.visual, shared)
+            folded._modules = model._modules | {"visual": visual}
+            for module in list(visual.modules()):
+                _fold_children(module)
+            expected, folded_features = model.encode_image(probe), folded.encode_image(probe)
+        except RuntimeError:  # what cannot be copied, or takes other pictures
+            return model
+    return folded if float((folded_features - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) else model
+
+
+def _fold_children(module: Any) -> None:
+    """Fold each batch norm that stands right behind a convolution among a module's children into it."""
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+    for (_, conv), (name, norm) in itertools.pairwise(list(module.named_children())):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            setattr(module, name, nn.Sequential(*norm.children()))  # timm's norms hold the activation
+
+
+def frozen(model: Any) -> Any:
+    """The module as it always is, also while it is trained: in evaluation mode, and without gradients.
+
+    Batch statistics and dropout would give a picture another feature in each batch, and other features than the ones
+    that it is compared with.
+    """
+    return model.eval().requires_grad_(False)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
+    """Raise BackboneError naming the tensor, unless ``state`` holds one or more of the towers, each whole."""
+    own = {name: tensor for tower in towers for name, tensor in tower.items()}
+    for name, tensor in state.items():
+        if name not in own:
+            raise BackboneError(f"tensor {name!r} is in neither tower of {model}; they were tuned from another model")
+        stated, wanted = (f"{t.dtype} {list(t.shape)}".removeprefix("torch.") for t in (tensor, own[name]))
+        if stated != wanted:
+            raise BackboneError(f"tensor {name!r} is {stated}, in {model} {wanted}; they were tuned from another model")
+    missing = [name for tower in towers if not state.keys().isdisjoint(tower) for name in tower if name not in state]
+    if missing or not state:
+        what = f"tensor {missing[0]!r} is missing" if missing else "holds no tensors"
+        raise BackboneError(f"{what}; a tuned tower of {model} is stored whole")
+
+
+def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop of random area and aspect; the largest allowed centre after ten misses."""
+    for _ in range(10):
+        area = width * height * generator.uniform(*VIEW_SCALE)
+        ratio = float(np.exp(generator.uniform(*np.log(VIEW_RATIO))))
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            return generator.randint(0, height - h), generator.randint(0, width - w), h, w
+    ratio = min(max(width / height, VIEW_RATIO[0]), VIEW_RATIO[1])
+    w, h = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _versions(model: Any) -> list[int]:
+    """How often each tensor was changed in place, as torch counts it: whoever trains it, and however."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor: the same from a tag, a hub and a file."""
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Any]) -> str:
+    """As :func:`weights_digest`, of tensors by their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).numpy())
+    return f"sha256:{digest.hexdigest()}"

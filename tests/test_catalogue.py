@@ -1,0 +1,89 @@
+"""The names of backbones: how they may be spelled, what is recommended, and the list of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import huggingface_hub
+import open_clip
+import pytest
+import timm
+
+from retrieval_tip.backbones import catalogue
+from retrieval_tip.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "tag"),
+    [
+        (None, catalogue.DEFAULT, None),
+        ("ViT-B/32", "ViT-B-32", None),
+        ("vit-b-32", "ViT-B-32", None),
+        ("rn50", "RN50", None),
+        ("ViT-L/14@336px", "ViT-L-14-336", None),
+        ("openai/clip-vit-base-patch32", "ViT-B-32", "openai"),
+        ("clip", "ViT-B-32", None),
+        ("dinov2_vits14", "timm:vit_small_patch14_dinov2.lvd142m", None),
+        ("timm/vit_small_patch14_dinov2.lvd142m", "timm:vit_small_patch14_dinov2.lvd142m", None),
+        ("local-dir:Some/Folder", "local-dir:Some/Folder", None),
+        ("nobody-knows", "nobody-knows", None),
+    ],
+)
+def test_names_are_understood_as_people_spell_them(said, name, tag):
+    assert catalogue.named(said) == (name, tag)
+    assert catalogue.named(said, "file.pt") == (name, "file.pt")
+
+
+def test_every_short_name_is_one_that_can_be_loaded():
+    for name in catalogue.SHORT.values():
+        if name.startswith("timm:"):
+            assert name.removeprefix("timm:") in timm.list_pretrained()
+        else:
+            assert open_clip.list_pretrained_tags_by_model(name)
+
+
+def test_every_architecture_with_weights_has_a_recommended_tag():
+    for model in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        assert (catalogue.recommended(model) in tags) == bool(tags)
+    assert catalogue.recommended("ViT-B-32") == "datacomp_xl_s13b_b90k"
+    assert catalogue.recommended("RN50") == "openai"
+
+
+def test_the_models_that_have_a_word_in_their_name():
+    found = {model.model: model for model in catalogue.search("vit-b-32")}
+    assert "ViT-B-32" in found
+    assert "xlm-roberta-base-ViT-B-32" in found
+    model = found["ViT-B-32"]
+    assert model.pretrained[0] == "datacomp_xl_s13b_b90k"
+    assert set(model.pretrained) == set(open_clip.list_pretrained_tags_by_model("ViT-B-32"))
+    parameters = sum(p.numel() for p in open_clip.create_model("ViT-B-32", load_weights=False).parameters())
+    assert model.bytes == 4 * parameters
+    assert all(model.model.startswith("timm:") for model in catalogue.search("timm:dinov3"))
+    with pytest.raises(UsageError, match=r"'RN5O'.*RN50"):
+        catalogue.search("RN5O")
+
+
+def test_models_lists_them(run):
+    few = [json.loads(line) for line in run("models", "--format", "json").stdout.splitlines()]
+    assert {row["model"] for row in few} == set(catalogue.SHORT.values())
+    assert next(row for row in few if row["model"].startswith("timm:"))["words"] is False
+    table = run("models", "dinov2").stdout
+    assert "timm:vit_small_patch14_dinov2.lvd142m" in table
+    wrong = run("models", "RN5O")
+    assert wrong.exit_code == 2
+    assert "RN50" in wrong.stderr
+
+
+def test_the_size_is_said_before_weights_are_fetched(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "retrieval_tip")
+    files = [
+        SimpleNamespace(rfilename=name, size=size) for name, size in (("a", 1), (catalogue.WEIGHTS[0], 605 * 10**6))
+    ]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    catalogue.say_fetched("some/model")
+    assert "605 MB" in caplog.text
+    assert "some/model" in caplog.text
