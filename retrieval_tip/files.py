@@ -113,6 +113,16 @@ def _kernel_devices() -> frozenset[int]:
     return frozenset(folder.stat().st_dev for folder in (Path("/proc"), Path("/sys")) if folder.is_mount())
 
 
+def cache_folder() -> Path | None:
+    """``$RETRIEVAL_TIP_CACHE``, else ``retrieval-tip`` in the user's cache folder; ``None`` where there is no home."""
+    if own := os.environ.get("RETRIEVAL_TIP_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
+    except RuntimeError:  # as in some containers
+        return None
+
+
 def sync(folder: Path) -> None:
     """Flush a folder's entries, where the system can."""
     with suppress(OSError):

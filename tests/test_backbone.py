@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import threading
-from copy import deepcopy
 
 import numpy as np
 import open_clip
@@ -264,10 +263,11 @@ def tiny_folder(tmp_path_factory):
 def trainable(request, tmp_path):
     """OpenAI's layout, the one whose text tower is a module of its own, and real towers of timm and transformers."""
     if request.param == "lit-mini":
-        return deepcopy(request.getfixturevalue("lit_mini"))  # others use it
+        folder = request.getfixturevalue("shared") / "models" / "lit-mini"
+        return load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
     folder = request.getfixturevalue("tiny_folder")
     if request.param == "tiny":
-        return load_backbone(f"local-dir:{folder}", device="cpu")
+        return load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
     custom = tmp_path / "custom"
     custom.mkdir()
     model = open_clip.CustomTextCLIP(**TINY)
@@ -275,7 +275,7 @@ def trainable(request, tmp_path):
     settings = json.loads((folder / "open_clip_config.json").read_text())
     settings["model_cfg"]["custom_text"] = True
     (custom / "open_clip_config.json").write_text(json.dumps(settings))
-    return load_backbone(f"local-dir:{custom}", device="cpu")
+    return load_backbone(f"local-dir:{custom}", device="cpu", runtime="torch")
 
 
 def some_pixels(model, number=2):
@@ -411,7 +411,7 @@ def test_a_trained_backbone_is_another_one_and_comes_back_from_its_file(trainabl
 
     file = tmp_path / "tuned.safetensors"
     write_tuned(file, trainable.tuned(parts))
-    again = load_backbone(base.model, base.pretrained, device="cpu", tuned=file)
+    again = load_backbone(base.model, base.pretrained, device="cpu", runtime="torch", tuned=file)
     assert again.identity == tuned
     assert np.array_equal(again.encode_images(pixels), after[0])
     assert np.array_equal(again.encode_texts(texts), after[1])
@@ -519,91 +519,6 @@ def test_tuned_weights_may_lie_under_a_name_that_is_not_utf8(tiny_folder, tmp_pa
 
 
 # -- batch norms that are folded --
-
-
-def convolutional(folder):
-    tiny(folder)
-    path = folder / "open_clip_config.json"
-    settings = json.loads(path.read_text())
-    settings["model_cfg"]["vision_cfg"] = {"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}
-    path.write_text(json.dumps(settings))
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**settings["model_cfg"])
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return load_backbone(f"local-dir:{folder}", device="cpu")
-
-
-@pytest.fixture(params=["ResNet", "lit-mini"])
-def with_norms(request, tmp_path):
-    if request.param == "lit-mini":
-        copied = deepcopy(request.getfixturevalue("lit_mini"))
-        copied._folded = None
-        return copied
-    return convolutional(tmp_path / "model")
-
-
-def norms_of(model):
-    return sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.visual.modules())
-
-
-def test_folded_batch_norms_change_no_feature(with_norms):
-    pixels = some_pixels(with_norms)
-    assert norms_of(with_norms._folded_model) == 0 < norms_of(with_norms._model)
-    with torch.no_grad():
-        expected = with_norms._model.encode_image(pixels).numpy()
-    np.testing.assert_allclose(unit(with_norms.encode_images(pixels)), unit(expected), atol=1e-6)
-
-
-def test_a_single_picture_does_not_wait_for_folding(with_norms):
-    pixels = some_pixels(with_norms)
-    alone = with_norms.encode_images(pixels[:1])
-    assert with_norms._folded is None
-    together = with_norms.encode_images(pixels)
-    assert with_norms._folded is not None
-    np.testing.assert_allclose(unit(alone)[0], unit(together)[0], atol=1e-6)
-    assert np.array_equal(with_norms.encode_images(pixels[:1]), alone)
-
-
-def test_folding_follows_the_weights(with_norms):
-    pixels = some_pixels(with_norms)
-    before = with_norms.encode_images(pixels)
-    folded = with_norms._folded_model
-    assert with_norms._folded_model is folded  # made once
-    a_step(with_norms, ["visual"])
-    assert with_norms._folded_model is not folded
-    after = with_norms.encode_images(pixels)
-    assert not np.allclose(unit(before), unit(after), atol=1e-5)
-    with torch.no_grad():
-        expected = with_norms._model.encode_image(pixels).numpy()
-    np.testing.assert_allclose(unit(after), unit(expected), atol=1e-6)
-    assert not any(parameter.requires_grad for parameter in with_norms._folded_model.parameters())
-
-
-def test_a_norm_that_is_called_elsewhere_is_not_folded(tmp_path):
-    model = convolutional(tmp_path / "model")
-    first = model._model.visual.layer1[0]
-
-    class Odd(type(first)):
-        def forward(self, x):  # between conv1 and bn1 comes what their order does not tell
-            return super().forward(x) + self.bn1(self.conv1(x).abs()).mean()
-
-    first.__class__ = Odd
-    assert model._folded_model is model._model
-    pixels = some_pixels(model)
-    with torch.no_grad():
-        expected = model._model.encode_image(pixels).numpy()
-    np.testing.assert_allclose(model.encode_images(pixels), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_tower_without_batch_norms_is_the_model_itself(tiny_folder):
-    model = load_backbone(f"local-dir:{tiny_folder}", device="cpu")
-    assert model._folded_model is model._model
 
 
 # -- an image encoder alone, and what is loaded already --

@@ -217,8 +217,9 @@ def opened(monkeypatch):
 
 
 @pytest.fixture
-def known(tmp_path):
-    """A model folder with its identity and d."""
+def known(tmp_path, monkeypatch):
+    """A model folder with its identity and d, whose image tower nobody has kept."""
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'known')}", device="cpu")
     return tmp_path / "known", model.identity, model.dim
 
@@ -255,7 +256,7 @@ def test_threads_load_it_once(known, opened):
     _, identity, dim = known
     waiting = load_when_needed(identity, dim, device="cpu")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: waiting.preprocess(picture()), range(8)))
+        list(pool.map(lambda _: waiting.encode_texts(["a"]), range(8)))
     assert len(opened) == 1
 
 
@@ -292,7 +293,7 @@ def test_another_model_that_comes_into_the_folder_meanwhile_is_refused(known, ch
     change(folder)
     for _ in range(2):
         with pytest.raises(BackboneError, match=r"is needed, but .* is in use"):
-            waiting.preprocess(picture())
+            waiting.encode_images(waiting.preprocess(picture())[None])
 
 
 @pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_config.json"])

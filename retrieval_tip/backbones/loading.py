@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_tip.backbones import open_clip, timm
+from retrieval_tip.backbones import open_clip, timm, tower
 from retrieval_tip.backbones.base import Identity, Trainable, resolved
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.errors import BackboneError, first_line
+from retrieval_tip.errors import BackboneError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
+
+RUNTIMES = ("auto", "torch")
 
 
 def load_backbone(
@@ -25,6 +27,7 @@ def load_backbone(
     *,
     device: str = "auto",
     precision: str = "auto",
+    runtime: str = "auto",
     tuned: str | os.PathLike[str] | None = None,
 ) -> Trainable:
     """A backbone by its name, in evaluation mode.
@@ -39,17 +42,19 @@ def load_backbone(
             :func:`catalogue.recommended` names.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``float32``; ``float16`` or ``bfloat16`` autocast; ``auto`` is float32 on a CPU, float16 on a GPU.
+        runtime: what encodes images on a CPU: ``auto`` is OpenVINO where its features are the model's (:mod:`tower`),
+            else ``torch``.
         tuned: a file by :func:`write_tuned`, whose tensors take the place of the model's.
 
     Raises:
-        UsageError: an unknown architecture, tag, device or precision.
+        UsageError: an unknown architecture, tag, device, precision or runtime.
         BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted);
             ``tuned`` is missing, damaged, or holds tensors that do not fit the model.
     """
     device, precision = resolved(device, precision)
     state = None if tuned is None else _read_tuned(Path(tuned))
     with _uncollected():
-        backbone = _of(model, pretrained, device, precision)
+        backbone = _of(model, pretrained, device, precision, runtime)
     if state is not None:
         try:
             backbone.adopt(state)
@@ -58,25 +63,38 @@ def load_backbone(
     return backbone
 
 
-def load_when_needed(identity: Identity, dim: int, *, device: str = "auto", precision: str = "auto") -> Trainable:
-    """The backbone ``identity`` of features ``[m, dim]``, loaded when first something is encoded, where that can wait.
+def load_when_needed(
+    identity: Identity, dim: int, *, device: str = "auto", precision: str = "auto", runtime: str = "auto"
+) -> Trainable:
+    """The backbone ``identity`` of features ``[m, dim]``, loaded when first something needs it, where that can wait.
 
-    It can for a ``local-dir:`` model whose files are, byte by byte, the ones that ``identity`` names; any other is
-    loaded now, whichever it is by now. Raises as :func:`load_backbone`; one that waited raises BackboneError when it is
-    loaded and is another one after all.
+    It can where its image tower is kept (:mod:`tower`), and for a ``local-dir:`` model whose files are, byte by byte,
+    the ones that ``identity`` names; any other is loaded now, whichever it is by now. Raises as :func:`load_backbone`;
+    one that waited raises BackboneError when it is loaded and is another one after all.
     """
     device, precision = resolved(device, precision)
-    model = identity.model
+    model, awaited = identity.model, (identity, dim)
+    if runtime == "auto" and device == "cpu" and tower.is_kept(identity):
+        return _of(model, identity.pretrained, device, precision, runtime, awaited)
     if model.startswith("local-dir:") and open_clip.lies_in(Path(model.removeprefix("local-dir:")), identity):
-        return open_clip.OpenClipBackbone(model, None, device, precision, (identity, dim))
-    return load_backbone(model, identity.pretrained, device=device, precision=precision)
+        return _of(model, None, device, precision, runtime, awaited)
+    return load_backbone(model, identity.pretrained, device=device, precision=precision, runtime=runtime)
 
 
-def _of(model: str | None, pretrained: str | None, device: str, precision: str) -> TorchBackbone:
-    name, tag = named(model, pretrained)
+def _of(
+    model: str | None,
+    pretrained: str | None,
+    device: str,
+    precision: str,
+    runtime: str,
+    awaited: tuple[Identity, int] | None = None,
+) -> TorchBackbone:
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime!r}: expected one of {', '.join(RUNTIMES)}")
+    name, tag = (model or "", pretrained) if awaited is not None else named(model, pretrained)
     if name.startswith("timm:"):
-        return timm.TimmBackbone(name.removeprefix("timm:"), tag, device, precision)
-    return open_clip.OpenClipBackbone(name, tag, device, precision)
+        return timm.TimmBackbone(name.removeprefix("timm:"), tag, device, precision, runtime, awaited)
+    return open_clip.OpenClipBackbone(name, tag, device, precision, runtime, awaited)
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:

@@ -194,12 +194,13 @@ class OpenClipBackbone(TorchBackbone):
         pretrained: str | None,
         device: str,
         precision: str,
+        runtime: str = "auto",
         awaited: tuple[Identity, int] | None = None,
         *,
         loaded: tuple[Any, Callable[[Image.Image], torch.Tensor], Tokenizer] | None = None,
     ) -> None:
         self._names, self._loaded = (model, pretrained), loaded
-        super().__init__(device, precision, awaited)
+        super().__init__(device, precision, runtime, awaited)
 
     @classmethod
     def of(

@@ -28,9 +28,22 @@ class TimmBackbone(TorchBackbone):
     that the model's own configuration describes.
     """
 
-    def __init__(self, name: str, pretrained: str | None, device: str, precision: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None,
+        device: str,
+        precision: str,
+        runtime: str = "auto",
+        awaited: tuple[Identity, int] | None = None,
+    ) -> None:
         self._names = (name, pretrained)
-        super().__init__(device, precision)
+        super().__init__(device, precision, runtime, awaited)
+
+    @property
+    def has_text(self) -> bool:
+        """Never."""
+        return False
 
     def _open(self) -> Opened:
         import timm

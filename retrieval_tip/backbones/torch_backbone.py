@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import itertools
 import random
 import threading
 from abc import ABC, abstractmethod
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import PARTS, FloatArray, Identity
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -49,15 +48,15 @@ class Opened:
 class TorchBackbone(ABC):
     """A :class:`base.Trainable` backbone of a torch module. Make one with :func:`loading.load_backbone`."""
 
-    _folded: tuple[list[int], Any] | None = None
-    """By the versions of the image tower's tensors that it was made of: see :attr:`_folded_model`."""
-
-    def __init__(self, device: str, precision: str, awaited: tuple[Identity, int] | None = None) -> None:
-        """``awaited``: its identity and ``d`` where they are known; then it is opened when something is encoded."""
+    def __init__(self, device: str, precision: str, runtime: str, awaited: tuple[Identity, int] | None = None) -> None:
+        """``awaited``: its identity and ``d`` where they are known; then it is opened when something needs it."""
         import torch
 
         self._device = torch.device(device)
         self._precision = precision
+        self._runtime = runtime
+        self._tower: tuple[str, tower.Tower | None] | None = None  # of the backbone of this fingerprint
+        self._is_trained = False
         self._opened: Opened | None = None
         self._digested: list[int] | None = None
         if awaited is None:
@@ -142,18 +141,10 @@ class TorchBackbone(ABC):
         """64 on a GPU. 4 on a CPU, where larger batches spend their time on fresh memory (benchmarks/encoding.py)."""
         return 4 if self._device.type == "cpu" else 64
 
-    @property
-    def _folded_model(self) -> Any:
-        """The model to encode with, as its weights are now: on a CPU without batch norms, where that can be."""
-        if self._device.type != "cpu":
-            return self._model
-        versions = _versions(self._model.visual)
-        if self._folded is None or self._folded[0] != versions:
-            self._folded = versions, _fold_batch_norms(self._model, self._size)
-        return self._folded[1]
-
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """The model's own centre view, ``[3, h, w]`` float32."""
+        if self._opened is None and tower.can_view(self._identity.preprocess):
+            return tower.view(image, self._identity.preprocess)
         # Not in numpy: while threads that decode have OpenMP threads of their own, the model's spin little at their
         # barriers. Where they spin on cores that others use too, encoding takes several times as long.
         tensor: torch.Tensor = self._preprocess(image)
@@ -175,8 +166,23 @@ class TorchBackbone(ABC):
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
         """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``."""
-        model = self._folded_model if len(pixels) > 1 else self._model  # folding takes longer than it gains for one
-        return _without_gradient(lambda given: self._forward_pixels(model, given), pixels)
+        compiled = self._compiled(len(pixels))
+        return compiled(pixels) if compiled is not None else _without_gradient(self.forward_images, pixels)
+
+    def _compiled(self, number: int) -> tower.Tower | None:
+        """The image tower as it encodes so many images fastest on a CPU, where that is not torch's."""
+        on_cpu = self._device.type == "cpu" and self._precision in tower.LEAST_COSINE
+        if self._runtime == "torch" or not on_cpu or self._is_trained:
+            return None
+        identity = self.identity
+        if self._tower is None or self._tower[0] != identity.fingerprint:
+            compiled = tower.kept(identity, self._precision)
+            if compiled is None:
+                if number < 2:  # converting takes longer than it gains for one
+                    return None
+                compiled = tower.converted(self._model, identity, self._size, self._precision)
+            self._tower = identity.fingerprint, compiled
+        return self._tower[1]
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Raw features ``[t, d]`` float32 of sentences."""
@@ -184,13 +190,10 @@ class TorchBackbone(ABC):
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, with gradient."""
-        return self._forward_pixels(self._model, pixels)
-
-    def _forward_pixels(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
         channels_last = pixels.to(self._device, memory_format=torch.channels_last)  # convolutions prefer it
-        return self._forward(model.encode_image, channels_last)
+        return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Raw features ``[t, d]`` float32 of sentences, with gradient."""
@@ -215,6 +218,7 @@ class TorchBackbone(ABC):
         parameters = [parameter for part in parts for parameter in self.parameters(part)]
         if "text" in parts and not self.has_text:
             raise UsageError(f"train text: {self._identity.model} has no text encoder")
+        self._is_trained = self._is_trained or "visual" in parts  # what changes at each step is not worth compiling
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
@@ -257,47 +261,6 @@ def _without_gradient(forward: Callable[[Any], torch.Tensor], given: Any) -> Flo
     with torch.no_grad():  # not inference_mode: what a tower keeps from then could not take part in training later
         array: FloatArray = forward(given).float().cpu().numpy()
     return array
-
-
-def _fold_batch_norms(model: Any, size: tuple[int, int]) -> Any:
-    """``model``, or one that shares its tensors and gives its features of images up to float rounding, but faster.
-
-    A convolution takes the scale and the shift of the batch norm that follows it: one pass over the activations less,
-    and one that would be written to fresh memory. Modules tell what follows them by their order only, so ``model``
-    itself is returned where the two disagree on a picture.
-    """
-    import torch
-
-    if not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.visual.modules()):
-        return model
-    shared = {id(tensor): tensor for tensor in (*model.visual.parameters(), *model.visual.buffers())}
-    folded = copy.copy(model)
-    probe = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 4 - 2
-    with torch.no_grad():
-        try:
-            visual = copy.deepcopy(model.visual, shared)
-            folded._modules = model._modules | {"visual": visual}
-            for module in list(visual.modules()):
-                _fold_children(module)
-            expected, folded_features = model.encode_image(probe), folded.encode_image(probe)
-        except RuntimeError:  # what cannot be copied, or takes other pictures
-            return model
-    return folded if float((folded_features - expected).abs().max()) <= 1e-4 * float(expected.abs().max()) else model
-
-
-def _fold_children(module: Any) -> None:
-    """Fold each batch norm that stands right behind a convolution among a module's children into it."""
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-    for (_, conv), (name, norm) in itertools.pairwise(list(module.named_children())):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            setattr(module, name, nn.Sequential(*norm.children()))  # timm's norms hold the activation
 
 
 def frozen(model: Any) -> Any:

@@ -139,7 +139,8 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     from retrieval_tip.backbones.loading import load_backbone
 
     model, pretrained = name_of(backbone, identity)
-    return load_backbone(model, pretrained, device=backbone.device, precision=backbone.precision, tuned=tuned)
+    how = {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
+    return load_backbone(model, pretrained, **how, tuned=tuned)
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -169,7 +170,8 @@ def backbone_for(
     loaded: Backbone | None = None
     if images:
         if identity and cached and not (cache.tuned or backbone.model or backbone.pretrained):
-            loaded = load_when_needed(identity, cache.d, device=backbone.device, precision=backbone.precision)
+            how = {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
+            loaded = load_when_needed(identity, cache.d, **how)
         else:
             loaded = load(backbone, identity, cache.tuned)
     check_backbone(cache.backbone, cache.d, loaded, list(sources))

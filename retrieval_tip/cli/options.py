@@ -58,6 +58,7 @@ class BackboneOptions:
     pretrained: str | None
     device: str
     precision: str = "auto"
+    runtime: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ BACKBONE = options(
     click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
                  show_default=True, help="Arithmetic of the backbone (auto: float32, on a GPU float16 autocast) and of "
                                          "the products with all keys (auto: the fastest that is accurate, measured)."),
+    click.option("--runtime", type=click.Choice(["auto", "torch"]), default="auto", show_default=True,
+                 help="What encodes images on a CPU (auto: OpenVINO, where its features are torch's)."),
 )  # fmt: skip
 READING = grouped(
     "reading", ReadingOptions,

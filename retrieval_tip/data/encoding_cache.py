@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import InputError, UsageError, show
-from retrieval_tip.files import make_folders
+from retrieval_tip.files import cache_folder, make_folders
 
 if TYPE_CHECKING:
     pass
@@ -66,13 +66,11 @@ class EncodingCache:
 
     @staticmethod
     def default_folder() -> Path:
-        """``$RETRIEVAL_TIP_CACHE``, else ``retrieval-tip`` in the user's cache folder. Raises UsageError: no home."""
-        if own := os.environ.get("RETRIEVAL_TIP_CACHE"):
-            return Path(own)
-        try:
-            return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrieval-tip"
-        except RuntimeError:  # a user without a home, as in some containers
-            raise UsageError("the encoding cache has no place: no home folder; give --cache or --no-cache") from None
+        """:func:`files.cache_folder`. Raises UsageError for a user without a home."""
+        folder = cache_folder()
+        if folder is None:
+            raise UsageError("the encoding cache has no place: no home folder; give --cache or --no-cache")
+        return folder
 
     def _unusable(self, error: Exception) -> InputError:
         return InputError(

@@ -1,0 +1,249 @@
+"""An image tower by itself, on a CPU: compiled by OpenVINO, and kept for whoever needs it next.
+
+It gives the features of its backbone up to float rounding, two to three times as fast (``benchmarks/encoding.py``), and
+needs neither torch's form of the model nor the libraries that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retrieval_tip.backbones.base import FloatArray, Identity
+from retrieval_tip.errors import first_line, show
+from retrieval_tip.files import cache_folder, make_folders
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
+"""To torch's own features, in float32, of each picture that is tried; of every precision that there is. On photographs
+torch's own bfloat16 has 0.997 at least with lit-mini, as OpenVINO's."""
+
+FORM = 1
+"""Of what is kept: another one is made where this changes."""
+
+Pixels = Callable[["Image.Image"], "torch.Tensor"]
+
+
+class Tower:
+    """A compiled tower: views ``[b, 3, h, w]`` to raw features ``[b, d]``, float32 both."""
+
+    def __init__(self, model: Any, precision: str) -> None:
+        import torch
+
+        hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+        config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self._compiled = _openvino().Core().compile_model(model, "CPU", config)
+
+    def __call__(self, pixels: torch.Tensor) -> FloatArray:
+        """Raw features."""
+        features: FloatArray = np.array(self._compiled(pixels.float().contiguous().numpy())[0])
+        return features
+
+    def __deepcopy__(self, _: object) -> Tower:
+        return self  # nothing ever changes it
+
+
+def is_kept(identity: Identity) -> bool:
+    """Whether the tower of a backbone is kept, and its pictures need nothing else either."""
+    return can_view(identity.preprocess) and (folder := _folder(identity)) is not None and (folder / _FACTS).is_file()
+
+
+def kept(identity: Identity, precision: str) -> Tower | None:
+    """The tower of a backbone as it was kept; ``None`` where it was not, or is damaged: then it is removed."""
+    folder = _folder(identity)
+    if folder is None or not (folder / _FACTS).is_file():
+        return None
+    try:
+        digests = json.loads((folder / _FACTS).read_bytes())
+        if digests != _digests(folder):
+            raise ValueError("its files are not as they were written")
+        return Tower(_openvino().Core().read_model(folder / _GRAPH), precision)
+    except Exception as error:  # openvino raises RuntimeError, the files OSError and ValueError
+        log.info("%s: cannot be used (%s); it is made again", show(folder), first_line(error))
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def converted(model: Any, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
+    """The tower of a torch ``model`` that has ``encode_image``, which is kept from then on.
+
+    ``None``, and a warning, where it cannot be converted, or its features are not the model's.
+    """
+    import torch
+
+    try:
+        graph = _graph(model, size)
+        tower = Tower(graph, precision)
+        pixels = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0)) * 4 - 2
+        with torch.no_grad():
+            own = model.encode_image(pixels).double()
+        cosine = float(torch.cosine_similarity(own, torch.from_numpy(tower(pixels)).double()).min())
+        if not cosine >= LEAST_COSINE[precision]:
+            raise ValueError(f"its features have a cosine of {cosine:.6f} to torch's")
+    except Exception as error:  # openvino and torch each raise their own
+        log.warning("%s: images are encoded by torch, more slowly: OpenVINO cannot (%s)", identity, first_line(error))
+        return None
+    _keep(graph, identity)
+    return tower
+
+
+def _openvino() -> Any:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # then it reports nothing to its maker
+    import openvino
+
+    return openvino
+
+
+def _graph(model: Any, size: tuple[int, int]) -> Any:
+    """The model's ``encode_image`` as a graph of OpenVINO, for any number of views of this size.
+
+    By the frontend itself: ``openvino.convert_model`` does the same, and reports it.
+    """
+    import torch
+
+    openvino = _openvino()
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    class Image(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: torch.Tensor) -> Any:
+            return self.model.encode_image(pixels)
+
+    with torch.no_grad(), _traceable():
+        traced = torch.jit.trace(Image().eval(), torch.zeros(2, 3, *size), check_trace=False)
+        decoder = TorchScriptPythonDecoder(traced)  # by a name of its own: the graph reads it until it is converted
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        graph = frontend.convert(frontend.load(decoder))
+    graph.reshape(openvino.PartialShape([-1, 3, *size]))
+    return graph
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Without torch's fused attention, which no other program knows, and its advice on tracing."""
+    import warnings
+
+    import torch
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+_GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
+
+
+def _folder(identity: Identity) -> Path | None:
+    """Where the tower of a backbone is kept; ``None`` where there is no place for such things."""
+    caches = cache_folder()
+    if caches is None:
+        return None
+    made_of = f"{FORM} {identity.fingerprint} {identity.weights} {version('openvino')}"
+    return caches / "towers" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+
+def _keep(graph: Any, identity: Identity) -> None:
+    """Write a tower, whole or not at all. Says why where it cannot be written: it was only to save time."""
+    folder = _folder(identity)
+    if folder is None or folder.exists():
+        return
+    temporary = None
+    try:
+        make_folders(folder.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        _openvino().serialize(graph, temporary / _GRAPH, temporary / _WEIGHTS)
+        (temporary / _FACTS).write_text(json.dumps(_digests(temporary)))
+        temporary.rename(folder)
+    except (OSError, RuntimeError) as error:
+        if not folder.exists():  # else another process was first
+            log.info("%s: cannot be kept (%s)", show(folder), first_line(error))
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for name in (_GRAPH, _WEIGHTS):
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def can_view(preprocess: Mapping[str, Any]) -> bool:
+    """Whether :func:`view` knows how a backbone wants its pictures."""
+    with suppress(KeyError, TypeError, ValueError):
+        return _resized(preprocess, 640, 480) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
+    return False
+
+
+def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
+    """The centre view of a picture, ``[3, h, w]`` float32, as open_clip and timm make it, to the last bit.
+
+    Resized, cut to the middle, divided by 255, less ``mean``, divided by ``std``.
+    """
+    import torch
+    from PIL.Image import Resampling
+
+    resized = _resized(preprocess, *image.size)
+    assert resized is not None
+    if image.size != resized:
+        image = image.resize(resized, Resampling[preprocess["interpolation"].upper()])
+    height, width = _size(preprocess)
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    image = image.crop((left, top, left + width, top + height)).convert("RGB")
+    mean, std = (torch.tensor(preprocess[name], dtype=torch.float32)[:, None, None] for name in ("mean", "std"))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+    return pixels.sub_(mean).div_(std)
+
+
+def _size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a view."""
+    size = preprocess["size"]
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _resized(preprocess: Mapping[str, Any], width: int, height: int) -> tuple[int, int] | None:
+    """The width and height that a picture is resized to before it is cut; ``None`` for what is not known here."""
+    size = _size(preprocess)
+    if size[0] != size[1] or preprocess["interpolation"] not in ("bilinear", "bicubic"):
+        return None
+    if preprocess.get("resize_mode") == "squash":
+        return size
+    if "crop_pct" in preprocess:  # timm's
+        if preprocess.get("crop_mode", "center") != "center":
+            return None
+        short = int(np.floor(size[0] / preprocess["crop_pct"]))
+    elif preprocess.get("resize_mode", "shortest") == "shortest" and preprocess.get("mode", "RGB") == "RGB":
+        short = size[0]
+    else:
+        return None
+    long = int(short * max(width, height) / min(width, height))
+    return (short, long) if width <= height else (long, short)

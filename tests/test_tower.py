@@ -1,0 +1,277 @@
+"""An image tower by itself: torch's features, the model's own views, kept from one process to the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from test_backbone import a_step, picture, some_pixels, tiny
+
+from retrieval_tip.backbones import tower
+from retrieval_tip.backbones.base import unit
+from retrieval_tip.backbones.loading import load_backbone, load_when_needed
+from retrieval_tip.errors import UsageError
+
+RESNET = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "towers"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny(tmp_path / "model")
+
+
+def both(model, **options):
+    """A backbone as it encodes on a CPU, and as torch does."""
+    return (load_backbone(model, device="cpu", runtime=runtime, **options) for runtime in ("auto", "torch"))
+
+
+def cosines(one, other):
+    return (unit(one).astype(np.float64) * unit(other)).sum(1)
+
+
+def test_features_are_torchs_for_any_number_of_pictures(folder, place):
+    compiled, plain = both(f"local-dir:{folder}")
+    for number in (1, 2, 5):
+        pixels = some_pixels(plain, number)
+        np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5)
+    assert len(list(place.iterdir())) == 1
+    assert compiled.identity == plain.identity
+    np.testing.assert_array_equal(deepcopy(compiled).encode_images(pixels), compiled.encode_images(pixels))
+
+
+def test_a_real_encoder_of_photographs(lit_mini, shared, place):
+    plain = load_backbone(lit_mini.identity.model, device="cpu", runtime="torch")
+    files = sorted((shared / "data/caltech101/101_ObjectCategories/panda").iterdir())[:6]
+    pixels = torch.stack([plain.preprocess(Image.open(file).convert("RGB")) for file in files])
+    expected = plain.encode_images(pixels)
+    compiled = load_backbone(lit_mini.identity.model, device="cpu")
+    np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(expected), atol=1e-5)
+    half = load_backbone(lit_mini.identity.model, device="cpu", precision="bfloat16")
+    assert 0.995 < cosines(half.encode_images(pixels), expected).min() < 0.9999999
+
+
+def test_a_single_picture_does_not_wait_for_it(folder, place):
+    compiled, plain = both(f"local-dir:{folder}")
+    pixels = some_pixels(plain, 1)
+    np.testing.assert_array_equal(compiled.encode_images(pixels), plain.encode_images(pixels))
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-32-quickgelu", "timm:tf_efficientnet_lite0"])
+def test_what_the_field_uses_can_be_converted(name, place):
+    """With random weights: of torch's own ResNet with attention, a transformer, and timm's towers."""
+    torch.manual_seed(0)
+    if name.startswith("timm:"):
+        visual = timm.create_model(name.removeprefix("timm:"), num_classes=0)
+    else:
+        config = open_clip.get_model_config(name)
+        config["vision_cfg"] |= {"layers": [1, 1, 1, 1] if name == "RN50" else 2}
+        visual = open_clip.CLIP(**config).visual
+    model = torch.nn.Module()
+    model.visual, model.encode_image = visual.eval(), visual.eval()
+    identity = replace_weights(name)
+    compiled = tower.converted(model, identity, (224, 224), "float32")
+    pixels = torch.randn(4, 3, 224, 224)
+    with torch.no_grad():
+        expected = visual(pixels).numpy()
+    assert cosines(compiled(pixels), expected).min() > 0.99999
+    again = tower.kept(identity, "float32")
+    np.testing.assert_array_equal(again(pixels), compiled(pixels))
+
+
+def replace_weights(name):
+    from retrieval_tip.backbones.base import Identity
+
+    return Identity(model=name, pretrained=None, weights=f"sha256:{name}", config="sha256:0", preprocess={"size": 224})
+
+
+def test_what_is_kept_needs_no_model(folder, place):
+    first = load_backbone(f"local-dir:{folder}", device="cpu")
+    pixels = some_pixels(first, 3)
+    expected = first.encode_images(pixels)
+    (folder / "open_clip_model.safetensors").unlink()
+    waiting = load_when_needed(first.identity, first.dim, device="cpu")
+    np.testing.assert_array_equal(waiting.encode_images(pixels), expected)
+    np.testing.assert_array_equal(waiting.preprocess(picture()), first.preprocess(picture()))
+
+
+def test_a_command_that_meets_a_kept_tower_imports_no_model_library(folder, place, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for seed in range(2):
+            noise = np.random.default_rng([seed, len(name), ord(name[0])]).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "photos" / name / f"{seed}.png")
+    index, new = tmp_path / "index", tmp_path / "new.png"
+    Image.fromarray(np.full((30, 40, 3), 99, dtype=np.uint8)).save(new)
+    script = (
+        "import sys; from retrieval_tip.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(sorted({'open_clip', 'timm', 'torchvision', 'transformers'} & set(sys.modules)))"
+    )
+
+    def command(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False,
+            env=os.environ | {"RETRIEVAL_TIP_CACHE": str(place.parent)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    built = command("index", "build", tmp_path / "photos", "--model", f"local-dir:{folder}", "--out", index)
+    assert "open_clip" in built[-1]
+    answer = command("classify", index, new, "--format", "json")
+    assert json.loads(answer[0])["label"] in ("cat", "dog")
+    assert answer[-1] == "[]"
+
+
+@pytest.mark.parametrize("damage", ["bytes", "facts", "missing"])
+def test_a_damaged_tower_is_made_again(folder, place, damage):
+    first = load_backbone(f"local-dir:{folder}", device="cpu")
+    pixels = some_pixels(first, 3)
+    expected = first.encode_images(pixels)
+    (kept,) = place.iterdir()
+    if damage == "bytes":
+        data = bytearray((kept / "tower.bin").read_bytes())
+        data[len(data) // 2] ^= 255
+        (kept / "tower.bin").write_bytes(data)
+    elif damage == "facts":
+        (kept / "digests.json").write_text("[" * 100_000)
+    else:
+        (kept / "tower.xml").unlink()
+    assert tower.kept(first.identity, "float32") is None
+    again = load_backbone(f"local-dir:{folder}", device="cpu")
+    np.testing.assert_array_equal(again.encode_images(pixels), expected)
+    assert tower.kept(first.identity, "float32") is not None
+
+
+def test_features_that_are_not_torchs_are_not_used_and_it_is_said_once(folder, place, monkeypatch, caplog):
+    monkeypatch.setitem(tower.LEAST_COSINE, "float32", 1.1)
+    compiled, plain = both(f"local-dir:{folder}")
+    pixels = some_pixels(plain, 3)
+    for _ in range(2):
+        np.testing.assert_array_equal(compiled.encode_images(pixels), plain.encode_images(pixels))
+    assert [record.message.count("encoded by torch") for record in caplog.records] == [1]
+    assert not place.exists()
+
+
+def test_where_nothing_can_be_kept_it_is_made_each_time(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "file"))
+    compiled, plain = both(f"local-dir:{folder}")
+    pixels = some_pixels(plain, 3)
+    np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(plain.encode_images(pixels)), atol=1e-5)
+
+
+def test_other_weights_are_another_tower(folder, place):
+    model = load_backbone(f"local-dir:{folder}", device="cpu")
+    pixels = some_pixels(model, 3)
+    before = model.encode_images(pixels)
+    state = {name: 1.5 * tensor for name, tensor in model.tuned(["visual"]).items()}
+    model.adopt(state)
+    after = model.encode_images(pixels)
+    assert not np.allclose(before, after)
+    assert len(list(place.iterdir())) == 2
+    plain = load_backbone(f"local-dir:{folder}", device="cpu", runtime="torch")
+    plain.adopt(state)
+    np.testing.assert_allclose(unit(after), unit(plain.encode_images(pixels)), atol=1e-5)
+
+
+def test_a_tower_in_training_is_torchs(folder, place):
+    compiled, plain = both(f"local-dir:{folder}")
+    for model in (compiled, plain):
+        a_step(model, ["visual"])
+    pixels = some_pixels(plain, 3)
+    np.testing.assert_array_equal(compiled.encode_images(pixels), plain.encode_images(pixels))
+    assert not place.exists()
+
+
+def test_converting_tells_nobody(folder, tmp_path):
+    """No connection is opened, and nothing is written outside of the cache."""
+    script = (
+        "import socket, sys, torch\n"
+        "def no(*_): raise SystemExit('a connection')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = no\n"
+        "from retrieval_tip.backbones.loading import load_backbone\n"
+        "model = load_backbone(sys.argv[1], device='cpu')\n"
+        "model.encode_images(torch.zeros(2, 3, *model._size))"
+    )
+    (tmp_path / "home").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"local-dir:{folder}"], capture_output=True, text=True, check=False,
+        env=os.environ | {"HOME": str(tmp_path / "home"), "RETRIEVAL_TIP_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache" / "towers").iterdir())) == 1
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_another_runtime_is_refused(folder):
+    with pytest.raises(UsageError, match="runtime 'onnx': expected one of auto, torch"):
+        load_backbone(f"local-dir:{folder}", device="cpu", runtime="onnx")
+
+
+SIZES = st.tuples(st.integers(1, 700), st.integers(1, 700))
+TIMM = {"input_size": (3, 96, 96), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "crop_mode": "center"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=SIZES, interpolation=st.sampled_from(["bicubic", "bilinear"]), mode=st.sampled_from(["shortest", "squash"]))
+def test_a_view_is_open_clips(size, interpolation, mode):
+    config = {"size": 64, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
+    config |= {"interpolation": interpolation, "resize_mode": mode}
+    image = noise(size)
+    assert tower.can_view(config)
+    expected = image_transform_v2(PreprocessCfg(**config), is_train=False)(image)
+    assert torch.equal(tower.view(image, config), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=SIZES, crop_pct=st.sampled_from([0.875, 0.9, 0.95, 1.0]))
+def test_a_view_is_timms(size, crop_pct):
+    from timm.data.transforms_factory import create_transform
+
+    config = TIMM | {"interpolation": "bicubic", "crop_pct": crop_pct}
+    image = noise(size)
+    plain = {key: value for key, value in config.items() if key != "input_size"} | {"size": [96, 96]}
+    assert tower.can_view(plain)
+    assert torch.equal(tower.view(image, plain), create_transform(**config, is_training=False)(image))
+
+
+def noise(size):
+    draw = np.random.default_rng(size)
+    return Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"interpolation": "lanczos"}, {"size": [64, 32]}, {"resize_mode": "longest"}, {"mean": 0.5}, {"size": "a"}],
+)
+def test_other_views_are_left_to_the_model(change):
+    config = {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    assert tower.can_view(config)
+    assert not tower.can_view(config | change)
+    assert not tower.can_view({})
