@@ -21,7 +21,7 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, counted
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import Certified, Evidence, Neighbour, Prediction, Predictions
 from retrieval_tip.retrieval import inputs
@@ -406,18 +406,19 @@ class Classifier(ABC):
         return slices(q, max(1, LOGITS // len(self.class_names)))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
-        """Class ids of the items of a labelled source.
+        """Class ids of the items of a labelled source, whose labels may be spelled otherwise (:meth:`Source.known_as`).
 
         Raises InputError where it has no items, or labels that are no class of the index.
         """
         position = {name: i for i, name in enumerate(self.class_names)}
-        labels = source.labels
+        labels = source.known_as(self.class_names).labels
         if not labels:
             raise InputError(f"{source.name}: has no items")
         unknown = sorted(set(labels) - position.keys())
         if unknown:
+            are = counted(len(unknown), "label", "is", "are")
             raise InputError(
-                f"{source.name}: {len(unknown)} labels are no class of the index: {', '.join(unknown[:5])}; "
+                f"{source.name}: {are} no class of the index: {', '.join(unknown[:5])}; "
                 f"its classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
             )
         return np.array([position[label] for label in labels], dtype=np.int64)

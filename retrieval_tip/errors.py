@@ -78,9 +78,10 @@ def first_line(error: BaseException) -> str:
     return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things: ``1 key``, ``2 keys``, ``3 classes``."""
-    return f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
+def counted(number: int, what: str, does: str = "", do: str = "") -> str:
+    """A number of things, and what they do: ``1 key``, ``2 keys``, ``1 class has``, ``3 classes have``."""
+    things = f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
+    return f"{things} {does if number == 1 else do}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -169,3 +169,26 @@ def test_further_columns_of_a_table_of_paths_reach_the_label_store(shared, lit_m
     cache = build_index(open_source(tmp_path / "p.parquet"), tmp_path / "i", Encoder(lit_mini), fit="none")
     assert cache.labels["iso"].to_pylist() == [100, 200]
     assert CacheModel.load(tmp_path / "i").labels["iso"].to_pylist() == [100, 200]
+
+
+def test_what_a_source_probably_should_not_be_is_said(tmp_path, caplog):
+    rows = np.eye(6, dtype=np.float32)
+    one = write_table(tmp_path / "one.parquet", rows[:2], ["cat", "cat"])
+    build_index(open_source(one), tmp_path / "1", Encoder(), fit="none", device="cpu")
+    assert "one class only, cat" in caplog.text
+    bare = write_table(tmp_path / "bare.parquet", rows[:3], ["cat", "cat", "dog"])
+    build_index(open_source(bare), tmp_path / "2", Encoder(), fit="none", device="cpu")
+    assert "one photograph only of dog" in caplog.text
+    words = write_table(tmp_path / "words.parquet", rows[:2], ["cat", "dog"])
+    shots = write_table(tmp_path / "shots.parquet", rows, ["cat", "dog"] * 3)
+    build_index(open_source(words), tmp_path / "3", Encoder(), text=shots, fit="none", device="cpu")
+    assert "--text 6 rows: have they been swapped?" in caplog.text
+
+
+def test_labels_of_photographs_are_those_of_the_text_however_spelled(tmp_path):
+    rows = np.eye(4, dtype=np.float32)
+    words = write_table(tmp_path / "words.parquet", rows[:2], ["grand_piano", "Cat"])
+    shots = write_table(tmp_path / "shots.parquet", rows, ["Grand Piano", "cat"] * 2)
+    cache = build_index(open_source(shots), tmp_path / "i", Encoder(), text=words, fit="none", device="cpu")
+    assert cache.class_names == ["grand_piano", "Cat"]
+    assert cache.counts == [2, 2]

@@ -435,7 +435,7 @@ def test_the_views_of_finetuning_are_those_of_one_process(pictures, model, monke
     np.testing.assert_allclose(found.features, expected.features, atol=1e-6)
     assert [skipped.source for skipped in encoder.skipped] == [str(pictures / "cat/07.jpg")]
     broken = source.take([3])
-    with pytest.raises(InputError, match="none of its 1 items could be read"):
+    with pytest.raises(InputError, match="none of its 1 item could be read"):
         tasks.RayEncoder(backbone, encoding=Encoding(BackboneName(model))).encode_views(broken, names)
 
 

@@ -665,7 +665,7 @@ def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
         "--no-curves",
     )
     result = done(*arguments, status=3)
-    assert "1 inputs could not be read" in result.stderr
+    assert "1 input could not be read" in result.stderr
     assert "of 54 items" in result.stdout
     page = read(tmp_path / "r.html")
     assert "1 item could not be read" in page.first("header").text

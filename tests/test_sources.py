@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from retrieval_tip.data.feature_tables import read_features
 from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source, row_list
 from retrieval_tip.errors import InputError, show
 
@@ -72,14 +73,92 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     assert relative(source, tmp_path) == ["cat/a.png"]
 
 
-def test_a_class_folder_without_images_is_named_and_stays_a_class(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    touch(tmp_path, "cat/a.png", "empty/readme.txt", "stray.png")
+def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "cat/a.png", "cat/b.cr2", "cat/deep/c.CR2", "cat/d.mp4", "empty/readme.txt", "stray.png")
     source = open_source(tmp_path)
-    assert source.class_names == ("cat", "empty")
-    assert "empty: class folder without images" in caplog.text
-    assert "1 files beside the class folders are ignored" in caplog.text
+    assert source.class_names == ("cat",)
+    assert "no images: empty" in caplog.text
+    assert "1 file beside the class folders" in caplog.text
+    assert "left out: 2 .cr2, 1 .mp4, 1 .txt" in caplog.text
+
+
+def test_parts_above_the_classes_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "train/cat/a.png", "train/dog/b.png", "Valid/cat/c.png", "test/dog/d.png")
+    source = open_source(tmp_path)
+    assert source.class_names == ("cat", "dog")
+    assert relative(source, tmp_path) == ["train/cat/a.png", "train/dog/b.png"]
+    assert "its part train is used, not Valid, test" in caplog.text
+    assert relative(open_source(tmp_path, split="val"), tmp_path) == ["Valid/cat/c.png"]
+    assert relative(open_items(tmp_path, split="test"), tmp_path) == ["test/dog/d.png"]
+    (tmp_path / "train").rename(tmp_path / ".train")
+    refused(tmp_path, "parts Valid, test", "no train")
+
+
+@pytest.mark.parametrize("folders", [("train/a.png", "bus/b.png"), ("train/a.png", "test/b.png")])
+def test_a_class_may_be_called_train(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    touch(tmp_path, *folders)
+    assert set(open_source(tmp_path).class_names) == {folder.partition("/")[0] for folder in folders}
+
+
+def test_the_labels_of_a_hugging_face_folder_are_in_its_table(tmp_path: Path) -> None:
+    touch(tmp_path, "train/1.png", "train/2.png", "test/3.png", "test/deep/4.png")
+    write(tmp_path / "train/metadata.csv", "file_name,label\n1.png,cat\n2.png,dog\n")
+    source = open_source(tmp_path / "train")
+    assert relative(source, tmp_path) == ["train/1.png", "train/2.png"]
+    assert source.labels == ["cat", "dog"]
+    touch(tmp_path, "whole/train/cat/1.png")
+    write(tmp_path / "whole/metadata.csv", "file_name,label\ntrain/cat/1.png,cat\n")
+    assert open_source(tmp_path / "whole").labels == ["cat"]
+
+
+def test_photographs_of_telephones_are_named_with_what_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from retrieval_tip.data import images
+
+    plain = frozenset(images.extensions()) - {".heic", ".heif"}
+    monkeypatch.setattr(images, "extensions", lambda: plain)
+    touch(tmp_path, "cat/a.HEIC")
+    refused(tmp_path, "1 .heic", "retrieval-tip[heic]")
+    touch(tmp_path, "cat/b.png")
+    open_source(tmp_path)
+    assert "retrieval-tip[heic]" in caplog.text
+
+
+def test_photographs_of_telephones_are_read_by_the_extra(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    from PIL import Image
+
+    from retrieval_tip.data import images
+
+    pillow_heif.register_heif_opener()
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(tmp_path / "cat/a.heic", quality=95)
+    assert open_source(tmp_path).labels == ["cat"]
+    picture = images.decode(images.read(tmp_path / "cat/a.heic"))
+    assert picture.size == (64, 48)
+    assert abs(picture.getpixel((30, 20))[0] - 200) < 6
+
+
+def test_one_level_too_deep_and_addresses_and_archives_are_told(tmp_path: Path) -> None:
+    touch(tmp_path, "star fish/a.png", "star fish/b.png", "a.zip")
+    refused(tmp_path / "star fish", "2 images directly", str(tmp_path))
+    refused(tmp_path / "a.zip", "unpack")
+    for opened in (lambda: open_source("https://x.org/a.jpg"), lambda: list(open_inputs(["https://x.org/a.jpg"]))):
+        with pytest.raises(InputError, match=r"https://x\.org/a\.jpg: .*download"):
+            opened()
+
+
+def test_labels_may_be_spelled_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    labels = ["Grand Piano", "straw-berry", "cat", "CAT", "unknown"]
+    source = Source("s", pa.table({"source": labels, "label": labels}), tuple(labels))
+    known = source.known_as(["grand_piano", "straw berry", "cat", "A", "a"])
+    assert known.labels == ["grand_piano", "straw berry", "cat", "cat", "unknown"]
+    assert known.class_names == ("grand_piano", "straw berry", "cat", "unknown")
+    assert "Grand Piano as grand_piano" in caplog.text
+    assert known.known_as(["grand_piano", "straw berry", "cat"]) is known
+    either = Source("s", pa.table({"source": ["A "], "label": ["A "]}), ("A ",))
+    assert either.known_as(["A", "a"]) is either  # which of them cannot be told
 
 
 def test_links_that_lead_nowhere_or_in_circles_do_not_stop_a_folder(tmp_path: Path) -> None:
@@ -154,6 +233,11 @@ def test_a_root_replaces_the_folder_of_the_table(tmp_path: Path) -> None:
         ("t.csv", '"path","label","note"\n"x.png","cat","n"\n'),
         ("t.csv", "path,label,note\n\nx.png,cat,n\n\n"),
         ("t.tsv", "path\tlabel\tnote\nx.png\tcat\tn\n"),
+        ("t.csv", "path;label;note\nx.png;cat;n\n"),
+        ("t.csv", "path\tlabel\tnote\nx.png\tcat\tn\n"),
+        ("t.csv", 'path|label|note\n"x.png"|cat|n\n'),
+        ("t.csv", "file_name,class,note\nx.png,cat,n\n"),
+        ("t.csv", "image,label,note\nx.png,cat,n\n"),
         ("T.CSV", "path,label,note\nx.png,cat,n\n"),
     ],
 )
@@ -226,9 +310,8 @@ def test_the_same_path_can_stand_twice(tmp_path: Path) -> None:
         (b"", ["cannot be read"]),
         (b"\n\n", ["cannot be read"]),
         (b"path,label\n", ["no rows"]),
-        (b"file,label\nx.png,cat\n", ["no column 'path'", "file, label"]),
-        (b"path,class\nx.png,cat\n", ["no column 'label'", "path, class"]),
-        (b"path;label\nx.png;cat\n", ["no column 'path'", "path;label"]),
+        (b"place,label\nx.png,cat\n", ["no column 'path'", "place, label"]),
+        (b"path,kind\nx.png,cat\n", ["no column 'label'", "path, kind"]),
         (b"path,label,path\nx.png,cat,y.png\n", ["twice"]),
         (b"path,label\nx.png,cat,more\n", ["cannot be read"]),
         (b"path,label\nx.png\n", ["cannot be read"]),
@@ -295,6 +378,17 @@ def test_a_column_of_nothing_is_a_table_without_labels(tmp_path: Path) -> None:
     assert len(source) == 2
     assert source.class_names == ()
     refused(table, "rows 0, 1 without a label")
+
+
+@pytest.mark.parametrize("column", ["embedding", "vector"])
+def test_features_by_the_names_that_others_give_them(tmp_path: Path, column: str) -> None:
+    features = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 0.0, 0.0, 1.0], pa.float32()), 2)
+    table = pa.table({"id": ["a", "b"], "class": ["x", "y"], column: features})
+    pq.write_table(table, tmp_path / "t.parquet")
+    source = open_source(tmp_path / "t.parquet")
+    assert source.labels == ["x", "y"]
+    assert source.items.column_names == ["source", "label"]
+    np.testing.assert_array_equal(np.concatenate(list(read_features(tmp_path / "t.parquet"))), [[1, 0], [0, 1]])
 
 
 def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
@@ -605,7 +699,7 @@ def test_an_image_that_is_not_there_is_left_to_whoever_reads_it(name: str) -> No
 
 
 def test_warnings_go_to_the_package_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    touch(tmp_path, "cat/a.png", "stray.txt")
+    touch(tmp_path, "cat/a.png", "empty/a.txt", "stray.txt")
     open_source(tmp_path)
-    assert [record.name for record in caplog.records] == ["retrieval_tip.data.sources"]
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert [record.name for record in caplog.records] == ["retrieval_tip.data.folders"] * 3
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}

@@ -117,7 +117,7 @@ def test_an_image_that_cannot_be_read_has_no_views(folder: Path) -> None:
     assert len(encoder.skipped) == 1
     with pytest.raises(InputError, match=r"05\.png.*--strict"):
         Encoder(Fake(), strict=True).encode_views(source, ["centre"])
-    with pytest.raises(InputError, match=r"none of its 1 items could be read .*05\.png"):
+    with pytest.raises(InputError, match=r"none of its 1 item could be read .*05\.png"):
         encoder.encode_views(source.take([1]), ["centre"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from retrieval_tip.errors import Skipped, message, one_line, show
+from retrieval_tip.errors import Skipped, counted, message, one_line, show
 
 FAILED, SOME_SKIPPED = 1, 3
 
@@ -55,5 +55,5 @@ def print_facts(facts: Mapping[str, Any], width: int) -> None:
 def finish(ctx: click.Context, skipped: list[Skipped]) -> None:
     """Each skipped input was named when it was met; the exit status says that there were some."""
     if skipped:
-        say(f"{len(skipped)} inputs could not be read")
+        say(f"{counted(len(skipped), 'input')} could not be read")
         ctx.exit(SOME_SKIPPED)

@@ -212,7 +212,7 @@ class Encoder:
     def _none_read(self, source: Source) -> InputError:
         own = set(source.sources)
         first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
-        return InputError(f"{source.name}: none of its {len(source)} items could be read ({first})")
+        return InputError(f"{source.name}: none of its {counted(len(source), 'item')} could be read ({first})")
 
     def _needed_backbone(self, source: Source) -> Backbone:
         if self.backbone is None:

@@ -14,7 +14,16 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Backbone, Identity
-from retrieval_tip.data.sources import FEATURE, Source, few_names, open_parquet, row_groups, row_list, table_files
+from retrieval_tip.data.sources import (
+    FEATURE,
+    Source,
+    feature_column,
+    few_names,
+    open_parquet,
+    row_groups,
+    row_list,
+    table_files,
+)
 from retrieval_tip.errors import BackboneError, InputError, first_line, show
 from retrieval_tip.files import replacing
 
@@ -101,12 +110,12 @@ def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> It
         start += file.metadata.num_rows
         if start <= first or (last is not None and begins >= last):
             continue
-        _check_kind(file, name)
+        feature = _column(file, name)
         groups, at = row_groups(file, max(0, first - begins), None if last is None else last - begins)
         try:
-            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[FEATURE]):
+            for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[feature]):
                 if at + batch.num_rows > first - begins and batch.num_rows:
-                    features = _matrix(batch.column(FEATURE), at, dim, name)
+                    features = _matrix(batch.column(feature), at, dim, name)
                     dim = features.shape[1]
                     yield begins + at, check_norms(features, at, norms, name)
                 at += batch.num_rows
@@ -116,14 +125,16 @@ def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> It
             raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
 
 
-def _check_kind(file: pq.ParquetFile, name: str) -> None:
-    """Raise InputError where a file has no features, or what is called so is none."""
-    if FEATURE not in file.schema_arrow.names:
+def _column(file: pq.ParquetFile, name: str) -> str:
+    """The column of the features. Raises InputError where a file has none, or what is called so is none."""
+    column = feature_column(file.schema_arrow)
+    if column is None:
         raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
-    kind = file.schema_arrow.field(FEATURE).type
+    kind = file.schema_arrow.field(column).type
     is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if not is_list or not pa.types.is_floating(kind.value_type):
-        raise InputError(f"{name}: column {FEATURE!r} is {kind}; expected lists of float32 or float16")
+        raise InputError(f"{name}: column {column!r} is {kind}; expected lists of float32 or float16")
+    return column
 
 
 def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatArray:

@@ -13,6 +13,7 @@ import os
 import re
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -75,9 +76,24 @@ THUMBNAIL_QUALITY = 80
 
 
 @cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read here: ``FORMATS``, and HEIF where the extra ``heic`` is installed.
+
+    HEIF is what telephones take; its decoder, like that of AVIF, takes the memory that the coded picture asks for.
+    """
+    try:
+        import pillow_heif
+    except ImportError:
+        return FORMATS
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+@cache
 def extensions() -> frozenset[str]:
     """File extensions (lower case, with the dot) of the formats that can be read."""
-    return frozenset(ext for ext, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+    read = (*formats(), "MPO")
+    return frozenset(ext for ext, name in Image.registered_extensions().items() if name in read)
 
 
 def extension(data: bytes) -> str:
@@ -87,16 +103,21 @@ def extension(data: bytes) -> str:
         return {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}.get(kind, f".{kind.lower()}")
 
 
-def find(folder: Path) -> Iterator[Path]:
-    """Image files below a folder, depth first in name order. Hidden files and folders are left out."""
+def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
+    """Image files below a folder, depth first in name order. Hidden files and folders are left out.
+
+    The files that are no images are counted in ``others`` by their suffix.
+    """
     waiting = _entries(folder)
     while waiting:
         entry = waiting.pop()
         if is_folder(entry):
             if not entry.is_symlink():  # a link may lead back up
                 waiting += _entries(entry.path)
-        elif Path(entry.name).suffix.lower() in extensions():
+        elif (suffix := Path(entry.name).suffix.lower()) in extensions():
             yield Path(entry.path)
+        elif others is not None:
+            others[suffix] += 1
 
 
 def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
@@ -248,7 +269,7 @@ def _open(data: bytes) -> Image.Image:
     elif data.startswith(b"\x89PNG") and data.count(b"iTXt") + data.count(b"zTXt") > MAX_TEXTS:
         raise InputError(f"more than {MAX_TEXTS} compressed texts: save it anew without them")
     file = _Bounded(data)
-    image = Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=formats())
     if slow := [tile[0] for tile in image.tile if tile[0] in Image.DECODERS]:
         raise InputError(f"a kind of {image.format} that is not read ({slow[0]}): save it as PNG")
     file.effort += 2 * len(data)
@@ -413,7 +434,7 @@ def _failures() -> Iterator[None]:
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"not an image of a format that is read ({', '.join(FORMATS)}), or damaged") from None
+        raise InputError(f"not an image of a format that is read ({', '.join(formats())}), or damaged") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"refused before decoding: {error}") from error
     except MemoryError:
@@ -455,6 +476,8 @@ def _needed(image: Image.Image, data: bytes) -> int:
         file, meanwhile = file if jpeg.lean is data else 2 * file, jpeg.held
     elif image.format == "WEBP":  # two copies of the file; the canvas, the one before it, and the frame
         file, decoded, meanwhile = 3 * file, decoded + 8 * pixels, 5 * pixels
+    elif image.format == "HEIF":  # the coded picture, and it in colours
+        file, meanwhile = 2 * file, 8 * pixels
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
         meanwhile = 2 * _strip(image, file)
         if image.tag_v2.get(ExifTags.Base.Orientation, 1) != 1:  # Pillow turns it as soon as it is decoded

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from retrieval_tip.data import images, remote
+from retrieval_tip.data import folders, images, remote
 from retrieval_tip.errors import InputError, few, first_line, one_line, show
 from retrieval_tip.files import check_regular, read_regular
 
@@ -27,6 +28,12 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 FEATURE = "feature"
+NAMES = {
+    "path": ("path", "image", "image_path", "file_name", "filename", "filepath", "file"),
+    "label": ("label", "class", "class_name"),
+    FEATURE: (FEATURE, "embedding", "vector"),
+}
+"""The columns of a table, and what others call them; the first that is there is taken."""
 RUN, COMPLETE = "run.json", "complete.json"
 """In a folder of parts: what is being made, and, written last, that it is all there."""
 MAX_TEXT = 4096
@@ -78,6 +85,24 @@ class Source:
         names: list[str] = self.items["source"].to_pylist()
         return names
 
+    def known_as(self, class_names: Sequence[str]) -> Source:
+        """The source with the labels of an index, where one of its own differs by case, ``_``, ``-`` or spaces alone.
+
+        What was taken for what is said. Labels that are like two classes, or like none, stay.
+        """
+        plain: dict[str, list[str]] = {}
+        for name in class_names:
+            plain.setdefault(_plain(name), []).append(name)
+        known = set(class_names)
+        alike = {name: plain.get(_plain(name), []) for name in self.class_names if name not in known}
+        taken = {name: names[0] for name, names in alike.items() if len(names) == 1}
+        if not taken:
+            return self
+        log.warning("%s: labels taken as classes: %s", self.name, few([f"{a} as {b}" for a, b in taken.items()]))
+        labels = pa.array([taken.get(label, label) for label in self.items["label"].to_pylist()], pa.string())
+        items = self.items.set_column(self.items.column_names.index("label"), "label", labels)
+        return replace(self, items=items, class_names=tuple(dict.fromkeys(taken.get(n, n) for n in self.class_names)))
+
     def take(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Source:
         """The items at ``positions``, in that order; the class names stay."""
         index = np.asarray(positions, dtype=np.int64)
@@ -89,16 +114,21 @@ class Source:
         )
 
 
+def _plain(label: str) -> str:
+    return re.sub(r"[\s_-]+", " ", label).strip().casefold()
+
+
 def open_source(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
     """A labelled source, told apart by what it is.
 
-    - a folder of class folders: classes are the folders in name order, images are searched below each
+    - a folder of class folders: classes are the folders in name order, images are searched below each; where these
+      lie in parts (``train``, ``val``, ``test``), ``split`` names the part; a ``metadata.csv`` in the folder is a table
     - ``.json``: a CoOp split file; ``split`` names the part (default ``train``), ``root`` the image folder (default:
       the split file's folder or the folder in it that holds the images)
-    - ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``path`` and ``label``; paths are relative to ``root``
-      (default: the table's folder)
+    - ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``path`` and ``label``, or what others call them
+      (:data:`NAMES`); paths are relative to ``root`` (default: the table's folder)
     - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of such
       parts, as ``encode --engine ray`` writes it
 
@@ -107,7 +137,9 @@ def open_source(
     file = Path(path)
     suffix = file.suffix.lower()
     if os.path.isdir(file):
-        return _table(file, root, labelled=True) if is_parts(file) else _class_folders(file)
+        return _table(file, root, labelled=True) if is_parts(file) else _folder(file, split)
+    if _is_url(path):
+        raise InputError(f"{show(path)}: web addresses are not read; download it first")
     if not os.path.exists(file):
         raise InputError(f"{show(file)}: no such file or folder")
     if not file.is_file():
@@ -116,6 +148,8 @@ def open_source(
         return _split_file(file, split or "train", root)
     if suffix in (".csv", ".tsv", ".parquet"):
         return _table(file, root, labelled=True)
+    if suffix in _ARCHIVES:
+        raise InputError(f"{show(file)}: an archive; unpack it first")
     raise InputError(
         f"{show(file)}: not a source; expected a folder of class folders, a .csv, .tsv or .parquet, or a split .json"
     )
@@ -128,8 +162,8 @@ def open_items(
     file = Path(path)
     if is_parts(file):
         return _table(file, root, labelled=False)
-    folders = subfolders(file) if os.path.isdir(file) else None
-    if folders is not None and not any(next(images.find(Path(folder.path)), None) for folder in folders):
+    inside = folders.subfolders(file) if os.path.isdir(file) else None
+    if inside is not None and not any(next(images.find(Path(folder.path)), None) for folder in inside):
         paths = [str(image) for image in images.find(file)]
         if not paths:
             raise InputError(f"{show(file)}: no images in this folder")
@@ -150,6 +184,8 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
     while waiting:
         argument = waiting.pop()
         file = Path(argument)
+        if _is_url(argument):
+            raise InputError(f"{show(argument)}: web addresses are not read; download it first")
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
         elif os.path.isdir(file) and not is_parts(file):
@@ -172,6 +208,13 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths.append(argument)
     if paths:
         yield of_images(paths)
+
+
+_ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"})
+
+
+def _is_url(path: str | os.PathLike[str]) -> bool:
+    return str(path).startswith(("http://", "https://"))
 
 
 def _is_table(file: Path) -> bool:
@@ -217,36 +260,15 @@ def of_images(paths: Sequence[str], name: str = "images") -> Source:
     return Source(name, pa.table({"source": pa.array([show(path) for path in paths], pa.string())}), (), tuple(paths))
 
 
-def _class_folders(folder: Path) -> Source:
-    paths: list[str] = []
-    labels: list[str] = []
-    names: list[str] = []
-    for entry in subfolders(folder):
-        inside = [str(path) for path in images.find(Path(entry.path))]
-        name = show(entry.name)
-        names.append(name)
-        paths += inside
-        labels += [name] * len(inside)
-        if not inside:
-            log.warning("%s: class folder without images", show(entry.path))
-    if not paths:
-        raise InputError(f"{show(folder)}: no images; expected one folder a class with images in it")
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise InputError(f"{show(folder)}: two class folders show as {twice[0]}; rename the one that is not UTF-8")
-    with os.scandir(folder) as entries:
-        stray = sum(1 for e in entries if not e.name.startswith(".") and os.path.isfile(e.path))
-    if stray:
-        log.warning("%s: %d files beside the class folders are ignored", show(folder), stray)
-    items = pa.table({"source": [show(path) for path in paths], "label": labels})
-    return Source(show(folder), items, tuple(names), tuple(paths))
-
-
-def subfolders(folder: Path) -> list[os.DirEntry[str]]:
-    """The folders in a folder, in name order, without the hidden ones."""
-    with os.scandir(folder) as entries:
-        folders = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
-    return sorted(folders, key=lambda entry: entry.name)
+def _folder(folder: Path, part: str | None) -> Source:
+    """A folder of class folders, or of images whose labels stand in a table beside them, or of parts of either."""
+    folder = folders.part_of(folder, part)
+    for name in folders.TABLES:
+        if (folder / name).is_file():
+            return _table(folder / name, None, labelled=True)
+    found = folders.read(folder)
+    items = pa.table({"source": [show(path) for path in found.paths], "label": found.labels})
+    return Source(show(folder), items, tuple(found.classes), tuple(found.paths))
 
 
 def _split_file(file: Path, split: str, root: str | os.PathLike[str] | None) -> Source:
@@ -293,7 +315,7 @@ def _image_root(file: Path, paths: Sequence[str]) -> Path:
     def held(folder: Path) -> int:
         return sum(os.path.isfile(folder / path) for path in sample)
 
-    best = max([file.parent, *(Path(entry.path) for entry in subfolders(file.parent))], key=held)
+    best = max([file.parent, *(Path(entry.path) for entry in folders.subfolders(file.parent))], key=held)
     if not held(best):
         raise InputError(
             f"{show(file)}: its images, {show(sample[0])[:200]} first, are not beside it; give --root FOLDER"
@@ -313,9 +335,17 @@ def _table(
     name = show(file)
     items, has_features = _items(file, first, last, whole=whole)
     key = "id" if has_features else "path"
+    items = _renamed(items, *(["label"] if has_features else ["path", "label"]))
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
-        kind = "a feature table has id, label and feature" if has_features else "an image table has path and label"
+        kind = (
+            "a feature table has id, label and feature"
+            if has_features
+            else (
+                f"a table of images has path ({', '.join(NAMES['path'][1:4])}) and label, one of features has feature "
+                f"({', '.join(NAMES[FEATURE][1:])})"
+            )
+        )
         raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
     front = {"source": _texts(items[key], name, key, needed=True, first=first)}
     if "label" in items.column_names:
@@ -353,9 +383,10 @@ def _items(file: Path | str, first: int, last: int | None, *, whole: bool) -> tu
             parquet = open_parquet(part)
             columns = parquet.schema_arrow.names
             _once(columns, name)
-            number, has_features = number + parquet.metadata.num_rows, FEATURE in columns
+            feature = feature_column(parquet.schema_arrow)
+            number, has_features = number + parquet.metadata.num_rows, feature is not None
             _check_rows(number, name)
-            kept = [column for column in columns if column != FEATURE]
+            kept = [column for column in columns if column != feature]
             tables.append(_read(show(part), lambda p=parquet, c=kept: _sound(_rows(p, c, first, last))))
         items = _read(name, lambda: pa.concat_tables(tables))
     if number == 0:
@@ -365,6 +396,27 @@ def _items(file: Path | str, first: int, last: int | None, *, whole: bool) -> tu
         ids = pa.array([str(row) for row in range(first, last)])
         items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
     return items, has_features
+
+
+def feature_column(schema: pa.Schema) -> str | None:
+    """The column of a table that holds features: ``feature``, or lists of numbers by another of its ``NAMES``."""
+    if FEATURE in schema.names:
+        return FEATURE
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    for column in NAMES[FEATURE]:
+        kind = schema.field(column).type if column in schema.names else pa.null()
+        if any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type):
+            return column
+    return None
+
+
+def _renamed(items: pa.Table, *wanted: str) -> pa.Table:
+    """A table with these columns under their own names, where it has them by another one."""
+    for column in wanted:
+        there = [name for name in NAMES[column] if name in items.column_names]
+        if there and there[0] != column:
+            items = items.rename_columns([column if name == there[0] else name for name in items.column_names])
+    return items
 
 
 def _rows(parquet: pq.ParquetFile, columns: list[str], first: int, last: int | None) -> pa.Table:
@@ -433,8 +485,6 @@ def _read(name: str, read: Any) -> Any:
 def _read_csv(file: Path) -> pa.Table:
     """All columns as text; quoted fields may hold commas, quotes and line breaks."""
     name = show(file)
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
 
     def read(types: dict[str, pa.DataType]) -> pa.Table:
         convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
@@ -447,9 +497,18 @@ def _read_csv(file: Path) -> pa.Table:
             return columns
 
     _read(name, lambda: check_regular(file))
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else _read(name, lambda: _delimiter(file))
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     columns = _read(name, header)
     _once(columns, name)
     return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))
+
+
+def _delimiter(file: Path) -> str:
+    """What separates the columns of a CSV file: the usual separator that its first line has most of."""
+    with Path(file).open("rb") as raw:
+        line = raw.readline(1 << 16).decode("utf-8", "replace")
+    return max(",;\t|", key=line.count)
 
 
 def _once(columns: Sequence[str], name: str) -> None:

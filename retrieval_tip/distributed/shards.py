@@ -29,9 +29,9 @@ import pyarrow as pa
 
 from retrieval_tip.data import images, remote
 from retrieval_tip.data.sources import (
-    FEATURE,
     MAX_TEXT,
     Source,
+    feature_column,
     is_parts,
     open_inputs,
     open_items,
@@ -225,7 +225,7 @@ def read(path: str) -> bytes:
 
 def _cut_rows(file: str, root: str | None, labelled: bool, size: int | None) -> Iterator[Shard]:
     parquet = open_parquet(file if remote.is_remote(file) else Path(file))
-    features = FEATURE in parquet.schema_arrow.names
+    features = feature_column(parquet.schema_arrow) is not None
     step = size or (ROWS if features else IMAGES)
     stamp, number = _stamp(file), parquet.metadata.num_rows
     for first in range(0, number, step):

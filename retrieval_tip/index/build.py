@@ -24,7 +24,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import read_features, same_backbone, table_identity
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, UsageError, few
+from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
@@ -106,7 +106,9 @@ def build_index(
     place = stores.at(out)
     fitting = _fitting(fit, (metric, values), (alpha, beta, normalize), place)
     words = _text(source, encoder, templates, text)
+    source = source.known_as(words.class_names)
     ids = ids_in(source, words.class_names)
+    _warn_of_layout(source, words.class_names, text)
     if shots is not None:
         drawn = draw_shots(ids, words.class_names, shots, encoder.seed)
         source, ids = source.take(drawn), ids[drawn]
@@ -281,7 +283,23 @@ def _warn_of_table(table: LanceModel) -> None:
 
 def _warn_of_bare(classes: Sequence[int], class_names: Sequence[str]) -> None:
     if classes:
-        log.warning("%d classes have no key: %s", len(classes), few([class_names[i] for i in classes]))
+        log.warning(
+            "%s no key: %s", counted(len(classes), "class", "has", "have"), few([class_names[i] for i in classes])
+        )
+
+
+def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:
+    """Say what a source probably should not be: of one class, of one photograph here and there, or the text."""
+    counts = Counter(source.labels)
+    if len(counts) == 1:
+        log.warning("%s: holds one class only, %s: every answer will be that", source.name, class_names[0])
+    single = [name for name, number in counts.items() if number == 1]
+    if single and len(single) < len(counts):
+        log.warning("%s: one photograph only of %s: nothing tells how well it is known", source.name, few(single))
+    if text is not None and source.table is not None and len(single) == len(counts):
+        rows = len(open_source(text))
+        if rows > len(source):
+            log.warning("%s has a row a class, and --text %s rows: have they been swapped?", source.name, f"{rows:,}")
 
 
 def _blocks(
@@ -353,7 +371,8 @@ def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: in
     """Positions of the published draw of so many a class (:func:`shots.few_shot`), in the order of the source."""
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
-        log.warning("%d classes have fewer than %d images, so some repeat: %s", len(rare), shots, few(rare))
+        have = counted(len(rare), "class", "has", "have")
+        log.warning("%s fewer than %d images, so some repeat: %s", have, shots, few(rare))
     return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
 
 

@@ -103,6 +103,7 @@ def add(
     manifest = stores.at(folder).manifest()
     identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
     check_backbone(identity, manifest.d, encoder.backbone, [source])
+    source = source.known_as(manifest.class_names)
     weights = _weights_of(source.class_names, manifest, encoder, text)
     _needed(source.class_names, manifest.class_names, weights, stores.at(folder).has_text(manifest))
     if shots is not None:
