@@ -1,6 +1,8 @@
 """Few-shot image classification as retrieval: Tip-Adapter on a FAISS index with a Parquet label store.
 
->>> from retrieval_tip import CacheModel, load_backbone
+>>> from retrieval_tip import Classifier
+>>> clf = Classifier.from_folder("photos")  # one folder of photographs a class
+>>> clf.predict("photograph.jpg").label
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.data.sources import Source, open_inputs, open_source
     from retrieval_tip.errors import RetrievalTipError
-    from retrieval_tip.estimator import TipAdapterClassifier
+    from retrieval_tip.estimator import ImageEncoder, TipAdapterClassifier
     from retrieval_tip.evaluation.evaluate import Evaluation
+    from retrieval_tip.facade import Classifier, Explanation
     from retrieval_tip.fit.finetune import Tuned
     from retrieval_tip.fit.trainer import Recipe
     from retrieval_tip.index.build import build_index
@@ -29,10 +32,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "Backbone": "backbones.base",
     "CacheModel": "cache_model",
+    "Classifier": "facade",
     "Encoder": "data.encoder",
     "EncodingCache": "data.encoder",
     "Evaluation": "evaluation.evaluate",
+    "Explanation": "facade",
     "Identity": "backbones.base",
+    "ImageEncoder": "estimator",
     "Neighbour": "predictions",
     "Prediction": "predictions",
     "Predictions": "predictions",
@@ -52,10 +58,13 @@ _HOMES = {
 __all__ = [
     "Backbone",
     "CacheModel",
+    "Classifier",
     "Encoder",
     "EncodingCache",
     "Evaluation",
+    "Explanation",
     "Identity",
+    "ImageEncoder",
     "Neighbour",
     "Prediction",
     "Predictions",
@@ -71,6 +80,11 @@ __all__ = [
     "open_source",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, for those who press Tab."""
+    return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

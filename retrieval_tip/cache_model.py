@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, resolve_device
-from retrieval_tip.classifier import Answers, Classifier, spread
+from retrieval_tip.classifier import AnsweringIndex, Answers, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
@@ -39,7 +39,7 @@ from retrieval_tip.store.manifest import Manifest
 
 
 @dataclass
-class InMemory(Classifier):
+class InMemory(AnsweringIndex):
     """Keys in memory, or mapped to it: they answer, and can be edited.
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
@@ -117,7 +117,7 @@ class InMemory(Classifier):
         if self.next_key_id is None:
             self.next_key_id = int(pc.max(self.labels["key_id"]).as_py()) + 1
 
-    __repr__ = Classifier.__repr__  # not the dataclass's
+    __repr__ = AnsweringIndex.__repr__  # not the dataclass's
 
     @property
     def retrieval(self) -> IndexRetrieval:
@@ -421,7 +421,7 @@ class InMemory(Classifier):
             yield every[rows[part]], np.asarray(self.keys[rows[part]])
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """See :meth:`classifier.Classifier.find`."""
+        """See :meth:`classifier.AnsweringIndex.find`."""
         return rows_with(self.labels, labels, source, key_ids)
 
     def every_class(self) -> Self:
@@ -610,7 +610,7 @@ class CacheModel(InMemory):
     def _commit(self, writer: store.Writer, change: str) -> store.Check:
         """Write the manifest that makes this the current version. Returns a check that has nothing left to look at.
 
-        Raises as :meth:`classifier.Classifier.check_answers`.
+        Raises as :meth:`classifier.AnsweringIndex.check_answers`.
         """
         self.check_answers()
         manifest = _manifest(self, writer, change)

@@ -55,7 +55,7 @@ class Answers:
     nearest: Nearest | None = None
 
 
-class Classifier(ABC):
+class AnsweringIndex(ABC):
     """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
 
     ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
@@ -119,7 +119,7 @@ class Classifier(ABC):
         """Folder or address that this was loaded from or saved to."""
 
     @abstractmethod
-    def reload(self) -> Classifier:
+    def reload(self) -> AnsweringIndex:
         """The current version of what this was loaded from or saved to; itself, where this is that."""
 
     @abstractmethod
@@ -282,14 +282,18 @@ class Classifier(ABC):
         tail: bool | None = None,
         neighbours: int = 5,
         certify: bool = False,
+        norms: str = "check",
     ) -> Predictions:
         """One :class:`Prediction` a query: label, probability, and the ``neighbours`` nearest keys that made it.
 
         Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
-        meets as many keys as settle its label (:meth:`certified`).
+        meets as many keys as settle its label (:meth:`certified`). ``norms``: ``check`` that features have norm 1, as
+        their keys had, or ``keep`` them. Raises InputError naming the row that has not, which raw features have not.
         """
         check_count("top", top)
         retrieval, f = self._retrieval(k, tail), self._queries(features)
+        if norms == "check":
+            inputs.check_unit(f)
         shown = min(neighbours, retrieval.settings.k or neighbours)
         answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
         nearest = answers.nearest
@@ -359,7 +363,9 @@ class Classifier(ABC):
         column = source.items["source"]
         for block in encoder.blocks(source):
             for part in self.parts(len(block.positions)):
-                answers = self.classify(block.features[part], top, k, tail, neighbours, certify)
+                answers = self.classify(
+                    block.features[part], top, k, tail, neighbours, certify, norms="keep"
+                )  # checked
                 names = column.take(pa.array(block.positions[part])).to_pylist()  # all at once would be many
                 yield from zip(names, answers, strict=True)
 

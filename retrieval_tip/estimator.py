@@ -11,8 +11,12 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import resolve_device, unit
+from retrieval_tip.backbones.base import Backbone, resolve_device, unit
+from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.pictures import pictures
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.retrieval.inputs import Features
@@ -20,7 +24,7 @@ from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.settings import Settings
 
 try:
-    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 except ImportError as error:
@@ -288,3 +292,42 @@ def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
         row = int(np.argmin(ids))
         raise InputError(f"y: row {row} is {labels[row]!r}, which is none of the {len(classes)} classes")
     return ids
+
+
+class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+    """A transformer of photographs to unit features ``[n, d]`` float32, for pipelines that begin with paths.
+
+    ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``. There is nothing to fit.
+
+    Args:
+        model: a backbone by its name, or a backbone (:func:`load_backbone`).
+        pretrained: with a name, its tag or weights.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    def __init__(
+        self, model: str | Backbone | None = None, pretrained: str | None = None, device: str = "auto"
+    ) -> None:
+        self.model = model
+        self.pretrained = pretrained
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
+        """Load the backbone. Raises as :func:`load_backbone`."""
+        if self.model is None or isinstance(self.model, str):
+            self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device)
+        else:
+            self.backbone_ = self.model
+        return self
+
+    def transform(self, X: Any) -> FloatArray:  # noqa: N803
+        """Features of paths, PIL pictures or arrays ``[n]``. Raises InputError naming what cannot be read."""
+        check_is_fitted(self, "backbone_")
+        given = pictures(X)
+        encoder = Encoder(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)
+        return unit(encoder.encode(given.source).features)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array, tags.requires_fit = True, False, False
+        return tags

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ _REMEDY = "expected what retrieval-tip classify --format parquet, csv or json --
 
 SHOWN_PREDICTIONS = 50
 """How many a notebook shows."""
+SHOWN_LABELS = 8
 
 
 Abstain = float | Literal["auto"] | None
@@ -123,8 +124,53 @@ class Prediction:
         return f"<div>{table(('class', 'probability'), classes, caption, numbers=(1,))}{neighbours}</div>"
 
 
-class Predictions(list[Prediction]):
-    """Predictions in the order of their queries: a list that notebooks show as a table."""
+class Predictions:
+    """Predictions in the order of their queries, as of a list, and a table: ``polars.DataFrame(predictions)``.
+
+    ``inputs`` are the names of the queries, by default their numbers. It is no list by its type, for libraries that
+    take tables of Arrow would look at each prediction then.
+    """
+
+    def __init__(self, predictions: Iterable[Prediction] = (), inputs: Iterable[str] | None = None) -> None:
+        self._all = list(predictions)
+        self.inputs = [str(place) for place in range(len(self._all))] if inputs is None else list(inputs)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return iter(self._all)
+
+    @overload
+    def __getitem__(self, place: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, place: slice) -> Predictions: ...
+    def __getitem__(self, place: int | slice) -> Prediction | Predictions:
+        return Predictions(self._all[place], self.inputs[place]) if isinstance(place, slice) else self._all[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Predictions | list) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list
+
+    def __repr__(self) -> str:
+        few = ", ".join(one.label for one in self._all[:SHOWN_LABELS])
+        return f"Predictions({counted(len(self), 'prediction')}: {few}{' ...' if len(self) > SHOWN_LABELS else ''})"
+
+    def to_arrow(self) -> pa.Table:
+        """A row a prediction, with the columns and types of :data:`PREDICTIONS` that are known of them."""
+        rows = [prediction_row(name, one, list(PREDICTIONS)) for name, one in zip(self.inputs, self, strict=True)]
+        known = {"input", "label"} | {column for row in rows for column, value in row.items() if value is not None}
+        schema = pa.schema([(column, kind) for column, kind in PREDICTIONS.items() if column in known])
+        return pa.Table.from_pylist(rows, schema)
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Arrow's PyCapsule interface, which pandas, polars and duckdb read."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def to_pandas(self) -> Any:
+        """A pandas data frame of :meth:`to_arrow`. Raises ImportError where pandas is not installed."""
+        return self.to_arrow().to_pandas()
 
     def _repr_html_(self) -> str:
         """For notebooks: a row a prediction, the first :data:`SHOWN_PREDICTIONS`."""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from retrieval_tip.cache_model import CacheModel, verify
-from retrieval_tip.classifier import Classifier
+from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
 from retrieval_tip.settings import Built, Fitted
@@ -33,7 +33,7 @@ def expected(version: str) -> dict[str, Any]:
     return found
 
 
-def check_answers(cache: Classifier, version: str, name: str) -> None:
+def check_answers(cache: AnsweringIndex, version: str, name: str) -> None:
     known = expected(version)
     features, answers = np.array(known["features"], dtype=np.float32), known["answers"][name]
     np.testing.assert_allclose(cache.logits(features, k="all"), answers["all"], rtol=1e-5, atol=1e-5)

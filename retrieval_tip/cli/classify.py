@@ -34,7 +34,7 @@ from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.classifier import Classifier
+    from retrieval_tip.classifier import AnsweringIndex
     from retrieval_tip.distributed.engine import Encoding, Ray
     from retrieval_tip.distributed.shards import Shard
     from retrieval_tip.distributed.tasks import Asked
@@ -101,7 +101,7 @@ class RowOptions:
         """Neighbours that are shown."""
         return self.neighbours if self.explain else 0
 
-    def columns(self, cache: Classifier) -> list[str]:
+    def columns(self, cache: AnsweringIndex) -> list[str]:
         """The columns of a row of an index."""
         columns = ["input", "label", "probability"]
         columns += ["unlike"] if cache.settings.least_cache is not None else []
@@ -193,7 +193,7 @@ def classify(
 def _classify_on_ray(
     ctx: click.Context,
     folder: Path | Address,
-    cache: Classifier,
+    cache: AnsweringIndex,
     shards: list[Shard],
     out: Path,
     encoding: Encoding,
@@ -225,7 +225,7 @@ def _classify_on_ray(
     finish(ctx, made.failed)
 
 
-def _say_settled(cache: Classifier, settled: dict[int | None, int]) -> None:
+def _say_settled(cache: AnsweringIndex, settled: dict[int | None, int]) -> None:
     """Say how many answers took how many keys."""
     how = "proved" if cache.exact_search else "agreed with"
     pairs = sorted((keys or 0, number) for keys, number in settled.items())

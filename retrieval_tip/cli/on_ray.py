@@ -19,7 +19,7 @@ from retrieval_tip.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Identity
-    from retrieval_tip.classifier import Classifier
+    from retrieval_tip.classifier import AnsweringIndex
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.distributed.engine import BackboneName, Encoding, Ray
     from retrieval_tip.distributed.shards import Shard
@@ -70,14 +70,14 @@ def named(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pa
     return BackboneName(*name_of(backbone, identity), backbone.precision, weights)
 
 
-def asked_of(cache: Classifier, answer: AnswerOptions, precision: str) -> Asked:
+def asked_of(cache: AnsweringIndex, answer: AnswerOptions, precision: str) -> Asked:
     """How workers are to answer with their copy of an index, as :func:`opening.index_with` has set this one."""
     from retrieval_tip.distributed.tasks import Asked
 
     return Asked(cache.settings, answer.where, "float32" if precision == "auto" else precision)
 
 
-def encoding_for(cache: Classifier, shards: list[Shard], encoding: EncodingOptions) -> Encoding:
+def encoding_for(cache: AnsweringIndex, shards: list[Shard], encoding: EncodingOptions) -> Encoding:
     """How the workers encode for an index: with its own backbone, where there are images; refused as it is here."""
     import pyarrow as pa
 
@@ -95,7 +95,7 @@ def encoding_for(cache: Classifier, shards: list[Shard], encoding: EncodingOptio
     return encoding_of(encoding, name)
 
 
-def encoding_views(encoder: Encoder, cache: Classifier, encoding: EncodingOptions, ray: Ray) -> Encoder:
+def encoding_views(encoder: Encoder, cache: AnsweringIndex, encoding: EncodingOptions, ray: Ray) -> Encoder:
     """An encoder as this one, which has views of images made on Ray."""
     from retrieval_tip.distributed.tasks import RayEncoder
 

@@ -18,7 +18,7 @@ from retrieval_tip.lance.address import Address
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone, Identity
     from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.classifier import Classifier
+    from retrieval_tip.classifier import AnsweringIndex
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Model
@@ -154,7 +154,7 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
 
 def backbone_for(
-    cache: Classifier | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, cached: bool, needed: bool
+    cache: AnsweringIndex | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, cached: bool, needed: bool
 ) -> Backbone | None:
     """The index's own backbone, where there are images to encode or it is needed; refused if it is another by now.
 
@@ -197,7 +197,7 @@ def encoder_of(
 @contextmanager
 def encoder_for(
     ctx: click.Context,
-    cache: Classifier | Origin,
+    cache: AnsweringIndex | Origin,
     sources: Sequence[Source],
     encoding: EncodingOptions,
     views: ViewOptions | None = None,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.classifier import Classifier
+from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder, Views, grouped, write_encoded
 from retrieval_tip.data.feature_tables import table_dim, table_identity
 from retrieval_tip.data.sources import Source
@@ -252,7 +252,7 @@ def classify(
 
 
 def evaluate(
-    cache: Classifier,
+    cache: AnsweringIndex,
     folder: stores.Place,
     shards: Sequence[Shard],
     encoding: Encoding,

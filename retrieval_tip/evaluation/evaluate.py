@@ -14,7 +14,7 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.classifier import Classifier
+from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.encoder import Block, Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import Skipped, UsageError
@@ -138,7 +138,7 @@ class Evaluation:
 
 
 def evaluate(
-    cache: Classifier,
+    cache: AnsweringIndex,
     source: Source,
     encoder: Encoder,
     *,
@@ -161,7 +161,7 @@ def evaluate(
 
 
 def judge(
-    cache: Classifier,
+    cache: AnsweringIndex,
     blocks: Iterable[Block],
     ids: Ints,
     skipped: Sequence[Skipped] = (),
@@ -206,7 +206,7 @@ class Seen:
 
 
 def see(
-    cache: Classifier,
+    cache: AnsweringIndex,
     blocks: Iterable[Block],
     ids: Ints,
     *,
@@ -250,7 +250,7 @@ def see(
 
 
 def conclude(
-    cache: Classifier,
+    cache: AnsweringIndex,
     seen: Seen,
     skipped: int,
     *,
@@ -383,7 +383,7 @@ def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibratio
 class _Pairs:
     """Counts affinities between queries and keys, block by block."""
 
-    def __init__(self, cache: Classifier) -> None:
+    def __init__(self, cache: AnsweringIndex) -> None:
         self._cache = cache
         self._reach: float | None = None
         self._same = torch.zeros(AFFINITY_BINS, dtype=torch.int64)

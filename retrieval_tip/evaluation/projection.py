@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.classifier import Classifier
+from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.errors import UsageError
 
 FloatArray = npt.NDArray[np.float32]
@@ -40,7 +40,7 @@ def methods() -> list[str]:
     return ["pca", "umap"] if importlib.util.find_spec("umap") else ["pca"]
 
 
-def projected(cache: Classifier, method: str = "pca", limit: int = 5000) -> Projection:
+def projected(cache: AnsweringIndex, method: str = "pca", limit: int = 5000) -> Projection:
     """The keys ``K`` ``[n, d]`` in two dimensions: all of them, or ``limit`` spread evenly over the classes' order.
 
     ``pca``: ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues; of each,

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,6 +150,7 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Tuned:
     """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
 
@@ -168,6 +169,8 @@ def finetune(
         checkpoint: file for the state of the run, written after an epoch when ``checkpoint_seconds`` have passed;
             removing it is left to the caller.
         checkpoint_seconds: work that a kill may cost.
+        on_epoch: is called with each row of the curve (:data:`CURVE`) when it is known, the first before any training:
+            for a logger of experiments. What it raises ends the run.
         resume: go on from ``checkpoint`` where there is one: the result is that of an unbroken run, bit for bit on the
             same device with as many threads.
 
@@ -199,7 +202,7 @@ def finetune(
         _same(told, facts, show(place))
     with _repeatable(cache.device):
         alpha, beta = facts["settings"] if facts else _settings(cache, material, recipe)
-        run = _Run(cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), material, recipe, told)
+        run = _Run(cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), material, recipe, told, on_epoch)
         if place is not None and held is not None:
             try:
                 run.restore(*held)
@@ -316,9 +319,15 @@ class _Run:
     """A fine-tuning under way; ``told`` tells it from others in a checkpoint."""
 
     def __init__(
-        self, cache: CacheModel, material: _Material, recipe: Recipe, told: dict[str, Any] | None = None
+        self,
+        cache: CacheModel,
+        material: _Material,
+        recipe: Recipe,
+        told: dict[str, Any] | None = None,
+        on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.cache, self.material, self.recipe, self.told = cache, material, recipe, told
+        self.on_epoch = on_epoch or (lambda _: None)
         self.trainer = Trainer(cache, recipe, material.backbone)
         self.epoch, self.seconds = 0, 0.0
         self.curve: list[dict[str, Any]] = []
@@ -332,6 +341,7 @@ class _Run:
         written = time.monotonic()
         if not self.curve:
             self._record(math.nan, math.nan)
+            self.on_epoch(dict(self.curve[-1]))
         hidden = None if self.material.encoder.progress else True
         with tqdm(
             total=self.steps,
@@ -344,6 +354,7 @@ class _Run:
                 self._one_epoch(bar)
                 self.seconds = time.monotonic() - began
                 self.curve[-1]["seconds"] = self.seconds
+                self.on_epoch(dict(self.curve[-1]))
                 if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
                     self._write(checkpoint)
                     written = time.monotonic()

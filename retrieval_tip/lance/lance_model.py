@@ -25,7 +25,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.classifier import Classifier, spread
+from retrieval_tip.classifier import AnsweringIndex, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.lance.key_table import (
     FLAT,
@@ -139,7 +139,7 @@ class LanceRetrieval(Retrieval):
 
 
 @dataclass(repr=False, kw_only=True)
-class LanceModel(Classifier):
+class LanceModel(AnsweringIndex):
     """A version of a :class:`versions.LanceVersions`, opened. Make one with :meth:`load`.
 
     It is changed by :mod:`changes` only, where it has a ``writer``: its table is then the one in the making.
@@ -321,7 +321,7 @@ class LanceModel(Classifier):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """See :meth:`classifier.Classifier.find`."""
+        """See :meth:`classifier.AnsweringIndex.find`."""
         columns = [name for name in self.table.schema.names if name != VECTOR]
         if key_ids:
             rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
@@ -585,7 +585,7 @@ class LanceModel(Classifier):
     def commit(self, change: str) -> None:
         """Make this the current version of its store; ``change`` says in a few words what it is.
 
-        Raises as :meth:`classifier.Classifier.check_answers` and :meth:`versions.Writer.commit`.
+        Raises as :meth:`classifier.AnsweringIndex.check_answers` and :meth:`versions.Writer.commit`.
         """
         writer = self._writing()
         self.check_answers()

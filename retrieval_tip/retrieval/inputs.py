@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrieval_tip.data.feature_tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError
 
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -54,6 +55,18 @@ def queries(features: Features, d: int) -> Tensor:
         row = int((~torch.isfinite(f).all(dim=1)).nonzero()[0])
         raise InputError(f"features: row {row} holds NaN or infinity")
     return f
+
+
+def check_unit(f: Tensor) -> None:
+    """Raise InputError naming the first query ``[q, d]`` whose norm is not 1."""
+    norms = torch.linalg.vector_norm(f, dim=1)
+    wrong = ((norms - 1).abs() > NORM_TOLERANCE).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"features: row {row} has norm {float(norms[row]):.4g} instead of 1; divide each row by its norm, as the "
+            "keys were (retrieval_tip.backbones.base.unit), or give norms='keep' where it is meant"
+        )
 
 
 def names(names: Sequence[str]) -> list[str]:

@@ -37,7 +37,7 @@ def slices(q: int, size: int) -> Iterator[slice]:
 class Nearest:
     """The ``k`` nearest keys of ``q`` queries, nearest first: ``[q, k]`` each.
 
-    ``affinity`` float32, exact; ``rows`` int64, what :meth:`classifier.Classifier.described` knows a key by;
+    ``affinity`` float32, exact; ``rows`` int64, what :meth:`classifier.AnsweringIndex.described` knows a key by;
     ``class_ids`` int64. An empty slot has affinity 0, row -1 and the class id ``c``.
     """
 
@@ -74,7 +74,7 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(ABC):
-    """Keys and what finds them, with the settings of the method: see :class:`classifier.Classifier`.
+    """Keys and what finds them, with the settings of the method: see :class:`classifier.AnsweringIndex`.
 
     Features ``[q, d]`` are float32 on the device of the keys, which are ``phi(K)`` where there is a ``metric``: then
     ``points`` are ``phi(f)``, else ``f``. Logits may overflow here.

@@ -1,0 +1,380 @@
+"""Photographs in, answers out: an index with the backbone that it was made with, in one object.
+
+It does nothing itself: each method is one call of what the commands of the same names call too.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.backbones.loading import load_backbone, load_when_needed
+from retrieval_tip.data import images
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.feature_tables import check_backbone
+from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
+from retrieval_tip.data.sources import Source, open_inputs, open_source
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
+from retrieval_tip.html import markup, table
+from retrieval_tip.index import changes
+from retrieval_tip.index import places as stores
+from retrieval_tip.index.build import build_index
+from retrieval_tip.predictions import Prediction, Predictions
+
+if TYPE_CHECKING:
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.lance.lance_model import LanceModel
+    from retrieval_tip.report.report import Report
+
+    Loaded = tuple[Any, Any, Any]
+    """A model, its preprocessing and its tokenizer, as open_clip gives them."""
+
+Features = npt.NDArray[np.floating[Any]]
+THUMBNAIL = 128
+"""Pixels of the longer side of a picture in a notebook."""
+
+
+class Classifier:
+    """An index of labelled photographs that answers for new ones.
+
+    ``cache`` is the index itself (:class:`CacheModel`), with everything that it can do; ``encoder`` makes features of
+    photographs, as the index was made.
+
+    >>> clf = Classifier.from_folder("photos")            # one folder a class
+    >>> clf.predict("new/1.jpg").label
+    >>> clf.save("indexes/things")
+    """
+
+    _temporary: weakref.finalize[Any, Any] | None = None
+    """Removes the folder of an index that lives as long as this object."""
+
+    def __init__(self, cache: CacheModel | LanceModel, encoder: Encoder) -> None:
+        self.cache, self.encoder = cache, encoder
+
+    @classmethod
+    def from_folder(
+        cls,
+        photos: str | os.PathLike[str] | Source,
+        model: str | Backbone | Loaded | None = None,
+        *,
+        pretrained: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        **options: Any,
+    ) -> Self:
+        """An index built from a folder with one folder of photographs a class, or whatever ``open_source`` reads.
+
+        Args:
+            photos: the source.
+            model: a name (:func:`load_backbone`), a backbone, or ``(model, preprocess, tokenizer)`` of open_clip.
+            pretrained: with a name, a tag or a file of weights.
+            out: index folder to write; without it the index lives as long as this object, unless it is saved.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            options: further arguments of :func:`build_index`.
+
+        Raises as :func:`open_source`, :func:`load_backbone` and :func:`build_index`.
+        """
+        source = photos if isinstance(photos, Source) else open_source(photos)
+        place = Path(tempfile.mkdtemp(prefix="retrieval-tip-")) / "index" if out is None else Path(out)
+        encoder = Encoder(_backbone(model, pretrained, device), cache=EncodingCache.at(None))
+        made = cls(build_index(source, place, encoder, device=device, **options), encoder)
+        if out is None:
+            made._temporary = weakref.finalize(made, shutil.rmtree, place.parent, ignore_errors=True)
+        return made
+
+    @classmethod
+    def load(
+        cls,
+        place: str | os.PathLike[str],
+        model: str | Backbone | Loaded | None = None,
+        *,
+        device: str = "auto",
+    ) -> Self:
+        """The index at a folder or an address, with its own backbone, by what its manifest says.
+
+        ``model`` is one in its place, where it cannot be loaded by its name. An index of features whose backbone has no
+        name answers for features only. Raises StoreError where there is no index, or it is damaged; BackboneError where
+        its backbone cannot be had, or ``model`` is another one.
+        """
+        cache = stores.at(place).load(device=device)
+        identity, backbone = cache.backbone, None
+        if model is not None:
+            backbone = _backbone(model, None, device)
+        elif identity is not None and cache.tuned is not None:
+            backbone = load_backbone(identity.model, identity.pretrained, device=device, tuned=cache.tuned)
+        elif identity is not None:
+            backbone = load_when_needed(identity, cache.d, device=device)
+        check_backbone(identity, cache.d, backbone, [])
+        return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
+
+    @classmethod
+    def from_hub(cls, repository: str, folder: str | os.PathLike[str] | None = None, **options: Any) -> Self:
+        """The index that :meth:`push_to_hub` has put at ``ORG/NAME`` of the Hugging Face hub.
+
+        It is fetched into ``folder``, by default ``indexes/NAME``; ``options`` are those of :meth:`load`. Raises as it,
+        and InputError where it cannot be fetched.
+        """
+        from huggingface_hub import snapshot_download
+
+        place = Path("indexes", repository.rpartition("/")[2]) if folder is None else Path(folder)
+        try:
+            snapshot_download(repository, local_dir=place)
+        except Exception as error:  # the hub, httpx and the disk each raise their own
+            raise InputError(f"{repository}: cannot be fetched: {str(error).splitlines()[0]}") from error
+        return cls.load(place, **options)
+
+    # ------------------------------------------------------------------------------------------------------- answers
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the index's order."""
+        return list(self.cache.class_names)
+
+    @overload
+    def predict(self, what: Picture, top: int = 1, *, neighbours: int = 5, **options: Any) -> Prediction: ...
+    @overload
+    def predict(
+        self, what: Iterable[Picture] | Features, top: int = 1, *, neighbours: int = 5, **options: Any
+    ) -> Predictions: ...
+    def predict(self, what: Any, top: int = 1, *, neighbours: int = 5, **options: Any) -> Prediction | Predictions:
+        """The answer for a photograph; the answers for several, for a folder, a table, or features ``[q, d]``.
+
+        Args:
+            what: a path, a PIL picture, an array ``[h, w, 3]`` uint8, or encoded bytes; or an iterable of these (a
+                list, a column of a Hugging Face dataset); a folder, a glob or a table, of which what cannot be read is
+                named in ``encoder.skipped``; or floating-point features, unit vectors of the index's backbone.
+            top: classes to report, most probable first.
+            neighbours: nearest keys to report.
+            options: further arguments of :meth:`AnsweringIndex.classify`, as ``k``.
+
+        Raises InputError naming the picture that cannot be read, or the row of features that is not of norm 1.
+        """
+        options |= {"top": top, "neighbours": neighbours}
+        if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
+            one = self.cache.classify(np.atleast_2d(what), **options)
+            return one[0] if what.ndim == 1 else one
+        if isinstance(what, str | os.PathLike) and not _is_image(what):
+            return self._answers([Pictures(source, images.read) for source in open_inputs([os.fspath(what)])], options)
+        answers = self._answers([pictures(what)], options, strict=True)
+        return answers[0] if is_one(what) else answers
+
+    __call__ = predict
+
+    def _answers(self, given: Sequence[Pictures], options: dict[str, Any], *, strict: bool = False) -> Predictions:
+        answers: list[tuple[str, Prediction]] = []
+        for part in given:
+            encoder = replace(self.encoder, read=part.read, strict=strict) if part.source.paths else self.encoder
+            answers += self.cache.classify_source(part.source, encoder, **options)
+        return Predictions([prediction for _, prediction in answers], [name for name, _ in answers])
+
+    def explain(self, what: Picture, top: int = 3, *, neighbours: int = 5, **options: Any) -> Explanation:
+        """The answer for a photograph with the pictures that made it; notebooks show them."""
+        given = pictures(what)
+        prediction = self._answers([given], options | {"top": top, "neighbours": neighbours}, strict=True)[0]
+        own = given.read(given.source.paths[0]) if given.source.paths else b""
+        return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
+
+    # ------------------------------------------------------------------------------------------------------- changes
+
+    def add(self, what: Any, label: str | Sequence[str] | None = None, **options: Any) -> list[int]:
+        """Add photographs of a class, of a class each, or of a labelled source; the ids of the new keys.
+
+        A class that is new comes after those there are. It is a new version of the index, at once. ``options`` are
+        those of :func:`changes.add`. Raises as that; UsageError where ``label`` is missing.
+        """
+        built = self.cache.manifest.built if self.cache.manifest is not None else None
+        encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
+        if isinstance(what, Source):
+            source = what
+        elif label is None:
+            if not isinstance(what, str | os.PathLike) or Path(what).suffix.lower() in images.extensions():
+                raise UsageError("label: missing; give one for all photographs, or one each")
+            source = open_source(what)
+        else:
+            several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
+            given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
+            source, encoder = given.source, replace(encoder, read=given.read, strict=True)
+        added = changes.add(self._place(), source, encoder, **options)
+        self.cache = self.cache.reload()
+        return added.key_ids
+
+    def save(self, folder: str | os.PathLike[str]) -> Self:
+        """Keep the index in a folder of its own, or at an address: a copy, which this object then is of.
+
+        Raises as :func:`changes.clone`.
+        """
+        changes.clone(self._place(), folder)
+        self.cache = stores.at(folder).load(device=self.cache.device)
+        if self._temporary is not None:
+            self._temporary()
+        self._temporary = None
+        return self
+
+    def _place(self) -> str:
+        if self.cache.place is None:
+            raise UsageError("the index has no folder yet; give it one with its cache.save(FOLDER)")
+        return self.cache.place
+
+    # ------------------------------------------------------------------------------------------------------- figures
+
+    def evaluate(self, test: str | os.PathLike[str] | Source, **options: Any) -> Evaluation:
+        """How often it is right on a labelled source (its test part): :func:`evaluate.evaluate`."""
+        return evaluate(self.cache, _labelled(test), replace(self.encoder, skipped=[]), **options)
+
+    def report(self, out: str | os.PathLike[str], test: str | os.PathLike[str] | Source, **options: Any) -> Report:
+        """What is known about it, as one HTML file: :func:`report.write_report`. Raises as that."""
+        from retrieval_tip.cache_model import CacheModel
+        from retrieval_tip.report.report import write_report
+
+        if not isinstance(self.cache, CacheModel):
+            raise UsageError("report: is of an index folder; save(FOLDER) makes one")
+        return write_report(self.cache, _labelled(test), replace(self.encoder, skipped=[]), out, **options)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        test: str | os.PathLike[str] | Source | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Put the index at ``ORG/NAME`` of the Hugging Face hub, with a card that says what it is; the address.
+
+        ``test`` is a labelled source by which it is judged for the card. The photographs stay here: an index holds
+        features, labels, and the paths of its shots. Raises InputError where the hub refuses.
+        """
+        from huggingface_hub import HfApi
+
+        if not isinstance(folder := stores.at(self._place()), stores.FolderStore):
+            raise UsageError("push_to_hub: takes an index folder; save(FOLDER) makes one")
+        card = _card(self, repository, None if test is None else self.evaluate(test))
+        hub = HfApi(token=token)
+        try:
+            hub.create_repo(repository, private=private, exist_ok=True)
+            hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
+            done = hub.upload_folder(repo_id=repository, folder_path=folder.folder, ignore_patterns=["*.lock", ".*"])
+        except Exception as error:  # the hub and httpx each raise their own
+            raise InputError(f"{repository}: the hub takes nothing: {str(error).splitlines()[0]}") from error
+        return str(done)
+
+    # --------------------------------------------------------------------------------------------------------- shown
+
+    def __len__(self) -> int:
+        """Number of keys."""
+        return self.cache.n
+
+    def __repr__(self) -> str:
+        backbone = self.cache.backbone.model if self.cache.backbone else "features of an unnamed backbone"
+        place = "kept for now" if self._temporary is not None else self.cache.place
+        return f"Classifier({self.cache.n} photographs, {len(self.classes)} classes, {backbone}, {place})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what the index holds."""
+        return self.cache._repr_html_()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An answer with the pictures that made it: the photograph as it was given, and each neighbour's, where it is."""
+
+    prediction: Prediction
+    picture: bytes
+    shots: list[bytes | None]
+
+    @property
+    def label(self) -> str:
+        """The answer."""
+        return self.prediction.label
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the photograph, its classes, and the nearest shots in pictures."""
+        near = zip(self.prediction.neighbours, self.shots, strict=True)
+        rows = [(_shown(shot), key.label, f"{key.affinity:.3f}", key.source) for key, shot in near]
+        chances = zip(self.prediction.labels, self.prediction.probabilities, strict=True)
+        answer = ", ".join(f"{label} {share:.1%}" for label, share in chances)
+        asked = table((), [(_shown(self.picture), answer)])
+        return asked + table(("shot", "class", "affinity", "source"), rows, "nearest shots", numbers=(2,))
+
+
+def _shown(data: bytes | None) -> Any:
+    try:
+        small = images.thumbnail(data or b"", THUMBNAIL)
+    except RetrievalTipError:
+        return "-"
+    return markup(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">')
+
+
+def _file(path: str) -> bytes | None:
+    try:
+        return images.read(path)
+    except InputError:
+        return None
+
+
+def _is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is meant as that of one image, there or not: no folder, no table, no glob."""
+    file = Path(path)
+    if file.exists():
+        return file.is_file() and file.suffix.lower() not in (".csv", ".tsv", ".parquet")
+    return not any(sign in os.fspath(path) for sign in "*?[")
+
+
+def _labelled(test: str | os.PathLike[str] | Source) -> Source:
+    return test if isinstance(test, Source) else open_source(test, split="test")
+
+
+def _backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:
+    """The backbone that a name, a backbone, or what open_clip has loaded stands for."""
+    if model is None or isinstance(model, str):
+        return load_backbone(model, pretrained, device=device)
+    if isinstance(model, tuple):
+        from retrieval_tip.backbones.open_clip import OpenClipBackbone
+
+        return OpenClipBackbone.of(*model)
+    return model
+
+
+CARD = """---
+library_name: retrieval-tip
+pipeline_tag: image-classification
+tags: [few-shot, retrieval, tip-adapter]
+---
+# {name}
+
+An index of {n} photographs of {c} classes ({few}) for few-shot image classification as retrieval, made with
+[retrieval-tip](https://pypi.org/project/retrieval-tip/) and the backbone `{backbone}`. It holds features, labels and
+the paths of its photographs, not the photographs.
+
+```python
+from retrieval_tip import Classifier
+
+clf = Classifier.from_hub("{name}")
+clf.predict("photograph.jpg")
+```
+{figures}"""
+
+
+def _card(clf: Classifier, name: str, evaluation: Evaluation | None) -> str:
+    """The card of an index, in Markdown, with the figures of an evaluation where there is one."""
+    figures = ""
+    if evaluation is not None:
+        facts = {name: value for name, value in evaluation.to_dict().items() if isinstance(value, float)}
+        rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in facts.items())
+        figures = f"\n## Judged by {evaluation.n} other photographs\n\n| figure | |\n|---|---|\n{rows}"
+    few = ", ".join(clf.classes[:8]) + (" ..." if len(clf.classes) > 8 else "")
+    return CARD.format(
+        name=name, n=clf.cache.n, c=len(clf.classes), few=few, backbone=clf.cache.backbone, figures=figures
+    )

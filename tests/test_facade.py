@@ -1,0 +1,265 @@
+"""Photographs to answers from Python: what can be asked about, explained, added, kept, shared, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from test_backbone import tiny
+
+import retrieval_tip
+from retrieval_tip import Classifier, Encoder, Prediction, Predictions, build_index, load_backbone, open_source
+from retrieval_tip.backbones.open_clip import OpenClipBackbone
+from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
+
+
+def photograph(seed, colour):
+    noise = np.random.default_rng(seed).integers(0, 60, (40, 48, 3))
+    noise[..., colour] += 180
+    return Image.fromarray(noise.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, six photographs of each of three classes, and two others of each."""
+    folder = tmp_path_factory.mktemp("facade")
+    tiny(folder / "model")
+    for part, seeds in (("photos", range(6)), ("new", range(6, 8))):
+        for colour, name in enumerate(("red", "green", "blue")):
+            (folder / part / name).mkdir(parents=True)
+            for seed in seeds:
+                photograph(10 * seed + colour, colour).save(folder / part / name / f"{seed}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(place):
+    Classifier.from_folder(place / "photos", f"local-dir:{place / 'model'}", out=place / "index", device="cpu")
+    return place / "index"
+
+
+@pytest.fixture
+def clf(kept, tmp_path):
+    """An index that a test may change."""
+    shutil.copytree(kept, tmp_path / "index")
+    return Classifier.load(tmp_path / "index", device="cpu")
+
+
+def test_it_answers_as_the_parts_that_it_is_made_of(place, kept, clf):
+    backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
+    source = open_source(place / "new")
+    plain = [prediction for _, prediction in clf.cache.classify_source(source, Encoder(backbone))]
+    answers = clf.predict(place / "new")
+    assert [answer.label for answer in answers] == [one.label for one in plain]
+    assert [answer.probability for answer in answers] == pytest.approx([one.probability for one in plain])
+    assert answers.inputs == source.sources
+    assert clf.classes == ["blue", "green", "red"]
+    assert len(clf) == 18
+
+
+def test_a_photograph_is_the_same_however_it_is_held(place, clf):
+    path = place / "new/red/6.png"
+    picture = Image.open(path)
+    one = clf.predict(path)
+    assert isinstance(one, Prediction)
+    held = [str(path), picture, np.asarray(picture), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}]
+    held.append({"bytes": None, "path": str(path)})
+    for given in held:
+        assert clf(given).probability == pytest.approx(one.probability, abs=1e-6), type(given)
+    several = clf.predict(held)
+    assert isinstance(several, Predictions)
+    assert [answer.label for answer in several] == [one.label] * len(held)
+    assert several.inputs[:2] == [str(path), "picture 1"]
+    assert [a.label for a in clf.predict(pa.array([str(path)] * 2).to_pylist())] == [one.label] * 2
+    assert len(clf.predict(np.stack([np.asarray(picture)] * 3))) == 3
+
+
+def test_an_upright_picture_stays_upright(place, clf):
+    """EXIF turns it, whether it comes as a file or as a picture."""
+    wide = Image.new("RGB", (60, 30), (255, 0, 0))
+    wide.paste((0, 0, 255), (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    wide.save(buffer, "JPEG", exif=exif, quality=100, subsampling=0)
+    from_file = clf.predict(buffer.getvalue())
+    from_picture = clf.predict(Image.open(buffer))
+    assert from_picture.probability == pytest.approx(from_file.probability, abs=1e-6)
+
+
+def test_features_are_answered_and_raw_ones_refused(clf):
+    keys = np.asarray(clf.cache.keys)
+    assert clf.predict(keys[0]).neighbours[0].affinity == pytest.approx(1, abs=1e-5)
+    assert len(clf.predict(keys[:4])) == 4
+    for scale in (15, 2, 0.5):
+        with pytest.raises(InputError, match=rf"row 0 has norm {scale}.* divide"):
+            clf.predict(scale * keys[:2])
+        with pytest.raises(InputError, match="divide"):
+            clf.cache.classify(scale * keys[:2])
+    assert len(clf.cache.classify(2 * keys[:2], norms="keep")) == 2
+
+
+def test_what_cannot_be_read_is_named(place, clf, tmp_path):
+    with pytest.raises(InputError, match=r"gone\.png: no such file"):
+        clf.predict("gone.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        clf.predict([place / "new/red/6.png", tmp_path / "notes.txt"])
+    for wrong in (3.5, np.zeros((4, 4, 3)), None):
+        with pytest.raises(RetrievalTipError, match="picture 0"):
+            clf.predict([wrong])
+
+
+def test_answers_are_a_table_for_whoever_reads_arrow(place, clf):
+    pd = pytest.importorskip("pandas")
+    pl = pytest.importorskip("polars")
+    answers = clf.predict(place / "new", top=2)
+    table = pa.table(answers)
+    assert pl.DataFrame(answers)["label"].to_list() == [answer.label for answer in answers]
+    assert len(pd.DataFrame.from_arrow(answers)) == len(answers)
+    assert table["input"].to_pylist() == answers.inputs
+    assert table["label"].to_pylist() == [answer.label for answer in answers]
+    assert table["labels"].to_pylist() == [answer.labels for answer in answers]
+    assert table["neighbours"][0].as_py()[0]["label"] == answers[0].neighbours[0].label
+    frame = answers.to_pandas()
+    assert isinstance(frame, pd.DataFrame)
+    assert frame["probability"].tolist() == [answer.probability for answer in answers]
+    assert len(pa.table(Predictions())) == 0
+
+
+def test_an_explanation_shows_the_pictures(place, clf):
+    explained = clf.explain(place / "new/green/6.png", neighbours=3)
+    assert explained.label == clf.predict(place / "new/green/6.png").label
+    assert explained.shots[0] == Path(explained.prediction.neighbours[0].source).read_bytes()
+    html = explained._repr_html_()
+    assert html.count("data:image/jpeg;base64,") == 4
+    gone = clf.explain(Image.new("RGB", (20, 20)))
+    assert gone.picture.startswith(b"\x89PNG")
+
+
+def test_shots_are_added_to_known_and_to_new_classes(place, clf):
+    version = clf.cache.version
+    ids = clf.add(place / "new/red/6.png", "RED")  # as it is spelled in the index
+    assert len(ids) == 1
+    assert len(clf) == 19
+    assert clf.add([photograph(1, 0), photograph(2, 1)], ["red", "green"])
+    yellow = [Image.new("RGB", (40, 40), (250, 250, i)) for i in range(3)]
+    clf.add(yellow, "yellow")
+    assert clf.classes[-1] == "yellow"
+    assert clf.predict(yellow[0]).neighbours[0].label == "yellow"
+    clf.add(place / "new")
+    assert len(clf) == 19 + 2 + 3 + 6
+    assert clf.cache.version == version + 4
+    with pytest.raises(UsageError, match="label"):
+        clf.add(place / "new/red/6.png")
+    with pytest.raises(InputError, match="labels: 1 for 2"):
+        clf.add([yellow[0], yellow[1]], ["yellow"])
+
+
+def test_an_index_without_a_folder_can_be_kept(place, tmp_path):
+    model, _, preprocess = __import__("open_clip").create_model_and_transforms(f"local-dir:{place / 'model'}")
+    tokenizer = __import__("open_clip").get_tokenizer(f"local-dir:{place / 'model'}")
+    clf = Classifier.from_folder(place / "photos", (model, preprocess, tokenizer), device="cpu", fit="none")
+    assert "kept for now" in repr(clf)
+    before = clf.predict(place / "new/red/6.png")
+    clf.save(tmp_path / "saved")
+    assert clf.predict(place / "new/red/6.png").probability == pytest.approx(before.probability)
+    with pytest.raises((BackboneError, UsageError)):  # nobody knows how to load it
+        Classifier.load(tmp_path / "saved")
+    again = Classifier.load(tmp_path / "saved", OpenClipBackbone.of(model, preprocess, tokenizer))
+    assert again.predict(place / "new/red/6.png").label == before.label
+    with pytest.raises(BackboneError, match="cannot be compared"):
+        Classifier.load(tmp_path / "saved", f"local-dir:{tiny(tmp_path / 'other', seed=1)}", device="cpu")
+
+
+def test_it_is_judged_and_reported_as_by_the_commands(place, clf, tmp_path, run):
+    found = clf.evaluate(place / "new")
+    import json
+
+    said = json.loads(run("evaluate", clf.cache.folder, place / "new", "--json", "--device", "cpu").stdout)
+    assert (found.n, found.top1, found.skipped) == (said["n"], said["top1"], 0)
+    report = clf.report(tmp_path / "r.html", place / "new", curves=False)
+    assert report.evaluation.top1 == found.top1
+    assert (tmp_path / "r.html").stat().st_size == report.bytes
+
+
+class Hub:
+    """A stand-in of the hub: a folder."""
+
+    folder: Path
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def create_repo(self, repository, *, private, exist_ok):
+        (self.folder / repository).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
+        (self.folder / repo_id / path_in_repo).write_bytes(path_or_fileobj)
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
+        skipped = shutil.ignore_patterns(*ignore_patterns)
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True, ignore=skipped)
+        return f"https://huggingface.co/{repo_id}"
+
+
+def test_an_index_goes_to_the_hub_and_comes_back(place, clf, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    Hub.folder = tmp_path / "hub"
+
+    def download(repository, *, local_dir):
+        if not (Hub.folder / repository).is_dir():
+            raise OSError("404: no such repository")
+        shutil.copytree(Hub.folder / repository, local_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert clf.push_to_hub("me/colours", test=place / "new").endswith("me/colours")
+    card = (Hub.folder / "me/colours/README.md").read_text()
+    assert "18 photographs of 3 classes" in card
+    assert f"| top1 | {clf.evaluate(place / 'new').top1:.4g} |" in card
+    again = Classifier.from_hub("me/colours", tmp_path / "fetched", device="cpu")
+    assert again.predict(place / "new/red/6.png") == clf.predict(place / "new/red/6.png")
+    with pytest.raises(InputError, match="me/nothing: cannot be fetched: 404"):
+        Classifier.from_hub("me/nothing", tmp_path / "none")
+
+
+def test_an_index_of_features_answers_for_features(tmp_path):
+    from test_cli import unit_rows, write_table
+
+    table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["a", "b"] * 3)
+    build_index(open_source(table), tmp_path / "i", Encoder(), device="cpu", fit="none")
+    clf = Classifier.load(tmp_path / "i", device="cpu")
+    assert len(clf.predict(table)) == 6
+    assert "features" in repr(clf)
+    with pytest.raises(UsageError, match="backbone"):
+        clf.predict(Image.new("RGB", (8, 8)))
+
+
+def test_every_public_name_is_listed():
+    assert {"Classifier", "CacheModel", "load_backbone", "__version__"} <= set(dir(retrieval_tip))
+    assert set(retrieval_tip.__all__) == set(retrieval_tip._HOMES)
+    for name in retrieval_tip.__all__:
+        assert getattr(retrieval_tip, name) is not None
+
+
+def test_a_pipeline_of_scikit_learn_begins_with_paths(place):
+    sklearn_pipeline = pytest.importorskip("sklearn.pipeline")
+    from retrieval_tip import ImageEncoder, TipAdapterClassifier
+
+    train, new = open_source(place / "photos"), open_source(place / "new")
+    pipeline = sklearn_pipeline.make_pipeline(
+        ImageEncoder(f"local-dir:{place / 'model'}", device="cpu"), TipAdapterClassifier()
+    )
+    pipeline.fit(train.sources, train.labels)
+    backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
+    features = pipeline[0].transform(new.sources)
+    plain = Encoder(backbone).encode(new).features
+    np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
+    assert pipeline.score(new.sources, new.labels) > 1 / 3
