@@ -91,7 +91,9 @@ class Material:
     query_ids: npt.NDArray[np.int64]
 
     @classmethod
-    def make(cls, classes: int, shots: int, dim: int, views: int, queries: int, index: str = "Flat") -> Material:
+    def make(
+        cls, classes: int, shots: int, dim: int, views: int, queries: int, index: str = "Flat", device: str = "cpu"
+    ) -> Material:
         world = World(classes, dim)
         ids = np.repeat(np.arange(classes), shots)
         seen = np.concatenate([world.images(part, views) for part in np.array_split(ids, max(1, len(ids) // 4096))])
@@ -102,7 +104,7 @@ class Material:
             world.text,
             settings=Settings(alpha=ALPHA, beta=BETA, logit_scale=SCALE),
             index=index,
-            device="cpu",
+            device=device,
             sources=[str(i) for i in range(len(ids))],
         )
         asked = np.arange(queries) % classes
@@ -143,7 +145,7 @@ Step = Callable[[Tensor, Tensor], object]
 def plain(cache: CacheModel) -> Step:
     """The published step."""
     adapter = torch.nn.Linear(cache.d, cache.n, bias=False)
-    adapter.weight = torch.nn.Parameter(torch.from_numpy(np.array(cache.keys)))
+    adapter.weight = torch.nn.Parameter(torch.from_numpy(np.array(cache.keys)).to(cache.device))
     values = functional.one_hot(cache.class_ids, len(cache.class_names)).float()
     weights = cache.text_weights.T.contiguous()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=RATE, eps=EPS)
@@ -162,8 +164,8 @@ def plain(cache: CacheModel) -> Step:
 
 def products(cache: CacheModel, batch: int, dtype: torch.dtype) -> Step:
     """Affinities and the keys' gradient, without anything between them."""
-    keys = torch.from_numpy(np.array(cache.keys)).to(dtype)
-    affinity, gradient = torch.empty(batch, cache.n, dtype=dtype), torch.empty_like(keys)
+    keys = torch.from_numpy(np.array(cache.keys)).to(cache.device, dtype)
+    affinity, gradient = keys.new_empty(batch, cache.n), torch.empty_like(keys)
 
     def step(f: Tensor, ids: Tensor) -> None:
         f = f.to(dtype)

@@ -25,12 +25,12 @@ from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, Keys, beside, index_over, text_index_over
+from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, Keys, auto_for, beside, index_over, text_index_over
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
 from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
-from retrieval_tip.retrieval.vector_index import VectorIndex, auto_factory
+from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Built, Fitted, Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.contents import Contents, Stored
@@ -212,7 +212,7 @@ class InMemory(AnsweringIndex):
             text_weights: ``[c, d]`` unit vectors; ``None`` leaves the decision to the cache alone.
             settings: what calls answer by; by default the paper's.
             index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32``, ``SQfp16`` ...; ``Classes`` for whole
-                classes; ``auto`` by :func:`vector_index.auto_factory`, which sets ``k`` too.
+                classes; ``auto`` by :func:`keys.auto_for`, which sets ``k`` too.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             sources: path or id of each key, for explanations.
             values: ``[n, c]`` what each key gives to each class, trained; ``None`` is 1 to its own class.
@@ -234,7 +234,7 @@ class InMemory(AnsweringIndex):
         settings = Settings() if settings is None else settings
         factory = index
         if index == "auto":
-            factory, k = auto_factory(len(ids), len(names))
+            factory, k = auto_for(matrix.shape, matrix.dtype, len(names), device)
             settings = replace(settings, k=k)
         weights = inputs.text_weights(text_weights, len(names), matrix.shape[1])
         return cls(
@@ -329,13 +329,13 @@ class InMemory(AnsweringIndex):
     def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
         """Make all keys one segment, and build the index over them anew. On disk after :meth:`save`.
 
-        ``factory`` is the type of the index (``auto`` by :func:`vector_index.auto_factory`, which sets ``k`` too) and
+        ``factory`` is the type of the index (``auto`` by :func:`keys.auto_for`, which sets ``k`` too) and
         ``dtype`` that of the keys, float32 or float16, where they are to become others. Raises UsageError for a factory
         that cannot work, InputError where keys are too large for the dtype; then nothing was changed.
         """
         settings = self.settings
         if factory == "auto":
-            factory, k = auto_factory(self.n, len(self.class_names))
+            factory, k = auto_for(self.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
             settings = replace(settings, k=k)
         ordered = self._labelled.take(self._labelled.order())
         if dtype is not None and ordered.keys.dtype != dtype:

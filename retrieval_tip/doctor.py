@@ -13,6 +13,9 @@ from typing import Any
 FAISS_DISTRIBUTIONS = ("faiss-gpu", "faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "pyarrow", "duckdb", "click", "transformers")
 
+OLDER_TORCH = "https://download.pytorch.org/whl/cu126"
+OLD_DRIVER = "PyPI's torch is for CUDA 13, whose driver is 580 or newer (nvidia-smi names it); for an older one:"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -88,6 +91,11 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
         problems.append(
             "torch finds a GPU, but FAISS does not, so searches run on the CPU; "
             f"pip install --force-reinstall {right}, and look at the driver's CUDA version (nvidia-smi)"
+        )
+    if gpus and facts.get("torch device") == "cpu":
+        problems.append(
+            f"FAISS finds a GPU, but torch (built for {facts['torch build']}) does not, so nothing runs on it; "
+            f"{OLD_DRIVER} pip install --force-reinstall torch torchvision --index-url {OLDER_TORCH}"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 MAX_LINE = 1980
@@ -76,6 +78,12 @@ def few(names: Sequence[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, on one line: its first, or its type where it says nothing."""
     return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Say something as a warning, the first time in a process."""
+    logging.getLogger(__name__).warning(text)
 
 
 def counted(number: int, what: str, does: str = "", do: str = "") -> str:

@@ -29,7 +29,7 @@ whole, and :func:`settled` and :func:`certificate` when meeting more keys cannot
 
 All keys are met block by block by :func:`cache_logits` itself (:mod:`retrieval.keys`). The sum by class is written
 again only where that cannot be used: in ``Keys.class_logits``, which meets each class's keys with only the queries that
-ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; in ``retrieval/fused.py``, a kernel in
+ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; in ``retrieval/fused.py``, kernels in
 the language of GPUs; and in ``server/page/method.js``, in that of browsers.
 """
 
@@ -93,13 +93,27 @@ def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor 
     keys then, and no slot is empty.
     """
     if out is not None:
-        out.T.index_add_(0, class_ids, values.T)
+        add_rows(out.T, class_ids, values.T)
         return out
     q = values.shape[0]
     if class_ids.ndim == 1:  # keys along the rows: each addition is one contiguous run over the queries
-        sums = values.new_zeros(n_classes + 1, q).index_add_(0, class_ids, values.T)
-        return sums[:n_classes].T
-    return values.new_zeros(q, n_classes + 1).scatter_add_(1, class_ids, values)[:, :n_classes]
+        return add_rows(values.new_zeros(n_classes + 1, q), class_ids, values.T)[:n_classes].T
+    sums = values.new_zeros(q, n_classes + 1)
+    if values.is_cuda:  # as in add_rows
+        queries = torch.arange(q, device=values.device)[:, None]
+        return sums.index_put_((queries, class_ids), values, accumulate=True)[:, :n_classes]
+    return sums.scatter_add_(1, class_ids, values)[:, :n_classes]
+
+
+def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """``sums[places[i]] += rows[i]`` ``[m, ...]``, in place and always in one order.
+
+    On a GPU ``index_add_`` adds as its threads come, so that the last bit differs from run to run; there what
+    ``index_put_`` adds up is sorted first.
+    """
+    if sums.is_cuda:
+        return sums.index_put_((places,), rows, accumulate=True)
+    return sums.index_add_(0, places, rows)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch  # before FAISS, of which a build for an older CUDA may be in the way
 import warm
 from click.testing import CliRunner, Result
 
-from retrieval_tip import CacheModel
+from retrieval_tip import CacheModel, errors
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
@@ -38,9 +39,17 @@ SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 
 
+NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; where there is one: make gpu"
+
 LONG = ("test_stores.py", "test_readme.py", "test_page.py", "test_ray.py", "test_fuzz.py", "test_store.py",
         "test_serve.py", "test_report.py", "test_stores_kill.py", "test_finetune_kill.py", "test_server.py",
         "test_kill_changes.py", "test_full_disk.py", "test_startup.py", "test_living.py")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the tests marked gpu see one (``make gpu``): others compare digits, or fork, and ``auto`` would take it."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def sampled(number: int, few: int = 4) -> list[int]:
@@ -54,6 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not SOAK and item.get_closest_marker("soak"):
             item.add_marker(long)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
@@ -89,6 +100,12 @@ def hashed_once() -> Iterator[None]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that finds another one at work gives up at once: tests that make it wait say so."""
     monkeypatch.setattr(store, "LOCK_WAIT", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    """What is said once a process is said once a test."""
+    errors.warn_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -655,10 +655,6 @@ def test_classify_source_names_each_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="SKIPPED: torch finds no CUDA GPU, so no GPU answer is compared with the CPU's",
-)
 @pytest.mark.parametrize("index", EXACT_TYPES + COMPRESSED)
 def test_gpu_answers_as_the_cpu_does(index: str, tmp_path: Path) -> None:
     cpu = model(index=index)

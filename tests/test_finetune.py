@@ -959,7 +959,6 @@ def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: torch finds no CUDA GPU to compare with the CPU")
 @pytest.mark.parametrize("changes", [{}, {"train": ("keys", "values")}, {"train_k": 8}, {"precision": "bfloat16"}])
 def test_gpu_trains_as_the_cpu_does(shots: Source, val: Source, changes: dict[str, Any]) -> None:
     recipe = replace(OWN, **changes, epochs=20)
@@ -976,7 +975,6 @@ def test_gpu_trains_as_the_cpu_does(shots: Source, val: Source, changes: dict[st
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: torch finds no CUDA GPU to compare with the CPU")
 def test_gpu_trains_encoders_as_the_cpu_does(model_folder: Path, pictures: Path) -> None:
     source = open_source(pictures / "train")
     recipe = Recipe(train=("keys", "visual", "text"), views=None, batch=5, epochs=3, lr=0.1)

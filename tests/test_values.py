@@ -378,7 +378,6 @@ def test_evaluation_of_the_cache_alone_uses_the_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="SKIPPED: torch finds no CUDA GPU to compare with the CPU")
 def test_gpu_answers_with_values_as_the_cpu_does(tmp_path: Path) -> None:
     model().save(tmp_path / "x")
     gpu, cpu = (CacheModel.load(tmp_path / "x", device=device) for device in ("cuda", "cpu"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import BackboneError, InputError, UsageError
+from retrieval_tip.errors import BackboneError, InputError, UsageError, warn_once
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -110,6 +113,9 @@ class Trainable(Backbone, Protocol):
     Every method that takes parts raises UsageError for another name.
     """
 
+    def copy_to_train(self) -> Trainable:
+        """A copy, in a precision in which small gradients do not vanish."""
+
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
         """The parameters of one tower, in the model's order; the logit scale and bias belong to neither."""
 
@@ -147,11 +153,17 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """``auto`` to ``cuda`` where there is a GPU, else ``cpu``. Raises UsageError for a device that is not here."""
+    """``auto`` to ``cuda`` where there is a GPU that torch can use, else ``cpu``.
+
+    A GPU that ``auto`` passes over is told of in a warning, once. Raises UsageError for a device that is not here.
+    """
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        problem = _unusable()
+        if problem:
+            warn_once(f"{problem}; the CPU is used in its place (see doctor)")
+        return "cpu" if problem is not None else "cuda"
     if device == "cpu":
         return device
     if device == "cuda" or device.startswith("cuda:"):
@@ -162,6 +174,25 @@ def resolve_device(device: str = "auto") -> str:
             raise UsageError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs")
         return device
     raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
+
+
+def _unusable() -> str | None:
+    """Why torch cannot use a GPU: empty where there is none, ``None`` where it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        if hidden or not any(Path("/dev").glob("nvidia[0-9]*")):
+            return ""
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+        return f"there is a GPU, but torch, built for {build}, does not find it: its driver may be too old"
+    major, minor = torch.cuda.get_device_capability()
+    built = [re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[a-z]?", arch) for arch in torch.cuda.get_arch_list()]
+    known = [(kind, int(m), int(n)) for kind, m, n in (match.groups() for match in built if match)]
+    runs = any((major == m and minor >= n) if kind == "sm" else (major, minor) >= (m, n) for kind, m, n in known)
+    if known and not runs:
+        return f"there is a GPU (sm_{major}{minor}), but torch was not built for it"
+    return None
 
 
 def resolved(device: str, precision: str) -> tuple[str, str]:

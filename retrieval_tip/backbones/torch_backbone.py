@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
     Tokenizer = Callable[[list[str]], torch.Tensor]
 
+BFLOAT16_FROM = (8, 0)
+"""Capability of a GPU that multiplies in it."""
+
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
 
 _OPENING = threading.Lock()
+_CONVOLUTIONS = threading.RLock()
+"""Who changes how the process's convolutions round."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +209,21 @@ class TorchBackbone(ABC):
         import torch
 
         if self._precision == "float32":
-            return tower(given)
+            with _whole_convolutions(self._device):
+                return tower(given)
         with torch.autocast(self._device.type, dtype=getattr(torch, self._precision)):
             return tower(given).float()
+
+    def copy_to_train(self) -> Self:
+        """A copy; in place of float16, whose gradients below 6e-8 are 0, in bfloat16 or, on an old GPU, float32."""
+        import torch
+
+        copied = copy.deepcopy(self)
+        if copied._precision == "float16":
+            on_gpu = self._device.type == "cuda"
+            old = on_gpu and torch.cuda.get_device_capability(self._device) < BFLOAT16_FROM
+            copied._precision = "float32" if old else "bfloat16"
+        return copied
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
         """The parameters of one tower, in the model's order."""
@@ -222,7 +239,8 @@ class TorchBackbone(ABC):
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            yield parameters
+            with _whole_convolutions(self._device):  # backward is called in here
+                yield parameters
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)
@@ -270,6 +288,26 @@ def frozen(model: Any) -> Any:
     that it is compared with.
     """
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _whole_convolutions(device: torch.device) -> Iterator[None]:
+    """Convolutions of float32 in float32: cuDNN would round to TF32, and features differ from a CPU's by 1e-3."""
+    import torch
+
+    if device.type == "cpu":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    new = hasattr(cudnn, "conv")  # torch 2.9; once it was used, the older setting cannot even be read
+    place, name, exact = (cudnn.conv, "fp32_precision", "ieee") if new else (cudnn, "allow_tf32", False)
+    with _CONVOLUTIONS:
+        before = getattr(place, name)
+        setattr(place, name, exact)
+        try:
+            yield
+        finally:
+            setattr(place, name, before)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

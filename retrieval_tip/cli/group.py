@@ -69,6 +69,8 @@ def _in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_of_memory(error):
             raise
+        if _is_of_gpu(error):
+            raise click.ClickException("out of memory on the GPU; give --device cpu, or a smaller batch") from None
         raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
     except OSError as error:
         lost = _give_up_stdout()
@@ -91,6 +93,11 @@ def _is_of_memory(error: Exception) -> bool:
     """Whether memory is what is missing: torch says it in words, or by an error of its own."""
     own = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return own or isinstance(error, MemoryError)
+
+
+def _is_of_gpu(error: Exception) -> bool:
+    """Whether it is a GPU's: torch has an error of its own for it, of which FAISS's is made one too."""
+    return type(error).__name__ == "OutOfMemoryError"
 
 
 def _give_up_stdout() -> bool:

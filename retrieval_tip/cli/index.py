@@ -156,7 +156,7 @@ def build(
             values=values,
             k=k,
             logit_scale=logit_scale,
-            device="cpu",
+            device=encoding.device,
         )
     if "fit" in cache.provenance:
         say(cache.provenance["fit"]["summary"])

@@ -32,16 +32,20 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class Room:
-    """Actors that a cluster has room for, and what each of them gets. ``device`` is what torch calls it there."""
+    """Actors that a cluster has room for, what each of them gets, and the device that was ``asked`` for."""
 
     actors: int
     cpus: float
     gpus: float = 0.0
+    asked: str = "auto"
 
     @property
     def device(self) -> str:
-        """``cuda`` (Ray shows an actor only its own GPU) or ``cpu``."""
-        return "cuda" if self.gpus else "cpu"
+        """``cpu``, or where an actor has a GPU, of which Ray shows it only its own, what was asked for.
+
+        ``auto`` stays that: a worker whose torch cannot use its GPU then takes its CPUs.
+        """
+        return self.asked if self.gpus else "cpu"
 
     @property
     def threads(self) -> int:
@@ -196,7 +200,7 @@ def _room(cpus: list[float], gpus: list[float], device: str, actors: int | None)
         shares = [c * (1 - SHARE / max(2.0, c)) / int(g) for c, g in zip(cpus, gpus, strict=True) if int(g) and c > 0]
         if shares:
             share = min(shares)
-            return Room(min(number, actors or number), float(int(share)) if share >= 1 else share, 1.0)
+            return Room(min(number, actors or number), float(int(share)) if share >= 1 else share, 1.0, device)
         raise UsageError("the nodes of the Ray cluster that have GPUs have no CPU; start them with --num-cpus")
     largest = max(cpus)
     if largest < 2:

@@ -6,7 +6,6 @@ follows from the seed and the epoch, so that an interrupted run goes on as if it
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import math
@@ -26,6 +25,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from retrieval_tip import tip
@@ -602,21 +602,23 @@ def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[E
         raise UsageError(f"train {parts[0]}: there is no encoder; the shots have to be images, and --model known")
     if "text" in parts and not cache.templates:
         raise UsageError("train text: the index has no templates, its text weights come from a table")
-    backbone = cast(Trainable, copy.deepcopy(encoder.backbone))
+    backbone = cast(Trainable, encoder.backbone).copy_to_train()
     # What an encoder in training makes is no encoding of the backbone that the cache knows.
     return (replace(encoder, backbone=backbone, cache=None) if "visual" in parts else encoder), backbone
 
 
 @contextmanager
 def _repeatable(device: str) -> Iterator[None]:
-    """Sums in one order on a GPU too."""
+    """Sums in one order on a GPU too, those of attention included, which only their plain form has."""
     if device == "cpu":
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warned)

@@ -24,7 +24,10 @@ from torch import Tensor
 from retrieval_tip import tip
 
 BLOCK = 2048
-"""Keys at a time on a CPU (benchmarks/finetune.py); a GPU takes all at once."""
+"""Keys at a time on a CPU (benchmarks/finetune.py)."""
+
+GPU_BLOCK = 65536
+"""Keys at a time on a GPU."""
 
 GATHERED = 1 << 24
 """Values of retrieved keys that are gathered at a time: 64 MiB of float32."""
@@ -151,6 +154,11 @@ class RetrievedKeys:
         rows_met = rows[query, slot]
         d_affinity = d_cache[query, self.class_ids[rows_met]].mul_(weights[query, slot]).mul_(self.beta)
         met, place = rows_met.unique(return_inverse=True)
+        if features.is_cuda:  # where a sparse product need not add up in the same order again
+            gradient = features.new_zeros(len(met), features.shape[1])
+            for part in torch.arange(len(query), device=query.device).split(max(1, GATHERED // features.shape[1])):
+                tip.add_rows(gradient, place[part], d_affinity[part, None] * features[query[part]])
+            return met, gradient
         outer = torch.sparse_coo_tensor(
             torch.stack([place, query]), d_affinity, (len(met), len(rows)), check_invariants=False
         )

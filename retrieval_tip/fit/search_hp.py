@@ -30,6 +30,7 @@ from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import replacing
 from retrieval_tip.retrieval.defaults import untouched_settings
+from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.labels import images_of
 
@@ -38,6 +39,8 @@ BETAS = np.geomspace(0.1, 100, 31)
 
 SURFACE_ALPHAS = 41
 BOOTSTRAP = 1000
+GPU_AFFINITIES = 1 << 27
+"""Affinities of queries at a time on a GPU, of which some eight arrays exist at once: 4 GiB."""
 QUERY_BLOCK = 1024
 FLAT = 0.01
 """Within one point of the best counts as the same."""
@@ -391,8 +394,8 @@ def _blocks(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Iterator[tuple[int, int, Tensor]]]]:
     """Blocks of queries with their text logits, labels, and cache logits by beta and k. One affinity a block."""
     groups = torch.from_numpy(queries.groups).to(cache.device)
-    for start in range(0, len(queries.ids), QUERY_BLOCK):
-        part = slice(start, min(start + QUERY_BLOCK, len(queries.ids)))
+    size = QUERY_BLOCK if cache.device == "cpu" else max(1, min(QUERY_BLOCK, GPU_AFFINITIES // cache.n))
+    for part in slices(len(queries.ids), size):
         f = torch.from_numpy(queries.features[part]).to(cache.device)
         hidden = torch.from_numpy(queries.hidden[part]).to(cache.device)
         points = cache.retrieval.points(f)

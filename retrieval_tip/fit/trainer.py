@@ -21,7 +21,7 @@ from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.adamw import AdamW, BlockAdamW, RowAdamW
-from retrieval_tip.fit.gradient import BLOCK, AllKeys, RetrievedKeys
+from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys, RetrievedKeys
 from retrieval_tip.retrieval.vector_index import VectorIndex
 
 TRAIN = ("keys", "values", *PARTS)
@@ -172,8 +172,8 @@ class Trainer:
         self._over.refresh()
 
     def trained(self) -> dict[str, Tensor]:
-        """Copies of what is trained, by name; encoders' tensors as ``encoder.NAME``."""
-        copies = {name: tensor.clone() for name, tensor in self._in_training().items()}
+        """Copies on the CPU of what is trained, by name; encoders' tensors as ``encoder.NAME``."""
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in self._in_training().items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
 
     def _in_training(self) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ class _All:
 
     def __init__(self, trainer: Trainer, options: dict[str, float]) -> None:
         cache, train = trainer.cache, trainer.recipe.train
-        block = BLOCK if cache.device == "cpu" else cache.n
+        block = BLOCK if cache.device == "cpu" else GPU_BLOCK
         products = getattr(torch, trainer.recipe.precision)
         c = len(cache.class_names)
         self._memory = trainer.keys.new_empty(0)
@@ -293,7 +293,7 @@ class _Nearest:
     @torch.no_grad()
     def forward(self, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Cache logits, and the retrieved rows with their weights."""
-        rows = torch.from_numpy(self._index.search(features.cpu().numpy(), self._k)[1]).to(features.device)
+        _, rows = self._index.search_tensor(features, self._k)
         cache_logits, weights = self._keys.forward(features, rows)
         return cache_logits, (rows, weights)
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.backbones.prompts import DEFAULT_TEMPLATES, check_templates, mean_by_class, text_weights
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -31,8 +31,7 @@ from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import LanceModel, labels_in_blocks
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
-from retrieval_tip.retrieval.keys import KEY_BLOCK, index_over, text_index_over
-from retrieval_tip.retrieval.vector_index import auto_factory
+from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
 from retrieval_tip.settings import Built, KeysMet, Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
@@ -80,7 +79,7 @@ def build_index(
         templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
         text: a feature table of text features instead, labelled by class: one or more prompts a class. Its classes, in
             its order, are the index's; a class without an image is allowed, an unknown label is not.
-        index: FAISS factory string, ``Classes``, or ``auto`` (:func:`vector_index.auto_factory`), by default ``Flat``;
+        index: FAISS factory string, ``Classes``, or ``auto`` (:func:`keys.auto_for`), by default ``Flat``;
             of a LanceDB store as :func:`key_table.index_kind` has it, by default ``auto``.
         dtype: of the stored keys, ``float32`` or ``float16``.
         alpha: residual ratio.
@@ -94,7 +93,7 @@ def build_index(
         k: how many keys a query uses by default, or ``all``; ``None`` is what goes with the choice of ``index="auto"``,
             all with any other.
         logit_scale: the backbone's own by default, 100 where there is none.
-        device: of the classifier that is returned.
+        device: of the classifier that is returned, for which ``auto`` chooses an index.
 
     Raises:
         InputError, UsageError, BackboneError: as their messages say; nothing was changed.
@@ -117,7 +116,8 @@ def build_index(
         _build_table(place, made, dtype, "auto" if index is None else index)
     else:
         choose = partial(closed_form.fit, metric=metric, values=values) if fitting else None
-        _build_folder(place.folder, made, dtype, "Flat" if index is None else index, choose)
+        factory = "Flat" if index is None else index
+        _build_folder(place.folder, made, dtype, factory, resolve_device(device), choose)
     return place.load(device=device)
 
 
@@ -215,7 +215,12 @@ def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str) 
 
 
 def _build_folder(
-    folder: Path, made: _Made, dtype: str, index: str, fit: Callable[..., closed_form.Choice] | None
+    folder: Path,
+    made: _Made,
+    dtype: str,
+    index: str,
+    device: str,
+    fit: Callable[..., closed_form.Choice] | None,
 ) -> None:
     """Keys are sorted by class in a file; then the index over them, or over what a ``fit`` makes of them."""
     source, encoder, names, weights = made.source, made.encoder, list(made.words.class_names), made.words.weights
@@ -231,7 +236,7 @@ def _build_folder(
             )
         _warn_of_bare(sorted(set(range(len(names))) - set(ids.tolist())), names)
         statistics = measure(keys, ids)
-        factory, met = auto_factory(len(keys), len(names)) if index == "auto" else (index, None)
+        factory, met = auto_for((len(keys), d), dtype, len(names), device) if index == "auto" else (index, None)
         settings = made.asked.plain(statistics)
         columns = item_columns(source.items.take(pa.array(order)), digests)
         labels = label_table(names, ids, key_ids=order, views=encoder.views if source.table is None else 1, **columns)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,11 +20,9 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, first_line, warn_once
 from retrieval_tip.retrieval.segments import Segments, runs, segments_of
-from retrieval_tip.retrieval.vector_index import VectorIndex, inner_factory
-
-log = logging.getLogger(__name__)
+from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """The largest affinity block that exists at a time is [2048, 512] float32, 4 MiB: it stays in a processor's cache."""
@@ -59,19 +56,45 @@ HALF_ERROR = 2e-3
 FUSED = (torch.float32, torch.float16)
 """Precisions of the kernel for a GPU."""
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+FUSED_FROM = (8, 0)
+"""Capability of a GPU from which its tensor cores know these precisions; before it, the kernel spills and is slow."""
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 
 @cache
-def _kernel() -> Kernel | None:
-    """The kernel for a GPU, where there is a Triton to compile it."""
+def fused_on(device: str) -> Any | None:
+    """The module :mod:`fused` where its kernels run on this GPU, as a trial shows; else one warning says why not."""
     try:
-        return importlib.import_module("retrieval_tip.retrieval.fused").add_by_class  # type: ignore[no-any-return]
-    except ImportError as error:
-        log.info("no fused kernel: %s", error)
+        if torch.cuda.get_device_capability(device) < FUSED_FROM:
+            raise RuntimeError("the GPU is too old for it")
+        fused = importlib.import_module("retrieval_tip.retrieval.fused")
+        for dtype in FUSED:
+            one = torch.ones(1, 16, dtype=dtype, device=device)
+            found = fused.cache_logits(one, one, fused.Runs.single(1, one.device), 1.0)
+            if not torch.isfinite(found).all():
+                raise RuntimeError("a trial of it fails")
+    except Exception as error:  # no Triton, compiler or headers, or no place for its cache: each has its own error
+        warn_once(f"{device}: no fused kernel, so answers over all keys take longer: {first_line(error)}")
         return None
+    return fused
+
+
+def room_on(device: str) -> int:
+    """Bytes that torch can have on a GPU: what is free there, and what it keeps from earlier."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, device: str) -> tuple[str, int | None]:
+    """Type of index and keys met (:func:`vector_index.auto_factory`) for keys ``[n, d]``, where they are asked.
+
+    On a GPU that has them all, all of them: there an index costs more than it leaves out.
+    """
+    if device != "cpu" and shape[0] * shape[1] * np.dtype(dtype).itemsize < room_on(device) // 2:
+        return "Flat", None
+    return auto_factory(shape[0], n_classes)
 
 
 def index_over(
@@ -204,7 +227,7 @@ class KeyStream(ABC):
         for rows, ids in blocks:
             present, counts = ids.unique_consecutive(return_counts=True)
             if len(rows) < 16 * len(present):
-                sums.index_add_(0, ids, rows.double())
+                tip.add_rows(sums, ids, rows.double())
                 continue
             for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
                 sums[class_id] += part.sum(0, dtype=torch.float64)
@@ -222,8 +245,6 @@ class KeyStream(ABC):
         if values is not None:
             products = torch.float32
         products = products or self.products(beta, len(features))
-        if self.device != "cpu" and values is None and (kernel := _kernel()) is not None and products in FUSED:
-            return self.fused(features, beta, products, kernel)
         out = features.new_empty(len(features), self.n_classes)
         size = QUERY_BLOCK * self._times()
         memory = features.new_empty(self._block_size() * min(size, len(features)))
@@ -231,19 +252,6 @@ class KeyStream(ABC):
             part = slice(start, start + size)
             out[part] = self._over_all(features[part], beta, values, products, memory).T
         return out
-
-    def fused(self, features: Tensor, beta: float, products: torch.dtype, kernel: Kernel) -> Tensor:
-        """:meth:`cache_logits` by a kernel that writes no affinity (:func:`fused.add_by_class`)."""
-        half = products != torch.float32
-        common = features @ self._centre if half else features.new_zeros(len(features))
-        queries = features.to(products).contiguous()
-        cache = features.new_zeros(len(features), self.n_classes)
-        for keys, ids in self._halved(products) if half else self.blocks():
-            present, ranks = ids.unique_consecutive(return_inverse=True)
-            sums = features.new_zeros(len(features), len(present))
-            kernel(queries, keys.contiguous(), ranks.int(), common, beta, sums)
-            cache[:, present] += sums
-        return cache
 
     def _block_size(self) -> int:
         return min(self.n, KEY_BLOCK * self._times())
@@ -318,8 +326,10 @@ class Keys(KeyStream):
         self._slack: dict[float, float] = {}
         self._products: dict[float, torch.dtype] = {}
         self._on_device: Tensor | None = None
+        self._fits: bool | None = None
         self._starts = torch.from_numpy(self.starts).to(device)
         self._kept_halved: Tensor | None = None
+        self._runs: Any | None = None
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -334,15 +344,45 @@ class Keys(KeyStream):
                 rows = converted[: len(rows)].copy_(rows)
             yield rows, self.class_ids[part]
 
+    @property
+    def resident(self) -> Tensor | None:
+        """All keys ``[n, d]`` as they are stored, on the GPU, where half of what torch can have there holds them."""
+        if self.device != "cpu" and self._fits is None:
+            self._fits = self.array.nbytes < room_on(self.device) // 2
+            if self._fits:
+                self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
+        return self._on_device
+
     def _rows(self, part: slice) -> Tensor:
         """Some keys as they are stored, on the device."""
-        if self._on_device is None and self.device != "cpu":
-            free, _ = torch.cuda.mem_get_info(torch.device(self.device))
-            if self.array.nbytes < free // 2:
-                self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
-        if self._on_device is not None:
-            return self._on_device[part]
-        return torch.from_numpy(self.array[part]).to(self.device)
+        resident = self.resident
+        return torch.from_numpy(self.array[part]).to(self.device) if resident is None else resident[part]
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """Affinities and rows ``[q, k]`` of the nearest keys, by product with all; ``None`` unless a GPU has them."""
+        resident = self.resident
+        return None if resident is None else Product(resident).search(features, min(k, self.n))
+
+    def cache_logits(
+        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
+    ) -> Tensor:
+        """See :meth:`KeyStream.cache_logits`. On a GPU by kernels that write no affinity (:mod:`fused`)."""
+        products = torch.float32 if values is not None else products or self.products(beta, len(features))
+        if self.device != "cpu" and products in FUSED and self.resident is not None and (on := fused_on(self.device)):
+            return self.fused(features, beta, values, products, on)
+        return super().cache_logits(features, beta, values, products)
+
+    def fused(self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, fused: Any) -> Tensor:
+        """:meth:`cache_logits` in one launch over all keys; with ``values``, of their weights, then a product."""
+        keys, common = self._on_device, None
+        if products != torch.float32:
+            keys, common = self._all_halved(products), features @ self._centre
+        if values is not None:
+            ordered = fused.Runs.single(self.n, features.device)
+        else:
+            ordered = self._runs = self._runs or fused.Runs.of(self.class_ids, self.n_classes)
+        cache: Tensor = fused.cache_logits(features.to(products), keys, ordered, beta, common, values)
+        return cache
 
     def value_sums(self, values: Tensor) -> Tensor:
         """Sum of the ``values`` ``[n, c]`` of the keys of each class ``[c, c]``: what a tail needs with values."""
@@ -357,10 +397,20 @@ class Keys(KeyStream):
         if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
             yield from super()._halved(products)
             return
-        if self._kept_halved is None or self._kept_halved.dtype != products:
-            self._kept_halved = torch.cat([(keys - self._centre).to(products) for keys, _ in self.blocks()])
+        halved = self._all_halved(products)
         for part in runs(self.array, self._block_size()):
-            yield self._kept_halved[part], self.class_ids[part]
+            yield halved[part], self.class_ids[part]
+
+    def _all_halved(self, products: torch.dtype) -> Tensor:
+        """All keys less their mean, in half precision."""
+        if self._kept_halved is None or self._kept_halved.dtype != products:
+            self._kept_halved = None  # before another one comes
+            kept, start = torch.empty(self.array.shape, dtype=products, device=self.device), 0
+            for keys, _ in self.blocks():
+                kept[start : start + len(keys)] = keys - self._centre
+                start += len(keys)
+            self._kept_halved = kept
+        return self._kept_halved
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
         """The dtype of products of ``q`` queries with all keys, as :attr:`precision` says; ``auto`` is measured once.
@@ -454,8 +504,9 @@ class Keys(KeyStream):
         return own_affinity(features, rows, self._gathered)
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        if self._on_device is not None:
-            return self._on_device[rows]
+        resident = self.resident
+        if resident is not None:
+            return resident[rows]
         return torch.from_numpy(self.array[rows.cpu().numpy()]).to(self.device)
 
     def slack(self, beta: float) -> float:
@@ -469,7 +520,9 @@ class Keys(KeyStream):
         return self._slack[beta]
 
     def _measured_slack(self, beta: float) -> float:
-        asked = torch.linspace(0, self.n - 1, min(self.n, SPREAD_QUERIES), device=self.device).long()
+        asked = torch.linspace(
+            0, self.n - 1, min(self.n, SPREAD_QUERIES), dtype=torch.float64, device=self.device
+        ).long()  # in float32 the last one would be n from 16,777,220 keys on
         features = self._gathered(asked).float()
         near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
         near.scatter_(1, self.class_ids[asked, None], -torch.inf)

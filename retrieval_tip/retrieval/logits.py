@@ -117,10 +117,14 @@ class Retrieval(ABC):
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
         if products != torch.float32 and len(points):
-            parts, error = slices(len(points), QUERY_BLOCK), min(1.0, CLOSE * beta)
+            parts, error = self._parts(len(points)), min(1.0, CLOSE * beta)
             close = torch.cat([tip.close(text[part], cache[part], alpha, error) for part in parts])
             cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
         return cache
+
+    def _parts(self, q: int) -> Iterator[slice]:
+        """``q`` queries, as many at a time as a processor's cache holds the logits of; a GPU has no such limit."""
+        return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
     def _meet(
         self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool, neighbours: int
@@ -185,7 +189,7 @@ class IndexRetrieval(Retrieval):
         slack, most = keys.slack(settings.beta), min(self._most(k), keys.n_classes)
         classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
         met = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
-        for part in slices(len(features), QUERY_BLOCK):
+        for part in self._parts(len(features)):
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=text[part])
             tip.affinity(points[part], keys.means, out=cache[part])
             tip.at_mean(keys.counts, cache[part], settings.beta, out=cache[part])
@@ -217,7 +221,12 @@ class IndexRetrieval(Retrieval):
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)
 
     def nearest(self, points: Tensor, k: int) -> Nearest:
-        """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them."""
+        """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them.
+
+        A GPU that has the keys finds them among all as fast as an exact index does, or one over classes.
+        """
+        if (self.index.exact_search or self.index.by_class) and (found := self.keys.nearest(points, k)) is not None:
+            return self._described(*found)
         if self.index.by_class:
             return self._nearest_of_classes(points, k)
         affinity, rows = self.index.search_tensor(points, k)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import re
 import struct
 import threading
@@ -18,10 +17,9 @@ import numpy.typing as npt
 import torch  # before FAISS: on macOS each brings an OpenMP runtime, and torch's has to be the first
 from torch import Tensor
 
-from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip import tip
+from retrieval_tip.errors import StoreError, UsageError, warn_once
 from retrieval_tip.retrieval.segments import Segments
-
-log = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -31,7 +29,13 @@ HEADER = 45
 
 
 GPU_MAX_K = 2048
-"""FAISS on a GPU retrieves no more keys, and probes no more lists; beyond it the CPU copy answers."""
+"""FAISS on a GPU retrieves no more keys, and probes no more lists; beyond that many keys the CPU copy answers."""
+
+PRODUCTS, QUERIES = 1 << 27, 4096
+"""Affinities at a time on a GPU, 512 MiB of float32, and of how many queries."""
+
+_GPU = threading.RLock()
+"""FAISS's resources are one stream and one scratch memory for all indexes of a process: one thread at a time."""
 
 TRAINING_PER_LIST = 256
 """Keys a list that a clustered index is trained on; FAISS itself uses no more."""
@@ -45,6 +49,10 @@ MANY_CLASSES = 32768
 
 MOST_LINKS = 1024
 """Of a key in a graph."""
+
+FLAT = ("IndexFlat", "IndexFlatIP")
+UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
+"""FAISS's classes that compare with the vectors themselves."""
 
 _SCALARS = "SQ(4|6|8|fp16|bf16)"
 _FACTORY = re.compile(
@@ -108,14 +116,13 @@ class VectorIndex:
     def __init__(
         self, index: Any, factory: str, device: str = "auto", half: bool = False, path: Path | None = None
     ) -> None:
-        self._cpu, self._half, self.path = index, half, path
+        self._cpu, self.path = index, path
         self._late: Any | None = None
         self._late_rows: IntArray = np.empty(0, dtype=np.int64)
         self._late_vectors: Callable[[], FloatArray] = lambda: np.empty((0, self.d), dtype=np.float32)
         self.factory = factory
         self.by_class = inner_factory(factory) is not None
-        self._wanted = device
-        self._gpu = _on_gpu(index, device, half)
+        self._gpu = GpuCopy(index, device, half)
         self._lock = threading.Lock()
 
     @classmethod
@@ -145,11 +152,10 @@ class VectorIndex:
 
     def refresh(self, keys: npt.NDArray[Any], block: int = 65536) -> None:
         """Hold these keys ``[n, d]`` instead; what was trained (lists, codes) stays as it was."""
+        self._gpu.drop()
         self._cpu.reset()
         self._late, self._late_rows, self.path = None, self._late_rows[:0], None
         _fill(self._cpu, keys, self.factory, block)
-        if self._gpu is not None:
-            self._gpu = _on_gpu(self._cpu, self._wanted, self._half)
 
     def plus(self, rows: IntArray, vectors: Callable[[], FloatArray]) -> VectorIndex:
         """The same index with other vectors ``[m, d]`` beside it, as ascending rows ``[m]``: further ones, or in place.
@@ -181,7 +187,7 @@ class VectorIndex:
 
     @classmethod
     def load(cls, path: Path, factory: str, device: str = "auto", half: bool = False) -> VectorIndex:
-        """Read an index file, memory-mapped where its type allows; on a GPU, vectors are ``half`` precision if so said.
+        """Read an index file, memory-mapped where its type allows; ``half`` says that its vectors are half precision.
 
         Raises StoreError naming the file.
         """
@@ -219,17 +225,17 @@ class VectorIndex:
     @property
     def device(self) -> str:
         """Where searches run: ``cpu`` or ``cuda``."""
-        return "cpu" if self._gpu is None else "cuda"
+        return "cpu" if self._gpu.get() is None else "cuda"
 
     @property
     def exact_search(self) -> bool:
         """Whether the nearest keys are always found: only by ``Flat``."""
-        return not self.by_class and self._kind() in ("IndexFlat", "IndexFlatIP")
+        return not self.by_class and _is_one_of(FLAT, self._cpu)
 
     @property
     def exact_affinity(self) -> bool:
         """Whether the affinities it returns are those of the vectors, not of a compressed copy."""
-        return self._kind() in ("IndexFlat", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
+        return _is_one_of(UNCOMPRESSED, self._cpu)
 
     @property
     def effort(self) -> int | None:
@@ -246,8 +252,7 @@ class VectorIndex:
         self.path = None
         for place in _effort_of(self._cpu):
             setattr(*place, value)
-        if self._gpu is not None:
-            faiss().GpuParameterSpace().set_index_parameter(self._gpu, "nprobe", min(value, GPU_MAX_K))
+        self._gpu.probe(value)
 
     @property
     def effort_limit(self) -> int | None:
@@ -302,12 +307,12 @@ class VectorIndex:
 
     def _search_indexed(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         try:
-            if self._gpu is not None and k <= GPU_MAX_K:
-                with self._lock:  # the resources are one stream and one scratch memory
-                    affinity, rows = self._gpu.search(features, k)
-            else:
-                affinity, rows = self._cpu.search(features, k)
+            affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, IndexError, RuntimeError) as error:
+            if "alloc fail" in str(error):  # FAISS's scratch memory
+                raise torch.OutOfMemoryError(f"{self._name}: FAISS: {_reason(error)}") from None
             raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
         if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
             raise StoreError(f"{self._name}: finds rows that it does not have; rebuild the index")
@@ -316,51 +321,179 @@ class VectorIndex:
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """:meth:`search` of queries on torch's device, with the answers there; on a GPU the host holds none of them."""
         k = int(min(k, self.n))
-        if self._gpu is None or len(self._late_rows) or features.device.type == "cpu" or k > GPU_MAX_K:
+        found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
+        if found is None:
             affinity, rows = self.search(features.cpu().numpy(), k)
-            return torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
-        importlib.import_module("faiss.contrib.torch_utils")  # from then on FAISS takes tensors too
-        with self._lock:
-            nearest: tuple[Tensor, Tensor] = self._gpu.search(features.contiguous(), k)
-        return nearest
+            found = torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
+        return found
 
-    def _kind(self) -> str:
-        return type(faiss().downcast_index(self._cpu)).__name__
+
+class GpuCopy:
+    """What a GPU holds of a FAISS index, from the first search that needs it on: who never searches pays nothing.
+
+    Of ``Flat`` the vectors alone, ``half`` precision if so said: torch multiplies them with the queries. Of what else
+    has a form there, FAISS's own copy; where one GPU has no room for that, and none was named, every GPU holds a part.
+    ``auto`` is the GPU that torch would use. Where a CPU searches in a GPU's place, a warning says so, once.
+    """
+
+    def __init__(self, index: Any, device: str, half: bool) -> None:
+        self._index, self._half = index, half
+        self._wanted, self._number = device != "cpu" and torch.cuda.is_available(), device.partition(":")[2]
+        self._tried, self._held = False, None
+
+    def get(self) -> Any | None:
+        """The copy, ``None`` where searches run on the CPU."""
+        if not self._wanted:
+            return None
+        with _GPU:
+            if not self._tried:
+                self._tried, self._held = True, self._made()
+            return self._held
+
+    def drop(self) -> None:
+        """Give its memory back. The next search copies the index as it is then."""
+        with _GPU:
+            self._tried, self._held = False, None
+
+    def probe(self, lists: int) -> None:
+        """Let searches probe so many lists, or as many as FAISS does on a GPU."""
+        with _GPU:
+            if self._held is not None and not isinstance(self._held, Product):
+                faiss().GpuParameterSpace().set_index_parameter(self._held, "nprobe", min(lists, GPU_MAX_K))
+
+    def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray] | None:
+        """Affinities and rows ``[q, k]`` of the nearest vectors; ``None`` where the CPU is to find them."""
+        copied = self._for(k)
+        if copied is None:
+            return None
+        if isinstance(copied, Product):
+            affinity, rows = copied.search(torch.from_numpy(features), k)
+            return affinity.cpu().numpy(), rows.cpu().numpy()
+        with _GPU:
+            found: tuple[FloatArray, IntArray] = copied.search(features, k)
+        return found
+
+    def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+        """The same of tensors; ``None`` where arrays have to be given."""
+        copied = None if features.device.type == "cpu" else self._for(k)
+        if isinstance(copied, Product):
+            return copied.search(features, k)
+        # A transform around a copy, and parts on several GPUs, take arrays; they have no getDevice either.
+        if getattr(copied, "getDevice", lambda: None)() != features.device.index or copied is None:
+            return None
+        importlib.import_module("faiss.contrib.torch_utils")  # from then on FAISS takes tensors too
+        with _GPU, torch.cuda.device(features.device):  # whose stream FAISS then follows
+            found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
+        return found
+
+    def _for(self, k: int) -> Any | None:
+        """The copy, where it can find so many."""
+        copied = self.get()
+        if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
+            return copied
+        warn_once(f"FAISS on a GPU finds {GPU_MAX_K:,} keys at most: more are searched for on the CPU")
+        return None
+
+    def _made(self) -> Any | None:
+        try:
+            return self._copied()
+        except RuntimeError as error:
+            warn_once(f"an index is searched on the CPU: {_reason(error)}")
+            return None
+
+    def _copied(self) -> Any:
+        """Raises RuntimeError saying why there is no copy."""
+        number = int(self._number or torch.cuda.current_device())
+        size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
+        if _is_one_of(FLAT, self._index) and size <= room:
+            return Product.of(self._index, f"cuda:{number}", self._half)
+        gpus = int(faiss().get_num_gpus())
+        if not gpus:
+            raise RuntimeError("FAISS finds no GPU, though torch does (see doctor)")
+        if size <= room:
+            return self._cloned(lambda options: faiss().index_cpu_to_gpu(resources(), number, self._index, options))
+        if gpus > 1 and not self._number:
+            return self._cloned(lambda options: faiss().index_cpu_to_all_gpus(self._index, options), shard=True)
+        raise RuntimeError(f"it takes {size:,} bytes, and half of what is free on the GPU is {room:,}")
+
+    def _cloned(self, clone: Callable[[Any], Any], shard: bool = False) -> Any:
+        """FAISS's copy, which probes as many lists as it can where the index has a larger number."""
+        options = faiss().GpuMultipleClonerOptions()
+        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # it rounds queries as well
+        options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
+        options.shard = shard
+        cut = [(part, lists) for part in _inner(self._index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
+        try:
+            for part, _ in cut:
+                warn_once(f"FAISS on a GPU probes {GPU_MAX_K:,} lists at most, where the CPU probes {part.nprobe:,}")
+                part.nprobe = GPU_MAX_K
+            return clone(options)
+        finally:
+            for part, lists in cut:
+                part.nprobe = lists
+
+
+class Product:
+    """Vectors ``[n, d]`` float32 or float16 on a GPU, and the nearest of them by the product with all, exactly."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.vectors = vectors
+
+    @classmethod
+    def of(cls, index: Any, device: str, half: bool) -> Product:
+        """The vectors of a flat FAISS index."""
+        n, d = int(index.ntotal), int(index.d)
+        vectors = torch.empty(n, d, dtype=torch.float16 if half else torch.float32, device=device)
+        for start in range(0, n, 65536):
+            part = vectors[start : start + 65536]
+            part.copy_(torch.as_tensor(index.reconstruct_n(start, len(part))))
+        return cls(vectors)
+
+    def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Affinities ``[q, k]`` float32, largest first, and rows of the ``k <= n`` nearest, on the GPU.
+
+        Products are float32, whatever the vectors are.
+        """
+        features = features.to(self.vectors.device)
+        affinity = features.new_empty(len(features), k)
+        rows = torch.empty(affinity.shape, dtype=torch.int64, device=features.device)
+        for start in range(0, len(features), QUERIES):
+            part = slice(start, start + QUERIES)
+            affinity[part], rows[part] = self._nearest(features[part], k)
+        return affinity, rows
+
+    def _nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        affinity, rows = features.new_empty(len(features), 0), features.new_empty(len(features), 0, dtype=torch.int64)
+        step = max(1, PRODUCTS // max(features.shape))
+        for start in range(0, len(self.vectors), step):
+            block = self.vectors[start : start + step]
+            near, place = tip.affinity(features, block.float()).topk(min(k, len(block)), dim=1)
+            affinity, rows = torch.cat([affinity, near], dim=1), torch.cat([rows, place + start], dim=1)
+            if affinity.shape[1] > k:
+                affinity, place = affinity.topk(k, dim=1)
+                rows = rows.gather(1, place)
+        return affinity, rows
 
 
 @cache
-def _gpu_resources() -> Any:
-    return faiss().StandardGpuResources()
+def resources() -> Any:
+    """FAISS's memory on GPUs: of what it would take from the start, 1.5 GiB a GPU and 256 MiB pinned, a part."""
+    made = faiss().StandardGpuResources()
+    made.setTempMemory(512 << 20)
+    made.setPinnedMemory(32 << 20)
+    return made
 
 
-def _on_gpu(index: Any, device: str, half: bool) -> Any | None:
-    """A copy on the GPU, or None: the CPU was asked for, there is no GPU, or the type has no GPU form.
-
-    Where one GPU has no room for it, and none was named, every GPU holds a part.
-    """
-    if device == "cpu" or faiss().get_num_gpus() < 1:
-        return None
-    number = device.partition(":")[2]
-    options = faiss().GpuMultipleClonerOptions()
-    options.useFloat16 = half
-    options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
-    try:
-        if not number and faiss().get_num_gpus() > 1 and _bytes_on_gpu(index, half) > _free_on_gpu():
-            options.shard = True
-            return faiss().index_cpu_to_all_gpus(index, options)
-        return faiss().index_cpu_to_gpu(_gpu_resources(), int(number or 0), index, options)
-    except RuntimeError as error:
-        log.info("the index stays on the CPU: %s", _reason(error))
-        return None
+def _is_one_of(kinds: tuple[str, ...], index: Any) -> bool:
+    return type(faiss().downcast_index(index)).__name__ in kinds
 
 
 def _bytes_on_gpu(index: Any, half: bool) -> int:
-    """About what an index takes there: its vectors and ids."""
-    return int(index.ntotal) * (int(index.d) * (2 if half else 4) + 8)
-
-
-def _free_on_gpu() -> int:
-    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else 0
+    """About what an index takes there: its vectors, or their codes, and their ids."""
+    if _is_one_of(FLAT, index):
+        return int(index.ntotal) * int(index.d) * (2 if half else 4)
+    codes = [int(part.code_size) for part in _inner(index) if hasattr(part, "code_size")]
+    return int(index.ntotal) * ((codes[-1] if codes else 4 * int(index.d)) + 8)
 
 
 def _factory_problem(factory: str, n: int, d: int) -> str | None:

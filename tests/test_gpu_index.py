@@ -1,0 +1,389 @@
+"""What of an index lies on which GPU, and who searches it there, decided against stand-ins for FAISS and the GPU."""
+
+import logging
+import sys
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from retrieval_tip import CacheModel
+from retrieval_tip.errors import StoreError
+from retrieval_tip.retrieval import vector_index
+from retrieval_tip.retrieval.keys import Keys
+from retrieval_tip.retrieval.vector_index import GPU_MAX_K, GpuCopy, Product, VectorIndex
+
+RNG = np.random.default_rng(0)
+KEYS = RNG.standard_normal((300, 16)).astype(np.float32)
+QUERIES = RNG.standard_normal((5, 16)).astype(np.float32)
+SIZE = 300 * (16 * 4 + 8)
+
+
+class Faiss:
+    """FAISS with so many GPUs, else as it is; remembers what was copied where, and gives back what it was given."""
+
+    def __init__(self, real: Any, gpus: int) -> None:
+        self._real, self.gpus = real, gpus
+        self.copies: list[tuple[str, int | None, SimpleNamespace, int]] = []
+        self.probes: list[int] = []
+        self.fails = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def get_num_gpus(self) -> int:
+        return self.gpus
+
+    def get_compile_options(self) -> str:
+        return "OPTIMIZE GPU NVIDIA_CUVS "
+
+    def GpuMultipleClonerOptions(self) -> SimpleNamespace:
+        return SimpleNamespace(useFloat16=False, use_cuvs=False, shard=False)
+
+    def index_cpu_to_gpu(self, _resources: object, number: int, index: Any, options: SimpleNamespace) -> Any:
+        return self._copy("one", number, index, options)
+
+    def index_cpu_to_all_gpus(self, index: Any, options: SimpleNamespace) -> Any:
+        return self._copy("all", None, index, options)
+
+    def _copy(self, where: str, number: int | None, index: Any, options: SimpleNamespace) -> Any:
+        if self.fails:
+            raise RuntimeError(f"Error in somewhere: {self.fails}")
+        self.copies.append((where, number, options, getattr(index, "nprobe", 0)))
+        return index
+
+    def GpuParameterSpace(self) -> SimpleNamespace:
+        return SimpleNamespace(set_index_parameter=lambda _index, name, value: self.probes.append(value))
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes so many GPUs with so many free bytes each; copies of flat indexes then stay on the CPU."""
+
+    def make(number: int = 1, free: int = 1 << 30, current: int = 0) -> Faiss:
+        fake = Faiss(vector_index.faiss(), number)
+        monkeypatch.setattr(vector_index, "faiss", lambda: fake)
+        monkeypatch.setattr(vector_index, "resources", object)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 1 << 40))
+        made = Product.of
+        monkeypatch.setattr(
+            Product, "of", lambda index, device, half: (fake.copies.append((device, half)), made(index, "cpu", half))[1]
+        )
+        return fake
+
+    return make
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on the second GPU."""
+
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+    is_cuda = True  # type: ignore[assignment]
+
+
+def asked(device: torch.device | None = None) -> torch.Tensor:
+    return torch.from_numpy(QUERIES).as_subclass(OnGpu)
+
+
+# --- what is copied, where to, and when
+
+
+def test_nothing_is_copied_before_something_is_searched(gpus) -> None:
+    fake = gpus()
+    for factory in ("Flat", "IVF4,Flat"):
+        index = VectorIndex.build(KEYS, factory, "cuda")
+        assert not fake.copies
+        index.search(QUERIES, 3)
+        index.search(QUERIES, 3)
+        index.plus(np.array([300]), lambda: KEYS[:1]).search(QUERIES, 3)  # the same index, and one more key beside it
+        assert len(fake.copies) == 1
+        index.refresh(KEYS)
+        index.search(QUERIES, 3)
+        assert len(fake.copies) == 2
+        fake.copies.clear()
+
+
+def test_a_refreshed_index_gives_its_copy_back_first(gpus, monkeypatch) -> None:
+    gpus()
+    index = VectorIndex.build(KEYS, "Flat", "cuda")
+    index.search(QUERIES, 3)
+    held = []
+    monkeypatch.setattr(vector_index, "_fill", lambda *_: held.append(index._gpu._held))
+    index.refresh(KEYS)
+    assert held == [None]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype: type) -> None:
+    fake, keys = gpus(), np.resize(KEYS, (2500, 16)) + RNG.standard_normal((2500, 16)) / 9
+    keys = keys.astype(dtype)
+    index = VectorIndex.build(keys, "Flat", "cuda")
+    dense = QUERIES.astype(np.float64) @ keys.astype(np.float64).T
+    for k in (1, 7, GPU_MAX_K + 1, 2500):
+        affinity, rows = index.search(QUERIES, k)
+        np.testing.assert_allclose(affinity, -np.sort(-dense, axis=1)[:, :k], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.take_along_axis(dense, rows, 1), affinity, rtol=0, atol=1e-5)
+    assert fake.copies == [("cuda:0", dtype == np.float16)]
+    assert index.exact_search
+    assert index.exact_affinity
+
+
+def test_a_product_in_parts_is_that_of_all(monkeypatch) -> None:
+    whole = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
+    monkeypatch.setattr(vector_index, "PRODUCTS", 16 * 37)
+    monkeypatch.setattr(vector_index, "QUERIES", 2)
+    parts = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
+    torch.testing.assert_close(parts, whole)
+    assert parts[1].dtype == torch.int64
+    assert Product(torch.from_numpy(KEYS)).search(torch.empty(0, 16), 4)[1].shape == (0, 4)
+
+
+def test_one_gpu_holds_what_fits_in_half_of_what_is_free(gpus) -> None:
+    fake = gpus(2, free=2 * SIZE)
+    VectorIndex.build(KEYS, "IVF4,Flat", "auto").search(QUERIES, 1)
+    [(where, number, options, _)] = fake.copies
+    assert (where, number, options.shard, options.use_cuvs) == ("one", 0, False, True)
+    fake.copies.clear()
+    monkey = gpus(2, free=2 * SIZE - 2)
+    VectorIndex.build(KEYS, "IVF4,Flat", "auto").search(QUERIES, 1)
+    [(where, _, options, _)] = monkey.copies
+    assert (where, options.shard) == ("all", True)
+
+
+def test_half_precision_keys_are_never_rounded_with_the_queries(gpus) -> None:
+    fake = gpus(2)
+    for factory, halved in (("IVF4,Flat", False), ("IVF4,PQ4x4", True)):
+        VectorIndex.build(KEYS.astype(np.float16), factory, "cuda").search(QUERIES, 1)
+        assert fake.copies.pop()[2].useFloat16 == halved
+    shared = gpus(2, free=100)
+    VectorIndex.build(KEYS.astype(np.float16), "Flat", "cuda").search(QUERIES, 1)
+    assert shared.copies[0][0] == "all"
+    assert not shared.copies[0][2].useFloat16
+
+
+def test_a_named_gpu_is_the_one_and_cuda_is_the_current_one(gpus) -> None:
+    fake = gpus(4, current=2)
+    for device, number in (("cuda:3", 3), ("cuda", 2), ("auto", 2)):
+        VectorIndex.build(KEYS, "IVF4,Flat", device).search(QUERIES, 1)
+        assert fake.copies.pop()[:2] == ("one", number)
+        VectorIndex.build(KEYS, "Flat", device).search(QUERIES, 1)
+        assert fake.copies.pop()[0] == f"cuda:{number}"
+    VectorIndex.build(KEYS, "Flat", "cpu").search(QUERIES, 1)
+    gpus(0)
+    VectorIndex.build(KEYS, "Flat", "auto").search(QUERIES, 1)
+    assert not fake.copies
+
+
+def test_more_lists_than_a_gpu_probes_are_cut_for_the_copy_alone(gpus, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(vector_index, "GPU_MAX_K", 3)
+    fake, index = gpus(), VectorIndex.build(KEYS, "IVF8,Flat", "cuda")
+    index.effort = 7
+    index.search(QUERIES, 1)
+    assert fake.copies[0][3] == 3
+    assert index.effort == 7
+    assert "probes 3 lists at most, where the CPU probes 7" in caplog.text
+    index.effort = 8
+    index.effort = 2
+    assert fake.probes == [3, 2]
+
+
+# --- the CPU in its place is told of, once
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("free", "number", "device", "fails", "told"),
+    [
+        (100, 1, "cuda", "", f"it takes {SIZE:,} bytes, and half of what is free on the GPU is 50"),
+        (100, 4, "cuda:1", "", "half of what is free"),
+        (1 << 30, 1, "cuda", "this index is not implemented on GPU", "this index is not implemented on GPU"),
+        (1 << 30, 0, "cuda", "", "FAISS finds no GPU, though torch does"),
+    ],
+)
+def test_where_the_cpu_searches_for_a_gpu_it_is_said_once(
+    gpus, monkeypatch, caplog, free: int, number: int, device: str, fails: str, told: str
+) -> None:
+    gpus(number, free).fails = fails
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    expected = VectorIndex.build(KEYS, "IVF4,Flat", "cpu").search(QUERIES, 4)
+    for _ in range(2):
+        index = VectorIndex.build(KEYS, "IVF4,Flat", device)
+        for _ in range(2):
+            np.testing.assert_array_equal(index.search(QUERIES, 4)[1], expected[1])
+        assert index.device == "cpu"
+    assert len(said(caplog)) == 1
+    assert told in said(caplog)[0]
+
+
+def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_said_once(
+    gpus, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(vector_index, "GPU_MAX_K", 6)
+    index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
+    gpus()
+    index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
+    copied = index._gpu.get()
+    searched = []
+    copy = SimpleNamespace(search=lambda f, k: (searched.append(k), copied.search(f, k))[1])
+    index._gpu._held = copy
+    for k in (6, 7, 8):
+        assert index.search(QUERIES, k)[1].shape == (5, k)
+    assert searched == [6]
+    assert said(caplog) == ["FAISS on a GPU finds 6 keys at most: more are searched for on the CPU"]
+
+
+def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus) -> None:
+    gpus()
+    index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
+
+    def search(*_: Any) -> None:
+        raise RuntimeError("Error in allocMemory: StandardGpuResources: alloc fail type TemporaryMemory dev 0")
+
+    index._gpu.get()
+    index._gpu._held = SimpleNamespace(search=search)
+    with pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
+        index.search(QUERIES, 1)
+    index._gpu._held = SimpleNamespace(search=lambda *_: (_ for _ in ()).throw(RuntimeError("damaged")))
+    with pytest.raises(StoreError, match="rebuild the index"):
+        index.search(QUERIES, 1)
+
+
+# --- who takes tensors
+
+
+def test_a_transform_and_parts_on_several_gpus_are_given_arrays(gpus) -> None:
+    gpus()
+    index = VectorIndex.build(KEYS, "PCA8,IVF4,Flat", "cuda")
+    assert not hasattr(index._gpu.get(), "getDevice")
+    assert index._gpu.search_tensor(asked(), 3) is None
+    expected = VectorIndex.build(KEYS, "PCA8,IVF4,Flat", "cpu").search(QUERIES, 3)
+    affinity, rows = index.search_tensor(torch.from_numpy(QUERIES), 3)
+    np.testing.assert_array_equal(rows.numpy(), expected[1])
+    np.testing.assert_array_equal(affinity.numpy(), expected[0])
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_tensors_are_searched_on_their_own_gpu_and_in_its_stream(gpus, monkeypatch, own: int) -> None:
+    gpus(2)
+    current = []
+
+    class Entered:
+        def __init__(self, device: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setitem(sys.modules, "faiss.contrib.torch_utils", SimpleNamespace())
+    searched = []
+    copy = GpuCopy(None, "cuda:1", half=False)
+    monkeypatch.setattr(copy, "_copied", lambda: held)
+    held = SimpleNamespace(getDevice=lambda: own, search=lambda f, k: searched.append((list(current), k)) or (f, f))
+    found = copy.search_tensor(asked(), 3)
+    if own == 1:
+        assert searched == [([torch.device("cuda", 1)], 3)]
+        assert found is not None
+    else:  # on another GPU than the queries
+        assert found is None
+        assert not searched
+
+
+def test_tensors_of_the_cpu_are_searched_there() -> None:
+    index = VectorIndex.build(np.eye(8, dtype=np.float32), "Flat", "cpu")
+    affinity, rows = index.search_tensor(torch.eye(8)[3:5], 20)
+    assert rows.shape == affinity.shape == (2, 8)
+    assert rows[:, 0].tolist() == [3, 4]
+    assert affinity[:, 0].tolist() == [1.0, 1.0]
+
+
+def test_faiss_on_gpus_is_asked_by_one_thread_at_a_time(gpus) -> None:
+    gpus()
+    indexes = [VectorIndex.build(KEYS, "IVF4,Flat", "cuda") for _ in range(4)]
+    inside, most, together = [], [], threading.Barrier(4)
+
+    def search(features: Any, k: int) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.01)
+        inside.pop()
+        return np.zeros((5, k), np.float32), np.zeros((5, k), np.int64)
+
+    for index in indexes:
+        index._gpu.get()
+        index._gpu._held = SimpleNamespace(search=search)
+
+    def ask(index: VectorIndex) -> None:
+        together.wait()
+        index.search(QUERIES, 2)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in indexes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+
+
+# --- keys that a GPU has
+
+
+def test_keys_that_a_gpu_has_are_found_without_an_index(monkeypatch) -> None:
+    ids = np.sort(RNG.integers(0, 9, 300))
+    for factory in ("Flat", "Classes"):
+        cache = CacheModel.from_features(KEYS, ids, [f"class {i}" for i in range(9)], index=factory, device="cpu")
+        expected = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
+        cache._keys._on_device = torch.from_numpy(KEYS)
+        monkeypatch.setattr(VectorIndex, "search_tensor", lambda *_: pytest.fail("an index is asked"))
+        near = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
+        monkeypatch.undo()
+        dense = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
+        np.testing.assert_allclose(near.affinity, -np.sort(-dense, axis=1)[:, :7], rtol=0, atol=1e-5)
+        assert torch.equal(near.class_ids, torch.from_numpy(ids)[near.rows])
+        if factory == "Flat":
+            assert torch.equal(near.rows, expected.rows)
+
+
+def test_what_torch_keeps_for_later_counts_as_free(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2 * KEYS.nbytes)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: KEYS.nbytes)
+    for free, fits in ((KEYS.nbytes - 1000, False), (KEYS.nbytes + 1002, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, 1 << 40))
+        keys = Keys(KEYS, np.zeros(300, dtype=np.int64), 1)
+        keys.device = "cuda"
+        if fits:
+            with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to take them
+                _ = keys.resident
+            assert keys._fits
+        else:
+            assert keys.resident is None
+
+
+# --- where there is one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "PCA8,IVF4,Flat", "IVF4,SQ8"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_tensors_on_a_gpu_stay_there(factory: str, dtype: type) -> None:
+    keys = np.random.default_rng(0).standard_normal((500, 32)).astype(dtype)
+    for number in range(torch.cuda.device_count()):
+        index = VectorIndex.build(keys, factory, f"cuda:{number}")
+        queries = torch.from_numpy(keys[:9].astype(np.float32)).to(f"cuda:{number}")
+        affinity, rows = index.search_tensor(queries, 5)
+        assert affinity.device == rows.device == queries.device
+        expected, expected_rows = VectorIndex.build(keys, factory, "cpu").search(queries.cpu().numpy(), 5)
+        np.testing.assert_allclose(affinity.cpu().numpy(), expected, rtol=1e-2)
+        assert (rows.cpu().numpy()[:, 0] == expected_rows[:, 0]).all()
