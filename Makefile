@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test soak check bench attack
+.PHONY: help setup browser demo lint test soak check bench gpu attack
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -66,6 +66,14 @@ bench: setup ## the figures that the README quotes, measured here
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/memory.py --folder /tmp
+
+gpu: setup ## where there is a GPU: doctor, the tests that need one, figures into docs/speed.md; 15 minutes at most
+	$(BIN)/retrieval-tip doctor
+	timeout 300 $(BIN)/python -m pytest -m gpu
+	@if command -v compute-sanitizer >/dev/null; then \
+		timeout 180 compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/test_fused.py -k values; \
+	else echo 'SKIPPED: there is no compute-sanitizer, so no kernel was run under it' >&2; fi
+	timeout 400 $(BIN)/python benchmarks/gpu.py --out docs/speed.md
 
 attack: setup ## hostile inputs over the commands and the server, 10 minutes at most; prints a table
 	$(BIN)/python benchmarks/attack.py

@@ -994,3 +994,31 @@ def test_gpu_trains_encoders_as_the_cpu_does(model_folder: Path, pictures: Path)
         cache.templates = ["a {} thing.", "{}"]
         curves.append(losses(finetune.finetune(cache, source, Encoder(backbone), recipe)))
     np.testing.assert_allclose(*curves, rtol=1e-2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_encoders_go_on_bit_for_bit_where_they_were_interrupted(
+    model_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    backbone = load_backbone(f"local-dir:{model_folder}", device=device)
+    source = open_source(pictures / "train")
+    recipe = Recipe(train=("keys", "visual", "text"), views=None, batch=5, epochs=3, lr=0.1, precision="float32")
+    cache = replace(of_images(pictures / "train", backbone), device=device)
+    run = {"cache": cache, "shots": source, "encoder": Encoder(backbone), "recipe": recipe}
+    whole = finetune.finetune(**run)
+    kept = {"checkpoint": tmp_path / "run", "checkpoint_seconds": 0.0}
+    write = finetune._Run._write
+
+    def interrupted(self: Any, path: Path) -> None:
+        write(self, path)
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune._Run, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.finetune(**run, **kept)
+    monkeypatch.undo()
+    resumed = finetune.finetune(**run, **kept, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert np.array_equal(resumed.cache.keys, whole.cache.keys)
+    assert all(torch.equal(tensor, whole.encoders[name]) for name, tensor in resumed.encoders.items())

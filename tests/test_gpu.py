@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -395,6 +396,18 @@ def test_the_same_question_has_the_same_answer_to_the_last_bit() -> None:
         for k, tail in (("all", True), (64, True), (64, False)):
             first = cache.logits(f, k, tail)
             assert all(torch.equal(cache.logits(f, k, tail), first) for _ in range(5)), (index, k, tail)
+
+
+@pytest.mark.gpu
+def test_threads_that_ask_several_indexes_at_once_are_each_answered() -> None:
+    rng = np.random.default_rng(0)
+    rows = functional.normalize(torch.from_numpy(rng.standard_normal((4000, 32)).astype(np.float32)), dim=1)
+    ids, names = np.sort(rng.integers(0, 20, 4000)), [f"class {i}" for i in range(20)]
+    caches = [CacheModel.from_features(rows, ids, names, index=index, device="cuda") for index in ["IVF16,Flat"] * 4]
+    expected = [cache.logits(rows[:50], 64) for cache in caches]
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(caches[i % 4].logits, rows[:50], 64) for i in range(200)]
+        assert all(torch.equal(one.result(), expected[i % 4]) for i, one in enumerate(asked))
 
 
 @pytest.mark.gpu

@@ -140,7 +140,8 @@ class Trainer:
             tensor.requires_grad_()
         logits = self._blend(features, cache_logits, self.text_weights if prompts is None else self._of(prompts))
         loss = functional.cross_entropy(logits, ids)
-        value, right = float(loss.detach()), int((logits.argmax(dim=1) == ids).sum())
+        hits = (logits.argmax(dim=1) == ids).sum()
+        value, right = torch.stack([loss.detach(), hits.to(loss)]).tolist()  # a GPU is waited for once
         if math.isfinite(value):
             loss.backward()
             assert cache_logits.grad is not None
@@ -149,7 +150,7 @@ class Trainer:
                 visual.step(queries, features.grad, lr)
             if text is not None and prompts is not None and prompts.grad is not None:
                 text.step(self._prompts, prompts.grad, lr)
-        return value, right
+        return value, int(right)
 
     def loss(self, queries: Tensor, ids: Tensor) -> float:
         """Mean cross-entropy of queries as :meth:`step` takes them, as things stand."""

@@ -225,9 +225,12 @@ class KeyStream(ABC):
         """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
         for rows, ids in blocks:
+            if self.device != "cpu":  # where a class at a time is a launch at a time
+                tip.add_rows(sums, ids, rows.double())
+                continue
             present, counts = ids.unique_consecutive(return_counts=True)
             if len(rows) < 16 * len(present):
-                tip.add_rows(sums, ids, rows.double())
+                sums.index_add_(0, ids, rows.double())
                 continue
             for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
                 sums[class_id] += part.sum(0, dtype=torch.float64)
@@ -351,6 +354,10 @@ class Keys(KeyStream):
             self._fits = self.array.nbytes < room_on(self.device) // 2
             if self._fits:
                 self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
+            else:
+                warn_once(
+                    f"{self.device}: half of its free memory does not hold the keys: every answer copies them there"
+                )
         return self._on_device
 
     def _rows(self, part: slice) -> Tensor:
