@@ -28,7 +28,7 @@ from throughput import Material, dense, facts, machine_line, synchronize
 from torch import Tensor
 
 from retrieval_tip import Encoder, load_backbone
-from retrieval_tip.backbones.open_clip import resolve_device
+from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.fit.finetune import finetune
 from retrieval_tip.fit.trainer import Recipe
 

@@ -16,8 +16,9 @@ import torch
 from torch.nn import functional
 
 from retrieval_tip import CacheModel, doctor, tip
-from retrieval_tip.backbones import open_clip
-from retrieval_tip.backbones.open_clip import resolve_device
+from retrieval_tip.backbones.base import resolve_device
+from retrieval_tip.backbones.loading import load_backbone
+from retrieval_tip.backbones.torch_backbone import TorchBackbone, weights_digest
 from retrieval_tip.distributed import cluster
 from retrieval_tip.fit import finetune, gradient, search_hp, trainer
 from retrieval_tip.fit.trainer import Recipe, Trainer
@@ -266,7 +267,7 @@ def test_pixels_reach_a_gpu_pinned_and_weights_lie_as_it_likes_them(lit_mini, mo
     model = deepcopy(plain)
     model._device = CUDA
     pixels = torch.rand(3, 3, *plain._size)
-    monkeypatch.setattr(open_clip.OpenClipBackbone, "_forward", lambda self, tower, given: given)
+    monkeypatch.setattr(TorchBackbone, "_forward", lambda self, tower, given: given)
     assert model._forward_pixels(model._model, pixels).is_contiguous(memory_format=torch.channels_last)
     assert done == [("pinned", True), ("to", True)]
     assert model.batch_size == 256
@@ -275,7 +276,7 @@ def test_pixels_reach_a_gpu_pinned_and_weights_lie_as_it_likes_them(lit_mini, mo
     digest, features = plain.identity.weights, plain.encode_images(pixels)
     model = deepcopy(plain)
     model._model.visual.to(memory_format=torch.channels_last)
-    assert open_clip._weights_digest(model._model) == digest  # the same backbone
+    assert weights_digest(model._model) == digest  # the same backbone
     np.testing.assert_allclose(model.encode_images(pixels), features, rtol=1e-3, atol=1e-4)
     assert all(tensor.is_contiguous() for tensor in model.tuned(["visual"]).values())
 
@@ -413,6 +414,6 @@ def test_threads_that_ask_several_indexes_at_once_are_each_answered() -> None:
 @pytest.mark.gpu
 def test_float32_features_are_those_of_the_cpu(shared: Path) -> None:
     place = f"local-dir:{shared / 'models' / 'lit-mini'}"
-    on_cpu, on_gpu_ = (open_clip.load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda"))
+    on_cpu, on_gpu_ = (load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda"))
     pixels = torch.rand(5, 3, *on_cpu._size)
     np.testing.assert_allclose(on_gpu_.encode_images(pixels), on_cpu.encode_images(pixels), rtol=1e-3, atol=1e-4)
