@@ -123,6 +123,10 @@ def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -
     precisions = ("float32", "float16") if device != "cpu" else ("float32", "bfloat16")
     plain = encoding.plain(model, None, device, encoding.PLAIN_BATCH)
     sides = {"plain loop of open_clip": measured(lambda: plain(paths), like, rounds)}
+    if device != "cpu":
+        own = load_backbone(model, device=device, precision=precisions[1], decoder="nvjpeg")
+        decoded = encoding.ours(own)
+        sides[f"{precisions[1]}, nvJPEG"] = measured(lambda: decoded(paths), like, rounds)
     for precision in precisions:
         backbone = load_backbone(model, device=device, precision=precision)
         run = encoding.ours(backbone)

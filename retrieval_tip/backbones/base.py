@@ -7,9 +7,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PRECISIONS = ("auto", "float32", "float16", "bfloat16")
+RUNTIMES = ("auto", "torch")
 PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
@@ -105,6 +106,18 @@ class Backbone(Protocol):
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Raw features ``[t, d]`` of sentences. Raises UsageError where there is no text encoder."""
+
+
+@runtime_checkable
+class JpegDecoder(Protocol):
+    """What a backbone may be too: one that makes centre views of JPEGs by itself, on its device."""
+
+    @property
+    def decodes_jpegs(self) -> bool:
+        """Whether it does."""
+
+    def views_of_jpegs(self, encoded: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Centre views ``[b, 3, h, w]`` float32 of JPEGs ``[bytes]`` uint8; RuntimeError where one is damaged."""
 
 
 class Trainable(Backbone, Protocol):
@@ -195,11 +208,20 @@ def _unusable() -> str | None:
     return None
 
 
-def resolved(device: str, precision: str) -> tuple[str, str]:
-    """Device and precision, each as what ``auto`` stands for. Raises UsageError for others than there are."""
-    device = resolve_device(device)
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "float32" if device == "cpu" else "float16"
-    return device, precision
+@dataclass(frozen=True)
+class Execution:
+    """How a backbone runs: its ``device`` and ``precision``, what encodes images on a CPU, and what decodes JPEGs."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    runtime: str = "auto"
+    decoder: str = "pillow"
+
+    def resolved(self) -> Execution:
+        """With device and precision as what ``auto`` stands for. Raises UsageError for what there is not."""
+        device = resolve_device(self.device)
+        for name, known in (("precision", PRECISIONS), ("runtime", RUNTIMES)):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        automatic = "float32" if device == "cpu" else "float16"
+        return replace(self, device=device, precision=automatic if self.precision == "auto" else self.precision)

@@ -6,19 +6,18 @@ import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_tip.backbones import open_clip, timm, tower
-from retrieval_tip.backbones.base import Identity, Trainable, resolved
+from retrieval_tip.backbones import nvjpeg, open_clip, timm, tower
+from retrieval_tip.backbones.base import Execution, Identity, Trainable
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.errors import BackboneError, UsageError, first_line
+from retrieval_tip.errors import BackboneError, first_line
 
 if TYPE_CHECKING:
     import torch
-
-RUNTIMES = ("auto", "torch")
 
 
 def load_backbone(
@@ -29,6 +28,7 @@ def load_backbone(
     precision: str = "auto",
     runtime: str = "auto",
     tuned: str | os.PathLike[str] | None = None,
+    decoder: str = "pillow",
 ) -> Trainable:
     """A backbone by its name, in evaluation mode.
 
@@ -45,16 +45,17 @@ def load_backbone(
         runtime: what encodes images on a CPU: ``auto`` is OpenVINO where its features are the model's (:mod:`tower`),
             else ``torch``.
         tuned: a file by :func:`write_tuned`, whose tensors take the place of the model's.
+        decoder: of JPEGs, ``pillow`` or, on a GPU, its own, ``nvjpeg``: a backbone of another identity.
 
     Raises:
-        UsageError: an unknown architecture, tag, device, precision or runtime.
+        UsageError: an unknown architecture, tag, device, precision, runtime or decoder; a decoder that is not here.
         BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted);
             ``tuned`` is missing, damaged, or holds tensors that do not fit the model.
     """
-    device, precision = resolved(device, precision)
+    how = Execution(device, precision, runtime, decoder).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))
     with _uncollected():
-        backbone = _of(model, pretrained, device, precision, runtime)
+        backbone = _of(model, pretrained, how)
     if state is not None:
         try:
             backbone.adopt(state)
@@ -72,29 +73,22 @@ def load_when_needed(
     the ones that ``identity`` names; any other is loaded now, whichever it is by now. Raises as :func:`load_backbone`;
     one that waited raises BackboneError when it is loaded and is another one after all.
     """
-    device, precision = resolved(device, precision)
     model, awaited = identity.model, (identity, dim)
-    if runtime == "auto" and device == "cpu" and tower.is_kept(identity):
-        return _of(model, identity.pretrained, device, precision, runtime, awaited)
+    how = Execution(device, precision, runtime, nvjpeg.decoder_of(identity.preprocess)).resolved()
+    if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
+        return _of(model, identity.pretrained, how, awaited)
     if model.startswith("local-dir:") and open_clip.lies_in(Path(model.removeprefix("local-dir:")), identity):
-        return _of(model, None, device, precision, runtime, awaited)
-    return load_backbone(model, identity.pretrained, device=device, precision=precision, runtime=runtime)
+        return _of(model, None, how, awaited)
+    return load_backbone(model, identity.pretrained, **asdict(how))
 
 
 def _of(
-    model: str | None,
-    pretrained: str | None,
-    device: str,
-    precision: str,
-    runtime: str,
-    awaited: tuple[Identity, int] | None = None,
+    model: str | None, pretrained: str | None, how: Execution, awaited: tuple[Identity, int] | None = None
 ) -> TorchBackbone:
-    if runtime not in RUNTIMES:
-        raise UsageError(f"runtime {runtime!r}: expected one of {', '.join(RUNTIMES)}")
     name, tag = (model or "", pretrained) if awaited is not None else named(model, pretrained)
     if name.startswith("timm:"):
-        return timm.TimmBackbone(name.removeprefix("timm:"), tag, device, precision, runtime, awaited)
-    return open_clip.OpenClipBackbone(name, tag, device, precision, runtime, awaited)
+        return timm.TimmBackbone(name.removeprefix("timm:"), tag, how, awaited)
+    return open_clip.OpenClipBackbone(name, tag, how, awaited)
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:

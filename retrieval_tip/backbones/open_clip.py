@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from retrieval_tip.backbones.base import Identity, resolved
+from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import has, recommended, say_fetched, unknown
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen, state_digest
 from retrieval_tip.errors import BackboneError, UsageError
@@ -192,15 +192,13 @@ class OpenClipBackbone(TorchBackbone):
         self,
         model: str,
         pretrained: str | None,
-        device: str,
-        precision: str,
-        runtime: str = "auto",
+        how: Execution,
         awaited: tuple[Identity, int] | None = None,
         *,
         loaded: tuple[Any, Callable[[Image.Image], torch.Tensor], Tokenizer] | None = None,
     ) -> None:
         self._names, self._loaded = (model, pretrained), loaded
-        super().__init__(device, precision, runtime, awaited)
+        super().__init__(how, awaited)
 
     @classmethod
     def of(
@@ -226,8 +224,8 @@ class OpenClipBackbone(TorchBackbone):
             precision: as for :func:`loading.load_backbone`.
         """
         device = str(next(model.parameters()).device)
-        device, precision = resolved(device, precision)
-        return cls(name, pretrained, device, precision, loaded=(frozen(model), preprocess, tokenizer))
+        how = Execution(device, precision).resolved()
+        return cls(name, pretrained, how, loaded=(frozen(model), preprocess, tokenizer))
 
     def _open(self) -> Opened:
         if self._loaded is None:

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import say_fetched, timm_tags, unknown_timm
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
@@ -29,16 +29,10 @@ class TimmBackbone(TorchBackbone):
     """
 
     def __init__(
-        self,
-        name: str,
-        pretrained: str | None,
-        device: str,
-        precision: str,
-        runtime: str = "auto",
-        awaited: tuple[Identity, int] | None = None,
+        self, name: str, pretrained: str | None, how: Execution, awaited: tuple[Identity, int] | None = None
     ) -> None:
         self._names = (name, pretrained)
-        super().__init__(device, precision, runtime, awaited)
+        super().__init__(how, awaited)
 
     @property
     def has_text(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import threading
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import PARTS, FloatArray, Identity
+from retrieval_tip.backbones import nvjpeg, tower
+from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -53,13 +54,12 @@ class Opened:
 class TorchBackbone(ABC):
     """A :class:`base.Trainable` backbone of a torch module. Make one with :func:`loading.load_backbone`."""
 
-    def __init__(self, device: str, precision: str, runtime: str, awaited: tuple[Identity, int] | None = None) -> None:
+    def __init__(self, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
         """``awaited``: its identity and ``d`` where they are known; then it is opened when something needs it."""
         import torch
 
-        self._device = torch.device(device)
-        self._precision = precision
-        self._runtime = runtime
+        self._device = torch.device(how.device)
+        self._precision, self._runtime, self._decoder = how.precision, how.runtime, how.decoder
         self._tower: tuple[str, tower.Tower | None] | None = None  # of the backbone of this fingerprint
         self._is_trained = False
         self._opened: Opened | None = None
@@ -69,6 +69,7 @@ class TorchBackbone(ABC):
             self._identity = self._opened.identity
         else:
             self._identity = awaited[0]
+        nvjpeg.check(self._decoder, self._device, self._identity.preprocess)
         size = self._identity.preprocess["size"]
         self._size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         if self._opened is None:
@@ -88,7 +89,10 @@ class TorchBackbone(ABC):
         opened = self._open()
         if self._device.type == "cuda":
             opened.model.visual.to(memory_format=torch.channels_last)
-        return opened
+        if self._decoder == "pillow":
+            return opened
+        preprocess = {**opened.identity.preprocess, "decoder": self._decoder}
+        return replace(opened, identity=replace(opened.identity, preprocess=preprocess))
 
     def _open_model(self) -> Opened:
         with _OPENING:  # threads that decode images ask for it at the same time
@@ -164,6 +168,15 @@ class TorchBackbone(ABC):
         tensor: torch.Tensor = self._preprocess(image)
         return tensor
 
+    @property
+    def decodes_jpegs(self) -> bool:
+        """Whether JPEGs are decoded by the GPU."""
+        return self._decoder == "nvjpeg"
+
+    def views_of_jpegs(self, encoded: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Centre views ``[b, 3, h, w]`` float32 of JPEGs ``[bytes]``; see :func:`nvjpeg.views`."""
+        return nvjpeg.views(encoded, self._identity.preprocess, self._device)
+
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
         """The paper's augmented view: random resized crop (area 0.5 to 1, bicubic), flipped half the time."""
         from torchvision.transforms import InterpolationMode
@@ -209,7 +222,9 @@ class TorchBackbone(ABC):
         if self._device.type == "cuda" and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()  # from there they are copied while this thread goes on
         given = pixels.to(self._device, non_blocking=True)
-        return self._forward(self._model.encode_image, given.to(memory_format=torch.channels_last))  # convolutions prefer it
+        return self._forward(
+            self._model.encode_image, given.to(memory_format=torch.channels_last)
+        )  # convolutions prefer it
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Raw features ``[t, d]`` float32 of sentences, with gradient."""

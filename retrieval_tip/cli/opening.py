@@ -135,12 +135,14 @@ def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tupl
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
-    """The backbone of :func:`name_of`."""
+    """The backbone of :func:`name_of`, which decodes as that of the identity unless another decoder is named."""
     from retrieval_tip.backbones.loading import load_backbone
+    from retrieval_tip.backbones.nvjpeg import decoder_of
 
     model, pretrained = name_of(backbone, identity)
+    decoder = backbone.decoder or ("pillow" if identity is None else decoder_of(identity.preprocess))
     how = {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
-    return load_backbone(model, pretrained, **how, tuned=tuned)
+    return load_backbone(model, pretrained, tuned=tuned, decoder=decoder, **how)
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -169,7 +171,7 @@ def backbone_for(
         raise UsageError(UNNAMED)
     loaded: Backbone | None = None
     if images:
-        if identity and cached and not (cache.tuned or backbone.model or backbone.pretrained):
+        if identity and cached and not (cache.tuned or backbone.model or backbone.pretrained or backbone.decoder):
             how = {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
             loaded = load_when_needed(identity, cache.d, **how)
         else:

@@ -59,6 +59,7 @@ class BackboneOptions:
     device: str
     precision: str = "auto"
     runtime: str = "auto"
+    decoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ BACKBONE = options(
                                          "the products with all keys (auto: the fastest that is accurate, measured)."),
     click.option("--runtime", type=click.Choice(["auto", "torch"]), default="auto", show_default=True,
                  help="What encodes images on a CPU (auto: OpenVINO, where its features are torch's)."),
+    click.option("--decoder", type=click.Choice(["pillow", "nvjpeg"]),
+                 help="Of JPEGs. nvjpeg: the GPU's, another backbone by a hair.  [default: the index's, else pillow]"),
 )  # fmt: skip
 READING = grouped(
     "reading", ReadingOptions,
@@ -163,7 +166,7 @@ ENCODING = grouped(
     click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
                  help="Rows of feature tables: must have norm 1, are scaled to it, or are kept as they are."),
     click.option("--batch-size", type=count("batch_size"),
-                 help="Images encoded at a time.  [default: the backbone's best, 4 on a CPU, 64 on a GPU]"),
+                 help="Images encoded at a time.  [default: the backbone's best, 4 on a CPU, 256 on a GPU]"),
     click.option("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1), show_default="cores",
                  help="Threads that read and decode images."),
     click.option("--cache", type=FOLDER,

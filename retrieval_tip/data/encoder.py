@@ -9,7 +9,8 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Backbone, Identity, unit
+from retrieval_tip.backbones.base import Backbone, Identity, JpegDecoder, unit
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -334,10 +335,14 @@ class Encoder:
     ) -> dict[str, tuple[FloatArray, str] | None]:
         import torch
 
+        chunk = [_decoded_there(item, backbone, views) for item, views in _views_there(chunk, backbone)]
         todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
         fresh: dict[tuple[str, str], FloatArray] = {}
         for batch in _chunks(list(todo), size):
-            fresh.update(zip(batch, backbone.encode_images(torch.stack([todo[key] for key in batch])), strict=True))
+            views = [todo[key] for key in batch]
+            device = next((view.device for view in views if view.device.type != "cpu"), views[0].device)
+            pixels = torch.stack([view.to(device) for view in views])
+            fresh.update(zip(batch, backbone.encode_images(pixels), strict=True))
         if self.cache is not None and fresh:
             self.cache.put(scope, fresh)
         results: dict[str, tuple[FloatArray, str] | None] = {}
@@ -362,6 +367,8 @@ class _Loaded:
     features: dict[str, FloatArray | None]
     pixels: dict[str, torch.Tensor]
     problem: str | None
+    encoded: bytes | None = None
+    """Of a JPEG whose centre view the backbone makes, on its device."""
 
 
 def _sides(backbone: Backbone) -> tuple[int, int]:
@@ -403,7 +410,8 @@ def _load(
     try:
         data = (read or images.read)(path)
         digest = hashlib.sha256(data).hexdigest()
-        if least is not None and CENTRE in names and images.reducible(data, least):
+        there = CENTRE in names and _decodes(backbone, data)
+        if least is not None and CENTRE in names and not there and images.reducible(data, least):
             names = [REDUCED if view == CENTRE else view for view in names]
         features = {view: kept(digest, view) for view in names}
         pixels: dict[str, torch.Tensor] = {}
@@ -411,6 +419,9 @@ def _load(
         if REDUCED in missing:
             missing.remove(REDUCED)
             pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
+        there = there and CENTRE in missing
+        if there:
+            missing.remove(CENTRE)
         if missing:
             picture = images.decode(data)
             for view in missing:
@@ -418,7 +429,50 @@ def _load(
                 pixels[view] = backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
     except InputError as error:
         return _Loaded(path, "", {}, {}, str(error))
-    return _Loaded(path, digest, features, pixels, None)
+    return _Loaded(path, digest, features, pixels, None, data if there else None)
+
+
+def _decodes(backbone: Backbone, data: bytes) -> bool:
+    """Whether the backbone makes the centre view of an encoded image by itself."""
+    return isinstance(backbone, JpegDecoder) and backbone.decodes_jpegs and images.is_plain_jpeg(data)
+
+
+def _views_there(chunk: Sequence[_Loaded], backbone: Backbone) -> Iterator[tuple[_Loaded, torch.Tensor | None]]:
+    """Images with the centre views that the backbone makes of them, all at once; without, where it can not."""
+    waiting = [item.encoded for item in chunk if item.encoded is not None]
+    try:
+        views = iter(_views_of(backbone, waiting) if waiting else ())
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        views = iter([_one_view(backbone, data) for data in waiting])
+    for item in chunk:
+        yield item, None if item.encoded is None else next(views)
+
+
+def _one_view(backbone: Backbone, data: bytes) -> torch.Tensor | None:
+    try:
+        return _views_of(backbone, [data])[0]
+    except RuntimeError:
+        return None
+
+
+def _views_of(backbone: Backbone, encoded: Sequence[bytes]) -> torch.Tensor:
+    import torch
+
+    assert isinstance(backbone, JpegDecoder)
+    return backbone.views_of_jpegs([torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for data in encoded])
+
+
+def _decoded_there(item: _Loaded, backbone: Backbone, view: torch.Tensor | None) -> _Loaded:
+    """The image with its centre view; of a JPEG that the backbone cannot decode, Pillow's, or what is wrong with it."""
+    if item.encoded is None:
+        return item
+    try:
+        found = backbone.preprocess(images.decode(item.encoded)) if view is None else view
+    except InputError as error:
+        return replace(item, problem=str(error), encoded=None)
+    return replace(item, pixels={**item.pixels, CENTRE: found}, encoded=None)
 
 
 @images.turn()
@@ -427,6 +481,9 @@ def pixels_of(data: bytes, backbone: Backbone, *, most: int | None = None) -> to
 
     ``most`` as for :func:`images.decode`; raises InputError as that.
     """
+    if _decodes(backbone, data) and (most is None or images.area(data) <= most):
+        with suppress(RuntimeError):  # what is damaged is said by who decodes it here
+            return _views_of(backbone, [data])[0]
     return backbone.preprocess(images.decode(data, _least(backbone), most=most))
 
 

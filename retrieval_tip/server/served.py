@@ -19,6 +19,7 @@ import torch
 
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
+from retrieval_tip.backbones.nvjpeg import decoder_of
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
@@ -187,7 +188,12 @@ class Backbones:
 
     def _loaded(self, identity: Identity, cache: Model) -> Backbone:
         backbone = load_backbone(
-            identity.model, identity.pretrained, device=self._device, precision=self._precision, tuned=cache.tuned
+            identity.model,
+            identity.pretrained,
+            device=self._device,
+            precision=self._precision,
+            tuned=cache.tuned,
+            decoder=decoder_of(identity.preprocess),
         )
         check_backbone(identity, cache.d, backbone, [])
         size = identity.preprocess["size"]
