@@ -347,6 +347,17 @@ def test_all_keys_are_what_auto_prefers_on_a_gpu_up_to_what_fits(monkeypatch) ->
     assert keys_module.auto_for((20_000_000, 512), np.dtype("float16"), 1000, "cuda") == ("Flat", None)
 
 
+def test_keys_are_halved_on_a_gpu_only_where_there_is_room_for_them(monkeypatch) -> None:
+    keys = Keys(np.ones((5000, 1024), np.float32), np.zeros(5000, dtype=np.int64), 1, precision="auto")
+    keys.device = "cuda"
+    monkeypatch.setattr(keys_module, "room_on", lambda _: 4 * 5000 * 1024 - 2)
+    assert keys.products(1.0) == torch.float32
+    monkeypatch.setattr(keys_module, "room_on", lambda _: 4 * 5000 * 1024)
+    monkeypatch.setattr(keys, "_times", lambda: pytest.fail("measured"))
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        keys.products(2.0)
+
+
 def test_on_a_gpu_a_certificate_meets_all_keys_rather_than_more_than_faiss_finds_there(cache, monkeypatch) -> None:
     from retrieval_tip import classifier
 

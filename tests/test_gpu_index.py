@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,7 +87,7 @@ class OnGpu(torch.Tensor):
     is_cuda = True  # type: ignore[assignment]
 
 
-def asked(device: torch.device | None = None) -> torch.Tensor:
+def asked() -> torch.Tensor:
     return torch.from_numpy(QUERIES).as_subclass(OnGpu)
 
 
@@ -240,7 +241,7 @@ def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_s
     assert said(caplog) == ["FAISS on a GPU finds 6 keys at most: more are searched for on the CPU"]
 
 
-def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus) -> None:
+def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus, monkeypatch) -> None:
     gpus()
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
 
@@ -251,6 +252,11 @@ def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus) -> None:
     index._gpu._held = SimpleNamespace(search=search)
     with pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
         index.search(QUERIES, 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setitem(sys.modules, "faiss.contrib.torch_utils", SimpleNamespace())
+    index._gpu._held = SimpleNamespace(search=search, getDevice=lambda: 1)
+    with pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
+        index.search_tensor(asked(), 1)
     index._gpu._held = SimpleNamespace(search=lambda *_: (_ for _ in ()).throw(RuntimeError("damaged")))
     with pytest.raises(StoreError, match="rebuild the index"):
         index.search(QUERIES, 1)
@@ -366,7 +372,6 @@ def test_what_torch_keeps_for_later_counts_as_free(monkeypatch) -> None:
         if fits:
             with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to take them
                 _ = keys.resident
-            assert keys._fits
         else:
             assert keys.resident is None
 

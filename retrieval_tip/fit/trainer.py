@@ -362,7 +362,7 @@ def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> str:
     """
     if cache.n * cache.d <= SMALL:
         return "float32"
-    keys = torch.ones(BLOCK, cache.d, device=cache.device)
+    keys = torch.ones(BLOCK if cache.device == "cpu" else GPU_BLOCK, cache.d, device=cache.device)
     seconds: dict[str, list[float]] = {"float32": [], "bfloat16": []}
     for turn in range(rounds + 1):
         for name, lasted in seconds.items():

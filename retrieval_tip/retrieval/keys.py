@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,6 +59,8 @@ FUSED = (torch.float32, torch.float16)
 
 FUSED_FROM = (8, 0)
 """Capability of a GPU from which its tensor cores know these precisions; before it, the kernel spills and is slow."""
+
+_COPYING = threading.Lock()
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -351,14 +354,18 @@ class Keys(KeyStream):
     def resident(self) -> Tensor | None:
         """All keys ``[n, d]`` as they are stored, on the GPU, where half of what torch can have there holds them."""
         if self.device != "cpu" and self._fits is None:
-            self._fits = self.array.nbytes < room_on(self.device) // 2
-            if self._fits:
-                self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
-            else:
-                warn_once(
-                    f"{self.device}: half of its free memory does not hold the keys: every answer copies them there"
-                )
+            with _COPYING:  # one of the threads that ask
+                if self._fits is None:
+                    self._copy()
         return self._on_device
+
+    def _copy(self) -> None:
+        fits = self.array.nbytes < room_on(self.device) // 2
+        if fits:
+            self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
+        else:
+            warn_once(f"{self.device}: half of its free memory does not hold the keys: every answer copies them there")
+        self._fits = fits
 
     def _rows(self, part: slice) -> Tensor:
         """Some keys as they are stored, on the device."""
@@ -437,9 +444,11 @@ class Keys(KeyStream):
     def _fastest(self, beta: float) -> torch.dtype:
         if self.n * self.d < HALF_FROM:
             return torch.float32
-        rows = np.linspace(0, self.n - 1, min(self.n, QUERY_BLOCK), dtype=np.int64)
+        if self.device != "cpu" and 2 * self.n * self.d > room_on(self.device) // 2:  # bytes of the halved keys
+            return torch.float32
+        rows = np.linspace(0, self.n - 1, min(self.n, QUERY_BLOCK * self._times()), dtype=np.int64)
         features = torch.from_numpy(self.array[rows]).to(self.device).float()
-        few = segments_of(self.array)[0][: 2 * KEY_BLOCK]
+        few = segments_of(self.array)[0][: 2 * KEY_BLOCK * self._times()]
         some = Keys(few, self.class_ids[: len(few)].cpu().numpy(), self.n_classes, self.device)
         some.__dict__["_centre"] = self._centre
         present = some.counts > 0

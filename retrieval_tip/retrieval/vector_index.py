@@ -8,6 +8,7 @@ import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -306,22 +307,29 @@ class VectorIndex:
         return str(self.path) if self.path else f"index {self.factory!r}"
 
     def _search_indexed(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        try:
+        with self._explained():
             affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
+        if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
+            raise StoreError(f"{self._name}: finds rows that it does not have; rebuild the index")
+        return affinity, rows
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What FAISS raises, as errors that name the index, or memory that a GPU lacks."""
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, IndexError, RuntimeError) as error:
             if "alloc fail" in str(error):  # FAISS's scratch memory
                 raise torch.OutOfMemoryError(f"{self._name}: FAISS: {_reason(error)}") from None
             raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
-        if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
-            raise StoreError(f"{self._name}: finds rows that it does not have; rebuild the index")
-        return affinity, rows
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """:meth:`search` of queries on torch's device, with the answers there; on a GPU the host holds none of them."""
         k = int(min(k, self.n))
-        found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
+        with self._explained():
+            found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
         if found is None:
             affinity, rows = self.search(features.cpu().numpy(), k)
             found = torch.from_numpy(affinity).to(features.device), torch.from_numpy(rows).to(features.device)
