@@ -27,6 +27,7 @@ import numpy as np
 import obstore
 import pyarrow as pa
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import SHARED, SOAK
 from hypothesis import HealthCheck, given, settings
@@ -41,7 +42,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import key_table, lance_model, lease, versions
+from retrieval_tip.lance import draft, key_table, lease, versions
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.objects import Objects
 from retrieval_tip.settings import Settings
@@ -1293,9 +1294,9 @@ def clustered(n, seed, classes=20, d=32):
 
 
 def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(lance_model, "INDEX_FROM", 3000)
+    monkeypatch.setattr(draft, "INDEX_FROM", 3000)
     monkeypatch.setattr(key_table, "INDEX_FROM", 3000)
-    monkeypatch.setattr(lance_model, "UNINDEXED", 500)
+    monkeypatch.setattr(draft, "UNINDEXED", 500)
     place = made(tmp_path, "lance")
     rows, labels = clustered(2900, 1)
     build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), fit="none", device="cpu")
@@ -1312,7 +1313,7 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
     assert np.mean([model.class_names[i] == truth for i, truth in zip(winners, truths, strict=True)]) > 0.9
-    found = model.retrieval.nearest(lance_model.torch.from_numpy(queries), 10)
+    found = model.retrieval.nearest(torch.from_numpy(queries), 10)
     exact = np.sort(queries @ rows.T, axis=1)[:, ::-1][:, :10]
     near = found.affinity.numpy()
     assert (np.diff(near, axis=1) <= 0).all()
@@ -1368,7 +1369,7 @@ def test_affinities_are_products_with_the_stored_keys(tmp_path, kind, n, dtype):
         own = stored[[near.key_id for near in one.neighbours]].astype(np.float32) @ queries[q]
         np.testing.assert_allclose([near.affinity for near in one.neighbours], own, atol=1e-6)
         assert len({near.key_id for near in one.neighbours}) == 10
-    found = model.retrieval.nearest(lance_model.torch.from_numpy(queries), 10).affinity.numpy()
+    found = model.retrieval.nearest(torch.from_numpy(queries), 10).affinity.numpy()
     exact = np.sort(queries @ stored.astype(np.float32).T, axis=1)[:, ::-1][:, :10]
     assert np.isclose(found, exact, atol=1e-5).mean() > 0.9
     changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Encoder())

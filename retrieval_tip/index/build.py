@@ -28,7 +28,7 @@ from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
-from retrieval_tip.lance.lance_model import LanceModel, labels_in_blocks
+from retrieval_tip.lance.draft import LanceDraft, labels_in_blocks
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
@@ -203,7 +203,7 @@ def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str) 
     with place.write() as writer:
         names, weights, templates, _ = made.words
         rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
-        table = LanceModel.create(writer, rows, names, weights, dtype, index)
+        table = LanceDraft.create(writer, rows, names, weights, dtype, index)
         statistics = table.statistics()
         table.settings = made.asked.plain(statistics)
         table.templates = templates
@@ -278,7 +278,7 @@ def _fitting(
     return not given and fit != "none"
 
 
-def _warn_of_table(table: LanceModel) -> None:
+def _warn_of_table(table: LanceDraft) -> None:
     """What is suspicious about a table that was just made."""
     _warn_of_bare(np.flatnonzero(table.classes.counts == 0).tolist(), table.class_names)
     if table.n <= FEW_KEYS:

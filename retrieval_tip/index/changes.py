@@ -44,7 +44,7 @@ from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 
 if TYPE_CHECKING:
-    from retrieval_tip.index.places import Model
+    from retrieval_tip.index.places import Draft, Model
 
 Folder = str | os.PathLike[str]
 
@@ -359,7 +359,7 @@ def _weights_of(
     return dict(zip(new, text_weights(encoder.backbone, new, manifest.templates), strict=True))
 
 
-def _add_classes(cache: Model, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
+def _add_classes(cache: Draft, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
     """Add the classes that the index does not have, in order, with their text weights where it has text."""
     new = _needed(names, cache.class_names, weights, cache.has_text)
     if new:

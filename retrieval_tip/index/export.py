@@ -21,6 +21,7 @@ from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
 from retrieval_tip.fit.closed_form import unfitted
 from retrieval_tip.index import places as stores
+from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import VERSION
 from retrieval_tip.lance.lance_model import LanceModel
 from retrieval_tip.retrieval.keys import KEY_BLOCK
@@ -53,7 +54,7 @@ def copy(model: Model, target: stores.Store, what: str) -> int:
         )
     with target.write() as writer:
         text = model.text_weights.cpu().numpy()
-        copied = LanceModel.create(writer, _stored_blocks(model), model.class_names, text, model.dtype)
+        copied = LanceDraft.create(writer, _stored_blocks(model), model.class_names, text, model.dtype)
         for name in BESIDE:
             setattr(copied, name, getattr(model, name))
         copied.built = replace(model.built, auto_index=copied.built.auto_index)

@@ -24,9 +24,11 @@ from retrieval_tip.store.query import TIMEOUT
 
 if TYPE_CHECKING:  # what is asked of a manifest has no need of torch, which takes a second
     from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.lance.draft import LanceDraft
     from retrieval_tip.lance.lance_model import LanceModel
 
     Model = CacheModel | LanceModel
+    Draft = CacheModel | LanceDraft
 
 Place = str | os.PathLike[str] | Address
 """A folder, or the address of a LanceDB store: ``lance://PATH``, ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``."""
@@ -36,7 +38,7 @@ Place = str | os.PathLike[str] | Address
 class Change:
     """An index in the making: ``what`` is said of it in its history, and nothing is written where it stays empty."""
 
-    cache: Model
+    cache: Draft
     what: str = ""
 
 
@@ -249,12 +251,12 @@ class LanceStore(LanceVersions, Store):
 
     @contextmanager
     def change(self, verify: str = "full") -> Iterator[Change]:
-        from retrieval_tip.lance.lance_model import LanceModel
+        from retrieval_tip.lance.draft import LanceDraft
 
         del verify
         self.manifest()  # where there is no index, nothing is made
         with self.write() as writer:
-            cache = LanceModel.changing(writer)
+            cache = LanceDraft.changing(writer)
             change = Change(cache)
             yield change
             if change.what:

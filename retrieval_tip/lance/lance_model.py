@@ -6,14 +6,12 @@ class ids, and a query that meets all keys reads them a block at a time.
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,30 +24,22 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier import AnsweringIndex, spread
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.lance.key_table import (
     FLAT,
-    INDEX_FROM,
     ROW,
     SCANNED,
-    UNINDEXED,
     VECTOR,
     VERSION,
     KeyTable,
-    index_kind,
-    rows_of,
-    schema_of,
 )
-from retrieval_tip.lance.versions import Classes, LanceVersions, Writer
-from retrieval_tip.retrieval import inputs
+from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
-from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import KeyStream, index_over
 from retrieval_tip.retrieval.logits import Nearest, Retrieval
 from retrieval_tip.settings import Built, Settings
 from retrieval_tip.store import folder as store
-from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
-from retrieval_tip.store.manifest import Manifest, Table
+from retrieval_tip.store.manifest import Manifest
 
 HELD_BYTES = 1 << 29
 """Keys up to this size stay in memory once they were read, where there is no index."""
@@ -140,9 +130,9 @@ class LanceRetrieval(Retrieval):
 
 @dataclass(repr=False, kw_only=True)
 class LanceModel(AnsweringIndex):
-    """A version of a :class:`versions.LanceVersions`, opened. Make one with :meth:`load`.
+    """A version of a :class:`versions.LanceVersions`, opened to read. Make one with :meth:`load`.
 
-    It is changed by :mod:`changes` only, where it has a ``writer``: its table is then the one in the making.
+    What becomes the next version is a :class:`draft.LanceDraft`, which :mod:`index.changes` makes.
     """
 
     store: LanceVersions
@@ -159,7 +149,6 @@ class LanceModel(AnsweringIndex):
     device: str = "cpu"
     manifest: Manifest | None = None
     version: int | None = None
-    writer: Writer | None = None
     values: None = None
     tuned: None = None
 
@@ -168,12 +157,13 @@ class LanceModel(AnsweringIndex):
 
     def _follow(self) -> None:
         """Bring up to date what follows from the classes and the table."""
+        self.__dict__.pop("labels", None)
         self.class_names = self.classes.names
         self.text_weights = torch.from_numpy(self.classes.text).to(self.device)
         self._keys = LanceKeys(self.table, self.classes, self.device)
 
     @classmethod
-    def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> LanceModel:
+    def load(cls, place: LanceVersions, *, device: str = "auto", version: int | None = None) -> Self:
         """Open the current version of a store, or an earlier one. Its small part is checked; the table by its size.
 
         Raises StoreError naming what is missing, damaged or does not fit the manifest.
@@ -182,17 +172,7 @@ class LanceModel(AnsweringIndex):
         return cls._of(place, manifest, place.table(manifest), resolve_device(device))
 
     @classmethod
-    def changing(cls, writer: Writer) -> LanceModel:
-        """The current version, to become the next one. Raises StoreError as :meth:`load`, or where there is none."""
-        if writer.parent is None or writer.table is None:
-            writer.store.manifest()  # which says what to do
-            raise StoreError(f"{writer.store}: is being made by another process; try again")
-        model = cls._of(writer.store, writer.parent, writer.table, "cpu")
-        model.writer = writer
-        return model
-
-    @classmethod
-    def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str) -> LanceModel:
+    def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
         names = ("settings", "templates", "provenance", "built", "dtype")
         return cls(
             store=place,
@@ -205,62 +185,8 @@ class LanceModel(AnsweringIndex):
             manifest=manifest,
             version=manifest.version,
             **{name: getattr(manifest, name) for name in names},
+            **more,
         )
-
-    @classmethod
-    def create(
-        cls,
-        writer: Writer,
-        blocks: Iterable[tuple[pa.Table, npt.NDArray[Any]]],
-        class_names: Sequence[str],
-        text_weights: npt.NDArray[np.float32] | None,
-        dtype: str = "float32",
-        index: str = "auto",
-        *,
-        stored: bool = False,
-    ) -> LanceModel:
-        """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
-
-        It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
-        row. Raises UsageError for an index that a store does not have, InputError
-        for columns that a table cannot hold or text weights of another length; and what ``blocks`` raise.
-        """
-        index_kind(index, 0)
-        ahead = iter(blocks)
-        labels, keys = next(ahead)
-        d, c, following = keys.shape[1], len(class_names), 0
-        text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
-        inputs.check_shape("text_weights", text.shape, (c, d), "one a class; they come from the backbone of the keys")
-        counts, sums = np.zeros(c, dtype=np.int64), np.zeros((c, d))
-        further = labels.drop_columns([VERSION]) if stored else labels
-        extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
-        check_columns(extra)
-        schema = schema_of(d, dtype, extra)
-
-        def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal following
-            for part, own in itertools.chain([(labels, keys)], ahead):
-                ids = part["class_id"].to_numpy().astype(np.int64)
-                with np.errstate(over="ignore"):  # refused just below
-                    own = own.astype(dtype)
-                if not np.isfinite(own).all():
-                    raise InputError(f"keys: hold values too large for {dtype}")
-                counts[:] += np.bincount(ids, minlength=c)
-                np.add.at(sums, ids, own.astype(np.float64))
-                following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
-                yield from rows_of(part, own, writer.number).select(schema.names).cast(schema).to_batches()
-
-        table = writer.create(rows(), schema)
-        model = cls(
-            store=writer.store,
-            table=table,
-            classes=Classes(list(class_names), text, counts, sums),
-            dtype=dtype,
-            next_key_id=following,
-            writer=writer,
-        )
-        model._index(index_kind(index, model.n), index)
-        return model
 
     @property
     def n(self) -> int:
@@ -297,7 +223,7 @@ class LanceModel(AnsweringIndex):
         """The label store, in memory, without the keys: about 150 bytes a key."""
         return self.table.read([name for name in self.table.schema.names if name != VECTOR])
 
-    def reload(self) -> LanceModel:
+    def reload(self) -> Self:
         """The current version of the store; itself, where this is that. Raises StoreError as :meth:`load`."""
         return self if self.store.manifest() == self.manifest else self.load(self.store, device=self.device)
 
@@ -417,202 +343,10 @@ class LanceModel(AnsweringIndex):
             **{name: getattr(self, name) for name in names},
         )
 
-    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
-        """See :meth:`CacheModel.add_classes`."""
-        names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
-        old, m = self.classes, len(names)
-        self.classes = Classes(
-            [*old.names, *names],
-            np.concatenate([old.text, weights.numpy()]),
-            np.concatenate([old.counts, np.zeros(m, dtype=np.int64)]),
-            np.concatenate([old.sums, np.zeros((m, self.d))]),
-        )
-        self._follow()
-
-    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
-        """Take other text weights ``[c, d]``, made from these templates."""
-        self.classes, self.templates = replace(self.classes, text=weights), list(templates)
-        self._follow()
-
-    def add(
-        self,
-        keys: Features,
-        labels: Labels,
-        sources: Sequence[str] | pa.ChunkedArray | None = None,
-        *,
-        views: int | npt.NDArray[np.integer[Any]] = 1,
-        digests: Sequence[str | None] | None = None,
-        extra: pa.Table | None = None,
-    ) -> list[int]:
-        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`CacheModel.add`."""
-        writer = self._writing()
-        array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
-        key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
-        columns: dict[str, Any] = {"views": views, "digests": digests, "extra": extra}
-        added = label_table(self.class_names, ids, sources, key_ids=key_ids, **columns)
-        self._check_columns(added)
-        added = shots_after(added, ids, self._next_shots(np.unique(ids)))
-        order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
-        self.table.append(rows_of(added.take(pa.array(order)), array[order], writer.number))
-        self._count(ids, array, 1)
-        self.next_key_id += len(array)
-        return key_ids.tolist()
-
-    def _check_columns(self, added: pa.Table) -> None:
-        """Raise InputError for further columns that the table cannot have, or has with another type."""
-        there = self.table.schema
-        check_columns(list(added.schema)[len(LABEL_SCHEMA) :])
-        for column in added.schema:
-            if column.name in there.names and there.field(column.name).type != column.type:
-                raise InputError(
-                    f"labels: their columns do not fit the index's (column {column.name!r} is {column.type}, there "
-                    f"{there.field(column.name).type})"
-                )
-
-    def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
-        """The number of the next shot of each class ``[c]``; 0 for classes that are not among these."""
-        following = np.zeros(len(self.class_names), dtype=np.int32)
-        shots = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
-        np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
-        return following
-
-    def _count(self, ids: IntArray, keys: npt.NDArray[Any], sign: int) -> None:
-        """Follow what was added (1) or removed (-1)."""
-        sums = self.classes.sums.copy()
-        counts = self.classes.counts + sign * np.bincount(ids, minlength=len(self.class_names))
-        np.add.at(sums, ids, sign * keys.astype(np.float64))
-        sums[counts == 0] = 0
-        self.classes = replace(self.classes, counts=counts, sums=sums)
-        self._follow()
-
-    def _writing(self) -> Writer:
-        if self.writer is None:
-            raise UsageError(f"{self.store}: is opened to read; change it with retrieval_tip.index.changes")
-        self.__dict__.pop("labels", None)
-        return self.writer
-
-    def remove(self, key_ids: Sequence[int]) -> None:
-        """Remove keys by their id; classes stay. See :meth:`CacheModel.remove`."""
-        self._writing()
-        rows = self._of_ids(key_ids, ["key_id", "class_id", VECTOR])
-        if len(rows) == self.n:
-            raise InputError("remove: an index needs at least one key; give up the folder instead")
-        if len(rows):
-            self.table.delete(rows["key_id"].to_pylist())
-            self._count(rows["class_id"].to_numpy().astype(np.int64), self.table.matrix(rows[VECTOR]), -1)
-
-    def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
-        """Rows of keys. Raises InputError naming ids that are not there."""
-        rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
-        missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
-        if missing:
-            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
-        return rows
-
-    def relabel(self, key_ids: Sequence[int], label: str) -> None:
-        """Give keys to another class, as its last shots. See :meth:`CacheModel.relabel`."""
-        writer = self._writing()
-        class_id = int(inputs.ids_of([label], self.class_names, 1)[0])
-        moved = self._of_ids(key_ids, self.table.schema.names)
-        moved = moved.filter(pc.not_equal(moved["class_id"], class_id)).sort_by("key_id")
-        if not len(moved):
-            return
-        m, first = len(moved), int(self._next_shots(np.array([class_id]))[class_id])
-        old, keys = moved["class_id"].to_numpy().astype(np.int64), self.table.matrix(moved[VECTOR])
-        new = {
-            "class_id": np.full(m, class_id, dtype=np.int32),
-            "label": [label] * m,
-            "shot": (first + np.arange(m)).astype(np.int32),
-            VERSION: np.full(m, writer.number),
-        }
-        for name, column in new.items():
-            moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
-        self.table.delete(moved["key_id"].to_pylist())
-        self.table.append(moved)
-        self._count(old, keys, -1)
-        self._count(np.full(m, class_id, dtype=np.int64), keys, 1)
-
     @property
     def segments(self) -> int:
         """Pieces that the table is in, and one for rows that its index does not hold."""
         return self.table.fragments + (self.table.unindexed() > 0)
-
-    def compact(self) -> None:
-        """Put the pieces of the table together, and all rows into its index."""
-        self._writing()
-        self.table.optimize()
-        self._follow()
-
-    def rewrite(self, factory: str | None = None, dtype: str | None = None) -> None:
-        """Write every row anew, and the index over them: what was removed before is in no file of this version.
-
-        ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others. Raises
-        UsageError for a type that a store does not have, InputError where keys are too large for the dtype.
-        """
-        writer = self._writing()
-        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
-        kept = "auto" if self.built.auto_index else self.index_type
-        blocks = replace(self, table=before).stored_blocks()
-        text = self.classes.text
-        anew = self.create(
-            writer,
-            blocks,
-            self.class_names,
-            text,
-            dtype or self.dtype,
-            kept if factory is None else factory,
-            stored=True,
-        )
-        self.table, self.classes, self.dtype = anew.table, anew.classes, anew.dtype
-        self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
-        self._follow()
-
-    def _index(self, kind: str, asked: str) -> None:
-        """Have an index of this kind, because of what was asked for."""
-        self.table.build_index(kind)
-        self.index_type = kind
-        self.built = replace(self.built, auto_index=asked == "auto")
-
-    def _keep_up(self) -> None:
-        """Let the index follow the table: rows beside it cost every search, and many keys need one."""
-        if self.store.prunes(self._writing().number):  # else that puts pieces together in a version of its own
-            self.table.optimize()
-        if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
-            self._index(index_kind("auto", self.n), "auto")
-        elif self.index_type != FLAT and self.table.unindexed() >= UNINDEXED:
-            self.table.optimize()
-
-    def commit(self, change: str) -> None:
-        """Make this the current version of its store; ``change`` says in a few words what it is.
-
-        Raises as :meth:`classifier.AnsweringIndex.check_answers` and :meth:`versions.Writer.commit`.
-        """
-        writer = self._writing()
-        self.check_answers()
-        self._keep_up()
-        self.manifest = Manifest(
-            version=writer.number,
-            parent=writer.parent.version if writer.parent else None,
-            **store.stamp(),
-            n=self.n,
-            d=self.d,
-            dtype=self.dtype,
-            class_names=self.class_names,
-            templates=self.templates,
-            settings=self.settings,
-            index=self.index_type,
-            backbone=self.backbone.to_dict() if self.backbone else None,
-            provenance=self.provenance,
-            built=self.built,
-            files={"classes": writer.classes(self.classes)},
-            next_key_id=self.next_key_id,
-            change=change,
-            table=Table(self.table.name, self.table.version, self.n),
-        )
-        writer.commit(self.manifest)
-        self.version = self.manifest.version
-        with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
-            self.store.forget_old(writer.still_held, self.manifest.version)
 
 
 def verify(place: LanceVersions) -> LanceModel:
@@ -657,27 +391,3 @@ def verify(place: LanceVersions) -> LanceModel:
     if model.table.index() != model.index_type:
         raise StoreError(f"{place}: has another index than its manifest says; mend it with index rebuild --index auto")
     return model
-
-
-def check_columns(columns: Iterable[pa.Field]) -> None:
-    """Raise InputError for a further column of a name that a table has itself, or cannot have."""
-    for column in columns:
-        if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
-            raise InputError(
-                f"column {column.name!r}: a LanceDB store has {VERSION}, {VECTOR} and names with _ in front itself, "
-                "and takes no dot or backtick in one; rename it or leave it out"
-            )
-
-
-def labels_in_blocks(
-    class_names: Sequence[str], blocks: Iterable[tuple[IntArray, npt.NDArray[Any], IntArray, Mapping[str, Any]]]
-) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-    """Labels and keys of blocks of class ids, keys, key ids and further arguments of :func:`labels.label_table`.
-
-    Shots are counted from block to block.
-    """
-    following = np.zeros(len(class_names), dtype=np.int32)
-    for ids, keys, key_ids, columns in blocks:
-        table = shots_after(label_table(class_names, ids, key_ids=key_ids, **columns), ids, following)
-        following += np.bincount(ids, minlength=len(class_names)).astype(np.int32)
-        yield table, keys

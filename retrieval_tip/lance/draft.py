@@ -1,0 +1,304 @@
+"""The next version of an index in LanceDB, in the making: rows are added to its table, removed and moved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.lance.key_table import (
+    FLAT,
+    INDEX_FROM,
+    UNINDEXED,
+    VECTOR,
+    VERSION,
+    KeyTable,
+    index_kind,
+    rows_of,
+    schema_of,
+)
+from retrieval_tip.lance.lance_model import IntArray, LanceModel
+from retrieval_tip.lance.versions import Classes, Writer
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.inputs import Features, Labels
+from retrieval_tip.store import folder as store
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
+from retrieval_tip.store.manifest import Manifest, Table
+
+
+@dataclass(repr=False, kw_only=True)
+class LanceDraft(LanceModel):
+    """A :class:`LanceModel` whose table is the one in the making, alone; :meth:`commit` makes it the current version.
+
+    Make one with :meth:`changing` or :meth:`create`; :mod:`index.changes` does, and nothing else has to.
+    """
+
+    writer: Writer
+
+    @classmethod
+    def changing(cls, writer: Writer) -> LanceDraft:
+        """The current version, to become the next one. Raises StoreError as :meth:`load`, or where there is none."""
+        if writer.parent is None or writer.table is None:
+            writer.store.manifest()  # which says what to do
+            raise StoreError(f"{writer.store}: is being made by another process; try again")
+        return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer)
+
+    @classmethod
+    def create(
+        cls,
+        writer: Writer,
+        blocks: Iterable[tuple[pa.Table, npt.NDArray[Any]]],
+        class_names: Sequence[str],
+        text_weights: npt.NDArray[np.float32] | None,
+        dtype: str = "float32",
+        index: str = "auto",
+        *,
+        stored: bool = False,
+    ) -> LanceDraft:
+        """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
+
+        It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
+        row. Raises UsageError for an index that a store does not have, InputError
+        for columns that a table cannot hold or text weights of another length; and what ``blocks`` raise.
+        """
+        index_kind(index, 0)
+        ahead = iter(blocks)
+        labels, keys = next(ahead)
+        d, c, following = keys.shape[1], len(class_names), 0
+        text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
+        inputs.check_shape("text_weights", text.shape, (c, d), "one a class; they come from the backbone of the keys")
+        counts, sums = np.zeros(c, dtype=np.int64), np.zeros((c, d))
+        further = labels.drop_columns([VERSION]) if stored else labels
+        extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
+        check_columns(extra)
+        schema = schema_of(d, dtype, extra)
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            nonlocal following
+            for part, own in itertools.chain([(labels, keys)], ahead):
+                ids = part["class_id"].to_numpy().astype(np.int64)
+                with np.errstate(over="ignore"):  # refused just below
+                    own = own.astype(dtype)
+                if not np.isfinite(own).all():
+                    raise InputError(f"keys: hold values too large for {dtype}")
+                counts[:] += np.bincount(ids, minlength=c)
+                np.add.at(sums, ids, own.astype(np.float64))
+                following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
+                yield from rows_of(part, own, writer.number).select(schema.names).cast(schema).to_batches()
+
+        table = writer.create(rows(), schema)
+        model = cls(
+            store=writer.store,
+            table=table,
+            classes=Classes(list(class_names), text, counts, sums),
+            dtype=dtype,
+            next_key_id=following,
+            writer=writer,
+        )
+        model._index(index_kind(index, model.n), index)
+        return model
+
+    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
+        """See :meth:`CacheModel.add_classes`."""
+        names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
+        old, m = self.classes, len(names)
+        self.classes = Classes(
+            [*old.names, *names],
+            np.concatenate([old.text, weights.numpy()]),
+            np.concatenate([old.counts, np.zeros(m, dtype=np.int64)]),
+            np.concatenate([old.sums, np.zeros((m, self.d))]),
+        )
+        self._follow()
+
+    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
+        """Take other text weights ``[c, d]``, made from these templates."""
+        self.classes, self.templates = replace(self.classes, text=weights), list(templates)
+        self._follow()
+
+    def add(
+        self,
+        keys: Features,
+        labels: Labels,
+        sources: Sequence[str] | pa.ChunkedArray | None = None,
+        *,
+        views: int | npt.NDArray[np.integer[Any]] = 1,
+        digests: Sequence[str | None] | None = None,
+        extra: pa.Table | None = None,
+    ) -> list[int]:
+        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`CacheModel.add`."""
+        array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
+        key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
+        columns: dict[str, Any] = {"views": views, "digests": digests, "extra": extra}
+        added = label_table(self.class_names, ids, sources, key_ids=key_ids, **columns)
+        self._check_columns(added)
+        added = shots_after(added, ids, self._next_shots(np.unique(ids)))
+        order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
+        self.table.append(rows_of(added.take(pa.array(order)), array[order], self.writer.number))
+        self._count(ids, array, 1)
+        self.next_key_id += len(array)
+        return key_ids.tolist()
+
+    def _check_columns(self, added: pa.Table) -> None:
+        """Raise InputError for further columns that the table cannot have, or has with another type."""
+        there = self.table.schema
+        check_columns(list(added.schema)[len(LABEL_SCHEMA) :])
+        for column in added.schema:
+            if column.name in there.names and there.field(column.name).type != column.type:
+                raise InputError(
+                    f"labels: their columns do not fit the index's (column {column.name!r} is {column.type}, there "
+                    f"{there.field(column.name).type})"
+                )
+
+    def _next_shots(self, class_ids: IntArray) -> npt.NDArray[np.int32]:
+        """The number of the next shot of each class ``[c]``; 0 for classes that are not among these."""
+        following = np.zeros(len(self.class_names), dtype=np.int32)
+        shots = self.table.of_ids("class_id", class_ids.tolist(), ["class_id", "shot"])
+        np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
+        return following
+
+    def _count(self, ids: IntArray, keys: npt.NDArray[Any], sign: int) -> None:
+        """Follow what was added (1) or removed (-1)."""
+        sums = self.classes.sums.copy()
+        counts = self.classes.counts + sign * np.bincount(ids, minlength=len(self.class_names))
+        np.add.at(sums, ids, sign * keys.astype(np.float64))
+        sums[counts == 0] = 0
+        self.classes = replace(self.classes, counts=counts, sums=sums)
+        self._follow()
+
+    def remove(self, key_ids: Sequence[int]) -> None:
+        """Remove keys by their id; classes stay. See :meth:`CacheModel.remove`."""
+        rows = self._of_ids(key_ids, ["key_id", "class_id", VECTOR])
+        if len(rows) == self.n:
+            raise InputError("remove: an index needs at least one key; give up the folder instead")
+        if len(rows):
+            self.table.delete(rows["key_id"].to_pylist())
+            self._count(rows["class_id"].to_numpy().astype(np.int64), self.table.matrix(rows[VECTOR]), -1)
+
+    def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Rows of keys. Raises InputError naming ids that are not there."""
+        rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
+        missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
+        if missing:
+            raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
+        return rows
+
+    def relabel(self, key_ids: Sequence[int], label: str) -> None:
+        """Give keys to another class, as its last shots. See :meth:`CacheModel.relabel`."""
+        class_id = int(inputs.ids_of([label], self.class_names, 1)[0])
+        moved = self._of_ids(key_ids, self.table.schema.names)
+        moved = moved.filter(pc.not_equal(moved["class_id"], class_id)).sort_by("key_id")
+        if not len(moved):
+            return
+        m, first = len(moved), int(self._next_shots(np.array([class_id]))[class_id])
+        old, keys = moved["class_id"].to_numpy().astype(np.int64), self.table.matrix(moved[VECTOR])
+        new = {
+            "class_id": np.full(m, class_id, dtype=np.int32),
+            "label": [label] * m,
+            "shot": (first + np.arange(m)).astype(np.int32),
+            VERSION: np.full(m, self.writer.number),
+        }
+        for name, column in new.items():
+            moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
+        self.table.delete(moved["key_id"].to_pylist())
+        self.table.append(moved)
+        self._count(old, keys, -1)
+        self._count(np.full(m, class_id, dtype=np.int64), keys, 1)
+
+    def compact(self) -> None:
+        """Put the pieces of the table together, and all rows into its index."""
+        self.table.optimize()
+        self._follow()
+
+    def rewrite(self, factory: str | None = None, dtype: str | None = None) -> None:
+        """Write every row anew, and the index over them: what was removed before is in no file of this version.
+
+        ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others. Raises
+        UsageError for a type that a store does not have, InputError where keys are too large for the dtype.
+        """
+        before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
+        kept = "auto" if self.built.auto_index else self.index_type
+        blocks = replace(self, table=before).stored_blocks()
+        how = (self.class_names, self.classes.text, dtype or self.dtype, kept if factory is None else factory)
+        anew = self.create(self.writer, blocks, *how, stored=True)
+        self.table, self.classes, self.dtype = anew.table, anew.classes, anew.dtype
+        self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
+        self._follow()
+
+    def _index(self, kind: str, asked: str) -> None:
+        """Have an index of this kind, because of what was asked for."""
+        self.table.build_index(kind)
+        self.index_type = kind
+        self.built = replace(self.built, auto_index=asked == "auto")
+
+    def _keep_up(self) -> None:
+        """Let the index follow the table: rows beside it cost every search, and many keys need one."""
+        if self.store.prunes(self.writer.number):  # else that puts pieces together in a version of its own
+            self.table.optimize()
+        if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
+            self._index(index_kind("auto", self.n), "auto")
+        elif self.index_type != FLAT and self.table.unindexed() >= UNINDEXED:
+            self.table.optimize()
+
+    def commit(self, change: str) -> None:
+        """Make this the current version of its store; ``change`` says in a few words what it is.
+
+        Raises as :meth:`classifier.Classifier.check_answers` and :meth:`versions.Writer.commit`.
+        """
+        writer = self.writer
+        self.check_answers()
+        self._keep_up()
+        self.manifest = Manifest(
+            version=writer.number,
+            parent=writer.parent.version if writer.parent else None,
+            **store.stamp(),
+            n=self.n,
+            d=self.d,
+            dtype=self.dtype,
+            class_names=self.class_names,
+            templates=self.templates,
+            settings=self.settings,
+            index=self.index_type,
+            backbone=self.backbone.to_dict() if self.backbone else None,
+            provenance=self.provenance,
+            built=self.built,
+            files={"classes": writer.classes(self.classes)},
+            next_key_id=self.next_key_id,
+            change=change,
+            table=Table(self.table.name, self.table.version, self.n),
+        )
+        writer.commit(self.manifest)
+        self.version = self.manifest.version
+        with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
+            self.store.forget_old(writer.still_held, self.manifest.version)
+
+
+def check_columns(columns: Iterable[pa.Field]) -> None:
+    """Raise InputError for a further column of a name that a table has itself, or cannot have."""
+    for column in columns:
+        if column.name in (VERSION, VECTOR, "") or column.name.startswith("_") or set(".`") & set(column.name):
+            raise InputError(
+                f"column {column.name!r}: a LanceDB store has {VERSION}, {VECTOR} and names with _ in front itself, "
+                "and takes no dot or backtick in one; rename it or leave it out"
+            )
+
+
+def labels_in_blocks(
+    class_names: Sequence[str], blocks: Iterable[tuple[IntArray, npt.NDArray[Any], IntArray, Mapping[str, Any]]]
+) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+    """Labels and keys of blocks of class ids, keys, key ids and further arguments of :func:`labels.label_table`.
+
+    Shots are counted from block to block.
+    """
+    following = np.zeros(len(class_names), dtype=np.int32)
+    for ids, keys, key_ids, columns in blocks:
+        table = shots_after(label_table(class_names, ids, key_ids=key_ids, **columns), ids, following)
+        following += np.bincount(ids, minlength=len(class_names)).astype(np.int32)
+        yield table, keys
