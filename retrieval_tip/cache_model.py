@@ -40,7 +40,7 @@ from retrieval_tip.store.manifest import Manifest
 
 @dataclass
 class InMemory(AnsweringIndex):
-    """Keys in memory, or mapped to it: they answer, and can be edited.
+    """Keys in memory, or mapped to it, that answer.
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
     ``index`` was built over the first of them); ``labels`` describes them, row by row; ``text_weights`` ``[c, d]``
@@ -250,6 +250,146 @@ class InMemory(AnsweringIndex):
             precision=precision,
         )
 
+    @property
+    def _labelled(self) -> LabelledKeys:
+        return LabelledKeys(self.keys, self.labels, self.values, self.points)
+
+    @property
+    def _ridge(self) -> Ridge | None:
+        """What keeps solved values right as keys come and go; ``None`` where values were not solved."""
+        if self.fitted is None or self.fitted.ridge is None:
+            return None
+        return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
+
+    def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """Columns of the label store of some keys, by row ``[m]``."""
+        return self.labels.select(list(columns)).take(pa.array(rows))
+
+    def every_row(self) -> npt.NDArray[np.int64]:
+        """The rows of all keys ``[n]``."""
+        return np.arange(self.n)
+
+    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
+        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
+        rows = spread(self.n, m)
+        return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
+
+    def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
+        """Class ids and keys, as they are stored, of some classes, a block at a time."""
+        every = self.labels["class_id"].to_numpy().astype(np.int64)
+        rows = np.flatnonzero(np.isin(every, class_ids))
+        for part in slices(len(rows), KEY_BLOCK):
+            yield every[rows[part]], np.asarray(self.keys[rows[part]])
+
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+        """See :meth:`classifier.AnsweringIndex.find`."""
+        return rows_with(self.labels, labels, source, key_ids)
+
+    def every_class(self) -> Self:
+        """The same, without a shortlist of classes."""
+        if self.text_index is None:
+            return self
+        other = copy.copy(self)  # the keys, and what was measured on them, are shared
+        other.text_index = None
+        return other
+
+    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
+        """Digest and label of the keys that have one of these digests."""
+        return labelled_digests(self.labels, digests)
+
+    def statistics(self) -> Statistics | None:
+        """:func:`defaults.measure` of what queries meet."""
+        return measure(self.met, self.class_ids.cpu().numpy())
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
+
+        Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
+        """
+        retrieval = self.retrieval
+        near = retrieval.nearest(retrieval.points(features), k)
+        return near.affinity, near.rows.cpu().numpy()
+
+    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
+        k = retrieval.settings.k
+        assert isinstance(retrieval, IndexRetrieval)
+        if not retrieval.has_shortlist or k is None or k >= self.n or top > SHORTLIST:
+            return super()._answers(f, retrieval, top, neighbours)
+        parts = [retrieval.shortlist(part, k) for part in f.split(QUERY_BLOCK)]
+        classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
+        self._check_overflow(text.nan_to_num(neginf=0.0), cache)
+        return Answers(text, cache, classes)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+        """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
+
+        So few that the index's type cannot hold them are compared with every query (``Flat``).
+        """
+        grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
+        part = self._labelled.take(grouped)
+        part = part if self._ridge is None else self._ridge.solved(part)
+        try:
+            index = self._index_over(part.met, part.class_ids)
+        except UsageError:
+            index = index_over(part.met, part.class_ids, len(self.class_names), "Flat", self.device)
+        taken = {"keys": part.keys, "labels": part.labels, "values": part.values, "points": part.points, "index": index}
+        return replace(self, **taken, version=None, folder=None)
+
+    def _index_over(self, keys: npt.NDArray[Any] | Segments, class_ids: npt.NDArray[Any]) -> VectorIndex:
+        """An index like this one, as tuned as it is, over other keys."""
+        index = index_over(keys, class_ids, len(self.class_names), self.index.factory, self.device)
+        index.effort = self.index.effort
+        return index
+
+
+class CacheModel(InMemory):
+    """Tip-Adapter's cache as a searchable index, kept in a folder. Make one with :meth:`from_features` or :meth:`load`.
+
+    It answers as :class:`InMemory`, and is edited there; :meth:`save` writes the next version of the folder.
+    """
+
+    @property
+    def place(self) -> str | None:
+        """Folder that this was loaded from or saved to."""
+        return None if self.folder is None else str(self.folder)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """That of the version that this was loaded from or saved as."""
+        return None if self._stored is None else self._stored.manifest
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        verify: str = "full",
+        check: store.Check | None = None,
+        version: int | None = None,
+    ) -> Self:
+        """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
+
+        ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
+        (:meth:`keys.Keys.products`); ``float32`` answers the same everywhere. ``verify`` ``full`` compares every file
+        with its digest, ``fast`` large ones with their size only; ``check`` is that check where it was begun before,
+        and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives up the version
+        meanwhile, the one that is current then is opened. Raises StoreError naming the file that is missing, damaged,
+        does not fit the manifest, or is of a newer format.
+        """
+        place, device = Path(folder), resolve_device(device)
+        if version is None:
+            cache, check = store.opened(
+                place, lambda manifest: cls(**_opened(place, manifest, device, precision)), verify=verify, check=check
+            )
+        else:
+            check = store.Check(place, store.read_version(place, version), verify)
+            check.wait()
+            cache = cls(**_opened(place, check.manifest, device, precision))
+        cache._stored = Stored.of(check, cache._contents())
+        return cache
+
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
         """Add classes after those there are, without a key. On disk after :meth:`save`.
 
@@ -378,10 +518,6 @@ class InMemory(AnsweringIndex):
         self.keys, self.labels = labelled.keys, labelled.labels
         self.values, self.points = labelled.values, labelled.points
 
-    @property
-    def _labelled(self) -> LabelledKeys:
-        return LabelledKeys(self.keys, self.labels, self.values, self.points)
-
     def _hold(self, labelled: LabelledKeys) -> None:
         """Take these keys: the index stays where its segment does, else it is built anew over the first one."""
         labelled = labelled if self._ridge is None else self._ridge.solved(labelled)
@@ -393,147 +529,10 @@ class InMemory(AnsweringIndex):
         self._take(labelled)
         self._follow()
 
-    @property
-    def _ridge(self) -> Ridge | None:
-        """What keeps solved values right as keys come and go; ``None`` where values were not solved."""
-        if self.fitted is None or self.fitted.ridge is None:
-            return None
-        return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
-
-    def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Columns of the label store of some keys, by row ``[m]``."""
-        return self.labels.select(list(columns)).take(pa.array(rows))
-
-    def every_row(self) -> npt.NDArray[np.int64]:
-        """The rows of all keys ``[n]``."""
-        return np.arange(self.n)
-
-    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
-        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
-        rows = spread(self.n, m)
-        return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
-
-    def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
-        """Class ids and keys, as they are stored, of some classes, a block at a time."""
-        every = self.labels["class_id"].to_numpy().astype(np.int64)
-        rows = np.flatnonzero(np.isin(every, class_ids))
-        for part in slices(len(rows), KEY_BLOCK):
-            yield every[rows[part]], np.asarray(self.keys[rows[part]])
-
-    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """See :meth:`classifier.AnsweringIndex.find`."""
-        return rows_with(self.labels, labels, source, key_ids)
-
-    def every_class(self) -> Self:
-        """The same, without a shortlist of classes."""
-        if self.text_index is None:
-            return self
-        other = copy.copy(self)  # the keys, and what was measured on them, are shared
-        other.text_index = None
-        return other
-
-    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-        """Digest and label of the keys that have one of these digests."""
-        return labelled_digests(self.labels, digests)
-
-    def statistics(self) -> Statistics | None:
-        """:func:`defaults.measure` of what queries meet."""
-        return measure(self.met, self.class_ids.cpu().numpy())
-
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
         """Take other text weights ``[c, d]``, made from these templates. On disk after :meth:`save`."""
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
         self.text_index = text_index_over(weights, self.index.factory, self.device)
-
-    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
-
-        Affinities are to the keys themselves, also where the index holds a compressed copy; an empty slot has row -1.
-        """
-        retrieval = self.retrieval
-        near = retrieval.nearest(retrieval.points(features), k)
-        return near.affinity, near.rows.cpu().numpy()
-
-    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
-        k = retrieval.settings.k
-        assert isinstance(retrieval, IndexRetrieval)
-        if not retrieval.has_shortlist or k is None or k >= self.n or top > SHORTLIST:
-            return super()._answers(f, retrieval, top, neighbours)
-        parts = [retrieval.shortlist(part, k) for part in f.split(QUERY_BLOCK)]
-        classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
-        self._check_overflow(text.nan_to_num(neginf=0.0), cache)
-        return Answers(text, cache, classes)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> Self:
-        """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
-
-        So few that the index's type cannot hold them are compared with every query (``Flat``).
-        """
-        grouped = np.asarray(rows)[np.argsort(self._labelled.class_ids[rows], kind="stable")]
-        part = self._labelled.take(grouped)
-        part = part if self._ridge is None else self._ridge.solved(part)
-        try:
-            index = self._index_over(part.met, part.class_ids)
-        except UsageError:
-            index = index_over(part.met, part.class_ids, len(self.class_names), "Flat", self.device)
-        taken = {"keys": part.keys, "labels": part.labels, "values": part.values, "points": part.points, "index": index}
-        return replace(self, **taken, version=None, folder=None)
-
-    def _index_over(self, keys: npt.NDArray[Any] | Segments, class_ids: npt.NDArray[Any]) -> VectorIndex:
-        """An index like this one, as tuned as it is, over other keys."""
-        index = index_over(keys, class_ids, len(self.class_names), self.index.factory, self.device)
-        index.effort = self.index.effort
-        return index
-
-
-class CacheModel(InMemory):
-    """Tip-Adapter's cache as a searchable index, kept in a folder. Make one with :meth:`from_features` or :meth:`load`.
-
-    It answers and is edited in memory (:class:`InMemory`); :meth:`save` writes the next version of the folder.
-    """
-
-    @property
-    def place(self) -> str | None:
-        """Folder that this was loaded from or saved to."""
-        return None if self.folder is None else str(self.folder)
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """That of the version that this was loaded from or saved as."""
-        return None if self._stored is None else self._stored.manifest
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        device: str = "auto",
-        precision: str = "auto",
-        verify: str = "full",
-        check: store.Check | None = None,
-        version: int | None = None,
-    ) -> Self:
-        """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
-
-        ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
-        (:meth:`keys.Keys.products`); ``float32`` answers alike everywhere, to its rounding. ``verify`` ``full``
-        compares every file with its digest, ``fast`` large ones with their size only; ``check`` is that check where it
-        was begun before, and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives
-        up the version
-        meanwhile, the one that is current then is opened. Raises StoreError naming the file that is missing, damaged,
-        does not fit the manifest, or is of a newer format.
-        """
-        place, device = Path(folder), resolve_device(device)
-        if version is None:
-            cache, check = store.opened(
-                place, lambda manifest: cls(**_opened(place, manifest, device, precision)), verify=verify, check=check
-            )
-        else:
-            check = store.Check(place, store.read_version(place, version), verify)
-            check.wait()
-            cache = cls(**_opened(place, check.manifest, device, precision))
-        cache._stored = Stored.of(check, cache._contents())
-        return cache
 
     def _contents(self) -> Contents:
         return Contents(

@@ -5,7 +5,7 @@ Everything is done a block at a time, so that memory stays flat. The formula is 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from retrieval_tip.errors import UsageError
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.settings import KeysMet
 from retrieval_tip.store.labels import digest_codes, images_of
 
 ALL_PAIRS, MET = 1 << 33, 256
@@ -31,7 +32,7 @@ LEAST = torch.finfo(torch.float32).tiny
 """A score that is lower, relative to the nearest key's weight, counts as this in a margin, which is 88 at most."""
 
 
-def audit(cache: CacheModel, *, k: int | Literal["all"] | None = None) -> pa.Table:
+def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
     """The shots whose label the other shots contradict, and those that are in another class too, worst first.
 
     Each key i is a query, and every key of the same image (:func:`images_of`), its own too, is hidden from it. Of the
@@ -55,12 +56,7 @@ def audit(cache: CacheModel, *, k: int | Literal["all"] | None = None) -> pa.Tab
     the same digest or a cosine of at least :data:`NEAR`. Sorted by falling margin, then by key id. Raises UsageError
     where ``k`` is below 1.
     """
-    if k is None and cache.n**2 > ALL_PAIRS:
-        k = MET
-    met = k if isinstance(k, int) else None
-    if met is not None and met < 1:
-        raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or all")
-    n, c, device = cache.n, len(cache.class_names), cache.device
+    n, c, device, met = cache.n, len(cache.class_names), cache.device, _keys_met(cache.n, k)
     images, digests = images_of(cache.labels), digest_codes(cache.labels)
     members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # of each image
     class_ids, counts = cache.class_ids.cpu().numpy(), np.array(cache.counts, dtype=np.float32)
@@ -70,11 +66,7 @@ def audit(cache: CacheModel, *, k: int | Literal["all"] | None = None) -> pa.Tab
     for part in slices(n, max(1, min(QUERY_BLOCK, VALUES // max(c, min(met or n, n))))):
         f = torch.from_numpy(np.asarray(cache.met[part], dtype=np.float32)).to(device)
         own = cache.class_ids[part]
-        if met is None:
-            affinity, rows = _to_all(cache, f), torch.arange(n, device=device)
-        else:
-            near_keys = cache.retrieval.nearest(f, met)
-            affinity, rows = near_keys.affinity, near_keys.rows
+        affinity, rows = _met(cache, f, met)
         empty, rows = rows < 0, rows.clamp_min(0)
         ids = cache.class_ids[rows].masked_fill(empty, c)
         cosine = affinity / norms[part, None] / norms[rows]
@@ -109,14 +101,29 @@ def audit(cache: CacheModel, *, k: int | Literal["all"] | None = None) -> pa.Tab
     return _table(cache, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
-def _to_all(cache: CacheModel, features: Tensor) -> Tensor:
-    """Affinities ``[q, n]`` to every key, in memory by key: sums by class are then runs over the queries."""
+def _keys_met(n: int, k: KeysMet) -> int | None:
+    """How many keys each of ``n`` meets, ``None`` for all. Raises UsageError where ``k`` is below 1."""
+    if k is None:
+        return MET if n**2 > ALL_PAIRS else None
+    if k != "all" and k < 1:
+        raise UsageError(f"k is {k}: expected a whole number of keys, at least 1, or all")
+    return None if k == "all" else k
+
+
+def _met(cache: CacheModel, features: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """Affinities to the ``k`` nearest keys ``[q, k]``, and their rows; of all keys, the rows are ``[n]``.
+
+    Those to all keys lie in memory by key: sums by class are then runs over the queries.
+    """
+    if k is not None:
+        near = cache.retrieval.nearest(features, k)
+        return near.affinity, near.rows
     out = features.new_empty(cache.n, len(features))
     at = 0
     for keys, _ in cache.key_blocks():
         tip.affinity(keys, features, out=out[at : at + len(keys)])
         at += len(keys)
-    return out.T
+    return out.T, torch.arange(cache.n, device=cache.device)
 
 
 def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
