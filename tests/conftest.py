@@ -135,7 +135,7 @@ def sql_here(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_here(monkeypatch)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The data beside the repository."""
     if not SHARED.is_dir():

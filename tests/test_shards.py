@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.sources import open_items, open_rows, open_source
+from retrieval_tip.data.sources import open_items, open_rows, open_source, read_item
 from retrieval_tip.distributed import shards
 from retrieval_tip.errors import InputError, UsageError
 
@@ -50,9 +50,8 @@ def features(path, n, d=4, group=None, **extra):
 
 def opened(shard):
     """A shard's items with the bytes of each image, and what failed."""
-    with shards.open_shard(shard) as found:
-        paths = found.source.paths or ()
-        return found.source, {path: found.read(path) for path in paths}, found.failed
+    source = shards.open_shard(shard)
+    return source, {path: read_item(path) for path in source.paths or ()}, list(source.failed)
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,9 +66,9 @@ def test_the_shards_of_a_table_are_its_rows_once_and_in_order(tmp_path_factory, 
     assert cut == shards.cut(path, size=size)
     found, ids = [], []
     for shard in cut:
-        with shards.open_shard(shards.Shard.from_json(shard.to_json())) as one:
-            ids += one.source.sources
-            found.append(Encoder().encode(one.source).features)
+        one = shards.open_shard(shards.Shard.from_json(shard.to_json()))
+        ids += one.sources
+        found.append(Encoder().encode(one).features)
     assert ids == [f"q{i}" for i in range(n)]
     assert np.array_equal(np.concatenate(found), rows)
 
@@ -91,10 +90,9 @@ def test_only_the_row_groups_of_a_shard_are_looked_at(tmp_path):
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 4)
     pq.write_table(pa.table({"id": list("abcdefgh"), "feature": column}), path, row_group_size=4)
     one, two = shards.cut(path, size=4)
-    with shards.open_shard(one) as found:
-        assert len(Encoder().encode(found.source).features) == 4
-    with shards.open_shard(two) as found, pytest.raises(InputError, match="rows 4, 5, 6, 7: the feature holds NaN"):
-        Encoder().encode(found.source)
+    assert len(Encoder().encode(shards.open_shard(one)).features) == 4
+    with pytest.raises(InputError, match="rows 4, 5, 6, 7: the feature holds NaN"):
+        Encoder().encode(shards.open_shard(two))
 
 
 def test_rows_without_an_id_are_called_by_their_number_in_the_table(tmp_path):

@@ -29,7 +29,7 @@ from retrieval_tip.cli.options import (
     ViewOptions,
     grouped,
 )
-from retrieval_tip.cli.parameters import INDEX, PLACE, PLACE_OUT, Abstaining, count
+from retrieval_tip.cli.parameters import INDEX, OUTPUT, SOURCE, Abstaining, count
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, show
 
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", type=PLACE)
-@click.option("--out", type=PLACE_OUT, required=True, help="Feature table to write (.parquet).")
+@click.argument("source", type=SOURCE)
+@click.option("--out", type=OUTPUT, required=True, help="Feature table to write (.parquet).")
 @ENGINE
 @BACKBONE
 @VIEWS
@@ -78,7 +78,7 @@ def encode(
         about(out, f"{made.rows} rows{parts(made)}")
         finish(ctx, made.failed)
         return
-    items = source_of(Path(source), reading, "train", labelled=False)
+    items = source_of(source, reading, "train", labelled=False)
     with encoder_of(ctx, backbone_of(items, encoding), encoding, views) as encoder:
         rows = encode_table(items, out, encoder)
     about(out, f"{rows} rows")

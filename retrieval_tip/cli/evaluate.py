@@ -28,7 +28,7 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     grouped,
 )
-from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, PLACE, SEEDS, SHOTS
+from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHOTS, SOURCE
 from retrieval_tip.errors import UsageError, json_line, one_line, show
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SweepOptions:
     shots: tuple[int, ...]
     seeds: int
     methods: tuple[str, ...]
-    val: Path | None
+    val: Path | str | None
     protocol: str
     scales: tuple[float, float]
     results: Path | None
@@ -56,7 +56,7 @@ _SWEEP = grouped(
     click.option("--seeds", type=SEEDS, default=3, show_default=True, help="With --shots: seeds 1 to N."),
     click.option("--method", "methods", multiple=True,
                  help="With --shots: a method, repeat for more.  [default: all but linear-probe and tip-adapter-f]"),
-    click.option("--val", type=FOLDER, help="With --shots: choose settings on this.  [default: leave-one-out]"),
+    click.option("--val", type=SOURCE, help="With --shots: choose settings on this.  [default: leave-one-out]"),
     click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
                  help="With --shots: how settings are chosen."),
     SCALES,
@@ -67,7 +67,7 @@ _SWEEP = grouped(
 
 @click.command("evaluate")
 @click.argument("folder", type=INDEX)
-@click.argument("source", type=PLACE)
+@click.argument("source", type=SOURCE)
 @ANSWER
 @ABSTAIN
 @click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
@@ -105,7 +105,7 @@ def evaluate_command(
     if runs.shots:
         if not isinstance(folder, Path):
             raise UsageError(f"--shots draws from an index folder; copy it: retrieval-tip index clone {folder} DIR")
-        _sweep(ctx, folder, Path(source), as_json, runs, reading, encoding)
+        _sweep(ctx, folder, source, as_json, runs, reading, encoding)
         return
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
@@ -123,7 +123,7 @@ def evaluate_command(
             progress=not ctx.obj, say=say_skipped,
         )  # fmt: skip
     else:
-        test = source_of(Path(source), reading, "test")
+        test = source_of(source, reading, "test")
         with encoder_for(ctx, loaded, [test], encoding) as encoder:
             evaluation = evaluate(loaded, test, encoder, abstain=abstain, affinities=plot is not None)
         skipped = encoder.skipped
@@ -151,7 +151,7 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 def _sweep(
     ctx: click.Context,
     folder: Path,
-    source: Path,
+    source: Path | str,
     as_json: bool,
     runs: SweepOptions,
     reading: ReadingOptions,
@@ -199,10 +199,10 @@ def _sweep(
 
 @click.command("report")
 @click.argument("folder", type=FOLDER)
-@click.option("--test", "source", type=FOLDER, required=True,
+@click.option("--test", "source", type=SOURCE, required=True,
               help="Labelled test source; of a split .json its test part.")  # fmt: skip
 @click.option("--out", type=FILE, required=True, help="HTML file to write.")
-@click.option("--val", type=FOLDER,
+@click.option("--val", type=SOURCE,
               help="Labelled validation source, for curves and surface; of a split .json its val part.  "
                    "[default: the shots, each left out]")  # fmt: skip
 @click.option("--shots", type=SHOTS, multiple=True,
@@ -217,9 +217,9 @@ def _sweep(
 def report_command(
     ctx: click.Context,
     folder: Path,
-    source: Path,
+    source: Path | str,
     out: Path,
-    val: Path | None,
+    val: Path | str | None,
     shots: tuple[int, ...],
     seeds: int,
     no_curves: bool,

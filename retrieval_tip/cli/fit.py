@@ -30,7 +30,7 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     grouped,
 )
-from retrieval_tip.cli.parameters import FILE, FOLDER, NUMBER, POSITIVE, SEED, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import FILE, FOLDER, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
 from retrieval_tip.errors import Skipped, UsageError, show
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _SEARCH = grouped(
 
 @click.command("fit")
 @click.argument("folder", type=FOLDER)
-@click.option("--val", "source", type=FOLDER, help="Labelled validation source to judge by, in place of the shots.")
+@click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, in place of the shots.")
 @LETTERS
 @click.option("--plot", type=FILE, help="PNG file for the forms that were tried (needs matplotlib).")
 @ROOT
@@ -76,7 +76,7 @@ _SEARCH = grouped(
 def fit_command(
     ctx: click.Context,
     folder: Path,
-    source: Path | None,
+    source: Path | str | None,
     metric: str | None,
     values: str | None,
     plot: Path | None,
@@ -112,7 +112,7 @@ def fit_command(
 
 @click.command("search-hp")
 @click.argument("folder", type=FOLDER)
-@click.option("--val", "source", type=FOLDER, help="Labelled validation source; of a split .json its val part.")
+@click.option("--val", "source", type=SOURCE, help="Labelled validation source; of a split .json its val part.")
 @_SEARCH
 @click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
 @click.option("--plot", type=FILE, help="PNG file for the same as a heat map (needs matplotlib).")
@@ -130,7 +130,7 @@ def fit_command(
 def search_command(
     ctx: click.Context,
     folder: Path,
-    source: Path | None,
+    source: Path | str | None,
     how: SearchOptions,
     surface: Path | None,
     plot: Path | None,
@@ -261,10 +261,10 @@ _TRAINING = grouped(
 @click.option("--out", type=FOLDER, required=True, help="Index folder for the result.")
 @click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
               show_default=True, help="What is trained; repeat for more.")  # fmt: skip
-@click.option("--source", type=FOLDER,
+@click.option("--source", type=SOURCE,
               help="The shots, as images or as a table whose rows are views (rows of one id: of one shot).  "
                    "[default: where the index was built from]")  # fmt: skip
-@click.option("--val", type=FOLDER, help="Labelled validation source, which chooses epoch and settings; of a "
+@click.option("--val", type=SOURCE, help="Labelled validation source, which chooses epoch and settings; of a "
                                          "split .json its val part.")  # fmt: skip
 @click.option("--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4)]")
 @_TRAINING
@@ -280,8 +280,8 @@ def finetune_command(
     ctx: click.Context,
     folder: Path,
     out: Path,
-    source: Path | None,
-    val: Path | None,
+    source: Path | str | None,
+    val: Path | str | None,
     val_shots: KeysMet,
     training: TrainingOptions,
     resume: bool,
@@ -335,14 +335,14 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
 
 @click.command("calibrate")
 @click.argument("folder", type=FOLDER)
-@click.option("--val", "source", type=FOLDER, required=True,
+@click.option("--val", "source", type=SOURCE, required=True,
               help="Labelled validation source, neither shots nor test; of a split .json its val part.")  # fmt: skip
 @ROOT
 @BACKBONE
 @ENCODING
 @click.pass_context
 def calibrate_command(
-    ctx: click.Context, folder: Path, source: Path, root: Path | None, encoding: EncodingOptions
+    ctx: click.Context, folder: Path, source: Path | str, root: Path | None, encoding: EncodingOptions
 ) -> None:
     """Fit the temperature of an index's probabilities on validation images, and write a new version with it.
 

@@ -45,6 +45,7 @@ from retrieval_tip.cli.parameters import (
     POSITIVE,
     SEED,
     SHOTS,
+    SOURCE,
     VIEWS_COUNT,
     K,
     Number,
@@ -79,7 +80,7 @@ def index() -> None:
 
 
 @index.command("build")
-@click.argument("source", type=FOLDER)
+@click.argument("source", type=SOURCE)
 @OUT
 @click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
               help="TOML file with any of these settings; the command line goes before it.")  # fmt: skip
@@ -106,7 +107,7 @@ def index() -> None:
 @click.pass_context
 def build(
     ctx: click.Context,
-    source: Path,
+    source: Path | str,
     out: Place,
     text: Path | None,
     template: tuple[str, ...],
@@ -128,7 +129,8 @@ def build(
     """Build an index folder from labelled images or features.
 
     SOURCE is a folder of class folders, a .csv, .tsv or .parquet with path and label, a feature table (.parquet with
-    id, label and feature), or a split .json (its train part). With --dataset, it is the folder that holds the datasets,
+    id, label and feature), a split .json (its train part), or webdataset tars ("shards/{000..099}.tar"); folders,
+    tables and tars may lie on s3://, gs:// or az://. With --dataset, it is the folder that holds the datasets,
     and the prompts are the dataset's own.
     """
     from retrieval_tip.data.datasets import facts
@@ -211,7 +213,7 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
 
 @index.command("tune")
 @click.argument("folder", type=FOLDER)
-@click.option("--val", "source", type=FOLDER, required=True,
+@click.option("--val", "source", type=SOURCE, required=True,
               help="Images or features to tune on, not the shots; of a split .json its val part.")  # fmt: skip
 @click.option("--agreement", type=Number(0, 1, above=True), default=0.999, show_default=True,
               help="Share of the answers that have to be those over all keys.")  # fmt: skip
@@ -227,7 +229,7 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
 def tune_command(
     ctx: click.Context,
     folder: Path,
-    source: Path,
+    source: Path | str,
     agreement: float,
     factories: tuple[str, ...],
     dry_run: bool,
@@ -284,7 +286,7 @@ _WHICH = options(
 
 @index.command("add")
 @click.argument("folder", type=INDEX)
-@click.argument("source", type=FOLDER)
+@click.argument("source", type=SOURCE)
 @click.option("--text", type=FILE, help="Feature table of text features of the new classes, instead of prompts.")
 @click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
 @click.option("--views", type=VIEWS_COUNT, help="Views that a key is the mean of.  [default: as the index's]")
@@ -297,7 +299,7 @@ _WHICH = options(
 def add_command(
     ctx: click.Context,
     folder: Place,
-    source: Path,
+    source: Path | str,
     text: Path | None,
     shots: int | None,
     views: int | None,

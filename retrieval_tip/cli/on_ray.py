@@ -49,7 +49,7 @@ def shards_of(
     from retrieval_tip.distributed.shards import cut, cut_source
 
     if reading.dataset is not None:
-        return cut_source(source_of(Path(path), reading, split, labelled=labelled), size)
+        return cut_source(source_of(path, reading, split, labelled=labelled), size)
     return cut(path, labelled=labelled, split=reading.split or split, root=reading.root, size=size)
 
 

@@ -32,7 +32,7 @@ SHOWN = 20
 UNNAMED = "the index was built from features of an unnamed backbone; name it with --model to encode images"
 
 
-def source_of(path: Path, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
+def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled: bool = True) -> Source:
     """The source of a command, with ``split`` as the part where none is given; or the dataset that it names."""
     from retrieval_tip.data.sources import open_items, open_source
 
@@ -43,11 +43,11 @@ def source_of(path: Path, reading: ReadingOptions, split: str, *, labelled: bool
 
     if reading.root is not None:
         raise UsageError("--root does not go with --dataset: SOURCE is the folder that holds the dataset's folder")
-    return open_dataset(reading.dataset, path, part)
+    return open_dataset(reading.dataset, Path(path), part)
 
 
 def validation(
-    cache: CacheModel, path: Path, root: Path | None, number: KeysMet = None, *, every: bool = False
+    cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet = None, *, every: bool = False
 ) -> Source:
     """Validation images: a ``number`` of them a class, by default as published, or every one."""
     from retrieval_tip.data.sources import open_source

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli.parameters import FOLDER, NUMBER, PLACE_OUT, POSITIVE, SEED, SHARE, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, SHARE, VIEWS_COUNT, K, count
 
 if TYPE_CHECKING:
     from retrieval_tip.settings import KeysMet
@@ -222,6 +222,6 @@ FORMAT = grouped(
     "printing", OutputOptions,
     click.option("--format", "style", type=click.Choice(["table", "json", "csv", "parquet"]), default="table",
                  show_default=True, help="json: one object a line."),
-    click.option("--output", type=PLACE_OUT, help="File to write instead of standard output."),
+    click.option("--output", type=OUTPUT, help="File to write instead of standard output."),
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object.")

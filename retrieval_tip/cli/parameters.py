@@ -45,8 +45,16 @@ FOLDER, INDEX = Folder(path_type=Path), Index()
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-class Place(click.Path):
-    """A path; with ``--engine ray`` also the URL of an object, and a folder where else a file is written."""
+class SourceType(Folder):
+    """A source: a path, or the URL of an object store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A path, or the URL as it is."""
+        return value if is_remote(value) else super().convert(value, param, ctx)
+
+
+class Output(click.Path):
+    """A file to write; with ``--engine ray`` a folder, or the URL of one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """A path, or the URL as it is."""
@@ -54,12 +62,12 @@ class Place(click.Path):
         if engine == "ray":
             return value if is_remote(value) else Path(value)
         if engine is not None and is_remote(value):
-            self.fail(f"{value}: object stores are read and written with --engine ray", param, ctx)
+            self.fail(f"{value}: object stores are written with --engine ray", param, ctx)
         return super().convert(value, param, ctx)
 
 
-PLACE = Place(path_type=Path)
-PLACE_OUT = Place(path_type=Path, dir_okay=False)
+SOURCE = SourceType(path_type=Path)
+OUTPUT = Output(path_type=Path, dir_okay=False)
 
 
 class K(click.ParamType[Any]):

@@ -25,7 +25,7 @@ from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import IDENTITY_KEY, NORMS, _read_rows, same_backbone, table_dim, table_identity
-from retrieval_tip.data.sources import FEATURE, Source
+from retrieval_tip.data.sources import FEATURE, Source, read_item
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.files import replacing
 
@@ -89,8 +89,8 @@ class Encoder:
     - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, of which each
       side still is ``REDUCED_SIDES`` times the view's or more: several times as fast, and a slightly other feature
     - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
-    - ``read``: gives the bytes of an image by its path, by default its file's; ``empty``: a source of which no item can
-      be read is no error
+    - ``read``: gives the bytes of an image by its path, as :func:`sources.read_item`
+    - ``empty``: a source of which no item can be read is no error
     """
 
     backbone: Backbone | None = None
@@ -102,7 +102,7 @@ class Encoder:
     cache: EncodingCache | None = None
     reduce: bool = True
     strict: bool = False
-    read: Callable[[str], bytes] | None = None
+    read: Callable[[str], bytes] = read_item
     empty: bool = False
     progress: bool = False
     skipped: list[Skipped] = field(default_factory=list)
@@ -200,6 +200,8 @@ class Encoder:
     ) -> Iterator[_Part]:
         """Items of a source with the features ``[v, d]`` that ``merge`` makes of their raw views; rows are one view."""
         done = 0
+        for skipped in source.failed:
+            self._say(skipped)
         parts = self._table_parts(source) if source.paths is None else self._image_parts(source, names, merge)
         with tqdm(total=len(source), unit="image", disable=None if self.progress else True, leave=False) as bar:
             for part in parts:
@@ -400,7 +402,7 @@ def _load(
     names: Sequence[str],
     kept: Callable[[str, str], FloatArray | None],
     least: int | None,
-    read: Callable[[str], bytes] | None,
+    read: Callable[[str], bytes],
 ) -> _Loaded:
     """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others.
 
@@ -408,7 +410,7 @@ def _load(
     called ``REDUCED``: a cache holds both.
     """
     try:
-        data = (read or images.read)(path)
+        data = read(path)
         digest = hashlib.sha256(data).hexdigest()
         there = CENTRE in names and _decodes(backbone, data)
         if least is not None and CENTRE in names and not there and images.reducible(data, least):

@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from retrieval_tip.data import folders, images, remote
-from retrieval_tip.errors import InputError, few, first_line, one_line, show
+from retrieval_tip.data import folders, images, remote, tars
+from retrieval_tip.errors import InputError, Skipped, counted, few, first_line, one_line, show
 from retrieval_tip.files import check_regular, read_regular
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class Source:
     ``items`` has the columns ``source`` (the item's path or id, printable) and, where known, ``label``, then any
     further columns of a table. An item is either an image (``paths[i]``) or row ``rows[i]`` of the feature table
     ``table``, a file or a folder of parts. ``class_names`` are the labels in order; empty where items carry none.
-    ``dataset`` is the name of a dataset that was opened by its name.
+    ``dataset`` is the name of a dataset that was opened by its name. ``failed`` is what could not be read already while
+    it was opened, of tars.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Source:
     table: Path | str | None = None
     rows: npt.NDArray[np.int64] | None = None
     dataset: str | None = None
+    failed: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         return int(self.items.num_rows)
@@ -118,6 +120,37 @@ def _plain(label: str) -> str:
     return re.sub(r"[\s_-]+", " ", label).strip().casefold()
 
 
+def read_item(path: str) -> bytes:
+    """The bytes of an image: a file here, an object on a store, or a member of a tar, as its path says.
+
+    Raises InputError, which says why and not which, where it cannot be read or is too large.
+    """
+    if (tar := tars.tar_of(path)) is not None:
+        return tars.opened(tar).read(path)
+    if not remote.is_remote(path):
+        return images.read(path)
+    system = remote.system_of(path)
+
+    def fetch() -> bytes:
+        images.admit(system.size(path))
+        return bytes(system.cat_file(path))
+
+    try:
+        data: bytes = remote.attempt(path, fetch)
+    except InputError as error:
+        raise InputError(str(error).removeprefix(f"{path}: ")) from None
+    if not data:
+        raise InputError("empty file")
+    return data
+
+
+def is_there(path: str) -> bool:
+    """Whether an image is there, as far as it can be told without asking an object store."""
+    if (tar := tars.tar_of(path)) is not None:
+        return path in tars.opened(tar).places
+    return remote.is_remote(path) or os.path.isfile(path)
+
+
 def open_source(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
@@ -131,9 +164,13 @@ def open_source(
       (:data:`NAMES`); paths are relative to ``root`` (default: the table's folder)
     - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of such
       parts, as ``encode --engine ray`` writes it
+    - webdataset tars (:mod:`tars`): one, a folder of them, or a pattern
+    - the address of a folder of class folders, a Parquet table or tars on an object store: ``s3://``, ``gs://``, ``az://``
 
     Raises InputError naming the file, what is wrong with it, and the row where there is one.
     """
+    if (streamed := _streamed(os.fspath(path), root, labelled=True)) is not None:
+        return streamed
     file = Path(path)
     suffix = file.suffix.lower()
     if os.path.isdir(file):
@@ -159,6 +196,8 @@ def open_items(
     path: str | os.PathLike[str], *, split: str | None = None, root: str | os.PathLike[str] | None = None
 ) -> Source:
     """A source whose labels may be missing: as :func:`open_source`, or a folder of images without class folders."""
+    if (streamed := _streamed(os.fspath(path), root, labelled=False)) is not None:
+        return streamed
     file = Path(path)
     if is_parts(file):
         return _table(file, root, labelled=False)
@@ -174,10 +213,10 @@ def open_items(
 
 
 def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[Source]:
-    """Things to classify: images, folders (searched for images), globs, tables, and ``-`` for paths from ``stdin``.
+    """Things to classify: images, folders (searched for images), globs, tables, tars, addresses on an object store.
 
-    Neighbouring images come as one source. A path that does not exist is an image that cannot be read: whoever reads it
-    reports it.
+    And ``-`` for paths from ``stdin``. Neighbouring images come as one source. A path that does not exist is an image
+    that cannot be read: whoever reads it reports it.
     """
     paths: list[str] = []
     waiting = list(arguments)[::-1]
@@ -188,6 +227,13 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             raise InputError(f"{show(argument)}: web addresses are not read; download it first")
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
+        elif remote.is_remote(argument) and file.suffix.lower() in images.extensions():
+            paths.append(argument)
+        elif (streamed := _streamed(argument, None, labelled=False)) is not None:
+            if paths:
+                yield of_images(paths)
+                paths = []
+            yield streamed
         elif os.path.isdir(file) and not is_parts(file):
             inside = [str(image) for image in images.find(file)]
             if not inside:
@@ -210,11 +256,74 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
         yield of_images(paths)
 
 
-_ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"})
+_ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".7z", ".rar"})
 
 
 def _is_url(path: str | os.PathLike[str]) -> bool:
     return str(path).startswith(("http://", "https://"))
+
+
+def _streamed(where: str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source | None:
+    """The source that tars, or an address on an object store, stand for; ``None`` for anything else."""
+    is_table = is_parquet(where)
+    if places := [] if is_table else tars.find(where):
+        source = of_tars(show(where), places, labelled=labelled)
+        if not len(source):
+            why = f" ({source.failed[0]})" if source.failed else ""
+            raise InputError(f"{source.name}: no images in {counted(len(places), 'tar')}{why}")
+        return source
+    if not remote.is_remote(where):
+        return None
+    return _table(where, root, labelled=labelled) if is_table else _remote_images(where, labelled)
+
+
+def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
+    """The images of webdataset tars, in order; what cannot be read, or lacks a label that is needed, is ``failed``."""
+    paths: list[str] = []
+    labels: list[str | None] = []
+    failed: list[Skipped] = []
+    for tar in map(tars.opened, places):
+        failed += tar.failed
+        for path, label in tar.labels.items():
+            if labelled and label is None:
+                kinds = ", ".join(f".{kind}" for kind in tars.LABELS)
+                failed.append(Skipped(show(path), f"no label: none of {kinds} beside it"))
+            else:
+                paths.append(path)
+                labels.append(label)
+    return replace(_labelled_images(name, paths, labels), failed=tuple(failed))
+
+
+def _labelled_images(name: str, paths: Sequence[str], labels: Sequence[str | None]) -> Source:
+    items = {"source": pa.array([show(path) for path in paths], pa.string())}
+    known = sorted({label for label in labels if label is not None})
+    if known:
+        items["label"] = pa.array(labels, pa.string())
+    return Source(name, pa.table(items), tuple(known), tuple(paths))
+
+
+def _remote_images(folder: str, labelled: bool) -> Source:
+    """The images below a folder of an object store; where they lie in folders of it, these are their labels."""
+    system, scheme = remote.system_of(folder), folder.partition("://")[0]
+    base = f"{scheme}://{folder.partition('://')[2].strip('/')}/"
+    urls = [f"{scheme}://{name}" for name in sorted(remote.attempt(folder, lambda: system.find(folder)))]
+    paths = [path for path in urls if Path(path).suffix.lower() in images.extensions() and path.startswith(base)]
+    if not paths:
+        raise InputError(f"{show(folder)}: no images, tars or Parquet file there")
+    labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
+    if labelled and None in labels:
+        raise InputError(f"{show(paths[labels.index(None)])}: lies in no class folder of {show(folder)}")
+    return _labelled_images(show(folder), paths, labels)
+
+
+def is_parquet(where: str) -> bool:
+    """Whether a path or a URL is a Parquet file, or a folder of the parts of a table."""
+    if where.lower().endswith(".parquet"):
+        return remote.is_remote(where) or os.path.isfile(where)
+    if remote.is_remote(where):
+        run = f"{where.rstrip('/')}/{RUN}"
+        return bool(remote.attempt(where, lambda: remote.system_of(where).exists(run)))
+    return is_parts(where)
 
 
 def _is_table(file: Path) -> bool:

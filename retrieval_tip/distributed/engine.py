@@ -28,8 +28,9 @@ from retrieval_tip import errors
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.sources import Source
 from retrieval_tip.distributed.cluster import Room, connected, room
-from retrieval_tip.distributed.shards import OpenShard, Shard, open_shard
+from retrieval_tip.distributed.shards import Shard, open_shard
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, first_line
 
 RETRIES = 3
@@ -124,7 +125,7 @@ class Task(ABC):
         """Open what all shards need, once an actor; ``encoder`` is that of ``encoding``, with its backbone."""
 
     @abstractmethod
-    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Do one shard; ``encoder`` reads it, and names in ``skipped`` what cannot be read."""
 
 
@@ -162,11 +163,10 @@ class Worker:
         try:
             if self._problem is not None:
                 raise self._problem
-            with open_shard(shard) as opened:
-                encoder = replace(self._encoder, read=opened.read, skipped=[])
-                if opened.failed and encoder.strict:
-                    raise InputError(f"{opened.failed[0]}; leave out --strict to go on without it")
-                return self._task.work(shard, opened, encoder)
+            source, encoder = open_shard(shard), replace(self._encoder, skipped=[])
+            if source.failed and encoder.strict:
+                raise InputError(f"{source.failed[0]}; leave out --strict to go on without it")
+            return self._task.work(shard, source, encoder)
         except RetrievalTipError as error:
             return Summary(shard.number, error=(type(error).__name__, str(error)))
         except OSError as error:  # a full disk, a file that went away

@@ -24,7 +24,7 @@ from retrieval_tip.data.feature_tables import table_dim, table_identity
 from retrieval_tip.data.sources import Source
 from retrieval_tip.distributed.engine import Encoding, Ray, Summary, Task, through
 from retrieval_tip.distributed.runs import Run, part_name
-from retrieval_tip.distributed.shards import OpenShard, Shard, cut_source, digest
+from retrieval_tip.distributed.shards import Shard, cut_source, digest
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places as stores
@@ -61,12 +61,12 @@ class EncodeTask(Task):
     dim: int
     identity: dict[str, Any] | None
 
-    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Write the part."""
         identity = None if self.identity is None else Identity.from_dict(self.identity)
         with self.run.writing(part_name(shard.number)) as path:
-            rows = write_encoded(opened.source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
-            failed = _failed(opened, encoder)
+            rows = write_encoded(source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
+            failed = _failed(source, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, rows, failed)
 
@@ -120,14 +120,14 @@ class ClassifyTask(IndexTask):
         if "logits" in self.columns:
             self._cache = self._cache.every_class()
 
-    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Write the part."""
         settled: Counter[int | None] = Counter()
         schema = pa.schema(
             [(column, PREDICTIONS[column]) for column in self.columns], metadata=self.run.metadata(shard.number)
         )
         answers = self._cache.classify_source(
-            opened.source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
+            source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
         )
         rows: list[dict[str, Any]] = []
         with self.run.writing(part_name(shard.number)) as path:
@@ -140,7 +140,7 @@ class ClassifyTask(IndexTask):
                         rows.clear()
                 if rows:
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-            failed = _failed(opened, encoder)
+            failed = _failed(source, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, settled.total(), failed, facts={"settled": list(settled.items())})
 
@@ -149,14 +149,14 @@ class ClassifyTask(IndexTask):
 class EvaluateTask(IndexTask):
     """The numbers of each shard that an evaluation needs."""
 
-    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Classify, and keep a few numbers of each item."""
-        if not len(opened.source):
-            return Summary(shard.number, 0, _failed(opened, encoder))
-        ids = self._cache.ids_of(opened.source)
-        seen = see(self._cache, encoder.blocks(opened.source), ids)
+        if not len(source):
+            return Summary(shard.number, 0, _failed(source, encoder))
+        ids = self._cache.ids_of(source)
+        seen = see(self._cache, encoder.blocks(source), ids)
         arrays = {name: value for name, value in vars(seen).items() if isinstance(value, np.ndarray)}
-        return Summary(shard.number, len(seen.truth), _failed(opened, encoder), arrays=arrays)
+        return Summary(shard.number, len(seen.truth), _failed(source, encoder), arrays=arrays)
 
 
 @dataclass
@@ -166,15 +166,15 @@ class ViewsTask(Task):
     encoding: Encoding
     names: list[str]
 
-    def work(self, shard: Shard, opened: OpenShard, encoder: Encoder) -> Summary:
+    def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Encode; an image that cannot be read is left out."""
         try:
-            views = replace(encoder, empty=False).encode_views(opened.source, self.names)
+            views = replace(encoder, empty=False).encode_views(source, self.names)
         except InputError:
-            if len(encoder.skipped) < len(set(opened.source.paths or ())):
+            if len(encoder.skipped) < len(set(source.paths or ())):
                 raise
-            return Summary(shard.number, 0, _failed(opened, encoder))
-        return Summary(shard.number, len(views.positions), _failed(opened, encoder), arrays=dict(vars(views)))
+            return Summary(shard.number, 0, _failed(source, encoder))
+        return Summary(shard.number, len(views.positions), _failed(source, encoder), arrays=dict(vars(views)))
 
 
 def sealed_as(folder: stores.Place) -> str:
@@ -333,8 +333,8 @@ def _make(
     return Made(sum(rows.values()), len(shards), kept, failed, dict(nodes), dict(settled))
 
 
-def _failed(opened: OpenShard, encoder: Encoder) -> list[Skipped]:
-    return list(dict.fromkeys([*opened.failed, *encoder.skipped]))
+def _failed(source: Source, encoder: Encoder) -> list[Skipped]:
+    return list(dict.fromkeys([*source.failed, *encoder.skipped]))
 
 
 def _told(failed: Any, say: Callable[[Skipped], None] | None) -> list[Skipped]:

@@ -34,7 +34,7 @@ from retrieval_tip.backbones.loading import write_tuned
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError, show
 from retrieval_tip.files import make_folders
 from retrieval_tip.fit import checkpoint as checkpoints
@@ -220,7 +220,7 @@ def shots_of(cache: CacheModel) -> Source:
     """
     table = cache.labels.select(["source", "label"])
     paths = table["source"].to_pylist()
-    missing = next((path for path in paths if not Path(path).is_file()), None)
+    missing = next((path for path in paths if not is_there(path)), None)
     if missing is None:
         return Source("the shots of the index", table, tuple(cache.class_names), tuple(paths))
     origin = cache.built.source

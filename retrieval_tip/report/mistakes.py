@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip.data import images
-from retrieval_tip.errors import InputError
+from retrieval_tip.data.sources import read_item
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.evaluation.evaluate import Answers
 from retrieval_tip.predictions import Neighbour
 from retrieval_tip.report.judged import Judged
@@ -154,9 +155,9 @@ def _with_pictures(judged: Judged, keys: Sequence[Neighbour]) -> list[tuple[Neig
 def thumbnail(path: str, digest: str | None, side: int) -> str | None:
     """A JPEG file of a picture in base64, ``side`` pixels at most; ``None`` where there is none of that digest."""
     try:
-        data = images.read(path)
+        data = read_item(path)
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:
             return None
         return base64.b64encode(images.thumbnail(data, side)).decode()
-    except InputError:
+    except (InputError, UsageError):
         return None

@@ -1,0 +1,194 @@
+"""Tars and object stores as sources of this process alone: what they hold is what a folder of the same images gives."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from pathlib import Path
+
+import buckets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from serving import photographs
+from test_shards import jpeg, tar
+
+from retrieval_tip import CacheModel
+from retrieval_tip.data import remote, tars
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_inputs, open_items, open_source, read_item
+from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit.finetune import shots_of
+
+
+def members(items):
+    """Photographs as members of a tar, each with its label beside it."""
+    for number, (path, label) in enumerate(items):
+        yield f"{number:03}.jpg", path.read_bytes()
+        yield f"{number:03}.cls", label.encode()
+
+
+@pytest.fixture(scope="module")
+def model(shared):
+    return f"local-dir:{shared / 'models' / 'lit-mini'}"
+
+
+@pytest.fixture(scope="module")
+def world(shared, tmp_path_factory):
+    """Photographs of three classes: in class folders, in two tars in the same order, and others to ask about."""
+    folder = tmp_path_factory.mktemp("world")
+    shots, asked = photographs(shared, "train", 3, 4), photographs(shared, "test", 3, 2)
+    for number, (path, label) in enumerate(shots):
+        (folder / "photos" / label).mkdir(parents=True, exist_ok=True)
+        (folder / "photos" / label / f"{number:03}.jpg").write_bytes(path.read_bytes())
+    (folder / "shards").mkdir()
+    tar(folder / "shards/000.tar", members(shots[:7]))
+    tar(folder / "shards/001.tar", members(shots[7:]))
+    tar(folder / "asked.tar.gz", members(asked), "w:gz")
+    return folder
+
+
+@pytest.mark.parametrize("place", ["folder", "range", "pattern"])
+def test_an_index_of_tars_is_that_of_their_photographs(run, world, model, tmp_path, place):
+    source = {"folder": "shards", "range": "shards/{000..001}.tar", "pattern": "shards/*.tar"}[place]
+    for name, what in (("a", "photos"), ("b", source)):
+        done = run("index", "build", world / what, "--out", tmp_path / name, "--model", model, "--fit", "none")
+        assert done.exit_code == 0, done.output
+    a, b = (CacheModel.load(tmp_path / name, device="cpu", precision="float32") for name in "ab")
+    assert a.class_names == b.class_names
+    np.testing.assert_allclose(a.keys, b.keys, atol=1e-6)
+    assert a.labels["digest"].equals(b.labels["digest"])
+    assert b.labels["source"][0].as_py() == f"{world}/shards/000.tar/000.jpg"
+    # They answer and are judged alike, on a packed tar, and what was built of tars finds its shots there again.
+    rows = [run("classify", tmp_path / name, world / "asked.tar.gz", "--format", "json") for name in "ab"]
+    assert rows[0].exit_code == 0, rows[0].output
+    assert rows[0].stdout.count("\n") == 6
+    said = [run("evaluate", tmp_path / name, world / "asked.tar.gz", "--json").stdout for name in "ab"]
+    assert said[0] == said[1]
+    assert '"n": 6' in said[0]
+    shots = shots_of(b)
+    assert [read_item(path) for path in shots.paths] == [path.read_bytes() for path in sorted(world.rglob("*.jpg"))]
+
+
+def test_photographs_and_tars_in_a_bucket_are_sources(run, world, model, tmp_path, monkeypatch):
+    buckets.use(monkeypatch, buckets.endpoint())
+    bucket = f"s3://{buckets.fresh_bucket()}"
+    system = remote.system_of(bucket)
+    for path in (world / "photos").rglob("*.jpg"):
+        system.pipe_file(f"{bucket}/photos/{path.parent.name}/{path.name}", path.read_bytes())
+    for name in ("shards/000.tar", "shards/001.tar", "asked.tar.gz"):
+        system.pipe_file(f"{bucket}/{name}", (world / name).read_bytes())
+    for name, what in (
+        ("here", world / "photos"), ("photos", f"{bucket}/photos"), ("tars", f"{bucket}/shards/{{000..001}}.tar"),
+    ):  # fmt: skip
+        done = run("index", "build", what, "--out", tmp_path / name, "--model", model, "--fit", "none")
+        assert done.exit_code == 0, done.output
+    here, *others = (
+        CacheModel.load(tmp_path / n, device="cpu", precision="float32") for n in ("here", "photos", "tars")
+    )
+    for other in others:
+        assert other.class_names == here.class_names
+        np.testing.assert_allclose(other.keys, here.keys, atol=1e-6)
+    first = next((world / "photos").rglob("*.jpg"))
+    asked = f"{bucket}/photos/{first.parent.name}/{first.name}"
+    done = run("classify", tmp_path / "tars", asked, f"{bucket}/asked.tar.gz", "--format", "json")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("\n") == 7
+    assert f'"input": "{asked}", "label": "{first.parent.name}"' in done.stdout
+    for wrong in (f"{bucket}/nothing", f"{bucket}/none.tar"):
+        done = run("index", "build", wrong, "--out", tmp_path / "x", "--model", model)
+        assert done.exit_code == 1, done.output
+        assert wrong in done.stderr
+    done = run("encode", world / "photos", "--model", model, "--out", f"{bucket}/t.parquet")
+    assert (done.exit_code, "written with --engine ray" in done.stderr) == (2, True)
+
+
+def test_what_is_wrong_in_a_tar_is_said_and_the_rest_is_used(run, shared, model, tmp_path):
+    shots = list(members(photographs(shared, "train", 2, 2)))
+    path = tar(tmp_path / "t.tar", [*shots, ("lonely.jpg", jpeg())])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"lonely.jpg") + 512])  # a header, and nothing after it
+    command = ("index", "build", path, "--out", tmp_path / "i", "--model", model, "--fit", "none")
+    done = run(*command)
+    assert done.exit_code == 3, done.output
+    assert f"{path}" in done.stderr
+    assert CacheModel.load(tmp_path / "i").n == 4
+    done = run(*command, "--strict")
+    assert done.exit_code == 1
+    assert "--strict" in done.stderr
+    unlabelled = tar(tmp_path / "u.tar", [("a.jpg", jpeg())])
+    done = run("index", "build", unlabelled, "--out", tmp_path / "j", "--model", model)
+    assert done.exit_code == 1
+    assert "u.tar: no images in 1 tar" in done.stderr
+    assert "no label" in done.stderr
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_folder_is_one_of_tars_only_where_nothing_else_is_in_it(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.jpg").write_bytes(jpeg())
+    tar(tmp_path / "backup.tar", [("x.jpg", jpeg())])
+    assert tars.find(str(tmp_path)) == []
+    assert open_source(tmp_path).paths == (str(tmp_path / "cat/1.jpg"),)
+    (tmp_path / "flat").mkdir()
+    tar(tmp_path / "flat/b.tar", [("x.jpg", jpeg())])
+    tar(tmp_path / "flat/a.TAR", [("x.jpg", jpeg())])
+    assert tars.find(str(tmp_path / "flat")) == [str(tmp_path / "flat" / name) for name in ("a.TAR", "b.tar")]
+    (tmp_path / "flat/y.png").write_bytes(jpeg())
+    assert tars.find(str(tmp_path / "flat")) == []
+
+
+def test_a_range_names_each_tar_and_the_one_that_is_missing(tmp_path):
+    for name in ("a-08", "a-09", "a-10", "b-08"):
+        tar(tmp_path / f"{name}.tar", [("x.jpg", jpeg())])
+    found = tars.find(str(tmp_path / "a-{08..10}.tar"))
+    assert [Path(place).name for place in found] == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    with pytest.raises(InputError, match=r"a-11\.tar: no such file"):
+        tars.find(str(tmp_path / "a-{10..12}.tar"))
+    with pytest.raises(UsageError, match="more than 100,000 tars"):
+        tars.find(str(tmp_path / "a-{0..999999999}.tar"))
+    assert tars.find(str(tmp_path / "a-{08..10}")) == []
+
+
+def test_many_tars_are_open_a_few_at_a_time_and_closed(tmp_path):
+    number = 3 * tars.HELD
+    for i in range(number):
+        tar(tmp_path / f"{i:03}.tar", [("x.jpg", jpeg(i)), ("x.cls", b"a")], "w")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = open_items(tmp_path)
+        assert [read_item(path) for path in source.paths] == [jpeg(i) for i in range(number)]
+        gc.collect()
+        held = [fd for fd in Path("/proc/self/fd").iterdir() if tmp_path in fd.resolve().parents]
+        assert len(held) <= tars.HELD
+
+
+def test_another_tar_in_the_place_of_one_is_read_anew(tmp_path):
+    path = tar(tmp_path / "t.tar", [("x.jpg", jpeg(1))])
+    (name,) = open_items(path).paths
+    tar(path, [("y.jpg", jpeg(2)), ("x.jpg", jpeg(3))])
+    os.utime(path, (1, 1))
+    assert read_item(name) == jpeg(3)
+    path.unlink()
+    with pytest.raises(InputError):
+        read_item(name)
+
+
+def test_tars_come_among_other_inputs_in_order(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "3.jpg").write_bytes(jpeg(3))
+    path = tar(tmp_path / "t.tar", [("2.jpg", jpeg(2))])
+    arguments = [str(tmp_path / "1.jpg"), str(path), str(tmp_path / "3.jpg")]
+    paths = [path for source in open_inputs(arguments) for path in source.paths]
+    assert [read_item(path) for path in paths] == [jpeg(1), jpeg(2), jpeg(3)]
+
+
+def test_a_tar_is_encoded_as_its_files(world, lit_mini, tmp_path):
+    from retrieval_tip.data.encoder import encode_table
+
+    for name, what in (("a", "photos"), ("b", "shards")):
+        encode_table(open_items(world / what), tmp_path / f"{name}.parquet", Encoder(lit_mini))
+    a, b = (pq.read_table(tmp_path / f"{name}.parquet") for name in "ab")
+    assert a["label"].equals(b["label"])
+    np.testing.assert_allclose(*(np.array(table["feature"].to_pylist()) for table in (a, b)), atol=1e-6)
