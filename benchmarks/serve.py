@@ -64,7 +64,7 @@ from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.index.export import export_table, export_text
 from retrieval_tip.predictions import Prediction
-from retrieval_tip.store import folder as store
+from retrieval_tip.store.writer import collect
 
 GOAL = "at least 2 x at 64 clients for features"
 WHATS = ("features", "images")
@@ -317,7 +317,7 @@ class Replaced:
         """Make it; what it is."""
         kind = next(self._kinds)
         kind()
-        store.collect(self._folder, KEPT)
+        collect(self._folder, KEPT)
         return kind.__name__[1:]
 
     def _add(self) -> None:

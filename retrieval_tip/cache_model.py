@@ -33,9 +33,11 @@ from retrieval_tip.retrieval.segments import Segments, joined, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Built, Fitted, Settings
 from retrieval_tip.store import folder as store
+from retrieval_tip.store import history
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.writer import Writer, write
 
 
 @dataclass
@@ -563,13 +565,13 @@ class CacheModel(InMemory):
         return type(self).load(self.folder, device=self.device, precision=self.precision, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write a new version of an index folder (the first one, where there is none). See :func:`store.write`.
+        """Write a new version of an index folder (the first one, where there is none). See :func:`writer.write`.
 
         Files of the version that this was loaded from are shared, not written again. ``change`` is what its history
         says of it. Raises StoreError where the folder cannot be written, has changed since this was loaded from it, or
         ``tuned`` is no safetensors file; InputError for what a version cannot hold. After either nothing was changed.
         """
-        with store.write(Path(folder)) as writer:
+        with write(Path(folder)) as writer:
             own = self.folder is not None and real(self.folder) == real(writer.folder)
             if writer.parent is not None and own and self.version is not None:
                 self._check_current(writer)
@@ -581,7 +583,7 @@ class CacheModel(InMemory):
         No data file is written again: all are that version's. Raises StoreError where the index has changed since it
         was loaded.
         """
-        with store.write(Path(folder)) as writer:
+        with write(Path(folder)) as writer:
             self._check_current(writer)
             writer.keep_all()
             check = self._commit(writer, change)
@@ -589,7 +591,7 @@ class CacheModel(InMemory):
                 check, None if self._stored is None else self._stored.contents
             )  # which files still hold
 
-    def _check_current(self, writer: store.Writer) -> None:
+    def _check_current(self, writer: Writer) -> None:
         """Raise StoreError unless the current version is the one that this was loaded from."""
         current = writer.parent.version if writer.parent else None
         if current is None or current != self.version:
@@ -597,7 +599,7 @@ class CacheModel(InMemory):
                 f"{writer.folder}: is at version {current}, not at {self.version} as when it was opened; try again"
             )
 
-    def commit(self, writer: store.Writer, change: str) -> None:
+    def commit(self, writer: Writer, change: str) -> None:
         """Write what the version before does not have, and make this the current version.
 
         ``change`` says in a few words what it is. Keys that the writer has already are not written again; ``tuned`` is
@@ -607,7 +609,7 @@ class CacheModel(InMemory):
         self.tuned = contents.weights
         self._stored = Stored.of(self._commit(writer, change), contents)
 
-    def _commit(self, writer: store.Writer, change: str) -> store.Check:
+    def _commit(self, writer: Writer, change: str) -> store.Check:
         """Write the manifest that makes this the current version. Returns a check that has nothing left to look at.
 
         Raises as :meth:`classifier.AnsweringIndex.check_answers`.
@@ -619,13 +621,13 @@ class CacheModel(InMemory):
         return store.Check(writer.folder, manifest, known=manifest.data_files)
 
 
-def _manifest(cache: CacheModel, writer: store.Writer, change: str) -> Manifest:
+def _manifest(cache: CacheModel, writer: Writer, change: str) -> Manifest:
     """What the version that the writer makes says of itself."""
     parent = writer.parent.version if writer.parent else None
     return Manifest(
         version=(parent or 0) + 1,
         parent=parent,
-        **store.stamp(),
+        **history.stamp(),
         n=cache.n,
         d=cache.d,
         dtype=cache.dtype,

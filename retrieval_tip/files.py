@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import stat
 import uuid
@@ -17,6 +18,9 @@ from retrieval_tip.errors import InputError, one_line, show
 
 FOLDER = "a folder"
 KERNEL = "made up by the kernel"
+
+HASHED_AT_A_TIME = 1 << 24
+"""Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
 
 _KINDS = {
     stat.S_IFDIR: FOLDER,
@@ -151,3 +155,13 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    block = bytearray(min(max(size, 1), HASHED_AT_A_TIME))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(block):
+            digest.update(memoryview(block)[:read])
+    return digest.hexdigest()

@@ -23,7 +23,6 @@ from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
-from retrieval_tip.store import folder as store
 from retrieval_tip.store import query as sql
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
@@ -99,7 +98,7 @@ def hashed_once() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that finds another one at work gives up at once: tests that make it wait say so."""
-    monkeypatch.setattr(store, "LOCK_WAIT", 0.0)
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
 
 
 @pytest.fixture(autouse=True)

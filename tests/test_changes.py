@@ -31,6 +31,7 @@ from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
+from retrieval_tip.store.writer import collect
 
 Array = npt.NDArray[Any]
 D = 8
@@ -915,7 +916,7 @@ def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(
         return [any(mark in raw for raw in [*files.values(), *tables]) for mark in marks]
 
     assert held() == [True, True, True]  # the version before has it
-    store.collect(pictures)
+    collect(pictures)
     assert held() == [False, False, False]
     assert verify(pictures).n == 9
 
@@ -1112,11 +1113,11 @@ def test_a_reader_reloads_only_what_changed_and_goes_on_with_what_it_has(
     near = [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours]
     assert reader.reload() is reader
     changes.remove(parted, key_ids=[0, 7])
-    store.collect(parted)
+    collect(parted)
     assert torch.equal(reader.logits(QUERIES), answers)
     assert [key.key_id for key in reader.classify(QUERIES[:1])[0].neighbours] == near
-    hashed, sha256 = [], store._sha256
-    monkeypatch.setattr(store, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    hashed, sha256 = [], store.sha256_of
+    monkeypatch.setattr(store, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
     now = reader.reload()
     assert now is not reader
     assert sorted(hashed) == sorted(set(data_files(parted)) - old)

@@ -38,6 +38,8 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import labelled_keys, vector_index
 from retrieval_tip.store import folder as store
+from retrieval_tip.store import lock
+from retrieval_tip.store.writer import collect, write
 
 D, CLASSES = 8, 4
 NAMES = [f"class {i}" for i in range(CLASSES)]
@@ -87,7 +89,7 @@ def _write(job: killing.Job) -> dict[str, Any]:
         elif what < 0.93:
             made = changes.compact(folder)
         elif number == 0:
-            store.collect(folder, keep=2)
+            collect(folder, keep=2)
         else:
             made = changes.rebuild(folder, index=rng.choice(["Flat", "Classes"]))
         if made is not None:
@@ -151,7 +153,7 @@ def _build(job: killing.Job) -> None:
 def _hold(job: killing.Job) -> None:
     """End while writing, and leave a process behind that has the lock's file open."""
     folder = Path(job["folder"])
-    with store.write(folder):
+    with write(folder):
         for entry in list(Path("/proc/self/fd").iterdir()):
             if entry.resolve() == folder.resolve() / "lock":
                 os.set_inheritable(int(entry.name), True)
@@ -178,7 +180,7 @@ def _work(job: killing.Job, steps: killing.Steps) -> None:
 
 
 if __name__ == "__main__":
-    labelled_keys.SMALL, store.LOCK_WAIT = SMALL, 120.0
+    labelled_keys.SMALL, lock.LOCK_WAIT = SMALL, 120.0
     killing.serve(_work)
     raise SystemExit
 
@@ -261,7 +263,7 @@ def at_every_read(monkeypatch: pytest.MonkeyPatch, index: Path, read: Callable[[
         if state["count"] - 1 == state["at"]:
             state["at"] = -1
             changes.relabel(index, NAMES[state["turn"] % 2], key_ids=[0])
-            store.collect(index)
+            collect(index)
 
     def looking(call: Callable[..., Any]) -> Callable[..., Any]:
         def look(*arguments: Any, **named: Any) -> Any:
@@ -395,10 +397,10 @@ def test_a_folder_that_a_failed_build_removes_is_made_again_by_the_one_that_wait
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "deep" / "new"
-    monkeypatch.setattr(store, "LOCK_WAIT", 60.0)
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 60.0)
     with ThreadPoolExecutor(1) as pool:
         for pause in (0.0, 0.01, 0.05):
-            with pytest.raises(InputError), store.write(folder) as writer:  # noqa: PT012 - the wait is part of it
+            with pytest.raises(InputError), write(folder) as writer:  # noqa: PT012 - the wait is part of it
                 writer.stage("keys").write_bytes(b"x")
                 waiting = pool.submit(CacheModel.load(index, device="cpu").save, folder)
                 time.sleep(pause)
@@ -456,7 +458,7 @@ def test_a_read_only_folder_is_read_and_refused_to_every_writer(index: Path, tmp
             lambda: changes.rebuild(folder),
             lambda: changes.rollback(folder),
             lambda: changes.merge(folder, index),
-            lambda: store.collect(folder),
+            lambda: collect(folder),
             lambda: build_index(more, folder, Encoder(), device="cpu", fit="none"),
         ]
         for write in writers:
@@ -494,7 +496,7 @@ def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
         stopped = server.stopped()
         try:
             if locked < step <= released:
-                with pytest.raises(StoreError) as error, store.write(index, wait=0.05):
+                with pytest.raises(StoreError) as error, write(index, wait=0.05):
                     pass
                 owner = f"process {stopped} on {socket.gethostname()}"
                 # For a moment a new owner has not said yet who it is; another one is never named.
@@ -504,7 +506,7 @@ def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
                 named += owner in str(error.value)
                 assert CacheModel.load(index, device="cpu").version in (first, first + 1)  # readers need no lock
             else:
-                with store.write(index):
+                with write(index):
                     pass
         finally:
             os.kill(stopped, signal.SIGCONT)
@@ -528,6 +530,6 @@ def test_a_lock_that_was_left_to_a_child_is_said_to_be(server: killing.Server, i
         assert verify(index).version == 1
     finally:
         os.kill(left, signal.SIGKILL)
-    with store.write(index, wait=60.0):
+    with write(index, wait=60.0):
         pass
     assert changes.configure(index, k=7).version == 2

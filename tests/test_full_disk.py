@@ -18,6 +18,7 @@ from retrieval_tip.errors import RetrievalTipError
 from retrieval_tip.index import changes
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
+from retrieval_tip.store.writer import collect
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 SEGMENTS = (300, 90, 40)
@@ -113,7 +114,7 @@ def test_versions_are_given_up_on_a_disk_that_is_full(small_disk: Callable[[int]
     resize(disk, 0)
     with pytest.raises(RetrievalTipError, match="No space left"):
         changes.rebuild(folder)
-    gone, freed = store.collect(folder)
+    gone, freed = collect(folder)
     assert gone == [1, 2, 3]
     assert freed > 0
     assert living.answer(folder) == answer

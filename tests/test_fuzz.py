@@ -57,6 +57,7 @@ from retrieval_tip.store import folder as store
 from retrieval_tip.store import labels
 from retrieval_tip.store import query as asked_in_sql
 from retrieval_tip.store.manifest import FORMAT_VERSION, SUFFIXES, TABLE_KINDS
+from retrieval_tip.store.writer import collect
 
 Array = npt.NDArray[Any]
 Run = Callable[..., Result]
@@ -133,9 +134,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(labelled_keys, "SMALL", 0)  # what is added stays a segment of its own
-        patch.setattr(store, "LOCK_WAIT", 10.0)
+        patch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 10.0)
         patch.setattr(
-            store, "stamp", lambda: {"created_at": "2026-01-01T00:00:00+00:00", "created_by": "retrieval-tip"}
+            "retrieval_tip.store.history.stamp",
+            lambda: {"created_at": "2026-01-01T00:00:00+00:00", "created_by": "retrieval-tip"},
         )
         patch.setattr(
             labels, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda _: NOW), UTC=datetime.UTC)
@@ -785,7 +787,7 @@ def test_a_newer_format_is_refused_whatever_else_it_says(world: dict[str, Path],
             lambda: opened(index),
             lambda: verify(index),
             lambda: store.query(index, "SELECT 1"),
-            lambda: store.collect(index),
+            lambda: collect(index),
             lambda: changes.relabel(index, "dog", key_ids=[0]),
             lambda: changes.rollback(index),
             lambda: changes.clone(index, tmp_path / "y"),
@@ -1081,7 +1083,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     columns = {"id": [f"b{i}" for i in range(8)], "label": TEXTS[:4] * 2, "feature": rows.tolist()}
     pq.write_table(pa.table(columns), place / "train.parquet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "LOCK_WAIT", 10.0)
+        patch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 10.0)
         build_index(open_source(place / "train.parquet"), place / "index", Encoder(), device="cpu")
     pq.write_table(pa.table(columns | {"label": TEXTS[:1] * 8}), place / "cats.parquet")
     np.save(place / "keys.npy", rows)
@@ -1645,7 +1647,7 @@ def test_links_out_of_the_folder_are_neither_read_nor_written(
         lambda: changes.configure(index, alpha=2.0),
         lambda: changes.relabel(index, "dog", key_ids=[0]),
         lambda: changes.rollback(index),
-        lambda: store.collect(index),
+        lambda: collect(index),
         lambda: opened(other).save(index),
     ):
         assert refused(call, index / name, "leads out")

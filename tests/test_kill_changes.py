@@ -31,6 +31,8 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
+from retrieval_tip.store import history
+from retrieval_tip.store.writer import collect
 
 D, CLASSES, KEPT = 8, 4, 2
 SEGMENTS = (24, 8, 3)
@@ -88,7 +90,7 @@ OPERATIONS: dict[str, Operation] = {
     "compact": lambda folder, *_: changes.compact(folder),
     "rebuild": lambda folder, *_: changes.rebuild(folder, dtype="float16"),
     "rollback": lambda folder, *_: changes.rollback(folder),
-    "gc": lambda folder, *_: store.collect(folder, 1),
+    "gc": lambda folder, *_: collect(folder, 1),
     "fit": lambda folder, *_: fit_index(folder),
     "build": lambda folder, place, index: built(folder, place, "other", index),
 }
@@ -101,7 +103,7 @@ def _work(job: killing.Job, steps: killing.Steps) -> None:
 
 
 if __name__ == "__main__":
-    labelled_keys.SMALL, store.KEPT_VERSIONS = 0, KEPT
+    labelled_keys.SMALL, history.KEPT_VERSIONS = 0, KEPT
     killing.serve(_work)
     raise SystemExit
 
@@ -111,7 +113,7 @@ def _as_in_the_server() -> Iterator[None]:
     """Segments and versions are few and small."""
     with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(labelled_keys, "SMALL", 0)
-        patch.setattr(store, "KEPT_VERSIONS", KEPT)
+        patch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", KEPT)
         yield
 
 
@@ -303,7 +305,7 @@ def test_a_writer_that_waits_goes_on_when_the_one_at_work_is_killed(
         flock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", look)
-    monkeypatch.setattr(store, "LOCK_WAIT", 60.0)
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 60.0)
     assert server.run(world.job(name, world.copy(tmp_path / "counted"))) == 0
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
     versions = []

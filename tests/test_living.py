@@ -33,6 +33,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
+from retrieval_tip.store.writer import collect
 
 Array = npt.NDArray[Any]
 D, ALPHA, BETA, SCALE = 6, 1.5, 4.0, 10.0
@@ -88,7 +89,7 @@ class Living(RuleBasedStateMachine):
         self.folder = self.place / "index"
         self.patches = [
             mock.patch.object(labelled_keys, "SMALL", self.small),
-            mock.patch.object(store, "KEPT_VERSIONS", KEPT),
+            mock.patch("retrieval_tip.store.history.KEPT_VERSIONS", KEPT),
         ]
         for patch in self.patches:
             patch.start()
@@ -222,7 +223,7 @@ class Living(RuleBasedStateMachine):
 
     @rule(keep=st.integers(1, KEPT))
     def collect(self, keep: int) -> None:
-        gone, freed = store.collect(self.folder, keep)
+        gone, freed = collect(self.folder, keep)
         assert gone == list(self.kept)[: max(0, len(self.kept) - keep)]
         assert freed > 0 or not gone
         self.kept = dict(list(self.kept.items())[-keep:])

@@ -33,6 +33,7 @@ from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, named_in
+from retrieval_tip.store.writer import write
 
 CLASSES = ["cat", "dog", "owl", "eel"]
 N, D = 40, 8
@@ -380,7 +381,7 @@ def test_versions_count_up_and_name_their_parents(tmp_path: Path) -> None:
 def test_the_version_before_is_kept_whole_and_older_ones_are_collected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
+    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
     folder = tmp_path / "x"
     answers = []
     for seed in (1, 2, 3):
@@ -462,13 +463,13 @@ def test_leftovers_of_an_interrupted_first_writer_do_not_block_the_next(tmp_path
 def test_a_damaged_earlier_manifest_keeps_everything_until_it_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
+    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
     folder = tmp_path / "x"
     model(1).save(folder)
     model(2).save(folder)
     (folder / "manifests" / "000001.json").write_bytes(b"{}")
     files = set((folder / "data").iterdir())
-    with store.write(folder):
+    with write(folder):
         assert set((folder / "data").iterdir()) == files  # they may be what the damaged one names
     model(3).save(folder)  # its commit is what lets go of version 1
     assert verify(folder).version == 3
@@ -533,7 +534,7 @@ def test_a_manifest_that_cannot_be_looked_at_is_not_written_over_with_a_first_ve
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, InputError])
 def test_an_exception_leaves_the_folder_as_it_was(index: Path, tmp_path: Path, kind: type[BaseException]) -> None:
     def interrupted(folder: Path) -> None:
-        with store.write(folder) as writer:
+        with write(folder) as writer:
             staged, array = writer.stage_array("keys", (N, D), "float32")
             array[:] = 1
             writer.seal("keys", staged, N)
@@ -551,8 +552,8 @@ def test_an_exception_leaves_the_folder_as_it_was(index: Path, tmp_path: Path, k
 
 def test_a_second_writer_is_refused_with_the_name_of_the_first(index: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom retrieval_tip.store import folder as store\n"
-        "with store.write(Path(sys.argv[1])) as writer:\n"
+        "import sys, time\nfrom pathlib import Path\nfrom retrieval_tip.store.writer import write\n"
+        "with write(Path(sys.argv[1])) as writer:\n"
         "    writer.stage('keys').write_bytes(b'x')\n    print('writing', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(index)], stdout=subprocess.PIPE, text=True) as process:
@@ -572,7 +573,7 @@ def test_a_second_writer_is_refused_with_the_name_of_the_first(index: Path) -> N
 
 def test_two_writers_of_one_process_are_kept_apart(index: Path, tmp_path: Path) -> None:
     for folder in (index, tmp_path / "new"):
-        with store.write(folder) as writer:
+        with write(folder) as writer:
             staged = writer.stage("keys")
             staged.write_bytes(b"x")
             with pytest.raises(StoreError, match="is being written by process"):
@@ -607,7 +608,7 @@ def test_whoever_loses_the_race_for_a_new_folder_does_not_remove_the_winners_wor
 
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00", b"a\nb\x1b[31m" * 1000])
 def test_a_lock_with_strange_text_makes_no_strange_error(index: Path, text: bytes) -> None:
-    with store.write(index):
+    with write(index):
         (index / "lock").write_bytes(text)
         with pytest.raises(StoreError) as error:
             model().save(index)
@@ -790,7 +791,7 @@ def test_an_array_reserved_by_writing_is_the_same_file(tmp_path: Path, monkeypat
     """Where the system has no posix_fallocate."""
     model().save(tmp_path / "a")
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    monkeypatch.setattr(store, "_ZEROS", bytes(100))  # several blocks, and a rest
+    monkeypatch.setattr("retrieval_tip.store.writer._ZEROS", bytes(100))  # several blocks, and a rest
     model().save(tmp_path / "b")
     assert store.read_manifest(tmp_path / "a").files["keys"] == store.read_manifest(tmp_path / "b").files["keys"]
     verify(tmp_path / "b")
@@ -1137,10 +1138,10 @@ def test_settings_may_be_numpy_numbers(tmp_path: Path) -> None:
 def test_every_block_of_a_file_counts(
     index: Path, tmp_path: Path, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "HASHED_AT_A_TIME", at_a_time)
+    monkeypatch.setattr("retrieval_tip.files.HASHED_AT_A_TIME", at_a_time)
     for content in (b"", b"x", bytes(range(256)) * 3):
         (tmp_path / "file").write_bytes(content)
-        assert store._sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+        assert store.sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
     store.Check(index).wait()
 
 

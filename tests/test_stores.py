@@ -46,7 +46,6 @@ from retrieval_tip.lance import draft, key_table, lease, versions
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.objects import Objects
 from retrieval_tip.settings import Settings
-from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import Table
 
 pytestmark = pytest.mark.timeout(120)
@@ -604,7 +603,7 @@ def test_what_is_given_up_is_gone_and_the_rest_is_whole(pets):
 
 
 def test_only_so_many_versions_are_kept(pets, monkeypatch):
-    monkeypatch.setattr(store, "KEPT_VERSIONS", 3)
+    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 3)
     for k in range(1, 6):
         changes.configure(pets.place, k=k)
     assert pets.store.history()["version"].to_pylist() == [4, 5, 6]
@@ -613,7 +612,7 @@ def test_only_so_many_versions_are_kept(pets, monkeypatch):
 
 def test_giving_up_versions_leaves_no_copies_of_the_table(local, monkeypatch):
     """The engine puts pieces together when it gives up versions, in a version of its own that no manifest names."""
-    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
+    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
     monkeypatch.setattr(versions, "PRUNED_EVERY", 4)
     pieces = []
     for seed in range(30, 42):
@@ -630,7 +629,7 @@ def test_a_change_stands_where_nothing_can_be_given_up(beside, monkeypatch):
     def fails(*_):
         raise StoreError("the disk fails")
 
-    monkeypatch.setattr(store, "KEPT_VERSIONS", 1)
+    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 1)
     monkeypatch.setattr(versions, "PRUNED_EVERY", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_table.KeyTable, "prune", fails)
@@ -782,7 +781,7 @@ def test_a_reader_keeps_its_snapshot(pets):
 
 
 def test_two_writers_at_once_lose_nothing(pets, monkeypatch):
-    monkeypatch.setattr(store, "LOCK_WAIT", 60.0)
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 60.0)
     times = 5
     parts = [
         [pets.table(unit_rows(2, D, 50 + 10 * w + i), ["cat", HOSTILE]) for i in range(times)] for w in range(2)

@@ -33,7 +33,7 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.lance import key_table, lease, versions
 from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.lance.objects import Objects
-from retrieval_tip.store import folder as store
+from retrieval_tip.store import history, lock
 
 pytestmark = [killing.needs_fork, pytest.mark.timeout(180)]
 
@@ -106,7 +106,7 @@ def _work(job, steps):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)  # of forks, which its engine has not been used before
-    store.KEPT_VERSIONS, store.LOCK_WAIT, versions.PRUNED_EVERY = KEPT, 60.0, PRUNED_EVERY
+    history.KEPT_VERSIONS, lock.LOCK_WAIT, versions.PRUNED_EVERY = KEPT, 60.0, PRUNED_EVERY
     killing.serve(_work)
     raise SystemExit
 
@@ -115,7 +115,7 @@ if __name__ == "__main__":
 def _as_in_the_server():
     with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
         buckets.use(patch, buckets.endpoint())
-        patch.setattr(store, "KEPT_VERSIONS", KEPT)
+        patch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", KEPT)
         patch.setattr(versions, "PRUNED_EVERY", PRUNED_EVERY)
         patch.setattr(lease, "LEASE", LEASE)
         yield
@@ -123,7 +123,7 @@ def _as_in_the_server():
 
 @pytest.fixture(autouse=True)
 def _patient(impatient, monkeypatch):
-    monkeypatch.setattr(store, "LOCK_WAIT", 60.0)
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 60.0)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ class World:
 def in_here():
     """As in the server, where a module's fixture runs before those of a test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "LOCK_WAIT", 60.0)
+        patch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 60.0)
         yield
 
 
@@ -359,9 +359,9 @@ def test_a_killed_writer_holds_a_bucket_for_no_longer_than_its_lease(server, wor
     place = world.copy(tmp_path, "held", "add")
     server.start(world.job("add", place), step=3)
     assert server.wait() == [-signal.SIGKILL]
-    monkeypatch.setattr(store, "LOCK_WAIT", 0.0)
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
     with pytest.raises(StoreError, match="is being written") as caught:
         changes.configure(place, k=2)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(store, "LOCK_WAIT", 10 * LEASE)
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 10 * LEASE)
     assert changes.configure(place, k=2).version == 5

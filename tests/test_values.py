@@ -33,6 +33,7 @@ from retrieval_tip.store import contents
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.manifest import KINDS, OPTIONAL_KINDS
+from retrieval_tip.store.writer import write
 
 Array = npt.NDArray[Any]
 C, D, Q = 5, 16, 23
@@ -614,7 +615,7 @@ def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, en
 
 
 def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "KEPT_VERSIONS", 2)
+    monkeypatch.setattr("retrieval_tip.store.history.KEPT_VERSIONS", 2)
     first = names(index)
     for version in (2, 3):
         model(values=None).save(index)
@@ -631,7 +632,7 @@ def test_leftovers_of_these_kinds_are_collected_too(index: Path) -> None:
     ]
     for name in left:
         (index / name).write_bytes(b"x")
-    with store.write(index):
+    with write(index):
         assert not [name for name in left if (index / name).exists()]
     assert verify(index).version == 1
 

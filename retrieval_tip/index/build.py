@@ -33,8 +33,8 @@ from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, pl
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
 from retrieval_tip.settings import Built, KeysMet, Settings
-from retrieval_tip.store import folder as store
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.store.writer import Writer, write
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Model
@@ -225,7 +225,7 @@ def _build_folder(
     """Keys are sorted by class in a file; then the index over them, or over what a ``fit`` makes of them."""
     source, encoder, names, weights = made.source, made.encoder, list(made.words.class_names), made.words.weights
     order = np.argsort(made.ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
-    with store.write(folder) as writer:
+    with write(folder) as writer:
         keys, kept, digests = _write_keys(writer, source, encoder, order, dtype)
         order = order[kept]
         ids, d = made.ids[order], keys.shape[1]
@@ -403,7 +403,7 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def _write_keys(
-    writer: store.Writer, source: Source, encoder: Encoder, order: npt.NDArray[np.int64], dtype: str
+    writer: Writer, source: Source, encoder: Encoder, order: npt.NDArray[np.int64], dtype: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[str | None]]:
     """Stream features into the keys' file; the keys, which of ``order`` they are, and their images' digests."""
     place = np.empty(len(order), dtype=np.int64)

@@ -98,7 +98,7 @@ def add(
         skip_known: leave out what the index has under the same label: images by the digest of their bytes, features
             without one by their values, as they are stored.
 
-    Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`store.write`.
+    Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`writer.write`.
     """
     manifest = stores.at(folder).manifest()
     identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
@@ -133,7 +133,7 @@ def merge(folder: Place, other: Place) -> Added:
 
     Keys get ids of this index, and keep their source, digest, views and further columns. Raises BackboneError where the
     backbones differ, InputError where the other index has trained values, which are of no use among other keys, or has
-    no text where this one has; StoreError as :func:`store.write`.
+    no text where this one has; StoreError as :func:`writer.write`.
     """
     target, source = stores.at(folder), stores.at(other)
     if target.resolved == source.resolved:
@@ -161,7 +161,7 @@ def merge(folder: Place, other: Place) -> Added:
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
     """Remove the keys that a condition in SQL over the label store holds for, or by their ids; classes stay.
 
-    Their bytes leave the folder with the last version that has them: see :func:`store.collect`. A LanceDB store only
+    Their bytes leave the folder with the last version that has them: see :func:`writer.collect`. A LanceDB store only
     marks rows as removed, so there it takes :func:`rebuild` before. Raises UsageError unless one of ``where`` and
     ``key_ids`` is given and can work, InputError as :meth:`CacheModel.remove`.
     """
@@ -250,7 +250,7 @@ def configure(
 def compact(folder: Place) -> Changed:
     """Make all keys one segment, indexed as the first one is; nothing is done where they are one.
 
-    Answers are as of a new build of the same keys. Raises StoreError as :func:`store.write`.
+    Answers are as of a new build of the same keys. Raises StoreError as :func:`writer.write`.
     """
     with stores.at(folder).change() as change:
         segments = change.cache.segments

@@ -40,7 +40,7 @@ def copy(model: Model, target: stores.Store, what: str) -> int:
     """Write an opened index to a place that has none; returns its version. ``what`` is said of it in its history.
 
     A LanceDB store keeps no metric and no values. What was fitted is left out there, with a warning, and the copy
-    answers as Tip-Adapter; trained values or encoders raise InputError. StoreError as :func:`store.write`.
+    answers as Tip-Adapter; trained values or encoders raise InputError. StoreError as :func:`writer.write`.
     """
     if not isinstance(target, stores.LanceStore):  # a folder keeps all that a model has, a table some of it
         model.save(str(target), what)

@@ -21,6 +21,7 @@ from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
+from retrieval_tip.store.writer import Writer, collect, write
 
 if TYPE_CHECKING:  # what is asked of a manifest has no need of torch, which takes a second
     from retrieval_tip.cache_model import CacheModel
@@ -130,7 +131,7 @@ class Store(Protocol):
             old = self.manifest(wanted)
             self.check(old)
             following = max(self.next_key_id(manifest) for manifest in (old, current))
-            writer.commit(history.renewed(old, current, following, store.stamp()))
+            writer.commit(history.renewed(old, current, following, history.stamp()))
             return current.version + 1
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
@@ -176,8 +177,8 @@ class FolderStore(Store):
     def has_text(self, manifest: Manifest) -> bool:
         return store.has_text(self.folder, manifest)
 
-    def write(self, wait: float | None = None) -> AbstractContextManager[store.Writer]:
-        return store.write(self.folder, wait)
+    def write(self, wait: float | None = None) -> AbstractContextManager[Writer]:
+        return write(self.folder, wait)
 
     @contextmanager
     def change(self, verify: str = "full") -> Iterator[Change]:
@@ -185,7 +186,7 @@ class FolderStore(Store):
         from retrieval_tip.cache_model import CacheModel
 
         store.read_manifest(self.folder)  # where there is no index, nothing is made
-        with store.write(self.folder) as writer:
+        with write(self.folder) as writer:
             check = store.Check(self.folder, writer.parent, verify)
             cache = CacheModel.load(self.folder, device="cpu", precision="float32", check=check)
             change = Change(cache)
@@ -218,7 +219,7 @@ class FolderStore(Store):
         return store.query(self.folder, sql, predictions, timeout)
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
-        return store.collect(self.folder, keep)
+        return collect(self.folder, keep)
 
 
 class LanceStore(LanceVersions, Store):

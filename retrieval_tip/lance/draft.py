@@ -29,7 +29,7 @@ from retrieval_tip.lance.lance_model import IntArray, LanceModel
 from retrieval_tip.lance.versions import Classes, Writer
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.store import folder as store
+from retrieval_tip.store import history
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import Manifest, Table
 
@@ -258,7 +258,7 @@ class LanceDraft(LanceModel):
         self.manifest = Manifest(
             version=writer.number,
             parent=writer.parent.version if writer.parent else None,
-            **store.stamp(),
+            **history.stamp(),
             n=self.n,
             d=self.d,
             dtype=self.dtype,

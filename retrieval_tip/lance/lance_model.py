@@ -38,8 +38,8 @@ from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.keys import KeyStream, index_over
 from retrieval_tip.retrieval.logits import Nearest, Retrieval
 from retrieval_tip.settings import Built, Settings
-from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.writer import write
 
 HELD_BYTES = 1 << 29
 """Keys up to this size stay in memory once they were read, where there is no index."""
@@ -318,7 +318,7 @@ class LanceModel(AnsweringIndex):
         place[order] = np.arange(len(order))
         key_ids = labels["key_id"].to_numpy()
         by_id = np.argsort(key_ids)
-        with store.write(Path(folder)) as writer:
+        with write(Path(folder)) as writer:
             staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
             for part, keys in self.stored_blocks():
                 rows = by_id[np.searchsorted(key_ids[by_id], part["key_id"].to_numpy())]

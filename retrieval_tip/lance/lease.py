@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.errors import StoreError, one_line
 from retrieval_tip.lance.objects import Objects
+from retrieval_tip.store import lock
 from retrieval_tip.store.lock import busy, locked, this_process
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ MOST_BYTES = 1 << 14
 
 
 @contextmanager
-def held(objects: Objects, wait: float) -> Iterator[Callable[[], None]]:
+def held(objects: Objects, wait: float | None = None) -> Iterator[Callable[[], None]]:
     """The right to be the one writer of a store, within the context; one waits its turn, up to ``wait`` seconds.
+
+    By default that is :data:`lock.LOCK_WAIT`.
 
     It is given as a function to be called right before a commit, which raises StoreError where another may have taken
     it meanwhile. Any exception ends it too. One whose process died holds it for :data:`LEASE` seconds in a bucket, and
@@ -49,7 +52,7 @@ def held(objects: Objects, wait: float) -> Iterator[Callable[[], None]]:
         return
     lease = _Lease(objects)
     try:
-        lease.take(wait)
+        lease.take(lock.LOCK_WAIT if wait is None else wait)
         yield lease.still_held
     finally:
         lease.release()

@@ -239,13 +239,13 @@ class LanceVersions:
 
     @contextmanager
     def write(self, wait: float | None = None) -> Iterator[Writer]:
-        """Write a new version, alone: another writer waits its turn, ``wait`` seconds (:data:`store.LOCK_WAIT`).
+        """Write a new version, alone: another writer waits its turn, ``wait`` seconds (:data:`lock.LOCK_WAIT`).
 
         An exception, or a kill at any moment, leaves the version that was there. Raises StoreError: it is locked, or
         cannot be written.
         """
         self._refuse_others()
-        with lease.held(self.objects, store.LOCK_WAIT if wait is None else wait) as still_held:
+        with lease.held(self.objects, wait) as still_held:
             self._tidy()
             yield Writer(self, still_held, self.manifest() if self.exists() else None)
 
@@ -325,12 +325,12 @@ class LanceVersions:
 
     def prunes(self, number: int) -> bool:
         """Whether the version with this number, once it is there, is to give up versions of the table."""
-        return number % PRUNED_EVERY == 0 and len(self._versions()) >= store.KEPT_VERSIONS
+        return number % PRUNED_EVERY == 0 and len(self._versions()) >= history.KEPT_VERSIONS
 
     def forget_old(self, still_held: Callable[[], None], number: int) -> None:
-        """Give up what is beyond :data:`store.KEPT_VERSIONS`, right after the version with this number."""
-        if len(self._versions()) > store.KEPT_VERSIONS:
-            self._forget(still_held, store.KEPT_VERSIONS, prune=number % PRUNED_EVERY == 0)
+        """Give up what is beyond :data:`history.KEPT_VERSIONS`, right after the version with this number."""
+        if len(self._versions()) > history.KEPT_VERSIONS:
+            self._forget(still_held, history.KEPT_VERSIONS, prune=number % PRUNED_EVERY == 0)
 
 
 def _name(version: int) -> str:

@@ -17,13 +17,13 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.files import real
 from retrieval_tip.store.folder import (
     Check,
-    Writer,
     find_weights,
     read_array,
     read_curve,
     read_labels,
 )
 from retrieval_tip.store.manifest import DataFile, Manifest, Segment
+from retrieval_tip.store.writer import Writer
 
 HELD = ("text", "values", "curve", "metric", "points")
 """What is one file each, and written again only where it is another object."""

@@ -13,20 +13,12 @@ lock                      held by the process that writes
 
 from __future__ import annotations
 
-import datetime
 import errno
-import hashlib
 import itertools
-import math
 import os
-import re
-import shutil
 import stat
-import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,23 +29,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
-from retrieval_tip.files import sync
+from retrieval_tip.errors import StoreError, UsageError, first_line
+from retrieval_tip.files import sha256_of
 from retrieval_tip.store import history as versions
 from retrieval_tip.store.labels import LABEL_SCHEMA
-from retrieval_tip.store.lock import locked
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
+from retrieval_tip.store.manifest import DataFile, Manifest
 from retrieval_tip.store.query import TIMEOUT, ask
 
 T = TypeVar("T")
 
-KEPT_VERSIONS = 32
-"""So many versions are kept by themselves, the current one among them; :func:`collect` keeps fewer."""
-LOCK_WAIT = 30.0
-"""Seconds that a writer waits for another one."""
-
-HASHED_AT_A_TIME = 1 << 24
-"""Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
 VERSIONS_TRIED = 16
 """Times that opening an index starts anew because its version was given up meanwhile."""
 VERIFY = ("full", "fast")
@@ -61,11 +45,6 @@ FAST_BYTES = 1 << 22
 """Files up to this size are hashed whatever is asked for; a fast check takes larger ones by their size."""
 MANIFEST_BYTES = 1 << 28
 """A manifest that is larger was not written here: a million classes take a tenth."""
-
-_ZEROS = bytes(1 << 20)
-_ANY_KIND, _ANY_SUFFIX = "|".join(SUFFIXES), "|".join(sorted({suffix[1:] for suffix in SUFFIXES.values()}))
-_FILE_NAME = re.compile(rf"({_ANY_KIND})-[0-9a-f]{{16}}\.({_ANY_SUFFIX})")
-_TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{{32}})\.tmp")
 
 
 def is_index(folder: Path) -> bool:
@@ -81,7 +60,7 @@ def read_manifest(folder: Path) -> Manifest:
     check_name(folder)
     path = folder / "manifest.json"
     try:
-        manifest = Manifest.from_bytes(_read_manifest(folder, path), str(path))
+        manifest = Manifest.from_bytes(manifest_bytes(folder, path), str(path))
         if manifest.table is not None:
             raise StoreError(f"{path}: is the manifest of a LanceDB store, not of a folder; restore the folder's own")
         return manifest
@@ -100,15 +79,15 @@ def read_version(folder: Path, version: int) -> Manifest:
     path = folder / "manifests" / f"{version:06d}.json"
     manifest = _read_earlier(folder, path)
     if manifest is None:
-        stems = [path.stem for path in _earlier_paths(folder) if path.name != _manifest_name(current)]
+        stems = [path.stem for path in earlier_paths(folder) if path.name != manifest_name(current)]
         there = [*(int(stem) for stem in stems if stem.isdecimal()), current.version]
         raise StoreError(f"{folder}: has no version {version}; there are {', '.join(map(str, there))}")
     return manifest
 
 
-def _read_manifest(folder: Path, path: Path) -> bytes:
+def manifest_bytes(folder: Path, path: Path) -> bytes:
     """A manifest's bytes. Raises StoreError where it is a link that leads out of the folder, or cannot be one."""
-    if not _lies_in(folder, path):
+    if not lies_in(folder, path):
         raise StoreError(f"{path}: is a link that leads out of the index; put the file itself there")
     if not stat.S_ISREG(path.stat().st_mode):  # one look: between two it may be given up
         raise StoreError(f"{path}: is not a file; restore it")  # a pipe would wait for ever
@@ -119,7 +98,7 @@ def _read_manifest(folder: Path, path: Path) -> bytes:
     return raw
 
 
-def _lies_in(folder: Path, path: Path) -> bool:
+def lies_in(folder: Path, path: Path) -> bool:
     """Whether a path is in the folder also when all links are followed."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
@@ -195,11 +174,11 @@ def _problem(folder: Path, file: DataFile, verify: str) -> str | None:
     """What is wrong with a data file, if anything."""
     path = folder / file.name
     try:
-        if not _lies_in(folder, path):
+        if not lies_in(folder, path):
             return f"{path}: is a link that leads out of the index"
         if path.stat().st_size != file.bytes:
             return f"{path}: damaged (has {path.stat().st_size:,} bytes, the manifest says {file.bytes:,})"
-        if (verify == "full" or file.bytes <= FAST_BYTES) and _sha256(path) != file.sha256:
+        if (verify == "full" or file.bytes <= FAST_BYTES) and sha256_of(path) != file.sha256:
             return f"{path}: damaged (its SHA-256 is not the manifest's)"
     except FileNotFoundError:
         return f"{path}: missing"
@@ -346,223 +325,6 @@ def query(folder: Path, sql: str, predictions: Path | None = None, timeout: floa
     return ask(tables, sql, predictions, timeout)
 
 
-class Writer:
-    """A new version of an index folder in the making. Make one with :func:`write`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.parent = read_manifest(folder) if is_index(folder) else None
-        self._staged: list[Path] = []
-        self._files: dict[str, DataFile] = {}
-        self._later: list[Segment] = []
-
-    def stage(self, kind: str) -> Path:
-        """A place to write the data file of this kind, to be closed by :meth:`seal`."""
-        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
-        self._staged.append(path)
-        return path
-
-    def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> tuple[Path, npt.NDArray[Any]]:
-        """A writable memory-mapped array, its disk space reserved first (a full disk must not end in SIGBUS)."""
-        path = self.stage(kind)
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        with path.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            start = file.tell()
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            file.flush()
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), start, size)
-            else:  # macOS and Windows: writing is what reserves
-                for at in range(0, size, len(_ZEROS)):
-                    file.write(_ZEROS[: size - at])
-        return path, np.lib.format.open_memmap(path, mode="r+")
-
-    def seal(self, kind: str, staged: Path, rows: int) -> Path:
-        """Flush a staged file to disk and move it to the name that its content gives it."""
-        self._files[kind] = entry = self._seal(kind, staged, rows)
-        return self.folder / entry.name
-
-    def _seal(self, kind: str, staged: Path, rows: int) -> DataFile:
-        with staged.open("rb+") as file:
-            os.fsync(file.fileno())
-        digest = _sha256(staged)
-        entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
-        staged.replace(self.folder / entry.name)
-        self._staged.remove(staged)
-        return entry
-
-    def seal_array(self, kind: str, array: npt.NDArray[Any]) -> Path:
-        """Write a large array ``[rows, columns]`` as the data file of this kind. See :meth:`stage_array`."""
-        return self.seal(kind, self._written(kind, array), len(array))
-
-    def _written(self, kind: str, array: npt.NDArray[Any]) -> Path:
-        staged, place = self.stage_array(kind, array.shape, array.dtype)
-        place[:] = array
-        place.flush()  # type: ignore[attr-defined]  # a memmap
-        return staged
-
-    def seal_table(self, kind: str, table: pa.Table) -> Path:
-        """Write a table as the data file of this kind. Raises InputError as :func:`write_table`."""
-        return self.seal(kind, self._written_table(kind, table), len(table))
-
-    def _written_table(self, kind: str, table: pa.Table) -> Path:
-        staged = self.stage(kind)
-        write_table(staged, table, kind)
-        return staged
-
-    def seal_later(self, keys: npt.NDArray[Any], labels: pa.Table) -> Segment:
-        """Write a segment ``[m, d]`` that comes after those before, with its labels, which are grouped by class."""
-        rows = len(labels)
-        self.keep_later(
-            Segment(
-                self._seal("keys", self._written("keys", keys), rows),
-                self._seal("labels", self._written_table("labels", labels), rows),
-            )
-        )
-        return self._later[-1]
-
-    def keep_later(self, segment: Segment) -> None:
-        """Share a segment with the version before; it comes after those before."""
-        self._later.append(segment)
-
-    def seal_weights(self, path: Path) -> Path:
-        """Copy a safetensors file as the ``weights``; one of the version before is shared with it.
-
-        Raises StoreError where the file is none.
-        """
-        shared = self.parent.files.get("weights") if self.parent else None
-        if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
-            self.keep("weights")
-            return path
-        number = count_tensors(path)
-        staged = self.stage("weights")
-        shutil.copyfile(path, staged)
-        return self.seal("weights", staged, number)
-
-    def keep(self, kind: str) -> None:
-        """Share the data file of this kind with the version before."""
-        assert self.parent is not None
-        self._files[kind] = self.parent.files[kind]
-
-    def keep_all(self) -> None:
-        """Share every data file with the version before."""
-        assert self.parent is not None
-        self._files |= self.parent.files
-        self._later = list(self.parent.later)
-
-    def discard(self, staged: Path) -> None:
-        """Give up a staged file."""
-        staged.unlink(missing_ok=True)
-        self._staged.remove(staged)
-
-    def commit(self, manifest: Manifest) -> None:
-        """Make the sealed files the current version. Until the last rename the old version stands.
-
-        Raises InputError for a setting or a name that a manifest cannot hold.
-        """
-        raw = versions.sealed(manifest, self.folder)
-        sync(self.folder / "data")
-        if self.parent is not None:
-            earlier = self.folder / "manifests"
-            earlier.mkdir(exist_ok=True)
-            _write(earlier / _manifest_name(self.parent), (self.folder / "manifest.json").read_bytes())
-            sync(earlier)
-        sync(self.folder)
-        _write(self.folder / "manifest.json", raw)
-        # The new version stands, so nothing below may fail; what is not done here the next writer does.
-        sync(self.folder)
-        sync(self.folder.parent)
-        with suppress(OSError, StoreError):
-            _forget(self.folder, KEPT_VERSIONS)
-
-    @property
-    def later(self) -> list[Segment]:
-        """The further segments that were sealed or kept."""
-        return list(self._later)
-
-    @property
-    def files(self) -> dict[str, DataFile]:
-        """The data files that were sealed or kept, by kind."""
-        return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
-
-    def abandon(self) -> None:
-        """Remove what is staged; what is sealed but in no manifest is collected."""
-        for path in self._staged:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-@contextmanager
-def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
-    """Write a new version of an index, alone: another writer waits its turn, ``wait`` seconds.
-
-    By default that is :data:`LOCK_WAIT`. An exception, or a kill at any moment, leaves the version that was there;
-    folders that were not there are removed again. Raises StoreError: the folder is something else, is locked, cannot be
-    written, or the disk is full.
-    """
-    check_name(folder)
-    for name in ("data", "manifests", "lock", "manifest.json"):
-        if not _lies_in(folder, folder / name):
-            raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
-    made: list[Path] = []
-    try:
-        made += [path for path in (folder, *folder.parents) if not path.exists()]
-        if folder.is_file():
-            raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
-        if not all(_is_own(name) for name in _names_in(folder)) and not is_index(folder):
-            raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
-        with locked(folder, folder, LOCK_WAIT if wait is None else wait):
-            try:
-                _tidy(folder)
-                writer = Writer(folder)
-                try:
-                    yield writer
-                finally:
-                    writer.abandon()
-                    _tidy(folder)
-            finally:
-                if not is_index(folder):
-                    _remove_own(folder)
-    except OSError as error:
-        raise StoreError(
-            f"{error.filename2 or error.filename or folder}: cannot be written: {error.strerror or error}; "
-            "nothing was changed"
-        ) from error
-    finally:
-        with suppress(OSError):  # a folder that is not empty stays: another writer may have moved in
-            for path in made if not is_index(folder) else ():
-                path.rmdir()
-
-
-def _names_in(folder: Path) -> list[str]:
-    """What lies in a folder, if it is there; looked at before :func:`is_index`, for another writer may make it one."""
-    try:
-        return [entry.name for entry in folder.iterdir()]
-    except FileNotFoundError:
-        return []
-
-
-def _is_own(name: str) -> bool:
-    """Whether an interrupted writer of a first version can have left this in the folder."""
-    return name in ("data", "manifests", "lock") or _TEMPORARY.fullmatch(name) is not None
-
-
-def _remove_own(folder: Path) -> None:
-    """Remove what a failed first version leaves; under its lock, for after it these could be another writer's."""
-    with suppress(OSError):
-        for empty in (folder / "manifests", folder / "data"):
-            if empty.exists():
-                empty.rmdir()
-        (folder / "lock").unlink()
-
-
-def stamp() -> dict[str, Any]:
-    """When and by what a manifest is written."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"created_at": now, "created_by": f"retrieval-tip {version('retrieval-tip')}"}
-
-
 def next_key_id(folder: Path, manifest: Manifest) -> int:
     """The first key id that was never given up to a version, as far as it says. Raises StoreError as read_labels."""
     if manifest.next_key_id is not None:
@@ -573,7 +335,7 @@ def next_key_id(folder: Path, manifest: Manifest) -> int:
 def earlier_manifests(folder: Path) -> list[Manifest]:
     """The earlier versions that are kept, oldest first. Raises StoreError where one is damaged."""
     for _ in range(VERSIONS_TRIED):
-        manifests = [_read_earlier(folder, path) for path in _earlier_paths(folder)]
+        manifests = [_read_earlier(folder, path) for path in earlier_paths(folder)]
         if None not in manifests:  # else some were given up meanwhile, and those that were read may have gaps
             break
     return [manifest for manifest in manifests if manifest is not None]
@@ -591,12 +353,12 @@ def check_earlier(folder: Path) -> None:
         try:
             Check(folder, manifest, known=known).wait()
         except StoreError:
-            if (folder / "manifests" / _manifest_name(manifest)).exists():  # else it was given up meanwhile
+            if (folder / "manifests" / manifest_name(manifest)).exists():  # else it was given up meanwhile
                 raise
         known |= set(manifest.data_files)
 
 
-def _earlier_paths(folder: Path) -> list[Path]:
+def earlier_paths(folder: Path) -> list[Path]:
     """The manifests of earlier versions, oldest first. Raises StoreError where they cannot be listed."""
     place = folder / "manifests"
     try:
@@ -611,120 +373,22 @@ def _earlier_paths(folder: Path) -> list[Path]:
 def _read_earlier(folder: Path, path: Path) -> Manifest | None:
     """The manifest of an earlier version; ``None`` where it was given up, even just now."""
     try:
-        return Manifest.from_bytes(_read_manifest(folder, path), str(path), "index gc gives earlier versions up")
+        return Manifest.from_bytes(manifest_bytes(folder, path), str(path), "index gc gives earlier versions up")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what an interrupted or failed writer left: data files that no kept manifest names, and temporary files."""
-    try:
-        current = read_manifest(folder) if is_index(folder) else None
-        if current is not None:  # put there for a next version that never was
-            (folder / "manifests" / _manifest_name(current)).unlink(missing_ok=True)
-        raws = [_read_manifest(folder, path) for path in _earlier_paths(folder)]
-        names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
-        if None in names:
-            return  # what a damaged manifest names is not known, so everything stays
-        named = {folder / name for part in names for name in part or ()}
-        paths = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
-    except (OSError, StoreError):
-        return
-    for path in (path for path in paths if path not in named):
-        if _FILE_NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
-            with suppress(OSError):
-                path.unlink()
-    with suppress(OSError):  # only if it is empty
-        (folder / "manifests").rmdir()
-
-
-def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
-    """Give up all versions but the last ``keep``, and remove the files that only they name: versions, bytes.
-
-    A reader that has an older version open keeps it, where the system lets an open file be removed. Raises StoreError
-    as :func:`write`, UsageError where ``keep`` is below 1.
-    """
-    if keep < 1:
-        raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
-    read_manifest(folder)
-    with write(folder):
-        before = _size(folder)
-        gone = _forget(folder, keep)
-        _tidy(folder)
-        return gone, before - _size(folder)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in (*folder.glob("data/*"), *folder.glob("manifests/*")))
-
-
-def _forget(folder: Path, keep: int) -> list[int]:
-    """Remove the manifests of all versions but the last ``keep``, of which one is the current."""
-    paths = _earlier_paths(folder)
-    gone = paths[: max(0, len(paths) + 1 - keep)]
-    for path in gone:
-        path.unlink()
-    return [int(path.stem) for path in gone if path.stem.isdecimal()]
-
-
-def _manifest_name(manifest: Manifest) -> str:
+def manifest_name(manifest: Manifest) -> str:
+    """The file of a version's manifest, once there is a later one."""
     return f"{manifest.version:06d}.json"
-
-
-def _is_text(text: str) -> bool:
-    """Whether text is whole Unicode, which duckdb, Parquet and FAISS insist on."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_name(folder: Path) -> None:
     """Raise StoreError for a name that no index folder can have."""
-    if not _is_text(str(folder)):
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
         shown = str(folder).encode("utf-8", "backslashreplace").decode()
-        raise StoreError(f"{shown}: the folder's name is not UTF-8, which FAISS needs; give another one")
-
-
-def write_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write a small ``.npy`` file."""
-    with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def write_table(path: Path, table: pa.Table, what: str) -> None:
-    """Write a Parquet file: the label store or the loss curve, which ``what`` names.
-
-    Raises InputError where a column has a type that Parquet cannot hold.
-    """
-    try:
-        with path.open("wb") as file:
-            pq.write_table(table, file)
-    except pa.ArrowException as error:
-        raise InputError(f"{what}: a column cannot be kept ({first_line(error)})") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sha256(path: Path) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    block = bytearray(min(max(size, 1), HASHED_AT_A_TIME))
-    with path.open("rb", buffering=0) as file:
-        while read := file.readinto(block):
-            digest.update(memoryview(block)[:read])
-    return digest.hexdigest()
+        raise StoreError(f"{shown}: the folder's name is not UTF-8, which FAISS needs; give another one") from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,15 @@ import pyarrow as pa
 from retrieval_tip.errors import InputError
 from retrieval_tip.store.labels import versions_table
 from retrieval_tip.store.manifest import Manifest
+
+KEPT_VERSIONS = 32
+"""So many versions are kept by themselves, the current one among them; ``index gc`` keeps fewer."""
+
+
+def stamp() -> dict[str, Any]:
+    """Time and program, of a manifest that is written now."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created_at": now, "created_by": f"retrieval-tip {version('retrieval-tip')}"}
 
 
 def sealed(manifest: Manifest, place: object) -> bytes:

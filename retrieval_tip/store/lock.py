@@ -17,6 +17,8 @@ import filelock
 from retrieval_tip.errors import StoreError, one_line
 from retrieval_tip.files import make_folders
 
+LOCK_WAIT = 30.0
+"""Seconds that a writer waits for another one, where it is not told."""
 POLL = 0.02
 """Seconds between two looks of a writer that waits."""
 TRIES = 16
@@ -24,18 +26,19 @@ TRIES = 16
 
 
 @contextmanager
-def locked(folder: Path, place: object, wait: float) -> Iterator[None]:
+def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[None]:
     """The right to write a folder, within the context; a writer waits its turn, up to ``wait`` seconds.
 
-    The folder and its ``data`` are made; another writer that fails to make a first version removes them under its lock.
-    Raises StoreError, which calls the folder ``place``, where another holds the lock for longer, or it cannot be had.
+    By default that is :data:`LOCK_WAIT`. The folder and its ``data`` are made; another writer that fails to make a
+    first version removes them under its lock. Raises StoreError, which calls the folder ``place``, where another holds
+    the lock for longer, or it cannot be had.
     """
     path, data = folder / "lock", folder / "data"
     lock = filelock.FileLock(path)
     for left in reversed(range(TRIES)):
         try:
             make_folders(data)
-            lock.acquire(timeout=wait, poll_interval=POLL)
+            lock.acquire(timeout=LOCK_WAIT if wait is None else wait, poll_interval=POLL)
             break
         except filelock.Timeout:
             raise busy(place, _owner(path)) from None

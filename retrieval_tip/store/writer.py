@@ -1,0 +1,329 @@
+"""The next version of an index folder: data files are written, flushed and renamed in, then the manifest.
+
+A kill at any moment leaves the version that was there; what is left over is removed by the next writer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
+from retrieval_tip.files import sha256_of, sync
+from retrieval_tip.store import history, lock
+from retrieval_tip.store.folder import (
+    check_name,
+    count_tensors,
+    earlier_paths,
+    is_index,
+    lies_in,
+    manifest_bytes,
+    manifest_name,
+    read_manifest,
+)
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Segment, named_in
+
+_ZEROS = bytes(1 << 20)
+_ANY_KIND, _ANY_SUFFIX = "|".join(SUFFIXES), "|".join(sorted({suffix[1:] for suffix in SUFFIXES.values()}))
+_FILE_NAME = re.compile(rf"({_ANY_KIND})-[0-9a-f]{{16}}\.({_ANY_SUFFIX})")
+_TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{{32}})\.tmp")
+
+
+class Writer:
+    """A new version of an index folder in the making. Make one with :func:`write`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parent = read_manifest(folder) if is_index(folder) else None
+        self._staged: list[Path] = []
+        self._files: dict[str, DataFile] = {}
+        self._later: list[Segment] = []
+
+    def stage(self, kind: str) -> Path:
+        """A place to write the data file of this kind, to be closed by :meth:`seal`."""
+        path = self.folder / "data" / f".{kind}-{uuid.uuid4().hex}{SUFFIXES[kind]}.tmp"
+        self._staged.append(path)
+        return path
+
+    def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> tuple[Path, npt.NDArray[Any]]:
+        """A writable memory-mapped array, its disk space reserved first (a full disk must not end in SIGBUS)."""
+        path = self.stage(kind)
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            start = file.tell()
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            file.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), start, size)
+            else:  # macOS and Windows: writing is what reserves
+                for at in range(0, size, len(_ZEROS)):
+                    file.write(_ZEROS[: size - at])
+        return path, np.lib.format.open_memmap(path, mode="r+")
+
+    def seal(self, kind: str, staged: Path, rows: int) -> Path:
+        """Flush a staged file to disk and move it to the name that its content gives it."""
+        self._files[kind] = entry = self._seal(kind, staged, rows)
+        return self.folder / entry.name
+
+    def _seal(self, kind: str, staged: Path, rows: int) -> DataFile:
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
+        digest = sha256_of(staged)
+        entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, staged.stat().st_size, digest)
+        staged.replace(self.folder / entry.name)
+        self._staged.remove(staged)
+        return entry
+
+    def seal_array(self, kind: str, array: npt.NDArray[Any]) -> Path:
+        """Write a large array ``[rows, columns]`` as the data file of this kind. See :meth:`stage_array`."""
+        return self.seal(kind, self._written(kind, array), len(array))
+
+    def _written(self, kind: str, array: npt.NDArray[Any]) -> Path:
+        staged, place = self.stage_array(kind, array.shape, array.dtype)
+        place[:] = array
+        place.flush()  # type: ignore[attr-defined]  # a memmap
+        return staged
+
+    def seal_table(self, kind: str, table: pa.Table) -> Path:
+        """Write a table as the data file of this kind. Raises InputError as :func:`write_table`."""
+        return self.seal(kind, self._written_table(kind, table), len(table))
+
+    def _written_table(self, kind: str, table: pa.Table) -> Path:
+        staged = self.stage(kind)
+        write_table(staged, table, kind)
+        return staged
+
+    def seal_later(self, keys: npt.NDArray[Any], labels: pa.Table) -> Segment:
+        """Write a segment ``[m, d]`` that comes after those before, with its labels, which are grouped by class."""
+        rows = len(labels)
+        self.keep_later(
+            Segment(
+                self._seal("keys", self._written("keys", keys), rows),
+                self._seal("labels", self._written_table("labels", labels), rows),
+            )
+        )
+        return self._later[-1]
+
+    def keep_later(self, segment: Segment) -> None:
+        """Share a segment with the version before; it comes after those before."""
+        self._later.append(segment)
+
+    def seal_weights(self, path: Path) -> Path:
+        """Copy a safetensors file as the ``weights``; one of the version before is shared with it.
+
+        Raises StoreError where the file is none.
+        """
+        shared = self.parent.files.get("weights") if self.parent else None
+        if shared is not None and path.resolve() == (self.folder / shared.name).resolve():
+            self.keep("weights")
+            return path
+        number = count_tensors(path)
+        staged = self.stage("weights")
+        shutil.copyfile(path, staged)
+        return self.seal("weights", staged, number)
+
+    def keep(self, kind: str) -> None:
+        """Share the data file of this kind with the version before."""
+        assert self.parent is not None
+        self._files[kind] = self.parent.files[kind]
+
+    def keep_all(self) -> None:
+        """Share every data file with the version before."""
+        assert self.parent is not None
+        self._files |= self.parent.files
+        self._later = list(self.parent.later)
+
+    def discard(self, staged: Path) -> None:
+        """Give up a staged file."""
+        staged.unlink(missing_ok=True)
+        self._staged.remove(staged)
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make the sealed files the current version. Until the last rename the old version stands.
+
+        Raises InputError for a setting or a name that a manifest cannot hold.
+        """
+        raw = history.sealed(manifest, self.folder)
+        sync(self.folder / "data")
+        if self.parent is not None:
+            earlier = self.folder / "manifests"
+            earlier.mkdir(exist_ok=True)
+            _write(earlier / manifest_name(self.parent), (self.folder / "manifest.json").read_bytes())
+            sync(earlier)
+        sync(self.folder)
+        _write(self.folder / "manifest.json", raw)
+        # The new version stands, so nothing below may fail; what is not done here the next writer does.
+        sync(self.folder)
+        sync(self.folder.parent)
+        with suppress(OSError, StoreError):
+            _forget(self.folder, history.KEPT_VERSIONS)
+
+    @property
+    def later(self) -> list[Segment]:
+        """The further segments that were sealed or kept."""
+        return list(self._later)
+
+    @property
+    def files(self) -> dict[str, DataFile]:
+        """The data files that were sealed or kept, by kind."""
+        return {kind: self._files[kind] for kind in SUFFIXES if kind in self._files}
+
+    def abandon(self) -> None:
+        """Remove what is staged; what is sealed but in no manifest is collected."""
+        for path in self._staged:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
+    """Write a new version of an index, alone: another writer waits its turn, ``wait`` seconds.
+
+    By default that is :data:`lock.LOCK_WAIT`. An exception, or a kill at any moment, leaves the version that was there;
+    folders that were not there are removed again. Raises StoreError: the folder is something else, is locked, cannot be
+    written, or the disk is full.
+    """
+    check_name(folder)
+    for name in ("data", "manifests", "lock", "manifest.json"):
+        if not lies_in(folder, folder / name):
+            raise StoreError(f"{folder / name}: is a link that leads out of the index; nothing was changed")
+    made: list[Path] = []
+    try:
+        made += [path for path in (folder, *folder.parents) if not path.exists()]
+        if folder.is_file():
+            raise StoreError(f"{folder}: is a file; an index is a folder, give another --out")
+        if not all(_is_own(name) for name in _names_in(folder)) and not is_index(folder):
+            raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
+        with lock.locked(folder, folder, wait):
+            try:
+                _tidy(folder)
+                writer = Writer(folder)
+                try:
+                    yield writer
+                finally:
+                    writer.abandon()
+                    _tidy(folder)
+            finally:
+                if not is_index(folder):
+                    _remove_own(folder)
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename2 or error.filename or folder}: cannot be written: {error.strerror or error}; "
+            "nothing was changed"
+        ) from error
+    finally:
+        with suppress(OSError):  # a folder that is not empty stays: another writer may have moved in
+            for path in made if not is_index(folder) else ():
+                path.rmdir()
+
+
+def _names_in(folder: Path) -> list[str]:
+    """What lies in a folder, if it is there; looked at before :func:`is_index`, for another writer may make it one."""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+
+
+def _is_own(name: str) -> bool:
+    """Whether an interrupted writer of a first version can have left this in the folder."""
+    return name in ("data", "manifests", "lock") or _TEMPORARY.fullmatch(name) is not None
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove what a failed first version leaves; under its lock, for after it these could be another writer's."""
+    with suppress(OSError):
+        for empty in (folder / "manifests", folder / "data"):
+            if empty.exists():
+                empty.rmdir()
+        (folder / "lock").unlink()
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what an interrupted or failed writer left: data files that no kept manifest names, and temporary files."""
+    try:
+        current = read_manifest(folder) if is_index(folder) else None
+        if current is not None:  # put there for a next version that never was
+            (folder / "manifests" / manifest_name(current)).unlink(missing_ok=True)
+        raws = [manifest_bytes(folder, path) for path in earlier_paths(folder)]
+        names = [named_in(raw) for raw in raws] + [{file.name for file in current.data_files} if current else set()]
+        if None in names:
+            return  # what a damaged manifest names is not known, so everything stays
+        named = {folder / name for part in names for name in part or ()}
+        paths = [*(folder / "data").iterdir(), *folder.glob(".*.tmp"), *folder.glob("manifests/.*.tmp")]
+    except (OSError, StoreError):
+        return
+    for path in (path for path in paths if path not in named):
+        if _FILE_NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
+    with suppress(OSError):  # only if it is empty
+        (folder / "manifests").rmdir()
+
+
+def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
+    """Give up all versions but the last ``keep``, and remove the files that only they name: versions, bytes.
+
+    A reader that has an older version open keeps it, where the system lets an open file be removed. Raises StoreError
+    as :func:`write`, UsageError where ``keep`` is below 1.
+    """
+    if keep < 1:
+        raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
+    read_manifest(folder)
+    with write(folder):
+        before = _size(folder)
+        gone = _forget(folder, keep)
+        _tidy(folder)
+        return gone, before - _size(folder)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (*folder.glob("data/*"), *folder.glob("manifests/*")))
+
+
+def _forget(folder: Path, keep: int) -> list[int]:
+    """Remove the manifests of all versions but the last ``keep``, of which one is the current."""
+    paths = earlier_paths(folder)
+    gone = paths[: max(0, len(paths) + 1 - keep)]
+    for path in gone:
+        path.unlink()
+    return [int(path.stem) for path in gone if path.stem.isdecimal()]
+
+
+def write_table(path: Path, table: pa.Table, what: str) -> None:
+    """Write a Parquet file: the label store or the loss curve, which ``what`` names.
+
+    Raises InputError where a column has a type that Parquet cannot hold.
+    """
+    try:
+        with path.open("wb") as file:
+            pq.write_table(table, file)
+    except pa.ArrowException as error:
+        raise InputError(f"{what}: a column cannot be kept ({first_line(error)})") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
