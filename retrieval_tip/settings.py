@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self, get_args
 
 from retrieval_tip.errors import UsageError
 
@@ -12,6 +12,8 @@ KeysMet = int | Literal["all"] | None
 """How many of the nearest keys a query meets, as a call says it: ``None`` is what the index's settings say."""
 
 
+LATER = {"later": True}
+"""Of a setting that the first format did not have: a manifest without it has its default."""
 FITTED = ("least_cache", "log_offset")
 """Settings that only a fit finds; ``None`` without one."""
 
@@ -39,8 +41,8 @@ class Settings:
     k: int | None = None
     tail: bool = True
     temperature: float = 1.0
-    least_cache: float | None = None
-    log_offset: float | None = None
+    least_cache: float | None = field(default=None, metadata=LATER)
+    log_offset: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "logit_scale", "temperature"):
@@ -81,6 +83,12 @@ class Settings:
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
 
 
+MetricName = Literal["none", "within"]
+ValuesName = Literal["one-hot", "solved"]
+METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
+"""What a fit may take for each letter of the method (:mod:`tip`)."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """How the metric and the values of an index were fitted to its shots (:mod:`fit.closed_form`).
@@ -96,7 +104,7 @@ class Fitted:
     keys: int
 
     def __post_init__(self) -> None:
-        if self.metric not in ("none", "within") or self.values not in ("one-hot", "solved"):
+        if self.metric not in METRICS or self.values not in VALUES:
             raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} are none that are known")
         for given, needed in ((self.shrinkage, self.metric == "within"), (self.ridge, self.values == "solved")):
             if (given is not None) != needed or (given is not None and not (_is_finite(given) and given >= 0)):

@@ -332,7 +332,8 @@ SOURCES: dict[str, tuple[str, bytes | None, str]] = {
     "text file": ("t.txt", b"x", "not a source"),
     "no suffix": ("t", b"x", "not a source"),
     "picture": ("t.png", b"x", "not a source"),
-    "archive": ("t.tar.gz", b"x", "not a source"),
+    "archive": ("t.zip", b"x", "not a source"),
+    "damaged tar": ("t.tar.gz", b"x", "cannot be read as a tar"),
     "missing": ("gone.csv", None, "no such file"),
     "name too long": ("x" * 300 + ".csv", None, "no such file"),
 }
@@ -912,7 +913,7 @@ def gallery(lit_mini: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Gal
 @pytest.fixture
 def see(run: Run, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line with a backbone that is loaded already."""
-    monkeypatch.setattr("retrieval_tip.backbones.open_clip.load_backbone", lambda *_, **__: lit_mini)
+    monkeypatch.setattr("retrieval_tip.backbones.loading.load_backbone", lambda *_, **__: lit_mini)
     return run
 
 

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
 from retrieval_tip.retrieval.vector_index import faiss
+from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
@@ -230,15 +232,24 @@ def test_manifest_without_a_field_is_refused(index: Path) -> None:
     def without(entries: dict[str, Any]) -> list[dict[str, Any]]:
         return [{k: v for k, v in entries.items() if k != left_out} for left_out in entries]
 
-    wrong = without({key: value for key, value in body.items() if key != "sha256"})
+    later = {field.name for field in fields(Settings) if field.metadata.get("later")}
+    wrong = without({key: value for key, value in body.items() if key not in {"sha256", *later}})
     wrong += [body | {"files": part} for part in without(files)]
     wrong += [body | {"files": files | {"keys": part}} for part in without(keys)]
     wrong += [body | {"files": files | {"extra": keys}}, body | {"files": files | {"keys": keys | {"extra": 1}}}]
-    assert len(wrong) == 29 + 4 + 4 + 2
+    assert len(wrong) == 27 + 4 + 4 + 2
     for manifest in wrong:
         with pytest.raises(StoreError) as error:
             Manifest.from_bytes(sealed(manifest), "m.json")
         one_line(error, "m.json")
+
+
+def test_a_setting_that_came_later_has_its_default_where_a_manifest_lacks_it(index: Path) -> None:
+    body = body_of(index)
+    for setting in (field for field in fields(Settings) if field.metadata.get("later")):
+        older = {key: value for key, value in body.items() if key not in ("sha256", setting.name)}
+        settings = Manifest.from_bytes(sealed(older), "m.json").settings
+        assert getattr(settings, setting.name) == setting.default
 
 
 def test_manifest_that_does_not_fit_the_arrays_is_refused(index: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, SHARE, VIEWS_COUNT, K, count
+from retrieval_tip.settings import METRICS, VALUES
 
 if TYPE_CHECKING:
     from retrieval_tip.settings import KeysMet
@@ -43,9 +44,9 @@ def grouped(name: str, kind: type[Any], *shown: Callable[[Command], Command]) ->
 
 
 LETTERS = options(
-    click.option("--metric", type=click.Choice(["none", "within"]),
+    click.option("--metric", type=click.Choice(METRICS),
                  help="within: directions in which photographs of a class differ count little.  [default: chosen]"),
-    click.option("--values", type=click.Choice(["one-hot", "solved"]),
+    click.option("--values", type=click.Choice(VALUES),
                  help="solved: by ridge regression, what each key gives to each class.  [default: chosen]"),
 )  # fmt: skip
 

@@ -34,13 +34,11 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.retrieval.segments import Segments
 from retrieval_tip.retrieval.vector_index import inner_factory
-from retrieval_tip.settings import Fitted, Settings
+from retrieval_tip.settings import METRICS, VALUES, Fitted, Settings
 from retrieval_tip.store.labels import images_of
 
 Keys = npt.NDArray[Any] | Segments
 IntArray = npt.NDArray[np.int64]
-
-METRICS, VALUES = ("none", "within"), ("one-hot", "solved")
 
 FOLDS, MOST_FOLDS = 4, 8
 """Folds that a form is chosen by, and those that the chosen one is judged by where the keys are few."""

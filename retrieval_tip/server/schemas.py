@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from retrieval_tip.server.problems import MEDIA
+from retrieval_tip.settings import MetricName, ValuesName
 
 EXAMPLE_FEATURE = [0.6, 0.8]
 
@@ -52,8 +53,8 @@ class Index(BaseModel):
     text: bool
     least_cache: float | None
     log_offset: float | None
-    metric: Literal["none", "within"]
-    values: Literal["one-hot", "solved", "trained"]
+    metric: MetricName
+    values: Literal[ValuesName, "trained"]
     changes: bool
 
 

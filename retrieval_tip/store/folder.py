@@ -136,18 +136,9 @@ class Check:
 
     def wait(self) -> None:
         """Return when every file is as the manifest says. Raises StoreError naming the first that is not."""
-        for problem in self._problems:
-            _refuse(problem.result())
-
-
-def check_file(folder: Path, file: DataFile, verify: str = "full") -> None:
-    """Compare one data file with what its manifest says of it, as :class:`Check` does, and raise StoreError as it."""
-    _refuse(_problem(folder, file, verify))
-
-
-def _refuse(problem: str | None) -> None:
-    if problem:
-        raise StoreError(f"{problem}; restore it, go back to a version before it, or build the index again")
+        for future in self._problems:
+            if problem := future.result():
+                raise StoreError(f"{problem}; restore it, go back to a version before it, or build the index again")
 
 
 def opened(

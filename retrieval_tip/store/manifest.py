@@ -16,7 +16,7 @@ from typing import Any
 
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import BackboneError, StoreError, UsageError
-from retrieval_tip.settings import FITTED, Built, Fitted, Settings
+from retrieval_tip.settings import Built, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 TABLE_FORMAT, FITTED_FORMAT, FORMAT_VERSION = 3, 4, 5
@@ -174,11 +174,12 @@ class Manifest:
         if stated["format_version"] < TABLE_FORMAT:
             stated = dict(stated) | {"table": None}
         if stated["format_version"] < FITTED_FORMAT:
-            stated = dict(stated) | {"fitted": None} | dict.fromkeys(FITTED)
+            stated = dict(stated) | {"fitted": None}
         if stated["format_version"] < FORMAT_VERSION:
             stated = dict(stated) | {"built": _built(stated["provenance"])}
         body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
-        settings = Settings(**{field.name: stated[field.name] for field in fields(Settings)})
+        needed = [field.name for field in fields(Settings) if field.name in stated or not field.metadata.get("later")]
+        settings = Settings(**{name: stated[name] for name in needed})
         _need(_whole(body["version"], 1), "version")
         _need(body["parent"] is None or (_whole(body["parent"], 1) and body["parent"] < body["version"]), "parent")
         _need(all(isinstance(body[key], str) for key in ("created_at", "created_by", "dtype", "index")), "text")
