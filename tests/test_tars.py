@@ -17,7 +17,7 @@ from test_shards import jpeg, tar
 from retrieval_tip import CacheModel
 from retrieval_tip.data import remote, tars
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.sources import open_inputs, open_items, open_source, read_item
+from retrieval_tip.data.sources import is_there, open_inputs, open_items, open_source, read_item
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.finetune import shots_of
 
@@ -173,6 +173,17 @@ def test_another_tar_in_the_place_of_one_is_read_anew(tmp_path):
     path.unlink()
     with pytest.raises(InputError):
         read_item(name)
+    assert not is_there(name)
+
+
+def test_a_tar_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    buckets.use(monkeypatch, buckets.endpoint())
+    url = f"s3://{buckets.fresh_bucket()}/t.tar"
+    with pytest.raises(InputError, match=r"t\.tar: no images in 1 tar .*no such object"):
+        open_items(url)
+    remote.system_of(url).pipe_file(url, tar(tmp_path / "t.tar", [("x.jpg", jpeg(1))]).read_bytes())
+    (name,) = open_items(url).paths
+    assert (name, read_item(name), is_there(name)) == (f"{url}/x.jpg", jpeg(1), True)
 
 
 def test_tars_come_among_other_inputs_in_order(tmp_path):

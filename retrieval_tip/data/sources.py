@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ def read_item(path: str) -> bytes:
 def is_there(path: str) -> bool:
     """Whether an image is there, as far as it can be told without asking an object store."""
     if (tar := tars.tar_of(path)) is not None:
-        return path in tars.opened(tar).places
+        with suppress(InputError):
+            return path in tars.opened(tar).places
+        return False
     return remote.is_remote(path) or os.path.isfile(path)
 
 
@@ -282,7 +285,12 @@ def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
     paths: list[str] = []
     labels: list[str | None] = []
     failed: list[Skipped] = []
-    for tar in map(tars.opened, places):
+    for place in places:
+        try:
+            tar = tars.opened(place)
+        except InputError as error:
+            failed.append(Skipped(show(place), str(error)))
+            continue
         failed += tar.failed
         for path, label in tar.labels.items():
             if labelled and label is None:

@@ -49,7 +49,8 @@ _opening = threading.Lock()
 class Tar:
     """The images of one tar: where the bytes of each lie, by its name; its label, or ``None``; and what ``failed``.
 
-    Damage is no error: it ends the tar, and is named in ``failed``.
+    Damage is no error: it ends the tar, and is named in ``failed``. Raises InputError, which says why and not which,
+    where nothing of it can be read.
     """
 
     def __init__(self, place: str) -> None:
@@ -64,7 +65,10 @@ class Tar:
             for sample in _samples(self._file, name, self.failed):
                 self._add(sample, place, total)
         except (OSError, EOFError, tarfile.TarError, InputError) as error:
-            self.failed.append(Skipped(name, f"cannot be read as a tar: {first_line(error)}"))
+            why = f"cannot be read as a tar: {first_line(error)}"
+            if not self.places:
+                raise InputError(why) from None
+            self.failed.append(Skipped(name, why))
 
     def _add(self, sample: _Sample, place: str, total: int) -> None:
         if not sample.name:
@@ -95,11 +99,14 @@ class Tar:
 
 
 def opened(place: str) -> Tar:
-    """A tar, by its path or URL. The last :data:`HELD` are kept, until another file is in that place."""
+    """A tar, by its path or URL. The last :data:`HELD` are kept, until another file is in that place.
+
+    Raises as :class:`Tar`.
+    """
     try:
         status = None if remote.is_remote(place) else os.stat(place)
     except OSError as error:
-        raise InputError(f"{show(place)}: {error.strerror}") from None
+        raise InputError(str(error.strerror)) from None
     with _opening:  # else each of the threads that read its images would open it
         return _opened(place, None if status is None else (status.st_size, status.st_mtime_ns))
 
