@@ -132,6 +132,14 @@ class Trainable(Backbone, Protocol):
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
         """The parameters of one tower, in the model's order; the logit scale and bias belong to neither."""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a view."""
+
+    @property
+    def image_encoder(self) -> torch.nn.Module:
+        """Its image tower as a module, ``[b, 3, h, w]`` to raw features ``[b, d]``, on the backbone's device."""
+
     def training(self, parts: Sequence[str]) -> AbstractContextManager[list[torch.nn.Parameter]]:
         """Within it, the parameters of ``parts``, which it gives, take gradients; behind it, none does."""
 

@@ -159,6 +159,16 @@ class TorchBackbone(ABC):
         """256 on a GPU. 4 on a CPU, where larger batches spend their time on fresh memory (benchmarks/encoding.py)."""
         return 4 if self._device.type == "cpu" else 256
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a view."""
+        return self._size
+
+    @property
+    def image_encoder(self) -> torch.nn.Module:
+        """Its image tower as a module, ``[b, 3, h, w]`` to raw features ``[b, d]``."""
+        return tower.image_encoder(self._model)
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """The model's own centre view, ``[3, h, w]`` float32."""
         if self._opened is None and tower.can_view(self._identity.preprocess):

@@ -112,6 +112,21 @@ def _openvino() -> Any:
     return openvino
 
 
+def image_encoder(model: Any) -> torch.nn.Module:
+    """The ``encode_image`` of a model as a module of its own, ``[b, 3, h, w]`` to ``[b, d]``."""
+    import torch
+
+    class ImageEncoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: torch.Tensor) -> Any:
+            return self.model.encode_image(pixels)
+
+    return ImageEncoder().eval()
+
+
 def _graph(model: Any, size: tuple[int, int]) -> Any:
     """The model's ``encode_image`` as a graph of OpenVINO, for any number of views of this size.
 
@@ -123,16 +138,8 @@ def _graph(model: Any, size: tuple[int, int]) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    class Image(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, pixels: torch.Tensor) -> Any:
-            return self.model.encode_image(pixels)
-
-    with torch.no_grad(), _traceable():
-        traced = torch.jit.trace(Image().eval(), torch.zeros(2, 3, *size), check_trace=False)
+    with torch.no_grad(), traceable():
+        traced = torch.jit.trace(image_encoder(model), torch.zeros(2, 3, *size), check_trace=False)
         decoder = TorchScriptPythonDecoder(traced)  # by a name of its own: the graph reads it until it is converted
         frontend = FrontEndManager().load_by_framework("pytorch")
         graph = frontend.convert(frontend.load(decoder))
@@ -141,7 +148,7 @@ def _graph(model: Any, size: tuple[int, int]) -> Any:
 
 
 @contextmanager
-def _traceable() -> Iterator[None]:
+def traceable() -> Iterator[None]:
     """Without torch's fused attention, which no other program knows, and its advice on tracing."""
     import warnings
 

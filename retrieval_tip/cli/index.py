@@ -52,7 +52,7 @@ from retrieval_tip.cli.parameters import (
     count,
 )
 from retrieval_tip.cli.recipe import recipe
-from retrieval_tip.errors import counted, few, json_line
+from retrieval_tip.errors import UsageError, counted, few, json_line
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
@@ -469,14 +469,35 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 
 @index.command("export")
 @click.argument("folder", type=FOLDER)
-@click.option("--out", type=FILE, required=True, help="Feature table to write (.parquet).")
+@click.option("--out", type=FILE, help="Feature table to write (.parquet).")
 @click.option("--text", type=FILE, help="Feature table for the text weights, as index build --text takes it.")
-def export_command(folder: Path, out: Path, text: Path | None) -> None:
-    """Write the keys of an index, and what it says of them, as one feature table."""
+@click.option("--onnx", type=FILE, help="ONNX graph to write, from pixels to logits (needs onnx).")
+@click.option("--features", is_flag=True, help="With --onnx: from features to logits, without the image encoder.")
+@click.option("--k", type=K(), help="With --onnx, all: as if every query met all keys, which a graph does.")
+def export_command(
+    folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet
+) -> None:
+    """Write the keys of an index as a feature table, or the whole index as one ONNX graph for any runtime."""
     from retrieval_tip.index.export import export_table, export_text
 
+    if out is None and text is None and onnx is None:
+        raise UsageError("index export: give --out, --text or --onnx FILE")
     cache = checked(folder, "cpu")
-    about(out, f"{export_table(cache, out)} rows")
+    if onnx is not None:
+        from retrieval_tip.backbones.loading import load_backbone
+        from retrieval_tip.index.onnx_graph import export_onnx
+
+        named, backbone = cache.backbone, None
+        if not features and named is not None:
+            backbone = load_backbone(
+                named.model, named.pretrained, device="cpu", precision="float32", runtime="torch", tuned=cache.tuned
+            )
+        facts = export_onnx(cache.with_settings(cache.settings.but(k=k)), onnx, backbone)
+        given = "features" if backbone is None else "pixels"
+        size, opset = facts["bytes"] / 1e6, facts["opset"]
+        about(onnx, f"{given} to logits of {len(facts['labels'])} classes, {size:.1f} MB, opset {opset}")
+    if out is not None:
+        about(out, f"{export_table(cache, out)} rows")
     if text is not None:
         about(text, f"{export_text(cache, text)} rows")
 

@@ -1,0 +1,149 @@
+"""An index as one ONNX graph: from pixels or features to logits, in any runtime and without this package."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import InputError, UsageError, first_line, show
+from retrieval_tip.files import replacing
+
+if TYPE_CHECKING:
+    from retrieval_tip.backbones.base import Trainable
+
+OPSET = 18
+LARGEST = (1 << 31) - (1 << 20)
+"""Bytes that a graph may have, its weights inside: protobuf ends at 2 GiB."""
+
+
+class Answer(torch.nn.Module):
+    """What an index answers, as a module: :func:`export_onnx` says what goes in and comes out."""
+
+    mean: Tensor
+    std: Tensor
+    text: Tensor
+    keys: Tensor
+    ids: Tensor
+    values: Tensor
+    metric_mean: Tensor | None
+    metric_transform: Tensor | None
+
+    def __init__(self, cache: CacheModel, backbone: Trainable | None) -> None:
+        super().__init__()
+        settings, metric = cache.settings, cache.metric
+        self.settings, self.n_classes = settings, len(cache.class_names)
+        self.tower = None if backbone is None else backbone.image_encoder
+        mean, std = (
+            (torch.tensor(backbone.identity.preprocess[name]) for name in ("mean", "std"))
+            if backbone
+            else (
+                torch.zeros(1),
+                torch.ones(1),
+            )
+        )
+        self.register_buffer("mean", 255 * mean.float()[:, None, None])
+        self.register_buffer("std", 255 * std.float()[:, None, None])
+        self.register_buffer("text", cache.text_weights.float().cpu())
+        self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
+        self.register_buffer("ids", cache.class_ids.cpu())
+        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # a sum that ONNX lacks
+        self.register_buffer("values", values.float().cpu())
+        self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
+        self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
+
+    def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities ``[b, c]``."""
+        settings, features = self.settings, given
+        if self.tower is not None:
+            features = normalize(self.tower((given - self.mean) / self.std))
+        points = features
+        if self.metric_mean is not None and self.metric_transform is not None:
+            points = tip.Metric(self.metric_mean, self.metric_transform)(features)
+        affinity = tip.affinity(points, self.keys)
+        cache = tip.cache_logits(affinity, self.ids, self.n_classes, settings.beta, values=tip.Values(self.values))
+        text = tip.text_logits(features, self.text, settings.logit_scale)
+        logits = tip.blend(text, tip.log_cache(cache, settings.log_offset), settings.alpha)
+        return logits, (logits / settings.temperature).softmax(1)
+
+
+def export_onnx(cache: CacheModel, out: str | os.PathLike[str], backbone: Trainable | None = None) -> dict[str, Any]:
+    """Write an index as an ONNX file, its labels and how pictures are prepared in the file's metadata.
+
+    With a ``backbone``, the input is ``pixels`` ``[b, 3, h, w]`` float32, RGB from 0 to 255, of pictures that were
+    resized and cut as ``preprocess`` in the metadata says; the graph subtracts the mean and divides by the deviation
+    itself. Without one, it is ``features`` ``[b, d]`` float32 of unit norm. The outputs are ``logits`` and
+    ``probabilities`` ``[b, c]``, in the order of ``labels``; all of the formula of :mod:`tip` is inside.
+
+    Returns the metadata, with the size in ``bytes``. Raises UsageError without the package onnx, for an index that
+    answers by ``k`` keys, which needs retrieval, and for what exceeds 2 GiB; InputError where the file cannot be
+    written, or torch cannot express the encoder in ONNX.
+    """
+    try:
+        import onnx
+    except ImportError:
+        raise UsageError("an ONNX file needs onnx: pip install 'retrieval-tip[onnx]'") from None
+    if cache.settings.k is not None and cache.settings.k < cache.n:
+        raise UsageError(
+            f"k {cache.settings.k}: this index retrieves keys, and a graph meets them all; "
+            "give --k all, or build it again with --index Flat"
+        )
+    answer = Answer(cache, backbone).eval()
+    size = sum(part.numel() * part.element_size() for part in answer.state_dict().values())
+    if size > LARGEST:
+        raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; ONNX ends at 2 GB")
+    facts = _facts(cache, backbone)
+    with replacing(Path(out)) as temporary:
+        _trace(answer, cache, backbone, temporary)
+        graph = onnx.load_model(temporary)
+        props = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
+        onnx.helper.set_model_props(graph, props)
+        graph.producer_name, graph.producer_version = "retrieval-tip", version("retrieval-tip")
+        onnx.save_model(graph, temporary)
+        facts["bytes"] = temporary.stat().st_size
+    return facts
+
+
+def _trace(answer: Answer, cache: CacheModel, backbone: Trainable | None, file: Path) -> None:
+    """Write the graph as torch does."""
+    from retrieval_tip.backbones.tower import traceable
+
+    name, shape = ("features", (2, cache.d)) if backbone is None else ("pixels", (2, 3, *backbone.size))
+    axes = {of: {0: "batch"} for of in (name, "logits", "probabilities")}
+    logger = logging.getLogger("torch.onnx")
+    try:
+        with torch.no_grad(), traceable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logger.disabled = True
+            torch.onnx.export(
+                answer, (torch.zeros(shape),), file, input_names=[name], output_names=["logits", "probabilities"],
+                dynamic_axes=axes, opset_version=OPSET, dynamo=False,
+            )  # fmt: skip
+    except Exception as error:  # torch raises many
+        raise InputError(f"{cache.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}") from None
+    finally:
+        logger.disabled = False
+
+
+def _facts(cache: CacheModel, backbone: Trainable | None) -> dict[str, Any]:
+    """What the file says of itself."""
+    facts = {"labels": cache.class_names, "settings": asdict(cache.settings), "opset": OPSET}
+    facts |= {"index": cache.place, "version": cache.version}
+    if backbone is not None:
+        preprocess = {
+            name: value for name, value in backbone.identity.preprocess.items() if name not in ("mean", "std")
+        }
+        facts |= {"preprocess": preprocess, "backbone": str(backbone.identity)}
+    return facts

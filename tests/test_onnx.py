@@ -1,0 +1,103 @@
+"""An index as an ONNX graph: the package's own logits in another runtime."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+from serving import photographs
+from test_closed_form import C, clusters, text_of
+
+from retrieval_tip import CacheModel
+from retrieval_tip.errors import UsageError
+from retrieval_tip.fit import closed_form
+from retrieval_tip.index.onnx_graph import export_onnx
+
+NAMES = ["cat", "dög", "<b>", "owl", "a b"]
+
+
+def index(shots=6, **options):
+    keys, ids = clusters(shots)
+    return CacheModel.from_features(keys, ids, NAMES, text_of(), device="cpu", **options)
+
+
+def run_in(file, given):
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return session, session.run(None, {session.get_inputs()[0].name: given})
+
+
+FORMS = [("none", "one-hot"), ("within", "one-hot"), ("none", "solved"), ("within", "solved"), None]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_logits_of_features_are_the_packages(form, tmp_path):
+    cache = index()
+    if form is not None:
+        closed_form.fit(cache, metric=form[0], values=form[1])
+    facts = export_onnx(cache, tmp_path / "i.onnx")
+    onnx.checker.check_model(str(tmp_path / "i.onnx"), full_check=True)
+    for queries in (clusters(20, seed=7)[0], clusters(1, seed=8)[0][:1]):
+        session, (logits, probabilities) = run_in(tmp_path / "i.onnx", queries)
+        expected = cache.logits(queries).numpy()
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
+        predictions = cache.classify(queries, top=C)
+        for row, prediction in zip(probabilities, predictions, strict=True):
+            ranked = [row[NAMES.index(label)] for label in prediction.labels]
+            np.testing.assert_allclose(ranked, prediction.probabilities, atol=1e-4)
+    props = session.get_modelmeta().custom_metadata_map
+    assert json.loads(props["labels"]) == NAMES
+    assert json.loads(props["settings"])["beta"] == cache.settings.beta
+    assert facts["bytes"] == (tmp_path / "i.onnx").stat().st_size
+
+
+def test_from_pixels_by_the_command_line(run, things, shared, tmp_path):
+    file = tmp_path / "things.onnx"
+    done = run("index", "export", things, "--onnx", file)
+    assert done.exit_code == 0, done.output
+    assert "pixels to logits of 10 classes" in done.stdout
+    props = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+    labels, preprocess = json.loads(props["labels"]), json.loads(props["preprocess"])
+    assert (preprocess["size"], preprocess["resize_mode"]) == ([224, 224], "shortest")
+    paths = [path for path, _ in photographs(shared, "test", 10, 6)]
+    pixels = np.stack([prepared(path, 224) for path in paths])
+    _, (logits, _) = run_in(file, pixels)
+    answers = run("classify", things, *paths, "--logits", "--format", "json", "--no-cache")
+    rows = [json.loads(line) for line in answers.stdout.splitlines()]
+    expected = np.array([row["logits"] for row in rows])
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert [labels[i] for i in logits.argmax(1)] == [row["label"] for row in rows]
+
+
+def prepared(path, side):
+    """A picture as anybody prepares it: resized on its shorter side, and cut."""
+    image = Image.open(path).convert("RGB")
+    scale = side / min(image.size)
+    image = image.resize([max(side, int(edge * scale)) for edge in image.size], Image.Resampling.BICUBIC)
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32).transpose(2, 0, 1)
+
+
+def test_an_index_that_retrieves_is_refused_unless_it_is_to_meet_all_keys(tmp_path, run):
+    cache = index()
+    cache.settings = cache.settings.but(k=3)
+    cache.save(tmp_path / "i")
+    with pytest.raises(UsageError, match="k 3"):
+        export_onnx(cache, tmp_path / "i.onnx")
+    assert not (tmp_path / "i.onnx").exists()
+    assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx").exit_code == 2
+    assert run("index", "export", tmp_path / "i", "--onnx", tmp_path / "i.onnx", "--k", "all").exit_code == 0
+    queries = clusters(3, seed=7)[0]
+    np.testing.assert_allclose(
+        run_in(tmp_path / "i.onnx", queries)[1][0], cache.logits(queries, k="all").numpy(), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_what_is_too_large_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrieval_tip.index.onnx_graph.LARGEST", 100)
+    with pytest.raises(UsageError, match="ONNX ends at 2 GB"):
+        export_onnx(index(), tmp_path / "i.onnx")
+    assert not list(tmp_path.iterdir())
