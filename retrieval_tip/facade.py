@@ -25,7 +25,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
-from retrieval_tip.data.sources import Source, open_inputs, open_source
+from retrieval_tip.data.sources import Source, open_inputs, open_source, read_item
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.html import markup, table
@@ -167,7 +167,7 @@ class Classifier:
             one = self.cache.classify(np.atleast_2d(what), **options)
             return one[0] if what.ndim == 1 else one
         if isinstance(what, str | os.PathLike) and not _is_image(what):
-            return self._answers([Pictures(source, images.read) for source in open_inputs([os.fspath(what)])], options)
+            return self._answers([Pictures(source, read_item) for source in open_inputs([os.fspath(what)])], options)
         answers = self._answers([pictures(what)], options, strict=True)
         return answers[0] if is_one(what) else answers
 
@@ -319,7 +319,7 @@ def _shown(data: bytes | None) -> Any:
 
 def _file(path: str) -> bytes | None:
     try:
-        return images.read(path)
+        return read_item(path)
     except InputError:
         return None
 

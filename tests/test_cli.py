@@ -421,7 +421,7 @@ def test_memory_that_torch_does_not_get_is_one_line(run, small, queries, monkeyp
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
     ):
 
-        def fail(*_, error=error):
+        def fail(*_, error=error, **__):
             raise error
 
         monkeypatch.setattr(CacheModel, "classify", fail)

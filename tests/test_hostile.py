@@ -240,7 +240,6 @@ FOREIGN = {
     "other dimension": (table(rows(6, 16)), "16 values"),
     "unknown labels": (table(rows(6), ["cat", "unicorn"] * 3), "unicorn"),
     "labels of numbers": (table(rows(6), [0, 1, 2] * 2), "no class of the index"),
-    "labels in another case": (table(rows(6), ["Cat"] * 6), "Cat"),
 }
 
 
@@ -281,10 +280,8 @@ SOURCES: dict[str, tuple[str, bytes | None, str]] = {
     "empty csv": ("t.csv", b"", "cannot be read"),
     "blank csv": ("t.csv", b"\n\n\n", "cannot be read"),
     "header only": ("t.csv", CSV_HEAD, "no rows"),
-    "no path column": ("t.csv", b"file,label\na.png,cat\n", "no column 'path'"),
-    "no label column": ("t.csv", b"path,class\na.png,cat\n", "no column 'label'"),
-    "semicolons": ("t.csv", b"path;label\na.png;cat\n", "no column 'path'"),
-    "tabs in a csv": ("t.csv", b"path\tlabel\na.png\tcat\n", "no column 'path'"),
+    "no path column": ("t.csv", b"place,label\na.png,cat\n", "no column 'path'"),
+    "no label column": ("t.csv", b"path,kind\na.png,cat\n", "no column 'label'"),
     "commas in a tsv": ("t.tsv", b"path,label\na.png,cat\n", "no column 'path'"),
     "column twice": ("t.csv", b"path,label,label\na.png,cat,dog\n", "twice"),
     "too many fields": ("t.csv", CSV_HEAD + b"a.png,cat\nb.png,cat,x\n", "cannot be read"),
@@ -332,7 +329,7 @@ SOURCES: dict[str, tuple[str, bytes | None, str]] = {
     "text file": ("t.txt", b"x", "not a source"),
     "no suffix": ("t", b"x", "not a source"),
     "picture": ("t.png", b"x", "not a source"),
-    "archive": ("t.zip", b"x", "not a source"),
+    "archive": ("t.zip", b"x", "archive"),
     "damaged tar": ("t.tar.gz", b"x", "cannot be read as a tar"),
     "missing": ("gone.csv", None, "no such file"),
     "name too long": ("x" * 300 + ".csv", None, "no such file"),
@@ -390,6 +387,11 @@ class Wrong(NamedTuple):
 
 def wrong(arguments: tuple[str, ...], status: int, *words: str) -> Wrong:
     return Wrong(arguments, status, words)
+
+
+def status_of(index: str) -> int:
+    """A file in place of an index is wrong usage: the index was forgotten."""
+    return 2 if index in ("{w}/file", "{w}/train.parquet") else 1
 
 
 OPTIONS = [
@@ -476,14 +478,17 @@ OPTIONS = [
     wrong((*QUERY, "COPY labels TO '{t}/stolen.csv'"), 2, "SELECT"),
     wrong((*QUERY, "SELECT \x00"), 2, "query"),
     *[
-        wrong((*start, place), 1, place.rpartition("/")[2])
+        wrong((*start, place), status_of(place), place.rpartition("/")[2])
         for start in (("index", "info"), ("index", "verify"))
         for place in ("{w}/gone", "{w}/file", "{w}/other", "{w}/train.parquet", "{w}/file/below")
     ],
-    *[wrong(("classify", place, "{w}/test.parquet"), 1, place[4:]) for place in ("{w}/gone", "{w}/file", "{w}/other")],
-    *[wrong(("evaluate", place, "{w}/test.parquet"), 1, place[4:]) for place in ("{w}/gone", "{w}/file", "{w}/other")],
     *[
-        wrong((*BUILD[:3], "--out", place), 1, place[4:])
+        wrong((command, place, "{w}/test.parquet"), status_of(place), place[4:])
+        for command in ("classify", "evaluate")
+        for place in ("{w}/gone", "{w}/file", "{w}/other")
+    ],
+    *[
+        wrong((*BUILD[:3], "--out", place), status_of(place), place[4:])
         for place in ("{w}/file", "{w}/other", "{w}/file/below", "{t}/" + "x" * 300)
     ],
 ]
@@ -595,7 +600,9 @@ def every_option() -> Iterator[tuple[str, click.Parameter]]:
 
 
 NUMBERS = [
-    (name, one) for name, one in every_option() if isinstance(one.type, IntParamType | FloatParamType | K | Tuple)
+    (name, one)
+    for name, one in every_option()
+    if isinstance(one.type, IntParamType | FloatParamType | K | Tuple) and not getattr(one, "count", False)
 ]
 
 
@@ -920,7 +927,8 @@ def see(run: Run, lit_mini: Backbone, monkeypatch: pytest.MonkeyPatch) -> Run:
 def skipped(result: Result, *bad: Path) -> None:
     """Done but for these, each named in a line of its own."""
     check(result, 3, "could not be read")
-    lines = result.stderr.splitlines()
+    said = ("left out:", "holds one class only")  # of the folder, not of an image
+    lines = [line for line in result.stderr.splitlines() if not any(words in line for words in said)]
     assert len(lines) == len(bad) + 1, result.stderr
     for path in bad:
         assert sum(line.startswith(f"warning: skipped {path}: ") for line in lines) == 1, result.stderr

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from retrieval_tip.cli.messages import FAILED, say
+from retrieval_tip.cli.messages import FAILED, print_facts, say
 from retrieval_tip.cli.options import FORMAT, JSON, OutputOptions
 from retrieval_tip.cli.parameters import FOLDER
-from retrieval_tip.errors import one_line
+from retrieval_tip.cli.program import Group, command
+from retrieval_tip.errors import counted, json_line, one_line
 
 
-@click.group("datasets")
+@click.group(cls=Group, name="datasets")
 def datasets_group() -> None:
     """The datasets that --dataset knows: what they are, and whether they are there."""
 
@@ -56,7 +57,7 @@ def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> No
     ctx.exit(0 if good == len(rows) or (good and not names) else FAILED)
 
 
-@click.command("models")
+@command("models")
 @click.argument("word", default="")
 @FORMAT
 def models_command(word: str, printing: OutputOptions) -> None:
@@ -81,7 +82,50 @@ def models_command(word: str, printing: OutputOptions) -> None:
         say("retrieval-tip models WORD searches all of them")
 
 
-@click.command()
+@command("cache")
+@click.option("--cache", type=FOLDER,
+              help="Its folder.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]")  # fmt: skip
+@click.option("--prune", is_flag=True, help="Remove all encodings; they are made again when they are needed.")
+@JSON
+def cache_command(cache: Path | None, prune: bool, as_json: bool) -> None:
+    """Show how many encodings of photographs are kept, or remove them.
+
+    What was encoded once is never encoded again by the same backbone. Weights of backbones are not in here: they are in
+    the cache of the Hugging Face hub (hf cache ls).
+    """
+    from retrieval_tip.data.encoding_cache import EncodingCache
+
+    kept = EncodingCache(cache or EncodingCache.default_folder())
+    try:
+        removed = kept.clear() if prune else 0
+        facts = {"file": str(kept.path), "encodings": len(kept), "bytes": kept.path.stat().st_size}
+    finally:
+        kept.close()
+    if prune:
+        say(f"{counted(removed, 'encoding')} removed")
+    if as_json:
+        click.echo(json_line(facts))
+    else:
+        print_facts(facts, max(map(len, facts)))
+
+
+@command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion_command(ctx: click.Context, shell: str) -> None:
+    """Print what makes a shell complete commands, options and paths.
+
+    Put eval "$(retrieval-tip completion bash)" into ~/.bashrc, the same with zsh into ~/.zshrc; with fish, write it to
+    ~/.config/fish/completions/retrieval-tip.fish.
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(ctx.find_root().command, {}, "retrieval-tip", "_RETRIEVAL_TIP_COMPLETE").source())
+
+
+@command()
 @JSON
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:

@@ -30,6 +30,7 @@ from retrieval_tip.cli.options import (
     grouped,
 )
 from retrieval_tip.cli.parameters import INDEX, OUTPUT, SOURCE, Abstaining, count
+from retrieval_tip.cli.program import command
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, show
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from retrieval_tip.predictions import Abstain
 
 
-@click.command()
+@command()
 @click.argument("source", type=SOURCE)
 @click.option("--out", type=OUTPUT, required=True, help="Feature table to write (.parquet).")
 @ENGINE
@@ -124,7 +125,7 @@ _ROWS = grouped(
 )  # fmt: skip
 
 
-@click.command()
+@command()
 @click.argument("folder", type=INDEX)
 @click.argument("inputs", nargs=-1, required=True)
 @ANSWER

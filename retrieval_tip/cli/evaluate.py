@@ -29,6 +29,7 @@ from retrieval_tip.cli.options import (
     grouped,
 )
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHOTS, SOURCE
+from retrieval_tip.cli.program import command
 from retrieval_tip.errors import UsageError, json_line, one_line, show
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ _SWEEP = grouped(
 )  # fmt: skip
 
 
-@click.command("evaluate")
+@command("evaluate")
 @click.argument("folder", type=INDEX)
 @click.argument("source", type=SOURCE)
 @ANSWER
@@ -197,11 +198,11 @@ def _sweep(
     finish(ctx, encoder.skipped)
 
 
-@click.command("report")
+@command("report")
 @click.argument("folder", type=FOLDER)
 @click.option("--test", "source", type=SOURCE, required=True,
               help="Labelled test source; of a split .json its test part.")  # fmt: skip
-@click.option("--out", type=FILE, required=True, help="HTML file to write.")
+@click.option("--out", type=FILE, default="report.html", show_default=True, help="HTML file to write.")
 @click.option("--val", type=SOURCE,
               help="Labelled validation source, for curves and surface; of a split .json its val part.  "
                    "[default: the shots, each left out]")  # fmt: skip

@@ -31,6 +31,7 @@ from retrieval_tip.cli.options import (
     grouped,
 )
 from retrieval_tip.cli.parameters import FILE, FOLDER, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
+from retrieval_tip.cli.program import command
 from retrieval_tip.errors import Skipped, UsageError, show
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ _SEARCH = grouped(
 )  # fmt: skip
 
 
-@click.command("fit")
+@command("fit")
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, in place of the shots.")
 @LETTERS
@@ -110,7 +111,7 @@ def fit_command(
     finish(ctx, skipped)
 
 
-@click.command("search-hp")
+@command("search-hp")
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source; of a split .json its val part.")
 @_SEARCH
@@ -256,7 +257,7 @@ _TRAINING = grouped(
 )  # fmt: skip
 
 
-@click.command("finetune")
+@command("finetune")
 @click.argument("folder", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Index folder for the result.")
 @click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
@@ -333,7 +334,7 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
         raise
 
 
-@click.command("calibrate")
+@command("calibrate")
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=SOURCE, required=True,
               help="Labelled validation source, neither shots nor test; of a split .json its val part.")  # fmt: skip

@@ -20,22 +20,23 @@ from typing import Any
 import click
 
 from retrieval_tip import __version__
-from retrieval_tip.cli.about import datasets_group, doctor, models_command
+from retrieval_tip.cli.about import cache_command, completion_command, datasets_group, doctor, models_command
 from retrieval_tip.cli.classify import classify, encode
 from retrieval_tip.cli.evaluate import evaluate_command, report_command
 from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_command, search_command
 from retrieval_tip.cli.index import index
+from retrieval_tip.cli.program import Group, in_one_line
 from retrieval_tip.cli.serve import serve_command
-from retrieval_tip.errors import RetrievalTipError, UsageError, message
+from retrieval_tip.errors import message
 
 
-class _Group(click.Group):
+class _Program(Group):
     """Turns errors, the package's and click's, into one line on standard error and the exit status that fits them."""
 
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
         try:
             _fill_closed_streams()
-            with _in_one_line():
+            with in_one_line():
                 return super().make_context(*arguments, **more)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -43,41 +44,12 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _orderly_end(), _in_one_line(ctx):
+            with _orderly_end(), in_one_line(ctx):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             line = "; ".join(["interrupted", *getattr(error, "__notes__", ())])
             click.echo("\n" * sys.stderr.isatty() + line, err=True)  # after the ^C that a terminal shows
             ctx.exit(128 + next((number for number in error.args if isinstance(number, int)), signal.SIGINT))
-
-
-@contextmanager
-def _in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
-    """Errors that are raised here, as exceptions that click shows in one line of bounded length."""
-    try:
-        yield
-    except click.exceptions.NoArgsIsHelpError:  # it is the help
-        raise
-    except click.UsageError as error:
-        raise click.UsageError(message(error.format_message()), error.ctx) from error
-    except click.ClickException as error:
-        raise click.ClickException(message(error.format_message())) from error
-    except UsageError as error:
-        raise click.UsageError(message(str(error)), ctx) from error
-    except RetrievalTipError as error:
-        raise click.ClickException(message(str(error))) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_of_memory(error):
-            raise
-        if _is_of_gpu(error):
-            raise click.ClickException("out of memory on the GPU; give --device cpu, or a smaller batch") from None
-        raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
-    except OSError as error:
-        lost = _give_up_stdout()
-        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
-            raise click.exceptions.Exit(0) from None
-        name = error.filename or ("standard output" if lost else "")
-        raise click.ClickException(message(f"{name}: {error.strerror or error}".removeprefix(": "))) from error
 
 
 def _fill_closed_streams() -> None:
@@ -87,29 +59,6 @@ def _fill_closed_streams() -> None:
     os.close(descriptor)
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - to the end
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether memory is what is missing: torch says it in words, or by an error of its own."""
-    own = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return own or isinstance(error, MemoryError)
-
-
-def _is_of_gpu(error: Exception) -> bool:
-    """Whether it is a GPU's: torch has an error of its own for it, of which FAISS's is made one too."""
-    return type(error).__name__ == "OutOfMemoryError"
-
-
-def _give_up_stdout() -> bool:
-    """Whether standard output takes no more; what it still holds is then dropped, or Python would fail at its end."""
-    if sys.stdout is None:  # closed from the start
-        return False
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 @contextmanager
@@ -146,11 +95,12 @@ def _orderly_end() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, package_name="retrieval-tip")
-@click.option("-q", "--quiet", is_flag=True, help="No warnings and no progress bar.")
+@click.option("-q", "--quiet", is_flag=True, help="No warnings, no progress.")
+@click.option("-v", "--verbose", count=True, help="Say more; -vv all.")
 @click.pass_context
-def main(ctx: click.Context, quiet: bool) -> None:
+def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     """Few-shot image classification as retrieval (Tip-Adapter on a FAISS index).
 
     Exit status: 0 done; 1 failed, nothing was changed; 2 wrong usage; 3 done, but some inputs could not be read; 130
@@ -161,11 +111,13 @@ def main(ctx: click.Context, quiet: bool) -> None:
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.ERROR if quiet else logging.WARNING)
+    logger.setLevel(logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
     logging.addLevelName(logging.WARNING, "warning")
     start_lightly()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about an image is said by us, with its name
     ctx.obj = quiet
+    if "NO_COLOR" in os.environ:
+        ctx.color = False
 
 
 @functools.cache  # once a process
@@ -188,7 +140,9 @@ class _OneLine(logging.Formatter):
     """A name in a message cannot start another line, nor fill the screen."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return message(super().format(record))
+        level, said = record.levelname, message(super().format(record))
+        colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # which a terminal alone gets
+        return said if colour is None else f"{click.style(level, fg=colour)}{said.removeprefix(level)}"
 
 
 class _Stderr:
@@ -201,19 +155,7 @@ class _Stderr:
         sys.stderr.flush()
 
 
-for _command in (
-    index,
-    encode,
-    classify,
-    evaluate_command,
-    report_command,
-    serve_command,
-    fit_command,
-    search_command,
-    finetune_command,
-    calibrate_command,
-    models_command,
-    datasets_group,
-    doctor,
-):
-    main.add_command(_command)
+main.section("Answers", classify, evaluate_command, report_command, serve_command)
+main.section("Indexes", index, encode, models_command, datasets_group)
+main.section("Settings and training", fit_command, search_command, finetune_command, calibrate_command)
+main.section("This machine", cache_command, completion_command, doctor)

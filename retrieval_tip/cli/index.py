@@ -51,6 +51,7 @@ from retrieval_tip.cli.parameters import (
     Number,
     count,
 )
+from retrieval_tip.cli.program import Group
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line
 
@@ -74,7 +75,7 @@ _KEYS = options(
 )  # fmt: skip
 
 
-@click.group("index")
+@click.group("index", cls=Group)
 def index() -> None:
     """Build, describe, check, query and change index folders."""
 
@@ -178,6 +179,32 @@ def info(folder: Place, as_json: bool) -> None:
         click.echo(json_line(facts))
         return
     print_facts(facts, max(map(len, facts)))
+
+
+@index.command("list")
+@click.argument("folder", type=FOLDER, default="indexes")
+@FORMAT
+def list_command(folder: Path, printing: OutputOptions) -> None:
+    """List the indexes in a folder, by default in indexes/: name, version, keys, classes and backbone."""
+    import pyarrow as pa
+
+    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.index.places import listed
+
+    types = {"index": pa.string(), "version": pa.int64(), "keys": pa.int64(), "classes": pa.int64()}
+    types |= {"backbone": pa.string(), "made": pa.string()}
+    rows = [
+        {
+            "index": name,
+            "version": one.version,
+            "keys": one.n,
+            "classes": len(one.class_names),
+            "backbone": one.backbone["model"] if one.backbone else None,
+            "made": one.created_at,
+        }
+        for name, one in listed(folder)
+    ]
+    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
 
 
 @index.command("verify")

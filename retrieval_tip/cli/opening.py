@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import click
 
 from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.options import AnswerOptions, BackboneOptions, EncodingOptions, ReadingOptions, ViewOptions
-from retrieval_tip.errors import UsageError
+from retrieval_tip.errors import UsageError, counted
 from retrieval_tip.lance.address import Address
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     Place = Path | Address
 
+LONG = 10.0
+"""Seconds of work after which a line says what it was."""
 SHOWN = 20
 """Classes that a line names."""
 UNNAMED = "the index was built from features of an unnamed backbone; name it with --model to encode images"
@@ -140,6 +144,9 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     from retrieval_tip.backbones.nvjpeg import decoder_of
 
     model, pretrained = name_of(backbone, identity)
+    ctx = click.get_current_context(silent=True)
+    if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # a terminal waits for seconds
+        say(f"Loading {model} ...")
     decoder = backbone.decoder or ("pillow" if identity is None else decoder_of(identity.preprocess))
     how = {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
     return load_backbone(model, pretrained, tuned=tuned, decoder=decoder, **how)
@@ -189,8 +196,15 @@ def encoder_of(
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
+    began = time.monotonic()
+    encoder = Encoder(backbone=backbone, cache=cache, progress=not ctx.obj, **encoding.settings(views))
     try:
-        yield Encoder(backbone=backbone, cache=cache, progress=not ctx.obj, **encoding.settings(views))
+        yield encoder
+        seconds = time.monotonic() - began
+        if encoder.done["images"] and seconds > LONG and not ctx.obj:
+            made, met = encoder.done["fresh"], encoder.done["images"]
+            speed = f"{counted(met, 'image')} in {seconds:.0f} s ({met / seconds:.0f}/s)"
+            say(f"{speed}, {max(0, met - made):,} of them from the cache")
     finally:
         if cache is not None:
             cache.close()

@@ -128,8 +128,17 @@ class EngineOptions:
 class OutputOptions:
     """How rows are printed, and the file that they go to in place of standard output."""
 
-    style: str
+    named: str | None
     output: Path | None
+
+    @property
+    def style(self) -> str:
+        """The format that was named, else that of the file's suffix, else a table."""
+        style = self.named or _SUFFIXES.get(self.output.suffix.lower() if self.output else "", "table")
+        return "json" if style == "jsonl" else style
+
+
+_SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
 
 ROOT = click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
@@ -221,8 +230,8 @@ SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), default=(7.0, 3.0),
                        help="Largest beta and alpha of the published grid.")  # fmt: skip
 FORMAT = grouped(
     "printing", OutputOptions,
-    click.option("--format", "style", type=click.Choice(["table", "json", "csv", "parquet"]), default="table",
-                 show_default=True, help="json: one object a line."),
+    click.option("--format", "named", type=click.Choice(["table", "json", "jsonl", "csv", "parquet"]),
+                 help="json and jsonl: one object a line.  [default: by the suffix of --output, else table]"),
     click.option("--output", type=OUTPUT, help="File to write instead of standard output."),
 )  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object.")

@@ -16,6 +16,7 @@ from typing import IO, Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from wcwidth import wcswidth
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line
 from retrieval_tip.files import replacing
@@ -108,9 +109,11 @@ def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
     cells = [[_cell(row.get(column), column) for column in columns] for row in rows]
     right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
     heading = [one_line(column) for column in columns]
-    widths = [max([len(t) for t in texts if len(t) <= WIDE], default=0) for texts in zip(heading, *cells, strict=True)]
+    columns_of_cells = zip(heading, *cells, strict=True)
+    widths = [max([wcswidth(t) for t in texts if len(t) <= WIDE], default=0) for texts in columns_of_cells]
     for line in (heading, *cells):
-        padded = [t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right, strict=True)]
+        gaps = [" " * (width - wcswidth(text)) for text, width in zip(line, widths, strict=True)]
+        padded = [gap + text if r else text + gap for text, gap, r in zip(line, gaps, right, strict=True)]
         yield "  ".join(padded).rstrip()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+import click.shell_completion
 
 from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
@@ -38,7 +39,14 @@ class Index(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Address:
         """The folder's path, or the address."""
-        return Address.parse(str(value)) or Path(value)
+        address = Address.parse(str(value))
+        if address is None and Path(value).is_file():
+            self.fail(f"{value}: is a file; the index comes first, and is a folder (index list shows them)", param, ctx)
+        return address or Path(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Folders."""
+        return [click.shell_completion.CompletionItem(incomplete, type="dir")]
 
 
 FOLDER, INDEX = Folder(path_type=Path), Index()
@@ -91,9 +99,20 @@ class K(click.ParamType[Any]):
         return number
 
 
-def count(kind: str = "", least: int = 1) -> click.IntRange:
+class Count(click.IntRange):
+    """A whole number between bounds that nobody meets by accident."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """As help calls it."""
+        return "N"
+
+    def _describe_range(self) -> str:
+        return ""
+
+
+def count(kind: str = "", least: int = 1) -> Count:
     """A whole number from ``least`` to the most of its kind."""
-    return click.IntRange(least, MOST.get(kind, MANY))
+    return Count(least, MOST.get(kind, MANY))
 
 
 SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
@@ -104,6 +123,13 @@ class Number(click.FloatRange):
 
     def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:
         super().__init__(least, most, min_open=above)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """As help calls it."""
+        return "X"
+
+    def _describe_range(self) -> str:
+        return ""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""

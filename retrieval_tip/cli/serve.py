@@ -11,6 +11,7 @@ import click
 from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.options import DEVICE, grouped
 from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
+from retrieval_tip.cli.program import command
 from retrieval_tip.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _LIMITS = grouped(
 )  # fmt: skip
 
 
-@click.command("serve")
+@command("serve")
 @click.argument("folders", type=INDEX, nargs=-1, required=True, metavar="DIR...")
 @click.option("--host", default="127.0.0.1", show_default=True,
               help="Address to listen at; one that others reach shows them the indexes.")  # fmt: skip

@@ -89,6 +89,7 @@ class Encoder:
     - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, of which each
       side still is ``REDUCED_SIDES`` times the view's or more: several times as fast, and a slightly other feature
     - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
+    - ``done``: how many ``images`` were met so far, and how many of their views were encoded (``fresh``)
     - ``read``: gives the bytes of an image by its path, as :func:`sources.read_item`
     - ``empty``: a source of which no item can be read is no error
     """
@@ -106,6 +107,7 @@ class Encoder:
     empty: bool = False
     progress: bool = False
     skipped: list[Skipped] = field(default_factory=list)
+    done: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         for name in ("views", "batch_size", "workers"):
@@ -203,7 +205,9 @@ class Encoder:
         for skipped in source.failed:
             self._say(skipped)
         parts = self._table_parts(source) if source.paths is None else self._image_parts(source, names, merge)
-        with tqdm(total=len(source), unit="image", disable=None if self.progress else True, leave=False) as bar:
+        what = "Encoding" if source.paths is not None else "Reading"
+        hidden = None if self.progress else True
+        with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
             for part in parts:
                 done += len(part[0])
                 bar.update(int(part[0][-1]) + 1 - bar.n if len(part[0]) else 0)
@@ -347,6 +351,7 @@ class Encoder:
             fresh.update(zip(batch, backbone.encode_images(pixels), strict=True))
         if self.cache is not None and fresh:
             self.cache.put(scope, fresh)
+        self.done.update(images=len(chunk), fresh=len(fresh))
         results: dict[str, tuple[FloatArray, str] | None] = {}
         for item in chunk:
             results[item.path] = None

@@ -146,6 +146,19 @@ class EncodingCache:
                 self._db.execute("ROLLBACK")
             raise
 
+    def __len__(self) -> int:
+        """Number of encodings."""
+        with self._lock:
+            return int(self._db.execute("SELECT count(*) FROM encodings").fetchone()[0])
+
+    def clear(self) -> int:
+        """Remove all encodings, and give their space back; how many there were."""
+        number = len(self)
+        with self._lock:
+            self._db.execute("DELETE FROM encodings")
+            self._db.execute("VACUUM")
+        return number
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
-from retrieval_tip.data import images
-from retrieval_tip.data.sources import Source, of_images
+from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, Any]
@@ -61,7 +60,7 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
         name = f"picture {place}"
         held[name] = data if isinstance(data, bytes) else _encoded(data, name)
         paths.append(name)
-    return Pictures(of_images(paths), lambda path: held[path] if path in held else images.read(path))
+    return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
 
 
 def _encoded(picture: object, name: str) -> bytes:

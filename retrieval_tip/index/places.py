@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from retrieval_tip.errors import StoreError
+from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import real
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.versions import LanceVersions
@@ -273,6 +273,21 @@ class LanceStore(LanceVersions, Store):
 
     def check(self, manifest: Manifest) -> None:
         self.classes(manifest)
+
+
+def listed(folder: Path) -> list[tuple[str, Manifest]]:
+    """The index folders directly in a folder, in name order: path and current version of each.
+
+    What is no index, or a damaged one, is left out. Raises InputError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{show(folder)}: no such folder; give the one that holds indexes")
+    found = []
+    for place in sorted(folder.iterdir()):
+        with suppress(StoreError):
+            if store.is_index(place):
+                found.append((show(place), store.read_manifest(place)))
+    return found
 
 
 def at(place: Place) -> FolderStore | LanceStore:

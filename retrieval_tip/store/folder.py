@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> Manifest:
         return manifest
     except FileNotFoundError:
         what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
-        raise StoreError(f"{folder}: {what}; make one with retrieval-tip index build SOURCE --out {folder}") from None
+        raise StoreError(f"{folder}: {what}; retrieval-tip index build SOURCE --out INDEX makes one") from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
 

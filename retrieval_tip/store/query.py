@@ -278,7 +278,10 @@ def _answering(
         except BrokenPipeError:  # nobody waits for it any more
             raise
         except (duckdb.Error, OSError) as error:
-            raise UsageError(f"{what}: {first_line(error)}{hint}") from None
+            known = ""
+            if isinstance(error, duckdb.CatalogException) and not hint:
+                known = f"; the tables are {', '.join(row[0] for row in database.execute('SHOW TABLES').fetchall())}"
+            raise UsageError(f"{what}: {first_line(error)}{hint}{known}") from None
         except (pa.ArrowException, MemoryError) as error:
             raise UsageError(f"{what}: its answer cannot be kept ({first_line(error)}){hint}") from None
 

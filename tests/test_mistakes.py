@@ -1,0 +1,232 @@
+"""Mistakes that people make at the command line: each is one line that says what to do."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import subprocess
+import sys
+
+import click
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from test_cli import commands, unit_rows, write_table
+
+from retrieval_tip import cli
+from retrieval_tip.cli.examples import EXAMPLES, SUMMARIES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An index of features, features to ask about, and photographs."""
+    from click.testing import CliRunner
+
+    place = tmp_path_factory.mktemp("mistakes")
+    write_table(place / "train.parquet", unit_rows(6, 8), ["a", "b"] * 3)
+    write_table(place / "new.parquet", unit_rows(4, 8, seed=2), ["a", "b"] * 2)
+    built = CliRunner().invoke(
+        cli.main, ["index", "build", str(place / "train.parquet"), "--out", str(place / "i" / "x"), "--fit", "none"]
+    )
+    assert built.exit_code == 0, built.output
+    for name in ("cat", "dog"):
+        (place / "my photos" / name).mkdir(parents=True)
+        Image.new("RGB", (30, 30)).save(place / "my photos" / name / "1.png")
+    return place
+
+
+MISTAKES = {
+    # what is typed: exit status, and the words of the last line that say what to do
+    "clasify {w}/i/x {w}/new.parquet": (2, "Did you mean 'classify'"),
+    "build photos": (2, "index build"),
+    "train {w}/i/x": (2, "fit or finetune"),
+    "predict {w}/i/x a.jpg": (2, "classify"),
+    "info {w}/i/x": (2, "index info"),
+    "add {w}/i/x more": (2, "index add"),
+    "ls": (2, "index list"),
+    "index ls": (2, "index list"),
+    "index delete {w}/i/x": (2, "index remove or index gc"),
+    "version": (2, "--version"),
+    "help": (2, "--help"),
+    "classify {w}/i/x {w}/new.parquet --topk 3": (2, "--top"),
+    "classify {w}/i/x {w}/new.parquet --k 5": (2, "Did you mean -k"),
+    "classify {w}/i/x {w}/new.parquet --formt csv": (2, "--format"),
+    "classify {w}/new.parquet {w}/new.parquet": (2, "the index comes first"),
+    "classify {w}/my*photos/cat/1.png": (2, "the index comes first"),
+    "classify {w}/my*photos {w}/new.parquet": (1, "index build SOURCE --out INDEX"),
+    "classify {w}/gone {w}/new.parquet": (1, "no such folder"),
+    "classify {w}/i/x https://x.org/a.jpg": (1, "download it first"),
+    "classify {w}/i/x {w}/*.jpg": (1, "no file matches"),
+    "classify {w}/i/x {w}/my*photos": (2, "--model"),
+    "classify {w}/i/x {w}/new.parquet --alpha much": (2, "--alpha"),
+    "classify {w}/i/x {w}/new.parquet --device gpu": (2, "expected auto, cpu or cuda"),
+    "encode {w}/my*photos --out {w}/out.parquet --model RN5O": (2, "near it are RN50"),
+    "encode {w}/my*photos --out {w}/out.parquet --model timm:dinov2_small": (2, "timm:vit_small_patch14_dinov2"),
+    "encode {w}/my*photos --out {w}/out.parquet --model ViT-B/32 --pretrained nothing": (2, "its tags are"),
+    "index build": (2, "Missing argument SOURCE and option --out"),
+    "index build {w}/my*photos/cat --out {w}/o --model RN5O": (1, "is {w}/my photos meant?"),
+    "index build {w}/nothing --out {w}/o": (1, "no such file or folder"),
+    "index build {w}/train.parquet --out {w}/my*photos": (1, "other things"),
+    "index query {w}/i/x SELECT*n*FROM*keys": (2, "class_counts, labels, versions"),
+    "evaluate {w}/i/x": (2, "Missing argument"),
+    "calibrate {w}/i/x": (2, "--val"),
+    "serve": (2, "Missing argument"),
+    "models nosuchmodel": (2, "no backbone has this in its name"),
+    "index list {w}/nowhere": (1, "no such folder"),
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(run, world, typed):
+    status, words = MISTAKES[typed]
+    result = run(
+        *[
+            part.replace("{w}", str(world)).replace("*", " ") if part != "{w}/*.jpg" else f"{world}/*.jpg"
+            for part in typed.split(" ")
+        ]
+    )
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    line = result.stderr.rstrip("\n").split("\n")[-1]
+    assert line.startswith("Error: ")
+    assert words.replace("{w}", str(world)) in line
+
+
+def test_an_error_in_use_points_to_the_help_of_its_own_command(run, world):
+    for typed in (
+        ["classify", world / "i/x", world / "new.parquet", "--device", "gpu"],
+        ["index", "build", world / "train.parquet", "--out", world / "o", "--fit", "none", "--metric", "within"],
+    ):
+        stderr = run(*typed).stderr
+        assert (
+            " ".join(str(part) for part in typed if str(part) in ("classify", "index", "build")) + " --help" in stderr
+        )
+
+
+@pytest.mark.parametrize(("name", "read"), [
+    ("a.csv", lambda text: [row["label"] for row in csv.DictReader(io.StringIO(text))]),
+    ("a.json", lambda text: [json.loads(line)["label"] for line in text.splitlines()]),
+    ("a.jsonl", lambda text: [json.loads(line)["label"] for line in text.splitlines()]),
+    ("a.txt", lambda text: [line.split()[1] for line in text.splitlines()[1:]]),
+])  # fmt: skip
+def test_the_suffix_of_the_output_is_its_format(run, world, tmp_path, name, read):
+    told = [
+        json.loads(line)["label"]
+        for line in run("classify", world / "i/x", world / "new.parquet", "--format", "jsonl").stdout.splitlines()
+    ]
+    assert run("classify", world / "i/x", world / "new.parquet", "--output", tmp_path / name).exit_code == 0
+    assert read((tmp_path / name).read_text()) == told
+    run("classify", world / "i/x", world / "new.parquet", "--output", tmp_path / "a.parquet")
+    assert pq.read_table(tmp_path / "a.parquet")["label"].to_pylist() == told
+    run("classify", world / "i/x", world / "new.parquet", "--output", tmp_path / "b.csv", "--format", "json")
+    assert json.loads((tmp_path / "b.csv").read_text().splitlines()[0])["label"] == told[0]
+
+
+def test_quiet_and_verbose_stand_anywhere(run, world):
+    table = world / "one class.parquet"
+    write_table(table, unit_rows(2, 8), ["a", "a"])
+    loud = run("index", "build", table, "--out", world / "o1", "--fit", "none")
+    assert "one class only" in loud.stderr
+    for typed in (["-q", "index", "build", table], ["index", "build", table, "-q"]):
+        assert run(*typed, "--out", world / "o1", "--fit", "none").stderr == ""
+    run("index", "info", world / "i/x", "-v")
+    assert logging.getLogger("retrieval_tip").level == logging.INFO
+    run("index", "info", world / "i/x", "-vv")
+    assert logging.getLogger("retrieval_tip").level == logging.DEBUG
+
+
+def test_indexes_are_listed(run, world):
+    rows = [json.loads(line) for line in run("index", "list", world / "i", "--format", "json").stdout.splitlines()]
+    assert [(row["index"], row["version"], row["keys"], row["classes"]) for row in rows] == [
+        (str(world / "i/x"), 1, 6, 2)
+    ]
+
+
+def test_the_cache_is_shown_and_pruned(run, tmp_path):
+    from retrieval_tip import EncodingCache
+
+    cache = EncodingCache(tmp_path)
+    cache.put("s", {("d", "v"): np.zeros(3, np.float32), ("e", "v"): np.zeros(3, np.float32)})
+    cache.close()
+    assert json.loads(run("cache", "--cache", tmp_path, "--json").stdout)["encodings"] == 2
+    pruned = run("cache", "--cache", tmp_path, "--prune", "--json")
+    assert json.loads(pruned.stdout)["encodings"] == 0
+    assert "2 encodings removed" in pruned.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(run, shell):
+    script = run("completion", shell).stdout
+    assert "_RETRIEVAL_TIP_COMPLETE" in script
+    assert "retrieval-tip" in script
+
+
+def test_help_has_sections_a_summary_and_two_examples_that_work():
+    """Each example names options and arguments that its command takes."""
+    for path in commands():
+        name, found = " ".join(path), cli.main
+        parents = []
+        for part in path:
+            parents, found = [*parents, found], found.commands[part]
+        assert len(SUMMARIES[path[-1]]) <= 55, name
+        assert len(EXAMPLES[name]) == 2, name
+        for example in EXAMPLES[name]:
+            import shlex
+
+            words = shlex.split(example.partition(" > ")[0])
+            assert words[: len(path)] == list(path)
+            ctx = found.make_context(found.name, words[len(path) :], parent=click.Context(cli.main, obj=True))
+            assert ctx.args == []
+
+
+def test_help_folds_what_is_rare(run):
+    short, long = run("classify", "--help").stdout, run("classify", "--help-all").stdout
+    assert "Answers:" in short
+    assert "Threads that read" not in short
+    assert "--workers" in short
+    assert "Threads that read and decode images." in long
+    assert "1<=x<=" not in long
+    assert "retrieval-tip classify indexes/things new/*.jpg --explain" in short
+
+
+def test_wide_characters_align(run, world, tmp_path):
+    write_table(tmp_path / "t.parquet", unit_rows(4, 8), ["猫", "dog"] * 2)
+    assert run("index", "build", tmp_path / "t.parquet", "--out", tmp_path / "i", "--fit", "none").exit_code == 0
+    lines = run(
+        "index", "query", tmp_path / "i", "SELECT label, keys FROM class_counts ORDER BY label"
+    ).stdout.splitlines()
+    from wcwidth import wcswidth
+
+    assert len({wcswidth(line) for line in lines}) == 1
+
+
+def test_colour_is_for_terminals(world):
+    code = "import sys; sys.stderr.isatty = lambda: True; from retrieval_tip.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "index",
+        "build",
+        str(world / "one.parquet"),
+        "--out",
+        str(world / "o2"),
+        "--fit",
+        "none",
+    ]
+    write_table(world / "one.parquet", unit_rows(2, 8), ["a", "a"])
+    import os
+
+    plain = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"NO_COLOR": "1"})
+    assert "\x1b[" not in plain.stderr
+    coloured = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={k: v for k, v in os.environ.items() if k != "NO_COLOR"},
+    )
+    assert "\x1b[33mwarning\x1b[0m: " in coloured.stderr
