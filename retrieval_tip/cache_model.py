@@ -374,11 +374,11 @@ class CacheModel(InMemory):
         """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
 
         ``precision`` is that of the products with all keys, by default the fastest that is accurate enough here
-        (:meth:`keys.Keys.products`); ``float32`` answers the same everywhere. ``verify`` ``full`` compares every file
-        with its digest, ``fast`` large ones with their size only; ``check`` is that check where it was begun before,
-        and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives up the version
-        meanwhile, the one that is current then is opened. Raises StoreError naming the file that is missing, damaged,
-        does not fit the manifest, or is of a newer format.
+        (:meth:`keys.Keys.products`); ``float32`` answers alike everywhere, to its rounding. ``verify`` ``full``
+        compares every file with its digest, ``fast`` large ones with their size only; ``check`` is that check where it
+        was begun before, and its version is opened. Keys and values stay on disk, memory-mapped. Where a writer gives
+        up the version meanwhile, the one that is current then is opened. Raises StoreError naming the file that is
+        missing, damaged, does not fit the manifest, or is of a newer format.
         """
         place, device = Path(folder), resolve_device(device)
         if version is None:

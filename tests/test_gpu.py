@@ -268,16 +268,16 @@ def test_pixels_reach_a_gpu_pinned_and_weights_lie_as_it_likes_them(lit_mini, mo
     model._device = CUDA
     pixels = torch.rand(3, 3, *plain._size)
     monkeypatch.setattr(TorchBackbone, "_forward", lambda self, tower, given: given)
-    assert model._forward_pixels(model._model, pixels).is_contiguous(memory_format=torch.channels_last)
+    assert model.forward_images(pixels).is_contiguous(memory_format=torch.channels_last)
     assert done == [("pinned", True), ("to", True)]
     assert model.batch_size == 256
     monkeypatch.undo()
 
-    digest, features = plain.identity.weights, plain.encode_images(pixels)
+    digest, features = plain.identity.weights, plain.forward_images(pixels)
     model = deepcopy(plain)
     model._model.visual.to(memory_format=torch.channels_last)
     assert weights_digest(model._model) == digest  # the same backbone
-    np.testing.assert_allclose(model.encode_images(pixels), features, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.forward_images(pixels), features, rtol=1e-3, atol=1e-4)
     assert all(tensor.is_contiguous() for tensor in model.tuned(["visual"]).values())
 
 

@@ -232,9 +232,8 @@ class TorchBackbone(ABC):
         if self._device.type == "cuda" and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()  # from there they are copied while this thread goes on
         given = pixels.to(self._device, non_blocking=True)
-        return self._forward(
-            self._model.encode_image, given.to(memory_format=torch.channels_last)
-        )  # convolutions prefer it
+        channels_last = given.to(memory_format=torch.channels_last)  # convolutions prefer it
+        return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Raw features ``[t, d]`` float32 of sentences, with gradient."""
