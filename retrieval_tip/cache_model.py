@@ -123,7 +123,7 @@ class InMemory(AnsweringIndex):
 
     @property
     def retrieval(self) -> IndexRetrieval:
-        """What finds the keys, with the settings as they are now."""
+        """The retrieval of keys, with the settings as they are now."""
         return IndexRetrieval(
             keys=self._keys,
             index=self.index,
@@ -136,7 +136,7 @@ class InMemory(AnsweringIndex):
 
     @property
     def met(self) -> npt.NDArray[Any] | Segments:
-        """What queries meet: the points of the keys in the metric, or the keys themselves."""
+        """The keys as queries meet them: their points in the metric, or the keys themselves."""
         return self.keys if self.points is None else self.points
 
     def _points_of(self, keys: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
@@ -258,7 +258,7 @@ class InMemory(AnsweringIndex):
 
     @property
     def _ridge(self) -> Ridge | None:
-        """What keeps solved values right as keys come and go; ``None`` where values were not solved."""
+        """The solver that keeps values right as keys come and go; ``None`` where values were not solved."""
         if self.fitted is None or self.fitted.ridge is None:
             return None
         return Ridge(len(self.class_names), self.settings.beta, self.fitted.ridge, self.device)
@@ -622,7 +622,7 @@ class CacheModel(InMemory):
 
 
 def _manifest(cache: CacheModel, writer: Writer, change: str) -> Manifest:
-    """What the version that the writer makes says of itself."""
+    """The manifest of the version that the writer makes."""
     parent = writer.parent.version if writer.parent else None
     return Manifest(
         version=(parent or 0) + 1,

@@ -32,7 +32,7 @@ from retrieval_tip.settings import Built, Fitted, KeysMet, Settings
 from retrieval_tip.store.manifest import Manifest
 
 SHOWN_CLASSES = 8
-"""How many a notebook shows."""
+"""Classes that a notebook shows."""
 
 ASKED = 16
 """Keys that are asked about, before they become a version."""
@@ -99,7 +99,7 @@ class AnsweringIndex(ABC):
     @property
     @abstractmethod
     def retrieval(self) -> Retrieval:
-        """What finds the keys, with the settings as they are now."""
+        """The retrieval of keys, with the settings as they are now."""
 
     @property
     @abstractmethod
@@ -131,7 +131,7 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def every_row(self) -> npt.NDArray[np.int64]:
-        """What :meth:`described` knows each key by ``[n]``, in the order of :meth:`key_blocks`."""
+        """The rows that :meth:`described` knows the keys by ``[n]``, in the order of :meth:`key_blocks`."""
 
     @abstractmethod
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
@@ -198,7 +198,7 @@ class AnsweringIndex(ABC):
         return inputs.queries(features, self.d).to(self.device)
 
     def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
-        """What finds the keys, by the index's settings but for what is given."""
+        """The retrieval of keys, by the index's settings but for what is given."""
         return replace(self.retrieval, settings=self.settings.but(k=k, tail=tail))
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What is installed, what it can do here, and what to repair."""
+"""The state of an installation: what is there, what it can do here, and what to repair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong, said in one line: the file or argument, what is wrong with it, and what to do."""
+"""Errors, said in one line: the file or argument, what is wrong with it, and what to do."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def few(names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line: its first, or its type where it says nothing."""
+    """The text of an error, on one line: its first, or its type where it says nothing."""
     return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 

@@ -251,7 +251,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
 
 def _dtypes(normalize: bool) -> Any:
-    """What scikit-learn's validation makes of an array: what is not scaled has to fit the float32 of a key."""
+    """An array as scikit-learn's validation makes it: what is not scaled has to fit the float32 of a key."""
     return [np.float64, np.float32] if normalize else np.float32
 
 

@@ -46,7 +46,7 @@ _SCALARS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.st
 _REMEDY = "expected what retrieval-tip classify --format parquet, csv or json --output FILE writes"
 
 SHOWN_PREDICTIONS = 50
-"""How many a notebook shows."""
+"""Predictions that a notebook shows."""
 SHOWN_LABELS = 8
 
 
@@ -191,7 +191,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the answer to one query is made of: enough to weigh it anew, with another alpha, beta or k.
+    """The parts of the answer to one query: enough to weigh it anew, with another alpha, beta or k.
 
     ``feature`` ``[d]`` and ``text`` ``[c]``, its text logits, float32; of the ``m`` nearest keys, nearest first,
     ``key_ids``, ``class_ids`` int64 and ``affinities`` float32; ``counts`` ``[c]`` int64 and ``sums`` ``[c]`` float32:

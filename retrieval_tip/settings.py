@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from retrieval_tip.errors import UsageError
 
 KeysMet = int | Literal["all"] | None
-"""How many of the nearest keys a query meets, as a call says it: ``None`` is what the index's settings say."""
+"""The number of nearest keys that a query meets, as a call says it: ``None`` is what the index's settings say."""
 
 
 LATER = {"later": True}
@@ -75,7 +75,7 @@ class Settings:
         return replace(self, least_cache=None, log_offset=None)
 
     def shown(self) -> dict[str, Any]:
-        """What may be set, by name, as people and JSON read it: a ``k`` of all keys is ``all``.
+        """The settings that may be set, by name, as people and JSON read it: a ``k`` of all keys is ``all``.
 
         Without the ``logit_scale``, which is the backbone's, and what only a fit finds.
         """
@@ -86,12 +86,12 @@ class Settings:
 MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
 METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
-"""What a fit may take for each letter of the method (:mod:`tip`)."""
+"""Names of what a fit may choose for each letter of the method (:mod:`tip`)."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """How the metric and the values of an index were fitted to its shots (:mod:`fit.closed_form`).
+    """The form in which metric and values of an index were fitted to its shots (:mod:`fit.closed_form`).
 
     ``metric`` is ``none`` or ``within``, shrunk by ``shrinkage``; ``values`` are ``one-hot``, or ``solved`` with
     ``ridge``; ``keys`` is how many there were then.
@@ -115,7 +115,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Built:
-    """How an index was built, as far as what comes later goes by it: its provenance is a record, this decides.
+    """The way an index was built, as far as what comes later goes by it: its provenance is a record, this decides.
 
     ``source`` is the name of the labelled source; so many ``shots`` a class were drawn from it (``None`` took all), and
     a key is the mean of so many ``views``, both with ``seed``. ``auto_index``: the index of a LanceDB table follows the

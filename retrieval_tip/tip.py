@@ -70,7 +70,7 @@ def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tenso
 
 
 def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """What one key adds to the cache logit of its class: ``exp(-beta (1 - A))``, elementwise (paper, equation 4).
+    """The weight of one key in the cache logit of its class: ``exp(-beta (1 - A))``, elementwise (paper, equation 4).
 
     ``beta`` is the sharpness: at 0 every key counts 1, and the larger it is the more only near keys count.
     """
@@ -78,7 +78,7 @@ def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
 
 
 def at_mean(number: Tensor, mean: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """What ``r_c`` keys of a class add at their mean affinity ``m_c``: ``r_c exp(-beta (1 - m_c))``, elementwise.
+    """The tail: ``r_c`` keys of a class at their mean affinity ``m_c``, ``r_c exp(-beta (1 - m_c))``, elementwise.
 
     The exponential is convex, so this never exceeds what they add at their own affinities.
     """
@@ -118,7 +118,7 @@ def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Totals:
-    """What is known of all keys of each class before any is retrieved: enough to estimate those that are not.
+    """Facts of all keys of each class before any is retrieved: enough to estimate those that are not.
 
     ``counts`` ``[c]`` (or ``[q, c]``, where queries meet different keys): the number of keys ``n_c``. ``affinities``
     ``[q, c]``: the sum of the affinities to all keys of the class, ``n_c f mu_c``, which costs one product with the
@@ -148,7 +148,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Values:
-    """What each key gives to each class, in place of 1 to its own: values that were solved or trained.
+    """Values: what each key gives to each class, in place of 1 to its own: values that were solved or trained.
 
     ``matrix`` ``[n, c]``: row i is ``V_i``, of the dtype of the weights; one-hot rows are plain Tip-Adapter. ``rows``
     ``[q, k]`` int64: the row of each retrieved key (any row for an empty slot); ``None`` where column j of the affinity
@@ -264,7 +264,7 @@ def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
 
 
 def close(text: Tensor, cache: Tensor, alpha: float, error: float) -> Tensor:
-    """Where relative errors of up to ``error`` in the cache logits may change the winner, ``[q]`` bool.
+    """Queries for which relative errors of up to ``error`` in the cache logits may change the winner, ``[q]`` bool.
 
     ``text`` and ``cache`` ``[q, c]``, ``cache >= 0``.
     """

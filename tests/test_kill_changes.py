@@ -32,7 +32,7 @@ from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
-from retrieval_tip.store.writer import collect
+from retrieval_tip.store.writer import FILE_NAME, TEMPORARY, collect
 
 D, CLASSES, KEPT = 8, 4, 2
 SEGMENTS = (24, 8, 3)
@@ -194,7 +194,7 @@ def check_collectable(folder: Path) -> None:
     own = {folder / "manifest.json", folder / "lock", *(folder / "manifests").glob("[0-9]*.json")}
     for path in {path for path in folder.rglob("*") if path.is_file()} - named - own:
         in_data = path.parent == folder / "data"
-        assert store._TEMPORARY.fullmatch(path.name) or (in_data and store._FILE_NAME.fullmatch(path.name)), path
+        assert TEMPORARY.fullmatch(path.name) or (in_data and FILE_NAME.fullmatch(path.name)), path
 
 
 def check_tidy(folder: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def ray_of(engine: EngineOptions, device: str) -> Ray | None:
-    """Where and how wide a command runs on Ray; ``None``: it runs here. What belongs to Ray is refused then."""
+    """The Ray that a command runs on; ``None``: it runs here. What belongs to Ray is refused then."""
     if engine.engine != "ray":
         for name, value in (("actors", engine.actors), ("shard-size", engine.shard_size)):
             if value is not None:
@@ -54,7 +54,7 @@ def shards_of(
 
 
 def encoding_of(encoding: EncodingOptions, name: BackboneName | None, views: ViewOptions | None = None) -> Encoding:
-    """How the workers of a command encode."""
+    """The encoding of the workers of a command."""
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.engine import Encoding
 
@@ -73,14 +73,14 @@ def named(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pa
 
 
 def asked_of(cache: AnsweringIndex, answer: AnswerOptions, precision: str) -> Asked:
-    """How workers are to answer with their copy of an index, as :func:`opening.index_with` has set this one."""
+    """The way workers are to answer with their copy of an index, as :func:`opening.index_with` has set this one."""
     from retrieval_tip.distributed.tasks import Asked
 
     return Asked(cache.settings, answer.where, "float32" if precision == "auto" else precision)
 
 
 def encoding_for(cache: AnsweringIndex, shards: list[Shard], encoding: EncodingOptions) -> Encoding:
-    """How the workers encode for an index: with its own backbone, where there are images; refused as it is here."""
+    """The encoding of the workers for an index: with its own backbone, where there are images, or refused."""
     import pyarrow as pa
 
     from retrieval_tip.data.feature_tables import check_backbone

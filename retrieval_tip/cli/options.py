@@ -65,7 +65,7 @@ class BackboneOptions:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How a source is read: the dataset that it holds, the part of it, and where relative paths start from."""
+    """Options for reading a source: the dataset that it holds, the part of it, and where relative paths start from."""
 
     dataset: str | None = None
     split: str | None = None
@@ -78,7 +78,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """How many views a key is the mean of, and the seed that draws shots and views."""
+    """Views that a key is the mean of, and the seed that draws shots and views."""
 
     views: int
     seed: int
@@ -86,7 +86,7 @@ class ViewOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions(BackboneOptions):
-    """How items become features: backbone, checks of feature tables, batches, threads, and the encoding cache."""
+    """Options for encoding: backbone, checks of feature tables, batches, threads, and the encoding cache."""
 
     norms: str
     batch_size: int | None
@@ -104,7 +104,7 @@ class EncodingOptions(BackboneOptions):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How an index answers: settings, where its own are not to hold, over which keys, and how it is checked first."""
+    """Options for answering: settings, where its own are not to hold, over which keys, and how it is checked first."""
 
     k: KeysMet = None
     tail: bool | None = None
@@ -116,7 +116,7 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Where the work is done: here, or by shards on Ray."""
+    """The engine that does the work: here, or by shards on Ray."""
 
     engine: str
     actors: int | None
@@ -126,7 +126,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """How rows are printed, and the file that they go to in place of standard output."""
+    """The form in which rows are printed, and the file that they go to in place of standard output."""
 
     named: str | None
     output: Path | None

@@ -1,4 +1,4 @@
-"""How results are printed: rows as a table, JSON lines, CSV or Parquet, to standard output or to a file."""
+"""Printing of results: rows as a table, JSON lines, CSV or Parquet, to standard output or to a file."""
 
 from __future__ import annotations
 

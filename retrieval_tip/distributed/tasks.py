@@ -73,7 +73,7 @@ class EncodeTask(Task):
 
 @dataclass(frozen=True)
 class Asked:
-    """How workers answer with their copy of an index: by these settings, with the keys that a condition holds for.
+    """The way workers answer with their copy of an index: by these settings, with the keys that a condition holds for.
 
     Products with all keys are in float32 unless it is said otherwise: what is fastest may differ from machine to
     machine.

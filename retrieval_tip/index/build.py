@@ -166,7 +166,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Made:
-    """What an index is made of, wherever it is kept: items and their class ids ``[m]``, words, and what was asked."""
+    """The material of an index, wherever it is kept: items and their class ids ``[m]``, words, and what was asked."""
 
     source: Source
     encoder: Encoder
@@ -177,7 +177,7 @@ class _Made:
 
     @property
     def built(self) -> Built:
-        """How it is built."""
+        """The way it is built, for the manifest."""
         drawn = self.shots is not None or self.encoder.views > 1
         return Built(self.source.name, self.shots, self.encoder.seed if drawn else 1, self.encoder.views)
 
@@ -279,7 +279,7 @@ def _fitting(
 
 
 def _warn_of_table(table: LanceDraft) -> None:
-    """What is suspicious about a table that was just made."""
+    """Warnings of a table that was just made."""
     _warn_of_bare(np.flatnonzero(table.classes.counts == 0).tolist(), table.class_names)
     if table.n <= FEW_KEYS:
         kept = table.take(np.arange(table.n))
@@ -382,7 +382,7 @@ def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: in
 
 
 def item_columns(items: pa.Table, digests: Sequence[str | None]) -> dict[str, Any]:
-    """What a source says of its items, as :func:`labels.label_table` takes it: sources, digests, and extra columns.
+    """Columns that a source has of its items, as :func:`labels.label_table` takes them: sources, digests, further ones.
 
     Digests of the images that were read come after those that a table has.
     """
@@ -442,7 +442,7 @@ def _identity(source: Source, encoder: Encoder) -> Identity | None:
 
 
 def provenance_of(given: float | None, form: str) -> str:
-    """Where a setting comes from."""
+    """The origin of a setting, in words."""
     if given is not None:
         return "given" if form == "none" else f"given as {given:g}, normalize {form}"
     return "the paper's default" if form == "none" else f"default, normalize {form}"

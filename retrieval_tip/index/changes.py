@@ -1,4 +1,4 @@
-"""What changes an index: each function makes one new version of it, alone, or fails and changes nothing.
+"""Changes of an index: each function makes one new version of it, alone, or fails and changes nothing.
 
 What takes long, encoding above all, is done before other writers have to wait.
 """
@@ -68,7 +68,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Added(Changed):
-    """What was added: ``classes`` that are new, how many images were ``known``, and poison among the new keys."""
+    """The result of adding: ``classes`` that are new, how many images were ``known``, and poison among the new keys."""
 
     classes: list[str]
     known: int

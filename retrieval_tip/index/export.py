@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BESIDE = ("settings", "templates", "backbone", "provenance")
-"""What an index has beside its keys, labels and classes."""
+"""Fields that an index has beside its keys, labels and classes."""
 
 
 def copy(model: Model, target: stores.Store, what: str) -> int:

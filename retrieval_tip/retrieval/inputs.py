@@ -1,4 +1,4 @@
-"""What callers hand over, as arrays that fit: every error names the argument and what was expected."""
+"""Arguments of callers, as arrays that fit: every error names the argument and what was expected."""
 
 from __future__ import annotations
 

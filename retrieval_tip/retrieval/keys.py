@@ -38,7 +38,7 @@ FEW = 8
 """Queries of a class up to which a product runs along its keys; for more of them, keys are packed for it first."""
 
 SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
-"""What :meth:`Keys.slack` is measured on: keys as queries, the classes nearest to each, keys of each of those."""
+"""The sample that :meth:`Keys.slack` is measured on: keys as queries, the nearest classes of each, keys of these."""
 
 SPREAD_QUANTILE = 0.999
 MOST_SLACK = 1e9
@@ -50,7 +50,7 @@ HALF_FROM = 1 << 22
 HALF_FROM_QUERIES = 64
 """Queries at a time from which ``auto`` tries it: halving the keys and measuring take longer than a few answers."""
 HALF_GAIN = 1.3
-"""How many times as fast half-precision products have to be for ``auto`` to take them."""
+"""The factor by which half-precision products have to be faster for ``auto`` to take them."""
 HALF_ERROR = 2e-3
 """Relative root mean square error of cache logits that ``auto`` accepts: a tenth of a percent of what decides."""
 
@@ -496,7 +496,7 @@ class Keys(KeyStream):
         return logits
 
     def _ranges(self, class_id: int, size: int) -> Iterator[slice]:
-        """Where the keys of a class are, at most ``size`` of them a slice."""
+        """Slices of the keys of a class, at most ``size`` of them a slice."""
         for first, last in self.starts[:, class_id : class_id + 2].tolist():
             yield from (slice(start, min(start + size, last)) for start in range(first, last, size))
 
@@ -526,7 +526,7 @@ class Keys(KeyStream):
         return torch.from_numpy(self.array[rows.cpu().numpy()]).to(self.device)
 
     def slack(self, beta: float) -> float:
-        """How far the cache logit of a class exceeds what its mean affinity says, as a fraction, hardly ever exceeded.
+        """The excess of a class's cache logit over what its mean affinity says, as a fraction, hardly ever exceeded.
 
         ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class near to a query, measured once
         on a sample of keys as queries and their nearest other classes; the quantile :data:`SPREAD_QUANTILE`.

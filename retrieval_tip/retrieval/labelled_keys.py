@@ -40,7 +40,7 @@ class LabelledKeys:
 
     @property
     def met(self) -> npt.NDArray[Any] | Segments:
-        """What queries meet: the points, or the keys themselves."""
+        """The keys as queries meet them: the points, or the keys themselves."""
         return self.keys if self.points is None else self.points
 
     @property

@@ -281,7 +281,7 @@ class IndexRetrieval(Retrieval):
         return classes, text, cache
 
     def _most(self, k: int) -> int:
-        """How many classes hold about ``k`` keys."""
+        """The number of classes that hold about ``k`` keys."""
         return max(LEAST_CLASSES, round(k / self.keys.mean_count))
 
 

@@ -62,7 +62,7 @@ _FACTORY = re.compile(
     rf"(Flat|{_SCALARS}|PQ[0-9]{{1,9}}(x([3-9]|1[0-2]))?(fsr?|np)?|RaBitQ[1-9]?(fs)?))"
     rf"(,RFlat|,Refine\((Flat|{_SCALARS})\))?"
 )
-"""What a factory may be. FAISS knows more, but some of that ends the process (``Refine(IVF4,Flat)``), comes to no end
+"""Known factories. FAISS knows more, but some of that ends the process (``Refine(IVF4,Flat)``), comes to no end
 (``NSG16``, where keys repeat), writes where it must not (``PCA7,OPQ60_300,Flat``), takes gigabytes (``RQ2x24``), or is
 for vectors of another kind (``SQ8_direct``: of bytes)."""
 
@@ -225,7 +225,7 @@ class VectorIndex:
 
     @property
     def device(self) -> str:
-        """Where searches run: ``cpu`` or ``cuda``."""
+        """The device that searches run on: ``cpu`` or ``cuda``."""
         return "cpu" if self._gpu.get() is None else "cuda"
 
     @property
@@ -240,7 +240,7 @@ class VectorIndex:
 
     @property
     def effort(self) -> int | None:
-        """How many lists a search probes, or candidates of a graph it keeps; ``None`` where it has no such setting.
+        """Lists that a search probes, or candidates of a graph that it keeps; ``None`` where it has no such setting.
 
         Higher finds more of the nearest vectors and takes longer; it is saved with the index.
         """
@@ -284,7 +284,7 @@ class VectorIndex:
         return self._search_indexed(features, k)
 
     def _search_both(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """What the index finds, without what was replaced since, and what came since, as one."""
+        """Hits of the index without what was replaced since, and of what came since, as one."""
         replaced = int(np.searchsorted(self._late_rows, self.indexed))
         asked = min(k + min(replaced, k), self.indexed)
         while True:
@@ -525,7 +525,7 @@ def _shown(factory: str) -> str:
 
 
 def _size_problem(path: Path) -> str | None:
-    """What is wrong with a file's size: FAISS's mapped reader may crash on one that ends too early."""
+    """The fault of a file's size: FAISS's mapped reader may crash on one that ends too early."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -553,7 +553,7 @@ def _attempt(factory: str, run: Callable[[], Any], when: str = "") -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What FAISS says, without the place in its source."""
+    """The text of FAISS's error, without the place in its source."""
     text = str(error).strip()
     return text.rpartition("' failed: ")[2] if "' failed: " in text else text.rpartition(": ")[2] or text
 
@@ -567,7 +567,7 @@ def _inner(index: Any) -> Iterator[Any]:
 
 
 def _effort_of(index: Any) -> Iterator[tuple[Any, str]]:
-    """Where an index keeps its effort: object and name of an attribute, the outermost first."""
+    """The place of an index's effort: object and name of an attribute, the outermost first."""
     for part in _inner(index):
         if hasattr(part, "nprobe"):
             yield part, "nprobe"

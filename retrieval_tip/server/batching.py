@@ -47,7 +47,7 @@ class Batcher(Generic[K, T, R]):
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(self, key: K, items: Sequence[T]) -> list[R]:
-        """What ``run`` gives for these items, in order.
+        """The results of ``run`` for these items, in order.
 
         Raises Problem 429 where too many wait, and what ``run`` raises for them.
         """
@@ -133,7 +133,7 @@ class Kept(Generic[K, R]):
         self._size = 0
 
     async def __call__(self, key: K, make: Callable[[], R]) -> R:
-        """What ``make`` gives. Raises Problem 503 where too many are made, and what ``make`` raises, which is not kept.
+        """The result of ``make``. Raises Problem 503 where too many are made, and as ``make``, which is not kept.
 
         Who is cancelled leaves it to the others: it is made to its end.
         """

@@ -1,4 +1,4 @@
-"""How much of everything a request may take, and the guard in front of the routes that sees to it."""
+"""The limits of everything that a request may take, and the guard in front of the routes that sees to it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DEADLINE = "retrieval_tip.deadline"
-"""Where a scope keeps its :class:`asyncio.Timeout`."""
+"""The entry in which a scope keeps its :class:`asyncio.Timeout`."""
 
 READ = "retrieval_tip.read"
-"""Where a scope says that the body has been read to its end."""
+"""The entry in which a scope says that the body has been read to its end."""
 
 DRAINED_SECONDS = 5.0
 """For so long the rest of a refused body is read and dropped: who still sends would else not see the answer."""
@@ -35,7 +35,7 @@ PART, PART_SECONDS = 64 << 10, 8.0
 as many have to be taken within as long (:class:`run._Protocol` sees to that)."""
 
 HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[0-9a-z._-]{1,255})(?::[0-9]{1,5})?", re.IGNORECASE | re.ASCII)
-"""What a request may say in its field Host: a name or an address, and a port."""
+"""The form of a request's field Host: a name or an address, and a port."""
 
 SECURITY = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -49,7 +49,7 @@ SECURITY = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may take.
+    """The limits of requests.
 
     One: ``bytes`` of its body, of which ``json_bytes`` of JSON, ``images`` or ``rows`` of features, ``pixels`` of an
     image, ``seconds`` until its answer begins and again until that is taken, ``cells`` numbers in the answers to

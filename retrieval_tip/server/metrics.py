@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus. One set a process."""
+"""The counters of the server, for Prometheus. One set a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What went wrong, as ``application/problem+json`` (RFC 9457)."""
+"""Problems as ``application/problem+json`` (RFC 9457)."""
 
 from __future__ import annotations
 

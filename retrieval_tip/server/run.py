@@ -25,7 +25,7 @@ IDLE_SECONDS = 15
 HEAD_SECONDS = 10.0
 """For so long a connection may take to say what it asks for."""
 HEAD_BYTES = 64 << 10
-"""What it asks for may take so much: the request line and the header fields, with those after a body in chunks."""
+"""Bytes that a request may ask with: the request line and the header fields, with those after a body in chunks."""
 PIPELINED = 8
 """Requests that a connection may ask while another of it is answered."""
 CONNECTIONS = 512
@@ -53,7 +53,7 @@ def address(listening: socket.socket) -> str:
 
 
 def configured(app: FastAPI, seconds: float) -> uvicorn.Config:
-    """How uvicorn runs the application; ``seconds`` are for what is being answered at the end."""
+    """The settings of uvicorn; ``seconds`` are for what is being answered at the end."""
     return uvicorn.Config(
         app,
         http=_Protocol,

@@ -1,4 +1,4 @@
-"""What requests and answers look like: for the description of the interface (OpenAPI), not for checking."""
+"""Forms of requests and answers: for the description of the interface (OpenAPI), not for checking."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE_FEATURE = [0.6, 0.8]
 
 
 class ProblemAnswer(BaseModel):
-    """What went wrong (RFC 9457)."""
+    """A problem (RFC 9457)."""
 
     type: str = "about:blank"
     title: str
@@ -154,7 +154,7 @@ class Skipped(BaseModel):
 
 
 class Added(BaseModel):
-    """What was added. ``known``: images that were there under that label already."""
+    """Keys that were added. ``known``: images that were there under that label already."""
 
     index: str
     version: int
@@ -166,7 +166,7 @@ class Added(BaseModel):
 
 
 class Removed(BaseModel):
-    """What was removed."""
+    """Keys that were removed."""
 
     index: str
     version: int

@@ -46,7 +46,7 @@ COMPLETE, NEAREST = 1 << 14, 2048
 """Keys up to which evidence holds them all; of more, it holds so many nearest ones."""
 
 NEIGHBOUR_CELLS = 16
-"""What a neighbour in an answer counts, which is an object with names: its memory is that of so many numbers."""
+"""The cost of a neighbour in an answer, which is an object with names: its memory is that of so many numbers."""
 
 VALUES = 1 << 22
 """Numbers of answers, or keys that are retrieved for them, at a time."""
@@ -54,7 +54,7 @@ VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class Ask:
-    """How queries are to be answered; ``None`` is the index's own setting."""
+    """Settings that queries are to be answered by; ``None`` is the index's own setting."""
 
     alpha: float | None = None
     beta: float | None = None
@@ -109,7 +109,7 @@ class Version:
         return results
 
     def describe(self, *, changes: bool, whole: bool = False) -> dict[str, Any]:
-        """What it is; the ``whole`` of it with its classes, templates and provenance."""
+        """The facts of the index; the ``whole`` of it with its classes, templates and provenance."""
         cache = self.cache
         facts: dict[str, Any] = {
             "name": self.name,
@@ -139,7 +139,7 @@ class Version:
         return facts
 
     def source_of(self, key_id: int) -> str:
-        """Where a key comes from. Raises Problem 404 where there is no such key."""
+        """The source of a key. Raises Problem 404 where there is no such key."""
         keys = self.cache.find(key_ids=[key_id])
         if not len(keys):
             raise Problem(404, f"index {self.name!r} has no key {key_id}")
@@ -147,7 +147,7 @@ class Version:
 
 
 def _letters(cache: Model) -> dict[str, str]:
-    """What the metric and the values of an index are."""
+    """Names of the metric and of the values of an index."""
     if cache.fitted is not None:
         return {"metric": cache.fitted.metric, "values": cache.fitted.values}
     return {"metric": "none", "values": "one-hot" if cache.values is None else "trained"}

@@ -1,4 +1,4 @@
-"""What the server does: images to features to answers, together; changes, one at a time; and what is slow, once."""
+"""The work of the server: images to features to answers, together; changes, one at a time; and what is slow, once."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ class Service:
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
     ) -> tuple[int, list[dict[str, Any]]]:
-        """How many keys :meth:`CacheModel.find` finds, and a page of them; ``image`` is whether there is a picture."""
+        """The number of keys that :meth:`CacheModel.find` finds, and a page of them; ``image``: there is a picture."""
 
         def call() -> tuple[int, list[dict[str, Any]]]:
             keys = version.cache.find(labels, source, key_ids)
@@ -292,7 +292,7 @@ class Service:
         return {"version": version.manifest.version, "total": total, "shots": shots[:limit]}
 
     async def _once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
-        """What ``call`` gives, made once a version."""
+        """The result of ``call``, made once a version."""
         try:
             async with asyncio.timeout(PATIENCE):
                 answer: T = await self._made((weakref.ref(version), what), call)  # which keeps no version alive

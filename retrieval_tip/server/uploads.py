@@ -1,4 +1,4 @@
-"""What a request brings: images as multipart form data, or features as JSON."""
+"""The content of a request: images as multipart form data, or features as JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Sent:
 
 
 async def read(request: Request, limits: Limits, norms: str, d: int, *, labelled: bool = False) -> Sent:
-    """What was sent, for an index of features of ``d`` values.
+    """The images or features that were sent, for an index of features of ``d`` values.
 
     Raises Problem 400 where it cannot be parsed, 413 where it is too much, 415 where it is of another kind, 422 where
     something is missing, superfluous or of another shape; InputError for features that cannot be used.

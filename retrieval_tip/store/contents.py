@@ -1,4 +1,4 @@
-"""What the data files of an index folder hold: read into memory, and written as the next version."""
+"""The contents of the data files of an index folder: read into memory, and written as the next version."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from retrieval_tip.store.manifest import DataFile, Manifest, Segment
 from retrieval_tip.store.writer import Writer
 
 HELD = ("text", "values", "curve", "metric", "points")
-"""What is one file each, and written again only where it is another object."""
+"""Parts that are one file each, and written again only where it is another object."""
 
 
 class SavedIndex(Protocol):
@@ -44,7 +44,7 @@ class SavedIndex(Protocol):
 
 @dataclass(frozen=True)
 class Contents:
-    """What the data files of a version hold, as arrays or tensors.
+    """The contents of the data files of a version, as arrays or tensors.
 
     ``segments`` are the keys ``[n_i, d]``, float32 or float16, the first of which the ``index`` is over; ``labels``
     describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32 were solved or trained;

@@ -144,7 +144,7 @@ class Check:
 def opened(
     folder: Path, read: Callable[[Manifest], T], *, verify: str = "full", check: Check | None = None
 ) -> tuple[T, Check]:
-    """What ``read`` makes of the current version once its files are checked, and that check.
+    """The result of ``read`` for the current version once its files are checked, and that check.
 
     Where a writer gives that version up meanwhile, it is done again with the one that is current then. ``check`` is one
     that was begun before. Raises StoreError as :class:`Check`, and what ``read`` raises.
@@ -162,7 +162,7 @@ def opened(
 
 
 def _problem(folder: Path, file: DataFile, verify: str) -> str | None:
-    """What is wrong with a data file, if anything."""
+    """The fault of a data file, if it has one."""
     path = folder / file.name
     try:
         if not lies_in(folder, path):
@@ -251,7 +251,7 @@ def find_weights(folder: Path, file: DataFile) -> Path:
 
 
 def count_tensors(path: Path) -> int:
-    """How many tensors a safetensors file holds; only its header is read. Raises StoreError where it is none."""
+    """The number of tensors in a safetensors file; only its header is read. Raises StoreError where it is none."""
     try:
         with safe_open(path, framework="np") as file:
             return len(file.keys())
@@ -273,7 +273,7 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What ``index info`` prints: the manifest, the keys a class, and the space on disk."""
+    """The facts that ``index info`` prints: the manifest, the keys a class, and the space on disk."""
     (manifest, labels), _ = opened(folder, lambda manifest: (manifest, read_labels(folder, manifest)), verify="fast")
     counts = np.bincount(labels["class_id"].to_numpy(), minlength=len(manifest.class_names))
     earlier = _before(folder, manifest)

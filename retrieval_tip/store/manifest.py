@@ -1,4 +1,4 @@
-"""What an index says of a version of itself: the format of its manifests, in folders and beside tables.
+"""The manifest of a version of an index: the format of its manifests, in folders and beside tables.
 
 A manifest is JSON that names every data file with its SHA-256, and ends in its own. A format that this program writes,
 or that an older one wrote, is read whole or refused: nothing is guessed.
@@ -34,7 +34,7 @@ TABLE_KINDS = {"classes": ".parquet"}
 SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS
 
 MAX_DEPTH, MAX_KEY_ID = 64, 2**62
-"""How deep a provenance may be nested; the largest first key id that was never given."""
+"""The depth to which a provenance may be nested; the largest first key id that was never given."""
 
 _NAMED = re.compile(rb"data/\w+-[0-9a-f]{16}\.\w+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -114,7 +114,7 @@ class Manifest:
 
     @property
     def keys_digest(self) -> str:
-        """What the keys are, in 16 hexadecimal digits."""
+        """The digest of the keys, in 16 hexadecimal digits."""
         digests = [part.keys.sha256 for part in self.segments]
         return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
 
@@ -265,7 +265,7 @@ def named_in(raw: bytes) -> set[str] | None:
 
 
 def _built(provenance: object) -> dict[str, Any]:
-    """How an index was built, by the provenance of a format before 5, as far as it can be that."""
+    """The way an index was built, by the provenance of a format before 5, as far as it can be that."""
     stated = provenance if isinstance(provenance, dict) else {}
     said: dict[str, Any] = {"auto_index": stated.get("index") == "auto"}
     for name in ("source", "shots", "seed", "views"):

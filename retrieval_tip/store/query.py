@@ -58,7 +58,7 @@ _SETTINGS = (
     "enable_progress_bar = false",  # it would appear on standard output
 )
 _STATUS: dict[type[RetrievalTipError], int] = {UsageError: 2, InputError: 3}
-"""What the process ends with where it says why."""
+"""The exit status of the process where it says why."""
 
 
 def ask(
@@ -215,7 +215,7 @@ def _unheld(name: str, error: Exception) -> InputError:
 
 
 def _answer() -> None:
-    """What the other process does: a request and tables from standard input, an answer to standard output."""
+    """The work of the other process: a request and tables from standard input, an answer to standard output."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing else gets into the answer, as a bar that shows progress
     asked = json.loads(sys.stdin.buffer.readline())

@@ -37,8 +37,8 @@ from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Segment, 
 
 _ZEROS = bytes(1 << 20)
 _ANY_KIND, _ANY_SUFFIX = "|".join(SUFFIXES), "|".join(sorted({suffix[1:] for suffix in SUFFIXES.values()}))
-_FILE_NAME = re.compile(rf"({_ANY_KIND})-[0-9a-f]{{16}}\.({_ANY_SUFFIX})")
-_TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{{32}})\.tmp")
+FILE_NAME = re.compile(rf"({_ANY_KIND})-[0-9a-f]{{16}}\.({_ANY_SUFFIX})")
+TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.json\.[0-9a-f]{{32}})\.tmp")
 
 
 class Writer:
@@ -231,7 +231,7 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """What lies in a folder, if it is there; looked at before :func:`is_index`, for another writer may make it one."""
+    """Names in a folder, if it is there; looked at before :func:`is_index`, for another writer may make it one."""
     try:
         return [entry.name for entry in folder.iterdir()]
     except FileNotFoundError:
@@ -240,7 +240,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def _is_own(name: str) -> bool:
     """Whether an interrupted writer of a first version can have left this in the folder."""
-    return name in ("data", "manifests", "lock") or _TEMPORARY.fullmatch(name) is not None
+    return name in ("data", "manifests", "lock") or TEMPORARY.fullmatch(name) is not None
 
 
 def _remove_own(folder: Path) -> None:
@@ -267,7 +267,7 @@ def _tidy(folder: Path) -> None:
     except (OSError, StoreError):
         return
     for path in (path for path in paths if path not in named):
-        if _FILE_NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
+        if FILE_NAME.fullmatch(path.name) or TEMPORARY.fullmatch(path.name):
             with suppress(OSError):
                 path.unlink()
     with suppress(OSError):  # only if it is empty
