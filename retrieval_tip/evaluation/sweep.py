@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot, few_shot_split
@@ -124,41 +125,25 @@ def sweep(
         raise UsageError("protocol paper: chooses on the validation source; give --val")
     if "tip-adapter-f" in methods and views is None:
         raise UsageError("method tip-adapter-f: needs the images of the pool, or a table of their views")
-    path = Path(results)
+    pool, path = closed_form.unfitted(pool), Path(results)
     rows = read_results(path) if path.exists() else []
     done = {tuple(row[name] for name in RUN): row for row in rows}
     for number in shots:
         for seed in seeds:
             drawn: CacheModel | None = None
             seen: Items | None = None
+            answering: CacheModel | Linear
             for method in methods:
                 run = (keys_digest, test.name, method, protocol, number, seed)
                 if run not in done:
                     if drawn is None:
                         drawn, seen = draw(pool, number, seed), _validation(pool, val, number, seed, protocol)
                     start = time.perf_counter()
-                    answering: CacheModel | Linear
                     if method == "tip-adapter-f" and views is not None:
                         answering, chosen_on = _fine_tune(drawn, *views, seen, seed)
                     else:
                         answering, chosen_on = _set(drawn, method, protocol, scales, seen)
-                    figures = _answer(answering, test)
-                    settings = answering.settings if isinstance(answering, CacheModel) else None
-                    done[run] = (
-                        dict(zip(RUN, run, strict=True))
-                        | figures
-                        | {
-                            "alpha": settings and settings.alpha,
-                            "beta": settings and settings.beta,
-                            "k": settings and (settings.k or 0),
-                            "chosen_on": chosen_on,
-                            "seconds": time.perf_counter() - start,
-                            "parameters_trained": _trained(answering, method),
-                            "peak_memory": _peak_memory(),
-                            "backbone": str(pool.backbone) if pool.backbone else None,
-                            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                        }
-                    )
+                    done[run] = _row(run, answering, chosen_on, test, start, pool.backbone)
                     rows.append(done[run])
                     with replacing(path) as temporary, temporary.open("wb") as file:
                         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
@@ -263,6 +248,35 @@ def _fine_tune(
     queries = None if val is None else unseen(cache, val.features, val.ids, val.name)
     tuned = finetune(cache, own_shots(cache, images), encoder, Recipe(seed=seed), val=queries)
     return tuned.cache, "nothing" if val is None else val.name
+
+
+def _row(
+    run: tuple[Any, ...],
+    answering: CacheModel | Linear,
+    chosen_on: str,
+    test: Items,
+    start: float,
+    backbone: Identity | None,
+) -> dict[str, Any]:
+    """What is written of a run that began at ``start``, by the performance counter."""
+    figures = _answer(answering, test)
+    settings = answering.settings if isinstance(answering, CacheModel) else None
+    row = dict(zip(RUN, run, strict=True))
+    return (
+        row
+        | figures
+        | {
+            "alpha": settings and settings.alpha,
+            "beta": settings and settings.beta,
+            "k": settings and (settings.k or 0),
+            "chosen_on": chosen_on,
+            "seconds": time.perf_counter() - start,
+            "parameters_trained": _trained(answering, row["method"]),
+            "peak_memory": _peak_memory(),
+            "backbone": str(backbone) if backbone else None,
+            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+    )
 
 
 def _trained(answering: CacheModel | Linear, method: str) -> int:
