@@ -180,14 +180,7 @@ def finetune(
         InputError: shots or validation images that do not fit the index; a damaged checkpoint.
     """
     place = None if checkpoint is None else Path(checkpoint)
-    held = None
-    if place is not None and place.exists():
-        if resume:
-            held = _read(place)
-        elif not place.is_file():
-            raise InputError(f"{show(place)}: cannot be written: not a file; the state of the run needs its name")
-        else:
-            log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
+    held = None if place is None or not place.exists() else _held(place, resume)
     recipe, cache = recipe or Recipe(), unfitted(cache.whole())
     material = _Material.of(cache, shots, encoder, recipe, val)
     if cache.device == "cpu":
@@ -211,6 +204,16 @@ def finetune(
         run.train(place, checkpoint_seconds)
     run.report()
     return run.result(parent)
+
+
+def _held(place: Path, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The state of an interrupted run that is to be resumed. Raises InputError where none can be written there."""
+    if resume:
+        return _read(place)
+    if not place.is_file():
+        raise InputError(f"{show(place)}: cannot be written: not a file; the state of the run needs its name")
+    log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
+    return None
 
 
 def shots_of(cache: CacheModel) -> Source:

@@ -105,12 +105,7 @@ def build_index(
     place = stores.at(out)
     fitting = _fitting(fit, (metric, values), (alpha, beta, normalize), place)
     words = _text(source, encoder, templates, text)
-    source = source.known_as(words.class_names)
-    ids = ids_in(source, words.class_names)
-    _warn_of_layout(source, words.class_names, text)
-    if shots is not None:
-        drawn = draw_shots(ids, words.class_names, shots, encoder.seed)
-        source, ids = source.take(drawn), ids[drawn]
+    source, ids = _drawn(source, words.class_names, text, shots, encoder.seed)
     made = _Made(source, encoder, ids, words, asked, shots)
     if isinstance(place, stores.LanceStore):
         _build_table(place, made, dtype, "auto" if index is None else index)
@@ -196,6 +191,19 @@ class _Made:
             "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
             "skipped": [str(skipped) for skipped in self.encoder.skipped],
         }
+
+
+def _drawn(
+    source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None, shots: int | None, seed: int
+) -> tuple[Source, npt.NDArray[np.int64]]:
+    """The items that become keys, and their class ids ``[m]``."""
+    source = source.known_as(class_names)
+    ids = ids_in(source, class_names)
+    _warn_of_layout(source, class_names, text)
+    if shots is None:
+        return source, ids
+    drawn = draw_shots(ids, class_names, shots, seed)
+    return source.take(drawn), ids[drawn]
 
 
 def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str) -> None:
