@@ -41,7 +41,7 @@ from test_store import body_of, one_line, sealed, snapshot
 
 from retrieval_tip import CacheModel, predictions, verify
 from retrieval_tip.cli.output import write_table
-from retrieval_tip.data import images, sources
+from retrieval_tip.data import images, sources, tables
 from retrieval_tip.data import imports as exchange
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE
@@ -860,7 +860,7 @@ def text_column(n: int, rng: random.Random) -> pa.Array:
     if kind < 10:
         return pa.array(texts, pa.string())
     if kind == 10 and n:
-        return pa.array(["x" * (sources.MAX_TEXT + rng.choice([0, 1])), *texts[1:]], pa.string())
+        return pa.array(["x" * (tables.MAX_TEXT + rng.choice([0, 1])), *texts[1:]], pa.string())
     other: dict[int, Callable[[], pa.Array]] = {
         11: lambda: pa.array(texts, pa.large_string()),
         12: lambda: pa.array(texts, pa.string_view()),
@@ -1043,7 +1043,7 @@ def told_texts(path: Path, name: str) -> list[str | None] | None:
     except UnicodeDecodeError:
         raise Wrong from None
     for value in found:
-        if value is not None and len(value) > sources.MAX_TEXT:
+        if value is not None and len(value) > tables.MAX_TEXT:
             raise Wrong
     return found
 
@@ -1253,7 +1253,7 @@ def any_text(rng: random.Random) -> tuple[bytes, str, list[list[str]] | None]:
         lambda: b"\n\n" + raw,
         lambda: b"",
         lambda: b"\0" * 100,
-        lambda: raw.partition(b"\n")[0] + b"\n" + b"z" * (sources.MAX_TEXT + 1) + tail + b"\n",
+        lambda: raw.partition(b"\n")[0] + b"\n" + b"z" * (tables.MAX_TEXT + 1) + tail + b"\n",
         lambda: b",".join(b"c%d" % i for i in range(3000)) + b"\n",
         lambda: rng.randbytes(200),
     ]  # fmt: skip

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_tip.data.feature_tables import read_features
-from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source, row_list
+from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source
+from retrieval_tip.data.tables import row_list
 from retrieval_tip.errors import InputError, show
 
 

@@ -25,7 +25,8 @@ from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import IDENTITY_KEY, NORMS, _read_rows, same_backbone, table_dim, table_identity
-from retrieval_tip.data.sources import FEATURE, Source, read_item
+from retrieval_tip.data.sources import Source, read_item
+from retrieval_tip.data.tables import FEATURE
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.files import replacing
 

@@ -14,9 +14,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Backbone, Identity
-from retrieval_tip.data.sources import (
+from retrieval_tip.data.sources import Source
+from retrieval_tip.data.tables import (
     FEATURE,
-    Source,
     feature_column,
     few_names,
     open_parquet,

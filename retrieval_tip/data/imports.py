@@ -25,7 +25,7 @@ import pyarrow.csv
 import torch
 
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE, TABLE_ROWS, schema_of, table_of, write_table
-from retrieval_tip.data.sources import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list
+from retrieval_tip.data.tables import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import check_regular, open_regular, read_regular, real
 
@@ -36,7 +36,7 @@ Array = npt.NDArray[Any]
 MAX_NAMES = 1 << 27
 """Largest file of class names, in bytes."""
 MAX_NAME = 1024
-"""Longest class name, in characters. Ids may have :data:`sources.MAX_TEXT`, as in every table that is read."""
+"""Longest class name, in characters. Ids may have :data:`tables.MAX_TEXT`, as in every table that is read."""
 
 ID_COLUMNS = ("id", "path", "image_path", "key")
 LABEL_COLUMNS = ("label", "class")

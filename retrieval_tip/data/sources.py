@@ -12,39 +12,33 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from retrieval_tip.data import folders, images, remote, tars
-from retrieval_tip.errors import InputError, Skipped, counted, few, first_line, one_line, show
-from retrieval_tip.files import check_regular, read_regular
+from retrieval_tip.data.tables import (
+    FEATURE,
+    NAMES,
+    check_texts,
+    few_names,
+    is_parquet,
+    is_parts,
+    items_of,
+    renamed,
+    row_list,
+    texts,
+)
+from retrieval_tip.errors import InputError, Skipped, counted, few, show
+from retrieval_tip.files import read_regular
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
-FEATURE = "feature"
-NAMES = {
-    "path": ("path", "image", "image_path", "file_name", "filename", "filepath", "file"),
-    "label": ("label", "class", "class_name"),
-    FEATURE: (FEATURE, "embedding", "vector"),
-}
-"""The columns of a table, and what others call them; the first that is there is taken."""
-RUN, COMPLETE = "run.json", "complete.json"
-"""In a folder of parts: what is being made, and, written last, that it is all there."""
-MAX_TEXT = 4096
-"""Longest label or id, in characters: more is a table read wrongly."""
 MAX_SPLIT = 1 << 27
 """Largest split file, in bytes: one of ImageNet takes as much."""
-MAX_ROWS = 2**31 - 1
-"""Most rows of a table: a file of a few bytes may claim any number."""
-MAX_SHOWN = 64
-"""Columns, and characters of the name of each, that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -324,52 +318,8 @@ def _remote_images(folder: str, labelled: bool) -> Source:
     return _labelled_images(show(folder), paths, labels)
 
 
-def is_parquet(where: str) -> bool:
-    """Whether a path or a URL is a Parquet file, or a folder of the parts of a table."""
-    if where.lower().endswith(".parquet"):
-        return remote.is_remote(where) or os.path.isfile(where)
-    if remote.is_remote(where):
-        run = f"{where.rstrip('/')}/{RUN}"
-        return bool(remote.attempt(where, lambda: remote.system_of(where).exists(run)))
-    return is_parts(where)
-
-
 def _is_table(file: Path) -> bool:
     return is_parts(file) or (file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file))
-
-
-def is_parts(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds the parts of a table, whole or not."""
-    return os.path.isfile(os.path.join(folder, RUN))
-
-
-def table_files(table: Path | str) -> list[Path | str]:
-    """The Parquet files that a table consists of, in order: itself, or the parts in the folder.
-
-    Raises InputError for a folder that has not got all of its parts yet.
-    """
-    if remote.is_remote(table):
-        assert isinstance(table, str)
-        system = remote.system_of(table)
-        if table.endswith(".parquet"):
-            return [table]
-        name = table.rstrip("/")
-        places = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
-    elif os.path.isdir(table):
-        name = show(table)
-        with os.scandir(table) as entries:
-            places = [entry.path for entry in entries]
-    else:
-        return [table]
-    names = {place.rpartition("/")[2]: place for place in places}
-    if RUN not in names:
-        raise InputError(f"{name}: no feature table; a folder of parts has {RUN}")
-    if COMPLETE not in names:
-        raise InputError(
-            f"{name}: not all of its parts are there yet; give the command that makes it again, and it goes on"
-        )
-    parts = [names[part] for part in sorted(names) if part.startswith("part-") and part.endswith(".parquet")]
-    return [place if remote.is_remote(place) else Path(place) for place in parts]
 
 
 def of_images(paths: Sequence[str], name: str = "images") -> Source:
@@ -421,7 +371,7 @@ def _split_file(file: Path, split: str, root: str | os.PathLike[str] | None) -> 
     folder = Path(root) if root else _image_root(file, [path for path, _, _ in entries])
     paths = [os.path.join(folder, path) for path, _, _ in entries]
     items = pa.table({"source": [show(path) for path in paths], "label": [show(entry[2]) for entry in entries]})
-    _check_texts(items, name)
+    check_texts(items, name)
     return Source(name, items, ordered, tuple(paths))
 
 
@@ -450,9 +400,9 @@ def _table(
     whole: bool = True,
 ) -> Source:
     name = show(file)
-    items, has_features = _items(file, first, last, whole=whole)
+    items, has_features = items_of(file, first, last, whole=whole)
     key = "id" if has_features else "path"
-    items = _renamed(items, *(["label"] if has_features else ["path", "label"]))
+    items = renamed(items, *(["label"] if has_features else ["path", "label"]))
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
     if missing:
         kind = (
@@ -464,11 +414,11 @@ def _table(
             )
         )
         raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
-    front = {"source": _texts(items[key], name, key, needed=True, first=first)}
+    front = {"source": texts(items[key], name, key, needed=True, first=first)}
     if "label" in items.column_names:
-        front["label"] = _texts(items["label"], name, "label", needed=labelled, first=first)
+        front["label"] = texts(items["label"], name, "label", needed=labelled, first=first)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
-    _check_texts(items, name, first)
+    check_texts(items, name, first)
     labels = pc.unique(items["label"]).drop_null().to_pylist() if "label" in items.column_names else []
     names = tuple(sorted(labels))
     if has_features:
@@ -485,189 +435,3 @@ def open_rows(file: Path | str, first: int, last: int, *, root: str | None = Non
     Only the row groups that hold them are read. Raises as that does, with the rows' numbers in the file.
     """
     return _table(file, root, labelled=labelled, first=first, last=last, whole=False)
-
-
-def _items(file: Path | str, first: int, last: int | None, *, whole: bool) -> tuple[pa.Table, bool]:
-    """Every column of a table but the features, and whether there are any; rows without an id get their number."""
-    name = show(file)
-    if not str(file).lower().endswith(".parquet") and not os.path.isdir(file):
-        items = _read_csv(Path(file))
-        number, has_features = len(items), False
-        _check_rows(number, name)
-    else:
-        tables, number, has_features = [], 0, False
-        for part in table_files(file) if whole else [file]:
-            parquet = open_parquet(part)
-            columns = parquet.schema_arrow.names
-            _once(columns, name)
-            feature = feature_column(parquet.schema_arrow)
-            number, has_features = number + parquet.metadata.num_rows, feature is not None
-            _check_rows(number, name)
-            kept = [column for column in columns if column != feature]
-            tables.append(_read(show(part), lambda p=parquet, c=kept: _sound(_rows(p, c, first, last))))
-        items = _read(name, lambda: pa.concat_tables(tables))
-    if number == 0:
-        raise InputError(f"{name}: has no rows")
-    if has_features and "id" not in items.column_names:
-        last = number if last is None else min(last, number)
-        ids = pa.array([str(row) for row in range(first, last)])
-        items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
-    return items, has_features
-
-
-def feature_column(schema: pa.Schema) -> str | None:
-    """The column of a table that holds features: ``feature``, or lists of numbers by another of its ``NAMES``."""
-    if FEATURE in schema.names:
-        return FEATURE
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    for column in NAMES[FEATURE]:
-        kind = schema.field(column).type if column in schema.names else pa.null()
-        if any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type):
-            return column
-    return None
-
-
-def _renamed(items: pa.Table, *wanted: str) -> pa.Table:
-    """A table with these columns under their own names, where it has them by another one."""
-    for column in wanted:
-        there = [name for name in NAMES[column] if name in items.column_names]
-        if there and there[0] != column:
-            items = items.rename_columns([column if name == there[0] else name for name in items.column_names])
-    return items
-
-
-def _rows(parquet: pq.ParquetFile, columns: list[str], first: int, last: int | None) -> pa.Table:
-    """Rows ``first`` to ``last`` of a file, by the row groups that hold them."""
-    if first == 0 and last is None:
-        return parquet.read(columns=columns)
-    groups, start = row_groups(parquet, first, last)
-    return parquet.read_row_groups(groups, columns=columns).slice(first - start, None if last is None else last - first)
-
-
-def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
-    """The row groups that hold rows ``first`` to ``last`` of a file, and the row that the first of them starts with."""
-    groups: list[int] = []
-    start, begins = 0, 0
-    for group in range(parquet.num_row_groups):
-        rows = parquet.metadata.row_group(group).num_rows
-        if start + rows > first and (last is None or start < last):
-            begins = begins if groups else start
-            groups.append(group)
-        start += rows
-    return groups, begins
-
-
-def _check_rows(number: int, name: str) -> None:
-    if number > MAX_ROWS:
-        raise InputError(f"{name}: {number:,} rows, more than {MAX_ROWS:,}")
-
-
-def _sound(items: pa.Table) -> pa.Table:
-    """A table whose text is UTF-8, and of the kinds that rows can be taken of."""
-    kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    for place, field in enumerate(items.schema):
-        try:
-            items.column(place).validate(full=True)
-        except pa.ArrowException as error:
-            raise pa.ArrowInvalid(f"column {field.name!r}: {error}") from None
-        if field.type in kinds:
-            items = items.set_column(place, field.name, items.column(place).cast(kinds[field.type]))
-    items.slice(0, 1).take(pa.array([0] if len(items) else [], pa.int64()))  # of views within lists none can be
-    return items
-
-
-def open_parquet(file: Path | str) -> pq.ParquetFile:
-    """A Parquet file, memory-mapped where it is on this machine. Raises InputError where it is not one."""
-    url = file if isinstance(file, str) and remote.is_remote(file) else None
-
-    def read() -> pq.ParquetFile:
-        if url is None:
-            check_regular(file)
-        raw = pa.memory_map(os.fsencode(file)) if url is None else pa.PythonFile(remote.opened(url), "r")
-        parquet = pq.ParquetFile(raw)
-        "".join(parquet.schema_arrow.names)  # which may not be UTF-8
-        return parquet
-
-    result: pq.ParquetFile = _read(show(file), read)
-    return result
-
-
-def _read(name: str, read: Any) -> Any:
-    try:
-        return read()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
-
-
-def _read_csv(file: Path) -> pa.Table:
-    """All columns as text; quoted fields may hold commas, quotes and line breaks."""
-    name = show(file)
-
-    def read(types: dict[str, pa.DataType]) -> pa.Table:
-        convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-        with pa.OSFile(os.fsencode(file)) as raw:  # bytes: the name may not be UTF-8
-            return pyarrow.csv.read_csv(raw, parse_options=parse, convert_options=convert)
-
-    def header() -> list[str]:
-        with pa.OSFile(os.fsencode(file)) as raw, pyarrow.csv.open_csv(raw, parse_options=parse) as reader:
-            columns: list[str] = reader.schema.names
-            return columns
-
-    _read(name, lambda: check_regular(file))
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else _read(name, lambda: _delimiter(file))
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    columns = _read(name, header)
-    _once(columns, name)
-    return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))
-
-
-def _delimiter(file: Path) -> str:
-    """What separates the columns of a CSV file: the usual separator that its first line has most of."""
-    with Path(file).open("rb") as raw:
-        line = raw.readline(1 << 16).decode("utf-8", "replace")
-    return max(",;\t|", key=line.count)
-
-
-def _once(columns: Sequence[str], name: str) -> None:
-    if len(set(columns)) < len(columns):
-        raise InputError(f"{name}: a column name stands twice in {few_names(columns)}")
-
-
-def _texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first: int = 0) -> pa.ChunkedArray:
-    """Ids, paths and labels as text, blanks as missing; whole numbers are taken as their digits."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise InputError(f"{name}: column {what!r} is {column.type}; expected text")
-    values = _read(name, lambda: column.cast(kind).cast(pa.string()))
-    _read(f"{name}: column {what!r}", lambda: values.validate(full=True))
-    values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
-    if needed and values.null_count:
-        rows = row_list(np.flatnonzero(values.is_null().to_numpy()) + first)
-        raise InputError(f"{name}: {rows} without {'a label' if what == 'label' else what}")
-    return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
-
-
-def _check_texts(items: pa.Table, name: str, first: int = 0) -> None:
-    for column in ("source", "label"):
-        if column in items.column_names:
-            long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
-            if long.any():
-                raise InputError(
-                    f"{name}: {row_list(np.flatnonzero(long) + first)}: {column} longer than {MAX_TEXT} characters"
-                )
-
-
-def few_names(columns: Sequence[str]) -> str:
-    """Names of columns, the first of many, as they stand in a message."""
-    shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
-    return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
-
-
-def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Row numbers, from 0, as they stand in a message."""
-    shown = ", ".join(str(int(row)) for row in rows[:5])
-    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.data import remote
-from retrieval_tip.data.sources import COMPLETE, RUN, open_parquet
+from retrieval_tip.data.tables import COMPLETE, RUN, open_parquet
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, show
 from retrieval_tip.files import make_folders, replacing
 

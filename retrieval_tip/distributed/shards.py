@@ -21,18 +21,8 @@ from typing import Any
 import pyarrow as pa
 
 from retrieval_tip.data import remote, tars
-from retrieval_tip.data.sources import (
-    Source,
-    feature_column,
-    is_parquet,
-    of_tars,
-    open_inputs,
-    open_items,
-    open_parquet,
-    open_rows,
-    open_source,
-    table_files,
-)
+from retrieval_tip.data.sources import Source, of_tars, open_inputs, open_items, open_rows, open_source
+from retrieval_tip.data.tables import feature_column, is_parquet, open_parquet, table_files
 from retrieval_tip.errors import InputError, UsageError, show
 
 IMAGES, ROWS = 256, 16_384

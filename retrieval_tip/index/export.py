@@ -16,7 +16,7 @@ import pyarrow.csv
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, write_table
-from retrieval_tip.data.sources import FEATURE
+from retrieval_tip.data.tables import FEATURE
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
 from retrieval_tip.fit.closed_form import unfitted

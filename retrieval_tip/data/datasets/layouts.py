@@ -13,7 +13,8 @@ import pyarrow as pa
 from retrieval_tip.data import images
 from retrieval_tip.data.datasets.facts import Dataset, Layout
 from retrieval_tip.data.folders import subfolders
-from retrieval_tip.data.sources import MAX_TEXT, Source, open_source
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.tables import MAX_TEXT
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.files import read_regular
 
