@@ -30,6 +30,7 @@ from retrieval_tip.evaluation.evaluate import Answers, Details, Part, judge
 from retrieval_tip.report import plots, report
 from retrieval_tip.report.mistakes import MISTAKES, certain_mistakes, worst_mistakes
 from retrieval_tip.report.report import wilson, write_report
+from retrieval_tip.report.verdict import differ
 
 pytest.importorskip("matplotlib")
 
@@ -327,7 +328,7 @@ def test_the_mistakes_are_the_worst_and_the_most_certain(tmp_path):
     others = np.sort(logits - logits.max(axis=1, keepdims=True), axis=1)[:, :-1]  # odds against the answer
     certain = [names[i] for i in sorted(wrong, key=lambda i: np.logaddexp.reduce(others[i]))[:12]]
     assert items(page, "worst") == worst
-    assert items(page, "certain") == certain
+    assert items(page, "certain") == [item for item in certain if item not in worst]
     card = page.first("li", id="mistake-1")
     values = {row[0].split(" (")[0]: row for row in card.first("table").rows()[1:]}
     i = names.index(worst[0])
@@ -505,7 +506,7 @@ def test_hostile_names_stay_names(tmp_path):
     moved = shutil.move(test, place / "t<b>.parquet")
     done("-q", "report", place / "in'dex\"", "--test", moved, "--out", tmp_path / "r.html", "--where", "label <> '<i>'")
     page = read(tmp_path / "r.html")
-    assert "in'dex\" on t<b>.parquet" in page.first("h1").text
+    assert "How well in'dex\" knows t<b>.parquet" in page.first("h1").text
     assert "label <> '<i>'" in section(page, "provenance").text
     shown = {row[0] for row in section(page, "classes").first("table").rows()[1:]}
     assert shown == {
@@ -566,6 +567,49 @@ def test_a_fitted_index_is_set_beside_what_else_its_shots_allow(tmp_path):
     }
     rows = section(page, "shots").first("table").rows()[1:]
     assert {row[0] for row in rows} == {"zero-shot", "tip-adapter", "closed-form"}
+
+
+def test_the_verdict_comes_first_and_says_what_to_do(tmp_path):
+    folder, test = made(tmp_path, n=60, noise=2.0)
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--no-curves")
+    page = read(tmp_path / "r.html")
+    facts = json.loads(done("-q", "evaluate", folder, test, "--json").stdout)
+    verdict = page.first("div", class_="verdict").text
+    assert f"{round(60 * facts['top1'])} of 60 test items are named right, {facts['top1']:.1%}" in verdict
+    assert f"Photographs alone give {facts['cache_top1']:.1%}; words alone {facts['zero_shot_top1']:.1%}" in verdict
+    truth, answer, times = facts["confusions"][0]
+    assert f"Most often, {truth} is taken for {answer} ({times} of " in verdict
+    first = page.first("ol", class_="actions").first("li")
+    command = first.first("code").text
+    assert first.text.startswith("Fit the index: ")
+    assert command == f"retrieval-tip fit {folder}"
+    done("-q", *command.split()[1:])
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--no-curves")
+    after = list(read(tmp_path / "r.html").all("ol", class_="actions"))
+    assert not after or "Fit the index" not in after[0].text
+
+
+def test_weak_classes_want_photographs_and_contradicted_shots_a_look(tmp_path):
+    labels = ["cat", "dog", "owl"]
+    folder, test = made(tmp_path, labels, n=40, noise=0.3, text=False)
+    labels = CacheModel.load(folder, device="cpu").labels
+    cats = [row["key_id"] for row in labels.to_pylist() if row["label"] == "cat"]
+    done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, cats[:3])))  # three of four
+    done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--no-curves")
+    said = read(tmp_path / "r.html").first("ol", class_="actions").text
+    assert "Add photographs of cat" in said
+    assert "1 shot" in said
+    assert "Look at the labels of the shots" in said
+
+
+@pytest.mark.parametrize(
+    ("only_one", "only_other", "differs"), [(5, 5, False), (9, 1, True), (4, 0, True), (3, 0, False)]
+)
+def test_ways_differsby_more_than_chance(only_one, only_other, differs):
+    one = np.array([True] * (20 + only_one) + [False] * only_other)
+    other = np.array([True] * 20 + [False] * only_one + [True] * only_other)
+    assert differ(one, other) == differs
+    assert differ(other, one) == differs
 
 
 def test_an_index_without_text_has_no_zero_shot(tmp_path):
@@ -718,11 +762,11 @@ def test_from_python(tmp_path):
     assert found.left_out == {}
     page = read(found.path)
     assert figures(page)["Tip-Adapter"][0] == found.evaluation.top1
-    assert str(folder) in page.first("h1").text
+    assert page.first("h1").text == "How well index knows test.parquet"
     loose = cache.take(np.arange(cache.n))
     found = write_report(loose, source, Encoder(), tmp_path / "r.html", curves=False)
     assert set(found.left_out) == {"shots"}
-    assert "an index on" in read(found.path).first("h1").text
+    assert "How well an index knows" in read(found.path).first("h1").text
     with pytest.raises(UsageError, match="seeds is 0"):
         write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=0)
     with pytest.raises(InputError, match="is a folder"):

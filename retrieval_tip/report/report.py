@@ -42,6 +42,7 @@ from retrieval_tip.report import plots
 from retrieval_tip.report.judged import Judged
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.provenance import described, provenance
+from retrieval_tip.report.verdict import Way, actions, sentences
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -201,9 +202,11 @@ def _parts(judged: Judged) -> tuple[dict[str, Any], dict[str, str]]:
 def _page(judged: Judged, parts: dict[str, Any], left_out: dict[str, str]) -> str:
     cache, digests = judged.cache, [digest for digest in judged.digests if digest is not None]
     shared = pc.sum(pc.is_in(pa.array(digests, pa.string()), value_set=cache.labels["digest"])).as_py() or 0
-    name, evaluation = show(judged.folder) if judged.folder is not None else "an index", judged.evaluation
+    name, evaluation = show(judged.folder.name) if judged.folder is not None else "an index", judged.evaluation
+    ways = parts["accuracy"]["ways"]
     values = {
-        "title": f"{name} on {Path(judged.test.name).name}", "judged": judged, "cache": cache, "evaluation": evaluation,
+        "title": f"How well {name} knows {Path(judged.test.name).name}", "sentences": list(sentences(judged, ways)),
+        "actions": list(actions(judged, ways)), "judged": judged, "cache": cache, "evaluation": evaluation,
         "blend": _blend(judged), "interval": wilson(int(judged.answers.right.sum()), evaluation.n), "shared": shared,
         "parts": parts, "left_out": left_out, "counted": counted, "show": show, "thumbnail": remembered(thumbnail),
         "shown_probability": shown_probability,
@@ -212,19 +215,6 @@ def _page(judged: Judged, parts: dict[str, Any], left_out: dict[str, str]) -> st
 
 
 # ----------------------------------------------------------------------------------------------------------- accuracy
-
-
-class Way(NamedTuple):
-    """One way of answering: its accuracy, the interval, the mean over classes, its ECE where known, how many items."""
-
-    name: str
-    what: str
-    accuracy: float
-    low: float
-    high: float
-    mean: float
-    ece: float | None
-    n: int
 
 
 def _accuracy(judged: Judged) -> dict[str, Any]:
@@ -278,7 +268,7 @@ def _blend(judged: Judged) -> str:
 def _way(name: str, what: str, right: Bools, truth: Ints, ece: float | None) -> Way:
     hits, n = int(right.sum()), len(right)
     mean = float(np.mean([right[truth == i].mean() for i in np.unique(truth)]))
-    return Way(name, what, hits / n, *wilson(hits, n), mean, ece, n)
+    return Way(name, what, hits / n, *wilson(hits, n), mean, ece, right)
 
 
 def _parent(judged: Judged) -> CacheModel:
