@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -173,6 +174,10 @@ def test_a_surface_is_drawn_by_k(tmp_path):
     check_png(tmp_path / "surface.png", least=20)
     plots.draw_surface(surface.slice(0, 1), tmp_path / "one.png")
     check_png(tmp_path / "one.png")
+    plots.draw_surface(surface, tmp_path / "surface.svg", "my $index")
+    drawn = (tmp_path / "surface.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert f"my $index, {datetime.date.today().isoformat()}" in drawn
 
 
 @pytest.mark.parametrize(

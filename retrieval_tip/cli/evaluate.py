@@ -129,7 +129,7 @@ def evaluate_command(
             evaluation = evaluate(loaded, test, encoder, abstain=abstain, affinities=plot is not None)
         skipped = encoder.skipped
     if plot:
-        files = plots.write_plots(evaluation, plot)
+        files = plots.write_plots(evaluation, plot, f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}")
         say(f"{show(plot)}: {', '.join(file.name for file in files)}")
     _print_evaluation(evaluation, as_json)
     finish(ctx, skipped)

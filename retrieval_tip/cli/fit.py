@@ -69,7 +69,7 @@ _SEARCH = grouped(
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, in place of the shots.")
 @LETTERS
-@click.option("--plot", type=FILE, help="PNG file for the forms that were tried (needs matplotlib).")
+@click.option("--plot", type=FILE, help="PNG or SVG file for the forms that were tried (needs matplotlib).")
 @ROOT
 @BACKBONE
 @ENCODING
@@ -105,7 +105,7 @@ def fit_command(
     warn(choice.warnings)
     say(f"{choice} ({choice.seconds:.1f} s)")
     if plot and choice.trials:
-        plots.draw_choice(choice, plot)
+        plots.draw_choice(choice, plot, show(folder.name))
     elif plot:
         warn(["--plot: nothing was tried, so nothing is drawn; the documented form stands"])
     finish(ctx, skipped)
@@ -116,7 +116,7 @@ def fit_command(
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source; of a split .json its val part.")
 @_SEARCH
 @click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
-@click.option("--plot", type=FILE, help="PNG file for the same as a heat map (needs matplotlib).")
+@click.option("--plot", type=FILE, help="PNG or SVG file for the same as a heat map (needs matplotlib).")
 @click.option(
     "--greedy",
     is_flag=True,
@@ -169,7 +169,7 @@ def search_command(
     if plot:
         from retrieval_tip.report.plots import draw_surface
 
-        draw_surface(choice.surface, plot)
+        draw_surface(choice.surface, plot, show(folder.name))
     if not dry_run:
         search_hp.apply(cache, choice, folder)
     _print_choice(choice, choice.k if dry_run else cache.settings.k, cache.version, as_json)
@@ -270,7 +270,7 @@ _TRAINING = grouped(
 @click.option("--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4)]")
 @_TRAINING
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run (its state is OUT.checkpoint).")
-@click.option("--plot", type=FILE, help="PNG file for loss and accuracy by epoch (needs matplotlib).")
+@click.option("--plot", type=FILE, help="PNG or SVG file for loss and accuracy by epoch (needs matplotlib).")
 @JSON
 @ENGINE
 @MODEL
@@ -314,7 +314,7 @@ def finetune_command(
             encoder = encoding_views(encoder, cache, encoding, ray)
         tuned = finetune_into(out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume)
     if plot:
-        plots.draw_curve(tuned.curve, tuned.epoch, plot)
+        plots.draw_curve(tuned.curve, tuned.epoch, plot, show(out.name))
     warn(tuned.choice.warnings if tuned.choice else ())
     if as_json:
         click.echo(json.dumps(tuned.facts()))

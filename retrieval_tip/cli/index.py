@@ -53,7 +53,7 @@ from retrieval_tip.cli.parameters import (
 )
 from retrieval_tip.cli.program import Group
 from retrieval_tip.cli.recipe import recipe
-from retrieval_tip.errors import UsageError, counted, few, json_line
+from retrieval_tip.errors import UsageError, counted, few, json_line, show
 
 if TYPE_CHECKING:
     from retrieval_tip.index.changes import Added
@@ -247,7 +247,7 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
 @click.option("--index", "factories", multiple=True,
               help="FAISS factory to try, repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print, change nothing.")
-@click.option("--plot", type=FILE, help="PNG file for cost and agreement (needs matplotlib).")
+@click.option("--plot", type=FILE, help="PNG or SVG file for cost and agreement (needs matplotlib).")
 @ROOT
 @FORMAT
 @BACKBONE
@@ -284,7 +284,7 @@ def tune_command(
     with encoder_for(ctx, cache, [val], encoding) as encoder:
         tuning = tune_on(cache, val, encoder, agreement=agreement, factories=factories)
     if plot:
-        plots.draw_frontier(tuning, plot)
+        plots.draw_frontier(tuning, plot, show(folder.name))
     types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
     types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
     rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]

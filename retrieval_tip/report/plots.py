@@ -6,6 +6,7 @@ Okabe and Ito and of the map cividis, which readers without red or green vision 
 
 from __future__ import annotations
 
+import datetime
 import io
 import logging
 import os
@@ -44,9 +45,11 @@ MOST_CLASSES, FEWER_CLASSES = 100, 40
 """Up to so many classes are all drawn; of more than that, so many: those of most errors."""
 WRITTEN = 20
 """Up to so many classes, the cells of the confusion matrix carry their numbers."""
+ENOUGH = 20
+"""Answers of which an accuracy says something: a bar of fewer is drawn fainter."""
 AFFINITY_BARS = 80
-LONGEST_NAME = 26
-DPI = 120
+LONGEST_NAME, LONGEST_ABOUT = 26, 60
+DPI = 200
 LOOKS = {
     "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 12,
     "axes.titleweight": "bold", "figure.constrained_layout.use": True, "figure.titlesize": 12,
@@ -185,11 +188,12 @@ def needs_matplotlib(what: str = "--plot") -> None:
         raise UsageError(f"{what} needs matplotlib: pip install 'retrieval-tip[plot]'") from None
 
 
-def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
+def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[Path]:
     """Write the diagrams of an evaluation into a folder, which is made where it is missing; returns the files.
 
-    confusion.png, per_class.png, reliability.png, coverage.png and, where affinities were counted, affinity.png. Files
-    of these names are replaced. Raises UsageError as :func:`check`; InputError where the folder cannot be written.
+    ``about``, and the date, stand in each, here and wherever a diagram is written. They are confusion.png,
+    per_class.png, reliability.png, coverage.png and, where affinities were counted, affinity.png. Files of these names
+    are replaced. Raises UsageError as :func:`check`; InputError where the folder cannot be written.
     """
     check(folder)
     drawings = [draw_confusion, draw_per_class, draw_reliability, draw_coverage]
@@ -199,14 +203,19 @@ def write_plots(evaluation: Evaluation, folder: Path) -> list[Path]:
     written = []
     for draw in drawings:
         written.append(folder / f"{draw.__name__.removeprefix('draw_')}.png")
-        _write(partial(draw, evaluation), written[-1])
+        _write(partial(draw, evaluation), written[-1], about)
     return written
 
 
-def _write(draw: Callable[[], Figure], path: Path) -> None:
+def _write(draw: Callable[[], Figure], path: Path, about: str) -> None:
+    """As SVG where the name says so, else as PNG."""
     needs_matplotlib()
+    form = "svg" if path.suffix.lower() == ".svg" else "png"
     with _style(), replacing(path) as temporary:
-        draw().savefig(temporary, format="png", metadata={"Software": "retrieval-tip"})
+        figure = draw()
+        said = ", ".join(filter(None, (about[-LONGEST_ABOUT:], datetime.date.today().isoformat())))
+        figure.supxlabel(_plain(said), x=0.98, ha="right", fontsize=6.5, color=GREY)
+        figure.savefig(temporary, format=form, metadata={"Creator" if form == "svg" else "Software": "retrieval-tip"})
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
@@ -269,12 +278,15 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     width = bins[0].high - bins[0].low
     accuracy = 100 * np.array([b.accuracy for b in bins], dtype=np.float64)
     confidence = 100 * np.array([b.confidence for b in bins], dtype=np.float64)
-    axes.bar(centres, accuracy, width * 0.92, color=BLUE, label="accuracy of the answers")
+    few = np.array([min(1.0, 0.25 + 0.75 * b.count / ENOUGH) for b in bins])  # a bar of three answers says little
+    for centre, height, shade in zip(centres, accuracy, few, strict=True):
+        axes.bar(centre, height, width * 0.92, color=BLUE, alpha=shade)
+    axes.bar([0], [0], 0, color=BLUE, label="accuracy of the answers")
     axes.hlines(confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
                 label="mean probability of the answers")  # fmt: skip
     axes.plot([0, 1], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="perfect calibration")
-    axes.set(ylim=(0, 132), yticks=range(0, 101, 20), ylabel="accuracy, %")  # with room for the legend
-    axes.legend(loc="upper left")
+    axes.set(ylim=(0, 101), yticks=range(0, 101, 20), ylabel="accuracy, %")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.02), ncols=2, fontsize=7, borderpad=0)
     below.bar(centres, [b.count for b in bins], width * 0.92, color=GREY)
     below.set(xlabel="probability of the answer", xlim=(0, 1), ylabel="answers", yscale="log")
     below.set_ylim(0.7, max(b.count for b in bins) * 3)
@@ -307,7 +319,9 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
                 axes.text(x - 0.8, bottom + 0.02 * (top - bottom), f"P ≥ {threshold:g}", rotation=90, ha="right",
                           va="bottom", fontsize=8, color=BLACK)  # fmt: skip
                 taken.append(x)
-    axes.set(xlim=(0, 101), xlabel="coverage: share of the items that are answered, %")
+    wrong = 100 * curve.coverage[curve.accuracy < curve.accuracy.max()]
+    first = min([*wrong, *taken, 100.0])  # to the left of it nothing happens
+    axes.set(xlim=(max(0.0, 0.9 * first - 5), 101), xlabel="coverage: share of the items that are answered, %")
     axes.set(ylim=(bottom, top), ylabel="accuracy of the answers, %")
     said = f"everything answered: {evaluation.top1:.1%}"
     if evaluation.abstain is not None and evaluation.selective_top1 is not None:
@@ -338,15 +352,15 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def draw_surface(surface: pa.Table, path: Path) -> None:
-    """Write the accuracy surface of a search as a PNG file: beta against alpha, a panel for each k (0 is all).
+def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
+    """Write the accuracy surface of a search as a PNG or SVG file: beta against alpha, a panel for each k (0 is all).
 
     ``surface`` has the columns k, beta, alpha, accuracy, and every combination of the first three. Of more than
     ``PANELS`` k, those that reach most are drawn; accuracies below the lowest quarter share one colour.
 
     Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
     """
-    _write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path)
+    _write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
 
 
 def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
@@ -364,12 +378,12 @@ def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
     return figure
 
 
-def draw_frontier(tuning: Tuning, path: Path) -> None:
-    """Write what a query costs against how often its answer is that over all keys as a PNG file, a point a setting.
+def draw_frontier(tuning: Tuning, path: Path, about: str = "") -> None:
+    """Write what a query costs against how often its answer is that over all keys, a point a setting, as PNG or SVG.
 
     Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
     """
-    _write(partial(_draw_frontier, tuning), path)
+    _write(partial(_draw_frontier, tuning), path, about)
 
 
 def _draw_frontier(tuning: Tuning) -> Figure:
@@ -429,12 +443,12 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     return figure
 
 
-def draw_choice(choice: Choice, path: Path) -> None:
-    """Write the forms that were tried when an index was fitted as a PNG file: their cross-entropy and accuracy.
+def draw_choice(choice: Choice, path: Path, about: str = "") -> None:
+    """Write the forms that were tried when an index was fitted, their cross-entropy and accuracy, as PNG or SVG.
 
     Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
     """
-    _write(partial(_draw_choice, choice), path)
+    _write(partial(_draw_choice, choice), path, about)
 
 
 def _draw_choice(choice: Choice) -> Figure:
@@ -477,13 +491,13 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
     return figure
 
 
-def draw_curve(curve: pa.Table, kept: int, path: Path) -> None:
-    """Write the loss curve of a fine-tuning as a PNG file: cross-entropy and accuracy by epoch.
+def draw_curve(curve: pa.Table, kept: int, path: Path, about: str = "") -> None:
+    """Write the loss curve of a fine-tuning as a PNG or SVG file: cross-entropy and accuracy by epoch.
 
     Arguments as for :func:`draw_training`. Raises UsageError without matplotlib; InputError where ``path`` cannot be
     written.
     """
-    _write(partial(draw_training, curve, kept, "Fine-tuning"), path)
+    _write(partial(draw_training, curve, kept, "Fine-tuning"), path, about)
 
 
 def svg(draw: Callable[[], Figure], label: str) -> Markup:
@@ -582,5 +596,9 @@ def _items(evaluation: Evaluation) -> str:
 def _name(name: str) -> str:
     """A class name as a label: one line, not too long, and no mathematics."""
     text = one_line(name)
-    text = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+    return _plain(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…")
+
+
+def _plain(text: str) -> str:
+    """A text without mathematics."""
     return text.replace("$", r"\$")
