@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import pickle
 import re
 import warnings
@@ -25,7 +24,7 @@ import pyarrow.csv
 import torch
 
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE, TABLE_ROWS, schema_of, table_of, write_table
-from retrieval_tip.data.tables import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_parquet, row_list
+from retrieval_tip.data.tables import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_csv, open_parquet, row_list
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import check_regular, open_regular, read_regular, real
 
@@ -433,10 +432,9 @@ def _cast(rows: pa.Table, field: pa.Field, where: str) -> Any:
 def _columns_of(rows: Path | pa.Table) -> pa.Schema:
     if isinstance(rows, pa.Table):
         return rows.schema
-    if rows.suffix.lower() == ".parquet":
-        schema = open_parquet(rows).schema_arrow
-    else:
-        schema = pa.schema([(name, pa.string()) for name in _open_csv(rows, []).schema.names])
+    if rows.suffix.lower() != ".parquet":
+        return open_csv(rows).schema
+    schema = open_parquet(rows).schema_arrow
     if len(set(schema.names)) < len(schema.names):
         raise InputError(f"{show(rows)}: a column name stands twice in {few_names(schema.names)}")
     return schema
@@ -448,20 +446,6 @@ def _count(rows: Path | pa.Table) -> int:
     return len(rows) if isinstance(rows, pa.Table) else sum(map(len, _read_rows(rows)))
 
 
-def _open_csv(file: Path, texts: Sequence[str]) -> pyarrow.csv.CSVStreamingReader:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    types = dict.fromkeys(texts, pa.string())
-    convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    try:  # the name as bytes: it may not be UTF-8
-        check_regular(file)
-        reader = pyarrow.csv.open_csv(pa.OSFile(os.fsencode(file)), parse_options=parse, convert_options=convert)
-        "".join(reader.schema.names)  # which may not be UTF-8 either
-        return reader
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{show(file)}: cannot be read: {first_line(error)}") from None
-
-
 def _read_rows(rows: Path | pa.Table) -> Iterator[pa.Table]:
     """A table in blocks of :data:`TABLE_ROWS` at most; all columns of a text file are text."""
     if isinstance(rows, pa.Table):
@@ -469,7 +453,7 @@ def _read_rows(rows: Path | pa.Table) -> Iterator[pa.Table]:
     elif rows.suffix.lower() == ".parquet":
         batches = open_parquet(rows).iter_batches(TABLE_ROWS)
     else:
-        batches = _open_csv(rows, _columns_of(rows).names)
+        batches = open_csv(rows)
     try:
         for batch in batches:
             for start in range(0, len(batch), TABLE_ROWS):

@@ -193,24 +193,36 @@ def _read(name: str, read: Any) -> Any:
 
 def _read_csv(file: Path) -> pa.Table:
     """All columns as text; quoted fields may hold commas, quotes and line breaks."""
-    name = show(file)
+    options = _csv_options(file)
+    return _read(show(file), lambda: _open_raw(file, pyarrow.csv.read_csv, **options))
 
-    def read(types: dict[str, pa.DataType]) -> pa.Table:
-        convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-        with pa.OSFile(os.fsencode(file)) as raw:  # bytes: the name may not be UTF-8
-            return pyarrow.csv.read_csv(raw, parse_options=parse, convert_options=convert)
+
+def open_csv(file: Path) -> pyarrow.csv.CSVStreamingReader:
+    """The same, a block at a time. Raises InputError where it cannot be read, or a column name stands twice."""
+    options = _csv_options(file)
+    reader: pyarrow.csv.CSVStreamingReader = _read(show(file), lambda: _open_raw(file, pyarrow.csv.open_csv, **options))
+    return reader
+
+
+def _csv_options(file: Path) -> dict[str, Any]:
+    _read(show(file), lambda: check_regular(file))
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else _read(show(file), lambda: _delimiter(file))
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
 
     def header() -> list[str]:
-        with pa.OSFile(os.fsencode(file)) as raw, pyarrow.csv.open_csv(raw, parse_options=parse) as reader:
+        with _open_raw(file, pyarrow.csv.open_csv, parse_options=parse) as reader:
             columns: list[str] = reader.schema.names
             return columns
 
-    _read(name, lambda: check_regular(file))
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else _read(name, lambda: _delimiter(file))
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    columns = _read(name, header)
-    _once(columns, name)
-    return _read(name, lambda: read(dict.fromkeys(columns, pa.string())))
+    columns = _read(show(file), header)
+    _once(columns, show(file))
+    types = dict.fromkeys(columns, pa.string())
+    convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+    return {"parse_options": parse, "convert_options": convert}
+
+
+def _open_raw(file: Path, read: Any, **options: Any) -> Any:
+    return read(pa.OSFile(os.fsencode(file)), **options)  # bytes: the name may not be UTF-8
 
 
 def _delimiter(file: Path) -> str:
