@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.demo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo lint test soak check bench gpu attack
+.PHONY: help setup browser demo lint test soak check bench gpu attack docs site wheel
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -39,6 +39,7 @@ lint: setup ## formatting, lint, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/reference.py --check
 
 test: setup ## the tests that have to pass before a commit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -74,6 +75,16 @@ gpu: setup ## where there is a GPU: doctor, the tests that need one, figures int
 		timeout 180 compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/test_fused.py -k values; \
 	else echo 'SKIPPED: there is no compute-sanitizer, so no kernel was run under it' >&2; fi
 	timeout 400 $(BIN)/python benchmarks/gpu.py --out docs/speed.md
+
+docs: setup ## the reference of the commands, docs/cli.md, from their help
+	$(BIN)/python docs/reference.py
+
+site: setup ## the documentation as a site, in build/site
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -b html docs build/site
+
+wheel: setup ## wheel and sdist: built, installed into a fresh environment, and asked
+	PYTHON=$(BIN)/python .ci/wheel
 
 attack: setup ## hostile inputs over the commands and the server, 10 minutes at most; prints a table
 	$(BIN)/python benchmarks/attack.py
