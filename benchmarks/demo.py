@@ -147,8 +147,7 @@ def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> B
 
 def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
     """Lay out ``SHOTS`` files of each class, drawn by ``SEED``, in ``photos/``, at most ``NEW`` others in ``new/``."""
-    for part in ("photos", "new"):
-        shutil.rmtree(work / part, ignore_errors=True)
+    clear(work)
     for name, own in files.items():
         drawn = random.Random(SEED).sample(list(own), len(own))
         shots = min(SHOTS, len(drawn) // 2)
@@ -156,6 +155,17 @@ def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
             (work / part / name).mkdir(parents=True, exist_ok=True)
             for file in chosen:
                 (work / part / name / file.name).symlink_to(file.resolve())
+
+
+def clear(work: Path) -> None:
+    """Remove ``photos/`` and ``new/`` of an earlier demo; those of somebody else stay, and end it."""
+    work.mkdir(parents=True, exist_ok=True)
+    mark = work / ".retrieval-tip-demo"
+    for part in ("photos", "new"):
+        if (work / part).exists() and not mark.exists():
+            raise SystemExit(f"{work / part}: is there, and not of a demo; give another --work")
+        shutil.rmtree(work / part, ignore_errors=True)
+    mark.touch()
 
 
 # ------------------------------------------------------------------------------------------------- where they come from
@@ -262,8 +272,7 @@ def toy(work: Path) -> Backbone:
     from PIL import Image
 
     generator = random.Random(SEED)
-    for part in ("photos", "new"):
-        shutil.rmtree(work / part, ignore_errors=True)
+    clear(work)
     for name, file in TOY.items():
         picture = Image.open(Path(skimage.__file__).parent / "data" / file).convert("RGB")
         border = int(picture.width * 0.6)

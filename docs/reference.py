@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent / "cli.md"
 WIDTH = 100
 HEAD = """# Every command
 
-`retrieval-tip COMMAND --help-all` prints the same; `--help` leaves out what the rare options do. `python docs/reference.py` makes
+`retrieval-tip COMMAND --help-all` prints the same; `--help` leaves out what the rare options do. `make docs` makes
 this page.
 """
 

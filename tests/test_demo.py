@@ -64,6 +64,14 @@ def test_shots_and_others_are_drawn_apart_and_the_same_each_time(tmp_path):
     assert len(drawn[0]["photos"] | drawn[0]["new"]) == 24
 
 
+def test_photographs_that_are_not_the_demos_stay(tmp_path):
+    folder = photographs(tmp_path / "own")
+    photographs(tmp_path / "work/photos")
+    with pytest.raises(SystemExit, match="not of a demo"):
+        demo.lay_out(tmp_path / "work", "auto", folder, demo.Backbone("some-model"))
+    assert len(list((tmp_path / "work/photos").glob("*/*"))) == 24
+
+
 def test_the_debian_package_and_the_wheel_are_used_without_what_is_drawn(tmp_path, monkeypatch):
     """Against stand-ins of the programs that fetch."""
     import zipfile
