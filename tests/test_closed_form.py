@@ -115,11 +115,11 @@ def test_fitted_with_neither_letter_it_is_the_paper(monkeypatch):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 5), st.floats(0.05, 1))
-def test_the_scatter_is_the_definition(seed, c, shots, shrinkage):
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 5), st.floats(0.05, 1), st.integers(2, 24))
+def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
     draw = np.random.default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
-    keys = unit(draw.normal(size=(len(ids), 7))).astype(np.float32)
+    keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
     found = Scatter.of(keys, torch.from_numpy(ids), c, torch.arange(len(ids)))
     present = np.unique(ids)
     means = {i: keys[ids == i].astype(np.float64).mean(0) for i in present}
@@ -131,6 +131,9 @@ def test_the_scatter_is_the_definition(seed, c, shots, shrinkage):
     np.testing.assert_allclose(found.mean, np.mean([means[i] for i in present], axis=0), atol=1e-6)
     metric = found.metric(shrinkage)
     if metric is not None:
+        shrunk = (1 - shrinkage) * expected + shrinkage * np.trace(expected) / d * np.eye(d)
+        square = metric.transform.double().numpy() @ shrunk @ metric.transform.double().numpy()
+        np.testing.assert_allclose(square / square.trace() * d, np.eye(d), atol=1e-3)
         points = metric(torch.from_numpy(keys))
         assert torch.isfinite(points).all()
         assert float((points.norm(dim=1) - 1).abs().max()) < 1e-4 or np.allclose(keys, found.mean, atol=1e-4)

@@ -113,7 +113,10 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Scatter:
-    """How shots spread: their mean ``m`` ``[d]``, and eigenvalues ``[d]`` and eigenvectors ``[d, d]`` of ``S``."""
+    """How shots spread: their mean ``m`` ``[d]``, and eigenvalues ``[r]`` and eigenvectors ``[d, r]`` of ``S``.
+
+    In directions beyond the ``r`` there is no spread.
+    """
 
     mean: Tensor
     eigenvalues: Tensor
@@ -123,34 +126,42 @@ class Scatter:
     def of(cls, keys: Keys, ids: Tensor, c: int, rows: Tensor) -> Scatter:
         """That of some ``rows`` of keys ``[n, d]`` of classes ``ids`` ``[n]``: within classes, or in all of one each.
 
-        ``S = (sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n`` from sums over blocks of keys, in float64; ``m`` is the
-        mean of the classes' means, so that no class counts more for having more shots.
+        ``S = R^T R / n`` of the keys' differences ``R`` ``[n, d]`` from the mean of their class; ``m`` is the mean of
+        the classes' means, so that no class counts more for having more shots. In float64, from sums over blocks of
+        keys, ``R^T R = sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T``; of fewer keys than ``d``, by ``R R^T`` ``[n, n]``,
+        which has the same eigenvalues.
         """
         counts = torch.bincount(ids[rows], minlength=c).double()
-        d = keys.shape[1]
-        sums, scatter = torch.zeros(c, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+        n, d = len(rows), keys.shape[1]
+        sums = torch.zeros(c, d, dtype=torch.float64)
+        for part in rows.split(KEY_BLOCK):
+            sums.index_add_(0, ids[part], _taken(keys, part).double())
+        there = counts > 0
+        means = sums / counts.clamp_min(1)[:, None]
+        mean, centres = means[there].mean(0), means if counts.max() > 1 else sums.sum(0).expand(c, d) / n
+        if n < d:
+            apart = _taken(keys, rows).double() - centres[ids[rows]]
+            values, left = torch.linalg.eigh(apart @ apart.T / n)
+            some = values > SMALLEST_EIGENVALUE * values.max() / n
+            return cls(mean, values[some], apart.T @ left[:, some] / (n * values[some]).sqrt())
+        scatter = torch.zeros(d, d, dtype=torch.float64)
         for part in rows.split(KEY_BLOCK):
             block = _taken(keys, part)
-            sums.index_add_(0, ids[part], block.double())
             scatter += block.T @ block
-        there = counts > 0
-        mean = (sums[there] / counts[there, None]).mean(0)
-        if counts.max() < 2:
-            whole = sums.sum(0)
-            scatter -= torch.outer(whole, whole) / len(rows)
-        else:
-            roots = sums / counts.clamp_min(1).sqrt()[:, None]
-            scatter.addmm_(roots.T, roots, alpha=-1)
-        values, vectors = torch.linalg.eigh(scatter / len(rows))
+        roots = centres * counts.sqrt()[:, None]
+        values, vectors = torch.linalg.eigh(scatter.addmm_(roots.T, roots, alpha=-1) / n)
         return cls(mean, values.clamp_min(0), vectors)
 
     def metric(self, shrinkage: float) -> tip.Metric | None:
         """``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``, float32; ``None`` where nothing spreads."""
-        scale = float(self.eigenvalues.mean())
+        d = len(self.mean)
+        scale = float(self.eigenvalues.sum()) / d
         if not scale > 0:
             return None
         shrunk = (1 - shrinkage) * self.eigenvalues / scale + shrinkage
-        transform = (self.eigenvectors / shrunk.clamp_min(SMALLEST_EIGENVALUE).sqrt()) @ self.eigenvectors.T
+        along, beyond = shrunk.clamp_min(SMALLEST_EIGENVALUE) ** -0.5, max(shrinkage, SMALLEST_EIGENVALUE) ** -0.5
+        transform = (self.eigenvectors * (along - beyond)) @ self.eigenvectors.T
+        transform.diagonal().add_(beyond)
         return tip.Metric(self.mean.float(), transform.float().contiguous())
 
 
