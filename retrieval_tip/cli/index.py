@@ -164,6 +164,8 @@ def build(
     if "fit" in cache.provenance:
         say(cache.provenance["fit"]["summary"])
     _say_version(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+    if (cache.version or 1) > 1 and not ctx.obj:
+        say(f"the version before is kept: retrieval-tip index rollback {out}")
     finish(ctx, encoder.skipped)
 
 
