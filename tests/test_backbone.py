@@ -580,7 +580,7 @@ def test_a_model_that_is_loaded_already_is_the_same_backbone(tmp_path):
     named = load_backbone(name, device="cpu")
     pixels = named.preprocess(picture())[None]
     torch.testing.assert_close(given.preprocess(picture())[None], pixels)
-    np.testing.assert_array_equal(given.encode_images(pixels), named.encode_images(pixels))
+    np.testing.assert_allclose(given.encode_images(pixels), named.encode_images(pixels), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(given.encode_texts(["a cat"]), named.encode_texts(["a cat"]))
     assert (given.dim, given.logit_scale, given.identity.model) == (named.dim, named.logit_scale, "mine")
     assert given.identity.weights == named.identity.weights

@@ -765,7 +765,8 @@ def test_encoders_are_trained_kept_and_found_again(
         expected = text_weights(again, found.class_names, found.templates)
         np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
     encoded = Encoder(again).encode(val).features
-    np.testing.assert_allclose(found.logits(encoded), tuned.cache.logits(Encoder(tuned.backbone).encode(val).features))
+    trained = tuned.cache.logits(Encoder(tuned.backbone).encode(val).features)  # by torch, the other by its own tower
+    np.testing.assert_allclose(found.logits(encoded), trained, rtol=1e-3, atol=1e-3 * float(trained.abs().max()))
     right = (found.logits(encoded).argmax(1).numpy() == found.ids_of(val)).mean()
     assert tuned.choice is not None
     assert right == pytest.approx(tuned.choice.accuracy)

@@ -737,7 +737,6 @@ def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
         (("--test", test, "--out", out, "--shots", 1, "--no-curves"), 2, "give one of them"),
         (("--test", test, "--out", out, "--val", test), 2, "is the test source; settings are never chosen on it"),
         (("--test", test, "--out", out, "--val", unknown), 1, "unicorn"),
-        (("--test", test), 2, "--out"),
         (("--out", out), 2, "--test"),
     ):
         refused = done("report", folder, *arguments, status=status)

@@ -669,7 +669,7 @@ def test_a_folder_that_is_no_index_is_named_with_the_way_to_make_one(tmp_path: P
             with pytest.raises(StoreError) as error:
                 opened(tmp_path / name)
             one_line(error, name.encode("utf-8", "backslashreplace").decode())
-    with pytest.raises(StoreError, match="no such folder; make one with retrieval-tip index build SOURCE --out"):
+    with pytest.raises(StoreError, match="no such folder; retrieval-tip index build SOURCE --out INDEX makes one"):
         CacheModel.load(tmp_path / "nowhere")
 
 
