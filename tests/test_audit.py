@@ -22,6 +22,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import audit as audits
 from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.fit import closed_form
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval.duplicates import NEAR, describe_duplicates, duplicates
 from retrieval_tip.settings import Settings
@@ -282,3 +283,18 @@ def test_swapped_photographs_come_first(shared, lit_mini, photographs, monkeypat
     assert twins == {a: b for p in found.pairs for a, b in ((p.key_id, p.other_key_id), (p.other_key_id, p.key_id))}
     assert asdict(found.pairs[0])["affinity"] == pytest.approx(1, abs=1e-6)
     assert torch.equal(cache.class_ids, torch.from_numpy(cache.labels["class_id"].to_numpy().astype(np.int64)))
+
+
+def test_a_fitted_index_agrees_with_no_wrong_label() -> None:
+    """Its metric was fitted to that label, and made the shot a neighbour of its class."""
+    random = np.random.default_rng(0)
+    keys = random.normal(size=(60, 300)) + 16 * np.eye(300)[np.arange(60) % 6]
+    keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
+    labels = np.arange(60) % 6
+    labels[7] = 4
+    cache = CacheModel.from_features(keys, labels, list("abcdef"))
+    closed_form.fit(cache, metric="within", values="solved")
+    [worst, *_] = audit(cache).to_pylist()
+    wrong = cache.labels["key_id"].to_pylist()[np.abs(np.asarray(cache.keys) - keys[7]).sum(1).argmin()]
+    assert (worst["key_id"], worst["label"], worst["suggested"]) == (wrong, "e", "b")
+    assert cache.fitted is not None

@@ -76,6 +76,26 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         projected(cache, limit=0)
 
 
+def test_neighbours_stay_together_where_axes_cannot_show_them() -> None:
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(12, 64))
+    keys = np.repeat(centres, 20, axis=0) + 0.5 * rng.normal(size=(240, 64))
+    cache = CacheModel.from_features(
+        keys.astype(np.float32), np.repeat(np.arange(12), 20), [f"class {i}" for i in range(12)]
+    )
+
+    def same(method: str) -> float:
+        found = projected(cache, method)
+        far = np.linalg.norm(found.places[:, None] - found.places[None], axis=2) + 9 * np.eye(240)
+        return float((found.class_ids[far.argmin(axis=1)] == found.class_ids).mean())
+
+    assert same("tsne") > 0.98
+    assert same("pca") < 0.95
+    assert projected(cache, "tsne").explained is None
+    np.testing.assert_array_equal(projected(cache, "tsne").places, projected(cache, "tsne").places)
+
+
 def test_umap_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stand-in: the real one takes a minute to compile."""
     asked = {}
@@ -92,7 +112,7 @@ def test_umap_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) ->
     stand_in.UMAP = UMAP
     monkeypatch.setitem(sys.modules, "umap", stand_in)
     cache = cache_of(np.random.default_rng(3).normal(size=(9, 4)))
-    assert methods() == ["pca", "umap"]
+    assert methods() == ["pca", "tsne", "umap"]
     found = projected(cache, "umap")
     assert (asked["metric"], asked["n_neighbors"]) == ("cosine", 8)
     assert found.explained is None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import re
 import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -456,10 +459,42 @@ def test_what_cannot_be_served_is_said(things: Path, tmp_path: Path, run: Callab
         assert "in use" in result.stderr
     assert run("serve", things, "--host", "256.1.1.1").exit_code == 2
     assert run("serve", things, "--token", " ", "--port", 0).exit_code == 2
+    assert run("serve", things, "--token", "a", "--read-only", "--port", 0).exit_code == 2
     assert run("serve").exit_code == 2
     missing = run("serve", tmp_path / "nothing", "--port", 0)
     assert missing.exit_code == 1
     assert "no such folder" in missing.stderr
+
+
+def test_on_this_machine_a_token_is_made_and_printed(random_things: Path) -> None:
+    key = {"features": feature(random_things)["features"], "labels": ["class 0"]}
+    command = [sys.executable, "-m", "retrieval_tip", "serve", str(random_things), "--port", "0"]
+
+    def started(*options: str) -> tuple[str, subprocess.Popen[str]]:
+        process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        return next(line for line in process.stderr if "serving" in line), process
+
+    line, process = started()
+    with process:
+        address, token = re.search(r"open (http://127\.0\.0\.1:\d+)/#token=([\w-]{20,}) ", line).groups()  # type: ignore[union-attr]
+        keys = f"{address}/v1/indexes/{random_things.name}/keys"
+        assert httpx.post(keys, json=key).status_code == 401
+        wrong = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token[:-1]}"})
+        assert "the address that serve printed has it" in wrong.json()["detail"]
+        right = httpx.post(keys, json=key, headers={"Authorization": f"Bearer {token}"})
+        assert right.status_code == 201
+        back = httpx.post(
+            keys.replace("/keys", "/rollback"), json={"to": 1}, headers={"Authorization": f"Bearer {token}"}
+        )
+        assert back.json()["version"] == 3
+        process.terminate()
+    line, process = started("--read-only")
+    with process:
+        address = line.rpartition(" at ")[2].partition(";")[0]
+        assert "token" not in line
+        assert not httpx.get(f"{address}/v1/indexes").json()["indexes"][0]["changes"]
+        process.terminate()
 
 
 def test_serving_says_what_it_needs(things: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

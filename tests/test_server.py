@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,13 +29,14 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
 from retrieval_tip.server import uploads as uploads_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
-from retrieval_tip.server.served import Ask, open_all
+from retrieval_tip.server.served import Ask, Maker, open_all
 
 from conftest import SHARED  # isort: skip
 
@@ -219,7 +221,7 @@ def test_map_and_audit_are_the_librarys(both: Client, things: Path) -> None:
     assert np.abs(places).max() == pytest.approx(1)
     assert (places.max(axis=1) + places.min(axis=1)) == pytest.approx([0, 0], abs=1e-6)
     assert len(both.get("/v1/indexes/things/map?limit=7").json()["x"]) == 7
-    assert both.get("/v1/indexes/things/map?method=tsne").status_code == 422
+    assert both.get("/v1/indexes/things/map?method=umap").status_code == 422
     shots, expected = both.get("/v1/indexes/things/audit").json(), audit(cache)
     assert shots["total"] == len(expected)
     assert [shot["key_id"] for shot in shots["shots"]] == expected["key_id"].to_pylist()[:100]
@@ -341,6 +343,132 @@ def test_a_shot_changes_the_answer_and_is_undone(own: Path) -> None:
         assert (end["version"], end["results"][0]["label"]) == (4, truth)
         assert client.delete("/v1/indexes/own/keys?key_id=80", headers=AUTHORISED).status_code == 404
     assert CacheModel.load(own, device="cpu").n == 80
+
+
+def test_shots_are_relabelled_and_versions_rolled_back(own: Path) -> None:
+    with serving(own, token=TOKEN) as client:
+
+        def change(what: str, **body: object) -> tuple[int, dict[str, Any]]:
+            answer = client.post(f"/v1/indexes/own/{what}", json=body, headers=AUTHORISED)
+            return answer.status_code, answer.json()
+
+        def keys(label: str) -> list[int]:
+            return [row["key_id"] for row in client.get(f"/v1/indexes/own/keys?label={label}").json()["keys"]]
+
+        other = next(
+            one["label"] for one in client.get("/v1/indexes/own").json()["classes"] if one["label"] != "accordion"
+        )
+        accordion, airplanes = keys("accordion"), keys(other)
+        assert change("relabel", key_ids=accordion[:2], label=other) == (
+            200, {"index": "own", "version": 2, "key_ids": accordion[:2]},
+        )  # fmt: skip
+        assert keys("accordion") == accordion[2:]
+        status, merged = change("relabel", of="accordion", label=other)
+        assert (status, merged["key_ids"]) == (200, accordion[2:])
+        assert sorted(keys(other)) == sorted(accordion + airplanes)
+        assert change("rollback", to=1, since=2)[0] == 409
+        assert "version 3, not 2" in change("rollback", to=1, since=2)[1]["detail"]
+        assert change("rollback", to=1, since=3)[1]["version"] == 4
+        assert (keys("accordion"), keys(other)) == (accordion, airplanes)
+        history = client.get("/v1/indexes/own/history").json()
+        assert [one["version"] for one in history["versions"]] == [1, 2, 3, 4]
+        assert history["versions"][-1]["change"] == "rollback to version 1"
+        assert history["versions"][-1]["current"]
+        wrong = [
+            ("relabel", {"label": other}, 422),
+            ("relabel", {"label": other, "key_ids": [1], "of": "accordion"}, 422),
+            ("relabel", {"label": "no such class", "key_ids": accordion}, 422),
+            ("relabel", {"label": other, "of": "no such class"}, 422),
+            ("relabel", {"label": other, "key_ids": []}, 422),
+            ("relabel", {"label": other, "key_ids": [999]}, 404),
+            ("rollback", {"to": 99}, 404),
+        ]
+        assert [change(what, **body)[0] for what, body, _ in wrong] == [status for *_, status in wrong]
+        for what, body in (("relabel", {"key_ids": [1], "label": other}), ("rollback", {"to": 1})):
+            assert client.post(f"/v1/indexes/own/{what}", json=body).status_code == 401
+
+
+def test_exemplars_are_nearest_to_the_mean_of_their_class(both: Client, things: Path) -> None:
+    cache = CacheModel.load(things)
+    keys, ids = np.asarray(cache.keys, dtype=np.float64), cache.class_ids.numpy()
+    expected = {
+        c: cache.labels["key_id"].to_pylist()[
+            max(np.flatnonzero(ids == c), key=lambda i: keys[i] @ keys[ids == c].mean(0))
+        ]
+        for c in set(ids.tolist())
+    }
+    found = both.get("/v1/indexes/things/exemplars").json()
+    assert {one["class_id"]: one["key_id"] for one in found["exemplars"]} == expected
+    assert both.get(f"{found['exemplars'][0]['image']}?size=32").status_code == 200
+    same = (ids[:, None] == ids[None]) & ~np.eye(len(ids), dtype=bool)
+    affinities = keys @ keys.T
+    assert found["own"] == pytest.approx(affinities[same].mean(), abs=1e-4)
+    assert found["other"] == pytest.approx(affinities[ids[:, None] != ids[None]].mean(), abs=1e-4)
+
+
+def test_an_index_is_made_of_photographs(own: Path, tmp_path: Path, lit_mini: Any) -> None:
+    some = photographs(SHARED, "train", 3, 5)
+    other = photographs(SHARED, "test", 3, 1)
+
+    def sent(name: str, *more: tuple[str, bytes]) -> dict[str, Any]:
+        files = [("images", (path.name, path.read_bytes())) for path, _ in some] + [("images", one) for one in more]
+        return {"files": files, "data": {"name": name, "label": [label for _, label in some] + ["x"] * len(more)}}
+
+    with serving(own, token=TOKEN) as client:
+        assert client.get("/v1/indexes").json()["makes"]
+        assert client.post("/v1/indexes", **sent("new")).status_code == 401
+        made = client.post("/v1/indexes", **sent("my things", ("a.txt", b"text")), headers=AUTHORISED)
+        assert made.status_code == 201
+        body = made.json()
+        assert (body["index"], body["version"], [one["input"] for one in body["skipped"]]) == (
+            "my things",
+            1,
+            ["a.txt"],
+        )
+        assert body["judged"]["both"] > 0.5
+        alone = CacheModel.load(tmp_path / "my things")
+        assert sorted(set(alone.labels["label"].to_pylist())) == sorted({label for _, label in some})
+        assert body["judged"]["both"] == alone.provenance["fit"]["both"]
+        for path, label in other:
+            asked = client.post("/v1/classify?index=my things", files={"images": path.read_bytes()}).json()
+            assert asked["results"][0]["label"] == label
+        added = client.post(
+            "/v1/indexes/my things/keys", files={"images": other[0][0].read_bytes()},
+            data={"label": other[0][1]}, headers=AUTHORISED,
+        )  # fmt: skip
+        assert added.json()["version"] == 2
+        fitted = client.post("/v1/indexes/my things/fit", headers=AUTHORISED).json()
+        assert (fitted["version"], fitted["judged"]["summary"][:9]) == (3, "judged on")
+        assert client.post("/v1/indexes", **sent("my things"), headers=AUTHORISED).status_code == 409
+        assert client.post("/v1/indexes", **sent("own-shots/.."), headers=AUTHORISED).status_code == 422
+        wrong = sent("other")
+        wrong["data"]["label"] = wrong["data"]["label"][1:]
+        assert "for 15 images" in client.post("/v1/indexes", **wrong, headers=AUTHORISED).json()["detail"]
+        assert not (tmp_path / "other").exists()
+
+    app = create_app({}, token=TOKEN, maker=Maker(tmp_path / "shelf", lit_mini, "cpu", "float32", "full"))
+    with TestClient(app) as client:
+        assert client.get("/v1/indexes").json() == {"indexes": [], "makes": True}
+        assert client.post("/v1/classify", files={"images": b"x"}).status_code == 404
+        assert client.post("/v1/indexes", **sent("first"), headers=AUTHORISED).status_code == 201
+        assert CacheModel.load(tmp_path / "shelf" / "first").n == 15
+
+
+def test_of_an_index_that_cannot_be_made_nothing_is_kept(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "keys.npy")
+
+    monkeypatch.setattr(service_module, "build_index", broken)
+    photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
+    with serving(own, token=TOKEN) as client:
+        sent = {"files": {"images": photo}, "data": {"name": "new", "label": "a"}, "headers": AUTHORISED}
+        answer = client.post("/v1/indexes", **sent)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "No space left" in answer.json()["detail"]
+        assert {path.name for path in tmp_path.iterdir()} == {"own"}
+        assert len(client.get("/v1/indexes").json()["indexes"]) == 1
 
 
 def test_an_image_that_is_known_is_not_kept_again(own: Path) -> None:
@@ -663,6 +791,24 @@ def test_a_fitted_index_is_served_as_it_answers(tmp_path: Path) -> None:
         assert (own["label"], own["unlike"]) == (expected.label, expected.unlike)
         np.testing.assert_allclose(own["logits"], expected.logits, rtol=1e-4)
         np.testing.assert_allclose(own["evidence"]["affinities"][0], expected.neighbours[0].affinity, rtol=1e-4)
+
+
+def test_values_that_were_solved_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    keys = random.normal(size=(40, 8)) + 3 * np.eye(8)[np.arange(40) % 4]
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    cache = CacheModel.from_features(keys.astype(np.float32), np.arange(40) % 4, list("abcd"))
+    cache.save(tmp_path / "plain")
+    closed_form.fit(cache, values="solved")
+    cache.save(tmp_path / "solved")
+    with serving(tmp_path / "plain", tmp_path / "solved") as client:
+        assert client.get("/v1/indexes/plain/values").status_code == 422
+        sent = client.get("/v1/indexes/solved/values").json()
+        assert cache.values is not None
+        assert sent["key_ids"] == cache.labels["key_id"].to_pylist()
+        assert np.array(sent["values"]) == pytest.approx(cache.values.numpy())
+        monkeypatch.setattr(service_module, "VALUES_SENT", 159)
+        assert "160 values are more than 159" in client.get("/v1/indexes/solved/values").json()["detail"]
 
 
 def test_requests_that_make_no_sense_are_refused(both: Client, things: Path) -> None:

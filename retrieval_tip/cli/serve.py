@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,13 +41,28 @@ _LIMITS = grouped(
 
 
 @command("serve")
-@click.argument("folders", type=INDEX, nargs=-1, required=True, metavar="DIR...")
+@click.argument("folders", type=INDEX, nargs=-1, metavar="[DIR...]")
 @click.option("--host", default="127.0.0.1", show_default=True,
               help="Address to listen at; one that others reach shows them the indexes.")  # fmt: skip
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one.")
-@click.option("--token", envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True,
-              help="Who sends this may add and remove shots.  [default: nobody may]")  # fmt: skip
+@click.option(
+    "--token",
+    envvar="RETRIEVAL_TIP_TOKEN",
+    show_envvar=True,
+    help="Who sends this may change indexes.  "
+    "[default: at an address of this machine alone a new one, which the printed address has; else nobody]",
+)
+@click.option("--read-only", is_flag=True, help="Nobody may change indexes.")  # fmt: skip
 @click.option("--uploads", type=FOLDER, help="Folder for images that are added.  [default: DIR-shots, beside each DIR]")
+@click.option(
+    "--into", type=FOLDER, help="Folder for indexes that are made in the page.  [default: beside the first DIR]"
+)
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="Encoder of indexes that are made.  [default: the first DIR's, without one ViT-B-32]",
+)
+@click.option("--pretrained", metavar="TAG", help="Weights of --model.")
 @click.option("--root", type=FOLDER, help="Folder that relative paths of shots' pictures start from.")
 @click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
               help="A further name that requests may ask for; repeat for more.  "
@@ -62,7 +78,11 @@ def serve_command(
     host: str,
     port: int,
     token: str | None,
+    read_only: bool,
     uploads: Path | None,
+    into: Path | None,
+    model: str | None,
+    pretrained: str | None,
     root: Path | None,
     hosts: tuple[str, ...],
     most: LimitOptions,
@@ -72,25 +92,43 @@ def serve_command(
 ) -> None:
     """Serve indexes over HTTP, with a page at / to look at them. Ends with Ctrl+C or SIGTERM, in order.
 
-    An index that gets a new version is followed. Needs pip install 'retrieval-tip[serve]'.
+    Without a DIR the page makes the first index. An index that gets a new version is followed.
+    Needs pip install 'retrieval-tip[serve]'.
     """
     try:
         import fastapi  # noqa: F401
     except ModuleNotFoundError:
         raise UsageError("serve needs FastAPI and uvicorn: pip install 'retrieval-tip[serve]'") from None
+    from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.server.app import create_app
     from retrieval_tip.server.limits import Limits
     from retrieval_tip.server.run import LOOPBACK, address, listen, serve
-    from retrieval_tip.server.served import open_all
+    from retrieval_tip.server.served import Maker, open_all
 
     if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
         raise UsageError("--token: give a secret of printable ASCII characters, or leave it out")
+    if token is not None and read_only:
+        raise UsageError("--token and --read-only: give one of them")
     limits = Limits(bytes=most.max_bytes, pixels=most.max_pixels, queue=most.queue, seconds=most.timeout)
     with listen(host, port) as listening:
-        if hosts or listening.getsockname()[0].startswith(("127.", "::1")):
+        here = listening.getsockname()[0].startswith(("127.", "::1"))
+        made = secrets.token_urlsafe(16) if here and token is None and not read_only else None
+        if hosts or here:
             limits = dataclasses.replace(limits, hosts=LOOPBACK | {name.lower() for name in hosts})
         served = open_all(folders, device, precision, verify)
-        app = create_app(served, limits, token=token, uploads=uploads, root=root)
-        what = ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
-        line = f"serving {what} at {address(listening)}; Ctrl+C ends it"
+        maker = None
+        if model is not None or not folders:
+            backbone = load_backbone(model, pretrained, device=device, precision=precision)
+            maker = Maker(into or Path("indexes"), backbone, device, precision, verify)
+        elif into is not None:
+            raise UsageError("--into: needs --model too, where indexes are served already")
+        app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker)
+        what = (
+            "no index yet"
+            if not served
+            else ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
+        )
+        at = address(listening)
+        opened = f" open {at}/#token={made} to look, correct and teach;" if made else ""
+        line = f"serving {what} at {at};{opened} Ctrl+C ends it"
         serve(app, listening, lambda: say(line), most.timeout)

@@ -16,6 +16,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
+from retrieval_tip.fit.closed_form import unfitted
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
@@ -42,7 +43,9 @@ def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
         suggested   = argmax over c of score(i, c)             # its own label where that is as high
         margin      = log(score(i, suggested) / score(i, own label))
 
-    at the cache's beta. Trained ``values`` are ignored: this is about whose neighbours the shots are. A class without a
+    at the cache's beta. Trained ``values`` are ignored: this is about whose neighbours the shots are. An index that was
+    fitted is judged as it was before (:func:`closed_form.unfitted`): its metric knows each shot's own label, and would
+    agree with a wrong one. A class without a
     key that is not hidden has no score. A shot that is its class's only image cannot be judged: its suggestion, scores,
     margin and rank are null, and it is listed only as a duplicate.
 
@@ -56,6 +59,7 @@ def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
     the same digest or a cosine of at least :data:`NEAR`. Sorted by falling margin, then by key id. Raises UsageError
     where ``k`` is below 1.
     """
+    cache = unfitted(cache)
     n, c, device, met = cache.n, len(cache.class_names), cache.device, _keys_met(cache.n, k)
     images, digests = images_of(cache.labels), digest_codes(cache.labels)
     members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # of each image

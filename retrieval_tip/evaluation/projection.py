@@ -1,4 +1,4 @@
-"""Keys in two dimensions, to look at: by principal components, or by UMAP where that is installed."""
+"""Keys in two dimensions, to look at: by principal components, t-SNE or UMAP, the latter where they are installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ AXES, ITERATIONS = 8, 8
 """Axes that are looked for at once, and how often: then the first two are right to four digits, in a tenth of the time
 that all of them take."""
 NEIGHBOURS, FEWEST = 15, 5
-"""UMAP's neighbours of each key, and the keys that it needs."""
+"""UMAP's neighbours of each key, and the keys that it, and t-SNE, need."""
+REDUCED, PERPLEXITY = 50, 30
+"""Principal components that t-SNE is given, and the neighbours of a key, about, that it keeps together."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Projection:
     """Some keys, by their ``key_ids`` and ``class_ids`` ``[m]`` int64, and where they are.
 
     ``places`` ``[m, 2]`` float32 are within -1 and 1, at one scale. ``explained``: the shares of the variance that the
-    two axes hold; ``None`` for UMAP, where axes mean nothing.
+    two axes hold; ``None`` for t-SNE and UMAP, where axes mean nothing.
     """
 
     key_ids: npt.NDArray[np.int64]
@@ -36,19 +38,24 @@ class Projection:
 
 
 def methods() -> list[str]:
-    """The methods that can be had here: ``pca``, and ``umap`` where umap-learn is installed."""
-    return ["pca", "umap"] if importlib.util.find_spec("umap") else ["pca"]
+    """The methods that can be had here: ``pca``, ``tsne`` with scikit-learn, and ``umap`` with umap-learn."""
+    needs = {"tsne": "sklearn", "umap": "umap"}
+    return ["pca", *(method for method, module in needs.items() if importlib.util.find_spec(module))]
 
 
 def projected(cache: AnsweringIndex, method: str = "pca", limit: int = 5000) -> Projection:
     """The keys ``K`` ``[n, d]`` in two dimensions: all of them, or ``limit`` spread evenly over the classes' order.
 
     ``pca``: ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues; of each,
-    the largest component is positive. ``umap``: by cosine, with a fixed seed; of fewer keys than it needs, by ``pca``.
+    the largest component is positive. ``tsne``: neighbours of a key stay its neighbours (van der Maaten and Hinton,
+    2008), of the first principal components and begun from the first two; ``umap``: by cosine. Both with a fixed seed;
+    of fewer keys than they need, by ``pca``.
     Raises UsageError for a method that is not there, or a limit below 1.
     """
     if method not in methods():
-        raise UsageError(f"method {method!r}: expected one of {', '.join(methods())} (umap needs umap-learn)")
+        raise UsageError(
+            f"method {method!r}: expected one of {', '.join(methods())} (tsne needs scikit-learn, umap needs umap-learn)"
+        )
     if limit < 1:
         raise UsageError(f"limit is {limit}: at least 1 key is needed")
     features, labels = cache.some(limit)
@@ -56,7 +63,7 @@ def projected(cache: AnsweringIndex, method: str = "pca", limit: int = 5000) -> 
     if method == "pca" or len(keys) < FEWEST:
         places, explained = _principal(keys)
     else:
-        places, explained = _umap(keys), None
+        places, explained = (_tsne if method == "tsne" else _umap)(keys), None
     places = places - (places.max(axis=0) + places.min(axis=0)) / 2
     largest = float(np.abs(places).max())
     key_ids, class_ids = (labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id"))
@@ -74,6 +81,16 @@ def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
     first, second = ([*scale.square().tolist(), 0.0][i] / total if total else 0.0 for i in (0, 1))
     places: FloatArray = (centred @ axes).numpy()
     return places, (first, second)
+
+
+def _tsne(keys: FloatArray) -> FloatArray:
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    reduced = PCA(min(REDUCED, *keys.shape), random_state=0).fit_transform(keys)
+    perplexity = min(PERPLEXITY, (len(keys) - 1) / 3)
+    places: FloatArray = TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(reduced)
+    return places
 
 
 def _umap(keys: FloatArray) -> FloatArray:

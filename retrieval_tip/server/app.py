@@ -20,9 +20,9 @@ from retrieval_tip import __version__
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.limits import DEADLINE, Guard, Limits
 from retrieval_tip.server.problems import HANDLED, Problem, answer, handle
-from retrieval_tip.server.served import Ask, Served, Version
+from retrieval_tip.server.served import Ask, Maker, Served, Version
 from retrieval_tip.server.service import Service
-from retrieval_tip.server.uploads import read
+from retrieval_tip.server.uploads import read, read_index
 from retrieval_tip.settings import KeysMet
 
 PAGE = Path(__file__).parent / "page"
@@ -46,14 +46,15 @@ def create_app(
     token: str | None = None,
     uploads: Path | None = None,
     root: Path | None = None,
+    maker: Maker | None = None,
 ) -> FastAPI:
     """The application over indexes by name (:func:`served.open_all`).
 
-    With a ``token``, shots can be added and removed by who sends it. ``uploads`` and ``root`` as for
-    :class:`service.Service`.
+    With a ``token``, shots can be added and removed by who sends it. ``uploads``, ``root`` and
+    ``maker`` as for :class:`service.Service`.
     """
     limits = limits or Limits()
-    service = Service(served, limits, uploads, root)
+    service = Service(served, limits, uploads, root, maker)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,12 +73,18 @@ def create_app(
 
     def allowed(request: Request) -> None:
         if token is None:
-            raise Problem(403, "this server takes no changes; start it with --token TOKEN to add and remove shots")
+            raise Problem(
+                403, "this server takes no changes; start it with --token TOKEN, which who may change indexes sends"
+            )
         said = request.headers.getlist("authorization")
         scheme, _, sent = said[0].partition(" ") if len(said) == 1 else ("", "", "")
         right = hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
         if scheme.lower() != "bearer" or not right:
-            raise Problem(401, "send the server's token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+            raise Problem(
+                401,
+                "this is not the server's token (Authorization: Bearer TOKEN); the address that serve printed has it",
+                {"WWW-Authenticate": "Bearer"},
+            )
 
     @app.get("/healthz", response_model=schemas.Health)
     async def health() -> Response:
@@ -92,7 +99,37 @@ def create_app(
     @app.get("/v1/indexes", response_model=schemas.Indexes)
     async def indexes() -> Response:
         """The indexes that are served."""
-        return _json({"indexes": [one.now.describe(changes=token is not None) for one in served.values()]})
+        described = [one.now.describe(changes=token is not None) for one in served.values()]
+        makes = token is not None and (maker is not None or any(one["images"] for one in described))
+        return _json({"indexes": described, "makes": makes})
+
+    @app.post(
+        "/v1/indexes",
+        status_code=201,
+        response_model=schemas.Made,
+        responses=schemas.problems(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503),
+        openapi_extra=schemas.MAKE,
+    )
+    async def create(
+        request: Request,
+        like: Annotated[str | None, Query(description="The index whose backbone to take, and beside which.")] = None,
+        authorization: Token = None,
+    ) -> Response:
+        """Make an index of labelled images, fit it to them, and serve it."""
+        allowed(request)
+        sent = await read_index(request, limits)
+        _finish(request)
+        return _json(await service.create(sent, like), 201)
+
+    @app.post(
+        "/v1/indexes/{name}/fit", response_model=schemas.Fitted, responses=schemas.problems(401, 403, 404, 422, 503)
+    )
+    async def fit(request: Request, name: str, authorization: Token = None) -> Response:
+        """Fit an index to its shots anew: what photographs and words are worth, judged on shots that are left out."""
+        allowed(request)
+        one = service.index(name)
+        _finish(request)
+        return _json(await service.fit(one))
 
     @app.get("/v1/indexes/{name}", response_model=schemas.WholeIndex, responses=schemas.problems(404, 422))
     async def index(name: str) -> Response:
@@ -112,8 +149,7 @@ def create_app(
         version = service.index(name).now
         total, rows = await service.keys(version, label, source, key_id, slice(offset, offset + limit))
         for row in rows:
-            there = f"/v1/indexes/{quote(name, safe='')}/keys/{row['key_id']}/image"
-            row["image"] = there if row["image"] else None
+            row["image"] = _image(name, row["key_id"]) if row["image"] else None
         facts = {"version": version.manifest.version, "total": total, "offset": offset, "limit": limit}
         return _json(facts | {"keys": rows})
 
@@ -139,7 +175,9 @@ def create_app(
     @app.get("/v1/indexes/{name}/map", response_model=schemas.Map, responses=schemas.problems(404, 422, 503))
     async def map_of(
         name: str,
-        method: Annotated[str, Query(pattern="^(pca|umap)$", description="umap needs umap-learn there.")] = "pca",
+        method: Annotated[
+            str, Query(pattern="^(pca|tsne|umap)$", description="pca; tsne and umap where they are installed.")
+        ] = "pca",
         limit: Annotated[int, Query(ge=1, le=100_000, description="Keys at most; long features: fewer.")] = 5000,
     ) -> Response:
         """The keys in two dimensions."""
@@ -189,6 +227,54 @@ def create_app(
         return _json(await service.remove(one, key_id))
 
     @app.post(
+        "/v1/indexes/{name}/relabel",
+        response_model=schemas.Removed,
+        responses=schemas.problems(401, 403, 404, 422, 503),
+    )
+    async def relabel(request: Request, name: str, change: schemas.Relabel, authorization: Token = None) -> Response:
+        """Give shots, or all of a class, to another class, as a new version of the index."""
+        allowed(request)
+        one = service.index(name)
+        if (change.key_ids is None) == (change.of is None):
+            raise Problem(422, "give key_ids, or of, the class whose shots they are")
+        _finish(request)
+        return _json(await service.relabel(one, change.label, change.key_ids, change.of))
+
+    @app.get("/v1/indexes/{name}/history", response_model=schemas.History, responses=schemas.problems(404, 422, 503))
+    async def history(name: str) -> Response:
+        """The versions that are kept."""
+        one = service.index(name)
+        return _json({"version": one.now.manifest.version, "versions": await service.history(one)})
+
+    @app.post(
+        "/v1/indexes/{name}/rollback",
+        response_model=schemas.Removed,
+        responses=schemas.problems(401, 403, 404, 409, 422, 503),
+    )
+    async def rollback(request: Request, name: str, change: schemas.Rollback, authorization: Token = None) -> Response:
+        """Make the content of an earlier version that of a new one: nothing is lost by it."""
+        allowed(request)
+        one = service.index(name)
+        _finish(request)
+        return _json(await service.rollback(one, change.to, change.since))
+
+    @app.get("/v1/indexes/{name}/values", response_model=schemas.Values, responses=schemas.problems(404, 422))
+    async def values(name: str) -> Response:
+        """What each key gives to each class, where values were solved or trained and are not too many."""
+        return _json(service.values(service.index(name).now))
+
+    @app.get(
+        "/v1/indexes/{name}/exemplars", response_model=schemas.Exemplars, responses=schemas.problems(404, 422, 503)
+    )
+    async def exemplars(name: str) -> Response:
+        """A shot that shows each class, and how like shots are."""
+        version = service.index(name).now
+        found = await service.exemplars(version)
+        for one in found["exemplars"]:
+            one["image"] = _image(name, one["key_id"]) if one["image"] else None
+        return _json({"version": version.manifest.version} | found)
+
+    @app.post(
         "/v1/classify",
         response_model=schemas.Classified,
         responses=schemas.answered(200, "The answers", schemas.CLASSIFIED_EXAMPLE)
@@ -222,11 +308,20 @@ def create_app(
     async def page() -> Response:
         return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return FileResponse(PAGE / "docs.html", headers={"cache-control": "no-cache"})
+
     return app
 
 
 def _settings(version: Version, ask: Ask) -> dict[str, Any]:
     return {"index": version.name, "version": version.manifest.version} | version.settings(ask).shown()
+
+
+def _image(name: str, key_id: int) -> str:
+    """The address of a shot's picture."""
+    return f"/v1/indexes/{quote(name, safe='')}/keys/{key_id}/image"
 
 
 def _finish(request: Request) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.settings import MetricName, ValuesName
@@ -59,9 +59,10 @@ class Index(BaseModel):
 
 
 class Indexes(BaseModel):
-    """All that are served."""
+    """All that are served, and whether others can be made here."""
 
     indexes: list[Index]
+    makes: bool
 
 
 class IndexClass(BaseModel):
@@ -165,12 +166,98 @@ class Added(BaseModel):
     skipped: list[Skipped]
 
 
+class Judged(BaseModel):
+    """How an index does on its own shots, each left out: shares of right answers, and a sentence."""
+
+    photos: float | None
+    words: float | None
+    both: float | None
+    summary: str | None
+
+
+class Fitted(BaseModel):
+    """An index that was fitted."""
+
+    index: str
+    version: int
+    judged: Judged
+
+
+class Made(Fitted):
+    """An index that was made."""
+
+    skipped: list[Skipped]
+
+
 class Removed(BaseModel):
     """Keys that were removed."""
 
     index: str
     version: int
     key_ids: list[int]
+
+
+class Relabel(BaseModel):
+    """Shots, by their ids, or all of the class ``of``, and the class of the index that they are given to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: Annotated[str, Field(min_length=1, max_length=1024)]
+    key_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**62)]], Field(max_length=100_000)] | None = None
+    of: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+
+
+class Rollback(BaseModel):
+    """The version ``to`` go back to; ``since``: only where the index is still at that one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: Annotated[int, Field(ge=1, le=2**31)]
+    since: Annotated[int, Field(ge=1, le=2**31)] | None = None
+
+
+class PastVersion(BaseModel):
+    """A version that is kept, and what was changed to get there."""
+
+    version: int
+    parent: int | None
+    created_at: datetime.datetime
+    change: str
+    keys: int
+    classes: int
+    current: bool
+
+
+class History(BaseModel):
+    """Versions, oldest first."""
+
+    version: int
+    versions: list[PastVersion]
+
+
+class Values(BaseModel):
+    """What each key gives to each class, where values were solved or trained: enough to weigh answers anew."""
+
+    version: int
+    key_ids: list[int]
+    values: list[list[float]]
+
+
+class Exemplar(BaseModel):
+    """The key nearest to the mean of its class."""
+
+    class_id: int
+    key_id: int
+    image: str | None
+
+
+class Exemplars(BaseModel):
+    """An exemplar a class; how like shots are to others of their ``own`` class, and to those of ``other`` classes."""
+
+    version: int
+    exemplars: list[Exemplar]
+    own: float | None
+    other: float | None
 
 
 class Neighbour(BaseModel):
@@ -265,6 +352,25 @@ ADD = _body(
     {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},
     {"features": [EXAMPLE_FEATURE], "labels": ["cat"], "sources": ["camera-3/0001"]},
 )
+
+MAKE = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string", "description": "Of the index, and of its folder."},
+                        "images": _FILES,
+                        "label": _TEXTS | {"description": "The class of each image, in their order."},
+                    },
+                    "required": ["images", "label", "name"],
+                }
+            }
+        },
+    }
+}
 
 
 CLASSIFIED_EXAMPLE = {

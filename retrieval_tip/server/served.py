@@ -170,6 +170,10 @@ class Backbones:
         self._device, self._precision = device, precision
         self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
 
+    def know(self, backbone: Backbone) -> None:
+        """Take one that is open already."""
+        self._open[(backbone.identity.fingerprint, None)] = backbone
+
     def of(self, cache: Model, name: str) -> Backbone | None:
         """That of an index; ``None``, with a warning, where it names none or that cannot be had: features only."""
         identity = cache.backbone
@@ -210,12 +214,17 @@ class Served:
         self.folder = folder
         self.place: stores.Store = stores.at(folder)
         self.name = self.place.name
+        self._opening = device, precision, verify
         self._backbones, self._precision = backbones, precision
         self._changing = threading.Lock()
         self._seen = self.place.stamp()
         self._failed_at, self._looked_at = -math.inf, time.monotonic()
         cache = self.place.load(device=device, precision=precision, verify=verify)
         self.now = self._opened(cache)
+
+    def another(self, folder: Path) -> Served:
+        """Another index, opened as this one."""
+        return Served(folder, self._backbones, *self._opening)
 
     @property
     def beside(self) -> Path | None:
@@ -259,6 +268,23 @@ class Served:
             self._seen = stamp
             gc.collect()  # the version before, and the files that it maps
             return self.now
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What new indexes are made with, where none is served that would say: a ``backbone``, and the folder ``into``."""
+
+    into: Path
+    backbone: Backbone
+    device: str
+    precision: str
+    verify: str
+
+    def open(self, folder: Path) -> Served:
+        """The index in a folder."""
+        backbones = Backbones(self.device, self.precision)
+        backbones.know(self.backbone)
+        return Served(folder, backbones, self.device, self.precision, self.verify)
 
 
 def open_all(folders: Sequence[Path | Address], device: str, precision: str, verify: str) -> dict[str, Served]:

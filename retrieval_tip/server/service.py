@@ -30,12 +30,14 @@ from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import methods, projected
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes
+from retrieval_tip.index.build import build_index
+from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import metrics
 from retrieval_tip.server.batching import Batcher, Kept
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Served, Version, encoded
+from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Maker, Served, Version, encoded
 from retrieval_tip.server.uploads import Sent
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ MAPPED = 1 << 24
 """Values of the keys that a map is made of at most: 64 MiB of float32, and a few times that."""
 AUDITED, MOST_AUDITED = 1000, 1 << 15
 """Suspicious shots that are kept of an audit; keys that one may have here: each is compared with each."""
+VALUES_SENT = 1 << 18
+"""Values that are sent at most, each key's to each class: a few megabytes of JSON."""
+SHOWN_KEYS, LIKENED = 1 << 15, 1 << 11
+"""Keys that exemplars are looked for among, and keys that are compared with each other to say how like they are."""
 
 T = TypeVar("T")
 
@@ -67,13 +73,17 @@ class Service:
     """
 
     def __init__(
-        self, served: dict[str, Served], limits: Limits, uploads: Path | None = None, root: Path | None = None
+        self,
+        served: dict[str, Served],
+        limits: Limits,
+        uploads: Path | None = None,
+        root: Path | None = None,
+        maker: Maker | None = None,
     ) -> None:
-        self.served, self.limits = served, limits
+        self.served, self.limits, self.maker = served, limits, maker
         self._uploads, self._root = uploads, root or Path()
-        sizes = [one.now.backbone.batch_size for one in served.values() if one.now.backbone is not None]
         self._encode: Batcher[Backbone, torch.Tensor, FloatArray] = Batcher(
-            "images", encoded, most=lambda _: max(sizes, default=1), room=limits.queue
+            "images", encoded, most=lambda backbone: backbone.batch_size, room=limits.queue
         )
         self._answer: Batcher[tuple[Version, Ask], FloatArray, dict[str, Any]] = Batcher(
             "features",
@@ -110,7 +120,7 @@ class Service:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(POLL)
-            for one in self.served.values():
+            for one in list(self.served.values()):
                 if one.changed():
                     try:
                         await self._in(self._following, one.follow)
@@ -124,6 +134,8 @@ class Service:
     def index(self, name: str | None) -> Served:
         """The index of this name, or the only one. Raises Problem 404 or 422."""
         if name is None:
+            if not self.served:
+                raise Problem(404, "no index is served yet")
             if len(self.served) > 1:
                 raise Problem(422, f"index: give one of {', '.join(self.served)}")
             return next(iter(self.served.values()))
@@ -207,19 +219,9 @@ class Service:
         if self._uploads is None and beside is None:
             raise Problem(422, f"index {one.name!r} is in a bucket; images are added where serve has --uploads FOLDER")
         folder = (self._uploads or Path(beside or "") / f"{one.name}-shots") / _file_name(label)
-        named = {
-            folder / (hashlib.sha256(data).hexdigest()[:16] + images.extension(data)): data
-            for data in dict.fromkeys(datas)
-        }
         fresh: list[Path] = []
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, data in named.items():
-                if not path.exists():
-                    fresh.append(path)
-                    with replacing(path) as temporary:
-                        temporary.write_bytes(data)
-            paths = [str(path) for path in named]
+            paths = [str(path) for path in _keep(folder, datas, fresh)]
             items = pa.table({"source": [show(path) for path in paths], "label": [label] * len(paths)})
             source = Source(f"shots of {label}", items, (label,), tuple(paths))
             added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
@@ -233,15 +235,139 @@ class Service:
             _remove(folder, [path for path in fresh if show(path) not in kept])
         return added
 
+    async def create(self, sent: Sent, like: str | None) -> dict[str, Any]:
+        """Make an index of images, fit it, and serve it. Raises Problem 409 for a name that is taken, else as a build.
+
+        It is made with the backbone of the index ``like``, and lies beside that; or as :class:`served.Maker` says.
+        """
+        name = str(sent.index)
+        into: Path | None
+        if self.maker and like is None:
+            backbone, into, opened = self.maker.backbone, self.maker.into, self.maker.open
+        else:
+            model = self.index(like)
+            backbone, into, opened = _backbone_of(model.now), model.beside, model.another
+        if into is None:
+            raise Problem(422, "the index is in a bucket; new ones are made where serve has --into FOLDER")
+        if name in self.served or (into / name).exists():
+            raise Problem(409, f"there is an index {name!r} already; give another name, or add to it")
+        assert sent.images is not None
+        decoded = [await self._in(self._decoding, self._pixels, data, backbone) for data in sent.images]
+        skipped = _skipped(sent.names, decoded)
+        good = [i for i, one in enumerate(decoded) if not isinstance(one, InputError)]
+        if not good:
+            raise Problem(422, _said(skipped))
+        labelled = [(sent.labels[i], sent.images[i]) for i in good]
+
+        one = await self._in(self._changing, lambda: opened(self._make(into / name, backbone, labelled)))
+        self.served[name] = one
+        return self._judged(one) | {"skipped": skipped}
+
+    def _make(self, folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]]) -> Path:
+        """Build an index of labelled images, which are kept beside it; where that cannot be, nothing is kept."""
+        shots = self._uploads or folder.with_name(f"{folder.name}-shots")
+        labels = tuple(dict.fromkeys(label for label, _ in labelled))
+        fresh: dict[str, list[Path]] = {label: [] for label in labels}
+        try:
+            paths, names = [], []
+            for label in labels:
+                own = [data for other, data in labelled if other == label]
+                kept = _keep(shots / _file_name(label), own, fresh[label])
+                paths += [str(path) for path in kept]
+                names += [label] * len(kept)
+            items = pa.table({"source": [show(path) for path in paths], "label": names})
+            build_index(Source(folder.name, items, labels, tuple(paths)), folder, Encoder(backbone))
+        except BaseException as error:
+            for label, files in fresh.items():
+                _remove(shots / _file_name(label), files)
+            with suppress(OSError):
+                shots.rmdir()
+            if isinstance(error, OSError):
+                raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
+            raise
+        return folder
+
+    async def fit(self, one: Served) -> dict[str, Any]:
+        """Fit an index to its shots anew; the index is at the new version when this returns."""
+        if one.place.local is None or not isinstance(one.now.cache, CacheModel):
+            raise Problem(422, "an index in a LanceDB store keeps no metric and no values; clone it to a folder")
+        await self._in(self._changing, fit_index, one.place.local)
+        await self._in(self._following, one.follow)
+        return self._judged(one)
+
+    @staticmethod
+    def _judged(one: Served) -> dict[str, Any]:
+        judged = one.now.cache.provenance.get("fit", {})
+        parts = {name: judged.get(name) for name in ("photos", "words", "both", "summary")}
+        return {"index": one.name, "version": one.now.manifest.version, "judged": parts}
+
     async def remove(self, one: Served, key_ids: Sequence[int]) -> dict[str, Any]:
         """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
         there = set((await self._in(self._finding, one.now.cache.find, (), None, key_ids))["key_id"].to_pylist())
         if missing := [key_id for key_id in key_ids if key_id not in there]:
             raise Problem(404, f"index {one.name!r} has no key {missing[0]}")
-        call = lambda: changes.remove(one.folder, key_ids=key_ids)  # noqa: E731
-        removed = await self._in(self._changing, call)
+        return await self._changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
+
+    async def relabel(self, one: Served, label: str, key_ids: Sequence[int] | None, of: str | None) -> dict[str, Any]:
+        """Give shots to another class: those of ``key_ids``, or all of the class ``of``. Raises as :meth:`remove`."""
+        find = lambda: one.now.cache.find([] if of is None else [of], None, key_ids or ())  # noqa: E731
+        there = [] if key_ids == [] else (await self._in(self._finding, find))["key_id"].to_pylist()
+        if missing := set(key_ids or ()) - set(there):
+            raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
+        if not there:
+            raise Problem(422, "there are no such shots" if of is None else f"{of!r} is no class that has shots")
+        call = lambda: changes.relabel(one.folder, label, key_ids=there)  # noqa: E731
+        return await self._changed(one, call)
+
+    async def rollback(self, one: Served, to: int, since: int | None) -> dict[str, Any]:
+        """Go back to a version. Raises Problem 404 where it is not kept, 409 where the index is not at ``since``."""
+
+        def call() -> changes.Changed:
+            kept = [row["version"] for row in one.place.history().to_pylist()]
+            if since is not None and kept[-1] != since:
+                raise Problem(409, f"the index was changed meanwhile: it is at version {kept[-1]}, not {since}")
+            if to not in kept:
+                raise Problem(404, f"index {one.name!r} keeps no version {to}; it keeps {', '.join(map(str, kept))}")
+            return changes.rollback(one.folder, to)
+
+        return await self._changed(one, call)
+
+    async def history(self, one: Served) -> list[dict[str, Any]]:
+        """The versions that are kept, oldest first."""
+        rows = (await self._in(self._finding, one.place.history)).to_pylist()
+        names = ("version", "parent", "created_at", "change", "keys", "classes", "current")
+        return [{name: row[name] for name in names} for row in rows]
+
+    async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> dict[str, Any]:
+        """What a change did; the index is at the new version when this returns."""
+        changed = await self._in(self._changing, call)
         await self._in(self._following, one.follow)
-        return {"index": one.name, "version": removed.version, "key_ids": removed.key_ids}
+        return {"index": one.name, "version": changed.version, "key_ids": changed.key_ids}
+
+    def values(self, version: Version) -> dict[str, Any]:
+        """What each key gives to each class. Raises Problem 422 where that is 1 to its own, or they are too many."""
+        values = getattr(version.cache, "values", None)
+        if values is None:
+            raise Problem(422, "the values are one-hot: each key gives 1 to its own class")
+        if values.numel() > VALUES_SENT:
+            raise Problem(422, f"{values.numel():,} values are more than {VALUES_SENT:,}: ask for logits instead")
+        key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
+        return {"version": version.manifest.version, "key_ids": key_ids, "values": list(values.float().cpu().numpy())}
+
+    async def exemplars(self, version: Version) -> dict[str, Any]:
+        """A key that shows each class, and how like they are. Raises Problem 503 while it takes long."""
+
+        def call() -> dict[str, Any]:
+            shown, own, other = _exemplars(version)
+            keys = version.cache.find(key_ids=shown).select(["key_id", "class_id", "source"]).to_pylist()
+            found = [
+                {"class_id": row["class_id"], "key_id": row["key_id"], "image": self.picture(row["source"]) is not None}
+                for row in keys
+            ]
+            return {"exemplars": found, "own": own, "other": other}
+
+        found = await self._once(version, "exemplars", call)
+        return found | {"exemplars": [dict(one) for one in found["exemplars"]]}
 
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
@@ -331,6 +457,32 @@ def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[dict[str
     return version.answer(ask, np.stack(rows))
 
 
+def _exemplars(version: Version) -> tuple[list[int], float | None, float | None]:
+    """Key ids, of each class the key nearest to its mean; mean affinities of keys of one class, and of two classes.
+
+    Of at most :data:`SHOWN_KEYS` keys, in the metric.
+    """
+    blocks, most = [], SHOWN_KEYS
+    for block, block_ids in version.cache.key_blocks():
+        blocks.append((block[:most].float().cpu(), block_ids[:most].cpu()))
+        most -= len(blocks[-1][0])
+        if not most:
+            break
+    keys, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    c = len(version.cache.class_names)
+    means = torch.zeros(c, keys.shape[1]).index_add_(0, ids, keys)
+    near = (keys * means[ids]).sum(dim=1)
+    order = np.lexsort((near.numpy(), ids.numpy()))  # by class, the nearest of each last
+    best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
+    rows = version.cache.every_row()[best]
+    shown = version.cache.described(rows, ["key_id"])["key_id"].to_pylist()
+    step = max(1, len(keys) // LIKENED)
+    affinities, same = keys[::step] @ keys[::step].T, ids[::step, None] == ids[None, ::step]
+    other = affinities[~same]
+    own = affinities[same & ~torch.eye(len(same), dtype=torch.bool)]
+    return shown, *(float(part.mean()) if part.numel() else None for part in (own, other))
+
+
 def _backbone_of(version: Version) -> Backbone:
     if version.backbone is None:
         raise Problem(422, f"index {version.name!r} takes features only: the backbone that made its keys is not here")
@@ -375,6 +527,18 @@ def _file_name(label: str) -> str:
     """A label as the name of a folder."""
     name = quote(label, safe=" ()+,-=@")[:120]
     return name if not name.startswith(".") else f"%2E{name[1:]}"
+
+
+def _keep(folder: Path, datas: Sequence[bytes], fresh: list[Path]) -> list[Path]:
+    """Files of images in a folder, each once, named by what they hold; those that were not there become ``fresh``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {folder / (hashlib.sha256(data).hexdigest()[:16] + images.extension(data)): data for data in datas}
+    for path, data in named.items():
+        if not path.exists():
+            fresh.append(path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
+    return list(named)
 
 
 def _remove(folder: Path, paths: Sequence[Path]) -> None:

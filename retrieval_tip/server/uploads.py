@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,17 +33,24 @@ nothing to do here, and millions of them would stop everything for as long as th
 SHORT = 1 << 16
 """Bytes of JSON that are parsed at once; of more, one request's at a time, and others are answered meanwhile."""
 
+NAME = re.compile(r"[^\W\d_][\w .-]{0,62}(?<![ .])")
+"""Names of new indexes: they are names of folders too."""
+
 _PARSING = ThreadPoolExecutor(1, thread_name_prefix="parse")
 
 
 @dataclass(frozen=True)
 class Sent:
-    """``images`` or ``features`` ``[q, d]``, a name each; where they are shots ``labels``, one for all or each."""
+    """``images`` or ``features`` ``[q, d]``, a name each; where they are shots ``labels``, one for all or each.
+
+    ``index``: the name of the index that is to be made of them.
+    """
 
     names: list[str]
     images: list[bytes] | None
     features: FloatArray | None
     labels: list[str]
+    index: str | None = None
 
 
 async def read(request: Request, limits: Limits, norms: str, d: int, *, labelled: bool = False) -> Sent:
@@ -61,12 +69,21 @@ async def read(request: Request, limits: Limits, norms: str, d: int, *, labelled
     raise Problem(415, f"content type {kind!r}: expected {FORM} with images, or {JSON} with features")
 
 
-async def _form(request: Request, limits: Limits, *, labelled: bool) -> Sent:
-    fields = ("images", "label") if labelled else ("images",)
+async def read_index(request: Request, limits: Limits) -> Sent:
+    """The images that a new index is to be made of, with a label each, in order, and its name. Raises as above."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != FORM:
+        raise Problem(415, f"content type {kind!r}: expected {FORM} with name, images, and a label for each image")
+    return await _form(request, limits, labelled=True, new=True)
+
+
+async def _form(request: Request, limits: Limits, *, labelled: bool, new: bool = False) -> Sent:
+    fields = ("images", *(["label"] if labelled else []), *(["name"] if new else []))
+    indexes: list[str] = []
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs take long, or fail
         raise Problem(415, f"content type {FORM}: its text has to be UTF-8")
-    async with request.form(max_files=limits.images, max_fields=8, max_part_size=LONGEST_FIELD) as form:
+    async with request.form(max_files=limits.images, max_fields=limits.images + 8, max_part_size=LONGEST_FIELD) as form:
         names: list[str] = []
         images: list[bytes] = []
         labels: list[str] = []
@@ -78,10 +95,18 @@ async def _form(request: Request, limits: Limits, *, labelled: bool) -> Sent:
             if isinstance(value, UploadFile):
                 names.append(_text("images", value.filename or f"image {len(names)}"))
                 images.append(await value.read())
+            elif field == "name":
+                indexes.append(_index(value))
             else:
                 labels.append(_label(value))
     if not images:
         raise Problem(422, "images: none; send at least one file in the field 'images'")
+    if new:
+        if len(indexes) != 1:
+            raise Problem(422, f"name: {len(indexes)} of them; send one, that of the new index")
+        if len(labels) != len(images):
+            raise Problem(422, f"label: {len(labels)} of them for {len(images)} images; send one for each, in order")
+        return Sent(names, images, None, labels, indexes[0])
     if len(labels) != labelled:
         raise Problem(422, f"label: {len(labels)} of them; send one, which is for all images")
     return Sent(names, images, None, labels)
@@ -153,6 +178,16 @@ def _text(field: str, value: object) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
         raise Problem(422, f"{field}: expected text of 1 to {LONGEST_NAME} characters")
     return value.encode("utf-8", "backslashreplace").decode()
+
+
+def _index(value: object) -> str:
+    """The name of a new index, which is that of its folder too."""
+    name = _text("name", value).strip()
+    if not NAME.fullmatch(name):
+        raise Problem(
+            422, "name: expected 1 to 64 letters, digits, spaces, dots, hyphens or underscores, a letter first"
+        )
+    return name
 
 
 def _label(value: object) -> str:

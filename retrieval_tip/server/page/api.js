@@ -7,6 +7,8 @@ export class Problem extends Error {
   }
 }
 
+export const UNREACHED = -1; // the status of a server that does not answer
+
 const PATIENCE = 120_000; // ms that a busy server is asked again, as it says when
 
 const pause = (ms, signal) =>
@@ -37,7 +39,7 @@ async function request(path, { waiting, signal, ...options } = {}) {
       response = await fetch(path, { ...options, signal });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Problem("The server cannot be reached. Is it still running?");
+      throw new Problem("The server cannot be reached. Is it still running?", UNREACHED);
     }
     if (response.ok) return response.json();
     const problem = await problemOf(response);
@@ -64,6 +66,9 @@ function limited(number) {
   };
 }
 
+/** Whether the same may work a little later: nobody answered, or the server was busy. */
+export const passing = ({ status }) => [UNREACHED, 429, 503].includes(status);
+
 const asking = limited(4);
 const at = (name) => `/v1/indexes/${encodeURIComponent(name)}`;
 const query = (parameters) => {
@@ -74,17 +79,23 @@ const query = (parameters) => {
   }
   return `?${given}`;
 };
-const json = (body) => ({
+const json = (body, headers = {}) => ({
   method: "POST",
-  headers: { "Content-Type": "application/json" },
+  headers: { "Content-Type": "application/json", ...headers },
   body: JSON.stringify(body),
 });
+const bearer = (token) => ({ Authorization: `Bearer ${encoded(token)}` });
+/** A header holds Latin-1 only: what cannot be a token of the server is sent as something that is none. */
+const encoded = (token) => token.replace(/[^\x20-\x7e]/g, "?");
 
-export const indexes = () => request("/v1/indexes").then((found) => found.indexes);
+export const indexes = () => request("/v1/indexes");
 export const index = (name) => request(at(name));
 export const keys = (name, parameters, options) => request(`${at(name)}/keys${query(parameters)}`, options);
 export const map = (name, method, options) => request(`${at(name)}/map${query({ method })}`, options);
 export const audit = (name, options) => request(`${at(name)}/audit`, options);
+export const exemplars = (name) => request(`${at(name)}/exemplars`);
+export const values = (name) => request(`${at(name)}/values`);
+export const history = (name) => request(`${at(name)}/history`);
 export const pictureOf = (name, keyId) => `${at(name)}/keys/${keyId}/image`;
 
 /** One image, its bytes as they are. */
@@ -101,18 +112,30 @@ export function classifyFile(file, parameters, options) {
 export const classifyFeatures = (features, inputs, parameters, options) =>
   asking(() => {
     options.signal?.throwIfAborted();
-    return request(`/v1/classify${query(parameters)}`, { ...options, ...json({ features, inputs }) });
+    return request(`/v1/classify${query(parameters)}`, { ...options, ...json({ features: features.map((row) => [...row]), inputs }) });
   });
 
-export function addShot(name, label, file, token) {
+/** Photographs of one class. */
+export function addShots(name, label, files, token) {
   const body = new FormData();
   body.append("label", label);
-  body.append("images", file, file.name);
-  return request(`${at(name)}/keys`, { method: "POST", body, headers: { Authorization: `Bearer ${token}` } });
+  for (const file of files) body.append("images", file, file.name);
+  return request(`${at(name)}/keys`, { method: "POST", body, headers: bearer(token) });
 }
 
+/** A new index of [label, file] pairs, fitted. */
+export function makeIndex(name, like, pairs, token) {
+  const body = new FormData();
+  body.append("name", name);
+  for (const [label, file] of pairs) {
+    body.append("label", label);
+    body.append("images", file, file.name);
+  }
+  return request(`/v1/indexes${query({ like })}`, { method: "POST", body, headers: bearer(token) });
+}
+
+export const fit = (name, token) => request(`${at(name)}/fit`, { method: "POST", headers: bearer(token) });
 export const removeShots = (name, keyIds, token) =>
-  request(`${at(name)}/keys${query({ key_id: keyIds })}`, {
-    method: "DELETE",
-    headers: { Authorization: `Bearer ${token}` },
-  });
+  request(`${at(name)}/keys${query({ key_id: keyIds })}`, { method: "DELETE", headers: bearer(token) });
+export const relabel = (name, change, token) => request(`${at(name)}/relabel`, json(change, bearer(token)));
+export const rollback = (name, change, token) => request(`${at(name)}/rollback`, json(change, bearer(token)));

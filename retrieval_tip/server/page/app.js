@@ -4,12 +4,17 @@ import * as api from "./api.js";
 import { showIndexView } from "./browse.js";
 import { addFiles } from "./classify.js";
 import { $, el, failure, plural } from "./dom.js";
+import { gather } from "./files.js";
+import "./start.js";
 import { state } from "./state.js";
+import * as teach from "./teach.js";
 
 const CHOSEN = "retrieval-tip index";
-const VIEWS = ["classify", "index"];
+const VIEWS = ["classify", "index", "teach"];
+const TITLES = { classify: "Photographs", index: "Index", teach: "Teach" };
 
 function route() {
+  $("overlay").firstElementChild.textContent = location.hash === "#teach" ? "Drop folders of photographs" : "Drop your photographs";
   const view = VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "classify";
   for (const name of VIEWS) {
     const tab = $(`tab-${name}`);
@@ -17,7 +22,7 @@ function route() {
     tab.tabIndex = name === view ? 0 : -1;
     $(`${name}-view`).hidden = name !== view;
   }
-  document.title = `${view === "index" ? "Index" : "Classify"} · ${state.info?.name ?? "retrieval-tip"}`;
+  document.title = `${TITLES[view]} · ${state.info?.name ?? "retrieval-tip"}`;
   if (view === "index" && state.info) {
     showIndexView();
     follow();
@@ -29,7 +34,9 @@ const follow = () => state.info && state.refresh().catch(() => {});
 
 function facts() {
   const { n_keys: n, n_classes: c, version } = state.info;
-  $("index-facts").textContent = `${plural(n, "key")}, ${plural(c, "class", "classes")}, version ${version}`;
+  $("index-facts").textContent = `${plural(n, "photo")}, ${plural(c, "class", "classes")}`;
+  $("index-facts").title = `version ${version}`;
+  $("index-facts").dataset.version = version;
 }
 
 async function choose(name) {
@@ -44,33 +51,38 @@ async function choose(name) {
   }
 }
 
-async function start() {
+async function start(prefer = null) {
   $("problem").hidden = true;
   try {
-    const served = await api.indexes();
+    const { indexes: served, makes } = await api.indexes();
     const names = served.map(({ name }) => name);
-    if (!names.length) throw new api.Problem("This server serves no index.");
-    const chosen = names.includes(sessionStorage.getItem(CHOSEN)) ? sessionStorage.getItem(CHOSEN) : names[0];
+    state.mayChange = makes || served.some(({ changes }) => changes);
+    state.dispatchEvent(new Event("indexes"));
+    if (!names.length && !makes) throw new api.Problem("This server serves no index.");
+    if (!names.length) {
+      $("index-facts").textContent = "no index yet";
+      location.hash = "#teach";
+      return;
+    }
+    const wanted = prefer ?? sessionStorage.getItem(CHOSEN);
+    const chosen = names.includes(wanted) ? wanted : names[0];
     $("index-select").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
     $("index-select").value = chosen;
     $("index-select").hidden = $("index-label").hidden = names.length < 2;
     await choose(chosen);
   } catch (error) {
-    $("problem").replaceChildren(failure(error, start));
+    $("problem").replaceChildren(failure(error, () => start(prefer)));
     $("problem").hidden = false;
   }
 }
 
-/** Files that were dropped or pasted; what comes with them that is no file is said. */
-function receive(transfer) {
-  const entries = [...(transfer.items ?? [])].filter((item) => item.kind === "file");
-  const folders = entries.filter((item) => item.webkitGetAsEntry?.()?.isDirectory).length;
-  const files = [...transfer.files].filter((_, i) => !entries[i]?.webkitGetAsEntry?.()?.isDirectory);
-  $("problem").textContent = "Folders are not opened here: drop the images in them.";
-  $("problem").hidden = !folders;
-  if (!files.length) return;
+/** Files that were dropped or pasted, and those in folders: to be taught where that is open, else to be looked at. */
+async function receive(transfer) {
+  const found = await gather(transfer);
+  if (!found.length) return;
+  if (location.hash === "#teach") return teach.receive(found);
   location.hash = "#classify";
-  addFiles(files);
+  addFiles(found.map(({ file }) => file));
 }
 
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
@@ -112,7 +124,10 @@ addEventListener("hashchange", route);
 document.addEventListener("visibilitychange", () => document.hidden || follow());
 $("index-select").addEventListener("change", () => choose($("index-select").value));
 state.addEventListener("index", facts);
+state.addEventListener("made", (event) => (event.detail.done = start(event.detail.name)));
 state.addEventListener("version", facts);
+
+$("help").addEventListener("click", () => $("glossary").showModal());
 
 route();
 start();

@@ -1,14 +1,19 @@
 // The index view: settings, classes, a map of the keys, shots, and those that look wrong.
 
 import * as api from "./api.js";
-import { $, debounced, el, failure, nameOf, picture, plural, say, short } from "./dom.js";
+import { $, debounced, el, failure, nameOf, picture, plural } from "./dom.js";
+import { Grid } from "./grid.js";
 import { colour, KeyMap } from "./map.js";
+import { notice } from "./notice.js";
+import { judged } from "./start.js";
 import { ask, state } from "./state.js";
 
-const PAGE = 48; // shots at a time
+const PAGE = 1000; // photographs a request
+const MOST = 10_000; // photographs that are listed; filters find the others
 const CLASSES = 200; // classes listed at a time; the filter finds the others
-const WORST = 8; // suspicious shots shown before more are wanted
+const CLEAR = 2; // margin from which the others are sure: of 40 wrong labels in 800 it names 39, and 16 that are right
 const LEGEND = 30; // classes that colours can still tell apart, more or less
+const FEW = 4; // photographs of a class that are few
 
 /** A part of the view that is fetched: says that it loads, what went wrong, or that there is nothing. */
 class Part {
@@ -36,7 +41,6 @@ class Part {
 }
 
 let shownVersion = null; // "name version" that the view shows
-let offset = 0;
 const shotsByKey = new Map(); // what is known of keys, for the map; emptied with every version
 
 /** Called as the view is opened: it is loaded anew where the index has changed since. */
@@ -45,9 +49,10 @@ export function showIndexView() {
   if (wanted === shownVersion) return;
   shownVersion = wanted;
   shotsByKey.clear();
+  $("index-judged").textContent = judged(state.info.provenance.fit);
   showAbout();
   showClasses();
-  for (const part of [map, shots, audit]) part.load();
+  for (const part of [audit, shots, past, map]) part.load();
 }
 
 function showAbout() {
@@ -55,15 +60,15 @@ function showAbout() {
   const facts = {
     name: info.name,
     version: `${info.version} (${info.change}), ${new Date(info.created_at).toLocaleString()}`,
-    keys: `${info.n_keys.toLocaleString("en")} of ${info.d} dimensions`,
+    photographs: `${info.n_keys.toLocaleString("en")}, ${info.d} numbers each`,
     classes: info.n_classes.toLocaleString("en"),
-    alpha: info.alpha,
-    beta: info.beta,
+    alpha: rounded(info.alpha),
+    beta: rounded(info.beta),
     k: info.k === "all" ? "all" : `${info.k}, ${info.tail ? "with" : "without"} tail`,
-    temperature: info.temperature,
-    "logit scale": info.logit_scale,
+    temperature: rounded(info.temperature),
+    "logit scale": rounded(info.logit_scale),
     "FAISS index": info.exact_search ? info.index : `${info.index}, approximate`,
-    backbone: info.backbone ?? "none: features only",
+    encoder: info.backbone ?? "none: features only",
     templates: info.text ? info.templates.join(" · ") || "text from elsewhere" : "no text",
     metric: info.metric === "none" ? null : "within-class",
     values: info.values === "one-hot" ? null : info.values,
@@ -72,19 +77,23 @@ function showAbout() {
   fill($("provenance"), info.provenance);
 }
 
+const rounded = (value) => Number(value.toPrecision(5)).toLocaleString("en");
+
 function fill(list, facts) {
   const said = Object.entries(facts).filter(([, value]) => value !== null && value !== "");
   const text = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
   list.replaceChildren(...said.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, text(value)))));
 }
 
-function showClasses() {
+async function showClasses() {
+  const { exemplars } = await state.exemplars().catch(() => ({ exemplars: [] }));
+  const byClass = new Map(exemplars.map((one) => [one.class_id, one.image]));
   const wanted = $("classes-filter").value.trim().toLowerCase();
   const found = state.info.classes.filter(({ label }) => label.toLowerCase().includes(wanted));
   const most = Math.max(1, ...state.info.classes.map(({ keys }) => keys));
   $("classes-count").textContent =
     found.length < state.info.n_classes ? `${found.length} of ${state.info.n_classes}` : String(found.length);
-  $("classes-list").replaceChildren(...found.slice(0, CLASSES).map((one) => classElement(one, most)));
+  $("classes-list").replaceChildren(...found.slice(0, CLASSES).map((one) => classElement(one, most, byClass)));
   $("classes-more").textContent = !found.length
     ? "No class of that name."
     : found.length > CLASSES
@@ -92,16 +101,23 @@ function showClasses() {
       : "";
 }
 
-function classElement({ class_id: id, label, keys }, most) {
+function classElement({ class_id: id, label, keys }, most, byClass) {
   const dot = el("i", { class: "dot", aria: { hidden: "true" } });
   dot.hidden = state.info.n_classes > LEGEND;
   dot.style.background = colour(id);
+  const doubted = suspects.filter((shot) => shot.label === label && shot.margin >= CLEAR).length;
+  const needs = keys < FEW ? "needs photographs" : doubted ? `${doubted} to look at` : "";
   const button = el(
     "button",
-    { type: "button", title: `Shots of ${label}`, data: { label, keys } },
-    dot,
-    el("span", { class: "name" }, label),
-    el("span", { class: "count" }, String(keys), el("span", { class: "unseen" }, keys === 1 ? " key" : " keys")),
+    { type: "button", title: `Photographs of ${label}`, data: { label, keys } },
+    picture(byClass.get(id), 96, ""),
+    el(
+      "span",
+      {},
+      el("span", { class: "name" }, dot, label),
+      el("span", { class: "count" }, plural(keys, "photo")),
+      el("span", { class: "needs" }, needs),
+    ),
   );
   button.style.setProperty("--share", `${(100 * keys) / most}%`);
   button.addEventListener("click", () => {
@@ -125,17 +141,21 @@ function highlightChosen() {
 const described = ({ key_id: id, label, source }) => [
   el("strong", { class: "name" }, label),
   el("span", { class: "source", title: source }, nameOf(source)),
-  el("span", { class: "hint" }, `key ${id}`),
+  el("span", { class: "hint" }, `photograph ${id}`),
 ];
 
-async function removeShot(shot, heading) {
-  $("confirm-shot").replaceChildren(picture(shot.image, 160, nameOf(shot.source)), el("p", {}, ...described(shot)));
-  if ((await ask($("confirm-dialog"))) !== "ok") return;
+/** Do what `change` does, say so, and offer to undo it by going back to the version before. */
+async function changed(what, change, heading) {
+  const before = state.info.version;
   $("problem").hidden = true;
   try {
-    const removed = await state.remove([shot.key_id]);
-    if (!removed) return;
-    say(`Key ${shot.key_id} removed, version ${removed.version}.`);
+    const done = await change();
+    if (!done) return;
+    grid.select([]);
+    notice(`${what}.`, async () => {
+      const undone = await state.rollback(before, done.version);
+      return undone && "Undone: the index is as it was before.";
+    });
     heading.focus();
   } catch (error) {
     $("problem").replaceChildren(failure(error));
@@ -143,74 +163,104 @@ async function removeShot(shot, heading) {
   }
 }
 
-function removeButton(shot, heading) {
-  if (!state.info.changes) return null;
-  const button = el(
-    "button",
-    { type: "button", class: "quiet", aria: { label: `Remove key ${shot.key_id}, ${shot.label}` } },
-    "Remove",
-  );
-  button.addEventListener("click", () => removeShot(shot, heading));
-  return button;
+const photographs = (number) => plural(number, "photograph");
+const move = (ids, label, heading) =>
+  changed(`${photographs(ids.length)} moved to ${label}`, () => state.relabel(ids, label), heading);
+
+async function remove(some, heading) {
+  const [shot] = some;
+  $("confirm-title").textContent = `Remove ${photographs(some.length)}?`;
+  $("confirm-shot").replaceChildren(picture(shot.image, 160, nameOf(shot.source)), el("p", {}, ...described(shot)));
+  if ((await ask($("confirm-dialog"))) !== "ok") return;
+  const ids = some.map((one) => one.key_id);
+  await changed(`${photographs(ids.length)} removed`, () => state.remove(ids), heading);
 }
 
-const unchangeable = () =>
-  state.info.changes ? "" : " The server was started without --token, so none can be removed here.";
+const unchangeable = () => (state.info.changes ? "" : "This server takes no changes, so none can be moved or removed here.");
+
+// --- photographs of the index ---
+
+const grid = new Grid($("shots"), {
+  tile(shot, element) {
+    if (element) return element;
+    return el(
+      "div",
+      { data: { keyId: shot.key_id }, title: shot.source },
+      el("span", { class: "frame" }, picture(shot.image, 240, ""), el("span", { class: "tick", aria: { hidden: "true" } }, "✓")),
+      el("span", { class: "said" }, shot.label),
+      el("span", { class: "chip-of" }, nameOf(shot.source)),
+    );
+  },
+  opened: (shot) => grid.select(grid.selected.has(shot) ? [...grid.selected].filter((one) => one !== shot) : [...grid.selected, shot]),
+  chosen() {
+    const number = grid.selected.size;
+    $("shots-selection").hidden = !number || !state.info.changes;
+    $("shots-selected").textContent = `${number} selected`;
+  },
+  pressed(event) {
+    if (event.key !== "Delete" || !grid.selected.size || !state.info.changes) return false;
+    remove([...grid.selected], $("shots-title"));
+    return true;
+  },
+});
+$("shots-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  move([...grid.selected].map((shot) => shot.key_id), $("shots-label").value.trim(), $("shots-title"));
+});
+$("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
+$("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
 const shots = new Part(
   "shots",
-  (options) =>
-    api.keys(
-      state.info.name,
-      { label: $("shots-class").value, source: $("shots-source").value, offset, limit: PAGE },
-      options,
-    ),
-  ({ total, keys }) => {
-    if (!keys.length && offset > 0) {
-      offset = Math.max(0, offset - PAGE); // the last of a page was removed
-      return void shots.load();
+  async (options) => {
+    const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: PAGE };
+    const found = await api.keys(state.info.name, { ...wanted, offset: 0 }, options);
+    while (found.keys.length < Math.min(found.total, MOST)) {
+      const { keys } = await api.keys(state.info.name, { ...wanted, offset: found.keys.length }, options);
+      if (!keys.length) break;
+      found.keys.push(...keys);
     }
+    return found;
+  },
+  ({ total, keys }) => {
     $("shots-count").textContent = total.toLocaleString("en");
-    $("shots").replaceChildren(
-      ...keys.map((shot) =>
-        el(
-          "li",
-          { data: { keyId: shot.key_id } },
-          picture(shot.image, 240, nameOf(shot.source)),
-          ...described(shot),
-          removeButton(shot, $("shots-title")),
-        ),
-      ),
-    );
-    $("shots-pager").hidden = total <= PAGE;
-    $("shots-range").textContent = `${offset + 1} to ${offset + keys.length} of ${total.toLocaleString("en")}`;
-    $("shots-previous").disabled = offset === 0;
-    $("shots-next").disabled = offset + PAGE >= total;
-    if (!total) return "No shots like that.";
-    return unchangeable();
+    for (const shot of keys) shot.id = `shot-${shot.key_id}`;
+    const groups = [...Map.groupBy(keys, ({ label }) => label)].map(([label, items]) => ({ label, items }));
+    grid.select([]);
+    grid.show(groups.length > 1 ? groups : [{ label: null, items: keys }]);
+    grid.chosen();
+    if (!total) return "No photographs like that.";
+    return keys.length < total ? `The first ${keys.length.toLocaleString("en")}; the fields above find the others.` : unchangeable();
   },
 );
 
 function filterShots() {
-  offset = 0;
   shots.load();
   highlightChosen();
 }
 
 const map = new Part(
   "map",
-  (options) => api.map(state.info.name, $("map-method").value || "pca", options),
+  async (options) => {
+    if ($("map-method").value) return api.map(state.info.name, $("map-method").value, options);
+    try {
+      return await api.map(state.info.name, "tsne", options); // made once a version, beside what is asked meanwhile
+    } catch (error) {
+      if (error.status !== 422) throw error;
+      return api.map(state.info.name, "pca", options);
+    }
+  },
   (found) => {
     $("map-methods").hidden = found.methods.length < 2;
     if ($("map-method").children.length !== found.methods.length) {
       $("map-method").replaceChildren(
-        ...found.methods.map((method) => el("option", { value: method }, method.toUpperCase())),
+        ...found.methods.map((method) => el("option", { value: method }, METHODS[method] ?? method)),
       );
     }
     $("map-method").value = found.method;
     const part =
       found.key_ids.length < found.total
-        ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} keys`
+        ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} photographs`
         : "";
     const explained = found.explained?.map((share) => `${Math.round(100 * share)} %`).join(" and ");
     $("map-facts").textContent = [part, explained && `the axes hold ${explained} of the variance`]
@@ -219,10 +269,11 @@ const map = new Part(
     $("map").hidden = !found.key_ids.length;
     $("map-shot").replaceChildren();
     keyMap.show(found);
-    return found.key_ids.length ? "" : "This index has no keys.";
+    return found.key_ids.length ? "" : "This index has no photographs.";
   },
 );
 
+const METHODS = { tsne: "t-SNE: neighbours together", pca: "PCA: the two longest axes", umap: "UMAP" };
 let pointed = null;
 const keyMap = new KeyMap($("map-canvas"), async (keyId) => {
   pointed = keyId;
@@ -247,24 +298,70 @@ const audit = new Part(
     const known = ids.length ? await api.keys(name, { key_id: ids, limit: ids.length }, options) : { keys: [] };
     return { ...found, images: new Map(known.keys.map((shot) => [shot.key_id, shot.image])) };
   },
-  ({ total, shots: all, images }) => {
-    const found = all.map((shot) => ({
+  ({ shots: all, images }) => {
+    suspects = all.map((shot) => ({
       ...shot,
       image: images.get(shot.key_id),
       nearest: images.get(shot.nearest_key_id),
     }));
-    $("audit-count").textContent = total.toLocaleString("en");
-    $("audit").replaceChildren(...found.slice(0, WORST).map(suspicious));
-    $("audit-more").hidden = found.length <= WORST;
-    $("audit-more").textContent = `Show the worst ${found.length}`;
-    $("audit-more").onclick = () => {
-      $("audit").append(...found.slice(WORST).map(suspicious));
-      $("audit-more").hidden = true;
-      $("audit").children[WORST].querySelector("button")?.focus();
-    };
-    return total ? "" : "None: every shot’s neighbours agree with its label.";
+    showSuspects();
+    showClasses();
+    return $("audit-state").textContent;
   },
 );
+
+let suspects = [];
+let listed = [];
+const KEPT = () => `retrieval-tip kept ${state.info.name}`;
+const kept = () => new Set(JSON.parse(localStorage.getItem(KEPT()) ?? "[]"));
+
+function keep(some) {
+  localStorage.setItem(KEPT(), JSON.stringify([...kept(), ...some.map((shot) => `${shot.key_id} ${shot.label}`)]));
+  showSuspects();
+  showClasses();
+  $("audit-title").focus();
+}
+
+/** Those that the others are sure of, or all; not those that were kept. */
+function showSuspects() {
+  const known = kept();
+  const open = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
+  listed = open.filter((shot) => $("audit-all").checked || shot.margin === null || shot.margin >= CLEAR);
+  $("audit-count").textContent = listed.length.toLocaleString("en");
+  const less = open.length - listed.length;
+  $("audit").replaceChildren(...listed.slice(0, 100).map(suspicious));
+  const movable = listed.filter((shot) => shot.suggested !== null);
+  $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
+  $("audit-move-all").textContent = `Move all ${movable.length} as suggested`;
+  $("audit-move-all").hidden = !movable.length;
+  $("audit-state").textContent = listed.length
+    ? ""
+    : less
+      ? `None is clear; ${less} less so.`
+      : "None: every photograph’s neighbours agree with its label.";
+}
+
+/** Each to the class that is suggested, a change a class; undone together. */
+async function moveAll() {
+  const byClass = Map.groupBy(listed.filter((shot) => shot.suggested !== null), (shot) => shot.suggested);
+  const number = [...byClass.values()].flat().length;
+  await changed(
+    `${photographs(number)} moved`,
+    async () => {
+      let done = null;
+      for (const [label, some] of byClass) {
+        done = await state.relabel(some.map((shot) => shot.key_id), label);
+        if (!done) break;
+      }
+      return done;
+    },
+    $("audit-title"),
+  );
+}
+$("audit-all").addEventListener("change", showSuspects);
+$("audit-move-all").addEventListener("click", moveAll);
+$("audit-keep-all").addEventListener("click", () => keep(listed));
+$("audit-remove-all").addEventListener("click", () => remove(listed, $("audit-title")));
 
 function suspicious(shot) {
   const figure = (url, source, label, caption) =>
@@ -275,45 +372,81 @@ function suspicious(shot) {
       el("figcaption", {}, el("span", { class: "hint" }, caption), el("span", { class: "name" }, label)),
     );
   const { suggested, duplicate_of: twin } = shot;
+  const act = (text, call) => {
+    const button = el("button", { type: "button", aria: { label: `${text}: photograph ${shot.key_id}, ${shot.label}` } }, text);
+    button.addEventListener("click", call);
+    return button;
+  };
+  const heading = $("audit-title");
   return el(
     "li",
-    { data: { keyId: shot.key_id } },
+    { data: { keyId: shot.key_id, margin: shot.margin } },
     figure(shot.image, shot.source, shot.label, "labelled"),
-    figure(shot.nearest, shot.nearest_source ?? "", shot.nearest_label ?? "–", "its nearest"),
+    figure(shot.nearest, shot.nearest_source ?? "", shot.nearest_label ?? "–", "most like it"),
     el(
       "div",
       {},
       suggested === null ? null : el("p", {}, "rather ", el("strong", { class: "name" }, suggested), "?"),
+      el("p", { class: "source", title: shot.source }, nameOf(shot.source, 2)),
+      twin === null ? null : el("p", { class: "hint" }, `The same image as photograph ${twin}.`),
       el(
         "p",
-        { class: "hint", data: { value: shot.margin } },
-        `margin ${short(shot.margin)}, affinity ${short(shot.nearest_affinity)}`,
+        { class: "buttons" },
+        ...(state.info.changes && suggested !== null
+          ? [act(`Move to ${suggested}`, () => move([shot.key_id], suggested, heading))]
+          : []),
+        act("Keep", () => keep([shot])),
+        ...(state.info.changes ? [act("Remove", () => remove([shot], heading))] : []),
       ),
-      el("p", { class: "source", title: shot.source }, nameOf(shot.source, 2)),
-      twin === null ? null : el("p", { class: "hint" }, `The same image as key ${twin}.`),
-      removeButton(shot, $("audit-title")),
     ),
   );
 }
+
+// --- history ---
+
+const ago = (time) => {
+  const seconds = Math.max(0, (Date.now() - new Date(time)) / 1000);
+  const units = [[86_400, "day"], [3600, "hour"], [60, "minute"]];
+  for (const [size, unit] of units) if (seconds >= size) return `${plural(Math.floor(seconds / size), unit)} ago`;
+  return "just now";
+};
+
+const past = new Part(
+  "history",
+  () => api.history(state.info.name),
+  ({ versions }) => {
+    $("history").replaceChildren(
+      ...versions.toReversed().map(({ version, change, created_at: at, keys, classes, current }) => {
+        const back = el("button", { type: "button", class: "quiet" }, "Go back to this");
+        const call = () => state.rollback(version, state.info.version);
+        back.addEventListener("click", () => changed(`Back at version ${version}`, call, $("history-title")));
+        return el(
+          "li",
+          {},
+          el("strong", {}, `version ${version}`),
+          el("span", { class: "name" }, change),
+          el("span", { class: "hint", title: new Date(at).toLocaleString() }, `${plural(keys, "photo")}, ${plural(classes, "class", "classes")}, ${ago(at)}`),
+          current || !state.info.changes ? el("span", { class: "hint" }, current ? "now" : "") : back,
+        );
+      }),
+    );
+    return "";
+  },
+);
 
 const typed = debounced(250, filterShots);
 $("shots-class").addEventListener("input", typed);
 $("shots-source").addEventListener("input", typed);
 $("classes-filter").addEventListener("input", showClasses);
 $("map-method").addEventListener("change", () => map.load());
-$("shots-previous").addEventListener("click", () => turn(-PAGE));
-$("shots-next").addEventListener("click", () => turn(PAGE));
+for (const [id, by] of [["map-closer", 1.5], ["map-farther", 1 / 1.5], ["map-whole", 0]])
+  $(id).addEventListener("click", () => keyMap.zoom(by));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => state.info && showClasses());
-
-function turn(by) {
-  offset = Math.max(0, offset + by);
-  shots.load();
-  $("shots-title").focus();
-}
 
 state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
-  offset = 0;
+  suspects = [];
+  $("map-method").replaceChildren();
   keyMap.highlight(null);
 });
 state.addEventListener("version", () => !$("index-view").hidden && showIndexView());

@@ -1,121 +1,469 @@
-// The classify view: the images on the page, and what the server is asked about them.
+// The photographs on the page: what the server is asked about them, the grid, and what is done with several.
 
 import * as api from "./api.js";
-import { Card, parameters } from "./card.js";
-import { $, debounced, plural, say } from "./dom.js";
+import * as drawer from "./drawer.js";
+import { $, debounced, el, percent, plural, say } from "./dom.js";
+import { Grid } from "./grid.js";
+import { notice } from "./notice.js";
+import { Photo, parameters } from "./photo.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
 const BLOCK = 8; // features a request: the evidence of one may be a megabyte
+const SLICE = 12; // ms that settings are weighed for before the page may do something else
 
-const cards = [];
+const photos = [];
+const refused = new Map(); // why files cannot be opened -> their names
 let leaving = new AbortController(); // aborts what was asked of an index that is no longer shown
 let moving = new AbortController(); // aborts what was asked for settings that were moved on
 
-/** Ask the server about images that it has seen, by their features: with evidence where the index has changed. */
+const grid = new Grid($("grid"), {
+  tile,
+  opened(photo) {
+    open(photo);
+    $("drawer").focus({ preventScroll: true });
+  },
+  chosen: showChosen,
+  pressed(event) {
+    if (event.key === "Delete") return putAway(acting()), true;
+    if (event.key === "Escape" && drawer.openPhoto()) return close(), true;
+    if (!["1", "2", "3"].includes(event.key) || event.ctrlKey || event.metaKey) return false;
+    const label = choices()[Number(event.key) - 1];
+    if (label && state.info.changes) teach(acting(), label);
+    return true;
+  },
+});
+
+// --- asking ---
+
+async function ask(photo) {
+  photo.busy = true;
+  photo.problem = null;
+  changed(photo);
+  const waiting = (problem) => trouble(problem);
+  try {
+    if (!(await photo.ask(leaving.signal, waiting))) askAgain([photo]);
+  } catch (error) {
+    if (error.name !== "AbortError") fail(photo, error);
+  }
+  changed(photo);
+}
+
+function fail(photo, error) {
+  photo.busy = false;
+  photo.problem = error;
+  if (api.passing(error) || photo.evidence) return;
+  const reason = reasonOf(photo, error);
+  refused.set(reason, [...(refused.get(reason) ?? []), photo.name]);
+  remove([photo]); // it will never have an answer
+  showProblems();
+}
+
+/** Why a file has no answer, in words that fit all files of which it is true. */
+function reasonOf({ name }, { message }) {
+  const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
+  if (/\.hei[cf]$/i.test(name) && /not an image of a format/.test(reason))
+    return "HEIC, which this server cannot open: save as JPEG, or install retrieval-tip[heic] there";
+  if (/not an image of a format/.test(reason)) return "no image, or damaged";
+  return reason;
+}
+
+/** Ask the server about photographs that it has seen, by their features: with evidence where the index has changed. */
 async function askAgain(asked, { evidence = true, signal = leaving.signal } = {}) {
   const { name } = settings;
-  if (evidence) asked.forEach((card) => card.working(""));
+  if (evidence) for (const photo of asked) photo.busy = true;
+  const first = new Set(grid.items.slice(0, 60));
+  const ordered = [...asked].sort((a, b) => first.has(b) - first.has(a)); // what is likely seen
   const blocks = [];
-  for (let i = 0; i < asked.length; i += BLOCK) blocks.push(asked.slice(i, i + BLOCK));
+  for (let i = 0; i < ordered.length; i += BLOCK) blocks.push(ordered.slice(i, i + BLOCK));
   await Promise.all(
     blocks.map(async (block) => {
-      const waiting = (problem) =>
-        evidence && block.forEach((card) => card.working(`${problem.message} Trying again…`));
       try {
         const answer = await api.classifyFeatures(
-          block.map((card) => card.evidence.feature),
-          block.map((card) => card.file.name),
+          block.map((photo) => photo.evidence.feature),
+          block.map((photo) => photo.name),
           { index: state.info.name, ...parameters(), evidence },
-          { signal, waiting },
+          { signal, waiting: trouble },
         );
-        await Promise.all(block.map((card, i) => cards.includes(card) && card.take(answer, answer.results[i], name)));
+        for (const [i, photo] of block.entries()) {
+          if (photos.includes(photo) && !(await photo.take(answer, answer.results[i], name))) askAgain([photo]);
+          changed(photo);
+        }
       } catch (error) {
-        if (error.name !== "AbortError") block.forEach((card) => card.fail(error));
+        if (error.name === "AbortError") return;
+        for (const photo of block) fail(photo, error);
+        progress();
       }
     }),
   );
 }
 
-/** Put images on the page, the first of them on top. Before the index is there they wait for it. */
-export function addFiles(files) {
-  const added = files.map((file) => new Card(file, view));
-  cards.unshift(...added);
-  $("cards").prepend(...added.map((card) => card.element));
-  if (state.info) added.forEach((card) => card.begin());
-  progress();
+/** Put files on the page, the first of them on top. Before the index is there they wait for it. `keyIds`: of shots. */
+export function addFiles(files, keyIds = []) {
+  const added = files.map((file, i) => new Photo(file, keyIds[i]));
+  photos.unshift(...added);
+  if (state.info) added.forEach(begin);
+  arrange();
+  if (added.length === 1 && photos.length === 1) open(added[0]); // one photograph: all that is known of it
 }
 
-/** Take an image off the page. The focus goes to its neighbour. */
-function putAway(card) {
-  const at = cards.indexOf(card);
-  card.gone.abort();
-  card.element.remove();
-  cards.splice(at, 1);
-  (cards[at] ?? cards[at - 1])?.remove.focus();
-  if (!cards.length) $("choose").focus();
-  progress();
+function begin(photo) {
+  photo.forget();
+  if (state.info.images) ask(photo);
+  else photo.problem = new api.Problem("This index takes features, not photographs.");
 }
+
+// --- what is seen ---
+
+const redraw = new Set();
+let frame = 0;
+
+function changed(photo) {
+  redraw.add(photo);
+  cancelAnimationFrame(frame);
+  frame = requestAnimationFrame(() => {
+    for (const one of redraw) grid.redraw(one);
+    redraw.clear();
+    progress();
+  });
+}
+
+const busy = () => photos.filter((photo) => photo.busy).length;
+let wasBusy = false;
 
 function progress() {
-  const busy = cards.filter((card) => card.busy).length;
-  $("summary").hidden = !cards.length;
-  $("classify-view").classList.toggle("some", cards.length > 0);
-  $("progress").textContent = `${plural(cards.length, "image")}${busy ? `, ${busy} to go` : ""}`;
-  const estimates = cards.some((card) => card.shown?.how === "estimate");
-  $("exactness").textContent = estimates ? "Estimate; asking the server…" : "";
-  if (busy || !cards[0]?.shown) return;
-  const others = cards.length > 1 ? `; ${cards.length} images in all` : "";
-  say(`${cards[0].file.name}: ${cards[0].verdict.textContent}, ${cards[0].probability.textContent}${others}`);
+  const left = busy();
+  $("classify-view").classList.toggle("some", photos.length > 0);
+  $("start").hidden = photos.length > 0;
+  $("answers").hidden = !photos.length;
+  const unlike = photos.filter((photo) => photo.unlike).length;
+  $("progress").textContent =
+    plural(photos.length, "photograph") +
+    (left ? `, ${left} to go` : "") +
+    (unlike ? ` · ${unlike} unlike any shot` : "");
+  $("exactness").textContent = photos.some((photo) => photo.shown?.how === "estimate")
+    ? "Estimate; asking the server…"
+    : "";
+  const done = wasBusy && !left;
+  wasBusy = left > 0;
+  if (done) {
+    arrange();
+    const [first] = grid.items;
+    if (first?.shown && photos.length === 1) say(`${first.name}: ${spoken(first)}`);
+    else if (first) say(`${plural(photos.length, "photograph")} answered. First: ${first.name}, ${first.shown ? spoken(first) : ""}`);
+  }
+  drawer.show();
+  showProblems();
 }
 
-/** What cards know of the view. */
-const view = {
-  get left() {
-    return leaving.signal;
-  },
-  changed: progress,
-  unsure: () => askWhenStill(),
-  outdated: (card) => askAgain([card]),
-  putAway,
-};
+const spoken = (photo) => (photo.unlike ? "unlike any shot" : `${photo.winner.label}, ${percent(photo.winner.probability)}`);
 
-let frame = 0;
+let lasting = "";
+/** The server is busy: said once for all. */
+function trouble(problem) {
+  lasting = problem.message;
+  showProblems();
+}
+
+/** One line for each kind of trouble, whatever the number of files. */
+function showProblems() {
+  const lines = [];
+  const failed = photos.filter((photo) => photo.problem && api.passing(photo.problem));
+  if (failed.length) {
+    const again = el("button", { type: "button", id: "again" }, "Try again");
+    again.addEventListener("click", () => failed.forEach((photo) => (photo.evidence ? askAgain([photo]) : ask(photo))));
+    const without = failed.filter((photo) => !photo.shown).length;
+    lines.push([`${failed[0].problem.message}${without ? ` ${plural(without, "photograph")} without an answer yet.` : ""}`, again]);
+  } else if (lasting && busy()) lines.push([`${lasting}. Asking again by itself…`]);
+  if (!busy()) lasting = "";
+  for (const [reason, names] of refused) {
+    const close = el("button", { type: "button", class: "quiet", aria: { label: "Dismiss" } }, "×");
+    close.addEventListener("click", () => (refused.delete(reason), showProblems()));
+    const some = names.slice(0, 4).join(", ") + (names.length > 4 ? ` and ${names.length - 4} more` : "");
+    lines.push([`${plural(names.length, "file was", "files were")} left out (${reason}): ${some}`, close]);
+  }
+  const other = photos.find((photo) => photo.problem && !api.passing(photo.problem));
+  if (other) lines.push([other.problem.message]);
+  const said = lines.map(([text]) => text).join("\n");
+  if ($("troubles").dataset.said === said) return;
+  $("troubles").dataset.said = said;
+  $("troubles").replaceChildren(...lines.map((parts) => el("p", {}, el("span", {}, parts[0]), ...parts.slice(1))));
+}
+
+function tile(photo, element) {
+  if (!element) {
+    const url = URL.createObjectURL(photo.file);
+    const image = el("img", { alt: "", decoding: "async", src: url });
+    const done = () => URL.revokeObjectURL(url); // the element keeps the picture
+    image.addEventListener("load", done, { once: true });
+    image.addEventListener("error", () => (done(), image.replaceWith(el("span", { class: "none" }, "no preview"))), { once: true });
+    const tick = el("span", { class: "tick", aria: { hidden: "true" } }, "✓");
+    element = el("div", {}, el("span", { class: "frame" }, image, tick), el("span", { class: "said" }), el("span", { class: "chip-of" }));
+  }
+  const said = element.children[1];
+  const chip = element.children[2];
+  const { shown, winner } = photo;
+  element.classList.toggle("busy", photo.busy);
+  element.classList.toggle("unlike", photo.unlike && !photo.taught);
+  element.classList.toggle("taught", photo.taught !== null);
+  element.title = photo.name;
+  Object.assign(element.dataset, { input: photo.name, busy: photo.busy });
+  if (shown) Object.assign(element.dataset, { label: winner.label, probability: winner.probability, how: shown.how });
+  said.textContent = photo.taught ?? (shown ? `${winner.label}${photo.unlike ? "?" : ""}` : photo.name);
+  chip.textContent = photo.taught
+    ? "taught"
+    : shown
+      ? photo.unlike
+        ? "unlike any shot"
+        : percent(winner.probability)
+      : photo.problem
+        ? "no answer"
+        : "looking…";
+  if (shown) element.style.setProperty("--p", winner.probability);
+  return element;
+}
+
+// --- sorting, grouping, filtering ---
+
+const SORTS = {
+  doubt: (a, b) => (a.taught !== null) - (b.taught !== null) || b.doubt - a.doubt,
+  sure: (a, b) => a.doubt - b.doubt,
+  name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
+  new: () => 0,
+};
+const STATES = {
+  all: () => true,
+  unlike: (photo) => photo.unlike && !photo.taught,
+  unsure: (photo) => photo.shown && !photo.unlike && photo.winner.probability < 0.5,
+  taught: (photo) => photo.taught !== null,
+};
+const classOf = (photo) => photo.taught ?? (photo.unlike ? "" : (photo.winner?.label ?? ""));
+
+function arrange() {
+  const wanted = $("filter").value.trim().toLowerCase();
+  const is = STATES[$("filter-state").value];
+  const kept = photos.filter(
+    (photo) => is(photo) && (!wanted || `${classOf(photo)}\n${photo.name}`.toLowerCase().includes(wanted)),
+  );
+  const found = busy() ? kept : kept.sort(SORTS[$("sort").value]); // they stay where they are while answers come
+  let groups = [{ label: null, items: found }];
+  if ($("group").checked) {
+    const byClass = Map.groupBy(found, classOf);
+    const names = [...byClass.keys()].sort((a, b) => (b === "") - (a === "") || a.localeCompare(b));
+    groups = names.map((name) => ({ label: name || "Unlike any shot", items: byClass.get(name) }));
+  }
+  grid.show(groups);
+  $("nothing").hidden = found.length > 0 || !photos.length;
+  showChosen();
+  progress();
+}
+
+for (const id of ["sort", "group", "filter-state"]) $(id).addEventListener("change", arrange);
+$("filter").addEventListener("input", debounced(120, arrange));
+
+// --- one ---
+
+function open(photo) {
+  drawer.open(photo);
+  grid.go(photo);
+}
+
+function close() {
+  drawer.close();
+  grid.show(grid.groups);
+  $("grid").focus();
+}
+
+drawer.setUp({
+  teach: (which, label) => teach(which, label),
+  close,
+  step(by) {
+    const next = grid.items[grid.items.indexOf(drawer.openPhoto()) + by];
+    if (next) open(next);
+  },
+});
+
+// --- several ---
+
+const acting = () => (grid.selected.size ? grid.items.filter((photo) => grid.selected.has(photo)) : grid.active ? [grid.active] : []);
+
+/** Three classes that those which are acted on may be rather: by what they say in sum, but not what all say already. */
+function choices() {
+  const some = acting();
+  if (some.length === 1) return some[0].choices;
+  const sums = new Map();
+  for (const { shown } of some) for (const { label, probability } of shown?.rows ?? []) sums.set(label, (sums.get(label) ?? 0) + probability);
+  const agreed = new Set(some.map(classOf)).size === 1 ? classOf(some[0]) : null;
+  return [...sums].filter(([label]) => label !== agreed).sort((a, b) => b[1] - a[1]).slice(0, 3).map(([label]) => label);
+}
+
+function showChosen() {
+  const number = grid.selected.size;
+  $("selection").hidden = !number;
+  $("selection-count").textContent = `${number} selected`;
+  const can = state.info?.changes ?? false;
+  $("selection-form").hidden = !can;
+  $("selection-chips").replaceChildren(
+    ...(can && number ? choices() : []).map((label, i) => {
+      const chip = el("button", { type: "button", class: "chip" }, el("kbd", {}, `${i + 1}`), label);
+      chip.addEventListener("click", () => teach(acting(), label));
+      return chip;
+    }),
+  );
+}
+
+$("selection-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const label = $("selection-label").value.trim();
+  if (label) teach(acting(), label);
+  $("selection-label").value = "";
+});
+$("selection-none").addEventListener("click", () => (grid.select([]), $("grid").focus()));
+$("selection-away").addEventListener("click", () => (putAway(acting()), $("grid").focus()));
+
+/** Make photographs shots of a class, and offer to undo it. */
+async function teach(which, label) {
+  if (!which.length) return;
+  notice("Teaching…");
+  try {
+    const report = (done) => which.length > 16 && notice(`Teaching ${done} of ${which.length}…`);
+    for (const photo of which) photo.taught = label;
+    const added = await state.add(label, which.map((photo) => photo.file), report);
+    if (!added) {
+      for (const photo of which) photo.taught = null;
+      return notice("");
+    }
+    grid.select([]);
+    arrange();
+    if (!added.key_ids.length) return notice(`${added.known === 1 ? "It was a shot" : "They were shots"} of ${label} already; nothing was added.`);
+    const made = added.classes.length ? ", a new class" : "";
+    const twins = added.duplicates.length ? ` Look at this: ${added.duplicates.join("; ")}` : "";
+    notice(`${plural(added.key_ids.length, "photograph is now a shot", "photographs are now shots")} of ${label}${made}.${twins}`, async () => {
+      const undone = await state.rollback(added.since, added.version);
+      if (!undone) return false;
+      for (const photo of which) photo.taught = null;
+      arrange();
+      return `Undone: the index is as it was before.`;
+    });
+  } catch (error) {
+    for (const photo of which) photo.taught = null;
+    arrange();
+    notice(error.message);
+  }
+}
+
+function remove(which) {
+  const gone = new Set(which);
+  for (const photo of gone) photo.gone.abort();
+  for (let i = photos.length - 1; i >= 0; i--) if (gone.has(photos[i])) photos.splice(i, 1);
+  if (gone.has(drawer.openPhoto())) drawer.close();
+  arrange();
+}
+
+function putAway(which) {
+  const at = Math.min(...which.map((photo) => grid.items.indexOf(photo)));
+  remove(which);
+  if (photos.length) grid.go(grid.items[Math.min(at, grid.items.length - 1)]);
+  else $("choose").focus();
+}
+
+// --- download ---
+
+/** What the answers are, a row a photograph. */
+const rows = () =>
+  grid.items
+    .filter(({ shown }) => shown)
+    .map((photo) => ({
+      input: photo.name,
+      label: photo.winner.label,
+      probability: photo.winner.probability,
+      unlike: photo.unlike,
+      taught: photo.taught,
+      labels: photo.shown.rows.map(({ label }) => label),
+      probabilities: photo.shown.rows.map(({ probability }) => probability),
+    }));
+
+/** A cell of CSV; what a spreadsheet would take for a formula is made a text. */
+function cell(value) {
+  const text = value === null ? "" : String(value);
+  const safe = typeof value === "string" && /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+  return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+}
+
+function download(name, type, text) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+$("download-csv").addEventListener("click", () => {
+  const columns = ["input", "label", "probability", "unlike", "taught"];
+  const lines = [columns, ...rows().map((row) => columns.map((name) => row[name]))];
+  download(`${state.info.name}.csv`, "text/csv", `${lines.map((line) => line.map(cell).join(",")).join("\n")}\n`);
+});
+$("download-json").addEventListener("click", () =>
+  download(`${state.info.name}.json`, "application/json", `${JSON.stringify(rows(), null, 1)}\n`),
+);
+
+// --- settings, and another index or version ---
+
+let weighing = 0;
+
+/** Weigh all answers for the settings as they are, what is seen first, without holding the page up. */
+function weighAll() {
+  const turn = ++weighing;
+  const ordered = [...grid.items.slice(0, 100), ...photos];
+  let at = 0;
+  const some = () => {
+    if (turn !== weighing) return;
+    const start = performance.now();
+    while (at < ordered.length && performance.now() - start < SLICE) ordered[at++].weigh();
+    grid.draw();
+    if (at < ordered.length) return requestAnimationFrame(some);
+    progress();
+    document.dispatchEvent(new CustomEvent("weighed"));
+  };
+  some();
+}
+
 settings.addEventListener("change", () => {
   moving.abort();
   moving = new AbortController();
   cancelAnimationFrame(frame);
-  frame = requestAnimationFrame(() => cards.forEach((card) => card.render()));
+  frame = requestAnimationFrame(weighAll);
   askWhenStill();
 });
 
 /** What the page cannot compute is asked of the server, once the settings have been still. */
 const askWhenStill = debounced(200, () => {
-  const asked = cards.filter((card) => card.current && card.shown?.how === "estimate");
+  const asked = photos.filter((photo) => photo.current && photo.shown?.how === "estimate");
   if (asked.length) askAgain(asked, { evidence: false, signal: AbortSignal.any([moving.signal, leaving.signal]) });
 });
 
 state.addEventListener("index", () => {
   leaving.abort();
   leaving = new AbortController();
-  $("drop-hint").textContent = state.info.images
-    ? "Several at once, anywhere on this page. They are sent to this server only."
-    : "This index has no backbone here: it takes features (POST /v1/classify), not images.";
   $("choose").disabled = !state.info.images;
-  for (const card of cards) card.begin();
+  $("drop-hint").textContent = state.info.images
+    ? "Drop them anywhere on this page, or paste. They are sent to this server only."
+    : "This index has no encoder here: it takes features (POST /v1/classify), not photographs.";
+  for (const photo of photos) begin(photo);
+  arrange();
 });
 
 state.addEventListener("version", () => {
-  const seen = cards.filter((card) => card.evidence);
-  for (const card of seen) card.before = card.shown;
+  const seen = photos.filter((photo) => photo.evidence);
+  for (const photo of seen) photo.before = photo.shown;
   askAgain(seen);
+  progress();
 });
 
 $("choose").addEventListener("click", () => $("files").click());
+$("more").addEventListener("click", () => $("files").click());
 $("files").addEventListener("change", () => {
   addFiles([...$("files").files]);
   $("files").value = ""; // the same file may be chosen again
 });
-$("clear").addEventListener("click", () => {
-  for (const card of [...cards]) putAway(card);
-});
+$("clear").addEventListener("click", () => putAway([...photos]));
+arrange();
+

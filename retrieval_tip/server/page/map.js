@@ -14,6 +14,8 @@ export class KeyMap {
   #map = null;
   #chosen = -1;
   #classId = null;
+  #scale = 1;
+  #centre = [0, 0]; // of what is seen, in the map's own coordinates
   #onChoose;
 
   /** `onChoose(keyId)` is called as keys are pointed at. */
@@ -22,6 +24,8 @@ export class KeyMap {
     this.#onChoose = onChoose;
     canvas.addEventListener("pointermove", (event) => this.#point(event));
     canvas.addEventListener("pointerdown", (event) => this.#point(event));
+    canvas.addEventListener("dblclick", () => this.zoom(0));
+    canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && this.#chosen < 0 && this.#choose(0));
     dark.addEventListener("change", () => this.#draw());
@@ -31,7 +35,8 @@ export class KeyMap {
   show(map) {
     this.#map = map;
     this.#chosen = -1;
-    this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "key")}, coloured by class`);
+    this.zoom(0);
+    this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photograph")}, coloured by class`);
     this.#draw();
   }
 
@@ -41,13 +46,36 @@ export class KeyMap {
     this.#draw();
   }
 
+  /** Closer by a factor, about the chosen key or a place; 0 shows the whole. */
+  zoom(by, about = null) {
+    if (!this.#map) return;
+    const [x, y] = about ?? (this.#chosen < 0 ? this.#centre : [this.#map.x[this.#chosen], this.#map.y[this.#chosen]]);
+    const scale = by ? Math.min(64, Math.max(1, this.#scale * by)) : 1;
+    const keep = about ? this.#scale / scale : 0; // what is pointed at stays under the pointer
+    const limit = 1 - 1 / scale;
+    const within = (value) => Math.min(limit, Math.max(-limit, value));
+    this.#centre = [within(x + (this.#centre[0] - x) * keep), within(y + (this.#centre[1] - y) * keep)];
+    this.#scale = scale;
+    this.#canvas.dataset.scale = scale;
+    this.#draw();
+  }
+
+  #wheel(event) {
+    if (!this.#map) return;
+    const by = event.deltaY < 0 ? 1.25 : 0.8;
+    if (by < 1 && this.#scale === 1) return; // the page scrolls on
+    event.preventDefault();
+    const { clientWidth: width, clientHeight: height } = this.#canvas;
+    const [x, y] = [(2 * event.offsetX) / width - 1, 1 - (2 * event.offsetY) / height];
+    this.zoom(by, [this.#centre[0] + x / this.#scale, this.#centre[1] + y / this.#scale]);
+  }
+
   #place(i) {
     const { clientWidth: width, clientHeight: height } = this.#canvas;
     const margin = 14;
-    return [
-      margin + ((this.#map.x[i] + 1) / 2) * (width - 2 * margin),
-      margin + ((1 - this.#map.y[i]) / 2) * (height - 2 * margin),
-    ];
+    const x = (this.#map.x[i] - this.#centre[0]) * this.#scale;
+    const y = (this.#map.y[i] - this.#centre[1]) * this.#scale;
+    return [margin + ((x + 1) / 2) * (width - 2 * margin), margin + ((1 - y) / 2) * (height - 2 * margin)];
   }
 
   #draw() {
@@ -103,6 +131,8 @@ export class KeyMap {
   /** The nearest key in the arrow's direction; what lies aside counts as farther. */
   #key(event) {
     const direction = ARROWS[event.key];
+    const closer = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[event.key];
+    if (closer !== undefined && !event.ctrlKey && !event.metaKey) return this.zoom(closer);
     if (!this.#map?.key_ids.length || !(direction || event.key === "Home")) return;
     event.preventDefault();
     if (!direction || this.#chosen < 0) return this.#choose(0);

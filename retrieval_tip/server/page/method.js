@@ -3,14 +3,21 @@
 //   affinities A are to the keys in the index's metric, where it has one: the server gives them
 //   cache   C_c = sum over the k nearest keys i of class c of exp(-beta (1 - A_i))
 //           + with tail, for the r_c keys of c that are left:  r_c exp(-beta (1 - m_c)),  m_c their mean affinity
+//   where key i gives V_i in place of 1 to its own class (values that were solved or trained):
+//           C = sum of exp(-beta (1 - A_i)) V_i,  a key that is left counting at the mean affinity of its class
+//           and with an offset o   C = log(1 + max(C, 0) / o)
 //   logits  = text + alpha C          probabilities = softmax(logits / temperature)
 //
-// Settings are { alpha, beta, k, tail }, k a number or "all".
+// Settings are { alpha, beta, k, tail }, k a number or "all". A model is what the index gives beside them:
+// { values: Map of key id to Float32Array, or null for one-hot; offset; temperature; exact }. `without` is a set of key
+// ids that are not to count: a photograph that is a shot itself is judged by the others.
+
+const NONE = new Set();
 
 /** Evidence as the server sends it, its long lists as typed arrays. */
 export function evidenceOf(json) {
   return {
-    feature: json.feature,
+    feature: Float32Array.from(json.feature),
     text: Float64Array.from(json.text),
     keyIds: json.key_ids,
     classIds: Int32Array.from(json.class_ids),
@@ -22,10 +29,11 @@ export function evidenceOf(json) {
 }
 
 /** Whether the answer is exactly the server's: all keys that count are here, and they are really the nearest. */
-export function computable(index, evidence, { k }) {
-  if (index.values !== "one-hot") return false;
+export function computable(model, evidence, { k }) {
+  if (model.values === undefined) return false;
+  if (model.values !== null && !evidence.complete) return false;
   if (k === "all") return evidence.complete;
-  return index.exact_search && (k <= evidence.affinities.length || evidence.complete);
+  return model.exact && (k <= evidence.affinities.length || evidence.complete);
 }
 
 /** What one key adds to its class: exp(-beta (1 - A)). */
@@ -34,22 +42,41 @@ export function weight(affinity, beta) {
 }
 
 /** The cache C, one number a class, without alpha. Of keys that are not here only the counts and sums are known. */
-export function cacheOf({ classIds, affinities, counts, sums, complete }, { beta, k, tail }) {
+export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, without = NONE) {
+  const { keyIds, classIds, affinities, counts, sums, complete } = evidence;
   const all = k === "all";
-  const number = all ? affinities.length : Math.min(k, affinities.length);
+  const most = all ? Infinity : k;
   const cache = new Float64Array(counts.length);
   const left = Float64Array.from(counts);
   const rest = Float64Array.from(sums);
-  for (let i = 0; i < number; i++) {
+  const give = (id, c, w) => {
+    const row = values?.get(id);
+    if (!row) cache[c] += values ? 0 : w;
+    else for (let j = 0; j < cache.length; j++) cache[j] += w * row[j];
+  };
+  let met = 0;
+  const beyond = [];
+  for (let i = 0; i < affinities.length; i++) {
     const c = classIds[i];
-    cache[c] += weight(affinities[i], beta);
+    const out = without.size > 0 && without.has(keyIds[i]);
+    if (!out && met >= most) {
+      if (!values) break; // one-hot: counts and sums say the rest
+      beyond.push(i);
+      continue;
+    }
     left[c] -= 1;
     rest[c] -= affinities[i];
+    if (out) continue;
+    met++;
+    give(keyIds[i], c, weight(affinities[i], beta));
   }
-  if (all ? !complete : tail) {
-    for (let c = 0; c < cache.length; c++) if (left[c] > 0) cache[c] += left[c] * weight(rest[c] / left[c], beta);
+  const mean = (c) => weight(rest[c] / left[c], beta);
+  if (values) {
+    if (tail && !all) for (const i of beyond) give(keyIds[i], classIds[i], mean(classIds[i]));
+  } else if (all ? !complete : tail) {
+    for (let c = 0; c < cache.length; c++) if (left[c] > 0.5) cache[c] += left[c] * mean(c);
   }
-  return cache;
+  return offset ? cache.map((value) => Math.log1p(Math.max(value, 0) / offset)) : cache;
 }
 
 /** Softmax of logits / temperature; the winner's logit is subtracted first, so that it is finite. */
@@ -76,8 +103,9 @@ export function largest(values, number) {
 }
 
 /** The top classes: [{ classId, probability, text, cache }], cache with alpha, so that text + cache is the logit. */
-export function classify(evidence, settings, temperature, top) {
-  const cache = cacheOf(evidence, settings).map((value) => settings.alpha * value);
+export function classify(evidence, settings, model, top, without) {
+  const cache = cacheOf(evidence, settings, model, without).map((value) => settings.alpha * value);
+  const { temperature } = model;
   const logits = evidence.text.map((value, c) => value + cache[c]);
   const probabilities = softmax(logits, temperature);
   return largest(logits, top).map((c) => ({

@@ -1,6 +1,6 @@
 // alpha, beta, k and tail: sliders with number inputs beside them. "change" is fired for each new value.
 
-import { $, plural, short } from "./dom.js";
+import { $, plural } from "./dom.js";
 import { state } from "./state.js";
 
 const RANGES = { alpha: 3, beta: 2 }; // decades to either side of the index's own value
@@ -31,8 +31,6 @@ function nearest(stops, value) {
   return best;
 }
 
-const narrow = matchMedia("(max-width: 52rem)"); // as in style.css: there the settings fold away
-
 class Settings extends EventTarget {
   alpha = 0;
   beta = 0;
@@ -51,9 +49,6 @@ class Settings extends EventTarget {
     $("tail").addEventListener("change", () => this.#set({ tail: $("tail").checked }));
     $("reset").addEventListener("click", () => this.reset());
     $("settings").addEventListener("submit", (event) => event.preventDefault());
-    const fold = () => ($("settings-fold").open = !narrow.matches);
-    narrow.addEventListener("change", fold);
-    fold();
     state.addEventListener("index", () => this.#follow(true));
     state.addEventListener("version", () => this.#follow(false));
   }
@@ -112,7 +107,7 @@ class Settings extends EventTarget {
     $("tail").disabled = this.k === "all";
     $("reset").disabled = this.#same();
     const k = this.k === "all" ? "-k all" : `-k ${this.k} ${this.tail ? "--tail" : "--no-tail"}`;
-    $("settings-title").textContent = `Settings: alpha ${short(this.alpha)}, beta ${short(this.beta)}, k ${this.k}`;
+    $("settings-title").textContent = this.#same() ? "Settings" : "Settings, changed";
     $("command").textContent = `--alpha ${this.alpha} --beta ${this.beta} ${k}`;
   }
 
@@ -128,7 +123,7 @@ class Settings extends EventTarget {
     $(name).dataset.value = value;
     const at = value === "all" ? stops.length - 1 : nearest(stops, value);
     if (Number(slider.value) !== at) slider.value = at;
-    const said = name === "k" ? (value === "all" ? "all keys" : plural(value, "key")) : String(value);
+    const said = name === "k" ? (value === "all" ? "all photographs" : plural(value, "photograph")) : String(value);
     slider.setAttribute("aria-valuetext", said);
     slider.style.setProperty("--filled", `${(100 * at) / Math.max(1, stops.length - 1)}%`);
   }

@@ -4,13 +4,24 @@ import * as api from "./api.js";
 import { $, el } from "./dom.js";
 
 const TOKEN = "retrieval-tip token";
+const BATCH = 16; // photographs a request that teaches
+
+// The address that serve prints ends in #token=...: it is kept for this tab, and not left in the address.
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (given) {
+  sessionStorage.setItem(TOKEN, given);
+  history.replaceState(null, "", location.pathname);
+}
 
 class State extends EventTarget {
   info = null; // GET /v1/indexes/{name}
   labels = []; // by class id
+  model = null; // what the method needs beside settings, see method.js
+  mayChange = false; // whether the server takes changes from who has its token
+  #exemplars = null;
 
   async open(name) {
-    this.#take(await api.index(name));
+    await this.#take(await api.index(name));
     this.dispatchEvent(new Event("index"));
   }
 
@@ -18,29 +29,65 @@ class State extends EventTarget {
   async refresh() {
     const { name, version } = this.info;
     const info = await api.index(name);
-    if (this.info.name !== name || info.version === version) return;
-    this.#take(info);
+    if (this.info.name !== name || info.version === this.info.version || info.version === version) return;
+    await this.#take(info);
     this.dispatchEvent(new Event("version"));
   }
 
-  #take(info) {
+  async #take(info) {
+    const values = info.values === "one-hot" ? null : await valuesOf(info);
     this.info = info;
+    this.model = { values, offset: info.log_offset, temperature: info.temperature, exact: info.exact_search };
     this.labels = [];
+    this.#exemplars = null;
     for (const { class_id: id, label } of info.classes) this.labels[id] = label;
     $("class-names").replaceChildren(...info.classes.map(({ label }) => el("option", { value: label })));
   }
 
-  /** Add an image as a shot; null where no token was given. */
-  async add(label, file) {
-    return this.#change((token) => api.addShot(this.info.name, label, file, token));
+  /** A shot that shows each class, and how like shots are; once a version. */
+  exemplars() {
+    this.#exemplars ??= api.exemplars(this.info.name);
+    return this.#exemplars;
   }
 
-  /** Remove shots; null where no token was given. */
-  async remove(keyIds) {
-    return this.#change((token) => api.removeShots(this.info.name, keyIds, token));
+  /** Make photographs shots of a class, a batch after the other: what the server said, or null without a token. */
+  async add(label, files, progress = () => {}) {
+    const all = { key_ids: [], classes: [], duplicates: [], skipped: [], known: 0, since: this.info.version };
+    for (let at = 0; at < files.length; at += BATCH) {
+      const part = files.slice(at, at + BATCH);
+      const added = await this.#change((token) => api.addShots(this.info.name, label, part, token), false);
+      if (!added) return null;
+      for (const name of ["key_ids", "classes", "duplicates", "skipped"]) all[name].push(...added[name]);
+      all.known += added.known;
+      all.version = added.version;
+      progress(Math.min(files.length, at + BATCH));
+    }
+    await this.refresh();
+    return all;
   }
 
-  async #change(send) {
+  /** Make an index of [label, file] pairs, and open it. */
+  async make(name, pairs) {
+    const like = this.info?.images ? this.info.name : undefined;
+    const made = await this.#change((token) => api.makeIndex(name, like, pairs, token), false);
+    if (made) {
+      const detail = { name };
+      this.dispatchEvent(new CustomEvent("made", { detail }));
+      await detail.done;
+    }
+    return made;
+  }
+
+  /** Fit the index to its shots anew. */
+  fit = () => this.#change((token) => api.fit(this.info.name, token));
+  remove = (keyIds) => this.#change((token) => api.removeShots(this.info.name, keyIds, token));
+  relabel = (keyIds, label) => this.#change((token) => api.relabel(this.info.name, { key_ids: keyIds, label }, token));
+  merge = (of, label) => this.#change((token) => api.relabel(this.info.name, { of, label }, token));
+  /** Back to version `to`, where the index is still at `since`. */
+  rollback = (to, since) => this.#change((token) => api.rollback(this.info.name, { to, since }, token));
+
+  /** Send a change with the token, which is asked for where it is not known; null where none was given. */
+  async #change(send, refresh = true) {
     let refused = "";
     for (;;) {
       const token = sessionStorage.getItem(TOKEN) ?? (await askToken(refused));
@@ -48,14 +95,25 @@ class State extends EventTarget {
       try {
         const changed = await send(token);
         sessionStorage.setItem(TOKEN, token);
-        await this.refresh();
+        if (refresh) await this.refresh();
         return changed;
       } catch (error) {
         if (error.status !== 401) throw error;
         sessionStorage.removeItem(TOKEN);
-        refused = error.message;
+        refused = "That is not this server’s token. The address that serve printed has it, after #token=.";
       }
     }
+  }
+}
+
+/** What each key gives to each class; undefined where these are too many to be sent, so that the server is asked. */
+async function valuesOf({ name }) {
+  try {
+    const { key_ids: ids, values } = await api.values(name);
+    return new Map(ids.map((id, i) => [id, Float64Array.from(values[i])]));
+  } catch (error) {
+    if (error.status === 422) return undefined;
+    throw error;
   }
 }
 

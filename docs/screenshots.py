@@ -1,0 +1,81 @@
+"""``docs/page*.png``: the page of ``retrieval-tip serve``, in Chromium, over what ``benchmarks/demo.py`` leaves in a folder.
+
+``make setup browser && make demo``, then ``python docs/screenshots.py build/demo/things build/demo/new``: an index, and
+photographs in class folders that it has not seen.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+from playwright.sync_api import Page, sync_playwright
+
+HERE = Path(__file__).parent
+WAIT = 60_000
+"""Milliseconds that the page may take for anything."""
+
+
+def pictures(page: Page, new: Path) -> None:
+    """Go through the screens, and take a picture of each."""
+    page.set_default_timeout(WAIT)
+
+    def picture(name: str) -> None:
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=HERE / f"{name}.png")
+
+    page.wait_for_selector("#samples-list img")
+    picture("page-start")
+    files = sorted(path for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
+    page.set_input_files("#files", files)
+    page.wait_for_selector("#grid .tile[data-label]")
+    page.locator("#grid .tile.busy").first.wait_for(state="detached")
+    picture("page")
+    page.locator("#grid .tile").nth(4).click()
+    page.wait_for_selector("#decided li img")
+    picture("page-drawer")
+    page.emulate_media(color_scheme="dark")
+    picture("page-dark")
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 390, "height": 844})
+    picture("page-phone")
+    page.set_viewport_size({"width": 1280, "height": 840})
+    page.click("#drawer-close")
+    page.click("#tab-index")
+    page.wait_for_selector("#shots img")
+    picture("page-index")
+    page.wait_for_selector("#map-method option", state="attached")
+    page.locator("#map-title").scroll_into_view_if_needed()
+    picture("page-map")
+    page.click("#tab-teach")
+    page.set_input_files("#teach-folder", new)
+    picture("page-teach")
+
+
+@click.command()
+@click.argument("index", type=click.Path(exists=True, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(index: Path, new: Path) -> None:
+    """Serve a copy of INDEX, and show it the photographs of NEW, a folder of class folders."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(index, Path(folder) / index.name)
+        command = [sys.executable, "-m", "retrieval_tip", "serve", str(copy), "--port", "0", "--device", "cpu"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as serving, sync_playwright() as playwright:
+            assert serving.stderr is not None
+            address = next(filter(None, (re.search(r"open (http\S+)", line) for line in serving.stderr)))[1]
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+            page.goto(address)
+            pictures(page, new)
+            browser.close()
+            serving.terminate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+// The camera, where there is one: a live picture, and a photograph of it by a click.
+
+import { $, el } from "./dom.js";
+
+let stream = null;
+let taking = null;
+let taken = 0;
+
+export const hasCamera = Boolean(navigator.mediaDevices?.getUserMedia);
+
+export function stop() {
+  for (const track of stream?.getTracks() ?? []) track.stop();
+  stream = null;
+  $("camera-view").hidden = true;
+}
+
+/** Show what the camera sees, and call `take(file)` for each photograph. Raises Error that says why there is none. */
+export async function open(take, what = "") {
+  taking = take;
+  $("camera-what").textContent = what;
+  try {
+    stream ??= await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  } catch (error) {
+    throw new Error(error.name === "NotAllowedError" ? "The browser was not allowed to use a camera." : "No camera was found.");
+  }
+  $("camera-video").srcObject = stream;
+  $("camera-view").hidden = false;
+  $("camera-take").focus();
+}
+
+$("camera-take").addEventListener("click", () => {
+  const video = $("camera-video");
+  const canvas = el("canvas", { width: video.videoWidth, height: video.videoHeight });
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  const done = (blob) => blob && taking(new File([blob], `camera ${++taken}.jpg`, { type: "image/jpeg" }));
+  canvas.toBlob(done, "image/jpeg", 0.92);
+});
+$("camera-stop").addEventListener("click", stop);

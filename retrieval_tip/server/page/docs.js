@@ -1,0 +1,61 @@
+// The description of the interface, /openapi.json, for eyes.
+
+import { $, el } from "./dom.js";
+
+const quoted = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
+
+/** A command that asks it. */
+function command(path, method, { parameters = [], requestBody }) {
+  const secret = parameters.some(({ name }) => name === "authorization");
+  const needed = parameters.filter((one) => one.in === "query" && one.required).map(({ name }) => `${name}=1`);
+  const parts = ["curl"];
+  if (method !== "get") parts.push("-X", method.toUpperCase());
+  if (secret) parts.push("-H", quoted("Authorization: Bearer TOKEN"));
+  const content = requestBody?.content ?? {};
+  const form = content["multipart/form-data"]?.schema;
+  if (form) for (const name of form.required ?? []) parts.push("-F", name === "images" ? "images=@photo.jpg" : quoted(`${name}=${name.toUpperCase()}`));
+  else if (content["application/json"]) parts.push("-H", quoted("Content-Type: application/json"), "-d", quoted("{...}"));
+  return [...parts, quoted(`${location.origin}${path}${needed.length ? `?${needed.join("&")}` : ""}`)].join(" ");
+}
+
+const kindOf = (schema = {}) => schema.type ?? schema.anyOf?.map(({ type }) => type).filter((type) => type !== "null").join(" or ") ?? "";
+
+function operation(path, method, what, schemas) {
+  const given = (what.parameters ?? []).filter(({ name }) => name !== "authorization");
+  const body = Object.entries(what.requestBody?.content ?? {}).flatMap(([kind, { schema }]) => {
+    const whole = schema.$ref ? schemas[schema.$ref.split("/").at(-1)] : schema;
+    return Object.entries(whole.properties ?? {}).map(([name, one]) => ({ name, in: kind, schema: one, description: one.description, required: whole.required?.includes(name) }));
+  });
+  const rows = [...given, ...body].map((one) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, el("code", {}, one.name), one.required ? " *" : ""),
+      el("td", {}, one.in),
+      el("td", {}, kindOf(one.schema)),
+      el("td", {}, one.description ?? one.schema?.description ?? ""),
+    ),
+  );
+  return el(
+    "section",
+    { class: "operation" },
+    el("h3", {}, el("span", { class: "method" }, method.toUpperCase()), el("code", {}, path)),
+    el("p", {}, what.description),
+    rows.length ? el("table", {}, el("tbody", {}, ...rows)) : null,
+    el("pre", { tabIndex: 0 }, el("code", {}, command(path, method, what))),
+    el("p", { class: "hint" }, `Answers: ${Object.keys(what.responses).join(", ")}`),
+  );
+}
+
+try {
+  const { info, paths, components } = await (await fetch("/openapi.json")).json();
+  $("api-about").textContent = `${info.description} Version ${info.version}. Fields with * are needed.`;
+  $("operations").replaceChildren(
+    ...Object.entries(paths).flatMap(([path, methods]) =>
+      Object.entries(methods).map(([method, what]) => operation(path, method, what, components.schemas)),
+    ),
+  );
+} catch {
+  $("problem").textContent = "The server cannot be reached. Is it still running?";
+  $("problem").hidden = false;
+}

@@ -1,0 +1,216 @@
+// One photograph, opened: what it is, the photographs that decided, and how that came about.
+
+import * as api from "./api.js";
+import { $, el, nameOf, percent, picture, short } from "./dom.js";
+import { settings } from "./settings.js";
+import { state } from "./state.js";
+
+const SHOWN = 3; // classes
+const DECIDED = 5; // photographs that decided
+
+let photo = null;
+let teach = null; // (photos, label)
+let likeness = null; // { own, other }: mean affinities of shots of one class, and of two
+
+/** The photograph that is open, or null. */
+export const openPhoto = () => photo;
+
+export function setUp(given) {
+  teach = given.teach;
+  $("drawer-close").addEventListener("click", () => given.close());
+  for (const [id, by] of [
+    ["drawer-previous", -1],
+    ["drawer-next", 1],
+  ])
+    $(id).addEventListener("click", () => given.step(by));
+  $("drawer").addEventListener("keydown", (event) => {
+    if (event.key === "Escape") given.close();
+    else if (event.target.closest("input, select, summary") || event.ctrlKey || event.metaKey || event.altKey) return;
+    else if (event.key === "ArrowLeft" || event.key === "ArrowRight") given.step(event.key === "ArrowLeft" ? -1 : 1);
+    else if (["1", "2", "3"].includes(event.key)) teachChoice(Number(event.key) - 1);
+    else return;
+    event.preventDefault();
+  });
+  $("drawer-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if ($("drawer-label").value.trim()) teach([photo], $("drawer-label").value.trim());
+  });
+  $("drawer-label").addEventListener("input", newClass);
+}
+
+function teachChoice(i) {
+  const label = photo?.choices[i];
+  if (label && state.info.changes) teach([photo], label);
+}
+
+function newClass() {
+  const label = $("drawer-label").value.trim();
+  $("drawer-new").textContent =
+    label && !state.labels.includes(label) ? `${label} is a new class: it is made from this photograph.` : "";
+}
+
+/** Open a photograph. */
+export async function open(which) {
+  const another = which !== photo;
+  photo = which;
+  $("drawer").hidden = false;
+  document.body.classList.add("drawn");
+  $("howto").append($("settings-fold"));
+  if (another) {
+    $("drawer-label").value = "";
+    newClass();
+    const url = URL.createObjectURL(photo.file);
+    const image = el("img", { alt: `Your photograph ${photo.name}`, src: url });
+    const none = () => image.replaceWith(el("span", { class: "none" }, "no preview"));
+    image.addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
+    image.addEventListener("error", () => (URL.revokeObjectURL(url), none()), { once: true });
+    $("drawer-picture").replaceChildren(image);
+    $("drawer").scrollTop = 0;
+  }
+  show();
+  likeness = (state.info && (await state.exemplars().catch(() => null))) ?? null;
+  if (photo === which) show();
+}
+
+export function close() {
+  photo = null;
+  $("drawer").hidden = true;
+  document.body.classList.remove("drawn");
+  $("settings-home").append($("settings-fold"));
+}
+
+/** Show the open photograph as it is now. */
+export function show() {
+  if (!photo) return;
+  const drawer = $("drawer");
+  const { shown, winner } = photo;
+  drawer.setAttribute("aria-busy", String(photo.busy));
+  $("drawer-file").textContent = photo.name;
+  $("drawer-state").textContent = photo.problem?.message ?? (photo.busy ? "Looking…" : "");
+  $("drawer-answer").hidden = !shown;
+  if (!shown) {
+    $("drawer-title").textContent = photo.name;
+    $("drawer-probability").textContent = "";
+    return;
+  }
+  Object.assign(drawer.dataset, {
+    label: winner.label,
+    probability: winner.probability,
+    textLogit: winner.text,
+    cacheLogit: winner.cache,
+    how: shown.how,
+  });
+  $("drawer-title").textContent = photo.unlike ? "Unlike any shot" : winner.label;
+  $("drawer-probability").textContent = photo.unlike ? "" : percent(winner.probability);
+  $("drawer-how").textContent = shown.how === "estimate" ? "estimate" : "";
+  $("drawer-notes").replaceChildren(...notes());
+  $("drawer-classes").replaceChildren(...shown.rows.slice(0, SHOWN).map(classRow));
+  showCorrection();
+  showDecided();
+  showLogits();
+}
+
+function notes() {
+  const said = [];
+  if (photo.unlike)
+    said.push(
+      `None of the ${state.info.n_keys.toLocaleString("en")} photographs of this index is like it. ` +
+        `The nearest guess is ${photo.winner.label}.`,
+    );
+  if (photo.taught) said.push(`You taught it as ${photo.taught}: it is now one of the shots.`);
+  if (photo.judgedByOthers) said.push("It is a shot itself, so here the others judge it.");
+  const { before, shown } = photo;
+  const same = before?.rows[0].label === shown.rows[0].label;
+  if (before && (!same || Math.abs(before.rows[0].probability - shown.rows[0].probability) >= 0.0005))
+    said.push(`Before the last change: ${same ? "" : `${before.rows[0].label} `}${percent(before.rows[0].probability)}.`);
+  return said.map((text) => el("p", {}, text));
+}
+
+function classRow({ label, probability }) {
+  const bar = el("span", { class: "share", aria: { hidden: "true" } });
+  bar.style.setProperty("--p", probability);
+  return el("li", { data: { label } }, el("span", { class: "name" }, label), bar, el("span", {}, percent(probability)));
+}
+
+function showCorrection() {
+  const can = state.info.changes;
+  $("drawer-form").hidden = !can;
+  $("drawer-refused").hidden = can;
+  const chips = photo.choices.map((label, i) => {
+    const chip = el("button", { type: "button", class: "chip", title: `Key ${i + 1}` }, el("kbd", {}, `${i + 1}`), label);
+    chip.addEventListener("click", () => teachChoice(i));
+    return chip;
+  });
+  $("drawer-chips").replaceChildren(...(can ? chips : []));
+}
+
+/** Between "as unlike as other classes" (0) and "as like as its own" (1). */
+function likeShare(affinity) {
+  const own = likeness?.own ?? 1;
+  const other = likeness?.other ?? 0;
+  return own > other ? Math.min(1, Math.max(0, (affinity - other) / (own - other))) : affinity;
+}
+
+function showDecided() {
+  const near = photo.nearest(DECIDED);
+  const most = Math.max(1e-300, ...near.flatMap(({ gives }) => gives.map(Math.abs)));
+  $("decided").replaceChildren(
+    ...near.map((key) => {
+      const share = likeShare(key.affinity);
+      const like = el("span", { class: "like", aria: { hidden: "true" } });
+      like.style.setProperty("--p", share);
+      const words = share > 0.95 ? "as like as its own class" : share < 0.05 ? "as unlike as other classes" : "";
+      return el(
+        "li",
+        { class: key.beyond ? "beyond" : "", data: { keyId: key.keyId, affinity: key.affinity }, title: key.source },
+        picture(api.pictureOf(state.info.name, key.keyId), 240, nameOf(key.source)),
+        el(
+          "div",
+          {},
+          el("span", { class: "name" }, key.label),
+          like,
+          el(
+            "span",
+            { class: "hint" },
+            el("span", { class: "affinity", data: { value: key.affinity } }, `likeness ${percent(share)}`),
+            words && `, ${words}`,
+          ),
+          key.beyond ? el("span", { class: "hint" }, "too far to count") : el("span", { class: "gives-all" }, ...given(key, most)),
+          el("span", { class: "unseen weight", data: { value: key.weight } }, `weight ${short(key.weight)}`),
+        ),
+      );
+    }),
+  );
+}
+
+/** What a photograph gave, to the first classes that it gave anything: signed, as values that were solved are. */
+function given({ gives }, most) {
+  return photo.shown.rows.slice(0, gives.length).flatMap(({ label }, i) => {
+    const share = gives[i] / most;
+    if (Math.abs(share) < 0.005) return [];
+    const bar = el("i", { class: share < 0 ? "against" : "for", aria: { hidden: "true" } });
+    bar.style.setProperty("--p", Math.abs(share));
+    const how = share < 0 ? "against" : "for";
+    return [el("span", { class: "gives", data: { value: gives[i] } }, bar, ` ${how} ${label}`)];
+  });
+}
+
+function showLogits() {
+  const sum = `Σ exp(−β (1 − likeness))${state.model.values === null ? "" : " V"}`;
+  $("formula").textContent = state.model.offset ? `α log(1 + ${sum} / ${short(state.model.offset)})` : `α ${sum}`;
+  $("logits").replaceChildren(
+    ...photo.shown.rows.map(({ label, probability, text, cache }) =>
+      el(
+        "tr",
+        { data: { label } },
+        el("th", { scope: "row" }, label),
+        el("td", { class: "p", data: { value: probability } }, percent(probability)),
+        el("td", { class: "text-part", data: { value: text } }, short(text)),
+        el("td", { class: "cache-part", data: { value: cache } }, short(cache)),
+      ),
+    ),
+  );
+}
+
+settings.addEventListener("change", () => requestAnimationFrame(show));
+state.addEventListener("index", () => (likeness = null));

@@ -1,0 +1,232 @@
+// A grid of which only what is near the window is in the document: a listbox of tiles, by mouse and by keyboard.
+
+const GAP = 16;
+const LEAST = 148; // px that a tile is wide at least
+const BELOW = 52; // px of text below its picture
+const HEAD = 44;
+const AHEAD = 700; // px beyond the window that are made too
+
+/** Items are objects with an `id`. `tile(item)` makes an element, `opened(item)` is called by Enter or a click,
+ *  `chosen()` as the selection changes, `pressed(event)` for keys that the grid does not know. */
+export class Grid {
+  selected = new Set();
+  active = null;
+  #items = []; // in the order that they are shown in
+  #places = new Map(); // item -> { x, y, row, at }
+  #heads = [];
+  #mounted = new Map(); // item or head -> element
+  #columns = 1;
+  #width = 0;
+  #anchor = null;
+  #frame = 0;
+
+  constructor(element, { tile, opened, chosen, pressed }) {
+    Object.assign(this, { element, tile, opened, chosen, pressed });
+    addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
+    new ResizeObserver(() => element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
+    element.addEventListener("click", (event) => this.#click(event));
+    element.addEventListener("keydown", (event) => this.#key(event));
+    element.addEventListener("focus", () => this.active ?? this.#go(this.#items[0]));
+  }
+
+  /** Show groups: [{ label (null for none), items }]. */
+  show(groups) {
+    this.groups = groups ?? [];
+    this.#width = this.element.clientWidth;
+    this.#columns = Math.max(1, Math.floor((this.#width + GAP) / (LEAST + GAP)));
+    const wide = (this.#width + GAP) / this.#columns - GAP;
+    const high = wide + BELOW;
+    let y = 0;
+    this.#items = [];
+    this.#heads = [];
+    this.#places.clear();
+    let row = 0;
+    for (const { label, items } of this.groups) {
+      if (label !== null) {
+        this.#heads.push({ label: `${label} · ${items.length}`, y });
+        y += HEAD;
+      }
+      items.forEach((item, i) => {
+        const column = i % this.#columns;
+        if (i && !column) {
+          y += high + GAP;
+          row++;
+        }
+        this.#places.set(item, { x: column * (wide + GAP), y, row, column, at: this.#items.length });
+        this.#items.push(item);
+      });
+      if (items.length) y += high + GAP;
+      row++;
+    }
+    this.element.style.height = `${Math.max(0, y - GAP)}px`;
+    this.element.style.setProperty("--tile", `${wide}px`);
+    if (this.active && !this.#places.has(this.active)) this.active = null;
+    for (const item of this.selected) if (!this.#places.has(item)) this.selected.delete(item);
+    this.draw();
+  }
+
+  get items() {
+    return this.#items;
+  }
+
+  #soon() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = requestAnimationFrame(() => this.draw(false));
+  }
+
+  /** Put what is near the window into the document; `again`: also what is there already. */
+  draw(again = true) {
+    const top = -this.element.getBoundingClientRect().top - AHEAD;
+    const bottom = top + innerHeight + 2 * AHEAD;
+    const wanted = new Set();
+    for (const head of this.#heads) if (head.y > top && head.y < bottom) wanted.add(head);
+    let low = 0;
+    let high = this.#items.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (this.#places.get(this.#items[middle]).y < top) low = middle + 1;
+      else high = middle;
+    }
+    for (let i = low; i < this.#items.length && this.#places.get(this.#items[i]).y < bottom; i++)
+      wanted.add(this.#items[i]);
+    if (this.active) wanted.add(this.active); // which the listbox names
+    for (const [item, element] of this.#mounted) {
+      if (wanted.has(item)) continue;
+      element.remove();
+      this.#mounted.delete(item);
+    }
+    let before = null;
+    for (const item of [...wanted].sort((a, b) => this.#order(a) - this.#order(b))) {
+      let element = this.#mounted.get(item);
+      const fresh = !element;
+      if (fresh) this.#mounted.set(item, (element = this.#made(item)));
+      const place = this.#places.get(item) ?? { x: 0, y: item.y };
+      element.style.transform = `translate(${place.x}px, ${place.y}px)`;
+      if (place.at !== undefined) {
+        if (again && !fresh) this.tile(item, element);
+        element.setAttribute("aria-posinset", place.at + 1);
+        element.setAttribute("aria-setsize", this.#items.length);
+        this.#mark(item, element);
+      }
+      const next = before ? before.nextSibling : this.element.firstChild;
+      if (next !== element) this.element.insertBefore(element, next);
+      before = element;
+    }
+    if (this.active) this.element.setAttribute("aria-activedescendant", this.active.id);
+    else this.element.removeAttribute("aria-activedescendant");
+  }
+
+  #order(item) {
+    const place = this.#places.get(item);
+    return place ? place.at : this.#items.findIndex((one) => this.#places.get(one).y >= item.y) - 0.5;
+  }
+
+  #made(item) {
+    if (!this.#places.has(item)) {
+      const head = document.createElement("div");
+      head.className = "group";
+      head.setAttribute("aria-hidden", "true"); // each tile says its class
+      head.textContent = item.label;
+      return head;
+    }
+    const element = this.tile(item, null);
+    element.id = item.id;
+    element.classList.add("tile");
+    element.setAttribute("role", "option");
+    element.item = item;
+    return element;
+  }
+
+  #mark(item, element) {
+    element.setAttribute("aria-selected", String(this.selected.has(item)));
+    element.classList.toggle("active", item === this.active);
+  }
+
+  /** Draw one tile anew, where it is in the document. */
+  redraw(item) {
+    const element = this.#mounted.get(item);
+    if (element) this.tile(item, element);
+  }
+
+  select(items) {
+    this.selected = new Set(items);
+    this.#changed();
+  }
+
+  #changed() {
+    for (const [item, element] of this.#mounted) if (this.#places.has(item)) this.#mark(item, element);
+    this.chosen();
+  }
+
+  #toggle(item) {
+    if (!this.selected.delete(item)) this.selected.add(item);
+    this.#anchor = item;
+    this.#changed();
+  }
+
+  /** All between the one that was selected last and this one. */
+  #stretch(item) {
+    const from = this.#places.get(this.#anchor ?? this.active ?? item)?.at ?? 0;
+    const to = this.#places.get(item).at;
+    for (const one of this.#items.slice(Math.min(from, to), Math.max(from, to) + 1)) this.selected.add(one);
+    this.#changed();
+  }
+
+  #click(event) {
+    const item = event.target.closest(".tile")?.item;
+    if (!item) return;
+    if (event.shiftKey) this.#stretch(item);
+    else if (event.ctrlKey || event.metaKey || event.target.closest(".tick")) this.#toggle(item);
+    else this.opened(item);
+    this.#go(item);
+  }
+
+  #go(item) {
+    if (!item || !this.#places.has(item)) return;
+    this.active = item;
+    this.draw(false);
+    this.#mounted.get(item).scrollIntoView({ block: "nearest" });
+  }
+
+  /** Make an item the active one, and show it. */
+  go(item) {
+    this.#go(item);
+  }
+
+  #key(event) {
+    if (event.target !== this.element) return;
+    const at = this.active ? this.#places.get(this.active).at : -1;
+    const to = this.#target(event.key, at);
+    if (to) {
+      if (event.shiftKey) {
+        this.#anchor ??= this.active;
+        this.#stretch(to);
+      } else this.#anchor = to;
+      this.#go(to);
+    } else if (event.key === " " && this.active) this.#toggle(this.active);
+    else if (event.key === "Enter" && this.active) this.opened(this.active);
+    else if (event.key === "a" && (event.ctrlKey || event.metaKey)) this.select(this.#items);
+    else if (event.key === "Escape" && this.selected.size) this.select([]);
+    else if (!this.pressed(event)) return;
+    event.preventDefault();
+  }
+
+  #target(key, at) {
+    if (key === "Home") return this.#items[0];
+    if (key === "End") return this.#items.at(-1);
+    if (key === "ArrowRight") return this.#items[at + 1];
+    if (key === "ArrowLeft") return this.#items[at - 1];
+    const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 4, PageUp: -4 }[key];
+    if (!by || at < 0) return by ? this.#items[0] : undefined;
+    const { row, column } = this.#places.get(this.#items[at]);
+    let best;
+    for (let i = at; i >= 0 && i < this.#items.length; i += Math.sign(by)) {
+      const place = this.#places.get(this.#items[i]);
+      const steps = Math.abs(place.row - row);
+      if (steps > Math.abs(by)) break;
+      if (steps && (!best || steps > best.steps || Math.abs(place.column - column) < best.far))
+        best = { item: this.#items[i], steps, far: Math.abs(place.column - column) };
+    }
+    return best?.item;
+  }
+}

@@ -1,0 +1,166 @@
+// A photograph on the page: its file, what the server said of it, and what the settings make of that.
+
+import * as api from "./api.js";
+import { classify, computable, evidenceOf, cacheOf, weight } from "./method.js";
+import { settings } from "./settings.js";
+import { state } from "./state.js";
+
+export const TOP = 8; // classes that are weighed
+export const NEIGHBOURS = 8; // keys whose names are asked for
+const SAME = 0.9995; // affinity of a photograph to itself, rounding left out
+
+export class Photo {
+  static #count = 0;
+
+  evidence = null;
+  version = null; // of the index that the evidence is from
+  served = null; // the server's answer: { name, rows, unlike }, for settings of that name
+  shown = null; // { rows, how, unlike }
+  before = null; // the answer before the index changed
+  named = new Map(); // sources of near keys
+  without = new Set(); // shots that are this photograph itself
+  problem = null; // why there is no answer
+  busy = false;
+  taught = null; // the class that it was taught as
+
+  /** A `file`; `keyId` where it is the picture of that shot. */
+  constructor(file, keyId = null) {
+    this.id = `photo-${++Photo.#count}`;
+    this.file = file;
+    this.keyId = keyId;
+    this.gone = new AbortController();
+  }
+
+  get name() {
+    return this.file.name;
+  }
+
+  get winner() {
+    return this.shown?.rows[0] ?? null;
+  }
+
+  get unlike() {
+    return this.shown?.unlike === true;
+  }
+
+  /** How doubtful the answer is: what is unlike any shot most of all, then what is least probable. */
+  get doubt() {
+    if (!this.shown) return 3;
+    return (this.unlike ? 1 : 0) + 1 - this.winner.probability;
+  }
+
+  /** Begin anew, with another index. */
+  forget() {
+    Object.assign(this, { evidence: null, served: null, shown: null, before: null, problem: null, taught: null });
+    if (state.info) this.without = new Set();
+  }
+
+  /** Ask the server about the photograph itself. Raises api.Problem; AbortError where it was put away. */
+  async ask(left, waiting) {
+    const signal = AbortSignal.any([this.gone.signal, left]);
+    const { name } = settings;
+    const asked = { index: state.info.name, ...parameters(), evidence: true };
+    const answer = await api.classifyFile(this.file, asked, { signal, waiting });
+    if (!answer.results.length) throw new api.Problem(answer.skipped[0].reason, 422);
+    return this.take(answer, answer.results[0], name);
+  }
+
+  /** Take an answer that was given for settings of this name; false where the index has changed since. */
+  async take(answer, result, name) {
+    if (answer.version !== state.info.version) await state.refresh(); // somebody else changed the index
+    if (result.evidence) {
+      this.evidence = evidenceOf(result.evidence);
+      this.version = answer.version;
+    }
+    if (answer.version !== state.info.version) return false;
+    if (result.evidence) {
+      this.named = new Map(result.neighbours.map((key) => [key.key_id, key]));
+      const { keyIds, affinities } = this.evidence;
+      const itself = keyIds.filter((id, i) => id === this.keyId || affinities[i] >= SAME);
+      this.without = new Set(itself.length < affinities.length ? itself : []);
+    }
+    this.served = { name, rows: rowsOf(result, this.evidence.text), unlike: result.unlike ?? false };
+    this.busy = false;
+    this.problem = null;
+    this.weigh();
+    return true;
+  }
+
+  get exact() {
+    return this.evidence !== null && computable(state.model, this.evidence, settings);
+  }
+
+  get current() {
+    return this.evidence !== null && this.version === state.info.version;
+  }
+
+  /** Whether a shot is this photograph, and the answer is what the others say. */
+  get judgedByOthers() {
+    return this.exact && this.without.size > 0;
+  }
+
+  /** Weigh the answer for the settings as they are. */
+  weigh() {
+    if (!this.current) return;
+    if (this.exact || this.served?.name !== settings.name) {
+      const rows = classify(this.evidence, settings, state.model, TOP, this.without);
+      for (const row of rows) row.label = state.labels[row.classId];
+      this.shown = { rows, how: this.exact ? "page" : "estimate", unlike: this.#unlike() };
+    } else {
+      this.shown = { rows: this.served.rows, how: "server", unlike: this.served.unlike };
+    }
+  }
+
+  /** Whether it is unlike any shot: what the index's own settings say, whatever the sliders do. */
+  #unlike() {
+    const least = state.info.least_cache;
+    if (least === null || !this.without.size) return this.served?.unlike ?? false;
+    const { alpha, beta, k, tail } = state.info;
+    return Math.max(...cacheOf(this.evidence, { alpha, beta, k, tail }, state.model, this.without)) < least;
+  }
+
+  /** The nearest shots: [{ keyId, label, source, affinity, weight, beyond, gives }], `gives` to the first classes. */
+  nearest(number) {
+    const { keyIds, classIds, affinities } = this.evidence;
+    const counted = settings.k === "all" ? Infinity : settings.k;
+    const rows = this.shown.rows.slice(0, 3);
+    const found = [];
+    for (let i = 0; i < affinities.length && found.length < number; i++) {
+      const keyId = keyIds[i];
+      if (this.exact && this.without.has(keyId)) continue;
+      const w = weight(affinities[i], settings.beta);
+      const own = state.model.values?.get(keyId);
+      const gives = rows.map(({ classId }) => (own ? w * own[classId] : classId === classIds[i] ? w : 0));
+      const label = state.labels[classIds[i]];
+      const source = this.named.get(keyId)?.source ?? `shot ${keyId}`;
+      const beyond = found.length >= counted;
+      found.push({ keyId, label, source, affinity: affinities[i], weight: w, beyond, gives });
+    }
+    return found;
+  }
+
+  /** Up to three classes that it may be rather. */
+  get choices() {
+    if (!this.shown) return [];
+    const { rows } = this.shown;
+    return (this.unlike ? rows : rows.slice(1)).slice(0, 3).map(({ label }) => label);
+  }
+}
+
+/** What the server is asked, of images and of features alike. */
+export const parameters = () => ({ ...settings.values, top: TOP, neighbours: NEIGHBOURS, logits: true });
+
+/** The server's answer as rows: what of a logit is not text is cache. The winner's own parts are the server's. */
+function rowsOf({ labels, probabilities, logits, text_logit: text, cache_logit: cache }, texts) {
+  return labels.map((label, i) => {
+    const classId = state.labels.indexOf(label);
+    if (i === 0) return { classId, label, probability: probabilities[i], text, cache };
+    return {
+      classId,
+      label,
+      probability: probabilities[i],
+      text: texts[classId],
+      cache: (logits?.[classId] ?? NaN) - texts[classId],
+    };
+  });
+}

@@ -1,0 +1,76 @@
+// The first screen: what this index knows, how well, and some of its photographs to try.
+
+import * as api from "./api.js";
+import * as camera from "./camera.js";
+import { addFiles } from "./classify.js";
+import { $, el, picture, plural } from "./dom.js";
+import { state } from "./state.js";
+
+const CLASSES = 60; // classes with a picture
+const SAMPLES = 6;
+
+async function show() {
+  const { info } = state;
+  const photographs = plural(info.n_keys, "photograph");
+  $("knows").textContent = `${info.name} knows ${plural(info.n_classes, "class", "classes")} from ${photographs}`;
+  $("judged").textContent = judged(info.provenance.fit);
+  const known = info.classes.slice(0, CLASSES);
+  const list = (shown) => {
+    const byClass = new Map(shown.map((one) => [one.class_id, one]));
+    $("known").replaceChildren(
+      ...known.map(({ class_id: id, label, keys }) =>
+        el("li", {}, picture(byClass.get(id)?.image, 160, ""), el("span", { class: "name" }, label), el("span", { class: "hint" }, plural(keys, "photo"))),
+      ),
+    );
+    const more = info.classes.length - known.length;
+    $("known-more").textContent = more > 0 ? `and ${more.toLocaleString("en")} more` : "";
+  };
+  list([]);
+  $("samples").hidden = true;
+  try {
+    const { exemplars } = await state.exemplars();
+    if (info !== state.info) return;
+    list(exemplars);
+    const pictured = exemplars.filter(({ image }) => image);
+    const step = Math.max(1, Math.floor(pictured.length / SAMPLES));
+    samples(info.images ? pictured.filter((_, i) => i % step === 0).slice(0, SAMPLES) : []);
+  } catch {
+    // names and counts stay
+  }
+}
+
+/** How well the index was judged on its own photographs, in words. */
+export function judged(fit) {
+  if (!fit || typeof fit.photos !== "number") return "";
+  const part = (share) => `${Math.round(100 * share)} %`;
+  if (fit.words === null) return `Judged on its own photographs, each left out: ${part(fit.photos)} right.`;
+  return (
+    `Judged on its own photographs, each left out: photos alone ${part(fit.photos)}, ` +
+    `words alone ${part(fit.words)}, both ${part(fit.both)} right.`
+  );
+}
+
+/** Some of its photographs to click: each is judged by all the others. */
+function samples(shown) {
+  $("samples").hidden = !shown.length;
+  $("samples-list").replaceChildren(
+    ...shown.map(({ key_id: id, class_id: classId, image }) => {
+      const label = `Try a photograph of ${state.labels[classId]}`;
+      const button = el("button", { type: "button", aria: { label } }, picture(image, 240, ""));
+      button.addEventListener("click", async () => {
+        const response = await fetch(`${api.pictureOf(state.info.name, id)}?size=1024`);
+        if (response.ok) addFiles([new File([await response.blob()], `${state.labels[classId]} ${id}.jpg`, { type: "image/jpeg" })], [id]);
+      });
+      return el("li", {}, button);
+    }),
+  );
+}
+
+$("camera").hidden = !camera.hasCamera;
+$("camera").addEventListener("click", async () => {
+  $("camera-said").textContent = "";
+  await camera.open((file) => addFiles([file])).catch((error) => ($("camera-said").textContent = error.message));
+});
+
+state.addEventListener("index", show);
+state.addEventListener("version", show);
