@@ -1,4 +1,4 @@
-"""``docs/page*.png``: the page of ``retrieval-tip serve``, in Chromium, over what ``benchmarks/demo.py`` leaves in a folder.
+"""``docs/page*.png``: the page of ``retrieval-tip serve``, in Chromium, over what ``benchmarks/demo.py`` leaves.
 
 ``make setup browser && make demo``, then ``python docs/screenshots.py build/demo/things build/demo/new``: an index, and
 photographs in class folders that it has not seen.
@@ -66,7 +66,7 @@ def main(index: Path, new: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(index, Path(folder) / index.name)
         command = [sys.executable, "-m", "retrieval_tip", "serve", str(copy), "--port", "0", "--device", "cpu"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as serving, sync_playwright() as playwright:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as serving, sync_playwright() as playwright:  # noqa: S603
             assert serving.stderr is not None
             address = next(filter(None, (re.search(r"open (http\S+)", line) for line in serving.stderr)))[1]
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

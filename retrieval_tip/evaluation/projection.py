@@ -54,7 +54,7 @@ def projected(cache: AnsweringIndex, method: str = "pca", limit: int = 5000) -> 
     """
     if method not in methods():
         raise UsageError(
-            f"method {method!r}: expected one of {', '.join(methods())} (tsne needs scikit-learn, umap needs umap-learn)"
+            f"method {method!r}: expected one of {', '.join(methods())} (tsne: scikit-learn; umap: umap-learn)"
         )
     if limit < 1:
         raise UsageError(f"limit is {limit}: at least 1 key is needed")
