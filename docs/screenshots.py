@@ -1,11 +1,12 @@
-"""``docs/page*.png``: the page of ``retrieval-tip serve``, in Chromium, over what ``benchmarks/demo.py`` leaves.
+"""``docs/page*.png``: the page of ``retrieval-tip serve``, in Chromium, over what the demo leaves in its folder.
 
-``make setup browser && make demo``, then ``python docs/screenshots.py build/demo/things build/demo/new``: an index, and
+``make setup browser && make demo``, then ``python docs/screenshots.py demo/things demo/new``: an index, and
 photographs in class folders that it has not seen.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
@@ -14,11 +15,16 @@ import tempfile
 from pathlib import Path
 
 import click
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 HERE = Path(__file__).parent
+COLOURS = 256
+"""Of a picture, which then takes half of its bytes."""
 WAIT = 60_000
 """Milliseconds that the page may take for anything."""
+SEEN = "[...document.images].every((one) => one.complete || one.getBoundingClientRect().top > innerHeight)"
+"""That every picture that can be seen is there."""
 
 
 def pictures(page: Page, new: Path) -> None:
@@ -27,14 +33,18 @@ def pictures(page: Page, new: Path) -> None:
 
     def picture(name: str) -> None:
         page.wait_for_load_state("networkidle")
-        page.screenshot(path=HERE / f"{name}.png")
+        while not page.evaluate(SEEN):
+            page.wait_for_timeout(100)
+        seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        seen.quantize(COLOURS).save(HERE / f"{name}.png", optimize=True)
 
     page.wait_for_selector("#samples-list img")
     picture("page-start")
     files = sorted(path for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
     page.set_input_files("#files", files)
     page.wait_for_selector("#grid .tile[data-label]")
-    page.locator("#grid .tile.busy").first.wait_for(state="detached")
+    while "to go" in (page.locator("#progress").text_content() or ""):
+        page.wait_for_timeout(100)
     picture("page")
     page.locator("#grid .tile").nth(4).click()
     page.wait_for_selector("#decided li img")
@@ -65,8 +75,10 @@ def main(index: Path, new: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(index, Path(folder) / index.name)
+        new = shutil.copytree(new, Path(folder) / "new")  # a browser takes no links
         command = [sys.executable, "-m", "retrieval_tip", "serve", str(copy), "--port", "0", "--device", "cpu"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as serving, sync_playwright() as playwright:  # noqa: S603
+        serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603  # itself
+        with serving, sync_playwright() as playwright:
             assert serving.stderr is not None
             address = next(filter(None, (re.search(r"open (http\S+)", line) for line in serving.stderr)))[1]
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

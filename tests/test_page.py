@@ -531,6 +531,7 @@ def test_many_images_at_once(opened: Open) -> None:
     page.fill("#filter", "panda")
     expect(page.locator("#grid .tile")).to_have_count(2)
     page.fill("#filter", "")
+    page.uncheck("#group")
     expect(page.locator("#grid .tile")).to_have_count(20)
     expect(page.locator("#progress")).to_contain_text("20 photographs")
     page.wait_for_load_state("networkidle")

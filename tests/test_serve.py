@@ -460,7 +460,8 @@ def test_what_cannot_be_served_is_said(things: Path, tmp_path: Path, run: Callab
     assert run("serve", things, "--host", "256.1.1.1").exit_code == 2
     assert run("serve", things, "--token", " ", "--port", 0).exit_code == 2
     assert run("serve", things, "--token", "a", "--read-only", "--port", 0).exit_code == 2
-    assert run("serve").exit_code == 2
+    assert run("serve", things, "--into", tmp_path, "--port", 0).exit_code == 2
+    assert run("serve", "--model", "local-dir:no such", "--port", 0).exit_code != 0
     missing = run("serve", tmp_path / "nothing", "--port", 0)
     assert missing.exit_code == 1
     assert "no such folder" in missing.stderr

@@ -238,14 +238,15 @@ class Service:
     async def create(self, sent: Sent, like: str | None) -> dict[str, Any]:
         """Make an index of images, fit it, and serve it. Raises Problem 409 for a name that is taken, else as a build.
 
-        It is made with the backbone of the index ``like``, and lies beside that; or as :class:`served.Maker` says.
+        It is made with the backbone of the index ``like``, or the first that has one, and lies beside that; or as
+        :class:`served.Maker` says.
         """
         name = str(sent.index)
         into: Path | None
         if self.maker and like is None:
             backbone, into, opened = self.maker.backbone, self.maker.into, self.maker.open
         else:
-            model = self.index(like)
+            model = self.index(like or next((name for name, one in self.served.items() if one.now.backbone), None))
             backbone, into, opened = _backbone_of(model.now), model.beside, model.another
         if into is None:
             raise Problem(422, "the index is in a bucket; new ones are made where serve has --into FOLDER")
