@@ -538,7 +538,7 @@ def test_many_images_at_once(opened: Open) -> None:
     assert page.evaluate("() => window.urls") == 0  # every object URL was given back
     with page.expect_download() as file:
         page.click("#download-csv")
-    rows = list(csv.DictReader(file.value.path().open()))
+    rows = list(csv.DictReader(file.value.path().read_text().splitlines()))
     assert len(rows) == 20
     assert {row["input"] for row in rows} == {image.name for image in images}
     with page.expect_download() as file:
@@ -810,7 +810,9 @@ def test_index_view(opened: Open, served: Served) -> None:
 
 
 def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, run: Callable[..., Any]) -> None:
-    page = opened(at=f"/#token={TOKEN}").page
+    one = opened(at=f"/#token={TOKEN}")
+    page = one.page
+    one.expected = ["Failed to load resource: the server responded with a status of 503"]  # it still computes a map
     page.click("#tab-index")
     worst = page.locator("#audit li")
     expect(worst).to_have_count(1)  # the one that is clear

@@ -70,7 +70,7 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cache = cache_of(np.eye(3))
     assert methods() == ["pca"]
-    with pytest.raises(ValueError, match="umap needs umap-learn"):
+    with pytest.raises(ValueError, match="umap: umap-learn"):
         projected(cache, "umap")
     with pytest.raises(ValueError, match="limit is 0"):
         projected(cache, limit=0)
