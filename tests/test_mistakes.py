@@ -73,7 +73,6 @@ MISTAKES = {
     "index query {w}/i/x SELECT*n*FROM*keys": (2, "class_counts, labels, versions"),
     "evaluate {w}/i/x": (2, "Missing argument"),
     "calibrate {w}/i/x": (2, "--val"),
-    "serve": (2, "Missing argument"),
     "models nosuchmodel": (2, "no backbone has this in its name"),
     "index list {w}/nowhere": (1, "no such folder"),
 }
