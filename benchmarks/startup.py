@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -165,13 +166,20 @@ def main(
         commands = {
             "--help": ("--help",),
             "index info": ("index", "info", folder / "images"),
-            "classify one image, not encoded before": ("classify", folder / "images", image, "--no-cache"),
+            "classify one image, not encoded before": (
+                "classify",
+                folder / "images",
+                image,
+                "--cache",
+                folder / "empty",
+            ),
             "classify one image, in the encoding cache": ("classify", folder / "images", image, *cache),
             f"classify one feature row, {large}": ("classify", rows, row),
             f"classify one feature row, {large}, -k 64": ("classify", rows, row, "-k", 64),
         }
         for turn in range(runs + 1):
             found = {what: seconds(*arguments) for what, arguments in commands.items()}
+            shutil.rmtree(folder / "empty")
             found |= parts(folder / "images", image)
             for what, value in found.items() if turn else ():  # the first round fills caches
                 lasted.setdefault("end the interpreter" if what == "ended" else what, []).append(value)
