@@ -38,6 +38,7 @@ from retrieval_tip.evaluation import sweep
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.trainer import VIEWS, Recipe
+from retrieval_tip.report.verdict import differ
 from retrieval_tip.store.folder import read_manifest
 
 HERE = Path(__file__).resolve().parent
@@ -240,7 +241,7 @@ def size_of(part: str, index: CacheModel, encoder: Encoder) -> int:
 def compared(one: Score, other: Score) -> str:
     """Where accuracy moved from another on the same items; within chance (95 %) it did not."""
     change = int(one.right.sum()) - int(other.right.sum())
-    if abs(change) <= 1.96 * math.sqrt((one.right != other.right).sum()):
+    if not differ(one.right, other.right):
         return "within chance" if change else ""
     return "up" if change > 0 else "down"
 

@@ -239,7 +239,7 @@ def test_encoders_are_not_trained_in_float16(lit_mini, monkeypatch, precision, c
 
 
 def test_small_gradients_of_an_encoder_survive(lit_mini) -> None:
-    pixels = torch.rand(2, 3, *lit_mini._size)
+    pixels = torch.rand(2, 3, *lit_mini.size)
 
     def gradients(model: Any) -> torch.Tensor:
         with model.training(["visual"]) as parameters:
@@ -266,7 +266,7 @@ def test_pixels_reach_a_gpu_pinned_and_weights_lie_as_it_likes_them(lit_mini, mo
     monkeypatch.setattr(torch.Tensor, "to", moved)
     model = deepcopy(plain)
     model._device = CUDA
-    pixels = torch.rand(3, 3, *plain._size)
+    pixels = torch.rand(3, 3, *plain.size)
     monkeypatch.setattr(TorchBackbone, "_forward", lambda self, tower, given: given)
     assert model.forward_images(pixels).is_contiguous(memory_format=torch.channels_last)
     assert done == [("pinned", True), ("to", True)]
@@ -426,5 +426,5 @@ def test_threads_that_ask_several_indexes_at_once_are_each_answered() -> None:
 def test_float32_features_are_those_of_the_cpu(shared: Path) -> None:
     place = f"local-dir:{shared / 'models' / 'lit-mini'}"
     on_cpu, on_gpu_ = (load_backbone(place, device=device, precision="float32") for device in ("cpu", "cuda"))
-    pixels = torch.rand(5, 3, *on_cpu._size)
+    pixels = torch.rand(5, 3, *on_cpu.size)
     np.testing.assert_allclose(on_gpu_.encode_images(pixels), on_cpu.encode_images(pixels), rtol=1e-3, atol=1e-4)

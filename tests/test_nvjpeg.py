@@ -136,7 +136,7 @@ def test_an_index_remembers_its_decoder_and_refuses_another(
     assert built.backbone is not None
     again = load_when_needed(built.backbone, built.d, device="cpu")
     assert again.decodes_jpegs  # type: ignore[attr-defined]
-    assert again.encode_images(torch.zeros(1, 3, *decoding._size)).shape == (1, built.d)  # loads it, and compares
+    assert again.encode_images(torch.zeros(1, 3, *decoding.size)).shape == (1, built.d)  # loads it, and compares
     assert again.identity.fingerprint == built.backbone.fingerprint
     from retrieval_tip.data.feature_tables import check_backbone
 

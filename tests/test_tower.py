@@ -217,7 +217,7 @@ def test_converting_tells_nobody(folder, tmp_path):
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = no\n"
         "from retrieval_tip.backbones.loading import load_backbone\n"
         "model = load_backbone(sys.argv[1], device='cpu')\n"
-        "model.encode_images(torch.zeros(2, 3, *model._size))"
+        "model.encode_images(torch.zeros(2, 3, *model.size))"
     )
     (tmp_path / "home").mkdir()
     done = subprocess.run(

@@ -68,6 +68,12 @@ class Identity:
         return cls(**{key: data[key] for key in kinds})
 
 
+def view_size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a view, of what an identity says of how pictures are prepared."""
+    size = preprocess["size"]
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 class Backbone(Protocol):
     """An image encoder, with a text encoder beside it or without, as who only needs its features sees it."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from retrieval_tip.backbones.base import view_size
 from retrieval_tip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def check(decoder: str, device: torch.device, preprocess: Mapping[str, Any]) -> 
         raise UsageError(f"decoder {decoder!r}: expected one of {', '.join(DECODERS)}")
     if decoder == "nvjpeg" and device.type != "cuda":
         raise UsageError("decoder nvjpeg: decodes on a GPU, and the backbone is on the CPU; give --decoder pillow")
-    size = preprocess["size"]
-    cut = preprocess.get("resize_mode") == "shortest" and (isinstance(size, int) or size[0] == size[1])
+    height, width = view_size(preprocess)
+    cut = preprocess.get("resize_mode") == "shortest" and height == width
     if decoder == "nvjpeg" and not (cut and preprocess.get("interpolation") in ("bicubic", "bilinear")):
         raise UsageError("decoder nvjpeg: makes square views of a shortest side alone; give --decoder pillow")
 
@@ -47,8 +48,7 @@ def views(encoded: Sequence[torch.Tensor], preprocess: Mapping[str, Any], device
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as vision
 
-    size = preprocess["size"]
-    side = size if isinstance(size, int) else int(size[0])
+    side, _ = view_size(preprocess)
     mode = InterpolationMode(preprocess["interpolation"])
     made = []
     for start in range(0, len(encoded), AT_A_TIME):

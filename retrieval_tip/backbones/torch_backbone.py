@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from retrieval_tip.backbones import nvjpeg, tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity
+from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, view_size
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -70,8 +70,6 @@ class TorchBackbone(ABC):
         else:
             self._identity = awaited[0]
         nvjpeg.check(self._decoder, self._device, self._identity.preprocess)
-        size = self._identity.preprocess["size"]
-        self._size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         if self._opened is None:
             assert awaited is not None
             self._dim = awaited[1]
@@ -162,7 +160,7 @@ class TorchBackbone(ABC):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of a view."""
-        return self._size
+        return view_size(self._identity.preprocess)
 
     @property
     def image_encoder(self) -> torch.nn.Module:
@@ -194,7 +192,7 @@ class TorchBackbone(ABC):
 
         generator = random.Random(seed)  # noqa: S311
         top, left, height, width = _crop(image.width, image.height, generator)
-        crop = vision.resized_crop(image, top, left, height, width, list(self._size), InterpolationMode.BICUBIC)
+        crop = vision.resized_crop(image, top, left, height, width, list(self.size), InterpolationMode.BICUBIC)
         if generator.random() < 0.5:
             crop = vision.hflip(crop)
         config = self._identity.preprocess
@@ -217,7 +215,7 @@ class TorchBackbone(ABC):
             if compiled is None:
                 if number < 2:  # converting takes longer than it gains for one
                     return None
-                compiled = tower.converted(self._model, identity, self._size, self._precision)
+                compiled = tower.converted(self._model, identity, self.size, self._precision)
             self._tower = identity.fingerprint, compiled
         return self._tower[1]
 

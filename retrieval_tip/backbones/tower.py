@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval_tip.backbones.base import FloatArray, Identity
+from retrieval_tip.backbones.base import FloatArray, Identity, view_size
 from retrieval_tip.errors import first_line, show
 from retrieval_tip.files import cache_folder, make_folders
 
@@ -223,7 +223,7 @@ def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
     assert resized is not None
     if image.size != resized:
         image = image.resize(resized, Resampling[preprocess["interpolation"].upper()])
-    height, width = _size(preprocess)
+    height, width = view_size(preprocess)
     left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
     image = image.crop((left, top, left + width, top + height)).convert("RGB")
     mean, std = (torch.tensor(preprocess[name], dtype=torch.float32)[:, None, None] for name in ("mean", "std"))
@@ -231,15 +231,9 @@ def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
     return pixels.sub_(mean).div_(std)
 
 
-def _size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of a view."""
-    size = preprocess["size"]
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def _resized(preprocess: Mapping[str, Any], width: int, height: int) -> tuple[int, int] | None:
     """The width and height that a picture is resized to before it is cut; ``None`` for what is not known here."""
-    size = _size(preprocess)
+    size = view_size(preprocess)
     if size[0] != size[1] or preprocess["interpolation"] not in ("bilinear", "bicubic"):
         return None
     if preprocess.get("resize_mode") == "squash":

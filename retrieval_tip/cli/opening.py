@@ -148,8 +148,7 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # a terminal waits for seconds
         say(f"Loading {model} ...")
     decoder = backbone.decoder or ("pillow" if identity is None else decoder_of(identity.preprocess))
-    how = {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
-    return load_backbone(model, pretrained, tuned=tuned, decoder=decoder, **how)
+    return load_backbone(model, pretrained, tuned=tuned, decoder=decoder, **backbone.execution())
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -179,8 +178,7 @@ def backbone_for(
     loaded: Backbone | None = None
     if images:
         if identity and cached and not (cache.tuned or backbone.model or backbone.pretrained or backbone.decoder):
-            how = {"device": backbone.device, "precision": backbone.precision, "runtime": backbone.runtime}
-            loaded = load_when_needed(identity, cache.d, **how)
+            loaded = load_when_needed(identity, cache.d, **backbone.execution())
         else:
             loaded = load(backbone, identity, cache.tuned)
     check_backbone(cache.backbone, cache.d, loaded, list(sources))

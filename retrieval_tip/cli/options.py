@@ -62,6 +62,10 @@ class BackboneOptions:
     runtime: str = "auto"
     decoder: str | None = None
 
+    def execution(self) -> dict[str, str]:
+        """Where and how it runs, as arguments of a loader."""
+        return {"device": self.device, "precision": self.precision, "runtime": self.runtime}
+
 
 @dataclass(frozen=True)
 class ReadingOptions:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Backbone, Identity, JpegDecoder, unit
+from retrieval_tip.backbones.base import Backbone, Identity, JpegDecoder, unit, view_size
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -379,15 +379,9 @@ class _Loaded:
     """Of a JPEG whose centre view the backbone makes, on its device."""
 
 
-def _sides(backbone: Backbone) -> tuple[int, int]:
-    """Pixels of each side of a view."""
-    size = backbone.identity.preprocess["size"]
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def _least(backbone: Backbone) -> int:
     """How many pixels each side of a picture must keep where it is decoded at less than its size."""
-    return REDUCED_SIDES * max(_sides(backbone))
+    return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
 
 
 def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
@@ -395,7 +389,7 @@ def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks
 
     And once more a batch of ``size`` views, which is what the backbone gets.
     """
-    height, width = _sides(backbone)
+    height, width = view_size(backbone.identity.preprocess)
     held = views * min(number, chunks * size) + min(views * number, size)
     what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
     check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")

@@ -133,21 +133,23 @@ class Scatter:
         """
         counts = torch.bincount(ids[rows], minlength=c).double()
         n, d = len(rows), keys.shape[1]
-        sums = torch.zeros(c, d, dtype=torch.float64)
-        for part in rows.split(KEY_BLOCK):
-            sums.index_add_(0, ids[part], _taken(keys, part).double())
+        few = _taken(keys, rows).double() if n < d else None
+        sums, scatter = torch.zeros(c, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+        if few is not None:
+            sums.index_add_(0, ids[rows], few)
+        else:
+            for part in rows.split(KEY_BLOCK):  # each key is read once
+                block = _taken(keys, part)
+                sums.index_add_(0, ids[part], block.double())
+                scatter += block.T @ block
         there = counts > 0
         means = sums / counts.clamp_min(1)[:, None]
         mean, centres = means[there].mean(0), means if counts.max() > 1 else sums.sum(0).expand(c, d) / n
-        if n < d:
-            apart = _taken(keys, rows).double() - centres[ids[rows]]
+        if few is not None:
+            apart = few - centres[ids[rows]]
             values, left = torch.linalg.eigh(apart @ apart.T / n)
             some = values > SMALLEST_EIGENVALUE * values.max() / n
             return cls(mean, values[some], apart.T @ left[:, some] / (n * values[some]).sqrt())
-        scatter = torch.zeros(d, d, dtype=torch.float64)
-        for part in rows.split(KEY_BLOCK):
-            block = _taken(keys, part)
-            scatter += block.T @ block
         roots = centres * counts.sqrt()[:, None]
         values, vectors = torch.linalg.eigh(scatter.addmm_(roots.T, roots, alpha=-1) / n)
         return cls(mean, values.clamp_min(0), vectors)
@@ -405,10 +407,11 @@ def fit(
         raise InputError("fit: the keys of this index were fine-tuned, and are no shots any more; fit the one before")
     if cache.segments > 1:
         raise InputError("fit: the index has segments beside it; compact it first")
-    folds, judged_on = _judged_by(cache, validation)
+    images = images_of(cache.labels)
+    folds, judged_on = _judged_by(cache, validation, images)
     n = sum(len(held.ids) for held in folds.held)
     if n >= LEAST_JUDGED and folds.c > 1:
-        form, trials = _chosen(cache, forms, folds, by_shots=validation is None)
+        form, trials = _chosen(cache, forms, folds, images if validation is None else None)
         settings, accuracies = _settled(cache.settings, form, folds)
         where = f"fitted on {judged_on}"
     else:
@@ -454,7 +457,7 @@ def _forms(cache: CacheModel, metric: str | None, values: str | None, *, by_clas
     return [form for form in FORMS if metric in (None, form.metric) and values in (None, form.values)]
 
 
-def _judged_by(cache: CacheModel, validation: Queries | None) -> tuple[Folds, str]:
+def _judged_by(cache: CacheModel, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:
     """What the chosen form is judged by, and what that is called."""
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
@@ -462,16 +465,20 @@ def _judged_by(cache: CacheModel, validation: Queries | None) -> tuple[Folds, st
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
         return Folds(cache.keys, ids, c, text, [held]), f"{validation.name} (n={len(held.ids)})"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
-    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images_of(cache.labels), number, judged)
+    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged)
     return folds, f"your own photos, each left out (n={sum(len(held.ids) for held in folds.held)})"
 
 
-def _chosen(cache: CacheModel, forms: Sequence[Form], folds: Folds, *, by_shots: bool) -> tuple[Form, list[Trial]]:
-    """The form that is chosen and those that were tried: none, where there are too few shots to choose by."""
-    images = images_of(cache.labels)
-    if len(forms) == 1 or (by_shots and len(np.unique(images)) < LEAST_SHOTS * folds.c):
+def _chosen(
+    cache: CacheModel, forms: Sequence[Form], folds: Folds, images: IntArray | None
+) -> tuple[Form, list[Trial]]:
+    """The form that is chosen and those that were tried: none, where there are too few shots to choose by.
+
+    ``images`` of the keys, where the shots judge: they then choose by fewer folds, and by a sample of very many keys.
+    """
+    if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * folds.c):
         return forms[0], []
-    if by_shots:
+    if images is not None:
         folds = _sample(cache.keys, folds.ids.numpy(), folds.c, folds.text, images)
     return _choose(folds, forms)
 

@@ -349,11 +349,12 @@ def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[str]) -> lis
     test = sweep.Items(judged.features, judged.answers.truth, judged.test.name)
     total, quiet = len(numbers) * judged.seeds * len(methods), None if judged.encoder.progress else True
     runs = []
+    pool = closed_form.unfitted(judged.cache)  # once, not for each number
     with tempfile.TemporaryDirectory() as place, tqdm(total=total, unit="draw", disable=quiet, leave=False) as bar:
         for number in numbers:
             seeds = range(1, 2 if counts == {number} else judged.seeds + 1)  # each draw may be of the same keys
             for run in sweep.sweep(
-                judged.cache, "", test, Path(place) / "runs.parquet",
+                pool, "", test, Path(place) / "runs.parquet",
                 shots=[number], seeds=seeds, methods=methods, val=judged.val,
             ):  # fmt: skip
                 runs.append(run)

@@ -200,9 +200,7 @@ class Backbones:
             decoder=decoder_of(identity.preprocess),
         )
         check_backbone(identity, cache.d, backbone, [])
-        size = identity.preprocess["size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        backbone.encode_images(torch.zeros(1, 3, height, width))  # what is set up by the first one
+        backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # what is set up by the first one
         return backbone
 
 
