@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import io
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -503,3 +505,13 @@ def test_serving_says_what_it_needs(things: Path, run: Callable[..., Result], mo
     result = run("serve", things)
     assert result.exit_code == 2
     assert "pip install 'retrieval-tip[serve]'" in result.stderr
+
+
+def test_a_stopped_server_lets_its_indexes_go(random_things: Path) -> None:
+    app = create_app(open_all([random_things], "cpu", "float32", "fast"))
+    with running(app) as place:
+        assert told(place, asked(1).replace(b"Host", b"Connection: close\r\nHost")).startswith(b"HTTP/1.1 200")
+    service = weakref.ref(app.state.service)
+    del app
+    gc.collect()
+    assert service() is None

@@ -106,7 +106,7 @@ class Service:
         self._follower = asyncio.create_task(self._follow())
 
     async def stop(self) -> None:
-        """Finish what was taken, then end, and let the indexes go."""
+        """Finish what was taken, then end."""
         if self._follower is not None:
             self._follower.cancel()
             with suppress(asyncio.CancelledError):
@@ -115,7 +115,6 @@ class Service:
         await self._answer.close()
         for pool in (self._decoding, self._finding, self._following, self._changing, self._slow):
             pool.shutdown(cancel_futures=pool is self._slow)
-        self.served.clear()  # FastAPI remembers routes for ever, and with them this service; the models may go
 
     async def _follow(self) -> None:
         while True:
