@@ -361,13 +361,13 @@ def test_numbers_are_positions_among_the_classes_and_texts_are_names(tmp_path):
         ("", "cannot be read"),
         ("name\na\nb\nc\n", "no column 'label' among name"),
         ("label,label\na,a\nb,b\nc,c\n", "a column name stands twice"),
-        ("label,id\na,x\n ,y\nc,z\n", "row 1: no label"),
-        ("label,id\na,x\nb,\nc,z\n", "row 1: no id"),
+        ("label,id\na,x\n ,y\nc,z\n", "row 1 without a label"),
+        ("label,id\na,x\nb,\nc,z\n", "row 1 without an id"),
         (f"label\na\n{'b' * 1025}\nc\n", "row 1: label longer than 1024"),
         (f"label,id\na,1\nb,{'b' * 4097}\nc,2\n", "row 1: id longer than 4096"),
         ("label,id\na,1\nb\nc,3\n", "cannot be read"),
         ("label\na\nb\udcff\nc\n", "cannot be read|no text"),
-        ("path\na/x.jpg\nx.jpg\n./x.jpg\n", "rows 1, 2: no folder to be the label"),
+        ("path\na/x.jpg\nx.jpg\n./x.jpg\n", "rows 1, 2 without a folder of its own"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path, text, words):
@@ -385,7 +385,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, text, words):
         (np.array([b"a", b"b", b"c"]), "whole numbers or strings"),
         (np.array(["a", None, {}], dtype=object), "cannot be read as .npy"),
         (np.array([0, 1]), "3 rows, but 2 in"),
-        (np.array(["a", "", "c"]), "row 1: no label"),
+        (np.array(["a", "", "c"]), "row 1 without a label"),
         (np.array(["a", "\ud800", "c"]), "no text"),
     ],
 )
@@ -497,7 +497,7 @@ def test_labels_of_shards_come_from_the_column_that_is_there(tmp_path):
     assert open_source(out).labels == ["cat"] * 4
     clip_folder(tmp_path / "e", [0], image_path=lambda part: [f"{j:09}" for j in part])  # of a webdataset
     out.unlink()
-    refused(InputError, "rows 0, 1, 2, 3: no folder to be the label", tmp_path / "e", out)
+    refused(InputError, "rows 0, 1, 2, 3 without a folder of its own", tmp_path / "e", out)
 
 
 def test_a_flat_folder_pairs_by_number_or_by_order(tmp_path):
@@ -589,7 +589,7 @@ def spoil(folder: Path, what: str) -> None:
         ("column", "metadata_1.parquet: no column 'image_path'"),
         ("type", "a column is of another type in another file"),
         ("no parquet", "metadata_1.parquet: cannot be read"),
-        ("label type", "metadata_1.parquet: the column of the id is double"),
+        ("label type", "metadata_1.parquet: column 'id' is double"),
     ],
 )
 def test_folders_that_do_not_fit_are_refused(tmp_path, what, words):

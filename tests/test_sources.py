@@ -297,7 +297,7 @@ def test_a_blank_label_is_a_missing_one(tmp_path: Path, blank: str) -> None:
 
 
 def test_a_blank_path_is_named(tmp_path: Path) -> None:
-    refused(write(tmp_path / "t.csv", "path,label\nx.png,cat\n,cat\n"), "row 1 without path")
+    refused(write(tmp_path / "t.csv", "path,label\nx.png,cat\n,cat\n"), "row 1 without a path")
 
 
 def test_the_same_path_can_stand_twice(tmp_path: Path) -> None:

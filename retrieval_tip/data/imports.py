@@ -24,7 +24,7 @@ import pyarrow.csv
 import torch
 
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE, TABLE_ROWS, schema_of, table_of, write_table
-from retrieval_tip.data.tables import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_csv, open_parquet, row_list
+from retrieval_tip.data.tables import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_csv, open_parquet, row_list, texts
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import check_regular, open_regular, read_regular, real
 
@@ -479,23 +479,12 @@ def _checked(features: Array, start: int, number: int, dtype: npt.DTypeLike, nam
 
 
 def _texts(column: pa.ChunkedArray, what: str, longest: int, start: int, where: str) -> pa.ChunkedArray:
-    """Ids or labels as text, whole numbers as their digits. Raises InputError naming the rows that have none."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise InputError(f"{where}: the column of the {what} is {column.type}; expected text or whole numbers")
-    try:
-        texts = column.cast(kind).cast(pa.string())
-        texts.validate(full=True)
-    except pa.ArrowException as error:
-        raise InputError(f"{where}: the column of the {what} is no text: {first_line(error)}") from None
-    blank = pc.equal(pc.utf8_trim_whitespace(texts), "").fill_null(True)
-    long = pc.greater(pc.utf8_length(texts), longest).fill_null(False)
-    for wrong, problem in ((blank, f"no {what}"), (long, f"{what} longer than {longest} characters")):
-        rows = np.flatnonzero(wrong.to_numpy())
-        if rows.size:
-            raise InputError(f"{where}: {row_list(rows + start)}: {problem}")
-    return texts
+    """Ids or labels as text. Raises InputError naming the rows that have none, or too long a one."""
+    values = texts(column, where, what, needed=True, first=start)
+    rows = np.flatnonzero(pc.greater(pc.utf8_length(values), longest).to_numpy())
+    if rows.size:
+        raise InputError(f"{where}: {row_list(rows + start)}: {what} longer than {longest} characters")
+    return values
 
 
 def _labels(
@@ -503,15 +492,15 @@ def _labels(
 ) -> pa.ChunkedArray:
     """The label of each row, by the folder that it lies in, or as one of ``names`` where there are some."""
     if folder:
-        texts = _texts(column, "path", MAX_TEXT, start, where)
-        folders = pc.struct_field(pc.extract_regex(texts, _FOLDER), "folder")
+        values = _texts(column, "path", MAX_TEXT, start, where)
+        folders = pc.struct_field(pc.extract_regex(values, _FOLDER), "folder")
         column = pc.if_else(pc.is_in(folders, pa.array([".", ".."])), None, folders)
-    texts = _texts(column, "folder to be the label" if folder else "label", MAX_NAME, start, where)
+    values = _texts(column, "folder of its own" if folder else "label", MAX_NAME, start, where)
     if names is None:
-        return texts
-    labels = [names.get(text) for text in texts.to_pylist()]
+        return values
+    labels = [names.get(text) for text in values.to_pylist()]
     rows = np.flatnonzero([label is None for label in labels])
     if rows.size:
-        wrong = texts[int(rows[0])].as_py()
+        wrong = values[int(rows[0])].as_py()
         raise InputError(f"{where}: {row_list(rows + start)}: label {wrong!r} is none of the classes")
     return pa.chunked_array([pa.array(labels, pa.string())])

@@ -250,7 +250,7 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first:
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed and values.null_count:
         rows = row_list(np.flatnonzero(values.is_null().to_numpy()) + first)
-        raise InputError(f"{name}: {rows} without {'a label' if what == 'label' else what}")
+        raise InputError(f"{name}: {rows} without {'an' if what[0] in 'aeiou' else 'a'} {what}")
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
