@@ -26,6 +26,7 @@ from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
 from retrieval_tip.data.sources import Source, open_inputs, open_source, read_item
+from retrieval_tip.data.tables import SUFFIXES
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.html import markup, table
@@ -331,7 +332,7 @@ def _is_image(path: str | os.PathLike[str]) -> bool:
     """Whether a path is meant as that of one image, there or not: no folder, no table, no glob."""
     file = Path(path)
     if file.exists():
-        return file.is_file() and file.suffix.lower() not in (".csv", ".tsv", ".parquet")
+        return file.is_file() and file.suffix.lower() not in SUFFIXES
     return not any(sign in os.fspath(path) for sign in "*?[")
 
 

@@ -366,7 +366,7 @@ def test_numbers_are_positions_among_the_classes_and_texts_are_names(tmp_path):
         (f"label\na\n{'b' * 1025}\nc\n", "row 1: label longer than 1024"),
         (f"label,id\na,1\nb,{'b' * 4097}\nc,2\n", "row 1: id longer than 4096"),
         ("label,id\na,1\nb\nc,3\n", "cannot be read"),
-        ("label\na\nb\udcff\nc\n", "cannot be read|no text"),
+        ("label\nä\nb\udcff\nc\n", "cannot be read|no text"),
         ("path\na/x.jpg\nx.jpg\n./x.jpg\n", "rows 1, 2 without a folder of its own"),
     ],
 )

@@ -249,6 +249,51 @@ def test_the_usual_ways_to_write_a_table_are_the_same(tmp_path: Path, name: str,
     assert source.items["note"].to_pylist() == ["n"]
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_table_as_a_spreadsheet_saves_it(tmp_path: Path, encoding: str, caplog: pytest.LogCaptureFixture) -> None:
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    many = 30_000  # more than a block: what is no ASCII comes late
+    text = f"{mark}path;label;note\r\n" + "x.png;cat;the same again and again\r\n" * many + "ä/y.png;Löwe;5 €\r\n"
+    source = open_source(write(tmp_path / "t.csv", text.encode(encoding)))
+    assert source.labels[many - 1 :] == ["cat", "Löwe"]
+    assert source.paths is not None
+    assert source.paths[-1] == str(tmp_path / "ä/y.png")
+    assert source.items["note"][-1].as_py() == "5 €"
+    assert [record.message for record in caplog.records] == (
+        [f"{tmp_path}/t.csv: not UTF-8, so it is read as Windows-1252; save it as UTF-8 if that is wrong"]
+        * (encoding == "cp1252")
+    )
+
+
+def test_lines_of_json_are_rows(tmp_path: Path) -> None:
+    touch(tmp_path, "train/1.png", "train/2.png")
+    lines = ['{"file_name": "1.png", "label": "2020-01-01", "boxes": [1, 2]}', "", '{"label": 7, "file_name": "2.png"}']
+    write(tmp_path / "train/metadata.jsonl", "\n".join(lines))
+    for source in (open_source(tmp_path / "train"), open_source(tmp_path / "train/metadata.jsonl")):
+        assert relative(source, tmp_path) == ["train/1.png", "train/2.png"]
+        assert source.labels == ["2020-01-01", "7"]
+        assert source.items["boxes"].to_pylist() == ["[1, 2]", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", ["no rows"]),
+        (b"\n", ["no rows"]),
+        (b'{"path": "a.png", "label": "cat"\n', ["cannot be read as JSON lines"]),
+        (b'["a.png", "cat"]\n', ["a line is no object"]),
+        (b"7\n", ["a line is no object"]),
+        (b'{"path": "a.png", "label": "\xff"}\n', ["cannot be read as JSON lines"]),
+        (b'{"path": "a.png", "label": "\\ud800"}\n', ["cannot be read as JSON lines"]),
+        (b"[" * 50_000, ["cannot be read as JSON lines"]),
+        (b'{"path": "a.png"}\n', ["no column 'label'"]),
+        (b'{"path": "a.png", "label": "cat"}\n{"path": "b.png"}\n', ["row 1 without a label"]),
+    ],
+)
+def test_lines_that_are_no_rows_are_refused(tmp_path: Path, text: bytes, words: Sequence[str]) -> None:
+    refused(write(tmp_path / "t.jsonl", text), *words)
+
+
 def test_a_table_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     table = write(tmp_path / "caf\udce9.csv", "path,label\nx.png,cat\n")
     assert open_source(table).paths == (str(tmp_path / "x.png"),)
@@ -316,8 +361,9 @@ def test_the_same_path_can_stand_twice(tmp_path: Path) -> None:
         (b"path,label,path\nx.png,cat,y.png\n", ["twice"]),
         (b"path,label\nx.png,cat,more\n", ["cannot be read"]),
         (b"path,label\nx.png\n", ["cannot be read"]),
-        (b"path,label\n\xff.png,cat\n", ["cannot be read", "UTF8"]),
-        ("path,label\nx.png,cat\n".encode("utf-16"), []),
+        ("path,label\nü.png,cat\n".encode() + b"\xff.png,cat\n", ["cannot be read", "UTF8"]),
+        ("path,label\nx.png,cat\n".encode("utf-16")[:-1], ["cannot be read", "truncated"]),
+        (b"path,label\n\xff\x81.png,cat\n", ["cannot be read"]),
         (b"\x00" * 100, []),
         (b"PAR1garbage", []),
         (b"path,label\nx.png," + b"c" * 5000 + b"\n", ["row 0", "longer than"]),
@@ -561,7 +607,7 @@ def test_a_split_that_cannot_be_is_refused(tmp_path: Path, text: str | bytes, wo
 # -- whatever else --
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x", "x.png", "x.npy", "x.jsonl"])
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.png", "x.npy"])
 def test_a_file_of_another_kind_is_no_source(tmp_path: Path, name: str) -> None:
     refused(write(tmp_path / name, "x"), "not a source")
 

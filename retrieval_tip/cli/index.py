@@ -129,10 +129,10 @@ def build(
 ) -> None:
     """Build an index folder from labelled images or features.
 
-    SOURCE is a folder of class folders, a .csv, .tsv or .parquet with path and label, a feature table (.parquet with
-    id, label and feature), a split .json (its train part), or webdataset tars ("shards/{000..099}.tar"); folders,
-    tables and tars may lie on s3://, gs:// or az://. With --dataset, it is the folder that holds the datasets,
-    and the prompts are the dataset's own.
+    SOURCE is a folder of class folders, a .csv, .tsv, .jsonl or .parquet with path and label, a feature table
+    (.parquet with id, label and feature), a split .json (its train part), or webdataset tars
+    ("shards/{000..099}.tar"); folders, tables and tars may lie on s3://, gs:// or az://. With --dataset, it is the
+    folder that holds the datasets, and the prompts are the dataset's own.
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index

@@ -20,7 +20,7 @@ PARTS = {
 }
 """The parts of a dataset, and what their folders are called."""
 
-TABLES = ("metadata.csv", "metadata.parquet")
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """In a folder, what says the labels of its images (Hugging Face's image folders)."""
 
 HEIC = frozenset({".heic", ".heif", ".hif"})

@@ -458,7 +458,7 @@ def _read_rows(rows: Path | pa.Table) -> Iterator[pa.Table]:
         for batch in batches:
             for start in range(0, len(batch), TABLE_ROWS):
                 yield pa.Table.from_batches([batch.slice(start, TABLE_ROWS)])
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{show(rows)}: cannot be read: {first_line(error)}") from None
 
 

@@ -23,6 +23,7 @@ from retrieval_tip.data import folders, images, remote, tars
 from retrieval_tip.data.tables import (
     FEATURE,
     NAMES,
+    SUFFIXES,
     check_texts,
     few_names,
     is_parquet,
@@ -154,10 +155,11 @@ def open_source(
     """A labelled source, told apart by what it is.
 
     - a folder of class folders: classes are the folders in name order, images are searched below each; where these
-      lie in parts (``train``, ``val``, ``test``), ``split`` names the part; a ``metadata.csv`` in the folder is a table
+      lie in parts (``train``, ``val``, ``test``), ``split`` names the part; a ``metadata.csv`` (``.jsonl``,
+      ``.parquet``) in the folder is a table
     - ``.json``: a CoOp split file; ``split`` names the part (default ``train``), ``root`` the image folder (default:
       the split file's folder or the folder in it that holds the images)
-    - ``.csv``, ``.tsv`` or ``.parquet`` with the columns ``path`` and ``label``, or what others call them
+    - ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` with the columns ``path`` and ``label``, or what others call them
       (:data:`NAMES`); paths are relative to ``root`` (default: the table's folder)
     - ``.parquet`` with a column ``feature``: a feature table (``id``, ``label``, ``feature``), or a folder of such
       parts, as ``encode --engine ray`` writes it
@@ -180,12 +182,12 @@ def open_source(
         raise InputError(f"{show(file)}: not a file")  # a pipe would wait for ever
     if suffix == ".json":
         return _split_file(file, split or "train", root)
-    if suffix in (".csv", ".tsv", ".parquet"):
+    if suffix in SUFFIXES:
         return _table(file, root, labelled=True)
     if suffix in _ARCHIVES:
         raise InputError(f"{show(file)}: an archive; unpack it first")
     raise InputError(
-        f"{show(file)}: not a source; expected a folder of class folders, a .csv, .tsv or .parquet, or a split .json"
+        f"{show(file)}: not a source; expected a folder of classes, a table ({', '.join(SUFFIXES)}), a split .json"
     )
 
 
@@ -319,7 +321,7 @@ def _remote_images(folder: str, labelled: bool) -> Source:
 
 
 def _is_table(file: Path) -> bool:
-    return is_parts(file) or (file.suffix.lower() in (".csv", ".tsv", ".parquet") and os.path.isfile(file))
+    return is_parts(file) or (file.suffix.lower() in SUFFIXES and os.path.isfile(file))
 
 
 def of_images(paths: Sequence[str], name: str = "images") -> Source:

@@ -1,7 +1,9 @@
-"""Tables as they are read: Parquet and CSV files, and folders of the parts of one. No row of features is read here."""
+"""Tables as they are read: Parquet, CSV, JSON lines, and folders of the parts of one; but for rows of features."""
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.data import remote
-from retrieval_tip.errors import InputError, first_line, one_line, show
-from retrieval_tip.files import check_regular
+from retrieval_tip.errors import InputError, first_line, one_line, show, warn_once
+from retrieval_tip.files import check_regular, open_regular, read_regular
 
 FEATURE = "feature"
 NAMES = {
@@ -25,12 +27,16 @@ NAMES = {
     FEATURE: (FEATURE, "embedding", "vector"),
 }
 """The columns of a table, and what others call them; the first that is there is taken."""
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Of the files that are tables."""
 RUN, COMPLETE = "run.json", "complete.json"
 """In a folder of parts: what is being made, and, written last, that it is all there."""
 MAX_TEXT = 4096
 """Longest label or id, in characters: more is a table read wrongly."""
 MAX_ROWS = 2**31 - 1
 """Most rows of a table: a file of a few bytes may claim any number."""
+MAX_JSON = 1 << 28
+"""Largest file of JSON lines, in bytes: it is read whole."""
 MAX_SHOWN = 64
 """Columns, and characters of the name of each, that a message shows."""
 
@@ -83,7 +89,7 @@ def items_of(file: Path | str, first: int, last: int | None, *, whole: bool) -> 
     """Every column of a table but the features, and whether there are any; rows without an id get their number."""
     name = show(file)
     if not str(file).lower().endswith(".parquet") and not os.path.isdir(file):
-        items = _read_csv(Path(file))
+        items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
         number, has_features = len(items), False
         _check_rows(number, name)
     else:
@@ -197,6 +203,24 @@ def _read_csv(file: Path) -> pa.Table:
     return _read(show(file), lambda: _open_raw(file, pyarrow.csv.read_csv, **options))
 
 
+def _read_json_lines(file: Path) -> pa.Table:
+    """The objects of a file of JSON lines as rows: all columns as text, what is no text as it stands in JSON."""
+    try:
+        rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
+        columns = dict.fromkeys(name for row in rows for name in row)
+        return pa.table({name: pa.array([_text(row.get(name)) for row in rows], pa.string()) for name in columns})
+    except InputError:
+        raise
+    except (AttributeError, TypeError):
+        raise InputError(f"{show(file)}: cannot be read as JSON lines: a line is no object") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{show(file)}: cannot be read as JSON lines: {first_line(error)}") from None
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
 def open_csv(file: Path) -> pyarrow.csv.CSVStreamingReader:
     """The same, a block at a time. Raises InputError where it cannot be read, or a column name stands twice."""
     options = _csv_options(file)
@@ -206,11 +230,13 @@ def open_csv(file: Path) -> pyarrow.csv.CSVStreamingReader:
 
 def _csv_options(file: Path) -> dict[str, Any]:
     _read(show(file), lambda: check_regular(file))
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else _read(show(file), lambda: _delimiter(file))
+    encoding = _read(show(file), lambda: _encoding(file))
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else _read(show(file), lambda: _delimiter(file, encoding))
+    read = pyarrow.csv.ReadOptions(encoding=encoding)
     parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
 
     def header() -> list[str]:
-        with _open_raw(file, pyarrow.csv.open_csv, parse_options=parse) as reader:
+        with _open_raw(file, pyarrow.csv.open_csv, read_options=read, parse_options=parse) as reader:
             columns: list[str] = reader.schema.names
             return columns
 
@@ -218,17 +244,40 @@ def _csv_options(file: Path) -> dict[str, Any]:
     _once(columns, show(file))
     types = dict.fromkeys(columns, pa.string())
     convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    return {"parse_options": parse, "convert_options": convert}
+    return {"read_options": read, "parse_options": parse, "convert_options": convert}
 
 
 def _open_raw(file: Path, read: Any, **options: Any) -> Any:
     return read(pa.OSFile(os.fsencode(file)), **options)  # bytes: the name may not be UTF-8
 
 
-def _delimiter(file: Path) -> str:
+def _encoding(file: Path) -> str:
+    """How the text of a CSV file is encoded: UTF-8; UTF-16 where it says so; Windows-1252, as Excel writes it.
+
+    The last is told by elimination, and said: no byte before the first that UTF-8 has not is outside of ASCII. Else it
+    is damaged UTF-8, which the reader refuses.
+    """
+    decoder, plain = codecs.getincrementaldecoder("utf-8")(), True
+    with open_regular(file) as raw:
+        if raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+        raw.seek(0)
+        try:
+            while block := raw.read(1 << 20):
+                decoder.decode(block)
+                plain = plain and block.isascii()
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            if plain and bytes(error.object[: error.start]).isascii():
+                warn_once(f"{show(file)}: not UTF-8, so it is read as Windows-1252; save it as UTF-8 if that is wrong")
+                return "cp1252"
+    return "utf8"
+
+
+def _delimiter(file: Path, encoding: str) -> str:
     """What separates the columns of a CSV file: the usual separator that its first line has most of."""
-    with Path(file).open("rb") as raw:
-        line = raw.readline(1 << 16).decode("utf-8", "replace")
+    with Path(file).open(encoding=encoding, errors="replace") as text:
+        line = text.readline(1 << 16)
     return max(",;\t|", key=line.count)
 
 
