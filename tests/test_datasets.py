@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import needs_real
 from PIL import Image
 
 from retrieval_tip.backbones.prompts import clean_class_name
@@ -159,6 +160,7 @@ def test_the_variants_of_imagenet_take_its_prompts_and_settings():
         assert (row.templates, row.scale, row.alpha) == (imagenet.templates, imagenet.scale, imagenet.alpha)
 
 
+@needs_real
 def test_the_shared_part_of_caltech101(shared, tmp_path):
     photographs = shared / "data/caltech101"
     (tmp_path / "caltech-101").symlink_to(photographs)
@@ -174,6 +176,7 @@ def test_the_shared_part_of_caltech101(shared, tmp_path):
         assert (direct.labels, direct.class_names) == (source.labels, source.class_names)
 
 
+@needs_real
 @pytest.mark.parametrize("name", sorted(set(SPLIT_FILES) - {"Food101", "SUN397", "Caltech101"}))
 def test_the_real_split_files(shared, tmp_path, picture, name):
     row = facts(name)

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SOAK
+from conftest import SOAK, needs_real
 from test_search_hp import clusters
 
 from retrieval_tip.errors import UsageError
@@ -64,6 +64,7 @@ def test_what_cannot_be_normalised_is_said():
         plain_settings(None, 1e6, "affinity", Statistics(0.5, 0.01, 4))
 
 
+@needs_real
 def test_untouched_defaults_give_most_of_what_is_there(run, shared, tmp_path):
     """Paper's constants give 46 % on lit-mini; on CLIP's features nothing is lost against alpha 1.17, beta 5.5."""
     split = shared / "data/caltech101/split_zhou_Caltech101.json"

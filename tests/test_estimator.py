@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -117,6 +117,7 @@ def food(shared: Path, name: str) -> tuple[Array, Array]:
     return features, np.array(table["label"].to_pylist())
 
 
+@needs_real
 def test_on_real_features(shared: Path) -> None:
     (keys, labels), (queries, truth), (text, names) = (food(shared, part) for part in ("train", "test", "text"))
     shots = np.concatenate([np.flatnonzero(labels == name)[:16] for name in names])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import cache_of
+from conftest import cache_of, needs_real
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -145,6 +145,7 @@ def test_it_prints_as_one_json_object(source: Source) -> None:
     assert everything.to_dict()["k"] == "all"
 
 
+@needs_real
 def test_real_features_give_the_known_zero_shot(shared: Path) -> None:
     data = shared / "data" / "clip-food9"
     text, keys = pq.read_table(data / "text.parquet"), pq.read_table(data / "train.parquet")

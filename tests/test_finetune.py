@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -930,6 +930,7 @@ def test_an_encoder_that_falls_apart_is_put_back(
 # --- real features and photographs
 
 
+@needs_real
 def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared: Path, tmp_path: Path) -> None:
     from retrieval_tip.data.shots import few_shot
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import needs_real
 
 pytestmark = pytest.mark.soak
 
@@ -17,6 +18,7 @@ def caltech(tmp_path_factory):
     return tmp_path_factory.mktemp("caltech") / "index"
 
 
+@needs_real
 def test_caltech_from_photographs(run, shared, caltech, monkeypatch):
     """Measured with plain open_clip and the formula: see lit-mini's MODEL.md."""
     split = shared / "data/caltech101/split_zhou_Caltech101.json"
@@ -49,6 +51,7 @@ def test_caltech_from_photographs(run, shared, caltech, monkeypatch):
     assert len(reads) == len(set(reads)) == 1600
 
 
+@needs_real
 def test_food_from_clip_features(run, shared, tmp_path):
     """Real CLIP ViT-B/32 features: mean of five draws of 16 shots 98.1 +- 0.4 %, zero-shot 97.3 %."""
     food = shared / "data/clip-food9"

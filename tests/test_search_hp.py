@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -327,6 +328,7 @@ def test_settings_of_an_index_that_changed_meanwhile_are_not_written(tmp_path):
     assert CacheModel.load(tmp_path / "i").settings.alpha == 9.0
 
 
+@needs_real
 def test_the_published_validation_draw_goes_on_after_the_training_draw(shared, tmp_path):
     """Against the published index file."""
     from retrieval_tip.data.sources import Source

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import needs_real
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +188,7 @@ def test_plain_is_at_most_tail_is_at_most_all(case: Case, beta: float, k: int) -
     assert (tail <= exact * (1 + 1e-10)).all()
 
 
+@needs_real
 def test_tail_is_nearer_to_all_than_plain_on_real_features(shared: Path) -> None:
     case = food(shared, 16)
     near, ids = case.retrieved(16)
@@ -364,6 +366,7 @@ def test_most_of_well_separated_features_is_proved(tail: bool, least: float) -> 
     assert (winners == exact.argmax(1))[proved].all()
 
 
+@needs_real
 def test_the_tail_proves_what_plain_does_and_more_on_real_features(shared: Path) -> None:
     case = food(shared, 16)
     counts = []

@@ -1,0 +1,127 @@
+"""What stands in for the data beside the repository where there is none: what the demo uses offline, in its layout.
+
+- ``data/caltech101``: photographs of Debian's tuxpaint-stamps-default, on white. Their classes have names of kindred
+  things in Caltech101, by which the tests call them.
+- ``models/lit-mini``: the image tower of EfficientNet-Lite0 with its ImageNet weights, and a text tower of random ones.
+- ``data/clip-food9``: random features about a mean of each class. Tests that need CLIP's own are ``needs_real``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import demo  # noqa: E402
+
+KINDRED = {  # of Caltech101: folders of the package
+    "Motorbikes": ["vehicles/auto", "vehicles/construction", "vehicles/emergency", "vehicles/cycle", "vehicles/race"],
+    "butterfly": ["animals/insects"],
+    "camera": ["household/dishes", "household/arttools"],
+    "crab": ["animals/fish"],
+    "dalmatian": ["animals/mammals/dogs", "animals/mammals/cats", "animals/mammals/deer", "animals/mammals/equines"],
+    "llama": ["animals/mammals/bovines"],
+    "panda": ["animals/mammals/bears", "animals/mammals/apes", "animals/mammals/aquatic", "animals/mammals/rodents"],
+    "pigeon": ["animals/birds"],
+    "pizza": ["food/vegetables"],
+    "strawberry": ["food/fruit"],
+    "sunflower": ["plants/flowers"],
+    "umbrella": ["clothes"],
+    "wrench": ["household/tools"],
+    "yin_yang": ["sports"],
+}
+DISHES = [
+    "apple_pie", "french_fries", "garlic_bread", "hamburger", "ice_cream", "omelette", "pizza", "ramen", "sushi",
+]  # fmt: skip
+D = 512
+
+
+def laid_out(place: Path) -> Path | None:
+    """The folder ``place``, made where it is not yet there; None where its parts cannot be fetched."""
+    if place.is_dir():
+        return place
+    work = place.with_name("docs")  # the examples of the pages take their photographs from there too
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        stamps, backbone = demo.stamps(work), demo.weights(work)
+    except (demo.CannotBeHadError, OSError):
+        return None
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        made = Path(folder) / "made"
+        photographs(stamps, made / "data/caltech101")
+        features(made / "data/clip-food9")
+        encoder(Path(str(backbone.pretrained)), made / "models/lit-mini")
+        shutil.move(made, place)
+    return place
+
+
+def photographs(stamps: Path, out: Path) -> None:
+    """JPEG files a folder of each class, and the list of which are for training, validation and test."""
+    from PIL import Image
+
+    parts: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": [], "test": []}
+    for label, (name, folders) in enumerate(KINDRED.items()):
+        files = [file for folder in folders for file in sorted((stamps / folder).rglob("*.png"))]
+        files = [file for file in files if not file.with_suffix(".svg").exists()]
+        random.Random(1).shuffle(files)
+        (out / "101_ObjectCategories" / name).mkdir(parents=True)
+        for number, file in enumerate(files):
+            with Image.open(file) as stamp:
+                cut = stamp.convert("RGBA")
+                picture = Image.new("RGB", cut.size, "white")
+                picture.paste(cut, mask=cut.getchannel("A"))
+            picture.thumbnail((300, 300))
+            path = f"{name}/image_{number + 1:04}.jpg"
+            picture.save(out / "101_ObjectCategories" / path, quality=90)
+            test, val = len(files) // 4, max(1, len(files) // 8)
+            part = "test" if number < test else "val" if number < test + val else "train"
+            parts[part].append((path, label, name))
+    (out / "split_zhou_Caltech101.json").write_text(json.dumps(parts))
+
+
+def features(out: Path) -> None:
+    """Tables of unit vectors about a mean that all share and one of each class, and of one text vector a class."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    common, own = rng.normal(size=D), rng.normal(size=(len(DISHES), D))
+    for part, each, spread in (("train", 200, 0.8), ("test", 50, 0.8), ("text", 1, 0.5)):
+        ids = np.repeat(np.arange(len(DISHES)), each)
+        rows = common + 0.4 * own[ids] + spread * rng.normal(size=(len(ids), D))
+        rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        names = [DISHES[i] for i in ids]
+        numbered = names if part == "text" else [f"{name}-{i % each:04}" for i, name in enumerate(names)]
+        feature = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), D)
+        pq.write_table(pa.table({"id": numbered, "label": names, "feature": feature}), out / f"{part}.parquet")
+
+
+def encoder(weights: Path, out: Path) -> None:
+    """A dual encoder in open_clip's folder format."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    vision = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "timm_proj": "none"}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    config = {"embed_dim": 1280, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    half = [0.5, 0.5, 0.5]
+    torch.manual_seed(1)
+    model = open_clip.CustomTextCLIP(1280, dict(vision), dict(text)).eval()
+    trunk = model.visual.trunk.state_dict()
+    given = [tensor for name, tensor in torch.load(weights, weights_only=True).items() if not name.startswith("_fc")]
+    model.visual.trunk.load_state_dict(dict(zip(trunk, given, strict=True)))
+    model.logit_scale.data.fill_(4.6052)
+    out.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / "open_clip_model.safetensors"
+    )
+    preprocess = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (out / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
