@@ -7,10 +7,10 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pytest
@@ -18,6 +18,7 @@ import standin
 import torch  # before FAISS, of which a build for an older CUDA may be in the way
 import warm
 from click.testing import CliRunner, Result
+from hypothesis import settings
 
 from retrieval_tip import CacheModel, errors
 from retrieval_tip.backbones import open_clip as backbone
@@ -28,6 +29,7 @@ from retrieval_tip.store import query as sql
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 PROGRAMS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a ``PATH`` with what is installed here
@@ -67,9 +69,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def sampled(number: int, few: int = 4) -> list[int]:
+def sampled(number: int, most: int = 4) -> list[int]:
     """Which of so many steps are tried: every one in a soak, else a few, the first and the last among them."""
-    return [*range(number)] if SOAK else sorted({i * (number - 1) // (few - 1) for i in range(few)})
+    return [*range(number)] if SOAK or number <= most else [i * (number - 1) // (most - 1) for i in range(most)]
+
+
+def few(cases: Iterable[T], number: int = 4) -> list[T]:
+    """Which of the cases of a test that take the same road are tried: all in a soak, else so many, evenly spread."""
+    cases = [*cases]
+    return [cases[i] for i in sampled(len(cases), number)]
+
+
+def examples(number: int) -> int:
+    """How many examples of a property are tried: so many in a soak, else a quarter, and ten at least."""
+    return number if SOAK else min(number, max(10, number // 4))
+
+
+settings.register_profile("sized", max_examples=examples(100), deadline=None)
+settings.load_profile("sized")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

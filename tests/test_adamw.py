@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -62,7 +63,7 @@ def test_the_cosine_is_torchs(steps: int) -> None:
     assert cosine(steps, steps, 0.3) == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(1, N + 5), st.sampled_from([(1e-4, 0.01), (1e-8, 0.0), (1e-2, 0.5)]), st.booleans())
 def test_blocks_are_where_torch_brings_the_whole_matrix(
     block: int, options: tuple[float, float], backwards: bool
@@ -123,7 +124,7 @@ def test_the_first_steps_in_float32_are_as_exact_as_torchs() -> None:
     torch.testing.assert_close(ours.double(), exact.matrix.data, rtol=1e-6, atol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(st.sets(st.integers(0, N - 1), min_size=0), min_size=1, max_size=STEPS))
 def test_a_row_met_some_times_is_where_those_times_alone_would_have_brought_it(met: list[set[int]]) -> None:
     matrix = start()

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import needs_real
+from conftest import examples, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -120,7 +120,7 @@ def made(seed, n=30, c=4, d=8, dtype=np.float32, digests=None, beta=5.5, norms=T
     return cache
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 5, 30]), st.sampled_from([np.float32, np.float16]))
 def test_an_audit_is_what_each_shot_alone_says(seed, n, dtype):
     generator = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def test_an_audit_is_what_each_shot_alone_says(seed, n, dtype):
     check(made(seed, n, dtype=dtype, digests=digests, beta=float(generator.choice([0.5, 5.5, 30])), norms=n != 5))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 30))
 def test_an_audit_of_the_nearest_keys(seed, k):
     check(made(seed), k)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +60,7 @@ def test_what_waits_meanwhile_becomes_one_batch() -> None:
     calls=st.lists(st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 9), min_size=1, max_size=4)), max_size=30),
     most=st.integers(1, 8),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most: int) -> None:
     seen: list[tuple[str, int]] = []
 

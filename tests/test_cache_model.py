@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, needs_real
+from conftest import cache_of, examples, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,7 +106,7 @@ def test_all_keys_are_tip_adapter_whatever_the_index(index: str) -> None:
     close(cache, dense(), k=10 * N, tail=False)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.floats(0.1, 50), st.floats(0, 20), st.integers(1, 2 * N), st.booleans())
 def test_any_setting_is_the_dense_definition(beta: float, alpha: float, k: int, tail: bool) -> None:
     cache = model(beta=beta, alpha=alpha)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, needs_real
+from conftest import cache_of, examples, needs_real
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -31,7 +31,7 @@ from retrieval_tip.evaluation.calibration import (
 )
 from retrieval_tip.evaluation.evaluate import calibrate, evaluate
 
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 answers = st.lists(
     st.tuples(st.one_of(st.floats(0, 1), st.integers(0, 15).map(lambda i: i / 15)), st.booleans()), min_size=1
 )

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import Case, Largest, dense, made_module, unit
@@ -86,7 +86,7 @@ def cases(draw: st.DrawFn, least: int = 1) -> Case:
 # ------------------------------------------------------------------------------------------------------------ certified
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     cases(),
     st.sampled_from([0.0, 0.3, 1.0, 20.0]),
@@ -202,7 +202,7 @@ def test_whole_classes_agree_with_all_keys_on_nearly_all(material: tuple[Array, 
     assert agree[1] >= agree[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(cases(), st.sampled_from([0.0, 0.3, 1.0, 20.0]), st.floats(0, 30), st.integers(1, 90), st.booleans())
 def test_each_class_is_met_whole_or_counted_at_its_mean(
     case: Case, alpha: float, beta: float, k: int, text: bool
@@ -270,7 +270,7 @@ def test_settings_that_overflow_are_refused_in_one_line_as_over_all_keys(alpha: 
         cache.certified(case.f, 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(cases(), st.integers(1, 90), st.booleans(), st.integers(1, 5), st.integers(1, 6))
 def test_classes_do_not_depend_on_blocks(case: Case, k: int, tail: bool, of_queries: int, of_keys: int) -> None:
     cache = of_case(case)
@@ -292,7 +292,7 @@ def test_values_with_classes_are_the_dense_values_form_where_k_covers_all_classe
             np.testing.assert_allclose(cache.terms(case.f, k, tail)[1], exact, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(cases(), st.integers(1, 60))
 def test_one_hot_values_with_classes_are_met_whole_or_counted_at_the_mean_too(case: Case, k: int) -> None:
     plain, valued = of_case(case), of_case(case, values=np.eye(case.c, dtype=np.float32)[case.ids])
@@ -339,7 +339,7 @@ def test_meeting_few_of_many_keys_takes_no_large_tensor(index: str, valued: bool
 # -------------------------------------------------------------------------------------------------- the nearest keys
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(cases(), st.integers(1, 120))
 def test_the_nearest_keys_have_their_true_affinities_in_order(case: Case, k: int) -> None:
     cache = of_case(case)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -114,7 +115,7 @@ def test_fitted_with_neither_letter_it_is_the_paper(monkeypatch):
     assert torch.equal(cache.logits(queries), plain.logits(queries))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(1, 5), st.floats(0.05, 1), st.integers(2, 24))
 def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
     draw = np.random.default_rng(seed)
@@ -168,7 +169,7 @@ def test_views_of_one_photograph_stay_together():
     assert first.tolist() == [0, 2, 4, 6, 8]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0.1, 3.0, 100.0]))
 def test_the_blend_is_the_most_likely_one(seed, with_text, scale):
     draw = np.random.default_rng(seed)

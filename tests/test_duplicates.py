@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows
@@ -64,7 +65,7 @@ def as_found(found):
     return {(pair.key_id, pair.other_key_id): pair.kind for pair in found.pairs}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([0, 10**6]), st.booleans())
 def test_duplicates_are_those_of_every_pair(seed, some, budget, half):
     keys, ids, digests = poisoned(seed)
@@ -91,7 +92,7 @@ def unit(keys):
     return f / np.linalg.norm(f, axis=1, keepdims=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0, 10**6]))
 def test_the_closest_are_kept_and_all_are_counted(seed, most, budget):
     keys, ids, digests = poisoned(seed)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, needs_real
+from conftest import cache_of, examples, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -86,7 +86,7 @@ def test_scikit_learns_own_checks(estimator: TipAdapterClassifier, check: Any) -
     check(estimator)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     alpha=st.floats(0, 20),
     beta=st.floats(0, 50),

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -743,7 +744,7 @@ def test_a_full_disk_leaves_the_old_table_and_nothing_else(tmp_path, monkeypatch
     assert out.read_bytes() == before
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
     dtype=st.sampled_from(["float16", "float32", "float64"]),
@@ -783,7 +784,7 @@ def test_whatever_is_in_the_shards_is_in_the_table_row_by_row(
     assert len(open_source(out)) == sum(counts)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 @pytest.mark.parametrize("name", ["keys_16shots.pt", "values_16shots.pt", "f.npy"])
 def test_files_with_changed_bytes_are_whole_tables_or_one_line(tmp_path_factory, name, flips):

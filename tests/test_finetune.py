@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of, needs_real
+from conftest import cache_of, examples, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -346,7 +346,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> _Material:
 def test_the_kept_epoch_is_that_of_the_rule(material: _Material) -> None:
     kept = set()
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=examples(150), deadline=None)
     @given(st.lists(st.tuples(st.integers(40, 60), st.sampled_from([0.5, 0.6, 0.7])), min_size=2, max_size=9))
     def check(made: list[tuple[int, float]]) -> None:
         curve = [(right / 60, loss) for right, loss in made]

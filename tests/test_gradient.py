@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -108,7 +109,7 @@ def test_the_gradient_is_that_of_finite_differences(block: int, values: bool) ->
     assert torch.autograd.gradcheck(cache, case.leaves(values))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases, betas, st.integers(1, 40), st.booleans())
 def test_forward_and_gradient_are_those_of_the_plain_formula(case: Case, beta: float, block: int, values: bool) -> None:
     ours, theirs = case.leaves(values), case.leaves(values)
@@ -221,7 +222,7 @@ def of_method(case: Case, affinity: Tensor, rows: Tensor, beta: float, totals: t
 def test_retrieved_keys_are_those_of_the_method_with_a_tail(monkeypatch: pytest.MonkeyPatch, gathered: int) -> None:
     monkeypatch.setattr(gradient, "GATHERED", gathered)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=examples(100), deadline=None)
     @given(cases, betas, st.integers(1, 12), st.integers(0, 2))
     def check(case: Case, beta: float, k: int, slots: int) -> None:
         over, rows = retrieved(case, beta), some_rows(case, k, slots)
@@ -234,7 +235,7 @@ def test_retrieved_keys_are_those_of_the_method_with_a_tail(monkeypatch: pytest.
     check()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases, betas, st.integers(1, 12), st.integers(0, 2))
 def test_the_gradient_of_retrieved_keys_goes_through_their_own_weights_alone(
     case: Case, beta: float, k: int, slots: int
@@ -251,7 +252,7 @@ def test_the_gradient_of_retrieved_keys_goes_through_their_own_weights_alone(
     torch.testing.assert_close(found, keys.grad[met], **CLOSE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(cases, betas)
 def test_all_keys_retrieved_are_all_keys(case: Case, beta: float) -> None:
     rows = some_rows(case, case.n, 0)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------------------------------------------- all keys
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(small_cases, betas, block_sizes, st.booleans(), st.booleans())
 def test_all_keys_are_the_dense_sum_for_any_shape_and_blocks(
     folder: Path, case: Case, beta: float, sizes: tuple[int, int, int], valued: bool, mapped: bool
@@ -110,7 +110,7 @@ def test_all_keys_are_the_dense_sum_for_any_shape_and_blocks(
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(small_cases, block_sizes)
 def test_sums_and_means_of_classes_are_those_of_numpy(case: Case, sizes: tuple[int, int, int]) -> None:
     with blocks(*sizes):
@@ -232,7 +232,7 @@ def test_half_precision_is_closer_with_the_mean_of_the_keys_taken_out(made: tupl
     assert np.abs(found / true - 1).mean() < np.abs(of_whole / true - 1).mean() / 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(small_cases, block_sizes, st.sampled_from(["bfloat16", "float16"]))
 def test_half_precision_is_near_for_any_shape_and_blocks(case: Case, sizes: tuple[int, int, int], to: str) -> None:
     beta = 3.0
@@ -314,7 +314,7 @@ def test_auto_is_measured_once_for_a_beta_and_then_answers_by_it(like_clip: tupl
         assert (keys.products(5.5), keys.products(300)) == (torch.bfloat16, torch.float32)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(small_cases.filter(lambda case: len(case.ids) > 0), betas, block_sizes)
 def test_auto_never_takes_float16_on_a_cpu(case: Case, beta: float, sizes: tuple[int, int, int]) -> None:
     with as_if_large(**FAST), blocks(*sizes):
@@ -347,7 +347,7 @@ def some_classes(draw: st.DrawFn) -> tuple[Case, Array, Array]:
     return case, classes, case.rng.random(classes.shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(some_classes(), betas, block_sizes)
 def test_a_class_that_is_met_has_its_dense_sum_and_any_other_0(
     given_: tuple[Case, Array, Array], beta: float, sizes: tuple[int, int, int]
@@ -360,7 +360,7 @@ def test_a_class_that_is_met_has_its_dense_sum_and_any_other_0(
     assert (found.numpy()[~met] == 0).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(some_classes())
 def test_rows_of_classes_are_exactly_the_keys_of_those_met(given_: tuple[Case, Array, Array]) -> None:
     case, classes, met = given_
@@ -375,7 +375,7 @@ def test_rows_of_classes_are_exactly_the_keys_of_those_met(given_: tuple[Case, A
     assert rows.shape[1] == longest
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(small_cases, st.integers(0, 7), st.integers(1, 60))
 def test_affinities_to_keys_of_ones_own_are_those_of_numpy_and_0_where_there_is_none(
     case: Case, k: int, gathered: int
@@ -438,7 +438,7 @@ def test_slack_is_hardly_ever_exceeded_by_new_queries(made: tuple[Any, Array, Ar
     assert slack <= 1.5 * np.quantile(excess, 0.999)  # and is not simply large
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(small_cases, st.one_of(betas, st.sampled_from([0.0, 100.0, 1e3, 1e6, 1e30])))
 def test_slack_is_never_negative_or_undefined(case: Case, beta: float) -> None:
     """A sum of exponentials is at least that of their mean; below 0 not even the first class would be met."""

@@ -23,7 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import buckets
 import obstore
 import pytest
-from conftest import AS_ROOT
+from conftest import AS_ROOT, examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from obstore.exceptions import GenericError
@@ -130,7 +130,7 @@ _PART = _ANY.filter(lambda part: part not in (".", "..") and not addresses._UNLI
 _BUCKETS = st.text(string.ascii_lowercase + string.digits, min_size=3, max_size=63)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.sampled_from(["s3", "gs"]), _BUCKETS, st.lists(_PART, min_size=1, max_size=4), st.sampled_from(["", "/"]))
 def test_addresses_of_buckets_come_back(scheme: str, name: str, parts: list[str], end: str):
     address = parsed(f"{scheme}://{name}/{'/'.join(parts)}{end}")
@@ -140,7 +140,7 @@ def test_addresses_of_buckets_come_back(scheme: str, name: str, parts: list[str]
     assert address.local is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.booleans(), st.lists(_ANY.filter(lambda part: part not in (".", "..") and ":" not in part), min_size=1))
 def test_addresses_of_folders_come_back(absolute: bool, parts: list[str]):
     path = ("/" if absolute else "") + "/".join(parts)
@@ -150,7 +150,7 @@ def test_addresses_of_folders_come_back(absolute: bool, parts: list[str]):
     assert Path(address.uri) == Path(path).absolute()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.sampled_from(["s3://", "gs://", "lance://", ""]), st.text() | st.text(":@/?.ab%\n"))
 @example("s3://", "a:b@c/d")
 @example("lance://", "a:b/c@d")

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import schemathesis
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -50,7 +51,7 @@ def test_no_request_makes_the_server_fail(api: schemathesis.BaseSchema, path: st
     """Statuses, content types and bodies are as described, too."""
 
     @given(case=api[path][method].as_strategy(), here=st.booleans(), authorised=st.booleans())
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck), database=None)
     def ask(case: schemathesis.Case, here: bool, authorised: bool) -> None:
         if here and "name" in case.path_parameters:
             case.path_parameters["name"] = "tiny"

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import needs_real
+from conftest import examples, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -86,7 +86,7 @@ def test_as_good_as_every_crossing_at_every_beta(seed):
         assert right == best
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.booleans())
 def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse):
     generator = np.random.default_rng(seed)

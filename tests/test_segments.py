@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -59,7 +59,7 @@ def parts_of(draw: st.DrawFn) -> list[Array]:
     return np.split(whole, np.cumsum(sizes)[:-1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(parts_of(), st.data())
 def test_whatever_is_taken_is_what_the_concatenated_array_gives(parts: list[Array], data: st.DataObject) -> None:
     found, whole = Segments(parts), np.concatenate(parts)
@@ -90,7 +90,7 @@ def test_whatever_is_taken_is_what_the_concatenated_array_gives(parts: list[Arra
                 found[asked]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(parts_of(), st.integers(1, 6))
 def test_runs_cover_every_row_once_in_order_and_within_one_part(parts: list[Array], size: int) -> None:
     found, whole = joined(parts), np.concatenate(parts)
@@ -137,7 +137,7 @@ def dense(queries: Array, vectors: Array, k: int) -> Array:
     return -np.sort(-(queries @ vectors.T), axis=1)[:, :k]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(4, 24),
@@ -230,7 +230,7 @@ cases = st.builds(Case, st.integers(0, 10**6), counts_of, st.booleans())
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 60))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(cases, st.floats(0, 12), sizes)
 def test_keys_in_segments_give_what_the_same_keys_regrouped_give(
     case: Case, beta: float, blocks: tuple[int, int, int]
@@ -263,7 +263,7 @@ def test_keys_in_segments_give_what_the_same_keys_regrouped_give(
         assert slack >= 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(cases, st.floats(0, 8), st.sampled_from(["bfloat16", "float16"]))
 def test_half_precision_products_do_not_depend_on_segments(case: Case, beta: float, precision: str) -> None:
     parted, whole = case.keys(precision=precision)
@@ -279,7 +279,7 @@ def test_segments_that_are_not_grouped_by_class_are_refused() -> None:
             Keys(parts, np.array(ids), 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(cases, st.sampled_from(["Classes", "Classes,HNSW8"]), st.integers(0, 2))
 def test_class_means_beside_an_index_are_those_of_all_keys(case: Case, factory: str, new: int) -> None:
     first, late = case.parts[0], case.parts[1:]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -54,7 +55,7 @@ def opened(shard):
     return source, {path: read_item(path) for path in source.paths or ()}, list(source.failed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(n=st.integers(1, 60), group=st.integers(1, 60), size=st.integers(1, 70))
 def test_the_shards_of_a_table_are_its_rows_once_and_in_order(tmp_path_factory, n, group, size):
     path = tmp_path_factory.mktemp("t") / "t.parquet"
@@ -73,7 +74,7 @@ def test_the_shards_of_a_table_are_its_rows_once_and_in_order(tmp_path_factory, 
     assert np.array_equal(np.concatenate(found), rows)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(first=st.integers(0, 39), rows=st.integers(1, 40), group=st.integers(1, 40))
 def test_rows_of_a_table_are_those_of_the_whole(tmp_path_factory, first, rows, group):
     path = tmp_path_factory.mktemp("t") / "t.parquet"
@@ -207,7 +208,7 @@ def test_what_is_wrong_within_a_tar_is_named_and_the_rest_is_there(tmp_path):
     assert any("no label" in skipped.reason for skipped in failed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(cut=st.integers(0, 6000), flip=st.integers(0, 6000))
 def test_a_damaged_tar_gives_what_is_whole_and_says_so(tmp_path_factory, cut, flip):
     folder = tmp_path_factory.mktemp("tar")

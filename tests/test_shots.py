@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import needs_real
+from conftest import examples, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +78,7 @@ def test_validation_goes_on_with_the_generator_of_training() -> None:
 labels_ = st.lists(st.integers(0, 5), max_size=40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(labels_, st.integers(1, 8), st.integers(0, 2**32))
 def test_every_class_gets_k_of_its_own(labels: list[int], shots: int, seed: int) -> None:
     drawn = few_shot(labels, shots, seed)
@@ -91,7 +91,7 @@ def test_every_class_gets_k_of_its_own(labels: list[int], shots: int, seed: int)
     assert drawn == few_shot([f"name {label}" for label in labels], shots, seed)  # what labels are called is no matter
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(labels_, labels_, st.integers(1, 8), st.integers(0, 2**32))
 def test_split_draws_training_first_and_at_most_four_for_validation(
     train: list[int], val: list[int], shots: int, seed: int

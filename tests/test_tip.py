@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import needs_real
+from conftest import examples, needs_real
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -131,7 +131,7 @@ def test_all_keys_give_the_dense_form(counts: tuple[int, ...], off_sphere: bool,
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas)
 def test_all_keys_give_the_dense_form_for_any_features(case: Case, beta: float) -> None:
     f, K, y = case.tensors()
@@ -154,7 +154,7 @@ def test_real_features_give_the_dense_form_in_float32(shared: Path, shots: int, 
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas, st.integers(1, 40))
 def test_top_k_is_the_dense_form_over_the_top_k(case: Case, beta: float, k: int) -> None:
     near, ids = case.retrieved(k)  # k may exceed n
@@ -162,7 +162,7 @@ def test_top_k_is_the_dense_form_over_the_top_k(case: Case, beta: float, k: int)
     np.testing.assert_allclose(tip.cache_logits(near, ids, case.c, beta), expected, rtol=1e-11)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas, st.integers(1, 40))
 def test_tail_counts_the_keys_not_retrieved_at_their_mean_affinity(case: Case, beta: float, k: int) -> None:
     near, ids = case.retrieved(k)
@@ -176,7 +176,7 @@ def test_tail_counts_the_keys_not_retrieved_at_their_mean_affinity(case: Case, b
     np.testing.assert_allclose(tip.cache_logits(near, ids, case.c, beta, case.totals()), expected, rtol=1e-9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases(), betas, st.integers(1, 40))
 def test_plain_is_at_most_tail_is_at_most_all(case: Case, beta: float, k: int) -> None:
     """The exponential is convex (Jensen)."""
@@ -207,7 +207,7 @@ def test_tail_adds_nothing_once_every_key_is_retrieved(dtype: torch.dtype, beta:
     assert torch.equal(with_tail, tip.cache_logits(near, ids, case.c, beta))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases(), betas, st.integers(1, 10), st.integers(1, 4), st.booleans())
 def test_empty_slots_are_ignored(case: Case, beta: float, k: int, slots: int, tail: bool) -> None:
     near, ids = case.retrieved(k)
@@ -226,7 +226,7 @@ def test_empty_slots_are_ignored(case: Case, beta: float, k: int, slots: int, ta
     assert torch.equal(*proofs)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases(), betas, st.lists(st.integers(0, 36), max_size=4))
 def test_blocks_of_keys_add_up(case: Case, beta: float, cuts: list[int]) -> None:
     f, K, y = case.tensors()
@@ -263,7 +263,7 @@ def test_weight_of_one_key(beta: float) -> None:
     assert (tip.weight(torch.rand(5), 0) == 1).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(cases(), st.floats(0, 20), st.floats(0.5, 200), betas)
 def test_blend_is_text_plus_alpha_cache(case: Case, alpha: float, scale: float, beta: float) -> None:
     f, K, y = case.tensors()
@@ -289,7 +289,7 @@ def proofs(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(
     case=cases(least_d=1),  # on a line all affinities tie
     k=st.integers(1, 40),
@@ -416,7 +416,7 @@ def at_the_means(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return text, cache, cache * (1 + slack * used), alpha, slack
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(at_the_means(), st.integers(1, 7))
 def test_the_winner_of_a_settled_query_is_among_the_classes_it_met(
     given_: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float], most: int

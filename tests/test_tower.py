@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -238,7 +239,7 @@ SIZES = st.tuples(st.integers(1, 700), st.integers(1, 700))
 TIMM = {"input_size": (3, 96, 96), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "crop_mode": "center"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(size=SIZES, interpolation=st.sampled_from(["bicubic", "bilinear"]), mode=st.sampled_from(["shortest", "squash"]))
 def test_a_view_is_open_clips(size, interpolation, mode):
     config = {"size": 64, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
@@ -249,7 +250,7 @@ def test_a_view_is_open_clips(size, interpolation, mode):
     assert torch.equal(tower.view(image, config), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(size=SIZES, crop_pct=st.sampled_from([0.875, 0.9, 0.95, 1.0]))
 def test_a_view_is_timms(size, crop_pct):
     from timm.data.transforms_factory import create_transform

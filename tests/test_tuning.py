@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import made_module
@@ -212,7 +212,7 @@ def test_an_index_that_cannot_be_is_refused(material: tuple[Array, Array, Array,
             tune(model(material), material[3], factories=["Classes", factory])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 @given(st.floats(0.01, 1))
 def test_any_agreement_is_reached(material: tuple[Array, Array, Array, Array], agreement: float) -> None:
     with by_cost({"Classes": 1.0}):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of
+from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -143,7 +143,7 @@ cases = st.builds(
 betas = st.floats(0.1, 30)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases, betas)
 def test_one_hot_values_change_nothing(case: Case, beta: float) -> None:
     y, A = torch.from_numpy(case.y), torch.from_numpy(case.A)
@@ -159,7 +159,7 @@ def test_one_hot_values_change_nothing(case: Case, beta: float) -> None:
             )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases, betas)
 def test_values_are_giveskey_by_key(case: Case, beta: float) -> None:
     y, A = torch.from_numpy(case.y), torch.from_numpy(case.A)

@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import SOAK
+from conftest import SOAK, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -400,7 +400,7 @@ def lists_and_k(n: int, c: int) -> tuple[int, int | None]:
     return kind, k
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.integers(1, 10**5), st.integers(1, 10**8), st.integers(0, 10**7))
 def test_with_more_keys_auto_moves_on_from_all_to_classes_to_lists_and_never_back(c: int, n: int, more: int) -> None:
     kind, k = lists_and_k(n, c)
