@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from retrieval_tip.backbones import catalogue, torch_backbone
 from retrieval_tip.backbones import open_clip as backbone
-from retrieval_tip.backbones import torch_backbone
 from retrieval_tip.backbones.base import PARTS, Identity, unit
 from retrieval_tip.backbones.loading import load_backbone, write_tuned
 from retrieval_tip.errors import BackboneError, InputError, UsageError
@@ -170,7 +170,7 @@ def test_what_others_say_while_a_model_is_opened_is_said(caplog):
     inside, said = threading.Event(), threading.Event()
 
     def opening():
-        with backbone._quiet():
+        with catalogue.quiet():
             inside.set()
             assert said.wait(30)
             logging.getLogger().warning("a step")

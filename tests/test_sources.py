@@ -107,6 +107,7 @@ def test_the_labels_of_a_hugging_face_folder_are_in_its_table(tmp_path: Path) ->
     source = open_source(tmp_path / "train")
     assert relative(source, tmp_path) == ["train/1.png", "train/2.png"]
     assert source.labels == ["cat", "dog"]
+    assert relative(open_source(tmp_path), tmp_path) == ["train/1.png", "train/2.png"]
     touch(tmp_path, "whole/train/cat/1.png")
     write(tmp_path / "whole/metadata.csv", "file_name,label\ntrain/cat/1.png,cat\n")
     assert open_source(tmp_path / "whole").labels == ["cat"]

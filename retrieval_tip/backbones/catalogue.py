@@ -6,7 +6,10 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,6 +52,8 @@ NEAR, ALIKE = 8, 0.6
 LARGEST_LIST = 200
 """Backbones of which the size is computed for a list: each takes a twentieth of a second."""
 
+_QUIET = threading.RLock()
+
 
 def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
     """Model and weights by the names under which they are loaded, however they were spelled.
@@ -58,7 +63,7 @@ def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | 
     What nobody knows is returned as it is.
     """
     model = model or DEFAULT
-    if model.startswith(("local-dir:", "hf-hub:", "timm:")):
+    if model.startswith(("local-dir:", "hf-hub:", "hf:", "timm:")):
         return model, pretrained
     if model.lower() in _ELSEWHERE:
         name, tag = _ELSEWHERE[model.lower()]
@@ -92,8 +97,15 @@ def has(model: str) -> bool:
 
 def unknown(model: str) -> UsageError:
     """The error for a name that is no architecture of open_clip, with the names near it."""
-    text = f"model {model!r}: not an open_clip architecture, timm:NAME, local-dir:PATH or hf-hub:ORG/REPO"
-    return UsageError(text + _offer(model, _architectures()) + "; retrieval-tip models WORD lists what there is")
+    import timm
+
+    text = f"model {model!r}: not an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
+    near = _offer(model, _architectures())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not near:
+        near = f"; for a CLIP or SigLIP by transformers, hf:{model}"
+    if timm.is_model(model.partition(".")[0]):
+        near = f"; timm has it: timm:{model}"
+    return UsageError(f"{text}{near}; retrieval-tip models WORD lists what there is")
 
 
 def unknown_timm(model: str) -> UsageError:
@@ -174,11 +186,11 @@ def _described(name: str, *, sized: bool = True) -> Named:
     if name.startswith("timm:"):
         own = name.removeprefix("timm:")
         config = timm.get_pretrained_cfg(own)
-        cached = config is not None and _is_cached(config.hf_hub_id)
+        cached = config is not None and is_cached(config.hf_hub_id)
         return Named(name, [own.partition(".")[2]], _bytes(name) if sized else None, False, cached)
     tags = _tags(name)
     repository = open_clip.get_pretrained_cfg(name, tags[0]).get("hf_hub", "").rpartition("/")[0]
-    return Named(name, tags, _bytes(name) if sized else None, True, _is_cached(repository))
+    return Named(name, tags, _bytes(name) if sized else None, True, is_cached(repository))
 
 
 def _bytes(name: str) -> int | None:
@@ -207,18 +219,48 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.
 """Files that open_clip and timm look for on a hub, in this order."""
 
 
-def _is_cached(repository: str | None) -> bool:
+def is_cached(repository: str | None) -> bool:
+    """Whether the weights of a repository of the hub are on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repository, file) for file in WEIGHTS] if repository else []
     return any(isinstance(path, str) for path in found)
 
 
+def reason_of(error: Exception) -> str:
+    """Why weights could not be had, on one line, without the advice of the hub."""
+    said = first_line(error).rpartition("Last error: ")[2]
+    silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
+    return "huggingface.co does not answer" if any(words in said for words in silent) else said
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """open_clip and the hub log each step through the root logger, and warn where we have already chosen.
+
+    What this package says meanwhile, in another thread, is still said.
+    """
+    ours = logging.getLogger("retrieval_tip")
+    with _QUIET:
+        loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
+        before = [logger.level for logger in loggers]
+        ours.setLevel(ours.getEffectiveLevel())
+        for logger in loggers[1:]:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
+
+
 def say_fetched(repository: str) -> None:
     """Say how large the weights are, before they are fetched; nothing where they are here, or nobody answers."""
     import huggingface_hub
 
-    if _is_cached(repository) or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if is_cached(repository) or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return
     try:
         listed = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=3).siblings or []

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_tip.backbones import nvjpeg, open_clip, timm, tower
+from retrieval_tip.backbones import nvjpeg, open_clip, timm, tower, transformers
 from retrieval_tip.backbones.base import Execution, Identity, Trainable
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
-from retrieval_tip.errors import BackboneError, first_line
+from retrieval_tip.errors import BackboneError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +35,9 @@ def load_backbone(
     Args:
         model: an open_clip architecture (``ViT-B-32``, or as OpenAI spells it ``ViT-B/32``); ``local-dir:PATH`` (a
             folder with ``open_clip_config.json`` and weights) or ``hf-hub:ORG/REPO`` in open_clip's format;
-            ``timm:NAME`` for an image encoder without words (``timm:vit_small_patch14_dinov2.lvd142m``); a short name
-            of :data:`catalogue.SHORT`. ``None``: :data:`catalogue.DEFAULT`.
+            ``hf:ORG/REPO`` or ``hf:PATH``, a CLIP or SigLIP in the format of transformers; ``timm:NAME`` for an image
+            encoder without words (``timm:vit_small_patch14_dinov2.lvd142m``); a short name of
+            :data:`catalogue.SHORT`. ``None``: :data:`catalogue.DEFAULT`.
         pretrained: a tag (``openai``, ``laion2b_s34b_b79k``), a checkpoint file, or ``TAG=FILE`` (a local copy of that
             tag's weights, with the preprocessing and activation that belong to the tag). ``None``: the tag that
             :func:`catalogue.recommended` names.
@@ -88,6 +89,10 @@ def _of(
     name, tag = (model or "", pretrained) if awaited is not None else named(model, pretrained)
     if name.startswith("timm:"):
         return timm.TimmBackbone(name.removeprefix("timm:"), tag, how, awaited)
+    if name.startswith("hf:"):
+        if tag is not None:
+            raise UsageError(f"pretrained {tag!r}: {name} has its own weights; leave it out")
+        return transformers.TransformersBackbone(name.removeprefix("hf:"), how, awaited)
     return open_clip.OpenClipBackbone(name, tag, how, awaited)
 
 

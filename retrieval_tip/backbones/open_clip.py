@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import has, recommended, say_fetched, unknown
+from retrieval_tip.backbones.catalogue import has, quiet, reason_of, recommended, say_fetched, unknown
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen, state_digest
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -25,8 +22,6 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.torch_backbone import Tokenizer
 
 log = logging.getLogger(__name__)
-
-_QUIET = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def _open(plan: _Plan, device: torch.device) -> Opened:
     if plan.repository is not None:
         say_fetched(plan.repository)
     try:
-        with _quiet():
+        with quiet():
             config = open_clip.get_model_config(name)
             model, _, preprocess = _filled_once(
                 lambda: open_clip.create_model_and_transforms(
@@ -158,7 +153,7 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
     import open_clip
 
     try:
-        with _quiet():
+        with quiet():
             tokenizer: Tokenizer = open_clip.get_tokenizer(plan.model)
     except Exception as error:  # as those of the model
         raise _load_error(plan, error) from error
@@ -308,7 +303,7 @@ def _config_digest(config: Mapping[str, Any], *, quick_gelu: bool) -> str:
 
 
 def _load_error(plan: _Plan, error: Exception) -> BackboneError:
-    reason = (str(error).strip() or type(error).__name__).rpartition("Last error: ")[2].splitlines()[0]
+    reason = reason_of(error)
     if "pip install transformers" in str(error):
         return BackboneError(f"{plan.model}: its text tower needs transformers; pip install 'retrieval-tip[hf]'")
     if plan.checkpoint or plan.model.startswith("local-dir:"):
@@ -319,25 +314,3 @@ def _load_error(plan: _Plan, error: Exception) -> BackboneError:
         else f"--pretrained {plan.pretrained}=FILE"
     )
     return BackboneError(f"wanted {plan.wanted}, which is not cached and cannot be fetched ({reason}); give {way_out}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip and the hub log each step through the root logger, and warn where we have already chosen.
-
-    What this package says meanwhile, in another thread, is still said.
-    """
-    ours = logging.getLogger("retrieval_tip")
-    with _QUIET:
-        loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
-        before = [logger.level for logger in loggers]
-        ours.setLevel(ours.getEffectiveLevel())
-        for logger in loggers[1:]:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import say_fetched, timm_tags, unknown_timm
+from retrieval_tip.backbones.catalogue import reason_of, say_fetched, timm_tags, unknown_timm
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
@@ -52,9 +52,8 @@ class TimmBackbone(TorchBackbone):
                 say_fetched(config.hf_hub_id)
             tower = timm.create_model(name, pretrained=file is None, num_classes=0)
         except Exception as error:  # timm, the hub, torch and safetensors each raise their own
-            reason = first_line(error).rpartition("Last error: ")[2]
             raise BackboneError(
-                f"wanted the weights of timm:{name}, which are not cached and cannot be fetched ({reason}); "
+                f"wanted the weights of timm:{name}, which are not cached and cannot be fetched ({reason_of(error)}); "
                 "give --pretrained FILE"
             ) from error
         if file is not None:

@@ -56,8 +56,10 @@ from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line, show
 
 if TYPE_CHECKING:
+    from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.index.changes import Added
     from retrieval_tip.lance.address import Address
+    from retrieval_tip.lance.lance_model import LanceModel
     from retrieval_tip.settings import KeysMet
     from retrieval_tip.store.manifest import Manifest
 
@@ -163,7 +165,7 @@ def build(
         )
     if "fit" in cache.provenance:
         say(cache.provenance["fit"]["summary"])
-    _say_version(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+    _say_version(out, cache.version or 1, _held(cache))
     if (cache.version or 1) > 1 and not ctx.obj:
         say(f"the version before is kept: retrieval-tip index rollback {out}")
     finish(ctx, encoder.skipped)
@@ -575,7 +577,7 @@ def import_command(
         alpha=alpha,
         beta=beta,
     )
-    _say_version(out, cache.version or 1, f"{cache.n} keys of {cache.d}, {len(cache.class_names)} classes")
+    _say_version(out, cache.version or 1, _held(cache))
 
 
 @index.command("audit")
@@ -595,6 +597,10 @@ def audit_command(folder: Path, k: KeysMet, printing: OutputOptions) -> None:
 
 def _say_version(folder: Place, version: int, what: str) -> None:
     about(folder, f"version {version}, {what}")
+
+
+def _held(cache: CacheModel | LanceModel) -> str:
+    return f"{counted(cache.n, 'key')} of {cache.d}, {counted(len(cache.class_names), 'class')}"
 
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:

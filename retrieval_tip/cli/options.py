@@ -150,8 +150,8 @@ DEVICE = click.option("--device", default="auto", show_default=True, help="auto,
 MODEL = options(
     click.option(
         "--model",
-        help="Architecture of open_clip, timm:NAME, local-dir:PATH or hf-hub:ORG/REPO (see: retrieval-tip models)."
-        "  [default: ViT-B-32]",
+        help="Architecture of open_clip, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO (see:"
+        " retrieval-tip models).  [default: ViT-B-32]",
     ),
     click.option(
         "--pretrained",

@@ -43,15 +43,20 @@ def subfolders(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(folders, key=lambda entry: entry.name)
 
 
+def table_in(folder: Path) -> Path | None:
+    """The file that says the labels of a folder's images, where it has one of ``TABLES``."""
+    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+
+
 def part_of(folder: Path, part: str | None) -> Path:
     """The folder of a part (``train`` by default) where a folder has parts in place of classes; else the folder itself.
 
-    It has where each of its folders is called like a part, and holds folders in turn. Which part is used, and which are
-    not, is said. Raises InputError where it has not got this part.
+    It has where each of its folders is called like a part, and holds folders in turn or a table of its images. Which
+    part is used, and which are not, is said. Raises InputError where it has not got this part.
     """
     called = {name: part for part, names in PARTS.items() for name in names}
     there = {called.get(entry.name.lower()): Path(entry.path) for entry in subfolders(folder)}
-    if not there or None in there or not any(subfolders(path) for path in there.values()):
+    if not there or None in there or not any(subfolders(path) or table_in(path) for path in there.values()):
         return folder
     wanted = called.get((part or "train").lower(), part or "train")
     names = [path.name for path in there.values()]

@@ -332,9 +332,8 @@ def of_images(paths: Sequence[str], name: str = "images") -> Source:
 def _folder(folder: Path, part: str | None) -> Source:
     """A folder of class folders, or of images whose labels stand in a table beside them, or of parts of either."""
     folder = folders.part_of(folder, part)
-    for name in folders.TABLES:
-        if (folder / name).is_file():
-            return _table(folder / name, None, labelled=True)
+    if (table := folders.table_in(folder)) is not None:
+        return _table(table, None, labelled=True)
     found = folders.read(folder)
     items = pa.table({"source": [show(path) for path in found.paths], "label": found.labels})
     return Source(show(folder), items, tuple(found.classes), tuple(found.paths))

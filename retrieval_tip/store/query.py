@@ -281,7 +281,7 @@ def _answering(
             known = ""
             if isinstance(error, duckdb.CatalogException) and not hint:
                 known = f"; the tables are {', '.join(row[0] for row in database.execute('SHOW TABLES').fetchall())}"
-            raise UsageError(f"{what}: {first_line(error)}{hint}{known}") from None
+            raise UsageError(f"{what}: {first_line(error).rstrip('!')}{hint}{known}") from None
         except (pa.ArrowException, MemoryError) as error:
             raise UsageError(f"{what}: its answer cannot be kept ({first_line(error)}){hint}") from None
 

@@ -1,0 +1,155 @@
+"""Backbones by transformers: CLIP and SigLIP as they lie on the Hugging Face hub, many tuned to a domain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrieval_tip.backbones.base import Execution, Identity
+from retrieval_tip.backbones.catalogue import is_cached, quiet, reason_of, say_fetched
+from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
+from retrieval_tip.errors import BackboneError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from open_clip.transform import PreprocessCfg
+
+    from retrieval_tip.backbones.torch_backbone import Tokenizer
+
+KINDS = ("clip", "siglip")
+"""Of models that are read, as their configurations call them; SigLIP 2 of a fixed resolution is a ``siglip``."""
+ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
+"""What a configuration says of a tower that its weights do not show."""
+
+
+class TransformersBackbone(TorchBackbone):
+    """A :class:`base.Trainable` backbone by transformers. Make one with :func:`loading.load_backbone`.
+
+    Its features are those of ``get_image_features`` and ``get_text_features``, of views as its own image processor
+    makes them (but for half a pixel, where what is cut off is odd) and of sentences padded to the tower's length.
+    """
+
+    def __init__(self, place: str, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
+        self._place = str(Path(place).resolve()) if Path(place).is_dir() else place
+        super().__init__(how, awaited)
+
+    def _open(self) -> Opened:
+        try:
+            from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+        except ImportError:
+            raise UsageError(f"hf:{self._place}: needs transformers; pip install 'retrieval-tip[hf]'") from None
+        from open_clip.transform import image_transform_v2
+
+        if not (here := Path(self._place).is_dir() or is_cached(self._place)):
+            say_fetched(self._place)
+
+        def read(kind: Any, **options: Any) -> Any:
+            try:
+                with quiet(), _no_bars(here):
+                    return kind.from_pretrained(self._place, **options)
+            except Exception as error:  # transformers, the hub, torch and safetensors each raise their own
+                raise BackboneError(
+                    f"wanted the CLIP or SigLIP of hf:{self._place}, which cannot be read ({reason_of(error)}); give "
+                    "--model hf:FOLDER with that repository's files"
+                ) from error
+
+        config = read(AutoConfig)
+        if config.model_type not in KINDS:
+            raise BackboneError(
+                f"hf:{self._place}: a model of kind {config.model_type!r}; {' and '.join(KINDS)} are read, and image "
+                "encoders by timm:NAME"
+            )
+        settings = _settings(read(AutoImageProcessor).to_dict(), self._place)
+        model, found = read(AutoModel, output_loading_info=True)
+        if found["missing_keys"]:  # which transformers fills at random
+            raise BackboneError(f"hf:{self._place}: its weights lack {min(found['missing_keys'])}")
+        length = config.text_config.max_position_embeddings
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+        identity = Identity(f"hf:{self._place}", None, "", _digest(config), plain)
+        dual = frozen(_dual(model).float()).to(self._device)
+        return Opened(
+            dual, image_transform_v2(settings, False), identity, None, lambda: _tokenizer(read(AutoTokenizer), length)
+        )
+
+
+@contextmanager
+def _no_bars(wanted: bool) -> Iterator[None]:
+    """Without the progress of reading files that are here already."""
+    from transformers.utils import logging as bars
+
+    before = bars.is_progress_bar_enabled()
+    if wanted:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if wanted and before:
+            bars.enable_progress_bar()
+
+
+def _dual(model: torch.nn.Module) -> torch.nn.Module:
+    """A module like an open_clip model, of the towers of one of transformers."""
+    import torch
+
+    class Tower(torch.nn.Module):
+        def __init__(self, encoder: Any, projection: Any) -> None:
+            super().__init__()
+            self.encoder, self.projection = encoder, projection
+
+        def forward(self, given: torch.Tensor) -> Any:
+            pooled = self.encoder(given).pooler_output
+            return pooled if self.projection is None else self.projection(pooled)
+
+    class Dual(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = Tower(model.vision_model, getattr(model, "visual_projection", None))
+            self.text = Tower(model.text_model, getattr(model, "text_projection", None))
+            self.logit_scale = model.logit_scale
+
+        def encode_image(self, pixels: torch.Tensor) -> Any:
+            return self.visual(pixels)
+
+        def encode_text(self, tokens: torch.Tensor) -> Any:
+            return self.text(tokens)
+
+    return Dual()
+
+
+def _settings(processor: dict[str, Any], place: str) -> PreprocessCfg:
+    """What an image processor does, as open_clip says it. Raises BackboneError where it cannot."""
+    from open_clip.transform import PreprocessCfg
+    from PIL.Image import Resampling
+
+    cropped, size = processor.get("do_center_crop"), processor["size"]
+    side = processor["crop_size"] if cropped else size
+    interpolation = Resampling(processor["resample"]).name.lower()
+    if (cropped and size.get("shortest_edge") != min(side.values())) or interpolation not in ("bicubic", "bilinear"):
+        raise BackboneError(f"hf:{place}: prepares pictures in another way than CLIP and SigLIP do ({size} to {side})")
+    return PreprocessCfg(
+        size=(side["height"], side["width"]), mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"]),
+        interpolation=interpolation, resize_mode="shortest" if cropped else "squash",
+    )  # fmt: skip
+
+
+def _tokenizer(tokenizer: Callable[..., Any], length: int) -> Tokenizer:
+    def tokens(sentences: list[str]) -> torch.Tensor:
+        padded = tokenizer(sentences, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids: torch.Tensor = padded["input_ids"]  # without a mask: CLIP looks back only, SigLIP has learned the padding
+        return ids
+
+    return tokens
+
+
+def _digest(config: Any) -> str:
+    """Digest of the architecture, but for what the weights show: versions of transformers add to a configuration."""
+    towers = [
+        {name: getattr(part, name, None) for name in ARCHITECTURE}
+        for part in (config.vision_config, config.text_config)
+    ]
+    return f"sha256:{hashlib.sha256(json.dumps({'hf': config.model_type, 'towers': towers}).encode()).hexdigest()}"
