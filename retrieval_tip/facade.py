@@ -6,6 +6,7 @@ It does nothing itself: each method is one call of what the commands of the same
 from __future__ import annotations
 
 import base64
+import copy
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import check_backbone
-from retrieval_tip.data.pictures import Picture, Pictures, is_one, pictures
+from retrieval_tip.data.pictures import Picture, Pictures, is_one, labelled_pictures, pictures
 from retrieval_tip.data.sources import Source, open_inputs, open_source, read_item
 from retrieval_tip.data.tables import SUFFIXES
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
@@ -36,6 +37,9 @@ from retrieval_tip.index.build import build_index
 from retrieval_tip.predictions import Prediction, Predictions
 
 if TYPE_CHECKING:
+    import torch
+
+    from retrieval_tip.backbones.base import Trainable
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.lance.lance_model import LanceModel
     from retrieval_tip.report.report import Report
@@ -89,9 +93,44 @@ class Classifier:
         Raises as :func:`open_source`, :func:`load_backbone` and :func:`build_index`.
         """
         source = photos if isinstance(photos, Source) else open_source(photos)
+        return cls._built(source, _backbone(model, pretrained, device), {}, out, device, options)
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Any,
+        labels: Iterable[Any] | None = None,
+        model: str | Backbone | Loaded | None = None,
+        *,
+        pretrained: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        **options: Any,
+    ) -> Self:
+        """An index built from photographs that are held: with ``labels`` beside them, or as pairs with their labels.
+
+        ``images`` are what :meth:`predict` takes, or a dataset of torch whose items are ``(picture, label)``, without a
+        transform. The other arguments are those of :meth:`from_folder`. Raises as it, and as
+        :func:`pictures.labelled_pictures`.
+        """
+        given = labelled_pictures(images, labels)
+        backbone = _backbone(model, pretrained, device)
+        return cls._built(given.source, backbone, {"read": given.read, "strict": True}, out, device, options)
+
+    @classmethod
+    def _built(
+        cls,
+        source: Source,
+        backbone: Backbone,
+        reading: dict[str, Any],
+        out: str | os.PathLike[str] | None,
+        device: str,
+        options: dict[str, Any],
+    ) -> Self:
         place = Path(tempfile.mkdtemp(prefix="retrieval-tip-")) / "index" if out is None else Path(out)
-        encoder = Encoder(_backbone(model, pretrained, device), cache=EncodingCache.at(None))
-        made = cls(build_index(source, place, encoder, device=device, **options), encoder)
+        encoder = Encoder(backbone, cache=EncodingCache.at(None))
+        cache = build_index(source, place, replace(encoder, **reading), device=device, **options)
+        made = cls(cache, encoder)
         if out is None:
             made._temporary = weakref.finalize(made, shutil.rmtree, place.parent, ignore_errors=True)
         return made
@@ -194,7 +233,7 @@ class Classifier:
     # ------------------------------------------------------------------------------------------------------- changes
 
     def add(self, what: Any, label: str | Sequence[str] | None = None, **options: Any) -> list[int]:
-        """Add photographs of a class, of a class each, or of a labelled source; the ids of the new keys.
+        """Add photographs of a class, of a class each, of a labelled source or dataset; the ids of the new keys.
 
         A class that is new comes after those there are. It is a new version of the index, at once. ``options`` are
         those of :func:`changes.add`. Raises as that; UsageError where ``label`` is missing.
@@ -203,10 +242,11 @@ class Classifier:
         encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
         if isinstance(what, Source):
             source = what
-        elif label is None:
-            if not isinstance(what, str | os.PathLike) or Path(what).suffix.lower() in images.extensions():
-                raise UsageError("label: missing; give one for all photographs, or one each")
+        elif label is None and isinstance(what, str | os.PathLike) and not _is_image(what):
             source = open_source(what)
+        elif label is None:
+            given = labelled_pictures(what)
+            source, encoder = given.source, replace(encoder, read=given.read, strict=True)
         else:
             several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
             given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
@@ -234,8 +274,11 @@ class Classifier:
 
     # ------------------------------------------------------------------------------------------------------- figures
 
-    def evaluate(self, test: str | os.PathLike[str] | Source, **options: Any) -> Evaluation:
-        """How often it is right on a labelled source (its test part): :func:`evaluate.evaluate`."""
+    def evaluate(self, test: Any, **options: Any) -> Evaluation:
+        """How often it is right on a labelled source (its test part) or dataset: :func:`evaluate.evaluate`."""
+        if not isinstance(test, str | os.PathLike | Source):
+            given = labelled_pictures(test)
+            return evaluate(self.cache, given.source, replace(self.encoder, skipped=[], read=given.read), **options)
         return evaluate(self.cache, _labelled(test), replace(self.encoder, skipped=[]), **options)
 
     def report(self, out: str | os.PathLike[str], test: str | os.PathLike[str] | Source, **options: Any) -> Report:
@@ -246,6 +289,32 @@ class Classifier:
         if not isinstance(self.cache, CacheModel):
             raise UsageError("report: is of an index folder; save(FOLDER) makes one")
         return write_report(self.cache, _labelled(test), replace(self.encoder, skipped=[]), out, **options)
+
+    def as_module(self) -> torch.nn.Module:
+        """A module from pixels to logits ``[b, c]``, in the order of ``classes``, apart from this object.
+
+        Its input is what :func:`onnx_graph.export_onnx` calls ``pixels``: ``[b, 3, h, w]``, RGB from 0 to 255, resized
+        and cut to the backbone's size; ``features`` where the index has no backbone. Raises UsageError for an index
+        that retrieves its keys, or is no folder.
+        """
+        import torch
+
+        from retrieval_tip.cache_model import CacheModel
+        from retrieval_tip.index.onnx_graph import Answer
+
+        if not isinstance(self.cache, CacheModel) or (self.cache.settings.k or self.cache.n) < self.cache.n:
+            raise UsageError("as_module: takes an index folder whose queries meet all keys (k all)")
+
+        class Logits(torch.nn.Module):
+            def __init__(self, answer: Answer) -> None:
+                super().__init__()
+                self.answer = answer
+
+            def forward(self, given: torch.Tensor) -> torch.Tensor:
+                logits: torch.Tensor = self.answer(given)[0]
+                return logits
+
+        return Logits(copy.deepcopy(Answer(self.cache, cast("Trainable | None", self.encoder.backbone)))).eval()
 
     def push_to_hub(
         self,

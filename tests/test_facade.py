@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from test_backbone import tiny
 
 import retrieval_tip
 from retrieval_tip import Classifier, Encoder, Prediction, Predictions, build_index, load_backbone, open_source
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
+from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 
 
@@ -159,6 +161,67 @@ def test_shots_are_added_to_known_and_to_new_classes(place, clf):
         clf.add(place / "new/red/6.png")
     with pytest.raises(InputError, match="labels: 1 for 2"):
         clf.add([yellow[0], yellow[1]], ["yellow"])
+
+
+class Dataset(torch.utils.data.Dataset):
+    """Two photographs of each class, as torch has them."""
+
+    classes = ("red", "green", "blue")
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return photograph(10 * (i // 3) + i % 3, i % 3), i % 3
+
+
+def test_photographs_that_are_held_are_shots(place):
+    from torchvision.datasets import ImageFolder
+
+    model = f"local-dir:{place / 'model'}"
+    folder = Classifier.from_folder(place / "photos", model, device="cpu")
+    dataset = ImageFolder(place / "photos")
+    pairs = [(picture, dataset.classes[number]) for picture, number in dataset]
+    ways = [(dataset,), (pairs,), (iter(pairs),), ([picture for picture, _ in pairs], [label for _, label in pairs])]
+    for way in ways:
+        clf = Classifier.from_images(*way, model=model, device="cpu")
+        np.testing.assert_allclose(np.asarray(clf.cache.keys), np.asarray(folder.cache.keys), atol=1e-5)
+        assert clf.classes == folder.classes
+        assert clf.predict(place / "new/red/6.png").label == folder.predict(place / "new/red/6.png").label
+    assert clf.evaluate(ImageFolder(place / "new")).top1 == folder.evaluate(place / "new").top1
+    backwards = torch.utils.data.Subset(Dataset(), range(5, -1, -1))
+    held = Classifier.from_images(backwards, model=model, device="cpu")
+    assert held.classes == ["red", "green", "blue"]
+    part = torch.utils.data.Subset(Dataset(), [1, 4])
+    ids = held.add(part)
+    labels = {row["key_id"]: row["label"] for row in held.cache.labels.to_pylist()}
+    assert [labels[key] for key in ids] == ["green", "green"]
+    for wrong, words in (([photograph(1, 1)], "label: missing"), (place / "new/red/6.png", "label: missing")):
+        with pytest.raises(UsageError, match=words):
+            held.add(wrong)
+    tensors = [(torch.zeros(3, 8, 8), "red")]
+    with pytest.raises(InputError, match=r"picture 0: Tensor.*no transform"):
+        Classifier.from_images(tensors, model=model, device="cpu")
+
+
+def test_it_is_a_module_from_pixels_to_logits(place, clf):
+    paths = [place / "new/red/6.png", place / "new/blue/7.png"]
+    backbone = clf.encoder.backbone
+    mean, std = (torch.tensor(backbone.identity.preprocess[name])[:, None, None] for name in ("mean", "std"))
+    pixels = torch.stack([255 * (backbone.preprocess(Image.open(path)) * std + mean) for path in paths])
+    module = clf.as_module()
+    features = Encoder(backbone).encode(open_items(place / "new").take([0])).features  # its own tower is as it was
+    logits = module.double()(pixels.double())
+    assert Encoder(backbone).encode(open_items(place / "new").take([0])).features == pytest.approx(features)
+    for row, path in zip(logits, paths, strict=True):
+        answer = clf.predict(path, top=3)
+        assert clf.classes[int(row.argmax())] == answer.label
+        chances = (row / clf.cache.settings.temperature).softmax(0)
+        np.testing.assert_allclose([chances[clf.classes.index(name)] for name in answer.labels], answer.probabilities,
+                                   atol=1e-3)  # fmt: skip
+    clf.cache.settings = clf.cache.settings.but(k=2)
+    with pytest.raises(UsageError, match="all keys"):
+        clf.as_module()
 
 
 def test_an_index_without_a_folder_can_be_kept(place, tmp_path):

@@ -1,4 +1,4 @@
-"""Photographs as people hold them: paths, PIL pictures, arrays, encoded bytes, columns of a Hugging Face dataset."""
+"""Photographs as people hold them: paths, PIL pictures, arrays, bytes, datasets of torch and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from retrieval_tip.data.sources import Source, of_images, read_item
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, UsageError
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, Any]
 """A path; an encoded image; a PIL picture; an array ``[h, w]`` or ``[h, w, 3]`` uint8; Hugging Face's ``bytes`` and
@@ -63,6 +64,33 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
     return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
 
 
+def labelled_pictures(given: Any, labels: Iterable[Any] | None = None) -> Pictures:
+    """Photographs with a label each, in their order: with ``labels`` beside them, or as pairs ``(picture, label)``.
+
+    A dataset of torch is a sequence of such pairs; a label that is a number is the name that its ``classes`` has there
+    (or those of the dataset that it is a part of), else the number's digits. Raises UsageError where labels are
+    missing, InputError for what is no picture.
+    """
+    whole = given
+    while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
+        whole = whole.dataset
+    names = getattr(whole, "classes", None)
+    if labels is None:
+        items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # of an ImageFolder: paths
+        items = [items[i] for i in range(len(items))] if hasattr(items, "__getitem__") else list(items)
+        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
+            raise UsageError("label: missing; give one for all photographs, one each, or pairs of photograph and label")
+        given, labels = [pair[0] for pair in items], [pair[1] for pair in items]
+    own = [str(names[i] if names is not None and isinstance(i, Integral) else i) for i in labels]
+    made = pictures(given).labelled(own)
+    ordered = tuple(name for name in map(str, names or ()) if name in made.source.class_names)
+    return (
+        made
+        if len(ordered) < len(made.source.class_names)
+        else replace(made, source=replace(made.source, class_names=ordered))
+    )
+
+
 def _encoded(picture: object, name: str) -> bytes:
     """A picture as an image file, without loss."""
     if isinstance(picture, np.ndarray):
@@ -70,7 +98,9 @@ def _encoded(picture: object, name: str) -> bytes:
             raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; a picture is [h, w, 3] uint8")
         picture = Image.fromarray(picture.squeeze())
     if not isinstance(picture, Image.Image):
-        raise InputError(f"{name}: {type(picture).__name__}; expected a path, a PIL picture, an array or bytes")
+        kind = type(picture).__name__
+        way_out = "; a dataset gives pictures where it has no transform" if kind == "Tensor" else ""
+        raise InputError(f"{name}: {kind}; expected a path, a PIL picture, an array or bytes{way_out}")
     upright = ImageOps.exif_transpose(picture)
     plain = upright if upright.mode in ("L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
     buffer = io.BytesIO()
