@@ -29,7 +29,7 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, Keys, auto_for,
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
 from retrieval_tip.retrieval.ridge import Ridge
-from retrieval_tip.retrieval.segments import Segments, joined, segments_of
+from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Built, Fitted, Settings
 from retrieval_tip.store import folder as store
@@ -37,7 +37,11 @@ from retrieval_tip.store import history
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer, write
+
+SUMS_FROM = 8
+"""Sums are kept on disk where the keys take so many times their bytes: those of fewer are made again at once."""
 
 
 @dataclass
@@ -56,6 +60,9 @@ class InMemory(AnsweringIndex):
     the device, what each key gives to each class in place of 1 to its own (:class:`tip.Values`); ``tuned``, the
     safetensors file of the fine-tuned encoder that the features come from; ``curve``, the loss curve of the training, a
     row an epoch.
+
+    ``sums`` are those that the metric is fitted from, where they are known: they follow the keys through every change
+    that is made here, and a copy of other keys has none.
 
     ``folder`` and ``version`` say which version of which index folder this is, ``next_key_id`` from where on key ids
     were never given, ``built`` how it was built.
@@ -90,6 +97,7 @@ class InMemory(AnsweringIndex):
 
     def __post_init__(self) -> None:
         self._stored: Stored | None = None
+        self.sums: Sums | None = None
         self.text_weights = self.text_weights.to(self.device)
         if self.metric is not None:
             self.metric = tip.Metric(self.metric.mean.to(self.device), self.metric.transform.to(self.device))
@@ -383,13 +391,51 @@ class CacheModel(InMemory):
         place, device = Path(folder), resolve_device(device)
         if version is None:
             cache, check = store.opened(
-                place, lambda manifest: cls(**_opened(place, manifest, device, precision)), verify=verify, check=check
+                place, lambda manifest: cls._of(place, manifest, device, precision), verify=verify, check=check
             )
         else:
             check = store.Check(place, store.read_version(place, version), verify)
             check.wait()
-            cache = cls(**_opened(place, check.manifest, device, precision))
+            cache = cls._of(place, check.manifest, device, precision)
         cache._stored = Stored.of(check, cache._contents())
+        return cache
+
+    @classmethod
+    def _of(cls, place: Path, manifest: Manifest, device: str, precision: str) -> Self:
+        """The classifier that a version of a folder holds."""
+        contents, files, c = Contents.read(place, manifest), manifest.files, len(manifest.class_names)
+        path, half = place / files["index"].name, manifest.dtype == "float16"
+        index = VectorIndex.load(path, manifest.index, device, half)
+        if index.d != manifest.d or not (index.indexed <= c if index.by_class else index.indexed == files["keys"].rows):
+            raise StoreError(f"{path}: does not fit the manifest; build the index again")
+        text_index = None
+        if "text_index" in files:
+            text_index = VectorIndex.load(place / files["text_index"].name, manifest.index, device)
+        cache = cls(
+            keys=joined(contents.segments),
+            labels=contents.labels,
+            class_names=manifest.class_names,
+            text_weights=torch.from_numpy(contents.text),
+            index=index,
+            settings=manifest.settings,
+            templates=manifest.templates,
+            backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
+            provenance=manifest.provenance,
+            device=device,
+            version=manifest.version,
+            values=None if contents.values is None else torch.from_numpy(contents.values),
+            tuned=contents.weights,
+            curve=contents.curve,
+            precision=precision,
+            text_index=text_index,
+            folder=place,
+            next_key_id=manifest.next_key_id,
+            metric=contents.metric,
+            points=contents.points,
+            fitted=manifest.fitted,
+            built=manifest.built,
+        )
+        cache.sums = contents.sums
         return cache
 
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
@@ -403,6 +449,8 @@ class CacheModel(InMemory):
         self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
         if self.values is not None:
             self.values = torch.nn.functional.pad(self.values, (0, len(names)))
+        if self.sums is not None:
+            self.sums = self.sums.widened(len(self.class_names))
         self._follow()
 
     def add(
@@ -436,7 +484,8 @@ class CacheModel(InMemory):
             values = self._ridge.added(self._keys, self.values, matrix if points is None else points, ids)
         elif self.values is not None:
             values = functional.one_hot(torch.from_numpy(ids), len(self.class_names)).to(self.values)
-        self._hold(self._labelled.with_added(LabelledKeys(matrix, added, values, points), len(self.class_names)))
+        sums = None if self.sums is None else self.sums.added(matrix, ids)
+        self._hold(self._labelled.with_added(LabelledKeys(matrix, added, values, points), len(self.class_names)), sums)
         self.next_key_id += len(matrix)
         return key_ids.tolist()
 
@@ -446,11 +495,13 @@ class CacheModel(InMemory):
         Segments that hold one are written again, and with the first one everything. Raises InputError for an id that is
         not there, and where no key would be left; then nothing was changed.
         """
-        gone = self._labelled.rows_of(key_ids)
+        labelled = self._labelled
+        gone = labelled.rows_of(key_ids)
         if len(gone) == self.n:
             raise InputError("remove: an index needs at least one key; give up the folder instead")
         if len(gone):
-            self._hold(self._labelled.without(gone))
+            sums = None if self.sums is None else self.sums.removed(*labelled.of_rows(gone))
+            self._hold(labelled.without(gone), sums)
 
     def relabel(self, key_ids: Sequence[int], label: str) -> None:
         """Give keys to another class, as its last shots. On disk after :meth:`save`; costs as :meth:`remove`.
@@ -464,9 +515,10 @@ class CacheModel(InMemory):
         rows = rows[labelled.class_ids[rows] != class_id]
         if not len(rows):
             return
+        sums = None if self.sums is None else self.sums.moved(*labelled.of_rows(rows), class_id)
         if self._ridge is not None:
             labelled = self._ridge.relabelled(self._keys, labelled, rows, class_id)
-        self._hold(labelled.relabelled(rows, class_id, label))
+        self._hold(labelled.relabelled(rows, class_id, label), sums)
 
     def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
         """Make all keys one segment, and build the index over them anew. On disk after :meth:`save`.
@@ -479,14 +531,14 @@ class CacheModel(InMemory):
         if factory == "auto":
             factory, k = auto_for(self.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
             settings = replace(settings, k=k)
-        ordered = self._labelled.take(self._labelled.order())
+        ordered, sums = self._labelled.take(self._labelled.order()), self.sums
         if dtype is not None and ordered.keys.dtype != dtype:
             with np.errstate(over="ignore"):  # refused just below
                 keys = np.asarray(ordered.keys).astype(dtype)
                 points = None if ordered.points is None else np.asarray(ordered.points).astype(dtype)
             if not np.isfinite(keys).all():
                 raise InputError(f"keys: hold values too large for {keys.dtype}")
-            ordered = replace(ordered, keys=keys, points=points)
+            ordered, sums = replace(ordered, keys=keys, points=points), None  # of keys of another rounding
         if factory is None or factory == self.index.factory:
             index = self._index_over(ordered.met, ordered.class_ids)
         else:
@@ -494,7 +546,7 @@ class CacheModel(InMemory):
         if self.text_index is not None or index.factory != self.index.factory:
             self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
         self._take(ordered)
-        self.index, self.settings = index, settings
+        self.index, self.settings, self.sums = index, settings, sums
         self._follow()
 
     def set_fitted(
@@ -520,8 +572,8 @@ class CacheModel(InMemory):
         self.keys, self.labels = labelled.keys, labelled.labels
         self.values, self.points = labelled.values, labelled.points
 
-    def _hold(self, labelled: LabelledKeys) -> None:
-        """Take these keys: the index stays where its segment does, else it is built anew over the first one."""
+    def _hold(self, labelled: LabelledKeys, sums: Sums | None) -> None:
+        """Take these keys and their sums: the index stays where its segment does, else it is built over the first."""
         labelled = labelled if self._ridge is None else self._ridge.solved(labelled)
         first, *late = segments_of(labelled.met)
         if first is not segments_of(self.met)[0]:
@@ -529,6 +581,7 @@ class CacheModel(InMemory):
         elif not late:
             self.index = self.index.bare()
         self._take(labelled)
+        self.sums = sums
         self._follow()
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
@@ -548,6 +601,7 @@ class CacheModel(InMemory):
             text_index=self.text_index,
             metric=self.metric,
             points=None if self.points is None else segments_of(self.points)[0],
+            sums=self.sums if self.sums is not None and self.sums.nbytes * SUMS_FROM <= self.keys.nbytes else None,
         )
 
     def reload(self) -> Self:
@@ -646,42 +700,6 @@ def _manifest(cache: CacheModel, writer: Writer, change: str) -> Manifest:
     )
 
 
-def _opened(place: Path, manifest: Manifest, device: str, precision: str) -> dict[str, Any]:
-    """The fields of the classifier that a version of a folder holds."""
-    contents, files, c = Contents.read(place, manifest), manifest.files, len(manifest.class_names)
-    path, half = place / files["index"].name, manifest.dtype == "float16"
-    index = VectorIndex.load(path, manifest.index, device, half)
-    if index.d != manifest.d or not (index.indexed <= c if index.by_class else index.indexed == files["keys"].rows):
-        raise StoreError(f"{path}: does not fit the manifest; build the index again")
-    text_index = None
-    if "text_index" in files:
-        text_index = VectorIndex.load(place / files["text_index"].name, manifest.index, device)
-    return {
-        "keys": joined(contents.segments),
-        "labels": contents.labels,
-        "class_names": manifest.class_names,
-        "text_weights": torch.from_numpy(contents.text),
-        "index": index,
-        "settings": manifest.settings,
-        "templates": manifest.templates,
-        "backbone": Identity.from_dict(manifest.backbone) if manifest.backbone else None,
-        "provenance": manifest.provenance,
-        "device": device,
-        "version": manifest.version,
-        "values": None if contents.values is None else torch.from_numpy(contents.values),
-        "tuned": contents.weights,
-        "curve": contents.curve,
-        "precision": precision,
-        "text_index": text_index,
-        "folder": place,
-        "next_key_id": manifest.next_key_id,
-        "metric": contents.metric,
-        "points": contents.points,
-        "fitted": manifest.fitted,
-        "built": manifest.built,
-    }
-
-
 def verify(folder: str | os.PathLike[str]) -> CacheModel:
     """Check an index folder thoroughly: every byte of every kept version, and that its parts fit together.
 
@@ -694,6 +712,9 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
         raise StoreError(f"{place}: text weights that are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():
         raise StoreError(f"{place}: values that are not finite; fit again, or go back to the version before")
+    blocks = ((cache.keys[part], cache.class_ids.numpy()[part]) for part in runs(cache.keys, KEY_BLOCK))
+    if cache.sums is not None and not cache.sums.are_of(blocks):
+        raise StoreError(f"{place}: sums that are not of these keys; index rebuild leaves them out, and fit makes them")
     vectors = cache.met
     if cache.index.by_class:  # not those that the index itself holds
         vectors = Keys(cache.met, cache.class_ids.numpy(), len(cache.class_names)).means.numpy()

@@ -18,7 +18,7 @@ from PIL import Image
 from retrieval_tip import CacheModel, tip
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.closed_form import DEFAULT, ONE_SHOT, Form, Scatter, blend
+from retrieval_tip.fit.closed_form import DEFAULT, ONE_SHOT, Form, blend
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
 
@@ -121,7 +121,7 @@ def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
     draw = np.random.default_rng(seed)
     ids = np.sort(draw.integers(0, c, c * shots))
     keys = unit(draw.normal(size=(len(ids), d))).astype(np.float32)
-    found = Scatter.of(keys, torch.from_numpy(ids), c, torch.arange(len(ids)))
+    found = closed_form.Folds(keys, torch.from_numpy(ids), c, None, []).scatter(torch.arange(len(ids)))
     present = np.unique(ids)
     means = {i: keys[ids == i].astype(np.float64).mean(0) for i in present}
     several = np.bincount(ids).max() > 1
@@ -167,6 +167,20 @@ def test_views_of_one_photograph_stay_together():
     assert all(folds[i] == folds[i + 1] >= 0 for i in range(0, 8, 2))
     assert {folds[0], folds[2]} == {folds[4], folds[6]} == {0, 1}
     assert first.tolist() == [0, 2, 4, 6, 8]
+
+
+def test_of_many_photographs_those_that_are_judged_are_left_out():
+    """With their views; the rest of their fold stays, and so does a fold of which too few would be judged."""
+    keys, ids = clusters(40)
+    images = np.arange(len(ids)) // 2
+    for judged, expected in ((12, [12]), (25, [25]), (27, [25]), (29, [25, 4])):
+        folds = closed_form.Folds.of_shots(keys, ids, C, None, images, 4, judged)
+        assert [len(held.ids) for held in folds.held] == expected
+        for held in folds.held:
+            out = np.setdiff1d(np.arange(len(ids)), held.rows.numpy())
+            assert len(out) == 2 * len(held.ids)
+            np.testing.assert_array_equal(keys[out[::2]], held.features)
+            assert not np.isin(images[out], images[held.rows.numpy()]).any()
 
 
 @settings(max_examples=examples(25), deadline=None)

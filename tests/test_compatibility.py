@@ -2,7 +2,7 @@
 
 ``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
 keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one. Format 4 has what was
-fitted, format 5 how an index was built.
+fitted, format 5 how an index was built, format 6 the sums of its keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from retrieval_tip.store.manifest import FORMAT_VERSION, TABLE_FORMAT, Manifest
 
 INDEXES = Path(__file__).parent / "indexes"
 NAMES = [(version, name) for version in ("v1", "v2") for name in ("plain", "tuned", "classes")] + [("v2", "graph")]
-NAMES += [("v4", "solved"), ("v4", "metric"), ("v5", "drawn"), ("v5", "fitted")]
+NAMES += [("v4", "solved"), ("v4", "metric"), ("v5", "drawn"), ("v5", "fitted"), ("v6", "sums")]
 
 
 def expected(version: str) -> dict[str, Any]:
@@ -139,6 +139,14 @@ def test_an_index_of_format_5_says_how_it_was_built(name: str) -> None:
     cache = CacheModel.load(INDEXES / "v5" / name, device="cpu")
     assert cache.built == Built("shots.parquet", shots=5, seed=7)
     assert (cache.n, cache.version) == (18, 2)
+
+
+def test_an_index_of_format_6_has_the_sums_of_its_keys() -> None:
+    cache = CacheModel.load(INDEXES / "v6" / "sums", device="cpu")
+    keys = np.asarray(cache.keys, dtype=np.float64)
+    assert cache.sums is not None
+    assert (cache.n, cache.sums.counts.tolist()) == (242, [81, 81, 80])
+    np.testing.assert_allclose(cache.sums.second, keys.T @ keys, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(labelled_keys, "SMALL", 0)  # what is added stays a segment of its own
+        patch.setattr("retrieval_tip.cache_model.SUMS_FROM", 0)  # sums are kept of however few
         patch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 10.0)
         patch.setattr(
             "retrieval_tip.store.history.stamp",

@@ -1,14 +1,47 @@
-"""Counts, class sums and outer products of keys: by property, against their definition."""
+"""Counts, class sums and outer products of keys, by their definition, and in an index that is fitted and changed."""
 
 from __future__ import annotations
 
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from test_closed_form import unit
+from test_store import body_of, sealed
 
+from retrieval_tip import CacheModel
+from retrieval_tip.cache_model import verify
+from retrieval_tip.errors import StoreError
+from retrieval_tip.files import sha256_of
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.closed_form import Form
+from retrieval_tip.index import changes
+from retrieval_tip.index.fit import fit_index
+from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.store import sums as module
+from retrieval_tip.store.folder import read_manifest
 from retrieval_tip.store.sums import Sums
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """One form, so that nothing is chosen; one thread, for the products here are tiny and a busy machine has others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_form, "FORMS", (Form(0.8, None, 1.0),))
+        yield
+    torch.set_num_threads(threads)
+
+
+C, D = 4, 8
+NAMES = [f"class {i}" for i in range(C)]
 
 
 def defined(keys: np.ndarray, ids: np.ndarray, c: int) -> Sums:
@@ -97,3 +130,165 @@ def test_sums_of_other_keys_do_not_fit(what):
     else:
         keys, ids = keys[1:], ids[1:]
     assert not sums.are_of([(keys, ids)])
+
+
+def shots(n: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Unit features around means of their classes, and labels."""
+    rng = np.random.default_rng(seed)
+    ids = np.arange(n) % C
+    means = np.random.default_rng(0).standard_normal((C, D))
+    return unit(means[ids] + 0.7 * rng.standard_normal((n, D))).astype(np.float32), [NAMES[i] for i in ids]
+
+
+def fitted(folder: Path, n: int = 600, dtype: str = "float32") -> CacheModel:
+    keys, labels = shots(n, 1)
+    cache = CacheModel.from_features(keys.astype(dtype), labels, NAMES, device="cpu")
+    closed_form.fit(cache)
+    cache.save(folder)
+    return CacheModel.load(folder, device="cpu")
+
+
+def fresh(cache: CacheModel) -> Sums:
+    return defined(np.asarray(cache.keys), cache.class_ids.numpy(), len(cache.class_names))
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "remove", "relabel", "classes", "compact", "rollback", "fit"]), st.integers(0, 999)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A fitted index of keys of each dtype."""
+    place = tmp_path_factory.mktemp("built")
+    for dtype in ("float32", "float16"):
+        fitted(place / dtype, dtype=dtype)
+    return place
+
+
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(steps=STEPS, dtype=st.sampled_from(["float32", "float16"]), small=st.sampled_from([0, 4096]))
+def test_those_that_are_kept_are_of_the_keys_after_any_changes(steps, dtype, small, built, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "index"
+    shutil.copytree(built / dtype, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labelled_keys, "SMALL", small)  # with 0, what is added stays a segment of its own
+        for step, seed in steps:
+            rng, there = np.random.default_rng(seed), CacheModel.load(folder, device="cpu")
+            some = rng.choice(there.labels["key_id"].to_numpy(), rng.integers(1, 60), replace=False).tolist()
+            if step == "add":
+                there.add(*shots(int(rng.integers(1, 60)), seed))
+                there.save(folder)
+            elif step == "classes":
+                there.add_classes([f"new {there.version}"])
+                there.save(folder)
+            elif step == "remove":
+                changes.remove(folder, key_ids=some)
+            elif step == "relabel":
+                changes.relabel(folder, NAMES[seed % C], key_ids=some)
+            elif step == "compact":
+                changes.compact(folder)
+            elif step == "fit":
+                fit_index(folder)
+            elif there.version > 1:
+                changes.rollback(folder)
+            found = verify(folder)
+            assert found.sums is not None
+            close(found.sums, fresh(found))
+
+
+def test_a_fit_by_those_that_were_kept_is_that_of_the_keys(tmp_path, monkeypatch):
+    """And it reads no key for them but those that are held out; an addition reads what it adds."""
+    read = []
+    monkeypatch.setattr(Sums, "of", classmethod(_counting(read)))
+    monkeypatch.setattr(closed_form, "JUDGED", 64)
+    cache = fitted(tmp_path / "index")
+    assert sum(read) >= 600
+    read.clear()
+    cache.add(*shots(40, 2))
+    assert read == [40]
+    cache.save(tmp_path / "index")
+    kept = CacheModel.load(tmp_path / "index", device="cpu")
+    kept.compact()
+    anew = copy.copy(kept)
+    anew.sums = None
+    read.clear()
+    closed_form.fit(kept)
+    of_kept, _ = sum(read), read.clear()
+    closed_form.fit(anew)
+    assert of_kept == sum(read) - 640
+    np.testing.assert_allclose(kept.metric.transform, anew.metric.transform, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(kept.metric.mean, anew.metric.mean, rtol=1e-6, atol=1e-8)
+    assert kept.settings.alpha == pytest.approx(anew.settings.alpha, rel=1e-6)
+    close(kept.sums, anew.sums)
+
+
+def _counting(read: list[int]):
+    real = Sums.of.__func__
+
+    def of(cls, blocks, c, d):
+        blocks = list(blocks)
+        read.append(sum(len(keys) for keys, _ in blocks))
+        return real(cls, blocks, c, d)
+
+    return of
+
+
+def test_they_are_kept_where_they_are_small_beside_the_keys(tmp_path):
+    fitted(tmp_path / "few", 80)
+    assert "sums" not in read_manifest(tmp_path / "few").files
+    assert CacheModel.load(tmp_path / "few", device="cpu").sums is None
+    cache = fitted(tmp_path / "many")
+    size = read_manifest(tmp_path / "many").files["sums"].bytes
+    assert size * 6 < cache.keys.nbytes
+    before = read_manifest(tmp_path / "many").files["sums"]
+    changes.configure(tmp_path / "many", temperature=2.0)
+    assert read_manifest(tmp_path / "many").files["sums"] == before
+    changes.remove(tmp_path / "many", where="key_id >= 80")
+    assert "sums" not in read_manifest(tmp_path / "many").files
+
+
+def test_other_keys_have_none_until_they_are_fitted(tmp_path):
+    cache = fitted(tmp_path / "index")
+    assert cache.sums is not None
+    assert replace(cache, keys=np.asarray(cache.keys) * 2, points=None).sums is None  # as after finetune
+    assert cache.take(np.arange(300)).sums is None
+    changes.rebuild(tmp_path / "index", dtype="float16")
+    assert "sums" not in read_manifest(tmp_path / "index").files
+    fit_index(tmp_path / "index")
+    found = verify(tmp_path / "index")
+    close(found.sums, fresh(found))
+
+
+@pytest.mark.parametrize("what", ["counts", "products", "damage"])
+def test_those_of_other_keys_are_noticed(tmp_path, what):
+    folder = tmp_path / "index"
+    cache = fitted(folder)
+    name = read_manifest(folder).files["sums"].name
+    other = np.array(np.load(folder / name))
+    other[(0, 0) if what == "counts" else (C + 1, 3)] += 1
+    if what == "damage":
+        np.save(folder / name, other)
+    else:  # as if a program that knows nothing of them had written the manifest
+        forge(folder, other)
+    with pytest.raises(StoreError, match="sums"):
+        verify(folder)
+    if what == "products":
+        changes.rebuild(folder)
+        assert verify(folder).sums is None
+        fit_index(folder)
+        close(verify(folder).sums, fresh(cache))
+
+
+def forge(folder: Path, array: np.ndarray) -> None:
+    """Other sums, and a manifest that names them."""
+    np.save(folder / "other.npy", array)
+    body = body_of(folder)
+    digest = sha256_of(folder / "other.npy")
+    body["files"]["sums"] |= {"sha256": digest, "name": f"data/sums-{digest[:16]}.npy"}
+    (folder / "other.npy").rename(folder / body["files"]["sums"]["name"])
+    (folder / "manifest.json").write_bytes(sealed(body))

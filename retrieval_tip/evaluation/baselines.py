@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.fit.closed_form import FOLDS, Folds, Scatter, blend
+from retrieval_tip.fit.closed_form import FOLDS, Folds, blend
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of
 
@@ -108,7 +108,7 @@ def _means(folds: Folds, rows: Tensor) -> Tensor:
 def _gaussian(folds: Folds, rows: Tensor) -> Linear:
     """The discriminant of some of the keys, without text."""
     means, d = _means(folds, rows).double(), folds.keys.shape[1]
-    metric = Scatter.of(folds.keys, folds.ids, folds.c, rows).metric(d / (len(rows) - 1 + d))
+    metric = folds.scatter(rows).metric(d / (len(rows) - 1 + d))
     weights = means if metric is None else means @ (metric.transform.double() @ metric.transform.double())
     return Linear(weights.float(), (weights * means).sum(1).div(-2).float())
 

@@ -31,13 +31,16 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
+from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import Ridge
 from retrieval_tip.retrieval.segments import Segments
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import METRICS, VALUES, Fitted, Settings
 from retrieval_tip.store.labels import images_of
+from retrieval_tip.store.sums import Sums
 
 Keys = npt.NDArray[Any] | Segments
+FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 FOLDS, MOST_FOLDS = 4, 8
@@ -54,6 +57,9 @@ LEAST_SHOTS = 3
 
 AFFINITIES = 1 << 28
 """Affinities that the chosen form is judged by, about, where there are very many keys."""
+
+LEAST_OF_A_FOLD = 0.1
+"""The share of a fold that has to be judged, beyond the first: it is solved anew, however few they are."""
 
 OFFSETS = (None, 0.1, 0.05)
 """Offsets of the logarithm of the cache that are tried where values were solved; ``None`` is no logarithm."""
@@ -123,36 +129,32 @@ class Scatter:
     eigenvectors: Tensor
 
     @classmethod
-    def of(cls, keys: Keys, ids: Tensor, c: int, rows: Tensor) -> Scatter:
-        """That of some ``rows`` of keys ``[n, d]`` of classes ``ids`` ``[n]``: within classes, or in all of one each.
+    def of(cls, sums: Sums) -> Scatter:
+        """That of the keys that these are the sums of: within classes, or in all where each class has one.
 
-        ``S = R^T R / n`` of the keys' differences ``R`` ``[n, d]`` from the mean of their class; ``m`` is the mean of
-        the classes' means, so that no class counts more for having more shots. In float64, from sums over blocks of
-        keys, ``R^T R = sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T``; of fewer keys than ``d``, by ``R R^T`` ``[n, n]``,
-        which has the same eigenvalues.
+        ``S = sum_i r_i r_i^T / n`` of the keys' differences ``r_i`` from the mean of their class, which is
+        ``(sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``; ``m`` is the mean of the classes' means, so that no class
+        counts more for having more shots.
         """
-        counts = torch.bincount(ids[rows], minlength=c).double()
-        n, d = len(rows), keys.shape[1]
-        few = _taken(keys, rows).double() if n < d else None
-        sums, scatter = torch.zeros(c, d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
-        if few is not None:
-            sums.index_add_(0, ids[rows], few)
-        else:
-            for part in rows.split(KEY_BLOCK):  # each key is read once
-                block = _taken(keys, part)
-                sums.index_add_(0, ids[part], block.double())
-                scatter += block.T @ block
-        there = counts > 0
-        means = sums / counts.clamp_min(1)[:, None]
-        mean, centres = means[there].mean(0), means if counts.max() > 1 else sums.sum(0).expand(c, d) / n
-        if few is not None:
-            apart = few - centres[ids[rows]]
-            values, left = torch.linalg.eigh(apart @ apart.T / n)
-            some = values > SMALLEST_EIGENVALUE * values.max() / n
-            return cls(mean, values[some], apart.T @ left[:, some] / (n * values[some]).sqrt())
-        roots = centres * counts.sqrt()[:, None]
-        values, vectors = torch.linalg.eigh(scatter.addmm_(roots.T, roots, alpha=-1) / n)
-        return cls(mean, values.clamp_min(0), vectors)
+        mean, centres = _centres(sums.counts, sums.sums)
+        roots = centres * np.sqrt(sums.counts)[:, None]
+        values, vectors = torch.linalg.eigh(torch.from_numpy((sums.second - roots.T @ roots) / sums.n))
+        return cls(torch.from_numpy(mean), values.clamp_min(0), vectors)
+
+    @classmethod
+    def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
+        """The same of keys ``[n, d]``, fewer than ``d``, by the differences' products ``r_i . r_j`` ``[n, n]``.
+
+        These have the same eigenvalues.
+        """
+        wide = keys.double()
+        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
+        mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
+        apart = wide - torch.from_numpy(centres[ids.numpy()])
+        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
+        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
+        scaled = left[:, some] / (len(keys) * values[some]).sqrt()
+        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
 
     def metric(self, shrinkage: float) -> tip.Metric | None:
         """``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``, float32; ``None`` where nothing spreads."""
@@ -165,6 +167,16 @@ class Scatter:
         transform = (self.eigenvectors * (along - beyond)) @ self.eigenvectors.T
         transform.diagonal().add_(beyond)
         return tip.Metric(self.mean.float(), transform.float().contiguous())
+
+
+def _centres(counts: IntArray, sums: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The mean of the means of classes ``[d]``, and what the keys of each differ from ``[c, d]``: their mean.
+
+    Where each class has one key, that is the mean of all.
+    """
+    means = sums / np.maximum(counts, 1)[:, None]
+    centres = means if counts.max() > 1 else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
+    return means[counts > 0].mean(0), centres
 
 
 @dataclass(frozen=True)
@@ -254,32 +266,65 @@ class Held:
 
 @dataclass
 class Folds:
-    """Keys ``[n, d]``, their class ids ``[n]``, scaled ``text`` weights ``[c, d]``, and what is held out in turn."""
+    """Keys ``[n, d]``, their class ids ``[n]``, scaled ``text`` weights ``[c, d]``, and what is held out in turn.
+
+    ``sums`` of all keys are made where they are needed first, unless they are known.
+    """
 
     keys: Keys
     ids: Tensor
     c: int
     text: Tensor | None
     held: Sequence[Held]
+    sums: Sums | None = None
     _scatters: dict[int, Scatter] = field(default_factory=dict)
 
     @classmethod
     def of_shots(
-        cls, keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray, number: int, judged: int
+        cls,
+        keys: Keys,
+        ids: IntArray,
+        c: int,
+        text: Tensor | None,
+        images: IntArray,
+        number: int,
+        judged: int,
+        sums: Sums | None = None,
     ) -> Folds:
-        """``number`` folds of the images of keys, as many as the smallest class allows; about ``judged`` are judged."""
+        """``number`` folds of the images of keys, as many as the smallest class allows; about ``judged`` are judged.
+
+        What is judged is left out, with its views; of a fold that is more than that, the rest stays.
+        """
         folds, first = _folds(images, ids, number)
         held: list[Held] = []
         for fold in range(folds.max(initial=-1) + 1):
             asked = first[folds[first] == fold]
+            if judged < len(asked) * (LEAST_OF_A_FOLD if held else 0):
+                break
             if len(asked) > judged:
                 asked = np.sort(np.random.default_rng(fold).choice(asked, judged, replace=False))
-            rows = torch.from_numpy(np.flatnonzero(folds != fold))
+            rows = torch.from_numpy(np.flatnonzero(~np.isin(images, images[asked])))
             held.append(Held(_taken(keys, torch.from_numpy(asked)), torch.from_numpy(ids[asked]), rows))
             judged -= len(asked)
             if judged <= 0:
                 break
-        return cls(keys, torch.from_numpy(ids), c, text, held)
+        return cls(keys, torch.from_numpy(ids), c, text, held, sums)
+
+    def scatter(self, rows: Tensor) -> Scatter:
+        """How some of the keys spread; of more than ``d``, by the sums of all, less those of the other keys."""
+        if len(rows) < self.keys.shape[1]:
+            return Scatter.of_few(_taken(self.keys, rows), self.ids[rows], self.c)
+        every = np.arange(len(self.ids))
+        if self.sums is None:
+            self.sums = self._sums_of(every)
+        others = np.delete(every, rows.numpy())
+        return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums)
+
+    def _sums_of(self, rows: IntArray) -> Sums:
+        """The sums of some of the keys, each of which is read once."""
+        ids = self.ids.numpy()
+        parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
+        return Sums.of(((np.asarray(self.keys[part]), ids[part]) for part in parts), self.c, self.keys.shape[1])
 
     def judge(self, form: Form) -> Blend:
         """How a form does when it is fitted without each fold."""
@@ -291,7 +336,7 @@ class Folds:
         caches = []
         for number, held in enumerate(self.held):
             if form.shrinkage is not None and number not in self._scatters:
-                self._scatters[number] = Scatter.of(self.keys, self.ids, self.c, held.rows)
+                self._scatters[number] = self.scatter(held.rows)
             metric = None if form.shrinkage is None else self._scatters[number].metric(form.shrinkage)
             caches.append(_cache_of(self, held, metric, form))
         ids = torch.cat([held.ids for held in self.held])
@@ -417,11 +462,12 @@ def fit(
     else:
         (form, settings), trials, accuracies, n = _unjudged(cache, forms), [], {}, 0
         where = "documented for shots that cannot be judged"
-    solved = _solved(cache, form)
+    solved = _solved(folds, form)
     seconds = time.perf_counter() - start
     choice = Choice(form, trials, judged_on, n, len(folds.held), seconds, **accuracies)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(*solved, factory)
+    cache.sums = folds.sums
     cache.settings, cache.provenance = settings, cache.provenance | provenance
     return choice
 
@@ -463,9 +509,9 @@ def _judged_by(cache: CacheModel, validation: Queries | None, images: IntArray) 
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
-        return Folds(cache.keys, ids, c, text, [held]), f"{validation.name} (n={len(held.ids)})"
+        return Folds(cache.keys, ids, c, text, [held], cache.sums), f"{validation.name} (n={len(held.ids)})"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
-    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged)
+    folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums)
     return folds, f"your own photos, each left out (n={sum(len(held.ids) for held in folds.held)})"
 
 
@@ -555,20 +601,18 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[Trial]]:
     return best[0], trials
 
 
-def _solved(cache: CacheModel, form: Form) -> tuple[tip.Metric | None, Tensor | None, Fitted]:
+def _solved(folds: Folds, form: Form) -> tuple[tip.Metric | None, Tensor | None, Fitted]:
     """The metric and the values of a form over all keys, and what was fitted."""
-    ids, every, c = cache.class_ids.cpu(), torch.arange(cache.n), len(cache.class_names)
-    metric = None
-    if form.shrinkage is not None:
-        metric = Scatter.of(cache.keys, ids, c, every).metric(form.shrinkage)
+    every = torch.arange(len(folds.ids))
+    metric = None if form.shrinkage is None else folds.scatter(every).metric(form.shrinkage)
     fitted = Fitted(
         metric="none" if metric is None else form.metric,
         values=form.values,
         shrinkage=None if metric is None else form.shrinkage,
         ridge=form.ridge,
-        keys=cache.n,
+        keys=len(every),
     )
-    return metric, _values(cache.keys, ids, c, every, metric, form), fitted
+    return metric, _values(folds.keys, folds.ids, folds.c, every, metric, form), fitted
 
 
 def _values(keys: Keys, ids: Tensor, c: int, rows: Tensor, metric: tip.Metric | None, form: Form) -> Tensor | None:

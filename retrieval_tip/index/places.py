@@ -195,6 +195,7 @@ class FolderStore(Store):
                 cache.commit(writer, change.what)
 
     def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
+        cache.sums = None  # which the next fit makes of the keys, as the index is made now
         cache.compact(index, dtype)
 
     def verify(self) -> CacheModel:

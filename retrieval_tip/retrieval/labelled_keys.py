@@ -61,6 +61,10 @@ class LabelledKeys:
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         return np.flatnonzero(np.isin(present, wanted))
 
+    def of_rows(self, rows: IntArray) -> tuple[npt.NDArray[Any], IntArray]:
+        """Some of the keys ``[m, d]``, and their class ids ``[m]``."""
+        return np.asarray(self.keys[rows]), self.class_ids[rows]
+
     def order(self) -> IntArray:
         """The rows by class, and within a class by key id: the order of an index that is built at once."""
         return np.lexsort((self.key_ids, self.class_ids))

@@ -23,9 +23,10 @@ from retrieval_tip.store.folder import (
     read_labels,
 )
 from retrieval_tip.store.manifest import DataFile, Manifest, Segment
+from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
 
-HELD = ("text", "values", "curve", "metric", "points")
+HELD = ("text", "values", "curve", "metric", "points", "sums")
 """Parts that are one file each, and written again only where it is another object."""
 
 
@@ -48,7 +49,8 @@ class Contents:
 
     ``segments`` are the keys ``[n_i, d]``, float32 or float16, the first of which the ``index`` is over; ``labels``
     describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32 were solved or trained;
-    the ``metric`` of a fitted index makes the first segment its ``points``, of the keys' dtype; the loss ``curve`` and
+    the ``metric`` of a fitted index makes the first segment its ``points``, of the keys' dtype, and the ``sums`` that
+    it is fitted from are of all keys; the loss ``curve`` and
     the ``weights`` of an encoder (a safetensors file) are those of a fine-tuned one, ``text_index`` is that of very
     many classes. Where contents were just read, indexes are ``None``: their files are opened by who knows FAISS.
     """
@@ -63,6 +65,7 @@ class Contents:
     text_index: SavedIndex | None = None
     metric: tip.Metric | None = None
     points: npt.NDArray[Any] | None = None
+    sums: Sums | None = None
 
     @classmethod
     def read(cls, folder: Path, manifest: Manifest) -> Contents:
@@ -74,14 +77,15 @@ class Contents:
         segments = [read_array(folder, part.keys, (part.keys.rows, manifest.d)) for part in manifest.segments]
         if {part.dtype for part in segments} != {np.dtype(manifest.dtype)}:
             raise StoreError(f"{folder}: keys are not all {manifest.dtype}; build the index again")
-        first = len(segments[0])
+        first, labels = len(segments[0]), read_labels(folder, manifest)
         return cls(
             segments=segments,
             metric=_metric(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
             if "metric" in files
             else None,
             points=read_array(folder, files["points"], (first, manifest.d)) if "points" in files else None,
-            labels=read_labels(folder, manifest),
+            sums=_sums(folder, manifest, labels) if "sums" in files else None,
+            labels=labels,
             text=read_array(folder, files["text"], (c, manifest.d)),
             values=read_array(folder, files["values"], (manifest.n, c), (np.float32,)) if "values" in files else None,
             curve=read_curve(folder, files["curve"]) if "curve" in files else None,
@@ -117,8 +121,7 @@ class Contents:
             elif kind == "curve":
                 writer.seal_table(kind, held)
             else:
-                whole = torch.cat([held.mean[None], held.transform]) if isinstance(held, tip.Metric) else held
-                writer.seal_array(kind, whole.cpu().numpy() if isinstance(whole, torch.Tensor) else whole)
+                writer.seal_array(kind, _array(held))
         return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
@@ -139,6 +142,25 @@ class Contents:
                 writer.keep_later(segment)
             else:
                 writer.seal_later(part, labels)
+
+
+def _array(held: Any) -> npt.NDArray[Any]:
+    """What the file of a part holds."""
+    if isinstance(held, Sums):
+        return held.to_array()
+    whole = torch.cat([held.mean[None], held.transform]) if isinstance(held, tip.Metric) else held
+    return np.asarray(whole.cpu() if isinstance(whole, torch.Tensor) else whole)
+
+
+def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
+    """The sums of a version's keys. Raises StoreError where the classes have other numbers of keys than these say."""
+    file, c = manifest.files["sums"], len(manifest.class_names)
+    array = read_array(folder, file, (c + manifest.d, 1 + manifest.d), (np.float64,))
+    if not np.array_equal(array[:c, 0], np.bincount(labels["class_id"].to_numpy(), minlength=c)):
+        raise StoreError(
+            f"{folder / file.name}: is of other keys; go back to the version before, or build the index again"
+        )
+    return Sums.of_array(array, c)
 
 
 def _metric(array: npt.NDArray[Any]) -> tip.Metric:

@@ -19,15 +19,17 @@ from retrieval_tip.errors import BackboneError, StoreError, UsageError
 from retrieval_tip.settings import Built, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
-TABLE_FORMAT, FITTED_FORMAT, FORMAT_VERSION = 3, 4, 5
+TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
 """All are read, and what is changed is written as the last. 1 had one segment, and neither ``change`` nor
-``next_key_id``; 3 is 2 with a ``table``, 4 is 3 with what was ``fitted``, 5 is 4 with what was ``built``."""
+``next_key_id``; 3 is 2 with a ``table``, 4 is 3 with what was ``fitted``, 5 is 4 with what was ``built``, 6 is 5 with
+``sums``, which every change of keys has to change too."""
 
 KINDS = {"keys": ".npy", "index": ".faiss", "labels": ".parquet", "text": ".npy"}
 OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parquet", "text_index": ".faiss",
-                  "metric": ".npy", "points": ".npy"}  # fmt: skip
+                  "metric": ".npy", "points": ".npy", "sums": ".npy"}  # fmt: skip
 """Of a fitted or fine-tuned index: values ``[n, c]`` float32. Of a fitted one, the metric ``[1 + d, d]`` float32, which
-is its mean and its transform, and the points ``phi(K)`` of the first segment. Of a fine-tuned one, tensors of its
+is its mean and its transform, the points ``phi(K)`` of the first segment, and the sums ``[c + d, 1 + d]`` float64 of
+all keys, where these are many (:class:`sums.Sums`). Of a fine-tuned one, tensors of its
 encoder and the loss curve of the training. Of one of very many classes: the FAISS index over their text weights."""
 TABLE_KINDS = {"classes": ".parquet"}
 """Beside a table: of each class its label, its text weight, and number and sum of its keys."""
@@ -44,7 +46,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class DataFile:
     """One immutable file of an index: its place below the folder, rows, bytes and SHA-256.
 
-    ``rows``: keys, or classes (text), tensors (weights), epochs (curve) or 1 + d (metric).
+    ``rows``: keys, or classes (text), tensors (weights), epochs (curve), 1 + d (metric) or c + d (sums).
     """
 
     name: str
@@ -175,7 +177,7 @@ class Manifest:
             stated = dict(stated) | {"table": None}
         if stated["format_version"] < FITTED_FORMAT:
             stated = dict(stated) | {"fitted": None}
-        if stated["format_version"] < FORMAT_VERSION:
+        if stated["format_version"] < BUILT_FORMAT:
             stated = dict(stated) | {"built": _built(stated["provenance"])}
         body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
         needed = [field.name for field in fields(Settings) if field.name in stated or not field.metadata.get("later")]
@@ -232,6 +234,7 @@ class Manifest:
         moved = self.fitted is not None and self.fitted.metric != "none"
         _need((metric is not None) == (points is not None) == moved, "metric")
         _need(metric is None or metric.rows == self.d + 1, "files.metric.rows")
+        _need("sums" not in files or files["sums"].rows == c + self.d, "files.sums.rows")
         _need("text_index" not in files or files["text_index"].rows <= c, "files.text_index.rows")
         _need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
         _need(first + sum(part.keys.rows for part in later) == self.n, "n")

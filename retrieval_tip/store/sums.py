@@ -36,29 +36,50 @@ class Sums:
     @classmethod
     def of(cls, blocks: Blocks, c: int, d: int) -> Sums:
         """Those of keys ``[b, d]`` float32 or float16 and their class ids ``[b]``, in blocks that are read once."""
-        sums = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d)))
+        counts, sums, second = np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d))
         for keys, ids in blocks:
-            sums._count(keys, ids, 1)
-        return sums
+            for start in range(0, len(keys), BLOCK):
+                own, wide = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
+                if (own[1:] < own[:-1]).any():
+                    order = np.argsort(own, kind="stable")
+                    own, wide = own[order], wide[order]
+                classes, first = np.unique(own, return_index=True)
+                counts[classes] += np.diff(first, append=len(own))
+                sums[classes] += np.add.reduceat(wide, first)
+                second += wide.T @ wide
+        return cls(counts, sums, second)
 
     @property
     def n(self) -> int:
         """Number of keys."""
         return int(self.counts.sum())
 
+    def __add__(self, more: Sums) -> Sums:
+        return Sums(self.counts + more.counts, self.sums + more.sums, self.second + more.second)
+
+    def __sub__(self, less: Sums) -> Sums:
+        counts, sums = self.counts - less.counts, self.sums - less.sums
+        sums[counts == 0] = 0  # and not what rounding left
+        return Sums(counts, sums, self.second - less.second)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of :meth:`to_array`."""
+        c, d = len(self.counts), len(self.second)
+        return 8 * (c + d) * (1 + d)
+
     def added(self, keys: npt.NDArray[Any], ids: IntArray) -> Sums:
         """With further keys ``[m, d]`` of class ids ``[m]``."""
-        return self._changed(keys, ids, 1)
+        return self + Sums.of([(keys, ids)], *self.sums.shape)
 
     def removed(self, keys: npt.NDArray[Any], ids: IntArray) -> Sums:
         """Without some of the keys ``[m, d]``, which are of class ids ``[m]``."""
-        return self._changed(keys, ids, -1)
+        return self - Sums.of([(keys, ids)], *self.sums.shape)
 
     def moved(self, keys: npt.NDArray[Any], ids: IntArray, class_id: int) -> Sums:
         """With some of the keys ``[m, d]``, of class ids ``[m]``, given to another class."""
-        less, own = Sums.of([(keys, ids)], *self.sums.shape), np.arange(len(self.counts)) == class_id
-        counts = self.counts - less.counts + own * less.n
-        return Sums(counts, self.sums - less.sums + np.outer(own, less.sums.sum(0)), self.second)._tidied()
+        there = self.removed(keys, ids).added(keys, np.full(len(keys), class_id))
+        return Sums(there.counts, there.sums, self.second)
 
     def widened(self, c: int) -> Sums:
         """With further classes, ``c`` in all, which have no key."""
@@ -87,32 +108,9 @@ class Sums:
 
     @classmethod
     def of_array(cls, array: npt.NDArray[Any], c: int) -> Sums:
-        """The inverse of :meth:`to_array`, of ``c`` classes."""
-        whole = np.array(array, np.float64)
-        return cls(whole[:c, 0].astype(np.int64), whole[:c, 1:], whole[c:, 1:])
+        """The inverse of :meth:`to_array`, of ``c`` classes; what is mapped from a disk stays there."""
+        return cls(array[:c, 0].astype(np.int64), array[:c, 1:], array[c:, 1:])
 
     def to_array(self) -> FloatArray:
         """``[c + d, 1 + d]`` float64, sums of ``(1, k_i)`` of each class, then that of ``k_i (1, k_i)``."""
         return np.block([[self.counts[:, None], self.sums], [self.sums.sum(0)[:, None], self.second]])
-
-    def _changed(self, keys: npt.NDArray[Any], ids: IntArray, sign: int) -> Sums:
-        changed = Sums(self.counts.copy(), self.sums.copy(), self.second.copy())
-        changed._count(keys, ids, sign)
-        return changed._tidied()
-
-    def _tidied(self) -> Sums:
-        """The same, without the rounding that was left in a class that has no key any more."""
-        self.sums[self.counts == 0] = 0
-        return self
-
-    def _count(self, keys: npt.NDArray[Any], ids: IntArray, sign: int) -> None:
-        """Add keys (1), or take them away (-1), in their place."""
-        for start in range(0, len(keys), BLOCK):
-            own, block = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
-            if (own[1:] < own[:-1]).any():
-                order = np.argsort(own, kind="stable")
-                own, block = own[order], block[order]
-            classes, first = np.unique(own, return_index=True)
-            self.counts[classes] += sign * np.diff(first, append=len(own))
-            self.sums[classes] += sign * np.add.reduceat(block, first)
-            self.second[:] += sign * (block.T @ block)
