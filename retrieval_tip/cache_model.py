@@ -25,7 +25,16 @@ from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
-from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, Keys, auto_for, beside, index_over, text_index_over
+from retrieval_tip.retrieval.keys import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    Keys,
+    auto_for,
+    beside,
+    index_over,
+    points_of,
+    text_index_over,
+)
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
 from retrieval_tip.retrieval.ridge import Ridge
@@ -100,7 +109,7 @@ class InMemory(AnsweringIndex):
         self.sums: Sums | None = None
         self.text_weights = self.text_weights.to(self.device)
         if self.metric is not None:
-            self.metric = tip.Metric(self.metric.mean.to(self.device), self.metric.transform.to(self.device))
+            self.metric = self.metric.to(self.device)
             self.points = self._with_points()
         self._follow()
         if self.values is not None:
@@ -147,20 +156,10 @@ class InMemory(AnsweringIndex):
         """The keys as queries meet them: their points in the metric, or the keys themselves."""
         return self.keys if self.points is None else self.points
 
-    def _points_of(self, keys: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """``phi`` of keys ``[m, d]``, of their dtype; ``None`` without a metric."""
-        if self.metric is None:
-            return None
-        points = np.empty(keys.shape, dtype=keys.dtype)
-        for part in slices(len(keys), KEY_BLOCK):
-            block = torch.from_numpy(np.array(keys[part], dtype=np.float32)).to(self.device)
-            points[part] = self.metric(block).cpu().numpy()
-        return points
-
     def _with_points(self) -> npt.NDArray[Any] | Segments:
         """The points of all keys: those that are known, which are of the first segments, and the others anew."""
         known = [] if self.points is None else list(segments_of(self.points))
-        late = [self._points_of(part) for part in segments_of(self.keys)[len(known) :]]
+        late = [points_of(self.metric, part, self.device) for part in segments_of(self.keys)[len(known) :]]
         return joined([*known, *(part for part in late if part is not None)])
 
     @property
@@ -478,7 +477,7 @@ class CacheModel(InMemory):
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(matrix))
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
         matrix = np.asarray(matrix).astype(self.dtype)
-        points = self._points_of(matrix)
+        points = points_of(self.metric, matrix, self.device)
         values = None
         if self.values is not None and self._ridge is not None:
             values = self._ridge.added(self._keys, self.values, matrix if points is None else points, ids)

@@ -60,6 +60,10 @@ class Metric:
         """``phi`` of features ``[q, d]``; one that equals the mean becomes 0."""
         return torch.nn.functional.normalize((features - self.mean) @ self.transform)
 
+    def to(self, device: str) -> Metric:
+        """The same on a device."""
+        return Metric(self.mean.to(device), self.transform.to(device))
+
 
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
     """Inner products ``A = f K^T``: features ``[q, d]`` and keys ``[n, d]`` to ``[q, n]`` (paper, equation 4).

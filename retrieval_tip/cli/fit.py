@@ -30,11 +30,12 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     grouped,
 )
-from retrieval_tip.cli.parameters import FILE, FOLDER, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
 from retrieval_tip.cli.program import command
 from retrieval_tip.errors import Skipped, UsageError, show
 
 if TYPE_CHECKING:
+    from retrieval_tip.cli.opening import Place
     from retrieval_tip.fit.search_hp import Choice
     from retrieval_tip.fit.trainer import Recipe
     from retrieval_tip.settings import KeysMet
@@ -66,7 +67,7 @@ _SEARCH = grouped(
 
 
 @command("fit")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, in place of the shots.")
 @LETTERS
 @click.option("--plot", type=FILE, help="PNG or SVG file for the forms that were tried (needs matplotlib).")
@@ -76,7 +77,7 @@ _SEARCH = grouped(
 @click.pass_context
 def fit_command(
     ctx: click.Context,
-    folder: Path,
+    folder: Place,
     source: Path | str | None,
     metric: str | None,
     values: str | None,
@@ -91,6 +92,7 @@ def fit_command(
     """
     from retrieval_tip.data.sources import open_source
     from retrieval_tip.index.fit import fit_index
+    from retrieval_tip.index.places import at
     from retrieval_tip.report import plots
 
     if plot:
@@ -105,7 +107,7 @@ def fit_command(
     warn(choice.warnings)
     say(f"{choice} ({choice.seconds:.1f} s)")
     if plot and choice.trials:
-        plots.draw_choice(choice, plot, show(folder.name))
+        plots.draw_choice(choice, plot, show(at(folder).name))
     elif plot:
         warn(["--plot: nothing was tried, so nothing is drawn; the documented form stands"])
     finish(ctx, skipped)

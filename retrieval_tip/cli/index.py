@@ -97,7 +97,7 @@ def index() -> None:
                    "store: auto, Flat, IvfFlat, IvfSq or HnswSq.  [default: Flat, of a store auto]")  # fmt: skip
 @click.option("--fit", type=click.Choice(["auto", "none"]),
               help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
-                   "[default: auto; none where alpha, beta or normalize is given, and of a LanceDB store]")  # fmt: skip
+                   "[default: auto; none where alpha, beta or normalize is given]")  # fmt: skip
 @LETTERS
 @_KEYS
 @click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),

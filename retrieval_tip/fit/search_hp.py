@@ -24,6 +24,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.data.sources import Source, open_source
@@ -114,7 +115,7 @@ class Choice:
         }
 
 
-def on_validation(cache: CacheModel, source: Source, encoder: Encoder) -> Queries:
+def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Queries:
     """Queries from a labelled source whose images are not among the keys.
 
     Raises InputError for labels that are no class of the index.
@@ -124,7 +125,7 @@ def on_validation(cache: CacheModel, source: Source, encoder: Encoder) -> Querie
     return unseen(cache, encoded.features, ids[encoded.positions], source.name)
 
 
-def unseen(cache: CacheModel, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], name: str) -> Queries:
+def unseen(cache: AnsweringIndex, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], name: str) -> Queries:
     """Queries that are none of the keys: features ``[q, d]`` and their class ids ``[q]``."""
     return Queries(features, ids, np.full(len(ids), -1), np.arange(cache.n), name)
 

@@ -27,6 +27,7 @@ from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import places as stores
+from retrieval_tip.index.fit import fit_table
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft, labels_in_blocks
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
@@ -87,7 +88,7 @@ def build_index(
         normalize: the units of alpha and beta (see :func:`defaults.plain_settings`), by default the paper's where one
             of them is given: the other is then 1.0 or 5.5. Else they follow from the shots' own affinities (``both``).
         fit: ``auto`` fits metric, values and settings to the shots (:func:`closed_form.fit`); ``none`` is Tip-Adapter,
-            and the default where alpha, beta or normalize is given, or a LanceDB store is built.
+            and the default where alpha, beta or normalize is given.
         metric: ``none`` or ``within``, where the fit is not to choose.
         values: ``one-hot`` or ``solved``, where the fit is not to choose.
         k: how many keys a query uses by default, or ``all``; ``None`` is what goes with the choice of ``index="auto"``,
@@ -103,12 +104,13 @@ def build_index(
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
     asked = _Asked.of(encoder, alpha, beta, normalize, logit_scale, k)
     place = stores.at(out)
-    fitting = _fitting(fit, (metric, values), (alpha, beta, normalize), place)
+    fitting = _fitting(fit, (metric, values), (alpha, beta, normalize))
     words = _text(source, encoder, templates, text)
     source, ids = _drawn(source, words.class_names, text, shots, encoder.seed)
     made = _Made(source, encoder, ids, words, asked, shots)
     if isinstance(place, stores.LanceStore):
-        _build_table(place, made, dtype, "auto" if index is None else index)
+        fit_it = partial(fit_table, metric=metric, values=values) if fitting else None
+        _build_table(place, made, dtype, "auto" if index is None else index, fit_it)
     else:
         choose = partial(closed_form.fit, metric=metric, values=values) if fitting else None
         factory = "Flat" if index is None else index
@@ -206,8 +208,14 @@ def _drawn(
     return source.take(drawn), ids[drawn]
 
 
-def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str) -> None:
-    """Keys stream into the table as they come."""
+def _build_table(
+    place: stores.LanceStore,
+    made: _Made,
+    dtype: str,
+    index: str,
+    fit: Callable[[LanceDraft], closed_form.Choice] | None,
+) -> None:
+    """Keys stream into the table as they come; a ``fit`` may write it again, with their points."""
     with place.write() as writer:
         names, weights, templates, _ = made.words
         rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
@@ -219,6 +227,8 @@ def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str) 
         table.provenance = made.described(statistics)
         table.built = replace(made.built, auto_index=table.built.auto_index)
         _warn_of_table(table)
+        if fit is not None:
+            _warn_of_choice(fit(table))
         table.commit("build")
 
 
@@ -263,22 +273,20 @@ def _build_folder(
             built=made.built,
         )
         if fit is not None:
-            for warning in fit(cache, factory=factory).warnings:
-                log.warning("%s", warning)
+            _warn_of_choice(fit(cache, factory=factory))
         cache.commit(writer, "build")
 
 
-def _fitting(
-    fit: str | None, letters: Sequence[str | None], settings: Sequence[float | str | None], place: stores.Store
-) -> bool:
+def _warn_of_choice(choice: closed_form.Choice) -> None:
+    for warning in choice.warnings:
+        log.warning("%s", warning)
+
+
+def _fitting(fit: str | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
     """Whether a build fits. Raises UsageError for what does not go together."""
     if fit not in (None, "auto", "none"):
         raise UsageError(f"fit {fit!r}: expected auto or none")
     given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
-    if isinstance(place, stores.LanceStore):
-        if fit == "auto" or wanted:
-            raise UsageError("fit: a LanceDB store keeps no metric and no values; build a folder")
-        return False
     if given and (fit == "auto" or wanted):
         raise UsageError("fit: finds alpha and beta itself; leave out alpha, beta and normalize, or the fit")
     if fit == "none" and wanted:

@@ -286,11 +286,10 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
 def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     """Copy the current, or an earlier, version of an index to a new place, checked on the way.
 
-    Between a folder and a LanceDB store it is copied too: keys, labels and settings are the same; the index over the
-    keys is that of a new build with ``auto`` in a store, ``Flat`` in a folder.
+    Between a folder and a LanceDB store it is copied too: keys, labels, settings and what was fitted are the same; the
+    index over the keys is that of a new build with ``auto`` in a store, ``Flat`` in a folder.
 
-    Raises StoreError where there is an index in ``out`` already, InputError for trained values or encoders, which a
-    store does not keep.
+    Raises StoreError where there is an index in ``out`` already, InputError as :func:`export.copy`.
     """
     source, target = stores.at(folder), stores.at(out)
     if target.exists():
@@ -440,7 +439,9 @@ def _poison(cache: Model, key_ids: Sequence[int]) -> Duplicates | None:
 def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Duplicates:
     """The same, of the new keys with their nearest ones and those of their images: nothing else is read."""
     asked = np.asarray(key_ids[:MOST_ASKED])
-    near = cache.retrieval.nearest(torch.from_numpy(cache.keys_of(asked).astype(np.float32)), NEIGHBOURS)
+    retrieval = cache.retrieval
+    points = retrieval.points(torch.from_numpy(cache.keys_of(asked).astype(np.float32)))
+    near = retrieval.nearest(points, NEIGHBOURS)
     rows = np.unique(near.rows[near.rows >= 0].numpy())
     fresh = cache.find(key_ids=key_ids)
     digests = fresh["digest"].drop_null().unique().to_pylist()

@@ -19,9 +19,8 @@ from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, w
 from retrieval_tip.data.tables import FEATURE
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
-from retrieval_tip.fit.closed_form import unfitted
 from retrieval_tip.index import places as stores
-from retrieval_tip.lance.draft import LanceDraft
+from retrieval_tip.lance.draft import LanceDraft, values_by_id
 from retrieval_tip.lance.key_table import VERSION
 from retrieval_tip.lance.lance_model import LanceModel
 from retrieval_tip.retrieval.keys import KEY_BLOCK
@@ -32,31 +31,33 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BESIDE = ("settings", "templates", "backbone", "provenance")
+BESIDE = ("settings", "templates", "backbone", "provenance", "metric", "fitted")
 """Fields that an index has beside its keys, labels and classes."""
 
 
 def copy(model: Model, target: stores.Store, what: str) -> int:
     """Write an opened index to a place that has none; returns its version. ``what`` is said of it in its history.
 
-    A LanceDB store keeps no metric and no values. What was fitted is left out there, with a warning, and the copy
-    answers as Tip-Adapter; trained values or encoders raise InputError. StoreError as :func:`writer.write`.
+    A LanceDB store keeps what was fitted, but no trained values and no trained encoder: these raise InputError, as do
+    solved values of too many keys (:meth:`LanceDraft.check_held`). StoreError as :func:`writer.write`.
     """
     if not isinstance(target, stores.LanceStore):  # a folder keeps all that a model has, a table some of it
         model.save(str(target), what)
         return target.manifest().version
-    if isinstance(model, CacheModel) and model.fitted is not None:
-        log.warning("%s: a LanceDB store keeps neither metric nor values; the copy answers as Tip-Adapter", target)
-        model = unfitted(model)
-    if model.values is not None or model.tuned is not None:
+    if (model.values is not None and model.fitted is None) or model.tuned is not None:
         raise InputError(
             f"{target}: a LanceDB store keeps no trained values and no trained encoder; keep this index in a folder"
         )
     with target.write() as writer:
         text = model.text_weights.cpu().numpy()
-        copied = LanceDraft.create(writer, _stored_blocks(model), model.class_names, text, model.dtype)
+        metric = model.metric if model.values is None else None  # of points that the table has
+        copied = LanceDraft.create(writer, _stored_blocks(model), model.class_names, text, model.dtype, metric=metric)
         for name in BESIDE:
             setattr(copied, name, getattr(model, name))
+        whole = model if isinstance(model, CacheModel) else model.whole
+        if whole is not None and whole.values is not None:
+            copied.check_held(copied.n)
+            copied.hold(values_by_id(whole))
         copied.built = replace(model.built, auto_index=copied.built.auto_index)
         assert model.next_key_id is not None
         copied.next_key_id = model.next_key_id

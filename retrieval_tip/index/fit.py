@@ -1,30 +1,32 @@
-"""Fit an index to its shots anew, as a new version."""
+"""Fit an index to its shots, anew as a new version, wherever it lies."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import StoreError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Choice
-from retrieval_tip.fit.search_hp import on_validation
+from retrieval_tip.fit.search_hp import Queries, on_validation
+from retrieval_tip.index import places as stores
+from retrieval_tip.index.places import Place
+from retrieval_tip.lance.draft import LanceDraft
 
 
 def fit_index(
-    folder: str | os.PathLike[str],
+    folder: Place,
     *,
     metric: str | None = None,
     values: str | None = None,
     validation: Source | None = None,
     encoder: Encoder | None = None,
 ) -> Choice:
-    """Fit metric, values and settings of an index folder (:func:`closed_form.fit`), and write a new version.
+    """Fit metric, values and settings of an index (:func:`closed_form.fit`), and write a new version.
 
     Args:
-        folder: the index.
+        folder: the index; in a LanceDB store as :func:`fit_table`.
         metric: ``none`` or ``within``, where it is not to be chosen.
         values: ``one-hot`` or ``solved``, where they are not to be chosen.
         validation: labelled images or features to judge by, in place of the shots; they need an ``encoder``.
@@ -33,12 +35,35 @@ def fit_index(
     Raises as :func:`closed_form.fit`, and StoreError as :meth:`CacheModel.load` and :meth:`CacheModel.save`; then
     nothing was changed.
     """
-    cache = CacheModel.load(folder, device="cpu")
+    place, letters = stores.at(folder), {"metric": metric, "values": values}
+    if isinstance(place, stores.LanceStore):
+        model = place.load(device="cpu")
+        queries = None if validation is None or encoder is None else on_validation(model, validation, encoder)
+        with place.change() as change:
+            assert isinstance(change.cache, LanceDraft)
+            if queries is not None and change.cache.version != model.version:
+                raise StoreError(f"{folder}: was changed by another process meanwhile; try again")
+            choice = fit_table(change.cache, **letters, validation=queries)
+            change.what = "fit"
+        return choice
+    cache = CacheModel.load(place.folder, device="cpu")
     queries = None
     if validation is not None and encoder is not None:
         queries = on_validation(cache, validation, encoder)
     if cache.segments > 1:
         cache.compact()
     choice = closed_form.fit(cache, metric=metric, values=values, validation=queries)
-    cache.save(Path(folder), "fit")
+    cache.save(place.folder, "fit")
+    return choice
+
+
+def fit_table(
+    table: LanceDraft, *, metric: str | None = None, values: str | None = None, validation: Queries | None = None
+) -> Choice:
+    """Fit what is to become the next version of a LanceDB store, with the arguments of :func:`closed_form.fit`."""
+    whole = table.in_memory() if table.whole is None else table.whole
+    whole.settings = table.settings
+    choice = closed_form.fit(whole, metric=metric, values=values, validation=validation)
+    table.settings, table.provenance = whole.settings, whole.provenance
+    table.set_fitted(whole.metric, whole.fitted, whole)
     return choice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.lance.key_table import (
     FLAT,
     INDEX_FROM,
+    POINT,
     UNINDEXED,
     VECTOR,
     VERSION,
@@ -29,9 +32,16 @@ from retrieval_tip.lance.lance_model import IntArray, LanceModel
 from retrieval_tip.lance.versions import Classes, Writer
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features, Labels
+from retrieval_tip.retrieval.keys import points_of
+from retrieval_tip.settings import Fitted
 from retrieval_tip.store import history
+from retrieval_tip.store.contents import array_of
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import Manifest, Table
+from retrieval_tip.store.sums import Sums
+
+MOST_HELD = 1 << 30
+"""Bytes of keys and solved values that an index in LanceDB has in memory, at most."""
 
 
 @dataclass(repr=False, kw_only=True)
@@ -62,12 +72,14 @@ class LanceDraft(LanceModel):
         index: str = "auto",
         *,
         stored: bool = False,
+        metric: tip.Metric | None = None,
     ) -> LanceDraft:
         """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
 
         It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
-        row. Raises UsageError for an index that a store does not have, InputError
-        for columns that a table cannot hold or text weights of another length; and what ``blocks`` raise.
+        row. With a ``metric`` the table has the keys' points too. Raises UsageError for an index that a store does not
+        have, InputError for columns that a table cannot hold or text weights of another length; and what ``blocks``
+        raise.
         """
         index_kind(index, 0)
         ahead = iter(blocks)
@@ -75,30 +87,33 @@ class LanceDraft(LanceModel):
         d, c, following = keys.shape[1], len(class_names), 0
         text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
         inputs.check_shape("text_weights", text.shape, (c, d), "one a class; they come from the backbone of the keys")
-        counts, sums = np.zeros(c, dtype=np.int64), np.zeros((c, d))
+        sums, point_sums = Sums.of([], c, d), None if metric is None else np.zeros((c, d))
         further = labels.drop_columns([VERSION]) if stored else labels
         extra = [further.schema.field(name) for name in further.column_names[len(LABEL_SCHEMA) :]]
         check_columns(extra)
-        schema = schema_of(d, dtype, extra)
+        schema = schema_of(d, dtype, extra, points=metric is not None)
 
         def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal following
+            nonlocal following, sums
             for part, own in itertools.chain([(labels, keys)], ahead):
                 ids = part["class_id"].to_numpy().astype(np.int64)
                 with np.errstate(over="ignore"):  # refused just below
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: hold values too large for {dtype}")
-                counts[:] += np.bincount(ids, minlength=c)
-                np.add.at(sums, ids, own.astype(np.float64))
+                sums, points = sums.added(own, ids), points_of(metric, own, "cpu")
+                if points is not None and point_sums is not None:
+                    np.add.at(point_sums, ids, points.astype(np.float64))
                 following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
-                yield from rows_of(part, own, writer.number).select(schema.names).cast(schema).to_batches()
+                yield from rows_of(part, own, writer.number, points).select(schema.names).cast(schema).to_batches()
 
         table = writer.create(rows(), schema)
         model = cls(
             store=writer.store,
             table=table,
-            classes=Classes(list(class_names), text, counts, sums),
+            classes=Classes(list(class_names), text, sums.counts, sums.sums, point_sums),
+            second=sums.second,
+            metric=metric,
             dtype=dtype,
             next_key_id=following,
             writer=writer,
@@ -109,18 +124,23 @@ class LanceDraft(LanceModel):
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
         """See :meth:`CacheModel.add_classes`."""
         names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
-        old, m = self.classes, len(names)
+        old, more = self.classes, ((0, len(names)), (0, 0))
         self.classes = Classes(
             [*old.names, *names],
             np.concatenate([old.text, weights.numpy()]),
-            np.concatenate([old.counts, np.zeros(m, dtype=np.int64)]),
-            np.concatenate([old.sums, np.zeros((m, self.d))]),
+            np.pad(old.counts, more[0]),
+            np.pad(old.sums, more),
+            None if old.points is None else np.pad(old.points, more),
         )
+        if self.whole is not None:
+            self.whole.add_classes(names, weights if self.has_text else None)
         self._follow()
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
         """Take other text weights ``[c, d]``, made from these templates."""
         self.classes, self.templates = replace(self.classes, text=weights), list(templates)
+        if self.whole is not None:
+            self.whole.set_text(weights, templates)
         self._follow()
 
     def add(
@@ -133,7 +153,10 @@ class LanceDraft(LanceModel):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`CacheModel.add`."""
+        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`CacheModel.add`.
+
+        Raises InputError also where keys with solved values would be too many for memory (:meth:`check_held`).
+        """
         array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
         columns: dict[str, Any] = {"views": views, "digests": digests, "extra": extra}
@@ -141,10 +164,29 @@ class LanceDraft(LanceModel):
         self._check_columns(added)
         added = shots_after(added, ids, self._next_shots(np.unique(ids)))
         order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
-        self.table.append(rows_of(added.take(pa.array(order)), array[order], self.writer.number))
-        self._count(ids, array, 1)
+        if self.whole is not None:
+            self.check_held(self.n + len(array))
+            self._settled_whole().add(array, ids, sources, **columns)
+        points = points_of(self.metric, array, self.device) if self.table.has_points else None
+        ordered = None if points is None else points[order]
+        self.table.append(rows_of(added.take(pa.array(order)), array[order], self.writer.number, ordered))
+        self._count(lambda sums: sums.added(array, ids), points, ids, 1)
         self.next_key_id += len(array)
         return key_ids.tolist()
+
+    def _settled_whole(self) -> CacheModel:
+        """The keys in memory, to be changed as the table is: their values are solved by the settings of now."""
+        assert self.whole is not None
+        self.whole.settings = self.settings
+        return self.whole
+
+    def check_held(self, n: int) -> None:
+        """Raise InputError where ``n`` keys with solved values are too many to have in memory."""
+        if n * (self.d + len(self.class_names)) * 4 > MOST_HELD:
+            raise InputError(
+                f"{self.store}: {n:,} keys with solved values of {len(self.class_names):,} classes are too many for a "
+                f"LanceDB store; give it one-hot ones first (retrieval-tip fit {self.store} --values one-hot)"
+            )
 
     def _check_columns(self, added: pa.Table) -> None:
         """Raise InputError for further columns that the table cannot have, or has with another type."""
@@ -164,23 +206,35 @@ class LanceDraft(LanceModel):
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
         return following
 
-    def _count(self, ids: IntArray, keys: npt.NDArray[Any], sign: int) -> None:
-        """Follow what was added (1) or removed (-1)."""
-        sums = self.classes.sums.copy()
-        counts = self.classes.counts + sign * np.bincount(ids, minlength=len(self.class_names))
-        np.add.at(sums, ids, sign * keys.astype(np.float64))
-        sums[counts == 0] = 0
-        self.classes = replace(self.classes, counts=counts, sums=sums)
+    def _count(self, change: Callable[[Sums], Sums], points: npt.NDArray[Any] | None, ids: IntArray, sign: int) -> None:
+        """Follow a change of the keys, of which these ``points`` were added to classes (1), or left them (-1)."""
+        second, point_sums = self.second, self.classes.points
+        unknown = np.zeros((self.d, self.d)) if second is None else second
+        now = change(Sums(self.classes.counts, self.classes.sums, unknown))
+        if point_sums is not None and points is not None:
+            point_sums = point_sums.copy()
+            np.add.at(point_sums, ids, sign * points.astype(np.float64))
+            point_sums[now.counts == 0] = 0
+        self.second = None if second is None else now.second
+        self.classes = replace(self.classes, counts=now.counts, sums=now.sums, points=point_sums)
         self._follow()
+
+    def _vectors(self, rows: pa.Table) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+        """Keys and points of rows."""
+        return self.table.matrix(rows[VECTOR]), self.table.matrix(rows[POINT]) if POINT in rows.column_names else None
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay. See :meth:`CacheModel.remove`."""
-        rows = self._of_ids(key_ids, ["key_id", "class_id", VECTOR])
+        rows = self._of_ids(key_ids, ["key_id", "class_id", *self.table.vectors])
         if len(rows) == self.n:
             raise InputError("remove: an index needs at least one key; give up the folder instead")
         if len(rows):
+            keys, points = self._vectors(rows)
+            ids = rows["class_id"].to_numpy().astype(np.int64)
+            if self.whole is not None:
+                self._settled_whole().remove(key_ids)
             self.table.delete(rows["key_id"].to_pylist())
-            self._count(rows["class_id"].to_numpy().astype(np.int64), self.table.matrix(rows[VECTOR]), -1)
+            self._count(lambda sums: sums.removed(keys, ids), points, ids, -1)
 
     def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """Rows of keys. Raises InputError naming ids that are not there."""
@@ -198,7 +252,9 @@ class LanceDraft(LanceModel):
         if not len(moved):
             return
         m, first = len(moved), int(self._next_shots(np.array([class_id]))[class_id])
-        old, keys = moved["class_id"].to_numpy().astype(np.int64), self.table.matrix(moved[VECTOR])
+        old, (keys, points) = moved["class_id"].to_numpy().astype(np.int64), self._vectors(moved)
+        if self.whole is not None:
+            self._settled_whole().relabel(moved["key_id"].to_pylist(), label)
         new = {
             "class_id": np.full(m, class_id, dtype=np.int32),
             "label": [label] * m,
@@ -209,8 +265,8 @@ class LanceDraft(LanceModel):
             moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
         self.table.delete(moved["key_id"].to_pylist())
         self.table.append(moved)
-        self._count(old, keys, -1)
-        self._count(np.full(m, class_id, dtype=np.int64), keys, 1)
+        self._count(lambda sums: sums.moved(keys, old, class_id), points, old, -1)
+        self._count(lambda sums: sums, points, np.full(m, class_id, dtype=np.int64), 1)
 
     def compact(self) -> None:
         """Put the pieces of the table together, and all rows into its index."""
@@ -227,9 +283,30 @@ class LanceDraft(LanceModel):
         kept = "auto" if self.built.auto_index else self.index_type
         blocks = replace(self, table=before).stored_blocks()
         how = (self.class_names, self.classes.text, dtype or self.dtype, kept if factory is None else factory)
-        anew = self.create(self.writer, blocks, *how, stored=True)
-        self.table, self.classes, self.dtype = anew.table, anew.classes, anew.dtype
+        metric = self.metric if self.whole is None else None
+        anew = self.create(self.writer, blocks, *how, stored=True, metric=metric)
+        self.table, self.classes, self.second, self.dtype = anew.table, anew.classes, anew.second, anew.dtype
         self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
+        if self.whole is not None:
+            self._settled_whole().compact(dtype=dtype)
+        self._follow()
+
+    def set_fitted(self, metric: tip.Metric | None, fitted: Fitted | None, whole: CacheModel | None = None) -> None:
+        """Take a metric and how it was ``fitted``; or the keys in memory (:meth:`in_memory`) that this was fitted to.
+
+        Their values are kept with them; where there are none, the table gets the keys' points, which takes writing it
+        anew. Raises InputError as :meth:`check_held`.
+        """
+        self.metric, self.fitted, self.whole = metric, fitted, None
+        if whole is not None and whole.values is not None:
+            self.check_held(self.n)
+            self.whole = whole
+        if metric is not None and self.whole is None:
+            self.rewrite()
+        elif self.table.has_points:
+            self.table.drop_points()
+            self.classes = replace(self.classes, points=None)
+            self._index(self.index_type, "auto" if self.built.auto_index else self.index_type)
         self._follow()
 
     def _index(self, kind: str, asked: str) -> None:
@@ -255,6 +332,8 @@ class LanceDraft(LanceModel):
         writer = self.writer
         self.check_answers()
         self._keep_up()
+        files = {"classes": writer.put("classes", self.classes.to_bytes(), len(self.class_names))}
+        files |= {kind: writer.put_array(kind, array) for kind, array in self._arrays()}
         self.manifest = Manifest(
             version=writer.number,
             parent=writer.parent.version if writer.parent else None,
@@ -269,7 +348,8 @@ class LanceDraft(LanceModel):
             backbone=self.backbone.to_dict() if self.backbone else None,
             provenance=self.provenance,
             built=self.built,
-            files={"classes": writer.classes(self.classes)},
+            fitted=self.fitted,
+            files=files,
             next_key_id=self.next_key_id,
             change=change,
             table=Table(self.table.name, self.table.version, self.n),
@@ -278,6 +358,23 @@ class LanceDraft(LanceModel):
         self.version = self.manifest.version
         with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
             self.store.forget_old(writer.still_held, self.manifest.version)
+
+    def _arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """What goes into objects beside the classes, by kind."""
+        if self.second is not None:
+            yield "second", self.second
+        if self.metric is not None:
+            yield "metric", array_of(self.metric)
+        if self.whole is not None:
+            yield "values", values_by_id(self.whole)
+
+
+def values_by_id(cache: CacheModel) -> npt.NDArray[np.float32]:
+    """Values ``[n, c]`` of a classifier that has them, in the order of key ids."""
+    assert cache.values is not None
+    order = np.argsort(cache.labels["key_id"].to_numpy())
+    values: npt.NDArray[np.float32] = cache.values.cpu().numpy()[order]
+    return values
 
 
 def check_columns(columns: Iterable[pa.Field]) -> None:

@@ -1,9 +1,10 @@
 """A LanceDB table of keys and their labels: what is used of that engine, and how.
 
-A row has the columns of the label store, ``version`` (of the index that brought it) and the key, ``vector``. Every
-write makes a version of the table that nothing changes any more; which one counts, a manifest says. Searches are by
-inner product (``dot``) only: any other metric would pass over the index in silence, and a cosine would normalise keys
-that fine-tuning took off the unit sphere.
+A row has the columns of the label store, ``version`` (of the index that brought it) and the key, ``vector``; where
+queries meet keys in a metric also ``_point``, the key in it, which the index is then over. Every write makes a version
+of the table that nothing changes any more; which one counts, a manifest says. Searches are by inner product (``dot``)
+only: any other metric would pass over the index in silence, and a cosine would normalise keys that fine-tuning took off
+the unit sphere.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from retrieval_tip.store.labels import LABEL_SCHEMA
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-VECTOR, VERSION, ROW = "vector", "version", "_rowid"
+VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
 FLAT = "Flat"
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
 """Index types, and how many candidates for each of the nearest are compared with the keys themselves."""
@@ -84,22 +85,30 @@ def index_kind(factory: str, n: int) -> str:
     return factory
 
 
-def schema_of(d: int, dtype: str, extra: Iterable[pa.Field] = ()) -> pa.Schema:
-    """Columns of a table of keys of ``d`` values."""
+def schema_of(d: int, dtype: str, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
+    """Columns of a table of keys of ``d`` values, and of their points."""
     value = pa.float32() if dtype == "float32" else pa.float16()
     own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]
-    return pa.schema([*own, *extra, pa.field(VECTOR, pa.list_(value, d))])
+    vectors = [pa.field(name, pa.list_(value, d)) for name in ((VECTOR, POINT) if points else (VECTOR,))]
+    return pa.schema([*own, *extra, *vectors])
 
 
-def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int) -> pa.Table:
-    """Rows of keys ``[m, d]`` with the labels that describe them; of this ``version``, where these do not say which."""
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(keys).reshape(-1)), keys.shape[1])
+def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int, points: npt.NDArray[Any] | None = None) -> pa.Table:
+    """Rows of keys ``[m, d]``, and their points, with the labels that describe them.
+
+    They are of this ``version``, where the labels do not say which.
+    """
     known = labels[VERSION] if VERSION in labels.column_names else pa.array(np.full(len(labels), version))
     own = labels.select(LABEL_SCHEMA.names).append_column(VERSION, known)
     for name in labels.column_names[len(LABEL_SCHEMA) :]:
         if name != VERSION:
             own = own.append_column(name, labels[name])
-    return own.append_column(VECTOR, vectors)
+    own = own.append_column(VECTOR, _vectors(keys))
+    return own if points is None else own.append_column(POINT, _vectors(points))
+
+
+def _vectors(rows: npt.NDArray[Any]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
 @contextmanager
@@ -185,6 +194,26 @@ class KeyTable:
             return schema
 
     @property
+    def has_points(self) -> bool:
+        """Whether it holds the keys in a metric, too."""
+        return POINT in self.schema.names
+
+    @property
+    def met(self) -> str:
+        """The column that queries meet, which the index is over: the points, or the keys themselves."""
+        return POINT if self.has_points else VECTOR
+
+    @property
+    def vectors(self) -> list[str]:
+        """The columns of keys and points."""
+        return [VECTOR, POINT] if self.has_points else [VECTOR]
+
+    @property
+    def label_columns(self) -> list[str]:
+        """All columns but these."""
+        return [name for name in self.schema.names if name not in (VECTOR, POINT)]
+
+    @property
     def vector_type(self) -> tuple[int, str]:
         """Length ``d`` and dtype of the keys. Raises StoreError where the table holds none."""
         kind = self.schema.field(VECTOR).type if VECTOR in self.schema.names else None
@@ -264,9 +293,9 @@ class KeyTable:
         return matrix
 
     def index(self) -> str:
-        """The type of the index over the keys, ``Flat`` where there is none. Raises StoreError for one of no dot."""
+        """The type of the index over :attr:`met`, ``Flat`` where there is none. Raises StoreError for one of no dot."""
         with _said(self.address, "reading its indexes"):
-            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
+            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [self.met]]
         if not indices:
             return FLAT
         details = indices[0].index_details or {}
@@ -279,8 +308,9 @@ class KeyTable:
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray, IntArray]:
         """The ``k`` rows that the index finds nearest: affinities, largest first, row numbers, class ids, ``[q, k]``.
 
-        Affinities are float32 products with the keys, which come with the hits; the engine's own ``_distance`` is
-        1 - affinity, of a compressed copy where the index has one. Where fewer are found, the rest has row -1.
+        Affinities are float32 products with the keys, or their points, which come with the hits; the engine's own
+        ``_distance`` is 1 - affinity, of a compressed copy where the index has one. Where fewer are found, the rest has
+        row -1.
         """
         q, d = features.shape
         affinity = np.zeros((q, k), dtype=np.float32)
@@ -290,7 +320,7 @@ class KeyTable:
             part = np.ascontiguousarray(features[start : start + step], dtype=np.float32)
             hits = self._hits(part, k)
             query = hits["query_index"].to_numpy() if "query_index" in hits.column_names else np.zeros(len(hits), int)
-            products = np.einsum("md,md->m", part[query], self.matrix(hits[VECTOR]).astype(np.float32, copy=False))
+            products = np.einsum("md,md->m", part[query], self.matrix(hits[self._met]).astype(np.float32, copy=False))
             order = np.lexsort((-products, query))
             query = query[order]
             place = np.arange(len(query)) - np.searchsorted(query, query)
@@ -302,8 +332,8 @@ class KeyTable:
     def _hits(self, features: FloatArray, k: int) -> pa.Table:
         kind, lists = self._searched()
         with _said(self.address, "searching its table"):
-            query = self.table.search(features).distance_type("dot").limit(k)
-            query = query.select(["class_id", VECTOR, "_distance"]).with_row_id(True)
+            query = self.table.search(features, vector_column_name=self._met).distance_type("dot").limit(k)
+            query = query.select(["class_id", self._met, "_distance"]).with_row_id(True)
             if kind != FLAT:
                 query = query.nprobes(min(lists, max(8, round(PROBED * lists))))
             if KINDS.get(kind, 1) > 1:
@@ -317,7 +347,7 @@ class KeyTable:
         """The type of the index and its number of lists."""
         with self._lock:
             if self._lists is None:
-                self._kind = self.index()
+                self._kind, self._met = self.index(), self.met
                 self._lists = lists_for(self.rows, self._kind)
             return self._kind, self._lists
 
@@ -359,7 +389,7 @@ class KeyTable:
             )
 
     def build_index(self, kind: str) -> None:
-        """Build the index over all keys anew, or have none (``Flat``)."""
+        """Build the index over all keys, or their points, anew, or have none (``Flat``)."""
         self._lists = None
         with _said(self.address, f"building its index ({kind})"):
             if kind == FLAT:
@@ -368,12 +398,18 @@ class KeyTable:
                 return
             config = getattr(lancedb().index, kind)
             lists, settings = lists_for(self.rows, kind), {"sample_rate": TRAINED_ON, "max_iterations": ROUNDS}
-            self.table.create_index(VECTOR, config=config(distance_type="dot", num_partitions=lists, **settings))
+            self.table.create_index(self.met, config=config(distance_type="dot", num_partitions=lists, **settings))
+
+    def drop_points(self) -> None:
+        """Have the points no more, nor the index over them."""
+        self.build_index(FLAT)
+        with self._next("removing points"):
+            self.table.drop_columns([POINT])
 
     def unindexed(self) -> int:
         """Rows that the index does not hold; 0 where there is none."""
         with _said(self.address, "reading its index"):
-            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [VECTOR]]
+            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [self.met]]
             stats = self.table.index_stats(indices[0].name) if indices else None
         return 0 if stats is None else int(stats.num_unindexed_rows)
 

@@ -1,7 +1,8 @@
 """The classifier whose keys lie in a LanceDB table: more than memory holds, in a bucket or on a disk.
 
 Nothing in memory grows with the number of keys: what a tail needs is known of each class, hits bring their keys and
-class ids, and a query that meets all keys reads them a block at a time.
+class ids, and a query that meets all keys reads them a block at a time. Where values were solved, which only few keys
+have, all are in memory, and answer as those of a folder.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from retrieval_tip.classifier import AnsweringIndex, spread
 from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.lance.key_table import (
     FLAT,
+    POINT,
     ROW,
     SCANNED,
     VECTOR,
@@ -35,9 +37,10 @@ from retrieval_tip.lance.key_table import (
 )
 from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
-from retrieval_tip.retrieval.keys import KeyStream, index_over
+from retrieval_tip.retrieval.keys import KeyStream, index_over, points_of
 from retrieval_tip.retrieval.logits import Nearest, Retrieval
-from retrieval_tip.settings import Built, Settings
+from retrieval_tip.settings import Built, Fitted, Settings
+from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.writer import write
 
@@ -45,6 +48,8 @@ HELD_BYTES = 1 << 29
 """Keys up to this size stay in memory once they were read, where there is no index."""
 MOST_TAKEN = 1 << 29
 """Bytes of keys that are taken out of a table as an index of their own, in memory."""
+MOVED = {"float32": 1e-4, "float16": 4e-3}
+"""Difference between a point in the table and what the metric makes of its key, by dtype, beyond which it is wrong."""
 MOST_ORDERED = 1 << 26
 """Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
 FAR, ROUNDED = 1e-6, 1e-9
@@ -55,12 +60,12 @@ IntArray = npt.NDArray[np.int64]
 
 
 class LanceKeys(KeyStream):
-    """The keys of a table; ``classes`` says how many each class has, and what they add up to."""
+    """The keys of a table, or their points; ``classes`` says how many each class has, and what they add up to."""
 
     def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
         counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
         super().__init__((int(classes.counts.sum()), classes.text.shape[1]), counts, device)
-        self.table, self._sums = table, classes.sums
+        self.table, self._sums = table, classes.sums if classes.points is None else classes.points
 
     @cached_property
     def sums(self) -> Tensor:
@@ -73,11 +78,12 @@ class LanceKeys(KeyStream):
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         n_read = 0
-        for batch in self.table.scan(["class_id", VECTOR], with_rows=True, size=SCANNED):
+        column = self.table.met
+        for batch in self.table.scan(["class_id", column], with_rows=True, size=SCANNED):
             ids = batch["class_id"].to_numpy().astype(np.int64)
             if len(ids) and not 0 <= ids.min() <= ids.max() < self.n_classes:
                 raise StoreError(f"{self.table.address}: class ids are out of range; check it with index verify")
-            keys, rows = self.table.matrix(batch[VECTOR]), batch[ROW].to_numpy().astype(np.int64)
+            keys, rows = self.table.matrix(batch[column]), batch[ROW].to_numpy().astype(np.int64)
             if (ids[1:] < ids[:-1]).any():
                 order = np.argsort(ids, kind="stable")
                 keys, ids, rows = keys[order], ids[order], rows[order]
@@ -132,7 +138,9 @@ class LanceRetrieval(Retrieval):
 class LanceModel(AnsweringIndex):
     """A version of a :class:`versions.LanceVersions`, opened to read. Make one with :meth:`load`.
 
-    What becomes the next version is a :class:`draft.LanceDraft`, which :mod:`index.changes` makes.
+    ``second`` ``[d, d]`` float64 is the sum of the keys' outer products, where it is known. ``whole`` are all keys as a
+    folder has them, where values were solved. What becomes the next version is a :class:`draft.LanceDraft`, which
+    :mod:`index.changes` makes.
     """
 
     store: LanceVersions
@@ -149,16 +157,22 @@ class LanceModel(AnsweringIndex):
     device: str = "cpu"
     manifest: Manifest | None = None
     version: int | None = None
-    values: None = None
-    tuned: None = None
+    metric: tip.Metric | None = None
+    fitted: Fitted | None = None
+    second: npt.NDArray[np.float64] | None = None
+    whole: CacheModel | None = None
+    values: Tensor | None = field(default=None, init=False)
+    tuned: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.metric = None if self.metric is None else self.metric.to(self.device)
         self._follow()
 
     def _follow(self) -> None:
         """Bring up to date what follows from the classes and the table."""
         self.__dict__.pop("labels", None)
         self.class_names = self.classes.names
+        self.values = None if self.whole is None else self.whole.values
         self.text_weights = torch.from_numpy(self.classes.text).to(self.device)
         self._keys = LanceKeys(self.table, self.classes, self.device)
 
@@ -173,8 +187,8 @@ class LanceModel(AnsweringIndex):
 
     @classmethod
     def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
-        names = ("settings", "templates", "provenance", "built", "dtype")
-        return cls(
+        names, arrays = ("settings", "templates", "provenance", "built", "dtype", "fitted"), place.arrays(manifest)
+        model = cls(
             store=place,
             table=table,
             classes=place.classes(manifest),
@@ -184,9 +198,28 @@ class LanceModel(AnsweringIndex):
             device=device,
             manifest=manifest,
             version=manifest.version,
+            metric=metric_of(arrays["metric"]) if "metric" in arrays else None,
+            second=arrays.get("second"),
             **{name: getattr(manifest, name) for name in names},
             **more,
         )
+        if "values" in arrays:
+            model.hold(arrays["values"])
+        return model
+
+    def hold(self, values: npt.NDArray[np.float32]) -> None:
+        """Have all keys in memory, with solved values ``[n, c]`` in the order of their ids."""
+        whole = self.in_memory()
+        places = np.argsort(np.argsort(whole.labels["key_id"].to_numpy()))
+        self.whole = replace(whole, values=torch.from_numpy(values[places]))
+        self._follow()
+
+    def in_memory(self) -> CacheModel:
+        """All keys as a folder has them, in memory, without their values; exact."""
+        labels, keys = zip(*self.stored_blocks(), strict=True)
+        table = pa.concat_tables(labels).drop_columns([VERSION])
+        order = np.lexsort((table["key_id"].to_numpy(), table["class_id"].to_numpy()))
+        return self._in_memory(np.concatenate(keys)[order], table.take(pa.array(order)))
 
     @property
     def n(self) -> int:
@@ -206,22 +239,25 @@ class LanceModel(AnsweringIndex):
     @property
     def exact_search(self) -> bool:
         """Whether the nearest keys are always found."""
-        return self.index_type == FLAT
+        return self.index_type == FLAT or self.whole is not None
 
     @property
-    def retrieval(self) -> LanceRetrieval:
+    def retrieval(self) -> Retrieval:
         """Retrieval of the keys, with the settings as they are now."""
+        if self.whole is not None:
+            return replace(self.whole.retrieval, settings=self.settings)
         return LanceRetrieval(
             keys=self._keys,
             kind=self.index_type,
             text_weights=self.text_weights,
             settings=self.settings,
+            metric=self.metric,
         )
 
     @cached_property
     def labels(self) -> pa.Table:
         """The label store, in memory, without the keys: about 150 bytes a key."""
-        return self.table.read([name for name in self.table.schema.names if name != VECTOR])
+        return self.table.read(self.table.label_columns)
 
     def reload(self) -> Self:
         """The current version of the store; itself, where this is that. Raises StoreError as :meth:`load`."""
@@ -229,15 +265,19 @@ class LanceModel(AnsweringIndex):
 
     def described(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         """Columns of the label store of some keys, by the table's row numbers ``[m]``, ascending."""
-        return self.table.take(rows, columns)
+        return self.table.take(rows, columns) if self.whole is None else self.whole.described(rows, columns)
 
     def every_row(self) -> IntArray:
         """The table's row numbers of all keys ``[n]``, in the order of :meth:`key_blocks`."""
+        if self.whole is not None:
+            return self.whole.every_row()
         rows: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
         return rows
 
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
         """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
+        if self.whole is not None:
+            return self.whole.some(m)
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
@@ -248,7 +288,7 @@ class LanceModel(AnsweringIndex):
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`classifier.AnsweringIndex.find`."""
-        columns = [name for name in self.table.schema.names if name != VECTOR]
+        columns = self.table.label_columns
         if key_ids:
             rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
         elif labels:
@@ -269,10 +309,12 @@ class LanceModel(AnsweringIndex):
         return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
 
     def statistics(self) -> Statistics | None:
-        """:func:`defaults.measure` of a sample of the keys, of few enough the one that a folder of them would take.
+        """:func:`defaults.measure` of a sample of what queries meet, of few enough the one that a folder would take.
 
         ``None`` where all are of one class or nothing spreads.
         """
+        if self.whole is not None:
+            return self.whole.statistics()
         chosen = np.arange(self.n)
         if self.n > SAMPLE:
             chosen = np.random.default_rng(0).choice(self.n, SAMPLE, replace=False)
@@ -280,8 +322,8 @@ class LanceModel(AnsweringIndex):
                 ids = self.table.read(["key_id", "class_id"])
                 chosen = np.lexsort((ids["key_id"].to_numpy(), ids["class_id"].to_numpy()))[chosen]
             chosen = np.sort(chosen)
-        some = self.table.offsets(chosen, ["class_id", VECTOR])
-        sampled = measure(self.table.matrix(some[VECTOR]), some["class_id"].to_numpy().astype(np.int64))
+        some = self.table.offsets(chosen, ["class_id", self.table.met])
+        sampled = measure(self.table.matrix(some[self.table.met]), some["class_id"].to_numpy().astype(np.int64))
         return None if sampled is None else replace(sampled, shots=self.n / int((self.classes.counts > 0).sum()))
 
     def take(self, rows: IntArray) -> CacheModel:
@@ -289,6 +331,9 @@ class LanceModel(AnsweringIndex):
 
         Raises UsageError where they are too many for that.
         """
+        if self.whole is not None:
+            key_ids = self.labels["key_id"].take(pa.array(rows)).to_numpy()
+            return self.whole.take(np.flatnonzero(np.isin(self.whole.labels["key_id"].to_numpy(), key_ids)))
         if len(rows) * self.d * 4 > MOST_TAKEN:
             raise UsageError(
                 f"where: holds for {len(rows):,} keys, too many of a LanceDB store for memory; name fewer, or copy the "
@@ -307,11 +352,14 @@ class LanceModel(AnsweringIndex):
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
         """Labels, and keys as they are stored, of all rows, some at a time."""
-        for batch in self.table.scan(self.table.schema.names):
+        for batch in self.table.scan([*self.table.label_columns, VECTOR]):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
         """Write a folder of the same keys, labels and settings, with a ``Flat`` index. See :meth:`CacheModel.save`."""
+        if self.whole is not None:
+            self.whole.with_settings(self.settings).save(folder, change)
+            return
         labels = self.labels.drop_columns([VERSION])
         order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
         place = np.empty(len(order), dtype=np.int64)
@@ -329,15 +377,17 @@ class LanceModel(AnsweringIndex):
             self._in_memory(keys, labels.take(pa.array(order))).commit(writer, change)
 
     def _in_memory(self, keys: npt.NDArray[Any], labels: pa.Table) -> CacheModel:
-        """A classifier over keys and their labels, grouped by class, with these settings; exact."""
-        names = ("settings", "templates", "backbone", "provenance", "built")
+        """A classifier over keys and their labels, grouped by class, with this metric and these settings; exact."""
+        names = ("settings", "templates", "backbone", "provenance", "built", "metric", "fitted")
         ids = labels["class_id"].to_numpy().astype(np.int64)
+        points = points_of(self.metric, keys, self.device)
         return CacheModel(
             keys=keys,
             labels=labels,
             class_names=self.class_names,
             text_weights=self.text_weights,
-            index=index_over(keys, ids, len(self.class_names), FLAT, self.device),
+            index=index_over(keys if points is None else points, ids, len(self.class_names), FLAT, self.device),
+            points=points,
             device=self.device,
             next_key_id=self.next_key_id,
             **{name: getattr(self, name) for name in names},
@@ -358,36 +408,56 @@ def verify(place: LanceVersions) -> LanceModel:
     assert model.manifest is not None
     remedy = "go back to a version before, or build the store again"
     for old in place.earlier(model.manifest):
-        place.classes(old)
+        place.check(old)
         place.table(old)
-    if not np.isfinite(model.classes.text).all() or not np.isfinite(model.classes.sums).all():
-        raise StoreError(f"{place}: text weights or sums that are not finite; {remedy}")
-    c = len(model.class_names)
+    small: list[npt.NDArray[Any]] = [model.classes.text, model.classes.sums, *place.arrays(model.manifest).values()]
+    if not all(bool(np.isfinite(array).all()) for array in small):
+        raise StoreError(f"{place}: text weights, sums, metric or values that are not finite; {remedy}")
+    _check_rows(model, remedy)
+    if model.table.index() != model.index_type:
+        raise StoreError(f"{place}: has another index than its manifest says; mend it with index rebuild --index auto")
+    return model
+
+
+def _check_rows(model: LanceModel, remedy: str) -> None:
+    """Raise StoreError where rows of the table do not fit each other, or what is known of their classes."""
+    place, c = model.store, len(model.class_names)
     counts, sums, largest = np.zeros(c, dtype=np.int64), np.zeros((c, model.d)), 1.0
+    point_sums, direction = np.zeros((c, model.d)), np.random.default_rng().standard_normal(model.d)
+    along = np.zeros(model.d)
     seen: list[IntArray] = []
     names = pa.array(model.class_names, pa.string())
-    for labels, keys in model.stored_blocks():
-        own = labels.select(["key_id", "class_id", "label"])
+    for batch in model.table.scan(model.table.schema.names):
+        own, keys = batch.select(["key_id", "class_id", "label"]), model.table.matrix(batch[VECTOR])
         if any(column.null_count for column in own.columns):
             raise StoreError(f"{place}: rows without key id, class id or label; {remedy}")
         ids = own["class_id"].to_numpy().astype(np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < c:
             raise StoreError(f"{place}: class ids are out of range; {remedy}")
-        if not own["label"].combine_chunks().equals(names.take(pa.array(ids))):
+        if not own["label"].equals(names.take(pa.array(ids))):
             raise StoreError(f"{place}: labels are not those of their class ids; {remedy}")
         if not np.isfinite(keys).all():
             raise StoreError(f"{place}: keys that are not finite; {remedy}")
         counts += np.bincount(ids, minlength=c)
-        np.add.at(sums, ids, keys.astype(np.float64))
+        wide = keys.astype(np.float64)
+        np.add.at(sums, ids, wide)
+        along += (wide @ direction) @ wide
         largest = max(largest, float(np.abs(keys).max(initial=0)))
+        if model.table.has_points:
+            points, expected = model.table.matrix(batch[POINT]), points_of(model.metric, keys, "cpu")
+            if expected is None or not np.allclose(points, expected, atol=MOVED[model.dtype]):
+                raise StoreError(f"{place}: points that are not those of their keys; mend them with index rebuild")
+            np.add.at(point_sums, ids, points.astype(np.float64))
         seen.append(own["key_id"].to_numpy())
     every = np.concatenate(seen)
     if len(np.unique(every)) != len(every) or every.max() >= model.next_key_id:
         raise StoreError(f"{place}: key ids are there twice, or were never given; {remedy}")
-    far = FAR * largest + ROUNDED * np.abs(model.classes.sums).max(axis=1)
-    wrong = np.abs(sums - model.classes.sums).max(axis=1) > far
-    if (counts != model.classes.counts).any() or wrong.any():
+    wrong = (counts != model.classes.counts).any()
+    for found, known in ((sums, model.classes.sums), (point_sums, model.classes.points)):
+        if known is not None:
+            far = FAR * largest + ROUNDED * np.abs(known).max(axis=1)
+            wrong |= (np.abs(found - known).max(axis=1) > far).any()
+    if wrong:
         raise StoreError(f"{place}: keys do not add up to what is known of their classes; {remedy}")
-    if model.table.index() != model.index_type:
-        raise StoreError(f"{place}: has another index than its manifest says; mend it with index rebuild --index auto")
-    return model
+    if model.second is not None and not np.allclose(along, model.second @ direction, rtol=0, atol=FAR * model.n):
+        raise StoreError(f"{place}: products of keys do not add up to what is known of them; fit the index again")

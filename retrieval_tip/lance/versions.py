@@ -4,7 +4,10 @@ Readers see the old version or the new one, never half of one.
 
 manifests/000003.json          a version each; the one with the highest number is the current one, and creating it is
                                what makes a version: of two writers one can
-data/classes-<digest>.parquet  of each class: label, text weight, number of keys, sum of keys
+data/classes-<digest>.parquet  of each class: label, text weight, number of keys, sum of keys, and of their points
+data/second-<digest>.npy       sum of the keys' outer products, which a metric is fitted from
+data/metric-<digest>.npy       of a fitted index: the metric
+data/values-<digest>.npy       of a fitted index: solved values of the keys, in the order of their ids
 keys.lance/                    the table of keys and labels, whose own version each manifest names
 lock                           held by the process that writes; in a bucket an object, ``lease`` (:mod:`lance.lease`)
 
@@ -37,18 +40,18 @@ from retrieval_tip.errors import StoreError, UsageError, first_line
 from retrieval_tip.files import sync
 from retrieval_tip.lance import lease
 from retrieval_tip.lance.address import Address
-from retrieval_tip.lance.key_table import VECTOR, KeyTable
+from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.lance.objects import Objects, flush
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
-from retrieval_tip.store.manifest import DataFile, Manifest, Table
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
 from retrieval_tip.store.query import TIMEOUT, ask
 
 TABLE = "keys"
 PRUNED_EVERY = 16
 """Versions from one that gives up those of the table to the next: that puts all small pieces together anew."""
-CLASSES_BYTES = 1 << 34
-"""A table of classes that is larger was not written here: a million classes of 1024 values take less."""
+OBJECT_BYTES = 1 << 34
+"""An object that is larger was not written here: a million classes of 1024 values take less."""
 
 _MANIFEST = re.compile(r"(\d{6,12})\.json")
 
@@ -57,13 +60,15 @@ _MANIFEST = re.compile(r"(\d{6,12})\.json")
 class Classes:
     """The small part of an index: of each class its name, text weight ``[c, d]`` float32, and what a tail needs.
 
-    That is ``counts`` ``[c]`` int64 of its keys, and their ``sums`` ``[c, d]`` float64.
+    That is ``counts`` ``[c]`` int64 of its keys, and their ``sums`` ``[c, d]`` float64; ``points``, where the table has
+    these, are the sums of their points.
     """
 
     names: list[str]
     text: npt.NDArray[np.float32]
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
+    points: npt.NDArray[np.float64] | None = None
 
     def to_bytes(self) -> bytes:
         """The bytes of a Parquet file."""
@@ -73,7 +78,8 @@ class Classes:
             return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), d)
 
         columns = {"label": pa.array(self.names, pa.string()), "keys": pa.array(self.counts, pa.int64())}
-        table = pa.table(columns | {"text": lists(self.text), "sum": lists(self.sums)})
+        columns |= {"text": lists(self.text), "sum": lists(self.sums)}
+        table = pa.table(columns if self.points is None else columns | {"point_sum": lists(self.points)})
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         return sink.getvalue()
@@ -84,15 +90,16 @@ class Classes:
         damaged = f"{name}: does not fit its manifest; go back to a version before, or build the store again"
         try:
             table = pq.read_table(io.BytesIO(raw))
-            text, sums = (
-                table[column].combine_chunks().flatten().to_numpy().reshape(-1, manifest.d)
-                for column in ("text", "sum")
+            text, *sums = (
+                table[column].combine_chunks().flatten().to_numpy().reshape(-1, manifest.d).copy()
+                for column in ("text", "sum", *(("point_sum",) if manifest.has_points else ()))
             )
-            classes = cls(manifest.class_names, text.copy(), table["keys"].to_numpy().astype(np.int64), sums.copy())
+            classes = cls(manifest.class_names, text, table["keys"].to_numpy().astype(np.int64), *sums)
             names = table["label"].to_pylist()
         except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
             raise StoreError(f"{damaged} ({first_line(error)})") from None
-        whole = text.dtype == np.float32 and sums.dtype == np.float64 and len(text) == len(sums) == len(names)
+        whole = text.dtype == np.float32 and all(part.dtype == np.float64 for part in sums)
+        whole = whole and all(len(part) == len(names) for part in (text, *sums))
         if not whole or names != manifest.class_names or classes.counts.sum() != manifest.n or classes.counts.min() < 0:
             raise StoreError(damaged)
         return classes
@@ -120,13 +127,19 @@ class Writer:
         self.table = KeyTable.create(self.store.address, TABLE, rows, schema)
         return self.table
 
-    def classes(self, classes: Classes) -> DataFile:
-        """Write the small part."""
-        raw = classes.to_bytes()
+    def put(self, kind: str, raw: bytes, rows: int) -> DataFile:
+        """Write an object of the small part, unless the version before has it."""
         digest = hashlib.sha256(raw).hexdigest()
-        entry = DataFile(f"data/classes-{digest[:16]}.parquet", len(classes.names), len(raw), digest)
-        self.store.objects.put(entry.name, raw)
+        entry = DataFile(f"data/{kind}-{digest[:16]}{SUFFIXES[kind]}", rows, len(raw), digest)
+        if self.parent is None or self.parent.files.get(kind) != entry:
+            self.store.objects.put(entry.name, raw)
         return entry
+
+    def put_array(self, kind: str, array: npt.NDArray[Any]) -> DataFile:
+        """The same of an array."""
+        sink = io.BytesIO()
+        np.save(sink, np.ascontiguousarray(array), allow_pickle=False)
+        return self.put(kind, sink.getvalue(), len(array))
 
     def commit(self, manifest: Manifest) -> None:
         """Make this the current version; until its manifest is created the old one stands.
@@ -149,7 +162,7 @@ class Writer:
             self.still_held()
         except StoreError as lost:  # whoever has it now may have given up what no manifest named yet
             try:
-                self.store.classes(manifest)
+                self.store.check(manifest)
                 self.store.table(manifest)
             except StoreError:
                 objects.delete([name])
@@ -212,16 +225,45 @@ class LanceVersions:
         return manifest
 
     def classes(self, manifest: Manifest) -> Classes:
-        """The small part of a version. Raises StoreError where it is missing or damaged."""
-        entry = manifest.files["classes"]
+        """The classes of a version. Raises StoreError where their table is missing or damaged."""
+        name = manifest.files["classes"].name
+        return Classes.from_bytes(self._object(manifest, "classes"), manifest, f"{self}/{name}")
+
+    def arrays(self, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a version by kind, as far as it has them. Raises StoreError where one is missing or damaged.
+
+        ``second`` ``[d, d]`` float64, ``metric`` ``[1 + d, d]`` and ``values`` ``[n, c]`` float32.
+        """
+        n, d, c = manifest.n, manifest.d, len(manifest.class_names)
+        kinds = {"second": ((d, d), np.float64), "metric": ((d + 1, d), np.float32), "values": ((n, c), np.float32)}
+        arrays = {}
+        for kind in manifest.files.keys() & kinds.keys():
+            shape, dtype = kinds[kind]
+            try:
+                array = np.load(io.BytesIO(self._object(manifest, kind)), allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                array = first_line(error)
+            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+                raise StoreError(f"{self}/{manifest.files[kind].name}: does not fit its manifest; go back to a version "
+                                 "before, or build the store again")  # fmt: skip
+            arrays[kind] = array
+        return arrays
+
+    def check(self, manifest: Manifest) -> None:
+        """Check the objects of a version. Raises StoreError where one is missing or damaged."""
+        self.classes(manifest)
+        self.arrays(manifest)
+
+    def _object(self, manifest: Manifest, kind: str) -> bytes:
+        entry = manifest.files[kind]
         try:
-            raw = self.objects.get(entry.name, CLASSES_BYTES)
+            raw = self.objects.get(entry.name, OBJECT_BYTES)
         except FileNotFoundError:
             raise StoreError(f"{self}/{entry.name}: missing; go back to a version before, or build again") from None
         if len(raw) != entry.bytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
             raise StoreError(f"{self}/{entry.name}: damaged (its SHA-256 is not the manifest's); go back to a version "
                              "before, or build again")  # fmt: skip
-        return Classes.from_bytes(raw, manifest, f"{self}/{entry.name}")
+        return raw
 
     def table_files(self) -> set[tuple[Path, int]]:
         """Files of the table on a disk, with the times of their last change; none of one in a bucket."""
@@ -233,7 +275,8 @@ class LanceVersions:
         """The table as it was at a version. Raises StoreError where it does not fit the manifest."""
         assert manifest.table is not None
         table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
-        if table.vector_type != (manifest.d, manifest.dtype) or table.rows != manifest.n:
+        own = table.vector_type == (manifest.d, manifest.dtype) and table.has_points == manifest.has_points
+        if not own or table.rows != manifest.n:
             raise StoreError(f"{self}: its table does not fit version {manifest.version}; go back to one before")
         return table
 
@@ -293,7 +336,7 @@ class LanceVersions:
         """The answer of a SELECT (:func:`store.query`); table ``labels`` is read into memory, without the keys."""
         manifest = self.manifest()
         table = self.table(manifest)
-        tables = {"labels": table.read([n for n in table.schema.names if n != VECTOR]), "versions": self.history()}
+        tables = {"labels": table.read(table.label_columns), "versions": self.history()}
         return ask(tables, sql, predictions, timeout)
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:

@@ -171,6 +171,17 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
     return affinity.masked_fill_(rows < 0, 0)
 
 
+def points_of(metric: tip.Metric | None, keys: npt.NDArray[Any], device: str) -> npt.NDArray[Any] | None:
+    """``phi`` of keys ``[m, d]``, of their dtype; ``None`` without a metric, which is on the device."""
+    if metric is None:
+        return None
+    points = np.empty(keys.shape, dtype=keys.dtype)
+    for start in range(0, len(keys), KEY_BLOCK):
+        block = torch.from_numpy(np.array(keys[start : start + KEY_BLOCK], dtype=np.float32)).to(device)
+        points[start : start + KEY_BLOCK] = metric(block).cpu().numpy()
+    return points
+
+
 class KeyStream(ABC):
     """Keys ``[n, d]`` that are read a block at a time, wherever they are kept; sums are float32, on ``device``.
 

@@ -80,7 +80,7 @@ class Contents:
         first, labels = len(segments[0]), read_labels(folder, manifest)
         return cls(
             segments=segments,
-            metric=_metric(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
+            metric=metric_of(read_array(folder, files["metric"], (manifest.d + 1, manifest.d), (np.float32,)))
             if "metric" in files
             else None,
             points=read_array(folder, files["points"], (first, manifest.d)) if "points" in files else None,
@@ -121,7 +121,7 @@ class Contents:
             elif kind == "curve":
                 writer.seal_table(kind, held)
             else:
-                writer.seal_array(kind, _array(held))
+                writer.seal_array(kind, array_of(held))
         return self if self.weights is None else replace(self, weights=writer.seal_weights(self.weights))
 
     def _write_keys(self, writer: Writer, shared: Stored | None) -> None:
@@ -144,7 +144,7 @@ class Contents:
                 writer.seal_later(part, labels)
 
 
-def _array(held: Any) -> npt.NDArray[Any]:
+def array_of(held: Any) -> npt.NDArray[Any]:
     """What the file of a part holds."""
     if isinstance(held, Sums):
         return held.to_array()
@@ -163,8 +163,8 @@ def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
     return Sums.of_array(array, c)
 
 
-def _metric(array: npt.NDArray[Any]) -> tip.Metric:
-    """The metric that a file holds: its mean, then its transform."""
+def metric_of(array: npt.NDArray[Any]) -> tip.Metric:
+    """The metric of an array ``[1 + d, d]`` float32: its mean, then its transform."""
     whole = torch.from_numpy(np.array(array))
     return tip.Metric(whole[0], whole[1:])
 

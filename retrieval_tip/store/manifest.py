@@ -33,7 +33,9 @@ all keys, where these are many (:class:`sums.Sums`). Of a fine-tuned one, tensor
 encoder and the loss curve of the training. Of one of very many classes: the FAISS index over their text weights."""
 TABLE_KINDS = {"classes": ".parquet"}
 """Beside a table: of each class its label, its text weight, and number and sum of its keys."""
-SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS
+OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy"}
+"""Beside a table: the sum ``[d, d]`` of its keys' outer products; of a fitted index its metric, and solved values."""
+SUFFIXES = KINDS | OPTIONAL_KINDS | TABLE_KINDS | OPTIONAL_TABLE_KINDS
 
 MAX_DEPTH, MAX_KEY_ID = 64, 2**62
 """The depth to which a provenance may be nested; the largest first key id that was never given."""
@@ -80,7 +82,7 @@ class Manifest:
     were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
     given (``None`` in format 1, which did not keep that). ``provenance`` is a record, by which nothing is decided; what
     is stands in ``built`` and ``fitted``. Where keys and labels are in a ``table``, ``files`` are
-    ``classes`` alone, and there are no segments.
+    ``classes``, with what else a table does not hold, and there are no segments.
     """
 
     version: int
@@ -113,6 +115,11 @@ class Manifest:
     def data_files(self) -> list[DataFile]:
         """Every data file of this version."""
         return [*self.files.values(), *(file for part in self.later for file in (part.keys, part.labels))]
+
+    @property
+    def has_points(self) -> bool:
+        """Whether a table holds the keys in the metric, too: not where they have values, for then a query meets all."""
+        return self.table is not None and "metric" in self.files and "values" not in self.files
 
     @property
     def keys_digest(self) -> str:
@@ -211,11 +218,16 @@ class Manifest:
     def _check_files(self) -> None:
         """Raise ValueError for data files that are not those of such a version."""
         files, later, table, c = self.files, self.later, self.table, len(self.class_names)
+        metric, moved = files.get("metric"), self.fitted is not None and self.fitted.metric != "none"
         if table is not None:
-            _need(files.keys() == TABLE_KINDS.keys() and not later, "files")
+            kinds = TABLE_KINDS | OPTIONAL_TABLE_KINDS
+            _need(TABLE_KINDS.keys() <= files.keys() <= kinds.keys() and not later, "files")
             _need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
             _need(_whole(table.version, 1) and table.rows == self.n and _whole(table.rows, 1), "table")
             _need(files["classes"].rows == c, "files.classes.rows")
+            solved = self.fitted is not None and self.fitted.values == "solved"
+            _need(("values" in files) == solved and ("values" not in files or files["values"].rows == self.n), "values")
+            _need("second" not in files or files["second"].rows == self.d, "files.second.rows")
         else:
             _need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
         _need(not later or "values" not in files, "later")  # trained values are one array
@@ -225,15 +237,14 @@ class Manifest:
             _need(file.name == f"data/{kind}-{file.sha256[:16]}{SUFFIXES[kind]}", f"files.{kind}.name")
             _need(_whole(file.bytes, 1), f"files.{kind}.bytes")
             _need(_whole(file.rows, 1), f"files.{kind}.rows")
+        _need((metric is not None) == moved and (metric is None or metric.rows == self.d + 1), "files.metric")
         if table is not None:
             return
-        first, metric, points = files["keys"].rows, files.get("metric"), files.get("points")
+        first, points = files["keys"].rows, files.get("points")
         of_keys = [files[kind].rows for kind in ("index", "labels", "values", "points") if kind in files]
         _need(all(rows == first for rows in of_keys), "files.rows")
         _need(files["text"].rows == c, "files.text.rows")
-        moved = self.fitted is not None and self.fitted.metric != "none"
-        _need((metric is not None) == (points is not None) == moved, "metric")
-        _need(metric is None or metric.rows == self.d + 1, "files.metric.rows")
+        _need((points is not None) == moved, "points")
         _need("sums" not in files or files["sums"].rows == c + self.d, "files.sums.rows")
         _need("text_index" not in files or files["text_index"].rows <= c, "files.text_index.rows")
         _need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
