@@ -30,6 +30,7 @@ from retrieval_tip.index import places as stores
 from retrieval_tip.index.fit import fit_table
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft, labels_in_blocks
+from retrieval_tip.lance.key_table import FLAT, index_kind
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
@@ -213,13 +214,14 @@ def _build_table(
     made: _Made,
     dtype: str,
     index: str,
-    fit: Callable[[LanceDraft], closed_form.Choice] | None,
+    fit: Callable[..., closed_form.Choice] | None,
 ) -> None:
     """Keys stream into the table as they come; a ``fit`` may write it again, with their points."""
+    index_kind(index, 0)
     with place.write() as writer:
         names, weights, templates, _ = made.words
         rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
-        table = LanceDraft.create(writer, rows, names, weights, dtype, index)
+        table = LanceDraft.create(writer, rows, names, weights, dtype, index if fit is None else FLAT)
         statistics = table.statistics()
         table.settings = made.asked.plain(statistics)
         table.templates = templates
@@ -228,7 +230,7 @@ def _build_table(
         table.built = replace(made.built, auto_index=table.built.auto_index)
         _warn_of_table(table)
         if fit is not None:
-            _warn_of_choice(fit(table))
+            _warn_of_choice(fit(table, factory=index))
         table.commit("build")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
@@ -58,12 +57,17 @@ def fit_index(
 
 
 def fit_table(
-    table: LanceDraft, *, metric: str | None = None, values: str | None = None, validation: Queries | None = None
+    table: LanceDraft,
+    *,
+    metric: str | None = None,
+    values: str | None = None,
+    validation: Queries | None = None,
+    factory: str | None = None,
 ) -> Choice:
     """Fit what is to become the next version of a LanceDB store, with the arguments of :func:`closed_form.fit`."""
     whole = table.in_memory() if table.whole is None else table.whole
     whole.settings = table.settings
     choice = closed_form.fit(whole, metric=metric, values=values, validation=validation)
     table.settings, table.provenance = whole.settings, whole.provenance
-    table.set_fitted(whole.metric, whole.fitted, whole)
+    table.set_fitted(whole.metric, whole.fitted, factory, whole)
     return choice

@@ -40,6 +40,8 @@ from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import Manifest, Table
 from retrieval_tip.store.sums import Sums
 
+MANY = 8
+"""The sum of outer products is kept where keys take so many times its bytes: that of fewer is made again at once."""
 MOST_HELD = 1 << 30
 """Bytes of keys and solved values that an index in LanceDB has in memory, at most."""
 
@@ -73,13 +75,14 @@ class LanceDraft(LanceModel):
         *,
         stored: bool = False,
         metric: tip.Metric | None = None,
+        known: Sums | None = None,
     ) -> LanceDraft:
         """A table of labels (:func:`labels.label_table`) and keys ``[b, d]``, which stream into it, and its index.
 
         It becomes a version by :meth:`commit`. ``stored`` labels come from a table, and say which version brought each
-        row. With a ``metric`` the table has the keys' points too. Raises UsageError for an index that a store does not
-        have, InputError for columns that a table cannot hold or text weights of another length; and what ``blocks``
-        raise.
+        row. With a ``metric`` the table has the keys' points too; ``known`` are the sums of the keys. Raises UsageError
+        for an index that a store does not have, InputError for columns that a table cannot hold or text weights of
+        another length; and what ``blocks`` raise.
         """
         index_kind(index, 0)
         ahead = iter(blocks)
@@ -94,20 +97,25 @@ class LanceDraft(LanceModel):
         schema = schema_of(d, dtype, extra, points=metric is not None)
 
         def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal following, sums
+            nonlocal following
             for part, own in itertools.chain([(labels, keys)], ahead):
                 ids = part["class_id"].to_numpy().astype(np.int64)
                 with np.errstate(over="ignore"):  # refused just below
                     own = own.astype(dtype)
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: hold values too large for {dtype}")
-                sums, points = sums.added(own, ids), points_of(metric, own, "cpu")
+                points = points_of(metric, own, "cpu")
+                if known is None:  # in their place: of very many classes each copy is large
+                    wide = own.astype(np.float64)
+                    sums.counts[:] += np.bincount(ids, minlength=c)
+                    np.add.at(sums.sums, ids, wide)
+                    sums.second[:] += wide.T @ wide
                 if points is not None and point_sums is not None:
                     np.add.at(point_sums, ids, points.astype(np.float64))
                 following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
                 yield from rows_of(part, own, writer.number, points).select(schema.names).cast(schema).to_batches()
 
-        table = writer.create(rows(), schema)
+        table, sums = writer.create(rows(), schema), known or sums
         model = cls(
             store=writer.store,
             table=table,
@@ -206,16 +214,20 @@ class LanceDraft(LanceModel):
         np.maximum.at(following, shots["class_id"].to_numpy(), shots["shot"].to_numpy() + 1)
         return following
 
+    @property
+    def sums(self) -> Sums | None:
+        """The sums that a metric is fitted from, where they are known."""
+        return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
+
     def _count(self, change: Callable[[Sums], Sums], points: npt.NDArray[Any] | None, ids: IntArray, sign: int) -> None:
         """Follow a change of the keys, of which these ``points`` were added to classes (1), or left them (-1)."""
-        second, point_sums = self.second, self.classes.points
-        unknown = np.zeros((self.d, self.d)) if second is None else second
-        now = change(Sums(self.classes.counts, self.classes.sums, unknown))
+        unknown = Sums(self.classes.counts, self.classes.sums, np.zeros((self.d, self.d)))
+        now, point_sums = change(self.sums or unknown), self.classes.points
         if point_sums is not None and points is not None:
             point_sums = point_sums.copy()
             np.add.at(point_sums, ids, sign * points.astype(np.float64))
             point_sums[now.counts == 0] = 0
-        self.second = None if second is None else now.second
+        self.second = None if self.second is None else now.second
         self.classes = replace(self.classes, counts=now.counts, sums=now.sums, points=point_sums)
         self._follow()
 
@@ -273,41 +285,53 @@ class LanceDraft(LanceModel):
         self.table.optimize()
         self._follow()
 
-    def rewrite(self, factory: str | None = None, dtype: str | None = None) -> None:
+    def rewrite(self, factory: str | None = None, dtype: str | None = None, known: Sums | None = None) -> None:
         """Write every row anew, and the index over them: what was removed before is in no file of this version.
 
-        ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others. Raises
-        UsageError for a type that a store does not have, InputError where keys are too large for the dtype.
+        ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others; ``known``
+        are the sums of the keys, which are else counted anew. Raises UsageError for a type that a store does not have,
+        InputError where keys are too large for the dtype.
         """
         before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
-        kept = "auto" if self.built.auto_index else self.index_type
         blocks = replace(self, table=before).stored_blocks()
-        how = (self.class_names, self.classes.text, dtype or self.dtype, kept if factory is None else factory)
+        how = (self.class_names, self.classes.text, dtype or self.dtype, factory or self._asked)
         metric = self.metric if self.whole is None else None
-        anew = self.create(self.writer, blocks, *how, stored=True, metric=metric)
+        anew = self.create(self.writer, blocks, *how, stored=True, metric=metric, known=known)
         self.table, self.classes, self.second, self.dtype = anew.table, anew.classes, anew.second, anew.dtype
         self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
         if self.whole is not None:
             self._settled_whole().compact(dtype=dtype)
         self._follow()
 
-    def set_fitted(self, metric: tip.Metric | None, fitted: Fitted | None, whole: CacheModel | None = None) -> None:
-        """Take a metric and how it was ``fitted``; or the keys in memory (:meth:`in_memory`) that this was fitted to.
+    def set_fitted(
+        self,
+        metric: tip.Metric | None,
+        fitted: Fitted | None,
+        factory: str | None = None,
+        whole: CacheModel | None = None,
+    ) -> None:
+        """Take a metric and how it was ``fitted``, and the keys in memory (:meth:`in_memory`) that have solved values.
 
-        Their values are kept with them; where there are none, the table gets the keys' points, which takes writing it
-        anew. Raises InputError as :meth:`check_held`.
+        Where they have none, the table gets the keys' points, which takes writing it anew. ``factory`` is the type of
+        the index, by default what it is. Raises InputError as :meth:`check_held`.
         """
         self.metric, self.fitted, self.whole = metric, fitted, None
         if whole is not None and whole.values is not None:
             self.check_held(self.n)
             self.whole = whole
         if metric is not None and self.whole is None:
-            self.rewrite()
-        elif self.table.has_points:
-            self.table.drop_points()
-            self.classes = replace(self.classes, points=None)
-            self._index(self.index_type, "auto" if self.built.auto_index else self.index_type)
+            self.rewrite(factory, known=self.sums)
+        elif self.table.has_points or factory is not None:
+            if self.table.has_points:
+                self.table.drop_points()
+                self.classes = replace(self.classes, points=None)
+            self._index(index_kind(factory or self._asked, self.n), factory or self._asked)
         self._follow()
+
+    @property
+    def _asked(self) -> str:
+        """The index that was asked for."""
+        return "auto" if self.built.auto_index else self.index_type
 
     def _index(self, kind: str, asked: str) -> None:
         """Have an index of this kind, because of what was asked for."""
@@ -361,7 +385,7 @@ class LanceDraft(LanceModel):
 
     def _arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """What goes into objects beside the classes, by kind."""
-        if self.second is not None:
+        if self.second is not None and self.n * np.dtype(self.dtype).itemsize >= MANY * self.second.itemsize * self.d:
             yield "second", self.second
         if self.metric is not None:
             yield "metric", array_of(self.metric)

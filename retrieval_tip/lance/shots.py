@@ -1,0 +1,78 @@
+"""The keys of a table as a fit reads them: in the order of a folder, some by their place, or all in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.errors import StoreError
+from retrieval_tip.lance.draft import LanceDraft
+from retrieval_tip.lance.key_table import VECTOR, KeyTable
+from retrieval_tip.settings import Fitted
+
+IntArray = npt.NDArray[np.int64]
+LABELS = ("key_id", "class_id", "digest", "source")
+
+
+class OrderedKeys:
+    """Keys ``[n, d]`` of a table by their place in a folder of the same keys: by class, and within a class by id.
+
+    ``offsets`` ``[n]`` are the table's own places of them.
+    """
+
+    def __init__(self, table: KeyTable, d: int, offsets: IntArray) -> None:
+        self.table, self.shape = table, (len(offsets), d)
+        self._offsets, self._places = offsets, np.argsort(offsets)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: IntArray) -> npt.NDArray[Any]:
+        """Some keys as they are stored, which are in memory together."""
+        offsets, where = np.unique(self._offsets[places], return_inverse=True)
+        keys: npt.NDArray[Any] = self.table.matrix(self.table.offsets(offsets, [VECTOR])[VECTOR])[where]
+        return keys
+
+    def blocks(self, places: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+        """Keys ``[b, d]`` at some places, and these ``[b]``, a block at a time: the table is read once, as it lies."""
+        wanted, start = np.zeros(len(self), dtype=bool), 0
+        wanted[self._offsets[places]] = True
+        for batch in self.table.scan([VECTOR]):
+            own = np.flatnonzero(wanted[start : start + len(batch)])
+            if len(own):
+                yield self.table.matrix(batch[VECTOR])[own], self._places[start + own]
+            start += len(batch)
+
+
+class TableShots:
+    """What is to become the next version of a store, as :func:`closed_form.fit` takes it: labels are in memory."""
+
+    curve = None
+    segments = 1
+
+    def __init__(self, draft: LanceDraft) -> None:
+        self.draft, table = draft, draft.table
+        labels = table.read(LABELS)
+        order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
+        if len(order) != draft.n:
+            raise StoreError(f"{draft.store}: has {len(order)} rows, its manifest says {draft.n}; use another version")
+        self.labels: pa.Table = labels.take(pa.array(order))
+        self.keys = OrderedKeys(table, draft.d, order)
+        self.class_ids: Tensor = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64))
+        self.n, self.class_names, self.sums = draft.n, draft.class_names, draft.sums
+        self.text_weights, self.has_text, self.index_type = draft.text_weights, draft.has_text, draft.index_type
+        self.settings, self.provenance = draft.settings, draft.provenance
+
+    def set_fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
+    ) -> None:
+        """See :meth:`LanceDraft.set_fitted`; so many keys have no solved values."""
+        assert values is None
+        self.draft.set_fitted(metric, fitted, factory)

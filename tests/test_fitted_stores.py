@@ -1,0 +1,359 @@
+"""A LanceDB store that was fitted: metric and values are those of a folder of the same keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import killing
+import lancedb
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import SOAK
+from hypothesis import HealthCheck, given, settings
+from serving import server
+from test_cli import write_table
+from test_closed_form import clusters, text_of
+from test_stores import STEPS, copied, done, everything, labels_of, made, manifest_of, put, said, step
+
+from retrieval_tip.cli import main
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import open_source
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.fit import closed_form
+from retrieval_tip.index import changes
+from retrieval_tip.index import places as stores
+from retrieval_tip.index.build import build_index
+from retrieval_tip.index.fit import fit_index
+from retrieval_tip.lance import draft, key_table, lance_model
+from retrieval_tip.settings import Fitted
+
+pytestmark = pytest.mark.timeout(120)
+
+LETTERS = {"solved": ("within", "solved"), "metric": ("within", "one-hot"), "values": ("none", "solved")}
+"""The letters that a form fills, by name; the last of them needs no metric."""
+NAMES = [f"class {i}" for i in range(5)]
+QUERIES = clusters(4, seed=5)[0]
+KINDS = ("folder", "lance")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with killing.one_thread():
+        yield
+
+
+def table(path: Path, shots=8, seed=0, prefix="it's"):
+    keys, ids = clusters(shots, seed)
+    order = np.random.default_rng(1).permutation(len(ids))  # a source is in no order
+    return write_table(path, keys[order], [NAMES[i] for i in ids[order]], [f"{prefix} {i}" for i in order])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A fitted folder and a fitted store of each form, built by the command line."""
+    place = tmp_path_factory.mktemp("built")
+    table(place / "train.parquet")
+    write_table(place / "text.parquet", text_of(), NAMES)
+    found = {}
+    for name, (metric, values) in LETTERS.items():
+        for kind in KINDS:
+            found[name, kind] = made(place, kind, f"{name}-{kind}")
+            words = ["index", "build", place / "train.parquet", "--text", place / "text.parquet", "--store"]
+            words += [found[name, kind], "--metric", metric, "--values", values]
+            done(CliRunner().invoke(main, [str(word) for word in words]))
+    return found
+
+
+def opened(*places):
+    return [stores.at(place).verify() for place in places]
+
+
+def same(one, other, *, every=(("all", True), (8, True), (8, False))):
+    """Two indexes answer alike, to 1e-5 of the largest logit."""
+    assert one.settings == other.settings
+    assert one.fitted == other.fitted
+    for k, tail in every:
+        a, b = (model.logits(QUERIES, k, tail).numpy() for model in (one, other))
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+    for a, b in zip(one.classify(QUERIES, neighbours=6), other.classify(QUERIES, neighbours=6), strict=True):
+        assert (a.label, a.unlike) == (b.label, b.unlike)
+        assert [near.key_id for near in a.neighbours] == [near.key_id for near in b.neighbours]
+        for what in ("affinity", "weight", "gives"):
+            mine, theirs = ([getattr(near, what) for near in found.neighbours] for found in (a, b))
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_a_store_is_fitted_as_a_folder_is(built, name):
+    folder, store = opened(*(built[name, kind] for kind in KINDS))
+    same(folder, store)
+    assert (store.fitted.metric, store.fitted.values) == LETTERS[name]
+    assert store.provenance["fit"] == folder.provenance["fit"]
+    for part in ("mean", "transform") if store.metric else ():
+        np.testing.assert_array_equal(getattr(store.metric, part), getattr(folder.metric, part))
+    kept = {kind for kind in ("metric", "values") if getattr(store, kind) is not None}
+    assert store.manifest.files.keys() == {"classes"} | kept
+    assert store.table.has_points == (name == "metric")  # of values all keys are met, which are in memory
+
+
+@settings(max_examples=6 if SOAK else 2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=STEPS)
+@pytest.mark.parametrize("name", LETTERS)
+def test_a_folder_and_a_store_go_the_same_way(steps, name, built, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("ways")
+    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
+    for number, (what, m, seed) in enumerate(steps):
+        for place in places:
+            step(place, tmp_path, what, m, seed, number)
+    assert labels_of(places[0]) == labels_of(places[1])
+    one, other = opened(*places)
+    same(one, other)
+    assert one.counts == other.counts
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_values_are_solved_as_in_a_folder_also_where_they_are_many(name, built, tmp_path, monkeypatch):
+    """Beyond so many keys a change solves those that it touches."""
+    monkeypatch.setattr("retrieval_tip.retrieval.ridge.SOLVED_AGAIN", 10)
+    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
+    more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
+    for place in places:
+        assert len(changes.add(place, more, Encoder()).key_ids) == 5
+        changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
+        changes.remove(place, key_ids=[3, 7, 42])
+    same(*opened(*places))
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_classes_come_with_their_text(name, built, tmp_path):
+    write_table(tmp_path / "words.parquet", text_of()[:1], ["new"])
+    more = open_source(write_table(tmp_path / "new.parquet", clusters(1, 3)[0][:2], ["new", NAMES[0]]))
+    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
+    for place in places:
+        changes.add(place, more, Encoder(), text=tmp_path / "words.parquet")
+    one, other = opened(*places)
+    assert other.class_names == [*NAMES, "new"]
+    same(one, other)
+
+
+@pytest.mark.parametrize("to", ["folder", "lance"])
+@pytest.mark.parametrize("name", LETTERS)
+def test_a_copy_has_what_was_fitted(run, built, name, to, tmp_path):
+    for kind in KINDS:
+        out = made(tmp_path, to, f"{kind}-copy")
+        done(run("index", "clone", built[name, kind], out))
+        same(*opened(built[name, kind], out))
+        changes.remove(out, key_ids=[5])
+        same(*opened(out, out))
+    assert stores.at(out).verify().n == 39
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_the_command_line_answers_alike(run, built, name, tmp_path):
+    asked = write_table(tmp_path / "asked.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
+    rows = []
+    for kind in KINDS:
+        answers = done(run("classify", built[name, kind], asked, "--explain", "--logits", "--format", "json"))
+        rows.append([json.loads(line) for line in answers.splitlines()])
+        judged = json.loads(done(run("evaluate", built[name, kind], asked, "--json")))
+        rows.append([judged[figure] for figure in ("n", "top1", "zero_shot_top1", "cache_top1", "alpha", "beta")])
+        info = json.loads(done(run("index", "info", built[name, kind], "--json")))
+        assert (info["fitted"]["metric"], info["fitted"]["values"]) == LETTERS[name]
+    assert rows[1] == rows[3]
+    for one, other in zip(rows[0], rows[2], strict=True):
+        assert one["label"] == other["label"]
+        np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-5, atol=1e-3)
+        gives = [[near["gives"] for near in row["neighbours"]] for row in (one, other)]
+        np.testing.assert_allclose(*gives, atol=1e-5)
+
+
+def test_fit_takes_a_store(run, built, tmp_path):
+    """To other letters and back, as a folder is: what the table had for the others is there no more."""
+    places = [copied(tmp_path, kind, built["solved", kind], kind) for kind in KINDS]
+    asked = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
+    ways = (["--values", "one-hot"], ["--metric", "none", "--values", "one-hot"], ["--val", asked], [])
+    for version, words in enumerate((*ways, ["--values", "one-hot", "--metric", "within"]), 2):
+        said_by = [run("fit", place, *words) for place in places]
+        assert [result.exit_code for result in said_by] == [0, 0], said_by[1].output
+        judged = [result.stderr.splitlines()[-1].rpartition(" (")[0] for result in said_by]
+        assert judged[0] == judged[1]
+        one, other = opened(*places)
+        same(one, other)
+        assert other.version == version
+        assert other.table.has_points == (other.metric is not None and other.values is None)
+    assert done(run("index", "rollback", places[1], "--version", 1)).endswith("rolled back\n")
+    same(*opened(built["solved", "folder"], places[1]))
+    wrong = run("fit", places[1], "--values", "solved", "--metric", "none", "--val", "nothing.parquet")
+    assert (wrong.exit_code, wrong.stderr.count("\n")) == (1, 1)
+
+
+@pytest.mark.usefixtures("sql_here")
+@pytest.mark.parametrize("name", LETTERS)
+def test_a_condition_leaves_the_same_keys(run, built, name, tmp_path):
+    asked = write_table(tmp_path / "asked.parquet", QUERIES)
+    rows = []
+    for kind in KINDS:
+        words = ("classify", built[name, kind], asked, "--where", "shot < 5", "--logits", "--format", "json")
+        rows.append([json.loads(line)["logits"] for line in done(run(*words)).splitlines()])
+    np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-3)
+
+
+# --- more keys than memory
+
+
+@pytest.fixture
+def few_are_many(monkeypatch):
+    """Forty keys are more than are read at once, chosen on, or judged."""
+    monkeypatch.setattr(closed_form, "MOST_SOLVED", 30)
+    monkeypatch.setattr(closed_form, "CHOSEN_ON", 20)
+    monkeypatch.setattr(closed_form, "JUDGED", 25)
+    monkeypatch.setattr(draft, "MANY", 0)
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("letters", [{}, {"metric": "within"}, {"metric": "none"}], ids=str)
+@pytest.mark.parametrize("source", ["shots", "val"])
+def test_keys_that_are_not_read_at_once_are_fitted_alike(built, letters, source, tmp_path):
+    places = [copied(tmp_path, kind, built["solved", kind], kind) for kind in KINDS]
+    val = {}
+    if source == "val":
+        path = write_table(tmp_path / "val.parquet", QUERIES, [NAMES[i] for i in clusters(4, seed=5)[1]])
+        val = {"validation": open_source(path), "encoder": Encoder()}
+    for place in places:
+        changes.remove(place, key_ids=[4, 17])
+    choices = [fit_index(place, **letters, **val) for place in places]
+    assert choices[0].form == choices[1].form
+    assert (choices[0].n, choices[0].folds, choices[0].photos) == (choices[1].n, choices[1].folds, choices[1].photos)
+    one, other = opened(*places)
+    assert (other.values, other.fitted) == (None, one.fitted)
+    assert other.fitted.keys == 38
+    for name in ("alpha", "beta", "temperature", "least_cache"):
+        assert getattr(other.settings, name) == pytest.approx(getattr(one.settings, name), rel=1e-4)
+    other.settings = one.settings
+    same(one, other)
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_the_sums_of_a_metric_follow_the_keys(built, tmp_path):
+    place = copied(tmp_path, "lance", built["metric", "lance"])
+    fit_index(place, metric="within")
+    changes.add(place, open_source(table(tmp_path / "more.parquet", 2, 9, "more")), Encoder())
+    changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
+    changes.remove(place, key_ids=[3, 7, 42])
+    model = stores.at(place).verify()
+    keys = model.in_memory().keys.astype(np.float64)
+    assert len(keys) == 47
+    np.testing.assert_allclose(model.second, keys.T @ keys, atol=1e-9)
+    fit_index(place, metric="within")
+    fresh = copied(tmp_path, "lance", place, "fresh")
+    changes.rebuild(fresh)
+    fit_index(fresh, metric="within")
+    same(*opened(place, fresh))
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_the_index_is_over_the_points(tmp_path, monkeypatch):
+    monkeypatch.setattr(key_table, "INDEX_FROM", 500)
+    monkeypatch.setattr(draft, "INDEX_FROM", 500)
+    place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
+    build_index(open_source(source), place, Encoder(), metric="within", k=16, device="cpu")
+    model = stores.at(place).verify()
+    assert (model.index_type, model.fitted.metric, model.table.met) == ("IvfFlat", "within", "_point")
+    own = lancedb.connect(model.store.address.uri).open_table("keys")
+    assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
+    points = model.metric(torch.from_numpy(model.in_memory().keys)).numpy()
+    wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
+    near = model.retrieval.nearest(model.retrieval.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
+    assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
+    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
+    late = [one.neighbours[0].key_id for one in stores.at(place).verify().classify(clusters(1, 9)[0], neighbours=1)]
+    assert sorted(late) == list(range(1000, 1005))
+
+
+# --- what cannot be, and what is damaged
+
+
+def test_solved_values_of_too_many_keys_are_refused(run, built, tmp_path, monkeypatch):
+    place = copied(tmp_path, "lance", built["solved", "lance"])
+    before = everything(place)
+    monkeypatch.setattr(draft, "MOST_HELD", 40 * (16 + 5) * 4)
+    more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
+    wanted = f"retrieval-tip fit {place} --values one-hot"
+    said(lambda: changes.add(place, more, Encoder()), "45 keys", wanted, error=InputError)
+    assert everything(place) == before
+    done(run("fit", place, "--values", "one-hot"))
+    assert len(changes.add(place, more, Encoder()).key_ids) == 5
+    monkeypatch.setattr(draft, "MOST_HELD", 30)
+    out = made(tmp_path, "lance", "copy")
+    said(lambda: changes.clone(built["solved", "folder"], out), "one-hot", error=InputError)
+    assert not stores.at(out).exists()
+    said(lambda: fit_index(place, values="solved"), "one-hot", error=InputError)
+    assert stores.at(place).verify().fitted.values == "one-hot"
+
+
+@pytest.mark.parametrize("kind", ["metric", "values"])
+@pytest.mark.parametrize("damage", ["changed", "missing", "of another index"])
+def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
+    place = copied(tmp_path, "lance", built["solved", "lance"])
+    entry = stores.at(place).manifest().files[kind]
+    raw = everything(place)[entry.name]
+    other = {"changed": raw[:-1] + bytes([raw[-1] ^ 1]), "missing": None, "of another index": raw[: len(raw) // 2]}
+    put(place, entry.name, other[damage])
+    for call in (lambda: stores.at(place).load(device="cpu"), stores.at(place).verify):
+        said(call, entry.name)
+
+
+def test_points_that_are_of_other_keys_are_found(built, tmp_path):
+    place = copied(tmp_path, "lance", built["metric", "lance"])
+    changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
+    model = stores.at(place).verify()
+    wrong = model.metric
+    model.metric = type(wrong)(wrong.mean, wrong.transform.flip(0))
+    said(lambda: lance_model._check_rows(model, "go back"), "points", "rebuild")
+
+
+def test_an_older_program_refuses_what_it_would_answer_wrongly(built):
+    """Up to format 5 a store was Tip-Adapter, whatever its manifest says beside."""
+    for name in LETTERS:
+        place = built[name, "lance"]
+        assert json.loads(everything(place)[manifest_of(place)])["format_version"] > 5
+
+
+def test_letters_that_do_not_go_together_are_refused(built, tmp_path):
+    out = made(tmp_path, "lance")
+    source = open_source(table(tmp_path / "train.parquet"))
+    how = {"device": "cpu"}
+    said(lambda: build_index(source, out, Encoder(), alpha=1.0, fit="auto", **how), "alpha", error=UsageError)
+    said(lambda: build_index(source, out, Encoder(), index="IVF4", **how), "IVF4", error=UsageError)
+    assert not stores.at(out).exists()
+    plain = build_index(source, out, Encoder(), fit="none", **how)
+    assert (plain.fitted, plain.metric, plain.values) == (None, None, None)
+    one = build_index(source, out, Encoder(), metric="none", values="one-hot", **how)
+    assert one.fitted == Fitted("none", "one-hot", None, None, 40)
+    assert stores.at(out).verify().version == 2
+
+
+# --- served
+
+
+def test_a_fitted_store_is_served(built):
+    folder = stores.at(built["solved", "folder"]).load(device="cpu")
+    expected = folder.classify(QUERIES, neighbours=3)
+    with server(built["solved", "lance"]) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+        answer = client.post("/v1/classify", json={"features": QUERIES.tolist()}, params={"neighbours": 3, "top": 1})
+        assert answer.status_code == 200, answer.text
+        described = client.get("/v1/indexes").json()
+        assert "solved" in json.dumps(described)
+    for row, one in zip(answer.json()["results"], expected, strict=True):
+        assert row["label"] == one.label
+        np.testing.assert_allclose([near["gives"] for near in row["neighbours"]],
+                                   [near.gives for near in one.neighbours], atol=1e-5)  # fmt: skip
+
+
+def test_errors_are_those_of_stores(tmp_path):
+    said(lambda: fit_index(made(tmp_path, "lance")), "no index there", error=StoreError)
+    assert not any(tmp_path.iterdir())
