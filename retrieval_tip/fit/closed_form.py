@@ -18,10 +18,11 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -33,13 +34,12 @@ from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import Ridge
-from retrieval_tip.retrieval.segments import Segments
+from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import METRICS, VALUES, Fitted, Settings
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
-Keys = npt.NDArray[Any] | Segments
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -72,6 +72,48 @@ UNLIKE = 0.05
 
 SMALLEST_EIGENVALUE = 1e-7
 """Of a scatter, as a share of its mean: below it a direction is noise of float32."""
+
+
+class Shots(Protocol):
+    """What is fitted: a :class:`CacheModel`, or an index whose keys are read in place.
+
+    ``labels`` has a row a key, at least its ``digest`` and ``source``; ``class_ids`` ``[n]``, ``text_weights``
+    ``[c, d]``.
+    """
+
+    labels: pa.Table
+    class_ids: Tensor
+    class_names: list[str]
+    text_weights: Tensor
+    settings: Settings
+    provenance: dict[str, Any]
+    sums: Sums | None
+    curve: pa.Table | None
+
+    @property
+    def keys(self) -> Keys:
+        """Keys ``[n, d]``, by class."""
+
+    @property
+    def n(self) -> int:
+        """Their number."""
+
+    @property
+    def segments(self) -> int:
+        """Number of their segments."""
+
+    @property
+    def index_type(self) -> str:
+        """Factory of the index over them."""
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there are text weights."""
+
+    def set_fitted(
+        self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
+    ) -> None:
+        """See :meth:`CacheModel.set_fitted`."""
 
 
 @dataclass(frozen=True)
@@ -323,8 +365,8 @@ class Folds:
     def _sums_of(self, rows: IntArray) -> Sums:
         """The sums of some of the keys, each of which is read once."""
         ids = self.ids.numpy()
-        parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
-        return Sums.of(((np.asarray(self.keys[part]), ids[part]) for part in parts), self.c, self.keys.shape[1])
+        blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
+        return Sums.of(blocks, self.c, self.keys.shape[1])
 
     def judge(self, form: Form) -> Blend:
         """How a form does when it is fitted without each fold."""
@@ -351,12 +393,13 @@ def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -
     queries = held.features if metric is None else metric(held.features)
     cache = torch.zeros(len(queries), folds.c)
     values = _values(folds.keys, folds.ids, folds.c, held.rows, metric, form)
-    for start in range(0, len(held.rows), KEY_BLOCK):  # there may be very many keys, where values are one-hot
-        rows = held.rows[start : start + KEY_BLOCK]
-        keys = _taken(folds.keys, rows)
+    start = 0
+    for block, rows in _blocks(folds.keys, held.rows.numpy()):  # there may be very many, where values are one-hot
+        keys = torch.from_numpy(np.array(block, dtype=np.float32))
         affinity = tip.affinity(queries, keys if metric is None else metric(keys))
-        own = None if values is None else tip.Values(values[start : start + KEY_BLOCK])
-        cache += tip.cache_logits(affinity, folds.ids[rows], folds.c, form.beta, values=own)
+        own = None if values is None else tip.Values(values[start : start + len(rows)])
+        cache += tip.cache_logits(affinity, folds.ids[torch.from_numpy(rows)], folds.c, form.beta, values=own)
+        start += len(rows)
     return cache
 
 
@@ -418,7 +461,7 @@ class Choice:
 
 
 def fit(
-    cache: CacheModel,
+    cache: Shots,
     *,
     metric: str | None = None,
     values: str | None = None,
@@ -446,8 +489,7 @@ def fit(
     for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments.
     """
     start = time.perf_counter()
-    by_class = cache.index.by_class if factory is None else inner_factory(factory) is not None
-    forms = _forms(cache, metric, values, by_class=by_class)
+    forms = _forms(cache, metric, values, by_class=inner_factory(factory or cache.index_type) is not None)
     if cache.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned, and are no shots any more; fit the one before")
     if cache.segments > 1:
@@ -488,7 +530,7 @@ def unfitted(cache: CacheModel) -> CacheModel:
     return other
 
 
-def _forms(cache: CacheModel, metric: str | None, values: str | None, *, by_class: bool) -> list[Form]:
+def _forms(cache: Shots, metric: str | None, values: str | None, *, by_class: bool) -> list[Form]:
     """The forms that may be chosen, the one that stands first."""
     for what, given, known in (("metric", metric, METRICS), ("values", values, VALUES)):
         if given not in (None, *known):
@@ -503,7 +545,7 @@ def _forms(cache: CacheModel, metric: str | None, values: str | None, *, by_clas
     return [form for form in FORMS if metric in (None, form.metric) and values in (None, form.values)]
 
 
-def _judged_by(cache: CacheModel, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:
+def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:
     """What the chosen form is judged by, and what that is called."""
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
@@ -515,9 +557,7 @@ def _judged_by(cache: CacheModel, validation: Queries | None, images: IntArray) 
     return folds, f"your own photos, each left out (n={sum(len(held.ids) for held in folds.held)})"
 
 
-def _chosen(
-    cache: CacheModel, forms: Sequence[Form], folds: Folds, images: IntArray | None
-) -> tuple[Form, list[Trial]]:
+def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[Trial]]:
     """The form that is chosen and those that were tried: none, where there are too few shots to choose by.
 
     ``images`` of the keys, where the shots judge: they then choose by fewer folds, and by a sample of very many keys.
@@ -541,7 +581,7 @@ def _settled(settings: Settings, form: Form, folds: Folds) -> tuple[Settings, di
     return settings, {"photos": photos, "words": None if text is None else words, "both": both}
 
 
-def _unjudged(cache: CacheModel, forms: Sequence[Form]) -> tuple[Form, Settings]:
+def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
     """The form and settings of shots that cannot be judged: :data:`ONE_SHOT`, or the untouched ones where it cannot be.
 
     The shots do judge the text, which has not seen them: its temperature T is fitted, so that weak words count little.
@@ -630,6 +670,14 @@ def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
     ranks = np.empty(len(ids), dtype=np.int64)
     ranks[order] = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
     return ranks
+
+
+def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+    """Keys at some rows, and these, a block at a time, in their order unless they are read in place."""
+    if isinstance(keys, KeysInPlace):
+        return keys.blocks(rows)
+    parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
+    return ((np.asarray(keys[part]), part) for part in parts)
 
 
 def _taken(keys: Keys, rows: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
@@ -12,6 +14,7 @@ from retrieval_tip.fit.search_hp import Queries, on_validation
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft
+from retrieval_tip.lance.shots import TableShots
 
 
 def fit_index(
@@ -64,10 +67,19 @@ def fit_table(
     validation: Queries | None = None,
     factory: str | None = None,
 ) -> Choice:
-    """Fit what is to become the next version of a LanceDB store, with the arguments of :func:`closed_form.fit`."""
+    """Fit what is to become the next version of a LanceDB store, with the arguments of :func:`closed_form.fit`.
+
+    Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
+    """
+    how: dict[str, Any] = {"metric": metric, "values": values, "validation": validation}
+    if table.n > closed_form.MOST_SOLVED:
+        shots = TableShots(table)
+        choice = closed_form.fit(shots, **how, factory=factory)
+        table.settings, table.provenance = shots.settings, shots.provenance
+        return choice
     whole = table.in_memory() if table.whole is None else table.whole
-    whole.settings = table.settings
-    choice = closed_form.fit(whole, metric=metric, values=values, validation=validation)
+    whole.settings, whole.sums = table.settings, table.sums
+    choice = closed_form.fit(whole, **how)
     table.settings, table.provenance = whole.settings, whole.provenance
     table.set_fitted(whole.metric, whole.fitted, factory, whole)
     return choice

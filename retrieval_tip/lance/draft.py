@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval_tip import tip
-from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.cache_model import SUMS_FROM, CacheModel
 from retrieval_tip.errors import InputError, StoreError
 from retrieval_tip.lance.key_table import (
     FLAT,
@@ -40,8 +40,6 @@ from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import Manifest, Table
 from retrieval_tip.store.sums import Sums
 
-MANY = 8
-"""The sum of outer products is kept where keys take so many times its bytes: that of fewer is made again at once."""
 MOST_HELD = 1 << 30
 """Bytes of keys and solved values that an index in LanceDB has in memory, at most."""
 
@@ -385,7 +383,10 @@ class LanceDraft(LanceModel):
 
     def _arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """What goes into objects beside the classes, by kind."""
-        if self.second is not None and self.n * np.dtype(self.dtype).itemsize >= MANY * self.second.itemsize * self.d:
+        if (
+            self.second is not None
+            and self.second.nbytes * SUMS_FROM <= self.n * self.d * np.dtype(self.dtype).itemsize
+        ):
             yield "second", self.second
         if self.metric is not None:
             yield "metric", array_of(self.metric)

@@ -15,13 +15,14 @@ from retrieval_tip import tip
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import VECTOR, KeyTable
+from retrieval_tip.retrieval.segments import KeysInPlace
 from retrieval_tip.settings import Fitted
 
 IntArray = npt.NDArray[np.int64]
 LABELS = ("key_id", "class_id", "digest", "source")
 
 
-class OrderedKeys:
+class OrderedKeys(KeysInPlace):
     """Keys ``[n, d]`` of a table by their place in a folder of the same keys: by class, and within a class by id.
 
     ``offsets`` ``[n]`` are the table's own places of them.
@@ -31,17 +32,14 @@ class OrderedKeys:
         self.table, self.shape = table, (len(offsets), d)
         self._offsets, self._places = offsets, np.argsort(offsets)
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def __getitem__(self, places: IntArray) -> npt.NDArray[Any]:
-        """Some keys as they are stored, which are in memory together."""
+        """See :meth:`KeysInPlace.__getitem__`."""
         offsets, where = np.unique(self._offsets[places], return_inverse=True)
         keys: npt.NDArray[Any] = self.table.matrix(self.table.offsets(offsets, [VECTOR])[VECTOR])[where]
         return keys
 
     def blocks(self, places: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
-        """Keys ``[b, d]`` at some places, and these ``[b]``, a block at a time: the table is read once, as it lies."""
+        """See :meth:`KeysInPlace.blocks`: the table is read once."""
         wanted, start = np.zeros(len(self), dtype=bool), 0
         wanted[self._offsets[places]] = True
         for batch in self.table.scan([VECTOR]):
@@ -54,7 +52,7 @@ class OrderedKeys:
 class TableShots:
     """What is to become the next version of a store, as :func:`closed_form.fit` takes it: labels are in memory."""
 
-    curve = None
+    curve: pa.Table | None = None
     segments = 1
 
     def __init__(self, draft: LanceDraft) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import UsageError
-from retrieval_tip.retrieval.segments import Segments
+from retrieval_tip.retrieval.segments import Keys
 
 NORMALIZE = ("both", "shots", "affinity", "none")
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
@@ -39,7 +38,7 @@ class Statistics:
     shots: float
 
 
-def measure(keys: npt.NDArray[Any] | Segments, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
+def measure(keys: Keys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
     """Statistics of keys ``[n, d]`` with these class ids; ``None`` where all are of one class or nothing spreads."""
     rows = np.arange(len(keys))
     if len(keys) > SAMPLE:
@@ -52,7 +51,7 @@ def measure(keys: npt.NDArray[Any] | Segments, class_ids: npt.NDArray[np.int64])
     return Statistics(float(other.mean(dtype=np.float64)), float(other.std(dtype=np.float64)), shots)
 
 
-def untouched_settings(keys: npt.NDArray[Any] | Segments, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
+def untouched_settings(keys: Keys, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
     """Alpha and beta of an index over these keys where nothing else is asked for."""
     return plain_settings(None, None, "both", measure(keys, class_ids))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,23 @@ import numpy.typing as npt
 from retrieval_tip.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
+
+
+class KeysInPlace(ABC):
+    """Keys ``[n, d]`` that are more than memory: a few are read by row, many in one pass, in the order they lie in."""
+
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, rows: IntArray) -> npt.NDArray[Any]:
+        """A few keys ``[m, d]``, as they are stored."""
+
+    @abstractmethod
+    def blocks(self, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+        """Keys ``[b, d]`` at some rows, and these ``[b]``, a block at a time."""
 
 
 class Segments:
@@ -69,6 +87,10 @@ class Segments:
         if copy is False:
             raise ValueError("several segments are one array only as a copy")
         return np.concatenate(self.parts, dtype=dtype)
+
+
+Keys = npt.NDArray[Any] | Segments | KeysInPlace
+"""Keys ``[n, d]``, wherever they are."""
 
 
 def segments_of(array: npt.NDArray[Any] | Segments) -> tuple[npt.NDArray[Any], ...]:
