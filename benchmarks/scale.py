@@ -212,7 +212,7 @@ def large(folder: Path, given: dict[str, Any]) -> Iterator[tuple[str, float | No
     options = ("--dtype", dtype, "--index", given["index"], "--out", place, "--device", "cpu")
     k = given["k"] or (256 if given["store"] == "lance" else None)
     met = () if k is None else ("-k", k)
-    build = launch(command, "-q", "index", "build", "--fit", "none", *tables, *options, *met)
+    build = launch(command, "-q", "index", "build", "--fit", given["fit"], *tables, *options, *met)
     table_size = (folder / "table.parquet").stat().st_size
     (folder / "table.parquet").unlink()  # so that its pages make room
     yield "building", build.seconds, "s"
@@ -288,6 +288,7 @@ def default(name: str) -> str:
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option("--index", default="auto", show_default=True)
 @click.option("--store", type=click.Choice(["folder", "lance"]), default="folder", show_default=True)
+@click.option("--fit", type=click.Choice(["none", "auto"]), default="none", show_default=True)
 @click.option("-k", type=click.IntRange(min=1), help="Nearest keys that a query meets.  [default: the index's]")
 @click.option("--exact-queries", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir, help="For files.")

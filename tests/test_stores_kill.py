@@ -30,6 +30,7 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
+from retrieval_tip.index.fit import fit_index
 from retrieval_tip.lance import key_table, lease, versions
 from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.lance.objects import Objects
@@ -70,6 +71,8 @@ OPERATIONS = {
     "relabel": lambda place, _: changes.relabel(place, "class 0", where="source IN ('1 1', '1 2')"),
     "compact": lambda place, _: changes.compact(place),
     "rebuild": lambda place, _: changes.rebuild(place, index="IvfFlat"),
+    "fit": lambda place, _: fit_index(place, metric="within", values="one-hot"),
+    "fit to values": lambda place, _: fit_index(place, values="solved"),
     "rollback": lambda place, _: changes.rollback(place),
     "gc": lambda place, _: stores.at(place).collect(),
     "grow": lambda place, tables: [changes.add(place, table(tables, "1"), Encoder()) for _ in range(5)],
@@ -279,6 +282,7 @@ def states(server, world, what, folder, moments):
 NEEDED = {
     "first": "create_table", "build": "create_table", "add": "add", "remove": "delete", "relabel": "add",
     "compact": "optimize", "rebuild": "create_index", "gc": "optimize",
+    "fit": "create_table",
 }  # fmt: skip
 CHANGES = [name for name in OPERATIONS if name != "grow"]
 
