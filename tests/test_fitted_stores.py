@@ -200,7 +200,8 @@ def test_a_condition_leaves_the_same_keys(run, built, name, tmp_path):
     asked = write_table(tmp_path / "asked.parquet", QUERIES)
     rows = []
     for kind in KINDS:
-        words = ("classify", built[name, kind], asked, "--where", "shot < 5", "--logits", "--format", "json")
+        words = ("classify", built[name, kind], asked, "--where", "shot < 5", "--alpha", 2, "--logits")
+        words = (*words, "--format", "json")
         rows.append([json.loads(line)["logits"] for line in done(run(*words)).splitlines()])
     np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-3)
 
@@ -265,6 +266,7 @@ def test_the_index_is_over_the_points(tmp_path, monkeypatch):
     assert (model.index_type, model.fitted.metric, model.table.met) == ("IvfFlat", "within", "_point")
     own = lancedb.connect(model.store.address.uri).open_table("keys")
     assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
+    assert len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1  # of no other version
     points = model.metric(torch.from_numpy(model.in_memory().keys)).numpy()
     wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
     near = model.retrieval.nearest(model.retrieval.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()

@@ -333,7 +333,14 @@ def test_evaluating_gives_the_same_figures(cluster, run, asked, kind):
     if kind == "fitted":
         assert run("fit", place, "--values", "solved").exit_code == 0
     options = ("-k", 5, "--alpha", 2, "--abstain", 0.5, "--where", "key_id > 3")
-    local = run("evaluate", place if kind == "fitted" else asked / "index", asked / "test.parquet", *options, "--precision", "float32")
+    local = run(
+        "evaluate",
+        place if kind == "fitted" else asked / "index",
+        asked / "test.parquet",
+        *options,
+        "--precision",
+        "float32",
+    )
     ray = ("--engine", "ray", "--ray-address", cluster, "--actors", 1, "--shard-size", 7)
     done = run("evaluate", place, asked / "test.parquet", *options, *ray)
     assert done.exit_code == 0, done.stderr

@@ -337,9 +337,9 @@ class LanceDraft(LanceModel):
         self.index_type = kind
         self.built = replace(self.built, auto_index=asked == "auto")
 
-    def _keep_up(self) -> None:
+    def _keep_up(self, prunes: bool) -> None:
         """Let the index follow the table: rows beside it cost every search, and many keys need one."""
-        if self.store.prunes(self.writer.number):  # else that puts pieces together in a version of its own
+        if prunes:  # else that puts pieces together in a version of its own
             self.table.optimize()
         if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
             self._index(index_kind("auto", self.n), "auto")
@@ -351,9 +351,9 @@ class LanceDraft(LanceModel):
 
         Raises as :meth:`classifier.Classifier.check_answers` and :meth:`versions.Writer.commit`.
         """
-        writer = self.writer
+        writer, prunes = self.writer, self.writer.prunes
         self.check_answers()
-        self._keep_up()
+        self._keep_up(prunes)
         files = {"classes": writer.put("classes", self.classes.to_bytes(), len(self.class_names))}
         files |= {kind: writer.put_array(kind, array) for kind, array in self._arrays()}
         self.manifest = Manifest(
@@ -379,7 +379,7 @@ class LanceDraft(LanceModel):
         writer.commit(self.manifest)
         self.version = self.manifest.version
         with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
-            self.store.forget_old(writer.still_held, self.manifest.version)
+            self.store.forget_old(writer.still_held, prunes)
 
     def _arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         """What goes into objects beside the classes, by kind."""

@@ -333,7 +333,8 @@ class LanceModel(AnsweringIndex):
         """
         if self.whole is not None:
             key_ids = self.labels["key_id"].take(pa.array(rows)).to_numpy()
-            return self.whole.take(np.flatnonzero(np.isin(self.whole.labels["key_id"].to_numpy(), key_ids)))
+            chosen = np.flatnonzero(np.isin(self.whole.labels["key_id"].to_numpy(), key_ids))
+            return self.whole.with_settings(self.settings).take(chosen)
         if len(rows) * self.d * 4 > MOST_TAKEN:
             raise UsageError(
                 f"where: holds for {len(rows):,} keys, too many of a LanceDB store for memory; name fewer, or copy the "

@@ -111,6 +111,7 @@ class Writer:
     def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
         self.store, self.parent, self.still_held = store, parent, still_held
         self._files = store.table_files()
+        self._creations = 0
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
             self.table = KeyTable.latest(store.address, parent.table.name)
@@ -125,7 +126,13 @@ class Writer:
     def create(self, rows: Iterator[pa.RecordBatch], schema: pa.Schema) -> KeyTable:
         """Make a table of these rows; whatever is there stays in earlier versions."""
         self.table = KeyTable.create(self.store.address, TABLE, rows, schema)
+        self._creations += 1
         return self.table
+
+    @property
+    def prunes(self) -> bool:
+        """Whether this version, once it is there, is to give up those of the table: a first one that was made twice."""
+        return (self.parent is None and self._creations > 1) or self.store.prunes(self.number)
 
     def put(self, kind: str, raw: bytes, rows: int) -> DataFile:
         """Write an object of the small part, unless the version before has it."""
@@ -370,10 +377,10 @@ class LanceVersions:
         """Whether the version with this number, once it is there, is to give up versions of the table."""
         return number % PRUNED_EVERY == 0 and len(self._versions()) >= history.KEPT_VERSIONS
 
-    def forget_old(self, still_held: Callable[[], None], number: int) -> None:
-        """Give up what is beyond :data:`history.KEPT_VERSIONS`, right after the version with this number."""
-        if len(self._versions()) > history.KEPT_VERSIONS:
-            self._forget(still_held, history.KEPT_VERSIONS, prune=number % PRUNED_EVERY == 0)
+    def forget_old(self, still_held: Callable[[], None], prune: bool) -> None:
+        """Give up what is beyond :data:`history.KEPT_VERSIONS`, of the table too where this is to ``prune`` it."""
+        if prune or len(self._versions()) > history.KEPT_VERSIONS:
+            self._forget(still_held, history.KEPT_VERSIONS, prune=prune)
 
 
 def _name(version: int) -> str:
