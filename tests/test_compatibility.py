@@ -2,7 +2,8 @@
 
 ``expected.json`` beside them holds queries ``features`` and, for each index, what its program answered: logits over all
 keys and the 4 nearest. Format 3 is of a LanceDB store: ``v3/plain`` is ``v2/plain`` in one. Format 4 has what was
-fitted, format 5 how an index was built, format 6 the sums of its keys.
+fitted, format 5 how an index was built, format 6 the sums of its keys; ``v6/solved`` and ``v6/metric`` are those of
+format 4 in LanceDB stores.
 """
 
 from __future__ import annotations
@@ -85,6 +86,19 @@ def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> Non
     changes.configure(f"lance://{tmp_path / 'plain'}", temperature=2.0)
     check_answers(store.verify(), "v2", "plain")
     assert (store.manifest().version, store.manifest().settings.temperature) == (old.version + 1, 2.0)
+
+
+@pytest.mark.parametrize("name", ["solved", "metric"])
+def test_an_older_store_has_what_was_fitted(name: str, tmp_path: Path) -> None:
+    shutil.copytree(INDEXES / "v6" / name, tmp_path / name)
+    place, folder = f"lance://{tmp_path / name}", CacheModel.load(INDEXES / "v4" / name, device="cpu")
+    assert json.loads((tmp_path / name / "manifests/000001.json").read_text())["format_version"] == 6
+    store = at(place).verify()
+    assert store.fitted == folder.fitted
+    check_answers(store, "v4", name)
+    changes.relabel(place, "cat", key_ids=store.labels["key_id"].to_pylist()[-1:])
+    changes.rollback(place, 1)
+    check_answers(at(place).verify(), "v4", name)
 
 
 def test_an_index_of_format_1_has_its_labels_and_settings() -> None:

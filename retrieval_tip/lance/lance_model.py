@@ -460,5 +460,6 @@ def _check_rows(model: LanceModel, remedy: str) -> None:
             wrong |= (np.abs(found - known).max(axis=1) > far).any()
     if wrong:
         raise StoreError(f"{place}: keys do not add up to what is known of their classes; {remedy}")
-    if model.second is not None and not np.allclose(along, model.second @ direction, rtol=0, atol=FAR * model.n):
+    far = ROUNDED * model.n * model.d**0.5 * largest**2
+    if model.second is not None and np.abs(along - model.second @ direction).max() > far:
         raise StoreError(f"{place}: products of keys do not add up to what is known of them; fit the index again")
