@@ -11,6 +11,9 @@ set, float32 unless said.
 (b) the bare product f @ keys.T into memory that is there already: the limit for exact answers.
 (c) the FAISS search alone (for Classes: over the means of the classes, for as many as may be met).
 
+The section `files` runs `retrieval-tip classify` of feature tables, Parquet to Parquet, beside that of another checkout
+(--against FOLDER): rows a second beyond what a few rows take, so without the start of the interpreter.
+
 Agreement is how often the answer is that of all keys, exact in float32; accuracy stands beside it. `auto` and Classes
 answer all queries in one call, the other types of index some hundred a call, another part of the queries each turn.
 """
@@ -21,6 +24,8 @@ import datetime
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +51,7 @@ from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.settings import Settings
 
-SECTIONS = ("exact", "retrieval", "real")
+SECTIONS = ("exact", "retrieval", "real", "files")
 SEED = 0
 DENSE_BLOCK = 16_384
 DENSE_QUERIES = (1024, 256)
@@ -57,6 +62,8 @@ AT_A_TIME = 1024
 SINGLES = 8
 SMALL, MIDDLE = 20_000, 200_000
 """Keys up to which graphs and compressed codes are built too, and up to which several k are tried."""
+FEW = 32
+"""Rows of the command whose time is taken off."""
 KS = (16, 64, 256)
 CLASSES_MET = (1, 2, 4, 16)
 
@@ -64,6 +71,7 @@ GOALS = {
     "exact": "16,000 x 1024: float32 at least 1.9 x (a) and at most 1.15 x (b); bfloat16 at least 3 x (a)",
     "retrieval": "16,000 x 1024: 8 x (a) at 99.5 % and 5 x at 99.9 %; 160,000 x 512: 50 x at 99.7 %; "
     "1,000,000 x 512: 300 x at 99.9 %; growth at most 2 x",
+    "files": "1,000,000 rows against the version of 2026-11-25: 1.5 x, with --explain 4 x",
 }
 
 Ids = npt.NDArray[np.int64]
@@ -140,6 +148,7 @@ SCHEMA = pa.schema(
         ("ratio_dense", pa.float64()),  # times as fast as (a)
         ("ratio_gemm", pa.float64()),  # times as long as (b)
         ("search_share", pa.float64()),  # (c) in it
+        ("ratio_against", pa.float64()),  # times as fast as the other checkout
         ("growth", pa.float64()),  # times as long as with the fewest keys
         ("agreement", pa.float64()),
         ("accuracy", pa.float64()),
@@ -590,6 +599,46 @@ def on_real(name: str, cache: CacheModel, items: sweep.Items, rounds: int) -> It
         )
 
 
+def files(
+    size: tuple[int, int, int], queries: int, rounds: int, device: str, against: Path | None, place: Path
+) -> Iterator[Row]:
+    """The command on feature tables."""
+    material = Material.make(size, queries, "auto", device)
+    material.cache.save(place / "index")
+    for name, rows in (("few", FEW), ("many", queries)):
+        flat = pa.array(material.features[:rows].cpu().numpy().reshape(-1))
+        columns = {"id": [f"query-{row}" for row in range(rows)]}
+        columns["feature"] = pa.FixedSizeListArray.from_arrays(flat, size[1])
+        pq.write_table(pa.table(columns), place / f"{name}.parquet", compression="none")
+
+    def seconds(checkout: Path, name: str, how: Sequence[str]) -> float:
+        command = [sys.executable, "-m", "retrieval_tip", "-q", "classify", place / "index", place / f"{name}.parquet"]
+        command += ["--output", place / f"{checkout.name}.parquet", "--device", device, *how]
+        start = time.perf_counter()
+        subprocess.run(list(map(str, command)), check=True, env=os.environ | {"PYTHONPATH": str(checkout)})
+        return time.perf_counter() - start
+
+    here = Path(__file__).resolve().parents[1]
+    checkouts = [here] if against is None else [here, against.resolve()]
+    click.echo(f"\nclassify, Parquet to Parquet, {queries:,} rows, medians of {rounds} turns")
+    material.print_head()
+    for how in ((), ("--explain",), ("--format", "json")):
+        taken: dict[Path, list[float]] = {checkout: [] for checkout in checkouts}
+        for _ in range(rounds):
+            for checkout, times in taken.items():
+                times.append(seconds(checkout, "many", how) - seconds(checkout, "few", how))
+        found = [1e6 * statistics.median(times) / (queries - FEW) for times in taken.values()]
+        for checkout, microseconds in zip(checkouts, found, strict=True):
+            way = f"classify {' '.join(how)}{'' if checkout == here else ' (against)'}"
+            click.echo(f"{way:<40}{1e6 / microseconds:>12,.0f} rows/s{found[-1] / microseconds:>8.2f} x")
+            columns = {"section": "files", "data": "made", "way": way, "index": material.cache.index.factory}
+            ratio = None if against is None else found[-1] / microseconds
+            yield (
+                material.columns | columns | {"queries": queries, "microseconds": microseconds, "ratio_against": ratio}
+            )
+    click.echo(f"goals: {GOALS['files']}")
+
+
 class Size(click.ParamType):
     """Keys x values x classes."""
 
@@ -620,6 +669,11 @@ class Size(click.ParamType):
 @click.option("--queries", type=int, help="[default: 1000 for exact, 8192, and 4096 above 200,000 keys]")
 @click.option("--large-batch", default=32768, show_default=True,
               help="Queries a call of auto once more: the more, the less often a class's keys are read.")  # fmt: skip
+@click.option("--files-size", type=Size(), default="1600x64x100", show_default=True)
+@click.option("--rows", default=100_000, show_default=True, help="Of the section files.")
+@click.option(
+    "--against", type=click.Path(path_type=Path, exists=True), help="Another checkout, for the section files."
+)
 @click.option("--data", type=click.Path(path_type=Path), default=Path("../shared"), show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Parquet file of the rows.")
@@ -630,6 +684,9 @@ def main(
     rounds: int,
     queries: int | None,
     large_batch: int,
+    files_size: tuple[int, int, int],
+    rows: int,
+    against: Path | None,
     data: Path,
     device: str,
     out: Path | None,
@@ -639,21 +696,24 @@ def main(
     device = resolve_device(device)
     known = facts(device)
     click.echo(machine_line(known))
-    chosen, rows = only or SECTIONS, []
+    chosen, measured = only or SECTIONS, []
     if "exact" in chosen:
-        rows += exact(exact_size, queries or EXACT_QUERIES, 2 * rounds, device)
+        measured += exact(exact_size, queries or EXACT_QUERIES, 2 * rounds, device)
     if "retrieval" in chosen:
         seen: set[int] = set()
         for size in sizes:
             asked = queries or (8192 if size[0] <= MIDDLE else 4096)
-            rows += retrieval(size, asked, large_batch, rounds, device, with_others=size[0] not in seen)
+            measured += retrieval(size, asked, large_batch, rounds, device, with_others=size[0] not in seen)
             seen.add(size[0])
-        rows += growth(rows)
+        measured += growth(measured)
         click.echo(f"goals: {GOALS['retrieval']}")
     if "real" in chosen:
-        rows += real(data, rounds, device)
+        measured += real(data, rounds, device)
+    if "files" in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            measured += files(files_size, rows, rounds, device, against, Path(folder))
     if out is not None:
-        write_rows(out, rows, known, SCHEMA)
+        write_rows(out, measured, known, SCHEMA)
 
 
 if __name__ == "__main__":

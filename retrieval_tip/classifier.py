@@ -23,7 +23,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted
 from retrieval_tip.html import markup, table
-from retrieval_tip.predictions import Certified, Evidence, Neighbour, Prediction, Predictions
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Certified, Evidence, Predictions, lists
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
@@ -36,6 +36,9 @@ SHOWN_CLASSES = 8
 
 ASKED = 16
 """Keys that are asked about, before they become a version."""
+
+PREDICTED = 1 << 16
+"""Predictions that are made columns of at a time: Arrow's lists and texts have 2 GiB at most."""
 
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all.
@@ -54,8 +57,14 @@ class Answers:
     text: Tensor
     cache: Tensor
     classes: Tensor | None = None
-    keys: Sequence[int] | None = None
+    keys: Tensor | None = None
     nearest: Nearest | None = None
+
+    def of(self, part: slice) -> Answers:
+        """Those of some of the queries."""
+        classes, keys = (None if column is None else column[part] for column in (self.classes, self.keys))
+        nearest = None if self.nearest is None else self.nearest.of(part)
+        return Answers(self.text[part], self.cache[part], classes, keys, nearest)
 
 
 class AnsweringIndex(ABC):
@@ -288,7 +297,7 @@ class AnsweringIndex(ABC):
         certify: bool = False,
         norms: str = "check",
     ) -> Predictions:
-        """One :class:`Prediction` a query: label, probability, and the ``neighbours`` nearest keys that made it.
+        """Answers to queries: label, probability, and the ``neighbours`` nearest keys that made it.
 
         Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
         meets as many keys as settle its label (:meth:`certified`). ``norms``: ``check`` that features have norm 1, as
@@ -300,10 +309,11 @@ class AnsweringIndex(ABC):
             inputs.check_unit(f)
         shown = min(neighbours, retrieval.settings.k or neighbours)
         answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
-        nearest = answers.nearest
-        if nearest is None and shown > 0:
-            nearest = retrieval.nearest(retrieval.points(f), shown)
-        return self._predictions(answers, top, nearest)
+        if answers.nearest is None and shown > 0:
+            answers = replace(answers, nearest=retrieval.nearest(retrieval.points(f), shown))
+        parts = slices(len(f), PREDICTED) if len(f) else [slice(0)]
+        columns = pa.concat_tables([self._columns(answers.of(part), top) for part in parts])
+        return Predictions(columns).named(pa.array(np.arange(len(f))).cast(pa.string()))
 
     def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
         """Logits of queries, of ``top`` classes at least, and ``neighbours`` nearest keys where they were met."""
@@ -313,41 +323,38 @@ class AnsweringIndex(ABC):
 
     def _certified_answers(self, f: Tensor, retrieval: Retrieval) -> Answers:
         certified = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
-        return Answers(certified.text, certified.cache, keys=certified.keys.tolist())
+        return Answers(certified.text, certified.cache, keys=certified.keys)
 
-    def _predictions(self, answers: Answers, top: int, nearest: Nearest | None) -> Predictions:
-        """The answers as people read them, with the nearest keys of each query."""
+    def _columns(self, answers: Answers, top: int) -> pa.Table:
+        """The columns of :class:`Predictions`; ``input`` is empty."""
         text, cache, alpha = answers.text, answers.cache, self.settings.alpha
         logits = tip.blend(text, cache, alpha)
         places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
         ranked = places if answers.classes is None else answers.classes.gather(1, places)
-        chances = tip.probabilities(logits, self.settings.temperature).gather(1, places)
+        chances = _doubles(tip.probabilities(logits, self.settings.temperature).gather(1, places))
         winner = places[:, :1]
-        own_text, own_cache = text.gather(1, winner), cache.gather(1, winner)
+        own_cache = cache.gather(1, winner)
         weighted = tip.blend(torch.zeros_like(own_cache), own_cache, alpha)
-        parts = torch.cat([own_text, weighted], dim=1).tolist()
-        rows = logits.cpu().numpy() if answers.classes is None else [None] * len(logits)
-        near = [[]] * len(logits) if nearest is None else self._described_nearest(nearest, ranked)
-        keys: Sequence[int | None] = answers.keys or [None] * len(logits)
-        least, unlike = self.settings.least_cache, [None] * len(logits)
-        if least is not None:
-            unlike = (cache.amax(dim=1) < least).tolist()
-        by_query = zip(chances.tolist(), ranked.tolist(), parts, rows, near, keys, unlike, strict=True)
-        return Predictions(
-            Prediction(
-                label=self.class_names[ids[0]],
-                probability=probabilities[0],
-                labels=[self.class_names[i] for i in ids],
-                probabilities=probabilities,
-                text_logit=part[0],
-                cache_logit=part[1],
-                logits=row,
-                neighbours=neighbours,
-                keys=number,
-                unlike=far,
-            )
-            for probabilities, ids, part, row, neighbours, number, far in by_query
-        )
+        m, names = ranked.shape[1], pa.array(self.class_names, pa.string())
+        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        columns = {
+            "input": pa.nulls(len(text), pa.string()),
+            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "probability": chances[:, 0],
+            "labels": lists(labels, m),
+            "probabilities": lists(chances, m),
+            "text_logit": _doubles(text.gather(1, winner))[:, 0],
+            "cache_logit": _doubles(weighted)[:, 0],
+            "neighbours": self._neighbours(answers.nearest, ranked),
+        }
+        if answers.classes is None:
+            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
+        if answers.keys is not None:
+            columns["keys"] = answers.keys.cpu().numpy()
+        if self.settings.least_cache is not None:
+            columns["unlike"] = (cache.amax(dim=1) < self.settings.least_cache).cpu().numpy()
+        known = [column for column in PREDICTIONS if column in columns]
+        return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
 
     def classify_source(
         self,
@@ -358,8 +365,8 @@ class AnsweringIndex(ABC):
         tail: bool | None = None,
         neighbours: int = 5,
         certify: bool = False,
-    ) -> Iterator[tuple[str, Prediction]]:
-        """Classify images or a feature table: name and prediction of each item that could be read, in order.
+    ) -> Iterator[Predictions]:
+        """Classify images or a feature table, as it is read: answers to the items that could be, in order, by name.
 
         ``encoder`` needs the backbone of this index for images; ``encoder.skipped`` names what could not be read. The
         other arguments as for :meth:`classify`.
@@ -370,8 +377,7 @@ class AnsweringIndex(ABC):
                 answers = self.classify(
                     block.features[part], top, k, tail, neighbours, certify, norms="keep"
                 )  # checked
-                names = column.take(pa.array(block.positions[part])).to_pylist()  # all at once would be many
-                yield from zip(names, answers, strict=True)
+                yield answers.named(column.take(pa.array(block.positions[part])))
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
         """:class:`Evidence` of queries ``[q, d]``: all keys, where these are ``complete`` at most, else ``nearest``.
@@ -433,31 +439,37 @@ class AnsweringIndex(ABC):
             )
         return np.array([position[label] for label in labels], dtype=np.int64)
 
-    def _described_nearest(self, near: Nearest, classes: Tensor) -> list[list[Neighbour]]:
-        """The nearest keys of each query as people read them, nearest first, and what they give to its ``classes``."""
-        rows = near.rows.cpu().numpy()
-        weight = tip.weight(near.affinity, self.settings.beta)
+    def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
+        """The nearest keys of each query, nearest first, with what they give to its ``classes`` ``[q, m]``."""
+        kind = PREDICTIONS["neighbours"]
+        if near is None:
+            return pa.ListArray.from_arrays(
+                pa.array(np.zeros(len(classes) + 1, np.int32)), pa.array([], kind.value_type)
+            )
+        near = near.ordered()
+        weight, there = tip.weight(near.affinity, self.settings.beta), near.rows >= 0
         if self.values is None:
             values = (near.class_ids[:, :, None] == classes[:, None]).float()
         else:
             values = self.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
-        weights, gives = weight.tolist(), (weight[:, :, None] * values).tolist()
-        used, where = np.unique(rows[rows >= 0], return_inverse=True)
-        described = self.described(used, ["key_id", "source", "label"]).to_pylist()
-        place = np.full(rows.shape, -1)
-        place[rows >= 0] = where
-        return [
-            [
-                Neighbour(**described[place[q, j]], affinity=value, weight=weights[q][j], gives=gives[q][j])
-                for j, value in sorted(enumerate(values), key=lambda pair: -pair[1])
-                if place[q, j] >= 0
-            ]
-            for q, values in enumerate(near.affinity.tolist())
-        ]
+        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+        described = self.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        named = [column.combine_chunks() for column in described.columns]
+        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+        keys = pa.StructArray.from_arrays([*named, *figures, gives], fields=list(kind.value_type))
+        ends = there.sum(dim=1).cumsum(dim=0).cpu().numpy()
+        return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), keys)
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
         return self.retrieval.keys.blocks()
+
+
+def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
+    """Figures as they are written."""
+    doubles: npt.NDArray[np.float64] = values.double().cpu().numpy()
+    return doubles
 
 
 def _largest(logits: Tensor) -> Tensor:

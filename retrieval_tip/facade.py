@@ -214,14 +214,14 @@ class Classifier:
     __call__ = predict
 
     def _answers(self, given: Sequence[Pictures], options: dict[str, Any], *, strict: bool = False) -> Predictions:
-        answers: list[tuple[str, Prediction]] = []
+        answers: list[Predictions] = []
         for part in given:
             encoder = replace(self.encoder, read=part.read, strict=strict) if part.source.paths else self.encoder
             try:
                 answers += self.cache.classify_source(part.source, encoder, **options)
             except InputError as error:
                 raise InputError(str(error).partition("; leave out --strict")[0]) from None
-        return Predictions([prediction for _, prediction in answers], [name for name, _ in answers])
+        return Predictions.joined(answers)
 
     def explain(self, what: Picture, top: int = 3, *, neighbours: int = 5, **options: Any) -> Explanation:
         """The answer for a photograph with the pictures that made it; notebooks show them."""

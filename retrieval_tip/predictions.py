@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval_tip.errors import InputError, counted, first_line, one_line
 from retrieval_tip.files import NotAFileError, open_regular
@@ -37,6 +38,9 @@ PREDICTIONS = {
     "unlike": pa.bool_(),
 }
 """The columns that ``classify`` can write, with their types."""
+SCHEMA = pa.schema(list(PREDICTIONS.items()))
+ROWS = 1024
+"""Rows that are made objects of at a time."""
 
 MAX_ROWS = 100_000_000
 """Most predictions that one file may hold."""
@@ -80,7 +84,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one query.
+    """The answer to one query, a row of :class:`Predictions`.
 
     ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
     ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
@@ -102,15 +106,6 @@ class Prediction:
     keys: int | None = None
     unlike: bool | None = None
 
-    def withheld(self, abstain: Abstain) -> bool:
-        """Whether the label is withheld: of a probability below ``abstain``, or by ``auto``.
-
-        That is where it is unlike any shot, or more likely wrong than right.
-        """
-        if abstain == "auto":
-            return bool(self.unlike) or self.probability < EVEN
-        return abstain is not None and self.probability < abstain
-
     def _repr_html_(self) -> str:
         """For notebooks: the classes, the two parts of the winner's logit, and the neighbours."""
         classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)
@@ -125,28 +120,49 @@ class Prediction:
 
 
 class Predictions:
-    """Predictions in the order of their queries, as of a list, and a table: ``polars.DataFrame(predictions)``.
+    """Predictions as columns, in the order of their queries: a table, ``polars.DataFrame(predictions)``, and a list.
 
-    ``inputs`` are the names of the queries, by default their numbers. It is no list by its type, for libraries that
-    take tables of Arrow would look at each prediction then.
+    ``columns`` have the names, the order and the types of :data:`PREDICTIONS`, those that are known; ``input`` is the
+    name of a query, by default its number. A :class:`Prediction` is a view of a row, made where one is looked at. It is
+    no list by its type, for libraries that take tables of Arrow would look at each prediction then.
     """
 
-    def __init__(self, predictions: Iterable[Prediction] = (), inputs: Iterable[str] | None = None) -> None:
-        self._all = list(predictions)
-        self.inputs = [str(place) for place in range(len(self._all))] if inputs is None else list(inputs)
+    def __init__(self, columns: pa.Table | None = None) -> None:
+        self._columns = SCHEMA.empty_table() if columns is None else columns
+
+    @classmethod
+    def joined(cls, parts: Iterable[Predictions]) -> Predictions:
+        """Those of consecutive queries to one index as one."""
+        tables = [part.to_arrow() for part in parts]
+        return cls(pa.concat_tables(tables) if tables else None)
+
+    def named(self, inputs: pa.Array | pa.ChunkedArray) -> Predictions:
+        """The same, with names of the queries."""
+        return Predictions(self._columns.set_column(0, "input", inputs))
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the queries."""
+        names: list[str] = self._columns["input"].to_pylist()
+        return names
 
     def __len__(self) -> int:
-        return len(self._all)
+        return int(self._columns.num_rows)
 
     def __iter__(self) -> Iterator[Prediction]:
-        return iter(self._all)
+        for row in self.rows(self._columns.column_names[1:]):
+            near = [Neighbour(**neighbour) for neighbour in row["neighbours"]]
+            yield Prediction(**{"logits": None} | row | {"neighbours": near})
 
     @overload
     def __getitem__(self, place: int) -> Prediction: ...
     @overload
     def __getitem__(self, place: slice) -> Predictions: ...
     def __getitem__(self, place: int | slice) -> Prediction | Predictions:
-        return Predictions(self._all[place], self.inputs[place]) if isinstance(place, slice) else self._all[place]
+        places = range(len(self))[place]
+        if isinstance(places, int):
+            return next(iter(Predictions(self._columns.slice(places, 1))))
+        return Predictions(self._columns.take(pa.array(places, pa.int64())))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Predictions | list) and list(self) == list(other)
@@ -154,15 +170,44 @@ class Predictions:
     __hash__ = None  # type: ignore[assignment]  # as of a list
 
     def __repr__(self) -> str:
-        few = ", ".join(one.label for one in self._all[:SHOWN_LABELS])
+        few = ", ".join(self._columns["label"][:SHOWN_LABELS].to_pylist())
         return f"Predictions({counted(len(self), 'prediction')}: {few}{' ...' if len(self) > SHOWN_LABELS else ''})"
+
+    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """A dictionary of these columns a prediction; ``logits`` are an array ``[c]`` float32."""
+        rows = rows_of(self._columns.select([column for column in columns if column != "logits"]))
+        if "logits" not in columns or "logits" not in self._columns.column_names:
+            yield from rows
+            return
+        logits = (row for chunk in self._columns["logits"].chunks if len(chunk) for row in _matrix(chunk))
+        for row, own in zip(rows, logits, strict=True):
+            yield row | {"logits": own}
+
+    def withheld(self, abstain: Abstain) -> pa.ChunkedArray:
+        """Whether each label is withheld ``[q]``: of a probability below ``abstain``, or by ``auto``.
+
+        That is where it is unlike any shot, or more likely wrong than right.
+        """
+        low = pc.less(self._columns["probability"], EVEN if abstain == "auto" else abstain or 0.0)
+        return (
+            pc.or_(low, self._columns["unlike"])
+            if abstain == "auto" and "unlike" in self._columns.column_names
+            else low
+        )
+
+    def written(self, columns: Sequence[str], abstain: Abstain = None) -> pa.Table:
+        """These columns as ``classify`` writes them: null where they are not known, and a label that is withheld."""
+        table = self._columns
+        if abstain is not None:
+            label = pc.if_else(self.withheld(abstain), pa.scalar(None, pa.string()), table["label"])
+            table = table.set_column(1, "label", label)
+        for missing in set(columns) - set(table.column_names):
+            table = table.append_column(missing, pa.nulls(len(table), PREDICTIONS[missing]))
+        return table.select(list(columns))
 
     def to_arrow(self) -> pa.Table:
         """A row a prediction, with the columns and types of :data:`PREDICTIONS` that are known of them."""
-        rows = [prediction_row(name, one, list(PREDICTIONS)) for name, one in zip(self.inputs, self, strict=True)]
-        known = {"input", "label"} | {column for row in rows for column, value in row.items() if value is not None}
-        schema = pa.schema([(column, kind) for column, kind in PREDICTIONS.items() if column in known])
-        return pa.Table.from_pylist(rows, schema)
+        return self._columns
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         """Arrow's PyCapsule interface, which pandas, polars and duckdb read."""
@@ -222,17 +267,38 @@ class Certified:
     keys: Tensor
 
 
-def prediction_row(
-    name: str, prediction: Prediction, columns: Sequence[str], abstain: Abstain = None
-) -> dict[str, Any]:
-    """A prediction as ``classify`` writes it, of these columns; withheld, it has no label."""
-    row = vars(prediction) | {
-        "input": name,
-        "label": None if prediction.withheld(abstain) else prediction.label,
-        "logits": prediction.logits.tolist() if "logits" in columns and prediction.logits is not None else None,
-        "neighbours": [vars(neighbour) for neighbour in prediction.neighbours],
-    }
-    return {column: row[column] for column in columns}
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows of a table as dictionaries: as of its ``to_pylist``, which looks at each number of a list by itself."""
+    for batch in table.to_batches(ROWS):
+        for row in zip(*map(_values, batch.columns), strict=True):
+            yield dict(zip(table.column_names, row, strict=True))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    kind = column.type
+    if column.null_count:
+        return list(column.to_pylist())
+    if pa.types.is_struct(kind) and kind.num_fields:
+        names = [field.name for field in kind]
+        return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, column.flatten()), strict=True)]
+    if pa.types.is_list(kind):
+        values, ends = _values(column.flatten()), np.cumsum(column.value_lengths()).tolist()
+        return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return list(column.to_numpy(zero_copy_only=False).tolist())
+    return list(column.to_pylist())
+
+
+def lists(values: npt.NDArray[Any] | pa.Array, m: int) -> pa.ListArray:
+    """Values ``[q * m]``, or ``[q, m]``, as ``q`` lists of ``m``; of an array without a copy."""
+    flat = values if isinstance(values, pa.Array) else pa.array(values.reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(np.arange(0, len(flat) + 1, m, dtype=np.int32)), flat)
+
+
+def _matrix(column: pa.ListArray) -> npt.NDArray[np.float32]:
+    """Lists of one length as an array ``[q, m]``, without a copy."""
+    rows: npt.NDArray[np.float32] = column.flatten().to_numpy().reshape(len(column), -1)
+    return rows
 
 
 def read_predictions(path: Path) -> pa.Table:

@@ -24,7 +24,7 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_inputs
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
-from retrieval_tip.predictions import Prediction
+from retrieval_tip.predictions import Prediction, Predictions
 from retrieval_tip.settings import Settings
 
 Array = npt.NDArray[Any]
@@ -650,9 +650,9 @@ def test_classify_source_names_each_answer(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ids, "feature": list(QUERIES)}), tmp_path / "queries.parquet")
     (source,) = open_inputs([str(tmp_path / "queries.parquet")])
     cache = model()
-    named = list(cache.classify_source(source, Encoder(), top=2, k=16, neighbours=3))
-    assert [name for name, _ in named] == ids
-    assert [answer for _, answer in named] == cache.classify(QUERIES, top=2, k=16, neighbours=3)
+    found = Predictions.joined(cache.classify_source(source, Encoder(), top=2, k=16, neighbours=3))
+    assert found.inputs == ids
+    assert found == cache.classify(QUERIES, top=2, k=16, neighbours=3)
 
 
 @pytest.mark.gpu

@@ -340,6 +340,44 @@ def test_a_reader_that_stops_early_is_no_error(small, tmp_path):
         assert child.wait() in (0, 141)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: the size of a pipe is set on Linux only")
+@pytest.mark.parametrize("style", ["json", "csv", "table"])
+def test_answers_appear_while_the_rest_is_read(style, run, tmp_path):
+    """The first of them, before the last photograph is opened: the command waits, for its pipe holds a few lines."""
+    import fcntl
+
+    from test_backbone import picture, tiny
+
+    photographs, new = tmp_path / "photos", tmp_path / ("new" * 30)
+    for seed, path in enumerate([*(photographs / "ab"[i % 2] / f"{i}.png" for i in range(4)), new / "000.png"]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture((50 + seed, 40)).save(path)
+    model = f"local-dir:{tiny(tmp_path / 'model')}"
+    assert run("index", "build", "--fit", "none", photographs, "--model", model, "--out", tmp_path / "i").exit_code == 0
+    paths = [new / f"{number:03}.png" for number in range(120)]
+    for path in paths[1:]:
+        shutil.copy(paths[0], path)
+    command = [sys.executable, "-m", "retrieval_tip", "classify", tmp_path / "i", new]
+    command += ["--batch-size", 4, "--format", style]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        first = b""
+        while str(paths[0]).encode() not in first:
+            first += child.stdout.read(1)
+        paths[-1].write_bytes(b"no picture")
+        text = (first + child.stdout.read()).decode()
+        assert f"skipped {paths[-1]}" in child.stderr.read().decode()
+        assert child.wait() == 3
+    assert [str(path) in text for path in paths] == [True] * 119 + [False]
+    if style == "table":
+        heading, *lines = text.splitlines()
+        assert {line.index(label) for line in lines for label in (" a ", " b ") if label in line} == {
+            heading.index(" label")
+        }
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="SKIPPED: no /dev/full here")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(

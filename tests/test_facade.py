@@ -55,7 +55,7 @@ def clf(kept, tmp_path):
 def test_it_answers_as_the_parts_that_it_is_made_of(place, kept, clf):
     backbone = load_backbone(f"local-dir:{place / 'model'}", device="cpu")
     source = open_source(place / "new")
-    plain = [prediction for _, prediction in clf.cache.classify_source(source, Encoder(backbone))]
+    plain = Predictions.joined(clf.cache.classify_source(source, Encoder(backbone)))
     answers = clf.predict(place / "new")
     assert [answer.label for answer in answers] == [one.label for one in plain]
     assert [answer.probability for answer in answers] == pytest.approx([one.probability for one in plain])
@@ -132,6 +132,12 @@ def test_answers_are_a_table_for_whoever_reads_arrow(place, clf):
     assert isinstance(frame, pd.DataFrame)
     assert frame["probability"].tolist() == [answer.probability for answer in answers]
     assert len(pa.table(Predictions())) == 0
+    assert [answer.label for answer in answers[1:-1:2]] == table["label"].to_pylist()[1:-1:2]
+    assert answers[-1] == list(answers)[-1]
+    assert answers[3:].inputs == answers.inputs[3:]
+    with pytest.raises(IndexError):
+        print(answers[len(answers)])
+    np.testing.assert_array_equal(answers[2].logits, table["logits"][2].as_py())
 
 
 def test_an_explanation_shows_the_pictures(place, clf):

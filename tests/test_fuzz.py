@@ -1146,7 +1146,8 @@ class Consumers:
         found = [
             (name, each.logits)
             for source in open_inputs([str(path)])
-            for name, each in cache.classify_source(source, Encoder(norms=norms))
+            for block in cache.classify_source(source, Encoder(norms=norms))
+            for name, each in zip(block.inputs, block, strict=True)
         ]
         ids = told_texts(path, "id") or [str(row) for row in range(len(found))]
         expected = cache.logits(told_features(path, norms)).numpy()

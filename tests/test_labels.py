@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_tip import predictions
-from retrieval_tip.cli.output import write_rows
+from retrieval_tip.cli.output import write_tables
 from retrieval_tip.errors import InputError, RetrievalTipError
 from retrieval_tip.predictions import PREDICTIONS, read_predictions
 from retrieval_tip.store.labels import VERSIONS_SCHEMA, versions_table
@@ -58,7 +58,8 @@ STYLES = ["parquet", "csv", "json"]
 
 def written(path: Path, rows: list[dict[str, Any]], style: str, columns: list[str] | None = None) -> Path:
     columns = columns or list(PREDICTIONS)
-    write_rows(rows, columns, style, path, pa.schema([(column, PREDICTIONS[column]) for column in columns]))
+    schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
+    write_tables([pa.Table.from_pylist(rows, schema)], schema, style, path)
     return path
 
 

@@ -8,12 +8,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrieval_tip.cli.output import FORMATS, WIDE, prediction_details, write_rows, write_table
+from retrieval_tip.cli.output import FORMATS, WIDE, prediction_details, write_table, write_tables
 from retrieval_tip.errors import json_line, one_line
+from retrieval_tip.predictions import rows_of
 
 OBEYED = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
 """Escape sequences of both kinds, marks of direction, ends of lines."""
@@ -89,6 +91,45 @@ def test_escapes_change_no_json_and_no_text_that_is_printable() -> None:
     assert json_line({"a": [1, None, True]}) == '{"a": [1, null, true]}'
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([1, None, 3], pa.int32()),
+        pa.array([1.5, float("inf"), -0.0], pa.float16()),
+        pa.array([True, False, None]),
+        pa.array([1, 2, 3], pa.timestamp("us", "UTC")),
+        pa.array(["a", "b", "a"]).dictionary_encode(),
+        pa.array([[1, 2], [], [3]], pa.list_(pa.int8())),
+        pa.array([[1, None], None, [3]], pa.list_(pa.int8())),
+        pa.array([[1.5, 2], [3, 4], [5, 6]], pa.list_(pa.float32(), 2)),
+        pa.array([[{"a": 1, "b": ["x"]}], [], [{"a": None, "b": None}, {"a": 2, "b": []}]]),
+        pa.array([{"a": {"b": [1]}}, None, {"a": None}]),
+        pa.array([{}, {}, {}], pa.struct([])),
+        pa.array([b"x", None, b""]),
+        pa.nulls(3),
+    ],
+    ids=lambda values: str(values.type),
+)  # fmt: skip
+def test_rows_of_a_table_are_those_that_arrow_gives(values: pa.Array) -> None:
+    table = pa.table({"number": range(3), "values": values})
+    for part in (table, table.slice(1), table.slice(1, 1), table.slice(3), pa.concat_tables([table, table.slice(2)])):
+        assert list(rows_of(part)) == part.to_pylist()
+
+
+def test_parquet_has_dictionaries_of_texts_alone(tmp_path: Path) -> None:
+    """Of figures they cost time and space."""
+    near = [[{"source": f"s{i % 3}", "affinity": i / 7, "gives": [i / 3], "labels": ["a"]}] for i in range(2000)]
+    table = pa.table({"input": [f"q{i}" for i in range(2000)], "probability": np.arange(2000) / 11, "neighbours": near})
+    write_table(table, "parquet", tmp_path / "out")
+    file = pq.ParquetFile(tmp_path / "out")
+    group = file.metadata.row_group(0)
+    texts = {group.column(i).path_in_schema: "RLE_DICTIONARY" in group.column(i).encodings for i in range(6)}
+    assert [path for path, has in texts.items() if has] == [
+        "input", "neighbours.list.element.source", "neighbours.list.element.labels.list.element",
+    ]  # fmt: skip
+    assert file.read().equals(table)
+
+
 PREDICTED = ("labels", "probabilities", "neighbours", "logits")
 
 
@@ -108,8 +149,8 @@ def test_predictions_have_details_below_them(tmp_path: Path) -> None:
     near = {"key_id": 3, "source": f"s{OBEYED}", "label": "cat", "affinity": 0.5, "weight": 0.25, "gives": [-0.5]}
     row = {"input": "a", "label": "cat", "labels": ["cat", f"d{OBEYED}"], "probabilities": [0.75, 0.25]}
     row |= {"logits": [1.0, 2.0], "neighbours": [near]}
-    schema = pa.Table.from_pylist([row]).schema
-    write_rows([row, row | {"neighbours": []}], list(row), "table", tmp_path / "out", schema, prediction_details)
+    table = pa.Table.from_pylist([row, row | {"neighbours": []}])
+    write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[0].split() == ["input", "label"]
     assert [line.split()[0] for line in lines] == ["input", "a", "affinity", "0.5000", "cat", "a", "cat"]
@@ -122,8 +163,8 @@ def test_predictions_have_details_below_them(tmp_path: Path) -> None:
 )
 def test_a_probability_is_never_rounded_to_certainty(value, shown, tmp_path: Path) -> None:
     row = {"probability": value, "labels": ["cat"], "probabilities": [value], "neighbours": []}
-    schema = pa.Table.from_pylist([row]).schema
-    write_rows([row], list(row), "table", tmp_path / "out", schema, prediction_details)
+    table = pa.Table.from_pylist([row])
+    write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
     assert (tmp_path / "out").read_text().split() == ["probability", shown, "cat", shown]
 
 

@@ -25,14 +25,15 @@ def datasets_list(printing: OutputOptions) -> None:
     """List the datasets: name, folder below the one that holds all of them, number of classes, templates."""
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.cli.output import write_table
     from retrieval_tip.data.datasets import facts, names
 
-    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": pa.list_(pa.string())}
+    of_texts = pa.string() if printing.style == "table" else pa.list_(pa.string())  # a table shows no lists
+    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": of_texts}
     rows = [{column: getattr(facts(name), column) for column in types} for name in names()]
-    for row in rows:  # a table shows no lists
+    for row in rows:
         row["templates"] = " | ".join(row["templates"]) if printing.style == "table" else list(row["templates"])
-    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
+    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
 
 
 @datasets_group.command("check")
@@ -69,15 +70,15 @@ def models_command(word: str, printing: OutputOptions) -> None:
     import pyarrow as pa
 
     from retrieval_tip.backbones.catalogue import megabytes, search
-    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.cli.output import write_table
 
     found = search(word)
     types = {"model": pa.string(), "size": pa.string(), "words": pa.bool_(), "cached": pa.bool_()}
-    types |= {"pretrained": pa.list_(pa.string())}
+    types |= {"pretrained": pa.string() if printing.style == "table" else pa.list_(pa.string())}
     rows = [vars(model) | {"size": None if model.bytes is None else megabytes(model.bytes)} for model in found]
     for row in rows:
         row["pretrained"] = ", ".join(row["pretrained"]) if printing.style == "table" else row["pretrained"]
-    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
+    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
     if not word:
         say("retrieval-tip models WORD searches all of them")
 

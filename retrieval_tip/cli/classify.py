@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -154,9 +155,9 @@ def classify(
     """
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import prediction_details, write_rows
+    from retrieval_tip.cli.output import prediction_details, write_tables
     from retrieval_tip.data.sources import open_inputs
-    from retrieval_tip.predictions import PREDICTIONS, prediction_row
+    from retrieval_tip.predictions import PREDICTIONS
 
     ray = ray_of(engine, encoding.device)
     loaded = index_with(folder, answer, encoding)
@@ -174,18 +175,20 @@ def classify(
     cache = loaded.every_class() if rows.with_logits else loaded
     columns = rows.columns(cache)
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
-    settled: Counter[int | None] = Counter()
+    settled: Counter[int] = Counter()
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
 
-        def answers() -> Iterator[dict[str, Any]]:
+        def answers() -> Iterator[pa.Table]:
             for source in sources:
-                for name, prediction in cache.classify_source(
+                for block in cache.classify_source(
                     source, encoder, rows.top, neighbours=rows.shown_neighbours, certify=rows.certify
                 ):
-                    settled[prediction.keys] += 1
-                    yield prediction_row(name, prediction, columns, rows.abstain)
+                    table = block.written(columns, rows.abstain)
+                    settled.update(table["keys"].to_pylist() if rows.certify else ())
+                    yield table
 
-        write_rows(answers(), columns, printing.style, printing.output, schema, prediction_details)
+        known = {"input": chain.from_iterable(source.sources for source in sources), "label": cache.class_names}
+        write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
     if rows.certify:
         _say_settled(cache, settled)
     finish(ctx, encoder.skipped)
@@ -226,9 +229,8 @@ def _classify_on_ray(
     finish(ctx, made.failed)
 
 
-def _say_settled(cache: AnsweringIndex, settled: dict[int | None, int]) -> None:
+def _say_settled(cache: AnsweringIndex, settled: dict[int, int]) -> None:
     """Say how many answers took how many keys."""
     how = "proved" if cache.exact_search else "agreed with"
-    pairs = sorted((keys or 0, number) for keys, number in settled.items())
-    by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in pairs)
+    by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
     say(f"{how} the answer of all keys: {', '.join(by)}")

@@ -192,7 +192,7 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
     """List the indexes in a folder, by default in indexes/: name, version, keys, classes and backbone."""
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import listed
 
     types = {"index": pa.string(), "version": pa.int64(), "keys": pa.int64(), "classes": pa.int64()}
@@ -208,7 +208,7 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
         }
         for name, one in listed(folder)
     ]
-    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
+    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
 
 
 @index.command("verify")
@@ -276,7 +276,7 @@ def tune_command(
     """
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import write_rows
+    from retrieval_tip.cli.output import write_table
     from retrieval_tip.data.sources import open_items
     from retrieval_tip.index.tune import tune_on
     from retrieval_tip.report import plots
@@ -293,7 +293,7 @@ def tune_command(
     types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
     rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]
     rows = [{name: row[name] for name in types} for row in rows]
-    write_rows(rows, list(types), printing.style, printing.output, pa.schema(list(types.items())))
+    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
     if not dry_run:
         tuning.apply(cache, folder)
         say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")

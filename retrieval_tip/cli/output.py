@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import io
-import itertools
 import os
 import sys
 import time
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from wcwidth import wcswidth
 
+from retrieval_tip.data.tables import parquet_writer, row_groups_of
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line
 from retrieval_tip.files import replacing
-from retrieval_tip.predictions import shown_probability
+from retrieval_tip.predictions import rows_of, shown_probability
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
@@ -33,18 +32,19 @@ Row = Mapping[str, Any]
 Details = Callable[[Row], Iterable[str]]
 
 
-def write_rows(
-    rows: Iterable[Row],
-    columns: Sequence[str],
+def write_tables(
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
     style: str,
     path: Path | None,
-    schema: pa.Schema,
     details: Details | None = None,
+    known: Mapping[str, Iterable[str]] | None = None,
 ) -> None:
-    """Write rows of these columns in one of ``FORMATS``, as they come; a file is renamed in when whole.
+    """Write tables of one schema, as they come, in one of ``FORMATS``; a file is renamed in when whole.
 
     ``table`` is for eyes: floats are rounded. ``details`` gives lines to stand below a row there, in place of its lists
-    (:func:`prediction_details`). ``schema`` gives the types of Parquet.
+    (:func:`prediction_details`); ``known`` are texts of its columns that are known before they come, so that lines
+    stand below each other from the first on.
 
     What a terminal would obey is escaped (:func:`errors.one_line`): in a table wherever that goes, in CSV on a
     terminal, in files not, for it is data. In JSON it always is: that changes no value.
@@ -55,17 +55,22 @@ def write_rows(
         raise UsageError("format parquet is binary: give --output FILE, or send standard output somewhere")
     with _target(path) as target:
         if style == "parquet":
-            _parquet(rows, schema, target)
+            with parquet_writer(target, schema) as writer:
+                for table in row_groups_of(tables):
+                    writer.write_table(table)
             return
         text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
+        rows = (list(rows_of(table)) for table in tables)
         try:
             if style == "table":
-                nested = {field.name for field in schema if details is not None and pa.types.is_nested(field.type)}
-                _table(rows, [column for column in columns if column not in nested], text, details)
+                blocks = _table(rows, schema, known or {}, details)
             elif style == "json":
-                _json(rows, columns, text)
+                blocks = map(_json, rows)
             else:
-                _csv(rows, columns, text, safe=path is None and sys.stdout.isatty())
+                blocks = _csv(rows, schema.names, safe=path is None and sys.stdout.isatty())
+            for block in blocks:
+                text.write(block)
+                target.flush()  # whoever reads a pipe has each answer when it is known
         finally:
             text.detach()
 
@@ -82,7 +87,7 @@ def prediction_details(row: Row) -> Iterator[str]:
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:
-    """Write a table as :func:`write_rows` does. Times are to the microsecond, as Python's are.
+    """Write a table as :func:`write_tables` does. Times are to the microsecond, as Python's are.
 
     Raises UsageError for a value that the format cannot hold, like an interval in Parquet or a year above 9999.
     """
@@ -90,13 +95,10 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
         if pa.types.is_timestamp(field.type) and field.type.unit == "ns":
             rounded = table.column(place).cast(pa.timestamp("us", field.type.tz), safe=False)
             table = table.set_column(place, field.name, rounded)
-    rows = (row for batch in table.to_batches(CHUNK) for row in batch.to_pylist())
     try:
-        if style == "parquet" and (path is not None or not _stdout().isatty()):
-            with _target(path) as target:
-                pq.write_table(table, target)
-        else:
-            write_rows(rows, table.column_names, style, path, table.schema)
+        whole = style == "parquet"
+        parts = [table] if whole else (pa.Table.from_batches([batch]) for batch in table.to_batches(CHUNK))
+        write_tables(parts, table.schema, style, path)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, RetrievalTipError):
             raise
@@ -106,39 +108,73 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
 
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
     """Aligned lines with a heading; numbers to the right."""
-    cells = [[_cell(row.get(column), column) for column in columns] for row in rows]
     right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
-    heading = [one_line(column) for column in columns]
-    columns_of_cells = zip(heading, *cells, strict=True)
-    widths = [max([wcswidth(t) for t in texts if len(t) <= WIDE], default=0) for texts in columns_of_cells]
-    for line in (heading, *cells):
+    lines = [_heading(columns), *(_cells(row, columns) for row in rows)]
+    yield from _aligned(lines, right, [_width(texts) for texts in zip(*lines, strict=True)])
+
+
+def _heading(columns: Sequence[str]) -> list[str]:
+    return [one_line(column) for column in columns]
+
+
+def _cells(row: Row, columns: Sequence[str]) -> list[str]:
+    return [_cell(row.get(column), column) for column in columns]
+
+
+def _width(texts: Iterable[str]) -> int:
+    return max((wcswidth(text) for text in texts if len(text) <= WIDE), default=0)
+
+
+def _aligned(lines: Iterable[Sequence[str]], right: Sequence[bool], widths: Sequence[int]) -> Iterator[str]:
+    for line in lines:
         gaps = [" " * (width - wcswidth(text)) for text, width in zip(line, widths, strict=True)]
         padded = [gap + text if r else text + gap for text, gap, r in zip(line, gaps, right, strict=True)]
         yield "  ".join(padded).rstrip()
 
 
-def _table(rows: Iterable[Row], columns: Sequence[str], target: IO[str], details: Details | None) -> None:
-    rows = iter(rows)
-    while chunk := list(itertools.islice(rows, CHUNK)):
-        lines = table_lines(chunk, columns)
-        target.write(next(lines) + "\n")
-        for row, line in zip(chunk, lines, strict=True):
-            target.write(line + "\n")
-            for text in () if details is None else details(row):
-                target.write(text + "\n")
+def _table(
+    blocks: Iterable[Sequence[Row]], schema: pa.Schema, known: Mapping[str, Iterable[str]], details: Details | None
+) -> Iterator[str]:
+    """Blocks of a table as text; a column becomes wider where a later block has wider cells."""
+    fields = [field for field in schema if details is None or not pa.types.is_nested(field.type)]
+    columns, right = [field.name for field in fields], [_is_number(field.type) for field in fields]
+    heading = _heading(columns)
+    widths = [_width([name, *(_cell(text, column) for text in known.get(column, ()))])
+              for name, column in zip(heading, columns, strict=True)]  # fmt: skip
+    head = [heading]
+    for rows in filter(None, blocks):
+        cells = [_cells(row, columns) for row in rows]
+        widths = [max(width, _width(texts)) for width, texts in zip(widths, zip(*cells, strict=True), strict=True)]
+        text = io.StringIO()
+        text.writelines(f"{line}\n" for line in _aligned(head, right, widths))
+        for row, line in zip(rows, _aligned(cells, right, widths), strict=True):
+            text.write(f"{line}\n")
+            text.writelines(f"{below}\n" for below in (() if details is None else details(row)))
+        head = []
+        yield text.getvalue()
 
 
-def _json(rows: Iterable[Row], columns: Sequence[str], target: IO[str]) -> None:
-    for row in rows:
-        target.write(json_line({column: row[column] for column in columns}) + "\n")
+def _is_number(kind: pa.DataType) -> bool:
+    of_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    return any(is_kind(kind) for is_kind in of_numbers)
 
 
-def _csv(rows: Iterable[Row], columns: Sequence[str], target: IO[str], safe: bool) -> None:
-    writer = csv.writer(_Lines(target), lineterminator="\r\n")  # which makes it quote both of them within a field
-    writer.writerow([one_line(column) for column in columns] if safe else columns)
-    for row in rows:
-        cells = [json_line(v) if isinstance(v, list | dict) else v for v in (row[column] for column in columns)]
-        writer.writerow(["" if cell is None else one_line(str(cell)) for cell in cells] if safe else cells)
+def _json(rows: Iterable[Row]) -> str:
+    return "".join(f"{json_line(row)}\n" for row in rows)
+
+
+def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) -> Iterator[str]:
+    text = io.StringIO(newline="")
+    writer = csv.writer(_Lines(text), lineterminator="\r\n")  # which makes it quote both of them within a field
+    writer.writerow(_heading(columns) if safe else columns)
+    for rows in blocks:
+        for row in rows:
+            cells = [json_line(value) if isinstance(value, list | dict) else value for value in row.values()]
+            writer.writerow(["" if cell is None else one_line(str(cell)) for cell in cells] if safe else cells)
+        yield text.getvalue()
+        text.seek(0)
+        text.truncate()
+    yield text.getvalue()
 
 
 class _Lines:
@@ -149,13 +185,6 @@ class _Lines:
 
     def write(self, line: str) -> None:
         self._target.write(line.removesuffix("\r\n") + "\n")
-
-
-def _parquet(rows: Iterable[Row], schema: pa.Schema, target: IO[bytes]) -> None:
-    rows = iter(rows)
-    with pq.ParquetWriter(target, schema) as writer:
-        while chunk := list(itertools.islice(rows, CHUNK)):
-            writer.write_table(pa.Table.from_pylist([dict(row) for row in chunk], schema=schema))
 
 
 @contextmanager

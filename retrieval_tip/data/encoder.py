@@ -26,7 +26,7 @@ from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import IDENTITY_KEY, NORMS, _read_rows, same_backbone, table_dim, table_identity
 from retrieval_tip.data.sources import Source, read_item
-from retrieval_tip.data.tables import FEATURE
+from retrieval_tip.data.tables import FEATURE, row_groups_of
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.files import replacing
 
@@ -42,7 +42,6 @@ _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
-GROUP_ROWS = 1024
 REDUCED_SIDES = 3
 """A JPEG is decoded at a size of which each side is so many times the view's: with 2, some cosines were below 0.999."""
 
@@ -547,13 +546,8 @@ def write_encoded(
         + [(name, column.type) for name, column in kept.items()],
         metadata=facts | dict(metadata or {}) or None,
     )
-    number = 0
-    plain = [column for column in schema.names if column != FEATURE]
-    with (
-        pa.OSFile(os.fsencode(file), "wb") as raw,  # bytes: the name may not be UTF-8
-        pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
-    ):
-        waiting: list[pa.Table] = []
+
+    def tables() -> Iterator[pa.Table]:
         for block in encoder.blocks(source):
             items = source.items.take(pa.array(block.positions))
             columns = {
@@ -562,11 +556,15 @@ def write_encoded(
                 FEATURE: pa.FixedSizeListArray.from_arrays(pa.array(block.features.reshape(-1)), dim),
                 "digest": items["digest"] if with_digest else pa.array(block.digests, pa.string()),
             } | {name: items[name] for name in kept}
-            waiting.append(pa.table(columns, schema=schema))
-            number += len(items)
-            if sum(map(len, waiting)) >= GROUP_ROWS:  # a row group for every few images would make a large footer
-                writer.write_table(pa.concat_tables(waiting).combine_chunks())
-                waiting.clear()
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting).combine_chunks())
+            yield pa.table(columns, schema=schema)
+
+    number = 0
+    plain = [column for column in schema.names if column != FEATURE]
+    with (
+        pa.OSFile(os.fsencode(file), "wb") as raw,  # bytes: the name may not be UTF-8
+        pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
+    ):
+        for table in row_groups_of(tables()):
+            writer.write_table(table)
+            number += len(table)
     return number

@@ -15,24 +15,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder, Views, grouped, write_encoded
 from retrieval_tip.data.feature_tables import table_dim, table_identity
 from retrieval_tip.data.sources import Source
+from retrieval_tip.data.tables import parquet_writer, row_groups_of
 from retrieval_tip.distributed.engine import Encoding, Ray, Summary, Task, through
 from retrieval_tip.distributed.runs import Run, part_name
 from retrieval_tip.distributed.shards import Shard, cut_source, digest
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places as stores
-from retrieval_tip.predictions import PREDICTIONS, Abstain, prediction_row
+from retrieval_tip.predictions import PREDICTIONS, Abstain
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.query import rows_where
 
-GROUP_ROWS = 1024
 NOT_SAID = ("workers", "batch_size", "strict", "progress")
 """Settings of an encoder that a run may change on the way: they do not change what is made."""
 
@@ -49,7 +48,7 @@ class Made:
     kept: int
     failed: list[Skipped]
     nodes: dict[str, int]
-    settled: dict[int | None, int] = field(default_factory=dict)
+    settled: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,27 +121,23 @@ class ClassifyTask(IndexTask):
 
     def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Write the part."""
-        settled: Counter[int | None] = Counter()
+        settled: Counter[int] = Counter()
         schema = pa.schema(
             [(column, PREDICTIONS[column]) for column in self.columns], metadata=self.run.metadata(shard.number)
         )
         answers = self._cache.classify_source(
             source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
         )
-        rows: list[dict[str, Any]] = []
+        rows = 0
         with self.run.writing(part_name(shard.number)) as path:
-            with pq.ParquetWriter(str(path), schema) as writer:
-                for name, prediction in answers:
-                    settled[prediction.keys] += 1
-                    rows.append(prediction_row(name, prediction, self.columns, self.abstain))
-                    if len(rows) == GROUP_ROWS:
-                        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                        rows.clear()
-                if rows:
-                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            with parquet_writer(str(path), schema) as writer:
+                for table in row_groups_of(block.written(self.columns, self.abstain) for block in answers):
+                    writer.write_table(table)
+                    rows += len(table)
+                    settled.update(table["keys"].to_pylist() if "keys" in self.columns else ())
             failed = _failed(source, encoder)
             self.run.write_failed(shard.number, failed)
-        return Summary(shard.number, settled.total(), failed, facts={"settled": list(settled.items())})
+        return Summary(shard.number, rows, failed, facts={"settled": list(settled.items())})
 
 
 @dataclass
@@ -321,7 +316,7 @@ def _make(
     rows = run.done(len(shards))
     kept = len(rows)
     nodes: Counter[str] = Counter()
-    settled: Counter[int | None] = Counter()
+    settled: Counter[int] = Counter()
     for summary in through(task, [s for s in shards if s.number not in rows], ray, progress=progress):
         rows[summary.shard] = summary.rows
         nodes[summary.node] += 1

@@ -45,10 +45,20 @@ class Nearest:
     rows: Tensor
     class_ids: Tensor
 
+    def of(self, part: slice) -> Nearest:
+        """Those of some of the queries."""
+        return Nearest(self.affinity[part], self.rows[part], self.class_ids[part])
+
     def first(self, number: int) -> Nearest:
         """The nearest ``number`` of these; empty slots come last."""
         shown = self.affinity.masked_fill(self.rows < 0, -torch.inf)
-        places = shown.topk(min(number, shown.shape[1]), dim=1).indices
+        return self._at(shown.topk(min(number, shown.shape[1]), dim=1).indices)
+
+    def ordered(self) -> Nearest:
+        """The same, nearest first whoever found them, equal ones as they stand."""
+        return self._at(self.affinity.sort(dim=1, descending=True, stable=True).indices)
+
+    def _at(self, places: Tensor) -> Nearest:
         return Nearest(*(column.gather(1, places) for column in (self.affinity, self.rows, self.class_ids)))
 
     @classmethod

@@ -25,7 +25,6 @@ from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places as stores
 from retrieval_tip.lance.address import Address
-from retrieval_tip.predictions import Prediction
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
@@ -98,10 +97,11 @@ class Version:
         cache = self.cache.with_settings(self.settings(ask))
         if ask.logits:
             cache = cache.every_class()
+        hidden = {"keys"} if ask.logits else {"keys", "logits"}
         results: list[dict[str, Any]] = []
         for part in slices(len(features), self.at_once(ask)):
             predictions = cache.classify(features[part], ask.top, neighbours=ask.neighbours)
-            answers = [_result(prediction, ask) for prediction in predictions]
+            answers = list(predictions.rows([c for c in predictions.to_arrow().column_names if c not in hidden]))
             if ask.evidence:
                 for answer, own in zip(answers, cache.evidence(features[part], COMPLETE, NEAREST), strict=True):
                     answer["evidence"] = own
@@ -151,16 +151,6 @@ def _letters(cache: Model) -> dict[str, str]:
     if cache.fitted is not None:
         return {"metric": cache.fitted.metric, "values": cache.fitted.values}
     return {"metric": "none", "values": "one-hot" if cache.values is None else "trained"}
-
-
-def _result(prediction: Prediction, ask: Ask) -> dict[str, Any]:
-    result: dict[str, Any] = {"input": None} | vars(prediction)
-    del result["keys"]
-    if prediction.unlike is None:
-        del result["unlike"]
-    if not ask.logits:
-        del result["logits"]
-    return result
 
 
 class Backbones:
