@@ -1,0 +1,53 @@
+"""The notebooks run from top to bottom on the demo's photographs, and come to what they say: ``make soak``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+from test_readme import fetched, place  # noqa: F401
+
+NOTEBOOKS = ROOT / "docs/notebooks"
+
+REACHED = {
+    # what each comes to, by the names that it leaves
+    "first-index": lambda names: (
+        names["found"].n == 101
+        and names["found"].top1 > 0.75
+        and names["answer"].label == "bird"
+        and names["learned"].label == names["wrong"][0].split("/")[-2]
+        and len(names["clf"]) == 41
+    ),
+    "features-from-elsewhere": lambda names: 0.2 < names["by_colour"] == names["by_table"] < 0.6,
+    "reproduce-a-table": lambda names: (
+        len(names["rows"]) == 2 * 3 * 4
+        and len(names["sweep"].summary(names["rows"])) == 2 * 4
+        and all(row["top1"] > 0.5 for row in names["rows"])
+    ),
+}
+
+
+def code_of(name):
+    book = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    return ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebooks_are_known_and_hold_no_outputs():
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(REACHED)
+    for name in REACHED:
+        book = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+        ids = [cell["id"] for cell in book["cells"]]
+        assert len(set(ids)) == len(ids)
+        assert not any(cell.get("outputs") or cell.get("execution_count") for cell in book["cells"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", REACHED)
+def test_a_notebook_runs(name, place, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(place)
+    names = {"__name__": "notebook"}
+    for cell in code_of(name):
+        exec(compile(cell, name, "exec"), names)
+    assert REACHED[name](names)
