@@ -56,6 +56,8 @@ needs_real = pytest.mark.skipif(
 """What photographs, features and an encoder of another kind cannot stand in for (:mod:`standin`)."""
 
 
+OWN = {name: getattr(sql, name) for name in ("_answered", "_bound")}
+
 NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; where there is one: make gpu"
 
 LONG = ("test_stores.py", "test_readme.py", "test_page.py", "test_ray.py", "test_fuzz.py", "test_store.py",
@@ -71,7 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def sampled(number: int, most: int = 4) -> list[int]:
     """Which of so many steps are tried: every one in a soak, else a few, the first and the last among them."""
-    return [*range(number)] if SOAK or number <= most else [i * (number - 1) // (most - 1) for i in range(most)]
+    few = min(most, number)
+    return [*range(number)] if SOAK else [i * (number - 1) // max(1, few - 1) for i in range(few)]
 
 
 def few(cases: Iterable[T], number: int = 4) -> list[T]:
@@ -148,8 +151,9 @@ def log() -> None:
     logger.setLevel(logging.NOTSET)
 
 
-def answer_here(patch: pytest.MonkeyPatch) -> None:
-    """SQL is answered in this process: one for each of hundreds of statements takes minutes."""
+@pytest.fixture(scope="session", autouse=True)
+def sql_here() -> Iterator[None]:
+    """SQL is answered in this process: one for each of hundreds of statements takes minutes. See :func:`sql_apart`."""
 
     def answered(what: str, tables: dict[str, pa.Table], text: str, predictions: Path | None, _: float) -> pa.Table:
         sql._check_text(text, what)
@@ -157,14 +161,17 @@ def answer_here(patch: pytest.MonkeyPatch) -> None:
         with sql._answering(what, plain, text, predictions, sql.MEMORY, 60) as answer:
             return answer.read_all()
 
-    patch.setattr(sql, "_answered", answered)
-    patch.setattr(sql, "_bound", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sql, "_answered", answered)
+        patch.setattr(sql, "_bound", lambda *_: None)
+        yield
 
 
 @pytest.fixture
-def sql_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See :func:`answer_here`."""
-    answer_here(monkeypatch)
+def sql_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQL is answered in a process of its own, whose time and memory are bounded, as it is outside of the tests."""
+    for name, own in OWN.items():
+        monkeypatch.setattr(sql, name, own)
 
 
 @pytest.fixture(scope="session")

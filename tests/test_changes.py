@@ -541,7 +541,6 @@ def test_which_keys_are_meant_has_to_be_said_once(run: Any, index: Path, command
         "\udcff",
     ],
 )
-@pytest.mark.usefixtures("sql_here")
 def test_a_condition_that_is_none_or_reaches_further_is_refused(
     run: Any, index: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1006,7 +1005,6 @@ def test_a_planted_wrong_label_is_what_an_audit_finds_first(run: Any, pictures: 
 
 
 @pytest.mark.parametrize("style", ["parquet", "json", "csv"])
-@pytest.mark.usefixtures("sql_here")
 def test_predictions_can_be_joined_with_the_labels(run: Any, index: Path, tmp_path: Path, style: str) -> None:
     asked = write_table(tmp_path / "q.parquet", QUERIES, ids=[f"q{i}" for i in range(7)])
     out = tmp_path / f"predictions.{style}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ROOT
 from PIL import Image
 
@@ -144,11 +144,8 @@ def test_the_demo_runs_on_photographs_of_ones_own(tmp_path):
     work, folder = tmp_path / "work", photographs(tmp_path / "own")
     options = ["--work", work, "--out", tmp_path / "index", "--photos", folder]
     options += ["--model", demo.LITE0, "--pretrained", tmp_path / "weights.pth"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/demo.py", *map(str, options)],
-        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"RETRIEVAL_TIP_CACHE": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(demo.main, [*map(str, options)])
+    assert done.exit_code == 0, done.output
     assert "12 keys of 1280, 3 classes" in done.stdout
     assert done.stdout.count("affinity") >= 4
     assert f"retrieval-tip serve {tmp_path / 'index'}" in done.stdout

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, examples, needs_real
+from conftest import cache_of, examples, few, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -69,13 +69,16 @@ def cache(**changes: Any) -> CacheModel:
 
 # Without normalize, exp(beta (A - 1)) overflows on scikit-learn's data of length 1000, and is refused: a small beta.
 @parametrize_with_checks(
-    [
-        TipAdapterClassifier(),
-        TipAdapterClassifier(k=3),
-        TipAdapterClassifier(alpha="auto"),
-        TipAdapterClassifier(k=8, tail=False, index="HNSW8"),
-        TipAdapterClassifier(normalize=False, beta=1e-4),
-    ],
+    few(
+        [
+            TipAdapterClassifier(),
+            TipAdapterClassifier(k=3),
+            TipAdapterClassifier(normalize=False, beta=1e-4),
+            TipAdapterClassifier(k=8, tail=False, index="HNSW8"),
+            TipAdapterClassifier(alpha="auto"),
+        ],
+        2,
+    ),
     expected_failed_checks=lambda estimator: (
         {"check_methods_subset_invariance": "one query at a time rounds otherwise, and solved values are large"}
         if estimator.alpha == "auto"

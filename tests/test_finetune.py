@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import cache_of, examples, needs_real
+from conftest import cache_of, examples, few, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -734,7 +734,8 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], part:
 
 
 @pytest.mark.parametrize(
-    "train", [("visual",), ("text",), ("visual", "text"), ("keys", "visual"), ("keys", "values", "visual", "text")]
+    "train",
+    few([("visual",), ("text",), ("visual", "text"), ("keys", "visual"), ("keys", "values", "visual", "text")], 2),
 )
 def test_encoders_are_trained_kept_and_found_again(
     train: tuple[str, ...], model: Any, model_folder: Path, pictures: Path, image_index: CacheModel, tmp_path: Path

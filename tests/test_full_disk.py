@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import test_kill_changes as living
-from conftest import SOAK
+from conftest import SOAK, few
 from test_store import one_line, snapshot
 
 from retrieval_tip import verify
@@ -57,11 +57,11 @@ def resize(disk: Path, free: int) -> None:
 def refused_until_there_is_room(disk: Path, folder: Path, change: Callable[[], object]) -> int:
     """Try with a page more at a time; every refusal says why, and leaves everything as it was. How many pages it took.
 
-    Outside a soak, with three pages more.
+    Outside a soak, with five pages more.
     """
     before = snapshot(disk)
     answer = living.answer(folder) if store.is_index(folder) else None
-    for pages in range(0, 1000, 1 if SOAK else 3):
+    for pages in range(0, 1000, 1 if SOAK else 5):
         resize(disk, pages * PAGE)
         try:
             change()
@@ -76,8 +76,7 @@ def refused_until_there_is_room(disk: Path, folder: Path, change: Callable[[], o
 
 @pytest.mark.parametrize(
     ("name", "index"),
-    [(name, "Flat") for name in OPERATIONS]
-    + [pytest.param(name, "Classes", marks=[pytest.mark.soak] * (name != "rebuild")) for name in OPERATIONS],
+    few([(name, index) for index in ("Flat", "Classes") for name in OPERATIONS], 6),
 )
 def test_a_change_that_does_not_fit_on_the_disk_changes_nothing_and_succeeds_once_it_does(
     small_disk: Callable[[int], Path], place: Path, tmp_path: Path, name: str, index: str

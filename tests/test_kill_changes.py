@@ -20,7 +20,7 @@ from typing import Any
 import killing
 import numpy as np
 import pytest
-from conftest import SOAK, sampled
+from conftest import SOAK, few, sampled
 from test_cli import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
@@ -37,7 +37,7 @@ from retrieval_tip.store.writer import FILE_NAME, TEMPORARY, collect
 D, CLASSES, KEPT = 8, 4, 2
 SEGMENTS = (24, 8, 3)
 FACTORIES = ("Flat", "Classes")
-KILLS = 12 if SOAK else 2
+KILLS = 12 if SOAK else 1
 """Random moments at which each of four changes is killed, for each type of index."""
 QUERIES = unit_rows(4, D, 99)
 
@@ -254,7 +254,7 @@ def states(server: killing.Server, world: World, name: str, place: Path, moments
 ALL = [("Flat", name) for name in OPERATIONS] + [("Classes", name) for name in ("add", "relabel", "compact", "rebuild")]
 
 
-@pytest.mark.parametrize(("index", "name"), ALL)
+@pytest.mark.parametrize(("index", "name"), few(ALL, 8))
 def test_killed_at_every_step_the_index_is_the_old_or_the_new(
     server: killing.Server, worlds: dict[str, World], index: str, name: str, tmp_path: Path
 ) -> None:
@@ -270,7 +270,7 @@ def test_killed_at_every_step_the_index_is_the_old_or_the_new(
     assert set(found) == {"before", "after"}
 
 
-@pytest.mark.parametrize("name", ["add", "remove", "rebuild", "build"])
+@pytest.mark.parametrize("name", few(["add", "remove", "rebuild", "build"], 2))
 def test_killed_at_any_moment_the_index_is_the_old_or_the_new(
     server: killing.Server, world: World, name: str, tmp_path: Path
 ) -> None:
@@ -292,7 +292,7 @@ def test_killed_at_any_moment_the_index_is_the_old_or_the_new(
 # --- waited for
 
 
-@pytest.mark.parametrize("name", ["add", "rebuild", "gc"])
+@pytest.mark.parametrize("name", few(["add", "rebuild", "gc"], 2))
 def test_a_writer_that_waits_goes_on_when_the_one_at_work_is_killed(
     server: killing.Server, worlds: dict[str, World], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

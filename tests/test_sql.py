@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import answer_here, examples, few
+from conftest import examples, few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,23 +40,6 @@ def one_line(error: pytest.ExceptionInfo[RetrievalTipError], *parts: object) -> 
         assert str(part) in text
 
 
-ANSWERED, BOUND = module._answered, module._bound
-
-
-@pytest.fixture(scope="module", autouse=True)
-def here() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        answer_here(patch)
-        yield
-
-
-@pytest.fixture
-def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of a process of their own, as they are."""
-    monkeypatch.setattr(module, "_answered", ANSWERED)
-    monkeypatch.setattr(module, "_bound", BOUND)
-
-
 # --- questions in SQL
 
 
@@ -79,7 +61,7 @@ def test_ask_answers_over_every_table_and_class_counts() -> None:
     one_line(error, "query: Catalog Error", "class_counts")
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_ask_keeps_columns_of_every_type() -> None:
     half = np.arange(2, dtype=np.float16)
     further = {
@@ -102,7 +84,7 @@ def test_ask_keeps_columns_of_every_type() -> None:
     assert ask({"t": pa.table(further)}, 'SELECT sum("order") AS s FROM t').to_pylist() == [{"s": 3}]
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_ask_names_a_table_that_duckdb_cannot_hold() -> None:
     offsets = pa.py_buffer(np.array([0, 1], np.int32).tobytes())
     damaged = pa.table({"a": pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))})
@@ -258,7 +240,7 @@ def test_a_condition_reaches_no_file_no_network_and_no_setting(secrets: Path) ->
     assert snapshot(secrets) == before
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_settings_show_no_folder_and_what_memory_there_is() -> None:
     rows = ask({}, "SELECT name, value FROM duckdb_settings()").to_pylist()
     shown = {row["name"]: row["value"] for row in rows}
@@ -272,7 +254,7 @@ def test_settings_show_no_folder_and_what_memory_there_is() -> None:
     assert int(shown["threads"]) <= module.THREADS
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_what_the_memory_does_not_hold_is_refused_and_not_written(
     secrets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +373,7 @@ def test_rows_where_takes_one_boolean_expression_only(condition: str) -> None:
     assert said or "true or false of a row, over the columns key_id, cl" in str(error.value)
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_rows_where_says_what_is_not_a_condition() -> None:
     with pytest.raises(UsageError, match=r"^where: is INTEGER; expected one condition that is true or false of a row"):
         rows_where(LABELS, "shot")
@@ -412,7 +394,7 @@ def test_rows_where_of_no_rows() -> None:
     assert rows_where(LABELS.slice(0, 0), "shot = 0").tolist() == []
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_rows_where_is_exact_over_a_million_rows() -> None:
     n = 1_000_000
     rng = np.random.default_rng(0)
@@ -508,7 +490,7 @@ def test_no_question_takes_more_than_its_time_and_its_memory() -> None:
     assert own - own_idle + others - others_idle < 1024
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_an_answer_that_takes_too_long_is_given_up() -> None:
     for text in ("SELECT count(*) FROM range(100000000000) t(i), range(1000000)", "SELECT a" + ".a" * 30_000):
         with pytest.raises(UsageError, match="--timeout") as error:
@@ -536,7 +518,7 @@ def test_text_and_columns_are_bounded() -> None:
         ask({}, "SELECT " + "(" * (module.MAX_OPEN + 1))
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_an_answer_is_bounded_by_what_the_tables_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER", 1000)
     big = pa.table({"a": np.arange(100_000)})
@@ -546,7 +528,7 @@ def test_an_answer_is_bounded_by_what_the_tables_take(monkeypatch: pytest.Monkey
             ask({}, many)
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_a_process_that_cannot_answer_is_an_error_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MEMORY", 1)
     with pytest.raises(RetrievalTipError, match=r"^(query|labels): ") as error:
@@ -557,7 +539,7 @@ def test_a_process_that_cannot_answer_is_an_error_of_the_question(monkeypatch: p
         ask({"labels": LABELS}, "FROM labels")
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_nothing_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("duckdb", "json", "pyarrow"):
         (tmp_path / f"{name}.py").write_text("open('imported', 'w')\nraise SystemExit(9)\n")
@@ -567,13 +549,13 @@ def test_nothing_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "imported").exists()
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_errors_in_the_middle_of_an_answer_are_the_question_s() -> None:
     with pytest.raises(UsageError, match=r"^query: Invalid Input Error: mine"):
         ask({}, "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)")
 
 
-@pytest.mark.usefixtures("process")
+@pytest.mark.usefixtures("sql_apart")
 def test_predictions_are_read_where_their_memory_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     bomb = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200_000, np.int32)), pa.array(["x" * 1_000_000]))

@@ -951,7 +951,6 @@ def test_query_describes_its_tables(index: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("sql_here")
 def test_query_takes_one_select_only(index: Path) -> None:
     before = snapshot(index)
     for sql in [
@@ -986,7 +985,6 @@ def test_query_takes_one_select_only(index: Path) -> None:
     assert snapshot(index) == before
 
 
-@pytest.mark.usefixtures("sql_here")
 def test_query_reaches_no_file_no_network_and_no_setting(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
