@@ -85,7 +85,7 @@ def photographs(stamps: Path, out: Path) -> None:
 
 
 def features(out: Path) -> None:
-    """Tables of unit vectors about a mean that all share and one of each class, and of one text vector a class."""
+    """Tables of unit vectors about a mean that all share and one of each class, some far from it; one text a class."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -93,9 +93,9 @@ def features(out: Path) -> None:
     out.mkdir(parents=True)
     rng = np.random.default_rng(1)
     common, own = rng.normal(size=D), rng.normal(size=(len(DISHES), D))
-    for part, each, spread in (("train", 200, 0.8), ("test", 50, 0.8), ("text", 1, 0.5)):
+    for part, each, spread in (("train", 200, 0.8), ("test", 50, 0.8), ("text", 1, 0.1)):
         ids = np.repeat(np.arange(len(DISHES)), each)
-        rows = common + 0.4 * own[ids] + spread * rng.normal(size=(len(ids), D))
+        rows = common + 0.4 * own[ids] + spread * rng.uniform(0.5, 4, (len(ids), 1)) * rng.normal(size=(len(ids), D))
         rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
         names = [DISHES[i] for i in ids]
         numbered = names if part == "text" else [f"{name}-{i % each:04}" for i, name in enumerate(names)]

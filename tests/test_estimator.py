@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, examples, few, needs_real
+from conftest import SOAK, cache_of, examples, few, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -292,8 +292,9 @@ def test_grid_search_over_alpha_and_beta() -> None:
     assert search.best_params_ == dict(zip(("alpha", "beta"), max(mine, key=mine.__getitem__), strict=True))
     assert search.best_estimator_.cache_.settings.alpha == search.best_params_["alpha"]
     assert search.score(QUERIES, classifier().fit(X, Y).predict(QUERIES)) < 0
-    processes = GridSearchCV(TipAdapterClassifier(device="cpu"), {"beta": [1.0, 5.5]}, cv=2, n_jobs=2).fit(X, Y)
-    assert processes.best_score_ > 0.8
+    if SOAK:  # processes, each of which imports everything
+        processes = GridSearchCV(TipAdapterClassifier(device="cpu"), {"beta": [1.0, 5.5]}, cv=2, n_jobs=2).fit(X, Y)
+        assert processes.best_score_ > 0.8
 
 
 def test_in_a_pipeline() -> None:

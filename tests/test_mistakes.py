@@ -203,29 +203,15 @@ def test_wide_characters_align(run, world, tmp_path):
 
 
 def test_colour_is_for_terminals(world):
-    code = "import sys; sys.stderr.isatty = lambda: True; from retrieval_tip.cli import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "index",
-        "build",
-        str(world / "one.parquet"),
-        "--out",
-        str(world / "o2"),
-        "--fit",
-        "none",
-    ]
-    write_table(world / "one.parquet", unit_rows(2, 8), ["a", "a"])
-    import os
-
-    plain = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"NO_COLOR": "1"})
-    assert "\x1b[" not in plain.stderr
-    coloured = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={k: v for k, v in os.environ.items() if k != "NO_COLOR"},
+    code = (
+        "import os, sys; sys.stderr.isatty = lambda: True; from retrieval_tip.cli import main\n"
+        "os.environ['NO_COLOR'] = '1'; main(standalone_mode=False)\n"
+        "print('and', file=sys.stderr); del os.environ['NO_COLOR']; main(standalone_mode=False)"
     )
-    assert "\x1b[33mwarning\x1b[0m: " in coloured.stderr
+    write_table(world / "one.parquet", unit_rows(2, 8), ["a", "a"])
+    command = ["index", "build", world / "one.parquet", "--out", world / "o2", "--fit", "none"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    plain, coloured = done.stderr.split("and\n", 1)
+    assert "warning: " in plain
+    assert "\x1b[" not in plain
+    assert "\x1b[33mwarning\x1b[0m: " in coloured
