@@ -72,7 +72,7 @@ class AnsweringIndex(ABC):
 
     ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
     gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder. ``metric``
-    and ``fitted`` are what was fitted, which only a folder keeps.
+    and ``fitted`` are what was fitted.
     ``folder`` and ``version`` say which version of what this is.
     """
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import buckets
 import httpx
 import killing
 import lancedb
@@ -42,8 +44,9 @@ KINDS = ("folder", "lance")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with killing.one_thread():
+def _bucket_and_one_thread():
+    with killing.one_thread(), pytest.MonkeyPatch.context() as patch:
+        buckets.use(patch, buckets.endpoint())
         yield
 
 
@@ -143,8 +146,7 @@ def test_classes_come_with_their_text(name, built, tmp_path):
     same(one, other)
 
 
-@pytest.mark.parametrize("to", ["folder", "lance"])
-@pytest.mark.parametrize("name", LETTERS)
+@pytest.mark.parametrize(("name", "to"), [*itertools.product(LETTERS, KINDS), ("solved", "s3"), ("metric", "s3")])
 def test_a_copy_has_what_was_fitted(run, built, name, to, tmp_path):
     for kind in KINDS:
         out = made(tmp_path, to, f"{kind}-copy")
@@ -307,6 +309,28 @@ def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
     put(place, entry.name, other[damage])
     for call in (lambda: stores.at(place).load(device="cpu"), stores.at(place).verify):
         said(call, entry.name)
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_half_precision_keys_are_fitted_as_such(built, name, tmp_path):
+    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
+    for place in places:
+        changes.rebuild(place, dtype="float16")
+        fit_index(place, **dict(zip(("metric", "values"), LETTERS[name], strict=True)))
+        changes.remove(place, key_ids=[3])
+    one, other = opened(*places)
+    assert other.dtype == other.table.vector_type[1] == "float16"
+    same(one, other)
+
+
+def test_class_ids_that_are_none_are_found(built, tmp_path):
+    place = copied(tmp_path, "lance", built["solved", "lance"])
+    own = lancedb.connect(stores.at(place).address.uri).open_table("keys")
+    own.update(where="key_id = 3", values={"class_id": 9})
+    manifest = stores.at(place).manifest()
+    raw = replace(manifest, table=replace(manifest.table, version=own.version)).to_bytes()
+    put(place, manifest_of(place), raw)
+    said(lambda: stores.at(place).load(device="cpu"), "out of range", "verify")
 
 
 def test_points_that_are_of_other_keys_are_found(built, tmp_path):

@@ -48,9 +48,12 @@ KILLS = 4 if SOAK else 1
 """Random moments at which each of three changes is killed."""
 
 
-def built(place, tables, name):
-    text = {"text": tables / "text.parquet"}
-    return build_index(table(tables, name), place, Encoder(), alpha=2.0, beta=4.0, device="cpu", **text)
+UNFITTED = {"alpha": 2.0, "beta": 4.0}
+FITTED = {"metric": "within", "values": "one-hot"}
+
+
+def built(place, tables, name, how=UNFITTED):
+    return build_index(table(tables, name), place, Encoder(), text=tables / "text.parquet", device="cpu", **how)
 
 
 def make_index(place, tables):
@@ -62,7 +65,7 @@ def make_index(place, tables):
 
 
 OPERATIONS = {
-    "first": lambda place, tables: built(place, tables, "other"),
+    "first": lambda place, tables: built(place, tables, "other", FITTED),  # whose table is made twice
     "build": lambda place, tables: built(place, tables, "other"),
     "add": lambda place, tables: changes.add(
         place, table(tables, "more"), Encoder(), text=tables / "new text.parquet"
@@ -71,7 +74,7 @@ OPERATIONS = {
     "relabel": lambda place, _: changes.relabel(place, "class 0", where="source IN ('1 1', '1 2')"),
     "compact": lambda place, _: changes.compact(place),
     "rebuild": lambda place, _: changes.rebuild(place, index="IvfFlat"),
-    "fit": lambda place, _: fit_index(place, metric="within", values="one-hot"),
+    "fit": lambda place, _: fit_index(place, **FITTED),
     "fit to values": lambda place, _: fit_index(place, values="solved"),
     "rollback": lambda place, _: changes.rollback(place),
     "gc": lambda place, _: stores.at(place).collect(),

@@ -292,6 +292,13 @@ class KeyTable:
         matrix: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
         return matrix
 
+    def class_ids(self, column: pa.Array | pa.ChunkedArray, n_classes: int) -> IntArray:
+        """The class ids ``[m]`` of a column of this table. Raises StoreError where one is none."""
+        ids: IntArray = column.to_numpy().astype(np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < n_classes:
+            raise StoreError(f"{self.address}: class ids are out of range; check it with index verify")
+        return ids
+
     def index(self) -> str:
         """The type of the index over :attr:`met`, ``Flat`` where there is none. Raises StoreError for one of no dot."""
         with _said(self.address, "reading its indexes"):

@@ -80,9 +80,7 @@ class LanceKeys(KeyStream):
         n_read = 0
         column = self.table.met
         for batch in self.table.scan(["class_id", column], with_rows=True, size=SCANNED):
-            ids = batch["class_id"].to_numpy().astype(np.int64)
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self.n_classes:
-                raise StoreError(f"{self.table.address}: class ids are out of range; check it with index verify")
+            ids = self.table.class_ids(batch["class_id"], self.n_classes)
             keys, rows = self.table.matrix(batch[column]), batch[ROW].to_numpy().astype(np.int64)
             if (ids[1:] < ids[:-1]).any():
                 order = np.argsort(ids, kind="stable")
@@ -218,7 +216,8 @@ class LanceModel(AnsweringIndex):
         """All keys as a folder has them, in memory, without their values; exact."""
         labels, keys = zip(*self.stored_blocks(), strict=True)
         table = pa.concat_tables(labels).drop_columns([VERSION])
-        order = np.lexsort((table["key_id"].to_numpy(), table["class_id"].to_numpy()))
+        class_ids = self.table.class_ids(table["class_id"], len(self.class_names))
+        order = np.lexsort((table["key_id"].to_numpy(), class_ids))
         return self._in_memory(np.concatenate(keys)[order], table.take(pa.array(order)))
 
     @property
