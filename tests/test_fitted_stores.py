@@ -106,7 +106,7 @@ def test_a_store_is_fitted_as_a_folder_is(built, name):
     assert store.table.has_points == (name == "metric")  # of values all keys are met, which are in memory
 
 
-@settings(max_examples=6 if SOAK else 2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6 if SOAK else 1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 @pytest.mark.parametrize("name", LETTERS)
 def test_a_folder_and_a_store_go_the_same_way(steps, name, built, tmp_path_factory):
@@ -196,7 +196,6 @@ def test_fit_takes_a_store(run, built, tmp_path):
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (1, 1)
 
 
-@pytest.mark.usefixtures("sql_here")
 @pytest.mark.parametrize("name", LETTERS)
 def test_a_condition_leaves_the_same_keys(run, built, name, tmp_path):
     asked = write_table(tmp_path / "asked.parquet", QUERIES)
