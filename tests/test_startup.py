@@ -131,6 +131,9 @@ def test_classify_of_a_cached_image_imports_no_model(of_pictures, pictures, enco
     found, shown = imported(question)
     assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}
     found, encoded = imported([*question, "--no-cache"])
+    assert found == {"numpy", "pyarrow", "torch", "faiss", "PIL"}  # the image tower is kept
+    assert json.loads(shown)["logits"] == pytest.approx(json.loads(encoded)["logits"], rel=1e-3)
+    found, encoded = imported([*question, "--no-cache", "--runtime", "torch"])
     assert {"open_clip", "torchvision"} <= found
     assert json.loads(shown)["logits"] == pytest.approx(json.loads(encoded)["logits"], rel=1e-3)
 
@@ -140,15 +143,8 @@ def test_classify_of_a_cached_image_imports_no_model(of_pictures, pictures, enco
 
 def test_nothing_is_said_at_the_end_of_a_process_that_loaded_a_model(of_pictures, pictures):
     """A library that torchvision brings (triton) reports what is not taken down at exit."""
-    command = [
-        sys.executable,
-        "-m",
-        "retrieval_tip",
-        "classify",
-        of_pictures,
-        next(pictures.rglob("*.png")),
-        "--no-cache",
-    ]
+    command = [sys.executable, "-m", "retrieval_tip", "-q", "classify", of_pictures, next(pictures.rglob("*.png"))]
+    command += ["--no-cache", "--runtime", "torch"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 

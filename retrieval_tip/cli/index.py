@@ -430,7 +430,7 @@ def set_command(
         temperature=temperature,
         normalize=normalize,
         templates=template,
-        backbone=backbone_for(Origin.of(folder), [], backbone, cached=False, needed=True) if template else None,
+        backbone=backbone_for(Origin.of(folder), [], backbone, needed=True) if template else None,
     )
     _say_version(folder, changed.version, "settings changed")
 

@@ -162,11 +162,11 @@ def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = Fal
 
 
 def backbone_for(
-    cache: AnsweringIndex | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, cached: bool, needed: bool
+    cache: AnsweringIndex | Origin, sources: Sequence[Source], backbone: BackboneOptions, *, needed: bool
 ) -> Backbone | None:
     """The index's own backbone, where there are images to encode or it is needed; refused if it is another by now.
 
-    With an encoding cache (``cached``) it is loaded when something is met that is not in there.
+    It is loaded when something is met that neither the encoding cache nor the image tower that is kept answers.
     """
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone
@@ -177,7 +177,7 @@ def backbone_for(
         raise UsageError(UNNAMED)
     loaded: Backbone | None = None
     if images:
-        if identity and cached and not (cache.tuned or backbone.model or backbone.pretrained or backbone.decoder):
+        if identity and not (cache.tuned or backbone.model or backbone.pretrained or backbone.decoder):
             loaded = load_when_needed(identity, cache.d, **backbone.execution())
         else:
             loaded = load(backbone, identity, cache.tuned)
@@ -219,6 +219,6 @@ def encoder_for(
     needed: bool = False,
 ) -> Iterator[Encoder]:
     """The encoder of sources that an index meets, with the index's own backbone (:func:`backbone_for`)."""
-    own = backbone_for(cache, sources, encoding, cached=not encoding.no_cache, needed=needed)
+    own = backbone_for(cache, sources, encoding, needed=needed)
     with encoder_of(ctx, own, encoding, views) as encoder:
         yield encoder
