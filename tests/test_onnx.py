@@ -61,7 +61,7 @@ def test_from_pixels_by_the_command_line(run, things, shared, tmp_path):
     assert "pixels to logits of 10 classes" in done.stdout
     props = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
     labels, preprocess = json.loads(props["labels"]), json.loads(props["preprocess"])
-    assert (preprocess["size"], preprocess["resize_mode"]) == ([224, 224], "shortest")
+    assert (preprocess["size"], preprocess["resize_mode"], preprocess["shorter_side"]) == ([224, 224], "shortest", 224)
     paths = [path for path, _ in photographs(shared, "test", 10, 2)]
     pixels = np.stack([prepared(path, 224) for path in paths])
     _, (logits, _) = run_in(file, pixels)

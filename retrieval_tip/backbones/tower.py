@@ -233,18 +233,24 @@ def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
 
 def _resized(preprocess: Mapping[str, Any], width: int, height: int) -> tuple[int, int] | None:
     """The width and height that a picture is resized to before it is cut; ``None`` for what is not known here."""
-    size = view_size(preprocess)
-    if size[0] != size[1] or preprocess["interpolation"] not in ("bilinear", "bicubic"):
+    short = shorter_side(preprocess)
+    if short is None:
         return None
     if preprocess.get("resize_mode") == "squash":
-        return size
-    if "crop_pct" in preprocess:  # timm's
-        if preprocess.get("crop_mode", "center") != "center":
-            return None
-        short = int(np.floor(size[0] / preprocess["crop_pct"]))
-    elif preprocess.get("resize_mode", "shortest") == "shortest" and preprocess.get("mode", "RGB") == "RGB":
-        short = size[0]
-    else:
-        return None
+        return short, short
     long = int(short * max(width, height) / min(width, height))
     return (short, long) if width <= height else (long, short)
+
+
+def shorter_side(preprocess: Mapping[str, Any]) -> int | None:
+    """The shorter side of a picture that is resized, before it is cut; ``None`` for what is not known here."""
+    size = view_size(preprocess)
+    if size[0] != size[1] or preprocess.get("interpolation") not in ("bilinear", "bicubic"):
+        return None
+    if preprocess.get("resize_mode") == "squash":
+        return size[0]
+    if "crop_pct" in preprocess:  # timm's
+        centre = preprocess.get("crop_mode", "center") == "center"
+        return int(np.floor(size[0] / preprocess["crop_pct"])) if centre else None
+    shortest = preprocess.get("resize_mode", "shortest") == "shortest" and preprocess.get("mode", "RGB") == "RGB"
+    return size[0] if shortest else None

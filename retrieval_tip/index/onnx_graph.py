@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from retrieval_tip import tip
+from retrieval_tip.backbones.base import view_size
+from retrieval_tip.backbones.tower import shorter_side
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import replacing
@@ -142,8 +144,10 @@ def _facts(cache: CacheModel, backbone: Trainable | None) -> dict[str, Any]:
     facts = {"labels": cache.class_names, "settings": asdict(cache.settings), "opset": OPSET}
     facts |= {"index": cache.place, "version": cache.version}
     if backbone is not None:
-        preprocess = {
-            name: value for name, value in backbone.identity.preprocess.items() if name not in ("mean", "std")
+        preprocess = dict(backbone.identity.preprocess)
+        preprocess = {name: value for name, value in preprocess.items() if name not in ("mean", "std")} | {
+            "size": list(view_size(preprocess)),
+            "shorter_side": shorter_side(preprocess),
         }
         facts |= {"preprocess": preprocess, "backbone": str(backbone.identity)}
     return facts

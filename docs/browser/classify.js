@@ -1,0 +1,160 @@
+// A photograph classified in the browser by an index that `retrieval-tip index export --onnx` wrote.
+//
+// Beside this file lie index.html, things.onnx, and in ort/ three files of the npm package onnxruntime-web (dist/):
+// ort.wasm.min.mjs, ort-wasm-simd-threaded.mjs and ort-wasm-simd-threaded.wasm.
+import * as ort from "./ort/ort.wasm.min.mjs";
+
+const MODEL = "things.onnx";
+const SHOWN = 5;
+ort.env.wasm.numThreads = 1; // more need the headers COOP and COEP
+
+// --- the model, and what it says of itself
+
+/** A session, with the labels of the index and how its pictures are prepared. */
+export async function open(url) {
+  const answer = await fetch(url);
+  if (!answer.ok) throw new Error(`${url}: ${answer.status} ${answer.statusText}`);
+  const model = new Uint8Array(await answer.arrayBuffer());
+  const { labels, preprocess } = metadata(model);
+  const session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
+  return { session, labels: JSON.parse(labels), preprocess: JSON.parse(preprocess) };
+}
+
+/** The metadata of an ONNX file, which onnxruntime-web does not tell: field 14 of its protobuf, pairs of texts. */
+function metadata(model) {
+  const text = new TextDecoder();
+  const entries = [...fields(model)].filter(([number]) => number === 14);
+  return Object.fromEntries(entries.map(([, entry]) => [...fields(entry)].map(([, value]) => text.decode(value))));
+}
+
+/** The number and bytes of each field of a protobuf message that has bytes. */
+function* fields(bytes) {
+  let at = 0;
+  const varint = () => {
+    let value = 0;
+    for (let scale = 1, byte = 128; byte > 127; scale *= 128) {
+      byte = bytes[at++];
+      value += (byte & 127) * scale;
+    }
+    return value;
+  };
+  while (at < bytes.length) {
+    const key = varint();
+    if (key % 8 === 0) varint();
+    else if (key % 8 === 2) {
+      const length = varint();
+      yield [Math.floor(key / 8), bytes.subarray(at, at + length)];
+      at += length;
+    } else throw new Error("no ONNX file");
+  }
+}
+
+// --- the answer
+
+/** Logits and probabilities of each label for a picture, as a file or a blob. */
+export async function classify({ session, preprocess }, file) {
+  const pixels = view(await decoded(file), preprocess);
+  const [height, width] = preprocess.size;
+  const found = await session.run({ pixels: new ort.Tensor("float32", pixels, [1, 3, height, width]) });
+  return { logits: found.logits.data, probabilities: found.probabilities.data };
+}
+
+/** The pixels of a picture, upright, on white, as they are in the file: `data` RGBA. */
+async function decoded(file) {
+  const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "white";
+  context.fillRect(0, 0, bitmap.width, bitmap.height);
+  context.drawImage(bitmap, 0, 0);
+  return context.getImageData(0, 0, bitmap.width, bitmap.height);
+}
+
+/** The centre of a picture at the size of the model, [3, height, width] from 0 to 255: resized, then cut. */
+function view(image, { size: [height, width], shorter_side: side, resize_mode: mode, interpolation }) {
+  if (!side || !(interpolation in FILTERS)) throw new Error("the model does not say how its pictures are prepared");
+  const longer = Math.trunc((side * Math.max(image.width, image.height)) / Math.min(image.width, image.height));
+  const upright = image.width <= image.height;
+  const [wide, high] = mode === "squash" ? [width, height] : upright ? [side, longer] : [longer, side];
+  const rows = resized(image.data, image.width, image.height, wide, interpolation); // [wide, height of the image]
+  const data = resized(rows, image.height, wide, high, interpolation); // [high, wide]
+  const [left, top] = [half(wide - width), half(high - height)];
+  const pixels = new Float32Array(3 * height * width);
+  for (let channel = 0; channel < 3; channel++)
+    for (let y = 0; y < height; y++)
+      for (let x = 0; x < width; x++)
+        pixels[(channel * height + y) * width + x] = data[4 * ((top + y) * wide + left + x) + channel];
+  return pixels;
+}
+
+/** Half of a number, rounded to even as Python does. */
+function half(number) {
+  const low = Math.floor(number / 2);
+  return number % 2 && low % 2 ? low + 1 : low;
+}
+
+const FILTERS = {
+  bilinear: [1, (x) => Math.max(0, 1 - x)],
+  bicubic: [2, (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0)],
+};
+
+/**
+ * Rows of RGBA pixels at another width, transposed: data [lines, from] gives [to, lines].
+ *
+ * As Pillow does it, so that a model sees what it was fitted with: a picture that shrinks is averaged over what each
+ * new pixel covers, which a canvas does not promise. Weights have 22 bits, each pass rounds to bytes.
+ */
+function resized(data, from, lines, to, interpolation) {
+  const [reach, weight] = FILTERS[interpolation];
+  const scale = from / to, stretch = Math.max(1, scale), support = reach * stretch;
+  const found = new Uint8ClampedArray(4 * to * lines);
+  for (let x = 0; x < to; x++) {
+    const centre = (x + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(centre - support + 0.5));
+    const last = Math.min(from, Math.trunc(centre + support + 0.5));
+    const raw = Array.from({ length: last - first }, (_, i) => weight(Math.abs((first + i - centre + 0.5) / stretch)));
+    const sum = raw.reduce((a, b) => a + b);
+    const weights = raw.map((value) => Math.round((value / sum) * (1 << 22)));
+    for (let line = 0; line < lines; line++)
+      for (let channel = 0; channel < 3; channel++) {
+        let total = 1 << 21;
+        for (let i = 0; i < weights.length; i++) total += weights[i] * data[4 * (line * from + first + i) + channel];
+        found[4 * (x * lines + line) + channel] = total >> 22;
+      }
+  }
+  return found;
+}
+
+// --- the page
+
+const [input, status, picture, list] = ["input", "[role=status]", "img", "ol"].map((name) => document.querySelector(name));
+const opened = open(MODEL);
+
+opened.then(
+  ({ labels }) => {
+    status.textContent = `It knows ${labels.length} classes.`;
+    input.disabled = false;
+  },
+  (error) => (status.textContent = `The model cannot be used: ${error.message}`),
+);
+
+input.addEventListener("change", async () => {
+  const [file] = input.files;
+  if (!file) return;
+  picture.src = URL.createObjectURL(file);
+  picture.hidden = false;
+  list.replaceChildren();
+  try {
+    const started = performance.now();
+    const model = await opened;
+    const { probabilities } = await classify(model, file);
+    const ranked = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, SHOWN);
+    for (const place of ranked) {
+      const line = document.createElement("li");
+      line.textContent = `${model.labels[place]} ${(100 * probabilities[place]).toFixed(1)} %`;
+      list.append(line);
+    }
+    status.textContent = `${model.labels[ranked[0]]}, after ${Math.round(performance.now() - started)} ms`;
+  } catch (error) {
+    status.textContent = `The photograph cannot be read: ${error.message}`;
+  }
+});

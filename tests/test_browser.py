@@ -1,0 +1,108 @@
+"""The page of docs/browser in a real Chromium, with onnxruntime-web from npm: the package's own logits."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import shutil
+import subprocess
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import PATIENCE, chromium
+from conftest import ROOT
+from PIL import Image
+from playwright.sync_api import expect
+from serving import photographs
+
+from retrieval_tip import CacheModel
+
+pytestmark = pytest.mark.soak
+
+RUNTIME = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """The files of onnxruntime-web, which stay in the clone."""
+    folder = ROOT / "build/onnxruntime-web"
+    if not all((folder / name).is_file() for name in RUNTIME):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(["npm", "pack", "onnxruntime-web@1"], cwd=folder, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"SKIPPED: onnxruntime-web cannot be fetched from npm here ({error})")
+        with tarfile.open(next(folder.glob("*.tgz"))) as package:
+            for name in RUNTIME:
+                (folder / name).write_bytes(package.extractfile(f"package/dist/{name}").read())
+    return folder
+
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript"}
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(runtime, things, run, tmp_path):
+    """The address of the page with an index of ten classes."""
+    folder = tmp_path / "site"
+    shutil.copytree(ROOT / "docs/browser", folder)
+    shutil.copytree(runtime, folder / "ort")
+    assert run("index", "export", things, "--onnx", folder / "things.onnx").exit_code == 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+LOGITS = """async ([name, at]) => {
+    const { open, classify } = await import("./classify.js");
+    window.model ??= await open("things.onnx");
+    const file = await (await fetch(at)).blob();
+    const { logits, probabilities } = await classify(window.model, file);
+    return { logits: [...logits], probabilities: [...probabilities], labels: window.model.labels };
+}"""
+
+
+def test_a_photograph_is_classified_in_the_browser(site, things, shared, run, tmp_path):
+    paths = [Path(path) for path, _ in photographs(shared, "test", 10, 1)]
+    turned, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(paths[0]).convert("RGB").save(turned, exif=exif, quality=95)
+    cut_out = Image.open(paths[1]).convert("RGBA")
+    cut_out.putalpha(Image.linear_gradient("L").resize(cut_out.size))
+    cut_out.save(clear)
+    paths += [turned, clear]
+    rows = run("classify", things, *paths, "--logits", "--format", "json", "--no-cache", "--runtime", "torch").stdout
+    expected = {row["input"]: row for row in map(json.loads, rows.splitlines())}
+    for number, path in enumerate(paths):
+        shutil.copy(path, tmp_path / "site" / f"{number}{path.suffix}")
+    wrong = []
+    with chromium() as browser:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda asked: asked.url.startswith((site, "blob:")) or wrong.append(asked.url))
+        page.goto(site)
+        expect(page.get_by_role("status")).to_have_text("It knows 10 classes.", timeout=PATIENCE)
+        page.get_by_label("A photograph").set_input_files(paths[0])
+        expect(page.locator("li").first).to_contain_text(expected[str(paths[0])]["label"], timeout=PATIENCE)
+        found = [page.evaluate(LOGITS, [path.name, f"{number}{path.suffix}"]) for number, path in enumerate(paths)]
+        page.get_by_label("A photograph").set_input_files(things / "manifest.json")
+        expect(page.get_by_role("status")).to_contain_text("cannot be read", timeout=PATIENCE)
+    assert not wrong
+    assert found[0]["labels"] == CacheModel.load(things).class_names
+    for path, one in zip(paths, found, strict=True):
+        row = expected[str(path)]
+        assert one["labels"][int(np.argmax(one["logits"]))] == row["label"], path
+        np.testing.assert_allclose(one["logits"], row["logits"], rtol=1e-4, atol=1e-4 * np.abs(row["logits"]).max())
