@@ -608,7 +608,11 @@ def test_a_split_that_cannot_be_is_refused(tmp_path: Path, text: str | bytes, wo
 # -- whatever else --
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x", "x.png", "x.npy"])
+def test_one_image_is_no_source(tmp_path: Path) -> None:
+    refused(write(tmp_path / "x.png", "x"), "one image", "folder of images a class")
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.npy"])
 def test_a_file_of_another_kind_is_no_source(tmp_path: Path, name: str) -> None:
     refused(write(tmp_path / name, "x"), "not a source")
 

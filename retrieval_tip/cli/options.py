@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, SHARE, VIEWS_COUNT, K, count
+from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import METRICS, VALUES
 
 if TYPE_CHECKING:
@@ -137,12 +138,17 @@ class OutputOptions:
 
     @property
     def style(self) -> str:
-        """The format that was named, else that of the file's suffix, else a table."""
-        style = self.named or _SUFFIXES.get(self.output.suffix.lower() if self.output else "", "table")
+        """The format that was named, else that of the file's suffix. Raises UsageError for one that has none."""
+        suffix = self.output.suffix.lower() if self.output else ""
+        style = self.named or _SUFFIXES.get(suffix)
+        if style is None:
+            known = ", ".join(name for name in _SUFFIXES if name)
+            raise UsageError(f"--output {show(str(self.output))}: {suffix} is no format; give {known}, or --format too")
         return "json" if style == "jsonl" else style
 
 
 _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+_SUFFIXES |= {".txt": "table", "": "table"}
 
 
 ROOT = click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")

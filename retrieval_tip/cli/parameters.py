@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import click
 import click.shell_completion
@@ -99,15 +99,29 @@ class K(click.ParamType[Any]):
         return number
 
 
-class Count(click.IntRange):
-    """A whole number between bounds that nobody meets by accident."""
+class _Bounded(click.ParamType[Any]):
+    """A number with bounds that nobody meets by accident: errors name them, help does not."""
+
+    min: Any
+    max: Any
+    min_open: bool
+
+    def _describe_range(self) -> str:
+        return ""
+
+    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
+        """Raise the error, with the range where it is about that."""
+        least = f"{'above' if self.min_open else 'from'} {self.min:,}"
+        most = f" to {self.max:,}" if self.max < MANY else ""
+        super().fail(message.replace("not in the range .", f"not a number {least}{most}"), param, ctx)
+
+
+class Count(_Bounded, click.IntRange):
+    """A whole number."""
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """As help calls it."""
         return "N"
-
-    def _describe_range(self) -> str:
-        return ""
 
 
 def count(kind: str = "", least: int = 1) -> Count:
@@ -118,8 +132,8 @@ def count(kind: str = "", least: int = 1) -> Count:
 SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
 
 
-class Number(click.FloatRange):
-    """A number between bounds: neither NaN, which lies in every range, nor infinite."""
+class Number(_Bounded, click.FloatRange):
+    """A number: neither NaN, which lies in every range, nor infinite."""
 
     def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:
         super().__init__(least, most, min_open=above)
@@ -127,9 +141,6 @@ class Number(click.FloatRange):
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """As help calls it."""
         return "X"
-
-    def _describe_range(self) -> str:
-        return ""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""

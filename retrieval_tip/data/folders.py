@@ -61,7 +61,7 @@ def part_of(folder: Path, part: str | None) -> Path:
     wanted = called.get((part or "train").lower(), part or "train")
     names = [path.name for path in there.values()]
     if wanted not in there:
-        raise InputError(f"{show(folder)}: has the parts {', '.join(names)}, and no {wanted}; give --split")
+        raise InputError(f"{show(folder)}: has the parts {', '.join(names)}, and no {wanted}; --split names one")
     used = there[wanted]
     if others := [name for name in names if name != used.name]:
         log.warning("%s: its part %s is used, not %s", show(folder), show(used.name), ", ".join(map(show, others)))

@@ -184,6 +184,8 @@ def open_source(
         return _split_file(file, split or "train", root)
     if suffix in SUFFIXES:
         return _table(file, root, labelled=True)
+    if suffix in images.extensions():
+        raise InputError(f"{show(file)}: one image; expected a folder with a folder of images a class in it")
     if suffix in _ARCHIVES:
         raise InputError(f"{show(file)}: an archive; unpack it first")
     raise InputError(
