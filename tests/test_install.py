@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,16 +26,30 @@ PYTHONS = ("3.11", "3.12", "3.13")
 UNREACHABLE = re.compile("error sending request|Failed to fetch|dns error|Connection refused|timed out")
 
 
-def resolved(place: Path, python: str, *constraints: str) -> dict[str, str] | None:
+CORE = ("cli", "facade", "serve", "server", "evaluate", "closed_form", "sources", "transformers", "estimator", "onnx",
+        "plots", "images")  # fmt: skip
+"""What has to pass with the lowest versions: build, classify, evaluate, fit and serve, and what each extra is for."""
+EXTRAS = "serve,plot,sklearn,onnx,heic,hf"
+
+
+def asked(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run uv. The test is skipped where the registry does not answer."""
+    command = [sys.executable, "-m", "uv", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    if done.returncode and UNREACHABLE.search(done.stderr):
+        pytest.skip(f"SKIPPED: the package registry does not answer: {done.stderr.strip().splitlines()[-1]}")
+    return done
+
+
+def resolved(place: Path, python: str, *constraints: str, lowest: bool = False) -> dict[str, str] | None:
     """Versions by name of what would be installed on Linux x86-64; ``None`` where nothing fits."""
     bounds = place / "constraints.txt"
     bounds.write_text("\n".join(constraints))
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--quiet", "--no-annotate", "--no-header"]
-    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28", "-c", str(bounds)]
-    done = subprocess.run([*command, str(ROOT / "pyproject.toml")], capture_output=True, text=True, timeout=200)
+    command = ["pip", "compile", "--no-config", "--quiet", "--no-annotate", "--no-header", "-c", bounds]
+    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
+    command += ["--resolution", "lowest-direct", "--all-extras"] if lowest else []
+    done = asked(*command, ROOT / "pyproject.toml")
     if done.returncode:
-        if UNREACHABLE.search(done.stderr):
-            pytest.skip(f"SKIPPED: the package registry does not answer: {done.stderr.strip().splitlines()[-1]}")
         assert "No solution found" in done.stderr
         return None
     return dict(line.split("==") for line in done.stdout.splitlines() if "==" in line)
@@ -64,10 +81,52 @@ def test_an_older_torch_does_not(tmp_path: Path) -> None:
     assert '"torch>=2.7"' in text
     wanted = tmp_path / "wanted.txt"
     wanted.write_text("torch==2.6.*\nfaiss-gpu>=1.15.1,<2\n")
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--quiet", "--python-version", "3.12"]
-    command += ["--python-platform", "x86_64-manylinux_2_28", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    command = ["pip", "compile", "--no-config", "--quiet", "--python-version", "3.12"]
+    done = asked(*command, "--python-platform", "x86_64-manylinux_2_28", wanted)
     assert done.returncode
     told = " ".join(done.stderr.split())
     assert re.search(r"faiss-gpu\S* depends on nvidia-", told)
     assert "torch==2.6.0 depends on nvidia-" in told
+
+
+def test_every_requirement_has_a_lower_bound() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *(one for extra in extras.values() for one in extra)]:
+        assert ">=" in requirement or requirement.startswith("retrieval-tip["), requirement
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_all_lower_bounds_go_together(python: str, tmp_path: Path) -> None:
+    assert resolved(tmp_path, python, lowest=True) is not None
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="SKIPPED: the lowest versions have no wheels for this Python")
+def test_the_lowest_versions_do_the_main_job() -> None:
+    """Every direct requirement at its lower bound, in an environment of its own: 5 GB, which go again."""
+    with tempfile.TemporaryDirectory() as place:
+        python, overrides = Path(place, "venv/bin/python"), Path(place, "overrides.txt")
+        overrides.write_text("triton ; sys_platform == 'never'\n")  # for kernels on a GPU
+        into = ("pip", "install", "--no-config", "--quiet", "--python", python)
+        lowest = ("--resolution", "lowest-direct", "--override", overrides, "--editable", f"{ROOT}[{EXTRAS}]")
+        tools = ("pytest", "pytest-timeout", "httpx", "hypothesis", "psutil", "onnxruntime")
+        for arguments in (
+            ("venv", "--quiet", "--python", sys.executable, Path(place, "venv")),
+            (*into, *lowest),
+            (*into, *tools),
+        ):
+            done = asked(*arguments)
+            assert done.returncode == 0, done.stderr
+        sample = {name: value for name, value in os.environ.items() if name != "RETRIEVAL_TIP_SOAK"}
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *(ROOT / f"tests/test_{name}.py" for name in CORE),
+        ]
+        told = subprocess.run(command, cwd=ROOT, env=sample, capture_output=True, text=True, timeout=3000)
+        assert told.returncode == 0, told.stdout[-4000:]

@@ -1,0 +1,55 @@
+"""The Dockerfile, where no container can be built: what it names is there."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import tomllib
+
+import click
+from conftest import ROOT
+
+from retrieval_tip import cli
+
+STEPS = re.findall(
+    r"^([A-Z]+) (.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " "), re.MULTILINE
+)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def said(kind):
+    return [text for step, text in STEPS if step == kind]
+
+
+def test_what_is_copied_is_there_and_not_ignored():
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    copied = {name for text in said("COPY") if not text.startswith("--from") for name in text.split()[:-1]}
+    assert {"pyproject.toml", "retrieval_tip"} <= copied
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert not any(fnmatch.fnmatch(name, pattern) for pattern in ignored), name
+    needed = {PROJECT["readme"], *PROJECT["license-files"]}  # without them it cannot be built
+    assert needed <= copied
+
+
+def test_what_is_installed_is_what_the_project_asks_for():
+    runs = " ".join(said("RUN"))
+    extras = re.findall(r"'\.\[([^\]]*)\]'", runs)
+    assert extras
+    assert all(extra in PROJECT["optional-dependencies"] for extra in extras[0].split(","))
+    (faiss,) = re.findall(r"'(faiss-cpu[^']*)'", runs)
+    assert any(requirement.startswith(f"{faiss} ;") for requirement in PROJECT["dependencies"])
+    for image in said("FROM"):
+        python = re.match(r"python:(3\.\d+)", image)[1]
+        assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]
+
+
+def test_it_starts_a_command_that_there_is_without_rights():
+    (entry,), (typed,) = said("ENTRYPOINT"), said("CMD")
+    assert json.loads(entry) == list(PROJECT["scripts"])
+    name, *rest = json.loads(typed)
+    command = cli.main.commands[name]
+    ctx = command.make_context(name, rest, parent=click.Context(cli.main, obj=True))
+    assert ctx.params["port"] == int(said("EXPOSE")[0])
+    assert said("USER") == ["tip"]
