@@ -519,6 +519,19 @@ class CacheModel(InMemory):
             labelled = self._ridge.relabelled(self._keys, labelled, rows, class_id)
         self._hold(labelled.relabelled(rows, class_id, label), sums)
 
+    def rename(self, old: str, new: str) -> None:
+        """Give a class another name; its keys and text weight stay. On disk after :meth:`save`, without the keys.
+
+        Raises InputError where there is no class ``old``, or ``new`` is one already or no name; then nothing was
+        changed.
+        """
+        class_id, self.class_names = inputs.renamed(self.class_names, old, new)
+        own = pc.equal(self.labels["class_id"], class_id)
+        column = pc.if_else(own, new, self.labels["label"])
+        self.labels = self.labels.set_column(self.labels.column_names.index("label"), "label", column)
+        self._stored = None if self._stored is None else replace(self._stored, named=False)
+        self._follow()
+
     def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
         """Make all keys one segment, and build the index over them anew. On disk after :meth:`save`.
 

@@ -631,6 +631,57 @@ def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> 
     assert store.read_manifest(parted).files == files  # without the late ones it is the base again
 
 
+# --- rename
+
+
+def test_a_class_gets_another_name_and_everything_else_stays(run: Any, parted: Path) -> None:
+    before, files, segments = opened(parted), data_files(parted), store.read_manifest(parted).segments
+    done = run("index", "rename", parted, "dog", "a wolf")
+    assert done.stdout == f"{parted}: version 3, dog is a wolf, of 4 keys\n"
+    cache = verify(parted)
+    assert cache.class_names == ["cat", "a wolf"]
+    assert labels_of(parted) == {i: "a wolf" if i in (1, 3, 5, 6) else "cat" for i in range(8)}
+    for mine, theirs in zip(cache.terms(QUERIES), before.terms(QUERIES), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    now = store.read_manifest(parted).segments
+    assert [one.keys for one in now] == [one.keys for one in segments]  # keys are not written again
+    assert {name: data_files(parted)[name] for name in files} == files
+    assert labels_of_version(parted, 2) == {i: "dog" if i in (1, 3, 5, 6) else "cat" for i in range(8)}
+    assert store.history(parted)["change"].to_pylist()[-1] == "rename dog to a wolf"
+    changes.relabel(parted, "a wolf", key_ids=[0])
+    changes.rollback(parted, 2)
+    assert opened(parted).class_names == ["cat", "dog"]
+
+
+def labels_of_version(folder: Path, number: int) -> dict[int, str]:
+    table = opened(folder, version=number).labels
+    return dict(sorted(zip(table["key_id"].to_pylist(), table["label"].to_pylist(), strict=True)))
+
+
+def test_names_that_are_none_or_there_already_are_refused(run: Any, index: Path, lit_mini: Backbone) -> None:
+    before = everything(index)
+    refused(run("index", "rename", index, "owl", "kite"), 1, "'owl' is no class", "cat, dog")
+    refused(run("index", "rename", index, "dog", "cat"), 1, "'cat' is a class of the index already", "relabel")
+    for wrong in ("", " dog", "a\nb", "x" * 1025):
+        refused(run("index", "rename", index, "dog", wrong), 1, "class name", "1 to 1,024 characters")
+    assert run("index", "rename", index, "dog", "dog").stdout == f"{index}: version 1, dog is dog, of 0 keys\n"
+    with pytest.raises(BackboneError):
+        changes.rename(index, "dog", "wolf", lit_mini)
+    assert everything(index) == before
+
+
+def test_the_words_of_a_new_name_are_encoded_where_that_is_asked(run: Any, pictures: Path, lit_mini: Backbone) -> None:
+    old = opened(pictures).text_weights.numpy()
+    assert run("index", "rename", pictures, "panda", "crayfish").exit_code == 0
+    np.testing.assert_array_equal(opened(pictures).text_weights.numpy(), old)
+    done = run("index", "rename", pictures, "crayfish", "starfish", "--encode")
+    assert "starfish, of 4 keys" in done.stdout, done.output
+    weights = verify(pictures).text_weights.numpy()
+    np.testing.assert_allclose(weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6)
+    np.testing.assert_array_equal(weights[1], old[1])
+    assert "with words of its own" in store.history(pictures)["change"].to_pylist()[-1]
+
+
 # --- set
 
 

@@ -857,6 +857,38 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
     expect(page.locator("#shots-count")).to_have_text("8")
 
 
+def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
+    """By the keyboard too; a name that is there merges, and both are undone."""
+    page = opened(at=f"/#token={TOKEN}").page
+    page.click("#tab-index")
+    entry = page.locator("#classes-list li").filter(has_text="crayfish")
+    entry.hover()
+    entry.get_by_role("button", name="Rename crayfish").click()
+    expect(page.locator("#rename-label")).to_have_value("crayfish")
+    page.click("#rename-cancel")
+    entry.get_by_role("button", name="Rename crayfish").press("Enter")
+    expect(page.locator("#rename-label")).to_be_focused()
+    assert violations(page) == []
+    page.keyboard.type("<i>yabby")
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_contain_text("crayfish is <i>yabby now.")
+    expect(page.locator("#classes-title")).to_be_focused()
+    expect(page.locator("#history li").first).to_contain_text("rename crayfish to <i>yabby")
+    expect(page.locator("#classes-list li").filter(has_text="<i>yabby")).to_contain_text("8 photos")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(entry).to_contain_text("8 photos")
+
+    entry.get_by_role("button", name="Rename").press("Enter")
+    page.keyboard.type("lobster")
+    expect(page.locator("#rename-merge")).to_contain_text("the photographs of both")
+    expect(page.locator("#rename-ok")).to_have_text("Merge")
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_contain_text("crayfish is part of lobster now.")
+    expect(page.locator("#classes-list li").filter(has_text="lobster")).to_contain_text("16 photos")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(entry).to_contain_text("8 photos")
+
+
 def test_map_shows_keys_that_are_pointed_at(opened: Open, served: Served) -> None:
     page = opened().page
     page.click("#tab-index")

@@ -24,6 +24,8 @@ from PIL import Image
 from serving import photographs, random_index
 
 from retrieval_tip import CacheModel
+from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
@@ -386,6 +388,29 @@ def test_shots_are_relabelled_and_versions_rolled_back(own: Path) -> None:
         assert [change(what, **body)[0] for what, body, _ in wrong] == [status for *_, status in wrong]
         for what, body in (("relabel", {"key_ids": [1], "label": other}), ("rollback", {"to": 1})):
             assert client.post(f"/v1/indexes/own/{what}", json=body).status_code == 401
+
+
+def test_a_class_gets_another_name_and_the_words_of_it(own: Path, lit_mini: Backbone) -> None:
+    before = CacheModel.load(own, device="cpu")
+    other = before.class_names[1]
+    with serving(own, token=TOKEN) as client:
+
+        def change(**body: object) -> tuple[int, dict[str, Any]]:
+            answer = client.post("/v1/indexes/own/rename", json=body, headers=AUTHORISED)
+            return answer.status_code, answer.json()
+
+        ids = [row["key_id"] for row in client.get("/v1/indexes/own/keys?label=accordion").json()["keys"]]
+        done = {"index": "own", "version": 2, "key_ids": ids}
+        assert change(of="accordion", label="squeeze <box>") == (200, done)
+        rows = client.get("/v1/indexes/own/keys", params={"label": "squeeze <box>"}).json()["keys"]
+        assert [row["key_id"] for row in rows] == ids
+        refused = [(("no such", "x"), 404), (("squeeze <box>", other), 409), ((other, "a\nb"), 422), ((other, ""), 422)]
+        assert [change(of=of, label=label)[0] for (of, label), _ in refused] == [status for _, status in refused]
+        assert client.post("/v1/indexes/own/rename", json={"of": other, "label": "x"}).status_code == 401
+    now = CacheModel.load(own, device="cpu")
+    expected = text_weights(lit_mini, ["squeeze <box>"], now.templates)[0]
+    np.testing.assert_allclose(now.text_weights[0].numpy(), expected, atol=1e-5)
+    np.testing.assert_array_equal(now.text_weights[1:].numpy(), before.text_weights[1:].numpy())
 
 
 def test_exemplars_are_nearest_to_the_mean_of_their_class(both: Client, things: Path) -> None:

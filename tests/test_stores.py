@@ -470,6 +470,26 @@ def test_keys_are_given_to_another_class(pets):
     pets.check()
 
 
+def test_a_class_gets_another_name(pets):
+    before = labels_of(pets.place)
+    named = [i for i, label in pets.truth.labels.items() if label == "cat"]
+    assert changes.rename(pets.place, "cat", "it's a lion") == changes.Changed(2, named)
+    pets.truth.names = ["it's a lion" if name == "cat" else name for name in pets.truth.names]
+    for i in named:
+        pets.truth.labels[i] = "it's a lion"
+    pets.check(forms=FORMS)
+    rows = labels_of(pets.place)
+    same = ("class_id", "shot", "source", "views", "digest", "camera")
+    assert all(rows[i][name] == before[i][name] for i in rows for name in same)
+    bare = next(name for name in pets.truth.names if name not in pets.truth.labels.values())
+    assert changes.rename(pets.place, bare, "nobody").key_ids == []
+    pets.truth.names[pets.truth.names.index(bare)] = "nobody"
+    pets.check()
+    pets.refused(lambda: changes.rename(pets.place, "it's a lion", "nobody"), "nobody", "relabel", error=InputError)
+    changes.rollback(pets.place, 1)
+    assert pets.store.manifest().class_names == [*NAMES, BARE]
+
+
 def test_settings_are_changed(pets):
     changes.configure(pets.place, alpha=0.5, beta=2.0, k=8, tail=False, temperature=3.0)
     pets.truth.alpha, pets.truth.beta = 0.5, 2.0

@@ -26,6 +26,7 @@ SUMMARIES = {
     "merge": "Add the keys of other indexes.",
     "remove": "Remove keys.",
     "relabel": "Give keys to another class.",
+    "rename": "Give a class another name.",
     "set": "Set alpha, beta, k and others.",
     "compact": "Make one of what was added since the build.",
     "rebuild": "Build the index over the keys anew.",
@@ -64,6 +65,10 @@ EXAMPLES = {
     "index relabel": [
         "index relabel indexes/things cat --key-ids 3",
         "index relabel indexes/things cat --where \"source LIKE '%tabby%'\"",
+    ],
+    "index rename": [
+        "index rename indexes/things cat tabby",
+        "index rename indexes/things cat 'tabby cat' --encode",
     ],
     "index set": ["index set indexes/things --alpha 2 --beta 5.5", "index set indexes/things -k 64"],
     "index compact": ["index compact indexes/things", "index compact lance://indexes/things.lance"],

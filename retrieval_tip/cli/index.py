@@ -396,6 +396,22 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
     _say_version(folder, changed.version, f"{counted(len(changed.key_ids), 'key')} given to {label}")
 
 
+@index.command("rename")
+@click.argument("folder", type=INDEX)
+@click.argument("old")
+@click.argument("new")
+@click.option("--encode", is_flag=True, help="Encode the new name in place of the old one's words.")
+@grouped("backbone", BackboneOptions, BACKBONE, DEVICE)
+def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: BackboneOptions) -> None:
+    """Call the class OLD NEW. Its words stay as they are encoded, unless --encode or a --model is given."""
+    from retrieval_tip.index import changes
+
+    encode = encode or backbone.model is not None
+    loaded = backbone_for(Origin.of(folder), [], backbone, cached=False, needed=True) if encode else None
+    renamed = changes.rename(folder, old, new, loaded)
+    _say_version(folder, renamed.version, f"{old} is {new}, of {counted(len(renamed.key_ids), 'key')}")
+
+
 @index.command("set")
 @click.argument("folder", type=INDEX)
 @click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.")

@@ -192,6 +192,37 @@ def relabel(folder: Place, label: str, *, where: str | None = None, key_ids: Seq
     return Changed(_version(cache), chosen)
 
 
+def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Changed:
+    """Give a class another name; its keys are those of the class that it was, by their ids.
+
+    Its text weight stays, unless a ``backbone`` is given: then it is that of the new name in the index's templates.
+
+    Raises InputError where there is no class ``old``, or ``new`` is one already or no name; UsageError for a backbone
+    without a text encoder, or where the index has no templates; BackboneError where that is not the index's.
+    """
+    weights = None
+    if backbone is not None:
+        manifest = stores.at(folder).manifest()
+        check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
+        if not manifest.templates:
+            raise UsageError(
+                f"{folder}: its text weights are of no templates, so none is encoded; leave the backbone out"
+            )
+        weights = text_weights(backbone, [new], manifest.templates)[0]
+    with stores.at(folder).change("fast") as change:
+        cache = change.cache
+        if old == new and new in cache.class_names:
+            return Changed(_version(cache), [])
+        key_ids = cache.find([old])["key_id"].to_pylist() if old in cache.class_names else []
+        cache.rename(old, new)
+        if weights is not None:
+            text = cache.text_weights.cpu().numpy().copy()
+            text[cache.class_names.index(new)] = weights
+            cache.set_text(text, cache.templates)
+        change.what = f"rename {old} to {new}" + (", with words of its own" if weights is not None else "")
+    return Changed(_version(cache), sorted(key_ids))
+
+
 def configure(
     folder: Place,
     *,

@@ -278,6 +278,14 @@ class LanceDraft(LanceModel):
         self._count(lambda sums: sums.moved(keys, old, class_id), points, old, -1)
         self._count(lambda sums: sums, points, np.full(m, class_id, dtype=np.int64), 1)
 
+    def rename(self, old: str, new: str) -> None:
+        """Give a class another name; its keys and text weight stay. See :meth:`CacheModel.rename`."""
+        class_id, names = inputs.renamed(self.class_names, old, new)
+        if self.classes.counts[class_id]:
+            self.table.change(f"class_id = {class_id}", {"label": new, VERSION: self.writer.number})
+        self.classes = replace(self.classes, names=names)
+        self._follow()
+
     def compact(self) -> None:
         """Put the pieces of the table together, and all rows into its index."""
         self.table.optimize()

@@ -378,6 +378,11 @@ class KeyTable:
             with self._next("removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
+    def change(self, where: str, values: dict[str, Any]) -> None:
+        """Give columns of the rows that a condition holds for other values. Raises StoreError as :meth:`delete`."""
+        with self._next("changing rows"):
+            self.table.update(where=where, values=values)
+
     def restore(self, version: int) -> None:
         """Make an earlier version the newest one: what writers that were interrupted left is in none any more."""
         with _said(self.address, f"going back to version {version} of its table"):

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, few
+
+LONGEST_NAME = 1024
+"""Characters of a class's name, where it is given one by itself."""
 
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer[Any]]
 Features = npt.NDArray[np.floating[Any]] | Tensor
@@ -120,6 +123,25 @@ def new_classes(
     if weights is None and has_text:
         raise InputError(f"classes: {new[0]!r} needs a text weight, as every class of this index has one")
     return new, text_weights(weights, len(new), d)
+
+
+def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
+    """The position of a class, and all names with it called ``new``.
+
+    Raises InputError where there is no class ``old``, or ``new`` is a class already or no name for one.
+    """
+    if old not in class_names:
+        raise InputError(f"{old!r} is no class of the index; its classes are {few(class_names)}")
+    if new != new.strip() or not new.isprintable() or not 0 < len(new) <= LONGEST_NAME:
+        shown = new if len(new) <= LONGEST_NAME else f"{new[:20]}..."
+        raise InputError(
+            f"class name {shown!r}: expected 1 to {LONGEST_NAME:,} characters without control characters, and no "
+            "white space at either end"
+        )
+    if new in class_names:
+        raise InputError(f"{new!r} is a class of the index already; merge the two with relabel (index relabel)")
+    at = class_names.index(old)
+    return at, [*class_names[:at], new, *class_names[at + 1 :]]
 
 
 def keys_to_add(

@@ -250,6 +250,17 @@ async def relabel(request: Request, service: TheService, one: Named, change: sch
     return _json(await service.relabel(one, change.label, change.key_ids, change.of))
 
 
+@changes.post(
+    "/indexes/{name}/rename",
+    response_model=schemas.Removed,
+    responses=schemas.problems(401, 403, 404, 409, 422, 503),
+)
+async def rename(request: Request, service: TheService, one: Named, change: schemas.Rename) -> Response:
+    """Give a class another name, as a new version; its words are encoded anew where the server has their encoder."""
+    _finish(request)
+    return _json(await service.rename(one, change.of, change.label))
+
+
 @reads.get("/indexes/{name}/history", response_model=schemas.History, responses=schemas.problems(404, 422, 503))
 async def history(service: TheService, one: Named) -> Response:
     """The versions that are kept."""

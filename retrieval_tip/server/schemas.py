@@ -207,6 +207,15 @@ class Relabel(BaseModel):
     of: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
 
+class Rename(BaseModel):
+    """The class ``of`` the index and the name that it gets."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    of: Annotated[str, Field(min_length=1, max_length=1024)]
+    label: Annotated[str, Field(min_length=1, max_length=1024)]
+
+
 class Rollback(BaseModel):
     """The version ``to`` go back to; ``since``: only where the index is still at that one."""
 

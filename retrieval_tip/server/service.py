@@ -319,6 +319,19 @@ class Service:
         call = lambda: changes.relabel(one.folder, label, key_ids=there)  # noqa: E731
         return await self._changed(one, call)
 
+    async def rename(self, one: Served, of: str, label: str) -> dict[str, Any]:
+        """Give a class another name, with words of its own where there is an encoder of them.
+
+        Raises Problem 404 where there is no such class, 409 where there is one of that name, else as :meth:`remove`.
+        """
+        names, backbone = one.now.cache.class_names, one.now.backbone
+        if of not in names:
+            raise Problem(404, f"index {one.name!r} has no class {of!r}")
+        if label != of and label in names:
+            raise Problem(409, f"{label!r} is a class already; relabel all of {of!r} to merge the two")
+        reads = backbone if backbone is not None and backbone.has_text and one.now.cache.templates else None
+        return await self._changed(one, lambda: changes.rename(one.folder, of, label, reads))
+
     async def rollback(self, one: Served, to: int, since: int | None) -> dict[str, Any]:
         """Go back to a version. Raises Problem 404 where it is not kept, 409 where the index is not at ``since``."""
 

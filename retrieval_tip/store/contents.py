@@ -133,13 +133,14 @@ class Contents:
             if number == 0:
                 if segment is not None and shared is not None and segment == shared.manifest.segments[0]:
                     writer.keep("keys")
-                    writer.keep("labels")
-                    continue
+                    if shared.named:
+                        writer.keep("labels")
+                        continue
                 if "keys" not in writer.files:
                     writer.seal_array("keys", part)
                 writer.seal_table("labels", labels)
-            elif segment is not None:
-                writer.keep_later(segment)
+            elif segment is not None and shared is not None:
+                writer.keep_later(segment, None if shared.named else labels)
             else:
                 writer.seal_later(part, labels)
 
@@ -174,10 +175,12 @@ class Stored:
     """A version of an index folder, and the objects in memory that its files hold: these need not be written again.
 
     ``check`` is the comparison of its files with their digests; ``contents`` are ``None`` where they are not known.
+    ``named``: the classes are called as its labels say.
     """
 
     check: Check
     contents: Contents | None
+    named: bool = True
 
     @classmethod
     def of(cls, check: Check, contents: Contents) -> Stored:
@@ -220,7 +223,7 @@ class Stored:
         if shared:
             files = self.manifest.files
             segments = [segment for part in contents.segments if (segment := self.segment_of(part)) is not None]
-            known = {file for segment in segments for file in (segment.keys, segment.labels)}
+            known = {segment.keys for segment in segments} | {part.labels for part in segments if self.named}
             same = [kind for kind in HELD if getattr(contents, kind) is getattr(self.contents, kind, None)]
             known |= {files[kind] for kind in ("index", "text_index", "weights", *same) if kind in files}
         Check(self.check.folder, self.manifest, known=known).wait()

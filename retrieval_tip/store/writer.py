@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,10 @@ class Writer:
         )
         return self._later[-1]
 
-    def keep_later(self, segment: Segment) -> None:
-        """Share a segment with the version before; it comes after those before."""
+    def keep_later(self, segment: Segment, labels: pa.Table | None = None) -> None:
+        """Share a segment, or with other ``labels`` its keys, with the version before; it comes after those before."""
+        if labels is not None:
+            segment = replace(segment, labels=self._seal("labels", self._written_table("labels", labels), len(labels)))
         self._later.append(segment)
 
     def seal_weights(self, path: Path) -> Path:

@@ -138,4 +138,5 @@ export const fit = (name, token) => request(`${at(name)}/fit`, { method: "POST",
 export const removeShots = (name, keyIds, token) =>
   request(`${at(name)}/keys${query({ key_id: keyIds })}`, { method: "DELETE", headers: bearer(token) });
 export const relabel = (name, change, token) => request(`${at(name)}/relabel`, json(change, bearer(token)));
+export const rename = (name, change, token) => request(`${at(name)}/rename`, json(change, bearer(token)));
 export const rollback = (name, change, token) => request(`${at(name)}/rollback`, json(change, bearer(token)));

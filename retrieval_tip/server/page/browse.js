@@ -128,8 +128,39 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
   });
   for (const event of ["pointerenter", "focus"]) button.addEventListener(event, () => keyMap.highlight(id));
   for (const event of ["pointerleave", "blur"]) button.addEventListener(event, highlightChosen);
-  return el("li", {}, button);
+  const other = el("button", { type: "button", class: "quiet", aria: { label: `Rename ${label}` } }, "Rename");
+  other.addEventListener("click", () => rename(label));
+  return el("li", {}, button, state.info.changes ? other : null);
 }
+
+let renamed = null; // the class whose name is asked for
+
+/** Another name for a class; the name of one that is there makes the two one. */
+async function rename(label) {
+  renamed = label;
+  $("rename-title").textContent = `Rename ${label}`;
+  $("rename-label").value = label;
+  sayMerge();
+  const answer = ask($("rename-dialog"));
+  $("rename-label").select();
+  const name = (await answer) === "ok" ? $("rename-label").value.trim() : label;
+  if (!name || name === label) return;
+  const both = state.labels.includes(name);
+  await changed(
+    both ? `${label} is part of ${name} now` : `${label} is ${name} now`,
+    () => (both ? state.merge(label, name) : state.rename(label, name)),
+    $("classes-title"),
+  );
+}
+
+function sayMerge() {
+  const name = $("rename-label").value.trim();
+  const both = name !== renamed && state.labels.includes(name);
+  $("rename-merge").textContent = both ? `There is a class ${name}: the photographs of both will be its.` : "";
+  $("rename-ok").textContent = both ? "Merge" : "Rename";
+}
+$("rename-label").addEventListener("input", sayMerge);
+$("rename-cancel").addEventListener("click", () => $("rename-dialog").close(""));
 
 /** On the map the class that the shots are filtered by stands out, or else none. */
 function highlightChosen() {

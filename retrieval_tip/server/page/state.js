@@ -83,6 +83,7 @@ class State extends EventTarget {
   remove = (keyIds) => this.#change((token) => api.removeShots(this.info.name, keyIds, token));
   relabel = (keyIds, label) => this.#change((token) => api.relabel(this.info.name, { key_ids: keyIds, label }, token));
   merge = (of, label) => this.#change((token) => api.relabel(this.info.name, { of, label }, token));
+  rename = (of, label) => this.#change((token) => api.rename(this.info.name, { of, label }, token));
   /** Back to version `to`, where the index is still at `since`. */
   rollback = (to, since) => this.#change((token) => api.rollback(this.info.name, { to, since }, token));
 
