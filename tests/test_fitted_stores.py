@@ -135,15 +135,21 @@ def test_values_are_solved_as_in_a_folder_also_where_they_are_many(name, built, 
 
 
 @pytest.mark.parametrize("name", LETTERS)
-def test_classes_come_with_their_text(name, built, tmp_path):
+def test_classes_come_with_their_text_and_get_other_names(name, built, tmp_path):
     write_table(tmp_path / "words.parquet", text_of()[:1], ["new"])
     more = open_source(write_table(tmp_path / "new.parquet", clusters(1, 3)[0][:2], ["new", NAMES[0]]))
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     for place in places:
         changes.add(place, more, Encoder(), text=tmp_path / "words.parquet")
+        changes.rename(place, NAMES[1], "renamed")
     one, other = opened(*places)
-    assert other.class_names == [*NAMES, "new"]
+    assert other.class_names == [NAMES[0], "renamed", *NAMES[2:], "new"]
     same(one, other)
+    with stores.at(places[1]).change() as change:
+        change.cache.rename("renamed", "again")
+        same_names = [near.label for one in change.cache.classify(QUERIES, neighbours=40) for near in one.neighbours]
+        assert "again" in same_names
+        assert "renamed" not in same_names
 
 
 @pytest.mark.parametrize(("name", "to"), [*itertools.product(LETTERS, KINDS), ("solved", "s3"), ("metric", "s3")])
@@ -365,14 +371,18 @@ def test_letters_that_do_not_go_together_are_refused(built, tmp_path):
 # --- served
 
 
-def test_a_fitted_store_is_served(built):
+def test_a_fitted_store_is_served(built, tmp_path):
     folder = stores.at(built["solved", "folder"]).load(device="cpu")
     expected = folder.classify(QUERIES, neighbours=3)
-    with server(built["solved", "lance"]) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+    place, headers = copied(tmp_path, "lance", built["solved", "lance"]), {"authorization": "Bearer open sesame"}
+    with server(place, token="open sesame") as (address, _), httpx.Client(base_url=address, timeout=60) as client:
         answer = client.post("/v1/classify", json={"features": QUERIES.tolist()}, params={"neighbours": 3, "top": 1})
         assert answer.status_code == 200, answer.text
         described = client.get("/v1/indexes").json()
         assert "solved" in json.dumps(described)
+        fitted = client.post("/v1/indexes/own/fit", headers=headers)
+        assert (fitted.status_code, fitted.json()["version"]) == (200, 2), fitted.text
+    same(folder, stores.at(place).verify())
     for row, one in zip(answer.json()["results"], expected, strict=True):
         assert row["label"] == one.label
         np.testing.assert_allclose([near["gives"] for near in row["neighbours"]],

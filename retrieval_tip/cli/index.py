@@ -407,7 +407,7 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
     from retrieval_tip.index import changes
 
     encode = encode or backbone.model is not None
-    loaded = backbone_for(Origin.of(folder), [], backbone, cached=False, needed=True) if encode else None
+    loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if encode else None
     renamed = changes.rename(folder, old, new, loaded)
     _say_version(folder, renamed.version, f"{old} is {new}, of {counted(len(renamed.key_ids), 'key')}")
 

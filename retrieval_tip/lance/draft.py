@@ -284,6 +284,8 @@ class LanceDraft(LanceModel):
         if self.classes.counts[class_id]:
             self.table.change(f"class_id = {class_id}", {"label": new, VERSION: self.writer.number})
         self.classes = replace(self.classes, names=names)
+        if self.whole is not None:
+            self.whole.rename(old, new)
         self._follow()
 
     def compact(self) -> None:

@@ -289,9 +289,7 @@ class Service:
 
     async def fit(self, one: Served) -> dict[str, Any]:
         """Fit an index to its shots anew; the index is at the new version when this returns."""
-        if one.place.local is None or not isinstance(one.now.cache, CacheModel):
-            raise Problem(422, "an index in a LanceDB store keeps no metric and no values; clone it to a folder")
-        await self._in(self._changing, fit_index, one.place.local)
+        await self._in(self._changing, fit_index, one.folder)
         await self._in(self._following, one.follow)
         return self._judged(one)
 
