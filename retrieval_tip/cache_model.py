@@ -500,6 +500,8 @@ class CacheModel(InMemory):
             raise InputError("remove: an index needs at least one key; give up the folder instead")
         if len(gone):
             sums = None if self.sums is None else self.sums.removed(*labelled.of_rows(gone))
+            if sums is not None and self.sums is not None and not sums.outweighs(self.sums):
+                sums = None  # the next fit makes them anew
             self._hold(labelled.without(gone), sums)
 
     def relabel(self, key_ids: Sequence[int], label: str) -> None:

@@ -238,6 +238,16 @@ def _counting(read: list[int]):
     return of
 
 
+def test_what_outweighed_all_that_is_left_leaves_nothing(tmp_path):
+    cache = fitted(tmp_path / "index")
+    key_ids = cache.add(np.full((1, D), 3e5, dtype=np.float32), NAMES[:1])
+    cache.remove(key_ids)
+    assert cache.sums is None
+    cache.save(tmp_path / "index")
+    fit_index(tmp_path / "index")
+    close(verify(tmp_path / "index").sums, fresh(cache))
+
+
 def test_they_are_kept_where_they_are_small_beside_the_keys(tmp_path):
     fitted(tmp_path / "few", 80)
     assert "sums" not in read_manifest(tmp_path / "few").files

@@ -59,7 +59,7 @@ AFFINITIES = 1 << 28
 """Affinities that the chosen form is judged by, about, where there are very many keys."""
 
 LEAST_OF_A_FOLD = 0.1
-"""The share of a fold that has to be judged, beyond the first: it is solved anew, however few they are."""
+"""The share of a fold, beyond the first, that has to be judged: to solve it costs the same, however few these are."""
 
 OFFSETS = (None, 0.1, 0.05)
 """Offsets of the logarithm of the cache that are tried where values were solved; ``None`` is no logarithm."""

@@ -50,9 +50,9 @@ class Contents:
     ``segments`` are the keys ``[n_i, d]``, float32 or float16, the first of which the ``index`` is over; ``labels``
     describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32 were solved or trained;
     the ``metric`` of a fitted index makes the first segment its ``points``, of the keys' dtype, and the ``sums`` that
-    it is fitted from are of all keys; the loss ``curve`` and
-    the ``weights`` of an encoder (a safetensors file) are those of a fine-tuned one, ``text_index`` is that of very
-    many classes. Where contents were just read, indexes are ``None``: their files are opened by who knows FAISS.
+    it is fitted from are of all keys; the loss ``curve`` and the ``weights`` of an encoder (a safetensors file) are
+    those of a fine-tuned one, ``text_index`` is that of very many classes. Where contents were just read, indexes are
+    ``None``: their files are opened by who knows FAISS.
     """
 
     segments: Sequence[npt.NDArray[Any]]

@@ -29,8 +29,8 @@ OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parque
                   "metric": ".npy", "points": ".npy", "sums": ".npy"}  # fmt: skip
 """Of a fitted or fine-tuned index: values ``[n, c]`` float32. Of a fitted one, the metric ``[1 + d, d]`` float32, which
 is its mean and its transform, the points ``phi(K)`` of the first segment, and the sums ``[c + d, 1 + d]`` float64 of
-all keys, where these are many (:class:`sums.Sums`). Of a fine-tuned one, tensors of its
-encoder and the loss curve of the training. Of one of very many classes: the FAISS index over their text weights."""
+all keys, where these are many (:class:`sums.Sums`). Of a fine-tuned one, tensors of its encoder and the loss curve of
+the training. Of one of very many classes: the FAISS index over their text weights."""
 TABLE_KINDS = {"classes": ".parquet"}
 """Beside a table: of each class its label, its text weight, and number and sum of its keys."""
 OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy"}

@@ -15,6 +15,9 @@ BLOCK = 2048
 TOLERANCE = 1e-9
 """Of :meth:`Sums.are_of`, as a share of what such a sum can be: far above rounding, and below one key in 10^8."""
 
+LEFT = 1e-5
+"""The share of the squares that has to be left after a removal, for the rounding of what was there not to show."""
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Blocks = Iterable[tuple[npt.NDArray[Any], IntArray]]
@@ -26,7 +29,7 @@ class Sums:
 
     ``counts[j] = |{i: y_i = j}|`` ``[c]`` int64, ``sums[j] = sum_{y_i = j} k_i`` ``[c, d]`` and
     ``second = sum_i k_i k_i^T`` ``[d, d]``, float64. Each product of two float32 is exact in float64, so what was added
-    can be taken away again: a million changes leave an error in the last digits. A change makes another value.
+    can be taken away again, and leaves an error in the last digits of what was there. A change makes another value.
     """
 
     counts: IntArray
@@ -75,6 +78,10 @@ class Sums:
     def removed(self, keys: npt.NDArray[Any], ids: IntArray) -> Sums:
         """Without some of the keys ``[m, d]``, which are of class ids ``[m]``."""
         return self - Sums.of([(keys, ids)], *self.sums.shape)
+
+    def outweighs(self, before: Sums) -> bool:
+        """Whether enough is left of what was there before a removal, so that these are as good as summed anew."""
+        return bool(self.second.trace() >= LEFT * before.second.trace())
 
     def moved(self, keys: npt.NDArray[Any], ids: IntArray, class_id: int) -> Sums:
         """With some of the keys ``[m, d]``, of class ids ``[m]``, given to another class."""
