@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -929,6 +930,101 @@ def test_map_shows_keys_that_are_pointed_at(opened: Open, served: Served) -> Non
     expect(canvas).to_have_attribute("data-scale", "1.875")
     page.click("#map-whole")
     expect(canvas).to_have_attribute("data-scale", "1")
+
+
+def test_a_shape_on_the_map_takes_photographs(opened: Open, served: Served) -> None:
+    """They are listed, to be moved or removed together; without a mouse, by space and Enter."""
+    page = opened(at=f"/#token={TOKEN}").page
+    page.click("#tab-index")
+    expect(page.locator("#map-method")).to_have_value("tsne")
+    page.select_option("#map-method", "pca")
+    expect(page.locator("#map-facts")).to_contain_text("variance")
+    canvas = page.locator("#map-canvas")
+    canvas.scroll_into_view_if_needed()
+    found = page.evaluate("async () => (await fetch('/v1/indexes/things/map')).json()")
+    inside = {id_ for id_, x, y in zip(found["key_ids"], found["x"], found["y"], strict=True) if x > 0.1 and y > 0}
+    assert 3 < len(inside) < 60
+    box = canvas.bounding_box()
+    assert box is not None
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            box["x"] + 15 + (x + 1) / 2 * (box["width"] - 30),
+            box["y"] + 15 + (1 - y) / 2 * (box["height"] - 30),
+        )
+
+    page.mouse.move(*at(0.1, 0))
+    page.mouse.down()
+    for x, y in ((1.02, 0), (1.02, 1.02), (0.1, 1.02), (0.1, 0)):
+        page.mouse.move(*at(x, y), steps=4)
+    screenshot(page, "lasso")
+    page.mouse.up()
+    expect(page.locator("#shots-mapped strong")).to_have_text(f"{len(inside)} photographs of the map")
+    expect(page.locator("#shots-count")).to_have_text(str(len(inside)))
+    expect(page.locator("#shots-selected")).to_have_text(f"{len(inside)} selected")
+    ids = page.locator("#shots .tile").evaluate_all("tiles => tiles.map((tile) => +tile.dataset.keyId)")
+    assert set(ids) <= inside
+    page.fill("#shots-label", "starfish")
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_contain_text("moved to starfish.")
+    expect(page.locator("#shots .tile .said").first).to_have_text("starfish")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(page.locator("#notice")).to_contain_text("Undone")
+    page.click("#shots-all")
+    expect(page.locator("#shots-count")).to_have_text("82")
+
+    canvas.focus()
+    page.keyboard.press("Home")
+    for key in ("Space", "ArrowRight", "Space", "Enter"):
+        page.keyboard.press(key)
+    expect(page.locator("#shots-mapped strong")).to_have_text("2 photographs of the map")
+    expect(page.locator("#shots")).to_be_focused()
+    page.click("#shots-all")
+    for _ in range(4):
+        page.click("#map-closer")
+    expect(canvas).to_have_attribute("data-pictures", re.compile("[1-9]"))  # close by, pictures in place of dots
+    before = canvas.screenshot()
+    canvas.hover()
+    page.keyboard.down("Shift")
+    page.mouse.down()
+    page.mouse.move(box["x"] + 300, box["y"] + 60, steps=3)
+    page.mouse.up()
+    page.keyboard.up("Shift")
+    assert canvas.screenshot() != before  # it was dragged
+    expect(page.locator("#shots-mapped")).to_be_hidden()
+
+
+def test_the_photograph_that_is_open_is_a_star_on_the_map(opened: Open, served: Served) -> None:
+    page = opened().page
+    [image] = photographs("test", "panda", 1)
+    drop(page, image)
+    classified(page)
+    page.click("#tab-index")
+    expect(page.locator("#map-method")).to_have_value("tsne")
+    expect(page.locator("#map-star")).to_contain_text(f"{image.name} lies among the photographs most like it")
+    answer = page.request.post(
+        f"{served.address}/v1/classify?index=things&evidence=true",
+        multipart={"images": {"name": "x.jpg", "mimeType": "image/jpeg", "buffer": image.read_bytes()}},
+    ).json()
+    evidence = answer["results"][0]["evidence"]
+
+    def star() -> list[float]:
+        return [float(value) for value in (page.locator("#map-canvas").get_attribute("data-star") or "").split(",")]
+
+    def mapped(method: str) -> dict[str, Any]:
+        found = page.request.get(f"{served.address}/v1/indexes/things/map?method={method}&limit=10000").json()
+        assert isinstance(found, dict)
+        return found
+
+    tsne = mapped("tsne")
+    rows = [tsne["key_ids"].index(key_id) for key_id in evidence["key_ids"][:8]]
+    weights = np.exp(answer["beta"] * np.array(evidence["affinities"][:8]))
+    places = np.stack([tsne["x"], tsne["y"]], axis=1)[rows]
+    assert star() == pytest.approx(weights @ places / weights.sum(), abs=2e-4)
+    page.select_option("#map-method", "pca")
+    expect(page.locator("#map-star")).to_contain_text("at its own place on the two axes")
+    axes = np.array(mapped("pca")["axes"])
+    assert star() == pytest.approx(axes[0] + evidence["feature"] @ axes[1:], abs=2e-4)
 
 
 def test_removing_a_shot_is_asked_first(opened: Open, served: Served, run: Callable[..., Any]) -> None:

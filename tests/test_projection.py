@@ -34,6 +34,8 @@ def test_principal_components_are_those_of_the_whole_decomposition(n: int, d: in
     assert ratio[0] == pytest.approx(ratio[1], rel=1e-3)  # one scale for both axes
     assert np.abs(found.places).max() == pytest.approx(1)
     assert found.key_ids.tolist() == cache.labels["key_id"].to_pylist()
+    assert found.axes is not None
+    np.testing.assert_allclose(found.axes[0] + keys @ found.axes[1:], found.places, atol=1e-5)
 
 
 def test_it_is_the_same_each_time_and_leaves_random_numbers_alone() -> None:

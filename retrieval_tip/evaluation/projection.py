@@ -28,13 +28,15 @@ class Projection:
     """Some keys, by their ``key_ids`` and ``class_ids`` ``[m]`` int64, and where they are.
 
     ``places`` ``[m, 2]`` float32 are within -1 and 1, at one scale. ``explained``: the shares of the variance that the
-    two axes hold; ``None`` for t-SNE and UMAP, where axes mean nothing.
+    two axes hold, and ``axes`` ``[1 + d, 2]`` float32 place any feature ``f``: at ``axes[0] + f axes[1:]``. Both are
+    ``None`` for t-SNE and UMAP, where axes mean nothing and what was not there has no place.
     """
 
     key_ids: npt.NDArray[np.int64]
     class_ids: npt.NDArray[np.int64]
     places: FloatArray
     explained: tuple[float, float] | None
+    axes: FloatArray | None = None
 
 
 def methods() -> list[str]:
@@ -61,17 +63,21 @@ def projected(cache: AnsweringIndex, method: str = "pca", limit: int = 5000) -> 
     features, labels = cache.some(limit)
     keys = features.astype(np.float32)
     if method == "pca" or len(keys) < FEWEST:
-        places, explained = _principal(keys)
+        places, explained, axes = _principal(keys)
     else:
-        places, explained = (_tsne if method == "tsne" else _umap)(keys), None
-    places = places - (places.max(axis=0) + places.min(axis=0)) / 2
-    largest = float(np.abs(places).max())
+        places, explained, axes = (_tsne if method == "tsne" else _umap)(keys), None, None
+    middle = (places.max(axis=0) + places.min(axis=0)) / 2
+    places = places - middle
+    largest = float(np.abs(places).max()) or 1.0
     key_ids, class_ids = (labels[name].to_numpy().astype(np.int64) for name in ("key_id", "class_id"))
-    return Projection(key_ids, class_ids, (places / largest if largest else places).astype(np.float32), explained)
+    if axes is not None:
+        axes = (np.concatenate([axes[:1] - middle, axes[1:]]) / largest).astype(np.float32)
+    return Projection(key_ids, class_ids, (places / largest).astype(np.float32), explained, axes)
 
 
-def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
-    centred = torch.from_numpy(keys - keys.mean(axis=0, dtype=np.float64).astype(np.float32))
+def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float], FloatArray]:
+    mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = torch.from_numpy(keys - mean)
     with torch.random.fork_rng(devices=[]):  # the axes are found from random directions: always the same ones
         torch.manual_seed(0)
         _, scale, axes = torch.svd_lowrank(centred, q=min(AXES, *centred.shape), niter=ITERATIONS)
@@ -80,7 +86,7 @@ def _principal(keys: FloatArray) -> tuple[FloatArray, tuple[float, float]]:
     total = float(centred.square().sum())
     first, second = ([*scale.square().tolist(), 0.0][i] / total if total else 0.0 for i in (0, 1))
     places: FloatArray = (centred @ axes).numpy()
-    return places, (first, second)
+    return places, (first, second), np.concatenate([-mean[None] @ axes.numpy(), axes.numpy()])
 
 
 def _tsne(keys: FloatArray) -> FloatArray:

@@ -108,7 +108,10 @@ class Keys(BaseModel):
 
 
 class Map(BaseModel):
-    """Keys in two dimensions, -1 to 1; ``explained`` is the share of the variance on each axis."""
+    """Keys in two dimensions, -1 to 1; ``explained`` is the share of the variance on each axis.
+
+    ``axes``, of principal components, place a feature: the first row and its products with the others.
+    """
 
     version: int
     method: str
@@ -119,6 +122,7 @@ class Map(BaseModel):
     x: list[float]
     y: list[float]
     explained: list[float] | None
+    axes: list[list[float]] | None
 
 
 class Suspicious(BaseModel):

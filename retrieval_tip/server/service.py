@@ -27,7 +27,7 @@ from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.evaluation.audit import audit
-from retrieval_tip.evaluation.projection import methods, projected
+from retrieval_tip.evaluation.projection import Projection, methods, projected
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
@@ -92,10 +92,11 @@ class Service:
             room=QUEUED_ROWS * limits.queue,
         )
         self._decoding = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
-        self._finding, self._following, self._changing, self._slow = (
-            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("find", "follow", "change", "slow")
+        self._finding, self._following, self._changing, self._slow, self._slower = (
+            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("find", "follow", "change", "slow", "slower")
         )
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
+        self._mapped: Kept[Hashable, Any] = Kept(self._slower, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self._thumbnails: Kept[Hashable, bytes] = Kept(
             self._decoding, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
         )
@@ -113,8 +114,8 @@ class Service:
                 await self._follower
         await self._encode.close()
         await self._answer.close()
-        for pool in (self._decoding, self._finding, self._following, self._changing, self._slow):
-            pool.shutdown(cancel_futures=pool is self._slow)
+        for pool in (self._decoding, self._finding, self._following, self._changing, self._slow, self._slower):
+            pool.shutdown(cancel_futures=pool in (self._slow, self._slower))
 
     async def _follow(self) -> None:
         while True:
@@ -398,7 +399,14 @@ class Service:
             raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")
         cache = version.cache
         limit = min(limit, cache.n, max(1, MAPPED // cache.d))
-        projection = await self._once(version, ("map", method, limit), lambda: projected(cache, method, limit))
+
+        def call() -> Projection:
+            if method != "pca" and self.served[version.name].now is not version:  # while it waited its turn
+                raise Problem(503, "the index has changed meanwhile", {"Retry-After": "1"})
+            return projected(cache, method, limit)
+
+        kept = self._made if method == "pca" else self._mapped  # audits need not wait for a map of neighbours
+        projection = await self._once(version, ("map", method, limit), call, kept)
         return {
             "version": version.manifest.version,
             "method": method,
@@ -409,6 +417,7 @@ class Service:
             "x": projection.places[:, 0].copy(),
             "y": projection.places[:, 1].copy(),
             "explained": projection.explained,
+            "axes": None if projection.axes is None else list(projection.axes),
         }
 
     async def audit(self, version: Version, limit: int) -> dict[str, Any]:
@@ -429,11 +438,14 @@ class Service:
         total, shots = await self._once(version, "audit", call)
         return {"version": version.manifest.version, "total": total, "shots": shots[:limit]}
 
-    async def _once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
+    async def _once(
+        self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
+    ) -> T:
         """The result of ``call``, made once a version."""
         try:
             async with asyncio.timeout(PATIENCE):
-                answer: T = await self._made((weakref.ref(version), what), call)  # which keeps no version alive
+                key = (weakref.ref(version), what)  # which keeps no version alive
+                answer: T = await (kept or self._made)(key, call)
                 return answer
         except TimeoutError:
             raise Problem(503, "it is still being computed; ask again in 5 s", {"Retry-After": "5"}) from None

@@ -31,8 +31,8 @@ async function problemOf(response) {
 }
 
 /** JSON of a path. 429 and 503 are asked again after Retry-After; `waiting(problem)` hears of it. */
-async function request(path, { waiting, signal, ...options } = {}) {
-  const until = Date.now() + PATIENCE;
+async function request(path, { waiting, signal, patience = PATIENCE, ...options } = {}) {
+  const until = Date.now() + patience;
   for (;;) {
     let response;
     try {
@@ -91,7 +91,7 @@ const encoded = (token) => token.replace(/[^\x20-\x7e]/g, "?");
 export const indexes = () => request("/v1/indexes");
 export const index = (name) => request(at(name));
 export const keys = (name, parameters, options) => request(`${at(name)}/keys${query(parameters)}`, options);
-export const map = (name, method, options) => request(`${at(name)}/map${query({ method })}`, options);
+export const map = (name, method, limit, options) => request(`${at(name)}/map${query({ method, limit })}`, options);
 export const audit = (name, options) => request(`${at(name)}/audit`, options);
 export const exemplars = (name) => request(`${at(name)}/exemplars`);
 export const values = (name) => request(`${at(name)}/values`);

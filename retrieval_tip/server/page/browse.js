@@ -1,10 +1,12 @@
 // The index view: settings, classes, a map of the keys, shots, and those that look wrong.
 
 import * as api from "./api.js";
+import { looked } from "./classify.js";
 import { $, debounced, el, failure, nameOf, picture, plural } from "./dom.js";
 import { Grid } from "./grid.js";
-import { colour, KeyMap } from "./map.js";
+import { colour, KeyMap, placeOf } from "./map.js";
 import { notice } from "./notice.js";
+import { settings } from "./settings.js";
 import { judged } from "./start.js";
 import { ask, state } from "./state.js";
 
@@ -12,6 +14,9 @@ const PAGE = 1000; // photographs a request
 const MOST = 10_000; // photographs that are listed; filters find the others
 const CLASSES = 200; // classes listed at a time; the filter finds the others
 const CLEAR = 2; // margin from which the others are sure: of 40 wrong labels in 800 it names 39, and 16 that are right
+const ASKED = 500; // photographs that are asked for by name at once
+const MAPPED = 10_000; // photographs on the map; of more, some of each class
+const MINUTES = 20 * 60_000; // ms that a map may take
 const LEGEND = 30; // classes that colours can still tell apart, more or less
 const FEW = 4; // photographs of a class that are few
 
@@ -46,6 +51,7 @@ const shotsByKey = new Map(); // what is known of keys, for the map; emptied wit
 /** Called as the view is opened: it is loaded anew where the index has changed since. */
 export function showIndexView() {
   const wanted = `${state.info.name} ${state.info.version}`;
+  showStar();
   if (wanted === shownVersion) return;
   shownVersion = wanted;
   shotsByKey.clear();
@@ -245,6 +251,14 @@ const shots = new Part(
   "shots",
   async (options) => {
     const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: PAGE };
+    if (mapped) {
+      const found = { keys: [] };
+      for (let at = 0; at < mapped.length; at += ASKED) {
+        const some = { ...wanted, key_id: mapped.slice(at, at + ASKED) };
+        found.keys.push(...(await api.keys(state.info.name, some, options)).keys);
+      }
+      return { ...found, total: found.keys.length };
+    }
     const found = await api.keys(state.info.name, { ...wanted, offset: 0 }, options);
     while (found.keys.length < Math.min(found.total, MOST)) {
       const { keys } = await api.keys(state.info.name, { ...wanted, offset: found.keys.length }, options);
@@ -265,6 +279,23 @@ const shots = new Part(
   },
 );
 
+let mapped = null; // key ids that were chosen on the map, or null for all
+
+/** List only these photographs, by their ids (null: all), ready to be moved or removed together. */
+async function listOnly(ids) {
+  mapped = ids;
+  $("shots-mapped").hidden = !ids;
+  if (ids) {
+    $("shots-mapped").firstElementChild.textContent = `${photographs(ids.length)} of the map`;
+    for (const id of ["shots-class", "shots-source"]) $(id).value = "";
+  }
+  $("shots-title").scrollIntoView();
+  $("shots").focus({ preventScroll: true });
+  await shots.load();
+  if (ids) grid.select(grid.items);
+}
+$("shots-all").addEventListener("click", () => listOnly(null));
+
 function filterShots() {
   shots.load();
   highlightChosen();
@@ -273,40 +304,69 @@ function filterShots() {
 const map = new Part(
   "map",
   async (options) => {
-    if ($("map-method").value) return api.map(state.info.name, $("map-method").value, options);
-    try {
-      return await api.map(state.info.name, "tsne", options); // made once a version, beside what is asked meanwhile
-    } catch (error) {
-      if (error.status !== 422) throw error;
-      return api.map(state.info.name, "pca", options);
-    }
+    const made = (method, more) => api.map(state.info.name, method, MAPPED, { ...options, ...more });
+    if (wished) return made(wished, { patience: MINUTES });
+    const axes = await made("pca"); // at once; which photographs are neighbours takes longer
+    if (!axes.methods.includes("tsne")) return axes;
+    showMap(axes);
+    const said = "This is by the two longest axes. The map by neighbours is being made…";
+    map.state.textContent = said;
+    const waiting = () => (map.state.textContent = said);
+    return made("tsne", { waiting, patience: MINUTES });
   },
-  (found) => {
-    $("map-methods").hidden = found.methods.length < 2;
-    if ($("map-method").children.length !== found.methods.length) {
-      $("map-method").replaceChildren(
-        ...found.methods.map((method) => el("option", { value: method }, METHODS[method] ?? method)),
-      );
-    }
-    $("map-method").value = found.method;
-    const part =
-      found.key_ids.length < found.total
-        ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} photographs`
-        : "";
-    const explained = found.explained?.map((share) => `${Math.round(100 * share)} %`).join(" and ");
-    $("map-facts").textContent = [part, explained && `the axes hold ${explained} of the variance`]
-      .filter(Boolean)
-      .join("; ");
-    $("map").hidden = !found.key_ids.length;
-    $("map-shot").replaceChildren();
-    keyMap.show(found);
-    return found.key_ids.length ? "" : "This index has no photographs.";
-  },
+  showMap,
 );
+
+/** Show a map; what is to be said of it. */
+function showMap(found) {
+  $("map-methods").hidden = found.methods.length < 2;
+  if ($("map-method").children.length !== found.methods.length) {
+    $("map-method").replaceChildren(
+      ...found.methods.map((method) => el("option", { value: method }, METHODS[method] ?? method)),
+    );
+  }
+  $("map-method").value = found.method;
+  drawn = found;
+  const part =
+    found.key_ids.length < found.total
+      ? `${found.key_ids.length.toLocaleString("en")} of ${found.total.toLocaleString("en")} photographs`
+      : "";
+  const explained = found.explained?.map((share) => `${Math.round(100 * share)} %`).join(" and ");
+  $("map-facts").textContent = [part, explained && `the axes hold ${explained} of the variance`]
+    .filter(Boolean)
+    .join("; ");
+  $("map").hidden = !found.key_ids.length;
+  $("map-shot").replaceChildren();
+  keyMap.show(found);
+  showStar();
+  return found.key_ids.length ? "" : "This index has no photographs.";
+}
+
+let drawn = null; // the map that is shown
+let wished = ""; // the method that was chosen by hand
+
+/** The photograph that is looked at, as a star, and how its place is meant. */
+function showStar() {
+  const photo = looked();
+  const place = drawn && photo?.current ? placeOf(drawn, photo.evidence, settings.beta, photo.without) : null;
+  keyMap.star(place);
+  const how = drawn?.axes
+    ? "is at its own place on the two axes."
+    : "lies among the photographs most like it, the nearer the more alike: this map has no place for what it was not made of.";
+  $("map-star").textContent = place ? `★ ${photo.name} ${how}` : "";
+}
 
 const METHODS = { tsne: "t-SNE: neighbours together", pca: "PCA: the two longest axes", umap: "UMAP" };
 let pointed = null;
-const keyMap = new KeyMap($("map-canvas"), async (keyId) => {
+const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf });
+
+async function shotsOf(ids) {
+  const { keys } = await api.keys(state.info.name, { key_id: ids, limit: ids.length });
+  for (const shot of keys) shotsByKey.set(shot.key_id, shot);
+  return keys;
+}
+
+async function pointAt(keyId) {
   pointed = keyId;
   const { name } = state.info;
   try {
@@ -317,7 +377,7 @@ const keyMap = new KeyMap($("map-canvas"), async (keyId) => {
   } catch (error) {
     if (pointed === keyId) $("map-shot").replaceChildren(failure(error));
   }
-});
+}
 
 const audit = new Part(
   "audit",
@@ -469,7 +529,7 @@ const typed = debounced(250, filterShots);
 $("shots-class").addEventListener("input", typed);
 $("shots-source").addEventListener("input", typed);
 $("classes-filter").addEventListener("input", showClasses);
-$("map-method").addEventListener("change", () => map.load());
+$("map-method").addEventListener("change", () => ((wished = $("map-method").value), map.load()));
 for (const [id, by] of [["map-closer", 1.5], ["map-farther", 1 / 1.5], ["map-whole", 0]])
   $(id).addEventListener("click", () => keyMap.zoom(by));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => state.info && showClasses());
@@ -477,6 +537,9 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => stat
 state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
   suspects = [];
+  mapped = drawn = null;
+  wished = "";
+  $("shots-mapped").hidden = true;
   $("map-method").replaceChildren();
   keyMap.highlight(null);
 });

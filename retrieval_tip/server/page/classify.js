@@ -17,6 +17,9 @@ const refused = new Map(); // why files cannot be opened -> their names
 let leaving = new AbortController(); // aborts what was asked of an index that is no longer shown
 let moving = new AbortController(); // aborts what was asked for settings that were moved on
 
+/** The photograph that is looked at: the one that is open, or was moved to last; or null. */
+export const looked = () => drawer.openPhoto() ?? grid.active ?? photos[0] ?? null;
+
 const grid = new Grid($("grid"), {
   tile,
   opened(photo) {

@@ -1,40 +1,81 @@
-// Two-dimensional map of the keys on a canvas: hover, or go from key to key with the arrow keys.
+// Two-dimensional map of the keys on a canvas: hover, or go from key to key with the arrow keys; drag a shape around some.
 
 import { plural } from "./dom.js";
 
 const NEAR = 14; // px at which a key is pointed at
+const DRAWN = 6; // px that a drag goes at least: less is a click
+const CLOSE = 3; // scale from which there are pictures
+const SIDE = 44; // px of a picture, and of the room that each has for itself
+const NEAREST = 8; // keys that say where a photograph lies among neighbours
 const ARROWS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 /** A hue of its own for each class, neighbouring ids far apart. */
 export const colour = (classId) => `oklch(${dark.matches ? 0.76 : 0.58} 0.15 ${(classId * 137.508 + 20) % 360})`;
 
+/** Whether a point is within a polygon: a ray from it crosses the edge an odd number of times. */
+export function within([x, y], polygon) {
+  let inside = false;
+  for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
+    const [[xi, yi], [xj, yj]] = [polygon[i], polygon[j]];
+    if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) inside = !inside;
+  }
+  return inside;
+}
+
+/** The place of a photograph on a map, or null. On axes it has its own; else it is the mean of the places of its nearest
+ *  keys, each by its weight: exp(-beta (1 - affinity)). `without`: ids of keys that are the photograph itself. */
+export function placeOf({ axes, key_ids: ids, x, y }, { feature, keyIds, affinities }, beta, without) {
+  if (axes) {
+    const [offset, ...rows] = axes;
+    const place = offset.map((value, axis) => rows.reduce((sum, row, j) => sum + feature[j] * row[axis], value));
+    return place.map((value) => Math.min(1, Math.max(-1, value)));
+  }
+  const at = new Map(ids.map((id, i) => [id, i]));
+  const near = [...affinities.keys()].filter((i) => at.has(keyIds[i]) && !without.has(keyIds[i])).slice(0, NEAREST);
+  if (!near.length) return null;
+  const weights = near.map((i) => Math.exp(beta * (affinities[i] - affinities[near[0]])));
+  const whole = weights.reduce((sum, weight) => sum + weight, 0);
+  return [x, y].map((places) => near.reduce((sum, i, j) => sum + (weights[j] * places[at.get(keyIds[i])]) / whole, 0));
+}
+
 export class KeyMap {
   #canvas;
+  #on;
   #map = null;
   #chosen = -1;
+  #taken = new Set(); // places in the map, by a shape or by space
+  #star = null;
   #classId = null;
   #scale = 1;
   #centre = [0, 0]; // of what is seen, in the map's own coordinates
-  #onChoose;
+  #drag = null; // { path, from } while a button is down
+  #images = new Map(); // key id -> image, or null while it is asked for, or where there is none
+  #asking = 0;
+  #frame = 0;
 
-  /** `onChoose(keyId)` is called as keys are pointed at. */
-  constructor(canvas, onChoose) {
+  /** `on.chosen(keyId)` as keys are pointed at; `on.taken(keyIds)` for those in a shape, or taken by space and Enter;
+   *  `on.shots(keyIds)` finds [{ key_id, image }], for the pictures of what is close. */
+  constructor(canvas, on) {
     this.#canvas = canvas;
-    this.#onChoose = onChoose;
-    canvas.addEventListener("pointermove", (event) => this.#point(event));
-    canvas.addEventListener("pointerdown", (event) => this.#point(event));
+    this.#on = on;
+    canvas.addEventListener("pointermove", (event) => this.#move(event));
+    canvas.addEventListener("pointerdown", (event) => this.#down(event));
+    canvas.addEventListener("pointerup", () => this.#up());
+    canvas.addEventListener("pointercancel", () => ((this.#drag = null), this.#soon()));
     canvas.addEventListener("dblclick", () => this.zoom(0));
     canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && this.#chosen < 0 && this.#choose(0));
-    dark.addEventListener("change", () => this.#draw());
+    dark.addEventListener("change", () => this.#soon());
     new ResizeObserver(() => this.#draw()).observe(canvas);
   }
 
   show(map) {
     this.#map = map;
     this.#chosen = -1;
+    this.#taken.clear();
+    this.#images.clear();
     this.zoom(0);
     this.#canvas.setAttribute("aria-label", `Map of ${plural(map.key_ids.length, "photograph")}, coloured by class`);
     this.#draw();
@@ -43,7 +84,14 @@ export class KeyMap {
   /** Let one class stand out (null: none). */
   highlight(classId) {
     this.#classId = classId;
-    this.#draw();
+    this.#soon();
+  }
+
+  /** A place of something that is no key, [x, y], as a star (null: none). */
+  star(place) {
+    this.#star = place;
+    this.#canvas.dataset.star = place ? place.map((value) => value.toFixed(4)).join() : "";
+    this.#soon();
   }
 
   /** Closer by a factor, about the chosen key or a place; 0 shows the whole. */
@@ -52,12 +100,16 @@ export class KeyMap {
     const [x, y] = about ?? (this.#chosen < 0 ? this.#centre : [this.#map.x[this.#chosen], this.#map.y[this.#chosen]]);
     const scale = by ? Math.min(64, Math.max(1, this.#scale * by)) : 1;
     const keep = about ? this.#scale / scale : 0; // what is pointed at stays under the pointer
-    const limit = 1 - 1 / scale;
-    const within = (value) => Math.min(limit, Math.max(-limit, value));
-    this.#centre = [within(x + (this.#centre[0] - x) * keep), within(y + (this.#centre[1] - y) * keep)];
     this.#scale = scale;
+    this.#look([x + (this.#centre[0] - x) * keep, y + (this.#centre[1] - y) * keep]);
     this.#canvas.dataset.scale = scale;
-    this.#draw();
+  }
+
+  /** Look at a place, as far as there is something. */
+  #look(centre) {
+    const limit = 1 - 1 / this.#scale;
+    this.#centre = centre.map((value) => Math.min(limit, Math.max(-limit, value)));
+    this.#soon();
   }
 
   #wheel(event) {
@@ -71,11 +123,20 @@ export class KeyMap {
   }
 
   #place(i) {
+    return this.#placed(this.#map.x[i], this.#map.y[i]);
+  }
+
+  #placed(mapX, mapY) {
     const { clientWidth: width, clientHeight: height } = this.#canvas;
     const margin = 14;
-    const x = (this.#map.x[i] - this.#centre[0]) * this.#scale;
-    const y = (this.#map.y[i] - this.#centre[1]) * this.#scale;
+    const x = (mapX - this.#centre[0]) * this.#scale;
+    const y = (mapY - this.#centre[1]) * this.#scale;
     return [margin + ((x + 1) / 2) * (width - 2 * margin), margin + ((1 - y) / 2) * (height - 2 * margin)];
+  }
+
+  #soon() {
+    cancelAnimationFrame(this.#frame);
+    this.#frame = requestAnimationFrame(() => this.#draw());
   }
 
   #draw() {
@@ -88,32 +149,155 @@ export class KeyMap {
     context.scale(ratio, ratio);
     const ids = this.#map.class_ids;
     const radius = ids.length > 2000 ? 2.5 : ids.length > 400 ? 3.5 : 5;
-    const dot = (i, r) => {
-      context.fillStyle = colour(ids[i]);
-      context.beginPath();
-      context.arc(...this.#place(i), r, 0, 2 * Math.PI);
-      context.fill();
+    const ink = getComputedStyle(this.#canvas).color;
+    const dots = (some, r) => {
+      const byClass = Map.groupBy(some, (i) => ids[i]); // a path a class: thousands are drawn in a few milliseconds
+      for (const [classId, own] of byClass) {
+        context.beginPath();
+        for (const i of own) {
+          const [x, y] = this.#place(i);
+          context.moveTo(x + r, y);
+          context.arc(x, y, r, 0, 2 * Math.PI);
+        }
+        context.fillStyle = colour(classId);
+        context.fill();
+      }
     };
+    const ring = (i, r) => {
+      const [x, y] = this.#place(i);
+      context.strokeStyle = ink;
+      context.lineWidth = 2;
+      context.beginPath();
+      context.arc(x, y, r, 0, 2 * Math.PI);
+      context.stroke();
+    };
+    const seen = [...ids.keys()].filter((i) => {
+      const [x, y] = this.#place(i);
+      return x > -SIDE && y > -SIDE && x < width + SIDE && y < height + SIDE;
+    });
     const stands = (i) => this.#classId === null || ids[i] === this.#classId;
-    for (const front of [false, true]) {
-      context.globalAlpha = front ? 0.85 : 0.15;
-      for (let i = 0; i < ids.length; i++) if (stands(i) === front) dot(i, radius);
-    }
+    context.globalAlpha = 0.15;
+    dots(seen.filter((i) => !stands(i)), radius);
+    context.globalAlpha = 0.85;
+    dots(seen.filter(stands), radius);
     context.globalAlpha = 1;
-    if (this.#chosen < 0) return;
-    dot(this.#chosen, radius + 1);
-    context.strokeStyle = getComputedStyle(this.#canvas).color;
-    context.lineWidth = 2;
+    if (this.#scale >= CLOSE) this.#pictures(context, seen.filter(stands));
+    for (const i of this.#taken) ring(i, radius + 2);
+    if (this.#star) this.#starAt(context, ink);
+    if (this.#chosen >= 0) {
+      dots([this.#chosen], radius + 1);
+      ring(this.#chosen, radius + 4);
+    }
+    if (this.#drag?.path) {
+      context.beginPath();
+      for (const [x, y] of this.#drag.path) context.lineTo(x, y);
+      context.closePath();
+      context.globalAlpha = 0.12;
+      context.fillStyle = ink;
+      context.fill();
+      context.globalAlpha = 1;
+      context.lineWidth = 1.5;
+      context.strokeStyle = ink;
+      context.stroke();
+    }
+  }
+
+  #starAt(context, ink) {
+    const [x, y] = this.#placed(...this.#star);
     context.beginPath();
-    context.arc(...this.#place(this.#chosen), radius + 4, 0, 2 * Math.PI);
+    for (let i = 0; i < 10; i++) {
+      const [r, turn] = [i % 2 ? 5 : 12, (i * Math.PI) / 5 - Math.PI / 2];
+      context.lineTo(x + r * Math.cos(turn), y + r * Math.sin(turn));
+    }
+    context.closePath();
+    context.fillStyle = ink;
+    context.fill();
+    context.lineWidth = 2;
+    context.strokeStyle = getComputedStyle(this.#canvas).backgroundColor;
     context.stroke();
+  }
+
+  /** Pictures of what is close, as many as have room; those that are not here yet are asked for. */
+  #pictures(context, seen) {
+    const taken = new Set();
+    const wanted = [];
+    for (const i of seen) {
+      const [x, y] = this.#place(i);
+      const cells = [-1, 0, 1].flatMap((dx) => [-1, 0, 1].map((dy) => `${Math.floor(x / SIDE) + dx} ${Math.floor(y / SIDE) + dy}`));
+      if (cells.some((cell) => taken.has(cell))) continue;
+      const id = this.#map.key_ids[i];
+      const image = this.#images.get(id);
+      if (image === undefined) wanted.push(id);
+      taken.add(cells[4]); // its own
+      if (!image?.complete || !image.naturalWidth) continue;
+      const side = Math.min(image.naturalWidth, image.naturalHeight);
+      const [left, top] = [(image.naturalWidth - side) / 2, (image.naturalHeight - side) / 2];
+      context.drawImage(image, left, top, side, side, x - SIDE / 2, y - SIDE / 2, SIDE, SIDE);
+      context.strokeStyle = colour(this.#map.class_ids[i]);
+      context.lineWidth = 3;
+      context.strokeRect(x - SIDE / 2, y - SIDE / 2, SIDE, SIDE);
+    }
+    clearTimeout(this.#asking);
+    if (wanted.length) this.#asking = setTimeout(() => this.#ask(wanted), 150);
+  }
+
+  async #ask(ids) {
+    const map = this.#map;
+    const shots = await this.#on.shots(ids).catch(() => []);
+    if (map !== this.#map) return;
+    for (const id of ids) this.#images.set(id, null);
+    for (const { key_id: id, image: url } of shots) {
+      if (!url) continue;
+      const image = new Image();
+      image.addEventListener("load", () => this.#soon(), { once: true });
+      image.src = `${url}?size=96`;
+      this.#images.set(id, image);
+    }
+    this.#canvas.dataset.pictures = [...this.#images.values()].filter(Boolean).length;
   }
 
   #choose(i) {
     if (!this.#map?.key_ids.length || i === this.#chosen) return;
     this.#chosen = i;
-    this.#draw();
-    this.#onChoose(this.#map.key_ids[i]);
+    const [x, y] = this.#place(i);
+    const { clientWidth: width, clientHeight: height } = this.#canvas;
+    if (x < 0 || y < 0 || x > width || y > height) this.#look([this.#map.x[i], this.#map.y[i]]);
+    this.#soon();
+    this.#on.chosen(this.#map.key_ids[i]);
+  }
+
+  #down(event) {
+    this.#point(event);
+    if (event.button || event.pointerType === "touch") return; // a finger scrolls the page
+    this.#canvas.setPointerCapture(event.pointerId);
+    const at = [event.offsetX, event.offsetY];
+    this.#drag = { path: event.shiftKey ? null : [at], at, centre: this.#centre };
+  }
+
+  #move(event) {
+    if (!this.#drag) return this.#point(event);
+    const { path, at, centre } = this.#drag;
+    if (path) {
+      path.push([event.offsetX, event.offsetY]);
+      return this.#soon();
+    }
+    const { clientWidth: width, clientHeight: height } = this.#canvas;
+    const by = [(event.offsetX - at[0]) / width, (at[1] - event.offsetY) / height];
+    this.#look(centre.map((value, axis) => value - (2 * by[axis]) / this.#scale));
+  }
+
+  #up() {
+    const path = this.#drag?.path;
+    this.#drag = null;
+    this.#soon();
+    if (!path || !path.some(([x, y]) => Math.hypot(x - path[0][0], y - path[0][1]) > DRAWN)) return;
+    const inside = [...this.#map.key_ids.keys()].filter((i) => within(this.#place(i), path));
+    this.#taken = new Set(inside);
+    if (inside.length) this.#take();
+  }
+
+  #take() {
+    this.#on.taken([...this.#taken].map((i) => this.#map.key_ids[i]));
   }
 
   #point(event) {
@@ -133,8 +317,16 @@ export class KeyMap {
     const direction = ARROWS[event.key];
     const closer = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: 0 }[event.key];
     if (closer !== undefined && !event.ctrlKey && !event.metaKey) return this.zoom(closer);
-    if (!this.#map?.key_ids.length || !(direction || event.key === "Home")) return;
+    if (!this.#map?.key_ids.length || !(direction || ["Home", " ", "Enter"].includes(event.key))) return;
     event.preventDefault();
+    if (event.key === " " && this.#chosen >= 0) {
+      if (!this.#taken.delete(this.#chosen)) this.#taken.add(this.#chosen);
+      return this.#soon();
+    }
+    if (event.key === "Enter" && this.#chosen >= 0) {
+      if (!this.#taken.size) this.#taken.add(this.#chosen);
+      return this.#take();
+    }
     if (!direction || this.#chosen < 0) return this.#choose(0);
     const [x, y] = this.#place(this.#chosen);
     let best = -1;
