@@ -60,9 +60,15 @@ OWN = {name: getattr(sql, name) for name in ("_answered", "_bound")}
 
 NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; where there is one: make gpu"
 
-LONG = ("test_stores.py", "test_readme.py", "test_page.py", "test_ray.py", "test_fuzz.py", "test_store.py",
-        "test_serve.py", "test_report.py", "test_stores_kill.py", "test_finetune_kill.py", "test_server.py",
-        "test_kill_changes.py", "test_full_disk.py", "test_startup.py", "test_living.py")  # fmt: skip
+LONG = [
+    f"test_{name}.py"
+    for name in (
+        "stores", "page", "ray", "server", "fuzz", "hostile", "readme", "sql", "serve", "changes", "report", "nvjpeg",
+        "fused", "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "stores_kill", "tars",
+        "finetune_kill", "kill_changes", "plots", "living", "full_disk",
+    )
+]  # fmt: skip
+"""Files that take longest, the longest first."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -166,8 +166,8 @@ def test_interrupted_at_any_step_nothing_is_half_written_and_the_status_says_so(
     builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
 ) -> None:
     outcomes = []
-    for number, step in enumerate(sampled(answers[3])):
-        folder, how = tmp_path / str(step), ("SIGINT", "SIGTERM", "SIGHUP")[number % 3]
+    for step in sampled(answers[3], 6):
+        folder, how = tmp_path / str(step), ("SIGINT", "SIGTERM", "SIGHUP")[step % 3]
         shutil.copytree(old, folder)
         assert builder.build(tables[1], folder, step=step, how=how) == 128 + getattr(signal, how)
         assert not list(folder.rglob(".*"))
@@ -179,15 +179,19 @@ def test_interrupted_at_any_step_nothing_is_half_written_and_the_status_says_so(
 def test_killed_at_any_moment_the_index_is_the_old_or_the_new(
     builder: Builder, tables: tuple[Path, Path], old: Path, answers: Any, tmp_path: Path
 ) -> None:
-    moments = random.Random(0)
-    killed = 0
-    for number in range(MOMENTS):
+    moments, killed, latest = random.Random(0), 0, answers[2]
+    for number in range(8 * MOMENTS):
         folder = tmp_path / str(number)
         shutil.copytree(old, folder)
-        killed += builder.build(tables[1], folder, after=moments.uniform(0, answers[2])) == -signal.SIGKILL
+        if builder.build(tables[1], folder, after=moments.uniform(0, latest)) == -signal.SIGKILL:
+            killed += 1
+        else:  # the machine was busy when it was timed
+            latest *= 0.7
         check_killed(folder, answers, builder, tables[1])
         shutil.rmtree(folder)
-    assert killed  # the moments lie within the build
+        if killed == MOMENTS:
+            return
+    pytest.fail("the moments do not lie within the build")
 
 
 def test_killed_first_build_leaves_a_whole_index_or_a_place_to_build_one(

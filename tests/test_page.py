@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from browser import PATIENCE, chromium, contrast, drop
 from click.testing import CliRunner
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, needs_real
 from playwright.sync_api import Browser, Page, Route, expect
 from serving import server
 
 from retrieval_tip.cli import main
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, needs_real]
 
 CLASSES = ["accordion", "butterfly", "camera", "crab", "crayfish", "dalmatian", "lobster", "panda", "pizza", "starfish"]
 HOSTILE = '<img src=x onerror="document.title=1">'

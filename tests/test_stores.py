@@ -1575,7 +1575,7 @@ def test_the_command_line_answers_alike(request, run, data, kind):
     options = ("-k", 64, "--json", "--device", "cpu")
     one, other = (json.loads(done(run("evaluate", found[name], labelled, *options))) for name in ("folder", kind))
     assert one["n"] == len(rows[0])
-    assert one["top1"] > 0.7
+    assert one["top1"] > 0.5
     for name in ("n", "top1", "top5", "zero_shot_top1", "cache_top1", "alpha", "beta", "k", "tail"):
         assert one[name] == pytest.approx(other[name], rel=1e-5), name
     facts = json.loads(done(run("index", "info", found[kind], "--json")))
