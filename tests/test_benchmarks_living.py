@@ -27,13 +27,8 @@ def test_a_build_additions_and_removals_are_measured(tmp_path: Path) -> None:
     }
     measures = [row["measure"] for row in rows]
     assert measures == [
-        "build",
-        "add",
-        "remove 10 of those added",
-        "remove 10 of the first",
-        "open, fast",
-        "open, full",
-    ]
+        "build", "add", "remove 10 of those added", "remove 10 of the first", "open, fast", "open, full",
+    ]  # fmt: skip
     assert all(row["seconds"] > 0 for row in rows)
     assert result.stdout.splitlines()[1] == "20 keys to 6,000 x 32, 40 classes, index Classes"
     assert [path for path in tmp_path.iterdir() if path != out] == []

@@ -174,22 +174,9 @@ def test_photographs_that_are_added_are_the_keys_a_build_would_make(
 def test_views_and_seed_are_those_of_the_index_unless_given(run: Any, lit_mini: Backbone, tmp_path: Path) -> None:
     photos = photographs(tmp_path / "photos", panda=range(2), pizza=range(2))
     built = run(
-        "index",
-        "build",
-        "--fit",
-        "none",
-        photos,
-        "--model",
-        MODEL,
-        "--views",
-        2,
-        "--seed",
-        7,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "i",
-    )
+        "index", "build", "--fit", "none", photos, "--model", MODEL, "--views", 2, "--seed", 7, "--device", "cpu",
+        "--out", tmp_path / "i",
+    )  # fmt: skip
     assert built.exit_code == 0, built.output
     new = photographs(tmp_path / "new", panda=range(2, 3))
     for options, views, seed in (((), 2, 7), (("--views", 3, "--seed", 5), 3, 5)):
@@ -528,19 +515,11 @@ def test_which_keys_are_meant_has_to_be_said_once(run: Any, index: Path, command
 @pytest.mark.parametrize(
     "where",
     [
-        "shot = 0; DROP TABLE labels",
-        "true) UNION SELECT 1 --",
-        "1 = 1) OR (1 = 1; ATTACH 'x.db'",
-        "shot",
-        "'a'",
-        "nonsense = 1",
-        "",
-        "EXISTS (SELECT * FROM read_csv('/etc/passwd'))",
-        "(SELECT count(*) FROM glob('/*')) > 0",
-        "shot = 0 -- \n; COPY labels TO 'x.csv'",
-        "\udcff",
+        "shot = 0; DROP TABLE labels", "true) UNION SELECT 1 --", "1 = 1) OR (1 = 1; ATTACH 'x.db'", "shot", "'a'",
+        "nonsense = 1", "", "EXISTS (SELECT * FROM read_csv('/etc/passwd'))", "(SELECT count(*) FROM glob('/*')) > 0",
+        "shot = 0 -- \n; COPY labels TO 'x.csv'", "\udcff",
     ],
-)
+)  # fmt: skip
 def test_a_condition_that_is_none_or_reaches_further_is_refused(
     run: Any, index: Path, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,14 +22,9 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
 
 IMAGENET = [
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-]
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
+    "art of the {}.", "a photo of the small {}.",
+]  # fmt: skip
 PUBLISHED = {  # name: templates, [beta, alpha] of the search, initial alpha
     "imagenet": (IMAGENET, (7, 3), 1.17),
     "caltech101": (["a photo of a {}."], (12, 5), 3),
@@ -459,15 +454,8 @@ def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_pat
     listing = photographs / "dtd" / facts("caltech101").listing
     listing.rename(listing.with_name(facts("dtd").listing))
     build = (
-        "index",
-        "build",
-        "--fit",
-        "none",
-        photographs / "dtd",
-        "--dataset",
-        "dtd",
-        *model,
-    )  # the dataset's own folder
+        "index", "build", "--fit", "none", photographs / "dtd", "--dataset", "dtd", *model,
+    )  # the dataset's own folder  # fmt: skip
     assert run(*build, "--out", tmp_path / "own").exit_code == 0
     assert list(CacheModel.load(tmp_path / "own").templates) == ["{} texture."]
     assert run(*build, "--template", "a {}", "--template", "the {}", "--out", tmp_path / "given").exit_code == 0

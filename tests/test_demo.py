@@ -156,15 +156,8 @@ def test_the_demo_runs_on_photographs_of_ones_own(tmp_path):
 @pytest.mark.soak
 def test_the_toy_runs(tmp_path):
     command = [
-        sys.executable,
-        "benchmarks/demo.py",
-        "--source",
-        "toy",
-        "--work",
-        tmp_path / "w",
-        "--out",
-        tmp_path / "i",
-    ]
+        sys.executable, "benchmarks/demo.py", "--source", "toy", "--work", tmp_path / "w", "--out", tmp_path / "i",
+    ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "A toy" in done.stdout

@@ -90,13 +90,9 @@ def _train(job: dict[str, Any], steps: killing.Steps) -> None:
     values = None if tuned.cache.values is None else tuned.cache.values.numpy().tobytes().hex()
     rows = repr(tuned.curve.drop(["seconds"]).to_pylist())
     result = [
-        tuned.cache.keys.tobytes().hex(),
-        values,
-        tuned.epoch,
-        rows,
-        tuned.cache.settings.alpha,
+        tuned.cache.keys.tobytes().hex(), values, tuned.epoch, rows, tuned.cache.settings.alpha,
         tuned.cache.settings.beta,
-    ]
+    ]  # fmt: skip
     Path(job["out"]).write_text(json.dumps([len(steps.names), result]))
 
 

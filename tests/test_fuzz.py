@@ -488,22 +488,12 @@ def resealed(index: Path, name: str, data: bytes) -> Path:
 def questions(index: Path, table: Path) -> list[list[str]]:
     return [
         [
-            "classify",
-            str(index),
-            str(table),
-            "--explain",
-            "--top",
-            "3",
-            "-k",
-            "7",
-            "--format",
-            "json",
-            "--device",
+            "classify", str(index), str(table), "--explain", "--top", "3", "-k", "7", "--format", "json", "--device",
             "cpu",
         ],
         ["index", "verify", str(index)],
         ["index", "query", str(index), "SELECT * FROM labels", "--format", "json"],
-    ]
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -823,22 +813,9 @@ def test_format_1_takes_nothing_of_format_2(world: dict[str, Path], tmp_path: Pa
 # --- tables
 
 TEXTS = [
-    "cat",
-    "dog",
-    "owl",
-    "ü 猫",
-    "a,b",
-    'say "x"',
-    "tab\there",
-    "a\nb",
-    " cat ",
-    "0",
-    "null",
-    "NaN",
-    "\x1b[31m",
-    "=1+1",
-    "\u202e",
-]
+    "cat", "dog", "owl", "ü 猫", "a,b", 'say "x"', "tab\there", "a\nb", " cat ", "0", "null", "NaN", "\x1b[31m",
+    "=1+1", "\u202e",
+]  # fmt: skip
 BLANKS = [None, "", "  ", "\t"]
 TABLES, TEXT_TABLES = (600, 400) if SOAK else (60, 40)
 
@@ -895,20 +872,10 @@ def feature_column(n: int, d: int, rng: random.Random) -> pa.Array:
         if isinstance(rows[row], list) and len(rows[row]) == d:
             value = rng.choice(
                 [
-                    "scale",
-                    "scale",
-                    float("nan"),
-                    float("inf"),
-                    float("-inf"),
-                    None,
-                    "null",
-                    "zero",
-                    "short",
-                    "long",
-                    "none",
-                    1e300,
+                    "scale", "scale", float("nan"), float("inf"), float("-inf"), None, "null", "zero", "short",
+                    "long", "none", 1e300,
                 ]
-            )
+            )  # fmt: skip
             if value == "scale":
                 rows[row] = [(x or 0) * rng.choice([0.5, 1e-3, 3.0]) for x in rows[row]]
             elif isinstance(value, str):
@@ -1519,39 +1486,21 @@ def test_names_within_a_torch_file_lead_nowhere(tmp_path: Path, name: str) -> No
 
 
 SQL = [
-    "SELECT * FROM read_csv('secret.csv')",
-    "SELECT * FROM 'secret.csv'",
-    "SELECT content FROM read_text('secret.csv')",
-    "SELECT content FROM read_text('.tmp/secret.csv')",
-    "SELECT content FROM read_blob('/etc/passwd')",
-    "SELECT * FROM glob('*')",
-    "SELECT * FROM read_parquet('index/data/*.parquet')",
-    "SELECT getenv('SECRET')",
-    "COPY labels TO 'out.csv'",
-    "COPY (SELECT 1) TO '.tmp/out.csv'",
-    "EXPORT DATABASE 'out'",
-    "ATTACH 'out.db' AS other",
-    "INSTALL httpfs",
-    "LOAD httpfs",
-    "PRAGMA database_list",
-    "SET enable_external_access = true",
-    "SET temp_directory = '.'",
-    "SELECT 1; COPY labels TO 'out.csv'",
-    "CREATE TABLE x AS SELECT 1",
+    "SELECT * FROM read_csv('secret.csv')", "SELECT * FROM 'secret.csv'",
+    "SELECT content FROM read_text('secret.csv')", "SELECT content FROM read_text('.tmp/secret.csv')",
+    "SELECT content FROM read_blob('/etc/passwd')", "SELECT * FROM glob('*')",
+    "SELECT * FROM read_parquet('index/data/*.parquet')", "SELECT getenv('SECRET')", "COPY labels TO 'out.csv'",
+    "COPY (SELECT 1) TO '.tmp/out.csv'", "EXPORT DATABASE 'out'", "ATTACH 'out.db' AS other", "INSTALL httpfs",
+    "LOAD httpfs", "PRAGMA database_list", "SET enable_external_access = true", "SET temp_directory = '.'",
+    "SELECT 1; COPY labels TO 'out.csv'", "CREATE TABLE x AS SELECT 1",
     "SELECT * FROM read_csv('http://127.0.0.1:9/x.csv')",
-]
+]  # fmt: skip
 CONDITIONS = [
-    *(f"key_id IN ({sql})" for sql in SQL),
-    "label = (SELECT content FROM read_text('secret.csv'))",
-    "exists (SELECT * FROM glob('*'))",
-    "getenv('SECRET') = 'secret'",
-    "true; COPY labels TO 'out.csv'",
-    "true) ; COPY labels TO 'out.csv'; SELECT (true",
-    "true) UNION SELECT content FROM read_text('secret.csv') --",
-    "true --",
-    "(SELECT count(*) FROM 'secret.csv') > 0",
-    "query('SELECT 1')",
-]
+    *(f"key_id IN ({sql})" for sql in SQL), "label = (SELECT content FROM read_text('secret.csv'))",
+    "exists (SELECT * FROM glob('*'))", "getenv('SECRET') = 'secret'", "true; COPY labels TO 'out.csv'",
+    "true) ; COPY labels TO 'out.csv'; SELECT (true", "true) UNION SELECT content FROM read_text('secret.csv') --",
+    "true --", "(SELECT count(*) FROM 'secret.csv') > 0", "query('SELECT 1')",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -60,19 +60,9 @@ def test_food_from_clip_features(run, shared, tmp_path):
         out = tmp_path / str(seed)
         text = ("--text", food / "text.parquet")
         built = run(
-            "index",
-            "build",
-            "--fit",
-            "none",
-            food / "train.parquet",
-            *text,
-            "--shots",
-            16,
-            "--seed",
-            seed,
-            "--out",
+            "index", "build", "--fit", "none", food / "train.parquet", *text, "--shots", 16, "--seed", seed, "--out",
             out,
-        )
+        )  # fmt: skip
         assert built.exit_code == 0, built.output
         settings = ("--alpha", 1.17, "--beta", 5.5)
         result = json.loads(run("evaluate", out, food / "test.parquet", *settings, "--json").stdout)

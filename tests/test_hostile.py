@@ -419,15 +419,7 @@ OPTIONS = [
     *[
         wrong((*BUILD, "--index", value), 2, "index")
         for value in (
-            "",
-            "Nonsense",
-            "flat",
-            "L2norm,Flat",
-            "PQ3",
-            "IVF9999,Flat",
-            "Flat,Flat",
-            "IVF2",
-            "HNSW32,Nonsense",
+            "", "Nonsense", "flat", "L2norm,Flat", "PQ3", "IVF9999,Flat", "Flat,Flat", "IVF2", "HNSW32,Nonsense",
         )
     ],
     *[
@@ -496,7 +488,7 @@ OPTIONS = [
         wrong((*BUILD[:3], "--out", place), status_of(place), place[4:])
         for place in ("{w}/file", "{w}/other", "{w}/file/below", "{t}/" + "x" * 300)
     ],
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", few(OPTIONS, 90), ids=lambda case: " ".join(case.arguments)[:60])
@@ -527,15 +519,7 @@ def test_wrong_usage_is_refused(
         *[
             (b"shots = " + value, "shots")
             for value in (
-                b"1e400",
-                b"1.5",
-                b"2.0",
-                b"nan",
-                b"true",
-                b"1979-05-27",
-                b"{}",
-                b"[]",
-                b"99999999999999999999",
+                b"1e400", b"1.5", b"2.0", b"nan", b"true", b"1979-05-27", b"{}", b"[]", b"99999999999999999999",
             )
         ],
         *[(b"k = " + value, "k") for value in (b"true", b"1.5", b"'some'", b"-1", b"2147483648", b"10:00:00")],
@@ -557,7 +541,7 @@ def test_wrong_usage_is_refused(
         (b"# " + b"x" * (1 << 20), "recipe.toml"),
     ],
     ids=lambda value: str(value)[:40],
-)
+)  # fmt: skip
 def test_a_wrong_recipe_is_wrong_usage(
     run: Run, world: Path, tmp_path: Path, text: bytes | None, words: str | None
 ) -> None:
@@ -615,20 +599,8 @@ NUMBERS = [
 def test_every_number_has_bounds_and_is_one(name: str, parameter: click.Parameter) -> None:
     kinds = parameter.type.types if isinstance(parameter.type, Tuple) else [parameter.type]
     hostile = [
-        "nan",
-        "NAN",
-        "inf",
-        "-inf",
-        "1e400",
-        "1e308",
-        "-1",
-        str(2**63),
-        str(10**400),
-        "9" * 5000,
-        "",
-        "x",
-        "0x1",
-    ]
+        "nan", "NAN", "inf", "-inf", "1e400", "1e308", "-1", str(2**63), str(10**400), "9" * 5000, "", "x", "0x1",
+    ]  # fmt: skip
     for kind in kinds:
         for value in hostile:
             if value == str(2**63) and isinstance(kind, FloatParamType):
@@ -1220,15 +1192,7 @@ def test_a_pipe_that_nobody_reads_is_no_output(
 UNFIT = {
     "--text": (*BUILD, "--text", "{x}.parquet"),
     "--classes": (
-        "index",
-        "import",
-        "{w}/keys.npy",
-        "--labels",
-        "{w}/labels.csv",
-        "--classes",
-        "{x}.txt",
-        "--out",
-        "{t}/out",
+        "index", "import", "{w}/keys.npy", "--labels", "{w}/labels.csv", "--classes", "{x}.txt", "--out", "{t}/out",
     ),
     "--labels": ("index", "import", "{w}/keys.npy", "--labels", "{x}.csv", "--out", "{t}/out"),
     "--labels npy": ("index", "import", "{w}/keys.npy", "--labels", "{x}.npy", "--out", "{t}/out"),
@@ -1240,7 +1204,7 @@ UNFIT = {
     "--results": (*EVALUATE, "--shots", "2", "--results", "{x}.parquet"),
     "checkpoint": ("finetune", "{w}/index", "--source", "{w}/train.parquet", "--out", "{x}", "--resume"),
     "dataset": ("index", "build", "{t}/data", "--dataset", "fgvc", "--out", "{t}/out"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", few(["pipe", "/proc/kmsg", "/dev/zero"], 2))

@@ -206,19 +206,9 @@ def food(tmp_path_factory):
         pytest.skip(f"no shared data at {SHARED}")
     data = SHARED / "data/clip-food9"
     done(
-        "-q",
-        "index",
-        "build",
-        "--fit",
-        "none",
-        data / "train.parquet",
-        "--text",
-        data / "text.parquet",
-        "--shots",
-        4,
-        "--out",
-        tmp_path / "food",
-    )
+        "-q", "index", "build", "--fit", "none", data / "train.parquet", "--text", data / "text.parquet", "--shots",
+        4, "--out", tmp_path / "food",
+    )  # fmt: skip
     return tmp_path / "food", data / "test.parquet"
 
 
@@ -359,16 +349,9 @@ def test_the_curves_are_those_of_evaluate_with_shots(food, tmp_path):
     out = tmp_path / "r.html"
     done("-q", "report", folder, "--test", test, "--out", out, "--seeds", 2)
     done(
-        "-q",
-        "evaluate",
-        folder,
-        test,
-        *(f"--shots={n}" for n in (1, 2, 4)),
-        "--seeds",
-        2,
-        "--results",
+        "-q", "evaluate", folder, test, *(f"--shots={n}" for n in (1, 2, 4)), "--seeds", 2, "--results",
         tmp_path / "r.parquet",
-    )
+    )  # fmt: skip
     rows = pq.read_table(tmp_path / "r.parquet").to_pylist()
     shown = section(read(out), "shots").first("tbody")
     found = {}
@@ -703,14 +686,8 @@ def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
     bad = tmp_path / "test" / "chair" / "<b>ad.jpg"
     bad.write_bytes(b"\xff\xd8\xff nothing")
     arguments = (
-        "report",
-        photographs / "index",
-        "--test",
-        tmp_path / "test",
-        "--out",
-        tmp_path / "r.html",
-        "--no-curves",
-    )
+        "report", photographs / "index", "--test", tmp_path / "test", "--out", tmp_path / "r.html", "--no-curves",
+    )  # fmt: skip
     result = done(*arguments, status=3)
     assert "1 input could not be read" in result.stderr
     assert "of 54 items" in result.stdout

@@ -274,18 +274,9 @@ def test_test_labels_cannot_reach_the_search(run, split, shared, tmp_path):
 def test_the_choice_is_written_as_a_version_with_its_provenance(run, shared, tmp_path):
     food, out = shared / "data/clip-food9", tmp_path / "i"
     built = run(
-        "index",
-        "build",
-        "--fit",
-        "none",
-        food / "train.parquet",
-        "--text",
-        food / "text.parquet",
-        "--shots",
-        16,
-        "--out",
-        out,
-    )
+        "index", "build", "--fit", "none", food / "train.parquet", "--text", food / "text.parquet", "--shots", 16,
+        "--out", out,
+    )  # fmt: skip
     assert built.exit_code == 0
     before = json.loads(run("index", "info", out, "--json").stdout)
     dry = json.loads(run("search-hp", out, "--leave-one-out", "--dry-run", "--json").stdout)

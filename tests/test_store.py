@@ -323,23 +323,15 @@ def nested(depth: int) -> bytes:
 @pytest.mark.parametrize(
     "raw",
     [
-        b"",
-        b"null",
-        b"[]",
-        b"5",
-        b"\x00",
-        b"{",
-        b"\xff\xfe{}",
-        '{"format": "retrieval-tip index"}'.encode("utf-16"),
-        b'{"format": "retrieval-tip index", "x": "\xe9"}',
-        b'{"format": "retrieval-tip index", "x": "\xed\xa0\x80"}',
+        b"", b"null", b"[]", b"5", b"\x00", b"{", b"\xff\xfe{}", '{"format": "retrieval-tip index"}'.encode("utf-16"),
+        b'{"format": "retrieval-tip index", "x": "\xe9"}', b'{"format": "retrieval-tip index", "x": "\xed\xa0\x80"}',
         b'{"format": "retrieval-tip index", "x": "\\ud800"}',
         b'{"format": "retrieval-tip index", "x": ' + b"9" * 5000 + b"}",
         *(b'{"format": "retrieval-tip index", "x": ' + nested(depth) + b"}" for depth in (100, 300, 900, 990, 10**5)),
         nested(10**5),
     ],
     ids=lambda raw: f"{raw[:44]!r}",
-)
+)  # fmt: skip
 def test_what_is_no_manifest_is_refused(index: Path, raw: bytes) -> None:
     (index / "manifest.json").write_bytes(raw)
     for opened in (CacheModel.load, verify, store.describe):
@@ -438,12 +430,10 @@ def test_an_index_can_be_saved_over_itself_while_it_is_mapped(index: Path) -> No
 
 LEFTOVERS = [
     "data/.keys-0123456789abcdef0123456789abcdef.npy.tmp",
-    "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp",
-    "data/keys-0123456789abcdef.npy",
-    "data/index-0123456789abcdef.faiss",
-    "manifests/.000001.json.0123456789abcdef0123456789abcdef.tmp",
+    "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp", "data/keys-0123456789abcdef.npy",
+    "data/index-0123456789abcdef.faiss", "manifests/.000001.json.0123456789abcdef0123456789abcdef.tmp",
     ".manifest.json.0123456789abcdef0123456789abcdef.tmp",
-]
+]  # fmt: skip
 
 
 def test_leftovers_of_an_interrupted_writer_are_collected_by_the_next_and_nothing_else_is(index: Path) -> None:

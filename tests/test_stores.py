@@ -1587,7 +1587,8 @@ def test_the_command_line_changes_a_store(run, pictures, kind, tmp_path):
     found, asked, _ = pictures
     own = copied(tmp_path, kind, found[kind])
     before = answers_of(run, own, asked[:4])
-    (tmp_path / "more.csv").write_text(f"path,label\n{asked[0]},it's new\n{asked[4]},accordion\n")
+    first = photographs(SHARED, "test", 1, 1)[0][1]
+    (tmp_path / "more.csv").write_text(f"path,label\n{asked[0]},it's new\n{asked[4]},{first}\n")
     added = done(run("index", "add", own, tmp_path / "more.csv", "--device", "cpu"))
     assert added == f"{own}: version 2, 2 keys added, 1 new class: it's new\n"
     assert answers_of(run, own, asked[:1])[0]["label"] == "it's new"
