@@ -618,24 +618,22 @@ def files(
         subprocess.run(list(map(str, command)), check=True, env=os.environ | {"PYTHONPATH": str(checkout)})
         return time.perf_counter() - start
 
-    here = Path(__file__).resolve().parents[1]
-    checkouts = [here] if against is None else [here, against.resolve()]
+    checkouts = {"": Path(__file__).resolve().parents[1]} | ({" (against)": against.resolve()} if against else {})
     click.echo(f"\nclassify, Parquet to Parquet, {queries:,} rows, medians of {rounds} turns")
     material.print_head()
     for how in ((), ("--explain",), ("--format", "json")):
-        taken: dict[Path, list[float]] = {checkout: [] for checkout in checkouts}
-        for _ in range(rounds):
-            for checkout, times in taken.items():
-                times.append(seconds(checkout, "many", how) - seconds(checkout, "few", how))
-        found = [1e6 * statistics.median(times) / (queries - FEW) for times in taken.values()]
-        for checkout, microseconds in zip(checkouts, found, strict=True):
-            way = f"classify {' '.join(how)}{'' if checkout == here else ' (against)'}"
-            click.echo(f"{way:<40}{1e6 / microseconds:>12,.0f} rows/s{found[-1] / microseconds:>8.2f} x")
-            columns = {"section": "files", "data": "made", "way": way, "index": material.cache.index.factory}
-            ratio = None if against is None else found[-1] / microseconds
-            yield (
-                material.columns | columns | {"queries": queries, "microseconds": microseconds, "ratio_against": ratio}
-            )
+        turns = [
+            [seconds(checkout, "many", how) - seconds(checkout, "few", how) for checkout in checkouts.values()]
+            for _ in range(rounds)
+        ]
+        for place, name in enumerate(checkouts):
+            microseconds = 1e6 * statistics.median(turn[place] for turn in turns) / (queries - FEW)
+            ratio = statistics.median(turn[-1] / turn[place] for turn in turns) if against else None
+            way = " ".join(("classify", *how)) + name
+            shown = "" if ratio is None else f"{ratio:>8.2f} x (against)"
+            click.echo(f"{way:<40}{1e6 / microseconds:>12,.0f} rows/s{shown}")
+            found = {"way": way, "queries": queries, "microseconds": microseconds, "ratio_against": ratio}
+            yield material.columns | {"section": "files", "data": "made", "index": material.cache.index.factory} | found
     click.echo(f"goals: {GOALS['files']}")
 
 

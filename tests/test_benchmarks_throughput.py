@@ -43,12 +43,24 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
     folder = tmp_path_factory.mktemp("throughput")
     out = folder / "rows.parquet"
     sizes = ("--exact-size", "512x64x32", "--sizes", "2560x64x64", "--sizes", "640x64x64", "--sizes", "2560x32x64")
+    sizes += ("--files-size", "640x64x64", "--rows", "500", "--against", ROOT)
     printed = run(*sizes, "--queries", 64, "--large-batch", 128, "--rounds", 1, "--data", folder, "--out", out)
     return printed, pq.read_table(out).to_pylist()
 
 
 def of(rows: list[dict], **expected: object) -> list[dict]:
     return [row for row in rows if all(row[name] == value for name, value in expected.items())]
+
+
+def test_the_command_takes_turns_with_that_of_another_checkout(toy: tuple[str, list[dict]]) -> None:
+    printed, rows = toy
+    found = of(rows, section="files")
+    assert [row["way"] for row in found] == [
+        f"classify{how}{other}" for how in ("", " --explain", " --format json") for other in ("", " (against)")
+    ]
+    assert all(row["queries"] == 500 and row["n"] == 640 for row in found)
+    assert [row["ratio_against"] for row in found[1::2]] == [1.0] * 3
+    assert printed.count("rows/s") == 6
 
 
 def test_the_machine_comes_first_and_is_in_every_row(toy: tuple[str, list[dict]]) -> None:
