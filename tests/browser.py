@@ -20,10 +20,17 @@ ARGUMENTS = [
 PATIENCE = 30_000  # ms; machines of two cores that others use too
 
 
+CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+
+
+def _executable() -> str | None:
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """Chromium without a window. Where there is none the tests are skipped, but fail in CI."""
-    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    found = _executable()
     if found is None:
         message = f"SKIPPED: no Chromium ({', '.join(CHROMIUM)}); apt-get install chromium"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
@@ -31,6 +38,14 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+@contextmanager
+def another(browser: Browser, *arguments: str) -> Iterator[Browser]:
+    """A second one beside it, with further arguments."""
+    started = browser.browser_type.launch(executable_path=_executable(), args=[*ARGUMENTS, *arguments])
+    yield started
+    started.close()
 
 
 def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
@@ -50,6 +65,15 @@ def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
     )
     for event in ("dragenter", "dragover", "drop"):
         page.dispatch_event("body", event, {"dataTransfer": transfer})
+
+
+def drop_folders(page: Page, *folders: Path, at: tuple[float, float] = (600, 400)) -> None:
+    """Drop folders on the page, as the browser itself does it."""
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(folder.resolve()) for folder in folders], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": at[0], "y": at[1], "data": data})
+    session.detach()
 
 
 def contrast(element: Locator) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -14,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from browser import PATIENCE, chromium, contrast, drop
+from browser import CAMERA, PATIENCE, another, chromium, contrast, drop, drop_folders
 from click.testing import CliRunner
 from conftest import ROOT, SHARED, needs_real
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Error, Page, Route, expect
 from serving import server
 
 from retrieval_tip.cli import main
@@ -89,7 +90,7 @@ class Opened:
         self.expected: list[str] = []
         self.wrong: list[str] = []
         self.page.set_default_timeout(PATIENCE)
-        self.page.on("console", lambda message: message.type == "error" and self.wrong.append(message.text))
+        self.page.on("console", lambda message: self.wrong.append(message.text))
         self.page.on("pageerror", lambda error: self.wrong.append(f"uncaught: {error}"))
         self.page.on(
             "request",
@@ -106,7 +107,7 @@ Open = Callable[..., Opened]
 
 @pytest.fixture
 def opened(browser: Browser, served: Served) -> Iterator[Open]:
-    """Opens pages. Nothing that they did was wrong: no error on the console, no request elsewhere."""
+    """Opens pages. Nothing that they did was wrong: no message on the console, no request elsewhere."""
     expect.set_options(PATIENCE)
     pages = []
 
@@ -659,6 +660,92 @@ def test_from_an_empty_server_to_an_answer(
         assert one.wrong == []
 
 
+def class_folders(place: Path, *labels: str, each: int) -> Path:
+    """Folders of photographs, a class each."""
+    for label in labels:
+        (place / label).mkdir(parents=True)
+        for path in photographs("train", label, each):
+            shutil.copy(path, place / label)
+    return place
+
+
+def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
+    opened: Open, served: Served, tmp_path: Path
+) -> None:
+    one = opened(at=f"/#token={TOKEN}")
+    page = one.page
+    one.expected = ["Failed to load resource: the server responded with a status of 4"]
+    place = class_folders(tmp_path / "photos", "butterfly", "crab", each=16)
+    (place / "crab" / "notes.txt").write_text("no photograph")
+    (place / "crab" / ".hidden.jpg").write_text("none either")
+    drop_folders(page, place / "crab")  # in the view of photographs: they are asked about
+    classified(page, 16)
+    expect(page.locator("#troubles p")).to_contain_text("notes.txt")
+    page.click("#clear")
+
+    page.click("#tab-teach")
+    page.check("#teach-old")
+    drop_folders(page, place / "crab", place / "butterfly")
+    names = page.locator(".class-card input[type=text]")
+    expect(names).to_have_count(2)
+    assert sorted(name.input_value() for name in names.all()) == ["butterfly", "crab"]
+    expect(page.locator("#notice")).to_contain_text("1 file is no photographs and stay out.")
+    expect(page.locator("#teach-go")).to_have_text("Teach 32 photographs in 2 classes")
+    held: list[Route] = []
+    page.route("**/v1/indexes/things/keys", lambda route: held.append(route))  # noqa: PLW0108
+    page.click("#teach-go")
+    expect(page.locator("#teach-said")).to_contain_text("Looking at photographs of")
+    while not held:
+        page.wait_for_timeout(50)
+    held[0].continue_()
+    while len(held) < 2:
+        page.wait_for_timeout(50)
+    expect(page.locator("#teach-progress")).to_have_js_property("value", 0.5)
+    assert violations(page) == []
+    page.click("#teach-cancel")
+    expect(page.locator("#teach-said")).to_contain_text("Stopping")
+    held[1].continue_()
+    expect(page.locator("#teach-result")).to_contain_text("Cancelled. 32 photographs were sent before")
+    expect(page.locator("#teach-go")).to_be_enabled()
+    page.locator("#teach-result").get_by_role("button", name="Undo").click()
+    expect(page.locator("#teach-result")).to_contain_text("Undone")
+    expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
+
+
+def test_camera(browser: Browser, served: Served) -> None:
+    """A photograph is asked about, and others become a class."""
+    with another(browser, *CAMERA) as filming:
+        one = Opened(filming, served.address, f"/#token={TOKEN}")
+        page = one.page
+        page.click("#camera")
+        expect(page.locator("#camera-take")).to_be_focused()
+        expect(page.locator("#camera-video")).to_have_js_property("videoWidth", 640)
+        assert violations(page) == []
+        page.keyboard.press("Enter")
+        classified(page)
+        expect(page.locator("#drawer-file")).to_have_text("camera 1.jpg")
+        page.click("#camera-stop")
+        expect(page.locator("#camera-view")).to_be_hidden()
+        assert page.evaluate("() => document.getElementById('camera-video').srcObject.active") is False
+        page.click("#drawer-close")
+        page.click("#tab-teach")
+        card = page.locator(".class-card").first
+        card.get_by_placeholder("name of the class").fill("colour bars")
+        card.get_by_role("button", name="Camera").click()
+        expect(page.locator("#camera-what")).to_have_text("colour bars")
+        for number in ("1 photograph", "2 photographs"):
+            page.click("#camera-take")
+            expect(card).to_contain_text(number)
+        one.context.close()
+        assert one.wrong == []
+
+
+def test_a_browser_without_a_camera_says_so(opened: Open) -> None:
+    page = opened().page
+    page.click("#camera")
+    expect(page.locator("#camera-said")).to_have_text("No camera was found.")
+
+
 def violations(page: Page) -> list[str]:
     """What axe finds wrong on the page as it is."""
     axe = pytest.importorskip("axe_playwright_python", reason="SKIPPED: no axe; pip install -e '.[dev]'")
@@ -736,6 +823,71 @@ def test_a_dead_or_busy_server_is_one_line(opened: Open) -> None:
     expect(page.locator("#troubles")).to_contain_text("many images wait. Asking again by itself")
     classified(page, 3)
     expect(page.locator("#troubles p")).to_have_count(0)
+
+
+def test_a_slow_server_is_waited_for(opened: Open) -> None:
+    """What is asked is shown as such, the page stays as quick as it is, and what is given up leaves nothing."""
+    page = opened().page
+    held: list[Route] = []
+    page.route("**/v1/classify**", lambda route: held.append(route))  # noqa: PLW0108
+    drop(page, *photographs("test", "panda", 6))
+    expect(page.locator("#progress")).to_contain_text("6 photographs, 6 to go")
+    expect(page.locator("#grid .tile.busy .chip-of").first).to_have_text("looking…")
+    assert violations(page) == []
+    page.locator("#grid .tile").first.click()
+    expect(page.locator("#drawer-state")).not_to_be_empty()
+    page.click("#drawer-close")
+    page.locator("#grid .tile .tick").first.click(force=True)
+    page.click("#selection-away")
+    expect(page.locator("#progress")).to_contain_text("5 photographs, 5 to go")
+    page.unroute("**/v1/classify**")
+    for route in held:
+        with contextlib.suppress(Error):  # one was given up, or all went on
+            route.continue_()
+    classified(page, 5)
+    expect(page.locator("#troubles p")).to_have_count(0)
+
+
+def test_a_server_that_is_gone_is_one_line_everywhere(browser: Browser, served: Served, tmp_path: Path) -> None:
+    folder = shutil.copytree(served.folder, tmp_path / "things")
+    expect.set_options(PATIENCE)
+    with server(folder, "--device", "cpu", token=TOKEN) as (address, process):
+        one = Opened(browser, address, f"/#token={TOKEN}")
+        one.expected = ["Failed to load resource: net::ERR_"]
+        page = one.page
+        drop(page, *photographs("test", "panda", 2))
+        classified(page, 2)
+        page.click("#tab-index")
+        expect(page.locator("#shots .tile").first).to_be_visible()
+        expect(page.locator("#map-method")).to_have_value("tsne")
+        process.terminate()
+        process.wait(30)
+        gone = "The server cannot be reached. Is it still running?"
+        page.fill("#shots-source", "image")
+        expect(page.locator("#shots-state")).to_contain_text(gone)
+        expect(page.locator("#shots-state button")).to_have_text("Try again")
+        page.select_option("#map-method", "pca")
+        expect(page.locator("#map-state")).to_contain_text(gone)
+        page.locator("#classes-list .quiet").first.press("Enter")
+        page.keyboard.type("another name")
+        page.keyboard.press("Enter")
+        expect(page.locator("#problem")).to_contain_text(gone)
+        assert violations(page) == []
+        page.click("#tab-classify")
+        page.locator("#grid .tile .tick").first.click(force=True)
+        page.fill("#selection-label", "crab")
+        page.keyboard.press("Enter")
+        expect(page.locator("#notice")).to_contain_text(gone)
+        show_settings(page)
+        page.fill("#beta", "3")  # what is here is weighed anew all the same
+        expect(page.locator("#grid .tile[data-how=page]")).to_have_count(2)
+        page.click("#tab-teach")
+        page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=2))
+        page.click("#teach-go")
+        expect(page.locator("#teach-result")).to_contain_text(gone)
+        expect(page.locator("#teach-go")).to_be_enabled()
+        one.context.close()
+        assert [text for text in one.wrong if not text.startswith(tuple(one.expected))] == []
 
 
 def test_what_the_page_cannot_compute_is_asked(opened: Open, served: Served, run: Callable[..., Any]) -> None:
@@ -888,6 +1040,37 @@ def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
     expect(page.locator("#classes-list li").filter(has_text="lobster")).to_contain_text("16 photos")
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(entry).to_contain_text("8 photos")
+
+
+def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> None:
+    """Moved as suggested, a change a class; removed; kept: all of them at once, and back."""
+    page = opened(at=f"/#token={TOKEN}").page
+    page.click("#tab-index")
+    page.check("#audit-all")
+    listed = page.locator("#audit li")
+    expect(listed.nth(1)).to_be_visible()
+    number = listed.count()
+    wanted = listed.evaluate_all(
+        "all => all.map((one) => [one.dataset.keyId, one.querySelector('strong.name')?.textContent])"
+    )
+    movable = {int(key_id): label for key_id, label in wanted if label}
+    page.click("#audit-move-all")
+    expect(page.locator("#notice")).to_contain_text(f"{len(movable)} photographs moved.")
+    query = "&".join(f"key_id={key_id}" for key_id in movable)
+    keys = page.request.get(f"{served.address}/v1/indexes/things/keys?{query}&limit=1000").json()["keys"]
+    assert {row["key_id"]: row["label"] for row in keys} == movable
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(listed).to_have_count(number)
+    page.click("#audit-remove-all")
+    expect(page.locator("#confirm-title")).to_have_text(f"Remove {number} photographs?")
+    assert violations(page) == []
+    page.click("#confirm-ok")
+    expect(page.locator("#index-facts")).to_contain_text(f"{82 - number} photos")
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(listed).to_have_count(number)
+    page.click("#audit-keep-all")
+    expect(page.locator("#audit-state")).to_contain_text("None")
+    page.evaluate("() => localStorage.clear()")
 
 
 def test_map_shows_keys_that_are_pointed_at(opened: Open, served: Served) -> None:
@@ -1119,6 +1302,58 @@ def test_narrow_and_dark(opened: Open) -> None:
     expect(page.locator("#map-method")).to_have_value("tsne")
     assert page.evaluate(fits)
     screenshot(page, "index-dark-narrow", full=True)
+
+
+@pytest.mark.parametrize("width", [390, 2560])
+def test_every_screen_fits(opened: Open, tmp_path: Path, width: int) -> None:
+    """On a phone and on a wall, without scrolling sideways and without a violation that axe finds."""
+    one = opened(viewport={"width": width, "height": 844 if width < 500 else 1440}, has_touch=width < 500)
+    page = one.page
+    one.expected = ["Failed to load resource: the server responded with a status of 503"]  # a map is being made
+
+    def fits(name: str) -> None:
+        assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), name
+        assert violations(page) == [], name
+        screenshot(page, f"{name}-{width}")
+
+    expect(page.locator("#samples-list img").first).to_be_visible()
+    fits("start")
+    page.click("#help")
+    fits("glossary")
+    page.keyboard.press("Escape")
+    drop(page, *photographs("test", "crab", 3), *photographs("test", "car_side", 2))
+    classified(page, 5)
+    page.locator("#grid .tile .tick").first.click(force=True)
+    fits("grid")
+    page.click("#selection-none")
+    page.locator("#grid .tile").first.click()
+    expect(page.locator("#decided li img").first).to_be_visible()
+    show_settings(page)
+    fits("drawer")
+    page.fill("#drawer-label", "crab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#token")).to_be_visible()
+    fits("token")
+    page.click("#token-cancel")
+    page.click("#drawer-close")
+    page.click("#tab-index")
+    expect(page.locator("#audit li").first).to_be_visible()
+    expect(page.locator("#map-method")).to_have_value("tsne")
+    page.locator("#shots .tile").first.click()
+    fits("index")
+    page.locator("#classes-list .quiet").first.press("Enter")
+    fits("rename")
+    page.click("#rename-cancel")
+    page.locator("#map-canvas").focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#map-shot img")).to_be_visible()
+    page.locator("#map-title").scroll_into_view_if_needed()
+    fits("map")
+    page.click("#tab-teach")
+    page.set_input_files("#teach-folder", class_folders(tmp_path / "photos", "crab", "panda", each=3))
+    expect(page.locator("#teach-go")).to_have_text("Teach 6 photographs in 2 classes")
+    page.locator(".class-card input[type=text]").last.fill("a-very-long-name" * 8)
+    fits("teach")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -187,9 +187,10 @@ async function go() {
   } catch (error) {
     $("teach-said").textContent = "";
     $("teach-result").hidden = false;
-    const stopped = error.name === "AbortError";
-    const kept = sent && stopped ? ` What was sent before, ${plural(sent, "photograph")}, is in the index; Index, History goes back.` : "";
-    $("teach-result").replaceChildren(stopped ? `Cancelled.${kept}` : failure(error));
+    if (sent) await state.refresh().catch(() => {}); // what was sent is in the index
+    const what = error.name === "AbortError" ? "Cancelled." : failure(error);
+    const kept = sent ? ` ${plural(sent, "photograph was", "photographs were")} sent before. ` : "";
+    $("teach-result").replaceChildren(el("p", {}, what, kept, sent ? undoTo(since) : null));
   } finally {
     running = null;
     $("teach-working").hidden = true;
@@ -197,12 +198,11 @@ async function go() {
   }
 }
 
-function finished(result, skipped, since, seconds) {
-  const out = skipped.length ? ` ${plural(skipped.length, "file was", "files were")} left out: ${skipped.slice(0, 3).map(({ input }) => input).join(", ")}.` : "";
-  const ask = el("button", { type: "button", class: "primary", id: "teach-ask" }, "Ask it about photographs");
-  ask.addEventListener("click", () => (location.hash = "#classify"));
-  const undo = since === null ? null : el("button", { type: "button" }, "Undo");
-  undo?.addEventListener("click", async () => {
+/** Back to the version before, where there was one. */
+function undoTo(since) {
+  if (since === null) return null;
+  const undo = el("button", { type: "button" }, "Undo");
+  undo.addEventListener("click", async () => {
     undo.disabled = true;
     try {
       if (await state.rollback(since, state.info.version)) $("teach-result").replaceChildren("Undone: the index is as it was before.");
@@ -210,11 +210,18 @@ function finished(result, skipped, since, seconds) {
       $("teach-result").replaceChildren(failure(error));
     }
   });
+  return undo;
+}
+
+function finished(result, skipped, since, seconds) {
+  const out = skipped.length ? ` ${plural(skipped.length, "file was", "files were")} left out: ${skipped.slice(0, 3).map(({ input }) => input).join(", ")}.` : "";
+  const ask = el("button", { type: "button", class: "primary", id: "teach-ask" }, "Ask it about photographs");
+  ask.addEventListener("click", () => (location.hash = "#classify"));
   $("teach-result").hidden = false;
   $("teach-result").replaceChildren(
     el("strong", {}, `${result.index} has learnt it in ${seconds.toFixed(1)} s.`),
     el("p", {}, `${judged(result.judged) || "With one photograph a class there is nothing to judge by yet."}${out}`),
-    el("p", { class: "buttons" }, ask, ...(undo ? [undo] : [])),
+    el("p", { class: "buttons" }, ask, undoTo(since)),
   );
   for (const one of classes.splice(0)) one.element.remove();
   addClass();
@@ -235,7 +242,10 @@ function follow() {
 
 $("teach-more").addEventListener("click", () => addClass().input.focus());
 $("teach-go").addEventListener("click", go);
-$("teach-cancel").addEventListener("click", () => running?.abort(new DOMException("cancelled", "AbortError")));
+$("teach-cancel").addEventListener("click", () => {
+  running?.abort(new DOMException("cancelled", "AbortError"));
+  $("teach-said").textContent = "Stopping, once the server has what is being sent…";
+});
 $("teach-folders").addEventListener("click", () => $("teach-folder").click());
 $("teach-folder").addEventListener("change", () => (receive(chosen($("teach-folder"))), ($("teach-folder").value = "")));
 $("teach-name").addEventListener("input", show);
