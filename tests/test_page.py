@@ -692,7 +692,7 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
     expect(page.locator("#notice")).to_contain_text("1 file is no photographs and stay out.")
     expect(page.locator("#teach-go")).to_have_text("Teach 32 photographs in 2 classes")
     held: list[Route] = []
-    page.route("**/v1/indexes/things/keys", lambda route: held.append(route))  # noqa: PLW0108
+    page.route("**/v1/indexes/things/keys", lambda route: held.append(route))
     page.click("#teach-go")
     expect(page.locator("#teach-said")).to_contain_text("Looking at photographs of")
     while not held:
@@ -829,7 +829,7 @@ def test_a_slow_server_is_waited_for(opened: Open) -> None:
     """What is asked is shown as such, the page stays as quick as it is, and what is given up leaves nothing."""
     page = opened().page
     held: list[Route] = []
-    page.route("**/v1/classify**", lambda route: held.append(route))  # noqa: PLW0108
+    page.route("**/v1/classify**", lambda route: held.append(route))
     drop(page, *photographs("test", "panda", 6))
     expect(page.locator("#progress")).to_contain_text("6 photographs, 6 to go")
     expect(page.locator("#grid .tile.busy .chip-of").first).to_have_text("looking…")
