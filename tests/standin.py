@@ -61,7 +61,7 @@ def laid_out(place: Path) -> Path | None:
 
 def photographs(stamps: Path, out: Path) -> None:
     """JPEG files a folder of each class, and the list of which are for training, validation and test."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     parts: dict[str, list[tuple[str, int, str]]] = {"train": [], "val": [], "test": []}
     for label, (name, folders) in enumerate(KINDRED.items()):
@@ -74,9 +74,8 @@ def photographs(stamps: Path, out: Path) -> None:
                 cut = stamp.convert("RGBA")
                 picture = Image.new("RGB", cut.size, "white")
                 picture.paste(cut, mask=cut.getchannel("A"))
-            picture.thumbnail((300, 300))
             path = f"{name}/image_{number + 1:04}.jpg"
-            picture.save(out / "101_ObjectCategories" / path, quality=90)
+            ImageOps.contain(picture, (300, 300)).save(out / "101_ObjectCategories" / path, quality=90)
             test, val = max(4, len(files) // 4), max(1, len(files) // 8)
             part = "test" if number < test else "val" if number < test + val else "train"
             parts[part].append((path, label, name))

@@ -671,8 +671,8 @@ def test_settings_say_where_they_come_from(tmp_path):
 
 def test_test_items_that_are_keys_are_counted(photographs, tmp_path):
     shutil.copytree(photographs / "test", tmp_path / "test")
-    for file in sorted((photographs / "shots" / "chair").iterdir())[:2]:
-        shutil.copy(file, tmp_path / "test" / "lobster" / f"x{file.name}")
+    for file in sorted((photographs / "shots" / ALIKE[0]).iterdir())[:2]:
+        shutil.copy(file, tmp_path / "test" / ALIKE[4] / f"x{file.name}")
     arguments = ("--out", tmp_path / "r.html", "--no-curves")
     done("-q", "report", photographs / "index", "--test", tmp_path / "test", *arguments)
     assert "2 test items of 56 are images that are keys of the index" in read(tmp_path / "r.html").first("header").text
@@ -683,7 +683,7 @@ def test_test_items_that_are_keys_are_counted(photographs, tmp_path):
 
 def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
     shutil.copytree(photographs / "test", tmp_path / "test")
-    bad = tmp_path / "test" / "chair" / "<b>ad.jpg"
+    bad = tmp_path / "test" / ALIKE[0] / "<b>ad.jpg"
     bad.write_bytes(b"\xff\xd8\xff nothing")
     arguments = (
         "report", photographs / "index", "--test", tmp_path / "test", "--out", tmp_path / "r.html", "--no-curves",
