@@ -615,7 +615,10 @@ def files(
         command = [sys.executable, "-m", "retrieval_tip", "-q", "classify", place / "index", place / f"{name}.parquet"]
         command += ["--output", place / f"{checkout.name}.parquet", "--device", device, *how]
         start = time.perf_counter()
-        subprocess.run(list(map(str, command)), check=True, env=os.environ | {"PYTHONPATH": str(checkout)})
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        subprocess.run(
+            list(map(str, command)), check=True, cwd=place, env=environment
+        )  # not here: -m looks there first
         return time.perf_counter() - start
 
     checkouts = {"": Path(__file__).resolve().parents[1]} | ({" (against)": against.resolve()} if against else {})
@@ -626,11 +629,11 @@ def files(
             [seconds(checkout, "many", how) - seconds(checkout, "few", how) for checkout in checkouts.values()]
             for _ in range(rounds)
         ]
-        for place, name in enumerate(checkouts):
-            microseconds = 1e6 * statistics.median(turn[place] for turn in turns) / (queries - FEW)
-            ratio = statistics.median(turn[-1] / turn[place] for turn in turns) if against else None
+        for side, name in enumerate(checkouts):
+            microseconds = 1e6 * statistics.median(turn[side] for turn in turns) / (queries - FEW)
+            ratio = statistics.median(turn[-1] / turn[side] for turn in turns) if against else None
             way = " ".join(("classify", *how)) + name
-            shown = "" if ratio is None else f"{ratio:>8.2f} x (against)"
+            shown = "" if ratio is None else f"{ratio:>8.2f} x"
             click.echo(f"{way:<40}{1e6 / microseconds:>12,.0f} rows/s{shown}")
             found = {"way": way, "queries": queries, "microseconds": microseconds, "ratio_against": ratio}
             yield material.columns | {"section": "files", "data": "made", "index": material.cache.index.factory} | found
