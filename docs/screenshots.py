@@ -16,15 +16,20 @@ from pathlib import Path
 
 import click
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 HERE = Path(__file__).parent
 COLOURS = 256
 """Of a picture, which then takes half of its bytes."""
 WAIT = 60_000
 """Milliseconds that the page may take for anything."""
-SEEN = "[...document.images].every((one) => one.complete || one.getBoundingClientRect().top > innerHeight)"
+SEEN = """[...document.images].every((one) => {
+    const { top, bottom } = one.getBoundingClientRect();
+    return one.naturalWidth > 0 || top >= innerHeight || bottom <= 0;
+})"""
 """That every picture that can be seen is there."""
+SHAPE = ((0.3, 0.2), (0.62, 0.12), (0.7, 0.45), (0.5, 0.62), (0.28, 0.5))
+"""A shape on the map, in parts of its width and height."""
 
 
 def pictures(page: Page, new: Path) -> None:
@@ -58,10 +63,21 @@ def pictures(page: Page, new: Path) -> None:
     page.click("#drawer-close")
     page.click("#tab-index")
     page.wait_for_selector("#shots img")
+    expect(page.locator("#map-method")).to_have_value("tsne", timeout=WAIT)
+    page.check("#audit-all")
     picture("page-index")
-    page.wait_for_selector("#map-method option", state="attached")
-    page.locator("#map-title").scroll_into_view_if_needed()
+    page.evaluate("document.getElementById('map-title').scrollIntoView()")
+    page.focus("#map-canvas")
+    page.keyboard.press("Home")
+    box = page.locator("#map-canvas").bounding_box()
+    assert box is not None
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in SHAPE]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=8)
     picture("page-map")
+    page.mouse.up()
     page.click("#tab-teach")
     page.set_input_files("#teach-folder", new)
     picture("page-teach")
@@ -81,12 +97,14 @@ def main(index: Path, new: Path) -> None:
         with serving, sync_playwright() as playwright:
             assert serving.stderr is not None
             address = next(filter(None, (re.search(r"open (http\S+)", line) for line in serving.stderr)))[1]
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
-            page.goto(address)
-            pictures(page, new)
-            browser.close()
-            serving.terminate()
+            try:
+                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+                page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+                page.goto(address)
+                pictures(page, new)
+                browser.close()
+            finally:
+                serving.terminate()
 
 
 if __name__ == "__main__":

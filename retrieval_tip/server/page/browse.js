@@ -58,7 +58,7 @@ export function showIndexView() {
   $("index-judged").textContent = judged(state.info.provenance.fit);
   showAbout();
   showClasses();
-  for (const part of [audit, shots, past, map]) part.load();
+  for (const part of [map, audit, shots, past]) part.load(); // the server makes map and audit one after the other
 }
 
 function showAbout() {

@@ -1,0 +1,152 @@
+"""Seconds that a person waits for the page of ``retrieval-tip serve``, in Chromium.
+
+``make setup browser && make demo``, then ``python benchmarks/page.py demo/things demo/new``: an index, and photographs
+in class folders that it has not seen. It says how long the first answer takes after a drop, and all of 48; weighing
+5,000 answers anew (those to the photographs of NEW, in turn, that the server gave); and opening the map of 10,000 made
+keys of 512 values (benchmarks/made.py): by axes, by neighbours, and again once it is known.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+from made import Made
+from playwright.sync_api import Page, expect, sync_playwright
+from throughput import facts, machine_line
+
+from retrieval_tip import CacheModel
+from retrieval_tip.cli.output import table_lines
+
+KEYS, D, CLASSES = 10_000, 512, 100
+ANSWERS, MANY, ROUNDS = 5000, 48, 5
+WAIT = 600_000
+"""Milliseconds that anything may take."""
+
+WEIGH = """async ([number, files]) => {
+    const real = window.fetch;
+    const answers = [];
+    for (const [name, bytes] of files) {
+        const body = new FormData();
+        body.append("images", new File([Uint8Array.from(bytes)], name));
+        const path = "/v1/classify?evidence=true&logits=true&top=8&neighbours=8&index=";
+        const index = document.getElementById("index-select").value;
+        answers.push(await (await real(path + index, { method: "POST", body })).text());
+    }
+    let asked = 0;
+    window.fetch = async (path, options) => String(path).startsWith("/v1/classify")
+        ? new Response(answers[asked++ % answers.length]) : real(path, options);
+    const { addFiles } = await import("/page/classify.js");
+    const [name, bytes] = files[0];
+    addFiles(Array.from({ length: number }, (_, i) => new File([Uint8Array.from(bytes)], `${i} ${name}`)));
+    while (document.getElementById("progress").textContent.includes("to go"))
+        await new Promise((resolve) => setTimeout(resolve, 50));
+    const times = [];
+    for (const value of [2, 3, 4, 5, 6]) {
+        const weighed = new Promise((resolve) => document.addEventListener("weighed", resolve, { once: true }));
+        const start = performance.now();
+        document.getElementById("beta").value = value;
+        document.getElementById("beta").dispatchEvent(new Event("input"));
+        await weighed;
+        times.push((performance.now() - start) / 1000);
+    }
+    return times;
+}"""
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str, float]:
+    """Seconds, by what is waited for."""
+    found: dict[str, float] = {}
+
+    def opened(name: str) -> None:
+        page.goto("about:blank")
+        page.goto(address)
+        page.select_option("#index-select", name)
+        page.wait_for_selector("#known li")
+
+    def answered(number: int) -> None:
+        page.set_input_files("#files", new[:number])
+        expect(page.locator("#progress")).to_have_text(re.compile(r"^\d+ photographs?( ·.*)?$"))
+        expect(page.locator("#grid .tile[data-label]").first).to_be_visible()
+
+    opened(index)
+    times = []
+    for path in new[: ROUNDS + 1]:  # the first one warms the encoder up
+        times.append(timed(lambda path=path: (page.set_input_files("#files", path),
+                                              page.wait_for_selector("#grid .tile[data-label]"))))  # fmt: skip
+        page.click("#drawer-close")
+        page.click("#clear")
+    found["first answer after a drop"] = statistics.median(times[1:])
+    found[f"answers to {min(MANY, len(new))} photographs"] = timed(lambda: answered(MANY))
+    page.click("#clear")
+    files = [[path.name, list(path.read_bytes())] for path in new[:20]]
+    found[f"weighing {ANSWERS:,} answers anew"] = statistics.median(page.evaluate(WEIGH, [ANSWERS, files]))
+
+    opened("made")
+    chosen = page.locator("#map-method")
+    began = time.perf_counter()
+    page.click("#tab-index")
+    expect(chosen).to_have_value("pca")
+    found[f"map of {KEYS:,} keys, by axes"] = time.perf_counter() - began
+    expect(chosen).to_have_value("tsne")
+    found[f"map of {KEYS:,} keys, by neighbours"] = time.perf_counter() - began
+    opened("made")
+    found["the same map, opened again"] = timed(
+        lambda: (page.click("#tab-index"), expect(chosen).to_have_value("tsne"))
+    )
+    return found
+
+
+@click.command()
+@click.argument("index", type=click.Path(exists=True, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(index: Path, new: Path) -> None:
+    """Serve INDEX, and drop photographs of NEW, a folder of class folders, on its page."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    files = sorted(path.resolve() for path in new.rglob("*") if path.is_file() and not path.name.startswith("."))
+    with tempfile.TemporaryDirectory() as folder:
+        made, ids = Made(CLASSES, D), np.arange(KEYS) % CLASSES
+        names = [f"class {i}" for i in range(CLASSES)]
+        keys = CacheModel.from_features(made.draw(ids, 1), ids, names, text_weights=made.text, device="cpu")
+        keys.save(Path(folder) / "made")
+        served = [str(index), f"{folder}/made", "--port", "0", "--device", "cpu", "--read-only"]
+        command = [sys.executable, "-m", "retrieval_tip", "serve", *served]
+        serving = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # itself
+        with serving, sync_playwright() as playwright:
+            try:
+                assert serving.stderr is not None
+                address = next(filter(None, (re.search(r"http://\S+?(?=[;,]?\s|$)", line) for line in serving.stderr)))[
+                    0
+                ]
+                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+                page = browser.new_page(viewport={"width": 1280, "height": 840}, reduced_motion="reduce")
+                page.set_default_timeout(WAIT)
+                expect.set_options(WAIT)
+                found = measured(page, address, index.name, files)
+                click.echo(f"Chromium {browser.version}, {machine_line(facts('cpu') | {'seed': 0})}")
+                browser.close()
+            finally:
+                serving.terminate()
+    rows = [{"waited for": what, "seconds": f"{seconds:.2f}"} for what, seconds in found.items()]
+    for line in table_lines(rows, ["waited for", "seconds"]):
+        click.echo(line)
+
+
+if __name__ == "__main__":
+    main()
