@@ -17,7 +17,7 @@ from typing import Any
 
 import killing
 import pytest
-from conftest import sampled
+from conftest import few, sampled
 
 if __name__ != "__main__":
     import numpy as np
@@ -221,8 +221,17 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, epochs: int, steps: int, **argu
             finetune.finetune(**arguments)
 
 
-@pytest.mark.parametrize("train", [("visual",), ("text",), ("keys", "values", "visual", "text")])
-@pytest.mark.parametrize("with_val", [False, True])
+@pytest.mark.parametrize(
+    ("train", "with_val"),
+    few(
+        [
+            (train, val)
+            for val in (False, True)
+            for train in (("visual",), ("text",), ("keys", "values", "visual", "text"))
+        ],
+        2,
+    ),
+)
 def test_interrupted_encoders_go_on_as_if_nothing_had_happened(
     train: tuple[str, ...], with_val: bool, model: Any, pictures: Path, image_index: CacheModel,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

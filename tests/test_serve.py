@@ -12,7 +12,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -384,9 +383,9 @@ def test_requests_that_wait_together_are_one_batch(things: Path, served: tuple[s
         assert 0 < batches(client) - before < 400
 
 
-def test_the_end_finishes_what_was_taken(things: Path, photo: tuple[Path, str]) -> None:
+def test_the_end_finishes_what_was_taken(things: Path, photo: tuple[Path, str], warm_path: str) -> None:
     files = [("images", photo[0].read_bytes())] * 24
-    with server(things) as (address, process):
+    with server(things, path=warm_path) as (address, process):
         with httpx.Client(base_url=address, timeout=120) as client, ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/classify", files=files)
             with httpx.Client(base_url=address) as other:
@@ -469,9 +468,9 @@ def test_what_cannot_be_served_is_said(things: Path, tmp_path: Path, run: Callab
     assert "no such folder" in missing.stderr
 
 
-def test_on_this_machine_a_token_is_made_and_printed(random_things: Path) -> None:
+def test_on_this_machine_a_token_is_made_and_printed(random_things: Path, warm_path: str) -> None:
     key = {"features": feature(random_things)["features"], "labels": ["class 0"]}
-    command = [sys.executable, "-m", "retrieval_tip", "serve", str(random_things), "--port", "0"]
+    command = [str(shutil.which("retrieval-tip", path=warm_path)), "serve", str(random_things), "--port", "0"]
 
     def started(*options: str) -> tuple[str, subprocess.Popen[str]]:
         process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)

@@ -1265,6 +1265,7 @@ def test_a_forked_process_is_told_to_open_its_own(local):
     assert local.place in text
 
 
+@pytest.mark.soak
 def test_a_spawned_process_opens_its_own(local):
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
