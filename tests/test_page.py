@@ -18,7 +18,7 @@ import pytest
 from browser import CAMERA, PATIENCE, another, chromium, contrast, drop, drop_folders
 from click.testing import CliRunner
 from conftest import ROOT, SHARED, needs_real
-from playwright.sync_api import Browser, Error, Page, Route, expect
+from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
 from serving import server
 
 from retrieval_tip.cli import main
@@ -475,6 +475,41 @@ def test_classifying_with_the_keyboard_alone(opened: Open) -> None:
     expect(focused).to_have_id("choose")
 
 
+def tab_to(page: Page, wanted: Locator) -> None:
+    """Press Tab until this has the focus."""
+    for _ in range(60):
+        if wanted.evaluate("element => element === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail(f"{wanted} is not reached")
+
+
+def test_teaching_with_the_keyboard_alone(opened: Open) -> None:
+    page = opened(at=f"/#token={TOKEN}").page
+    page.on("filechooser", lambda _: None)
+    tab_to(page, page.locator("#tab-classify"))
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#teach-view")).to_be_visible()
+    tab_to(page, page.locator("#teach-new"))
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("#teach-old")).to_be_checked()
+    card = page.locator(".class-card").first
+    tab_to(page, card.get_by_placeholder("name of the class"))
+    page.keyboard.type("anchor")
+    tab_to(page, card.get_by_role("button", name="Choose"))
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(photographs("train", "anchor", 3))
+    expect(page.locator("#teach-go")).to_have_text("Teach 3 photographs in 1 class")
+    tab_to(page, page.locator("#teach-go"))
+    page.keyboard.press("Enter")
+    expect(page.locator("#teach-ask")).to_be_focused()
+    expect(page.locator("#index-facts")).to_contain_text("12 classes")
+    tab_to(page, page.locator("#teach-result").get_by_role("button", name="Undo"))
+    page.keyboard.press("Enter")
+    expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
+
+
 def test_pasted_image(opened: Open) -> None:
     page = opened().page
     page.click("#tab-index")
@@ -726,7 +761,7 @@ def test_camera(browser: Browser, served: Served) -> None:
         expect(page.locator("#drawer-file")).to_have_text("camera 1.jpg")
         page.click("#camera-stop")
         expect(page.locator("#camera-view")).to_be_hidden()
-        assert page.evaluate("() => document.getElementById('camera-video').srcObject.active") is False
+        assert page.evaluate("() => document.getElementById('camera-video').srcObject") is None
         page.click("#drawer-close")
         page.click("#tab-teach")
         card = page.locator(".class-card").first
@@ -1044,7 +1079,9 @@ def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
 
 def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> None:
     """Moved as suggested, a change a class; removed; kept: all of them at once, and back."""
-    page = opened(at=f"/#token={TOKEN}").page
+    one = opened(at=f"/#token={TOKEN}")
+    page = one.page
+    one.expected = ["Failed to load resource: the server responded with a status of 503"]  # it still computes a map
     page.click("#tab-index")
     page.check("#audit-all")
     listed = page.locator("#audit li")

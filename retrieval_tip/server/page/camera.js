@@ -11,6 +11,7 @@ export const hasCamera = Boolean(navigator.mediaDevices?.getUserMedia);
 export function stop() {
   for (const track of stream?.getTracks() ?? []) track.stop();
   stream = null;
+  $("camera-video").srcObject = null;
   $("camera-view").hidden = true;
 }
 
@@ -23,8 +24,14 @@ export async function open(take, what = "") {
   } catch (error) {
     throw new Error(error.name === "NotAllowedError" ? "The browser was not allowed to use a camera." : "No camera was found.");
   }
-  $("camera-video").srcObject = stream;
+  const video = $("camera-video");
   $("camera-view").hidden = false;
+  if (video.srcObject !== stream) {
+    video.srcObject = stream;
+    $("camera-take").disabled = true; // there is no picture yet to take
+    await new Promise((resolve) => video.addEventListener("loadeddata", resolve, { once: true }));
+    $("camera-take").disabled = false;
+  }
   $("camera-take").focus();
 }
 
