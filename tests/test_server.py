@@ -35,6 +35,7 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
+from retrieval_tip.server import shots as shots_module
 from retrieval_tip.server import uploads as uploads_module
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
@@ -483,7 +484,7 @@ def test_of_an_index_that_cannot_be_made_nothing_is_kept(
     def broken(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "keys.npy")
 
-    monkeypatch.setattr(service_module, "build_index", broken)
+    monkeypatch.setattr(shots_module, "build_index", broken)
     photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
     with serving(own, token=TOKEN) as client:
         sent = {"files": {"images": photo}, "data": {"name": "new", "label": "a"}, "headers": AUTHORISED}

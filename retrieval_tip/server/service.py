@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
-from retrieval_tip.data.encoder import Encoder, FloatArray, pixels_of
-from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, StoreError, show
+from retrieval_tip.data.encoder import FloatArray, pixels_of
+from retrieval_tip.errors import InputError
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import Projection, methods, projected
-from retrieval_tip.files import replacing
 from retrieval_tip.index import changes
-from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
-from retrieval_tip.server import metrics
+from retrieval_tip.server import metrics, shots
 from retrieval_tip.server.batching import Batcher, Kept
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits
 from retrieval_tip.server.problems import Problem
@@ -191,7 +183,7 @@ class Service:
         backbone = one.now.backbone
         skipped: list[dict[str, str]] = []
         if sent.images is None:
-            added = await self._in(self._changing, _add_features, one, backbone, sent)
+            added = await self._in(self._changing, shots.add_features, one, backbone, sent)
         else:
             backbone = _backbone_of(one.now)
             decoded = [await self._in(self._decoding, self._pixels, data, backbone) for data in sent.images]
@@ -201,7 +193,7 @@ class Service:
             ]
             if not good:
                 raise Problem(422, _said(skipped))
-            added = await self._in(self._changing, self._add_images, one, backbone, sent.labels[0], good)
+            added = await self._in(self._changing, shots.add_images, one, backbone, sent.labels[0], good, self._uploads)
         await self._in(self._following, one.follow)
         return {
             "index": one.name,
@@ -212,28 +204,6 @@ class Service:
             "duplicates": describe_duplicates(added.duplicates) if added.duplicates is not None else [],
             "skipped": skipped,
         }
-
-    def _add_images(self, one: Served, backbone: Backbone, label: str, datas: Sequence[bytes]) -> changes.Added:
-        """Keep the images and add them; of those that are not added, none is kept that was not there."""
-        beside = one.beside
-        if self._uploads is None and beside is None:
-            raise Problem(422, f"index {one.name!r} is in a bucket; images are added where serve has --uploads FOLDER")
-        folder = (self._uploads or Path(beside or "") / f"{one.name}-shots") / _file_name(label)
-        fresh: list[Path] = []
-        try:
-            paths = [str(path) for path in _keep(folder, datas, fresh)]
-            items = pa.table({"source": [show(path) for path in paths], "label": [label] * len(paths)})
-            source = Source(f"shots of {label}", items, (label,), tuple(paths))
-            added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
-        except BaseException as error:  # also what nobody thought of: of what is not added, nothing is kept
-            _remove(folder, fresh)
-            if isinstance(error, OSError):
-                raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
-            raise
-        if added.known:  # under another name
-            kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
-            _remove(folder, [path for path in fresh if show(path) not in kept])
-        return added
 
     async def create(self, sent: Sent, like: str | None) -> dict[str, Any]:
         """Make an index of images, fit it, and serve it. Raises Problem 409 for a name that is taken, else as a build.
@@ -260,33 +230,11 @@ class Service:
             raise Problem(422, _said(skipped))
         labelled = [(sent.labels[i], sent.images[i]) for i in good]
 
-        one = await self._in(self._changing, lambda: opened(self._make(into / name, backbone, labelled)))
+        one = await self._in(
+            self._changing, lambda: opened(shots.build(into / name, backbone, labelled, self._uploads))
+        )
         self.served[name] = one
         return self._judged(one) | {"skipped": skipped}
-
-    def _make(self, folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]]) -> Path:
-        """Build an index of labelled images, which are kept beside it; where that cannot be, nothing is kept."""
-        shots = self._uploads or folder.with_name(f"{folder.name}-shots")
-        labels = tuple(dict.fromkeys(label for label, _ in labelled))
-        fresh: dict[str, list[Path]] = {label: [] for label in labels}
-        try:
-            paths, names = [], []
-            for label in labels:
-                own = [data for other, data in labelled if other == label]
-                kept = _keep(shots / _file_name(label), own, fresh[label])
-                paths += [str(path) for path in kept]
-                names += [label] * len(kept)
-            items = pa.table({"source": [show(path) for path in paths], "label": names})
-            build_index(Source(folder.name, items, labels, tuple(paths)), folder, Encoder(backbone))
-        except BaseException as error:
-            for label, files in fresh.items():
-                _remove(shots / _file_name(label), files)
-            with suppress(OSError):
-                shots.rmdir()
-            if isinstance(error, OSError):
-                raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
-            raise
-        return folder
 
     async def fit(self, one: Served) -> dict[str, Any]:
         """Fit an index to its shots anew; the index is at the new version when this returns."""
@@ -372,14 +320,14 @@ class Service:
         def call() -> dict[str, Any]:
             shown, own, other = _exemplars(version)
             keys = version.cache.find(key_ids=shown).select(["key_id", "class_id", "source"]).to_pylist()
-            found = [
+            exemplars = [
                 {"class_id": row["class_id"], "key_id": row["key_id"], "image": self.picture(row["source"]) is not None}
                 for row in keys
             ]
-            return {"exemplars": found, "own": own, "other": other}
+            return {"exemplars": exemplars, "own": own, "other": other}
 
-        found = await self._once(version, "exemplars", call)
-        return found | {"exemplars": [dict(one) for one in found["exemplars"]]}
+        shown: dict[str, Any] = await self._once(version, "exemplars", call)
+        return shown | {"exemplars": [dict(one) for one in shown["exemplars"]]}
 
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
@@ -435,8 +383,8 @@ class Service:
             table = audit(cache)
             return len(table), table.slice(0, AUDITED).to_pylist()
 
-        total, shots = await self._once(version, "audit", call)
-        return {"version": version.manifest.version, "total": total, "shots": shots[:limit]}
+        total, suspicious = await self._once(version, "audit", call)
+        return {"version": version.manifest.version, "total": total, "shots": suspicious[:limit]}
 
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
@@ -528,45 +476,3 @@ def _skipped(names: Sequence[str], results: Sequence[object]) -> list[dict[str, 
 def _said(skipped: Sequence[dict[str, str]]) -> str:
     lines = [f"{one['input']}: {one['reason']}" for one in skipped]
     return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
-
-
-def _add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.Added:
-    """Add features under names that can never be those of a file."""
-    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
-        table = Path(folder) / "shots.parquet"
-        assert sent.features is not None
-        d = sent.features.shape[1]
-        flat = pa.array(sent.features.reshape(-1), pa.float32())
-        columns = {
-            "id": [f"api:{name}" for name in sent.names],
-            "label": sent.labels,
-            "feature": pa.FixedSizeListArray.from_arrays(flat, d),
-        }
-        pq.write_table(pa.table(columns), table)
-        return changes.add(one.folder, open_source(table), Encoder(backbone, norms="keep"))
-
-
-def _file_name(label: str) -> str:
-    """A label as the name of a folder."""
-    name = quote(label, safe=" ()+,-=@")[:120]
-    return name if not name.startswith(".") else f"%2E{name[1:]}"
-
-
-def _keep(folder: Path, datas: Sequence[bytes], fresh: list[Path]) -> list[Path]:
-    """Files of images in a folder, each once, named by what they hold; those that were not there become ``fresh``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {folder / (hashlib.sha256(data).hexdigest()[:16] + images.extension(data)): data for data in datas}
-    for path, data in named.items():
-        if not path.exists():
-            fresh.append(path)
-            with replacing(path) as temporary:
-                temporary.write_bytes(data)
-    return list(named)
-
-
-def _remove(folder: Path, paths: Sequence[Path]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            path.unlink()
-    with suppress(OSError):
-        folder.rmdir()  # where nothing else is in it
