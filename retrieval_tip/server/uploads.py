@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import orjson
 from fastapi import Request
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from retrieval_tip.data.encoder import FloatArray
 from retrieval_tip.data.feature_tables import check_norms
-from retrieval_tip.errors import InputError
+from retrieval_tip.errors import InputError, first_line
 from retrieval_tip.retrieval.inputs import matrix
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import Problem
@@ -83,7 +84,12 @@ async def _form(request: Request, limits: Limits, *, labelled: bool, new: bool =
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs take long, or fail
         raise Problem(415, f"content type {FORM}: its text has to be UTF-8")
-    async with request.form(max_files=limits.images, max_fields=limits.images + 8, max_part_size=LONGEST_FIELD) as form:
+    bounds = {"max_files": limits.images, "max_fields": limits.images + 8, "max_part_size": LONGEST_FIELD}
+    try:
+        await request.form(**bounds)
+    except FormParserError as error:  # which older versions of starlette let through
+        raise Problem(400, f"content type {FORM}: {first_line(error)}") from None
+    async with request.form(**bounds) as form:  # as it was parsed
         names: list[str] = []
         images: list[bytes] = []
         labels: list[str] = []
