@@ -23,7 +23,7 @@ KINDRED = {  # of Caltech101: pictures of the package
     "Motorbikes": ["vehicles/**"],
     "butterfly": ["animals/insects/**"],
     "camera": ["household", "household/dishes/**", "household/arttools"],
-    "dalmatian": ["animals/mammals/bovines"],
+    "okapi": ["animals/mammals/bovines"],
     "panda": [f"animals/mammals/{kind}" for kind in ("bears", "apes", "cats", "dogs", "rodents", "aquatic")],
     "pigeon": ["animals/birds"],
     "pizza": ["food/vegetables"],

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, needs_real
 from test_cli import process, unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
@@ -1015,6 +1015,7 @@ def test_keys_of_another_program_become_an_index(run: Any, tmp_path: Path, text:
 # --- audit
 
 
+@needs_real
 def test_a_planted_wrong_label_is_what_an_audit_finds_first(run: Any, pictures: Path, tmp_path: Path) -> None:
     planted = photographs(tmp_path / "new", panda=range(5, 6))
     (planted / "panda").rename(planted / "pizza")

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from browser import CAMERA, PATIENCE, another, chromium, contrast, drop, drop_folders
 from click.testing import CliRunner
-from conftest import ROOT, SHARED, needs_real
+from conftest import ROOT, SHARED, SOAK, needs_real
 from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
 from serving import server
 
 from retrieval_tip.cli import main
 
-pytestmark = [pytest.mark.soak, needs_real]
+pytestmark = [pytest.mark.soak, *([needs_real] if SOAK else [])]
 
 CLASSES = ["accordion", "butterfly", "camera", "crab", "crayfish", "dalmatian", "lobster", "panda", "pizza", "starfish"]
 HOSTILE = '<img src=x onerror="document.title=1">'
