@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import few
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import group as cli
@@ -341,7 +342,7 @@ def test_a_reader_that_stops_early_is_no_error(small, tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: the size of a pipe is set on Linux only")
-@pytest.mark.parametrize("style", ["json", "csv", "table"])
+@pytest.mark.parametrize("style", few(["json", "csv", "table"], 2))
 def test_answers_appear_while_the_rest_is_read(style, run, tmp_path):
     """The first of them, before the last photograph is opened: the command waits, for its pipe holds a few lines."""
     import fcntl
@@ -382,8 +383,8 @@ def test_answers_appear_while_the_rest_is_read(style, run, tmp_path):
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "arguments",
-    [["--version"], ["--help"], ["index", "--help"], ["index", "build", "--help"], ["datasets", "check", "."],
-     *(["datasets", "list", "--format", style] for style in ("table", "json", "csv", "parquet"))],
+    few([["--version"], ["--help"], ["index", "--help"], ["datasets", "check", "."], ["index", "build", "--help"],
+         *(["datasets", "list", "--format", style] for style in ("json", "csv", "table", "parquet"))], 5),
     ids=" ".join,
 )  # fmt: skip
 def test_a_standard_output_that_is_full_is_said_in_one_line(arguments, unbuffered):

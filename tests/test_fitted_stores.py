@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SOAK
+from conftest import SOAK, few
 from hypothesis import HealthCheck, given, settings
 from serving import server
 from test_cli import write_table
@@ -152,7 +152,10 @@ def test_classes_come_with_their_text_and_get_other_names(name, built, tmp_path)
         assert "renamed" not in same_names
 
 
-@pytest.mark.parametrize(("name", "to"), [*itertools.product(LETTERS, KINDS), ("solved", "s3"), ("metric", "s3")])
+COPIES = [*itertools.product(LETTERS, KINDS), ("solved", "s3"), ("metric", "s3")]
+
+
+@pytest.mark.parametrize(("name", "to"), few(COPIES, 4))
 def test_a_copy_has_what_was_fitted(run, built, name, to, tmp_path):
     for kind in KINDS:
         out = made(tmp_path, to, f"{kind}-copy")

@@ -76,7 +76,7 @@ def refused_until_there_is_room(disk: Path, folder: Path, change: Callable[[], o
 
 @pytest.mark.parametrize(
     ("name", "index"),
-    few([(name, index) for index in ("Flat", "Classes") for name in OPERATIONS], 6),
+    few([(name, index) for index in ("Flat", "Classes") for name in OPERATIONS], 3),
 )
 def test_a_change_that_does_not_fit_on_the_disk_changes_nothing_and_succeeds_once_it_does(
     small_disk: Callable[[int], Path], place: Path, tmp_path: Path, name: str, index: str

@@ -254,7 +254,7 @@ def states(server: killing.Server, world: World, name: str, place: Path, moments
 ALL = [("Flat", name) for name in OPERATIONS] + [("Classes", name) for name in ("add", "relabel", "compact", "rebuild")]
 
 
-@pytest.mark.parametrize(("index", "name"), few(ALL, 6))
+@pytest.mark.parametrize(("index", "name"), few(ALL, 4))
 def test_killed_at_every_step_the_index_is_the_old_or_the_new(
     server: killing.Server, worlds: dict[str, World], index: str, name: str, tmp_path: Path
 ) -> None:

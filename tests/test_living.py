@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import SOAK
+from conftest import SOAK, few
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -303,13 +303,16 @@ class Living(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(
     ("factory", "dtype", "small"),
-    [
-        ("Flat", "float32", 0),
-        ("Flat", "float16", 2),
-        ("Classes", "float32", 0),
-        ("Classes,HNSW8", "float16", 0),
-        ("IVF4,Flat", "float32", 0),
-    ],
+    few(
+        [
+            ("Flat", "float16", 2),
+            ("Flat", "float32", 0),
+            ("Classes", "float32", 0),
+            ("IVF4,Flat", "float32", 0),
+            ("Classes,HNSW8", "float16", 0),
+        ],
+        3,
+    ),
 )
 def test_an_index_that_lives_answers_as_one_that_is_built_afresh(factory: str, dtype: str, small: int) -> None:
     kind = type("LivingIndex", (Living,), {"factory": factory, "dtype": dtype, "small": small})
