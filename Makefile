@@ -42,7 +42,7 @@ lint: setup ## formatting, lint, types and the direction of imports
 	$(BIN)/python docs/reference.py --check
 
 test: setup ## the tests that have to pass before a commit
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup ## every test at its full size: all kills, ten thousand damaged files, Ray, the browser
 	RETRIEVAL_TIP_SOAK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25

@@ -489,7 +489,7 @@ def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
     assert server.run(job) == 0
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
     named = 0
-    for step in sampled(len(server.steps), 6):
+    for step in sampled(len(server.steps), 12):
         first = store.read_manifest(index).version
         server.start(job, step=step, how="SIGSTOP")
         stopped = server.stopped()
