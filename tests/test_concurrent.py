@@ -409,6 +409,24 @@ def test_a_folder_that_a_failed_build_removes_is_made_again_by_the_one_that_wait
             shutil.rmtree(tmp_path / "deep")
 
 
+def test_a_folder_that_is_removed_while_it_is_found_there_is_made_again(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``mkdir`` says that it exists, and then it does not."""
+    make, tried = lock.make_folders, []
+
+    def late(path: Path) -> None:
+        if not tried:
+            tried.append(path)
+            raise FileExistsError(17, "File exists", str(path))
+        make(path)
+
+    monkeypatch.setattr(lock, "make_folders", late)
+    CacheModel.load(index, device="cpu").save(tmp_path / "new")
+    assert tried
+    assert verify(tmp_path / "new").version == 1
+
+
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])
 def test_what_a_failed_build_removes_at_any_moment_is_made_again(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
