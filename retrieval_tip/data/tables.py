@@ -57,17 +57,17 @@ def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def parquet_writer(target: Any, schema: pa.Schema) -> pq.ParquetWriter:
     """A writer of Parquet with dictionaries of its texts alone: figures, hardly ever equal, take twice as long so."""
-    return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _texts(field)])
+    return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _text_paths(field)])
 
 
-def _texts(field: pa.Field, within: str = "") -> Iterator[str]:
+def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
     """Paths of the columns of Parquet that hold the texts of a field."""
     kind, path = field.type, within + field.name
     if pa.types.is_struct(kind):
         for inner in kind:
-            yield from _texts(inner, f"{path}.")
+            yield from _text_paths(inner, f"{path}.")
     elif pa.types.is_list(kind):
-        yield from _texts(pa.field("element", kind.value_type), f"{path}.list.")
+        yield from _text_paths(pa.field("element", kind.value_type), f"{path}.list.")
     elif pa.types.is_string(kind):
         yield path
 

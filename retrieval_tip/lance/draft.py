@@ -103,11 +103,8 @@ class LanceDraft(LanceModel):
                 if not np.isfinite(own).all():
                     raise InputError(f"keys: hold values too large for {dtype}")
                 points = points_of(metric, own, "cpu")
-                if known is None:  # in their place: of very many classes each copy is large
-                    wide = own.astype(np.float64)
-                    sums.counts[:] += np.bincount(ids, minlength=c)
-                    np.add.at(sums.sums, ids, wide)
-                    sums.second[:] += wide.T @ wide
+                if known is None:
+                    sums.count(own, ids)
                 if points is not None and point_sums is not None:
                     np.add.at(point_sums, ids, points.astype(np.float64))
                 following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)

@@ -39,26 +39,30 @@ class Sums:
     @classmethod
     def of(cls, blocks: Blocks, c: int, d: int) -> Sums:
         """Those of keys ``[b, d]`` float32 or float16 and their class ids ``[b]``, in blocks that are read once."""
-        counts, sums, second = np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d))
+        made = cls(np.zeros(c, np.int64), np.zeros((c, d)), np.zeros((d, d)))
         for keys, ids in blocks:
-            for start in range(0, len(keys), BLOCK):
-                own, wide = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
-                if (own[1:] < own[:-1]).any():
-                    order = np.argsort(own, kind="stable")
-                    own, wide = own[order], wide[order]
-                classes, first = np.unique(own, return_index=True)
-                counts[classes] += np.diff(first, append=len(own))
-                sums[classes] += np.add.reduceat(wide, first)
-                second += wide.T @ wide
-        return cls(counts, sums, second)
+            made.count(keys, ids)
+        return made
+
+    def count(self, keys: npt.NDArray[Any], ids: IntArray, sign: int = 1) -> None:
+        """Add keys ``[b, d]`` of class ids ``[b]`` here, or take them away (-1): to what nobody else has yet.
+
+        In place, for of very many classes a copy is large.
+        """
+        for start in range(0, len(keys), BLOCK):
+            own, wide = ids[start : start + BLOCK], np.array(keys[start : start + BLOCK], np.float64)
+            if (own[1:] < own[:-1]).any():
+                order = np.argsort(own, kind="stable")
+                own, wide = own[order], wide[order]
+            classes, first = np.unique(own, return_index=True)
+            self.counts[classes] += sign * np.diff(first, append=len(own))
+            self.sums[classes] += sign * np.add.reduceat(wide, first)
+            self.second[:] += sign * (wide.T @ wide)
 
     @property
     def n(self) -> int:
         """Number of keys."""
         return int(self.counts.sum())
-
-    def __add__(self, more: Sums) -> Sums:
-        return Sums(self.counts + more.counts, self.sums + more.sums, self.second + more.second)
 
     def __sub__(self, less: Sums) -> Sums:
         counts, sums = self.counts - less.counts, self.sums - less.sums
@@ -73,11 +77,18 @@ class Sums:
 
     def added(self, keys: npt.NDArray[Any], ids: IntArray) -> Sums:
         """With further keys ``[m, d]`` of class ids ``[m]``."""
-        return self + Sums.of([(keys, ids)], *self.sums.shape)
+        return self._counted(keys, ids, 1)
 
     def removed(self, keys: npt.NDArray[Any], ids: IntArray) -> Sums:
         """Without some of the keys ``[m, d]``, which are of class ids ``[m]``."""
-        return self - Sums.of([(keys, ids)], *self.sums.shape)
+        less = self._counted(keys, ids, -1)
+        less.sums[less.counts == 0] = 0  # and not what rounding left
+        return less
+
+    def _counted(self, keys: npt.NDArray[Any], ids: IntArray, sign: int) -> Sums:
+        other = Sums(np.array(self.counts), np.array(self.sums), np.array(self.second))
+        other.count(keys, ids, sign)
+        return other
 
     def outweighs(self, before: Sums) -> bool:
         """Whether enough is left of what was there before a removal, so that these are as good as summed anew."""
