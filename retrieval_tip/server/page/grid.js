@@ -23,7 +23,8 @@ export class Grid {
   constructor(element, { tile, opened, chosen, pressed }) {
     Object.assign(this, { element, tile, opened, chosen, pressed });
     addEventListener("scroll", () => this.#soon(), { passive: true, capture: true });
-    new ResizeObserver(() => element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
+    // Of no width is a grid on a screen that is not shown: its tiles stay where they are until it is shown again.
+    new ResizeObserver(() => element.clientWidth && element.clientWidth !== this.#width && this.show(this.groups)).observe(element);
     element.addEventListener("click", (event) => this.#click(event));
     element.addEventListener("keydown", (event) => this.#key(event));
     element.addEventListener("focus", () => this.active ?? this.#go(this.#items[0]));
