@@ -140,7 +140,7 @@ def measure(sides: Sequence[Side], photographs: dict[str, list[str]], rounds: in
 @click.option("--device", default="auto", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default="../shared/data/caltech101", show_default=True)
 @click.option("--number", default=64, show_default=True, help="Photographs of the folder.")
-@click.option("--large", default=8, show_default=True, help="Large photographs that are made; 0 leaves them out.")
+@click.option("--large", default=32, show_default=True, help="Large photographs that are made; 0 leaves them out.")
 @click.option("--size", type=(int, int), default=(4000, 3000), show_default=True, help="Of the large ones.")
 @click.option("--bfloat16/--no-bfloat16", default=True, show_default=True, help="A row in this precision.")
 @click.option(

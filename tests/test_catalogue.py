@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -53,8 +54,14 @@ def test_every_architecture_with_weights_has_a_recommended_tag():
     assert catalogue.recommended("RN50") == "openai"
 
 
-def test_the_models_that_have_a_word_in_their_name():
+def test_the_models_that_have_a_word_in_their_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/nowhere")
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address) or [])
     found = {model.model: model for model in catalogue.search("vit-b-32")}
+    assert asked == []  # a list fetches nothing
     assert "ViT-B-32" in found
     assert "xlm-roberta-base-ViT-B-32" in found
     model = found["ViT-B-32"]

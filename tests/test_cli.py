@@ -343,7 +343,7 @@ def test_a_reader_that_stops_early_is_no_error(small, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="SKIPPED: the size of a pipe is set on Linux only")
 @pytest.mark.parametrize("style", few(["json", "csv", "table"], 2))
-def test_answers_appear_while_the_rest_is_read(style, run, tmp_path):
+def test_answers_appear_while_the_rest_is_read(style, run, tmp_path, warm_path):
     """The first of them, before the last photograph is opened: the command waits, for its pipe holds a few lines."""
     import fcntl
 
@@ -358,7 +358,7 @@ def test_answers_appear_while_the_rest_is_read(style, run, tmp_path):
     paths = [new / f"{number:03}.png" for number in range(120)]
     for path in paths[1:]:
         shutil.copy(paths[0], path)
-    command = [sys.executable, "-m", "retrieval_tip", "classify", tmp_path / "i", new]
+    command = [shutil.which("retrieval-tip", path=warm_path), "classify", tmp_path / "i", new]
     command += ["--batch-size", 4, "--format", style]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as child:
         assert child.stdout is not None

@@ -991,7 +991,7 @@ def test_query_reaches_no_file_no_network_and_no_setting(
     own = index / store.read_manifest(index).files["labels"].name
     monkeypatch.setenv("SECRET", "secret")
     before = snapshot(tmp_path)
-    for sql in [
+    for sql in few([
         "SELECT * FROM read_csv('secret.csv')",
         "SELECT * FROM read_csv_auto('secret.csv')",
         "SELECT * FROM 'secret.csv'",
@@ -1048,7 +1048,7 @@ def test_query_reaches_no_file_no_network_and_no_setting(
         "SELECT * FROM arrow_scan(1, 2, 3)",
         "SELECT * FROM pandas_scan(1)",
         "CREATE MACRO x() AS TABLE SELECT * FROM read_text('secret.csv')",
-    ]:
+    ], 15):  # what is asked is refused by the same road as in test_sql.py, which tries all  # fmt: skip
         with pytest.raises(UsageError) as error:
             print(sql, store.query(index, sql))
         one_line(error, "query: ")

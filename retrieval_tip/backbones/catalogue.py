@@ -194,11 +194,19 @@ def _described(name: str, *, sized: bool = True) -> Named:
 
 
 def _bytes(name: str) -> int | None:
-    """Bytes of the parameters in float32, counted on a model that has none in memory."""
+    """Bytes of the parameters in float32, counted on a model that has none in memory.
+
+    ``None`` where the model cannot be made, as where what describes its text tower lies on a hub: nothing is fetched.
+    """
     import open_clip
     import timm
     import torch
+    from huggingface_hub import try_to_load_from_cache
 
+    described = {} if name.startswith("timm:") else open_clip.get_model_config(name)["text_cfg"]
+    elsewhere = described.get("hf_model_name")
+    if elsewhere and not isinstance(try_to_load_from_cache(elsewhere, "config.json"), str):
+        return None
     level = logging.root.manager.disable
     try:
         logging.disable()  # each step is logged
@@ -207,7 +215,7 @@ def _bytes(name: str) -> int | None:
                 model: Any = timm.create_model(name.removeprefix("timm:"), num_classes=0)
             else:
                 model = open_clip.create_model(name, device="meta", load_weights=False)
-    except Exception as error:  # a tower whose configuration lies on a hub
+    except Exception as error:  # whatever it is, the model can be named all the same
         log.debug("%s: size unknown: %s", name, first_line(error))
         return None
     finally:
