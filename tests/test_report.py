@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import SHARED
+from markupsafe import Markup
 from PIL import Image
 from test_cli import unit_rows, write_table
 from test_html import VOID
@@ -25,7 +26,8 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, one_line
+from retrieval_tip.evaluation import baselines
 from retrieval_tip.evaluation.evaluate import Answers, Details, Part, judge
 from retrieval_tip.report import plots, report
 from retrieval_tip.report.mistakes import MISTAKES, certain_mistakes, worst_mistakes
@@ -227,6 +229,24 @@ def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=No
     words = ("--text", write_table(tmp_path / "text.parquet", means, list(labels))) if text else ()
     done("-q", "index", "build", "--fit", "none", shots, *words, "--out", tmp_path / "index")
     return tmp_path / "index", test
+
+
+@pytest.fixture
+def drawn():
+    """Diagrams are drawn as SVG; without it they are only made, which takes a second less a report."""
+
+
+@pytest.fixture(autouse=True)
+def _light(request, monkeypatch):
+    """Of a linear probe, only that it is the one of ``evaluate`` is asked here."""
+    monkeypatch.setattr(baselines, "STEPS", 10)
+    if "drawn" not in request.fixturenames:
+
+        def made_only(draw, label):
+            draw()
+            return Markup('<svg role="img" aria-label="{}"></svg>').format(one_line(label))
+
+        monkeypatch.setattr(plots, "svg", made_only)
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -452,6 +472,7 @@ def test_ids_of_an_encoded_table_find_their_pictures(photographs, tmp_path):
     assert list(read(tmp_path / "r.html").all("img", class_="query"))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_diagram_takes_any_name(recwarn):
     names = ["font: 1px '", "<!--", "--><style>", "#222222", '"><g id="', "</svg>", "$x^{", "\ud800"]
     evaluation = made_up(np.arange(16) % 8, np.arange(16) // 2, names)
@@ -466,6 +487,7 @@ def test_a_diagram_takes_any_name(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("date", ["-", "", "9" * 30])
 def test_a_diagram_reads_no_date_of_the_environment(date, monkeypatch):
     evaluation, drawn = made_up([0, 1], [1, 0], ["cat", "dog"]), []
@@ -482,6 +504,7 @@ def test_the_cell_of_a_setting_is_the_next_one_by_ratio():
         assert panel.nearest(alpha, beta) == cell
 
 
+@pytest.mark.usefixtures("drawn")
 def test_hostile_names_stay_names(tmp_path):
     labels = [f"{name}{i}" for i, name in enumerate(HOSTILE)]
     ids = np.random.default_rng(0).integers(0, 5, 60)
@@ -508,6 +531,7 @@ def test_hostile_names_stay_names(tmp_path):
 # ------------------------------------------------------------------------------------------------------- other indexes
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(photographs, tmp_path):
     tuned = tmp_path / "tuned"
     done("-q", "finetune", photographs / "index", "--out", tuned, "--views-cache", 1, "--epochs", 3)
@@ -607,6 +631,7 @@ def test_an_index_without_text_has_no_zero_shot(tmp_path):
     assert {row[0] for row in section(page, "shots").first("table").rows()[1:]} == {"cache-alone"}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_test_without_mistakes_has_no_list_of_them(tmp_path):
     folder, test = made(tmp_path, noise=0.1)
     done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--no-curves")
@@ -616,6 +641,7 @@ def test_a_test_without_mistakes_has_no_list_of_them(tmp_path):
     assert section(page, "confusions").text == "Confusions None."
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("labels", [("cat", "dog", "owl"), ("cat",)])
 def test_a_test_of_one_class(labels, tmp_path):
     folder, test = made(tmp_path, labels, test_labels=[0] * 7, noise=2.5)
