@@ -113,6 +113,13 @@ def test_a_checkpoint_of_a_tag_gets_its_preprocessing_and_activation(tmp_path, m
         wanted.clear()
 
 
+def test_no_random_weight_is_drawn_that_the_checkpoint_overwrites(shared):
+    """Nor of a text tower by transformers, which draws by functions of its own."""
+    before = torch.get_rng_state()
+    load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_bare_checkpoint_loads_and_says_what_it_assumes(tmp_path, caplog):
     torch.manual_seed(0)
     config = open_clip.get_model_config("ViT-S-32-alt")  # a small one

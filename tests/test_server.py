@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -46,6 +47,14 @@ from conftest import SHARED  # isort: skip
 TOKEN = "open sesame"
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 Client = TestClient
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_encoder() -> Iterator[None]:
+    """Servers of these tests share their encoder: each would load and compile its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served_module, "load_backbone", functools.cache(served_module.load_backbone))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -250,16 +250,15 @@ def _filled_once(create: Callable[[], Any]) -> Any:
     Where it did not write every parameter, all is made again in the plain way.
     """
     import torch
-    from torch.nn import init
     from torch.overrides import TorchFunctionMode
 
-    draws = {init.normal_, init.uniform_, init.kaiming_uniform_, torch.Tensor.normal_, torch.Tensor.uniform_}
+    draws = {"normal_", "uniform_", "kaiming_uniform_"}  # by name: transformers puts its own in the place of torch's
     written: dict[int, torch.Tensor] = {}  # by id, and held, so that no other one gets it
 
     class Undrawn(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if func in draws:
+            if getattr(func, "__name__", None) in draws:
                 tensor = args[0] if args else kwargs["tensor"]
                 if isinstance(tensor, torch.nn.Parameter):
                     return tensor
