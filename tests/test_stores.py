@@ -133,7 +133,10 @@ def check(place, truth, forms=((None, True), (8, True))):
 
 def labels_of(place):
     """The label store by key id, without what only says when and by which version."""
-    table = stores.at(place).query("SELECT * FROM labels")
+    return rows_of(stores.at(place).load(device="cpu").labels)
+
+
+def rows_of(table):
     assert len(set(table["key_id"].to_pylist())) == len(table)
     rows = table.drop_columns([name for name in ("version", "added_at") if name in table.column_names]).to_pylist()
     return {row["key_id"]: row for row in rows}
@@ -298,6 +301,7 @@ def test_a_build_holds_what_it_was_made_of(pets):
     assert pets.store.has_text(manifest)
     assert model.exact_search
     rows = labels_of(pets.place)
+    assert rows_of(pets.store.query("SELECT * FROM labels")) == rows
     assert [rows[i]["source"] for i in range(N)] == [f"it's {i}" for i in range(N)]
     assert [rows[i]["camera"] for i in range(N)] == list("abc") * 20
     for name in NAMES:  # shots are counted in the order of the source
@@ -1494,52 +1498,37 @@ def done(result):
     return result.stdout
 
 
+class Built(dict):
+    """Addresses of stores by their kind, each built by the command line when it is first asked for."""
+
+    def __init__(self, place, *words, **known):
+        super().__init__(known)
+        self.place, self.words = place, words
+
+    def __missing__(self, kind):
+        self[kind] = made(self.place, kind, kind)
+        command = ["index", "build", "--fit", "none", *self.words, "--store", self[kind]]
+        done(CliRunner().invoke(main, [str(word) for word in command]))
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
 def dishes(tmp_path_factory):
-    """Features of CLIP, in each kind of store, built by the command line."""
+    """Features of CLIP."""
     if not SHARED.is_dir():
         pytest.skip(f"SKIPPED: no shared data at {SHARED}")
-    place = tmp_path_factory.mktemp("food")
-    found = {kind: made(place, kind, kind) for kind in KINDS}
-    for kind, address in found.items():
-        out = "--out" if kind == "folder" else "--store"
-        command = [
-            "index",
-            "build",
-            "--fit",
-            "none",
-            FOOD / "train.parquet",
-            "--text",
-            FOOD / "text.parquet",
-            out,
-            address,
-        ]
-        done(CliRunner().invoke(main, [str(word) for word in command]))
+    found = Built(tmp_path_factory.mktemp("food"), FOOD / "train.parquet", "--text", FOOD / "text.parquet")
     return found, [FOOD / "test.parquet"], FOOD / "test.parquet"
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory, things):
-    """Photographs of Caltech101, in each kind of store, built by the command line."""
-    place = tmp_path_factory.mktemp("pictures")
-    found = {"folder": str(things)} | {kind: made(place, kind, kind) for kind in KINDS[1:]}
-    for kind in KINDS[1:]:
-        command = [
-            "index",
-            "build",
-            "--fit",
-            "none",
-            things.with_suffix(".csv"),
-            "--store",
-            found[kind],
-            "--model",
-            MODEL,
-        ]
-        done(CliRunner().invoke(main, [*map(str, command), "--device", "cpu"]))
-    asked = photographs(SHARED, "test", 10, LABELS)
+    """Photographs of Caltech101."""
+    place, asked = tmp_path_factory.mktemp("pictures"), photographs(SHARED, "test", 10, LABELS)
+    words = (things.with_suffix(".csv"), "--model", MODEL, "--device", "cpu")
     lines = "".join(f"{path},{label}\n" for path, label in asked)
     (place / "test.csv").write_text("path,label\n" + lines)
-    return found, [path for path, _ in asked], place / "test.csv"
+    return Built(place, *words, folder=str(things)), [path for path, _ in asked], place / "test.csv"
 
 
 def answers_of(run, place, asked):
@@ -1583,7 +1572,7 @@ def test_the_command_line_answers_alike(request, run, data, kind):
     assert (facts["folder"], facts["n"]) == (found[kind], 1800 if data == "dishes" else 80)
 
 
-@pytest.mark.parametrize("kind", few(KINDS, 2))
+@pytest.mark.parametrize("kind", KINDS if SOAK else ["s3"])
 def test_the_command_line_changes_a_store(run, pictures, kind, tmp_path):
     found, asked, _ = pictures
     own = copied(tmp_path, kind, found[kind])
@@ -1637,7 +1626,8 @@ def test_what_takes_a_folder_says_how_to_get_one(run, command, address):
 # --- served
 
 
-def test_a_table_is_served(things, tmp_path, run):
+def test_a_table_is_served(things, tmp_path, monkeypatch):
+    monkeypatch.setattr(stores.LanceStore, "look_every", 0.1)
     token, own = "open sesame", f"lance://{tmp_path / 'own'}"
     changes.clone(things, own)
     folder = stores.at(things).load(device="cpu")
