@@ -273,7 +273,7 @@ def at_every_read(monkeypatch: pytest.MonkeyPatch, index: Path, read: Callable[[
         return look
 
     looks = [(io, "open"), (os, "stat"), (os, "scandir"), (pa, "OSFile"), (vector_index.faiss(), "read_index")]
-    for turn in range(0, 1000, 1 if SOAK else 3):
+    for turn in range(0, 1000, 1 if SOAK else 5):
         changes.relabel(index, NAMES[2 + turn % 2], key_ids=[1])  # there is something to be given up
         with monkeypatch.context() as patch:
             for module, name in looks:
@@ -507,7 +507,7 @@ def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
     assert server.run(job) == 0
     locked, *_, released = [number for number, step in enumerate(server.steps) if step == "fcntl.flock"]
     named = 0
-    for step in sampled(len(server.steps), 12):
+    for step in sampled(len(server.steps), 8):
         first = store.read_manifest(index).version
         server.start(job, step=step, how="SIGSTOP")
         stopped = server.stopped()

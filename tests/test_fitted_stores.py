@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import buckets
-import httpx
 import killing
 import lancedb
 import numpy as np
@@ -16,8 +15,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import SOAK, few
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
-from serving import server
 from test_cli import write_table
 from test_closed_form import clusters, text_of
 from test_stores import STEPS, copied, done, everything, labels_of, made, manifest_of, put, said, step
@@ -32,6 +31,9 @@ from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.lance import draft, key_table, lance_model
+from retrieval_tip.lance.address import Address
+from retrieval_tip.server.app import create_app
+from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Fitted
 
 pytestmark = pytest.mark.timeout(120)
@@ -378,7 +380,8 @@ def test_a_fitted_store_is_served(built, tmp_path):
     folder = stores.at(built["solved", "folder"]).load(device="cpu")
     expected = folder.classify(QUERIES, neighbours=3)
     place, headers = copied(tmp_path, "lance", built["solved", "lance"]), {"authorization": "Bearer open sesame"}
-    with server(place, token="open sesame") as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+    app = create_app(open_all([Address.parse(place)], "cpu", "float32", "full"), token="open sesame")
+    with TestClient(app) as client:
         answer = client.post("/v1/classify", json={"features": QUERIES.tolist()}, params={"neighbours": 3, "top": 1})
         assert answer.status_code == 200, answer.text
         described = client.get("/v1/indexes").json()
