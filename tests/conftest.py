@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import pyarrow as pa
 import pytest
 import standin
@@ -67,7 +68,7 @@ NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; 
 LONG = [
     f"test_{name}.py"
     for name in (
-        "stores", "page", "ray", "server", "fuzz", "hostile", "readme", "sql", "serve", "changes", "report", "nvjpeg",
+        "page", "ray", "stores", "serve", "readme", "fuzz", "report", "changes", "server", "hostile", "sql", "nvjpeg",
         "fused", "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "stores_kill", "tars",
         "finetune_kill", "kill_changes", "plots", "living", "full_disk",
     )
@@ -113,11 +114,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+def for_all(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that the processes of one run share."""
+    shared_by_workers = "PYTEST_XDIST_WORKER" in os.environ  # whose folders lie side by side
+    return tmp_path_factory.getbasetemp().parent / name if shared_by_workers else tmp_path_factory.mktemp(name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One encoding cache for the whole run, so that no test encodes what another has."""
-    shared_by_workers = "PYTEST_XDIST_WORKER" in os.environ  # whose folders lie side by side
-    folder = tmp_path_factory.getbasetemp().parent / "encodings" if shared_by_workers else tmp_path_factory.mktemp("e")
+    folder = for_all(tmp_path_factory, "encodings")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
 
@@ -209,7 +215,12 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED}")
-    return build(SHARED, tmp_path_factory.mktemp("things") / "things", photographs(SHARED, "train", 10, 8))
+    folder = for_all(tmp_path_factory, "things")
+    folder.mkdir(exist_ok=True)
+    with filelock.FileLock(folder / "lock"):
+        if not (folder / "things").is_dir():
+            build(SHARED, folder / "things", photographs(SHARED, "train", 10, 8))
+    return folder / "things"
 
 
 @pytest.fixture(scope="session")

@@ -1572,7 +1572,7 @@ def test_the_command_line_answers_alike(request, run, data, kind):
     assert (facts["folder"], facts["n"]) == (found[kind], 1800 if data == "dishes" else 80)
 
 
-@pytest.mark.parametrize("kind", KINDS if SOAK else ["s3"])
+@pytest.mark.parametrize("kind", KINDS if SOAK else ["folder", "s3"])
 def test_the_command_line_changes_a_store(run, pictures, kind, tmp_path):
     found, asked, _ = pictures
     own = copied(tmp_path, kind, found[kind])
