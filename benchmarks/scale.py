@@ -156,7 +156,7 @@ def answer(folder: Path, store: str, exact_queries: int) -> Row:
     found = np.concatenate(answers)
     few = min(exact_queries, len(queries))
     start = time.perf_counter()
-    expected = cache.logits(queries[:few]).argmax(dim=1).numpy()
+    expected = cache.logits(queries[:few], "all").argmax(dim=1).numpy()
     exact = time.perf_counter() - start
     return {
         "index": cache.index_type,
@@ -210,8 +210,7 @@ def large(folder: Path, given: dict[str, Any]) -> Iterator[tuple[str, float | No
     tables = (folder / "table.parquet", "--text", folder / "text.parquet")
     place = place_of(folder, given["store"])
     options = ("--dtype", dtype, "--index", given["index"], "--out", place, "--device", "cpu")
-    k = given["k"] or (256 if given["store"] == "lance" else None)
-    met = () if k is None else ("-k", k)
+    met = () if given["k"] is None else ("-k", given["k"])
     build = launch(command, "-q", "index", "build", "--fit", given["fit"], *tables, *options, *met)
     table_size = (folder / "table.parquet").stat().st_size
     (folder / "table.parquet").unlink()  # so that its pages make room

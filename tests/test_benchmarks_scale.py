@@ -49,6 +49,13 @@ def test_a_large_cache_is_built_opened_and_asked(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"rows.parquet"}  # the tables are gone
 
 
+def test_answers_are_compared_with_those_of_all_keys(tmp_path: Path) -> None:
+    out, own = tmp_path / "rows.parquet", ("--queries", 1000, "--exact-queries", 1000, "--index", "Flat", "-k", 1)
+    result = run(*TOY, *own, "--folder", tmp_path, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert measures(out)["agreement with all keys, on them"] < 100  # one key is not all
+
+
 def test_more_than_the_disk_holds_is_refused(tmp_path: Path) -> None:
     result = run("--keys", 10**12, "--folder", tmp_path)
     assert result.returncode == 1
