@@ -28,9 +28,9 @@ retrieved, with or without an estimate of the rest (the tail). :func:`promising`
 whole, and :func:`settled` and :func:`certificate` when meeting more keys cannot change the answer.
 
 All keys are met block by block by :func:`cache_logits` itself (:mod:`retrieval.keys`). The sum by class is written
-again only where that cannot be used: in ``Keys.class_logits``, which meets each class's keys with only the queries that
-ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; in ``retrieval/fused.py``, kernels in
-the language of GPUs; and in ``server/page/method.js``, in that of browsers.
+again only where that cannot be used: in ``KeyStream.class_logits``, which meets each class's keys with only the queries
+that ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; in ``retrieval/fused.py``, kernels
+in the language of GPUs; and in ``server/page/method.js``, in that of browsers.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
-from retrieval_tip.lance import draft, key_table, lance_model
+from retrieval_tip.lance import draft, lance_model
 from retrieval_tip.lance.address import Address
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
@@ -106,6 +106,23 @@ def test_a_store_is_fitted_as_a_folder_is(built, name):
     kept = {kind for kind in ("metric", "values") if getattr(store, kind) is not None}
     assert store.manifest.files.keys() == {"classes"} | kept
     assert store.table.has_points == (name == "metric")  # of values all keys are met, which are in memory
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_whole_classes_are_met_as_in_a_folder(built, name, tmp_path):
+    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
+    for place in places:
+        changes.rebuild(place, index="Classes")
+    folder, store = opened(*places)
+    assert folder.index_type == store.index_type == "Classes"
+    if name == "metric":
+        same(folder, store)
+        assert store.table.index() == "Classes"
+    else:  # a store has solved values, and their keys, in memory, where the nearest are met
+        same(folder, store, every=[("all", True)])
+    for place in places:
+        fit_index(place)
+    same(*opened(*places))  # one-hot values, as none are to be solved where whole classes are met
 
 
 @settings(max_examples=6 if SOAK else 1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -270,7 +287,6 @@ def test_the_sums_of_a_metric_follow_the_keys(built, tmp_path):
 
 @pytest.mark.usefixtures("few_are_many")
 def test_the_index_is_over_the_points(tmp_path, monkeypatch):
-    monkeypatch.setattr(key_table, "INDEX_FROM", 500)
     monkeypatch.setattr(draft, "INDEX_FROM", 500)
     place, source = made(tmp_path, "lance"), table(tmp_path / "many.parquet", 200)
     build_index(open_source(source), place, Encoder(), metric="within", k=16, device="cpu")

@@ -17,6 +17,7 @@ import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import buckets
@@ -42,7 +43,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import draft, key_table, lease, versions
+from retrieval_tip.lance import draft, key_table, lance_keys, lease, versions
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.objects import Objects
 from retrieval_tip.server.app import create_app
@@ -110,6 +111,24 @@ class Truth:
                     cache[c] += left * np.exp(-self.beta * (1 - mean))
             found.append(self.scale * query @ self.text.astype(np.float64).T + self.alpha * cache)
         return np.array(found)
+
+    def by_class(self, features, k, slack, tail=True):
+        """The formula over whole classes: those that can win, of the likeliest of ``k`` keys; others at means."""
+        _, keys, classes = self.arrays()
+        c = len(self.names)
+        counts = np.bincount(classes, minlength=c)
+        affinity = features.astype(np.float64) @ keys.T
+        means = np.array(
+            [affinity[:, classes == i].mean(1) if counts[i] else np.zeros(len(affinity)) for i in range(c)]
+        )
+        exact = np.array([np.exp(-self.beta * (1 - affinity[:, classes == i])).sum(1) for i in range(c)]).T
+        cache = counts * np.exp(-self.beta * (1 - means.T))
+        text = self.scale * features.astype(np.float64) @ self.text.astype(np.float64).T
+        least = text + self.alpha * cache
+        most = max(2, round(k * (counts > 0).sum() / len(keys)))
+        likely = np.argsort(np.argsort(-least, axis=1), axis=1) < most
+        met = likely & (least + self.alpha * slack * cache >= least.max(axis=1, keepdims=True))
+        return text + self.alpha * np.where(met, exact, cache if tail else 0)
 
     def remove(self, *key_ids):
         for i in key_ids:
@@ -547,6 +566,74 @@ def test_untouched_settings_are_those_of_a_folder(tmp_path, monkeypatch):
     one, other = (build_index(table, place, Encoder(), fit="none", device="cpu") for place in places)
     assert one.settings.alpha == pytest.approx(other.settings.alpha, rel=1e-6)
     assert one.settings.beta == pytest.approx(other.settings.beta, rel=1e-6)
+
+
+def test_whole_classes_are_met_through_every_change(pets, monkeypatch):
+    changes.rebuild(pets.place, index="Classes")
+
+    def check():
+        model = pets.check(forms=((None, True),))
+        assert (model.index_type, model.exact_search) == ("Classes", False)
+        slack = model.retrieval.keys.slack(pets.truth.beta)
+        for k, tail, held in ((1, True, 99), (1, False, 25), (45, True, 25)):  # all keys at once; one class, or a part
+            monkeypatch.setattr(lance_keys, "PIECE", held * 4 * D)
+            expected = pets.truth.by_class(QUERIES, k, slack, tail)
+            np.testing.assert_allclose(model.logits(QUERIES, k, tail).numpy(), expected, atol=EXACT)
+        ids, keys, _ = pets.truth.arrays()
+        near = ids[np.argsort(-(QUERIES.astype(np.float64) @ keys.T), axis=1)]
+        found = model.classify(QUERIES, k=30, neighbours=6)
+        assert [[one.key_id for one in answer.neighbours] for answer in found] == near[:, :6].tolist()
+        assert [one.label for one in found[0].neighbours] == [pets.truth.labels[i] for i in near[0, :6]]
+        certified = model.certified(QUERIES, k=1)
+        winners = (certified.text + ALPHA * certified.cache).argmax(dim=1)
+        assert winners.tolist() == pets.truth.logits(QUERIES).argmax(axis=1).tolist()
+        return slack
+
+    whole = stores.at(changes_clone(pets, "folder", "whole")).load(device="cpu").retrieval.keys.slack(BETA)
+    assert check() == pytest.approx(whole, rel=0.2)  # of other keys of a class, where it has more than are asked
+    before = Truth(list(pets.truth.names), pets.truth.text, dict(pets.truth.keys), dict(pets.truth.labels))
+    pets.add(unit_rows(5, D, 50), ["cat", BARE, "cat", HOSTILE, BARE])
+    check()
+    gone = [0, 1, 17, 60]
+    changes.remove(pets.place, key_ids=gone)
+    pets.truth.remove(*gone)
+    check()
+    moved = [i for i, label in pets.truth.labels.items() if label == HOSTILE][:9]
+    changes.relabel(pets.place, BARE, key_ids=moved)
+    pets.truth.labels |= dict.fromkeys(moved, BARE)
+    check()
+    changes.rename(pets.place, BARE, "seen")
+    pets.truth.names[3] = "seen"
+    pets.truth.labels = {i: "seen" if label == BARE else label for i, label in pets.truth.labels.items()}
+    check()
+    changes.compact(pets.place)
+    check()
+    changes.rebuild(pets.place)
+    check()
+    changes.rollback(pets.place, 2)
+    pets.truth = before
+    check()
+
+
+def test_a_class_whose_keys_are_not_those_of_its_manifest_is_no_answer(local):
+    changes.rebuild(local.place, index="Classes")
+    tampered(local, lambda table: table.update(where="key_id = 4", values={"class_id": 3, "label": BARE}))
+    said(lambda: local.open().logits(QUERIES, 45), local.place, "index verify")
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [0, 3], [40, 40, 40, 40, 7]])
+def test_rows_are_grouped_by_class_as_they_come(sizes, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 9, sum(sizes)).astype(np.int32)
+    rows = pa.record_batch({"key_id": np.arange(len(ids)), "class_id": ids, "label": ids.astype(str)})
+    parts = [rows.slice(end - size, size) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+    monkeypatch.setattr(key_table, "GROUPED", 80 * rows.nbytes // max(1, len(ids)))
+    found = pa.Table.from_batches(key_table.grouped(iter(parts)), rows.schema)
+    assert found.sort_by("key_id") == pa.table(rows)
+    for start in range(0, len(found), 80):
+        part = found.slice(start, 80)
+        keys = list(zip(part["class_id"].to_pylist(), part["key_id"].to_pylist(), strict=True))
+        assert keys == sorted(keys)
+        assert set(part["key_id"].to_pylist()) == set(range(start, start + len(part)))
 
 
 def versions_of(pets):
@@ -1323,11 +1410,12 @@ def clustered(n, seed, classes=20, d=32):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), [f"c{i:02}" for i in labels]
 
 
-def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "classes"), [("IvfFlat", 12), ("Classes", 20)])
+def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch, kind, classes):
+    clustered = partial(globals()["clustered"], classes=classes)
     monkeypatch.setattr(draft, "INDEX_FROM", 3000)
-    monkeypatch.setattr(key_table, "INDEX_FROM", 3000)
     monkeypatch.setattr(draft, "UNINDEXED", 500)
-    place = made(tmp_path, "lance")
+    place, last = made(tmp_path, "lance"), f"c{classes - 1}"
     rows, labels = clustered(2900, 1)
     build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), fit="none", device="cpu")
     at = stores.at(place)
@@ -1335,7 +1423,7 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
     more, more_labels = clustered(200, 2)
     changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Encoder())
     model = at.verify()
-    assert (model.index_type, model.exact_search, model.n) == ("IvfFlat", False, 3100)
+    assert (model.index_type, model.exact_search, model.n) == (kind, False, 3100)
     assert at.manifest().built.auto_index
     rows, labels = np.concatenate([rows, more]), labels + more_labels
     queries, truths = clustered(200, 3)
@@ -1357,6 +1445,11 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
     assert [one.neighbours[0].key_id for one in nearest] == list(range(3100, 3150))
     np.testing.assert_allclose([one.neighbours[0].affinity for one in nearest], 1, atol=1e-5)
     # Beyond so many they are put into it.
+    if kind == "Classes":
+        slack = at.load(device="cpu").retrieval.keys.slack(5.5)
+        monkeypatch.setattr(lance_keys, "SPREAD_BYTES", 1)  # as of keys that are too many
+        few = at.load(device="cpu").retrieval.keys.slack(5.5)
+        assert few == pytest.approx(slack, rel=0.5)
     later, later_labels = clustered(450, 5)
     changes.add(place, source(tmp_path / "w.parquet", later, later_labels), Encoder())
     assert at.describe()["not_indexed"] == 0
@@ -1365,11 +1458,12 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch):
     assert gone == list(range(3200, 3220))
     # What is removed or given to another class is so for a search, too.
     changes.remove(place, key_ids=gone[:10])
-    changes.relabel(place, "c19", key_ids=gone[10:])
+    changes.relabel(place, last, key_ids=gone[10:])
     model = at.verify()
     near = [one.neighbours[0] for one in model.classify(later[:20], neighbours=1)]
     assert not {one.key_id for one in near[:10]} & set(gone[:10])
-    assert [(one.key_id, one.label) for one in near[10:]] == [(i, "c19") for i in gone[10:]]
+    if kind == "IvfFlat":  # whole classes are found by their mean, from which these keys are far now
+        assert [(one.key_id, one.label) for one in near[10:]] == [(i, last) for i in gone[10:]]
     # As another type, or none.
     changes.rebuild(place, index="Flat")
     model = at.verify()

@@ -94,7 +94,7 @@ def index() -> None:
 @VIEWS
 @click.option("--index", "factory",
               help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. Of a LanceDB "
-                   "store: auto, Flat, IvfFlat, IvfSq or HnswSq.  [default: Flat, of a store auto]")  # fmt: skip
+                   "store: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat, of a store auto]")  # fmt: skip
 @click.option("--fit", type=click.Choice(["auto", "none"]),
               help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
                    "[default: auto; none where alpha, beta or normalize is given]")  # fmt: skip

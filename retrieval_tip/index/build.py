@@ -29,8 +29,8 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.fit import fit_table
 from retrieval_tip.index.places import Place
-from retrieval_tip.lance.draft import LanceDraft, labels_in_blocks
-from retrieval_tip.lance.key_table import FLAT, index_kind
+from retrieval_tip.lance.draft import LanceDraft, index_kind, labels_in_blocks
+from retrieval_tip.lance.key_table import FLAT
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
@@ -82,7 +82,7 @@ def build_index(
         text: a feature table of text features instead, labelled by class: one or more prompts a class. Its classes, in
             its order, are the index's; a class without an image is allowed, an unknown label is not.
         index: FAISS factory string, ``Classes``, or ``auto`` (:func:`keys.auto_for`), by default ``Flat``;
-            of a LanceDB store as :func:`key_table.index_kind` has it, by default ``auto``.
+            of a LanceDB store as :func:`draft.index_kind` has it, by default ``auto``.
         dtype: of the stored keys, ``float32`` or ``float16``.
         alpha: residual ratio.
         beta: sharpness.
@@ -217,13 +217,14 @@ def _build_table(
     fit: Callable[..., closed_form.Choice] | None,
 ) -> None:
     """Keys stream into the table as they come; a ``fit`` may write it again, with their points."""
-    index_kind(index, 0)
+    index_kind(index)
     with place.write() as writer:
         names, weights, templates, _ = made.words
         rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
         table = LanceDraft.create(writer, rows, names, weights, dtype, index if fit is None else FLAT)
         statistics = table.statistics()
-        table.settings = made.asked.plain(statistics)
+        settings, (_, met) = made.asked.plain(statistics), index_kind(index, table.n, len(names))
+        table.settings = settings if made.asked.keeps_k else settings.but(k=met)
         table.templates = templates
         table.backbone = _identity(made.source, made.encoder)
         table.provenance = made.described(statistics)

@@ -14,6 +14,7 @@ from retrieval_tip.fit.search_hp import Queries, on_validation
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft
+from retrieval_tip.lance.key_table import CLASSES
 from retrieval_tip.lance.shots import TableShots
 
 
@@ -72,6 +73,7 @@ def fit_table(
     Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
     """
     how: dict[str, Any] = {"metric": metric, "values": values, "validation": validation}
+    by_class = CLASSES if (factory or table.index_type) == CLASSES else None  # which has no solved values
     if table.n > closed_form.MOST_SOLVED:
         shots = TableShots(table)
         choice = closed_form.fit(shots, **how, factory=factory)
@@ -79,7 +81,7 @@ def fit_table(
         return choice
     whole = table.in_memory() if table.whole is None else table.whole
     whole.settings, whole.sums = table.settings, table.sums
-    choice = closed_form.fit(whole, **how)
+    choice = closed_form.fit(whole, **how, factory=by_class)
     table.settings, table.provenance = whole.settings, whole.provenance
     table.set_fitted(whole.metric, whole.fitted, factory, whole)
     return choice

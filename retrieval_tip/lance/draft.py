@@ -15,16 +15,17 @@ import pyarrow.compute as pc
 
 from retrieval_tip import tip
 from retrieval_tip.cache_model import SUMS_FROM, CacheModel
-from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.lance.key_table import (
+    CLASSES,
     FLAT,
-    INDEX_FROM,
+    KINDS,
     POINT,
     UNINDEXED,
     VECTOR,
     VERSION,
     KeyTable,
-    index_kind,
+    grouped,
     rows_of,
     schema_of,
 )
@@ -33,6 +34,7 @@ from retrieval_tip.lance.versions import Classes, Writer
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import points_of
+from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory
 from retrieval_tip.settings import Fitted
 from retrieval_tip.store import history
 from retrieval_tip.store.contents import array_of
@@ -40,6 +42,8 @@ from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.manifest import Manifest, Table
 from retrieval_tip.store.sums import Sums
 
+INDEX_FROM = 50_000
+"""Keys from which an index is worth its time: fewer are compared with every query sooner."""
 MOST_HELD = 1 << 30
 """Bytes of keys and solved values that an index in LanceDB has in memory, at most."""
 
@@ -82,7 +86,7 @@ class LanceDraft(LanceModel):
         for an index that a store does not have, InputError for columns that a table cannot hold or text weights of
         another length; and what ``blocks`` raise.
         """
-        index_kind(index, 0)
+        index_kind(index)
         ahead = iter(blocks)
         labels, keys = next(ahead)
         d, c, following = keys.shape[1], len(class_names), 0
@@ -110,7 +114,7 @@ class LanceDraft(LanceModel):
                 following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
                 yield from rows_of(part, own, writer.number, points).select(schema.names).cast(schema).to_batches()
 
-        table, sums = writer.create(rows(), schema), known or sums
+        table, sums = writer.create(grouped(rows()), schema), known or sums
         model = cls(
             store=writer.store,
             table=table,
@@ -121,7 +125,7 @@ class LanceDraft(LanceModel):
             next_key_id=following,
             writer=writer,
         )
-        model._index(index_kind(index, model.n), index)
+        model._index(index)
         return model
 
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
@@ -304,6 +308,8 @@ class LanceDraft(LanceModel):
         anew = self.create(self.writer, blocks, *how, stored=True, metric=metric, known=known)
         self.table, self.classes, self.second, self.dtype = anew.table, anew.classes, anew.second, anew.dtype
         self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
+        if factory is not None:
+            self.settings = self.settings.but(k=index_kind(factory, self.n, len(self.class_names))[1])
         if self.whole is not None:
             self._settled_whole().compact(dtype=dtype)
         self._follow()
@@ -330,7 +336,7 @@ class LanceDraft(LanceModel):
             if self.table.has_points:
                 self.table.drop_points()
                 self.classes = replace(self.classes, points=None)
-            self._index(index_kind(factory or self._asked, self.n), factory or self._asked)
+            self._index(factory or self._asked)
         self._follow()
 
     @property
@@ -338,10 +344,10 @@ class LanceDraft(LanceModel):
         """The index that was asked for."""
         return "auto" if self.built.auto_index else self.index_type
 
-    def _index(self, kind: str, asked: str) -> None:
-        """Have an index of this kind, because of what was asked for."""
-        self.table.build_index(kind)
-        self.index_type = kind
+    def _index(self, asked: str) -> None:
+        """Have the index that is asked for."""
+        self.index_type, _ = index_kind(asked, self.n, len(self.class_names))
+        self.table.build_index(self.index_type)
         self.built = replace(self.built, auto_index=asked == "auto")
 
     def _keep_up(self, prunes: bool) -> None:
@@ -349,7 +355,7 @@ class LanceDraft(LanceModel):
         if prunes:  # else that puts pieces together in a version of its own
             self.table.optimize()
         if self.index_type == FLAT and self.n >= INDEX_FROM and self.built.auto_index:
-            self._index(index_kind("auto", self.n), "auto")
+            self._index("auto")
         elif self.index_type != FLAT and self.table.unindexed() >= UNINDEXED:
             self.table.optimize()
 
@@ -399,6 +405,22 @@ class LanceDraft(LanceModel):
             yield "metric", array_of(self.metric)
         if self.whole is not None:
             yield "values", values_by_id(self.whole)
+
+
+def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:
+    """The index of a table of ``n`` keys of ``c`` classes, and the keys met with it, for what is asked for.
+
+    That is ``auto``, ``Flat``, ``Classes`` or one of :data:`key_table.KINDS`. Many keys of ``auto`` are met by class,
+    where a folder meets them so (:func:`vector_index.auto_factory`). Raises UsageError for another one.
+    """
+    if factory == "auto":
+        if n < INDEX_FROM:
+            return FLAT, None
+        chosen, k = auto_factory(n, c)
+        return (CLASSES, k) if inner_factory(chosen) is not None else ("IvfFlat", None)
+    if factory not in (FLAT, CLASSES, *KINDS):
+        raise UsageError(f"index {factory!r}: a LanceDB store has auto, {FLAT}, {CLASSES}, {', '.join(KINDS)}")
+    return factory, None
 
 
 def values_by_id(cache: CacheModel) -> npt.NDArray[np.float32]:

@@ -30,12 +30,11 @@ from retrieval_tip.store.labels import LABEL_SCHEMA
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
-FLAT = "Flat"
+VECTOR, POINT, VERSION, ROW, CLASS = "vector", "_point", "version", "_rowid", "class_id"
+FLAT, CLASSES = "Flat", "Classes"
+"""No index; and one over the class ids, by which the keys of a few classes are read."""
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
 """Index types, and how many candidates for each of the nearest are compared with the keys themselves."""
-INDEX_FROM = 50_000
-"""Keys from which an index is worth its time: fewer are compared with every query sooner."""
 UNINDEXED = 20_000
 """Rows beside the index, which every search compares with one by one, from which they are put into it."""
 TRAINED_ON, ROUNDS = 64, 10
@@ -48,6 +47,8 @@ SEARCHED = 1 << 24
 """Values of keys that come with the hits of one search: 64 MiB of float32."""
 SCANNED = 8192
 """Rows that are read at a time."""
+GROUPED = 1 << 28
+"""Bytes of rows that are put in the order of their classes at a time, as they come into a table."""
 TAG = "kept-"
 FOREVER = datetime.timedelta(days=36500)
 ASKED_AT_ONCE = 4096
@@ -73,18 +74,6 @@ def _session() -> Any:
     return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
 
 
-def index_kind(factory: str, n: int) -> str:
-    """The index of a table of ``n`` keys for what is asked for: ``auto``, ``Flat``, or one of :data:`KINDS`.
-
-    Raises UsageError for another one.
-    """
-    if factory == "auto":
-        return "IvfFlat" if n >= INDEX_FROM else FLAT
-    if factory != FLAT and factory not in KINDS:
-        raise UsageError(f"index {factory!r}: a LanceDB store has auto, {FLAT}, {', '.join(KINDS)}")
-    return factory
-
-
 def schema_of(d: int, dtype: str, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
     """Columns of a table of keys of ``d`` values, and of their points."""
     value = pa.float32() if dtype == "float32" else pa.float16()
@@ -105,6 +94,30 @@ def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int, points: npt.
             own = own.append_column(name, labels[name])
     own = own.append_column(VECTOR, _vectors(keys))
     return own if points is None else own.append_column(POINT, _vectors(points))
+
+
+def grouped(rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows, :data:`GROUPED` bytes at a time in the order of their classes, whose keys are then read at once.
+
+    Of 500 keys of a class that came one by one, two classes took 21 ms to read, so grouped 4 ms.
+    """
+    held: list[pa.RecordBatch] = []
+    for batch in rows:
+        held.append(batch)
+        if sum(part.nbytes for part in held) >= GROUPED:
+            yield from _grouped(held)
+            held = []
+    yield from _grouped(held)
+
+
+def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    ids = np.concatenate([np.empty(0, dtype=np.int32), *(batch[CLASS].to_numpy() for batch in held)])
+    if (ids[1:] >= ids[:-1]).all():
+        yield from held
+        return
+    rows, order = pa.concat_batches(held), np.argsort(ids, kind="stable")  # one batch: of chunks it takes three times
+    for start in range(0, len(order), SCANNED):
+        yield rows.take(pa.array(order[start : start + SCANNED]))
 
 
 def _vectors(rows: npt.NDArray[Any]) -> pa.Array:
@@ -253,12 +266,14 @@ class KeyTable:
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches(list(self.scan_of(column, values, columns)), schema)
 
-    def scan_of(self, column: str, values: Sequence[Any], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The same, some at a time."""
+    def scan_of(
+        self, column: str, values: Sequence[Any], columns: Sequence[str], *, with_rows: bool = False
+    ) -> Iterator[pa.RecordBatch]:
+        """The same, some at a time, as :meth:`scan`."""
         values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
         for start in range(0, len(values), ASKED_AT_ONCE):
             wanted = ", ".join(map(_literal, values[start : start + ASKED_AT_ONCE]))
-            yield from self.scan(columns, f"{column} IN ({wanted})")
+            yield from self.scan(columns, f"{column} IN ({wanted})", with_rows=with_rows)
 
     def take(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
         """Columns of some rows, by the ascending numbers that :meth:`search` and :meth:`scan` give them, in that order.
@@ -300,17 +315,22 @@ class KeyTable:
         return ids
 
     def index(self) -> str:
-        """The type of the index over :attr:`met`, ``Flat`` where there is none. Raises StoreError for one of no dot."""
-        with _said(self.address, "reading its indexes"):
-            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [self.met]]
-        if not indices:
-            return FLAT
-        details = indices[0].index_details or {}
+        """The type of the index, ``Flat`` where there is none. Raises StoreError for one of keys that is of no dot."""
+        entry = self._entry()
+        if entry is None or list(entry.columns) == [CLASS]:
+            return FLAT if entry is None else CLASSES
+        details = entry.index_details or {}
         if str(details.get("metric_type", "DOT")).lower() != "dot":
             raise StoreError(f"{self.address}: its index is by {details['metric_type']}, not dot; rebuild it")
         names = {name.lower(): name for name in (*KINDS, "IvfHnswSq")}
-        kind = names.get(str(indices[0].index_type).replace("_", "").lower(), str(indices[0].index_type))
+        kind = names.get(str(entry.index_type).replace("_", "").lower(), str(entry.index_type))
         return "HnswSq" if kind == "IvfHnswSq" else kind
+
+    def _entry(self) -> Any | None:
+        """The engine's own of the index over :attr:`met`, or else over the class ids; ``None`` where there is none."""
+        with _said(self.address, "reading its indexes"):
+            entries = {tuple(entry.columns): entry for entry in self.table.list_indices()}
+        return entries.get((self.met,), entries.get((CLASS,)))
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray, IntArray]:
         """The ``k`` rows that the index finds nearest: affinities, largest first, row numbers, class ids, ``[q, k]``.
@@ -401,16 +421,17 @@ class KeyTable:
             )
 
     def build_index(self, kind: str) -> None:
-        """Build the index over all keys, or their points, anew, or have none (``Flat``)."""
+        """Build the index over all keys, or their points, or class ids (``Classes``), anew, or have none (``Flat``)."""
         self._lists = None
         with _said(self.address, f"building its index ({kind})"):
-            if kind == FLAT:
-                for entry in self.table.list_indices():
-                    self.table.drop_index(entry.name)
-                return
-            config = getattr(lancedb().index, kind)
-            lists, settings = lists_for(self.rows, kind), {"sample_rate": TRAINED_ON, "max_iterations": ROUNDS}
-            self.table.create_index(self.met, config=config(distance_type="dot", num_partitions=lists, **settings))
+            for entry in self.table.list_indices():
+                self.table.drop_index(entry.name)
+            if kind == CLASSES:
+                self.table.create_index(CLASS, config=lancedb().index.BTree())
+            elif kind != FLAT:
+                config = getattr(lancedb().index, kind)
+                lists, settings = lists_for(self.rows, kind), {"sample_rate": TRAINED_ON, "max_iterations": ROUNDS}
+                self.table.create_index(self.met, config=config(distance_type="dot", num_partitions=lists, **settings))
 
     def drop_points(self) -> None:
         """Have the points no more, nor the index over them."""
@@ -420,9 +441,9 @@ class KeyTable:
 
     def unindexed(self) -> int:
         """Rows that the index does not hold; 0 where there is none."""
+        entry = self._entry()
         with _said(self.address, "reading its index"):
-            indices = [entry for entry in self.table.list_indices() if list(entry.columns) == [self.met]]
-            stats = self.table.index_stats(indices[0].name) if indices else None
+            stats = None if entry is None else self.table.index_stats(entry.name)
         return 0 if stats is None else int(stats.num_unindexed_rows)
 
     @property

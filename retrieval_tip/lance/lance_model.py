@@ -26,26 +26,17 @@ from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier import AnsweringIndex, spread
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.lance.key_table import (
-    FLAT,
-    POINT,
-    ROW,
-    SCANNED,
-    VECTOR,
-    VERSION,
-    KeyTable,
-)
+from retrieval_tip.lance.key_table import FLAT, POINT, VECTOR, VERSION, KeyTable
+from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
 from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
-from retrieval_tip.retrieval.keys import KeyStream, index_over, points_of
-from retrieval_tip.retrieval.logits import Nearest, Retrieval
+from retrieval_tip.retrieval.keys import index_over, points_of
+from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.settings import Built, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.writer import write
 
-HELD_BYTES = 1 << 29
-"""Keys up to this size stay in memory once they were read, where there is no index."""
 MOST_TAKEN = 1 << 29
 """Bytes of keys that are taken out of a table as an index of their own, in memory."""
 MOVED = {"float32": 1e-4, "float16": 4e-3}
@@ -57,79 +48,6 @@ FAR, ROUNDED = 1e-6, 1e-9
 largest key's value, and of the sum's. Both sums are float64, so that one wrong key of a million is seen."""
 
 IntArray = npt.NDArray[np.int64]
-
-
-class LanceKeys(KeyStream):
-    """The keys of a table, or their points; ``classes`` says how many each class has, and what they add up to."""
-
-    def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
-        counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
-        super().__init__((int(classes.counts.sum()), classes.text.shape[1]), counts, device)
-        self.table, self._sums = table, classes.sums if classes.points is None else classes.points
-
-    @cached_property
-    def sums(self) -> Tensor:
-        """Sum of the keys of each class ``[c, d]``."""
-        return torch.from_numpy(self._sums.astype(np.float32)).to(self.device)
-
-    @cached_property
-    def _held(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return list(self._read())
-
-    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        n_read = 0
-        column = self.table.met
-        for batch in self.table.scan(["class_id", column], with_rows=True, size=SCANNED):
-            ids = self.table.class_ids(batch["class_id"], self.n_classes)
-            keys, rows = self.table.matrix(batch[column]), batch[ROW].to_numpy().astype(np.int64)
-            if (ids[1:] < ids[:-1]).any():
-                order = np.argsort(ids, kind="stable")
-                keys, ids, rows = keys[order], ids[order], rows[order]
-            for start in range(0, len(ids), self._block_size()):
-                part = slice(start, start + self._block_size())
-                block = (np.array(keys[part], dtype=np.float32), ids[part].copy(), rows[part].copy())
-                yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
-            n_read += len(ids)
-        if n_read != self.n:
-            raise StoreError(
-                f"{self.table.address}: has {n_read} rows, its manifest says {self.n}; use another version"
-            )
-
-    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """:meth:`blocks` with the numbers ``[b]`` that the table knows the rows by."""
-        return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See :meth:`keys.KeyStream.blocks`."""
-        return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
-
-    def nearest(self, features: Tensor, k: int) -> Nearest:
-        """The ``k`` nearest of all keys, which are all compared with each query."""
-        none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
-        best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
-        for keys, ids, rows in self.numbered_blocks():
-            affinity, place = tip.affinity(features, keys).topk(min(k, len(keys)), dim=1)
-            every = [torch.cat(pair, dim=1) for pair in zip(best, (affinity, rows[place], ids[place]), strict=True)]
-            kept = every[0].topk(min(k, every[0].shape[1]), dim=1).indices
-            best = tuple(part.gather(1, kept) for part in every)
-        return Nearest(*best)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanceRetrieval(Retrieval):
-    """Of keys in a LanceDB table, by its index, or by comparing with all where it has none."""
-
-    keys: LanceKeys
-    kind: str
-
-    def nearest(self, points: Tensor, k: int) -> Nearest:
-        """The ``k`` nearest keys; affinities are to the keys themselves, also where the index compresses them."""
-        k = min(k, self.keys.n)
-        if self.kind == FLAT:
-            return self.keys.nearest(points, k)
-        hits = self.keys.table.search(points.cpu().numpy(), k)
-        affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
-        return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))
 
 
 @dataclass(repr=False, kw_only=True)

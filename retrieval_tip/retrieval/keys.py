@@ -38,7 +38,7 @@ FEW = 8
 """Queries of a class up to which a product runs along its keys; for more of them, keys are packed for it first."""
 
 SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
-"""The sample that :meth:`Keys.slack` is measured on: keys as queries, the nearest classes of each, keys of these."""
+"""The sample of :meth:`KeyStream.slack`: keys as queries, the nearest classes of each, keys of these."""
 
 SPREAD_QUANTILE = 0.999
 MOST_SLACK = 1e9
@@ -199,6 +199,7 @@ class KeyStream(ABC):
         self.n, self.d = shape
         self.counts, self.n_classes, self.device = counts, len(counts), device
         self._known_means = means
+        self._slack: dict[float, float] = {}
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -249,6 +250,70 @@ class KeyStream(ABC):
             for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
+
+    @abstractmethod
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
+        """The keys ``[b, d]`` of some classes, ascending, on the device, each with the place of its class among these.
+
+        They are as they are stored, or float32. A class may come in several blocks, which may share their memory.
+        """
+
+    def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
+        """Cache logits ``[q, p]`` of some classes of each query, each summed over all of its keys.
+
+        ``classes`` ``[q, p]`` int64; where ``met`` ``[q, p]`` is false, the logit is 0 and no key is read. Queries that
+        meet a class meet it together, so that its keys are read once.
+        """
+        query, slot = met.nonzero(as_tuple=True)
+        ids, order = classes[query, slot].sort()
+        query, slot = query[order], slot[order]
+        sums = features.new_zeros(len(ids))
+        groups, counts = ids.unique_consecutive(return_counts=True)
+        sizes, ends = counts.tolist(), counts.cumsum(0).tolist()
+        memory = features.new_empty(max([QUERY_BLOCK * KEY_BLOCK, *sizes]))
+        for place, block in self.of_classes(groups.cpu().numpy()):
+            size = sizes[place]
+            own = slice(ends[place] - size, ends[place])
+            asked = features[query[own]]
+            for part in block.split(max(1, len(memory) // size)):
+                keys = part.float()
+                rows, columns = (keys, asked) if size <= FEW else (asked, keys)
+                affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
+                sums[own] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
+        logits = features.new_zeros(classes.shape)
+        logits[query, slot] = sums
+        return logits
+
+    def slack(self, beta: float) -> float:
+        """The excess of a class's cache logit over what its mean affinity says, as a fraction, hardly ever exceeded.
+
+        ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class near to a query, measured once
+        on a sample of keys as queries and their nearest other classes; the quantile :data:`SPREAD_QUANTILE`.
+        """
+        if beta not in self._slack:
+            self._slack[beta] = self._measured_slack(beta)
+        return self._slack[beta]
+
+    def _measured_slack(self, beta: float) -> float:
+        features, own = self._sample()
+        near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
+        near.scatter_(1, own[:, None], -torch.inf)
+        highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
+        affinity = self._spread(features, classes).double()
+        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # of nothing that underflows
+        excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
+        return float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
+
+    @abstractmethod
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """At most :data:`SPREAD_QUERIES` keys as queries ``[m, d]`` float32, and their class ids ``[m]``."""
+
+    @abstractmethod
+    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Affinities ``[m, p, s]`` of queries to ``s`` (:data:`SPREAD_KEYS`) keys of each of their classes ``[m, p]``.
+
+        What stands for a class without keys does not matter.
+        """
 
     def cache_logits(
         self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
@@ -340,7 +405,6 @@ class Keys(KeyStream):
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # not Arrow's own
         total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
-        self._slack: dict[float, float] = {}
         self._products: dict[float, torch.dtype] = {}
         self._on_device: Tensor | None = None
         self._fits: bool | None = None
@@ -480,36 +544,12 @@ class Keys(KeyStream):
                 best, least = dtype, min(taken[1:])
         return best
 
-    def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
-        """Cache logits ``[q, p]`` of some classes of each query, each summed over all of its keys.
-
-        ``classes`` ``[q, p]`` int64; where ``met`` ``[q, p]`` is false, the logit is 0 and no key is read. Queries that
-        meet a class meet it together, so that its keys are read once.
-        """
-        query, slot = met.nonzero(as_tuple=True)
-        ids, order = classes[query, slot].sort()
-        query, slot = query[order], slot[order]
-        sums = features.new_zeros(len(ids))
-        groups, sizes = ids.unique_consecutive(return_counts=True)
-        memory = features.new_empty(max([QUERY_BLOCK * KEY_BLOCK, *sizes.tolist()]))
-        at = 0
-        for class_id, size in zip(groups.tolist(), sizes.tolist(), strict=True):
-            asked = features[query[at : at + size]]
-            step = max(1, len(memory) // size)
-            for part in self._ranges(class_id, step):
-                keys = self._rows(part).float()
-                rows, columns = (keys, asked) if size <= FEW else (asked, keys)
-                affinity = tip.affinity(rows, columns, out=memory[: size * len(keys)].view(len(rows), len(columns)))
-                sums[at : at + size] += tip.weight(affinity, beta, out=affinity).sum(0 if size <= FEW else 1)
-            at += size
-        logits = features.new_zeros(classes.shape)
-        logits[query, slot] = sums
-        return logits
-
-    def _ranges(self, class_id: int, size: int) -> Iterator[slice]:
-        """Slices of the keys of a class, at most ``size`` of them a slice."""
-        for first, last in self.starts[:, class_id : class_id + 2].tolist():
-            yield from (slice(start, min(start + size, last)) for start in range(first, last, size))
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
+        """See :meth:`KeyStream.of_classes`."""
+        for place, class_id in enumerate(class_ids.tolist()):
+            for first, last in self.starts[:, class_id : class_id + 2].tolist():
+                if first < last:
+                    yield place, self._rows(slice(first, last))
 
     def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
         """Rows ``[q, m]`` int64 of the keys of some classes ``[q, p]`` of each query, where ``met``; -1 fills up."""
@@ -536,30 +576,16 @@ class Keys(KeyStream):
             return resident[rows]
         return torch.from_numpy(self.array[rows.cpu().numpy()]).to(self.device)
 
-    def slack(self, beta: float) -> float:
-        """The excess of a class's cache logit over what its mean affinity says, as a fraction, hardly ever exceeded.
-
-        ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class near to a query, measured once
-        on a sample of keys as queries and their nearest other classes; the quantile :data:`SPREAD_QUANTILE`.
-        """
-        if beta not in self._slack:
-            self._slack[beta] = self._measured_slack(beta)
-        return self._slack[beta]
-
-    def _measured_slack(self, beta: float) -> float:
-        asked = torch.linspace(
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        rows = torch.linspace(
             0, self.n - 1, min(self.n, SPREAD_QUERIES), dtype=torch.float64, device=self.device
         ).long()  # in float32 the last one would be n from 16,777,220 keys on
-        features = self._gathered(asked).float()
-        near = tip.affinity(features, self.means).masked_fill_(self.counts == 0, -torch.inf)
-        near.scatter_(1, self.class_ids[asked, None], -torch.inf)
-        highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
+        return self._gathered(rows).float(), self.class_ids[rows]
+
+    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         every = np.diff(self.starts, axis=1)
         most = every.argmax(axis=0), np.arange(self.n_classes)  # the segment that holds most of a class stands for it
         starts, counts = (torch.from_numpy(x[most]).to(self.device) for x in (self.starts[:, :-1], every))
         steps = torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
-        affinity = self.affinity(features, rows.reshape(len(asked), -1)).view(rows.shape).double()
-        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # of nothing that underflows
-        excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
-        return float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
+        return self.affinity(features, rows.reshape(len(features), -1)).view(rows.shape)

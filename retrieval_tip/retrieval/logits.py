@@ -99,6 +99,11 @@ class Retrieval(ABC):
         """``phi(f)``: where queries lie among the keys, ``[q, d]``."""
         return features if self.metric is None else self.metric(features)
 
+    @property
+    @abstractmethod
+    def by_class(self) -> bool:
+        """Whether queries meet whole classes."""
+
     @abstractmethod
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys of each query."""
@@ -139,7 +144,10 @@ class Retrieval(ABC):
     def _meet(
         self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool, neighbours: int
     ) -> Nearest | None:
-        """Fill ``terms`` with logits over about ``k`` keys, here the nearest, of which ``neighbours`` are returned."""
+        """Fill ``terms`` with logits over about ``k`` keys; of the nearest ones, ``neighbours`` are returned."""
+        if self.by_class:
+            self._meet_classes(features, points, k, terms, certify)
+            return None
         settings, kept = self.settings, []
         for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
             tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=terms.text[part])
@@ -153,6 +161,50 @@ class Retrieval(ABC):
             if neighbours:
                 kept.append(near.first(neighbours))
         return Nearest.joined(kept) if kept else None
+
+    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool) -> None:
+        """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
+
+        First come all queries' classes: the more queries meet a class at once, the less often its keys are read.
+        """
+        settings, keys, text, cache = self.settings, self.keys, terms.text, terms.cache
+        slack, most = keys.slack(settings.beta), min(self._most(k), keys.n_classes)
+        classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
+        met = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
+        for part in self._parts(len(features)):
+            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=text[part])
+            tip.affinity(points[part], keys.means, out=cache[part])
+            tip.at_mean(keys.counts, cache[part], settings.beta, out=cache[part])
+            classes[part], met[part] = tip.promising(text[part], cache[part], settings.alpha, slack, most)
+            if certify:
+                terms.settled[part] = tip.settled(text[part], cache[part], settings.alpha, slack, classes[part])
+        self._over_classes(points, cache, classes, met)
+
+    def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
+        """Put logits over the keys of ``classes`` ``[q, p]``, where ``met``, into ``cache``, till then at means."""
+        exact = self.keys.class_logits(points, classes, met, self.settings.beta)
+        _put(cache, classes, met, exact, self.settings.tail)
+
+    def _most(self, k: int) -> int:
+        """The number of classes that hold about ``k`` keys."""
+        return max(LEAST_CLASSES, round(k / self.keys.mean_count))
+
+    def _near_classes(self, points: Tensor, k: int) -> Tensor:
+        """The classes ``[q, m]`` with the nearest means, that hold four times ``k`` keys; -1 is none."""
+        number = min(self.keys.n_classes, max(8, round(4 * k / self.keys.mean_count)))
+        near = self._nearest_means(points, number)
+        while number < self.keys.n_classes and (self._held(near) < k).any():
+            number = min(self.keys.n_classes, 4 * number)  # these have no keys, or few
+            near = self._nearest_means(points, number)
+        return near
+
+    @abstractmethod
+    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
+        """The classes ``[q, number]`` with the nearest means."""
+
+    def _held(self, classes: Tensor) -> Tensor:
+        """Keys that classes ``[q, m]`` hold together; -1 is none."""
+        return self.keys.counts[classes.clamp_min(0)].where(classes >= 0, 0).sum(1)
 
     def _over(self, near: Nearest, tail: tip.Totals | None) -> Tensor:
         """Cache logits ``[q, c]`` over keys of each query's own."""
@@ -182,35 +234,17 @@ class IndexRetrieval(Retrieval):
             return super()._over_all(points, text)
         return self.keys.cache_logits(points, self.settings.beta, self.values)
 
-    def _meet(
-        self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool, neighbours: int
-    ) -> Nearest | None:
-        if not self.index.by_class:
-            return super()._meet(features, points, k, terms, certify, neighbours)
-        self._meet_classes(features, points, k, terms, certify)
-        return None
+    @property
+    def by_class(self) -> bool:
+        """Whether queries meet whole classes."""
+        return self.index.by_class
 
-    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool) -> None:
-        """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
-
-        First come all queries' classes: the more queries meet a class at once, the less often its keys are read.
-        """
-        settings, keys, text, cache = self.settings, self.keys, terms.text, terms.cache
-        slack, most = keys.slack(settings.beta), min(self._most(k), keys.n_classes)
-        classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
-        met = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
-        for part in self._parts(len(features)):
-            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=text[part])
-            tip.affinity(points[part], keys.means, out=cache[part])
-            tip.at_mean(keys.counts, cache[part], settings.beta, out=cache[part])
-            classes[part], met[part] = tip.promising(text[part], cache[part], settings.alpha, slack, most)
-            if certify:
-                terms.settled[part] = tip.settled(text[part], cache[part], settings.alpha, slack, classes[part])
+    def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
+        keys, settings = self.keys, self.settings
         if self.values is None:
-            exact = keys.class_logits(points, classes, met, settings.beta)
-            _put(cache, classes, met, exact, settings.tail)
+            super()._over_classes(points, cache, classes, met)
             return
-        for part in slices(len(features), QUERY_BLOCK):
+        for part in slices(len(points), QUERY_BLOCK):
             rows = keys.rows_of(classes[part], torch.ones_like(met[part]))  # what keys give to others has no bound
             totals = tip.Totals.of(points[part], keys.sums, keys.counts) if settings.tail else None
             cache[part] = self._over(self._described(keys.affinity(points[part], rows), rows), totals)
@@ -243,14 +277,10 @@ class IndexRetrieval(Retrieval):
         return self._described(affinity if self.index.exact_affinity else self.keys.affinity(points, rows), rows)
 
     def _nearest_of_classes(self, points: Tensor, k: int) -> Nearest:
-        """The nearest keys among those of the classes with the nearest means, that hold four times as many."""
+        """The nearest keys among those of the classes with the nearest means (:meth:`_near_classes`)."""
         k = min(k, self.keys.n)
-        number = min(self.keys.n_classes, max(8, round(4 * k / self.keys.mean_count)))
-        _, near = self.index.search_tensor(points, number)
-        while number < self.keys.n_classes and (self._held(near) < k).any():
-            number = min(self.keys.n_classes, 4 * number)  # these have no keys, or few
-            _, near = self.index.search_tensor(points, number)
-        step = max(1, (1 << 22) // max(1, round(number * self.keys.mean_count)))
+        near = self._near_classes(points, k)
+        step = max(1, (1 << 22) // max(1, round(near.shape[1] * self.keys.mean_count)))
         parts: list[tuple[Tensor, Tensor]] = []
         for f, own in zip(points.split(step), near.split(step), strict=True):
             rows = self.keys.rows_of(own.clamp_min(0), own >= 0)
@@ -264,9 +294,8 @@ class IndexRetrieval(Retrieval):
         rows = torch.cat([place for _, place in parts])
         return self._described(affinity, rows)
 
-    def _held(self, classes: Tensor) -> Tensor:
-        """Keys that classes ``[q, m]`` hold together; -1 is none."""
-        return self.keys.counts[classes.clamp_min(0)].where(classes >= 0, 0).sum(1)
+    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
+        return self.index.search_tensor(points, number)[1]
 
     def shortlist(self, features: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The classes near each query by text or by mean key, ``[q, m]``, their text and their cache logits.
@@ -289,10 +318,6 @@ class IndexRetrieval(Retrieval):
         exact = keys.class_logits(points, classes.gather(1, places), met, settings.beta)
         _put(cache, places, met, exact, settings.tail)
         return classes, text, cache
-
-    def _most(self, k: int) -> int:
-        """The number of classes that hold about ``k`` keys."""
-        return max(LEAST_CLASSES, round(k / self.keys.mean_count))
 
 
 def _put(cache: Tensor, places: Tensor, met: Tensor, exact: Tensor, tail: bool) -> None:

@@ -1,0 +1,214 @@
+"""The keys of a LanceDB table as queries meet them: all, a block at a time, those of some classes, or the nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.classifier import spread
+from retrieval_tip.errors import StoreError
+from retrieval_tip.lance.key_table import CLASS, CLASSES, FLAT, ROW, SCANNED, KeyTable
+from retrieval_tip.lance.versions import Classes
+from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
+from retrieval_tip.retrieval.logits import Nearest, Retrieval
+from retrieval_tip.retrieval.vector_index import Product
+
+HELD_BYTES = 1 << 29
+"""Keys up to this size stay in memory once they were read, where there is no index."""
+PIECE = 1 << 26
+"""Bytes of keys, as float32, that are read of some classes at a time."""
+SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
+"""Bytes of keys that are read for the sample of :meth:`LanceKeys.slack`, unless that has too few queries then."""
+
+IntArray = npt.NDArray[np.int64]
+
+
+class LanceKeys(KeyStream):
+    """The keys of a table, or their points; ``classes`` says how many each class has, and what they add up to."""
+
+    def __init__(self, table: KeyTable, classes: Classes, device: str) -> None:
+        counts = torch.from_numpy(classes.counts.astype(np.float32)).to(device)
+        super().__init__((int(classes.counts.sum()), classes.text.shape[1]), counts, device)
+        self.table, self._sums = table, classes.sums if classes.points is None else classes.points
+        self._counts = classes.counts
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sum of the keys of each class ``[c, d]``."""
+        return torch.from_numpy(self._sums.astype(np.float32)).to(self.device)
+
+    @cached_property
+    def _held(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return list(self._read())
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        n_read = 0
+        column = self.table.met
+        for batch in self.table.scan(["class_id", column], with_rows=True, size=SCANNED):
+            ids = self.table.class_ids(batch["class_id"], self.n_classes)
+            keys, rows = self.table.matrix(batch[column]), batch[ROW].to_numpy().astype(np.int64)
+            if (ids[1:] < ids[:-1]).any():
+                order = np.argsort(ids, kind="stable")
+                keys, ids, rows = keys[order], ids[order], rows[order]
+            for start in range(0, len(ids), self._block_size()):
+                part = slice(start, start + self._block_size())
+                block = (np.array(keys[part], dtype=np.float32), ids[part].copy(), rows[part].copy())
+                yield tuple(torch.from_numpy(array).to(self.device) for array in block)  # type: ignore[misc]
+            n_read += len(ids)
+        if n_read != self.n:
+            raise StoreError(
+                f"{self.table.address}: has {n_read} rows, its manifest says {self.n}; use another version"
+            )
+
+    def numbered_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """:meth:`blocks` with the numbers ``[b]`` that the table knows the rows by."""
+        return iter(self._held) if self.n * self.d * 4 <= HELD_BYTES else self._read()
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`keys.KeyStream.blocks`."""
+        return ((keys, ids) for keys, ids, _ in self.numbered_blocks())
+
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
+        """See :meth:`keys.KeyStream.of_classes`."""
+        return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
+
+    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """:meth:`of_classes`, float32, with the numbers ``[b]`` that the table knows the rows by.
+
+        Classes that fit into :data:`PIECE` are read at once; the blocks of a larger one come as they are read. Blocks
+        share their memory.
+        """
+        counts, most = self._counts[class_ids], PIECE // (4 * self.d)
+        ends, start = np.cumsum(counts), 0
+        memory = np.empty((min(most, int(counts.sum())), self.d), dtype=np.float32)
+        while start < len(class_ids):
+            stop = int(np.searchsorted(ends, ends[start] - counts[start] + most, side="right"))
+            if stop <= start:
+                yield from ((start, keys, rows) for keys, rows in self._large(class_ids[start]))
+            else:
+                found = self._small(class_ids[start:stop], counts[start:stop], memory)
+                yield from ((start + place, keys, rows) for place, keys, rows in found)
+            start = max(stop, start + 1)
+
+    def _large(self, class_id: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys of a class and the numbers of their rows, as they are read."""
+        n_read = 0
+        for _, keys, rows in self._of([class_id]):
+            yield self._tensors(np.array(keys, dtype=np.float32), rows)
+            n_read += len(keys)
+        self._check(n_read == self._counts[class_id])
+
+    def _small(
+        self, class_ids: IntArray, counts: IntArray, memory: npt.NDArray[np.float32]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The keys of some classes, and the numbers of their rows, all in ``memory``: a block a class, by its place."""
+        firsts, read = np.cumsum(counts) - counts, np.zeros_like(counts)
+        held, numbers = memory[: counts.sum()], np.empty(counts.sum(), dtype=np.int64)
+        for ids, keys, rows in self._of(class_ids.tolist()):
+            own = np.searchsorted(class_ids, ids)
+            order, found = np.argsort(own, kind="stable"), np.bincount(own, minlength=len(counts))
+            self._check((read + found <= counts).all())
+            places = np.repeat(firsts + read - (np.cumsum(found) - found), found) + np.arange(len(own))
+            held[places], numbers[places] = keys[order], rows[order]
+            read += found
+        self._check((read == counts).all())
+        every, every_row = self._tensors(held, numbers)
+        for place in np.flatnonzero(counts).tolist():
+            part = slice(int(firsts[place]), int(firsts[place] + counts[place]))
+            yield place, every[part], every_row[part]
+
+    def _of(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, npt.NDArray[Any], IntArray]]:
+        """Class ids, keys and the numbers of rows of some classes, some at a time, as they lie in the table."""
+        for batch in self.table.scan_of(CLASS, class_ids, [CLASS, self.table.met], with_rows=True):
+            if len(batch):
+                rows = batch[ROW].to_numpy().astype(np.int64)
+                yield batch[CLASS].to_numpy(), self.table.matrix(batch[self.table.met]), rows
+
+    def _check(self, whole: bool | np.bool_) -> None:
+        if not whole:
+            raise StoreError(f"{self.table.address}: has other keys than its manifest says; check it with index verify")
+
+    def _tensors(self, keys: npt.NDArray[np.float32], numbers: IntArray) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(keys).to(self.device), torch.from_numpy(numbers).to(self.device)
+
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        number, key = SPREAD_QUERIES, 4 * self.d
+        if self.n * key > SPREAD_BYTES:  # else all are read at most
+            number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
+        some = self.table.offsets(spread(self.n, number), [CLASS, self.table.met])
+        keys, ids = self.table.matrix(some[self.table.met]), self.table.class_ids(some[CLASS], self.n_classes)
+        return self._tensors(np.array(keys, dtype=np.float32), ids)
+
+    def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
+        affinity = features.new_zeros(*classes.shape, SPREAD_KEYS)
+        steps, asked = torch.arange(SPREAD_KEYS, device=self.device), classes.unique()
+        for place, keys in self.of_classes(asked.cpu().numpy()):
+            query, slot = (classes == asked[place]).nonzero(as_tuple=True)
+            affinity[query, slot] = tip.affinity(features[query], keys[len(keys) * steps // SPREAD_KEYS])
+        return affinity
+
+    def nearest_of_classes(self, features: Tensor, classes: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest keys of each query among those of its ``classes`` ``[q, m]``."""
+        shape, device = (len(features), k), self.device
+        best = Nearest(
+            torch.full(shape, -torch.inf, device=device),
+            torch.full(shape, -1, device=device),
+            torch.full(shape, self.n_classes, device=device),
+        )
+        asked = classes.unique()
+        for place, keys, rows in self.numbered_of_classes(asked.cpu().numpy()):
+            query = (classes == asked[place]).any(dim=1).nonzero()[:, 0]
+            affinity, near = tip.affinity(features[query], keys).topk(min(k, len(keys)), dim=1)
+            found = (affinity, rows[near], asked[place].expand(near.shape))
+            columns = (best.affinity, best.rows, best.class_ids)
+            both = [torch.cat([column[query], part], dim=1) for column, part in zip(columns, found, strict=True)]
+            kept = both[0].topk(k, dim=1).indices
+            for column, part in zip(columns, both, strict=True):
+                column[query] = part.gather(1, kept)
+        return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
+
+    def nearest(self, features: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest of all keys, which are all compared with each query."""
+        none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
+        best: tuple[Tensor, ...] = (features.new_empty(len(features), 0), none, none)
+        for keys, ids, rows in self.numbered_blocks():
+            affinity, place = tip.affinity(features, keys).topk(min(k, len(keys)), dim=1)
+            every = [torch.cat(pair, dim=1) for pair in zip(best, (affinity, rows[place], ids[place]), strict=True)]
+            kept = every[0].topk(min(k, every[0].shape[1]), dim=1).indices
+            best = tuple(part.gather(1, kept) for part in every)
+        return Nearest(*best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanceRetrieval(Retrieval):
+    """Of keys in a LanceDB table, by its index, or by comparing with all where it has none."""
+
+    keys: LanceKeys
+    kind: str
+
+    @property
+    def by_class(self) -> bool:
+        """Whether queries meet whole classes."""
+        return self.kind == CLASSES
+
+    def _nearest_means(self, points: Tensor, number: int) -> Tensor:
+        return Product(self.keys.means).search(points, number)[1]
+
+    def nearest(self, points: Tensor, k: int) -> Nearest:
+        """The ``k`` nearest keys; affinities are to the keys themselves, also where the index compresses them."""
+        k = min(k, self.keys.n)
+        if self.kind == FLAT:
+            return self.keys.nearest(points, k)
+        if self.by_class:
+            return self.keys.nearest_of_classes(points, self._near_classes(points, k), k)
+        hits = self.keys.table.search(points.cpu().numpy(), k)
+        affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
+        return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))
