@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import logging
 import os
 import shutil
@@ -32,6 +33,7 @@ from retrieval_tip.store import query as sql
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and os.sysconf("SC_AVPHYS_PAGES") * 4096 > ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # flushing to a disk is a tenth of the time elsewhere
+gc.disable()  # until all is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
 
 T = TypeVar("T")
@@ -118,6 +120,12 @@ def for_all(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     """A folder that the processes of one run share."""
     shared_by_workers = "PYTEST_XDIST_WORKER" in os.environ  # whose folders lie side by side
     return tmp_path_factory.getbasetemp().parent / name if shared_by_workers else tmp_path_factory.mktemp(name)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays for good: to look through it for garbage, time and again, took a sixth of the time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

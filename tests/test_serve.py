@@ -28,6 +28,7 @@ from click.testing import Result
 from PIL import Image
 from serving import photographs, random_index, rest, running, server, told
 
+from retrieval_tip import CacheModel
 from retrieval_tip.server import limits as limits_module
 from retrieval_tip.server import run as run_module
 from retrieval_tip.server.app import create_app
@@ -501,6 +502,30 @@ def test_serving_says_what_it_needs(things: Path, run: Callable[..., Result], mo
     result = run("serve", things)
     assert result.exit_code == 2
     assert "pip install 'retrieval-tip[serve]'" in result.stderr
+
+
+def test_a_version_is_let_go_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:
+    """With the files that it maps, and without a search for garbage, which would hold up every answer."""
+    folder = shutil.copytree(random_things, tmp_path / "index")
+    served = open_all([folder], "cpu", "float32", "fast")
+    with running(create_app(served)) as place:
+        url = "http://{}:{}/v1/classify?explain=true".format(*place)
+        before = weakref.ref(served["index"].now.cache)
+        gc.disable()
+        try:
+            for change in range(2):
+                assert httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == 1 + change
+                other = CacheModel.load(folder, device="cpu")
+                other.add(np.eye(64, dtype=np.float32)[:1], ["class 0"])
+                other.save(folder)
+                del other
+                deadline = time.monotonic() + 30
+                while served["index"].now.manifest.version == 1 + change and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            assert httpx.post(url, json={"features": [[0.125] * 64]}).json()["version"] == 3
+            assert before() is None
+        finally:
+            gc.enable()
 
 
 def test_a_stopped_server_lets_its_indexes_go(random_things: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import threading
@@ -254,7 +253,6 @@ class Served:
                 metrics.RELOADS.labels(self.name, "failed").inc()
                 self._failed_at = time.monotonic()
             self._seen = stamp
-            gc.collect()  # the version before, and the files that it maps
             return self.now
 
 
