@@ -128,6 +128,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """At the end it is taken down: some of it says else that it was not (openvino, triton)."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One encoding cache for the whole run, so that no test encodes what another has."""
