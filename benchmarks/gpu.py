@@ -131,7 +131,7 @@ def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -
         backbone = load_backbone(model, device=device, precision=precision)
         run = encoding.ours(backbone)
         sides[precision] = measured(lambda run=run: run(paths), like, rounds)
-        pixels = torch.rand(backbone.batch_size, 3, *backbone._size)
+        pixels = torch.rand(backbone.batch_size, 3, *backbone.size)
         tower = measured(lambda own=backbone, pixels=pixels: own.encode_images(pixels), like, rounds)
         each = tower.seconds * len(paths) / len(pixels)
         sides[f"tower alone, {precision}"] = Figure(each, tower.peak)

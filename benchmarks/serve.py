@@ -132,7 +132,16 @@ def plain(folder: Path, what: str, device: str) -> None:
         return cache.classify(features, top=TOP, k=cache.settings.k, tail=cache.settings.tail, neighbours=NEIGHBOURS)
 
     def answer(names: Iterable[str], predictions: Iterable[Prediction]) -> dict[str, Any]:
-        fields = ("label", "probability", "labels", "probabilities", "text_logit", "cache_logit", "neighbours")
+        fields = (
+            "label",
+            "probability",
+            "labels",
+            "probabilities",
+            "text_logit",
+            "cache_logit",
+            "neighbours",
+            "unlike",
+        )
         results = [
             {"input": name} | {field: getattr(found, field) for field in fields}
             for name, found in zip(names, predictions, strict=True)
