@@ -6,6 +6,7 @@ One cluster of two nodes serves the whole file, and one connection most of it: s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -342,9 +343,15 @@ def test_evaluating_gives_the_same_figures(cluster, run, asked, kind):
         "float32",
     )
     ray = ("--engine", "ray", "--ray-address", cluster, "--actors", 1, "--shard-size", 7)
-    done = run("evaluate", place, asked / "test.parquet", *options, *ray)
+    handler, logger = logging.StreamHandler(), logging.getLogger("ray.data")
+    logger.addHandler(handler)
+    try:
+        done = run("evaluate", place, asked / "test.parquet", *options, *ray)
+    finally:
+        logger.removeHandler(handler)
     assert done.exit_code == 0, done.stderr
     assert (done.stdout, done.stderr) == (local.stdout, local.stderr)
+    assert handler.level == logging.NOTSET  # only Ray's own are silenced
 
 
 def test_a_ray_of_its_own_classifies_the_same_and_says_nothing_of_itself(run, asked):

@@ -209,8 +209,8 @@ def through(task: Task, shards: Sequence[Shard], ray: Ray, *, progress: bool = F
 def _stream(module: Any, task: Task, shards: Sequence[Shard], place: Room) -> Iterator[Summary]:
     from ray import data
 
-    for handler in logging.getLogger("ray.data").handlers:  # set up when it is imported
-        if isinstance(handler, logging.StreamHandler):
+    for handler in logging.getLogger("ray.data").handlers:  # its own are set up when it is imported
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
             handler.setLevel(logging.CRITICAL + 1)
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
