@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
+import psutil
 import pyarrow as pa
 import pytest
 import standin
@@ -31,8 +32,8 @@ from retrieval_tip.settings import Settings
 from retrieval_tip.store import query as sql
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
-if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and os.sysconf("SC_AVPHYS_PAGES") * 4096 > ROOM:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # flushing to a disk is a tenth of the time elsewhere
+if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # on a disk, waiting for it takes a tenth of the time
 gc.disable()  # until all is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
 

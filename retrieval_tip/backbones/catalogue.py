@@ -201,11 +201,10 @@ def _bytes(name: str) -> int | None:
     import open_clip
     import timm
     import torch
-    from huggingface_hub import try_to_load_from_cache
 
     described = {} if name.startswith("timm:") else open_clip.get_model_config(name)["text_cfg"]
     elsewhere = described.get("hf_model_name")
-    if elsewhere and not isinstance(try_to_load_from_cache(elsewhere, "config.json"), str):
+    if elsewhere and not is_cached(elsewhere, ["config.json"]):
         return None
     level = logging.root.manager.disable
     try:
@@ -227,11 +226,11 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.
 """Files that open_clip and timm look for on a hub, in this order."""
 
 
-def is_cached(repository: str | None) -> bool:
-    """Whether the weights of a repository of the hub are on this machine."""
+def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
+    """Whether one of these files of a repository of the hub, by default its weights, is on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(repository, file) for file in WEIGHTS] if repository else []
+    found = [try_to_load_from_cache(repository, file) for file in files] if repository else []
     return any(isinstance(path, str) for path in found)
 
 

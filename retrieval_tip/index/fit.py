@@ -73,7 +73,6 @@ def fit_table(
     Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
     """
     how: dict[str, Any] = {"metric": metric, "values": values, "validation": validation}
-    by_class = CLASSES if (factory or table.index_type) == CLASSES else None  # which has no solved values
     if table.n > closed_form.MOST_SOLVED:
         shots = TableShots(table)
         choice = closed_form.fit(shots, **how, factory=factory)
@@ -81,6 +80,7 @@ def fit_table(
         return choice
     whole = table.in_memory() if table.whole is None else table.whole
     whole.settings, whole.sums = table.settings, table.sums
+    by_class = CLASSES if (factory or table.index_type) == CLASSES else None  # which has no solved values
     choice = closed_form.fit(whole, **how, factory=by_class)
     table.settings, table.provenance = whole.settings, whole.provenance
     table.set_fitted(whole.metric, whole.fitted, factory, whole)

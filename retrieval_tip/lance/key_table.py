@@ -30,7 +30,7 @@ from retrieval_tip.store.labels import LABEL_SCHEMA
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-VECTOR, POINT, VERSION, ROW, CLASS = "vector", "_point", "version", "_rowid", "class_id"
+VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
 FLAT, CLASSES = "Flat", "Classes"
 """No index; and one over the class ids, by which the keys of a few classes are read."""
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
@@ -102,16 +102,18 @@ def grouped(rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     Of 500 keys of a class that came one by one, two classes took 21 ms to read, so grouped 4 ms.
     """
     held: list[pa.RecordBatch] = []
+    size = 0
     for batch in rows:
         held.append(batch)
-        if sum(part.nbytes for part in held) >= GROUPED:
+        size += batch.nbytes
+        if size >= GROUPED:
             yield from _grouped(held)
-            held = []
+            held, size = [], 0
     yield from _grouped(held)
 
 
 def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    ids = np.concatenate([np.empty(0, dtype=np.int32), *(batch[CLASS].to_numpy() for batch in held)])
+    ids = np.concatenate([np.empty(0, dtype=np.int32), *(batch["class_id"].to_numpy() for batch in held)])
     if (ids[1:] >= ids[:-1]).all():
         yield from held
         return
@@ -317,7 +319,7 @@ class KeyTable:
     def index(self) -> str:
         """The type of the index, ``Flat`` where there is none. Raises StoreError for one of keys that is of no dot."""
         entry = self._entry()
-        if entry is None or list(entry.columns) == [CLASS]:
+        if entry is None or list(entry.columns) == ["class_id"]:
             return FLAT if entry is None else CLASSES
         details = entry.index_details or {}
         if str(details.get("metric_type", "DOT")).lower() != "dot":
@@ -330,7 +332,7 @@ class KeyTable:
         """The engine's own of the index over :attr:`met`, or else over the class ids; ``None`` where there is none."""
         with _said(self.address, "reading its indexes"):
             entries = {tuple(entry.columns): entry for entry in self.table.list_indices()}
-        return entries.get((self.met,), entries.get((CLASS,)))
+        return entries.get((self.met,), entries.get(("class_id",)))
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray, IntArray]:
         """The ``k`` rows that the index finds nearest: affinities, largest first, row numbers, class ids, ``[q, k]``.
@@ -427,7 +429,7 @@ class KeyTable:
             for entry in self.table.list_indices():
                 self.table.drop_index(entry.name)
             if kind == CLASSES:
-                self.table.create_index(CLASS, config=lancedb().index.BTree())
+                self.table.create_index("class_id", config=lancedb().index.BTree())
             elif kind != FLAT:
                 config = getattr(lancedb().index, kind)
                 lists, settings = lists_for(self.rows, kind), {"sample_rate": TRAINED_ON, "max_iterations": ROUNDS}

@@ -15,7 +15,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.classifier import spread
 from retrieval_tip.errors import StoreError
-from retrieval_tip.lance.key_table import CLASS, CLASSES, FLAT, ROW, SCANNED, KeyTable
+from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, SCANNED, KeyTable
 from retrieval_tip.lance.versions import Classes
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
 from retrieval_tip.retrieval.logits import Nearest, Retrieval
@@ -127,10 +127,10 @@ class LanceKeys(KeyStream):
 
     def _of(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, npt.NDArray[Any], IntArray]]:
         """Class ids, keys and the numbers of rows of some classes, some at a time, as they lie in the table."""
-        for batch in self.table.scan_of(CLASS, class_ids, [CLASS, self.table.met], with_rows=True):
+        for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.met], with_rows=True):
             if len(batch):
                 rows = batch[ROW].to_numpy().astype(np.int64)
-                yield batch[CLASS].to_numpy(), self.table.matrix(batch[self.table.met]), rows
+                yield batch["class_id"].to_numpy(), self.table.matrix(batch[self.table.met]), rows
 
     def _check(self, whole: bool | np.bool_) -> None:
         if not whole:
@@ -143,8 +143,8 @@ class LanceKeys(KeyStream):
         number, key = SPREAD_QUERIES, 4 * self.d
         if self.n * key > SPREAD_BYTES:  # else all are read at most
             number = int(np.clip(SPREAD_BYTES / (SPREAD_CLASSES * self.mean_count * key), SPREAD_LEAST, number))
-        some = self.table.offsets(spread(self.n, number), [CLASS, self.table.met])
-        keys, ids = self.table.matrix(some[self.table.met]), self.table.class_ids(some[CLASS], self.n_classes)
+        some = self.table.offsets(spread(self.n, number), ["class_id", self.table.met])
+        keys, ids = self.table.matrix(some[self.table.met]), self.table.class_ids(some["class_id"], self.n_classes)
         return self._tensors(np.array(keys, dtype=np.float32), ids)
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
