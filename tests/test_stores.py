@@ -1412,21 +1412,21 @@ def clustered(n, seed, classes=20, d=32):
 
 @pytest.mark.parametrize(("kind", "classes"), [("IvfFlat", 12), ("Classes", 20)])
 def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch, kind, classes):
-    clustered = partial(globals()["clustered"], classes=classes)
+    drawn = partial(clustered, classes=classes)
     monkeypatch.setattr(draft, "INDEX_FROM", 3000)
     monkeypatch.setattr(draft, "UNINDEXED", 500)
     place, last = made(tmp_path, "lance"), f"c{classes - 1}"
-    rows, labels = clustered(2900, 1)
+    rows, labels = drawn(2900, 1)
     build_index(source(tmp_path / "t.parquet", rows, labels), place, Encoder(), fit="none", device="cpu")
     at = stores.at(place)
     assert at.load(device="cpu").index_type == "Flat"
-    more, more_labels = clustered(200, 2)
+    more, more_labels = drawn(200, 2)
     changes.add(place, source(tmp_path / "u.parquet", more, more_labels), Encoder())
     model = at.verify()
     assert (model.index_type, model.exact_search, model.n) == (kind, False, 3100)
     assert at.manifest().built.auto_index
     rows, labels = np.concatenate([rows, more]), labels + more_labels
-    queries, truths = clustered(200, 3)
+    queries, truths = drawn(200, 3)
     by_all, by_index = model.logits(queries), model.logits(queries, 64)
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
@@ -1437,7 +1437,7 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch, kind,
     assert (np.diff(near, axis=1) <= 0).all()
     assert np.isclose(near, exact, atol=1e-5).mean() > 0.95
     # What is added beside the index is found, each the nearest of itself, and counted.
-    late, late_labels = clustered(100, 4)
+    late, late_labels = drawn(100, 4)
     changes.add(place, source(tmp_path / "v.parquet", late, late_labels), Encoder())
     assert at.describe()["not_indexed"] == 100
     model = at.verify()
@@ -1450,7 +1450,7 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch, kind,
         monkeypatch.setattr(lance_keys, "SPREAD_BYTES", 1)  # as of keys that are too many
         few = at.load(device="cpu").retrieval.keys.slack(5.5)
         assert few == pytest.approx(slack, rel=0.5)
-    later, later_labels = clustered(450, 5)
+    later, later_labels = drawn(450, 5)
     changes.add(place, source(tmp_path / "w.parquet", later, later_labels), Encoder())
     assert at.describe()["not_indexed"] == 0
     model = at.verify()
