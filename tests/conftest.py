@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import gc
 import logging
@@ -35,6 +36,8 @@ MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # on a disk, waiting for it takes a tenth of the time
 gc.disable()  # until all is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)  # last of all: it has said what it has to say, and taking it down takes seconds
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
 
 T = TypeVar("T")
@@ -127,11 +130,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays for good: to look through it for garbage, time and again, took a sixth of the time."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """At the end it is taken down: some of it says else that it was not (openvino, triton)."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)  # at the end it is taken down: some of it says else that it was not (openvino, triton)
 
 
 @pytest.fixture(scope="session", autouse=True)

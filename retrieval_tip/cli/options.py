@@ -186,7 +186,7 @@ ENCODING = grouped(
     click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
                  help="Rows of feature tables: must have norm 1, are scaled to it, or are kept as they are."),
     click.option("--batch-size", type=count("batch_size"),
-                 help="Images encoded at a time.  [default: the backbone's best, 4 on a CPU, 256 on a GPU]"),
+                 help="Images encoded at a time.  [default: the backbone's best, 16 on a CPU, 256 on a GPU]"),
     click.option("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1), show_default="cores",
                  help="Threads that read and decode images."),
     click.option("--cache", type=FOLDER,
