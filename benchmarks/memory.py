@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where there is space for five times the features")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--limit", type=float, default=6.0, help="GiB; more is exit status 1")
+    parser.add_argument("--limit", type=float, default=7.5, help="GiB; more is exit status 1")
     parser.add_argument("options", nargs="*", help="further options of index build, after --")
     given = parser.parse_args()
     need = given.rows * given.dim * 4 * 5

@@ -34,6 +34,7 @@ from retrieval_tip.lance.key_table import FLAT
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
+from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import Built, KeysMet, Settings
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.store.writer import Writer, write
@@ -267,7 +268,7 @@ def _build_folder(
             labels=labels,
             class_names=names,
             text_weights=torch.zeros(len(names), d) if weights is None else torch.from_numpy(weights),
-            index=index_over(keys, ids, len(names), "Flat" if fit else factory, device="cpu"),
+            index=index_over(keys, ids, len(names), BY_CLASS if fit else factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
             settings=settings if made.asked.keeps_k else settings.but(k=met),
             templates=made.words.templates,

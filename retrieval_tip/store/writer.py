@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -61,9 +61,8 @@ class Writer:
     def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> tuple[Path, npt.NDArray[Any]]:
         """A writable memory-mapped array, its disk space reserved first (a full disk must not end in SIGBUS)."""
         path = self.stage(kind)
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         with path.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
+            _write_header(file, shape, dtype)
             start = file.tell()
             size = math.prod(shape) * np.dtype(dtype).itemsize
             file.flush()
@@ -89,13 +88,14 @@ class Writer:
         return entry
 
     def seal_array(self, kind: str, array: npt.NDArray[Any]) -> Path:
-        """Write a large array ``[rows, columns]`` as the data file of this kind. See :meth:`stage_array`."""
+        """Write a large array ``[rows, columns]`` as the data file of this kind."""
         return self.seal(kind, self._written(kind, array), len(array))
 
     def _written(self, kind: str, array: npt.NDArray[Any]) -> Path:
-        staged, place = self.stage_array(kind, array.shape, array.dtype)
-        place[:] = array
-        place.flush()  # type: ignore[attr-defined]  # a memmap
+        staged = self.stage(kind)
+        with staged.open("wb") as file:  # a map of it would count as this process's memory
+            _write_header(file, array.shape, array.dtype)
+            file.write(np.ascontiguousarray(array).data)
         return staged
 
     def seal_table(self, kind: str, table: pa.Table) -> Path:
@@ -316,6 +316,12 @@ def write_table(path: Path, table: pa.Table, what: str) -> None:
             pq.write_table(table, file)
     except pa.ArrowException as error:
         raise InputError(f"{what}: a column cannot be kept ({first_line(error)})") from None
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    """The first bytes of a ``.npy`` file."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _write(path: Path, data: bytes) -> None:
