@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections import Counter, deque
@@ -17,14 +16,22 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from retrieval_tip.backbones.base import Backbone, Identity, JpegDecoder, unit, view_size
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.feature_tables import IDENTITY_KEY, NORMS, _read_rows, same_backbone, table_dim, table_identity
+from retrieval_tip.data.feature_tables import (
+    NORMS,
+    read_rows,
+    same_backbone,
+    schema_of,
+    table_dim,
+    table_identity,
+    table_of,
+    write_blocks,
+)
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.data.tables import FEATURE, row_groups_of
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
@@ -38,6 +45,8 @@ log = logging.getLogger(__name__)
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 _Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
+_Merge = Callable[[FloatArray], FloatArray]  # of the raw views of an image [v, d]
+_Merged = dict[str, tuple[FloatArray, str] | None]  # by path, what that gives, and the digest; None was not readable
 _T = TypeVar("_T")
 
 CENTRE = "centre"
@@ -155,7 +164,7 @@ class Encoder:
         if source.paths is not None:
             if not names or len(set(names)) < len(names):
                 raise UsageError(f"views {', '.join(names) or 'none'}: at least one is needed, and each of them once")
-            values = 2 * len(first) * len(names) * self._needed_backbone(source).dim  # twice: parts, and all of them
+            values = 2 * len(first) * len(names) * self.needed_backbone(source).dim  # twice: parts, and all of them
             check_memory(4 * values, f"{len(names)} views of {len(first)} images", "use fewer views")
             source, shots = source.take(first), np.arange(len(first))
         parts = list(self._parts(source, names, _each_view))
@@ -180,16 +189,17 @@ class Encoder:
         if source.paths is None:
             raise UsageError(f"{source.name}: a feature table has no pixels; training an encoder needs the images")
         check_count("size", size)
-        backbone = self._needed_backbone(source)
+        backbone = self.needed_backbone(source)
         _check_pixels(backbone, len(source), 1, size, 2)
         start, done = 0, 0
-        chunks = _chunks(source.paths, size)
-        for chunk in self._ahead(
-            chunks, lambda path: _load(path, backbone, [name], lambda *_: None, None, self.read), 1
-        ):
+
+        def load(path: str) -> _Loaded:
+            return _load(path, backbone, [name], lambda *_: None, None, self.read)
+
+        for chunk in self._ahead(_chunks(source.paths, size), load, depth=1):
             for item in chunk:
                 if item.problem is not None:
-                    self._skip(item.path, item.problem)
+                    self._say(Skipped(show(item.path), item.problem))
             readable = [place for place, item in enumerate(chunk, start) if item.problem is None]
             if readable:
                 yield np.array(readable), torch.stack([chunk[place - start].pixels[name] for place in readable])
@@ -197,9 +207,7 @@ class Encoder:
         if not done and start:
             raise self._none_read(source)
 
-    def _parts(
-        self, source: Source, names: Sequence[str], merge: Callable[[FloatArray], FloatArray]
-    ) -> Iterator[_Part]:
+    def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
         """Items of a source with the features ``[v, d]`` that ``merge`` makes of their raw views; rows are one view."""
         done = 0
         for skipped in source.failed:
@@ -221,16 +229,14 @@ class Encoder:
         first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
         return InputError(f"{source.name}: none of its {counted(len(source), 'item')} could be read ({first})")
 
-    def _needed_backbone(self, source: Source) -> Backbone:
+    def needed_backbone(self, source: Source) -> Backbone:
+        """The backbone. Raises UsageError where there is none for these images."""
         if self.backbone is None:
             raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
         return self.backbone
 
-    def _skip(self, path: str, problem: str) -> None:
-        """Name an image that cannot be used, the first time that it is met; with ``strict``, raise."""
-        self._say(Skipped(show(path), problem))
-
     def _say(self, skipped: Skipped) -> None:
+        """Name what cannot be used, the first time that it is met; with ``strict``, raise."""
         if self.strict:
             raise InputError(f"{skipped}; leave out --strict to go on without it")
         if skipped not in self.skipped:
@@ -248,7 +254,7 @@ class Encoder:
         in_order = bool((order[1:] > order[:-1]).all())
         held: list[tuple[IntArray, FloatArray]] = []
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
-        for start, batch in _read_rows(source.table, self.norms, *rows):
+        for start, batch in read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
             if high > low:
                 part = (order[low:high], batch[ordered[low:high] - start, None])
@@ -262,15 +268,13 @@ class Encoder:
             back = np.argsort(positions)
             yield positions[back], features[back], [None] * len(positions)
 
-    def _image_parts(
-        self, source: Source, names: Sequence[str], merge: Callable[[FloatArray], FloatArray]
-    ) -> Iterator[_Part]:
-        backbone = self._needed_backbone(source)
+    def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
+        backbone = self.needed_backbone(source)
         assert source.paths is not None
         repeated = {path for path, times in Counter(source.paths).items() if times > 1}
-        seen: dict[str, tuple[FloatArray, str] | None] = {}
         encoded = self._encode_images(list(dict.fromkeys(source.paths)), backbone, names, merge)
-        chunk_results: dict[str, tuple[FloatArray, str] | None] = {}
+        seen: _Merged = {}
+        chunk_results: _Merged = {}
         positions: list[int] = []
         features: list[FloatArray] = []
         digests: list[str | None] = []
@@ -290,12 +294,8 @@ class Encoder:
             yield np.array(positions), np.stack(features), digests
 
     def _encode_images(
-        self,
-        paths: Sequence[str],
-        backbone: Backbone,
-        names: Sequence[str],
-        merge: Callable[[FloatArray], FloatArray],
-    ) -> Iterator[dict[str, tuple[FloatArray, str] | None]]:
+        self, paths: Sequence[str], backbone: Backbone, names: Sequence[str], merge: _Merge
+    ) -> Iterator[_Merged]:
         """Merged features ``[v, d]`` and digests of images, a batch at a time."""
         scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
         size = self.batch_size or backbone.batch_size
@@ -332,16 +332,11 @@ class Encoder:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode_chunk(
-        self,
-        chunk: Sequence[_Loaded],
-        backbone: Backbone,
-        scope: str,
-        size: int,
-        merge: Callable[[FloatArray], FloatArray],
-    ) -> dict[str, tuple[FloatArray, str] | None]:
+        self, loaded: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, merge: _Merge
+    ) -> _Merged:
         import torch
 
-        chunk = [_decoded_there(item, backbone, views) for item, views in _views_there(chunk, backbone)]
+        chunk = list(_decoded_there(loaded, backbone))
         todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
         fresh: dict[tuple[str, str], FloatArray] = {}
         for batch in _chunks(list(todo), size):
@@ -352,7 +347,7 @@ class Encoder:
         if self.cache is not None and fresh:
             self.cache.put(scope, fresh)
         self.done.update(images=len(chunk), fresh=len(fresh))
-        results: dict[str, tuple[FloatArray, str] | None] = {}
+        results: _Merged = {}
         for item in chunk:
             results[item.path] = None
             problem = item.problem
@@ -363,7 +358,7 @@ class Encoder:
                 except InputError as error:
                     problem = str(error)
             if problem is not None:
-                self._skip(item.path, problem)
+                self._say(Skipped(show(item.path), problem))
         return results
 
 
@@ -438,8 +433,11 @@ def _decodes(backbone: Backbone, data: bytes) -> bool:
     return isinstance(backbone, JpegDecoder) and backbone.decodes_jpegs and images.is_plain_jpeg(data)
 
 
-def _views_there(chunk: Sequence[_Loaded], backbone: Backbone) -> Iterator[tuple[_Loaded, torch.Tensor | None]]:
-    """Images with the centre views that the backbone makes of them, all at once; without, where it can not."""
+def _decoded_there(chunk: Sequence[_Loaded], backbone: Backbone) -> Iterator[_Loaded]:
+    """Images with the centre views that the backbone makes of them, all at once.
+
+    Of a JPEG that it cannot decode, with Pillow's, or what is wrong with it.
+    """
     waiting = [item.encoded for item in chunk if item.encoded is not None]
     try:
         views = iter(_views_of(backbone, waiting) if waiting else ())
@@ -448,7 +446,15 @@ def _views_there(chunk: Sequence[_Loaded], backbone: Backbone) -> Iterator[tuple
             raise
         views = iter([_one_view(backbone, data) for data in waiting])
     for item in chunk:
-        yield item, None if item.encoded is None else next(views)
+        if item.encoded is None:
+            yield item
+            continue
+        view = next(views)
+        try:
+            found = backbone.preprocess(images.decode(item.encoded)) if view is None else view
+            yield replace(item, pixels={**item.pixels, CENTRE: found}, encoded=None)
+        except InputError as error:
+            yield replace(item, problem=str(error), encoded=None)
 
 
 def _one_view(backbone: Backbone, data: bytes) -> torch.Tensor | None:
@@ -463,17 +469,6 @@ def _views_of(backbone: Backbone, encoded: Sequence[bytes]) -> torch.Tensor:
 
     assert isinstance(backbone, JpegDecoder)
     return backbone.views_of_jpegs([torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for data in encoded])
-
-
-def _decoded_there(item: _Loaded, backbone: Backbone, view: torch.Tensor | None) -> _Loaded:
-    """The image with its centre view; of a JPEG that the backbone cannot decode, Pillow's, or what is wrong with it."""
-    if item.encoded is None:
-        return item
-    try:
-        found = backbone.preprocess(images.decode(item.encoded)) if view is None else view
-    except InputError as error:
-        return replace(item, problem=str(error), encoded=None)
-    return replace(item, pixels={**item.pixels, CENTRE: found}, encoded=None)
 
 
 @images.turn()
@@ -515,14 +510,12 @@ def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) 
 
     Written beside ``out`` and renamed in when whole. Returns the number of rows.
     """
-    path = Path(out)
     if source.table is not None:
         dim, identity = table_dim(source.table), table_identity(source.table)
-    elif encoder.backbone is not None:
-        dim, identity = encoder.backbone.dim, encoder.backbone.identity
     else:
-        raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
-    with replacing(path) as temporary:
+        backbone = encoder.needed_backbone(source)
+        dim, identity = backbone.dim, backbone.identity
+    with replacing(Path(out)) as temporary:
         return write_encoded(source, temporary, encoder, dim, identity)
 
 
@@ -535,36 +528,19 @@ def write_encoded(
     metadata: Mapping[bytes, bytes] | None = None,
 ) -> int:
     """:func:`encode_table` into this very file, of features of ``dim`` values, with more key-value metadata."""
-    kept = {
-        c: source.items[c] for c in source.items.column_names if c not in ("source", "label", FEATURE, "digest", "id")
-    }
-    with_label = "label" in source.items.column_names
-    with_digest = source.table is not None and pa.field("digest", pa.string()) in list(source.items.schema)
-    facts = {IDENTITY_KEY: json.dumps(identity.to_dict()).encode()} if identity else {}
-    schema = pa.schema(
-        [("id", pa.string()), ("label", pa.string()), (FEATURE, pa.list_(pa.float32(), dim)), ("digest", pa.string())]
-        + [(name, column.type) for name, column in kept.items()],
-        metadata=facts | dict(metadata or {}) or None,
-    )
+    own = source.items.schema
+    kept = [field for field in own if field.name not in ("source", "label", FEATURE, "digest", "id")]
+    with_digest = source.table is not None and pa.field("digest", pa.string()) in list(own)
+    further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]
+    schema = schema_of(dim, np.float32, further, identity)
+    schema = schema.with_metadata({**(schema.metadata or {}), **(metadata or {})} or None)
 
     def tables() -> Iterator[pa.Table]:
         for block in encoder.blocks(source):
             items = source.items.take(pa.array(block.positions))
-            columns = {
-                "id": items["source"],
-                "label": items["label"] if with_label else pa.nulls(len(items), pa.string()),
-                FEATURE: pa.FixedSizeListArray.from_arrays(pa.array(block.features.reshape(-1)), dim),
-                "digest": items["digest"] if with_digest else pa.array(block.digests, pa.string()),
-            } | {name: items[name] for name in kept}
-            yield pa.table(columns, schema=schema)
+            labels = items["label"] if "label" in own.names else pa.nulls(len(items), pa.string())
+            columns = {name: items[name] for name in schema.names[4:]}
+            columns["digest"] = items["digest"] if with_digest else pa.array(block.digests, pa.string())
+            yield table_of(schema, items["source"], labels, block.features, columns)
 
-    number = 0
-    plain = [column for column in schema.names if column != FEATURE]
-    with (
-        pa.OSFile(os.fsencode(file), "wb") as raw,  # bytes: the name may not be UTF-8
-        pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
-    ):
-        for table in row_groups_of(tables()):
-            writer.write_table(table)
-            number += len(table)
-    return number
+    return write_blocks(file, schema, row_groups_of(tables()))

@@ -11,16 +11,12 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import cache_folder, make_folders
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +39,10 @@ class EncodingCache:
         try:
             make_folders(self.path.parent)
             self._db = self._open()
-        except sqlite3.OperationalError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             raise self._unusable(error) from None
         except _DAMAGE:
             self._renew()
-        except OSError as error:
-            raise self._unusable(error) from None
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:

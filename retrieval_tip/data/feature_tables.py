@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from retrieval_tip.backbones.base import Backbone, Identity
@@ -20,27 +19,20 @@ from retrieval_tip.data.tables import (
     feature_column,
     few_names,
     open_parquet,
+    reading,
     row_groups,
     row_list,
     table_files,
+    vectors,
 )
 from retrieval_tip.errors import BackboneError, InputError, first_line, show
 from retrieval_tip.files import replacing
 
-if TYPE_CHECKING:
-    pass
-
 FloatArray = npt.NDArray[np.float32]
 
 IDENTITY_KEY = b"retrieval_tip.backbone"
-
-
 NORMS = ("check", "unit", "keep")
-
-
 NORM_TOLERANCE = 0.01
-
-
 TABLE_ROWS = 8192
 
 
@@ -95,11 +87,11 @@ def read_features(path: Path | str, norms: str = "check") -> Iterator[FloatArray
 
     Raises InputError naming the rows where features are missing, of unequal length, not finite, or not of unit norm.
     """
-    for _, features in _read_rows(path, norms, 0, None):
+    for _, features in read_rows(path, norms, 0, None):
         yield features
 
 
-def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
+def read_rows(path: Path | str, norms: str, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
     """:func:`read_features` with the number of each block's first row, of blocks that hold rows ``first`` to ``last``.
 
     Row groups and files without any of them are not read.
@@ -112,7 +104,7 @@ def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> It
             continue
         feature = _column(file, name)
         groups, at = row_groups(file, max(0, first - begins), None if last is None else last - begins)
-        try:
+        with reading(name):
             for batch in file.iter_batches(TABLE_ROWS, row_groups=groups, columns=[feature]):
                 if at + batch.num_rows > first - begins and batch.num_rows:
                     features = _matrix(batch.column(feature), at, dim, name)
@@ -121,8 +113,6 @@ def _read_rows(path: Path | str, norms: str, first: int, last: int | None) -> It
                 at += batch.num_rows
                 if last is not None and begins + at >= last:
                     break
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{name}: cannot be read: {str(error).strip().partition(chr(10))[0]}") from None
 
 
 def _column(file: pq.ParquetFile, name: str) -> str:
@@ -200,9 +190,7 @@ def table_of(
     schema: pa.Schema, ids: Any, labels: Any, features: npt.NDArray[Any], further: Mapping[str, Any]
 ) -> pa.Table:
     """Rows of a feature table of this schema, from features ``[m, d]``."""
-    flat = pa.array(np.ascontiguousarray(features).reshape(-1))
-    column = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
-    return pa.table({"id": ids, "label": labels, FEATURE: column, **further}, schema=schema)
+    return pa.table({"id": ids, "label": labels, FEATURE: vectors(features), **further}, schema=schema)
 
 
 def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
@@ -210,17 +198,21 @@ def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int
 
     Raises InputError where it cannot be written; then nothing is left of it.
     """
-    number = 0
-    plain = [name for name in schema.names if name != FEATURE]
     try:
-        with (
-            replacing(out) as temporary,
-            temporary.open("wb") as file,
-            pq.ParquetWriter(file, schema, use_dictionary=plain, compression="none") as writer,
-        ):
-            for block in blocks:
-                writer.write_table(block)
-                number += len(block)
+        with replacing(out) as temporary:
+            return write_blocks(temporary, schema, blocks)
     except pa.ArrowException as error:  # a type that Parquet has not
         raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
+
+
+def write_blocks(file: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
+    """:func:`write_table` into this very file. Errors are OSError and Arrow's."""
+    number, plain = 0, [name for name in schema.names if name != FEATURE]
+    with (
+        file.open("wb") as raw,
+        pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
+    ):
+        for block in blocks:
+            writer.write_table(block)
+            number += len(block)
     return number

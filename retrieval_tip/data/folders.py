@@ -38,9 +38,7 @@ class ClassFolders:
 
 def subfolders(folder: Path) -> list[os.DirEntry[str]]:
     """The folders in a folder, in name order, without the hidden ones."""
-    with os.scandir(folder) as entries:
-        folders = [entry for entry in entries if not entry.name.startswith(".") and images.is_folder(entry)]
-    return sorted(folders, key=lambda entry: entry.name)
+    return [entry for entry in images.entries(folder) if images.is_folder(entry)]
 
 
 def table_in(folder: Path) -> Path | None:
@@ -88,8 +86,7 @@ def read(folder: Path) -> ClassFolders:
         found.classes.append(name)
         found.paths.extend(inside)
         found.labels.extend([name] * len(inside))
-    with os.scandir(folder) as entries:
-        stray = [e.name for e in entries if not e.name.startswith(".") and _is_file(e)]
+    stray = [entry.name for entry in images.entries(folder) if _is_file(entry)]
     if not found.paths:
         raise _none_found(folder, stray, others)
     if empty:

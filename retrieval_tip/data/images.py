@@ -108,23 +108,23 @@ def find(folder: Path, others: Counter[str] | None = None) -> Iterator[Path]:
 
     The files that are no images are counted in ``others`` by their suffix.
     """
-    waiting = _entries(folder)
+    waiting = entries(folder)[::-1]
     while waiting:
         entry = waiting.pop()
         if is_folder(entry):
             if not entry.is_symlink():  # a link may lead back up
-                waiting += _entries(entry.path)
+                waiting += entries(entry.path)[::-1]
         elif (suffix := Path(entry.name).suffix.lower()) in extensions():
             yield Path(entry.path)
         elif others is not None:
             others[suffix] += 1
 
 
-def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, last name first."""
-    with os.scandir(folder) as entries:
-        seen = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(seen, key=lambda entry: entry.name, reverse=True)
+def entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """What is in a folder and not hidden, in name order."""
+    with os.scandir(folder) as found:
+        seen = [entry for entry in found if not entry.name.startswith(".")]
+    return sorted(seen, key=lambda entry: entry.name)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import pickle
 import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import torch
 
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE, TABLE_ROWS, schema_of, table_of, write_table
-from retrieval_tip.data.tables import FEATURE, MAX_ROWS, MAX_TEXT, few_names, open_csv, open_parquet, row_list, texts
+from retrieval_tip.data.tables import (
+    FEATURE,
+    MAX_ROWS,
+    MAX_TEXT,
+    few_names,
+    open_csv,
+    open_parquet,
+    reading,
+    row_list,
+    texts,
+)
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import check_regular, open_regular, read_regular, real
-
-log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -449,17 +455,13 @@ def _count(rows: Path | pa.Table) -> int:
 def _read_rows(rows: Path | pa.Table) -> Iterator[pa.Table]:
     """A table in blocks of :data:`TABLE_ROWS` at most; all columns of a text file are text."""
     if isinstance(rows, pa.Table):
-        batches: Iterable[pa.RecordBatch] = rows.to_batches()
-    elif rows.suffix.lower() == ".parquet":
-        batches = open_parquet(rows).iter_batches(TABLE_ROWS)
-    else:
-        batches = open_csv(rows)
-    try:
+        yield from (rows.slice(start, TABLE_ROWS) for start in range(0, len(rows), TABLE_ROWS))
+        return
+    batches = open_parquet(rows).iter_batches(TABLE_ROWS) if rows.suffix.lower() == ".parquet" else open_csv(rows)
+    with reading(show(rows)):
         for batch in batches:
             for start in range(0, len(batch), TABLE_ROWS):
                 yield pa.Table.from_batches([batch.slice(start, TABLE_ROWS)])
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{show(rows)}: cannot be read: {first_line(error)}") from None
 
 
 def _checked(features: Array, start: int, number: int, dtype: npt.DTypeLike, name: str) -> Array:

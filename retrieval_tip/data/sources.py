@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from retrieval_tip.data import folders, images, remote, tars
 from retrieval_tip.data.tables import (
@@ -200,7 +199,7 @@ def open_items(
     if (streamed := _streamed(os.fspath(path), root, labelled=False)) is not None:
         return streamed
     file = Path(path)
-    if is_parts(file):
+    if _is_table(file):
         return _table(file, root, labelled=False)
     inside = folders.subfolders(file) if os.path.isdir(file) else None
     if inside is not None and not any(next(images.find(Path(folder.path)), None) for folder in inside):
@@ -208,8 +207,6 @@ def open_items(
         if not paths:
             raise InputError(f"{show(file)}: no images in this folder")
         return of_images(paths, show(file))
-    if _is_table(file):
-        return _table(file, root, labelled=False)
     return open_source(path, split=split, root=root)
 
 
@@ -230,21 +227,16 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
         elif remote.is_remote(argument) and file.suffix.lower() in images.extensions():
             paths.append(argument)
-        elif (streamed := _streamed(argument, None, labelled=False)) is not None:
+        elif (streamed := _streamed(argument, None, labelled=False)) is not None or _is_table(file):
             if paths:
                 yield of_images(paths)
                 paths = []
-            yield streamed
-        elif os.path.isdir(file) and not is_parts(file):
+            yield _table(file, None, labelled=False) if streamed is None else streamed
+        elif os.path.isdir(file):
             inside = [str(image) for image in images.find(file)]
             if not inside:
                 raise InputError(f"{show(file)}: no images in this folder")
             paths += inside
-        elif _is_table(file):
-            if paths:
-                yield of_images(paths)
-                paths = []
-            yield _table(file, None, labelled=False)
         elif not os.path.exists(file) and glob.has_magic(argument):
             matches = sorted(glob.glob(argument, recursive=True))
             files = [match for match in matches if not os.path.isdir(match)]
@@ -301,11 +293,8 @@ def of_tars(name: str, places: Sequence[str], *, labelled: bool) -> Source:
 
 
 def _labelled_images(name: str, paths: Sequence[str], labels: Sequence[str | None]) -> Source:
-    items = {"source": pa.array([show(path) for path in paths], pa.string())}
     known = sorted({label for label in labels if label is not None})
-    if known:
-        items["label"] = pa.array(labels, pa.string())
-    return Source(name, pa.table(items), tuple(known), tuple(paths))
+    return of_images(paths, name, labels if known else None, known)
 
 
 def _remote_images(folder: str, labelled: bool) -> Source:
@@ -326,9 +315,17 @@ def _is_table(file: Path) -> bool:
     return is_parts(file) or (file.suffix.lower() in SUFFIXES and os.path.isfile(file))
 
 
-def of_images(paths: Sequence[str], name: str = "images") -> Source:
-    """Images without labels."""
-    return Source(name, pa.table({"source": pa.array([show(path) for path in paths], pa.string())}), (), tuple(paths))
+def of_images(
+    paths: Sequence[str],
+    name: str = "images",
+    labels: Sequence[str | None] | None = None,
+    class_names: Sequence[str] = (),
+) -> Source:
+    """Images, with their labels where these are known."""
+    items = {"source": pa.array([show(path) for path in paths], pa.string())}
+    if labels is not None:
+        items["label"] = pa.array(labels, pa.string())
+    return Source(name, pa.table(items), tuple(class_names), tuple(paths))
 
 
 def _folder(folder: Path, part: str | None) -> Source:
@@ -337,8 +334,7 @@ def _folder(folder: Path, part: str | None) -> Source:
     if (table := folders.table_in(folder)) is not None:
         return _table(table, None, labelled=True)
     found = folders.read(folder)
-    items = pa.table({"source": [show(path) for path in found.paths], "label": found.labels})
-    return Source(show(folder), items, tuple(found.classes), tuple(found.paths))
+    return of_images(found.paths, show(folder), found.labels, found.classes)
 
 
 def _split_file(file: Path, split: str, root: str | os.PathLike[str] | None) -> Source:
@@ -367,15 +363,15 @@ def _split_file(file: Path, split: str, root: str | os.PathLike[str] | None) -> 
     for row, (_, label, class_name) in enumerate(entries):
         if names.setdefault(label, class_name) != class_name:
             raise InputError(f"{name}: entry {row} calls label {label} {class_name!r}, before it was {names[label]!r}")
-    ordered = tuple(show(names[label]) for label in sorted(names))
+    ordered = [show(names[label]) for label in sorted(names)]
     twice = [class_name for class_name, times in Counter(ordered).items() if times > 1]
     if twice:
         raise InputError(f"{name}: class name {twice[0]!r} stands for several labels")
     folder = Path(root) if root else _image_root(file, [path for path, _, _ in entries])
     paths = [os.path.join(folder, path) for path, _, _ in entries]
-    items = pa.table({"source": [show(path) for path in paths], "label": [show(entry[2]) for entry in entries]})
-    check_texts(items, name)
-    return Source(name, items, ordered, tuple(paths))
+    source = of_images(paths, name, [show(class_name) for _, _, class_name in entries], ordered)
+    check_texts(source.items, name)
+    return source
 
 
 def _image_root(file: Path, paths: Sequence[str]) -> Path:

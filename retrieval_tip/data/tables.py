@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             waiting.clear()
     if waiting:
         yield pa.concat_tables(waiting).combine_chunks()
+
+
+def vectors(rows: npt.NDArray[Any]) -> pa.FixedSizeListArray:
+    """Rows ``[m, d]`` as a column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
 def parquet_writer(target: Any, schema: pa.Schema) -> pq.ParquetWriter:
@@ -133,8 +139,10 @@ def items_of(file: Path | str, first: int, last: int | None, *, whole: bool) -> 
             number, has_features = number + parquet.metadata.num_rows, feature is not None
             _check_rows(number, name)
             kept = [column for column in columns if column != feature]
-            tables.append(_read(show(part), lambda p=parquet, c=kept: _sound(_rows(p, c, first, last))))
-        items = _read(name, lambda: pa.concat_tables(tables))
+            with reading(show(part)):
+                tables.append(_sound(_rows(parquet, kept, first, last)))
+        with reading(name):
+            items = pa.concat_tables(tables)
     if number == 0:
         raise InputError(f"{name}: has no rows")
     if has_features and "id" not in items.column_names:
@@ -208,8 +216,7 @@ def _sound(items: pa.Table) -> pa.Table:
 def open_parquet(file: Path | str) -> pq.ParquetFile:
     """A Parquet file, memory-mapped where it is on this machine. Raises InputError where it is not one."""
     url = file if isinstance(file, str) and remote.is_remote(file) else None
-
-    def read() -> pq.ParquetFile:
+    with reading(show(file)):
         if url is None:
             check_regular(file)
         raw = pa.memory_map(os.fsencode(file)) if url is None else pa.PythonFile(remote.opened(url), "r")
@@ -217,21 +224,20 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
         "".join(parquet.schema_arrow.names)  # which may not be UTF-8
         return parquet
 
-    result: pq.ParquetFile = _read(show(file), read)
-    return result
 
-
-def _read(name: str, read: Any) -> Any:
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Errors of reading a table as InputError, in one line."""
     try:
-        return read()
+        yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
 
 
 def _read_csv(file: Path) -> pa.Table:
     """All columns as text; quoted fields may hold commas, quotes and line breaks."""
-    options = _csv_options(file)
-    return _read(show(file), lambda: _open_raw(file, pyarrow.csv.read_csv, **options))
+    with reading(show(file)):
+        return _open_raw(file, pyarrow.csv.read_csv, **_csv_options(file))
 
 
 def _read_json_lines(file: Path) -> pa.Table:
@@ -254,24 +260,18 @@ def _text(value: Any) -> str | None:
 
 def open_csv(file: Path) -> pyarrow.csv.CSVStreamingReader:
     """The same, a block at a time. Raises InputError where it cannot be read, or a column name stands twice."""
-    options = _csv_options(file)
-    reader: pyarrow.csv.CSVStreamingReader = _read(show(file), lambda: _open_raw(file, pyarrow.csv.open_csv, **options))
-    return reader
+    with reading(show(file)):
+        return _open_raw(file, pyarrow.csv.open_csv, **_csv_options(file))
 
 
 def _csv_options(file: Path) -> dict[str, Any]:
-    _read(show(file), lambda: check_regular(file))
-    encoding = _read(show(file), lambda: _encoding(file))
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else _read(show(file), lambda: _delimiter(file, encoding))
+    check_regular(file)
+    encoding = _encoding(file)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else _delimiter(file, encoding)
     read = pyarrow.csv.ReadOptions(encoding=encoding)
     parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-
-    def header() -> list[str]:
-        with _open_raw(file, pyarrow.csv.open_csv, read_options=read, parse_options=parse) as reader:
-            columns: list[str] = reader.schema.names
-            return columns
-
-    columns = _read(show(file), header)
+    with _open_raw(file, pyarrow.csv.open_csv, read_options=read, parse_options=parse) as reader:
+        columns = reader.schema.names
     _once(columns, show(file))
     types = dict.fromkeys(columns, pa.string())
     convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
@@ -325,8 +325,10 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first:
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if not (is_text or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise InputError(f"{name}: column {what!r} is {column.type}; expected text")
-    values = _read(name, lambda: column.cast(kind).cast(pa.string()))
-    _read(f"{name}: column {what!r}", lambda: values.validate(full=True))
+    with reading(name):
+        values = column.cast(kind).cast(pa.string())
+    with reading(f"{name}: column {what!r}"):
+        values.validate(full=True)
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed and values.null_count:
         rows = row_list(np.flatnonzero(values.is_null().to_numpy()) + first)

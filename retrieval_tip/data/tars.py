@@ -137,9 +137,7 @@ def find(where: str) -> list[str]:
     if remote.is_remote(where):
         if not glob.has_magic(where):
             return list(_named(where))
-        below = where.rpartition("/")[0]
-        names = (f"{below}/{name.rpartition('/')[2]}" for name in _listed(below))
-        return sorted(name for name in names if name.lower().endswith(TARS) and fnmatch.fnmatchcase(name, where))
+        return [name for name in _listed(where.rpartition("/")[0]) if fnmatch.fnmatchcase(name, where)]
     if os.path.isfile(where):
         return [where]
     if os.path.exists(where):
@@ -155,13 +153,9 @@ def find(where: str) -> list[str]:
 
 def _in_folder(where: str) -> list[str]:
     if remote.is_remote(where):
-        below = where.rstrip("/")
-        return sorted(f"{below}/{name.rpartition('/')[2]}" for name in _listed(below) if name.lower().endswith(TARS))
-    if not os.path.isdir(where):
-        return []
+        return _listed(where.rstrip("/"))
     try:
-        with os.scandir(where) as entries:
-            seen = [entry for entry in entries if not entry.name.startswith(".")]
+        seen = images.entries(where) if os.path.isdir(where) else []
     except OSError:  # whoever reads the folder says so
         return []
     if any(images.is_folder(entry) or Path(entry.name).suffix.lower() in images.extensions() for entry in seen):
@@ -183,13 +177,15 @@ def _named(pattern: str) -> Iterator[str]:
 
 
 def _listed(folder: str) -> list[str]:
+    """The tars in a folder of an object store, in name order."""
     system = remote.system_of(folder)
     try:
-        return [str(name) for name in system.ls(folder, detail=False)]
+        names = [f"{folder}/{str(name).rpartition('/')[2]}" for name in system.ls(folder, detail=False)]
     except FileNotFoundError:
         return []
     except Exception as error:
         raise InputError(f"{folder}: cannot be read: {first_line(error)}") from None
+    return sorted(name for name in names if name.lower().endswith(TARS))
 
 
 @dataclass

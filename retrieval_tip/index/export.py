@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, write_table

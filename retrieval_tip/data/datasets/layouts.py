@@ -8,12 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import pyarrow as pa
-
 from retrieval_tip.data import images
 from retrieval_tip.data.datasets.facts import Dataset, Layout
 from retrieval_tip.data.folders import subfolders
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import Source, of_images, open_source
 from retrieval_tip.data.tables import MAX_TEXT
 from retrieval_tip.errors import InputError, show
 from retrieval_tip.files import read_regular
@@ -37,7 +35,8 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
     The classes are in the order of ``variants.txt``. Raises InputError naming the line that is wrong.
     """
     class_names = [line for _, line in _lines(folder / dataset.listing)]
-    _once(class_names, folder / dataset.listing)
+    if twice := [name for name, times in Counter(class_names).items() if times > 1]:
+        raise InputError(f"{show(folder / dataset.listing)}: class name {twice[0]!r} stands there twice")
     known = set(class_names)
     listing = variant_list(folder, split)
     paths, labels = [], []
@@ -50,7 +49,7 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
             raise InputError(f"{show(listing)}: line {number}: variant {label!r} is not in {dataset.listing}")
         paths.append(os.path.join(folder, dataset.images[split], f"{image}.jpg"))
         labels.append(label)
-    return _source(show(listing), class_names, paths, labels)
+    return of_images(paths, show(listing), labels, class_names)
 
 
 def variant_list(folder: Path, split: str) -> Path:
@@ -78,7 +77,7 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
             log.warning("%s: class folder without images", show(path))
     if not paths:
         raise InputError(f"{show(root)}: no images; expected {_IMAGES[dataset.layout]}")
-    return _source(show(root), list(folders), paths, labels)
+    return of_images(paths, show(root), labels, list(folders))
 
 
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
@@ -204,17 +203,6 @@ def _lines(file: Path) -> list[tuple[int, str]]:
         if len(line) > MAX_TEXT:
             raise InputError(f"{show(file)}: line {number} is longer than {MAX_TEXT} characters")
     return lines
-
-
-def _once(class_names: list[str], file: Path) -> None:
-    twice = [class_name for class_name, times in Counter(class_names).items() if times > 1]
-    if twice:
-        raise InputError(f"{show(file)}: class name {twice[0]!r} stands there twice")
-
-
-def _source(name: str, class_names: list[str], paths: list[str], labels: list[str]) -> Source:
-    items = pa.table({"source": pa.array(map(show, paths), pa.string()), "label": pa.array(labels, pa.string())})
-    return Source(name, items, tuple(class_names), tuple(paths))
 
 
 def _some(names: Mapping[str, str]) -> str:
