@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line
 from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.store.labels import LABEL_SCHEMA
@@ -87,13 +88,10 @@ def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int, points: npt.
 
     They are of this ``version``, where the labels do not say which.
     """
-    known = labels[VERSION] if VERSION in labels.column_names else pa.array(np.full(len(labels), version))
-    own = labels.select(LABEL_SCHEMA.names).append_column(VERSION, known)
-    for name in labels.column_names[len(LABEL_SCHEMA) :]:
-        if name != VERSION:
-            own = own.append_column(name, labels[name])
-    own = own.append_column(VECTOR, _vectors(keys))
-    return own if points is None else own.append_column(POINT, _vectors(points))
+    if VERSION not in labels.column_names:
+        labels = labels.append_column(VERSION, pa.array(np.full(len(labels), version)))
+    rows = labels.append_column(VECTOR, vectors(keys))
+    return rows if points is None else rows.append_column(POINT, vectors(points))
 
 
 def grouped(rows: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -120,10 +118,6 @@ def _grouped(held: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     rows, order = pa.concat_batches(held), np.argsort(ids, kind="stable")  # one batch: of chunks it takes three times
     for start in range(0, len(order), SCANNED):
         yield rows.take(pa.array(order[start : start + SCANNED]))
-
-
-def _vectors(rows: npt.NDArray[Any]) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
 @contextmanager
@@ -324,9 +318,8 @@ class KeyTable:
         details = entry.index_details or {}
         if str(details.get("metric_type", "DOT")).lower() != "dot":
             raise StoreError(f"{self.address}: its index is by {details['metric_type']}, not dot; rebuild it")
-        names = {name.lower(): name for name in (*KINDS, "IvfHnswSq")}
-        kind = names.get(str(entry.index_type).replace("_", "").lower(), str(entry.index_type))
-        return "HnswSq" if kind == "IvfHnswSq" else kind
+        names = {name.lower(): name for name in KINDS} | {"ivfhnswsq": "HnswSq"}
+        return names.get(str(entry.index_type).replace("_", "").lower(), str(entry.index_type))
 
     def _entry(self) -> Any | None:
         """The engine's own of the index over :attr:`met`, or else over the class ids; ``None`` where there is none."""

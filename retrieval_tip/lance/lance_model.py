@@ -17,7 +17,6 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -34,7 +33,9 @@ from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.settings import Built, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
+from retrieval_tip.store.labels import labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store.sums import Along
 from retrieval_tip.store.writer import write
 
 MOST_TAKEN = 1 << 29
@@ -43,9 +44,7 @@ MOVED = {"float32": 1e-4, "float16": 4e-3}
 """Difference between a point in the table and what the metric makes of its key, by dtype, beyond which it is wrong."""
 MOST_ORDERED = 1 << 26
 """Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
-FAR, ROUNDED = 1e-6, 1e-9
-"""Difference between a class's sum of keys and what its keys add up to, beyond which one of them is wrong: of the
-largest key's value, and of the sum's. Both sums are float64, so that one wrong key of a million is seen."""
+
 
 IntArray = npt.NDArray[np.int64]
 
@@ -212,18 +211,12 @@ class LanceModel(AnsweringIndex):
             rows = self.table.of_ids("label", list(dict.fromkeys(labels)), columns)
         else:
             rows = self.table.read(columns)
-        if labels:
-            rows = rows.filter(pc.is_in(rows["label"], value_set=pa.array(labels, pa.string())))
-        if source:
-            chosen = pc.match_substring(rows["source"], source, ignore_case=True)
-            rows = rows.filter(pc.fill_null(chosen, False))
-        return rows
+        return rows_with(rows, labels, source) if labels or source else rows
 
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Digest and label of the keys that have one of these digests."""
         asked = list(dict.fromkeys(digest for digest in digests if digest is not None))
-        same = self.table.of_ids("digest", asked, ["digest", "label"])
-        return set(zip(same["digest"].to_pylist(), same["label"].to_pylist(), strict=True))
+        return labelled_digests(self.table.of_ids("digest", asked, ["digest", "label"]), asked)
 
     def statistics(self) -> Statistics | None:
         """:func:`defaults.measure` of a sample of what queries meet, of few enough the one that a folder would take.
@@ -339,10 +332,8 @@ def verify(place: LanceVersions) -> LanceModel:
 
 def _check_rows(model: LanceModel, remedy: str) -> None:
     """Raise StoreError where rows of the table do not fit each other, or what is known of their classes."""
-    place, c = model.store, len(model.class_names)
-    counts, sums, largest = np.zeros(c, dtype=np.int64), np.zeros((c, model.d)), 1.0
-    point_sums, direction = np.zeros((c, model.d)), np.random.default_rng().standard_normal(model.d)
-    along = np.zeros(model.d)
+    place, classes, c = model.store, model.classes, len(model.class_names)
+    of_keys, of_points = Along(c, model.d), Along(c, model.d)
     seen: list[IntArray] = []
     names = pa.array(model.class_names, pa.string())
     for batch in model.table.scan(model.table.schema.names):
@@ -356,27 +347,18 @@ def _check_rows(model: LanceModel, remedy: str) -> None:
             raise StoreError(f"{place}: labels are not those of their class ids; {remedy}")
         if not np.isfinite(keys).all():
             raise StoreError(f"{place}: keys that are not finite; {remedy}")
-        counts += np.bincount(ids, minlength=c)
-        wide = keys.astype(np.float64)
-        np.add.at(sums, ids, wide)
-        along += (wide @ direction) @ wide
-        largest = max(largest, float(np.abs(keys).max(initial=0)))
+        of_keys.count(keys, ids)
         if model.table.has_points:
             points, expected = model.table.matrix(batch[POINT]), points_of(model.metric, keys, "cpu")
             if expected is None or not np.allclose(points, expected, atol=MOVED[model.dtype]):
                 raise StoreError(f"{place}: points that are not those of their keys; mend them with index rebuild")
-            np.add.at(point_sums, ids, points.astype(np.float64))
+            of_points.count(points, ids)
         seen.append(own["key_id"].to_numpy())
     every = np.concatenate(seen)
     if len(np.unique(every)) != len(every) or every.max() >= model.next_key_id:
         raise StoreError(f"{place}: key ids are there twice, or were never given; {remedy}")
-    wrong = (counts != model.classes.counts).any()
-    for found, known in ((sums, model.classes.sums), (point_sums, model.classes.points)):
-        if known is not None:
-            far = FAR * largest + ROUNDED * np.abs(known).max(axis=1)
-            wrong |= (np.abs(found - known).max(axis=1) > far).any()
-    if wrong:
+    fit = of_keys.has(classes.counts, classes.sums)
+    if not fit or (classes.points is not None and not of_points.has(classes.counts, classes.points)):
         raise StoreError(f"{place}: keys do not add up to what is known of their classes; {remedy}")
-    far = ROUNDED * model.n * model.d**0.5 * largest**2
-    if model.second is not None and np.abs(along - model.second @ direction).max() > far:
+    if model.second is not None and not of_keys.has_second(model.second):
         raise StoreError(f"{place}: products of keys do not add up to what is known of them; fit the index again")

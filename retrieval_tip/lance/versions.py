@@ -36,6 +36,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import StoreError, UsageError, first_line
 from retrieval_tip.files import sync
 from retrieval_tip.lance import lease
@@ -72,14 +73,9 @@ class Classes:
 
     def to_bytes(self) -> bytes:
         """The bytes of a Parquet file."""
-        d = self.text.shape[1]
-
-        def lists(array: npt.NDArray[Any]) -> pa.Array:
-            return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), d)
-
         columns = {"label": pa.array(self.names, pa.string()), "keys": pa.array(self.counts, pa.int64())}
-        columns |= {"text": lists(self.text), "sum": lists(self.sums)}
-        table = pa.table(columns if self.points is None else columns | {"point_sum": lists(self.points)})
+        columns |= {"text": vectors(self.text), "sum": vectors(self.sums)}
+        table = pa.table(columns if self.points is None else columns | {"point_sum": vectors(self.points)})
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         return sink.getvalue()

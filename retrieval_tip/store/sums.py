@@ -12,8 +12,9 @@ import numpy.typing as npt
 BLOCK = 2048
 """Keys that are made float64 at a time."""
 
-TOLERANCE = 1e-9
-"""Of :meth:`Sums.are_of`, as a share of what such a sum can be: far above rounding, and below one key in 10^8."""
+TOLERANCE, LEAST = 1e-9, 1e-8
+"""Of :class:`Along`, as a share of what such a sum can be: far above rounding, and below one key in 10^8. And of one
+key: what rounding leaves of very many that were removed."""
 
 LEFT = 1e-5
 """The share of the squares that has to be left after a removal, for the rounding of what was there not to show."""
@@ -105,24 +106,11 @@ class Sums:
         return Sums(np.pad(self.counts, (0, more)), np.pad(self.sums, ((0, more), (0, 0))), self.second)
 
     def are_of(self, blocks: Blocks) -> bool:
-        """Whether these are the sums of such keys, in blocks that are read once: to rounding, and beyond mere chance.
-
-        Compared along a random direction r (Freivalds, 1977), which takes ``2 n d`` products where they took ``n d^2``:
-        ``sums r`` is the sum of each class's ``k_i . r``, and ``second r = sum_i k_i (k_i . r)``.
-        """
-        c, d = self.sums.shape
-        direction = np.random.default_rng().standard_normal(d)
-        counts, along, second, squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0
+        """Whether these are the sums of such keys, in blocks that are read once (:class:`Along`)."""
+        along = Along(*self.sums.shape)
         for keys, ids in blocks:
-            wide = np.asarray(keys, np.float64)
-            products = wide @ direction
-            counts += np.bincount(ids, minlength=c)
-            along += np.bincount(ids, products, c)
-            squares += float(products @ products)
-            second += products @ wide
-        off = np.concatenate([self.sums @ direction - along, self.second @ direction - second])
-        most = np.sqrt(np.concatenate([counts, np.abs(self.second.diagonal())]) * squares)  # Cauchy and Schwarz
-        return np.array_equal(counts, self.counts) and bool((np.abs(off) <= TOLERANCE * most).all())
+            along.count(keys, ids)
+        return along.has(self.counts, self.sums) and along.has_second(self.second)
 
     @classmethod
     def of_array(cls, array: npt.NDArray[Any], c: int) -> Sums:
@@ -132,3 +120,39 @@ class Sums:
     def to_array(self) -> FloatArray:
         """``[c + d, 1 + d]`` float64, sums of ``(1, k_i)`` of each class, then that of ``k_i (1, k_i)``."""
         return np.block([[self.counts[:, None], self.sums], [self.sums.sum(0)[:, None], self.second]])
+
+
+class Along:
+    """Keys as they are met along a random direction ``r``: whether sums are theirs, to rounding and beyond mere chance.
+
+    That takes ``2 n d`` products where the sums took ``n d^2`` (Freivalds, 1977): ``sums r`` is the sum of each class's
+    ``k_i . r``, and ``second r = sum_i k_i (k_i . r)``.
+    """
+
+    def __init__(self, c: int, d: int) -> None:
+        self._direction = np.random.default_rng().standard_normal(d)
+        self._counts, self._sums, self._second, self._squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0
+
+    def count(self, keys: npt.NDArray[Any], ids: IntArray) -> None:
+        """Meet keys ``[b, d]`` of class ids ``[b]``."""
+        wide = np.asarray(keys, np.float64)
+        products = wide @ self._direction
+        self._counts += np.bincount(ids, minlength=len(self._counts))
+        self._sums += np.bincount(ids, products, len(self._counts))
+        self._squares += float(products @ products)
+        self._second += products @ wide
+
+    def has(self, counts: IntArray, sums: FloatArray) -> bool:
+        """Whether these are the ``counts`` ``[c]`` and ``sums`` ``[c, d]`` of the keys of each class."""
+        return np.array_equal(counts, self._counts) and self._fit(sums, self._sums, counts, 1.0)
+
+    def has_second(self, second: FloatArray) -> bool:
+        """Whether this is the sum of their outer products ``[d, d]``."""
+        every = np.abs(second.diagonal())
+        return self._fit(second, self._second, every, every / self._counts.sum())
+
+    def _fit(self, known: FloatArray, found: FloatArray, every: npt.NDArray[Any], one: float | FloatArray) -> bool:
+        """Whether sums are as found; by Cauchy and Schwarz they are at most ``(every sum_i (k_i . r)^2)^(1/2)``."""
+        most = np.sqrt(every * self._squares)
+        least = np.sqrt(one * self._squares / self._counts.sum())
+        return bool((np.abs(known @ self._direction - found) <= TOLERANCE * most + LEAST * least).all())
