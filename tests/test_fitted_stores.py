@@ -337,6 +337,16 @@ def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
         said(call, entry.name)
 
 
+@pytest.mark.parametrize("kind", ["metric", "values"])
+def test_a_damaged_object_of_an_earlier_version_is_named_and_is_not_made_current(built, kind, tmp_path):
+    place = copied(tmp_path, "lance", built["solved", "lance"])
+    entry = stores.at(place).manifest().files[kind]
+    fit_index(place, metric="none", values="one-hot")
+    put(place, entry.name, everything(place)[entry.name][:-1])
+    for call in (stores.at(place).verify, lambda: changes.rollback(place)):
+        said(call, entry.name)
+
+
 @pytest.mark.parametrize("name", LETTERS)
 def test_half_precision_keys_are_fitted_as_such(built, name, tmp_path):
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]

@@ -272,9 +272,6 @@ class LanceStore(LanceVersions, Store):
 
         return verify(self)
 
-    def check(self, manifest: Manifest) -> None:
-        self.classes(manifest)
-
 
 def listed(folder: Path) -> list[tuple[str, Manifest]]:
     """The index folders directly in a folder, in name order: path and current version of each.
