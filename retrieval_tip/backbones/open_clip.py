@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -225,23 +225,19 @@ class OpenClipBackbone(TorchBackbone):
     def _open(self) -> Opened:
         if self._loaded is None:
             return _open(_plan(*self._names), self._device)
+        import open_clip
+
         model, preprocess, tokenizer = self._loaded
-        (name, pretrained) = self._names
+        name, pretrained = self._names
         if has(name):
             plan = _plan(name, pretrained)
-            digest = _config_digest(_config(name), quick_gelu=bool(plan.arguments.get("force_quick_gelu")))
+            config = open_clip.get_model_config(name)
+            digest = _config_digest(config, quick_gelu=bool(plan.arguments.get("force_quick_gelu")))
         else:
             plan = _Plan(name, pretrained, None, {}, name)
             digest = f"sha256:{hashlib.sha256(repr(model).encode()).hexdigest()}"
         opened = _opened(plan, model, preprocess, digest)
-        return Opened(model, preprocess, opened.identity, opened.dim, lambda: tokenizer)
-
-
-def _config(name: str) -> dict[str, Any]:
-    import open_clip
-
-    config: dict[str, Any] = open_clip.get_model_config(name)
-    return config
+        return replace(opened, tokenizer=lambda: tokenizer)
 
 
 def _filled_once(create: Callable[[], Any]) -> Any:

@@ -64,17 +64,14 @@ class TorchBackbone(ABC):
         self._is_trained = False
         self._opened: Opened | None = None
         self._digested: list[int] | None = None
-        if awaited is None:
+        dim: int | None
+        if awaited is not None:
+            self._identity, dim = awaited
+        else:
             self._opened = self._open_here()
-            self._identity = self._opened.identity
-        else:
-            self._identity = awaited[0]
+            self._identity, dim = self._opened.identity, self._opened.dim
         nvjpeg.check(self._decoder, self._device, self._identity.preprocess)
-        if self._opened is None:
-            assert awaited is not None
-            self._dim = awaited[1]
-        else:
-            self._dim = self._opened.dim or int(self.encode_texts(["a"]).shape[1])
+        self._dim = dim or int(self.encode_texts(["a"]).shape[1])
 
     @abstractmethod
     def _open(self) -> Opened:
@@ -108,10 +105,6 @@ class TorchBackbone(ABC):
     @property
     def _model(self) -> Any:
         return self._open_model().model
-
-    @property
-    def _preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
-        return self._open_model().preprocess
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -175,8 +168,7 @@ class TorchBackbone(ABC):
             return tower.view(image, self._identity.preprocess)
         # Not in numpy: while threads that decode have OpenMP threads of their own, the model's spin little at their
         # barriers. Where they spin on cores that others use too, encoding takes several times as long.
-        tensor: torch.Tensor = self._preprocess(image)
-        return tensor
+        return self._open_model().preprocess(image)
 
     @property
     def decodes_jpegs(self) -> bool:
@@ -287,7 +279,10 @@ class TorchBackbone(ABC):
 
     def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
         """A copy of every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
-        return {name: _copied(tensor) for part in parts for name, tensor in self._tensors(part).items()}
+        import torch
+
+        whole = {name: tensor for part in parts for name, tensor in self._tensors(part).items()}
+        return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put the tensors of whole towers in place of the model's own; the identity follows."""
@@ -347,12 +342,6 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
             yield
         finally:
             setattr(place, name, before)
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:

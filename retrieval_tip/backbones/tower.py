@@ -22,7 +22,7 @@ import numpy as np
 
 from retrieval_tip.backbones.base import FloatArray, Identity, view_size
 from retrieval_tip.errors import first_line, show
-from retrieval_tip.files import cache_folder, make_folders
+from retrieval_tip.files import cache_folder, make_folders, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,11 +197,7 @@ def _keep(graph: Any, identity: Identity) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for name in (_GRAPH, _WEIGHTS):
-        with (folder / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {name: sha256_of(folder / name) for name in (_GRAPH, _WEIGHTS)}
 
 
 def can_view(preprocess: Mapping[str, Any]) -> bool:

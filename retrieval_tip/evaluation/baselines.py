@@ -93,14 +93,9 @@ def _folds(cache: CacheModel) -> Folds:
     return Folds.of_shots(keys, ids, len(cache.class_names), text, images_of(cache.labels), FOLDS, cache.n)
 
 
-def _taken(folds: Folds, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Some of the keys, and their class ids."""
-    return torch.from_numpy(np.asarray(folds.keys[rows.numpy()])), folds.ids[rows]
-
-
 def _means(folds: Folds, rows: Tensor) -> Tensor:
     """``mu`` ``[c, d]`` of some of the keys; 0 of a class without one."""
-    keys, ids = _taken(folds, rows)
+    keys, ids = folds.taken(rows)
     sums = torch.zeros(folds.c, keys.shape[1]).index_add_(0, ids, keys)
     return sums / torch.bincount(ids, minlength=folds.c).clamp_min(1)[:, None]
 
@@ -115,7 +110,7 @@ def _gaussian(folds: Folds, rows: Tensor) -> Linear:
 
 def _probes(folds: Folds, rows: Tensor, cs: tuple[float, ...]) -> list[Linear]:
     """Linear probes of some of the keys, one a C, ascending: each starts from the one before."""
-    keys, ids = _taken(folds, rows)
+    keys, ids = folds.taken(rows)
     weights = torch.zeros(folds.c, keys.shape[1], requires_grad=True)
     bias = torch.zeros(folds.c, requires_grad=True)
     probes = []

@@ -206,12 +206,7 @@ class Seen:
 
 
 def see(
-    cache: AnsweringIndex,
-    blocks: Iterable[Block],
-    ids: Ints,
-    *,
-    affinities: bool = False,
-    details: bool = False,
+    cache: AnsweringIndex, blocks: Iterable[Block], ids: Ints, *, affinities: bool = False, details: bool = False
 ) -> Seen:
     """Classify ``blocks`` of a source whose class ids are ``ids``, and keep what :func:`conclude` needs."""
     truth, settings = torch.from_numpy(ids), cache.settings
@@ -249,18 +244,8 @@ def see(
     )
 
 
-def conclude(
-    cache: AnsweringIndex,
-    seen: Seen,
-    skipped: int,
-    *,
-    abstain: float | None = None,
-) -> Evaluation:
-    """The figures of what was seen with these settings; ``skipped`` items could not be read.
-
-    Raises UsageError for ``abstain`` outside of 0 to 1.
-    """
-    check_abstain(abstain)
+def conclude(cache: AnsweringIndex, seen: Seen, skipped: int, *, abstain: float | None = None) -> Evaluation:
+    """The figures of what was seen with these settings; ``skipped`` items could not be read."""
     confidence, classes, predicted = seen.confidence, seen.truth, seen.ranked[:, 0]
     hits = torch.from_numpy(seen.ranked == classes[:, None])
     right = hits[:, 0].numpy()

@@ -355,12 +355,16 @@ class Folds:
     def scatter(self, rows: Tensor) -> Scatter:
         """How some of the keys spread; of more than ``d``, by the sums of all, less those of the other keys."""
         if len(rows) < self.keys.shape[1]:
-            return Scatter.of_few(_taken(self.keys, rows), self.ids[rows], self.c)
+            return Scatter.of_few(*self.taken(rows), self.c)
         every = np.arange(len(self.ids))
         if self.sums is None:
             self.sums = self._sums_of(every)
         others = np.delete(every, rows.numpy())
         return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums)
+
+    def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Some of the keys, float32, and their class ids."""
+        return _taken(self.keys, rows), self.ids[rows]
 
     def _sums_of(self, rows: IntArray) -> Sums:
         """The sums of some of the keys, each of which is read once."""
@@ -392,7 +396,7 @@ def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -
     """Cache logits ``[q, c]`` of what is held out by an index over the other keys."""
     queries = held.features if metric is None else metric(held.features)
     cache = torch.zeros(len(queries), folds.c)
-    values = _values(folds.keys, folds.ids, folds.c, held.rows, metric, form)
+    values = _values(folds, held.rows, metric, form)
     start = 0
     for block, rows in _blocks(folds.keys, held.rows.numpy()):  # there may be very many, where values are one-hot
         keys = torch.from_numpy(np.array(block, dtype=np.float32))
@@ -652,15 +656,15 @@ def _solved(folds: Folds, form: Form) -> tuple[tip.Metric | None, Tensor | None,
         ridge=form.ridge,
         keys=len(every),
     )
-    return metric, _values(folds.keys, folds.ids, folds.c, every, metric, form), fitted
+    return metric, _values(folds, every, metric, form), fitted
 
 
-def _values(keys: Keys, ids: Tensor, c: int, rows: Tensor, metric: tip.Metric | None, form: Form) -> Tensor | None:
+def _values(folds: Folds, rows: Tensor, metric: tip.Metric | None, form: Form) -> Tensor | None:
     """Solved values ``[m, c]`` of some ``rows`` of the keys; ``None`` where a form leaves them one-hot."""
     if form.ridge is None:
         return None
-    own = _taken(keys, rows)
-    return Ridge(c, form.beta, form.ridge, "cpu").values(own if metric is None else metric(own), ids[rows])
+    keys, ids = folds.taken(rows)
+    return Ridge(folds.c, form.beta, form.ridge, "cpu").values(keys if metric is None else metric(keys), ids)
 
 
 def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
@@ -682,7 +686,7 @@ def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntA
 
 def _taken(keys: Keys, rows: Tensor) -> Tensor:
     """Some rows of the keys, float32."""
-    return torch.from_numpy(np.array(keys[rows.numpy()], dtype=np.float32))
+    return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
 
 
 def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.retrieval.logits import slices
 
 BLOCK = 2048
 """Keys at a time on a CPU (benchmarks/finetune.py)."""
@@ -68,7 +69,7 @@ class AllKeys:
         queries = features.to(self._products)
         cache = features.new_zeros(self.n_classes, q)
         same = self._products == features.dtype
-        for part in self._parts():
+        for part in slices(len(self.keys), self.block):
             w = weights[part]
             affinity = tip.affinity(self.keys[part].to(self._products), queries, out=w if same else None)
             tip.weight(affinity if same else affinity.to(w.dtype), self.beta, out=w)
@@ -99,7 +100,7 @@ class AllKeys:
         memory = torch.empty(
             min(self.block, len(self.keys)), features.shape[1], dtype=self._products, device=features.device
         )
-        for part in self._parts():
+        for part in slices(len(self.keys), self.block):
             w = weights[part]
             d_values = w @ d_cache if values else None
             d_keys = None
@@ -115,10 +116,6 @@ class AllKeys:
     @property
     def _products(self) -> torch.dtype:
         return self.products or self.keys.dtype
-
-    def _parts(self) -> Iterator[slice]:
-        n = len(self.keys)
-        return (slice(start, min(start + self.block, n)) for start in range(0, n, self.block))
 
 
 @dataclass(frozen=True)

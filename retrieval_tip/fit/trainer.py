@@ -110,7 +110,9 @@ class Trainer:
     def __init__(self, cache: CacheModel, recipe: Recipe, backbone: Trainable | None) -> None:
         self.cache, self.recipe, self.backbone = cache, recipe, backbone
         self.keys = torch.from_numpy(np.array(cache.keys, dtype=np.float32)).to(cache.device)
-        self.values = _values(cache, "values" in recipe.train)
+        self.values = None if cache.values is None else cache.values.clone()
+        if self.values is None and "values" in recipe.train:  # they begin as one-hot rows
+            self.values = functional.one_hot(cache.class_ids, len(cache.class_names)).float()
         self.text_weights = cache.text_weights.clone()
         options = {"eps": recipe.eps, "weight_decay": recipe.weight_decay}
         self._over: Any  # _All or _Nearest
@@ -131,7 +133,6 @@ class Trainer:
         Returns the mean cross-entropy before the step, and how many queries were right. Where the former is not finite
         nothing is changed.
         """
-        ids = ids.to(self.cache.device)
         visual, text = self._towers.get("visual"), self._towers.get("text")
         features, ids = self._features(queries), ids.to(self.cache.device)
         prompts = None if text is None else text.features(self._prompts)
@@ -232,7 +233,9 @@ class Trainer:
         return (queries if visual is None else visual.features(queries)).to(self.cache.device)
 
     def _of(self, prompts: Tensor) -> Tensor:
-        return mean_by_class(prompts, len(self.cache.class_names)).to(self.cache.device)
+        """Text weights ``[c, d]`` of unit features of prompts ``[c t, d]``, class by class: as in :mod:`prompts`."""
+        means = prompts.reshape(len(self.cache.class_names), -1, prompts.shape[1]).mean(dim=1)
+        return functional.normalize(means, dim=1).to(self.cache.device)
 
     def _blend(self, features: Tensor, cache_logits: Tensor, text_weights: Tensor) -> Tensor:
         text = tip.text_logits(features, text_weights, self.cache.settings.logit_scale)
@@ -350,11 +353,6 @@ class _Tower:
         return [inputs[start : start + self._size] for start in range(0, len(inputs), self._size)]
 
 
-def mean_by_class(prompts: Tensor, n_classes: int) -> Tensor:
-    """Text weights ``[c, d]`` of unit features of prompts ``[c t, d]``, class by class: as in :mod:`prompts`."""
-    return functional.normalize(prompts.reshape(n_classes, -1, prompts.shape[1]).mean(dim=1), dim=1)
-
-
 def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> str:
     """``bfloat16`` where products of keys with ``batch`` queries are :data:`WORTH` times as fast in it, or more.
 
@@ -373,12 +371,3 @@ def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> str:
                 lasted.append(time.perf_counter() - start)
     ratio = statistics.median(seconds["float32"]) / statistics.median(seconds["bfloat16"])
     return "bfloat16" if ratio >= WORTH else "float32"
-
-
-def _values(cache: CacheModel, trained: bool) -> Tensor | None:
-    """The index's values; where they are trained and there are none, the one-hot rows that they begin as."""
-    if cache.values is not None:
-        return cache.values.clone()
-    if not trained:
-        return None
-    return functional.one_hot(cache.class_ids, len(cache.class_names)).float()

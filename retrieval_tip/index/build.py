@@ -157,10 +157,10 @@ class _Asked:
         check_form(form)
         return cls(settings, alpha, beta, form, keeps_k=k is not None)
 
-    def plain(self, statistics: Statistics | None) -> Settings:
-        """The settings, with alpha and beta in plain units."""
+    def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
+        """The settings, with alpha and beta in plain units, and ``met`` keys where nothing was said of these."""
         alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
-        return self.settings.but(alpha=alpha, beta=beta)
+        return self.settings.but(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,7 @@ def _build_table(
         rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
         table = LanceDraft.create(writer, rows, names, weights, dtype, index if fit is None else FLAT)
         statistics = table.statistics()
-        settings, (_, met) = made.asked.plain(statistics), index_kind(index, table.n, len(names))
-        table.settings = settings if made.asked.keeps_k else settings.but(k=met)
+        table.settings = made.asked.plain(statistics, index_kind(index, table.n, len(names))[1])
         table.templates = templates
         table.backbone = _identity(made.source, made.encoder)
         table.provenance = made.described(statistics)
@@ -259,7 +258,6 @@ def _build_folder(
         _warn_of_bare(sorted(set(range(len(names))) - set(ids.tolist())), names)
         statistics = measure(keys, ids)
         factory, met = auto_for((len(keys), d), dtype, len(names), device) if index == "auto" else (index, None)
-        settings = made.asked.plain(statistics)
         columns = item_columns(source.items.take(pa.array(order)), digests)
         labels = label_table(names, ids, key_ids=order, views=encoder.views if source.table is None else 1, **columns)
         warn_of(duplicates(keys, labels))
@@ -270,7 +268,7 @@ def _build_folder(
             text_weights=torch.zeros(len(names), d) if weights is None else torch.from_numpy(weights),
             index=index_over(keys, ids, len(names), BY_CLASS if fit else factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
-            settings=settings if made.asked.keeps_k else settings.but(k=met),
+            settings=made.asked.plain(statistics, met),
             templates=made.words.templates,
             backbone=_identity(source, encoder),
             provenance=made.described(statistics),

@@ -48,16 +48,9 @@ class Answer(torch.nn.Module):
         settings, metric = cache.settings, cache.metric
         self.settings, self.n_classes = settings, len(cache.class_names)
         self.tower = None if backbone is None else backbone.image_encoder
-        mean, std = (
-            (torch.tensor(backbone.identity.preprocess[name]) for name in ("mean", "std"))
-            if backbone
-            else (
-                torch.zeros(1),
-                torch.ones(1),
-            )
-        )
-        self.register_buffer("mean", 255 * mean.float()[:, None, None])
-        self.register_buffer("std", 255 * std.float()[:, None, None])
+        preprocess = {"mean": [0.0], "std": [1.0]} if backbone is None else backbone.identity.preprocess
+        for name in ("mean", "std"):
+            self.register_buffer(name, 255 * torch.tensor(preprocess[name]).float()[:, None, None])
         self.register_buffer("text", cache.text_weights.float().cpu())
         self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
         self.register_buffer("ids", cache.class_ids.cpu())

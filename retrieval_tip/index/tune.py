@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,19 +142,17 @@ def _settings(cache: CacheModel) -> Iterator[tuple[int | None, int]]:
 def _timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
     """Winners ``[q]``, and microseconds a query."""
     winners = _winners(cache, f, k)  # the first time measures what is measured once
-    seconds = [_clocked(lambda: _winners(cache, f, k)) for _ in range(ROUNDS)]
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        _winners(cache, f, k)
+        seconds.append(time.perf_counter() - start)
     return winners, statistics.median(seconds) / len(f) * 1e6
 
 
 def _winners(cache: CacheModel, f: torch.Tensor, k: int | None) -> torch.Tensor:
     text, alone = cache.terms(f, k or "all", tail=True)
     return tip.blend(text, alone, cache.settings.alpha).argmax(dim=1).cpu()
-
-
-def _clocked(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _frontier(trials: list[Trial]) -> list[Trial]:
