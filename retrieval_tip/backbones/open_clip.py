@@ -137,7 +137,6 @@ def _open(plan: _Plan, device: torch.device) -> Opened:
 
 
 def _opened(plan: _Plan, model: Any, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:
-    """A model that open_clip made."""
     settings = model.visual.preprocess_cfg.items()
     identity = Identity(
         model=plan.model,

@@ -203,7 +203,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def can_view(preprocess: Mapping[str, Any]) -> bool:
     """Whether :func:`view` knows how a backbone wants its pictures."""
     with suppress(KeyError, TypeError, ValueError):
-        return _resized(preprocess, 640, 480) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
+        return shorter_side(preprocess) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
     return False
 
 
@@ -215,8 +215,12 @@ def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
     import torch
     from PIL.Image import Resampling
 
-    resized = _resized(preprocess, *image.size)
-    assert resized is not None
+    short = shorter_side(preprocess)
+    assert short is not None
+    resized = short, short
+    if preprocess.get("resize_mode") != "squash":
+        long = int(short * max(image.size) / min(image.size))
+        resized = (short, long) if image.width <= image.height else (long, short)
     if image.size != resized:
         image = image.resize(resized, Resampling[preprocess["interpolation"].upper()])
     height, width = view_size(preprocess)
@@ -225,17 +229,6 @@ def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
     mean, std = (torch.tensor(preprocess[name], dtype=torch.float32)[:, None, None] for name in ("mean", "std"))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     return pixels.sub_(mean).div_(std)
-
-
-def _resized(preprocess: Mapping[str, Any], width: int, height: int) -> tuple[int, int] | None:
-    """The width and height that a picture is resized to before it is cut; ``None`` for what is not known here."""
-    short = shorter_side(preprocess)
-    if short is None:
-        return None
-    if preprocess.get("resize_mode") == "squash":
-        return short, short
-    long = int(short * max(width, height) / min(width, height))
-    return (short, long) if width <= height else (long, short)
 
 
 def shorter_side(preprocess: Mapping[str, Any]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sqlite3
@@ -131,14 +130,9 @@ class EncodingCache:
                 log.warning("%s; encoding goes on without keeping more", error)
 
     def _insert(self, rows: Sequence[tuple[str, str, str, bytes, int]]) -> None:
-        self._db.execute("BEGIN")
-        try:
+        with self._db:  # which commits, or rolls back
+            self._db.execute("BEGIN")
             self._db.executemany("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
-            self._db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise
 
     def __len__(self) -> int:
         """Number of encodings."""

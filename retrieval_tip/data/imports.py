@@ -407,7 +407,6 @@ def _choose(names: Sequence[str], label_column: str | None, where: str) -> _Colu
 def _blocks(
     parts: Sequence[_Part], columns: _Columns, schema: pa.Schema, names: list[str] | None
 ) -> Iterator[pa.Table]:
-    """The table, block by block."""
     dtype, done = schema.field(FEATURE).type.value_type.to_pandas_dtype(), 0
     positions = None if names is None else {str(i): name for i, name in enumerate(names)}
     known = None if positions is None else positions | {name: name for name in positions.values()}

@@ -495,7 +495,6 @@ class _Run:
         return Tuned(cache, self.kept_epoch, cast(pa.Table, cache.curve), self.collapsed, choice, backbone, encoders)
 
     def _facts(self, parent: str) -> dict[str, Any]:
-        """What goes into the manifest."""
         queries = self.material.queries
         recipe = asdict(self.recipe) | {"train": list(self.recipe.train)}
         run = {"epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.seconds, 3)}

@@ -257,7 +257,8 @@ def search(
     if cautious and None not in ks:
         ks = [None, *ks]
     _check(cache, queries)
-    low, high = _intervals(cache, queries, betas, ks)
+    tried = _Tried(queries, betas, ks, *_intervals(cache, queries, betas, ks))
+    low, high = tried.low, tried.high
     solved = [[_best_alpha(low[b, j], high[b, j]) for j in range(len(ks))] for b in range(len(betas))]
     ranked = [
         (round(right), _width(interval), ks[j] is None, -abs(b - len(betas) // 2), b, j)
@@ -268,18 +269,20 @@ def search(
     _, interval = solved[b][j]
     alpha = _middle(interval)
     part = "cache" if interval[1] == math.inf else "text" if interval[0] <= 0 else "both"
-    best = _hits(low[b, j], high[b, j], alpha)
+    best = tried.hits(b, j, alpha)
     if cautious:
         at, every = betas.index(stay[1]), ks.index(None)
-        more = best.astype(np.float64) - _hits(low[at, every], high[at, every], stay[0])
+        more = best.astype(np.float64) - tried.hits(at, every, stay[0])
         if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
             b, j, alpha, part, interval = at, every, stay[0], "both", (stay[0], stay[0])
-    accuracy, most = float(_hits(low[b, j], high[b, j], alpha).mean()), float(best.mean())
-    warnings = tuple(_kept("the untouched settings" if kept is None else "the settings", accuracy, most, len(best)))
-    surface = _surface(low, high, betas, ks)
-    return _choice(
-        queries, betas, ks, low, high, (b, j), alpha, interval, part, most, "honest", surface, warnings, seed
-    )
+    accuracy, most = float(tried.hits(b, j, alpha).mean()), float(best.mean())
+    warnings: tuple[str, ...] = ()
+    if most > accuracy:
+        warnings = (
+            f"the {'untouched ' if kept is None else ''}settings stay ({100 * accuracy:.1f} %): {len(best)} queries "
+            f"cannot tell the best found ({100 * most:.1f} %) from chance; --greedy takes it",
+        )
+    return tried.choice(b, j, alpha, interval, part, most, "honest", tried.surface(tried.steps()), warnings, seed)
 
 
 def search_paper(
@@ -296,73 +299,87 @@ def search_paper(
         [0.1 + i * (scale - 0.1) / steps for i in range(steps)]
         for scale, steps in zip(scales, PAPER_STEPS, strict=True)
     )
-    low, high = _intervals(cache, queries, betas, [None])
-    at = np.asarray(alphas)
-    right = np.stack([_count(low[b, 0], high[b, 0], at) for b in range(len(betas))])
-    b, a = divmod(int(right.argmax()), len(at))
-    alpha = float(at[a])
-    surface = pa.table(
-        {
-            "k": np.zeros(right.size, dtype=np.int64),
-            "beta": np.repeat(betas, len(at)),
-            "alpha": np.tile(at, len(betas)),
-            "accuracy": right.reshape(-1) / len(queries.ids),
-        }
-    )
-    edge = () if 0 < a < len(at) - 1 else (f"alpha {alpha:.3g} is at the edge of the grid",)
-    best = float(right.max()) / len(queries.ids)
-    return _choice(
-        queries, betas, [None], low, high, (b, 0), alpha, (alpha, alpha), "both", best, "paper", surface, edge, seed
-    )
+    tried = _Tried(queries, betas, [None], *_intervals(cache, queries, betas, [None]))
+    surface = tried.surface(np.asarray(alphas))
+    accuracy = surface["accuracy"].to_numpy()
+    b, a = divmod(int(accuracy.argmax()), len(alphas))
+    alpha, best = alphas[a], float(accuracy.max())
+    edge = () if 0 < a < len(alphas) - 1 else (f"alpha {alpha:.3g} is at the edge of the grid",)
+    return tried.choice(b, 0, alpha, (alpha, alpha), "both", best, "paper", surface, edge, seed)
 
 
-def _choice(
-    queries: Queries,
-    betas: Sequence[float],
-    ks: Sequence[int | None],
-    low: FloatArray,
-    high: FloatArray,
-    at: tuple[int, int],
-    alpha: float,
-    interval: tuple[float, float],
-    part: str,
-    best: float,
-    protocol: str,
-    surface: pa.Table,
-    warnings: tuple[str, ...],
-    seed: int,
-) -> Choice:
-    """What is known about the settings ``betas[b]``, ``ks[j]`` and ``alpha``, where ``at`` is ``(b, j)``."""
-    b, j = at
-    hits = _hits(low[b, j], high[b, j], alpha)
-    lower, upper = _bootstrap(hits.astype(np.float64), seed)
-    rivals = {"text alone": _hits(low[b, j], high[b, j], 0.0), "cache alone": high[b, j] == np.inf}
-    accuracy = float(hits.mean())
-    return Choice(
-        alpha=alpha,
-        beta=float(betas[b]),
-        k=ks[j],
-        part=part,
-        accuracy=accuracy,
-        best=best,
-        interval=interval,
-        zero_shot=float(rivals["text alone"].mean()),
-        cache_alone=float((high == np.inf).mean(axis=2).max()),
-        low=lower,
-        high=upper,
-        flat=float((surface["accuracy"].to_numpy() >= accuracy - FLAT).mean()),
-        n=len(hits),
-        source=queries.name,
-        protocol=protocol,
-        warnings=(*_warnings(hits, rivals, b, betas, seed), *warnings),
-        surface=surface,
-    )
+@dataclass(frozen=True)
+class _Tried:
+    """What was tried on some queries: each is right where alpha is between ``low`` and ``high`` ``[betas, ks, q]``."""
 
+    queries: Queries
+    betas: Sequence[float]
+    ks: Sequence[int | None]
+    low: FloatArray
+    high: FloatArray
 
-def _hits(low: FloatArray, high: FloatArray, alpha: float) -> npt.NDArray[np.bool_]:
-    """Which queries are right at one alpha."""
-    hits: npt.NDArray[np.bool_] = (low < alpha) & (alpha < high)
-    return hits
+    def hits(self, b: int, j: int, alpha: float) -> npt.NDArray[np.bool_]:
+        """Which queries are right at one alpha."""
+        hits: npt.NDArray[np.bool_] = (self.low[b, j] < alpha) & (alpha < self.high[b, j])
+        return hits
+
+    def choice(
+        self,
+        b: int,
+        j: int,
+        alpha: float,
+        interval: tuple[float, float],
+        part: str,
+        best: float,
+        protocol: str,
+        surface: pa.Table,
+        warnings: tuple[str, ...],
+        seed: int,
+    ) -> Choice:
+        """What is known about the settings ``betas[b]``, ``ks[j]`` and ``alpha``."""
+        hits = self.hits(b, j, alpha)
+        lower, upper = _bootstrap(hits.astype(np.float64), seed)
+        rivals = {"text alone": self.hits(b, j, 0.0), "cache alone": self.high[b, j] == np.inf}
+        accuracy = float(hits.mean())
+        return Choice(
+            alpha=alpha,
+            beta=float(self.betas[b]),
+            k=self.ks[j],
+            part=part,
+            accuracy=accuracy,
+            best=best,
+            interval=interval,
+            zero_shot=float(rivals["text alone"].mean()),
+            cache_alone=float((self.high == np.inf).mean(axis=2).max()),
+            low=lower,
+            high=upper,
+            flat=float((surface["accuracy"].to_numpy() >= accuracy - FLAT).mean()),
+            n=len(hits),
+            source=self.queries.name,
+            protocol=protocol,
+            warnings=(*_warnings(hits, rivals, b, self.betas, seed), *warnings),
+            surface=surface,
+        )
+
+    def steps(self) -> FloatArray:
+        """Alphas: 0, and even steps on a logarithmic scale over where anything changes."""
+        low, high = self.low, self.high
+        ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
+        first, last = np.quantile(ends, (0.01, 0.99))
+        return np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
+
+    def surface(self, alphas: FloatArray) -> pa.Table:
+        """Accuracy by k (0 is all), beta and alpha."""
+        betas, ks, q = self.low.shape
+        right = np.stack([[_count(self.low[b, j], self.high[b, j], alphas) for b in range(betas)] for j in range(ks)])
+        return pa.table(
+            {
+                "k": np.repeat([k or 0 for k in self.ks], betas * len(alphas)),
+                "beta": np.tile(np.repeat(self.betas, len(alphas)), ks),
+                "alpha": np.tile(alphas, ks * betas),
+                "accuracy": right.reshape(-1) / q,
+            }
+        )
 
 
 def _check(cache: CacheModel, queries: Queries) -> None:
@@ -501,36 +518,11 @@ def _middle(interval: tuple[float, float]) -> float:
     return (low + high) / 2
 
 
-def _surface(low: FloatArray, high: FloatArray, betas: Sequence[float], ks: Sequence[int | None]) -> pa.Table:
-    """Accuracy by k, beta and alpha: alpha 0, and even steps on a logarithmic scale over where anything changes."""
-    ends = np.concatenate([low[(low > 0) & (low < np.inf)], high[(high > 0) & (high < np.inf)], [1.0]])
-    first, last = np.quantile(ends, (0.01, 0.99))
-    alphas = np.append(0.0, np.geomspace(first / 2, last * 2, SURFACE_ALPHAS - 1))
-    right = np.stack([[_count(low[b, j], high[b, j], alphas) for b in range(len(betas))] for j in range(len(ks))])
-    right[:, :, 0] = ((low < 0) & (high > 0)).sum(axis=2).T
-    return pa.table(
-        {
-            "k": np.repeat([k or 0 for k in ks], len(betas) * len(alphas)),
-            "beta": np.tile(np.repeat(betas, len(alphas)), len(ks)),
-            "alpha": np.tile(alphas, len(ks) * len(betas)),
-            "accuracy": right.reshape(-1) / low.shape[2],
-        }
-    )
-
-
 def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
     """95 % interval of the mean over queries drawn again with replacement."""
     drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
-
-
-def _kept(what: str, accuracy: float, best: float, n: int) -> Iterator[str]:
-    if best > accuracy:
-        yield (
-            f"{what} stay ({100 * accuracy:.1f} %): {n} queries cannot tell the best found "
-            f"({100 * best:.1f} %) from chance; --greedy takes it"
-        )
 
 
 def _warnings(

@@ -300,7 +300,7 @@ def _warn_of_table(table: LanceDraft) -> None:
     """Warnings of a table that was just made."""
     _warn_of_bare(np.flatnonzero(table.classes.counts == 0).tolist(), table.class_names)
     if table.n <= FEW_KEYS:
-        kept = table.take(np.arange(table.n))
+        kept = table.in_memory()
         warn_of(duplicates(kept.keys, kept.labels))
 
 

@@ -50,9 +50,7 @@ def fit_index(
             change.what = "fit"
         return choice
     cache = CacheModel.load(place.folder, device="cpu")
-    queries = None
-    if validation is not None and encoder is not None:
-        queries = on_validation(cache, validation, encoder)
+    queries = None if validation is None or encoder is None else on_validation(cache, validation, encoder)
     if cache.segments > 1:
         cache.compact()
     choice = closed_form.fit(cache, metric=metric, values=values, validation=queries)

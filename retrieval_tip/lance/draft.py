@@ -231,7 +231,6 @@ class LanceDraft(LanceModel):
         self._follow()
 
     def _vectors(self, rows: pa.Table) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """Keys and points of rows."""
         return self.table.matrix(rows[VECTOR]), self.table.matrix(rows[POINT]) if POINT in rows.column_names else None
 
     def remove(self, key_ids: Sequence[int]) -> None:
@@ -341,11 +340,9 @@ class LanceDraft(LanceModel):
 
     @property
     def _asked(self) -> str:
-        """The index that was asked for."""
         return "auto" if self.built.auto_index else self.index_type
 
     def _index(self, asked: str) -> None:
-        """Have the index that is asked for."""
         self.index_type, _ = index_kind(asked, self.n, len(self.class_names))
         self.table.build_index(self.index_type)
         self.built = replace(self.built, auto_index=asked == "auto")

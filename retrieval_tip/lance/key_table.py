@@ -237,14 +237,14 @@ class KeyTable:
         return kind.list_size, dtype
 
     def scan(
-        self, columns: Sequence[str], where: str | None = None, *, with_rows: bool = False, size: int = SCANNED
+        self, columns: Sequence[str], where: str | None = None, *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
         """Rows, some at a time; with their row numbers as column ``_rowid``, where these are asked for."""
         with _said(self.address, "reading its rows"):
             query = self.table.search().select(list(columns))
             query = query if where is None else query.where(where)
             query = query.with_row_id(True) if with_rows else query
-            batches = iter(query.to_batches(size))
+            batches = iter(query.to_batches(SCANNED))
         while True:
             with _said(self.address, "reading its rows"):
                 batch = next(batches, None)

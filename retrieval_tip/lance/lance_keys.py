@@ -15,7 +15,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.classifier import spread
 from retrieval_tip.errors import StoreError
-from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, SCANNED, KeyTable
+from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, KeyTable
 from retrieval_tip.lance.versions import Classes
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
 from retrieval_tip.retrieval.logits import Nearest, Retrieval
@@ -52,7 +52,7 @@ class LanceKeys(KeyStream):
     def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         n_read = 0
         column = self.table.met
-        for batch in self.table.scan(["class_id", column], with_rows=True, size=SCANNED):
+        for batch in self.table.scan(["class_id", column], with_rows=True):
             ids = self.table.class_ids(batch["class_id"], self.n_classes)
             keys, rows = self.table.matrix(batch[column]), batch[ROW].to_numpy().astype(np.int64)
             if (ids[1:] < ids[:-1]).any():

@@ -46,6 +46,9 @@ MOST_ORDERED = 1 << 26
 """Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
 
 
+IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
+"""The order of the keys in a folder."""
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -250,15 +253,15 @@ class LanceModel(AnsweringIndex):
                 f"where: holds for {len(rows):,} keys, too many of a LanceDB store for memory; name fewer, or copy the "
                 f"store into a folder: retrieval-tip index clone {self.store} DIR"
             )
-        labels = self.labels.take(pa.array(rows)).sort_by([("class_id", "ascending"), ("key_id", "ascending")])
-        return self._in_memory(self.keys_of(labels["key_id"].to_numpy()), labels.drop_columns([VERSION]))
+        labels = self.labels.take(pa.array(rows)).drop_columns([VERSION]).sort_by(IN_ORDER)
+        return self._in_memory(self.keys_of(labels["key_id"].to_numpy()), labels)
 
     def keys_of(self, key_ids: IntArray) -> npt.NDArray[Any]:
         """Keys ``[m, d]`` as they are stored, by their ids, each of which is there."""
         some = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
-        order = np.argsort(some["key_id"].to_numpy())
-        place = order[np.searchsorted(some["key_id"].to_numpy()[order], key_ids)]
-        keys: npt.NDArray[Any] = self.table.matrix(some[VECTOR])[place]
+        found = some["key_id"].to_numpy()
+        order = np.argsort(found)
+        keys: npt.NDArray[Any] = self.table.matrix(some[VECTOR])[order[np.searchsorted(found, key_ids, sorter=order)]]
         return keys
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
@@ -271,21 +274,17 @@ class LanceModel(AnsweringIndex):
         if self.whole is not None:
             self.whole.with_settings(self.settings).save(folder, change)
             return
-        labels = self.labels.drop_columns([VERSION])
-        order = np.lexsort((labels["key_id"].to_numpy(), labels["class_id"].to_numpy()))
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = np.arange(len(order))
+        labels = self.labels.drop_columns([VERSION]).sort_by(IN_ORDER)
         key_ids = labels["key_id"].to_numpy()
         by_id = np.argsort(key_ids)
         with write(Path(folder)) as writer:
             staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
             for part, keys in self.stored_blocks():
-                rows = by_id[np.searchsorted(key_ids[by_id], part["key_id"].to_numpy())]
-                array[place[rows]] = keys
+                array[by_id[np.searchsorted(key_ids, part["key_id"].to_numpy(), sorter=by_id)]] = keys
             array.flush()  # type: ignore[attr-defined]  # a memmap
             del array
             keys = np.load(writer.seal("keys", staged, self.n), mmap_mode="c")
-            self._in_memory(keys, labels.take(pa.array(order))).commit(writer, change)
+            self._in_memory(keys, labels).commit(writer, change)
 
     def _in_memory(self, keys: npt.NDArray[Any], labels: pa.Table) -> CacheModel:
         """A classifier over keys and their labels, grouped by class, with this metric and these settings; exact."""
