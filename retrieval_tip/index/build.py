@@ -104,7 +104,12 @@ def build_index(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
-    asked = _Asked.of(encoder, alpha, beta, normalize, logit_scale, k)
+    if logit_scale is None and encoder.backbone is not None:
+        logit_scale = encoder.backbone.logit_scale
+    settings = Settings().but(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
+    form = normalize or ("both" if alpha is None and beta is None else "none")
+    check_form(form)
+    asked = _Asked(settings, alpha, beta, form, keeps_k=k is not None)
     place = stores.at(out)
     fitting = _fitting(fit, (metric, values), (alpha, beta, normalize))
     words = _text(source, encoder, templates, text)
@@ -138,24 +143,6 @@ class _Asked:
     beta: float | None
     form: str
     keeps_k: bool
-
-    @classmethod
-    def of(
-        cls,
-        encoder: Encoder,
-        alpha: float | None,
-        beta: float | None,
-        normalize: str | None,
-        logit_scale: float | None,
-        k: KeysMet,
-    ) -> _Asked:
-        """The settings that a build was given. Raises UsageError for those that cannot work."""
-        if logit_scale is None and encoder.backbone is not None:
-            logit_scale = encoder.backbone.logit_scale
-        settings = Settings().but(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
-        form = normalize or ("both" if alpha is None and beta is None else "none")
-        check_form(form)
-        return cls(settings, alpha, beta, form, keeps_k=k is not None)
 
     def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
         """The settings, with alpha and beta in plain units, and ``met`` keys where nothing was said of these."""

@@ -83,8 +83,9 @@ def export_table(cache: CacheModel, out: Path) -> int:
     Raises InputError where ``out`` cannot be written; then nothing is left of it.
     """
     _outside(cache, out)
-    for part, what in ((cache.values, "trained values"), (cache.tuned, "the fine-tuned encoder")):
-        if part is not None and (what != "trained values" or cache.fitted is None):  # fitted ones are fitted anew
+    trained = cache.values if cache.fitted is None else None  # solved ones are fitted anew
+    for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
+        if part is not None:
             log.warning("%s: %s of the index cannot be in a table; what is built from it lacks them", show(out), what)
     table = cache.labels
     own = {"class_id", "label", "source", "id", FEATURE}
