@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from retrieval_tip.backbones import nvjpeg, tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, view_size
+from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, JpegDecoder, Trainable, view_size
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Opened:
     tokenizer: Callable[[], Tokenizer] | None
 
 
-class TorchBackbone(ABC):
-    """A :class:`base.Trainable` backbone of a torch module. Make one with :func:`loading.load_backbone`."""
+class TorchBackbone(Trainable, JpegDecoder, ABC):
+    """A backbone of a torch module. Make one with :func:`loading.load_backbone`."""
 
     def __init__(self, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
         """``awaited``: its identity and ``d`` where they are known; then it is opened when something needs it."""
@@ -127,12 +127,10 @@ class TorchBackbone(ABC):
 
     @property
     def dim(self) -> int:
-        """Length ``d`` of its features."""
         return self._dim
 
     @property
     def has_text(self) -> bool:
-        """Whether it has a text tower."""
         return self._opened is None or self._opened.tokenizer is not None  # those that are awaited have
 
     @property
@@ -142,7 +140,6 @@ class TorchBackbone(ABC):
 
     @property
     def precision(self) -> str:
-        """``float32``, or the autocast dtype."""
         return self._precision
 
     @property
@@ -154,16 +151,13 @@ class TorchBackbone(ABC):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a view."""
         return view_size(self._identity.preprocess)
 
     @property
     def image_encoder(self) -> torch.nn.Module:
-        """Its image tower as a module, ``[b, 3, h, w]`` to raw features ``[b, d]``."""
         return tower.image_encoder(self._model)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """The model's own centre view, ``[3, h, w]`` float32."""
         if self._opened is None and tower.can_view(self._identity.preprocess):
             return tower.view(image, self._identity.preprocess)
         # Not in numpy: while threads that decode have OpenMP threads of their own, the model's spin little at their
@@ -172,11 +166,9 @@ class TorchBackbone(ABC):
 
     @property
     def decodes_jpegs(self) -> bool:
-        """Whether JPEGs are decoded by the GPU."""
         return self._decoder == "nvjpeg"
 
     def views_of_jpegs(self, encoded: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Centre views ``[b, 3, h, w]`` float32 of JPEGs ``[bytes]``; see :func:`nvjpeg.views`."""
         return nvjpeg.views(encoded, self._identity.preprocess, self._device)
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
@@ -194,7 +186,6 @@ class TorchBackbone(ABC):
         return tensor
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
-        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``."""
         compiled = self._compiled(len(pixels))
         return compiled(pixels) if compiled is not None else _without_gradient(self.forward_images, pixels)
 
@@ -218,11 +209,9 @@ class TorchBackbone(ABC):
         return self._tower[1]
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
-        """Raw features ``[t, d]`` float32 of sentences."""
         return _without_gradient(self.forward_texts, texts)
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, with gradient."""
         import torch
 
         if self._device.type == "cuda" and pixels.device.type == "cpu":
@@ -232,7 +221,6 @@ class TorchBackbone(ABC):
         return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Raw features ``[t, d]`` float32 of sentences, with gradient."""
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
@@ -257,12 +245,10 @@ class TorchBackbone(ABC):
         return copied
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """The parameters of one tower, in the model's order."""
         return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
 
     @contextmanager
     def training(self, parts: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
-        """Within it, the parameters of ``parts``, which it gives, take gradients; behind it, none does."""
         parameters = [parameter for part in parts for parameter in self.parameters(part)]
         if "text" in parts and not self.has_text:
             raise UsageError(f"train text: {self._identity.model} has no text encoder")
@@ -278,14 +264,12 @@ class TorchBackbone(ABC):
                 parameter.grad = None
 
     def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """A copy of every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
         import torch
 
         whole = {name: tensor for part in parts for name, tensor in self._tensors(part).items()}
         return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put the tensors of whole towers in place of the model's own; the identity follows."""
         towers = [self._tensors(part) for part in PARTS]
         _check_fit(state, towers, self._identity.model)
         self._model.load_state_dict(dict(state), strict=False)
