@@ -295,8 +295,6 @@ class KeyTable:
         """The vectors ``[m, d]`` of a column of this table, as they are stored. Raises StoreError where one is none."""
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
-        if isinstance(column, pa.ChunkedArray):  # of no chunks
-            return np.empty((0, column.type.list_size), dtype=column.type.value_type.to_pandas_dtype())
         values = column.flatten()
         if column.null_count or values.null_count:
             raise StoreError(f"{self.address}: a key lacks values; go back to a version before, or build it again")
