@@ -258,8 +258,7 @@ def search(
         ks = [None, *ks]
     _check(cache, queries)
     tried = _Tried(queries, betas, ks, *_intervals(cache, queries, betas, ks))
-    low, high = tried.low, tried.high
-    solved = [[_best_alpha(low[b, j], high[b, j]) for j in range(len(ks))] for b in range(len(betas))]
+    solved = [[_best_alpha(tried.low[b, j], tried.high[b, j]) for j in range(len(ks))] for b in range(len(betas))]
     ranked = [
         (round(right), _width(interval), ks[j] is None, -abs(b - len(betas) // 2), b, j)
         for b, row in enumerate(solved)
@@ -276,12 +275,7 @@ def search(
         if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
             b, j, alpha, part, interval = at, every, stay[0], "both", (stay[0], stay[0])
     accuracy, most = float(tried.hits(b, j, alpha).mean()), float(best.mean())
-    warnings: tuple[str, ...] = ()
-    if most > accuracy:
-        warnings = (
-            f"the {'untouched ' if kept is None else ''}settings stay ({100 * accuracy:.1f} %): {len(best)} queries "
-            f"cannot tell the best found ({100 * most:.1f} %) from chance; --greedy takes it",
-        )
+    warnings = tuple(_kept("the untouched settings" if kept is None else "the settings", accuracy, most, len(best)))
     return tried.choice(b, j, alpha, interval, part, most, "honest", tried.surface(tried.steps()), warnings, seed)
 
 
@@ -523,6 +517,14 @@ def _bootstrap(values: FloatArray, seed: int) -> tuple[float, float]:
     drawn = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAP, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def _kept(what: str, accuracy: float, best: float, n: int) -> Iterator[str]:
+    if best > accuracy:
+        yield (
+            f"{what} stay ({100 * accuracy:.1f} %): {n} queries cannot tell the best found "
+            f"({100 * best:.1f} %) from chance; --greedy takes it"
+        )
 
 
 def _warnings(

@@ -6,9 +6,8 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,19 +108,15 @@ def build_index(
     settings = Settings().but(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_form(form)
-    asked = _Asked(settings, alpha, beta, form, keeps_k=k is not None)
     place = stores.at(out)
-    fitting = _fitting(fit, (metric, values), (alpha, beta, normalize))
+    fitted = {"metric": metric, "values": values} if _fitting(fit, (metric, values), (alpha, beta, normalize)) else None
     words = _text(source, encoder, templates, text)
     source, ids = _drawn(source, words.class_names, text, shots, encoder.seed)
-    made = _Made(source, encoder, ids, words, asked, shots)
+    made = _Made(source, encoder, ids, words, _Asked(settings, alpha, beta, form, k is not None), shots)
     if isinstance(place, stores.LanceStore):
-        fit_it = partial(fit_table, metric=metric, values=values) if fitting else None
-        _build_table(place, made, dtype, "auto" if index is None else index, fit_it)
+        _build_table(place, made, dtype, "auto" if index is None else index, fitted)
     else:
-        choose = partial(closed_form.fit, metric=metric, values=values) if fitting else None
-        factory = "Flat" if index is None else index
-        _build_folder(place.folder, made, dtype, factory, resolve_device(device), choose)
+        _build_folder(place.folder, made, dtype, "Flat" if index is None else index, resolve_device(device), fitted)
     return place.load(device=device)
 
 
@@ -197,19 +192,13 @@ def _drawn(
     return source.take(drawn), ids[drawn]
 
 
-def _build_table(
-    place: stores.LanceStore,
-    made: _Made,
-    dtype: str,
-    index: str,
-    fit: Callable[..., closed_form.Choice] | None,
-) -> None:
-    """Keys stream into the table as they come; a ``fit`` may write it again, with their points."""
+def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str, fitted: dict[str, Any] | None) -> None:
+    """Keys stream into the table as they come; a fit of these letters may write it again, with their points."""
     index_kind(index)
     with place.write() as writer:
         names, weights, templates, _ = made.words
         rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
-        table = LanceDraft.create(writer, rows, names, weights, dtype, index if fit is None else FLAT)
+        table = LanceDraft.create(writer, rows, names, weights, dtype, index if fitted is None else FLAT)
         statistics = table.statistics()
         table.settings = made.asked.plain(statistics, index_kind(index, table.n, len(names))[1])
         table.templates = templates
@@ -217,8 +206,8 @@ def _build_table(
         table.provenance = made.described(statistics)
         table.built = replace(made.built, auto_index=table.built.auto_index)
         _warn_of_table(table)
-        if fit is not None:
-            _warn_of_choice(fit(table, factory=index))
+        if fitted is not None:
+            _warn_of_choice(fit_table(table, **fitted, factory=index))
         table.commit("build")
 
 
@@ -228,9 +217,9 @@ def _build_folder(
     dtype: str,
     index: str,
     device: str,
-    fit: Callable[..., closed_form.Choice] | None,
+    fitted: dict[str, Any] | None,
 ) -> None:
-    """Keys are sorted by class in a file; then the index over them, or over what a ``fit`` makes of them."""
+    """Keys are sorted by class in a file; then the index over them, or over what a fit of these letters makes."""
     source, encoder, names, weights = made.source, made.encoder, list(made.words.class_names), made.words.weights
     order = np.argsort(made.ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
     with write(folder) as writer:
@@ -253,7 +242,7 @@ def _build_folder(
             labels=labels,
             class_names=names,
             text_weights=torch.zeros(len(names), d) if weights is None else torch.from_numpy(weights),
-            index=index_over(keys, ids, len(names), BY_CLASS if fit else factory, device="cpu"),
+            index=index_over(keys, ids, len(names), BY_CLASS if fitted else factory, device="cpu"),
             text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
             settings=made.asked.plain(statistics, met),
             templates=made.words.templates,
@@ -261,8 +250,8 @@ def _build_folder(
             provenance=made.described(statistics),
             built=made.built,
         )
-        if fit is not None:
-            _warn_of_choice(fit(cache, factory=factory))
+        if fitted is not None:
+            _warn_of_choice(closed_form.fit(cache, **fitted, factory=factory))
         cache.commit(writer, "build")
 
 
