@@ -28,14 +28,14 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.fit import fit_table
 from retrieval_tip.index.places import Place
-from retrieval_tip.lance.draft import LanceDraft, index_kind, labels_in_blocks
+from retrieval_tip.lance.draft import LanceDraft, index_kind
 from retrieval_tip.lance.key_table import FLAT
 from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import Built, KeysMet, Settings
-from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.writer import Writer, write
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str, 
     index_kind(index)
     with place.write() as writer:
         names, weights, templates, _ = made.words
-        rows = labels_in_blocks(names, _blocks(made.source, made.encoder, made.ids, dtype))
+        rows = _labelled_blocks(made, dtype)
         table = LanceDraft.create(writer, rows, names, weights, dtype, index if fitted is None else FLAT)
         statistics = table.statistics()
         table.settings = made.asked.plain(statistics, index_kind(index, table.n, len(names))[1])
@@ -301,15 +301,17 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
             log.warning("%s has a row a class, and --text %s rows: have they been swapped?", source.name, f"{rows:,}")
 
 
-def _blocks(
-    source: Source, encoder: Encoder, ids: npt.NDArray[np.int64], dtype: str
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.int64], dict[str, Any]]]:
-    """Class ids, keys, key ids and :func:`item_columns` of a source, a block at a time."""
+def _labelled_blocks(made: _Made, dtype: str) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
+    """Labels and keys of what is read, a block at a time; shots are counted from block to block."""
+    source, encoder, names = made.source, made.encoder, made.words.class_names
+    following = np.zeros(len(names), dtype=np.int32)
     for block in encoder.blocks(source):
         _check_fits(block.features, dtype, source)
+        ids, views = made.ids[block.positions], encoder.views if source.table is None else 1
         columns = item_columns(source.items.take(pa.array(block.positions)), block.digests)
-        views = encoder.views if source.table is None else 1
-        yield ids[block.positions], block.features, block.positions, columns | {"views": views}
+        labels = label_table(names, ids, key_ids=block.positions, views=views, **columns)
+        yield shots_after(labels, ids, following), block.features
+        following += np.bincount(ids, minlength=len(names)).astype(np.int32)
 
 
 def _check_fits(features: npt.NDArray[np.float32], dtype: str, source: Source) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -436,17 +436,3 @@ def check_columns(columns: Iterable[pa.Field]) -> None:
                 f"column {column.name!r}: a LanceDB store has {VERSION}, {VECTOR} and names with _ in front itself, "
                 "and takes no dot or backtick in one; rename it or leave it out"
             )
-
-
-def labels_in_blocks(
-    class_names: Sequence[str], blocks: Iterable[tuple[IntArray, npt.NDArray[Any], IntArray, Mapping[str, Any]]]
-) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-    """Labels and keys of blocks of class ids, keys, key ids and further arguments of :func:`labels.label_table`.
-
-    Shots are counted from block to block.
-    """
-    following = np.zeros(len(class_names), dtype=np.int32)
-    for ids, keys, key_ids, columns in blocks:
-        table = shots_after(label_table(class_names, ids, key_ids=key_ids, **columns), ids, following)
-        following += np.bincount(ids, minlength=len(class_names)).astype(np.int32)
-        yield table, keys
