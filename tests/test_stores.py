@@ -1425,9 +1425,10 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch, kind,
     model = at.verify()
     assert (model.index_type, model.exact_search, model.n) == (kind, False, 3100)
     assert at.manifest().built.auto_index
+    assert model.settings.k == draft.index_kind("auto", 3100, classes)[1]  # as of a store that is built of them
     rows, labels = np.concatenate([rows, more]), labels + more_labels
     queries, truths = drawn(200, 3)
-    by_all, by_index = model.logits(queries), model.logits(queries, 64)
+    by_all, by_index = model.logits(queries, "all"), model.logits(queries, 64)
     winners = by_index.argmax(dim=1)
     assert (winners == by_all.argmax(dim=1)).float().mean() >= 0.99
     assert np.mean([model.class_names[i] == truth for i, truth in zip(winners, truths, strict=True)]) > 0.9

@@ -343,7 +343,8 @@ class LanceDraft(LanceModel):
         return "auto" if self.built.auto_index else self.index_type
 
     def _index(self, asked: str) -> None:
-        self.index_type, _ = index_kind(asked, self.n, len(self.class_names))
+        self.index_type, met = index_kind(asked, self.n, len(self.class_names))
+        self.settings = self.settings.but(k=self.settings.k or met)
         self.table.build_index(self.index_type)
         self.built = replace(self.built, auto_index=asked == "auto")
 
