@@ -238,11 +238,13 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A ``PATH`` whose ``retrieval-tip`` runs in a process that has imported everything."""
+    """A ``PATH`` whose ``retrieval-tip`` runs in a process that has imported everything, one for the whole run."""
     if not sys.platform.startswith("linux"):
         yield PROGRAMS  # elsewhere forking is not sound, or cannot be
         return
-    with warm.server(tmp_path_factory.mktemp("warm")) as folder:
+    place = for_all(tmp_path_factory, "warm")
+    place.mkdir(exist_ok=True)
+    with warm.server(place) as folder:
         yield f"{folder}{os.pathsep}{PROGRAMS}"
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 from click.testing import CliRunner
 from fastapi import FastAPI
 
@@ -86,6 +87,13 @@ def server(
         assert process.stderr is not None
         process.stderr.close()
     assert "Traceback" not in "".join(said), "".join(said)
+
+
+def listens(address: str) -> psutil.Process:
+    """The process that listens there, which a program that had it started is not."""
+    port = int(address.rpartition(":")[2])
+    listening = (one for one in psutil.net_connections("tcp4") if one.status == psutil.CONN_LISTEN)
+    return next(psutil.Process(one.pid) for one in listening if one.laddr.port == port)
 
 
 def random_index(folder: Path, n: int, d: int, classes: int) -> Path:

@@ -18,6 +18,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -26,7 +27,7 @@ import psutil
 import pytest
 from click.testing import Result
 from PIL import Image
-from serving import photographs, random_index, rest, running, server, told
+from serving import listens, photographs, random_index, rest, running, server, told
 
 from retrieval_tip import CacheModel
 from retrieval_tip.server import limits as limits_module
@@ -45,9 +46,9 @@ CHANGES = 4 if SOAK else 2
 
 
 @pytest.fixture(scope="module")
-def served(things: Path) -> Iterator[tuple[str, psutil.Process]]:
-    with server(things) as (address, process):
-        yield address, psutil.Process(process.pid)
+def served(things: Path, warm_path: str) -> Iterator[tuple[str, psutil.Process]]:
+    with server(things, path=warm_path) as (address, _):
+        yield address, listens(address)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,14 @@ def photo() -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def random_things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_index(tmp_path_factory.mktemp("random") / "random", 4000, 64, 10)
+
+
+@pytest.fixture(scope="module")
+def local(random_things: Path) -> Iterator[tuple[str, int]]:
+    """An application in this process that answers to its own names only."""
+    served = open_all([random_things], "cpu", "float32", "fast")
+    with running(create_app(served, Limits(hosts=run_module.LOOPBACK))) as place:
+        yield place
 
 
 def connection(address: str, timeout: float = 60) -> http.client.HTTPConnection:
@@ -192,25 +201,27 @@ def test_what_is_slow_to_come_is_given_up(random_things: Path, warm_path: str) -
         assert httpx.post(f"{address}/v1/classify", json=feature(random_things)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("said", "more"),
-    [
-        (b"", b""),
-        (b"GET /healthz HTTP/1.1\r\nHost: loc", b""),
-        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"),
-        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\r\n"),
-        (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n", b"x"),
-    ],
-)
-def test_a_connection_that_says_nothing_is_closed(said: bytes, more: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+SILENT = [
+    (b"", b""),
+    (b"GET /healthz HTTP/1.1\r\nHost: loc", b""),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\r\n"),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n", b"x"),
+]
+
+
+def test_connections_that_say_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A half head, too, also after a whole one; and what is none."""
     monkeypatch.setattr(run_module, "HEAD_SECONDS", 0.5)  # a busy machine answers later than after 0.2
-    with running(create_app({})) as place, socket.create_connection(place, timeout=30) as asking:
-        asking.sendall(said)
-        if said.endswith(b"\r\n\r\n"):
-            assert asking.recv(65536).startswith(b"HTTP/1.1 200")
-            asking.sendall(more)
-        assert asking.recv(65536) == b""  # closed
+    with running(create_app({})) as place, ExitStack() as ends:
+        silent = [ends.enter_context(socket.create_connection(place, timeout=30)) for _ in SILENT]
+        for asking, (said, more) in zip(silent, SILENT, strict=True):
+            asking.sendall(said)
+            if said.endswith(b"\r\n\r\n"):
+                assert asking.recv(65536).startswith(b"HTTP/1.1 200")
+                asking.sendall(more)
+        for asking, silence in zip(silent, SILENT, strict=True):
+            assert asking.recv(65536) == b"", silence  # closed
 
 
 HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
@@ -232,21 +243,19 @@ FIELD = b"x: " + bytes(1000).replace(b"\0", b"a") + b"\r\n"
     }.items(),
     ids=lambda item: item[0],
 )
-def test_heads_have_a_size(random_things: Path, said: tuple[str, list[bytes]]) -> None:
-    with running(create_app(open_all([random_things], "cpu", "float32", "fast"))) as place:
-        answer = told(place, *said[1])
-        assert answer.startswith(b"HTTP/1.1 431 ")
-        assert b"application/problem+json" in answer
-        assert told(place, HEAD + FIELD * 60 + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+def test_heads_have_a_size(local: tuple[str, int], said: tuple[str, list[bytes]]) -> None:
+    answer = told(local, *said[1])
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert b"application/problem+json" in answer
+    assert told(local, HEAD + FIELD * 60 + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")
 
 
-def test_few_requests_may_wait_behind_another() -> None:
-    with running(create_app({})) as place:
-        assert told(place, (HEAD + b"\r\n") * 5 + HEAD + b"Connection: close\r\n\r\n").count(b"HTTP/1.1 200 ") == 6
-        answer = told(place, (HEAD + b"\r\n") * 3000)
-        assert 0 < answer.count(b"HTTP/1.1 200 ") <= run_module.PIPELINED + 1
-        answer = told(place, HEAD + b"\r\n" + HEAD + FIELD * 70)  # the first is answered
-        assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 ") == 1
+def test_few_requests_may_wait_behind_another(local: tuple[str, int]) -> None:
+    assert told(local, (HEAD + b"\r\n") * 5 + HEAD + b"Connection: close\r\n\r\n").count(b"HTTP/1.1 200 ") == 6
+    answer = told(local, (HEAD + b"\r\n") * 3000)
+    assert 0 < answer.count(b"HTTP/1.1 200 ") <= run_module.PIPELINED + 1
+    answer = told(local, HEAD + b"\r\n" + HEAD + FIELD * 70)  # the first is answered
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 200 ") == 1
 
 
 @pytest.mark.parametrize(
@@ -268,9 +277,8 @@ def test_few_requests_may_wait_behind_another() -> None:
               b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"),
     ],
 )  # fmt: skip
-def test_requests_of_two_meanings_are_refused(status: int, said: bytes) -> None:
-    with running(create_app({}, Limits(hosts=run_module.LOOPBACK))) as place:
-        answer = told(place, said)
+def test_requests_of_two_meanings_are_refused(local: tuple[str, int], status: int, said: bytes) -> None:
+    answer = told(local, said)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert answer.count(b"HTTP/1.1 ") == 1
     assert (status == 200) != (b"application/problem+json" in answer)
@@ -504,8 +512,11 @@ def test_serving_says_what_it_needs(things: Path, run: Callable[..., Result], mo
     assert "pip install 'retrieval-tip[serve]'" in result.stderr
 
 
-def test_a_version_is_let_go_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:
+def test_a_version_is_let_go_when_the_next_one_answers(
+    random_things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the files that it maps, and without a search for garbage, which would hold up every answer."""
+    monkeypatch.setattr("retrieval_tip.server.service.POLL", 0.1)
     folder = shutil.copytree(random_things, tmp_path / "index")
     served = open_all([folder], "cpu", "float32", "fast")
     with running(create_app(served)) as place:

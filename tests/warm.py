@@ -1,8 +1,9 @@
 """The command line in processes that need not import anything: a server has, and forks one for each command.
 
 A command is handed its files, folder and environment, and is a process of its own; it costs its work alone, where a new
-interpreter imports for seconds. No thread has been started when the server forks, so that is sound. Run as a script,
-this file is the server.
+interpreter imports for seconds. No thread has been started when the server forks, so that is sound. Processes that test
+share one: the first that needs it starts it, each keeps a connection, and it ends with the last of these, however that
+was closed. Run as a script, this file is the server.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 FOR_FEATURES = (
     "torch", "faiss", "duckdb", "pandas", "pyarrow.dataset", "pyarrow.parquet", "safetensors.torch",
@@ -37,6 +39,8 @@ ALONE = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }  # fmt: skip
 """With these, the libraries start no threads of their own when they are imported."""
+
+READY = b"!"
 
 PROGRAM = """#!{python} -IS
 import array, os, signal, socket, sys
@@ -69,23 +73,40 @@ def import_now(*, images: bool) -> None:
             importlib.import_module(name)
 
 
-def _serve(place: str) -> None:
-    """Run commands, each in a child of a child, which tells how it ended."""
+def _serve(place: str, starter: int) -> None:
+    """Run commands, each in a child of a child, which tells how it ended, until nobody keeps this server."""
     import_now(images=True)
     from retrieval_tip.cli.group import main, start_lightly
 
     start_lightly()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(place)
-        server.listen(16)
-        print("ready", flush=True)
-        while True:
+    keepers = [socket.socket(fileno=starter)]
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as kept:
+        for listening, name in ((server, place), (kept, f"{place}.kept")):
+            Path(name).unlink(missing_ok=True)
+            listening.bind(name)
+            listening.listen(16)
+        keepers[0].send(READY)
+        while keepers:
+            ready, _, _ = select.select([server, kept, *keepers], [], [])
+            for keeper in {*keepers} & {*ready}:  # it says nothing until it ends
+                keepers.remove(keeper)
+                keeper.close()
+            if kept in ready:
+                keepers.append(kept.accept()[0])
+                with contextlib.suppress(OSError):  # who has gone meanwhile is noticed above
+                    keepers[-1].send(READY)
+            if server not in ready:
+                continue
             link, _ = server.accept()
             assert len([*Path("/proc/self/task").iterdir()]) == 1, "a thread has been started"
             if os.fork() == 0:
                 break
             link.close()
+        else:
+            return
+    for keeper in keepers:
+        keeper.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, rights, *_ = link.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
     told = link.makefile("rb").read(int.from_bytes(size, "big"))
@@ -118,22 +139,37 @@ def _serve(place: str) -> None:
         os._exit(end.code)  # taking down what was imported takes half a second
 
 
-if __name__ == "__main__":
-    _serve(sys.argv[1])
+def _kept(place: str) -> socket.socket:
+    """A connection to the server that is there, which lives as long as the connection, else to a new one."""
+    mine = socket.socket(socket.AF_UNIX)
+    with contextlib.suppress(OSError):
+        mine.connect(f"{place}.kept")
+        if mine.recv(1) == READY:
+            return mine
+    mine.close()
+    mine, its = socket.socketpair()
+    with its:
+        its.set_inheritable(True)
+        command = [sys.executable, __file__, place, str(its.fileno())]
+        output = [(os.POSIX_SPAWN_DUP2, its.fileno(), 1)]  # what Python holds for a file, it would seek in
+        os.posix_spawn(sys.executable, command, os.environ | ALONE, file_actions=output)  # it outlives who starts it
+    assert mine.recv(1) == READY
+    return mine
 
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[Path]:
     """A folder to put in front of ``PATH``: its ``retrieval-tip`` has a server run the command."""
     place, program = folder / "socket", folder / "bin" / "retrieval-tip"
-    program.parent.mkdir()
-    program.write_text(PROGRAM.format(python=sys.executable, place=str(place)))
-    program.chmod(0o755)
-    command = [sys.executable, __file__, str(place)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | ALONE) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == b"ready\n"
-            yield program.parent
-        finally:
-            process.kill()
+    with filelock.FileLock(folder / "lock"):
+        if not program.exists():
+            program.parent.mkdir()
+            program.write_text(PROGRAM.format(python=sys.executable, place=str(place)))
+            program.chmod(0o755)
+        keeper = _kept(str(place))
+    with keeper:
+        yield program.parent
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))
