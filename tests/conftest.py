@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from hypothesis import settings
 
 from retrieval_tip import CacheModel, errors
 from retrieval_tip.backbones import open_clip as backbone
+from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
@@ -157,6 +159,37 @@ def hashed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "lies_in", lies_in)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once(encodings: Path) -> Iterator[None]:
+    """What nothing ever changes is made once, not by every command: towers that the run keeps, and tokenizers."""
+    towers: dict[tuple[Path, str, int], tower.Tower | None] = {}
+    tokenizers: dict[str, dict[str, Any]] = {}
+    kept = tower.kept
+
+    def kept_once(identity: Identity, precision: str) -> tower.Tower | None:
+        folder = tower._folder(identity)
+        if folder is None or not folder.is_relative_to(encodings):  # a test's own, which it may damage
+            return kept(identity, precision)
+        own = folder, precision, threading.get_ident()  # one answers one thread at a time
+        if towers.get(own) is None:
+            towers[own] = kept(identity, precision)
+        return towers[own]
+
+    def init(self: Any, *arguments: Any, **options: Any) -> None:
+        own = repr((arguments, options))
+        if own not in tokenizers:
+            fill(self, *arguments, **options)
+            tokenizers[own] = vars(self)
+        vars(self).update(tokenizers[own])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tower, "kept", kept_once)
+        if tokenizer := sys.modules.get("open_clip.tokenizer"):
+            fill = tokenizer.SimpleTokenizer.__init__
+            patch.setattr(tokenizer.SimpleTokenizer, "__init__", init)
         yield
 
 

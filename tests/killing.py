@@ -121,14 +121,16 @@ def _child(work: Callable[[Job, Steps], None], job: Job) -> int:
 
 
 class Server:
-    """Runs jobs in children of one process, and kills them."""
+    """Runs jobs in children of one process, which finds its interpreter on ``path``, and kills them."""
 
-    def __init__(self, script: str, folder: Path) -> None:
+    def __init__(self, script: str, folder: Path, path: str) -> None:
         self.counted = folder / "steps"
         self.seconds = 0.0
         pipe = subprocess.PIPE
         environment = os.environ | warm.ALONE
-        self.process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [warm.python(path), script], stdin=pipe, stdout=pipe, text=True, env=environment
+        )
 
     def start(self, *jobs: Job, step: int | None = None, after: float | None = None, how: str = "SIGKILL") -> None:
         """Begin; a job is killed before its step number ``step`` (``how``: or stopped), or after so many seconds."""

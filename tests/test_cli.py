@@ -380,12 +380,12 @@ def test_answers_appear_while_the_rest_is_read(style, run, tmp_path, warm_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="SKIPPED: no /dev/full here")
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    "arguments",
-    few([["--version"], ["--help"], ["index", "--help"], ["datasets", "check", "."], ["index", "build", "--help"],
-         *(["datasets", "list", "--format", style] for style in ("json", "csv", "table", "parquet"))], 5),
-    ids=" ".join,
+    ("arguments", "unbuffered"),
+    few([(command.split(), unbuffered) for unbuffered in ("", "1") for command in (
+        "--version", "--help", "index --help", "datasets check .", "index build --help", "datasets list --format json",
+        "datasets list --format csv", "datasets list --format table", "datasets list --format parquet")], 5),
+    ids=str,
 )  # fmt: skip
 def test_a_standard_output_that_is_full_is_said_in_one_line(arguments, unbuffered):
     with Path("/dev/full").open("w") as full:
@@ -398,7 +398,9 @@ def test_a_standard_output_that_is_full_is_said_in_one_line(arguments, unbuffere
     assert b"No space left" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["datasets", "list"], ["datasets", "check", "."]])
+@pytest.mark.parametrize(
+    "arguments", few([["--version"], ["--help"], ["datasets", "check", "."], ["datasets", "list"]], 2)
+)
 def test_a_reader_that_is_gone_from_the_start_is_no_error(arguments):
     reader, writer = os.pipe()
     os.close(reader)

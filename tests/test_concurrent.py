@@ -192,8 +192,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[killing.Server]:
-    server = killing.Server(__file__, tmp_path_factory.mktemp("server"))
+def server(tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[killing.Server]:
+    server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
     yield server
     server.close()
 

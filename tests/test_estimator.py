@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
+import warm
 from conftest import SOAK, cache_of, examples, few, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -407,8 +408,8 @@ def test_a_fit_that_fails_leaves_the_fitted_model() -> None:
     np.testing.assert_array_equal(made.decision_function(QUERIES), before)
 
 
-def fresh(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def fresh(script: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
 
 
 def test_scikit_learn_is_imported_for_its_own_name_only() -> None:
@@ -416,11 +417,12 @@ def test_scikit_learn_is_imported_for_its_own_name_only() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_without_scikit_learn_one_line_says_what_to_install() -> None:
+def test_without_scikit_learn_one_line_says_what_to_install(warm_path: str) -> None:
     done = fresh(
         "import sys; sys.modules['sklearn'] = sys.modules['sklearn.base'] = None\n"
         "import retrieval_tip; retrieval_tip.CacheModel\n"
-        "from retrieval_tip import TipAdapterClassifier"
+        "from retrieval_tip import TipAdapterClassifier",
+        warm.python(warm_path),
     )
     assert done.returncode == 1
     assert "during handling" not in done.stderr.lower()

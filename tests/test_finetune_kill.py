@@ -111,8 +111,8 @@ if __name__ == "__main__":
 class Trainings(killing.Server):
     """Runs fine-tunings in children of one process, and kills them."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(__file__, folder)
+    def __init__(self, folder: Path, path: str) -> None:
+        super().__init__(__file__, folder, path)
         self.folder = folder
 
     def train(self, recipe: dict[str, Any], place: Path, **when: Any) -> int:
@@ -141,8 +141,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Trainings]:
-    server = Trainings(folder)
+def server(folder: Path, warm_path: str) -> Iterator[Trainings]:
+    server = Trainings(folder, warm_path)
     yield server
     server.close()
 

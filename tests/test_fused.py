@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import few
 
-from retrieval_tip import tip
 from retrieval_tip.retrieval.keys import Keys
 
 needs_triton = pytest.mark.skipif(
@@ -20,7 +19,7 @@ needs_triton = pytest.mark.skipif(
     reason="SKIPPED: there is no Triton here, so its kernels are neither run nor compiled; pip install triton",
 )
 
-RUN = """
+SUMS = """
 import sys
 from pathlib import Path
 import numpy as np, torch
@@ -43,6 +42,75 @@ for given in map(np.load, sorted(map(str, Path(sys.argv[1]).glob("*.given.npz"))
     np.savez(given.fid.name.replace("given", "found"), size=runs.size, **found)
 """
 
+BEYOND = """
+import sys
+import numpy as np, torch
+from retrieval_tip.retrieval import fused
+
+def holes(name, shape, dtype):  # a file of holes takes no disk
+    return torch.from_numpy(np.memmap(f"{sys.argv[1]}/{name}", dtype, "w+", shape=shape))
+
+d, n, q = 2048, (1 << 20) + 9, 5
+keys, rng = holes("keys", (n, d), np.float16), np.random.default_rng(0)
+f, own = (torch.from_numpy(rng.standard_normal((m, d)) / d**0.5).half() for m in (q, 6))
+rows = torch.tensor([n - 1, n - 2, 3, n - 7, -1, -1], dtype=torch.int32)
+keys[rows[:4].long()] = own[:4]
+assert int(rows[0]) * d > 2**31
+runs = fused.Runs(rows, torch.tensor([0, 1, 3], dtype=torch.int32), 2)
+found = fused.cache_logits(f, keys, runs, 2.0)
+weights = (2 * (f.double() @ own[:4].double().T - 1)).exp()
+expected = torch.stack([weights[:, :2].sum(1), weights[:, 2:].sum(1)], dim=1)
+torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+q, r = 9, (1 << 31) // 9 + 20
+sums = holes("sums", (r, q), np.float32)
+sums[r - 5 :] = torch.arange(5 * q, dtype=torch.float32).view(5, q)
+out = torch.empty(q, 2)
+fused.class_sums(sums, fused.Runs(torch.empty(0), torch.tensor([r - 5, r - 3, r], dtype=torch.int32), 1), out)
+torch.testing.assert_close(out, torch.stack([sums[r - 5 : r - 3].sum(0), sums[r - 3 :].sum(0)], dim=1))
+"""
+
+FITTED = """
+import sys
+import numpy as np, torch
+from retrieval_tip import CacheModel, tip
+from retrieval_tip.retrieval import fused
+from retrieval_tip.retrieval.keys import Keys
+
+plain = Keys.cache_logits
+def on_gpu(self, features, beta, values=None, products=None):  # as on one that has the keys
+    self._on_device = torch.from_numpy(np.asarray(self.array))
+    return self.fused(features, beta, values, products or torch.float32, fused)
+
+given = np.load(f"{sys.argv[1]}/fitted.npz")
+metric = tip.Metric(torch.from_numpy(given["m"]), torch.from_numpy(given["t"]))
+names = [f"class {i}" for i in range(11)]
+for with_metric in (False, True):
+    for values in (None, given["values"]):
+        cache = CacheModel.from_features(given["keys"], given["ids"], names, values=values, device="cpu")
+        if with_metric:
+            cache.set_fitted(metric, cache.values, None)
+        if values is None:
+            cache.add(given["queries"][:7], given["ids"][::40][:7])  # a segment of its own
+        Keys.cache_logits = plain
+        expected = cache.logits(given["queries"], "all")
+        Keys.cache_logits = on_gpu
+        torch.testing.assert_close(cache.logits(given["queries"], "all"), expected, rtol=1e-5, atol=1e-4)
+"""
+
+RUN = """
+import sys, traceback
+from pathlib import Path
+for name, code in zip(sys.argv[2::2], sys.argv[3::2]):
+    said = ""
+    try:
+        exec(compile(code, name, "exec"), {})
+    except Exception:
+        said = traceback.format_exc()
+    Path(sys.argv[1], f"{name}.txt").write_text(said)
+"""
+"""Each of these programs, in one process: to import what they need takes longer than they do."""
+
 CASES = {
     "gaps": (300, 70, 100, [0, 1, 3, 4, 8]),
     "many classes a tile": (200, 3, 64, list(range(150))),
@@ -64,14 +132,9 @@ def made(n: int, q: int, d: int, classes: list[int]) -> tuple[np.ndarray, np.nda
     return keys, np.sort(rng.choice(classes, n)), queries
 
 
-def interpreted(code: str, *arguments: object) -> None:
-    """Run Python with Triton's interpreter in the place of its compiler, which it asks for when it is imported."""
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=240)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What came of the programs, by Triton's interpreter, which it asks for when it is imported."""
     folder = tmp_path_factory.mktemp("fused")
     for name, (n, q, d, classes) in CASES.items():
         keys, ids, queries = made(n, q, d, classes)
@@ -79,13 +142,28 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values = np.random.default_rng(1).standard_normal((n, number)).astype(np.float32)
         given = {"keys": keys, "ids": ids, "queries": queries, "values": values, "classes": number}
         np.savez(folder / f"{name}.given.npz", **given)
-    interpreted(RUN, folder)
+    keys, ids, queries = made(300, 40, 24, list(range(11)))
+    rng = np.random.default_rng(5)
+    given = {"keys": keys, "ids": ids, "queries": queries, "m": keys.mean(0)}
+    given |= {"values": rng.standard_normal((300, 11)).astype(np.float32)}
+    given |= {"t": rng.standard_normal((24, 24)).astype(np.float32)}
+    np.savez(folder / "fitted.npz", **given)
+    programs = [part for pair in (("sums", SUMS), ("beyond", BEYOND), ("fitted", FITTED)) for part in pair]
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(folder), *programs]
+    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=240)
     return folder
+
+
+def went_well(found: Path, program: str) -> bool:
+    said = (found / f"{program}.txt").read_text()
+    assert not said, said
+    return True
 
 
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_sum_by_class(found: Path, case: str) -> None:
+    assert went_well(found, "sums")
     given, answers = np.load(found / f"{case}.given.npz"), np.load(found / f"{case}.found.npz")
     weights = dense(given["queries"], given["keys"], 7.5)
     expected = weights @ np.eye(int(given["classes"]))[given["ids"]]
@@ -125,74 +203,13 @@ def test_runs_hold_each_key_once_in_its_class_wherever_it_lies() -> None:
 
 
 @needs_triton
-def test_keys_and_sums_beyond_the_numbers_of_32_bits_are_found(tmp_path: Path) -> None:
-    code = """
-import sys
-import numpy as np, torch
-from retrieval_tip.retrieval import fused
-
-def holes(name, shape, dtype):  # a file of holes takes no disk
-    return torch.from_numpy(np.memmap(f"{sys.argv[1]}/{name}", dtype, "w+", shape=shape))
-
-d, n, q = 2048, (1 << 20) + 9, 5
-keys, rng = holes("keys", (n, d), np.float16), np.random.default_rng(0)
-f, own = (torch.from_numpy(rng.standard_normal((m, d)) / d**0.5).half() for m in (q, 6))
-rows = torch.tensor([n - 1, n - 2, 3, n - 7, -1, -1], dtype=torch.int32)
-keys[rows[:4].long()] = own[:4]
-assert int(rows[0]) * d > 2**31
-runs = fused.Runs(rows, torch.tensor([0, 1, 3], dtype=torch.int32), 2)
-found = fused.cache_logits(f, keys, runs, 2.0)
-weights = (2 * (f.double() @ own[:4].double().T - 1)).exp()
-expected = torch.stack([weights[:, :2].sum(1), weights[:, 2:].sum(1)], dim=1)
-torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-
-q, r = 9, (1 << 31) // 9 + 20
-sums = holes("sums", (r, q), np.float32)
-sums[r - 5 :] = torch.arange(5 * q, dtype=torch.float32).view(5, q)
-out = torch.empty(q, 2)
-fused.class_sums(sums, fused.Runs(torch.empty(0), torch.tensor([r - 5, r - 3, r], dtype=torch.int32), 1), out)
-torch.testing.assert_close(out, torch.stack([sums[r - 5 : r - 3].sum(0), sums[r - 3 :].sum(0)], dim=1))
-"""
-    interpreted(code, tmp_path)
+def test_keys_and_sums_beyond_the_numbers_of_32_bits_are_found(found: Path) -> None:
+    assert went_well(found, "beyond")
 
 
 @needs_triton
-def test_an_index_with_a_metric_and_solved_values_answers_by_the_kernels_too(tmp_path: Path) -> None:
-    keys, ids, queries = made(300, 40, 24, list(range(11)))
-    rng = np.random.default_rng(5)
-    values = rng.standard_normal((300, 11)).astype(np.float32)
-    metric = tip.Metric(torch.from_numpy(keys.mean(0)), torch.from_numpy(rng.standard_normal((24, 24))).float())
-    np.savez(
-        tmp_path / "given.npz", keys=keys, ids=ids, queries=queries, values=values, m=metric.mean, t=metric.transform
-    )
-    code = """
-import sys
-import numpy as np, torch
-from retrieval_tip import CacheModel, tip
-from retrieval_tip.retrieval import fused
-from retrieval_tip.retrieval.keys import Keys
-
-plain = Keys.cache_logits
-def on_gpu(self, features, beta, values=None, products=None):  # as on one that has the keys
-    self._on_device = torch.from_numpy(np.asarray(self.array))
-    return self.fused(features, beta, values, products or torch.float32, fused)
-
-given = np.load(sys.argv[1])
-metric = tip.Metric(torch.from_numpy(given["m"]), torch.from_numpy(given["t"]))
-names = [f"class {i}" for i in range(11)]
-for with_metric in (False, True):
-    for values in (None, given["values"]):
-        cache = CacheModel.from_features(given["keys"], given["ids"], names, values=values, device="cpu")
-        if with_metric:
-            cache.set_fitted(metric, cache.values, None)
-        if values is None:
-            cache.add(given["queries"][:7], given["ids"][::40][:7])  # a segment of its own
-        Keys.cache_logits = plain
-        expected = cache.logits(given["queries"], "all")
-        Keys.cache_logits = on_gpu
-        torch.testing.assert_close(cache.logits(given["queries"], "all"), expected, rtol=1e-5, atol=1e-4)
-"""
-    interpreted(code, tmp_path / "given.npz")
+def test_an_index_with_a_metric_and_solved_values_answers_by_the_kernels_too(found: Path) -> None:
+    assert went_well(found, "fitted")
 
 
 COMPILE = """

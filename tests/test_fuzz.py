@@ -425,13 +425,13 @@ for line in sys.stdin:
 class Victims:
     """Two programs that run commands, a list at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
         self.found: dict[int, dict[str, Any]] = {}
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | warm.ALONE
         self._programs = [
             subprocess.Popen(
-                [sys.executable, "-c", ATTACKED],
+                [warm.python(path), "-c", ATTACKED],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -466,8 +466,8 @@ class Victims:
 
 
 @pytest.fixture(scope="module")
-def victims() -> Iterator[Victims]:
-    found = Victims()
+def victims(warm_path: str) -> Iterator[Victims]:
+    found = Victims(warm_path)
     yield found
     found.close()
 

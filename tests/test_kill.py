@@ -71,8 +71,8 @@ class Builder(killing.Server):
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-    builder = Builder(__file__, tmp_path_factory.mktemp("builder"))
+def builder(tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[Builder]:
+    builder = Builder(__file__, tmp_path_factory.mktemp("builder"), warm_path)
     yield builder
     builder.close()
 

@@ -118,8 +118,8 @@ def _as_in_the_server() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[killing.Server]:
-    server = killing.Server(__file__, tmp_path_factory.mktemp("server"))
+def server(tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Iterator[killing.Server]:
+    server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
     yield server
     server.close()
 

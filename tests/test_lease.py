@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import buckets
 import pytest
+from conftest import SOAK
 
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance import lease
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.timeout(60)
 bucket, place = buckets.bucket, buckets.place
 
 needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="SKIPPED: needs SIGSTOP and SIGKILL")
+
+TIMES = 8 if SOAK else 5
+"""That each of two processes writes to a list."""
 
 WORKER = """
 import os, sys, time
@@ -167,11 +171,11 @@ def test_another_one_gets_it_when_it_is_free(place: str):
 
 
 def test_processes_that_append_to_a_list_do_not_interleave(place: str):
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, place, "20", "8"]) for _ in range(2)]
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, place, "20", str(TIMES)]) for _ in range(2)]
     for worker in workers:
         assert worker.wait(40) == 0
     lines = at(place).get("list").decode().split("\n")[:-1]
-    assert len(lines) == 2 * 2 * 8
+    assert len(lines) == 2 * 2 * TIMES
     for begins, ends in zip(lines[::2], lines[1::2], strict=True):
         assert (begins.split()[1], ends.split()[1]) == ("begins", "ends")
         assert begins.split()[0] == ends.split()[0]
@@ -383,7 +387,7 @@ def test_an_interrupt_while_it_is_taken_releases_only_what_is_its_own(bucket: st
 
 
 def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lease, "LEASE", 0.4)
+    monkeypatch.setattr(lease, "LEASE", 0.2)
     objects = at(bucket)
     replace = objects.replace
 
@@ -392,7 +396,7 @@ def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.Monke
 
     with lease.held(objects, 0) as own:
         monkeypatch.setattr(objects, "replace", cut)
-        time.sleep(1.0)
+        time.sleep(0.5)
         monkeypatch.setattr(objects, "replace", replace)
         for _ in range(2):  # and it stays lost, whatever comes back
             with pytest.raises(StoreError, match=r"could not be renewed: cannot connect.*nothing was changed"):

@@ -32,8 +32,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(tiny: Path) -> Iterator[str]:
-    with server(tiny, token=TOKEN) as (address, _):
+def address(tiny: Path, warm_path: str) -> Iterator[str]:
+    with server(tiny, token=TOKEN, path=warm_path) as (address, _):
         yield address
 
 

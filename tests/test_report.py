@@ -236,10 +236,16 @@ def drawn():
     """Diagrams are drawn as SVG; without it they are only made, which takes a second less a report."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _light_probe():
+    """Of a linear probe, only that it is the one of ``evaluate`` is asked here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "STEPS", 10)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _light(request, monkeypatch):
-    """Of a linear probe, only that it is the one of ``evaluate`` is asked here."""
-    monkeypatch.setattr(baselines, "STEPS", 10)
     if "drawn" not in request.fixturenames:
 
         def made_only(draw, label):

@@ -283,7 +283,7 @@ def test_rows_where_a_condition_holds(condition: str, rows: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "condition",
-    [
+    few([
         "", " ", ";", "--", "1=1); DROP TABLE labels; --", "1=1); DROP TABLE labels; SELECT (1=1", "1=1) OR (1=1",
         "1=1) FROM labels WHERE (1=1", "1=1 UNION SELECT", "1=1 UNION SELECT true", "1=1) UNION (SELECT true",
         "1=1 -- comment", "1=1 --", "1=1 /*", "1=1;", "1=1; SELECT 1", "1=1 FROM labels", "true WHERE true",
@@ -294,7 +294,7 @@ def test_rows_where_a_condition_holds(condition: str, rows: list[int]) -> None:
         "row_number() OVER () < 3", "unnest([true, true])", "?", "$1 = 1", "lable = 'cat'", 'label = "cat"',
         "label = 'cat", "label == ", "label::INT = 3", "error('mine')", "label = '\ud800'", "true\x00",
         "(" * 5000 + "true" + ")" * 5000, "(" * 60_000,
-    ],
+    ], 30),
 )  # fmt: skip
 def test_rows_where_takes_one_boolean_expression_only(condition: str) -> None:
     with pytest.raises(UsageError) as error:
@@ -410,7 +410,7 @@ def test_no_question_takes_more_than_its_time_and_its_memory() -> None:
         "    answers.append([said, time.monotonic() - start])\n"
         "print(json.dumps([answers, peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN), *idle]))\n"
     )
-    texts = few(HOSTILE, 5)
+    texts = few(HOSTILE, 4)
     done = subprocess.run([sys.executable, "-c", program], input=json.dumps(texts), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers, own, others, own_idle, others_idle = json.loads(done.stdout)
@@ -425,8 +425,8 @@ def test_no_question_takes_more_than_its_time_and_its_memory() -> None:
 def test_an_answer_that_takes_too_long_is_given_up() -> None:
     for text in ("SELECT count(*) FROM range(100000000000) t(i), range(1000000)", "SELECT a" + ".a" * 30_000):
         with pytest.raises(UsageError, match="--timeout") as error:
-            ask({}, text, timeout=1)
-        one_line(error, "query: ", "1 s")
+            ask({}, text, timeout=0.5)
+        one_line(error, "query: ", "0.5 s")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])

@@ -46,6 +46,8 @@ PRUNED_EVERY = 5
 """So that the next version gives up versions of the table."""
 KILLS = 4 if SOAK else 1
 """Random moments at which each of three changes is killed."""
+GROWTH = 5 if SOAK else 3
+"""Changes of each of two processes that are at work at once."""
 
 
 UNFITTED = {"alpha": 2.0, "beta": 4.0}
@@ -78,7 +80,7 @@ OPERATIONS = {
     "fit to values": lambda place, _: fit_index(place, values="solved"),
     "rollback": lambda place, _: changes.rollback(place),
     "gc": lambda place, _: stores.at(place).collect(),
-    "grow": lambda place, tables: [changes.add(place, table(tables, "1"), Encoder()) for _ in range(5)],
+    "grow": lambda place, tables: [changes.add(place, table(tables, "1"), Encoder()) for _ in range(GROWTH)],
 }  # fmt: skip
 
 
@@ -133,8 +135,8 @@ def _patient(impatient, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, _as_in_the_server):
-    server = killing.Server(__file__, tmp_path_factory.mktemp("server"))
+def server(tmp_path_factory, _as_in_the_server, warm_path):
+    server = killing.Server(__file__, tmp_path_factory.mktemp("server"), warm_path)
     yield server
     server.close()
 
@@ -157,6 +159,7 @@ class World:
     old: str = ""
     before: object = None
     after: dict = field(default_factory=dict)
+    steps: dict = field(default_factory=dict)
 
     def place(self, folder, name):
         """An address with nothing there yet."""
@@ -290,16 +293,20 @@ NEEDED = {
 CHANGES = [name for name in OPERATIONS if name != "grow"]
 
 
-def killed_at(server, world, what, folder, most=None):
-    """The states after kills at every step, or at some, evenly spread."""
-    assert server.run(world.job(what, world.copy(folder, "counted", what))) == 0
-    steps = server.steps
+def steps_of(server, world, what, folder):
+    """The steps of a change that nobody kills."""
+    if what not in world.steps:
+        assert server.run(world.job(what, world.copy(folder, "counted", what))) == 0
+        world.steps[what] = server.steps
+    return world.steps[what]
+
+
+def killed_at(server, world, what, folder, choose=sampled):
+    """The states after kills at every step, or at some."""
+    steps = steps_of(server, world, what, folder)
     assert what not in NEEDED or NEEDED[what] in steps
     assert what == "gc" or "create" in steps
-    chosen = sampled(len(steps))
-    if most is not None:
-        chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, most)})
-    return states(server, world, what, folder, ({"step": step} for step in chosen))
+    return states(server, world, what, folder, ({"step": step} for step in choose(len(steps))))
 
 
 @pytest.mark.parametrize("what", few(CHANGES, 2))
@@ -312,7 +319,7 @@ def test_killed_at_every_step_the_store_is_the_old_or_the_new(server, worlds, wh
 
 @pytest.mark.parametrize("what", few(["add", "first", "gc"], 1))
 def test_killed_at_some_steps_the_bucket_has_the_old_or_the_new(server, worlds, what, tmp_path):
-    found = killed_at(server, worlds["s3"], what, tmp_path, most=3)
+    found = killed_at(server, worlds["s3"], what, tmp_path, lambda n: [0, n // 4, n // 2, n - 1][not SOAK :: 2 - SOAK])
     assert found == sorted(found, key=["before", "after"].index)
     assert "before" in found
 
@@ -341,18 +348,20 @@ def test_two_processes_at_once_lose_nothing(server, worlds, kind, tmp_path):
     server.start(*[world.job("grow", place, counted=False, seconds=LIVING) for _ in range(2)])
     assert server.wait() == [0, 0]
     model = stores.at(place).verify()
-    assert (model.version, model.n, model.next_key_id) == (14, 35 + 10 * 8, 35 + 10 * 8)
+    changes_, grown = 2 * GROWTH, 35 + 2 * GROWTH * 8
+    assert (model.version, model.n, model.next_key_id) == (4 + changes_, grown, grown)
     found = model.labels.sort_by("key_id")
-    assert found["key_id"].to_pylist() == list(range(35 + 80))
-    assert sorted(found["source"].to_pylist()[35:]) == sorted([f"1 {i}" for i in range(8)] * 10)
+    assert found["key_id"].to_pylist() == list(range(grown))
+    assert sorted(found["source"].to_pylist()[35:]) == sorted([f"1 {i}" for i in range(8)] * changes_)
 
 
 def test_one_that_is_killed_while_another_waits_loses_the_store_to_it(server, worlds, tmp_path):
     """In a bucket: the lease of the dead ends, and its rows are in no version."""
     world = worlds["s3"]
     place = world.copy(tmp_path, "waited", "add")
-    assert server.run(world.job("add", world.copy(tmp_path, "counted", "add"))) == 0
-    step = server.steps.index("add") + 1  # its rows are in the table, and no manifest names them
+    step = (
+        steps_of(server, world, "add", tmp_path).index("add") + 1
+    )  # its rows are in the table, and no manifest names them
     server.start(world.job("add", place), step=step)
     assert server.wait() == [-signal.SIGKILL]
     assert key_table.KeyTable.latest(stores.at(place).address, "keys").rows > 35

@@ -1,4 +1,4 @@
-"""The command line in processes that need not import anything: a server has, and forks one for each command.
+"""The command line, and Python, in processes that need not import anything: a server has, and forks one for each.
 
 A command is handed its files, folder and environment, and is a process of its own; it costs its work alone, where a new
 interpreter imports for seconds. No thread has been started when the server forks, so that is sound. Processes that test
@@ -15,12 +15,15 @@ import contextlib
 import importlib
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import filelock
 
@@ -41,10 +44,11 @@ ALONE = {
 """With these, the libraries start no threads of their own when they are imported."""
 
 READY = b"!"
+PYTHON = "warm-python"
 
 PROGRAM = """#!{python} -IS
 import array, os, signal, socket, sys
-told = repr((sys.argv[1:], os.getcwd(), dict(os.environ))).encode("utf-8", "surrogateescape")
+told = repr(({name!r}, sys.argv[1:], os.getcwd(), dict(os.environ))).encode("utf-8", "surrogateescape")
 with socket.socket(socket.AF_UNIX) as link:
     link.connect({place!r})
     files = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", range(3)))]
@@ -60,7 +64,7 @@ if status < 0:
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """
-"""Has the server run the command, passes signals on, and ends as the command did."""
+"""Has the server run the command of its name, passes signals on, and ends as the command did."""
 
 
 def import_now(*, images: bool) -> None:
@@ -124,19 +128,41 @@ def _serve(place: str, starter: int) -> None:
     for number, file in enumerate(array.array("i", rights[0][2])):
         os.dup2(file, number)
         os.close(file)
-    arguments, folder, environment = ast.literal_eval(told.decode("utf-8", "surrogateescape"))
+    name, arguments, folder, environment = ast.literal_eval(told.decode("utf-8", "surrogateescape"))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
     try:
-        main(prog_name="retrieval-tip")
+        if name == PYTHON:
+            _run_python(arguments)
+        else:
+            main(prog_name="retrieval-tip")
     except SystemExit as end:
         threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code)  # taking down what was imported takes half a second
+        os._exit(end.code or 0)  # taking down what was imported takes half a second
+
+
+def _run_python(arguments: list[str]) -> NoReturn:
+    """Run a script, or what follows ``-c``, as the interpreter does."""
+    own = sys.modules["__main__"] = types.ModuleType("__main__")
+    if arguments[0] == "-c":
+        sys.argv[:] = ["-c", *arguments[2:]]
+        code = arguments[1]
+    else:
+        sys.argv[:] = arguments
+        sys.path[0] = str(Path(arguments[0]).parent)
+        code, own.__file__ = Path(arguments[0]).read_text(encoding="utf-8"), arguments[0]
+    exec(compile(code, sys.argv[0], "exec"), own.__dict__)
+    raise SystemExit
+
+
+def python(path: str) -> str:
+    """The interpreter on a ``PATH`` of such a server, else that of this process."""
+    return shutil.which(PYTHON, path=path) or sys.executable
 
 
 def _kept(place: str) -> socket.socket:
@@ -159,16 +185,17 @@ def _kept(place: str) -> socket.socket:
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[Path]:
-    """A folder to put in front of ``PATH``: its ``retrieval-tip`` has a server run the command."""
-    place, program = folder / "socket", folder / "bin" / "retrieval-tip"
+    """A folder to put in front of ``PATH``: its programs have a server run the command."""
+    place, programs = folder / "socket", folder / "bin"
     with filelock.FileLock(folder / "lock"):
-        if not program.exists():
-            program.parent.mkdir()
-            program.write_text(PROGRAM.format(python=sys.executable, place=str(place)))
-            program.chmod(0o755)
+        if not programs.exists():
+            programs.mkdir()
+            for name in ("retrieval-tip", PYTHON):
+                (programs / name).write_text(PROGRAM.format(python=sys.executable, name=name, place=str(place)))
+                (programs / name).chmod(0o755)
         keeper = _kept(str(place))
     with keeper:
-        yield program.parent
+        yield programs
 
 
 if __name__ == "__main__":
