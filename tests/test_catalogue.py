@@ -71,7 +71,7 @@ def test_the_models_that_have_a_word_in_their_name(monkeypatch):
         made = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
     parameters = sum(parameter.numel() for parameter in made.parameters())
     assert model.bytes == 4 * parameters
-    assert all(model.model.startswith("timm:") for model in catalogue.search("timm:dinov3"))
+    assert all(model.model.startswith("timm:") for model in catalogue.search("timm:vit_small_plus"))
     with pytest.raises(UsageError, match=r"'RN5O'.*RN50"):
         catalogue.search("RN5O")
 

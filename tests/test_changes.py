@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED, needs_real
-from test_cli import process, unit_rows, write_table
+from test_cli import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Backbone
@@ -1167,10 +1168,10 @@ def test_what_is_damaged_since_is_found_by_a_reload_where_the_file_is_new(index:
     assert reader.n == 6
 
 
-def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Path) -> None:
+def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Path, warm_path: str) -> None:
     stale = opened(index)
-    done = process("index", "remove", index, "--key-ids", 0)
-    assert done.returncode == 0, done.stderr
+    program = str(shutil.which("retrieval-tip", path=warm_path))
+    subprocess.run([program, "index", "remove", str(index), "--key-ids", "0"], check=True)
     stale.add(unit_rows(1, D, 9), ["cat"])
     before = everything(index)
     with pytest.raises(StoreError, match="is at version 2, not at 1 as when it was opened"):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -176,6 +177,7 @@ def test_killed_at_every_step_and_resumed_it_ends_where_an_unbroken_run_ends(
 
 
 @killing.needs_fork
+@pytest.mark.parametrize("recipe", few(RECIPES, 1), indirect=True)
 def test_killed_again_and_again_at_any_moment_it_ends_where_an_unbroken_run_ends(
     server: Trainings, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -301,20 +303,29 @@ def test_a_collapse_is_remembered(folder: Path, tmp_path: Path) -> None:
 # --- what is in the file
 
 
-@pytest.fixture
-def run(folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """The arguments of a run that has left a checkpoint."""
-    arguments: dict[str, Any] = {
+def arguments_of(folder: Path, place: Path) -> dict[str, Any]:
+    return {
         "cache": index(),
         "shots": open_source(folder / "shots.parquet"),
         "encoder": Encoder(),
         "recipe": Recipe(batch=13, epochs=2, settings="own"),
         "val": open_source(folder / "val.parquet"),
-        "checkpoint": tmp_path / "run.checkpoint",
+        "checkpoint": place,
         "checkpoint_seconds": 0,
     }
-    finetune.finetune(**arguments)
-    return arguments
+
+
+@pytest.fixture(scope="module")
+def left(folder: Path) -> Path:
+    """The checkpoint that a run has left."""
+    finetune.finetune(**arguments_of(folder, folder / "left.checkpoint"))
+    return folder / "left.checkpoint"
+
+
+@pytest.fixture
+def run(folder: Path, left: Path, tmp_path: Path) -> dict[str, Any]:
+    """The arguments of a run that has left a checkpoint."""
+    return arguments_of(folder, Path(shutil.copy(left, tmp_path / "run.checkpoint")))
 
 
 def test_an_existing_checkpoint_is_left_aside_unless_resuming(
