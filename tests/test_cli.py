@@ -210,7 +210,9 @@ def test_another_backbone_than_the_indexs_is_refused_with_both_named(run, shared
     one, other = tiny(tmp_path / "one"), tiny(tmp_path / "other", seed=1)
     photographs = shared / "data/caltech101/101_ObjectCategories"
     for name in ("panda", "pizza"):
-        shutil.copytree(photographs / name, tmp_path / "photos" / name)
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for path in sorted((photographs / name).iterdir())[:4]:
+            shutil.copy(path, tmp_path / "photos" / name)
     built = run(
         "index", "build", "--fit", "none", tmp_path / "photos", "--model", f"local-dir:{one}", "--out", tmp_path / "i"
     )
