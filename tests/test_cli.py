@@ -317,7 +317,7 @@ def process(*arguments, **options):
     return subprocess.run(command, capture_output=True, check=False, **options)
 
 
-def test_as_a_program(small, queries, tmp_path):
+def test_as_a_program(run, small, queries, tmp_path):
     done = process("classify", small, queries, "--format", "json")
     assert done.returncode == 0
     assert done.stderr == b""
@@ -327,7 +327,7 @@ def test_as_a_program(small, queries, tmp_path):
     assert failed.stdout == b""
     assert failed.stderr.decode().startswith("Error: ")
     assert b"Traceback" not in failed.stderr
-    assert process("classify", small).returncode == 2
+    assert run("classify", small).exit_code == 2
     assert shutil.which("retrieval-tip", path=str(Path(sys.executable).parent))
 
 

@@ -148,7 +148,7 @@ def server(folder: Path, warm_path: str) -> Iterator[Trainings]:
     server.close()
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=few(RECIPES, 2))
 def recipe(request: pytest.FixtureRequest) -> dict[str, Any]:
     return RECIPES[request.param] | {"epochs": EPOCHS, "batch": 19, "precision": "float32", "settings": "own"}
 
