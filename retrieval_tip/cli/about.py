@@ -25,15 +25,11 @@ def datasets_list(printing: OutputOptions) -> None:
     """List the datasets: name, folder below the one that holds all of them, number of classes, templates."""
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.data.datasets import facts, names
 
-    of_texts = pa.string() if printing.style == "table" else pa.list_(pa.string())  # a table shows no lists
-    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": of_texts}
-    rows = [{column: getattr(facts(name), column) for column in types} for name in names()]
-    for row in rows:
-        row["templates"] = " | ".join(row["templates"]) if printing.style == "table" else list(row["templates"])
-    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
+    types = {"name": pa.string(), "folder": pa.string(), "classes": pa.int64(), "templates": pa.list_(pa.string())}
+    write_rows([vars(facts(name)) for name in names()], types, printing.style, printing.output, between=" | ")
 
 
 @datasets_group.command("check")
@@ -70,15 +66,12 @@ def models_command(word: str, printing: OutputOptions) -> None:
     import pyarrow as pa
 
     from retrieval_tip.backbones.catalogue import megabytes, search
-    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.cli.output import write_rows
 
-    found = search(word)
     types = {"model": pa.string(), "size": pa.string(), "words": pa.bool_(), "cached": pa.bool_()}
-    types |= {"pretrained": pa.string() if printing.style == "table" else pa.list_(pa.string())}
-    rows = [vars(model) | {"size": None if model.bytes is None else megabytes(model.bytes)} for model in found]
-    for row in rows:
-        row["pretrained"] = ", ".join(row["pretrained"]) if printing.style == "table" else row["pretrained"]
-    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
+    types |= {"pretrained": pa.list_(pa.string())}
+    rows = [vars(one) | {"size": None if one.bytes is None else megabytes(one.bytes)} for one in search(word)]
+    write_rows(rows, types, printing.style, printing.output)
     if not word:
         say("retrieval-tip models WORD searches all of them")
 
@@ -107,7 +100,7 @@ def cache_command(cache: Path | None, prune: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json_line(facts))
     else:
-        print_facts(facts, max(map(len, facts)))
+        print_facts(facts)
 
 
 @command("completion")
@@ -137,9 +130,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
     else:
-        width = max(map(len, report.facts))
-        for name, value in report.facts.items():
-            click.echo(f"{name.ljust(width)}  {value}")
+        print_facts(report.facts)
         for problem in report.problems:
             click.echo(f"problem: {problem}")
         if not report.problems:

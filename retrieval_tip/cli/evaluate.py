@@ -15,7 +15,6 @@ from retrieval_tip.cli.messages import about, finish, print_facts, say, say_skip
 from retrieval_tip.cli.on_ray import asked_of, encoding_for, ray_of, shards_of
 from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
 from retrieval_tip.cli.options import (
-    ABSTAIN,
     ANSWER,
     BACKBONE,
     ENCODING,
@@ -28,9 +27,9 @@ from retrieval_tip.cli.options import (
     ReadingOptions,
     grouped,
 )
-from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHOTS, SOURCE
+from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
 from retrieval_tip.cli.program import command
-from retrieval_tip.errors import UsageError, json_line, one_line, show
+from retrieval_tip.errors import UsageError, json_line, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
@@ -70,7 +69,7 @@ _SWEEP = grouped(
 @click.argument("folder", type=INDEX)
 @click.argument("source", type=SOURCE)
 @ANSWER
-@ABSTAIN
+@click.option("--abstain", type=SHARE, metavar="P", help="Withhold answers of a probability below P.")
 @click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
 @_SWEEP
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
@@ -142,11 +141,10 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
         click.echo(json_line(result))
         return
     per_class, confusions = result.pop("per_class"), result.pop("confusions")
-    print_facts(result, 15)
     worst = sorted(per_class.items(), key=lambda pair: pair[1])[:5]
-    click.echo(one_line(f"{'worst classes':<15}  {', '.join(f'{name} {shown(value)}' for name, value in worst)}"))
-    pairs = ", ".join(f"{a} as {b} ({times})" for a, b, times in confusions)
-    click.echo(one_line(f"{'confusions':<15}  {pairs or 'none'}"))
+    result["worst classes"] = ", ".join(f"{name} {shown(value)}" for name, value in worst)
+    result["confusions"] = ", ".join(f"{a} as {b} ({times})" for a, b, times in confusions) or "none"
+    print_facts(result, 15)
 
 
 def _sweep(

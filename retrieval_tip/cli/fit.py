@@ -41,31 +41,6 @@ if TYPE_CHECKING:
     from retrieval_tip.settings import KeysMet
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """The queries that settings are chosen on, and the rule that chooses."""
-
-    leave_one_out: bool
-    folds: int | None
-    val_shots: KeysMet
-    protocol: str
-    scales: tuple[float, float]
-    greedy: bool
-
-
-_SEARCH = grouped(
-    "how", SearchOptions,
-    click.option("--leave-one-out", is_flag=True,
-                 help="Score each shot with its own image's keys hidden; needs no images."),
-    click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden."),
-    click.option("--val-shots", type=K("shots"),
-                 help="Validation images a class, or all.  [default: min(shots, 4), as published]"),
-    click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
-                 help="paper: the published grid over the whole validation source."),
-    SCALES,
-)  # fmt: skip
-
-
 @command("fit")
 @click.argument("folder", type=INDEX)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, in place of the shots.")
@@ -116,7 +91,15 @@ def fit_command(
 @command("search-hp")
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source; of a split .json its val part.")
-@_SEARCH
+@click.option(
+    "--leave-one-out", is_flag=True, help="Score each shot with its own image's keys hidden; needs no images."
+)
+@click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden.")
+@click.option("--val-shots", type=K("shots"),
+              help="Validation images a class, or all.  [default: min(shots, 4), as published]")  # fmt: skip
+@click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
+              help="paper: the published grid over the whole validation source.")  # fmt: skip
+@SCALES
 @click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for the same as a heat map (needs matplotlib).")
 @click.option(
@@ -134,9 +117,14 @@ def search_command(
     ctx: click.Context,
     folder: Path,
     source: Path | str | None,
-    how: SearchOptions,
+    leave_one_out: bool,
+    folds: int | None,
+    val_shots: KeysMet,
+    protocol: str,
+    scales: tuple[float, float],
     surface: Path | None,
     plot: Path | None,
+    greedy: bool,
     dry_run: bool,
     as_json: bool,
     root: Path | None,
@@ -148,22 +136,22 @@ def search_command(
     """
     from retrieval_tip.fit import search_hp
 
-    if sum((source is not None, how.leave_one_out, how.folds is not None)) != 1:
+    if sum((source is not None, leave_one_out, folds is not None)) != 1:
         raise UsageError("give one of --val SOURCE, --leave-one-out and --folds N: settings are chosen on one of them")
     cache = checked(folder, encoding.device)
     skipped: list[Skipped] = []
-    paper = how.protocol == "paper"
+    paper = protocol == "paper"
     if source is None:
-        queries = search_hp.leave_one_out(cache) if how.folds is None else search_hp.folds(cache, how.folds)
+        queries = search_hp.leave_one_out(cache) if folds is None else search_hp.folds(cache, folds)
     else:
-        val = validation(cache, source, root, how.val_shots, every=paper)
+        val = validation(cache, source, root, "all" if paper else val_shots)
         with encoder_for(ctx, cache, [val], encoding) as encoder:
             queries = search_hp.on_validation(cache, val, encoder)
         skipped = encoder.skipped
     choice = (
-        search_hp.search_paper(cache, queries, how.scales)
+        search_hp.search_paper(cache, queries, scales)
         if paper
-        else search_hp.search(cache, queries, cautious=not how.greedy)
+        else search_hp.search(cache, queries, cautious=not greedy)
     )
     warn(choice.warnings)
     if surface:

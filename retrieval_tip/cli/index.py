@@ -16,7 +16,6 @@ from retrieval_tip.cli.opening import (
     checked,
     encoder_for,
     encoder_of,
-    manifest_of,
     source_of,
 )
 from retrieval_tip.cli.options import (
@@ -181,8 +180,8 @@ def info(folder: Place, as_json: bool) -> None:
     facts = at(folder).describe()
     if as_json:
         click.echo(json_line(facts))
-        return
-    print_facts(facts, max(map(len, facts)))
+    else:
+        print_facts(facts)
 
 
 @index.command("list")
@@ -192,7 +191,7 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
     """List the indexes in a folder, by default in indexes/: name, version, keys, classes and backbone."""
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.index.places import listed
 
     types = {"index": pa.string(), "version": pa.int64(), "keys": pa.int64(), "classes": pa.int64()}
@@ -208,7 +207,7 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
         }
         for name, one in listed(folder)
     ]
-    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
+    write_rows(rows, types, printing.style, printing.output)
 
 
 @index.command("verify")
@@ -276,7 +275,7 @@ def tune_command(
     """
     import pyarrow as pa
 
-    from retrieval_tip.cli.output import write_table
+    from retrieval_tip.cli.output import write_rows
     from retrieval_tip.data.sources import open_items
     from retrieval_tip.index.tune import tune_on
     from retrieval_tip.report import plots
@@ -292,8 +291,7 @@ def tune_command(
     types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
     types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
     rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]
-    rows = [{name: row[name] for name in types} for row in rows]
-    write_table(pa.Table.from_pylist(rows, pa.schema(list(types.items()))), printing.style, printing.output)
+    write_rows(rows, types, printing.style, printing.output)
     if not dry_run:
         tuning.apply(cache, folder)
         say(f"{folder}: version {cache.version}, {cache.index.factory}, k {cache.settings.k or 'all'}")
@@ -345,8 +343,9 @@ def add_command(
     by what is added; index compact makes one of what was added since.
     """
     from retrieval_tip.index import changes
+    from retrieval_tip.index.places import at
 
-    manifest, items = manifest_of(folder), source_of(source, reading, "train")
+    manifest, items = at(folder).manifest(), source_of(source, reading, "train")
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
     drawn = _as_built(manifest, views, seed)

@@ -46,8 +46,9 @@ def shown(value: Any) -> str:
     return "-" if value is None else one_line(str(value))
 
 
-def print_facts(facts: Mapping[str, Any], width: int) -> None:
+def print_facts(facts: Mapping[str, Any], width: int = 0) -> None:
     """Print a line for each of these, on standard output, with the values below each other."""
+    width = max(width, *map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {shown(value)}")
 

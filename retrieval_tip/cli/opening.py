@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Model
     from retrieval_tip.settings import KeysMet
-    from retrieval_tip.store.manifest import Manifest
 
     Place = Path | Address
 
@@ -50,22 +49,20 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
     return open_dataset(reading.dataset, Path(path), part)
 
 
-def validation(
-    cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet = None, *, every: bool = False
-) -> Source:
+def validation(cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet) -> Source:
     """Validation images: a ``number`` of them a class, by default as published, or every one."""
     from retrieval_tip.data.sources import open_source
     from retrieval_tip.fit.search_hp import validation_shots
 
     val = open_source(path, split="val", root=root)
-    return val if every or number == "all" else val.take(validation_shots(cache, val, path, number))
+    return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
-def checked(folder: Path, device: str, precision: str = "float32", verify: str = "full") -> CacheModel:
+def checked(folder: Path, device: str, precision: str = "float32") -> CacheModel:
     """The index. Its files are hashed while torch is imported."""
     from retrieval_tip.store.folder import Check
 
-    check = Check(folder, verify=verify)
+    check = Check(folder)
     from retrieval_tip.cache_model import CacheModel
 
     return CacheModel.load(folder, device=device, precision=precision, check=check)
@@ -102,13 +99,6 @@ def _restricted(cache: Model, where: str) -> CacheModel:
     return rest
 
 
-def manifest_of(folder: Place) -> Manifest:
-    """The manifest of an index's current version, without torch."""
-    from retrieval_tip.index.places import at
-
-    return at(folder).manifest()
-
-
 @dataclass(frozen=True)
 class Origin:
     """The origin of an index's features, as its manifest says: enough to encode more of them."""
@@ -121,9 +111,10 @@ class Origin:
     def of(cls, folder: Place) -> Origin:
         """The origin of an index."""
         from retrieval_tip.backbones.base import Identity
+        from retrieval_tip.index.places import at
         from retrieval_tip.store.folder import find_weights
 
-        manifest, tuned = manifest_of(folder), None
+        manifest, tuned = at(folder).manifest(), None
         if isinstance(folder, Path) and "weights" in manifest.files:
             tuned = find_weights(folder, manifest.files["weights"])
         return cls(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, tuned)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, SHARE, VIEWS_COUNT, K, count
+from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, VIEWS_COUNT, K, count
 from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import METRICS, VALUES
 
@@ -234,8 +234,6 @@ ENGINE = grouped(
     click.option("--ray-address", metavar="HOST:PORT",
                  help="Head of a Ray cluster, or auto.  [default: a Ray that is started here]"),
 )  # fmt: skip
-ABSTAIN = click.option("--abstain", type=SHARE, metavar="P",
-                        help="Withhold answers of a probability below P.")  # fmt: skip
 SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), default=(7.0, 3.0), show_default=True,
                        help="Largest beta and alpha of the published grid.")  # fmt: skip
 FORMAT = grouped(

@@ -106,6 +106,17 @@ def write_table(table: pa.Table, style: str, path: Path | None) -> None:
         raise UsageError(f"a value cannot be written as {style} ({reason}); cast its column to VARCHAR") from None
 
 
+def write_rows(
+    rows: Iterable[Row], types: Mapping[str, pa.DataType], style: str, path: Path | None, *, between: str = ", "
+) -> None:
+    """Write these columns of rows; in a table a list is its texts, with ``between`` them."""
+    if style == "table":
+        lists = [column for column, kind in types.items() if pa.types.is_list(kind)]
+        types = {**types, **dict.fromkeys(lists, pa.string())}
+        rows = [{**row, **{column: between.join(row[column]) for column in lists}} for row in rows]
+    write_table(pa.Table.from_pylist(list(rows), pa.schema(list(types.items()))), style, path)
+
+
 def table_lines(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
     """Aligned lines with a heading; numbers to the right."""
     right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
@@ -155,8 +166,7 @@ def _table(
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    of_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
-    return any(is_kind(kind) for is_kind in of_numbers)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def _json(rows: Iterable[Row]) -> str:

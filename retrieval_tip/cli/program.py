@@ -89,17 +89,12 @@ class Command(cloup.Command):
             if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
                 heading = "General" if "--help" in option.opts else by_name.get(option.name or "", "Options")
                 records[heading].append(record)
-        for heading in FOLDED if ctx.meta.get("folded", True) else ():
-            if records[heading]:
-                names = ", ".join(names.split(" ")[0].rstrip(",") for names, _ in records[heading])
-                records[heading] = [(names, "")]
+        folded = FOLDED if ctx.meta.get("folded", True) else ()
         for heading, own in records.items():
-            if not own:
-                continue
-            if heading in FOLDED and ctx.meta.get("folded", True):
+            if own and heading in folded:
                 with formatter.section(f"{heading} (--help-all says more)"):
-                    formatter.write_text(own[0][0])
-            else:
+                    formatter.write_text(", ".join(names.split(" ")[0].rstrip(",") for names, _ in own))
+            elif own:
                 with formatter.section(heading):
                     formatter.write_dl(own)
 
@@ -193,28 +188,17 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
     except RetrievalTipError as error:
         raise click.ClickException(message(str(error))) from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_of_memory(error):
-            raise
-        if _is_of_gpu(error):
+        if type(error).__name__ == "OutOfMemoryError":  # torch's own for a GPU, which one of FAISS is made too
             raise click.ClickException("out of memory on the GPU; give --device cpu, or a smaller batch") from None
-        raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words
+            raise click.ClickException("out of memory; a smaller --batch-size or source may help") from None
+        raise
     except OSError as error:
         lost = _give_up_stdout()
         if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
             raise click.exceptions.Exit(0) from None
         name = error.filename or ("standard output" if lost else "")
         raise click.ClickException(message(f"{name}: {error.strerror or error}".removeprefix(": "))) from error
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether memory is what is missing: torch says it in words, or by an error of its own."""
-    own = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return own or isinstance(error, MemoryError)
-
-
-def _is_of_gpu(error: Exception) -> bool:
-    """Whether it is a GPU's: torch has an error of its own for it, of which FAISS's is made one too."""
-    return type(error).__name__ == "OutOfMemoryError"
 
 
 def _give_up_stdout() -> bool:
