@@ -5,21 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem, answer
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DEADLINE = "retrieval_tip.deadline"
 """The entry in which a scope keeps its :class:`asyncio.Timeout`."""
@@ -78,7 +71,7 @@ QUEUED_ROWS = 16
 class Guard:
     """ASGI middleware: host names, sizes, time, headers and counts, around an app."""
 
-    def __init__(self, app: App, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app, self._limits = app, limits
         self._came = self._going = 0
 

@@ -13,7 +13,6 @@ from urllib.parse import quote
 import orjson
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import Response
-from pydantic import Field
 
 from retrieval_tip import __version__
 from retrieval_tip.server import metrics, schemas
@@ -29,7 +28,6 @@ MOST = 1_000_000_000
 """Largest whole number that a parameter may be."""
 
 Token = Annotated[str | None, Header(description="Bearer and the server's token, in one field.")]
-KeyId = Annotated[int, Field(ge=0, le=2**62)]
 Positive = Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="In place of the index's.")]
 Norms = Annotated[
     str, Query(pattern="^(check|unit|keep)$", description="Features must have norm 1, are scaled, or kept.")
@@ -149,16 +147,14 @@ async def keys(
     version: Now,
     label: Annotated[list[str], Query(description="Keys of this class; may be repeated.")] = [],  # noqa: B006
     source: Annotated[str | None, Query(description="Keys whose source holds this text, in any case.")] = None,
-    key_id: Annotated[list[KeyId], Query(description="These keys.")] = [],  # noqa: B006
+    key_id: Annotated[list[schemas.KeyId], Query(description="These keys.")] = [],  # noqa: B006
     offset: Annotated[int, Query(ge=0, le=MOST)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
     """The label store, a page at a time, in its order."""
     total, rows = await service.keys(version, label, source, key_id, slice(offset, offset + limit))
-    for row in rows:
-        row["image"] = _image(version.name, row["key_id"]) if row["image"] else None
     facts = {"version": version.manifest.version, "total": total, "offset": offset, "limit": limit}
-    return _json(facts | {"keys": rows})
+    return _json(facts | {"keys": _pictured(version, rows)})
 
 
 @reads.get(
@@ -169,7 +165,7 @@ async def keys(
 async def image(
     service: TheService,
     version: Now,
-    key_id: KeyId,
+    key_id: schemas.KeyId,
     size: Annotated[int, Query(ge=16, le=1024, description="Longest side, in pixels.")] = 160,
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
@@ -230,7 +226,7 @@ async def remove(
     request: Request,
     service: TheService,
     one: Named,
-    key_id: Annotated[list[KeyId], Query(min_length=1, max_length=1000)],
+    key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)],
 ) -> Response:
     """Remove shots, as a new version of the index."""
     _finish(request)
@@ -288,9 +284,8 @@ async def values(service: TheService, version: Now) -> Response:
 async def exemplars(service: TheService, version: Now) -> Response:
     """A shot that shows each class, and how like shots are."""
     found = await service.exemplars(version)
-    for one in found["exemplars"]:
-        one["image"] = _image(version.name, one["key_id"]) if one["image"] else None
-    return _json({"version": version.manifest.version} | found)
+    shown = {"exemplars": _pictured(version, found["exemplars"])}
+    return _json({"version": version.manifest.version} | found | shown)
 
 
 @reads.post(
@@ -320,16 +315,14 @@ async def classify(
     met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
     ask = Ask(alpha, beta, met, tail, top, neighbours, logits, evidence)
     results, skipped = await service.classify(version, ask, sent)
-    return _json(_settings(version, ask) | {"results": results, "skipped": skipped})
+    facts = {"index": version.name, "version": version.manifest.version} | version.settings(ask).shown()
+    return _json(facts | {"results": results, "skipped": skipped})
 
 
-def _settings(version: Version, ask: Ask) -> dict[str, Any]:
-    return {"index": version.name, "version": version.manifest.version} | version.settings(ask).shown()
-
-
-def _image(name: str, key_id: int) -> str:
-    """The address of a shot's picture."""
-    return f"/v1/indexes/{quote(name, safe='')}/keys/{key_id}/image"
+def _pictured(version: Version, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of keys, with the address of the picture where there is one."""
+    place = f"/v1/indexes/{quote(version.name, safe='')}/keys"
+    return [row | {"image": f"{place}/{row['key_id']}/image" if row["image"] else None} for row in rows]
 
 
 def _finish(request: Request) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from retrieval_tip.server.problems import MEDIA
 from retrieval_tip.settings import MetricName, ValuesName
 
 EXAMPLE_FEATURE = [0.6, 0.8]
+
+KeyId = Annotated[int, Field(ge=0, le=2**62)]
+Label = Annotated[str, Field(min_length=1, max_length=1024)]
+VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class ProblemAnswer(BaseModel):
@@ -81,10 +85,8 @@ class WholeIndex(Index):
     provenance: dict[str, Any]
 
 
-class Key(BaseModel):
+class Key(BaseModel, extra="allow"):
     """A row of the label store; columns of its own may follow. ``image`` is the address of its picture, if any."""
-
-    model_config = ConfigDict(extra="allow")
 
     key_id: int
     class_id: int
@@ -201,32 +203,26 @@ class Removed(BaseModel):
     key_ids: list[int]
 
 
-class Relabel(BaseModel):
+class Relabel(BaseModel, extra="forbid"):
     """Shots, by their ids, or all of the class ``of``, and the class of the index that they are given to."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    label: Annotated[str, Field(min_length=1, max_length=1024)]
-    key_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**62)]], Field(max_length=100_000)] | None = None
-    of: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    label: Label
+    key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
+    of: Label | None = None
 
 
-class Rename(BaseModel):
+class Rename(BaseModel, extra="forbid"):
     """The class ``of`` the index and the name that it gets."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    of: Annotated[str, Field(min_length=1, max_length=1024)]
-    label: Annotated[str, Field(min_length=1, max_length=1024)]
+    of: Label
+    label: Label
 
 
-class Rollback(BaseModel):
+class Rollback(BaseModel, extra="forbid"):
     """The version ``to`` go back to; ``since``: only where the index is still at that one."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    to: Annotated[int, Field(ge=1, le=2**31)]
-    since: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    to: VersionNumber
+    since: VersionNumber | None = None
 
 
 class PastVersion(BaseModel):
@@ -333,24 +329,17 @@ _TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}}
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
 
 
-def _body(form: dict[str, Any], form_needs: list[str], json: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": form_needs}},
-                "application/json": {
-                    "schema": {
-                        "type": "object",
-                        "properties": json,
-                        "required": sorted(json.keys() & {"features", "labels"}),
-                        "additionalProperties": False,
-                    },
-                    "example": example,
-                },
-            },
-        }
+def _body(
+    form: dict[str, Any], needs: list[str], json: dict[str, Any] | None = None, example: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": needs}}
     }
+    if json is not None:
+        required = sorted(json.keys() & {"features", "labels"})
+        schema = {"type": "object", "properties": json, "required": required, "additionalProperties": False}
+        content["application/json"] = {"schema": schema, "example": example}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 CLASSIFY = _body(
@@ -366,24 +355,14 @@ ADD = _body(
     {"features": [EXAMPLE_FEATURE], "labels": ["cat"], "sources": ["camera-3/0001"]},
 )
 
-MAKE = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "name": {"type": "string", "description": "Of the index, and of its folder."},
-                        "images": _FILES,
-                        "label": _TEXTS | {"description": "The class of each image, in their order."},
-                    },
-                    "required": ["images", "label", "name"],
-                }
-            }
-        },
-    }
-}
+MAKE = _body(
+    {
+        "name": {"type": "string", "description": "Of the index, and of its folder."},
+        "images": _FILES,
+        "label": _TEXTS | {"description": "The class of each image, in their order."},
+    },
+    ["images", "label", "name"],
+)
 
 
 CLASSIFIED_EXAMPLE = {

@@ -126,7 +126,8 @@ class Version:
             "images": self.backbone is not None,
             "text": cache.has_text,
             **{name: getattr(cache.settings, name) for name in FITTED},
-            **_letters(cache),
+            "metric": cache.fitted.metric if cache.fitted else "none",
+            "values": cache.fitted.values if cache.fitted else "one-hot" if cache.values is None else "trained",
             "changes": changes,
         }
         if whole:
@@ -143,13 +144,6 @@ class Version:
         if not len(keys):
             raise Problem(404, f"index {self.name!r} has no key {key_id}")
         return str(keys["source"][0].as_py())
-
-
-def _letters(cache: Model) -> dict[str, str]:
-    """Names of the metric and of the values of an index."""
-    if cache.fitted is not None:
-        return {"metric": cache.fitted.metric, "values": cache.fitted.values}
-    return {"metric": "none", "values": "one-hot" if cache.values is None else "trained"}
 
 
 class Backbones:
@@ -202,7 +196,7 @@ class Served:
         self.place: stores.Store = stores.at(folder)
         self.name = self.place.name
         self._opening = device, precision, verify
-        self._backbones, self._precision = backbones, precision
+        self._backbones = backbones
         self._changing = threading.Lock()
         self._seen = self.place.stamp()
         self._failed_at, self._looked_at = -math.inf, time.monotonic()

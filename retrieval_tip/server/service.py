@@ -178,6 +178,16 @@ class Service:
         except InputError as error:
             return InputError(str(error))  # without the traceback, which holds the image and what was made of it
 
+    async def _readable(
+        self, names: Sequence[str], datas: Sequence[bytes], backbone: Backbone
+    ) -> tuple[list[int], list[dict[str, str]]]:
+        """The places of the images that can be read, and what is said of the others. Raises Problem 422 for none."""
+        decoded = [await self._in(self._decoding, self._pixels, data, backbone) for data in datas]
+        skipped = _skipped(names, decoded)
+        if len(skipped) == len(decoded):
+            raise Problem(422, _said(skipped))
+        return [i for i, one in enumerate(decoded) if not isinstance(one, InputError)], skipped
+
     async def add(self, one: Served, sent: Sent) -> dict[str, Any]:
         """Add shots; the index is at the new version when this returns. Raises as :func:`changes.add`."""
         backbone = one.now.backbone
@@ -186,14 +196,11 @@ class Service:
             added = await self._in(self._changing, shots.add_features, one, backbone, sent)
         else:
             backbone = _backbone_of(one.now)
-            decoded = [await self._in(self._decoding, self._pixels, data, backbone) for data in sent.images]
-            skipped = _skipped(sent.names, decoded)
-            good = [
-                data for data, pixels in zip(sent.images, decoded, strict=True) if not isinstance(pixels, InputError)
-            ]
-            if not good:
-                raise Problem(422, _said(skipped))
-            added = await self._in(self._changing, shots.add_images, one, backbone, sent.labels[0], good, self._uploads)
+            good, skipped = await self._readable(sent.names, sent.images, backbone)
+            datas = [sent.images[i] for i in good]
+            added = await self._in(
+                self._changing, shots.add_images, one, backbone, sent.labels[0], datas, self._uploads
+            )
         await self._in(self._following, one.follow)
         return {
             "index": one.name,
@@ -223,13 +230,8 @@ class Service:
         if name in self.served or (into / name).exists():
             raise Problem(409, f"there is an index {name!r} already; give another name, or add to it")
         assert sent.images is not None
-        decoded = [await self._in(self._decoding, self._pixels, data, backbone) for data in sent.images]
-        skipped = _skipped(sent.names, decoded)
-        good = [i for i, one in enumerate(decoded) if not isinstance(one, InputError)]
-        if not good:
-            raise Problem(422, _said(skipped))
+        good, skipped = await self._readable(sent.names, sent.images, backbone)
         labelled = [(sent.labels[i], sent.images[i]) for i in good]
-
         one = await self._in(
             self._changing, lambda: opened(shots.build(into / name, backbone, labelled, self._uploads))
         )
@@ -250,21 +252,23 @@ class Service:
 
     async def remove(self, one: Served, key_ids: Sequence[int]) -> dict[str, Any]:
         """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
-        there = set((await self._in(self._finding, one.now.cache.find, (), None, key_ids))["key_id"].to_pylist())
-        if missing := [key_id for key_id in key_ids if key_id not in there]:
-            raise Problem(404, f"index {one.name!r} has no key {missing[0]}")
+        await self._found(one, (), key_ids)
         return await self._changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
 
     async def relabel(self, one: Served, label: str, key_ids: Sequence[int] | None, of: str | None) -> dict[str, Any]:
         """Give shots to another class: those of ``key_ids``, or all of the class ``of``. Raises as :meth:`remove`."""
-        find = lambda: one.now.cache.find([] if of is None else [of], None, key_ids or ())  # noqa: E731
-        there = [] if key_ids == [] else (await self._in(self._finding, find))["key_id"].to_pylist()
-        if missing := set(key_ids or ()) - set(there):
-            raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
+        there = [] if key_ids == [] else await self._found(one, () if of is None else (of,), key_ids or ())
         if not there:
             raise Problem(422, "there are no such shots" if of is None else f"{of!r} is no class that has shots")
-        call = lambda: changes.relabel(one.folder, label, key_ids=there)  # noqa: E731
-        return await self._changed(one, call)
+        return await self._changed(one, lambda: changes.relabel(one.folder, label, key_ids=there))
+
+    async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
+        """The keys of these classes and ids. Raises Problem 404 for an id that is not there."""
+        found = await self._in(self._finding, one.now.cache.find, labels, None, key_ids)
+        there: list[int] = found["key_id"].to_pylist()
+        if missing := set(key_ids) - set(there):
+            raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
+        return there
 
     async def rename(self, one: Served, of: str, label: str) -> dict[str, Any]:
         """Give a class another name, with words of its own where there is an encoder of them.
@@ -294,9 +298,10 @@ class Service:
 
     async def history(self, one: Served) -> list[dict[str, Any]]:
         """The versions that are kept, oldest first."""
-        rows = (await self._in(self._finding, one.place.history)).to_pylist()
-        names = ("version", "parent", "created_at", "change", "keys", "classes", "current")
-        return [{name: row[name] for name in names} for row in rows]
+        versions = await self._in(self._finding, one.place.history)
+        names = ["version", "parent", "created_at", "change", "keys", "classes", "current"]
+        rows: list[dict[str, Any]] = versions.select(names).to_pylist()
+        return rows
 
     async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> dict[str, Any]:
         """What a change did; the index is at the new version when this returns."""
@@ -326,8 +331,7 @@ class Service:
             ]
             return {"exemplars": exemplars, "own": own, "other": other}
 
-        shown: dict[str, Any] = await self._once(version, "exemplars", call)
-        return shown | {"exemplars": [dict(one) for one in shown["exemplars"]]}
+        return await self._once(version, "exemplars", call)
 
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice

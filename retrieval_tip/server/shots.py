@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -35,21 +35,13 @@ def add_images(
     beside = one.beside
     if uploads is None and beside is None:
         raise Problem(422, f"index {one.name!r} is in a bucket; images are added where serve has --uploads FOLDER")
-    folder = (uploads or Path(beside or "") / f"{one.name}-shots") / _file_name(label)
-    fresh: list[Path] = []
-    try:
-        paths = [str(path) for path in _keep(folder, datas, fresh)]
-        items = pa.table({"source": [show(path) for path in paths], "label": [label] * len(paths)})
-        source = Source(f"shots of {label}", items, (label,), tuple(paths))
+    folder = uploads or Path(beside or "") / f"{one.name}-shots"
+    with _kept_where_done(folder / _file_name(label)) as fresh:
+        source = _source(f"shots of {label}", folder, [(label, data) for data in datas], fresh)
         added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
-    except BaseException as error:  # also what nobody thought of: of what is not added, nothing is kept
-        _remove(folder, fresh)
-        if isinstance(error, OSError):
-            raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
-        raise
     if added.known:  # under another name
         kept = set(one.follow().cache.find(key_ids=added.key_ids)["source"].to_pylist())
-        _remove(folder, [path for path in fresh if show(path) not in kept])
+        _remove([path for path in fresh if show(path) not in kept])
     return added
 
 
@@ -72,26 +64,24 @@ def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.
 def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None) -> Path:
     """Build an index of labelled images, which are kept beside it; where that cannot be, nothing is kept."""
     shots = uploads or folder.with_name(f"{folder.name}-shots")
-    labels = tuple(dict.fromkeys(label for label, _ in labelled))
-    fresh: dict[str, list[Path]] = {label: [] for label in labels}
+    with _kept_where_done(shots) as fresh:
+        build_index(_source(folder.name, shots, labelled, fresh), folder, Encoder(backbone))
+    return folder
+
+
+@contextmanager
+def _kept_where_done(folder: Path) -> Iterator[list[Path]]:
+    """The files that are new; where what is done with them fails, in whatever way, they go, and ``folder`` if empty."""
+    fresh: list[Path] = []
     try:
-        paths, names = [], []
-        for label in labels:
-            own = [data for other, data in labelled if other == label]
-            kept = _keep(shots / _file_name(label), own, fresh[label])
-            paths += [str(path) for path in kept]
-            names += [label] * len(kept)
-        items = pa.table({"source": [show(path) for path in paths], "label": names})
-        build_index(Source(folder.name, items, labels, tuple(paths)), folder, Encoder(backbone))
+        yield fresh
     except BaseException as error:
-        for label, files in fresh.items():
-            _remove(shots / _file_name(label), files)
+        _remove(fresh)
         with suppress(OSError):
-            shots.rmdir()
+            folder.rmdir()
         if isinstance(error, OSError):
             raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
         raise
-    return folder
 
 
 def _file_name(label: str) -> str:
@@ -100,21 +90,25 @@ def _file_name(label: str) -> str:
     return name if not name.startswith(".") else f"%2E{name[1:]}"
 
 
-def _keep(folder: Path, datas: Sequence[bytes], fresh: list[Path]) -> list[Path]:
-    """Files of images in a folder, each once, named by what they hold; those that were not there become ``fresh``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {folder / (hashlib.sha256(data).hexdigest()[:16] + images.extension(data)): data for data in datas}
-    for path, data in named.items():
+def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fresh: list[Path]) -> Source:
+    """Labelled images, class by class, as files named by what they hold; those that were not there become ``fresh``."""
+    labels = tuple(dict.fromkeys(label for label, _ in labelled))
+    kept: dict[tuple[str, Path], None] = {}
+    for label, data in sorted(labelled, key=lambda pair: labels.index(pair[0])):
+        path = folder / _file_name(label) / (hashlib.sha256(data).hexdigest()[:16] + images.extension(data))
+        kept[label, path] = None  # once, however often it was sent
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             fresh.append(path)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
-    return list(named)
+    items = pa.table({"source": [show(path) for _, path in kept], "label": [label for label, _ in kept]})
+    return Source(name, items, labels, tuple(str(path) for _, path in kept))
 
 
-def _remove(folder: Path, paths: Sequence[Path]) -> None:
+def _remove(paths: Sequence[Path]) -> None:
+    """Remove files, and their folders where nothing else is in them."""
     for path in paths:
         with suppress(OSError):
-            path.unlink()
-    with suppress(OSError):
-        folder.rmdir()  # where nothing else is in it
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()
