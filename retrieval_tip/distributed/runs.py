@@ -101,12 +101,11 @@ class Run:
             return Path(place).read_bytes()
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise InputError(f"{show(place)}: cannot be read: {error.strerror or first_line(error)}") from None
+        except UsageError:
+            raise
         except Exception as error:
-            if isinstance(error, UsageError):
-                raise
-            raise InputError(f"{place}: cannot be read: {first_line(error)}") from None
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise InputError(f"{show(place)}: cannot be read: {reason}") from None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file at once."""
@@ -156,9 +155,8 @@ class Run:
         return {shard: rows for shard, rows in rows_by_shard.items() if rows is not None}
 
     def _rows(self, number: int) -> int | None:
-        place = self.at(part_name(number))
         try:
-            parquet = open_parquet(place if remote.is_remote(place) else Path(place))
+            parquet = open_parquet(self.at(part_name(number)))
             said = json.loads((parquet.schema_arrow.metadata or {}).get(PART_KEY, b"null"))
         except (InputError, ValueError):
             return None
@@ -167,13 +165,9 @@ class Run:
     def failed(self, number: int) -> list[Skipped]:
         """Inputs of all shards below ``number`` that could not be read."""
         there = self.names("failed")
-        skipped = []
-        for shard in range(number):
-            if part_name(shard) in there:
-                place = self.at(f"failed/{part_name(shard)}")
-                table = open_parquet(place if remote.is_remote(place) else Path(place)).read()
-                skipped += [Skipped(row["input"], row["reason"]) for row in table.to_pylist()]
-        return skipped
+        places = [self.at(f"failed/{part_name(shard)}") for shard in range(number) if part_name(shard) in there]
+        rows = (row for place in places for row in open_parquet(place).read().to_pylist())
+        return [Skipped(row["input"], row["reason"]) for row in rows]
 
     def finish(self, parts: int, rows: int, failed: int) -> None:
         """Say that all is there. Raises InputError where a part is not: workers on other machines wrote elsewhere."""

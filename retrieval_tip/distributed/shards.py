@@ -13,8 +13,9 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def cut(
     where = os.fspath(path)
     base = None if root is None else os.fspath(root)
     if is_parquet(where):
-        files = table_files(where)
-        return numbered(shard for file in files for shard in _cut_rows(os.fspath(file), base, labelled, size))
+        return _cut_table(where, base, labelled, size)
     if places := tars.find(where):
         return numbered(Shard(0, "tar", tar, labelled=labelled, stamp=_stamp(tar)) for tar in places)
     return cut_source((open_source if labelled else open_items)(where, split=split, root=base), size)
@@ -106,9 +106,7 @@ def cut_source(source: Source, size: int | None = None) -> list[Shard]:
     """
     if source.paths is None:
         assert source.table is not None
-        shards = numbered(
-            s for file in table_files(source.table) for s in _cut_rows(os.fspath(file), None, False, size)
-        )
+        shards = _cut_table(source.table, None, False, size)
         if sum(shard.last - shard.first for shard in shards) != len(source):
             raise UsageError(f"{source.name}: only all rows of a feature table can be cut into shards")
         return shards
@@ -131,20 +129,11 @@ def cut_inputs(arguments: Iterable[str], stdin: Iterable[str] = (), size: int | 
     Raises as that and as :func:`cut`.
     """
     shards: list[Shard] = []
-    waiting: list[str] = []
-
-    def flush() -> None:
-        for source in open_inputs(waiting, stdin):
-            shards.extend(cut_source(source, size))
-        waiting.clear()
-
-    for argument in arguments:
-        if argument != "-" and (is_parquet(argument) or tars.find(argument)):
-            flush()
-            shards += cut(argument, size=size)
+    for apart, some in groupby(arguments, lambda one: one != "-" and bool(is_parquet(one) or tars.find(one))):
+        if apart:
+            shards += [shard for argument in some for shard in cut(argument, size=size)]
         else:
-            waiting.append(argument)
-    flush()
+            shards += [shard for source in open_inputs(some, stdin) for shard in cut_source(source, size)]
     return numbered(shards)
 
 
@@ -164,14 +153,17 @@ def open_shard(shard: Shard) -> Source:
         return Source(shard.place, stream.read_all(), (), tuple(shard.paths))
 
 
-def _cut_rows(file: str, root: str | None, labelled: bool, size: int | None) -> Iterator[Shard]:
-    parquet = open_parquet(file if remote.is_remote(file) else Path(file))
-    features = feature_column(parquet.schema_arrow) is not None
-    step = size or (ROWS if features else IMAGES)
-    stamp, number = _stamp(file), parquet.metadata.num_rows
-    for first in range(0, number, step):
-        last = min(first + step, number)
-        yield Shard(0, "rows", file, first, last, features, root=root, labelled=labelled, stamp=stamp)
+def _cut_table(table: Path | str, root: str | None, labelled: bool, size: int | None) -> list[Shard]:
+    shards = []
+    for file in [os.fspath(one) for one in table_files(table)]:
+        parquet = open_parquet(file)
+        features = feature_column(parquet.schema_arrow) is not None
+        step = size or (ROWS if features else IMAGES)
+        stamp, number = _stamp(file), parquet.metadata.num_rows
+        for first in range(0, number, step):
+            last = min(first + step, number)
+            shards.append(Shard(0, "rows", file, first, last, features, root=root, labelled=labelled, stamp=stamp))
+    return numbered(shards)
 
 
 def _stamp(place: str) -> str:

@@ -58,13 +58,12 @@ class EncodeTask(Task):
     run: Run
     encoding: Encoding
     dim: int
-    identity: dict[str, Any] | None
+    identity: Identity | None
 
     def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Write the part."""
-        identity = None if self.identity is None else Identity.from_dict(self.identity)
         with self.run.writing(part_name(shard.number)) as path:
-            rows = write_encoded(source, path, encoder, self.dim, identity, self.run.metadata(shard.number))
+            rows = write_encoded(source, path, encoder, self.dim, self.identity, self.run.metadata(shard.number))
             failed = _failed(source, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, rows, failed)
@@ -122,9 +121,8 @@ class ClassifyTask(IndexTask):
     def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Write the part."""
         settled: Counter[int] = Counter()
-        schema = pa.schema(
-            [(column, PREDICTIONS[column]) for column in self.columns], metadata=self.run.metadata(shard.number)
-        )
+        metadata = self.run.metadata(shard.number)
+        schema = pa.schema([(column, PREDICTIONS[column]) for column in self.columns], metadata=metadata)
         answers = self._cache.classify_source(
             source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
         )
@@ -137,7 +135,7 @@ class ClassifyTask(IndexTask):
                     settled.update(table["keys"].to_pylist() if "keys" in self.columns else ())
             failed = _failed(source, encoder)
             self.run.write_failed(shard.number, failed)
-        return Summary(shard.number, rows, failed, facts={"settled": list(settled.items())})
+        return Summary(shard.number, rows, failed, settled=settled)
 
 
 @dataclass
@@ -208,8 +206,7 @@ def encode(
         del backbone
     facts = {"task": "encode", "backbone": identity.fingerprint if identity else None, "dim": dim}
     run = Run.start(out, facts | _described(shards, encoding, _precision(encoding)))
-    task = EncodeTask(run, encoding, dim, None if identity is None else identity.to_dict())
-    return _make(run, task, shards, ray or Ray(), progress, say)
+    return _make(run, EncodeTask(run, encoding, dim, identity), shards, ray or Ray(), progress, say)
 
 
 def classify(
@@ -320,7 +317,7 @@ def _make(
     for summary in through(task, [s for s in shards if s.number not in rows], ray, progress=progress):
         rows[summary.shard] = summary.rows
         nodes[summary.node] += 1
-        settled.update(dict(summary.facts.get("settled", ())))
+        settled.update(summary.settled)
     failed = _told(run.failed(len(shards)), say)
     if not sum(rows.values()):
         raise InputError(f"none of the items could be read ({failed[0] if failed else 'there are none'})")
