@@ -82,7 +82,7 @@ def fit_command(
     warn(choice.warnings)
     say(f"{choice} ({choice.seconds:.1f} s)")
     if plot and choice.trials:
-        plots.draw_choice(choice, plot, show(at(folder).name))
+        plots.write(lambda: plots.draw_choice(choice), plot, show(at(folder).name))
     elif plot:
         warn(["--plot: nothing was tried, so nothing is drawn; the documented form stands"])
     finish(ctx, skipped)
@@ -304,7 +304,7 @@ def finetune_command(
             encoder = encoding_views(encoder, cache, encoding, ray)
         tuned = finetune_into(out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume)
     if plot:
-        plots.draw_curve(tuned.curve, tuned.epoch, plot, show(out.name))
+        plots.write(lambda: plots.draw_training(tuned.curve, tuned.epoch, "Fine-tuning"), plot, show(out.name))
     warn(tuned.choice.warnings if tuned.choice else ())
     if as_json:
         click.echo(json.dumps(tuned.facts()))

@@ -287,7 +287,7 @@ def tune_command(
     with encoder_for(ctx, cache, [val], encoding) as encoder:
         tuning = tune_on(cache, val, encoder, agreement=agreement, factories=factories)
     if plot:
-        plots.draw_frontier(tuning, plot, show(folder.name))
+        plots.write(lambda: plots.draw_frontier(tuning), plot, show(folder.name))
     types = {"index": pa.string(), "effort": pa.int64(), "k": pa.string(), "agreement": pa.float64()}
     types |= {"microseconds": pa.float64(), "chosen": pa.bool_()}
     rows = [vars(t) | {"k": str(t.k or "all"), "chosen": t is tuning.chosen} for t in tuning.trials if t.best]

@@ -49,12 +49,11 @@ ENOUGH = 20
 """Answers of which an accuracy says something: a bar of fewer is drawn fainter."""
 AFFINITY_BARS = 80
 LONGEST_NAME, LONGEST_ABOUT = 26, 60
-DPI = 200
 LOOKS = {
     "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 12,
     "axes.titleweight": "bold", "figure.constrained_layout.use": True, "figure.titlesize": 12,
     "figure.titleweight": "bold", "image.cmap": "cividis", "legend.edgecolor": "none", "legend.fontsize": 8,
-    "legend.framealpha": 0.9, "savefig.dpi": DPI, "svg.fonttype": "none",
+    "legend.framealpha": 0.9, "savefig.dpi": 200, "svg.fonttype": "none",
 }  # fmt: skip
 """How every diagram looks, beside matplotlib's defaults."""
 PANELS = 6
@@ -203,12 +202,15 @@ def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[P
     written = []
     for draw in drawings:
         written.append(folder / f"{draw.__name__.removeprefix('draw_')}.png")
-        _write(partial(draw, evaluation), written[-1], about)
+        write(partial(draw, evaluation), written[-1], about)
     return written
 
 
-def _write(draw: Callable[[], Figure], path: Path, about: str) -> None:
-    """As SVG where the name says so, else as PNG."""
+def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
+    """Write a diagram as SVG where the name of the file says so, else as PNG, with ``about`` as :func:`write_plots`.
+
+    Raises UsageError without matplotlib; InputError where the file cannot be written.
+    """
     needs_matplotlib()
     form = "svg" if path.suffix.lower() == ".svg" else "png"
     with _style(), replacing(path) as temporary:
@@ -356,11 +358,10 @@ def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
     """Write the accuracy surface of a search as a PNG or SVG file: beta against alpha, a panel for each k (0 is all).
 
     ``surface`` has the columns k, beta, alpha, accuracy, and every combination of the first three. Of more than
-    ``PANELS`` k, those that reach most are drawn; accuracies below the lowest quarter share one colour.
-
-    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
+    ``PANELS`` k, those that reach most are drawn; accuracies below the lowest quarter share one colour. Raises as
+    :func:`write`.
     """
-    _write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
+    write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
 
 
 def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
@@ -378,15 +379,8 @@ def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
     return figure
 
 
-def draw_frontier(tuning: Tuning, path: Path, about: str = "") -> None:
-    """Write what a query costs against how often its answer is that over all keys, a point a setting, as PNG or SVG.
-
-    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
-    """
-    _write(partial(_draw_frontier, tuning), path, about)
-
-
-def _draw_frontier(tuning: Tuning) -> Figure:
+def draw_frontier(tuning: Tuning) -> Figure:
+    """What a query costs against how often its answer is that over all keys, a point a setting."""
     figure, axes = _figure(7, 4.2)
 
     def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
@@ -443,16 +437,8 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     return figure
 
 
-def draw_choice(choice: Choice, path: Path, about: str = "") -> None:
-    """Write the forms that were tried when an index was fitted, their cross-entropy and accuracy, as PNG or SVG.
-
-    Raises UsageError without matplotlib; InputError where ``path`` cannot be written.
-    """
-    _write(partial(_draw_choice, choice), path, about)
-
-
-def _draw_choice(choice: Choice) -> Figure:
-    """A line a form, the most likely one on top."""
+def draw_choice(choice: Choice) -> Figure:
+    """The forms that were tried when an index was fitted, a line each, the most likely one on top."""
     trials = sorted(choice.trials, key=lambda trial: -trial.loss)
     figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
     places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
@@ -489,15 +475,6 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
     if title:
         figure.suptitle(title)
     return figure
-
-
-def draw_curve(curve: pa.Table, kept: int, path: Path, about: str = "") -> None:
-    """Write the loss curve of a fine-tuning as a PNG or SVG file: cross-entropy and accuracy by epoch.
-
-    Arguments as for :func:`draw_training`. Raises UsageError without matplotlib; InputError where ``path`` cannot be
-    written.
-    """
-    _write(partial(draw_training, curve, kept, "Fine-tuning"), path, about)
 
 
 def svg(draw: Callable[[], Figure], label: str) -> Markup:
@@ -574,12 +551,10 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _grid(width: float, height: float, down: int, across: int, **how: Any) -> tuple[Figure, list[Axes]]:
-    """A figure drawn by Agg, without pyplot and its windows, and its axes row by row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure, without pyplot and its windows, and its axes row by row."""
     from matplotlib.figure import Figure as New
 
     figure = New(figsize=(width, height))
-    FigureCanvasAgg(figure)
     made: Any = figure.subplots(down, across, squeeze=False, **how)
     return figure, list(made.flat)
 

@@ -381,10 +381,8 @@ def _surface(judged: Judged) -> Plot:
     except RetrievalTipError as error:
         raise _LeftOutError(str(error)) from None
     (panel,) = plots.surface_panels(choice.surface)
-    own, beyond = (
-        panel.nearest(settings.alpha, settings.beta),
-        not panel.alphas[0] <= settings.alpha <= panel.alphas[-1],
-    )
+    own = panel.nearest(settings.alpha, settings.beta)
+    beyond = not panel.alphas[0] <= settings.alpha <= panel.alphas[-1]
     said = (
         f"On {Path(queries.name).name}, {counted(len(queries.ids), 'item')}, k = {k or 'all'}; not on test. "
         f"Cross: this report's alpha {settings.alpha:.4g} and beta {settings.beta:.4g}, {panel.accuracy[own]:.1%}"
@@ -428,10 +426,8 @@ def _confusions(judged: Judged) -> dict[str, Any]:
     """The most confused pairs, and the confusion matrix."""
     pairs, classes = confusions(judged), counted(len(judged.evaluation.per_class), "class")
     label = f"Confusion matrix of {classes}, as shares of the true class"
-    return {
-        "pairs": pairs,
-        "matrix": plots.svg(lambda: plots.draw_confusion(judged.evaluation), label) if pairs else "",
-    }
+    matrix = plots.svg(lambda: plots.draw_confusion(judged.evaluation), label) if pairs else ""
+    return {"pairs": pairs, "matrix": matrix}
 
 
 def _classes(judged: Judged) -> dict[str, Any]:
