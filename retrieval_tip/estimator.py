@@ -285,7 +285,6 @@ def _same_classes(given: Any, known: Array) -> None:
 
 
 def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
-    """Position of each label in ``classes``."""
     position = {label: i for i, label in enumerate(classes.tolist())}
     ids = np.array([position.get(label, -1) for label in labels.tolist()], dtype=np.int64)
     if (ids < 0).any():

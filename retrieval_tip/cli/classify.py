@@ -205,7 +205,6 @@ def _classify_on_ray(
     asked: Asked,
     rows: RowOptions,
 ) -> None:
-    """Classify by shards into a folder of parts."""
     from retrieval_tip.distributed import tasks
 
     made = tasks.classify(

@@ -156,7 +156,6 @@ def _sweep(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Shots x seeds x methods."""
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation import sweep
     from retrieval_tip.fit.finetune import shots_of

@@ -65,7 +65,6 @@ def fit_command(
     After shots were added, or to judge by validation images with --val. Never on test: a split .json gives its val
     part. Makes a new version of the index.
     """
-    from retrieval_tip.data.sources import open_source
     from retrieval_tip.index.fit import fit_index
     from retrieval_tip.index.places import at
     from retrieval_tip.report import plots
@@ -75,7 +74,7 @@ def fit_command(
     if source is None:
         choice, skipped = fit_index(folder, metric=metric, values=values), []
     else:
-        val = open_source(source, split="val", root=root)
+        val = source_of(source, ReadingOptions(root=root), "val")
         with encoder_for(ctx, Origin.of(folder), [val], encoding) as encoder:
             choice = fit_index(folder, metric=metric, values=values, validation=val, encoder=encoder)
         skipped = encoder.skipped
@@ -340,11 +339,10 @@ def calibrate_command(
     Predictions stay; their probabilities become softmax(logits / temperature). It is fitted for the index's own keys,
     alpha, beta, k and tail: calibrate again when these change.
     """
-    from retrieval_tip.data.sources import open_source
     from retrieval_tip.evaluation.evaluate import calibrate
 
     cache = checked(folder, encoding.device)
-    val = open_source(source, split="val", root=root)
+    val = source_of(source, ReadingOptions(root=root), "val")
     with encoder_for(ctx, cache, [val], encoding) as encoder:
         result = calibrate(cache, val, encoder)
     cache.save_settings(folder, "calibrate")

@@ -106,8 +106,8 @@ def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     Exit status: 0 done; 1 failed, nothing was changed; 2 wrong usage; 3 done, but some inputs could not be read; 130
     interrupted (128 + the signal).
     """
-    handler = logging.StreamHandler(_Stderr())
-    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    handler = _Said()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:] = [handler]
     logger.propagate = False
@@ -136,23 +136,16 @@ def _leave_lightly() -> None:
         gc.freeze()
 
 
-class _OneLine(logging.Formatter):
-    """A name in a message cannot start another line, nor fill the screen."""
+class _Said(logging.Handler):
+    """To standard error as it then is, where a name in a message cannot start another line, nor fill the screen."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        level, said = record.levelname, message(super().format(record))
-        colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # which a terminal alone gets
-        return said if colour is None else f"{click.style(level, fg=colour)}{said.removeprefix(level)}"
-
-
-class _Stderr:
-    """Standard error as it is when something is said, not when the program started."""
-
-    def write(self, text: str) -> None:
-        click.echo(text, err=True, nl=False)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level, said = record.levelname, message(self.format(record))
+            colour = {"warning": "yellow", "ERROR": "red"}.get(level)  # which a terminal alone gets
+            click.echo(said if colour is None else click.style(level, fg=colour) + said.removeprefix(level), err=True)
+        except Exception:  # as handlers do
+            self.handleError(record)
 
 
 main.section("Answers", classify, evaluate_command, report_command, serve_command)

@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from retrieval_tip.lance.address import Address
     from retrieval_tip.lance.lance_model import LanceModel
     from retrieval_tip.settings import KeysMet
-    from retrieval_tip.store.manifest import Manifest
 
     Place = Path | Address
 
@@ -276,14 +275,13 @@ def tune_command(
     import pyarrow as pa
 
     from retrieval_tip.cli.output import write_rows
-    from retrieval_tip.data.sources import open_items
     from retrieval_tip.index.tune import tune_on
     from retrieval_tip.report import plots
 
     if plot:
         plots.needs_matplotlib()
     cache = checked(folder, encoding.device, encoding.precision)
-    val = open_items(source, split="val", root=root)
+    val = source_of(source, ReadingOptions(root=root), "val", labelled=False)
     with encoder_for(ctx, cache, [val], encoding) as encoder:
         tuning = tune_on(cache, val, encoder, agreement=agreement, factories=factories)
     if plot:
@@ -348,17 +346,12 @@ def add_command(
     manifest, items = at(folder).manifest(), source_of(source, reading, "train")
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
-    drawn = _as_built(manifest, views, seed)
+    built = manifest.built
+    drawn = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
     with encoder_for(ctx, Origin.of(folder), [items], encoding, drawn, needed=needed) as encoder:
         added = changes.add(folder, items, encoder, text=text, shots=shots, skip_known=skip_known)
     _say_added(folder, added, skip_known)
     finish(ctx, encoder.skipped)
-
-
-def _as_built(manifest: Manifest, views: int | None, seed: int | None) -> ViewOptions:
-    """These views and this seed, or those that an index was built with."""
-    built = manifest.built
-    return ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
 
 
 @index.command("merge")

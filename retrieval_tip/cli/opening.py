@@ -51,10 +51,9 @@ def source_of(path: Path | str, reading: ReadingOptions, split: str, *, labelled
 
 def validation(cache: CacheModel, path: Path | str, root: Path | None, number: KeysMet) -> Source:
     """Validation images: a ``number`` of them a class, by default as published, or every one."""
-    from retrieval_tip.data.sources import open_source
     from retrieval_tip.fit.search_hp import validation_shots
 
-    val = open_source(path, split="val", root=root)
+    val = source_of(path, ReadingOptions(root=root), "val")
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import shutil
@@ -243,12 +242,13 @@ def _quietly() -> Iterator[None]:
     before = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
     for logger, _ in before:
         logger.setLevel(logging.CRITICAL)
-    worker = importlib.import_module("ray._private.worker")  # no public setting leads to this one
-    printed = getattr(worker, "_worker_logs_enabled", True)
-    setattr(worker, "_worker_logs_enabled", False)  # noqa: B010 - another release of Ray may not know it
+    from ray._private import worker  # no public setting leads to this one
+
+    printed = getattr(worker, "_worker_logs_enabled", True)  # another release of Ray may not know it
+    worker._worker_logs_enabled = False
     try:
         yield
     finally:
-        setattr(worker, "_worker_logs_enabled", printed)  # noqa: B010
+        worker._worker_logs_enabled = printed
         for logger, level in before:
             logger.setLevel(level)

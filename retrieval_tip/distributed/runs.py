@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -126,16 +125,13 @@ class Run:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
             return
-        folder = tempfile.mkdtemp(prefix="retrieval-tip-")
-        try:
+        with tempfile.TemporaryDirectory(prefix="retrieval-tip-", ignore_cleanup_errors=True) as folder:
             path = Path(folder) / "part"
             yield path
             try:
                 remote.system_of(place).put_file(str(path), place)
             except Exception as error:
                 raise InputError(f"{place}: cannot be written: {first_line(error)}") from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def metadata(self, number: int) -> dict[bytes, bytes]:
         """Metadata of the file of shard ``number``."""

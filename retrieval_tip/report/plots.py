@@ -575,5 +575,4 @@ def _name(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text without mathematics."""
     return text.replace("$", r"\$")

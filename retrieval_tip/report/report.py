@@ -423,7 +423,6 @@ def _training(judged: Judged) -> dict[str, Any]:
 
 
 def _confusions(judged: Judged) -> dict[str, Any]:
-    """The most confused pairs, and the confusion matrix."""
     pairs, classes = confusions(judged), counted(len(judged.evaluation.per_class), "class")
     label = f"Confusion matrix of {classes}, as shares of the true class"
     matrix = plots.svg(lambda: plots.draw_confusion(judged.evaluation), label) if pairs else ""
@@ -459,7 +458,6 @@ def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
 
 
 def _affinities(judged: Judged) -> Plot:
-    """Affinities of the items to keys of their class and of others."""
     seen = judged.answers.affinities
     if seen is None:
         raise _LeftOutError(f"more than {AFFINITY_PAIRS:,} pairs of an item and a key; evaluate --plot counts them")

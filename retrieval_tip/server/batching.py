@@ -67,7 +67,6 @@ class Batcher(Generic[K, T, R]):
         metrics.WAITING.labels(self._name).set(self._items)
 
     async def _work(self) -> None:
-        """Until nothing waits."""
         while self._waiting:
             if calls := self._next():
                 await self._answer(calls)

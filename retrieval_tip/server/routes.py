@@ -35,7 +35,6 @@ Norms = Annotated[
 
 
 async def _service(request: Request) -> Service:
-    """The service that the application asks."""
     service: Service = request.app.state.service
     return service
 
@@ -44,7 +43,6 @@ TheService = Annotated[Service, Depends(_service)]
 
 
 async def _index(service: TheService, name: str) -> Served:
-    """The index that is named in the address."""
     return service.index(name)
 
 
@@ -52,7 +50,6 @@ Named = Annotated[Served, Depends(_index)]
 
 
 async def _version(one: Named) -> Version:
-    """Its version, as it is now."""
     return one.now
 
 
