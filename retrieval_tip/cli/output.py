@@ -65,7 +65,7 @@ def write_tables(
             if style == "table":
                 blocks = _table(rows, schema, known or {}, details)
             elif style == "json":
-                blocks = map(_json, rows)
+                blocks = ("".join(f"{json_line(row)}\n" for row in block) for block in rows)
             else:
                 blocks = _csv(rows, schema.names, safe=path is None and sys.stdout.isatty())
             for block in blocks:
@@ -167,10 +167,6 @@ def _table(
 
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
-
-
-def _json(rows: Iterable[Row]) -> str:
-    return "".join(f"{json_line(row)}\n" for row in rows)
 
 
 def _csv(blocks: Iterable[Iterable[Row]], columns: Sequence[str], safe: bool) -> Iterator[str]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy.typing as npt
-import pyarrow as pa
 from tqdm import tqdm
 
 from retrieval_tip import errors
@@ -136,16 +135,12 @@ class Worker:
         except RetrievalTipError as error:
             self._problem = error  # said for each shard: an actor that does not start would be started again
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """A summary for each shard of the batch."""
+    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
+        """The summary of a shard."""
         import ray
 
-        node = ray.get_runtime_context().get_node_id()
-        rows = []
-        for packed in batch.column("shard").to_pylist():
-            shard = Shard.from_json(zlib.decompress(packed).decode())
-            rows.append(replace(self._done(shard), node=node).to_row())
-        return pa.Table.from_pylist(rows, schema=pa.schema([("summary", pa.binary())]))
+        shard = Shard.from_json(zlib.decompress(row["shard"]).decode())
+        return replace(self._done(shard), node=ray.get_runtime_context().get_node_id()).to_row()
 
     def _done(self, shard: Shard) -> Summary:
         try:
@@ -207,18 +202,16 @@ def _stream(module: Any, task: Task, shards: Sequence[Shard], place: Room) -> It
     limits: dict[str, Any] = {"max_task_retries": RETRIES, **place.limits()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # max_task_retries will get another place in Ray 2.64, and has none before
-        dataset = data.from_items(items, override_num_blocks=len(items)).map_batches(
+        packed: Any = data.from_items(items, override_num_blocks=len(items))
+        dataset = packed.map(
             Worker,
-            batch_size=1,
-            batch_format="pyarrow",
             fn_constructor_args=(task, place, os.getcwd()),  # noqa: PTH109
             compute=data.ActorPoolStrategy(size=place.actors, max_tasks_in_flight_per_actor=AHEAD),
             **limits,
         )
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            table: Any = batch
-            for row in table.to_pylist():
+            for row in batch.to_pylist():
                 yield Summary.from_row(row)
     except module.exceptions.RayError as error:
         raise InputError(

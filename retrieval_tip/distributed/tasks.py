@@ -205,7 +205,7 @@ def encode(
         dim, identity = backbone.dim, backbone.identity
         del backbone
     facts = {"task": "encode", "backbone": identity.fingerprint if identity else None, "dim": dim}
-    run = Run.start(out, facts | _described(shards, encoding, _precision(encoding)))
+    run = Run.start(out, facts | _described(shards, encoding))
     return _make(run, EncodeTask(run, encoding, dim, identity), shards, ray or Ray(), progress, say)
 
 
@@ -238,7 +238,7 @@ def classify(
         "abstain": abstain,
     }
     facts = {"task": "classify", "index": sealed}
-    run = Run.start(out, facts | _described(shards, encoding, asdict(asked) | shown | _precision(encoding)))
+    run = Run.start(out, facts | _described(shards, encoding, **asdict(asked), **shown))
     task = ClassifyTask(encoding=encoding, folder=str(folder), sealed=sealed, asked=asked, run=run, **shown)
     return _make(run, task, shards, ray or Ray(), progress, say)
 
@@ -338,11 +338,9 @@ def _told(failed: Any, say: Callable[[Skipped], None] | None) -> list[Skipped]:
     return once
 
 
-def _described(shards: Sequence[Shard], encoding: Encoding, settings: dict[str, Any]) -> dict[str, Any]:
+def _described(shards: Sequence[Shard], encoding: Encoding, **settings: Any) -> dict[str, Any]:
     """The part of a run's description that every task has."""
-    said = {name: value for name, value in encoding.settings.items() if name not in NOT_SAID}
-    return {"source": digest(shards), "shards": len(shards), "settings": said | settings}
-
-
-def _precision(encoding: Encoding) -> dict[str, Any]:
-    return {} if encoding.backbone is None else {"encoded_in": encoding.backbone.precision}
+    settings |= {name: value for name, value in encoding.settings.items() if name not in NOT_SAID}
+    if encoding.backbone is not None:
+        settings["encoded_in"] = encoding.backbone.precision
+    return {"source": digest(shards), "shards": len(shards), "settings": settings}

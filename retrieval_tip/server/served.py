@@ -147,10 +147,13 @@ class Version:
 
 
 class Backbones:
-    """Backbones by what they are, so that indexes of one share it; each lives as long as an index that is open."""
+    """Backbones by what they are, so that indexes of one share it; each lives as long as an index that is open.
 
-    def __init__(self, device: str, precision: str) -> None:
-        self._device, self._precision = device, precision
+    The indexes are opened on the same ``device``, with the same ``precision``, and checked as ``verify`` says.
+    """
+
+    def __init__(self, device: str, precision: str, verify: str) -> None:
+        self.device, self.precision, self.verify = device, precision, verify
         self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
 
     def know(self, backbone: Backbone) -> None:
@@ -177,8 +180,8 @@ class Backbones:
         backbone = load_backbone(
             identity.model,
             identity.pretrained,
-            device=self._device,
-            precision=self._precision,
+            device=self.device,
+            precision=self.precision,
             tuned=cache.tuned,
             decoder=decoder_of(identity.preprocess),
         )
@@ -190,22 +193,17 @@ class Backbones:
 class Served:
     """An index that is served under its ``name``: ``now`` is the version that is answered with."""
 
-    def __init__(self, folder: Path | Address, backbones: Backbones, device: str, precision: str, verify: str) -> None:
+    def __init__(self, folder: Path | Address, backbones: Backbones) -> None:
         """Open what is in a folder, or in a LanceDB store. Raises StoreError where that cannot be."""
         self.folder = folder
         self.place: stores.Store = stores.at(folder)
         self.name = self.place.name
-        self._opening = device, precision, verify
-        self._backbones = backbones
+        self.backbones = backbones
         self._changing = threading.Lock()
         self._seen = self.place.stamp()
         self._failed_at, self._looked_at = -math.inf, time.monotonic()
-        cache = self.place.load(device=device, precision=precision, verify=verify)
+        cache = self.place.load(device=backbones.device, precision=backbones.precision, verify=backbones.verify)
         self.now = self._opened(cache)
-
-    def another(self, folder: Path) -> Served:
-        """Another index, opened as this one."""
-        return Served(folder, self._backbones, *self._opening)
 
     @property
     def beside(self) -> Path | None:
@@ -215,7 +213,7 @@ class Served:
     def _opened(self, cache: Model) -> Version:
         manifest = cache.manifest
         assert manifest is not None
-        version = Version(self.name, cache, manifest, self._backbones.of(cache, self.name))
+        version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
         version.answer(Ask(), cache.some(1)[0].astype(np.float32))  # what is set up by the first query
         metrics.VERSION.labels(self.name).set(manifest.version)
         metrics.KEYS.labels(self.name).set(cache.n)
@@ -260,19 +258,19 @@ class Maker:
     precision: str
     verify: str
 
-    def open(self, folder: Path) -> Served:
-        """The index in a folder."""
-        backbones = Backbones(self.device, self.precision)
+    def backbones(self) -> Backbones:
+        """The backbone, as indexes that are opened have it."""
+        backbones = Backbones(self.device, self.precision, self.verify)
         backbones.know(self.backbone)
-        return Served(folder, backbones, self.device, self.precision, self.verify)
+        return backbones
 
 
 def open_all(folders: Sequence[Path | Address], device: str, precision: str, verify: str) -> dict[str, Served]:
     """Indexes by name. Raises UsageError where two have one name, StoreError where one cannot be opened."""
-    backbones = Backbones(device, precision)
+    backbones = Backbones(device, precision, verify)
     served: dict[str, Served] = {}
     for folder in folders:
-        one = Served(folder, backbones, device, precision, verify)
+        one = Served(folder, backbones)
         if one.name in served:
             raise UsageError(f"{folder}: another index of the name {one.name!r} is served; rename one of the folders")
         served[one.name] = one

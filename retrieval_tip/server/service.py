@@ -221,10 +221,10 @@ class Service:
         name = str(sent.index)
         into: Path | None
         if self.maker and like is None:
-            backbone, into, opened = self.maker.backbone, self.maker.into, self.maker.open
+            backbone, into, backbones = self.maker.backbone, self.maker.into, self.maker.backbones()
         else:
             model = self.index(like or next((name for name, one in self.served.items() if one.now.backbone), None))
-            backbone, into, opened = _backbone_of(model.now), model.beside, model.another
+            backbone, into, backbones = _backbone_of(model.now), model.beside, model.backbones
         if into is None:
             raise Problem(422, "the index is in a bucket; new ones are made where serve has --into FOLDER")
         if name in self.served or (into / name).exists():
@@ -233,7 +233,7 @@ class Service:
         good, skipped = await self._readable(sent.names, sent.images, backbone)
         labelled = [(sent.labels[i], sent.images[i]) for i in good]
         one = await self._in(
-            self._changing, lambda: opened(shots.build(into / name, backbone, labelled, self._uploads))
+            self._changing, lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
         )
         self.served[name] = one
         return self._judged(one) | {"skipped": skipped}
