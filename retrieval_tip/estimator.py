@@ -246,8 +246,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: Any) -> torch.Tensor:  # noqa: N803
-        features = self._queries(X)
-        return self.cache_.logits(features)
+        return self.cache_.logits(self._queries(X))
 
 
 def _dtypes(normalize: bool) -> Any:

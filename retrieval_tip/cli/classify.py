@@ -37,9 +37,6 @@ from retrieval_tip.errors import UsageError, show
 
 if TYPE_CHECKING:
     from retrieval_tip.classifier import AnsweringIndex
-    from retrieval_tip.distributed.engine import Encoding, Ray
-    from retrieval_tip.distributed.shards import Shard
-    from retrieval_tip.distributed.tasks import Asked
     from retrieval_tip.lance.address import Address
     from retrieval_tip.predictions import Abstain
 
@@ -69,14 +66,14 @@ def encode(
     """
     from retrieval_tip.data.encoder import encode_table
 
-    ray = ray_of(engine, encoding.device)
+    ray = ray_of(ctx, engine, encoding.device)
     if ray is not None:
         from retrieval_tip.distributed import tasks
 
         shards = shards_of(source, reading, ray.size, "train", labelled=False)
         name = None if all(shard.features for shard in shards) else named(encoding)
         how = encoding_of(encoding, name, views)
-        made = tasks.encode(shards, out, how, ray, progress=not ctx.obj, say=say_skipped)
+        made = tasks.encode(shards, out, how, ray, say=say_skipped)
         about(out, f"{made.rows} rows{parts(made)}")
         finish(ctx, made.failed)
         return
@@ -159,9 +156,10 @@ def classify(
     from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.predictions import PREDICTIONS
 
-    ray = ray_of(engine, encoding.device)
+    ray = ray_of(ctx, engine, encoding.device)
     loaded = index_with(folder, answer, encoding)
     if ray is not None:
+        from retrieval_tip.distributed import tasks
         from retrieval_tip.distributed.shards import cut_inputs
 
         if printing.style != "parquet" or printing.output is None:
@@ -169,7 +167,12 @@ def classify(
         shards = cut_inputs(inputs, paths_on_stdin(), ray.size)
         how = encoding_for(loaded, shards, encoding)
         asked = asked_of(loaded, answer, encoding.precision)
-        _classify_on_ray(ctx, folder, loaded, shards, printing.output, how, ray, asked, rows)
+        shown = tasks.Rows(rows.columns(loaded), rows.top, rows.shown_neighbours, rows.certify, rows.abstain)
+        made = tasks.classify(folder, shards, printing.output, how, ray, asked=asked, rows=shown, say=say_skipped)
+        say(f"{show(printing.output)}: {made.rows} rows{parts(made)}")
+        if made.settled:
+            _say_settled(loaded, made.settled)
+        finish(ctx, made.failed)
         return
     sources = list(open_inputs(inputs, paths_on_stdin()))
     cache = loaded.every_class() if rows.with_logits else loaded
@@ -192,40 +195,6 @@ def classify(
     if rows.certify:
         _say_settled(cache, settled)
     finish(ctx, encoder.skipped)
-
-
-def _classify_on_ray(
-    ctx: click.Context,
-    folder: Path | Address,
-    cache: AnsweringIndex,
-    shards: list[Shard],
-    out: Path,
-    encoding: Encoding,
-    ray: Ray,
-    asked: Asked,
-    rows: RowOptions,
-) -> None:
-    from retrieval_tip.distributed import tasks
-
-    made = tasks.classify(
-        folder,
-        shards,
-        out,
-        encoding,
-        ray,
-        asked=asked,
-        columns=rows.columns(cache),
-        top=rows.top,
-        neighbours=rows.shown_neighbours,
-        certify=rows.certify,
-        abstain=rows.abstain,
-        progress=not ctx.obj,
-        say=say_skipped,
-    )
-    say(f"{show(out)}: {made.rows} rows{parts(made)}")
-    if rows.certify and made.settled:
-        _say_settled(cache, made.settled)
-    finish(ctx, made.failed)
 
 
 def _say_settled(cache: AnsweringIndex, settled: dict[int, int]) -> None:

@@ -99,7 +99,7 @@ def evaluate_command(
     With --shots, the index is a pool of labelled keys: every run draws its shots from it by the published rule, chooses
     its settings without the test source, and becomes a row of --results.
     """
-    ray = ray_of(engine, encoding.device)
+    ray = ray_of(ctx, engine, encoding.device)
     if ray is not None and (runs.shots or plot):
         raise UsageError(f"--engine ray does not go with {'--shots' if runs.shots else '--plot'}; leave it out")
     if runs.shots:
@@ -119,8 +119,7 @@ def evaluate_command(
         shards = shards_of(source, reading, ray.size, "test")
         evaluation, skipped = tasks.evaluate(
             loaded, folder, shards, encoding_for(loaded, shards, encoding), ray,
-            asked=asked_of(loaded, answer, encoding.precision), abstain=abstain,
-            progress=not ctx.obj, say=say_skipped,
+            asked=asked_of(loaded, answer, encoding.precision), abstain=abstain, say=say_skipped,
         )  # fmt: skip
     else:
         test = source_of(source, reading, "test")

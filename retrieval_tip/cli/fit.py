@@ -289,7 +289,7 @@ def finetune_command(
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
     from retrieval_tip.report import plots
 
-    ray = ray_of(engine, encoding.device)
+    ray = ray_of(ctx, engine, encoding.device)
     if plot:
         plots.needs_matplotlib()
     recipe = training.recipe(ray is not None)

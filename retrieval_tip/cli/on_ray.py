@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from retrieval_tip.cli.opening import UNNAMED, name_of, source_of
 from retrieval_tip.cli.options import (
     AnswerOptions,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from retrieval_tip.distributed.tasks import Asked, Made
 
 
-def ray_of(engine: EngineOptions, device: str) -> Ray | None:
+def ray_of(ctx: click.Context, engine: EngineOptions, device: str) -> Ray | None:
     """The Ray that a command runs on; ``None``: it runs here. What belongs to Ray is refused then."""
     if engine.engine != "ray":
         for name, value in (("actors", engine.actors), ("shard-size", engine.shard_size)):
@@ -39,7 +41,7 @@ def ray_of(engine: EngineOptions, device: str) -> Ray | None:
     from retrieval_tip.distributed.engine import Ray
 
     needed_ray()
-    return Ray(engine.ray_address, engine.actors, device, engine.shard_size)
+    return Ray(engine.ray_address, engine.actors, device, engine.shard_size, progress=not ctx.obj)
 
 
 def shards_of(

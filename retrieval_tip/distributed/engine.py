@@ -40,13 +40,14 @@ AHEAD = 2
 class Ray:
     """The cluster to use: its ``address`` (``None``: one that is started here), ``actors`` at most.
 
-    ``device`` as :func:`cluster.room` takes it; ``size`` items a shard.
+    ``device`` as :func:`cluster.room` takes it; ``size`` items a shard; ``progress``: a bar counts the shards.
     """
 
     address: str | None = None
     actors: int | None = None
     device: str = "auto"
     size: int | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _encoder(encoding: Encoding, place: Room) -> Encoder:
     return Encoder(backbone=backbone, cache=cache, empty=True, **settings)
 
 
-def through(task: Task, shards: Sequence[Shard], ray: Ray, *, progress: bool = False) -> Iterator[Summary]:
+def through(task: Task, shards: Sequence[Shard], ray: Ray) -> Iterator[Summary]:
     """Summaries of shards as they are done, in any order.
 
     Raises the first error of the package's that a worker meets; InputError where a shard ends its process again and
@@ -179,7 +180,7 @@ def through(task: Task, shards: Sequence[Shard], ray: Ray, *, progress: bool = F
         return
     with (
         connected(ray.address) as module,
-        tqdm(total=len(shards), unit="shard", disable=None if progress else True, leave=False) as bar,
+        tqdm(total=len(shards), unit="shard", disable=None if ray.progress else True, leave=False) as bar,
     ):
         for summary in _stream(module, task, shards, room(ray.device, min(ray.actors or len(shards), len(shards)))):
             if summary.error is not None:

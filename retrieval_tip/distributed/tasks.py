@@ -101,38 +101,44 @@ class IndexTask(Task):
         self._cache = cache if where is None else cache.take(rows_where(cache.labels, where))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of predictions: their ``columns``, what else they report, and when an answer is withheld."""
+
+    columns: list[str]
+    top: int = 1
+    neighbours: int = 0
+    certify: bool = False
+    abstain: Abstain = None
+
+
 @dataclass
 class ClassifyTask(IndexTask):
-    """A part of the predictions of each shard, with these ``columns``."""
+    """A part of the predictions of each shard."""
 
     run: Run
-    columns: list[str]
-    top: int
-    neighbours: int
-    certify: bool
-    abstain: Abstain
+    rows: Rows
 
     def start(self, device: str, encoder: Encoder) -> None:
         """Open the index."""
         super().start(device, encoder)
-        if "logits" in self.columns:
+        if "logits" in self.rows.columns:
             self._cache = self._cache.every_class()
 
     def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Write the part."""
-        settled: Counter[int] = Counter()
+        asked, rows, settled = self.rows, 0, Counter[int]()
         metadata = self.run.metadata(shard.number)
-        schema = pa.schema([(column, PREDICTIONS[column]) for column in self.columns], metadata=metadata)
+        schema = pa.schema([(column, PREDICTIONS[column]) for column in asked.columns], metadata=metadata)
         answers = self._cache.classify_source(
-            source, encoder, self.top, neighbours=self.neighbours, certify=self.certify
+            source, encoder, asked.top, neighbours=asked.neighbours, certify=asked.certify
         )
-        rows = 0
         with self.run.writing(part_name(shard.number)) as path:
             with parquet_writer(str(path), schema) as writer:
-                for table in row_groups_of(block.written(self.columns, self.abstain) for block in answers):
+                for table in row_groups_of(block.written(asked.columns, asked.abstain) for block in answers):
                     writer.write_table(table)
                     rows += len(table)
-                    settled.update(table["keys"].to_pylist() if "keys" in self.columns else ())
+                    settled.update(table["keys"].to_pylist() if "keys" in asked.columns else ())
             failed = _failed(source, encoder)
             self.run.write_failed(shard.number, failed)
         return Summary(shard.number, rows, failed, settled=settled)
@@ -181,7 +187,6 @@ def encode(
     encoding: Encoding,
     ray: Ray | None = None,
     *,
-    progress: bool = False,
     say: Callable[[Skipped], None] | None = None,
 ) -> Made:
     """Encode shards into a folder of parts, which is a feature table wherever one can be used.
@@ -206,7 +211,7 @@ def encode(
         del backbone
     facts = {"task": "encode", "backbone": identity.fingerprint if identity else None, "dim": dim}
     run = Run.start(out, facts | _described(shards, encoding))
-    return _make(run, EncodeTask(run, encoding, dim, identity), shards, ray or Ray(), progress, say)
+    return _make(run, EncodeTask(run, encoding, dim, identity), shards, ray or Ray(), say)
 
 
 def classify(
@@ -217,30 +222,17 @@ def classify(
     ray: Ray | None = None,
     *,
     asked: Asked,
-    columns: Sequence[str] = ("input", "label", "probability"),
-    top: int = 1,
-    neighbours: int = 0,
-    certify: bool = False,
-    abstain: Abstain = None,
-    progress: bool = False,
+    rows: Rows,
     say: Callable[[Skipped], None] | None = None,
 ) -> Made:
-    """Classify shards with an index folder into a folder of parts, with the columns that ``classify`` writes.
+    """Classify shards with an index folder into a folder of parts, with rows that ``classify`` writes.
 
     It goes on and raises as :func:`encode` does; StoreError where the index is changed meanwhile.
     """
     sealed = sealed_as(folder)
-    shown: dict[str, Any] = {
-        "columns": list(columns),
-        "top": top,
-        "neighbours": neighbours,
-        "certify": certify,
-        "abstain": abstain,
-    }
     facts = {"task": "classify", "index": sealed}
-    run = Run.start(out, facts | _described(shards, encoding, **asdict(asked), **shown))
-    task = ClassifyTask(encoding=encoding, folder=str(folder), sealed=sealed, asked=asked, run=run, **shown)
-    return _make(run, task, shards, ray or Ray(), progress, say)
+    run = Run.start(out, facts | _described(shards, encoding, **asdict(asked), **asdict(rows)))
+    return _make(run, ClassifyTask(encoding, str(folder), sealed, asked, run, rows), shards, ray or Ray(), say)
 
 
 def evaluate(
@@ -252,7 +244,6 @@ def evaluate(
     *,
     asked: Asked,
     abstain: float | None = None,
-    progress: bool = False,
     say: Callable[[Skipped], None] | None = None,
 ) -> tuple[Evaluation, list[Skipped]]:
     """:func:`evaluate.evaluate` of shards: workers see them, the figures are concluded here in one place.
@@ -262,7 +253,7 @@ def evaluate(
     """
     check_abstain(abstain)
     task = EvaluateTask(encoding=encoding, folder=str(folder), sealed=sealed_as(folder), asked=asked)
-    summaries = sorted(through(task, shards, ray or Ray(), progress=progress), key=lambda summary: summary.shard)
+    summaries = sorted(through(task, shards, ray or Ray()), key=lambda summary: summary.shard)
     failed = _told((skipped for summary in summaries for skipped in summary.failed), say)
     parts = [Seen(**dict[str, Any](summary.arrays)) for summary in summaries if summary.rows]
     if not parts:
@@ -285,8 +276,7 @@ class RayEncoder(Encoder):
         first, _ = grouped(source.paths)
         shards = cut_source(source.take(first), self.ray.size)
         task = ViewsTask(self.encoding, list(names))
-        done = through(task, shards, self.ray, progress=self.progress)
-        summaries = sorted(done, key=lambda summary: summary.shard)
+        summaries = sorted(through(task, shards, self.ray), key=lambda summary: summary.shard)
         for summary in summaries:
             for skipped in summary.failed:
                 self._say(skipped)
@@ -301,20 +291,13 @@ class RayEncoder(Encoder):
         )
 
 
-def _make(
-    run: Run,
-    task: Task,
-    shards: Sequence[Shard],
-    ray: Ray,
-    progress: bool,
-    say: Callable[[Skipped], None] | None,
-) -> Made:
+def _make(run: Run, task: Task, shards: Sequence[Shard], ray: Ray, say: Callable[[Skipped], None] | None) -> Made:
     """Do the shards whose part is not there, and say that all are."""
     rows = run.done(len(shards))
     kept = len(rows)
     nodes: Counter[str] = Counter()
     settled: Counter[int] = Counter()
-    for summary in through(task, [s for s in shards if s.number not in rows], ray, progress=progress):
+    for summary in through(task, [s for s in shards if s.number not in rows], ray):
         rows[summary.shard] = summary.rows
         nodes[summary.node] += 1
         settled.update(summary.settled)
