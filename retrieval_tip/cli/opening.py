@@ -161,12 +161,11 @@ def backbone_for(
     from retrieval_tip.backbones.loading import load_when_needed
     from retrieval_tip.data.feature_tables import check_backbone
 
-    images = needed or any(source.table is None for source in sources)
     identity = cache.backbone
-    if images and identity is None and not backbone.model:
-        raise UsageError(UNNAMED)
     loaded: Backbone | None = None
-    if images:
+    if needed or any(source.table is None for source in sources):
+        if identity is None and not backbone.model:
+            raise UsageError(UNNAMED)
         if identity and not (cache.tuned or backbone.model or backbone.pretrained or backbone.decoder):
             loaded = load_when_needed(identity, cache.d, **backbone.execution())
         else:

@@ -123,11 +123,8 @@ def serve_command(
         elif into is not None:
             raise UsageError("--into: needs --model too, where indexes are served already")
         app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker)
-        what = (
-            "no index yet"
-            if not served
-            else ", ".join(f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
-        )
+        named = (f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
+        what = ", ".join(named) or "no index yet"
         at = address(listening)
         opened = f" open {at}/#token={made} to look, correct and teach;" if made else ""
         line = f"serving {what} at {at};{opened} Ctrl+C ends it"

@@ -161,7 +161,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 def _fewest(cache: CacheModel) -> tuple[int, str]:
     """The class that has fewest keys, of those that have any: how many, and its name."""
-    some = [(number, name) for number, name in zip(cache.counts, cache.class_names, strict=True) if number]
+    some = (pair for pair in zip(cache.counts, cache.class_names, strict=True) if pair[0])
     return min(some, key=lambda pair: pair[0])
 
 
