@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -36,15 +34,8 @@ def create_app(
     """
     limits = limits or Limits()
     service = Service(served, limits, uploads, root, maker)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.start()
-        yield
-        await service.stop()
-
     app = FastAPI(
-        title="retrieval-tip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="retrieval-tip", version=__version__, lifespan=service.running, docs_url=None, redoc_url=None,
         description="Few-shot image classification as retrieval. Errors are application/problem+json.",
     )  # fmt: skip
     app.state.service, app.state.token = service, token

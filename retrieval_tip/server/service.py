@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """Answers, changes and follows the indexes. ``start`` it in the loop that asks it, and ``stop`` it there.
+    """Answers, changes and follows the indexes, while it is ``running`` in the loop that asks it.
 
     Images that are added lie, as they came, in a folder a class in ``uploads`` (by default beside the index, called as
     it is with ``-shots``); pictures of shots whose paths are relative are looked for below ``root``.
@@ -92,18 +92,15 @@ class Service:
         self._thumbnails: Kept[Hashable, bytes] = Kept(
             self._decoding, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
         )
-        self._follower: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Begin to follow the folders."""
-        self._follower = asyncio.create_task(self._follow())
-
-    async def stop(self) -> None:
-        """Finish what was taken, then end."""
-        if self._follower is not None:
-            self._follower.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._follower
+    @asynccontextmanager
+    async def running(self, _: object) -> AsyncIterator[None]:
+        """Follow the folders meanwhile; then finish what was taken, and end."""
+        follower = asyncio.create_task(self._follow())
+        yield
+        follower.cancel()
+        with suppress(asyncio.CancelledError):
+            await follower
         await self._encode.close()
         await self._answer.close()
         for pool in (self._decoding, self._finding, self._following, self._changing, self._slow, self._slower):
