@@ -246,7 +246,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: Any) -> torch.Tensor:  # noqa: N803
-        return self.cache_.logits(self._queries(X))
+        features = self._queries(X)  # which says first where nothing was fitted
+        return self.cache_.logits(features)
 
 
 def _dtypes(normalize: bool) -> Any:
