@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -38,6 +39,8 @@ MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # on a disk, waiting for it takes a tenth of the time
 gc.disable()  # until all is imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that processes which are interrupted here notice
 if "PYTEST_XDIST_WORKER" in os.environ:
     atexit.register(os._exit, 0)  # last of all: it has said what it has to say, and taking it down takes seconds
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported; without it a test would try for a minute, then fail
