@@ -495,13 +495,15 @@ def test_a_diagram_takes_any_name(recwarn):
 
 @pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("date", ["-", "", "9" * 30])
-def test_a_diagram_reads_no_date_of_the_environment(date, monkeypatch):
+def test_a_diagram_reads_no_date_of_the_environment(date, monkeypatch, tmp_path):
     evaluation, drawn = made_up([0, 1], [1, 0], ["cat", "dog"]), []
     for value in (None, date):
         if value is not None:
             monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
         drawn.append(plots.svg(lambda: plots.draw_confusion(evaluation), "x"))
+        plots.write(lambda: plots.draw_confusion(evaluation), tmp_path / "x.svg", "x")
     assert drawn[0] == drawn[1]
+    assert "<dc:date>" not in (tmp_path / "x.svg").read_text()  # it stands in the diagram
 
 
 def test_the_cell_of_a_setting_is_the_next_one_by_ratio():

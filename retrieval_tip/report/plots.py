@@ -217,7 +217,8 @@ def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
         figure = draw()
         said = ", ".join(filter(None, (about[-LONGEST_ABOUT:], datetime.date.today().isoformat())))
         figure.supxlabel(_plain(said), x=0.98, ha="right", fontsize=6.5, color=GREY)
-        figure.savefig(temporary, format=form, metadata={"Creator" if form == "svg" else "Software": "retrieval-tip"})
+        maker = {"Creator": "retrieval-tip", "Date": None} if form == "svg" else {"Software": "retrieval-tip"}
+        figure.savefig(temporary, format=form, metadata=maker)
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
@@ -490,11 +491,7 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
         figure = draw()
         width, height = (72 * side for side in figure.get_size_inches())
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # nonsense in it would be an error, though no date is written
-        try:
-            figure.savefig(buffer, format="svg", metadata=nothing)
-        finally:
-            os.environ |= {} if date is None else {"SOURCE_DATE_EPOCH": date}
+        figure.savefig(buffer, format="svg", metadata=nothing)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = drawn[drawn.index(">") + 1 :]
@@ -534,6 +531,7 @@ def _style(settings: dict[Any, Any] | None = None) -> Iterator[None]:
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
+    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # nonsense in it would be an error, though no date is written
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(LOOKS | (settings or {}))
@@ -543,6 +541,7 @@ def _style(settings: dict[Any, Any] | None = None) -> Iterator[None]:
             yield
         finally:
             logging.getLogger("matplotlib.font_manager").setLevel(level)
+            os.environ |= {} if date is None else {"SOURCE_DATE_EPOCH": date}
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
