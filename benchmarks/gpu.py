@@ -121,7 +121,7 @@ def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -
     """Photographs on a disk, and the tower alone on pixels that are there."""
     paths, like = encoding.chosen(folder, number), torch.empty(0, device=device)
     precisions = ("float32", "float16") if device != "cpu" else ("float32", "bfloat16")
-    plain = encoding.plain(model, None, device, encoding.PLAIN_BATCH)
+    plain = encoding.plain(model, None, device, encoding.PLAIN_BATCHES[0])
     sides = {"plain loop of open_clip": measured(lambda: plain(paths), like, rounds)}
     if device != "cpu":
         own = load_backbone(model, device=device, precision=precisions[1], decoder="nvjpeg")
