@@ -158,9 +158,12 @@ def encode(pool: CacheModel, source: Source, encoder: Encoder) -> Items:
 
 
 def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
-    """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched."""
+    """The pool with ``shots`` keys a class, by the published rule over its images in order; settings untouched.
+
+    What was fitted to all keys of the pool is left out.
+    """
     order, labels = _in_file_order(pool)
-    drawn = pool.take(np.sort(order[few_shot(labels, shots, seed)]))
+    drawn = closed_form.unfitted(pool.take(np.sort(order[few_shot(labels, shots, seed)])))
     alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
     return drawn.with_settings(drawn.settings.but(alpha=alpha, beta=beta))
 

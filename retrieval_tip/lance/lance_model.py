@@ -35,7 +35,7 @@ from retrieval_tip.settings import Built, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.labels import labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
-from retrieval_tip.store.sums import Along
+from retrieval_tip.store.sums import LEAST, Along
 from retrieval_tip.store.writer import write
 
 MOST_TAKEN = 1 << 29
@@ -44,8 +44,6 @@ MOVED = {"float32": 1e-4, "float16": 4e-3}
 """Difference between a point in the table and what the metric makes of its key, by dtype, beyond which it is wrong."""
 MOST_ORDERED = 1 << 26
 """Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
-
-
 IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
 """The order of the keys in a folder."""
 
@@ -332,7 +330,7 @@ def verify(place: LanceVersions) -> LanceModel:
 def _check_rows(model: LanceModel, remedy: str) -> None:
     """Raise StoreError where rows of the table do not fit each other, or what is known of their classes."""
     place, classes, c = model.store, model.classes, len(model.class_names)
-    of_keys, of_points = Along(c, model.d), Along(c, model.d)
+    of_keys, of_points = Along(c, model.d, LEAST), Along(c, model.d, LEAST)
     seen: list[IntArray] = []
     names = pa.array(model.class_names, pa.string())
     for batch in model.table.scan(model.table.schema.names):

@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.feature_tables import schema_of, table_of, write_table
+from retrieval_tip.data.sources import Source, of_images, open_source
 from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import replacing
 from retrieval_tip.index import changes
@@ -50,14 +50,9 @@ def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "shots.parquet"
         assert sent.features is not None
-        d = sent.features.shape[1]
-        flat = pa.array(sent.features.reshape(-1), pa.float32())
-        columns = {
-            "id": [f"api:{name}" for name in sent.names],
-            "label": sent.labels,
-            "feature": pa.FixedSizeListArray.from_arrays(flat, d),
-        }
-        pq.write_table(pa.table(columns), table)
+        schema = schema_of(sent.features.shape[1], np.float32, [])
+        names = [f"api:{name}" for name in sent.names]
+        write_table(table, schema, [table_of(schema, names, sent.labels, sent.features, {})])
         return changes.add(one.folder, open_source(table), Encoder(backbone, norms="keep"))
 
 
@@ -102,8 +97,7 @@ def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fres
             fresh.append(path)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
-    items = pa.table({"source": [show(path) for _, path in kept], "label": [label for label, _ in kept]})
-    return Source(name, items, labels, tuple(str(path) for _, path in kept))
+    return of_images([str(path) for _, path in kept], name, [label for label, _ in kept], labels)
 
 
 def _remove(paths: Sequence[Path]) -> None:

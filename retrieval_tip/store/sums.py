@@ -14,7 +14,7 @@ BLOCK = 2048
 
 TOLERANCE, LEAST = 1e-9, 1e-8
 """Of :class:`Along`, as a share of what such a sum can be: far above rounding, and below one key in 10^8. And of one
-key: what rounding leaves of very many that were removed."""
+key, for sums that are kept however many keys were removed: what rounding leaves of these."""
 
 LEFT = 1e-5
 """The share of the squares that has to be left after a removal, for the rounding of what was there not to show."""
@@ -129,7 +129,9 @@ class Along:
     ``k_i . r``, and ``second r = sum_i k_i (k_i . r)``.
     """
 
-    def __init__(self, c: int, d: int) -> None:
+    def __init__(self, c: int, d: int, least: float = 0.0) -> None:
+        """``least``: how much sums may be off in any case, as a share of one key."""
+        self._least = least
         self._direction = np.random.default_rng().standard_normal(d)
         self._counts, self._sums, self._second, self._squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0
 
@@ -155,4 +157,4 @@ class Along:
         """Whether sums are as found; by Cauchy and Schwarz they are at most ``(every sum_i (k_i . r)^2)^(1/2)``."""
         most = np.sqrt(every * self._squares)
         least = np.sqrt(one * self._squares / self._counts.sum())
-        return bool((np.abs(known @ self._direction - found) <= TOLERANCE * most + LEAST * least).all())
+        return bool((np.abs(known @ self._direction - found) <= TOLERANCE * most + self._least * least).all())
