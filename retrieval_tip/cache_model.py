@@ -310,6 +310,16 @@ class InMemory(AnsweringIndex):
         """:func:`defaults.measure` of what queries meet."""
         return measure(self.met, self.class_ids.cpu().numpy())
 
+    def exact_logits(self, features: Features) -> Tensor:
+        """Return logits ``[q, c]`` in float64 over all keys, with solved or trained values.
+
+        Such values cancel each other, so in float32 the last digits depend on which queries share a batch. Errors as
+        for :meth:`logits`.
+        """
+        terms = self.retrieval.double().terms(self._queries(features).double())
+        self._check_overflow(terms.text, terms.cache)
+        return tip.blend(terms.text, terms.cache, self.settings.alpha)
+
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal, Self, cast
@@ -48,12 +49,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             they are. ``None`` leaves the decision to the cache alone.
         class_names: the ``c`` labels in the order of ``text_weights``. It may name classes that ``y`` lacks, which
             are then decided by their text alone. ``None``: the sorted labels of ``y``.
-        alpha: residual ratio, how much the cache counts beside the text; 0 or more. ``auto`` fits metric, values,
-            alpha, beta and temperature to the rows in closed form (:func:`retrieval_tip.fit.closed_form.fit`), the
-            first time: :meth:`partial_fit` keeps them.
-        beta: sharpness of the exponential; 0 or more. Not looked at with ``alpha="auto"``.
-        metric: with ``alpha="auto"``: ``none`` or ``within``; ``None`` is chosen.
-        values: with ``alpha="auto"``: ``one-hot`` or ``solved``; ``None`` is chosen.
+        alpha: weight of the cache beside the text; 0 or more. ``auto`` fits metric, values, alpha, beta and
+            temperature to the rows in closed form, as ``retrieval-tip index build`` does
+            (:func:`retrieval_tip.fit.closed_form.fit`). A number is Tip-Adapter as published.
+        beta: sharpness of the exponential; 0 or more, by default 5.5. Give it with a number as ``alpha`` only.
+        metric: with ``alpha="auto"``: ``none`` or ``within``; ``None`` lets the fit choose.
+        values: with ``alpha="auto"``: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
         k: how many of the nearest keys a query uses; ``None`` is all of them, Tip-Adapter exactly.
         tail: with ``k``, estimate what the other keys add.
         logit_scale: factor of the text logits, the backbone's own (100 for OpenAI's CLIP).
@@ -76,14 +77,15 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     classes_: Array
     n_features_in_: int
     cache_: CacheModel
+    _letters: dict[str, Any] | None
 
     def __init__(
         self,
         text_weights: Features | None = None,
         class_names: Sequence[Any] | Array | None = None,
         *,
-        alpha: float | Literal["auto"] = Settings.alpha,
-        beta: float = Settings.beta,
+        alpha: float | Literal["auto"] = "auto",
+        beta: float | None = None,
         metric: str | None = None,
         values: str | None = None,
         k: int | None = None,
@@ -117,11 +119,11 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return self._first(X, y, self.class_names)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:  # noqa: N803
-        """Add the rows of ``X`` ``[m, d]``, of the classes ``y`` ``[m]``, to the keys that are there.
+        """Add the rows of ``X`` ``[m, d]``, of the classes ``y`` ``[m]``, to the keys.
 
-        The same as :meth:`fit` on everything given so far. ``classes`` lists all labels that will ever come: the
-        first call needs it where there are no ``class_names``; later ones may leave it out. The index is built again
-        at each call, so give many rows at a time. Errors as for :meth:`fit`; after one the keys are what they were.
+        The result is that of :meth:`fit` on all rows given so far. Each call builds the index again, and with
+        ``alpha="auto"`` fits it again, so give many rows at a time. ``classes`` lists all labels that will ever come:
+        the first call needs it if there are no ``class_names``. Errors as for :meth:`fit`; an error changes nothing.
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:
@@ -133,36 +135,44 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             _same_classes(classes, self.classes_)
         X, y = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))  # noqa: N806
         check_classification_targets(y)
-        self.cache_.add(_rows(X, self._normalize), _ids(y, self.classes_))
+        cache = copy.copy(self.cache_)  # an error below leaves the keys as they were
+        if self._letters is not None:
+            cache.set_fitted(None, None, None)  # the new fit solves the values
+        cache.add(_rows(X, self._normalize), _ids(y, self._names))
+        if self._letters is not None:
+            cache.compact()
+            closed_form.fit(cache, **self._letters)
+        self.cache_ = cache
         return self
 
     def decision_function(self, X: Any) -> FloatArray:  # noqa: N803
-        """Blended logits ``logit_scale * f W^T + alpha * C`` of queries ``X`` ``[q, d]``, float32.
+        """Return the logits ``logit_scale * f W^T + alpha * C`` of queries ``X`` ``[q, d]``, float32.
 
         ``[q, c]`` in the order of ``classes_``; for two classes, as scikit-learn wants, the second's logit minus the
         first's, ``[q]``. Raises NotFittedError, ValueError for an ``X`` that cannot be used, and InputError where
         logits overflow, as they can without ``normalize``.
         """
-        logits = self._logits(X).cpu().numpy()
-        scores: FloatArray = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
-        return scores
+        logits = self._logits(X)
+        scores = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+        array: FloatArray = scores.float().cpu().numpy()
+        return array
 
     def predict_proba(self, X: Any) -> FloatArray:  # noqa: N803
-        """Softmax of the logits of queries ``X`` ``[q, d]``: ``[q, c]``, float32 as the logits are.
+        """Return ``softmax(logits / temperature)`` of queries ``X`` ``[q, d]``: ``[q, c]`` float32.
 
-        Errors as for :meth:`decision_function`.
+        The temperature is 1 unless it was fitted. Errors as for :meth:`decision_function`.
         """
         logits = self._logits(X)
         probabilities: FloatArray = tip.probabilities(logits, self.cache_.settings.temperature).cpu().numpy()
         return probabilities
 
     def predict(self, X: Any) -> Array:  # noqa: N803
-        """Label of the largest logit of queries ``X`` ``[q, d]``: ``[q]``, of the dtype of ``classes_``.
+        """Return the label with the largest logit for each query ``X`` ``[q, d]``: ``[q]``, of ``classes_``'s dtype.
 
         Equal logits give the class that sorts first. Errors as for :meth:`decision_function`.
         """
-        best = self._logits(X).cpu().numpy().argmax(axis=1)
-        labels: Array = self.classes_[best]
+        scores = self.decision_function(X)
+        labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
         return labels
 
     def kneighbors(self, X: Any, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:  # noqa: N803
@@ -213,11 +223,15 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         check_classification_targets(y)
         auto = isinstance(self.alpha, str) and self.alpha == "auto"
         if not auto and (self.metric is not None or self.values is not None):
-            raise UsageError('metric and values: are fitted where alpha is "auto"')
-        alpha, beta = (Settings.alpha, Settings.beta) if auto else (self.alpha, self.beta)
-        settings = Settings(cast(float, alpha), beta, self.logit_scale, self.k, self.tail)
-        ordered = self.class_names is not None
-        classes, order = _classes(y if labels is None else labels, once=ordered)
+            raise UsageError('metric and values: are fitted; give alpha="auto" with them, or leave them out')
+        if auto and self.beta is not None:
+            raise UsageError('beta: is fitted with alpha="auto"; give a number as alpha too, or leave beta out')
+        alpha = Settings.alpha if auto else cast(float, self.alpha)
+        settings = Settings(
+            alpha, Settings.beta if self.beta is None else self.beta, self.logit_scale, self.k, self.tail
+        )
+        classes, order = _classes(y if labels is None else labels, once=self.class_names is not None)
+        names = classes if self.class_names is None else np.asarray(labels)
         text = self.text_weights
         if text is not None:
             text = text.detach().cpu().float().numpy() if isinstance(text, torch.Tensor) else text
@@ -226,19 +240,20 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 raise InputError(
                     f"text_weights: {len(text)} rows for {len(classes)} classes; where y lacks some, give class_names"
                 )
-            text = text[order] if ordered else text
         cache = CacheModel.from_features(
             _rows(X, normalize),
-            _ids(y, classes),
-            [str(label) or repr(label) for label in classes.tolist()],
+            _ids(y, names),
+            [str(label) or repr(label) for label in names.tolist()],
             text,
             settings=settings,
             index=self.index,
             device=self.device,
         )
-        if auto:
-            closed_form.fit(cache, metric=self.metric, values=self.values)
-        self.classes_, self.cache_, self._normalize = classes, cache, normalize
+        letters: dict[str, Any] | None = {"metric": self.metric, "values": self.values} if auto else None
+        if letters is not None:
+            closed_form.fit(cache, **letters)
+        self.classes_, self.cache_, self._normalize, self._letters = classes, cache, normalize, letters
+        self._names, self._order = names, None if self.class_names is None else order
         return self
 
     def _queries(self, X: Any) -> FloatArray:  # noqa: N803
@@ -246,8 +261,11 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: Any) -> torch.Tensor:  # noqa: N803
-        features = self._queries(X)  # which says first where nothing was fitted
-        return self.cache_.logits(features)
+        """Logits ``[q, c]`` of queries, in the order of ``classes_``."""
+        features = self._queries(X)  # raises first if nothing was fitted
+        cache = self.cache_
+        logits = cache.logits(features) if cache.values is None else cache.exact_logits(features)
+        return logits if self._order is None else logits[:, self._order]
 
 
 def _dtypes(normalize: bool) -> Any:

@@ -64,6 +64,10 @@ class Metric:
         """The same on a device."""
         return Metric(self.mean.to(device), self.transform.to(device))
 
+    def double(self) -> Metric:
+        """Return the same metric in float64."""
+        return Metric(self.mean.double(), self.transform.double())
+
 
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
     """Inner products ``A = f K^T``: features ``[q, d]`` and keys ``[n, d]`` to ``[q, n]`` (paper, equation 4).

@@ -31,7 +31,11 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from retrieval_tip import CacheModel, TipAdapterClassifier
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.feature_tables import schema_of, table_of, write_table
+from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.index.build import build_index
 
 Array = npt.NDArray[Any]
 D, C = 16, 4
@@ -53,7 +57,8 @@ QUERIES = unit(TEXT[_rng.integers(C, size=40)] + 0.4 * _rng.standard_normal((40,
 
 
 def classifier(**changes: Any) -> TipAdapterClassifier:
-    return TipAdapterClassifier(**{"text_weights": TEXT, "class_names": NAMES, "device": "cpu"} | changes)
+    """Tip-Adapter as published, unless ``alpha`` is changed."""
+    return TipAdapterClassifier(**{"text_weights": TEXT, "class_names": NAMES, "alpha": 1.0, "device": "cpu"} | changes)
 
 
 def cache(**changes: Any) -> CacheModel:
@@ -74,17 +79,12 @@ def cache(**changes: Any) -> CacheModel:
         [
             TipAdapterClassifier(),
             TipAdapterClassifier(k=3),
-            TipAdapterClassifier(normalize=False, beta=1e-4),
-            TipAdapterClassifier(k=8, tail=False, index="HNSW8"),
-            TipAdapterClassifier(alpha="auto"),
+            TipAdapterClassifier(alpha=1.0, normalize=False, beta=1e-4),
+            TipAdapterClassifier(alpha=1.0, k=8, tail=False, index="HNSW8"),
+            TipAdapterClassifier(alpha=1.0),
         ],
         2,
-    ),
-    expected_failed_checks=lambda estimator: (
-        {"check_methods_subset_invariance": "one query at a time rounds otherwise, and solved values are large"}
-        if estimator.alpha == "auto"
-        else {}  # none: each check that runs passes
-    ),
+    )
 )
 def test_scikit_learns_own_checks(estimator: TipAdapterClassifier, check: Any) -> None:
     check(estimator)
@@ -119,6 +119,30 @@ def food(shared: Path, name: str) -> tuple[Array, Array]:
     table = pq.read_table(shared / "data" / "clip-food9" / f"{name}.parquet")
     features = np.stack(table["feature"].to_numpy()).astype(np.float32)
     return features, np.array(table["label"].to_pylist())
+
+
+def test_the_default_answers_as_an_index_that_is_built_of_the_same_features(tmp_path: Path) -> None:
+    """Classes in the order of the text, which is not sorted; the rows mixed."""
+    for name, labels, features in (("shots", Y, X), ("text", NAMES, TEXT)):
+        rows = [f"{name} {i}" for i in range(len(labels))]
+        table = table_of(schema_of(D, np.float32, []), rows, labels.tolist(), features, {})
+        write_table(tmp_path / f"{name}.parquet", table.schema, [table])
+    source = open_source(tmp_path / "shots.parquet")
+    index = build_index(source, tmp_path / "index", Encoder(), text=tmp_path / "text.parquet", device="cpu")
+    made = TipAdapterClassifier(TEXT, NAMES, device="cpu").fit(X, Y)
+    assert made.cache_.fitted == index.fitted
+    answers = index.classify(QUERIES, top=C)
+    assert made.predict(QUERIES).tolist() == [answer.label for answer in answers]
+    for probabilities, answer in zip(made.predict_proba(QUERIES), answers, strict=True):
+        by_label = dict(zip(answer.labels, answer.probabilities, strict=True))
+        np.testing.assert_allclose(probabilities, [by_label[name] for name in made.classes_], atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_default_fits_what_says_nothing(rows: int, value: float) -> None:
+    made = TipAdapterClassifier(device="cpu").fit(np.full((rows, 1), value), np.arange(rows))
+    assert np.isfinite(made.predict_proba(np.ones((2, 1)))).all()
 
 
 @needs_real
@@ -168,7 +192,7 @@ def test_labels_of_any_kind(labels: Any) -> None:
 
 def test_two_classes_and_one() -> None:
     two = np.isin(Y, ["ant", "cat"])
-    made = TipAdapterClassifier(device="cpu").fit(X[two], Y[two])
+    made = classifier(text_weights=None, class_names=None).fit(X[two], Y[two])
     scores, proba = made.decision_function(QUERIES), made.predict_proba(QUERIES)
     assert scores.shape == (40,)
     np.testing.assert_array_equal(made.predict(QUERIES), np.where(scores > 0, "cat", "ant"))
@@ -213,7 +237,9 @@ def test_a_zero_row_stays_zero() -> None:
     np.testing.assert_allclose(scores, cache(keys=keys).logits(np.where(queries == 0.5, 1, queries)), atol=1e-4)
 
 
-@pytest.mark.parametrize("how", [{}, {"k": 7}, {"k": 7, "tail": False, "index": "IVF2,Flat"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"k": 7}, {"k": 7, "tail": False, "index": "IVF2,Flat"}, {"alpha": "auto"}], ids=str
+)
 def test_partial_fit_is_fit_on_all_of_it(how: dict[str, Any]) -> None:
     whole = classifier(**how).fit(X, Y)
     parts = classifier(**how)
@@ -294,7 +320,9 @@ def test_grid_search_over_alpha_and_beta() -> None:
     assert search.best_estimator_.cache_.settings.alpha == search.best_params_["alpha"]
     assert search.score(QUERIES, classifier().fit(X, Y).predict(QUERIES)) < 0
     if SOAK:  # processes, each of which imports everything
-        processes = GridSearchCV(TipAdapterClassifier(device="cpu"), {"beta": [1.0, 5.5]}, cv=2, n_jobs=2).fit(X, Y)
+        processes = GridSearchCV(
+            TipAdapterClassifier(alpha=1.0, device="cpu"), {"beta": [1.0, 5.5]}, cv=2, n_jobs=2
+        ).fit(X, Y)
         assert processes.best_score_ > 0.8
 
 
@@ -365,10 +393,9 @@ def test_the_cache_behind_it_can_be_saved(tmp_path: Path) -> None:
     made = classifier(alpha=2.0, k=6).fit(X, Y)
     made.cache_.save(tmp_path / "index")
     opened = CacheModel.load(tmp_path / "index", device="cpu")
-    assert (opened.class_names, opened.settings.alpha, opened.settings.k) == (SORTED.tolist(), 2.0, 6)
-    np.testing.assert_array_equal(
-        opened.logits(QUERIES, opened.settings.k, opened.settings.tail), made.decision_function(QUERIES)
-    )
+    assert (opened.class_names, opened.settings.alpha, opened.settings.k) == (NAMES.tolist(), 2.0, 6)
+    logits = opened.logits(QUERIES, opened.settings.k, opened.settings.tail)
+    np.testing.assert_array_equal(logits[:, SORTING], made.decision_function(QUERIES))
 
 
 @pytest.mark.parametrize(
@@ -376,6 +403,8 @@ def test_the_cache_behind_it_can_be_saved(tmp_path: Path) -> None:
     [
         ({"alpha": -1.0}, UsageError, "alpha is -1"),
         ({"beta": float("nan")}, UsageError, "beta is nan"),
+        ({"alpha": "auto", "beta": 3.0}, UsageError, "beta"),
+        ({"metric": "within"}, UsageError, "metric"),
         ({"k": 0}, UsageError, "k is 0"),
         ({"logit_scale": 0.0}, UsageError, "logit_scale is 0"),
         ({"index": "Nonsense"}, UsageError, "index 'Nonsense'"),

@@ -357,7 +357,8 @@ class KeyStream(ABC):
         q = len(features)
         if products == torch.float32:
             for keys, ids in self.blocks():
-                yield tip.affinity(keys, features, out=memory[: len(keys) * q].view(len(keys), q)), ids
+                affinity = memory[: len(keys) * q].view(len(keys), q)
+                yield tip.affinity(keys.to(features.dtype), features, out=affinity), ids
             return
         halved, common = features.to(products), features @ self._centre
         product = torch.empty(self._block_size(), q, dtype=products, device=self.device)

@@ -224,6 +224,12 @@ class IndexRetrieval(Retrieval):
     text_index: VectorIndex | None = None
     values: Tensor | None = None
 
+    def double(self) -> IndexRetrieval:
+        """Return a retrieval that computes in float64; the keys stay as they are."""
+        values = None if self.values is None else self.values.double()
+        metric = None if self.metric is None else self.metric.double()
+        return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
+
     @property
     def has_shortlist(self) -> bool:
         """Whether the classes are so many that :meth:`shortlist` is for them."""
