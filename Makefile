@@ -71,9 +71,6 @@ bench: setup ## the figures that the README quotes, measured here
 gpu: setup ## where there is a GPU: doctor, the tests that need one, figures into docs/speed.md; 15 minutes at most
 	$(BIN)/retrieval-tip doctor
 	timeout 300 $(BIN)/python -m pytest -m gpu
-	@if command -v compute-sanitizer >/dev/null; then \
-		timeout 180 compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/test_fused.py -k values; \
-	else echo 'SKIPPED: there is no compute-sanitizer, so no kernel was run under it' >&2; fi
 	timeout 400 $(BIN)/python benchmarks/gpu.py --out docs/speed.md
 
 docs: setup ## the reference of the commands, docs/cli.md, from their help

@@ -29,8 +29,8 @@ whole, and :func:`settled` and :func:`certificate` when meeting more keys cannot
 
 All keys are met block by block by :func:`cache_logits` itself (:mod:`retrieval.keys`). The sum by class is written
 again only where that cannot be used: in ``KeyStream.class_logits``, which meets each class's keys with only the queries
-that ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; in ``retrieval/fused.py``, kernels
-in the language of GPUs; and in ``server/page/method.js``, in that of browsers.
+that ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; and in ``server/page/method.js``,
+in JavaScript.
 """
 
 from __future__ import annotations

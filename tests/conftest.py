@@ -79,8 +79,8 @@ NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; 
 LONG = [
     f"test_{name}.py"
     for name in (
-        "page", "ray", "stores", "serve", "readme", "fuzz", "report", "changes", "server", "hostile", "sql", "nvjpeg",
-        "fused", "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "stores_kill", "tars",
+        "page", "ray", "stores", "serve", "readme", "fuzz", "report", "changes", "server", "hostile", "sql",
+        "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "stores_kill", "tars",
         "finetune_kill", "kill_changes", "plots", "living", "full_disk",
     )
 ]  # fmt: skip

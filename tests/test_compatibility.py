@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
+from conftest import needs_shared
+from PIL import Image
 
+from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.cache_model import CacheModel, verify
 from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.index import changes
@@ -185,3 +191,21 @@ def test_a_format_before_5_was_built_as_its_provenance_says(recorded: dict[str, 
 def test_an_older_manifest_survives_being_written_again(version: str, name: str) -> None:
     manifest = read_manifest(INDEXES / version / name)
     assert Manifest.from_bytes(manifest.to_bytes(), "m") == manifest
+
+
+@needs_shared
+def test_an_index_of_a_decoder_that_is_gone_answers_features_and_names_it_for_photographs(
+    run: Callable[..., Result], lit_mini: Backbone, tmp_path: Path
+) -> None:
+    identity = replace(lit_mini.identity, preprocess={**lit_mini.identity.preprocess, "decoder": "nvjpeg"})
+    keys = np.eye(lit_mini.dim, dtype=np.float32)[:2]
+    cache = CacheModel.from_features(keys, [0, 1], ["cat", "dog"], device="cpu")
+    cache.backbone = identity
+    cache.save(tmp_path / "index")
+    assert [found.label for found in verify(tmp_path / "index").classify(keys)] == ["cat", "dog"]
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.jpg")
+    for model in ((), ("--model", lit_mini.identity.model)):
+        failed = run("classify", tmp_path / "index", tmp_path / "photo.jpg", "--device", "cpu", "--no-cache", *model)
+        assert (failed.exit_code, failed.stdout) == (1, "")
+        [line] = failed.stderr.splitlines()
+        assert "nvjpeg" in line

@@ -1,4 +1,4 @@
-"""What runs on a GPU beside searches and kernels, shown with stand-ins for one; each says what it stands in for."""
+"""What runs on a GPU, shown with stand-ins for one; each says what it stands in for. Searches: test_gpu_index.py."""
 
 import logging
 import os
@@ -135,6 +135,67 @@ def test_memory_that_a_gpu_lacks_is_one_line(run, monkeypatch) -> None:
     failed = run("doctor")
     assert failed.exit_code == 1
     assert failed.stderr == "Error: out of memory on the GPU; give --device cpu, or a smaller batch\n"
+
+
+# --- answers over all keys
+
+
+def made(n: int, q: int, d: int, c: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Unit keys ``[n, d]`` about a common mean, class ids below ``c`` of which every second has keys, and queries."""
+    rng = np.random.default_rng(n)
+    common = rng.standard_normal(d)
+    rows = [common + 0.7 * rng.standard_normal((m, d)) for m in (n, q)]
+    keys, queries = [(r / np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32) for r in rows]
+    return keys, np.sort(rng.choice(np.arange(0, c, 2), n)), torch.from_numpy(queries)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_answers_over_all_keys_stay_on_the_device_that_has_them(monkeypatch, stored: type, precision: str) -> None:
+    """A device without numbers stands in for a GPU: whatever is taken to the CPU on the way raises an error."""
+    monkeypatch.setattr(keys_module, "room_on", lambda _: 1 << 40)
+    keys, ids, queries = made(5000, 600, 16, 8)
+    over, f = Keys(keys.astype(stored), ids, 8, "meta", precision), queries.to("meta")
+    values = torch.empty(5000, 8, device="meta")
+    for cache_logits in (over.cache_logits(f, 7.5), over.cache_logits(f, 7.5, values)):
+        assert (cache_logits.device.type, cache_logits.dtype, cache_logits.shape) == ("meta", torch.float32, (600, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "float16", "auto"])
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_a_gpu_answers_over_all_keys_as_the_cpu_does(precision: str, stored: type) -> None:
+    keys, ids, queries = made(20000, 3000, 512, 1000)
+    keys = keys.astype(stored)
+    on_cpu = Keys(keys, ids, 1000).cache_logits(queries, 7.5)
+    for number in range(torch.cuda.device_count()):
+        over, f = Keys(keys, ids, 1000, f"cuda:{number}", precision), queries.to(f"cuda:{number}")
+        for size in (1, 16, 17, 3000):
+            found = over.cache_logits(f[:size], 7.5)
+            assert torch.equal(over.cache_logits(f[:size], 7.5), found)  # the same sums in the same order
+            exact = precision == "float32"
+            torch.testing.assert_close(found.cpu(), on_cpu[:size], rtol=1e-4 if exact else 5e-3, atol=1e-4)
+        assert (found.cpu().argmax(1) == on_cpu.argmax(1)).double().mean() >= 0.9995
+
+
+@pytest.mark.gpu
+def test_a_gpu_answers_by_values_as_the_cpu_does() -> None:
+    keys, ids, queries = made(5000, 700, 256, 120)
+    values = torch.randn(5000, 120, generator=torch.Generator().manual_seed(0))
+    on_cpu = Keys(keys, ids, 120).cache_logits(queries, 7.5, values)
+    on_gpu_ = Keys(keys, ids, 120, "cuda").cache_logits(queries.cuda(), 7.5, values.cuda())
+    torch.testing.assert_close(on_gpu_.cpu(), on_cpu, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_affinities_exist_one_block_at_a_time_on_a_gpu() -> None:
+    keys, ids, queries = made(200_000, 20_000, 64, 200)
+    over, f = Keys(keys, ids, 200, "cuda"), queries.cuda()
+    over.cache_logits(f[:10], 7.5)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    over.cache_logits(f, 7.5)
+    assert torch.cuda.max_memory_allocated() - before < 200_000 * 20_000 * 4 / 10
 
 
 # --- the same sums every time

@@ -109,7 +109,7 @@ def test_the_lowest_versions_do_the_main_job() -> None:
     """Every direct requirement at its lower bound, in an environment of its own: 5 GB, which go again."""
     with tempfile.TemporaryDirectory() as place:
         python, overrides = Path(place, "venv/bin/python"), Path(place, "overrides.txt")
-        overrides.write_text("triton ; sys_platform == 'never'\n")  # for kernels on a GPU
+        overrides.write_text("triton ; sys_platform == 'never'\n")  # PyPI's torch brings it for GPUs
         into = ("pip", "install", "--no-config", "--quiet", "--python", python)
         lowest = ("--resolution", "lowest-direct", "--override", overrides, "--editable", f"{ROOT}[{EXTRAS}]")
         tools = ("pytest", "pytest-timeout", "httpx", "hypothesis", "psutil", "onnxruntime")

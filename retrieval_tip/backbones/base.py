@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -114,18 +114,6 @@ class Backbone(Protocol):
         """Raw features ``[t, d]`` of sentences. Raises UsageError where there is no text encoder."""
 
 
-@runtime_checkable
-class JpegDecoder(Protocol):
-    """What a backbone may be too: one that makes centre views of JPEGs by itself, on its device."""
-
-    @property
-    def decodes_jpegs(self) -> bool:
-        """Whether it does."""
-
-    def views_of_jpegs(self, encoded: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Centre views ``[b, 3, h, w]`` float32 of JPEGs ``[bytes]`` uint8; RuntimeError where one is damaged."""
-
-
 class Trainable(Backbone, Protocol):
     """A backbone whose towers, ``visual`` and ``text``, can be trained and stored apart from their base.
 
@@ -224,12 +212,11 @@ def _unusable() -> str | None:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a backbone runs: its ``device`` and ``precision``, what encodes images on a CPU, and what decodes JPEGs."""
+    """How a backbone runs: its ``device``, its ``precision``, and the ``runtime`` that encodes images on a CPU."""
 
     device: str = "auto"
     precision: str = "auto"
     runtime: str = "auto"
-    decoder: str = "pillow"
 
     def resolved(self) -> Execution:
         """With device and precision as what ``auto`` stands for. Raises UsageError for what there is not."""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrieval_tip.backbones import nvjpeg, open_clip, timm, tower, transformers
+from retrieval_tip.backbones import open_clip, timm, tower, transformers
 from retrieval_tip.backbones.base import Execution, Identity, Trainable
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
@@ -28,7 +28,6 @@ def load_backbone(
     precision: str = "auto",
     runtime: str = "auto",
     tuned: str | os.PathLike[str] | None = None,
-    decoder: str = "pillow",
 ) -> Trainable:
     """A backbone by its name, in evaluation mode.
 
@@ -46,14 +45,13 @@ def load_backbone(
         runtime: what encodes images on a CPU: ``auto`` is OpenVINO where its features are the model's (:mod:`tower`),
             else ``torch``.
         tuned: a file by :func:`write_tuned`, whose tensors take the place of the model's.
-        decoder: of JPEGs, ``pillow`` or, on a GPU, its own, ``nvjpeg``: a backbone of another identity.
 
     Raises:
-        UsageError: an unknown architecture, tag, device, precision, runtime or decoder; a decoder that is not here.
+        UsageError: an unknown architecture, tag, device, precision or runtime.
         BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted);
             ``tuned`` is missing, damaged, or holds tensors that do not fit the model.
     """
-    how = Execution(device, precision, runtime, decoder).resolved()
+    how = Execution(device, precision, runtime).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))
     with _uncollected():
         backbone = _of(model, pretrained, how)
@@ -75,7 +73,7 @@ def load_when_needed(
     one that waited raises BackboneError when it is loaded and is another one after all.
     """
     model, awaited = identity.model, (identity, dim)
-    how = Execution(device, precision, runtime, nvjpeg.decoder_of(identity.preprocess)).resolved()
+    how = Execution(device, precision, runtime).resolved()
     if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
         return _of(model, identity.pretrained, how, awaited)
     if model.startswith("local-dir:") and open_clip.lies_in(Path(model.removeprefix("local-dir:")), identity):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from retrieval_tip.backbones import nvjpeg, tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, JpegDecoder, Trainable, view_size
+from retrieval_tip.backbones import tower
+from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, Trainable, view_size
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Opened:
     tokenizer: Callable[[], Tokenizer] | None
 
 
-class TorchBackbone(Trainable, JpegDecoder, ABC):
+class TorchBackbone(Trainable, ABC):
     """A backbone of a torch module. Make one with :func:`loading.load_backbone`."""
 
     def __init__(self, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
@@ -59,7 +59,7 @@ class TorchBackbone(Trainable, JpegDecoder, ABC):
         import torch
 
         self._device = torch.device(how.device)
-        self._precision, self._runtime, self._decoder = how.precision, how.runtime, how.decoder
+        self._precision, self._runtime = how.precision, how.runtime
         self._tower: tuple[str, tower.Tower | None] | None = None  # of the backbone of this fingerprint
         self._is_trained = False
         self._opened: Opened | None = None
@@ -70,7 +70,6 @@ class TorchBackbone(Trainable, JpegDecoder, ABC):
         else:
             self._opened = self._open_here()
             self._identity, dim = self._opened.identity, self._opened.dim
-        nvjpeg.check(self._decoder, self._device, self._identity.preprocess)
         self._dim = dim or int(self.encode_texts(["a"]).shape[1])
 
     @abstractmethod
@@ -84,10 +83,7 @@ class TorchBackbone(Trainable, JpegDecoder, ABC):
         opened = self._open()
         if self._device.type == "cuda":
             opened.model.visual.to(memory_format=torch.channels_last)
-        if self._decoder == "pillow":
-            return opened
-        preprocess = {**opened.identity.preprocess, "decoder": self._decoder}
-        return replace(opened, identity=replace(opened.identity, preprocess=preprocess))
+        return opened
 
     def _open_model(self) -> Opened:
         with _OPENING:  # threads that decode images ask for it at the same time
@@ -163,13 +159,6 @@ class TorchBackbone(Trainable, JpegDecoder, ABC):
         # Not in numpy: while threads that decode have OpenMP threads of their own, the model's spin little at their
         # barriers. Where they spin on cores that others use too, encoding takes several times as long.
         return self._open_model().preprocess(image)
-
-    @property
-    def decodes_jpegs(self) -> bool:
-        return self._decoder == "nvjpeg"
-
-    def views_of_jpegs(self, encoded: Sequence[torch.Tensor]) -> torch.Tensor:
-        return nvjpeg.views(encoded, self._identity.preprocess, self._device)
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
         """The paper's augmented view: random resized crop (area 0.5 to 1, bicubic), flipped half the time."""

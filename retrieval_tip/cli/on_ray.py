@@ -68,8 +68,6 @@ def named(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pa
     """The backbone that :func:`opening.load` would load, by its name."""
     from retrieval_tip.distributed.engine import BackboneName
 
-    if backbone.decoder == "nvjpeg":
-        raise UsageError("--decoder nvjpeg: does not go with --engine ray, whose workers decode with Pillow")
     weights = None if tuned is None else os.fspath(tuned)
     return BackboneName(*name_of(backbone, identity), backbone.precision, weights)
 

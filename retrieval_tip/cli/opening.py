@@ -129,16 +129,14 @@ def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tupl
 
 
 def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Path | None = None) -> Backbone:
-    """The backbone of :func:`name_of`, which decodes as that of the identity unless another decoder is named."""
+    """Load the backbone of :func:`name_of`."""
     from retrieval_tip.backbones.loading import load_backbone
-    from retrieval_tip.backbones.nvjpeg import decoder_of
 
     model, pretrained = name_of(backbone, identity)
     ctx = click.get_current_context(silent=True)
     if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # a terminal waits for seconds
         say(f"Loading {model} ...")
-    decoder = backbone.decoder or ("pillow" if identity is None else decoder_of(identity.preprocess))
-    return load_backbone(model, pretrained, tuned=tuned, decoder=decoder, **backbone.execution())
+    return load_backbone(model, pretrained, tuned=tuned, **backbone.execution())
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -166,7 +164,7 @@ def backbone_for(
     if needed or any(source.table is None for source in sources):
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
-        if identity and not (cache.tuned or backbone.model or backbone.pretrained or backbone.decoder):
+        if identity and not (cache.tuned or backbone.model or backbone.pretrained):
             loaded = load_when_needed(identity, cache.d, **backbone.execution())
         else:
             loaded = load(backbone, identity, cache.tuned)

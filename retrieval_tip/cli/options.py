@@ -61,7 +61,6 @@ class BackboneOptions:
     device: str
     precision: str = "auto"
     runtime: str = "auto"
-    decoder: str | None = None
 
     def execution(self) -> dict[str, str]:
         """Where and how it runs, as arguments of a loader."""
@@ -171,8 +170,6 @@ BACKBONE = options(
                                          "the products with all keys (auto: the fastest that is accurate, measured)."),
     click.option("--runtime", type=click.Choice(["auto", "torch"]), default="auto", show_default=True,
                  help="What encodes images on a CPU (auto: OpenVINO, where its features are torch's)."),
-    click.option("--decoder", type=click.Choice(["pillow", "nvjpeg"]),
-                 help="Of JPEGs. nvjpeg: the GPU's, another backbone by a hair.  [default: the index's, else pillow]"),
 )  # fmt: skip
 READING = grouped(
     "reading", ReadingOptions,

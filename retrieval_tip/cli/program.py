@@ -17,7 +17,7 @@ from retrieval_tip.cli.examples import EXAMPLES, SUMMARIES
 from retrieval_tip.errors import RetrievalTipError, UsageError, message
 
 SECTIONS = {
-    "Backbone": ("model", "pretrained", "precision", "device", "decoder", "runtime"),
+    "Backbone": ("model", "pretrained", "precision", "device", "runtime"),
     "Answers": ("k", "tail", "alpha", "beta", "where", "verify", "top", "explain", "neighbours", "with_logits",
                 "certify", "abstain"),
     "Output": ("named", "output", "as_json"),

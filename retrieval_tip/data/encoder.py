@@ -8,8 +8,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Backbone, Identity, JpegDecoder, unit, view_size
+from retrieval_tip.backbones.base import Backbone, Identity, unit, view_size
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -332,17 +331,14 @@ class Encoder:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode_chunk(
-        self, loaded: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, merge: _Merge
+        self, chunk: Sequence[_Loaded], backbone: Backbone, scope: str, size: int, merge: _Merge
     ) -> _Merged:
         import torch
 
-        chunk = list(_decoded_there(loaded, backbone))
         todo = {(item.digest, view): pixels for item in chunk for view, pixels in item.pixels.items()}
         fresh: dict[tuple[str, str], FloatArray] = {}
         for batch in _chunks(list(todo), size):
-            views = [todo[key] for key in batch]
-            device = next((view.device for view in views if view.device.type != "cpu"), views[0].device)
-            pixels = torch.stack([view.to(device) for view in views])
+            pixels = torch.stack([todo[key] for key in batch])
             fresh.update(zip(batch, backbone.encode_images(pixels), strict=True))
         if self.cache is not None and fresh:
             self.cache.put(scope, fresh)
@@ -369,8 +365,6 @@ class _Loaded:
     features: dict[str, FloatArray | None]
     pixels: dict[str, torch.Tensor]
     problem: str | None
-    encoded: bytes | None = None
-    """Of a JPEG whose centre view the backbone makes, on its device."""
 
 
 def _least(backbone: Backbone) -> int:
@@ -406,8 +400,7 @@ def _load(
     try:
         data = read(path)
         digest = hashlib.sha256(data).hexdigest()
-        there = CENTRE in names and _decodes(backbone, data)
-        if least is not None and CENTRE in names and not there and images.reducible(data, least):
+        if least is not None and CENTRE in names and images.reducible(data, least):
             names = [REDUCED if view == CENTRE else view for view in names]
         features = {view: kept(digest, view) for view in names}
         pixels: dict[str, torch.Tensor] = {}
@@ -415,9 +408,6 @@ def _load(
         if REDUCED in missing:
             missing.remove(REDUCED)
             pixels[REDUCED] = backbone.preprocess(images.decode(data, least))
-        there = there and CENTRE in missing
-        if there:
-            missing.remove(CENTRE)
         if missing:
             picture = images.decode(data)
             for view in missing:
@@ -425,50 +415,7 @@ def _load(
                 pixels[view] = backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
     except InputError as error:
         return _Loaded(path, "", {}, {}, str(error))
-    return _Loaded(path, digest, features, pixels, None, data if there else None)
-
-
-def _decodes(backbone: Backbone, data: bytes) -> bool:
-    """Whether the backbone makes the centre view of an encoded image by itself."""
-    return isinstance(backbone, JpegDecoder) and backbone.decodes_jpegs and images.is_plain_jpeg(data)
-
-
-def _decoded_there(chunk: Sequence[_Loaded], backbone: Backbone) -> Iterator[_Loaded]:
-    """Images with the centre views that the backbone makes of them, all at once.
-
-    Of a JPEG that it cannot decode, with Pillow's, or what is wrong with it.
-    """
-    waiting = [item.encoded for item in chunk if item.encoded is not None]
-    try:
-        views = iter(_views_of(backbone, waiting) if waiting else ())
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        views = iter([_one_view(backbone, data) for data in waiting])
-    for item in chunk:
-        if item.encoded is None:
-            yield item
-            continue
-        view = next(views)
-        try:
-            found = backbone.preprocess(images.decode(item.encoded)) if view is None else view
-            yield replace(item, pixels={**item.pixels, CENTRE: found}, encoded=None)
-        except InputError as error:
-            yield replace(item, problem=str(error), encoded=None)
-
-
-def _one_view(backbone: Backbone, data: bytes) -> torch.Tensor | None:
-    try:
-        return _views_of(backbone, [data])[0]
-    except RuntimeError:
-        return None
-
-
-def _views_of(backbone: Backbone, encoded: Sequence[bytes]) -> torch.Tensor:
-    import torch
-
-    assert isinstance(backbone, JpegDecoder)
-    return backbone.views_of_jpegs([torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for data in encoded])
+    return _Loaded(path, digest, features, pixels, None)
 
 
 @images.turn()
@@ -477,9 +424,6 @@ def pixels_of(data: bytes, backbone: Backbone, *, most: int | None = None) -> to
 
     ``most`` as for :func:`images.decode`; raises InputError as that.
     """
-    if _decodes(backbone, data) and (most is None or images.area(data) <= most):
-        with suppress(RuntimeError):  # what is damaged is said by who decodes it here
-            return _views_of(backbone, [data])[0]
     return backbone.preprocess(images.decode(data, _least(backbone), most=most))
 
 

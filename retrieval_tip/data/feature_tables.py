@@ -47,9 +47,14 @@ def same_backbone(one: Identity, other: Identity, what: str) -> None:
 def check_backbone(identity: Identity | None, d: int, backbone: Backbone | None, sources: Sequence[Source]) -> None:
     """Raise where features of ``sources`` cannot be compared with an index of ``d`` values by ``identity``.
 
-    BackboneError names both backbones; InputError the two lengths.
+    BackboneError names both backbones, or the decoder that this package no longer has; InputError the two lengths.
     """
     if backbone is not None:
+        if identity is not None and "decoder" in identity.preprocess:
+            raise BackboneError(
+                f"index: its photos were decoded by {identity.preprocess['decoder']!r}, which retrieval-tip no "
+                "longer has; build the index again from its photos, or ask it about a feature table"
+            )
         if identity is not None:
             same_backbone(identity, backbone.identity, "index")
         if backbone.dim != d:

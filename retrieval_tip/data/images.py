@@ -400,28 +400,6 @@ def reducible(data: bytes, least: int) -> bool:
         return False
 
 
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether an encoded image is a whole JPEG of three colours that stands upright, and is not very large.
-
-    What any decoder makes the same picture of; only header and end are read. False for what is no image.
-    """
-    if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data[-64:]:
-        return False
-    try:
-        with _open(data) as image:
-            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            small = image.width * image.height <= WHOLE_PIXELS and max(image.size) <= MAX_ASPECT * min(image.size)
-            return image.format == "JPEG" and image.mode == "RGB" and upright and small
-    except Exception:  # as in decode, which says what is wrong
-        return False
-
-
-def area(data: bytes) -> int:
-    """Width x height of an encoded image, by its header. Raises InputError as :func:`decode`."""
-    with _failures(), _open(data) as image:
-        return image.width * image.height
-
-
 def _may_be_reduced(image: Image.Image) -> bool:
     return image.format == "JPEG"  # and not MPO: its further frames are not this size
 

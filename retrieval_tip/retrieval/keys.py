@@ -6,13 +6,12 @@ that is used again: a fresh page costs as much as the sums that go into it. The 
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.errors import InputError, UsageError, first_line, warn_once
+from retrieval_tip.errors import InputError, UsageError, warn_once
 from retrieval_tip.retrieval.segments import Segments, runs, segments_of
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 
@@ -54,34 +53,10 @@ HALF_GAIN = 1.3
 HALF_ERROR = 2e-3
 """Relative root mean square error of cache logits that ``auto`` accepts: a tenth of a percent of what decides."""
 
-FUSED = (torch.float32, torch.float16)
-"""Precisions of the kernel for a GPU."""
-
-FUSED_FROM = (8, 0)
-"""Capability of a GPU from which its tensor cores know these precisions; before it, the kernel spills and is slow."""
-
 _COPYING = threading.Lock()
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-
-
-@cache
-def fused_on(device: str) -> Any | None:
-    """The module :mod:`fused` where its kernels run on this GPU, as a trial shows; else one warning says why not."""
-    try:
-        if torch.cuda.get_device_capability(device) < FUSED_FROM:
-            raise RuntimeError("the GPU is too old for it")
-        fused = importlib.import_module("retrieval_tip.retrieval.fused")
-        for dtype in FUSED:
-            one = torch.ones(1, 16, dtype=dtype, device=device)
-            found = fused.cache_logits(one, one, fused.Runs.single(1, one.device), 1.0)
-            if not torch.isfinite(found).all():
-                raise RuntimeError("a trial of it fails")
-    except Exception as error:  # no Triton, compiler or headers, or no place for its cache: each has its own error
-        warn_once(f"{device}: no fused kernel, so answers over all keys take longer: {first_line(error)}")
-        return None
-    return fused
 
 
 def room_on(device: str) -> int:
@@ -411,7 +386,6 @@ class Keys(KeyStream):
         self._fits: bool | None = None
         self._starts = torch.from_numpy(self.starts).to(device)
         self._kept_halved: Tensor | None = None
-        self._runs: Any | None = None
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -452,27 +426,6 @@ class Keys(KeyStream):
         """Affinities and rows ``[q, k]`` of the nearest keys, by product with all; ``None`` unless a GPU has them."""
         resident = self.resident
         return None if resident is None else Product(resident).search(features, min(k, self.n))
-
-    def cache_logits(
-        self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
-    ) -> Tensor:
-        """See :meth:`KeyStream.cache_logits`. On a GPU by kernels that write no affinity (:mod:`fused`)."""
-        products = torch.float32 if values is not None else products or self.products(beta, len(features))
-        if self.device != "cpu" and products in FUSED and self.resident is not None and (on := fused_on(self.device)):
-            return self.fused(features, beta, values, products, on)
-        return super().cache_logits(features, beta, values, products)
-
-    def fused(self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, fused: Any) -> Tensor:
-        """:meth:`cache_logits` in one launch over all keys; with ``values``, of their weights, then a product."""
-        keys, common = self._on_device, None
-        if products != torch.float32:
-            keys, common = self._all_halved(products), features @ self._centre
-        if values is not None:
-            ordered = fused.Runs.single(self.n, features.device)
-        else:
-            ordered = self._runs = self._runs or fused.Runs.of(self.class_ids, self.n_classes)
-        cache: Tensor = fused.cache_logits(features.to(products), keys, ordered, beta, common, values)
-        return cache
 
     def value_sums(self, values: Tensor) -> Tensor:
         """Sum of the ``values`` ``[n, c]`` of the keys of each class ``[c, c]``: what a tail needs with values."""

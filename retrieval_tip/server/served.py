@@ -18,7 +18,6 @@ import torch
 
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.backbones.nvjpeg import decoder_of
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
@@ -183,7 +182,6 @@ class Backbones:
             device=self.device,
             precision=self.precision,
             tuned=cache.tuned,
-            decoder=decoder_of(identity.preprocess),
         )
         check_backbone(identity, cache.d, backbone, [])
         backbone.encode_images(torch.zeros(1, 3, *backbone.size))  # what is set up by the first one
