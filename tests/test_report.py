@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ from retrieval_tip.evaluation.evaluate import Answers, Details, Part, judge
 from retrieval_tip.report import plots, report
 from retrieval_tip.report.mistakes import MISTAKES, certain_mistakes, worst_mistakes
 from retrieval_tip.report.report import wilson, write_report
-from retrieval_tip.report.verdict import differ
+from retrieval_tip.report.verdict import Way, differ, sentences
 
 pytest.importorskip("matplotlib")
 
@@ -605,6 +606,16 @@ def test_the_verdict_comes_first_and_says_what_to_do(tmp_path):
     done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--no-curves")
     after = list(read(tmp_path / "r.html").all("ol", class_="actions"))
     assert not after or "Fit the index" not in after[0].text
+
+
+def test_the_verdict_spells_the_best_rival_as_it_is_called():
+    right = np.array([True, False])
+    ways = [Way(name, "", share, 0, 1, share, None, right) for name, share in
+            (("cache alone", 0.4), ("linear probe", 0.5), ("Tip-Adapter", 0.6), ("fitted", 0.7))]  # fmt: skip
+    answers = SimpleNamespace(confidence=np.zeros(2), right=right)
+    judged = SimpleNamespace(evaluation=SimpleNamespace(n=2, ece=0.1, confusions=[], answers=answers))
+    assert "Photographs alone give 40.0%" in (said := " ".join(sentences(judged, ways)))
+    assert "Tip-Adapter is best with 60.0%" in said
 
 
 def test_weak_classes_want_photographs_and_contradicted_shots_a_look(tmp_path):

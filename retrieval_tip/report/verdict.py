@@ -54,14 +54,14 @@ def sentences(judged: Judged, ways: Sequence[Way]) -> Iterator[str]:
         f"{int(own.right.sum()):,} of {counted(evaluation.n, 'test item')} are named right, {own.accuracy:.1%}; other "
         f"items of the same kind would give {own.low:.0%} to {own.high:.0%}."
     )
-    parts = [f"photographs alone give {by['cache alone'].accuracy:.1%}"]
+    parts = [f"Photographs alone give {by['cache alone'].accuracy:.1%}"]
     if "zero-shot" in by:
         parts.append(f"words alone {by['zero-shot'].accuracy:.1%}")
     rivals = [way for way in ways[:-1] if way.name not in ("cache alone", "zero-shot")]
     if rivals:
         best = max(rivals, key=lambda way: way.accuracy)
         parts.append(f"of what else the same photographs allow, {best.name} is best with {best.accuracy:.1%}")
-    yield f"{'; '.join(parts)}.".capitalize()
+    yield f"{'; '.join(parts)}."
     answers = evaluation.answers
     sure = answers.confidence >= SURE
     if sure.any():
