@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.pictures import Picture, Pictures, is_one, labelled_pictures, pictures
-from retrieval_tip.data.sources import Source, open_inputs, open_source, read_item
-from retrieval_tip.data.tables import SUFFIXES
+from retrieval_tip.data.sources import Source, is_image, open_inputs, open_source, read_item
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.html import markup, table
@@ -35,6 +34,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.predictions import Prediction, Predictions
+from retrieval_tip.settings import KeysMet, MetricName, ValuesName
 
 if TYPE_CHECKING:
     import torch
@@ -72,28 +72,70 @@ class Classifier:
     @classmethod
     def from_folder(
         cls,
-        photos: str | os.PathLike[str] | Source,
+        photos: str | os.PathLike[str] | Source | Pictures,
         model: str | Backbone | Loaded | None = None,
         *,
         pretrained: str | None = None,
         out: str | os.PathLike[str] | None = None,
         device: str = "auto",
-        **options: Any,
+        views: int = 1,
+        seed: int = 1,
+        shots: int | None = None,
+        templates: Sequence[str] | None = None,
+        text: str | os.PathLike[str] | None = None,
+        index: str | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        alpha: float | None = None,
+        beta: float | None = None,
+        normalize: Literal["both", "shots", "affinity", "none"] | None = None,
+        fit: Literal["auto", "none"] | None = None,
+        metric: MetricName | None = None,
+        values: ValuesName | None = None,
+        k: KeysMet = None,
+        logit_scale: float | None = None,
     ) -> Self:
-        """An index built from a folder with one folder of photographs a class, or whatever ``open_source`` reads.
+        """Build an index from a folder with one folder of photos per class, or from any other labelled source.
 
-        Args:
-            photos: the source.
-            model: a name (:func:`load_backbone`), a backbone, or ``(model, preprocess, tokenizer)`` of open_clip.
-            pretrained: with a name, a tag or a file of weights.
-            out: index folder to write; without it the index lives as long as this object, unless it is saved.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            options: further arguments of :func:`build_index`.
+        - ``photos``: what :func:`sources.open_source` reads, or an open source
+        - ``model``: a name (:func:`loading.load_backbone`), a backbone, or open_clip's model, preprocessing, tokenizer
+        - ``pretrained``: a tag or a file of weights for a ``model`` given by name
+        - ``out``: index folder to write; without it the index is deleted with this object, unless :meth:`save` keeps it
+        - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``
+        - ``views``: 1 for the centre view of each photo, V > 1 for the mean of V augmented views
+        - ``seed``: of the draws of ``shots`` and ``views``
 
-        Raises as :func:`open_source`, :func:`load_backbone` and :func:`build_index`.
+        The other arguments are those of :func:`build.build_index`. Raises as :func:`sources.open_source`,
+        :func:`loading.load_backbone` and :func:`build.build_index`.
         """
-        source = photos if isinstance(photos, Source) else open_source(photos)
-        return cls._built(source, _backbone(model, pretrained, device), {}, out, device, options)
+        if isinstance(photos, Pictures):
+            given = photos
+        else:
+            given = Pictures(photos if isinstance(photos, Source) else open_source(photos), read_item)
+        encoder = Encoder(_backbone(model, pretrained, device), views=views, seed=seed, cache=EncodingCache.at(None))
+        place = Path(tempfile.mkdtemp(prefix="retrieval-tip-")) / "index" if out is None else Path(out)
+        cache = build_index(
+            given.source,
+            place,
+            replace(encoder, read=given.read, strict=given is photos),
+            shots=shots,
+            templates=templates,
+            text=text,
+            index=index,
+            dtype=dtype,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            fit=fit,
+            metric=metric,
+            values=values,
+            k=k,
+            logit_scale=logit_scale,
+            device=device,
+        )
+        made = cls(cache, replace(encoder, views=1))
+        if out is None:
+            made._temporary = weakref.finalize(made, shutil.rmtree, place.parent, ignore_errors=True)
+        return made
 
     @classmethod
     def from_images(
@@ -105,35 +147,51 @@ class Classifier:
         pretrained: str | None = None,
         out: str | os.PathLike[str] | None = None,
         device: str = "auto",
-        **options: Any,
+        views: int = 1,
+        seed: int = 1,
+        shots: int | None = None,
+        templates: Sequence[str] | None = None,
+        text: str | os.PathLike[str] | None = None,
+        index: str | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        alpha: float | None = None,
+        beta: float | None = None,
+        normalize: Literal["both", "shots", "affinity", "none"] | None = None,
+        fit: Literal["auto", "none"] | None = None,
+        metric: MetricName | None = None,
+        values: ValuesName | None = None,
+        k: KeysMet = None,
+        logit_scale: float | None = None,
     ) -> Self:
-        """An index built from photographs that are held: with ``labels`` beside them, or as pairs with their labels.
+        """Build an index from labelled photos in memory or in a dataset.
 
-        ``images`` are what :meth:`predict` takes, or a dataset of torch whose items are ``(picture, label)``, without a
-        transform. The other arguments are those of :meth:`from_folder`. Raises as it, and as
+        ``images`` are what :meth:`predict` takes, with one of ``labels`` for each; or pairs ``(photo, label)``, as the
+        items of a torch dataset without a transform are; or a Hugging Face dataset with columns of images and labels.
+        The other arguments are those of :meth:`from_folder`. Raises as it does, and as
         :func:`pictures.labelled_pictures`.
         """
-        given = labelled_pictures(images, labels)
-        backbone = _backbone(model, pretrained, device)
-        return cls._built(given.source, backbone, {"read": given.read, "strict": True}, out, device, options)
-
-    @classmethod
-    def _built(
-        cls,
-        source: Source,
-        backbone: Backbone,
-        reading: dict[str, Any],
-        out: str | os.PathLike[str] | None,
-        device: str,
-        options: dict[str, Any],
-    ) -> Self:
-        place = Path(tempfile.mkdtemp(prefix="retrieval-tip-")) / "index" if out is None else Path(out)
-        encoder = Encoder(backbone, cache=EncodingCache.at(None))
-        cache = build_index(source, place, replace(encoder, **reading), device=device, **options)
-        made = cls(cache, encoder)
-        if out is None:
-            made._temporary = weakref.finalize(made, shutil.rmtree, place.parent, ignore_errors=True)
-        return made
+        return cls.from_folder(
+            labelled_pictures(images, labels),
+            model,
+            pretrained=pretrained,
+            out=out,
+            device=device,
+            views=views,
+            seed=seed,
+            shots=shots,
+            templates=templates,
+            text=text,
+            index=index,
+            dtype=dtype,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            fit=fit,
+            metric=metric,
+            values=values,
+            k=k,
+            logit_scale=logit_scale,
+        )
 
     @classmethod
     def load(
@@ -161,11 +219,18 @@ class Classifier:
         return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
 
     @classmethod
-    def from_hub(cls, repository: str, folder: str | os.PathLike[str] | None = None, **options: Any) -> Self:
-        """The index that :meth:`push_to_hub` has put at ``ORG/NAME`` of the Hugging Face hub.
+    def from_hub(
+        cls,
+        repository: str,
+        folder: str | os.PathLike[str] | None = None,
+        model: str | Backbone | Loaded | None = None,
+        *,
+        device: str = "auto",
+    ) -> Self:
+        """Download and open the index that :meth:`push_to_hub` put at ``ORG/NAME`` of the Hugging Face hub.
 
-        It is fetched into ``folder``, by default ``indexes/NAME``; ``options`` are those of :meth:`load`. Raises as it,
-        and InputError where it cannot be fetched.
+        It is stored in ``folder``, by default ``indexes/NAME``. ``model`` and ``device`` are those of :meth:`load`.
+        Raises as it does, and InputError if the download fails.
         """
         from huggingface_hub import snapshot_download
 
@@ -174,7 +239,7 @@ class Classifier:
             snapshot_download(repository, local_dir=place)
         except Exception as error:  # the hub, httpx and the disk each raise their own
             raise InputError(f"{repository}: cannot be fetched: {str(error).splitlines()[0]}") from error
-        return cls.load(place, **options)
+        return cls.load(place, model, device=device)
 
     # ------------------------------------------------------------------------------------------------------- answers
 
@@ -184,65 +249,125 @@ class Classifier:
         return list(self.cache.class_names)
 
     @overload
-    def predict(self, what: Picture, top: int = 1, *, neighbours: int = 5, **options: Any) -> Prediction: ...
+    def predict(  # type: ignore[overload-overlap] # a path is an iterable of letters too
+        self,
+        what: Picture,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Prediction: ...
     @overload
     def predict(
-        self, what: Iterable[Picture] | Features, top: int = 1, *, neighbours: int = 5, **options: Any
+        self,
+        what: Iterable[Picture] | Features,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
     ) -> Predictions: ...
-    def predict(self, what: Any, top: int = 1, *, neighbours: int = 5, **options: Any) -> Prediction | Predictions:
-        """The answer for a photograph; the answers for several, for a folder, a table, or features ``[q, d]``.
+    def predict(
+        self,
+        what: Any,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Prediction | Predictions:
+        """Classify one photo, several photos, everything in a folder, table or tar, or features ``[q, d]``.
 
         Args:
-            what: a path, a PIL picture, an array ``[h, w, 3]`` uint8, or encoded bytes; or an iterable of these (a
-                list, a column of a Hugging Face dataset); a folder, a glob or a table, of which what cannot be read is
-                named in ``encoder.skipped``; or floating-point features, unit vectors of the index's backbone.
+            what: one photo (a path, a PIL picture, an array ``[h, w, 3]`` uint8, encoded bytes, a row of a Hugging Face
+                dataset); several (a list of these, a Hugging Face dataset or its column of images); anything that
+                ``retrieval-tip classify`` takes (a folder, a pattern, a table, a tar), where ``encoder.skipped`` lists
+                the photos that could not be read; or floating-point features of the index's backbone.
             top: classes to report, most probable first.
             neighbours: nearest keys to report.
-            options: further arguments of :meth:`AnsweringIndex.classify`, as ``k``.
+            k: nearest keys that vote, or ``all``; by default the index's own setting.
+            tail: whether to estimate what the other keys would add; by default the index's own setting.
+            certify: whether to use as many keys as settle the answer.
+            norms: of features: ``check`` that they have unit norm, or ``keep`` them as they are.
 
-        Raises InputError naming the picture that cannot be read, or the row of features that is not of norm 1.
+        Raises InputError naming the photo that cannot be read, or the row of features whose norm is not 1.
         """
-        options |= {"top": top, "neighbours": neighbours}
         if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
-            one = self.cache.classify(np.atleast_2d(what), **options)
-            return one[0] if what.ndim == 1 else one
-        if isinstance(what, str | os.PathLike) and not _is_image(what):
-            return self._answers([Pictures(source, read_item) for source in open_inputs([os.fspath(what)])], options)
-        answers = self._answers([pictures(what)], options, strict=True)
+            answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
+            return answers[0] if what.ndim == 1 else answers
+        if isinstance(what, str | os.PathLike) and not is_image(what):
+            given = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])]
+            return self._answers(given, replace(self.encoder, norms=norms), top, k, tail, neighbours, certify)
+        encoder = replace(self.encoder, strict=True)
+        answers = self._answers([pictures(what)], encoder, top, k, tail, neighbours, certify)
         return answers[0] if is_one(what) else answers
 
     __call__ = predict
 
-    def _answers(self, given: Sequence[Pictures], options: dict[str, Any], *, strict: bool = False) -> Predictions:
+    def _answers(
+        self,
+        given: Iterable[Pictures],
+        encoder: Encoder,
+        top: int,
+        k: KeysMet,
+        tail: bool | None,
+        neighbours: int,
+        certify: bool,
+    ) -> Predictions:
         answers: list[Predictions] = []
         for part in given:
-            encoder = replace(self.encoder, read=part.read, strict=strict) if part.source.paths else self.encoder
+            reader = replace(encoder, read=part.read)
             try:
-                answers += self.cache.classify_source(part.source, encoder, **options)
+                answers += self.cache.classify_source(part.source, reader, top, k, tail, neighbours, certify)
             except InputError as error:
                 raise InputError(str(error).partition("; leave out --strict")[0]) from None
         return Predictions.joined(answers)
 
-    def explain(self, what: Picture, top: int = 3, *, neighbours: int = 5, **options: Any) -> Explanation:
-        """The answer for a photograph with the pictures that made it; notebooks show them."""
-        given = pictures(what)
-        prediction = self._answers([given], options | {"top": top, "neighbours": neighbours}, strict=True)[0]
+    def explain(
+        self,
+        what: Picture,
+        top: int = 3,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+    ) -> Explanation:
+        """Classify one photo, and show it in a notebook beside its nearest shots. Arguments as for :meth:`predict`."""
+        given, encoder = pictures(what), replace(self.encoder, strict=True)
+        prediction = self._answers([given], encoder, top, k, tail, neighbours, certify)[0]
         own = given.read(given.source.paths[0]) if given.source.paths else b""
         return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
 
     # ------------------------------------------------------------------------------------------------------- changes
 
-    def add(self, what: Any, label: str | Sequence[str] | None = None, **options: Any) -> list[int]:
-        """Add photographs of a class, of a class each, of a labelled source or dataset; the ids of the new keys.
+    def add(
+        self,
+        what: Any,
+        label: str | Sequence[str] | None = None,
+        *,
+        text: str | os.PathLike[str] | None = None,
+        shots: int | None = None,
+        skip_known: bool = False,
+    ) -> list[int]:
+        """Add labelled photos to the index as a new version, and return the ids of their keys.
 
-        A class that is new comes after those there are. It is a new version of the index, at once. ``options`` are
-        those of :func:`changes.add`. Raises as that; UsageError where ``label`` is missing.
+        ``what`` are photos as for :meth:`predict`, with a ``label`` for all or one for each; or a labelled source or
+        dataset. New classes come after the existing ones. The other arguments are those of :func:`changes.add`. Raises
+        as it does; UsageError if photos come without a label.
         """
         built = self.cache.manifest.built if self.cache.manifest is not None else None
         encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
         if isinstance(what, Source):
             source = what
-        elif label is None and isinstance(what, str | os.PathLike) and not _is_image(what):
+        elif label is None and isinstance(what, str | os.PathLike) and not is_image(what):
             source = open_source(what)
         elif label is None:
             given = labelled_pictures(what)
@@ -251,7 +376,7 @@ class Classifier:
             several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
             given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
             source, encoder = given.source, replace(encoder, read=given.read, strict=True)
-        added = changes.add(self._place(), source, encoder, **options)
+        added = changes.add(self._place(), source, encoder, text=text, shots=shots, skip_known=skip_known)
         self.cache = self.cache.reload()
         return added.key_ids
 
@@ -274,21 +399,52 @@ class Classifier:
 
     # ------------------------------------------------------------------------------------------------------- figures
 
-    def evaluate(self, test: Any, **options: Any) -> Evaluation:
-        """How often it is right on a labelled source (its test part) or dataset: :func:`evaluate.evaluate`."""
-        if not isinstance(test, str | os.PathLike | Source):
-            given = labelled_pictures(test)
-            return evaluate(self.cache, given.source, replace(self.encoder, skipped=[], read=given.read), **options)
-        return evaluate(self.cache, _labelled(test), replace(self.encoder, skipped=[]), **options)
+    def evaluate(
+        self,
+        test: Any,
+        *,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        abstain: float | None = None,
+        affinities: bool = False,
+    ) -> Evaluation:
+        """Classify labelled photos and compare: :func:`evaluate.evaluate`.
 
-    def report(self, out: str | os.PathLike[str], test: str | os.PathLike[str] | Source, **options: Any) -> Report:
-        """What is known about it, as one HTML file: :func:`report.write_report`. Raises as that."""
+        ``test`` is a labelled source, of which the test part is taken, or a dataset as for :meth:`from_images`. The
+        other arguments are those of :func:`evaluate.evaluate`. Raises as it does.
+        """
+        encoder = replace(self.encoder, skipped=[])
+        if isinstance(test, str | os.PathLike | Source):
+            source = _opened(test, "test")
+        else:
+            given = labelled_pictures(test)
+            source, encoder = given.source, replace(encoder, read=given.read)
+        return evaluate(self.cache, source, encoder, k=k, tail=tail, abstain=abstain, affinities=affinities)
+
+    def report(
+        self,
+        out: str | os.PathLike[str],
+        test: str | os.PathLike[str] | Source,
+        *,
+        val: str | os.PathLike[str] | Source | None = None,
+        shots: Sequence[int] | None = None,
+        seeds: int = 3,
+        curves: bool = True,
+    ) -> Report:
+        """Write what is known about the index as one HTML file: :func:`report.write_report`.
+
+        ``test`` and ``val`` are labelled sources, of which the parts of these names are taken. The other arguments are
+        those of :func:`report.write_report`. Raises as it does.
+        """
         from retrieval_tip.cache_model import CacheModel
         from retrieval_tip.report.report import write_report
 
         if not isinstance(self.cache, CacheModel):
             raise UsageError("report: is of an index folder; save(FOLDER) makes one")
-        return write_report(self.cache, _labelled(test), replace(self.encoder, skipped=[]), out, **options)
+        encoder, chosen_on = replace(self.encoder, skipped=[]), None if val is None else _opened(val, "val")
+        return write_report(
+            self.cache, _opened(test, "test"), encoder, out, val=chosen_on, shots=shots, seeds=seeds, curves=curves
+        )
 
     def as_module(self) -> torch.nn.Module:
         """A module from pixels to logits ``[b, c]``, in the order of ``classes``, apart from this object.
@@ -397,16 +553,8 @@ def _file(path: str) -> bytes | None:
         return None
 
 
-def _is_image(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is meant as that of one image, there or not: no folder, no table, no glob."""
-    file = Path(path)
-    if file.exists():
-        return file.is_file() and file.suffix.lower() not in SUFFIXES
-    return not any(sign in os.fspath(path) for sign in "*?[")
-
-
-def _labelled(test: str | os.PathLike[str] | Source) -> Source:
-    return test if isinstance(test, Source) else open_source(test, split="test")
+def _opened(source: str | os.PathLike[str] | Source, part: str) -> Source:
+    return source if isinstance(source, Source) else open_source(source, split=part)
 
 
 def _backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:

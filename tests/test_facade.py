@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,12 @@ from test_backbone import tiny
 import retrieval_tip
 from retrieval_tip import Classifier, Encoder, Prediction, Predictions, build_index, load_backbone, open_source
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
+from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
+from retrieval_tip.evaluation import evaluate as evaluation
+from retrieval_tip.index import changes
+from retrieval_tip.report.report import write_report
 
 
 def photograph(seed, colour):
@@ -208,6 +215,97 @@ def test_photographs_that_are_held_are_shots(place):
     tensors = [(torch.zeros(3, 8, 8), "red")]
     with pytest.raises(InputError, match=r"picture 0: Tensor.*no transform"):
         Classifier.from_images(tensors, model=model, device="cpu")
+
+
+def test_what_the_command_takes_is_taken_here_too(place, clf, tmp_path):
+    tar = tmp_path / "new.tar"
+    with tarfile.open(tar, "w") as archive:
+        for file in sorted((place / "new").glob("*/*.png")):
+            archive.add(file, f"{file.parent.name}-{file.name}")
+            label = tarfile.TarInfo(f"{file.parent.name}-{file.stem}.txt")
+            label.size = len(file.parent.name)
+            archive.addfile(label, io.BytesIO(file.parent.name.encode()))
+    folder = [answer.probability for answer in clf.predict(place / "new")]
+    for given in (tar, str(tmp_path / "*.tar"), place / "new/*/*.png"):
+        answers = clf.predict(given)
+        assert [answer.probability for answer in answers] == pytest.approx(folder), given
+    assert answers.inputs == clf.predict(place / "new").inputs
+    assert clf.predict(f"{tar}/red-6.png").label == clf.predict(place / "new/red/6.png").label
+    assert clf.evaluate(tar).top1 == clf.evaluate(place / "new").top1
+    assert len(clf.add(tar)) == 6
+    for wrong in ("https://example.org/a.png", str(tmp_path / "*.gif")):
+        with pytest.raises(InputError, match=re.escape(wrong)):
+            clf.predict(wrong)
+
+
+@pytest.fixture
+def datasets(monkeypatch):
+    """Hugging Face's library. It looks for a hub, which no test may reach."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("datasets")
+
+
+def test_datasets_of_hugging_face_are_labelled_photographs(place, clf, datasets):
+    def dataset(part, how):
+        files, names = sorted((place / part).glob("*/*.png")), ["blue", "green", "red"]
+        columns = {"id": list(range(len(files))), "label": [names.index(file.parent.name) for file in files]}
+        columns["image"] = [how(file) for file in files]
+        kinds = {"id": datasets.Value("int64"), "label": datasets.ClassLabel(names=names), "image": datasets.Image()}
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+    folder, model = clf.predict(place / "new"), f"local-dir:{place / 'model'}"
+    for how in (str, lambda file: {"bytes": file.read_bytes(), "path": file.name}):
+        photos, new = dataset("photos", how), dataset("new", how)
+        made = Classifier.from_images(photos, model=model, device="cpu")
+        np.testing.assert_allclose(np.asarray(made.cache.keys), np.asarray(clf.cache.keys), atol=1e-5)
+        assert made.classes == clf.classes
+        for given in (new, new.to_iterable_dataset(), list(new), new["image"]):
+            answers = made.predict(given)
+            assert [answer.label for answer in answers] == [answer.label for answer in folder]
+            assert [answer.probability for answer in answers] == pytest.approx(
+                [a.probability for a in folder], abs=1e-5
+            )
+        assert made.predict(new[0]).label == folder[0].label
+        for given in (new, new.to_iterable_dataset(), torch.utils.data.Subset(new, range(6))):
+            assert made.evaluate(given).top1 == clf.evaluate(place / "new").top1
+        assert len(made.add(new)) == 6
+    files = dataset("new", str)
+    assert made.predict(files).inputs == folder.inputs  # which explain() can show
+    unknown = files.remove_columns("label").add_column("label", [0, 1, 2, -1, 0, 0])
+    unknown = unknown.cast_column("label", datasets.ClassLabel(names=["blue", "green", "red"]))
+    with pytest.raises(InputError, match="picture 3: label -1"):
+        made.evaluate(unknown)
+    for wrong, named in ((files.remove_columns("image"), "'label'"), (datasets.DatasetDict(train=files), "'train'"),
+                         (files.remove_columns("label"), "label: missing")):  # fmt: skip
+        with pytest.raises(UsageError, match=re.escape(named)):
+            Classifier.from_images(wrong, model=model, device="cpu")
+
+
+def parameters(function):
+    return {name: given.default for name, given in inspect.signature(function).parameters.items()}
+
+
+def test_every_option_is_a_named_argument():
+    """With the defaults of the functions that do the work."""
+    for name, method in inspect.getmembers(Classifier, inspect.isroutine):
+        kinds = [given.kind for given in inspect.signature(method).parameters.values()] if name[0] != "_" else []
+        assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+    for own, done_by, apart in (
+        (parameters(Classifier.from_folder), build_index, {"source", "out", "encoder"}),
+        (parameters(Classifier.from_images), Classifier.from_folder, {"photos"}),
+        (parameters(Classifier.from_hub), Classifier.load, {"place"}),
+        (parameters(Classifier.predict), AnsweringIndex.classify, {"self", "features"}),
+        (parameters(Classifier.explain), Classifier.predict, {"top", "norms"}),
+        (parameters(Classifier.add), changes.add, {"folder", "source", "encoder"}),
+        (parameters(Classifier.evaluate), evaluation.evaluate, {"cache", "source", "encoder"}),
+        (
+            parameters(Classifier.report),
+            write_report,
+            {"cache", "test", "encoder", "out", "folder", "where", "command"},
+        ),
+    ):
+        for name, default in parameters(done_by).items():
+            assert name in apart or own[name] == default, (done_by, name)
 
 
 def test_it_is_a_module_from_pixels_to_logits(place, clf):

@@ -14,11 +14,11 @@ import pyarrow as pa
 from PIL import Image, ImageOps
 
 from retrieval_tip.data.sources import Source, of_images, read_item
-from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.errors import InputError, UsageError, counted, few
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, Any]
-"""A path; an encoded image; a PIL picture; an array ``[h, w]`` or ``[h, w, 3]`` uint8; Hugging Face's ``bytes`` and
-``path``."""
+"""A path; an encoded image; a PIL picture; an array ``[h, w]`` or ``[h, w, 3]`` uint8; a row of a Hugging Face dataset,
+or its ``bytes`` and ``path``."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,41 @@ class Pictures:
         return replace(self, source=replace(self.source, items=items, class_names=tuple(dict.fromkeys(labels))))
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a Hugging Face dataset: ``image``, ``label``, and the ``names`` that its labels stand for."""
+
+    image: str
+    label: str | None
+    names: Sequence[str] | None
+
+    @classmethod
+    def of(cls, given: object) -> Columns | None:
+        """Find the columns of a dataset by their types; ``None`` for anything else.
+
+        Raises UsageError for a dataset in parts, and for one without a single column of images.
+        """
+        if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _features(part)]):
+            raise UsageError(f"dataset: is in parts; give one of them, for example dataset[{parts[0]!r}]")
+        if (features := _features(given)) is None:
+            return None
+        image, label = _column(features, "Image", "image"), _column(features, "ClassLabel", "label")
+        if image is None:
+            raise UsageError(f"dataset: no single column of images among {few(list(map(repr, features)))}; select one")
+        return cls(image, label, None if label is None else getattr(features[label], "names", None))
+
+
+def _features(given: object) -> Mapping[str, Any] | None:
+    features = getattr(given, "features", None)
+    return features if isinstance(features, Mapping) and hasattr(given, "cast_column") else None
+
+
+def _column(features: Mapping[str, Any], kind: str, name: str) -> str | None:
+    """The column of that type: the one of that name if there are several, the one of that name of any type if none."""
+    found = [column for column, feature in features.items() if type(feature).__name__ == kind]
+    return found[0] if len(found) == 1 else name if name in (found or features) else None
+
+
 def is_one(given: object) -> bool:
     """Whether something is a picture, and not several."""
     if isinstance(given, np.ndarray):
@@ -45,16 +80,22 @@ def is_one(given: object) -> bool:
 
 
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
-    """Photographs, one or several, in their order. What has no path is called ``picture 0``, ``picture 1`` ...
+    """One photo or several, in their order. A photo without a path is called ``picture 0``, ``picture 1`` ...
 
-    Raises InputError for what is none.
+    The photos of a Hugging Face dataset are read from it when they are needed. Raises InputError for what is no photo,
+    UsageError as :meth:`Columns.of`.
     """
+    columns = Columns.of(given)
+    if columns is not None and hasattr(given, "__len__"):
+        return _stored(given, columns.image)
     held: dict[str, bytes] = {}
     paths: list[str] = []
     for place, picture in enumerate([given] if is_one(given) else given):  # type: ignore[arg-type]
         data: object = picture
-        if isinstance(picture, Mapping):  # Hugging Face's; without bytes it stayed on disk
-            data = picture.get("bytes") or picture.get("path")
+        if isinstance(data, Mapping):  # a row of a Hugging Face dataset
+            data = data.get("image" if columns is None else columns.image, data)
+        if isinstance(data, Mapping):  # its picture; without bytes it stayed on disk
+            data = data.get("bytes") or data.get("path")
         if isinstance(data, str | os.PathLike):
             paths.append(os.fspath(data))
             continue
@@ -64,31 +105,73 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
     return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
 
 
-def labelled_pictures(given: Any, labels: Iterable[Any] | None = None) -> Pictures:
-    """Photographs with a label each, in their order: with ``labels`` beside them, or as pairs ``(picture, label)``.
+def _stored(dataset: Any, image: str) -> Pictures:
+    """The photos in a column of a Hugging Face dataset, as the files that they are there."""
+    rows = dataset.with_format(None).cast_column(image, type(dataset.features[image])(decode=False))
+    names = [f"picture {place}" for place in range(len(rows))]
+    if names and not (rows[0][image] or {}).get("bytes"):  # a dataset of files: they have paths
+        own = [row["path"] if row and not row["bytes"] else None for row in rows[image]]
+        names = [path or name for path, name in zip(own, names, strict=True)]
+    places = {name: place for place, name in enumerate(names)}
 
-    A dataset of torch is a sequence of such pairs; a label that is a number is the name that its ``classes`` has there
-    (or those of the dataset that it is a part of), else the number's digits. Raises UsageError where labels are
-    missing, InputError for what is no picture.
+    def read(name: str) -> bytes:
+        row = rows[places[name]][image] or {}
+        if row.get("bytes"):
+            return bytes(row["bytes"])
+        if row.get("path"):
+            return read_item(row["path"])
+        raise InputError("no picture in this row")
+
+    return Pictures(of_images(names), read)
+
+
+def labelled_pictures(given: Any, labels: Iterable[Any] | None = None) -> Pictures:
+    """Photos with a label each, in their order: with ``labels`` beside them, as pairs ``(photo, label)``, or a dataset.
+
+    A torch dataset is a sequence of such pairs; a Hugging Face dataset has a column of images and one of labels. A
+    number as a label stands for one of the dataset's ``classes`` or ``ClassLabel`` names, also in a part of a dataset;
+    without these it is the name itself. Raises UsageError without labels, InputError for what is no photo, and for a
+    label that is missing or stands for no name.
     """
     whole = given
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
         whole = whole.dataset
-    names = getattr(whole, "classes", None)
+    columns = Columns.of(whole)
+    names = getattr(whole, "classes", None) if columns is None else columns.names
     if labels is None:
-        items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # of an ImageFolder: paths
-        items = [items[i] for i in range(len(items))] if hasattr(items, "__getitem__") else list(items)
-        if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
-            raise UsageError("label: missing; give one for all photographs, one each, or pairs of photograph and label")
-        given, labels = [pair[0] for pair in items], [pair[1] for pair in items]
-    own = [str(names[i] if names is not None and isinstance(i, Integral) else i) for i in labels]
-    made = pictures(given).labelled(own)
+        given, labels = _apart(given, columns)
+    made = pictures(given).labelled([_name(label, names, place) for place, label in enumerate(labels)])
     ordered = tuple(name for name in map(str, names or ()) if name in made.source.class_names)
     return (
         made
         if len(ordered) < len(made.source.class_names)
         else replace(made, source=replace(made.source, class_names=ordered))
     )
+
+
+def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[Any]]:
+    """Photos and labels of a dataset or of pairs, apart."""
+    label = None if columns is None else columns.label
+    if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
+        return given, given.with_format(None)[label]
+    items: Any = [given] if is_one(given) else getattr(given, "samples", given)  # of an ImageFolder: paths
+    items = [items[i] for i in range(len(items))] if hasattr(items, "__len__") else list(items)
+    if columns is not None and label is not None:
+        items = [(row[columns.image], row[label]) for row in items]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in items):
+        raise UsageError("label: missing; give one for all photographs, one each, or pairs of photograph and label")
+    return [pair[0] for pair in items], [pair[1] for pair in items]
+
+
+def _name(label: Any, names: Sequence[Any] | None, place: int) -> str:
+    if label is None:
+        raise InputError(f"picture {place}: has no label")
+    if names is None or not isinstance(label, Integral):
+        return str(label)
+    number = int(label)
+    if not 0 <= number < len(names):  # -1 is Hugging Face's "unknown"
+        raise InputError(f"picture {place}: label {number} stands for none of {counted(len(names), 'class')}")
+    return str(names[number])
 
 
 def _encoded(picture: object, name: str) -> bytes:

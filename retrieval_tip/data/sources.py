@@ -221,12 +221,12 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
     while waiting:
         argument = waiting.pop()
         file = Path(argument)
-        if _is_url(argument):
-            raise InputError(f"{show(argument)}: web addresses are not read; download it first")
         if argument == "-":
             paths += [line for line in (line.rstrip("\r\n\0") for line in stdin) if line]
-        elif remote.is_remote(argument) and file.suffix.lower() in images.extensions():
+        elif is_image(argument):
             paths.append(argument)
+        elif _is_url(argument):
+            raise InputError(f"{show(argument)}: web addresses are not read; download it first")
         elif (streamed := _streamed(argument, None, labelled=False)) is not None or _is_table(file):
             if paths:
                 yield of_images(paths)
@@ -237,16 +237,24 @@ def open_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> Iterator
             if not inside:
                 raise InputError(f"{show(file)}: no images in this folder")
             paths += inside
-        elif not os.path.exists(file) and glob.has_magic(argument):
+        else:
             matches = sorted(glob.glob(argument, recursive=True))
             files = [match for match in matches if not os.path.isdir(match)]
             if not files:
                 raise InputError(f"{show(argument)}: no file matches")
             waiting += files[::-1]
-        else:
-            paths.append(argument)
     if paths:
         yield of_images(paths)
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path names one image, even a missing one, rather than a folder, table, tar, pattern or URL."""
+    where = os.fspath(path)
+    if remote.is_remote(where):
+        return Path(where).suffix.lower() in images.extensions()
+    if os.path.exists(where):
+        return not (os.path.isdir(where) or _is_table(Path(where)) or tars.find(where))
+    return not (_is_url(where) or glob.has_magic(where) or tars.find(where))
 
 
 _ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".7z", ".rar"})
