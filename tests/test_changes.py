@@ -537,15 +537,35 @@ def test_a_condition_that_is_none_or_reaches_further_is_refused(
 def test_where_nothing_is_to_do_there_is_no_new_version(run: Any, index: Path) -> None:
     before = everything(index)
     for command, said in (
-        (("remove", index, "--where", "label = 'owl'"), "0 keys removed"),
         (("relabel", index, "cat", "--where", "label = 'cat'"), "0 keys given to cat"),
         (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "0 keys given to cat"),
         (("compact", index), "one segment"),
     ):
         done = run("index", *command)
         assert (done.exit_code, done.stdout) == (0, f"{index}: version 1, {said}\n")
-    assert changes.remove(index, key_ids=[]) == changes.Changed(1, [])
     assert changes.rollback(index, 1) == changes.Changed(1, [])
+    assert everything(index) == before
+
+
+def test_a_change_of_no_key_fails(run: Any, index: Path) -> None:
+    before = everything(index)
+    for command in (("remove", index), ("relabel", index, "cat")):
+        refused(run("index", *command, "--where", "label = 'owl'"), 1, "where:", "owl")
+    with pytest.raises(InputError, match="key ids"):
+        changes.remove(index, key_ids=[])
+    assert everything(index) == before
+
+
+def test_an_error_in_the_search_for_duplicates_changes_nothing(
+    run: Any, index: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(changes, "duplicates", fails)
+    before, other = everything(index), shutil.copytree(index, index.with_name("other"))
+    refused(run("index", "add", index, table), 1, "memory")
+    refused(run("index", "merge", index, other), 1, "memory")
     assert everything(index) == before
 
 

@@ -413,12 +413,16 @@ def test_a_reader_that_is_gone_from_the_start_is_no_error(arguments):
     assert done.stderr == b""
 
 
-@pytest.mark.parametrize(("arguments", "status"), [("--version", 0), ("datasets list", 1), ("classify . -", 1)])
-def test_streams_that_are_closed_are_no_traceback(arguments, status):
-    command = f"{shlex.quote(sys.executable)} -m retrieval_tip {arguments} <&- >&-"
-    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, check=False)
-    assert done.returncode == status
-    assert len(done.stderr.splitlines()) == status
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [("--version >&-", "standard output"), ("datasets list <&- >&-", "standard output"), ("classify . - <&-", ".")],
+)
+def test_a_closed_standard_stream_that_is_needed_is_an_error(arguments, what):
+    command = f"{shlex.quote(sys.executable)} -m retrieval_tip {arguments}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (1, b"")
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith(f"Error: {what}: ")
 
 
 def test_a_closed_standard_error_changes_nothing(small, queries, tmp_path):

@@ -169,8 +169,8 @@ class Living(RuleBasedStateMachine):
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         gone = self.some(data, min(5, len(self.state.keys) - LEAST))
-        assert changes.remove(self.folder, key_ids=gone).key_ids == gone
         if gone:
+            assert changes.remove(self.folder, key_ids=gone).key_ids == gone
             keys = {key_id: key for key_id, key in self.state.keys.items() if key_id not in gone}
             self.became(replace(self.state, keys=keys))
 
@@ -193,6 +193,8 @@ class Living(RuleBasedStateMachine):
     @rule(data=st.data())
     def relabel(self, data: st.DataObject) -> None:
         chosen, label = self.some(data, 4), data.draw(st.sampled_from(list(self.state.text)))
+        if not chosen:
+            return
         moved = [key_id for key_id in chosen if self.state.keys[key_id][0] != label]
         assert changes.relabel(self.folder, label, key_ids=chosen).key_ids == moved
         if moved:

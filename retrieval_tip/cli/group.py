@@ -27,7 +27,7 @@ from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_comma
 from retrieval_tip.cli.index import index
 from retrieval_tip.cli.program import Group, in_one_line
 from retrieval_tip.cli.serve import serve_command
-from retrieval_tip.errors import message
+from retrieval_tip.errors import InputError, message
 
 
 class _Program(Group):
@@ -37,6 +37,8 @@ class _Program(Group):
         try:
             _fill_closed_streams()
             with in_one_line():
+                if sys.stdout is None:
+                    raise InputError("standard output: is closed; send it to a file or to /dev/null")
                 return super().make_context(*arguments, **more)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)

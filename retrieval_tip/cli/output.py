@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 import pyarrow as pa
 from wcwidth import wcswidth
@@ -51,7 +51,7 @@ def write_tables(
 
     Raises UsageError for Parquet on a terminal; InputError for a file that cannot be written.
     """
-    if style == "parquet" and path is None and _stdout().isatty():
+    if style == "parquet" and path is None and sys.stdout.isatty():
         raise UsageError("format parquet is binary: give --output FILE, or send standard output somewhere")
     with _target(path) as target:
         if style == "parquet":
@@ -196,7 +196,7 @@ class _Lines:
 @contextmanager
 def _target(path: Path | None) -> Iterator[IO[bytes]]:
     if path is None:
-        target = _stdout().buffer
+        target = sys.stdout.buffer
         yield target
         target.flush()
         return
@@ -208,13 +208,6 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _stdout() -> TextIO:
-    """Standard output. Raises InputError where this process has none."""
-    if sys.stdout is None:
-        raise InputError("standard output is closed; give --output FILE")
-    return sys.stdout
 
 
 def _opened(path: Path) -> IO[bytes]:

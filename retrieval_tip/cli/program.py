@@ -203,8 +203,6 @@ def in_one_line(ctx: click.Context | None = None) -> Iterator[None]:
 
 def _give_up_stdout() -> bool:
     """Whether standard output takes no more; what it still holds is then dropped, or Python would fail at its end."""
-    if sys.stdout is None:  # closed from the start
-        return False
     try:
         sys.stdout.flush()
     except OSError:

@@ -123,9 +123,10 @@ def add(
             picked = {name: _picked(column, rows) for name, column in columns.items()}
             views = encoder.views if source.table is None else 1
             key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **picked)
+        poison = _poison(cache, key_ids)  # an error here changes nothing yet
         if len(rows) or classes:
             change.what = _said(f"add {counted(len(rows), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, int(known.sum()), _poison(cache, key_ids))
+    return Added(_version(cache), key_ids, classes, int(known.sum()), poison)
 
 
 def merge(folder: Place, other: Place) -> Added:
@@ -154,36 +155,39 @@ def merge(folder: Place, other: Place) -> Added:
         labels = theirs.labels["label"].to_pylist()
         views = theirs.labels["views"].to_numpy()
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **columns)
+        poison = _poison(cache, key_ids)  # an error here changes nothing yet
         change.what = _said(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, 0, _poison(cache, key_ids))
+    return Added(_version(cache), key_ids, classes, 0, poison)
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
-    """Remove the keys that a condition in SQL over the label store holds for, or by their ids; classes stay.
+    """Remove keys, chosen by a condition in SQL over the label store or by their ids; classes stay.
 
     Their bytes leave the folder with the last version that has them: see :func:`writer.collect`. A LanceDB store only
-    marks rows as removed, so there it takes :func:`rebuild` before. Raises UsageError unless one of ``where`` and
-    ``key_ids`` is given and can work, InputError as :meth:`CacheModel.remove`.
+    marks rows as removed, so there it takes :func:`rebuild` before. Raises UsageError unless exactly one of ``where``
+    and ``key_ids`` is given and can work; InputError if no key matches, or as :meth:`CacheModel.remove`.
     """
     with stores.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
-        if chosen:
-            try:
-                change.cache.remove(chosen)
-            except UsageError as error:  # fewer keys than the lists of an inverted file
-                raise InputError(f"{error}; give it another type first (index rebuild --index Flat)") from None
-            change.what = f"remove {counted(len(chosen), 'key')}"
+        try:
+            change.cache.remove(chosen)
+        except UsageError as error:  # fewer keys than the lists of an inverted file
+            raise InputError(f"{error}; give it another type first (index rebuild --index Flat)") from None
+        change.what = f"remove {counted(len(chosen), 'key')}"
     return Changed(_version(change.cache), chosen)
 
 
 def relabel(folder: Place, label: str, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
-    """Give keys, chosen as for :func:`remove`, to another class of the index. Errors as there."""
+    """Give keys, chosen as for :func:`remove`, to another class of the index; returns those that had another label.
+
+    Errors as there, and InputError if ``label`` is no class.
+    """
     with stores.at(folder).change() as change:
         cache = change.cache
         if label not in cache.class_names:
             raise InputError(f"{label!r} is no class of the index; its classes are {few(cache.class_names)}")
         chosen = _chosen(cache, where, key_ids)
-        rows = cache.find(key_ids=chosen) if chosen else cache.labels.slice(0, 0)
+        rows = cache.find(key_ids=chosen)
         old = dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
         chosen = [key_id for key_id in chosen if old[key_id] != label]
         cache.relabel(chosen, label)
@@ -452,7 +456,7 @@ def _picked(column: Any, rows: npt.NDArray[np.int64]) -> Any:
 
 
 def _poison(cache: Model, key_ids: Sequence[int]) -> Duplicates | None:
-    """The new keys that are in another class too."""
+    """Find new keys whose image is in another class too."""
     if not key_ids:
         return None
     if isinstance(cache, LanceModel):  # a folder's keys are there at once, a table's are asked for a few at a time
@@ -461,10 +465,8 @@ def _poison(cache: Model, key_ids: Sequence[int]) -> Duplicates | None:
     cheap = not (
         cache.metric or cache.index.by_class or cache.index.exact_search
     )  # the others compare with very many keys
-    search = cache.nearest if cheap else None
-    if cache.index.effort is not None:
-        cache.index.effort = min(cache.index.effort, EFFORT)  # of this copy, which has been written
-    return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=search)
+    with cache.index.limited(EFFORT):
+        return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=cache.nearest if cheap else None)
 
 
 def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Duplicates:
@@ -484,7 +486,7 @@ def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Duplicates:
 
 
 def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
-    """The ids of the keys that are meant."""
+    """Return the ids of the chosen keys. Raises InputError if an id is not there, or no key matches."""
     if (where is None) == (key_ids is None):
         raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
     if where is None:
@@ -493,10 +495,13 @@ def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> l
         there = cache.find(key_ids=possible)["key_id"].to_pylist() if possible else []
         if missing := sorted(set(chosen).difference(there)):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
-        return chosen
-    rows = rows_where(cache.labels, where)
-    held: list[int] = cache.labels["key_id"].to_numpy()[rows].tolist()
-    return held
+    else:
+        chosen = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
+    if not chosen:
+        raise InputError(
+            f"{'key ids: none given' if where is None else f'where: no key matches {where}'}; nothing changed"
+        )
+    return chosen
 
 
 def _said(what: str, classes: Sequence[str]) -> str:

@@ -255,6 +255,17 @@ class VectorIndex:
             setattr(*place, value)
         self._gpu.probe(value)
 
+    @contextmanager
+    def limited(self, effort: int) -> Iterator[None]:
+        """Search with at most this :attr:`effort` inside the context; what is saved stays as it is."""
+        before, path = self.effort, self.path
+        self.effort = None if before is None else min(before, effort)
+        try:
+            yield
+        finally:
+            self.effort = before
+            self.path = path
+
     @property
     def effort_limit(self) -> int | None:
         """The largest effort that makes a difference, ``None`` where there is no such setting."""
