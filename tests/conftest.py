@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import gc
+import json
 import logging
 import os
 import shutil
@@ -314,6 +315,15 @@ def cache_of(*features: Any, **options: Any) -> CacheModel:
     """:meth:`CacheModel.from_features`, with settings among the options."""
     own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}
     return CacheModel.from_features(*features, settings=Settings(**own), **options)
+
+
+def with_code(folder: Path, file: str = "config.json") -> Path:
+    """A model folder one of whose files names Python code beside it, which leaves a file ``ran`` where it runs."""
+    folder.mkdir(exist_ok=True)
+    parts: dict[str, Any] = {"AutoConfig": "evil.T", "AutoModel": "evil.T", "AutoTokenizer": ["evil.T", "evil.T"]}
+    (folder / file).write_text(json.dumps({"model_type": "x", "auto_map": parts}))
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass T: pass\n")
+    return folder
 
 
 def mount(place: Path, options: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import few
+from conftest import few, with_code
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -171,6 +172,27 @@ def test_damaged_model_folders_are_named(tmp_path):
         (folder / "open_clip_config.json").write_text(text)
         with pytest.raises(BackboneError, match=r"open_clip_config\.json"):
             load_backbone(f"local-dir:{folder}", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "claimant", "text_cfg"),
+    [
+        ("hf", "config.json", {}),
+        ("local-dir", "config.json", {"hf_model_name": "its own", "hf_model_pretrained": False}),
+        ("local-dir", "tokenizer_config.json", {"tokenizer_kwargs": {"trust_remote_code": True}}),
+    ],
+)
+def test_a_models_own_code_is_never_run(scheme, claimant, text_cfg, tmp_path, monkeypatch):
+    """Not after a "y" on standard input, and not where the model's own configuration asks for it."""
+    folder = with_code(tiny(tmp_path / "model"), claimant)
+    text = TINY["text_cfg"] | {"hf_tokenizer_name": "its own"} | text_cfg
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY | {"text_cfg": text}}))
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr("sys.stdin", answers)
+    with pytest.raises(BackboneError, match=f"{scheme}:{folder}: .* custom code"):
+        load_backbone(f"{scheme}:{folder}", device="cpu").encode_texts(["a cat"])
+    assert answers.tell() == 0
+    assert not (folder / "ran").exists()
 
 
 def test_what_others_say_while_a_model_is_opened_is_said(caplog):

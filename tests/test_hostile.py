@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 from click.types import FloatParamType, IntParamType, Tuple
-from conftest import SOAK, few
+from conftest import SOAK, few, with_code
 from PIL import Image
 
-from retrieval_tip.backbones.base import Backbone
+from retrieval_tip import CacheModel
+from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import group as cli
 from retrieval_tip.cli import output
 from retrieval_tip.cli.parameters import K
@@ -1257,6 +1258,31 @@ def test_a_process_says_one_line_and_no_traceback(
     assert len(lines) == (1 if status == 1 else 4), done.stderr
     assert lines[-1].startswith("Error: ")
     assert words in lines[-1]
+
+
+@pytest.mark.parametrize("command", ["build", "classify"])
+def test_a_process_runs_no_code_of_a_model_and_leaves_standard_input(
+    world: Path, gallery: Gallery, tmp_path: Path, warm_path: str, command: str
+) -> None:
+    """Neither that of a model which is named, nor of one that an index names."""
+    folder, cache = with_code(tmp_path / "model"), CacheModel.load(world / "index", device="cpu")
+    cache.backbone = Identity(f"hf:{folder}", None, "sha256:0", "sha256:1", {})
+    cache.save(tmp_path / "index")
+    arguments = {
+        "build": ["index", "build", gallery.place / "train", "--model", f"hf:{folder}", "--out", tmp_path / "out"],
+        "classify": ["classify", tmp_path / "index", gallery.good],
+    }[command]
+    program = str(shutil.which("retrieval-tip", path=warm_path))
+    (tmp_path / "answers").write_text("y\n" * 9)
+    with (tmp_path / "answers").open() as answers:
+        done = subprocess.run(
+            [program, *arguments], stdin=answers, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert os.lseek(answers.fileno(), 0, os.SEEK_CUR) == 0
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
+    assert str(folder) in done.stderr
+    assert not (folder / "ran").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_process_names_damaged_images_and_nothing_else_speaks(

@@ -42,7 +42,7 @@ from retrieval_tip.server.app import create_app
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.served import Ask, Maker, open_all
 
-from conftest import SHARED  # isort: skip
+from conftest import SHARED, with_code  # isort: skip
 
 TOKEN = "open sesame"
 AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
@@ -907,15 +907,23 @@ def test_two_indexes_of_one_name_are_refused(own: Path, tmp_path: Path) -> None:
         open_all([own, other], "cpu", "float32", "full")
 
 
-def test_an_index_whose_backbone_has_gone_takes_features(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("code", [False, True], ids=["gone", "needs code"])
+def test_an_index_whose_backbone_cannot_be_had_takes_features(
+    own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: bool
+) -> None:
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr("sys.stdin", answers)
     cache = CacheModel.load(own, device="cpu")
-    cache.backbone = replace(cache.backbone, model="local-dir:/gone")
+    model = f"hf:{with_code(tmp_path / 'model')}" if code else "local-dir:/gone"
+    cache.backbone = replace(cache.backbone, model=model)
     cache.save(own)
     with serving(own) as client:
         assert not client.get("/v1/indexes").json()["indexes"][0]["images"]
         answer = client.post("/v1/classify", files={"images": b"x"})
         assert (answer.status_code, "features only" in answer.json()["detail"]) == (422, True)
     assert "takes features only" in caplog.text
+    assert answers.tell() == 0
+    assert not (tmp_path / "model" / "ran").exists()
 
 
 def test_shots_that_were_fine_tuned_answer_too(own: Path, lit_mini: object) -> None:

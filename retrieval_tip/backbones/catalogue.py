@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from retrieval_tip.errors import UsageError, counted, first_line
+from retrieval_tip.errors import BackboneError, UsageError, counted, first_line
 
 log = logging.getLogger(__name__)
 
@@ -206,10 +206,8 @@ def _bytes(name: str) -> int | None:
     elsewhere = described.get("hf_model_name")
     if elsewhere and not is_cached(elsewhere, ["config.json"]):
         return None
-    level = logging.root.manager.disable
     try:
-        logging.disable()  # each step is logged
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
             if name.startswith("timm:"):
                 model: Any = timm.create_model(name.removeprefix("timm:"), num_classes=0)
             else:
@@ -217,8 +215,6 @@ def _bytes(name: str) -> int | None:
     except Exception as error:  # whatever it is, the model can be named all the same
         log.debug("%s: size unknown: %s", name, first_line(error))
         return None
-    finally:
-        logging.disable(level)
     return int(4 * sum(parameter.numel() for parameter in model.parameters()))
 
 
@@ -241,14 +237,23 @@ def reason_of(error: Exception) -> str:
     return "huggingface.co does not answer" if any(words in said for words in silent) else said
 
 
+def check_code(model: str, error: Exception) -> None:
+    """Raise BackboneError if a model cannot be loaded because transformers would have to run the model's own code."""
+    if "trust_remote_code" in str(error):
+        raise BackboneError(
+            f"{model}: this model requires custom code, which retrieval-tip never runs; choose another encoder "
+            "(retrieval-tip models lists some)"
+        ) from None
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """open_clip and the hub log each step through the root logger, and warn where we have already chosen.
+    """Keep open_clip, transformers and the hub from logging, warning and asking questions inside the context.
 
     What this package says meanwhile, in another thread, is still said.
     """
     ours = logging.getLogger("retrieval_tip")
-    with _QUIET:
+    with _QUIET, _unasked():
         loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
         before = [logger.level for logger in loggers]
         ours.setLevel(ours.getEffectiveLevel())
@@ -261,6 +266,25 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, before, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def _unasked() -> Iterator[None]:
+    """Make transformers refuse a model's own code, where it would ask on standard input whether to run it.
+
+    open_clip has no argument for that: it loads text towers without ``trust_remote_code``.
+    """
+    try:
+        from transformers import dynamic_module_utils as asking
+    except ImportError:
+        yield
+        return
+    before = asking.TIME_OUT_REMOTE_CODE  # seconds that it waits for an answer; with 0 it does not ask
+    asking.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        asking.TIME_OUT_REMOTE_CODE = before
 
 
 def say_fetched(repository: str) -> None:

@@ -48,8 +48,9 @@ def load_backbone(
 
     Raises:
         UsageError: an unknown architecture, tag, device, precision or runtime.
-        BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted);
-            ``tuned`` is missing, damaged, or holds tensors that do not fit the model.
+        BackboneError: weights that are missing, damaged, or cannot be fetched (the message names the file wanted); a
+            model that requires Python code of its own, which is never run; ``tuned`` is missing, damaged, or holds
+            tensors that do not fit the model.
     """
     how = Execution(device, precision, runtime).resolved()
     state = None if tuned is None else _read_tuned(Path(tuned))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import has, quiet, reason_of, recommended, say_fetched, unknown
+from retrieval_tip.backbones.catalogue import check_code, has, quiet, reason_of, recommended, say_fetched, unknown
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen, state_digest
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -153,7 +153,10 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
 
     try:
         with quiet():
-            tokenizer: Tokenizer = open_clip.get_tokenizer(plan.model)
+            text = (open_clip.get_model_config(plan.model) or {}).get("text_cfg", {})
+            # A configuration may set this itself, in tokenizer_kwargs; open_clip's own tokenizers do not take it.
+            refused = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+            tokenizer: Tokenizer = open_clip.get_tokenizer(plan.model, **refused)
     except Exception as error:  # as those of the model
         raise _load_error(plan, error) from error
     return tokenizer
@@ -297,6 +300,7 @@ def _config_digest(config: Mapping[str, Any], *, quick_gelu: bool) -> str:
 
 
 def _load_error(plan: _Plan, error: Exception) -> BackboneError:
+    check_code(plan.model, error)
     reason = reason_of(error)
     if "pip install transformers" in str(error):
         return BackboneError(f"{plan.model}: its text tower needs transformers; pip install 'retrieval-tip[hf]'")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import is_cached, quiet, reason_of, say_fetched
+from retrieval_tip.backbones.catalogue import check_code, is_cached, quiet, reason_of, say_fetched
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -51,8 +51,9 @@ class TransformersBackbone(TorchBackbone):
         def read(kind: Any, **options: Any) -> Any:
             try:
                 with quiet(), _no_bars(here):
-                    return kind.from_pretrained(self._place, **options)
+                    return kind.from_pretrained(self._place, trust_remote_code=False, **options)
             except Exception as error:  # transformers, the hub, torch and safetensors each raise their own
+                check_code(f"hf:{self._place}", error)
                 raise BackboneError(
                     f"wanted the CLIP or SigLIP of hf:{self._place}, which cannot be read ({reason_of(error)}); give "
                     "--model hf:FOLDER with that repository's files"
