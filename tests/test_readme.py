@@ -133,6 +133,24 @@ def test_enough_pages_are_run():
     assert {"README", "index-folder", "tuning", "python", "features", "many", "server"} <= {page.stem for page in RUN}
 
 
+RECIPES = {  # what each is run with, on the demo's photos and encoder
+    "stamps.toml": "--out indexes/things",
+    "tip-adapter.toml": f"photos --model {demo.LITE0} --pretrained efficientnet-lite0.pth --shots 4 --views 2 "
+    "--out indexes/things",
+}
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "indexes").glob("*.toml")), ids=lambda recipe: recipe.name)
+def test_recipes_build_what_they_say(recipe, fetched, place, warm_path):
+    (place / "build").mkdir()
+    (place / "build/demo").symlink_to(fetched)
+    typed_and_printed(f"retrieval-tip index build --recipe {recipe} {RECIPES[recipe.name]}", place, warm_path)
+    printed = typed_and_printed("retrieval-tip evaluate indexes/things new", place, warm_path)
+    said = re.search(r"# Expected from .*: (.*)\.\n", recipe.read_text(encoding="utf-8"))
+    for name, value in re.findall(r"(\w+) ([\d.]+)", said[1] if said else ""):
+        assert float(re.search(rf"^{name} +(\S+)$", printed, re.MULTILINE)[1]) == pytest.approx(float(value), abs=0.02)
+
+
 def test_comparison_of_outputs_can_fail():
     assert same("a,0.500 ... z", "a,0.501 b z")
     assert not same("a 0.500 z", "a 0.601 z")
