@@ -34,12 +34,13 @@ browser: ## Chromium from Debian's packages, which the tests of the page drive (
 demo: $(if $(wildcard $(READY)),$(READY),$(DEMO_READY)) ## an index of real photographs: build, ask, evaluate (PHOTOS=FOLDER, MODEL=NAME, PRETRAINED=TAG are yours)
 	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(PHOTOS),--photos '$(PHOTOS)')
 
-lint: setup ## formatting, lint, types and the direction of imports
+lint: setup ## formatting, lint, types, the direction of imports and the cross-references of docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/reference.py --check
+	$(BIN)/python docs/crossrefs.py
 
 test: setup ## the tests that have to pass before a commit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -77,8 +78,7 @@ docs: setup ## the reference of the commands, docs/cli.md, from their help
 	$(BIN)/python docs/reference.py
 
 site: setup ## the documentation as a site, in build/site
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
-	$(BIN)/python -m sphinx -q -b html docs build/site
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
 
 wheel: setup ## wheel and sdist: built, installed into a fresh environment, and asked
 	PYTHON=$(BIN)/python .ci/wheel

@@ -76,7 +76,7 @@ class InMemory(AnsweringIndex):
     ``folder`` and ``version`` say which version of which index folder this is, ``next_key_id`` from where on key ids
     were never given, ``built`` how it was built.
 
-    Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with :func:`dataclasses.replace`, never in
+    Change ``values``, or ``keys`` and the ``index`` over them, of a copy, with ``dataclasses.replace``, never in
     their place; points that are not given follow from the keys. Raises InputError for values of another shape or a
     curve without rows.
     """
@@ -314,7 +314,7 @@ class InMemory(AnsweringIndex):
         """Return logits ``[q, c]`` in float64 over all keys, with solved or trained values.
 
         Such values cancel each other, so in float32 the last digits depend on which queries share a batch. Errors as
-        for :meth:`logits`.
+        for :meth:`AnsweringIndex.logits`.
         """
         terms = self.retrieval.double().terms(self._queries(features).double())
         self._check_overflow(terms.text, terms.cache)

@@ -136,7 +136,7 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Columns of the label store of the keys that :class:`retrieval.Nearest` knows as ``rows`` ``[m]``."""
+        """Columns of the label store of the keys that :class:`logits.Nearest` knows as ``rows`` ``[m]``."""
 
     @abstractmethod
     def every_row(self) -> npt.NDArray[np.int64]:
@@ -380,7 +380,7 @@ class AnsweringIndex(ABC):
                 yield answers.named(column.take(pa.array(block.positions[part])))
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
-        """:class:`Evidence` of queries ``[q, d]``: all keys, where these are ``complete`` at most, else ``nearest``.
+        """Return :class:`predictions.Evidence` of queries ``[q, d]``: all of up to ``complete`` keys, else ``nearest``.
 
         Raises InputError where features are not finite or not ``[q, d]``.
         """

@@ -255,11 +255,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Certified:
-    """Logits whose winners are those over all keys, by :meth:`CacheModel.certified`.
+    """Logits whose winners are those over all keys, by :meth:`AnsweringIndex.certified`.
 
-    ``text`` and ``cache`` ``[q, c]`` as :meth:`CacheModel.terms` gives them; ``keys`` ``[q]`` int64, how many of the
-    nearest keys settled each query, ``n`` where it took all. After exact search that is proof; after approximate search
-    it is evidence, and the winners agree with those over all keys as far as was looked.
+    ``text`` and ``cache`` ``[q, c]`` are those of :meth:`AnsweringIndex.terms`; ``keys`` ``[q]`` int64 is how many of
+    the nearest keys settled each query, ``n`` if it took all. After exact search the winners are proven; after
+    approximate search they agree with those over all keys as far as it looked.
     """
 
     text: Tensor

@@ -24,6 +24,19 @@ def test_each_wing_has_a_contract_of_its_own():
     assert held == wings | {"retrieval_tip"}
 
 
+def test_a_reference_in_a_docstring_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "made").mkdir()
+    text = (
+        'class Kind:\n  """As :func:`two.there`, :func:`two.gone`."""\n  def again(self):\n    """A :class:`Kind`."""\n'
+    )
+    (tmp_path / "made/one.py").write_text(text)
+    (tmp_path / "made/two.py").write_text("def there():\n    pass\n")
+    command = [sys.executable, ROOT / "docs/crossrefs.py", tmp_path / "made"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert [line.partition("not found: ")[2].split()[0] for line in done.stderr.splitlines()] == ["two.gone"]
+
+
 def test_the_method_needs_torch_only():
     others = "{'faiss', 'open_clip', 'pyarrow', 'duckdb'}"
     script = f"import sys, retrieval_tip.tip; print(sorted({others} & set(sys.modules)))"

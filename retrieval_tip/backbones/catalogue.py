@@ -47,7 +47,7 @@ _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion
 """Beginnings of tags, best first: trained the longest on the most of what is openly licensed."""
 
 NEAR, ALIKE = 8, 0.6
-"""Names that a message offers, and how alike they have to be, of 1 (:func:`difflib.get_close_matches`)."""
+"""Names that a message offers, and how alike they have to be, of 1 (``difflib.get_close_matches``)."""
 
 LARGEST_LIST = 200
 """Backbones of which the size is computed for a list: each takes a twentieth of a second."""

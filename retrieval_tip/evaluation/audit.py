@@ -56,8 +56,8 @@ def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
     Returns a table with the columns key_id, source, label, suggested, own_score, suggested_score, margin, rank (of its
     own label, 1 is the highest score), nearest_key_id, nearest_source, nearest_label, nearest_affinity (of the nearest
     key that is not hidden) and duplicate_of: the key id of the closest key of another class that it met and that has
-    the same digest or a cosine of at least :data:`NEAR`. Sorted by falling margin, then by key id. Raises UsageError
-    where ``k`` is below 1.
+    the same digest or a cosine of at least :data:`duplicates.NEAR`. Sorted by falling margin, then by key id. Raises
+    UsageError where ``k`` is below 1.
     """
     cache = unfitted(cache)
     n, c, device, met = cache.n, len(cache.class_names), cache.device, _keys_met(cache.n, k)

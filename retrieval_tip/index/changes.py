@@ -350,9 +350,9 @@ def import_index(
     alpha: float | None = None,
     beta: float | None = None,
 ) -> Model:
-    """Build an index from keys that another program made, as :func:`exchange.import_table` finds them.
+    """Build an index from keys that another program made, as :func:`imports.import_table` finds them.
 
-    The first arguments are that function's; ``norms`` as for :class:`features.Encoder`, the others as for
+    The first arguments are that function's; ``norms`` as for :class:`encoder.Encoder`, the others as for
     :func:`build.build_index`. Classes are in the order of ``text``, else in alphabetical order. Raises as these two.
     """
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:

@@ -116,7 +116,7 @@ class Store(Protocol):
         """The facts that ``index info`` prints."""
 
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """The answer of a SELECT over the label store (:func:`store.query`)."""
+        """The answer of a SELECT over the label store (:func:`folder.query`)."""
 
     def rollback(self, version: int | None = None) -> int:
         """Make an earlier version, by default the one before, the content of a new one; returns the current version."""

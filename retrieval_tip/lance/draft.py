@@ -59,7 +59,7 @@ class LanceDraft(LanceModel):
 
     @classmethod
     def changing(cls, writer: Writer) -> LanceDraft:
-        """The current version, to become the next one. Raises StoreError as :meth:`load`, or where there is none."""
+        """Open the current version, to become the next one. Raises as :meth:`LanceModel.load`, or if there is none."""
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # which says what to do
             raise StoreError(f"{writer.store}: is being made by another process; try again")
@@ -360,7 +360,7 @@ class LanceDraft(LanceModel):
     def commit(self, change: str) -> None:
         """Make this the current version of its store; ``change`` says in a few words what it is.
 
-        Raises as :meth:`classifier.Classifier.check_answers` and :meth:`versions.Writer.commit`.
+        Raises as :meth:`AnsweringIndex.check_answers` and :meth:`versions.Writer.commit`.
         """
         writer, prunes = self.writer, self.writer.prunes
         self.check_answers()

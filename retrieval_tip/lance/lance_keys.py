@@ -26,7 +26,7 @@ HELD_BYTES = 1 << 29
 PIECE = 1 << 26
 """Bytes of keys, as float32, that are read of some classes at a time."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
-"""Bytes of keys that are read for the sample of :meth:`LanceKeys.slack`, unless that has too few queries then."""
+"""Bytes of keys that are read for the sample of :meth:`KeyStream.slack`, unless that has too few queries then."""
 
 IntArray = npt.NDArray[np.int64]
 

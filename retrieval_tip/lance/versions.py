@@ -336,7 +336,7 @@ class LanceVersions:
         return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=table.unindexed())
 
     def query(self, sql: str, predictions: Any = None, timeout: float = TIMEOUT) -> pa.Table:
-        """The answer of a SELECT (:func:`store.query`); table ``labels`` is read into memory, without the keys."""
+        """The answer of a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without the keys."""
         manifest = self.manifest()
         table = self.table(manifest)
         tables = {"labels": table.read(table.label_columns), "versions": self.history()}

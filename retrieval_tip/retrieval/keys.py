@@ -456,7 +456,7 @@ class Keys(KeyStream):
         return self._kept_halved
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
-        """The dtype of products of ``q`` queries with all keys, as :attr:`precision` says; ``auto`` is measured once.
+        """The dtype of products of ``q`` queries with all keys, as ``precision`` says; ``auto`` is measured once.
 
         ``auto`` is float32, unless half precision is :data:`HALF_GAIN` times as fast on a block of these keys and the
         root mean square error of cache logits stays within :data:`HALF_ERROR` of them.

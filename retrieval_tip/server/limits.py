@@ -15,7 +15,7 @@ from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem, answer
 
 DEADLINE = "retrieval_tip.deadline"
-"""The entry in which a scope keeps its :class:`asyncio.Timeout`."""
+"""The entry in which a scope keeps its ``asyncio.Timeout``."""
 
 READ = "retrieval_tip.read"
 """The entry in which a scope says that the body has been read to its end."""

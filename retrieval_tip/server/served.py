@@ -91,7 +91,7 @@ class Version:
         return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
 
     def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
-        """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`CacheModel.classify`."""
+        """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`AnsweringIndex.classify`."""
         cache = self.cache.with_settings(self.settings(ask))
         if ask.logits:
             cache = cache.every_class()

@@ -333,7 +333,7 @@ class Service:
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
     ) -> tuple[int, list[dict[str, Any]]]:
-        """The number of keys that :meth:`CacheModel.find` finds, and a page of them; ``image``: there is a picture."""
+        """Count the keys of :meth:`AnsweringIndex.find`, and return a page of them; ``image``: there is a picture."""
 
         def call() -> tuple[int, list[dict[str, Any]]]:
             keys = version.cache.find(labels, source, key_ids)

@@ -300,7 +300,7 @@ def history(folder: Path) -> pa.Table:
 
 
 def query(folder: Path, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-    """The answer of a SELECT over the label store (:func:`sql.ask`): table ``labels`` and view ``class_counts``.
+    """The answer of a SELECT over the label store (:func:`query.ask`): table ``labels`` and view ``class_counts``.
 
     Further tables: ``versions`` (:func:`history`), ``curve`` of a fine-tuned index that has the loss curve of its
     training, a row an epoch, and ``predictions``, where a file of them is given (:func:`read_predictions`).

@@ -1,4 +1,4 @@
-"""The label store's tables: labels, what classify wrote beside them, and versions. :mod:`sql` asks them."""
+"""The label store's tables: labels, what classify wrote beside them, and versions. :mod:`store.query` asks them."""
 
 from __future__ import annotations
 
