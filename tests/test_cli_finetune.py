@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_cli import unit_rows, write_table
@@ -86,7 +87,7 @@ def test_python_does_what_the_command_does(run, place):
 
 
 def test_without_source_it_trains_on_the_table_that_the_index_was_built_from(run, place):
-    result = run("finetune", place / "index", "--out", place / "tuned", "--epochs", 2)
+    result = run("finetune", place / "index", "--out", place / "tuned", "--epochs", 2, "--keep-last")
     assert result.exit_code == 0, result.stderr
     keys, tuned = (CacheModel.load(place / name, device="cpu").keys for name in ("index", "tuned"))
     assert not np.array_equal(keys, tuned)
@@ -99,15 +100,18 @@ def test_without_source_it_trains_on_the_table_that_the_index_was_built_from(run
 
 @pytest.mark.parametrize("part", ["keys", "values"])
 def test_what_is_trained_is_what_moves(run, place, part):
-    result = tune(run, place, "--train", part, "--epochs", 2, "--settings", "own")
+    result = tune(run, place, "--train", part, "--epochs", 2, "--settings", "own", "--keep-last")
     assert result.exit_code == 0, result.stderr
     before, after = (CacheModel.load(place / name, device="cpu") for name in ("index", "tuned"))
     assert np.array_equal(before.keys, after.keys) == (part == "values")
     assert (after.values is None) == (part == "keys")
 
 
-def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place):
-    result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1)
+@pytest.mark.parametrize("fitted", [False, True])
+def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place, fitted):
+    if fitted:
+        fitted_index(run, place)
+    result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1, "--keep-last")
     assert result.exit_code == 0, result.stderr
     cache = CacheModel.load(place / "tuned", device="cpu")
     assert (cache.settings.alpha, cache.settings.beta) == (3, 2)
@@ -115,7 +119,7 @@ def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place
 
 def test_the_same_seed_gives_the_same_keys_and_another_others(run, place):
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert tune(run, place, "--seed", seed, "--epochs", 2, "--batch", 16, out=out).exit_code == 0
+        assert tune(run, place, "--seed", seed, "--epochs", 2, "--batch", 16, "--keep-last", out=out).exit_code == 0
     a, b, c = (CacheModel.load(place / name, device="cpu").keys for name in "abc")
     assert np.array_equal(a, b)
     assert not np.array_equal(a, c)
@@ -164,33 +168,119 @@ def test_validation_of_another_backbone_or_length_is_refused(run, place):
 def test_what_was_interrupted_goes_on_only_when_asked(run, place, monkeypatch):
     from retrieval_tip.fit import finetune
 
-    assert tune(run, place, "--epochs", 4, "--batch", 16, out="whole").exit_code == 0
+    how = ("--batch", 16, "--keep-last", "--json")
+    unbroken = tune(run, place, "--epochs", 4, *how, out="whole")
+    assert unbroken.exit_code == 0
     epochs = []
     step = finetune._Run._one_epoch
 
     def dies_after_two(self, bar):
-        if len(epochs) == 2:
-            raise KeyboardInterrupt
-        epochs.append(1)
+        if len(self.material.ids) == 120:  # not where a quarter of the shots is held out
+            if len(epochs) == 2:
+                raise KeyboardInterrupt
+            epochs.append(1)
         step(self, bar)
 
     monkeypatch.setattr(finetune._Run, "_one_epoch", dies_after_two)
-    monkeypatch.setattr(
-        finetune.finetune, "__kwdefaults__", finetune.finetune.__kwdefaults__ | {"checkpoint_seconds": 0.0}
-    )
-    interrupted = tune(run, place, "--epochs", 4, "--batch", 16)
-    assert (interrupted.exit_code, interrupted.stderr.count("\n")) == (130, 1)
-    assert "--resume" in interrupted.stderr
+    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", 0.0)
+    interrupted = tune(run, place, "--epochs", 4, *how)
+    assert interrupted.exit_code == 130
+    assert "--resume" in interrupted.stderr.splitlines()[-1]
     assert checkpoint.read(place / "tuned.checkpoint")[1]["epoch"] == 2
     monkeypatch.setattr(finetune._Run, "_one_epoch", step)
-    refused = tune(run, place, "--epochs", 5, "--batch", 16, "--resume")
+    refused = tune(run, place, "--epochs", 5, *how, "--resume")
     assert refused.exit_code == 2
     assert "of a run with another epochs" in refused.stderr
-    resumed = tune(run, place, "--epochs", 4, "--batch", 16, "--resume")
+    resumed = tune(run, place, "--epochs", 4, *how, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
+    both = [json.loads(result.stdout) | {"seconds": 0} for result in (unbroken, resumed)]
+    assert both[0] == both[1]  # the comparison before the training is remembered, too
+    assert both[0]["n"] == 60
     whole, tuned = (CacheModel.load(place / name, device="cpu").keys for name in ("whole", "tuned"))
     assert np.array_equal(whole, tuned)
     assert not (place / "tuned.checkpoint").exists()
+
+
+def fitted_index(run, place):
+    """The index of the same shots, fitted in closed form."""
+    text = ("--text", place / "text.parquet", "--logit-scale", 10)
+    assert run("index", "build", place / "train.parquet", *text, "--out", place / "index").exit_code == 0
+    return CacheModel.load(place / "index", device="cpu")
+
+
+def accuracy(cache, source):
+    return (cache.logits(Encoder().encode(source).features).argmax(1).numpy() == cache.ids_of(source)).mean()
+
+
+def test_training_that_does_not_help_is_not_kept_unless_asked(run, place):
+    """The index is written as it was: its fit and its answers are the same."""
+    index = fitted_index(run, place)
+    worse = ("--epochs", 3, "--lr", 1, "--batch", 8, "--json")
+    result = tune(run, place, *worse)
+    assert result.exit_code == 0, result.stderr
+    assert "closed-form fit" in result.stderr.splitlines()[0]
+    said = json.loads(result.stdout)
+    assert said["kept"] == "as it was"
+    assert said["after"] <= said["before"]
+    assert (said["epoch"], said["train_accuracy"]) == (None, None)
+    kept, test = verify(place / "tuned"), open_source(place / "test.parquet")
+    assert (kept.settings, kept.fitted, kept.curve) == (index.settings, index.fitted, None)
+    features = Encoder().encode(test).features
+    np.testing.assert_allclose(kept.logits(features), index.logits(features), rtol=1e-5)
+    last = json.loads(tune(run, place, *worse, "--keep-last", out="last").stdout)
+    assert last["kept"] == "trained"
+    assert {name: last[name] for name in ("before", "after", "n")} == {
+        name: said[name] for name in ("before", "after", "n")
+    }
+    assert verify(place / "last").curve is not None
+    assert verify(place / "last").provenance["finetune"]["held_out"]["after"] == said["after"]
+
+
+def test_what_is_printed_was_never_trained_on(run, place):
+    """Labels that are drawn can be learnt by heart, and say nothing about other shots."""
+    rows = pq.read_table(place / "views.parquet")
+    names = sorted(set(rows["id"].to_pylist()))
+    drawn = dict(zip(names, np.random.default_rng(0).choice(NAMES, len(names)).tolist(), strict=True))
+    for name in ("train", "views"):
+        table = pq.read_table(place / f"{name}.parquet")
+        column = pa.array([drawn[one] for one in table["id"].to_pylist()])
+        pq.write_table(
+            table.set_column(table.schema.get_field_index("label"), "label", column), place / f"{name}.parquet"
+        )
+    fitted_index(run, place)
+    said = json.loads(tune(run, place, "--epochs", 20, "--lr", 0.01, "--batch", 8, "--keep-last", "--json").stdout)
+    assert said["train_accuracy"] > 0.9
+    assert max(said["before"], said["after"]) < 0.5
+    assert said["n"] == 60
+
+
+def test_validation_images_judge_the_index_before_and_after(run, place):
+    index, val = fitted_index(run, place), open_source(place / "val.parquet")
+    val = val.take(validation_shots(index, val))
+    how = ("--val", place / "val.parquet", "--epochs", 3, "--batch", 16, "--json", "--keep-last")
+    said = json.loads(tune(run, place, *how).stdout)
+    assert (said["before"], said["n"]) == (pytest.approx(accuracy(index, val)), len(val))
+    assert said["after"] == pytest.approx(accuracy(CacheModel.load(place / "tuned", device="cpu"), val))
+
+
+def test_training_that_helps_is_kept(run, place):
+    """Of an index whose settings are poor."""
+    assert run("index", "set", place / "index", "--alpha", 0.001).exit_code == 0
+    said = json.loads(tune(run, place, "--epochs", 20, "--batch", 16, "--alpha", 5, "--json").stdout)
+    assert (said["kept"], said["alpha"]) == ("trained", 5)
+    assert said["after"] > said["before"]
+
+
+def test_of_one_photograph_a_class_nothing_is_held_out_and_it_says_so(run, place):
+    table = pq.read_table(place / "train.parquet")
+    first = sorted({label: i for i, label in enumerate(table["label"].to_pylist())}.values())
+    pq.write_table(table.take(first), place / "train.parquet")
+    fitted_index(run, place)
+    result = tune(run, place, "--epochs", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["kept"], said["before"], said["after"], said["n"]) == ("trained", None, None, None)
+    assert "--val" in result.stderr
 
 
 def test_a_checkpoint_that_is_none_is_named(run, place):

@@ -776,6 +776,24 @@ def test_encoders_are_trained_kept_and_found_again(
     assert tuned.curve.to_pylist()[tuned.epoch]["val_loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
+@pytest.mark.parametrize("train", [("keys",), ("keys", "visual", "text")])
+def test_holding_shots_out_first_changes_nothing_in_the_training(
+    train: tuple[str, ...], model: Any, pictures: Path, image_index: CacheModel, tmp_path: Path
+) -> None:
+    source, encoder = open_source(pictures / "train"), Encoder(model)
+    recipe = Recipe(train=train, views=2 if train == ("keys",) else None, batch=5, epochs=2, lr=0.5)
+    plain = finetune.finetune(image_index, source, encoder, recipe)
+    tuned = finetune.finetune_into(tmp_path / "tuned", image_index, source, encoder, recipe, keep_last=True)
+    assert np.array_equal(tuned.cache.keys, plain.cache.keys)
+    assert all(torch.equal(tensor, plain.encoders[name]) for name, tensor in tuned.encoders.items())
+    assert tuned.encoders.keys() == plain.encoders.keys()
+    compared = tuned.compared
+    assert compared is not None
+    assert compared.n == (len(source) if train == ("keys",) else len(source) // 4)  # one quarter where it takes long
+    assert 0 <= compared.before <= 1
+    assert 0 <= compared.after <= 1
+
+
 def test_validation_images_are_one_view_whatever_the_encoder_is_set_to(
     model: Any, pictures: Path, image_index: CacheModel
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import click
 
 from retrieval_tip.cli.messages import finish, print_facts, say, warn
 from retrieval_tip.cli.on_ray import encoding_views, ray_of
-from retrieval_tip.cli.opening import Origin, checked, encoder_for, index_with, source_of, validation
+from retrieval_tip.cli.opening import Origin, checked, encoder_for, source_of, validation
 from retrieval_tip.cli.options import (
     BACKBONE,
     ENCODING,
@@ -24,7 +24,6 @@ from retrieval_tip.cli.options import (
     READING,
     ROOT,
     SCALES,
-    AnswerOptions,
     EncodingOptions,
     EngineOptions,
     ReadingOptions,
@@ -205,11 +204,12 @@ class TrainingOptions:
         fresh = self.views or (encoders and not self.views_cache)
         if on_ray and fresh:
             raise UsageError("--engine ray encodes the views once, before the training: give --views-cache M")
-        own = self.settings == "own" or self.alpha is not None or self.beta is not None
         return Recipe(
             train=tuple(dict.fromkeys(self.train)),
             views=None if fresh else self.views_cache or VIEWS,
-            settings="own" if own else "tried",
+            settings=self.settings,
+            alpha=self.alpha,
+            beta=self.beta,
             epochs=self.epochs,
             batch=self.batch,
             lr=self.lr,
@@ -259,6 +259,7 @@ _TRAINING = grouped(
 @click.option("--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4)]")
 @_TRAINING
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run (its state is OUT.checkpoint).")
+@click.option("--keep-last", is_flag=True, help="Write the trained index even if it is less accurate than before.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for loss and accuracy by epoch (needs matplotlib).")
 @JSON
 @ENGINE
@@ -275,6 +276,7 @@ def finetune_command(
     val_shots: KeysMet,
     training: TrainingOptions,
     resume: bool,
+    keep_last: bool,
     plot: Path | None,
     as_json: bool,
     engine: EngineOptions,
@@ -283,8 +285,9 @@ def finetune_command(
 ) -> None:
     """Fine-tune an index on its shots (Tip-Adapter-F) into another index folder.
 
-    Trained are its keys, or what --train says, by AdamW on augmented views of the shots. With --val the epoch is chosen
-    on it, and alpha, beta and k are searched again. What was interrupted goes on with --resume, to the same result.
+    Trains the keys, or what --train names, with AdamW on augmented views of the shots. Held-out shots, or --val, judge
+    the index before and after, and the better one is written. --val also chooses the epoch, and then alpha, beta and k.
+    --resume continues an interrupted training, with an identical result.
     """
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
     from retrieval_tip.report import plots
@@ -293,15 +296,17 @@ def finetune_command(
     if plot:
         plots.needs_matplotlib()
     recipe = training.recipe(ray is not None)
-    own = AnswerOptions(alpha=training.alpha, beta=training.beta)
-    cache = index_with(folder, own, replace(encoding, precision="float32"))
+    cache = checked(folder, encoding.device)
     shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
     unseen = None if val is None else validation(cache, val, reading.root, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
     with encoder_for(ctx, cache, sources, encoding) as encoder, _to_be_resumed(checkpoint_of(out)):
         if ray is not None:
             encoder = encoding_views(encoder, cache, encoding, ray)
-        tuned = finetune_into(out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume)
+        say("The closed-form fit of index build is usually more accurate; held-out images decide which index is kept.")
+        tuned = finetune_into(
+            out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume, keep_last=keep_last
+        )
     if plot:
         plots.write(lambda: plots.draw_training(tuned.curve, tuned.epoch, "Fine-tuning"), plot, show(out.name))
     warn(tuned.choice.warnings if tuned.choice else ())

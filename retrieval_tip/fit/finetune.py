@@ -6,6 +6,7 @@ follows from the seed and the epoch, so that an interrupted run goes on as if it
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -38,13 +39,13 @@ from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError, show
 from retrieval_tip.files import make_folders
 from retrieval_tip.fit import checkpoint as checkpoints
-from retrieval_tip.fit import search_hp
+from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.adamw import cosine
-from retrieval_tip.fit.closed_form import unfitted
 from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
 from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.store.folder import check_name
+from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ TRIAL = 0.25
 
 COLLAPSE = 0.5
 """An epoch that is right on less than this part of its queries, compared with the best one so far, is a collapse."""
+
+HELD_OUT, FOLDS = 1000, 4
+"""Shots that judge a training without validation images, at most, and the folds in which they are held out."""
 
 CURVE = pa.schema(
     [
@@ -75,13 +79,36 @@ CURVE = pa.schema(
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Accuracies of an index ``before`` and ``after`` a training, in ``[0, 1]``, on ``n`` images of ``source``.
+
+    Before it, the index answers by its own fit and settings. Neither has seen the images.
+    """
+
+    before: float
+    after: float
+    n: int
+    source: str
+
+    @property
+    def helps(self) -> bool:
+        """Whether the trained index is right more often."""
+        return self.after > self.before
+
+    def __str__(self) -> str:
+        figures = f"{100 * self.before:.1f} % before training, {100 * self.after:.1f} % after it"
+        return f"held-out accuracy: {figures} (n={self.n}, {self.source})"
+
+
+@dataclass(frozen=True)
 class Tuned:
-    """What came of a fine-tuning.
+    """The result of a fine-tuning.
 
     ``cache`` is the new index, not yet on disk (:meth:`save`). ``epoch`` was kept (0: no training was better) of those
     in ``curve`` (columns of :data:`CURVE`). ``collapsed`` says how training fell apart, where it did; ``choice`` is the
     search for alpha, beta and k afterwards (``None`` without validation images). ``backbone`` has trained encoders in
-    place, and ``encoders`` their tensors by name.
+    place, and ``encoders`` their tensors by name. ``record`` describes the run. :func:`finetune_into` adds ``compared``
+    (``None`` where nothing could be held out) and ``as_it_was``: ``cache`` is then a copy of the index that was given.
     """
 
     cache: CacheModel
@@ -91,6 +118,9 @@ class Tuned:
     choice: search_hp.Choice | None
     backbone: Any
     encoders: dict[str, Tensor]
+    record: dict[str, Any]
+    compared: Comparison | None = None
+    as_it_was: bool = False
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index folder, trained encoders included. Raises as :meth:`CacheModel.save`."""
@@ -98,16 +128,19 @@ class Tuned:
             if self.encoders:
                 self.cache.tuned = Path(place) / "encoders.safetensors"
                 write_tuned(self.cache.tuned, self.encoders)
-            self.cache.save(folder, "finetune")
+            self.cache.save(folder, "copy, for finetune did not help" if self.as_it_was else "finetune")
 
     def facts(self) -> dict[str, Any]:
-        """The figures that the command line prints; what was not measured is ``None``."""
-        kept, record = self.curve.to_pylist()[self.epoch], self.cache.provenance["finetune"]
-        facts: dict[str, Any] = {"version": self.cache.version, "trained": record["train"], "epoch": self.epoch}
-        facts |= {name: None if math.isnan(kept[name]) else kept[name] for name in ("loss", "accuracy")}
-        facts |= {"val_accuracy": self.choice.accuracy if self.choice else None}
+        """Return the figures that the command line prints; ``None`` where nothing was measured."""
+        compared, kept = self.compared, None if self.as_it_was else self.epoch
+        facts: dict[str, Any] = {"version": self.cache.version, "kept": "as it was" if kept is None else "trained"}
+        facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
+        facts |= {"trained": self.record["train"], "epoch": kept}
+        for name in ("loss", "accuracy"):
+            value = math.nan if kept is None else self.curve[name][kept].as_py()
+            facts[f"train_{name}"] = None if math.isnan(value) else value
         facts |= {name: self.cache.settings.shown()[name] for name in ("alpha", "beta", "k")}
-        return facts | {"collapsed": self.collapsed, "seconds": record["seconds"]}
+        return facts | {"collapsed": self.collapsed, "seconds": self.record["seconds"]}
 
 
 def checkpoint_of(out: str | os.PathLike[str]) -> Path:
@@ -125,18 +158,43 @@ def finetune_into(
     val: Source | search_hp.Queries | None = None,
     parent: str = "",
     resume: bool = False,
+    keep_last: bool = False,
 ) -> Tuned:
-    """Fine-tune, as :func:`finetune`, into the index folder ``out``, with a checkpoint beside it until it is there.
+    """Fine-tune as :func:`finetune` does, and write the better index into the folder ``out``: trained, or as it was.
 
-    Raises as that, and as :meth:`Tuned.save`: StoreError for a name that no index folder can have.
+    Both answer ``val``, or else shots that are held out (:func:`_compared`). Where those say that training does not
+    help, it ends there. ``keep_last`` writes the trained index anyway. A checkpoint lies beside ``out`` until the index
+    is there; it remembers the comparison.
+
+    Raises as :func:`finetune`, and as :meth:`Tuned.save`: StoreError for a name that no index folder can have.
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
-    checkpoint = checkpoint_of(out)
-    tuned = finetune(cache, shots, encoder, recipe, val=val, parent=parent, checkpoint=checkpoint, resume=resume)
+    recipe, place = recipe or Recipe(), checkpoint_of(out)
+    held = _held(place, resume) if place.exists() else None
+    plain = _untrained(cache, recipe)
+    material = _Material.of(plain, shots, encoder, recipe, val)
+    val, tuned, compared = material.queries, None, None
+    if val is None and held is None:
+        compared, tuned = _compared(cache, material, encoder, recipe)
+    elif held is not None:
+        compared = _comparison(held[1].get("compared"))
+    if tuned is None or compared is None or compared.helps or keep_last:
+        tuned = _trained(plain, material, recipe, parent, place, held, compared=compared)
+    if val is not None and tuned.choice is not None:
+        compared = Comparison(_right(cache, val) / len(val.ids), tuned.choice.accuracy, len(val.ids), val.name)
+    if tuned.collapsed is not None:
+        _report(tuned)
+    if compared is None:
+        log.warning("no class has two photos, so none could be held out to judge the training; give --val")
+    elif compared.helps or keep_last:
+        tuned.record["held_out"] = asdict(compared)
+    else:
+        log.warning("%s; training does not help, so %s is a copy of the index", compared, show(out))
+        tuned = replace(tuned, cache=copy.copy(cache), choice=None, encoders={}, as_it_was=True)
     tuned.save(out)
-    checkpoint.unlink(missing_ok=True)
-    return tuned
+    place.unlink(missing_ok=True)
+    return replace(tuned, compared=compared)
 
 
 def finetune(
@@ -181,8 +239,35 @@ def finetune(
     """
     place = None if checkpoint is None else Path(checkpoint)
     held = None if place is None or not place.exists() else _held(place, resume)
-    recipe, cache = recipe or Recipe(), unfitted(cache.whole())
+    recipe = recipe or Recipe()
+    cache = _untrained(cache, recipe)
     material = _Material.of(cache, shots, encoder, recipe, val)
+    tuned = _trained(cache, material, recipe, parent, place, held, checkpoint_seconds, on_epoch)
+    _report(tuned)
+    return tuned
+
+
+def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
+    """Return the index that training starts from: Tip-Adapter over the same keys, with the recipe's alpha and beta."""
+    plain = closed_form.unfitted(cache.whole())
+    return plain.with_settings(plain.settings.but(alpha=recipe.alpha, beta=recipe.beta))
+
+
+def _trained(
+    cache: CacheModel,
+    material: _Material,
+    recipe: Recipe,
+    parent: str = "",
+    place: Path | None = None,
+    held: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    checkpoint_seconds: float | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    compared: Comparison | None = None,
+) -> Tuned:
+    """Train what :func:`_untrained` gives. ``held`` is the checkpoint at ``place`` to go on from.
+
+    Other arguments and errors are those of :func:`finetune`.
+    """
     if cache.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
         met, held_bytes = (cache.n, 4) if recipe.train_k is None else (min(recipe.train_k, cache.n), 24)
@@ -196,14 +281,62 @@ def finetune(
     with _repeatable(cache.device):
         alpha, beta = facts["settings"] if facts else _settings(cache, material, recipe)
         run = _Run(cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), material, recipe, told, on_epoch)
+        run.compared = compared
         if place is not None and held is not None:
             try:
                 run.restore(*held)
             except (LookupError, RuntimeError, TypeError, ValueError, BackboneError) as error:  # tensors
                 raise checkpoints.unfit(place, error) from None
-        run.train(place, checkpoint_seconds)
-    run.report()
+        run.train(place, CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds)
     return run.result(parent)
+
+
+def _report(tuned: Tuned) -> None:
+    """Warn of a training that collapsed or did not help."""
+    if tuned.collapsed is not None:
+        log.warning("training collapsed: %s; epoch %d is kept", tuned.collapsed, tuned.epoch)
+    elif tuned.epoch == 0:
+        log.warning("no epoch does better on the validation images than no training; the index stays as it was")
+
+
+def _compared(
+    cache: CacheModel, material: _Material, encoder: Encoder, recipe: Recipe
+) -> tuple[Comparison | None, Tuned | None]:
+    """Compare an index with its trained self on shots that are held out from both; return the last training, too.
+
+    A quarter of each class is held out at a time, with its views, until :data:`HELD_OUT` shots are judged; only one
+    quarter where an encoder is trained. The index is fitted anew, and trained, on the rest. Nothing is returned where
+    no class has two photos.
+    """
+    whole = cache.whole()
+    images, c = images_of(whole.labels), len(whole.class_names)
+    folds = closed_form.Folds.of_shots(whole.keys, whole.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
+    sources = np.array(whole.labels["source"].to_pylist(), dtype=object)
+    visual, encoders = "visual" in recipe.train, not set(PARTS).isdisjoint(recipe.train)
+    right, n, seconds, tuned = [0, 0], 0, 0.0, None
+    for held in folds.held[:1] if encoders else folds.held:
+        rest = whole.take(held.rows.numpy())
+        own, others = material.split(set(np.delete(sources, held.rows.numpy())), rest, encoder, recipe)
+        if not len(own.shots) or not len(others):
+            continue
+        tuned = _trained(_untrained(rest, recipe), own, recipe)
+        if whole.fitted is not None and whole.curve is None:
+            closed_form.fit(rest, metric=whole.fitted.metric, values=whole.fitted.values)
+        queries = search_hp.unseen(whole, held.features.numpy(), held.ids.numpy(), "its own shots")
+        for i, (model, encoder_) in enumerate(((rest, encoder), (tuned.cache, own.encoder))):
+            if visual:
+                queries = search_hp.on_validation(whole, others, replace(encoder_, views=1))
+            right[i] += _right(model, queries)
+        n, seconds = n + len(queries.ids), seconds + tuned.record["seconds"]
+    if tuned is None:
+        return None, None
+    tuned.record["seconds"] = round(seconds, 3)
+    return Comparison(right[0] / n, right[1] / n, n, "its own shots, held out"), tuned
+
+
+def _right(cache: CacheModel, queries: search_hp.Queries) -> int:
+    """Return how many queries an index answers right."""
+    return int((cache.logits(queries.features).argmax(1).cpu().numpy() == queries.ids).sum())
 
 
 def _held(place: Path, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -291,6 +424,20 @@ class _Material:
                 raise UsageError("val: features are those of the untrained encoder; give the images")
         return cls(encoder, backbone, shots, cache.ids_of(shots), views, images, queries)
 
+    def split(self, names: set[str], cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[_Material, Source]:
+        """Return the same without the shots of these sources, with a backbone of its own to train; and those shots."""
+        out = np.array([name in names for name in self.shots.sources], dtype=bool)
+        encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
+        views = self.views
+        if views is not None:
+            left, counts = ~out[views.positions], np.diff(views.starts)
+            features = views.features[np.repeat(left, counts)]
+            starts = np.concatenate([[0], np.cumsum(counts[left])])
+            views = Views((np.cumsum(~out) - 1)[views.positions[left]], features, starts)
+        shots = self.shots.take(np.flatnonzero(~out))
+        own = replace(self, encoder=encoder, backbone=backbone, shots=shots, ids=self.ids[~out], views=views)
+        return own, self.shots.take(np.flatnonzero(out))
+
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Queries (pixels where visual is trained) and class ids: each shot once, in one of its views."""
         random = np.random.default_rng((recipe.seed, epoch))
@@ -337,6 +484,7 @@ class _Run:
         self.untrained = self.trainer.trained()
         self.kept_epoch, self.kept = 0, self.untrained
         self.collapsed: str | None = None
+        self.compared: Comparison | None = None
 
     def train(self, checkpoint: Path | None, checkpoint_seconds: float) -> None:
         """Epoch after epoch, keeping the best; see :meth:`_is_kept`."""
@@ -362,13 +510,6 @@ class _Run:
                     self._write(checkpoint)
                     written = time.monotonic()
         self._settle()
-
-    def report(self) -> None:
-        """Say what the user should know."""
-        if self.collapsed is not None:
-            log.warning("training collapsed: %s; epoch %d is kept", self.collapsed, self.kept_epoch)
-        elif self.kept_epoch == 0:
-            log.warning("no epoch does better on the validation images than no training; the index stays as it was")
 
     @property
     def steps(self) -> int:
@@ -440,6 +581,7 @@ class _Run:
         tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
         facts = {name: getattr(self, name) for name in ("epoch", "seconds", "curve", "kept_epoch", "collapsed")}
         facts |= {"settings": [self.cache.settings.alpha, self.cache.settings.beta], "precision": self.recipe.precision}
+        facts |= {"compared": self.compared and asdict(self.compared)}
         checkpoints.write(path, tensors, facts | {"told": self.told})
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -464,7 +606,7 @@ class _Run:
         trainer, backbone = self.trainer, self.trainer.backbone
         trainer.restore(self.kept)
         keys = trainer.keys.cpu().numpy().astype(self.cache.keys.dtype)
-        encoders = trainer.encoders()
+        encoders, record = trainer.encoders(), self._facts(parent)
         kept = {name: value for name, value in self.cache.provenance.items() if name != "temperature"}
         cache = replace(
             self.cache,
@@ -481,7 +623,7 @@ class _Run:
             text_index=None,
             settings=replace(self.cache.settings, temperature=1.0),
             backbone=backbone.identity if encoders and backbone is not None else self.cache.backbone,
-            provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": self._facts(parent)},
+            provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},
             curve=pa.Table.from_pylist(self.curve, schema=CURVE),
             version=None,
         )
@@ -492,7 +634,8 @@ class _Run:
             settings = (cache.settings.alpha, cache.settings.beta)
             choice = search_hp.search(cache, self.material.queries, cautious=True, kept=settings)
             search_hp.apply(cache, choice)
-        return Tuned(cache, self.kept_epoch, cast(pa.Table, cache.curve), self.collapsed, choice, backbone, encoders)
+        curve = cast(pa.Table, cache.curve)
+        return Tuned(cache, self.kept_epoch, curve, self.collapsed, choice, backbone, encoders, record)
 
     def _facts(self, parent: str) -> dict[str, Any]:
         queries = self.material.queries
@@ -542,11 +685,21 @@ def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "collapsed": isinstance(facts.get("collapsed"), str | None),
         "settings": isinstance(settings, list) and len(settings) == 2 and all(map(_is_amount, settings)),
         "precision": facts.get("precision") in ("float32", "bfloat16"),
+        "compared": facts.get("compared") is None or _comparison(facts["compared"]) is not None,
         "curve": isinstance(curve, list) and len(curve) - 1 == epoch and all(map(_is_row, curve, range(len(curve)))),
     }
     if wrong := [name for name, fits in possible.items() if not fits]:
         raise checkpoints.unfit(place, ValueError(f"{wrong[0]} is none that it writes"))
     return tensors, facts
+
+
+def _comparison(value: Any) -> Comparison | None:
+    """Read a comparison from a value of JSON; ``None`` where it is none."""
+    if not isinstance(value, dict) or value.keys() != {"before", "after", "n", "source"}:
+        return None
+    before, after, n, source = (value[name] for name in ("before", "after", "n", "source"))
+    fits = all(_is_amount(share, 1.0) and share <= 1 for share in (before, after)) and type(n) is int and n > 0
+    return Comparison(before, after, n, source) if fits and isinstance(source, str) else None
 
 
 def _is_row(row: Any, epoch: int) -> bool:
@@ -568,7 +721,8 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
     own = (cache.settings.alpha, cache.settings.beta)
     statistics = measure(cache.keys, cache.class_ids.cpu().numpy())
     trains_encoder = any(part in recipe.train for part in PARTS)
-    if recipe.settings == "own" or material.queries is None or statistics is None or trains_encoder:
+    given = recipe.alpha is not None or recipe.beta is not None
+    if recipe.settings == "own" or given or material.queries is None or statistics is None or trains_encoder:
         return own
     beta = FLATTER / statistics.std
     alpha = _fitting_alpha(cache.with_settings(cache.settings.but(beta=beta)), material.queries)

@@ -63,6 +63,7 @@ class Recipe:
     - ``settings``: alpha and beta to train with. ``own``: the index's. ``tried``: the best on the validation
       images, where there are some, of the index's and a few flatter ones, each tried for a quarter of the epochs: what
       classifies well need not teach well, as a sharp exponential leaves little gradient. Encoders always take ``own``.
+    - ``alpha``, ``beta``: to train with, in place of the index's; either implies ``own``
 
     Raises UsageError naming what cannot be.
     """
@@ -78,6 +79,8 @@ class Recipe:
     precision: str = "auto"
     seed: int = 1
     settings: str = "tried"
+    alpha: float | None = None
+    beta: float | None = None
 
     def __post_init__(self) -> None:
         if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAIN):
