@@ -534,14 +534,40 @@ class CacheModel(InMemory):
     def rename(self, old: str, new: str) -> None:
         """Give a class another name; its keys and text weight stay. On disk after :meth:`save`, without the keys.
 
-        Raises InputError where there is no class ``old``, or ``new`` is one already or no name; then nothing was
-        changed.
+        If ``new`` is a class already, the two become one: the keys join those of ``new``, whose text weight stays, and
+        the ids of later classes move down by one. Raises InputError, and changes nothing, if there is no class ``old``
+        or ``new`` cannot be a name.
         """
-        class_id, self.class_names = inputs.renamed(self.class_names, old, new)
+        class_id, names = inputs.renamed(self.class_names, old, new)
+        if len(names) < len(self.class_names):
+            self._merge(class_id, new, names)
+            return
+        self.class_names = names
         own = pc.equal(self.labels["class_id"], class_id)
         column = pc.if_else(own, new, self.labels["label"])
         self.labels = self.labels.set_column(self.labels.column_names.index("label"), "label", column)
         self._stored = None if self._stored is None else replace(self._stored, named=False)
+        self._follow()
+
+    def _merge(self, class_id: int, into: str, names: list[str]) -> None:
+        """Give the keys of a class to the class ``into``, and drop it; ``names`` are those of the other classes."""
+        if self.values is not None:  # what keys give to the two adds up; solved values are linear in their targets
+            self.values = self.values.clone()
+            self.values[:, self.class_names.index(into)] += self.values[:, class_id]
+        self.relabel(self.find([self.class_names[class_id]])["key_id"].to_pylist(), into)
+        kept = np.delete(np.arange(len(self.class_names)), class_id)
+        self.class_names, self.text_weights = names, self.text_weights[kept]
+        self.values = None if self.values is None else self.values[:, kept]
+        self.sums = None if self.sums is None else self.sums.without(class_id)
+        ids = self.labels["class_id"].to_numpy()
+        moved = pa.array(ids - (ids > class_id), self.labels.schema.field("class_id").type)
+        self.labels = self.labels.set_column(self.labels.column_names.index("class_id"), "class_id", moved)
+        self._stored = None if self._stored is None else replace(self._stored, named=False)
+        first = segments_of(self.met)[0]
+        if self.index.by_class:
+            self.index = self._index_over(first, self._labelled.class_ids[: len(first)])
+        if self.text_index is not None:
+            self.text_index = text_index_over(self.text_weights.cpu().numpy(), self.index.factory, self.device)
         self._follow()
 
     def compact(self, factory: str | None = None, dtype: str | None = None) -> None:

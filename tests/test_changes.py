@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -321,6 +322,27 @@ def test_new_classes_of_a_feature_table_get_their_text_from_a_table(run: Any, in
     np.testing.assert_allclose(cache.text_weights[2:], weights[[2, 1]], atol=1e-6)
 
 
+def test_labels_are_exact_and_another_spelling_is_warned_of(run: Any, index: Path, tmp_path: Path) -> None:
+    more = write_table(tmp_path / "more.parquet", unit_rows(3, D, 4), ["CAT", "cat", "the owl"])
+    refused(run("index", "add", index, more), 1, "'CAT'", "'cat'")  # which has no words yet
+    text = write_table(tmp_path / "new.parquet", unit_rows(2, D, 5), ["CAT", "the owl"])
+    done = run("index", "add", index, more, "--text", text)
+    assert done.stdout == f"{index}: version 2, 3 keys added, 2 new classes: CAT, the owl\n"
+    (warning,) = done.stderr.splitlines()
+    command = f"retrieval-tip index rename {index} CAT cat"
+    assert "'CAT'" in warning
+    assert "'cat'" in warning
+    assert warning.endswith(command)
+    assert run(*shlex.split(command)[1:]).stdout == f"{index}: version 3, merged CAT into cat (1 key)\n"
+    assert opened(index).class_names == ["cat", "dog", "the owl"]
+    assert labels_of(index)[6] == "cat"
+    other = CacheModel.from_features(
+        unit_rows(2, D, 6), ["The_Owl", "dog"], ["The_Owl", "dog"], text_weights=unit_rows(2, D)
+    )
+    other.save(tmp_path / "other")
+    assert changes.merge(index, tmp_path / "other").alike == {"The_Owl": "the owl"}
+
+
 def test_an_index_without_text_needs_none_for_new_classes(run: Any, table: Path, tmp_path: Path) -> None:
     assert run("index", "build", "--fit", "none", table, "--out", tmp_path / "i").exit_code == 0
     more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["owl"])
@@ -637,7 +659,7 @@ def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> 
 def test_a_class_gets_another_name_and_everything_else_stays(run: Any, parted: Path) -> None:
     before, files, segments = opened(parted), data_files(parted), store.read_manifest(parted).segments
     done = run("index", "rename", parted, "dog", "a wolf")
-    assert done.stdout == f"{parted}: version 3, dog is a wolf, of 4 keys\n"
+    assert done.stdout == f"{parted}: version 3, renamed dog to a wolf (4 keys)\n"
     cache = verify(parted)
     assert cache.class_names == ["cat", "a wolf"]
     assert labels_of(parted) == {i: "a wolf" if i in (1, 3, 5, 6) else "cat" for i in range(8)}
@@ -653,6 +675,47 @@ def test_a_class_gets_another_name_and_everything_else_stays(run: Any, parted: P
     assert opened(parted).class_names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize(
+    ("factory", "fitted"), [("Flat", {"fit": "none"}), ("Classes", {"fit": "none"}), ("Flat", {"values": "solved"})]
+)
+def test_renaming_a_class_to_another_merges_the_two(tmp_path: Path, factory: str, fitted: dict[str, str]) -> None:
+    """The result answers as an index that is built with the merged labels."""
+    keys, labels = unit_rows(40, D), [f"{'abcd'[i % 4]}" for i in range(40)]
+    text = write_table(tmp_path / "text.parquet", unit_rows(4, D, 1), ["a", "b", "c", "d"])
+    rows = [range(36), range(36, 40)]
+    parts = [
+        write_table(tmp_path / f"{i}.parquet", keys[part], [labels[j] for j in part]) for i, part in enumerate(rows)
+    ]
+    source, place = open_source(parts[0]), tmp_path / "index"
+    build_index(source, place, Encoder(), text=text, index=factory, device="cpu", **fitted)
+    before = opened(place)
+    changes.add(place, open_source(parts[1]), Encoder())
+    renamed = changes.rename(place, "b", "d")
+    assert (renamed.merged, len(renamed.key_ids)) == (True, 10)
+    cache = verify(place)
+    assert cache.class_names == ["a", "c", "d"]
+    assert cache.counts == [10, 10, 20]
+    np.testing.assert_array_equal(cache.text_weights, before.text_weights[[0, 2, 3]])
+    merged = [{"b": "d"}.get(label, label) for label in labels]
+    fresh = CacheModel.from_features(
+        keys, merged, cache.class_names, cache.text_weights, settings=cache.settings, device="cpu"
+    )
+    if cache.fitted is not None:
+        fresh.set_fitted(cache.metric, fresh.values, cache.fitted)
+        fresh.add(keys[:1], ["a"])  # solves the values
+        fresh.remove([40])
+    np.testing.assert_allclose(cache.logits(QUERIES, "all"), fresh.logits(QUERIES, "all"), atol=1e-3)
+    assert changes.rename(place, "c", "gone").key_ids == sorted(i for i in range(40) if labels[i] == "c")
+
+
+def test_trained_values_of_merged_classes_add_up(tmp_path: Path) -> None:
+    keys, values = unit_rows(6, D), np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    cache = CacheModel.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
+    a, b, c = cache.terms(QUERIES)[1].T
+    cache.rename("a", "c")
+    np.testing.assert_allclose(cache.terms(QUERIES)[1], torch.stack([b, a + c], dim=1), atol=1e-5)
+
+
 def labels_of_version(folder: Path, number: int) -> dict[int, str]:
     table = opened(folder, version=number).labels
     return dict(sorted(zip(table["key_id"].to_pylist(), table["label"].to_pylist(), strict=True)))
@@ -661,10 +724,9 @@ def labels_of_version(folder: Path, number: int) -> dict[int, str]:
 def test_names_that_are_none_or_there_already_are_refused(run: Any, index: Path, lit_mini: Backbone) -> None:
     before = everything(index)
     refused(run("index", "rename", index, "owl", "kite"), 1, "'owl' is no class", "cat, dog")
-    refused(run("index", "rename", index, "dog", "cat"), 1, "'cat' is a class of the index already", "relabel")
     for wrong in ("", " dog", "a\nb", "x" * 1025):
         refused(run("index", "rename", index, "dog", wrong), 1, "class name", "1 to 1,024 characters")
-    assert run("index", "rename", index, "dog", "dog").stdout == f"{index}: version 1, dog is dog, of 0 keys\n"
+    assert run("index", "rename", index, "dog", "dog").stdout == f"{index}: version 1, renamed dog to dog (0 keys)\n"
     with pytest.raises(BackboneError):
         changes.rename(index, "dog", "wolf", lit_mini)
     assert everything(index) == before
@@ -675,7 +737,7 @@ def test_the_words_of_a_new_name_are_encoded_where_that_is_asked(run: Any, pictu
     assert run("index", "rename", pictures, "panda", "crayfish").exit_code == 0
     np.testing.assert_array_equal(opened(pictures).text_weights.numpy(), old)
     done = run("index", "rename", pictures, "crayfish", "starfish", "--encode")
-    assert "starfish, of 4 keys" in done.stdout, done.output
+    assert "starfish (4 keys)" in done.stdout, done.output
     weights = verify(pictures).text_weights.numpy()
     np.testing.assert_allclose(weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6)
     np.testing.assert_array_equal(weights[1], old[1])

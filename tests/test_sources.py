@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_tip.data.feature_tables import read_features
-from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source
+from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source, spelled_alike
 from retrieval_tip.data.tables import row_list
 from retrieval_tip.errors import InputError, show
 
@@ -161,6 +161,11 @@ def test_labels_may_be_spelled_otherwise(caplog: pytest.LogCaptureFixture) -> No
     assert known.known_as(["grand_piano", "straw berry", "cat"]) is known
     either = Source("s", pa.table({"source": ["A "], "label": ["A "]}), ("A ",))
     assert either.known_as(["A", "a"]) is either  # which of them cannot be told
+
+
+def test_names_that_differ_in_spelling_only_are_found() -> None:
+    names = ["gpt-3", "owl", "GPT 3", "Gpt_3", "1", "-1", "OWL"]
+    assert spelled_alike(names) == {"GPT 3": "gpt-3", "Gpt_3": "gpt-3", "OWL": "owl"}
 
 
 def test_links_that_lead_nowhere_or_in_circles_do_not_stop_a_folder(tmp_path: Path) -> None:

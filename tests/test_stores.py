@@ -496,7 +496,7 @@ def test_keys_are_given_to_another_class(pets):
 def test_a_class_gets_another_name(pets):
     before = labels_of(pets.place)
     named = [i for i, label in pets.truth.labels.items() if label == "cat"]
-    assert changes.rename(pets.place, "cat", "it's a lion") == changes.Changed(2, named)
+    assert changes.rename(pets.place, "cat", "it's a lion") == changes.Renamed(2, named, merged=False)
     pets.truth.names = ["it's a lion" if name == "cat" else name for name in pets.truth.names]
     for i in named:
         pets.truth.labels[i] = "it's a lion"
@@ -508,9 +508,20 @@ def test_a_class_gets_another_name(pets):
     assert changes.rename(pets.place, bare, "nobody").key_ids == []
     pets.truth.names[pets.truth.names.index(bare)] = "nobody"
     pets.check()
-    pets.refused(lambda: changes.rename(pets.place, "it's a lion", "nobody"), "nobody", "relabel", error=InputError)
     changes.rollback(pets.place, 1)
     assert pets.store.manifest().class_names == [*NAMES, BARE]
+
+
+def test_a_class_is_merged_into_another(pets):
+    first, *_, last = pets.truth.names
+    ids = [i for i, label in pets.truth.labels.items() if label == first]
+    assert changes.rename(pets.place, first, last) == changes.Renamed(2, ids, merged=True)
+    pets.truth.names, pets.truth.text = pets.truth.names[1:], pets.truth.text[1:]
+    pets.truth.labels |= dict.fromkeys(ids, last)
+    pets.check(forms=FORMS)
+    added = pets.add(unit_rows(1, D, 30), [pets.truth.names[0]])
+    pets.check()
+    assert added.key_ids == [max(pets.truth.labels)]
 
 
 def test_settings_are_changed(pets):

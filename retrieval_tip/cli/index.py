@@ -395,13 +395,17 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 @click.option("--encode", is_flag=True, help="Encode the new name in place of the old one's words.")
 @grouped("backbone", BackboneOptions, BACKBONE, DEVICE)
 def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: BackboneOptions) -> None:
-    """Call the class OLD NEW. Its words stay as they are encoded, unless --encode or a --model is given."""
+    """Rename the class OLD to NEW, or merge it into NEW if that is a class already.
+
+    Its words stay as they are encoded, unless --encode or a --model is given.
+    """
     from retrieval_tip.index import changes
 
     encode = encode or backbone.model is not None
     loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if encode else None
     renamed = changes.rename(folder, old, new, loaded)
-    _say_version(folder, renamed.version, f"{old} is {new}, of {counted(len(renamed.key_ids), 'key')}")
+    what = f"merged {old} into {new}" if renamed.merged else f"renamed {old} to {new}"
+    _say_version(folder, renamed.version, f"{what} ({counted(len(renamed.key_ids), 'key')})")
 
 
 @index.command("set")

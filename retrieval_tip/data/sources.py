@@ -112,7 +112,13 @@ class Source:
 
 
 def _plain(label: str) -> str:
-    return re.sub(r"[\s_-]+", " ", label).strip().casefold()
+    return re.sub(r"(?!^-\d)[\s_-]+", " ", label).strip().casefold()  # -1 is not 1
+
+
+def spelled_alike(names: Iterable[str]) -> dict[str, str]:
+    """Map each name to the first one before it that differs only in case, ``_``, ``-`` or spaces, if there is one."""
+    first: dict[str, str] = {}
+    return {name: known for name in names if (known := first.setdefault(_plain(name), name)) != name}
 
 
 def read_item(path: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +23,8 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import read_features, same_backbone, table_identity
 from retrieval_tip.data.shots import few_shot
-from retrieval_tip.data.sources import Source, open_source
-from retrieval_tip.errors import InputError, UsageError, counted, few
+from retrieval_tip.data.sources import Source, open_source, spelled_alike
+from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.fit import fit_table
@@ -117,6 +118,7 @@ def build_index(
         _build_table(place, made, dtype, "auto" if index is None else index, fitted)
     else:
         _build_folder(place.folder, made, dtype, "Flat" if index is None else index, resolve_device(device), fitted)
+    warn_of_spelling(out, words.class_names, words.class_names)
     return place.load(device=device)
 
 
@@ -360,6 +362,18 @@ def _text(
         return _Words(source.class_names, None, [], None)
     log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
     return _Words(source.class_names, None, [], None)
+
+
+def warn_of_spelling(place: Place, class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """Warn of ``new`` classes that are spelled almost as one before them is, and return these pairs."""
+    pairs = spelled_alike(class_names)
+    alike = {name: pairs[name] for name in new if name in pairs}
+    for name, known in itertools.islice(alike.items(), SHOWN):
+        rename = shlex.join(["retrieval-tip", "index", "rename", str(place), name, known])
+        log.warning("%r is a new class beside %r; if they are one: %s", name, known, rename)
+    if len(alike) > SHOWN:
+        log.warning("%d more new classes are spelled almost as others are", len(alike) - SHOWN)
+    return alike
 
 
 def warn_of(duplicates: Duplicates) -> None:

@@ -23,7 +23,7 @@ from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone, same_backbone, table_identity
 from retrieval_tip.data.imports import import_table
-from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import (
@@ -34,6 +34,7 @@ from retrieval_tip.index.build import (
     item_columns,
     provenance_of,
     read_text_table,
+    warn_of_spelling,
 )
 from retrieval_tip.index.export import copy
 from retrieval_tip.index.places import Place
@@ -67,12 +68,23 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Renamed(Changed):
+    """The result of renaming: whether the class was ``merged`` into one that had the new name."""
+
+    merged: bool
+
+
+@dataclass(frozen=True)
 class Added(Changed):
-    """The result of adding: ``classes`` that are new, how many images were ``known``, and poison among the new keys."""
+    """The result of adding: new ``classes``, how many images were ``known``, and new keys that are in two classes.
+
+    ``alike`` maps a new class to the one beside it that differs only in case, ``_``, ``-`` or spaces, if there is one.
+    """
 
     classes: list[str]
     known: int
     duplicates: Duplicates | None
+    alike: dict[str, str]
 
 
 def add(
@@ -84,10 +96,11 @@ def add(
     shots: int | None = None,
     skip_known: bool = False,
 ) -> Added:
-    """Add the labelled images or features of a source; classes that are new come after those there are, in its order.
+    """Add the labelled images or features of a source; new classes come after those of the index, in its order.
 
-    It costs by what is added (:meth:`CacheModel.add`). Where the index has text, new classes get their text weights
-    from its templates by the encoder's backbone, or from ``text``.
+    Labels are exact: another spelling is another class, with a warning (:attr:`Added.alike`). If the index has text,
+    new classes get their text weights from its templates by the encoder's backbone, or from ``text``. The cost depends
+    on what is added (:meth:`CacheModel.add`).
 
     Args:
         folder: the index.
@@ -103,7 +116,6 @@ def add(
     manifest = stores.at(folder).manifest()
     identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
     check_backbone(identity, manifest.d, encoder.backbone, [source])
-    source = source.known_as(manifest.class_names)
     weights = _weights_of(source.class_names, manifest, encoder, text)
     _needed(source.class_names, manifest.class_names, weights, stores.at(folder).has_text(manifest))
     if shots is not None:
@@ -126,7 +138,14 @@ def add(
         poison = _poison(cache, key_ids)  # an error here changes nothing yet
         if len(rows) or classes:
             change.what = _said(f"add {counted(len(rows), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, int(known.sum()), poison)
+    return Added(
+        _version(cache),
+        key_ids,
+        classes,
+        int(known.sum()),
+        poison,
+        warn_of_spelling(folder, cache.class_names, classes),
+    )
 
 
 def merge(folder: Place, other: Place) -> Added:
@@ -157,7 +176,7 @@ def merge(folder: Place, other: Place) -> Added:
         key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **columns)
         poison = _poison(cache, key_ids)  # an error here changes nothing yet
         change.what = _said(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, 0, poison)
+    return Added(_version(cache), key_ids, classes, 0, poison, warn_of_spelling(folder, cache.class_names, classes))
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
@@ -196,12 +215,13 @@ def relabel(folder: Place, label: str, *, where: str | None = None, key_ids: Seq
     return Changed(_version(cache), chosen)
 
 
-def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Changed:
-    """Give a class another name; its keys are those of the class that it was, by their ids.
+def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
+    """Give a class another name, or merge it into the class that has that name; returns the ids of its keys.
 
-    Its text weight stays, unless a ``backbone`` is given: then it is that of the new name in the index's templates.
+    The text weight stays: of the class itself, or of the class that it is merged into. If a ``backbone`` is given, it
+    becomes that of the new name in the index's templates.
 
-    Raises InputError where there is no class ``old``, or ``new`` is one already or no name; UsageError for a backbone
+    Raises InputError if there is no class ``old``, or ``new`` cannot be a name; UsageError for a backbone
     without a text encoder, or where the index has no templates; BackboneError where that is not the index's.
     """
     weights = None
@@ -216,15 +236,17 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
     with stores.at(folder).change("fast") as change:
         cache = change.cache
         if old == new and new in cache.class_names:
-            return Changed(_version(cache), [])
+            return Renamed(_version(cache), [], merged=False)
         key_ids = cache.find([old])["key_id"].to_pylist() if old in cache.class_names else []
+        merged = new in cache.class_names
         cache.rename(old, new)
         if weights is not None:
             text = cache.text_weights.cpu().numpy().copy()
             text[cache.class_names.index(new)] = weights
             cache.set_text(text, cache.templates)
-        change.what = f"rename {old} to {new}" + (", with words of its own" if weights is not None else "")
-    return Changed(_version(cache), sorted(key_ids))
+        change.what = f"merge {old} into {new}" if merged else f"rename {old} to {new}"
+        change.what += ", with words of its own" if weights is not None else ""
+    return Renamed(_version(cache), sorted(key_ids), merged)
 
 
 def configure(
@@ -409,9 +431,11 @@ def _needed(
     new = [name for name in names if name not in known]
     missing = [name for name in new if name not in weights] if has_text else []
     if missing:
+        alike = spelled_alike([*present, missing[0]])
         raise InputError(
             f"class {missing[0]!r}: is new and needs a text weight, as every class of this index has one; "
             "give its text features with --text, or the backbone with --model where the index has templates"
+            + (f"; or label it {alike[missing[0]]!r}, if that is the same class" if missing[0] in alike else "")
         )
     return new
 

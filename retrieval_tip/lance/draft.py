@@ -279,13 +279,35 @@ class LanceDraft(LanceModel):
         self._count(lambda sums: sums, points, np.full(m, class_id, dtype=np.int64), 1)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a class another name; its keys and text weight stay. See :meth:`CacheModel.rename`."""
+        """Give a class another name, or its keys to the class that has it. See :meth:`CacheModel.rename`."""
         class_id, names = inputs.renamed(self.class_names, old, new)
+        if len(names) < len(self.class_names):
+            self._merge(class_id, new, names)
+            return
         if self.classes.counts[class_id]:
             self.table.change(f"class_id = {class_id}", {"label": new, VERSION: self.writer.number})
         self.classes = replace(self.classes, names=names)
         if self.whole is not None:
             self.whole.rename(old, new)
+        self._follow()
+
+    def _merge(self, class_id: int, into: str, names: list[str]) -> None:
+        """Give the keys of a class to the class ``into``, and drop it; ``names`` are those of the other classes."""
+        old = self.class_names[class_id]
+        self.relabel(self.find([old])["key_id"].to_pylist(), into)
+        if self.whole is not None:
+            self.whole.rename(old, into)
+        if self.classes.counts[class_id + 1 :].any():
+            shifted = {"class_id": "class_id - 1", VERSION: str(self.writer.number)}
+            self.table.change(f"class_id > {class_id}", sql=shifted)
+        classes = self.classes
+        self.classes = Classes(
+            names,
+            np.delete(classes.text, class_id, axis=0),
+            np.delete(classes.counts, class_id),
+            np.delete(classes.sums, class_id, axis=0),
+            None if classes.points is None else np.delete(classes.points, class_id, axis=0),
+        )
         self._follow()
 
     def compact(self) -> None:

@@ -391,10 +391,13 @@ class KeyTable:
             with self._next("removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
-    def change(self, where: str, values: dict[str, Any]) -> None:
-        """Give columns of the rows that a condition holds for other values. Raises StoreError as :meth:`delete`."""
+    def change(self, where: str, values: dict[str, Any] | None = None, *, sql: dict[str, str] | None = None) -> None:
+        """Set columns of the rows that match a condition, to ``values`` or to what ``sql`` computes from the row.
+
+        Raises StoreError as :meth:`delete`.
+        """
         with self._next("changing rows"):
-            self.table.update(where=where, values=values)
+            self.table.update(where=where, values=values, values_sql=sql)
 
     def restore(self, version: int) -> None:
         """Make an earlier version the newest one: what writers that were interrupted left is in none any more."""

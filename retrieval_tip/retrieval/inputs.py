@@ -126,9 +126,9 @@ def new_classes(
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
-    """The position of a class, and all names with it called ``new``.
+    """Return the position of the class ``old``, and all names with it called ``new``: once, if that is a class too.
 
-    Raises InputError where there is no class ``old``, or ``new`` is a class already or no name for one.
+    Raises InputError if there is no class ``old``, or ``new`` cannot be a name.
     """
     if old not in class_names:
         raise InputError(f"{old!r} is no class of the index; its classes are {few(class_names)}")
@@ -138,10 +138,9 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
             f"class name {shown!r}: expected 1 to {LONGEST_NAME:,} characters without control characters, and no "
             "white space at either end"
         )
-    if new in class_names:
-        raise InputError(f"{new!r} is a class of the index already; merge the two with relabel (index relabel)")
     at = class_names.index(old)
-    return at, [*class_names[:at], new, *class_names[at + 1 :]]
+    merged = new != old and new in class_names
+    return at, [*class_names[:at], *([] if merged else [new]), *class_names[at + 1 :]]
 
 
 def keys_to_add(

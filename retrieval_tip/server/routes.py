@@ -246,10 +246,13 @@ async def relabel(request: Request, service: TheService, one: Named, change: sch
 @changes.post(
     "/indexes/{name}/rename",
     response_model=schemas.Removed,
-    responses=schemas.problems(401, 403, 404, 409, 422, 503),
+    responses=schemas.problems(401, 403, 404, 422, 503),
 )
 async def rename(request: Request, service: TheService, one: Named, change: schemas.Rename) -> Response:
-    """Give a class another name, as a new version; its words are encoded anew where the server has their encoder."""
+    """Give a class another name, as a new version, or merge it into the class that has that name.
+
+    The name is encoded as words if the server has their encoder.
+    """
     _finish(request)
     return _json(await service.rename(one, change.of, change.label))
 

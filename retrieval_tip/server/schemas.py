@@ -161,7 +161,10 @@ class Skipped(BaseModel):
 
 
 class Added(BaseModel):
-    """Keys that were added. ``known``: images that were there under that label already."""
+    """Keys that were added, and ``classes`` that were made. ``known``: images that the index had under that label.
+
+    ``warnings`` names new classes that are spelled almost as another one.
+    """
 
     index: str
     version: int
@@ -169,6 +172,7 @@ class Added(BaseModel):
     classes: list[str]
     known: int
     duplicates: list[str]
+    warnings: list[str]
     skipped: list[Skipped]
 
 
@@ -190,8 +194,9 @@ class Fitted(BaseModel):
 
 
 class Made(Fitted):
-    """An index that was made."""
+    """An index that was made; ``warnings`` as of :class:`Added`."""
 
+    warnings: list[str]
     skipped: list[Skipped]
 
 
@@ -403,6 +408,7 @@ ADDED_EXAMPLE = {
     "classes": [],
     "known": 0,
     "duplicates": [],
+    "warnings": [],
     "skipped": [],
 }
 

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from retrieval_tip.backbones.base import Backbone, unit
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import FloatArray, pixels_of
-from retrieval_tip.errors import InputError
+from retrieval_tip.data.sources import spelled_alike
+from retrieval_tip.errors import InputError, json_line
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import Projection, methods, projected
 from retrieval_tip.index import changes
@@ -206,6 +208,7 @@ class Service:
             "classes": added.classes,
             "known": added.known,
             "duplicates": describe_duplicates(added.duplicates) if added.duplicates is not None else [],
+            "warnings": _of_spelling(one.name, added.alike),
             "skipped": skipped,
         }
 
@@ -233,7 +236,8 @@ class Service:
             self._changing, lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
         )
         self.served[name] = one
-        return self._judged(one) | {"skipped": skipped}
+        alike = spelled_alike(one.now.cache.class_names)
+        return self._judged(one) | {"warnings": _of_spelling(name, alike), "skipped": skipped}
 
     async def fit(self, one: Served) -> dict[str, Any]:
         """Fit an index to its shots anew; the index is at the new version when this returns."""
@@ -268,15 +272,13 @@ class Service:
         return there
 
     async def rename(self, one: Served, of: str, label: str) -> dict[str, Any]:
-        """Give a class another name, with words of its own where there is an encoder of them.
+        """Give a class another name, or merge it into the class of that name; encode the name if the server can.
 
-        Raises Problem 404 where there is no such class, 409 where there is one of that name, else as :meth:`remove`.
+        Raises Problem 404 if there is no such class, else as :meth:`remove`.
         """
         names, backbone = one.now.cache.class_names, one.now.backbone
         if of not in names:
             raise Problem(404, f"index {one.name!r} has no class {of!r}")
-        if label != of and label in names:
-            raise Problem(409, f"{label!r} is a class already; relabel all of {of!r} to merge the two")
         reads = backbone if backbone is not None and backbone.has_text and one.now.cache.templates else None
         return await self._changed(one, lambda: changes.rename(one.folder, of, label, reads))
 
@@ -467,6 +469,15 @@ def _unit(raw: FloatArray) -> FloatArray | InputError:
         return row
     except InputError as error:
         return error
+
+
+def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
+    """Say which new classes are spelled almost as others, and how to merge them."""
+    route = f"POST /v1/indexes/{quote(name, safe='')}/rename"
+    return [
+        f"{new!r} is a new class beside {known!r}; if they are one: {route} {json_line({'of': new, 'label': known})}"
+        for new, known in alike.items()
+    ]
 
 
 def _skipped(names: Sequence[str], results: Sequence[object]) -> list[dict[str, str]]:

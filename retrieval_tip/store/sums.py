@@ -105,6 +105,10 @@ class Sums:
         more = c - len(self.counts)
         return Sums(np.pad(self.counts, (0, more)), np.pad(self.sums, ((0, more), (0, 0))), self.second)
 
+    def without(self, class_id: int) -> Sums:
+        """Return the same sums without a class, which has no key."""
+        return Sums(np.delete(self.counts, class_id), np.delete(self.sums, class_id, axis=0), self.second)
+
     def are_of(self, blocks: Blocks) -> bool:
         """Whether these are the sums of such keys, in blocks that are read once (:class:`Along`)."""
         along = Along(*self.sums.shape)

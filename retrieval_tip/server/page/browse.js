@@ -154,7 +154,7 @@ async function rename(label) {
   const both = state.labels.includes(name);
   await changed(
     both ? `${label} is part of ${name} now` : `${label} is ${name} now`,
-    () => (both ? state.merge(label, name) : state.rename(label, name)),
+    () => state.rename(label, name),
     $("classes-title"),
   );
 }

@@ -340,8 +340,9 @@ async function teach(which, label) {
     arrange();
     if (!added.key_ids.length) return notice(`${added.known === 1 ? "It was a shot" : "They were shots"} of ${label} already; nothing was added.`);
     const made = added.classes.length ? ", a new class" : "";
+    const beside = added.warnings.map((line) => ` ${line.split("; if they are one")[0]}.`).join("");
     const twins = added.duplicates.length ? ` Look at this: ${added.duplicates.join("; ")}` : "";
-    notice(`${plural(added.key_ids.length, "photograph is now a shot", "photographs are now shots")} of ${label}${made}.${twins}`, async () => {
+    notice(`${plural(added.key_ids.length, "photograph is now a shot", "photographs are now shots")} of ${label}${made}.${beside}${twins}`, async () => {
       const undone = await state.rollback(added.since, added.version);
       if (!undone) return false;
       for (const photo of which) photo.taught = null;

@@ -52,12 +52,13 @@ class State extends EventTarget {
 
   /** Make photographs shots of a class, a batch after the other: what the server said, or null without a token. */
   async add(label, files, progress = () => {}) {
-    const all = { key_ids: [], classes: [], duplicates: [], skipped: [], known: 0, since: this.info.version };
+    const lists = { key_ids: [], classes: [], duplicates: [], warnings: [], skipped: [] };
+    const all = { ...lists, known: 0, since: this.info.version };
     for (let at = 0; at < files.length; at += BATCH) {
       const part = files.slice(at, at + BATCH);
       const added = await this.#change((token) => api.addShots(this.info.name, label, part, token), false);
       if (!added) return null;
-      for (const name of ["key_ids", "classes", "duplicates", "skipped"]) all[name].push(...added[name]);
+      for (const name of Object.keys(lists)) all[name].push(...added[name]);
       all.known += added.known;
       all.version = added.version;
       progress(Math.min(files.length, at + BATCH));
@@ -82,7 +83,7 @@ class State extends EventTarget {
   fit = () => this.#change((token) => api.fit(this.info.name, token));
   remove = (keyIds) => this.#change((token) => api.removeShots(this.info.name, keyIds, token));
   relabel = (keyIds, label) => this.#change((token) => api.relabel(this.info.name, { key_ids: keyIds, label }, token));
-  merge = (of, label) => this.#change((token) => api.relabel(this.info.name, { of, label }, token));
+  /** Another name for a class; the name of another class merges the two. */
   rename = (of, label) => this.#change((token) => api.rename(this.info.name, { of, label }, token));
   /** Back to version `to`, where the index is still at `since`. */
   rollback = (to, since) => this.#change((token) => api.rollback(this.info.name, { to, since }, token));
