@@ -514,22 +514,23 @@ class CacheModel(InMemory):
                 sums = None  # the next fit makes them anew
             self._hold(labelled.without(gone), sums)
 
-    def relabel(self, key_ids: Sequence[int], label: str) -> None:
-        """Give keys to another class, as its last shots. On disk after :meth:`save`; costs as :meth:`remove`.
+    def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
+        """Give keys to another class each, or all to one, as its last shots. On disk after :meth:`save`.
 
-        A value that a key gives stays with it where it was trained, and is solved anew where it was solved.
-        Raises InputError for an id or a label that is not there; then
-        nothing was changed.
+        Costs as :meth:`remove`. Trained values stay with their keys; solved values are solved again.
+        Raises InputError for an unknown id or label, or an id that occurs twice; then nothing was changed.
         """
-        labelled = self._labelled
-        rows, class_id = labelled.rows_of(key_ids), int(inputs.ids_of([label], self.class_names, 1)[0])
-        rows = rows[labelled.class_ids[rows] != class_id]
+        labelled, wanted = self._labelled, inputs.new_ids(key_ids, labels, self.class_names)
+        rows = labelled.rows_of(list(wanted))
+        class_ids = np.array([wanted[key_id] for key_id in labelled.key_ids[rows].tolist()], dtype=np.int64)
+        moved = labelled.class_ids[rows] != class_ids
+        rows, class_ids = rows[moved], class_ids[moved]
         if not len(rows):
             return
-        sums = None if self.sums is None else self.sums.moved(*labelled.of_rows(rows), class_id)
+        sums = None if self.sums is None else self.sums.moved(*labelled.of_rows(rows), class_ids)
         if self._ridge is not None:
-            labelled = self._ridge.relabelled(self._keys, labelled, rows, class_id)
-        self._hold(labelled.relabelled(rows, class_id, label), sums)
+            labelled = self._ridge.relabelled(self._keys, labelled, rows, class_ids)
+        self._hold(labelled.relabelled(rows, class_ids, self.class_names), sums)
 
     def rename(self, old: str, new: str) -> None:
         """Give a class another name; its keys and text weight stay. On disk after :meth:`save`, without the keys.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import asdict
 
 import numpy as np
@@ -11,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import examples, needs_real
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import unit_rows
+from test_cli import unit_rows, write_table
 from test_duplicates import KINDS, labels_of
 
 from retrieval_tip.cache_model import CacheModel
@@ -22,10 +24,13 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import audit as audits
-from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.evaluation.audit import CLEAR, audit
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index.build import build_index
+from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR, describe_duplicates, duplicates
+from retrieval_tip.server.app import create_app
+from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
 
 
@@ -34,6 +39,7 @@ def reference(cache, k=None):
     keys = np.asarray(cache.keys, dtype=np.float64)
     affinity = keys @ keys.T
     ids = cache.labels["class_id"].to_numpy()
+    _, beta = untouched_settings(np.asarray(cache.keys), ids)
     key_ids = cache.labels["key_id"].to_pylist()
     digests, sources = cache.labels["digest"].to_pylist(), cache.labels["source"].to_pylist()
     images = [("digest", d) if d else ("source", s) for d, s in zip(digests, sources, strict=True)]
@@ -45,7 +51,7 @@ def reference(cache, k=None):
         for y in range(c):
             if (shown & (ids == y)).any():
                 own = [j for j in met if shown[j] and ids[j] == y]
-                scores[y] = np.exp(-cache.settings.beta * (1 - affinity[i, own])).sum() / (shown & (ids == y)).sum()
+                scores[y] = np.exp(-beta * (1 - affinity[i, own])).sum() / (shown & (ids == y)).sum()
         norms = np.linalg.norm(keys, axis=1)
         twins = [
             (digests[j] == digests[i] and bool(digests[i]), affinity[i, j] / norms[i] / norms[j], -j)
@@ -56,11 +62,7 @@ def reference(cache, k=None):
         seen = [j for j in met if shown[j]]
         nearest = max(seen, key=lambda j: affinity[i, j], default=None)
         judged = not np.isnan(scores[ids[i]])
-        lowest = (
-            0
-            if nearest is None
-            else np.finfo(np.float32).tiny * np.exp(-cache.settings.beta * (1 - affinity[i, nearest]))
-        )
+        lowest = 0 if nearest is None else np.finfo(np.float32).tiny * np.exp(-beta * (1 - affinity[i, nearest]))
         suggested = int(np.nanargmax(scores)) if judged and scores[ids[i]] < np.nanmax(scores) else int(ids[i])
         if twins or suggested != ids[i]:
             found[key_ids[i]] = {
@@ -77,7 +79,7 @@ def reference(cache, k=None):
 
 
 def check(cache, k=None):
-    table = audit(cache, k=k)
+    table = audit(cache, k=k, borderline=True)
     expected = reference(cache, k)
     described = {row["key_id"]: row for row in cache.labels.to_pylist()}
     rows = table.to_pylist()
@@ -97,6 +99,8 @@ def check(cache, k=None):
             assert (row["nearest_source"], row["nearest_label"]) == (near["source"], near["label"])
     order = [(-(row["margin"] or 0), row["key_id"]) for row in rows]
     assert order == sorted(order)
+    clear = [row for row in rows if (row["margin"] or 0) > CLEAR or row["duplicate_of"] is not None]
+    assert audit(cache, k=k).to_pylist() == clear
     return table
 
 
@@ -136,9 +140,9 @@ def test_an_audit_of_the_nearest_keys(seed, k):
 
 def test_blocks_of_an_audit_change_nothing(monkeypatch):
     cache = made(5, n=50)
-    whole, near = audit(cache), audit(cache, k=9)
+    whole, near = audit(cache, borderline=True), audit(cache, k=9, borderline=True)
     monkeypatch.setattr(audits, "VALUES", 50 * 7)
-    for table, split in ((whole, audit(cache)), (near, audit(cache, k=9))):
+    for table, split in ((whole, audit(cache, borderline=True)), (near, audit(cache, k=9, borderline=True))):
         assert len(table) > 5
         for name in table.column_names:
             if pa.types.is_floating(table.schema.field(name).type):
@@ -155,12 +159,12 @@ def test_whole_classes_as_index():
     assert set(audit(cache, k=64)["key_id"].to_pylist()) == {0, 200} == set(audit(cache)["key_id"].to_pylist())
 
 
-def test_settings_at_their_ends_are_finite():
-    for beta in (0.0, 1e4, 1e30):
-        table = audit(made(1, beta=beta))
-        margins = table["margin"].to_numpy()
-        assert np.isfinite(margins).all()
-        assert (len(table) > 0) == (beta > 0)  # at 0 every key counts 1, and no class is better
+def test_settings_of_the_index_change_no_judgement():
+    """A margin means the same in every index: the threshold does not move with a beta that was set for answers."""
+    table = audit(made(1), borderline=True)
+    assert len(table) > 5
+    for beta in (0.0, 5.5, 1e30):
+        assert audit(made(1, beta=beta), borderline=True).equals(table)
 
 
 def planted(n, c, d=32, spread=0.5, seed=0):
@@ -187,6 +191,33 @@ def test_planted_flips_are_found_and_nothing_else(seed, k):
     assert table["suggested"].to_pylist() == [f"class {ids[i]}" for i in table["key_id"].to_pylist()]
     assert (table["margin"].to_numpy() > 0).all()
     assert table["duplicate_of"].null_count == len(table)
+
+
+def test_every_surface_lists_the_same_shots(run, tmp_path):
+    """Command line, Python, HTTP and report; the page lists what HTTP does (test_page.py). The index is fitted."""
+    keys, ids = planted(120, 4, spread=1.6)
+    names = [f"class {i}" for i in range(4)]
+    wrong = ids.copy()
+    wrong[:8] = (ids[:8] + 1) % 4
+    rows = write_table(tmp_path / "rows.parquet", keys, [names[i] for i in wrong])
+    test = write_table(tmp_path / "test.parquet", planted(40, 4, seed=1)[0], [names[i % 4] for i in range(40)])
+    index = tmp_path / "index"
+    for arguments in (
+        ("index", "build", rows, "--out", index),
+        ("report", index, "--test", test, "--out", tmp_path / "r.html", "--no-curves"),
+    ):
+        assert run("-q", *arguments).exit_code == 0
+    cache = CacheModel.load(index, device="cpu")
+    assert cache.fitted is not None
+    clear, everything = (audit(cache, borderline=more)["key_id"].to_pylist() for more in (False, True))
+    assert 5 < len(clear) < len(everything)
+    assert f"{len(clear)} shots look mislabelled" in (tmp_path / "r.html").read_text()
+    with TestClient(create_app(open_all([index], "cpu", "float32", "full"))) as client:
+        for asked, flags, listed in (("", (), clear), ("?borderline=true", ("--all",), everything)):
+            found = client.get(f"/v1/indexes/index/audit{asked}").json()
+            assert (found["total"], [shot["key_id"] for shot in found["shots"]]) == (len(listed), listed)
+            printed = run("index", "audit", index, *flags, "--format", "json").stdout.splitlines()
+            assert [json.loads(line)["key_id"] for line in printed] == listed
 
 
 def test_the_only_image_of_a_class_is_not_judged():

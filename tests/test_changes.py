@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shlex
 import shutil
@@ -637,7 +639,7 @@ def test_keys_that_are_relabelled_answer_for_their_new_class(run: Any, index: Pa
     weight = np.exp(-4 * (1 - QUERIES @ before.keys[place[0]]))
     moved = cache.terms(QUERIES)[1] - before.terms(QUERIES)[1]
     np.testing.assert_allclose(moved, np.stack([-weight, weight], axis=1), atol=1e-5)
-    refused(run("index", "relabel", index, "owl", "--key-ids", 1), 1, "'owl' is no class", "cat, dog")
+    refused(run("index", "relabel", index, "owl", "--key-ids", 1), 1, "'owl'", "cat, dog")
 
 
 def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> None:
@@ -1113,6 +1115,104 @@ def test_a_planted_wrong_label_is_what_an_audit_finds_first(run: Any, pictures: 
     assert run("index", "relabel", pictures, "panda", "--key-ids", 8).exit_code == 0
     assert 8 not in [row["key_id"] for row in rows_of(run("index", "audit", pictures, "--format", "json").stdout)]
     refused(run("index", "audit", pictures, "-k", 0), 2)
+
+
+@pytest.fixture
+def flipped(tmp_path: Path) -> Path:
+    """Ten shots of each of three classes, of which item-0, a cat, is labelled dog, item-10 owl and item-29 cat."""
+    keys = np.eye(D, dtype=np.float32)[np.arange(30) // 10] + 0.5 * unit_rows(30, D)
+    labels = ["cat"] * 10 + ["dog"] * 10 + ["owl"] * 10
+    labels[0], labels[10], labels[29] = "dog", "owl", "cat"
+    rows = write_table(tmp_path / "rows.parquet", keys / np.linalg.norm(keys, axis=1, keepdims=True), labels)
+    build_index(open_source(rows), tmp_path / "flipped", Encoder(), device="cpu")
+    return tmp_path / "flipped"
+
+
+def rows_in(table: Path) -> list[dict[str, Any]]:
+    if table.suffix == ".parquet":
+        return pq.read_table(table).to_pylist()
+    text = table.read_text()
+    return list(csv.DictReader(io.StringIO(text))) if table.suffix == ".csv" else rows_of(text)
+
+
+def write_rows(table: Path, rows: list[dict[str, Any]]) -> None:
+    if table.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), table)
+    elif table.suffix == ".csv":
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.mark.parametrize("style", ["csv", "json", "parquet"])
+def test_a_list_of_suspects_is_edited_and_applied_as_one_version(
+    run: Any, flipped: Path, tmp_path: Path, style: str
+) -> None:
+    table = tmp_path / f"suspects.{style}"
+    assert run("index", "audit", flipped, "--output", table).exit_code == 0
+    rows = {row["source"]: row for row in rows_in(table)}
+    assert {name: row["suggested"] for name, row in rows.items()} == {
+        "item-0": "cat",
+        "item-10": "dog",
+        "item-29": "owl",
+    }
+    rows["item-10"]["suggested"] = "cat"
+    write_rows(table, [rows["item-0"], rows["item-10"]])
+    done = run("index", "audit", flipped, "--apply", table)
+    assert (done.exit_code, done.stdout) == (0, f"{flipped}: version 2, 2 shots relabelled\n"), done.output
+    found = opened(flipped).labels
+    labels = dict(zip(found["source"].to_pylist(), found["label"].to_pylist(), strict=True))
+    assert (labels["item-0"], labels["item-10"], labels["item-29"]) == ("cat", "cat", "cat")
+    assert store.history(flipped)["change"].to_pylist() == ["build", "relabel 2 keys as cat"]
+    refused(
+        run("index", "audit", flipped, "--apply", table), 1, table, f"key {rows['item-0']['key_id']}", "'cat'", "'dog'"
+    )
+    assert version(flipped) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("key_id,label,suggested\n1,cat,dog\n99,cat,dog\n", "99"),
+        ("key_id,label,suggested\n1,cat,dog\n-1,cat,dog\n", "-1"),
+        ("key_id,label,suggested\n1,cat,dog\n2,owl,dog\n", "'owl'"),
+        ("key_id,label,suggested\n1,cat,dog\n3,cat,whale\n", "'whale'"),
+        ("key_id,label,suggested\n1,cat,dog\n1,cat,owl\n", "key 1"),
+        ("key_id,label,suggested\n1,cat,dog\n,cat,dog\n", "key_id"),
+        ("key_id,label,suggested\n1,cat,dog\n1.5,cat,dog\n", "key_id"),
+        (f"key_id,label,suggested\n1,cat,dog\n{10**30},cat,dog\n", "key_id"),
+        ("key_id,label,suggested\n1,cat,dog\n2,,dog\n", "label"),
+        ("key_id,label,suggested\n1,cat\n", ""),
+        ("key_id,label,key_id,suggested\n1,cat,1,dog\n", "key_id"),
+        ("key_id,label\n1,cat\n", "suggested"),
+        ("key_id,label,suggested\n" + "1,cat,dog\n" * 31, "31"),
+        ('{"key_id": 1, "label": "cat", "suggested": "dog"}\n{"key_id": [2], "label": "cat"}', "key_id"),
+        ('{"key_id": 1, "label": "cat", "suggested": "dog"}\n[]', ""),
+        ("PAR1", ""),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_list_of_suspects_that_does_not_fit_changes_nothing(
+    run: Any, flipped: Path, tmp_path: Path, text: str, word: str
+) -> None:
+    table, before = tmp_path / "suspects.csv", everything(flipped)
+    table.write_text(text)
+    result = run("index", "audit", flipped, "--apply", table)
+    refused(result, 1, table, word)
+    assert result.stderr.count("\n") == 1
+    assert everything(flipped) == before
+
+
+def test_a_list_is_applied_by_itself(run: Any, flipped: Path, tmp_path: Path) -> None:
+    table = tmp_path / "suspects.csv"
+    table.write_text("key_id,label,suggested\n1,cat,cat\n2,cat,\n")
+    done = run("index", "audit", flipped, "--apply", table)
+    assert (done.exit_code, done.stdout) == (0, f"{flipped}: version 1, 0 shots relabelled\n"), done.output
+    for option in (("--all",), ("-k", 3), ("--output", tmp_path / "x.csv"), ("--format", "csv")):
+        refused(run("index", "audit", flipped, "--apply", table, *option), 2, "--apply")
 
 
 # --- predictions beside the labels

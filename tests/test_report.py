@@ -622,13 +622,14 @@ def test_weak_classes_want_photographs_and_contradicted_shots_a_look(tmp_path):
     labels = ["cat", "dog", "owl"]
     folder, test = made(tmp_path, labels, n=40, noise=0.3, text=False)
     labels = CacheModel.load(folder, device="cpu").labels
-    cats = [row["key_id"] for row in labels.to_pylist() if row["label"] == "cat"]
-    done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, cats[:3])))  # three of four
+    cats, owls = ([row["key_id"] for row in labels.to_pylist() if row["label"] == name] for name in ("cat", "owl"))
+    moved = [*cats[:3], owls[0]]  # three of four, and one
+    done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
     done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--no-curves")
     said = read(tmp_path / "r.html").first("ol", class_="actions").text
     assert "Add photographs of cat" in said
     assert "1 shot" in said
-    assert "Look at the labels of the shots" in said
+    assert "Check the labels of shots" in said
 
 
 @pytest.mark.parametrize(

@@ -398,6 +398,29 @@ def test_shots_are_relabelled_and_versions_rolled_back(own: Path) -> None:
             assert client.post(f"/v1/indexes/own/{what}", json=body).status_code == 401
 
 
+def test_many_shots_get_their_labels_in_one_version(own: Path) -> None:
+    names = CacheModel.load(own, device="cpu").class_names
+    with serving(own, token=TOKEN) as client:
+
+        def relabel(**body: object) -> tuple[int, dict[str, Any]]:
+            answer = client.post("/v1/indexes/own/relabel", json=body, headers=AUTHORISED)
+            return answer.status_code, answer.json()
+
+        moves = [{"key_ids": [0, 1], "label": names[1]}, {"key_ids": [79], "label": names[0]}]
+        assert relabel(moves=moves) == (200, {"index": "own", "version": 2, "key_ids": [0, 1, 79]})
+        rows = client.get("/v1/indexes/own/keys?key_id=0&key_id=1&key_id=79").json()["keys"]
+        assert {row["key_id"]: row["label"] for row in rows} == {0: names[1], 1: names[1], 79: names[0]}
+        wrong = [
+            ({"moves": []}, 422),
+            ({"moves": moves, "label": names[0]}, 422),
+            ({"moves": [*moves, {"key_ids": [0], "label": names[2]}]}, 422),
+            ({"moves": [*moves, {"key_ids": [5], "label": "no such class"}]}, 422),
+            ({"moves": [*moves, {"key_ids": [999], "label": names[2]}]}, 404),
+        ]
+        assert [relabel(**body)[0] for body, _ in wrong] == [status for _, status in wrong]
+        assert client.get("/v1/indexes/own").json()["version"] == 2
+
+
 def test_a_class_gets_another_name_and_the_words_of_it(own: Path, lit_mini: Backbone) -> None:
     before = CacheModel.load(own, device="cpu")
     first, other = before.class_names[:2]

@@ -491,6 +491,28 @@ def test_keys_are_given_to_another_class(pets):
     changes.relabel(pets.place, BARE, where="source = 'it''s 9'")
     pets.truth.labels[9] = BARE
     pets.check()
+    both = {moved[0]: "cat", moved[1]: BARE, 9: HOSTILE, stays: HOSTILE}  # some to each, some from each, one stays
+    assert changes.relabel(pets.place, both) == changes.Changed(4, [moved[0], moved[1], 9])
+    pets.truth.labels.update(both)
+    pets.check(forms=FORMS)
+    shots = Counter((row["label"], row["shot"]) for row in labels_of(pets.place).values())
+    assert max(shots.values()) == 1
+    pets.refused(lambda: changes.relabel(pets.place, {1: "cat", 2: "nobody"}), "nobody", error=InputError)
+    pets.refused(lambda: changes.relabel(pets.place, {1: BARE, 10**30: BARE}), str(10**30), error=InputError)
+    pets.refused(lambda: changes.relabel(pets.place, {1: BARE}, key_ids=[1]), "key_ids", error=UsageError)
+
+
+def test_a_table_of_suggestions_is_applied_in_one_version(pets, tmp_path):
+    now = pets.truth.labels
+    rows = [(1, BARE), (2, HOSTILE), (3, None), (4, now[4])]
+    table = tmp_path / "suspects.json"
+    lines = [json.dumps({"key_id": i, "label": now[i], "suggested": new}) for i, new in rows]
+    table.write_text("\n".join(lines))
+    moved = [i for i, new in rows if new not in (None, now[i])]
+    assert changes.apply_audit(pets.place, table) == changes.Changed(2, moved)
+    pets.truth.labels.update({i: new for i, new in rows if new is not None})
+    pets.check(forms=FORMS)
+    pets.refused(lambda: changes.apply_audit(pets.place, table), "key 1", error=InputError)
 
 
 def test_a_class_gets_another_name(pets):

@@ -88,7 +88,7 @@ def test_they_are_what_is_defined_however_keys_come_and_go(n, c, d, seed, dtype,
     close(sums, defined(keys, ids, c))  # a change is another value
     other = ids.copy()
     other[some] = c - 1
-    close(sums.moved(keys[some], ids[some], c - 1), defined(keys, other, c))
+    close(sums.moved(keys[some], ids[some], other[some]), defined(keys, other, c))
     close(sums.widened(c + 2), defined(keys, ids, c + 2))
     close(Sums.of_array(sums.to_array(), c), sums, 0)
 

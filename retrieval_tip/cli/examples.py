@@ -91,7 +91,10 @@ EXAMPLES = {
         "index import caches/caltech --classes classes.txt --out indexes/caltech",
         "index import keys.npy --labels labels.csv --out indexes/things",
     ],
-    "index audit": ["index audit indexes/things", "index audit indexes/things --output suspects.csv"],
+    "index audit": [
+        "index audit indexes/things --output suspects.csv",
+        "index audit indexes/things --apply suspects.csv",
+    ],
     "encode": [
         "encode photos --out photos.parquet",
         "encode photos --model dinov2 --views 10 --out photos.parquet",

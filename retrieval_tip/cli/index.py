@@ -593,18 +593,35 @@ def import_command(
 
 
 @index.command("audit")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=INDEX)
 @click.option("-k", "k", type=K(), help="Nearest keys that judge a shot, or all.  [default: all, while they are few]")
+@click.option("--all", "borderline", is_flag=True, help="List borderline cases too.")
+@click.option("--apply", "file", type=FILE,
+              help="Relabel shots as this table suggests, in one new version; audit --output writes it.")  # fmt: skip
 @FORMAT
-def audit_command(folder: Path, k: KeysMet, printing: OutputOptions) -> None:
-    """Find suspicious shots: those whose neighbours have another label, and images that are in two classes.
+@click.pass_context
+def audit_command(
+    ctx: click.Context, folder: Place, k: KeysMet, borderline: bool, file: Path | None, printing: OutputOptions
+) -> None:
+    """List shots that look mislabelled and images that are in two classes, or relabel them.
 
-    Each shot is judged by all others, those of the same image left out; the most suspicious come first.
+    Each shot is judged by all others, without those of the same image; the most suspicious come first. Write the list
+    with --output suspects.csv (or .json, .parquet), delete rows and change suggestions as you like, and give it to
+    --apply. That reads three columns: key_id, label, which must still be the shot's label, and suggested, its new one.
     """
+    if file is not None:
+        from retrieval_tip.index.changes import apply_audit
+
+        if k is not None or borderline or printing != OutputOptions(None, None):
+            raise UsageError("--apply: takes no other option")
+        changed = apply_audit(folder, file)
+        _say_version(folder, changed.version, f"{counted(len(changed.key_ids), 'shot')} relabelled")
+        return
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
 
-    write_table(audit(checked(folder, "auto"), k=k), printing.style, printing.output)
+    cache = checked(FOLDER.convert(folder, None, ctx), "auto")
+    write_table(audit(cache, k=k, borderline=borderline), printing.style, printing.output)
 
 
 def _say_version(folder: Place, version: int, what: str) -> None:

@@ -234,17 +234,44 @@ def reading(name: str) -> Iterator[None]:
         raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
 
 
+def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
+    """Read some columns of a Parquet, JSON-lines or CSV file, which its first bytes tell apart.
+
+    Raises InputError where the file cannot be read, lacks a column or has more than ``most`` rows.
+    """
+    name = show(file)
+    with reading(name), open_regular(file) as raw:
+        head = raw.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"PAR1"):
+        parquet = open_parquet(file)
+        names, number = parquet.schema_arrow.names, parquet.metadata.num_rows
+    else:
+        table = _read_json_lines(file, columns) if head.startswith(b"{") else _read_csv(file)
+        names, number = table.column_names, len(table)
+    _once(names, name)
+    if missing := [column for column in columns if column not in names]:
+        raise InputError(f"{name}: has no column {missing[0]!r}; its columns are {few_names(names)}")
+    if number > most:
+        raise InputError(f"{name}: {number:,} rows; expected at most {most:,}")
+    if not head.startswith(b"PAR1"):
+        return table.select(columns)
+    with reading(name):
+        return _sound(parquet.read(columns=list(columns)))
+
+
 def _read_csv(file: Path) -> pa.Table:
     """All columns as text; quoted fields may hold commas, quotes and line breaks."""
     with reading(show(file)):
         return _open_raw(file, pyarrow.csv.read_csv, **_csv_options(file))
 
 
-def _read_json_lines(file: Path) -> pa.Table:
-    """The objects of a file of JSON lines as rows: all columns as text, what is no text as it stands in JSON."""
+def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:
+    """Read a file of JSON lines: all columns, or those ``wanted``, as text; values that are no text as JSON."""
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
-        columns = dict.fromkeys(name for row in rows for name in row)
+        columns = [
+            name for name in dict.fromkeys(name for row in rows for name in row) if wanted is None or name in wanted
+        ]
         return pa.table({name: pa.array([_text(row.get(name)) for row in rows], pa.string()) for name in columns})
     except InputError:
         raise

@@ -17,6 +17,7 @@ from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.closed_form import unfitted
+from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
 from retrieval_tip.retrieval.logits import slices
@@ -33,8 +34,14 @@ LEAST = torch.finfo(torch.float32).tiny
 """A score that is lower, relative to the nearest key's weight, counts as this in a margin, which is 88 at most."""
 
 
-def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
-    """The shots whose label the other shots contradict, and those that are in another class too, worst first.
+CLEAR = 1.0
+"""Margin above which a suggestion is clear: another class fits more than e times as well as the label."""
+
+
+def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
+    """List the shots that look mislabelled, and those that are in another class too, most suspicious first.
+
+    A shot looks mislabelled where its margin exceeds :data:`CLEAR`; with ``borderline``, where its suggestion differs.
 
     Each key i is a query, and every key of the same image (:func:`images_of`), its own too, is hidden from it. Of the
     ``n_c`` keys of class c that are left, the score is the mean weight, so that no class gains by its number of shots::
@@ -43,11 +50,12 @@ def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
         suggested   = argmax over c of score(i, c)             # its own label where that is as high
         margin      = log(score(i, suggested) / score(i, own label))
 
-    at the cache's beta. Trained ``values`` are ignored: this is about whose neighbours the shots are. An index that was
-    fitted is judged as it was before (:func:`closed_form.unfitted`): its metric knows each shot's own label, and would
-    agree with a wrong one. A class without a
-    key that is not hidden has no score. A shot that is its class's only image cannot be judged: its suggestion, scores,
-    margin and rank are null, and it is listed only as a duplicate.
+    at the beta that these keys have untouched (:func:`defaults.untouched_settings`), whatever the index's own: margins
+    grow with beta, and would mean something else in each index. Trained ``values`` are ignored: this is about whose
+    neighbours the shots are. A fitted index is judged by its raw keys (:func:`closed_form.unfitted`): its metric knows
+    each shot's own label, and would agree with a wrong one. A class without a key that is not hidden has no score. A
+    shot that is its class's only image cannot be judged: its suggestion, scores, margin and rank are null, and it is
+    listed only as a duplicate.
 
     ``k = "all"`` meets all keys: exact, ``n^2`` affinities (16,000 keys of 512 take 3 s on two cores). With a number
     the sum is over so many nearest by the cache's index, and the others count 0. ``None`` is all up to
@@ -64,6 +72,7 @@ def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
     images, digests = images_of(cache.labels), digest_codes(cache.labels)
     members = np.split(np.argsort(images, kind="stable"), np.cumsum(np.bincount(images))[:-1])  # of each image
     class_ids, counts = cache.class_ids.cpu().numpy(), np.array(cache.counts, dtype=np.float32)
+    _, beta = untouched_settings(cache.keys, class_ids)
     image, digest = (torch.from_numpy(x).to(device) for x in (images, digests))
     norms = torch.cat([keys.norm(dim=1) for keys, _ in cache.key_blocks()]).clamp_min(LEAST)
     parts = []
@@ -79,7 +88,7 @@ def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
         unseen = (image[part, None] == image[rows]) | empty
         nearest, near = affinity.masked_fill(unseen, -torch.inf).max(dim=1)
         shift = nearest.clamp_min(torch.finfo(torch.float32).min)[:, None]  # the nearest counts 1, whatever beta
-        weights = tip.weight(affinity.sub_(shift - 1), cache.settings.beta, out=affinity).masked_fill_(unseen, 0)
+        weights = tip.weight(affinity.sub_(shift - 1), beta, out=affinity).masked_fill_(unseen, 0)
         hidden = [np.bincount(class_ids[members[i]], minlength=c) for i in images[part]]
         left = torch.from_numpy(counts - np.array(hidden, dtype=np.float32)).to(device)
         scores = torch.where(left > 0, tip.sum_by_class(weights, ids, c) / left.clamp_min(1), -1)
@@ -87,15 +96,16 @@ def audit(cache: CacheModel, *, k: KeysMet = None) -> pa.Table:
         best, suggested = scores.max(dim=1)
         suggested = torch.where(mine[:, 0] >= best, own, suggested)
         judged = mine[:, 0] >= 0
-        suspicious = ((suggested != own) & judged) | (closest >= NEAR)
-        scale = tip.weight(shift[:, 0], cache.settings.beta)
+        margin = best.clamp_min(LEAST).log() - mine[:, 0].clamp_min(LEAST).log()
+        suspicious = ((suggested != own) & judged & ((margin > CLEAR) | borderline)) | (closest >= NEAR)
+        scale = tip.weight(shift[:, 0], beta)
         columns = {
             "row": torch.arange(part.start, part.stop, device=device),
             "judged": judged,
             "suggested": suggested,
             "own_score": mine[:, 0] * scale,
             "suggested_score": best * scale,
-            "margin": best.clamp_min(LEAST).log() - mine[:, 0].clamp_min(LEAST).log(),
+            "margin": margin,
             "rank": (scores > mine).sum(dim=1) + 1,
             "near": rows.expand(len(f), -1).gather(1, near[:, None])[:, 0].where(nearest > -torch.inf, -1),
             "nearest_affinity": nearest,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import check_backbone, same_backbone, table_identity
 from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
+from retrieval_tip.data.tables import read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import (
@@ -45,7 +47,7 @@ from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 
 if TYPE_CHECKING:
-    from retrieval_tip.index.places import Draft, Model
+    from retrieval_tip.index.places import Change, Draft, Model
 
 Folder = str | os.PathLike[str]
 
@@ -196,23 +198,62 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     return Changed(_version(change.cache), chosen)
 
 
-def relabel(folder: Place, label: str, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
-    """Give keys, chosen as for :func:`remove`, to another class of the index; returns those that had another label.
+def relabel(
+    folder: Place,
+    label: str | Mapping[int, str],
+    *,
+    where: str | None = None,
+    key_ids: Sequence[int] | None = None,
+) -> Changed:
+    """Give keys to other classes of the index: keys chosen as for :func:`remove` to one, or a label to each key id.
 
-    Errors as there, and InputError if ``label`` is no class.
+    Returns those that had another label. Raises UsageError where a mapping comes with ``where`` or ``key_ids``,
+    InputError for an unknown key id or label, else as :func:`remove`.
     """
     with stores.at(folder).change() as change:
         cache = change.cache
-        if label not in cache.class_names:
-            raise InputError(f"{label!r} is no class of the index; its classes are {few(cache.class_names)}")
-        chosen = _chosen(cache, where, key_ids)
-        rows = cache.find(key_ids=chosen)
-        old = dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
-        chosen = [key_id for key_id in chosen if old[key_id] != label]
-        cache.relabel(chosen, label)
-        if chosen:
-            change.what = f"relabel {counted(len(chosen), 'key')} as {label}"
-    return Changed(_version(cache), chosen)
+        if not isinstance(label, str) and (where is not None or key_ids is not None):
+            raise UsageError("label: names its keys already; leave where and key_ids out")
+        for name in [label] if isinstance(label, str) else dict.fromkeys(label.values()):
+            _check_class(cache, name)
+        if isinstance(label, str):
+            wanted = dict.fromkeys(_chosen(cache, where, key_ids), label)
+        else:
+            wanted = {key_id: label[key_id] for key_id in _chosen(cache, None, list(label))}
+        moved = _relabel(change, wanted, _labels_of(cache, list(wanted)))
+    return Changed(_version(change.cache), moved)
+
+
+def apply_audit(folder: Place, file: Folder) -> Changed:
+    """Relabel shots as a table of :func:`audit.audit` suggests, all in one new version.
+
+    ``file`` is CSV, JSON lines or Parquet, as ``index audit --output`` writes it, possibly edited. Three columns count:
+    ``key_id``, ``label``, which must still be the key's label, and ``suggested``, its new one. Rows that suggest
+    nothing, or the same label, are skipped.
+
+    Raises InputError, and changes nothing, for a file that cannot be read, a key that is unknown, occurs twice or has
+    another label by now, and a suggestion that is not a class of the index.
+    """
+    name, place = show(file), stores.at(folder)
+    table = read_columns(Path(file), ("key_id", "label", "suggested"), place.manifest().n)
+    key_ids, labels = (texts(table[column], name, column, needed=True) for column in ("key_id", "label"))
+    with reading(f"{name}: column 'key_id'"):
+        ids = key_ids.cast(pa.int64()).to_pylist()
+    suggested = texts(table["suggested"], name, "suggested", needed=False).to_pylist()
+    old = dict(zip(ids, labels.to_pylist(), strict=True))
+    if len(old) < len(ids):
+        raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} occurs twice; keep one row")
+    wanted = {key_id: new for key_id, new in zip(ids, suggested, strict=True) if new not in (None, old[key_id])}
+    with place.change() as change:
+        now = _labels_of(change.cache, list(wanted))
+        for key_id in wanted:
+            if now.get(key_id) != old[key_id]:
+                found = f"is labelled {now[key_id]!r}, not {old[key_id]!r}" if key_id in now else "is not in this index"
+                raise InputError(f"{name}: key {key_id} {found}; run index audit again")
+        for label in dict.fromkeys(wanted.values()):
+            _check_class(change.cache, label, f"{name}: ")
+        moved = _relabel(change, wanted, now)
+    return Changed(_version(change.cache), moved)
 
 
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
@@ -515,9 +556,7 @@ def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> l
         raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
     if where is None:
         chosen = list(dict.fromkeys(key_ids or []))
-        possible = [key_id for key_id in chosen if -(2**63) <= key_id < 2**63]
-        there = cache.find(key_ids=possible)["key_id"].to_pylist() if possible else []
-        if missing := sorted(set(chosen).difference(there)):
+        if missing := sorted(set(chosen).difference(_labels_of(cache, chosen))):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
     else:
         chosen = cache.labels["key_id"].to_numpy()[rows_where(cache.labels, where)].tolist()
@@ -526,6 +565,32 @@ def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> l
             f"{'key ids: none given' if where is None else f'where: no key matches {where}'}; nothing changed"
         )
     return chosen
+
+
+def _labels_of(cache: Model, key_ids: Sequence[int]) -> dict[int, str]:
+    """Return the labels of those of some keys that the index has."""
+    possible = [key_id for key_id in key_ids if -(2**63) <= key_id < 2**63]
+    rows = cache.find(key_ids=possible) if possible else cache.labels.slice(0, 0)
+    return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
+
+
+def _check_class(cache: Model, label: str, where: str = "") -> None:
+    """Raise InputError where the index has no class of this name; ``where`` says which file named it."""
+    if label not in cache.class_names:
+        raise InputError(
+            f"{where}{label!r} is not a class of this index ({few(cache.class_names)}); index add makes new classes"
+        )
+
+
+def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:
+    """Give keys their ``wanted`` labels where they differ from those of ``now``; return the ids that moved."""
+    moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
+    if moved:
+        change.cache.relabel(list(moved), list(moved.values()))
+        classes = list(dict.fromkeys(moved.values()))
+        what = f"as {classes[0]}" if len(classes) == 1 else f"to {counted(len(classes), 'class')}"
+        change.what = f"relabel {counted(len(moved), 'key')} {what}"
+    return list(moved)
 
 
 def _said(what: str, classes: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory
 from retrieval_tip.settings import Fitted
 from retrieval_tip.store import history
 from retrieval_tip.store.contents import array_of
-from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after, shots_of
 from retrieval_tip.store.manifest import Manifest, Table
 from retrieval_tip.store.sums import Sums
 
@@ -254,29 +254,31 @@ class LanceDraft(LanceModel):
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         return rows
 
-    def relabel(self, key_ids: Sequence[int], label: str) -> None:
-        """Give keys to another class, as its last shots. See :meth:`CacheModel.relabel`."""
-        class_id = int(inputs.ids_of([label], self.class_names, 1)[0])
-        moved = self._of_ids(key_ids, self.table.schema.names)
-        moved = moved.filter(pc.not_equal(moved["class_id"], class_id)).sort_by("key_id")
+    def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
+        """Give keys to another class each, or all to one, as its last shots. See :meth:`CacheModel.relabel`."""
+        wanted = inputs.new_ids(key_ids, labels, self.class_names)
+        moved = self._of_ids(list(wanted), self.table.schema.names).sort_by("key_id")
+        ids = np.array([wanted[key_id] for key_id in moved["key_id"].to_pylist()], dtype=np.int64)
+        changed = moved["class_id"].to_numpy() != ids
+        moved, ids = moved.filter(pa.array(changed)), ids[changed]
         if not len(moved):
             return
-        m, first = len(moved), int(self._next_shots(np.array([class_id]))[class_id])
+        names = [self.class_names[class_id] for class_id in ids]
         old, (keys, points) = moved["class_id"].to_numpy().astype(np.int64), self._vectors(moved)
         if self.whole is not None:
-            self._settled_whole().relabel(moved["key_id"].to_pylist(), label)
+            self._settled_whole().relabel(moved["key_id"].to_pylist(), names)
         new = {
-            "class_id": np.full(m, class_id, dtype=np.int32),
-            "label": [label] * m,
-            "shot": (first + np.arange(m)).astype(np.int32),
-            VERSION: np.full(m, self.writer.number),
+            "class_id": ids.astype(np.int32),
+            "label": names,
+            "shot": self._next_shots(np.unique(ids))[ids] + shots_of(ids),
+            VERSION: np.full(len(moved), self.writer.number),
         }
         for name, column in new.items():
             moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
         self.table.delete(moved["key_id"].to_pylist())
         self.table.append(moved)
-        self._count(lambda sums: sums.moved(keys, old, class_id), points, old, -1)
-        self._count(lambda sums: sums, points, np.full(m, class_id, dtype=np.int64), 1)
+        self._count(lambda sums: sums.moved(keys, old, ids), points, old, -1)
+        self._count(lambda sums: sums, points, ids, 1)
 
     def rename(self, old: str, new: str) -> None:
         """Give a class another name, or its keys to the class that has it. See :meth:`CacheModel.rename`."""

@@ -19,10 +19,8 @@ SURE = 0.9
 """An answer of such a probability says that it is sure."""
 WEAK, NAMED = 0.5, 5
 """A class is weak where fewer than this share of its items are right; so many classes are named."""
-CONTRADICTED = 0.12
-"""A shot is contradicted where another class's shots are nearer by so much affinity, on average by their weights."""
 AUDITED = 1 << 14
-"""Of more keys, contradicted shots are not looked for."""
+"""Largest number of keys that a report audits."""
 MISCALIBRATED = 0.05
 
 
@@ -97,13 +95,11 @@ def actions(judged: Judged, ways: Sequence[Way]) -> Iterator[Action]:
         )
     if weak := _weak(judged):
         yield Action(f"Add photographs of {', '.join(name for name, _ in weak)}", "; ".join(what for _, what in weak))
-    if cache.n <= AUDITED and not judged.is_tuned:
-        margins = audit(cache)["margin"].drop_null().to_numpy()
-        suspicious = int((margins >= CONTRADICTED * cache.settings.beta).sum())
-        if suspicious:
-            command = f"retrieval-tip index audit {folder}" if folder else ""
-            why = f"the others of the index speak clearly for another label of {suspicious:,} of them"
-            yield Action("Look at the labels of the shots", why, command)
+    if cache.n <= AUDITED and not judged.is_tuned and (suspicious := len(audit(cache))):
+        command = f"retrieval-tip index audit {folder}" if folder else ""
+        yield Action(
+            "Check the labels of shots", f"{counted(suspicious, 'shot', 'looks', 'look')} mislabelled", command
+        )
     if evaluation.ece > MISCALIBRATED:
         command = f"retrieval-tip calibrate {folder} --val SOURCE" if folder else ""
         yield Action("Calibrate the probabilities", f"they are off by {100 * evaluation.ece:.1f} points", command)

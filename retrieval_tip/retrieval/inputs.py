@@ -101,6 +101,19 @@ def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np
     return ids
 
 
+def new_ids(key_ids: Sequence[int], labels: str | Sequence[str], class_names: Sequence[str]) -> dict[int, int]:
+    """Map key ids to class ids, by a label each or one for all.
+
+    Raises InputError for a label that is not a class, or a key id that occurs twice with a label each.
+    """
+    if isinstance(labels, str):
+        return dict.fromkeys(key_ids, int(ids_of([labels], class_names, 1)[0]))
+    ids = dict(zip(key_ids, ids_of(labels, class_names, len(key_ids)).tolist(), strict=True))
+    if len(ids) < len(key_ids):
+        raise InputError(f"key ids: {next(one for one in key_ids if key_ids.count(one) > 1)} occurs twice")
+    return ids
+
+
 def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
     """Text weights ``[c, d]`` float32, a copy; zeros where there are none. Raises InputError where they do not fit."""
     if weights is None:

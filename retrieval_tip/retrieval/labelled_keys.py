@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retrieval_tip.errors import InputError, first_line
 from retrieval_tip.retrieval.segments import Segments, joined, segments_of
-from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after
+from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
 
 SMALL = 4096
 """Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
@@ -83,10 +83,9 @@ class LabelledKeys:
         """
         added = new.labels
         ids = added["class_id"].to_numpy().astype(np.int64)
-        next_shot = np.zeros(n_classes, dtype=np.int32)
-        np.maximum.at(next_shot, self.class_ids, self.labels["shot"].to_numpy() + 1)
+        added = shots_after(added, ids, self._next_shots(n_classes))
         try:
-            labels = pa.concat_tables([self.labels, shots_after(added, ids, next_shot)], promote_options="default")
+            labels = pa.concat_tables([self.labels, added], promote_options="default")
         except pa.ArrowException as error:
             raise InputError(f"labels: their columns do not fit the index's ({first_line(error)})") from None
         values = None
@@ -115,13 +114,15 @@ class LabelledKeys:
         gone[rows] = True
         return self._arranged(gone, ~gone)
 
-    def relabelled(self, rows: IntArray, class_id: int, label: str) -> LabelledKeys:
-        """With some of the keys, by row, given to another class, as its last shots; their values stay with them."""
-        rows = rows[np.argsort(self.key_ids[rows])]  # segments need not lie by key id, and a table of keys does
+    def relabelled(self, rows: IntArray, class_ids: IntArray, class_names: Sequence[str]) -> LabelledKeys:
+        """Move the keys at ``rows`` ``[m]`` to classes ``class_ids`` ``[m]``, as their last shots; values stay."""
+        order = np.argsort(self.key_ids[rows])  # segments need not lie by key id, and a table of keys does
+        rows, class_ids = rows[order], class_ids[order]
         ids, names = self.class_ids.copy(), self.labels["label"].to_numpy().copy()
         shots = self.labels["shot"].to_numpy().copy()
-        shots[rows] = shots[ids == class_id].max(initial=-1) + 1 + np.arange(len(rows))
-        ids[rows], names[rows] = class_id, label
+        following = self._next_shots(len(class_names))
+        shots[rows] = following[class_ids] + shots_of(class_ids)
+        ids[rows], names[rows] = class_ids, [class_names[class_id] for class_id in class_ids]
         labels = self.labels
         for name, column in (("class_id", ids), ("label", names), ("shot", shots)):
             place = labels.column_names.index(name)
@@ -129,6 +130,12 @@ class LabelledKeys:
         touched = np.zeros(len(ids), dtype=bool)
         touched[rows] = True
         return replace(self, labels=labels)._arranged(touched, np.ones(len(ids), dtype=bool))
+
+    def _next_shots(self, n_classes: int) -> npt.NDArray[np.int32]:
+        """The number of the next shot of each class ``[c]``."""
+        following = np.zeros(n_classes, dtype=np.int32)
+        np.maximum.at(following, self.class_ids, self.labels["shot"].to_numpy() + 1)
+        return following
 
     def _arranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
         """Only those to ``keep``, in order again: segments of which none is ``touched`` are shared.

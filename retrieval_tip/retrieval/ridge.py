@@ -57,15 +57,15 @@ class Ridge:
             parts.append(tip.ridge_values(self._gram(block), left, self.ridge))
         return torch.cat(parts)
 
-    def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_id: int) -> LabelledKeys:
-        """With the values of some keys, by row, solved for another class, those of all others as they are."""
+    def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_ids: IntArray) -> LabelledKeys:
+        """Solve the values of the keys at ``rows`` ``[m]`` for classes ``class_ids`` ``[m]``; the others stay."""
         assert labelled.values is not None
         if len(labelled.keys) <= SOLVED_AGAIN:
             return labelled  # all will be solved
         own = self._on_device(np.asarray(labelled.met[rows]))
         gram, values = self._gram(own), labelled.values.clone()
         others = keys.cache_logits(own, self.beta, values) - gram @ values[rows]
-        values[rows] = tip.ridge_values(gram, self._wanted(np.full(len(rows), class_id)) - others, self.ridge)
+        values[rows] = tip.ridge_values(gram, self._wanted(class_ids) - others, self.ridge)
         return replace(labelled, values=values)
 
     def _on_device(self, points: npt.NDArray[np.floating]) -> Tensor:

@@ -189,9 +189,14 @@ async def map_of(
 
 
 @reads.get("/indexes/{name}/audit", response_model=schemas.Audit, responses=schemas.problems(404, 422, 503))
-async def audit(service: TheService, version: Now, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Response:
-    """The shots whose labels the others contradict, worst first."""
-    return _json(await service.audit(version, limit))
+async def audit(
+    service: TheService,
+    version: Now,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    borderline: Annotated[bool, Query(description="List borderline cases too.")] = False,
+) -> Response:
+    """List shots that look mislabelled, worst first."""
+    return _json(await service.audit(version, limit, borderline))
 
 
 @changes.post(
@@ -236,11 +241,15 @@ async def remove(
     responses=schemas.problems(401, 403, 404, 422, 503),
 )
 async def relabel(request: Request, service: TheService, one: Named, change: schemas.Relabel) -> Response:
-    """Give shots, or all of a class, to another class, as a new version of the index."""
-    if (change.key_ids is None) == (change.of is None):
-        raise Problem(422, "give key_ids, or of, the class whose shots they are")
+    """Give shots, or all of a class, to other classes, as one new version of the index."""
+    chosen = sum(field is not None for field in (change.key_ids, change.of, change.moves))
+    if chosen != 1 or (change.label is None) != (change.moves is not None):
+        raise Problem(422, "give label with key_ids, label with of, or moves alone")
     _finish(request)
-    return _json(await service.relabel(one, change.label, change.key_ids, change.of))
+    if change.of is not None:
+        return _json(await service.merge(one, change.of, str(change.label)))
+    moves = [(move.key_ids, move.label) for move in change.moves or ()]
+    return _json(await service.relabel(one, moves or [(change.key_ids or [], str(change.label))]))
 
 
 @changes.post(

@@ -208,12 +208,20 @@ class Removed(BaseModel):
     key_ids: list[int]
 
 
-class Relabel(BaseModel, extra="forbid"):
-    """Shots, by their ids, or all of the class ``of``, and the class of the index that they are given to."""
+class Move(BaseModel, extra="forbid"):
+    """Shots, by their ids, and the class of the index that they are given to."""
 
+    key_ids: Annotated[list[KeyId], Field(max_length=100_000)]
     label: Label
+
+
+class Relabel(BaseModel, extra="forbid"):
+    """The ``label`` of some shots, or of all of the class ``of``; or several ``moves`` in one."""
+
+    label: Label | None = None
     key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
     of: Label | None = None
+    moves: Annotated[list[Move], Field(max_length=10_000)] | None = None
 
 
 class Rename(BaseModel, extra="forbid"):

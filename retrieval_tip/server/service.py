@@ -256,11 +256,26 @@ class Service:
         await self._found(one, (), key_ids)
         return await self._changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
 
-    async def relabel(self, one: Served, label: str, key_ids: Sequence[int] | None, of: str | None) -> dict[str, Any]:
-        """Give shots to another class: those of ``key_ids``, or all of the class ``of``. Raises as :meth:`remove`."""
-        there = [] if key_ids == [] else await self._found(one, () if of is None else (of,), key_ids or ())
+    async def relabel(self, one: Served, moves: Sequence[tuple[Sequence[int], str]]) -> dict[str, Any]:
+        """Give shots, by their key ids, a label a move, all in one version.
+
+        Raises Problem 422 for no shot, or one with two labels, else as :meth:`remove`.
+        """
+        labels: dict[int, str] = {}
+        for key_ids, label in moves:
+            for key_id in key_ids:
+                if labels.setdefault(key_id, label) != label:
+                    raise Problem(422, f"key_ids: key {key_id} is given two labels")
+        if not labels:
+            raise Problem(422, "key_ids: name at least one shot")
+        await self._found(one, (), list(labels))
+        return await self._changed(one, lambda: changes.relabel(one.folder, labels))
+
+    async def merge(self, one: Served, of: str, label: str) -> dict[str, Any]:
+        """Give all shots of the class ``of`` to another. Raises Problem 422 where it has none, or as :meth:`remove`."""
+        there = await self._found(one, (of,), ())
         if not there:
-            raise Problem(422, "there are no such shots" if of is None else f"{of!r} is no class that has shots")
+            raise Problem(422, f"{of!r} is not a class that has shots")
         return await self._changed(one, lambda: changes.relabel(one.folder, label, key_ids=there))
 
     async def _found(self, one: Served, labels: Sequence[str], key_ids: Sequence[int]) -> list[int]:
@@ -371,8 +386,8 @@ class Service:
             "axes": None if projection.axes is None else list(projection.axes),
         }
 
-    async def audit(self, version: Version, limit: int) -> dict[str, Any]:
-        """Suspicious shots, worst first. Raises Problem 422 where there are too many keys, 503 while it takes long."""
+    async def audit(self, version: Version, limit: int, borderline: bool) -> dict[str, Any]:
+        """List suspicious shots, worst first. Raises Problem 422 for too many keys, 503 while it takes long."""
         if version.cache.n > MOST_AUDITED:
             raise Problem(422, f"{version.cache.n:,} keys are many: use retrieval-tip index audit {version.name}")
         if not isinstance(version.cache, CacheModel):  # it compares all keys with each other, in memory
@@ -383,10 +398,10 @@ class Service:
         cache = version.cache
 
         def call() -> tuple[int, list[dict[str, Any]]]:
-            table = audit(cache)
+            table = audit(cache, borderline=borderline)
             return len(table), table.slice(0, AUDITED).to_pylist()
 
-        total, suspicious = await self._once(version, "audit", call)
+        total, suspicious = await self._once(version, ("audit", borderline), call)
         return {"version": version.manifest.version, "total": total, "shots": suspicious[:limit]}
 
     async def _once(

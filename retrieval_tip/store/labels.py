@@ -62,16 +62,12 @@ def label_table(
     if extra is not None and (own := sorted(set(extra.column_names) & set(LABEL_SCHEMA.names))):
         raise InputError(f"extra: column {own[0]!r} is one that the label store has itself")
     ids = np.arange(n) if key_ids is None else key_ids
-    order = np.argsort(class_ids, kind="stable")
-    counts = np.bincount(class_ids, minlength=len(class_names))
-    shots = np.empty(n, dtype=np.int32)
-    shots[order] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
     columns = {
         "key_id": pa.array(ids, pa.int64()),
         "class_id": pa.array(class_ids, pa.int32()),
         "label": pa.array(class_names, pa.string()).take(pa.array(class_ids)),
         "source": pa.array([f"key {i}" for i in ids], pa.string()) if sources is None else _string(sources),
-        "shot": pa.array(shots),
+        "shot": pa.array(shots_of(class_ids)),
         "views": pa.array(np.broadcast_to(np.asarray(views, dtype=np.int32), n)),
         "digest": pa.array(digests if digests is not None else [None] * n, pa.string()),
         "added_at": pa.array([datetime.datetime.now(datetime.UTC)] * n, pa.timestamp("us", "UTC")),
@@ -81,6 +77,15 @@ def label_table(
         for name in extra.column_names:
             table = table.append_column(name, extra[name])
     return table
+
+
+def shots_of(class_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Number the keys of each class from 0, in their order: ``[n]`` from class ids ``[n]``."""
+    order = np.argsort(class_ids, kind="stable")
+    counts = np.bincount(class_ids)
+    shots = np.empty(len(class_ids), dtype=np.int32)
+    shots[order] = np.arange(len(class_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return shots
 
 
 def shots_after(added: pa.Table, ids: npt.NDArray[np.int64], following: npt.NDArray[np.int32]) -> pa.Table:

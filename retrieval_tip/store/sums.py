@@ -95,9 +95,9 @@ class Sums:
         """Whether enough is left of what was there before a removal, so that these are as good as summed anew."""
         return bool(self.second.trace() >= LEFT * before.second.trace())
 
-    def moved(self, keys: npt.NDArray[Any], ids: IntArray, class_id: int) -> Sums:
-        """With some of the keys ``[m, d]``, of class ids ``[m]``, given to another class."""
-        there = self.removed(keys, ids).added(keys, np.full(len(keys), class_id))
+    def moved(self, keys: npt.NDArray[Any], ids: IntArray, new_ids: IntArray) -> Sums:
+        """Move some of the keys ``[m, d]`` from classes ``ids`` ``[m]`` to classes ``new_ids`` ``[m]``."""
+        there = self.removed(keys, ids).added(keys, new_ids)
         return Sums(there.counts, there.sums, self.second)
 
     def widened(self, c: int) -> Sums:

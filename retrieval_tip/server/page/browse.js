@@ -13,7 +13,8 @@ import { ask, state } from "./state.js";
 const PAGE = 1000; // photographs a request
 const MOST = 10_000; // photographs that are listed; filters find the others
 const CLASSES = 200; // classes listed at a time; the filter finds the others
-const CLEAR = 2; // margin from which the others are sure: of 40 wrong labels in 800 it names 39, and 16 that are right
+const SUSPECTS = 1000; // photographs that the server lists as mislabelled, at most
+const SUSPECTS_SHOWN = 100;
 const ASKED = 500; // photographs that are asked for by name at once
 const MAPPED = 10_000; // photographs on the map; of more, some of each class
 const MINUTES = 20 * 60_000; // ms that a map may take
@@ -111,8 +112,8 @@ function classElement({ class_id: id, label, keys }, most, byClass) {
   const dot = el("i", { class: "dot", aria: { hidden: "true" } });
   dot.hidden = state.info.n_classes > LEGEND;
   dot.style.background = colour(id);
-  const doubted = suspects.filter((shot) => shot.label === label && shot.margin >= CLEAR).length;
-  const needs = keys < FEW ? "needs photographs" : doubted ? `${doubted} to look at` : "";
+  const doubted = listed.filter((shot) => shot.label === label).length;
+  const needs = keys < FEW ? "needs photographs" : doubted ? `${doubted} to check` : "";
   const button = el(
     "button",
     { type: "button", title: `Photographs of ${label}`, data: { label, keys } },
@@ -219,7 +220,7 @@ const unchangeable = () => (state.info.changes ? "" : "This server takes no chan
 
 const grid = new Grid($("shots"), {
   tile(shot, element) {
-    if (element) return element;
+    if (element) return (element.querySelector(".said").textContent = shot.label), element;
     return el(
       "div",
       { data: { keyId: shot.key_id }, title: shot.source },
@@ -247,17 +248,23 @@ $("shots-form").addEventListener("submit", (event) => {
 $("shots-remove").addEventListener("click", () => remove([...grid.selected], $("shots-title")));
 $("shots-none").addEventListener("click", () => (grid.select([]), $("shots").focus()));
 
+/** What the label store says of photographs, by their ids, as far as they are `wanted`. */
+async function keysOf(ids, wanted, options) {
+  const keys = [];
+  for (let at = 0; at < ids.length; at += ASKED) {
+    const some = { ...wanted, key_id: ids.slice(at, at + ASKED), limit: PAGE };
+    keys.push(...(await api.keys(state.info.name, some, options)).keys);
+  }
+  return keys;
+}
+
 const shots = new Part(
   "shots",
   async (options) => {
     const wanted = { label: $("shots-class").value, source: $("shots-source").value, limit: PAGE };
     if (mapped) {
-      const found = { keys: [] };
-      for (let at = 0; at < mapped.length; at += ASKED) {
-        const some = { ...wanted, key_id: mapped.slice(at, at + ASKED) };
-        found.keys.push(...(await api.keys(state.info.name, some, options)).keys);
-      }
-      return { ...found, total: found.keys.length };
+      const keys = await keysOf(mapped, wanted, options);
+      return { keys, total: keys.length };
     }
     const found = await api.keys(state.info.name, { ...wanted, offset: 0 }, options);
     while (found.keys.length < Math.min(found.total, MOST)) {
@@ -269,10 +276,10 @@ const shots = new Part(
   },
   ({ total, keys }) => {
     $("shots-count").textContent = total.toLocaleString("en");
-    for (const shot of keys) shot.id = `shot-${shot.key_id}`;
-    const groups = [...Map.groupBy(keys, ({ label }) => label)].map(([label, items]) => ({ label, items }));
-    grid.select([]);
-    grid.show(groups.length > 1 ? groups : [{ label: null, items: keys }]);
+    const before = new Map(grid.items.map((shot) => [shot.key_id, shot])); // so that it stays selected
+    const all = keys.map((shot) => Object.assign(before.get(shot.key_id) ?? { id: `shot-${shot.key_id}` }, shot));
+    const groups = [...Map.groupBy(all, ({ label }) => label)].map(([label, items]) => ({ label, items }));
+    grid.show(groups.length > 1 ? groups : [{ label: null, items: all }]);
     grid.chosen();
     if (!total) return "No photographs like that.";
     return keys.length < total ? `The first ${keys.length.toLocaleString("en")}; the fields above find the others.` : unchangeable();
@@ -383,15 +390,15 @@ const audit = new Part(
   "audit",
   async (options) => {
     const { name } = state.info;
-    const found = await api.audit(name, options);
+    const found = await api.audit(name, { borderline: $("audit-all").checked, limit: SUSPECTS }, options);
     const both = found.shots.flatMap((shot) => [shot.key_id, shot.nearest_key_id]);
-    const ids = [...new Set(both.filter((id) => id !== null))];
-    const known = ids.length ? await api.keys(name, { key_id: ids, limit: ids.length }, options) : { keys: [] };
-    return { ...found, images: new Map(known.keys.map((shot) => [shot.key_id, shot.image])) };
+    const keys = await keysOf([...new Set(both.filter((id) => id !== null))], {}, options);
+    return { ...found, images: new Map(keys.map((shot) => [shot.key_id, shot.image])) };
   },
   ({ shots: all, images }) => {
     suspects = all.map((shot) => ({
       ...shot,
+      suggested: shot.suggested === shot.label ? null : shot.suggested, // one that is in another class too
       image: images.get(shot.key_id),
       nearest: images.get(shot.nearest_key_id),
     }));
@@ -413,43 +420,27 @@ function keep(some) {
   $("audit-title").focus();
 }
 
-/** Those that the others are sure of, or all; not those that were kept. */
+/** List what the server found, but what was kept. */
 function showSuspects() {
   const known = kept();
-  const open = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
-  listed = open.filter((shot) => $("audit-all").checked || shot.margin === null || shot.margin >= CLEAR);
+  listed = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
   $("audit-count").textContent = listed.length.toLocaleString("en");
-  const less = open.length - listed.length;
-  $("audit").replaceChildren(...listed.slice(0, 100).map(suspicious));
+  $("audit").replaceChildren(...listed.slice(0, SUSPECTS_SHOWN).map(suspicious));
   const movable = listed.filter((shot) => shot.suggested !== null);
   $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
-  $("audit-move-all").textContent = `Move all ${movable.length} as suggested`;
+  $("audit-move-all").textContent = `Accept all ${movable.length}`;
   $("audit-move-all").hidden = !movable.length;
-  $("audit-state").textContent = listed.length
-    ? ""
-    : less
-      ? `None is clear; ${less} less so.`
-      : "None: every photograph’s neighbours agree with its label.";
+  $("audit-state").textContent = listed.length ? "" : $("audit-all").checked ? "No label is in doubt." : "No clear mistakes.";
 }
 
-/** Each to the class that is suggested, a change a class; undone together. */
-async function moveAll() {
-  const byClass = Map.groupBy(listed.filter((shot) => shot.suggested !== null), (shot) => shot.suggested);
-  const number = [...byClass.values()].flat().length;
-  await changed(
-    `${photographs(number)} moved`,
-    async () => {
-      let done = null;
-      for (const [label, some] of byClass) {
-        done = await state.relabel(some.map((shot) => shot.key_id), label);
-        if (!done) break;
-      }
-      return done;
-    },
-    $("audit-title"),
-  );
+/** Give each its suggested label, all in one version. */
+function moveAll() {
+  const movable = listed.filter((shot) => shot.suggested !== null);
+  const byClass = Map.groupBy(movable, (shot) => shot.suggested);
+  const moves = [...byClass].map(([label, some]) => ({ label, key_ids: some.map((shot) => shot.key_id) }));
+  return changed(`${plural(movable.length, "label")} corrected`, () => state.relabelAll(moves), $("audit-title"));
 }
-$("audit-all").addEventListener("change", showSuspects);
+$("audit-all").addEventListener("change", () => audit.load());
 $("audit-move-all").addEventListener("click", moveAll);
 $("audit-keep-all").addEventListener("click", () => keep(listed));
 $("audit-remove-all").addEventListener("click", () => remove(listed, $("audit-title")));
@@ -473,11 +464,11 @@ function suspicious(shot) {
     "li",
     { data: { keyId: shot.key_id, margin: shot.margin } },
     figure(shot.image, shot.source, shot.label, "labelled"),
-    figure(shot.nearest, shot.nearest_source ?? "", shot.nearest_label ?? "–", "most like it"),
+    figure(shot.nearest, shot.nearest_source ?? "", shot.nearest_label ?? "–", "closest example"),
     el(
       "div",
       {},
-      suggested === null ? null : el("p", {}, "rather ", el("strong", { class: "name" }, suggested), "?"),
+      suggested === null ? null : el("p", {}, "Should this be ", el("strong", { class: "name" }, suggested), "?"),
       el("p", { class: "source", title: shot.source }, nameOf(shot.source, 2)),
       twin === null ? null : el("p", { class: "hint" }, `The same image as photograph ${twin}.`),
       el(
@@ -536,7 +527,8 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => stat
 
 state.addEventListener("index", () => {
   for (const id of ["classes-filter", "shots-class", "shots-source"]) $(id).value = "";
-  suspects = [];
+  grid.show([]); // key ids are of the index before
+  suspects = listed = [];
   mapped = drawn = null;
   wished = "";
   $("shots-mapped").hidden = true;

@@ -83,6 +83,8 @@ class State extends EventTarget {
   fit = () => this.#change((token) => api.fit(this.info.name, token));
   remove = (keyIds) => this.#change((token) => api.removeShots(this.info.name, keyIds, token));
   relabel = (keyIds, label) => this.#change((token) => api.relabel(this.info.name, { key_ids: keyIds, label }, token));
+  /** Several relabels, [{ key_ids, label }], in one version. */
+  relabelAll = (moves) => this.#change((token) => api.relabel(this.info.name, { moves }, token));
   /** Another name for a class; the name of another class merges the two. */
   rename = (of, label) => this.#change((token) => api.rename(this.info.name, { of, label }, token));
   /** Back to version `to`, where the index is still at `since`. */
