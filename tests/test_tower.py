@@ -10,6 +10,7 @@ from copy import deepcopy
 
 import numpy as np
 import open_clip
+import openvino
 import pytest
 import timm
 import torch
@@ -72,7 +73,10 @@ def test_a_real_encoder_of_photographs(lit_mini, shared):
     compiled = load_backbone(lit_mini.identity.model, device="cpu")
     np.testing.assert_allclose(unit(compiled.encode_images(pixels)), unit(expected), atol=1e-5)
     half = load_backbone(lit_mini.identity.model, device="cpu", precision="bfloat16")
-    assert 0.995 < cosines(half.encode_images(pixels), expected).min() < 0.9999999
+    worst = cosines(half.encode_images(pixels), expected).min()
+    assert worst > 0.995
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):  # others compute in float32
+        assert worst < 0.9999999
 
 
 def test_a_single_picture_does_not_wait_for_it(folder, place):
