@@ -91,7 +91,11 @@ def test_an_older_store_answers_as_its_folder_and_goes_on(tmp_path: Path) -> Non
     check_answers(store.verify(), "v2", "plain")
     changes.configure(f"lance://{tmp_path / 'plain'}", temperature=2.0)
     check_answers(store.verify(), "v2", "plain")
-    assert (store.manifest().version, store.manifest().settings.temperature) == (old.version + 1, 2.0)
+    new = store.manifest()
+    assert (new.version, new.settings.temperature) == (old.version + 1, 2.0)
+    assert (old.digests, new.digests.rows) == (None, None)  # which would take reading all rows
+    changes.rebuild(f"lance://{tmp_path / 'plain'}")
+    assert store.verify().manifest.digests.rows is not None
 
 
 @pytest.mark.parametrize("name", ["solved", "metric"])

@@ -49,7 +49,7 @@ from retrieval_tip.lance.objects import Objects
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
-from retrieval_tip.store.manifest import Table
+from retrieval_tip.store.manifest import Table, TableDigests
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -1208,14 +1208,92 @@ def test_a_damaged_or_missing_table_is_named(beside):
     beside.check()
 
 
-def tampered(pets, tamper, **facts):
-    """Make what was done to the table the current version, as if a change had done it."""
+def flipped(place, names, bits=100 if SOAK else 2):
+    """Flip bits of files, one after the other: name and original bytes, while one of its bits is another."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        whole = everything(place)[name]
+        for bit in rng.choice(8 * len(whole), min(bits, 8 * len(whole)), replace=False).tolist():
+            put(place, name, whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+            yield name
+        put(place, name, whole)
+
+
+def checked_files(manifest):
+    return [*manifest.digests.files, *(entry.name for entry in manifest.data_files)]
+
+
+def test_verify_finds_every_changed_bit(local, capfd):
+    local.add(unit_rows(3, D, 20), ["cat"] * 3)
+    changes.remove(local.place, key_ids=[1])
+    local.truth.remove(1)
+    names = {name for version in (1, 2, 3) for name in checked_files(local.store.manifest(version))}
+    assert {"data", "_deletions", "_versions"} <= {name.split("/")[1] for name in names if name.startswith("keys")}
+    for name in flipped(local.place, sorted(names)):
+        said(local.store.verify, name)
+    assert "panicked" not in capfd.readouterr().err
+    local.check()
+
+
+def test_a_version_that_is_damaged_is_not_made_current_again(local):
+    changes.compact(local.place)
+    local.add(unit_rows(3, D, 20), ["cat"] * 3)
+    current = local.store.manifest()
+    for name in flipped(local.place, checked_files(local.store.manifest(1))):
+        said(lambda: changes.rollback(local.place, 1), name)
+        assert local.store.manifest() == current
+    changes.rollback(local.place, 1)
+    local.truth.remove(60, 61, 62)
+    local.check()
+
+
+def test_rows_that_are_damaged_are_found_also_where_files_have_no_digest(beside):
+    """As in a bucket, whose data files are not read to be hashed."""
+    changed = {
+        "source": "it's not 4", "digest": "0" * 64, "shot": 7, "views": 3, "camera": "z", "version": 0,
+        "added_at": datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC),
+    }  # fmt: skip
+    rows = beside.store.manifest().digests.rows
+    for column, value in changed.items():
+        tampered(beside, lambda t, c=column, v=value: t.update(where="key_id = 4", values={c: v}), rows=rows)
+        said(beside.store.verify, beside.place, "rows")
+    damaged = changes.configure(beside.place, k=4).version - 1
+    for change in (
+        lambda: changes.rollback(beside.place, damaged),
+        lambda: changes.rebuild(beside.place),
+        lambda: changes.rebuild(beside.place, dtype="float16"),
+        lambda: changes.clone(beside.place, beside.tables / "clone"),
+    ):
+        beside.refused(change, "rows")
+    changes.rollback(beside.place, 1)
+    beside.check()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_verify_passes_over_a_version_that_is_deleted_meanwhile(local, monkeypatch, version):
+    changes.rename(local.place, BARE, "second")
+    wanted, real, raced = local.store.manifest(version).files["classes"].name, Objects.get, []
+
+    def raced_with(self, name, most=None):
+        if name == wanted and not raced:
+            raced.append(name)
+            changes.rename(local.place, "second", "third")
+            local.store.collect()
+        return real(self, name, most)
+
+    monkeypatch.setattr(Objects, "get", raced_with)
+    assert local.store.verify().version == version + 1
+    assert raced
+
+
+def tampered(pets, tamper, *, rows=None, **facts):
+    """Make what was done to the table the current version, as if a change had done it that left its rows' digest."""
     with pets.store.write() as writer:
         tamper(writer.table.table)
         old = writer.parent
         found = {"n": writer.table.rows, "version": old.version + 1, "parent": old.version} | facts
         entry = Table("keys", writer.table.version, found["n"])
-        writer.commit(replace(old, table=entry, **found))
+        writer.commit(replace(old, table=entry, digests=TableDigests(rows, {}), **found))
 
 
 def changed_vector(table):
@@ -1314,6 +1392,7 @@ def test_further_columns_of_any_type_and_name_come_back(tmp_path):
         "select": pa.array([[1], []], pa.list_(pa.int64())), "when": pa.array([1, 2], pa.timestamp("ns", "UTC")),
         "raw": pa.array([b"a", b""]), "dictionary": pa.array(["a", "b"]).dictionary_encode(), "none": pa.nulls(2),
         "large": pa.array(["a", "b"], pa.large_string()), "struct": pa.array([{"x": 1}, {"x": 2}]),
+        "half": pa.array([None, 1.5], pa.float16()), "view": pa.array(["a", None], pa.string_view()),
     }  # fmt: skip
     features = unit_rows(2, D, 61)
     places = [made(tmp_path, kind, kind) for kind in ("folder", "lance")]

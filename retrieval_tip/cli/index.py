@@ -212,7 +212,10 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
 @index.command("verify")
 @click.argument("folder", type=INDEX)
 def verify(folder: Place) -> None:
-    """Check every byte of an index, and that its parts fit together."""
+    """Check every byte of an index, and that its parts fit together.
+
+    In a bucket, check every row of the current version, and the small objects of earlier ones.
+    """
     from retrieval_tip.index.places import at
 
     cache = at(folder).verify()

@@ -394,7 +394,9 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
         raise StoreError(f"{out}: holds an index already; give another folder")
     if target.local is not None and Path(target.resolved).is_relative_to(source.resolved):
         raise StoreError(f"{out}: lies in the index itself; give a folder outside of it")
-    cache = source.load(device="cpu", version=version)
+    manifest = source.manifest(version)
+    source.check(manifest)  # else damage would get digests that fit it
+    cache = source.load(device="cpu", version=manifest.version, verify="fast")
     what = f"clone version {cache.version} of {show(str(source))}"
     return Changed(copy(cache, target, what), [])
 

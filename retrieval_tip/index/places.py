@@ -268,9 +268,15 @@ class LanceStore(LanceVersions, Store):
         cache.rewrite(index, dtype)
 
     def verify(self) -> LanceModel:
+        """Check every row of the current version, that its parts fit together, and the objects of earlier ones."""
         from retrieval_tip.lance.lance_model import verify
 
         return verify(self)
+
+    def check(self, manifest: Manifest) -> None:
+        from retrieval_tip.lance.lance_model import check
+
+        check(self, manifest, set())
 
 
 def listed(folder: Path) -> list[tuple[str, Manifest]]:

@@ -29,7 +29,8 @@ from retrieval_tip.lance.key_table import (
     rows_of,
     schema_of,
 )
-from retrieval_tip.lance.lance_model import IntArray, LanceModel
+from retrieval_tip.lance.lance_model import IntArray, LanceModel, check
+from retrieval_tip.lance.row_digest import with_rows
 from retrieval_tip.lance.versions import Classes, Writer
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features, Labels
@@ -52,10 +53,12 @@ MOST_HELD = 1 << 30
 class LanceDraft(LanceModel):
     """A :class:`LanceModel` whose table is the one in the making, alone; :meth:`commit` makes it the current version.
 
-    Make one with :meth:`changing` or :meth:`create`; :mod:`index.changes` does, and nothing else has to.
+    Make one with :meth:`changing` or :meth:`create`; :mod:`index.changes` does, and nothing else has to. ``digest`` is
+    that of the rows (:mod:`row_digest`); ``None`` for a table that was written before rows had one.
     """
 
     writer: Writer
+    digest: int | None = None
 
     @classmethod
     def changing(cls, writer: Writer) -> LanceDraft:
@@ -63,7 +66,9 @@ class LanceDraft(LanceModel):
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # which says what to do
             raise StoreError(f"{writer.store}: is being made by another process; try again")
-        return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer)
+        known = writer.parent.digests
+        digest = None if known is None or known.rows is None else int(known.rows, 16)
+        return cls._of(writer.store, writer.parent, writer.table, "cpu", writer=writer, digest=digest)
 
     @classmethod
     def create(
@@ -89,7 +94,7 @@ class LanceDraft(LanceModel):
         index_kind(index)
         ahead = iter(blocks)
         labels, keys = next(ahead)
-        d, c, following = keys.shape[1], len(class_names), 0
+        d, c, following, digest = keys.shape[1], len(class_names), 0, 0
         text = np.zeros((c, d), dtype=np.float32) if text_weights is None else text_weights
         inputs.check_shape("text_weights", text.shape, (c, d), "one a class; they come from the backbone of the keys")
         sums, point_sums = Sums.of([], c, d), None if metric is None else np.zeros((c, d))
@@ -99,7 +104,7 @@ class LanceDraft(LanceModel):
         schema = schema_of(d, dtype, extra, points=metric is not None)
 
         def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal following
+            nonlocal following, digest
             for part, own in itertools.chain([(labels, keys)], ahead):
                 ids = part["class_id"].to_numpy().astype(np.int64)
                 with np.errstate(over="ignore"):  # refused just below
@@ -112,7 +117,9 @@ class LanceDraft(LanceModel):
                 if points is not None and point_sums is not None:
                     np.add.at(point_sums, ids, points.astype(np.float64))
                 following = max(following, int(pc.max(part["key_id"]).as_py()) + 1)
-                yield from rows_of(part, own, writer.number, points).select(schema.names).cast(schema).to_batches()
+                made = rows_of(part, own, writer.number, points).select(schema.names).cast(schema)
+                digest = with_rows(digest, made)
+                yield from made.to_batches()
 
         table, sums = writer.create(grouped(rows()), schema), known or sums
         model = cls(
@@ -124,6 +131,7 @@ class LanceDraft(LanceModel):
             dtype=dtype,
             next_key_id=following,
             writer=writer,
+            digest=digest,
         )
         model._index(index)
         return model
@@ -176,7 +184,9 @@ class LanceDraft(LanceModel):
             self._settled_whole().add(array, ids, sources, **columns)
         points = points_of(self.metric, array, self.device) if self.table.has_points else None
         ordered = None if points is None else points[order]
-        self.table.append(rows_of(added.take(pa.array(order)), array[order], self.writer.number, ordered))
+        rows = rows_of(added.take(pa.array(order)), array[order], self.writer.number, ordered)
+        self.table.append(rows)
+        self._digest(rows)
         self._count(lambda sums: sums.added(array, ids), points, ids, 1)
         self.next_key_id += len(array)
         return key_ids.tolist()
@@ -230,12 +240,16 @@ class LanceDraft(LanceModel):
         self.classes = replace(self.classes, counts=now.counts, sums=now.sums, points=point_sums)
         self._follow()
 
+    def _digest(self, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> None:
+        """Count rows that come into the table, or leave it (-1), into its digest."""
+        self.digest = None if self.digest is None else with_rows(self.digest, rows, sign)
+
     def _vectors(self, rows: pa.Table) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         return self.table.matrix(rows[VECTOR]), self.table.matrix(rows[POINT]) if POINT in rows.column_names else None
 
     def remove(self, key_ids: Sequence[int]) -> None:
         """Remove keys by their id; classes stay. See :meth:`CacheModel.remove`."""
-        rows = self._of_ids(key_ids, ["key_id", "class_id", *self.table.vectors])
+        rows = self._of_ids(key_ids, self.table.schema.names)
         if len(rows) == self.n:
             raise InputError("remove: an index needs at least one key; give up the folder instead")
         if len(rows):
@@ -244,6 +258,7 @@ class LanceDraft(LanceModel):
             if self.whole is not None:
                 self._settled_whole().remove(key_ids)
             self.table.delete(rows["key_id"].to_pylist())
+            self._digest(rows, -1)
             self._count(lambda sums: sums.removed(keys, ids), points, ids, -1)
 
     def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
@@ -267,18 +282,26 @@ class LanceDraft(LanceModel):
         old, (keys, points) = moved["class_id"].to_numpy().astype(np.int64), self._vectors(moved)
         if self.whole is not None:
             self._settled_whole().relabel(moved["key_id"].to_pylist(), names)
-        new = {
-            "class_id": ids.astype(np.int32),
-            "label": names,
-            "shot": self._next_shots(np.unique(ids))[ids] + shots_of(ids),
-            VERSION: np.full(len(moved), self.writer.number),
-        }
-        for name, column in new.items():
-            moved = moved.set_column(moved.column_names.index(name), name, pa.array(column))
+        self._digest(moved, -1)
+        shots = self._next_shots(np.unique(ids))[ids] + shots_of(ids)
+        moved = self._changed(moved, {"class_id": ids.astype(np.int32), "label": names, "shot": shots})
         self.table.delete(moved["key_id"].to_pylist())
         self.table.append(moved)
+        self._digest(moved)
         self._count(lambda sums: sums.moved(keys, old, ids), points, old, -1)
         self._count(lambda sums: sums, points, ids, 1)
+
+    def _changed(self, rows: pa.Table | pa.RecordBatch, columns: dict[str, Any]) -> pa.Table | pa.RecordBatch:
+        """Return rows with other columns, brought by the version in the making."""
+        for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
+            rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
+        return rows
+
+    def _digest_changed(self, where: str, columns: Callable[[pa.RecordBatch], dict[str, Any]]) -> None:
+        """Count into the digest that rows which a condition holds for are about to get other columns."""
+        for rows in () if self.digest is None else self.table.scan(self.table.schema.names, where):
+            self._digest(rows, -1)
+            self._digest(self._changed(rows, columns(rows)))
 
     def rename(self, old: str, new: str) -> None:
         """Give a class another name, or its keys to the class that has it. See :meth:`CacheModel.rename`."""
@@ -287,7 +310,9 @@ class LanceDraft(LanceModel):
             self._merge(class_id, new, names)
             return
         if self.classes.counts[class_id]:
-            self.table.change(f"class_id = {class_id}", {"label": new, VERSION: self.writer.number})
+            where = f"class_id = {class_id}"
+            self._digest_changed(where, lambda rows: {"label": [new] * len(rows)})
+            self.table.change(where, {"label": new, VERSION: self.writer.number})
         self.classes = replace(self.classes, names=names)
         if self.whole is not None:
             self.whole.rename(old, new)
@@ -300,8 +325,9 @@ class LanceDraft(LanceModel):
         if self.whole is not None:
             self.whole.rename(old, into)
         if self.classes.counts[class_id + 1 :].any():
-            shifted = {"class_id": "class_id - 1", VERSION: str(self.writer.number)}
-            self.table.change(f"class_id > {class_id}", sql=shifted)
+            where, shifted = f"class_id > {class_id}", {"class_id": "class_id - 1", VERSION: str(self.writer.number)}
+            self._digest_changed(where, lambda rows: {"class_id": rows["class_id"].to_numpy() - 1})
+            self.table.change(where, sql=shifted)
         classes = self.classes
         self.classes = Classes(
             names,
@@ -322,14 +348,19 @@ class LanceDraft(LanceModel):
 
         ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others; ``known``
         are the sums of the keys, which are else counted anew. Raises UsageError for a type that a store does not have,
-        InputError where keys are too large for the dtype.
+        InputError where keys are too large for the dtype, StoreError where the rows are damaged.
         """
+        if dtype not in (None, self.dtype) and self.manifest is not None:
+            check(self.store, self.manifest, set())
         before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
         blocks = replace(self, table=before).stored_blocks()
         how = (self.class_names, self.classes.text, dtype or self.dtype, factory or self._asked)
         metric = self.metric if self.whole is None else None
         anew = self.create(self.writer, blocks, *how, stored=True, metric=metric, known=known)
-        self.table, self.classes, self.second, self.dtype = anew.table, anew.classes, anew.second, anew.dtype
+        if anew.dtype == self.dtype and self.digest not in (None, anew.digest):  # else damage gets a digest that fits
+            raise StoreError(f"{self.store}: rows are damaged; go back to a version before, or build the store again")
+        for name in ("table", "classes", "second", "dtype", "digest"):
+            setattr(self, name, getattr(anew, name))
         self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
         if factory is not None:
             self.settings = self.settings.but(k=index_kind(factory, self.n, len(self.class_names))[1])
@@ -391,6 +422,7 @@ class LanceDraft(LanceModel):
         self._keep_up(prunes)
         files = {"classes": writer.put("classes", self.classes.to_bytes(), len(self.class_names))}
         files |= {kind: writer.put_array(kind, array) for kind, array in self._arrays()}
+        table = Table(self.table.name, self.table.version, self.n)
         self.manifest = Manifest(
             version=writer.number,
             parent=writer.parent.version if writer.parent else None,
@@ -409,7 +441,8 @@ class LanceDraft(LanceModel):
             files=files,
             next_key_id=self.next_key_id,
             change=change,
-            table=Table(self.table.name, self.table.version, self.n),
+            table=table,
+            digests=writer.digests(table, self.digest),
         )
         writer.commit(self.manifest)
         self.version = self.manifest.version

@@ -24,9 +24,10 @@ from retrieval_tip import tip
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.classifier import AnsweringIndex, spread
-from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.lance.key_table import FLAT, POINT, VECTOR, VERSION, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
+from retrieval_tip.lance.row_digest import hexadecimal, with_rows
 from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.keys import index_over, points_of
@@ -98,8 +99,8 @@ class LanceModel(AnsweringIndex):
 
         Raises StoreError naming what is missing, damaged or does not fit the manifest.
         """
-        manifest = place.manifest(version)
-        return cls._of(place, manifest, place.table(manifest), resolve_device(device))
+        device = resolve_device(device)
+        return place.opened(lambda manifest: cls._of(place, manifest, place.table(manifest), device), version)
 
     @classmethod
     def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
@@ -308,17 +309,35 @@ class LanceModel(AnsweringIndex):
 
 
 def verify(place: LanceVersions) -> LanceModel:
-    """Check every row of the current version of a store, and that its parts fit together; of earlier ones the objects.
+    """Check every file of every version on a disk, and every row of the current version; return that, opened.
 
-    Raises StoreError naming what is damaged or does not fit. Returns the opened index.
+    In a bucket, of the earlier versions only the objects are checked, and not their rows. A version that a writer
+    deletes meanwhile does not count. Raises StoreError naming what is damaged or does not fit.
     """
-    model = LanceModel.load(place, device="cpu")
+    seen: set[tuple[str, str]] = set()
+    model = place.opened(lambda manifest: check(place, manifest, seen))
     assert model.manifest is not None
-    remedy = "go back to a version before, or build the store again"
     for old in place.earlier(model.manifest):
-        place.check(old)
-        place.table(old)
-    small: list[npt.NDArray[Any]] = [model.classes.text, model.classes.sums, *place.arrays(model.manifest).values()]
+        try:
+            place.check_objects(old)
+            place.check_files(old, seen)
+            place.table(old)
+        except StoreError:
+            if place.keeps(old):
+                raise
+    return model
+
+
+def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> LanceModel:
+    """Check every row and every object of a version, and that they fit together; return it, opened.
+
+    Files that were ``seen`` are not read again (:meth:`LanceVersions.check_files`), others are added to them. Raises
+    StoreError naming what is damaged or does not fit.
+    """
+    place.check_files(manifest, seen)
+    model = LanceModel._of(place, manifest, place.table(manifest), "cpu")
+    remedy = "go back to a version before, or build the store again"
+    small: list[npt.NDArray[Any]] = [model.classes.text, model.classes.sums, *place.arrays(manifest).values()]
     if not all(bool(np.isfinite(array).all()) for array in small):
         raise StoreError(f"{place}: text weights, sums, metric or values that are not finite; {remedy}")
     _check_rows(model, remedy)
@@ -332,6 +351,8 @@ def _check_rows(model: LanceModel, remedy: str) -> None:
     place, classes, c = model.store, model.classes, len(model.class_names)
     of_keys, of_points = Along(c, model.d, LEAST), Along(c, model.d, LEAST)
     seen: list[IntArray] = []
+    known = None if model.manifest is None or model.manifest.digests is None else model.manifest.digests.rows
+    digest = None if known is None else 0
     names = pa.array(model.class_names, pa.string())
     for batch in model.table.scan(model.table.schema.names):
         own, keys = batch.select(["key_id", "class_id", "label"]), model.table.matrix(batch[VECTOR])
@@ -351,9 +372,15 @@ def _check_rows(model: LanceModel, remedy: str) -> None:
                 raise StoreError(f"{place}: points that are not those of their keys; mend them with index rebuild")
             of_points.count(points, ids)
         seen.append(own["key_id"].to_numpy())
+        try:
+            digest = None if digest is None else with_rows(digest, batch)
+        except (InputError, ValueError) as error:
+            raise StoreError(f"{place}: {first_line(error)}; {remedy}") from None
     every = np.concatenate(seen)
     if len(np.unique(every)) != len(every) or every.max() >= model.next_key_id:
         raise StoreError(f"{place}: key ids are there twice, or were never given; {remedy}")
+    if digest is not None and hexadecimal(digest) != known:
+        raise StoreError(f"{place}: rows are damaged (their digest is not the manifest's); {remedy}")
     fit = of_keys.has(classes.counts, classes.sums)
     if not fit or (classes.points is not None and not of_points.has(classes.counts, classes.points)):
         raise StoreError(f"{place}: keys do not add up to what is known of their classes; {remedy}")

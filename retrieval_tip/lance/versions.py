@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,17 +39,22 @@ import pyarrow.parquet as pq
 
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import StoreError, UsageError, first_line
-from retrieval_tip.files import sync
+from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.lance import lease
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.lance.objects import Objects, flush
+from retrieval_tip.lance.row_digest import hexadecimal
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
-from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table
+from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table, TableDigests
 from retrieval_tip.store.query import TIMEOUT, ask
 
+T = TypeVar("T")
+
 TABLE = "keys"
+DIGESTED = ("data", "_deletions", "_indices")
+"""Folders of a table on a disk whose files have digests. Their names are never used twice."""
 PRUNED_EVERY = 16
 """Versions from one that gives up those of the table to the next: that puts all small pieces together anew."""
 OBJECT_BYTES = 1 << 34
@@ -110,6 +116,7 @@ class Writer:
         self._creations = 0
         self.table: KeyTable | None = None
         if parent is not None and parent.table is not None:
+            store.check_engine(parent)
             self.table = KeyTable.latest(store.address, parent.table.name)
             if self.table.version != parent.table.version:  # what is newer was left by a writer that did not finish
                 self.table.restore(parent.table.version)
@@ -165,21 +172,48 @@ class Writer:
             self.still_held()
         except StoreError as lost:  # whoever has it now may have given up what no manifest named yet
             try:
-                self.store.check(manifest)
+                self.store.check_objects(manifest)
                 self.store.table(manifest)
             except StoreError:
                 objects.delete([name])
                 raise lost from None
 
+    def digests(self, table: Table, rows: int | None) -> TableDigests:
+        """Return the digests of a version of the table: of its files, and of its ``rows``, where that is known.
+
+        Only new files are read. Raises StoreError where one cannot be.
+        """
+        engine, root = _engine_name(table), self.store.address.local
+        before = {} if self.parent is None or self.parent.digests is None else self.parent.digests.files
+        files = {}
+        with suppress(FileNotFoundError):  # an engine of another version may name it in another way
+            files[engine] = hashlib.sha256(self.store.objects.get(engine)).hexdigest()
+        for path, changed in sorted(self.store.table_files()):
+            name = str(path).removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
+            if name.split("/")[1] not in DIGESTED:
+                continue
+            if (path, changed) not in self._files:
+                with self._on_disk("read"):
+                    files[name] = sha256_of(path)
+            elif name in before:
+                files[name] = before[name]
+        return TableDigests(None if rows is None else hexadecimal(rows), files)
+
+    @contextmanager
+    def _on_disk(self, what: str) -> Iterator[None]:
+        """Raise StoreError where the disk fails."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise StoreError(f"{self.store}: its table cannot be {what}: {reason}; nothing was changed") from None
+
     def _flush(self) -> None:
         """Flush the files of the table that are new on a disk, and the folders that hold them."""
         root, new = self.store.address.local, [path for path, _ in self.store.table_files() - self._files]
-        try:
+        with self._on_disk("flushed"):
             for path in new:
                 flush(path)
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise StoreError(f"{self.store}: its table cannot be flushed: {reason}; nothing was changed") from None
         for folder in {folder for path in new for folder in path.parents if root in (folder, *folder.parents)}:
             sync(folder)
 
@@ -217,7 +251,7 @@ class LanceVersions:
                 return self._read(version or there[-1])
             except FileNotFoundError:  # given up just now
                 continue
-        raise StoreError(f"{self}: changes faster than it can be opened; try again")
+        raise self._too_fast()
 
     def _read(self, version: int) -> Manifest:
         name = _name(version)
@@ -252,7 +286,7 @@ class LanceVersions:
             arrays[kind] = array
         return arrays
 
-    def check(self, manifest: Manifest) -> None:
+    def check_objects(self, manifest: Manifest) -> None:
         """Check the objects of a version. Raises StoreError where one is missing or damaged."""
         self.classes(manifest)
         self.arrays(manifest)
@@ -264,8 +298,7 @@ class LanceVersions:
         except FileNotFoundError:
             raise StoreError(f"{self}/{entry.name}: missing; go back to a version before, or build again") from None
         if len(raw) != entry.bytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
-            raise StoreError(f"{self}/{entry.name}: damaged (its SHA-256 is not the manifest's); go back to a version "
-                             "before, or build again")  # fmt: skip
+            raise self._damaged(entry.name, "go back to a version before, or build again")
         return raw
 
     def table_files(self) -> set[tuple[Path, int]]:
@@ -277,11 +310,54 @@ class LanceVersions:
     def table(self, manifest: Manifest) -> KeyTable:
         """The table as it was at a version. Raises StoreError where it does not fit the manifest."""
         assert manifest.table is not None
+        self.check_engine(manifest)
         table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
         own = table.vector_type == (manifest.d, manifest.dtype) and table.has_points == manifest.has_points
         if not own or table.rows != manifest.n:
             raise StoreError(f"{self}: its table does not fit version {manifest.version}; go back to one before")
         return table
+
+    def check_engine(self, manifest: Manifest) -> None:
+        """Compare the engine's manifest of a version with its digest, where there is one.
+
+        The engine itself has no digests: one changed bit can make it panic, with a backtrace on standard error. Raises
+        StoreError where the file is missing or damaged.
+        """
+        assert manifest.table is not None
+        name, known = _engine_name(manifest.table), manifest.digests
+        if known is None or name not in known.files:
+            return
+        try:
+            digest = hashlib.sha256(self.objects.get(name, OBJECT_BYTES)).hexdigest()
+        except FileNotFoundError:
+            raise StoreError(f"{self}/{name}: missing; restore it, or build the store again") from None
+        if digest != known.files[name]:
+            raise self._damaged(name, "restore it, or build the store again")
+
+    def check_files(self, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
+        """Compare the files of the table on a disk with their digests, except those that were ``seen`` before.
+
+        A missing file does not count: it may be of an earlier version only, and the engine names one that it needs.
+        Raises StoreError where a file is damaged.
+        """
+        root = self.address.local
+        if root is None or manifest.digests is None:
+            return
+        for name, digest in manifest.digests.files.items():
+            if (name, digest) in seen or not (root / name).is_file():
+                continue
+            try:
+                whole = sha256_of(root / name) == digest
+            except FileNotFoundError:  # deleted just now
+                continue
+            except OSError as error:
+                raise StoreError(f"{self}/{name}: cannot be read: {error.strerror}") from None
+            if not whole:
+                raise self._damaged(name, "go back to a version before, or build the store again")
+            seen.add((name, digest))
+
+    def _damaged(self, name: str, remedy: str) -> StoreError:
+        return StoreError(f"{self}/{name}: damaged (its SHA-256 is not the manifest's); {remedy}")
 
     @contextmanager
     def write(self, wait: float | None = None) -> Iterator[Writer]:
@@ -310,6 +386,28 @@ class LanceVersions:
         if not place.is_dir() or not {entry.name for entry in place.iterdir()} <= own:
             raise StoreError(f"{self}: is something else; give an empty or new folder")
 
+    def opened(self, read: Callable[[Manifest], T], version: int | None = None) -> T:
+        """Return what ``read`` makes of the current version, or of an earlier one.
+
+        Where it fails because a writer deleted that version meanwhile, start again. Raises StoreError as
+        :meth:`manifest`, and what ``read`` raises.
+        """
+        for _ in range(store.VERSIONS_TRIED):
+            manifest = self.manifest(version)
+            try:
+                return read(manifest)
+            except StoreError:
+                if self.keeps(manifest):
+                    raise
+        raise self._too_fast()
+
+    def keeps(self, manifest: Manifest) -> bool:
+        """Whether a version is still kept: a writer deletes its manifest before anything that it names."""
+        return manifest.version in self._versions()
+
+    def _too_fast(self) -> StoreError:
+        return StoreError(f"{self}: changes faster than it can be opened; try again")
+
     def history(self) -> pa.Table:
         """The versions that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`.
 
@@ -331,16 +429,21 @@ class LanceVersions:
 
     def describe(self) -> dict[str, Any]:
         """The facts that ``index info`` prints."""
-        manifest = self.manifest()
-        counts, table = self.classes(manifest).counts, self.table(manifest)
-        return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=table.unindexed())
+
+        def read(manifest: Manifest) -> dict[str, Any]:
+            counts, table = self.classes(manifest).counts, self.table(manifest)
+            return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=table.unindexed())
+
+        return self.opened(read)
 
     def query(self, sql: str, predictions: Any = None, timeout: float = TIMEOUT) -> pa.Table:
         """The answer of a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without the keys."""
-        manifest = self.manifest()
-        table = self.table(manifest)
-        tables = {"labels": table.read(table.label_columns), "versions": self.history()}
-        return ask(tables, sql, predictions, timeout)
+
+        def labels(manifest: Manifest) -> pa.Table:
+            table = self.table(manifest)
+            return table.read(table.label_columns)
+
+        return ask({"labels": self.opened(labels), "versions": self.history()}, sql, predictions, timeout)
 
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
         """Give up all versions but the last ``keep``, and what only they have: versions, bytes of objects.
@@ -381,3 +484,8 @@ class LanceVersions:
 
 def _name(version: int) -> str:
     return f"manifests/{version:06d}.json"
+
+
+def _engine_name(table: Table) -> str:
+    """Name of the engine's manifest of a version: it counts down, so that the latest comes first in a listing."""
+    return f"{table.name}.lance/_versions/{(1 << 64) - 1 - table.version:020d}.manifest"

@@ -74,7 +74,7 @@ def described(
 ) -> dict[str, Any]:
     """The facts that ``index info`` prints of a version: its manifest, its keys of each class ``[c]``, and ``more``."""
     facts = dataclasses.asdict(manifest)
-    for name in ("files", "later"):
+    for name in ("files", "later", "digests"):
         del facts[name]
     facts |= facts.pop("settings")
     per_class = {"least": int(counts.min()), "median": float(np.median(counts)), "most": int(counts.max())}

@@ -42,6 +42,7 @@ MAX_DEPTH, MAX_KEY_ID = 64, 2**62
 
 _NAMED = re.compile(rb"data/\w+-[0-9a-f]{16}\.\w+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TABLE_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ class Table:
 
 
 @dataclass(frozen=True)
+class TableDigests:
+    """Digests of a LanceDB table at one of its versions, each in 64 hexadecimal digits.
+
+    ``rows`` is the digest of all rows (:mod:`row_digest`), ``None`` for a table that was made before rows had one.
+    ``files`` are the SHA-256 of the table's files, by name: of the engine's manifest, and on a disk of its data.
+    """
+
+    rows: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about one version of an index but the arrays.
 
@@ -82,7 +95,8 @@ class Manifest:
     were added since. ``change`` says in a few words what made this version; key ids from ``next_key_id`` on were never
     given (``None`` in format 1, which did not keep that). ``provenance`` is a record, by which nothing is decided; what
     is stands in ``built`` and ``fitted``. Where keys and labels are in a ``table``, ``files`` are
-    ``classes``, with what else a table does not hold, and there are no segments.
+    ``classes``, with what else a table does not hold, and there are no segments. ``digests`` are those of the table;
+    manifests of folders, and of tables that were written before it, lack this entry.
     """
 
     version: int
@@ -105,6 +119,7 @@ class Manifest:
     table: Table | None = None
     fitted: Fitted | None = None
     built: Built = field(default_factory=Built)
+    digests: TableDigests | None = None
 
     @property
     def segments(self) -> list[Segment]:
@@ -131,6 +146,8 @@ class Manifest:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
         body: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
         body |= body.pop("settings")  # which lie beside the rest, by name
+        if self.digests is None:  # else older programs would refuse the folders that they can read
+            del body["digests"]
         return _seal(body)
 
     @classmethod
@@ -186,6 +203,7 @@ class Manifest:
             stated = dict(stated) | {"fitted": None}
         if stated["format_version"] < BUILT_FORMAT:
             stated = dict(stated) | {"built": _built(stated["provenance"])}
+        stated = {"digests": None} | dict(stated)
         body = {field.name: stated[field.name] for field in fields(cls) if field.name != "settings"}
         needed = [field.name for field in fields(Settings) if field.name in stated or not field.metadata.get("later")]
         settings = Settings(**{name: stated[name] for name in needed})
@@ -211,6 +229,7 @@ class Manifest:
         body |= {"files": files, "later": later, "built": Built(**body["built"])}
         body["table"] = None if body["table"] is None else Table(**body["table"])
         body["fitted"] = None if body["fitted"] is None else Fitted(**body["fitted"])
+        body["digests"] = None if body["digests"] is None else TableDigests(**body["digests"])
         manifest = cls(settings=settings, **body)
         manifest._check_files()
         return manifest
@@ -228,8 +247,14 @@ class Manifest:
             solved = self.fitted is not None and self.fitted.values == "solved"
             _need(("values" in files) == solved and ("values" not in files or files["values"].rows == self.n), "values")
             _need("second" not in files or files["second"].rows == self.d, "files.second.rows")
+            if self.digests is not None:
+                of_files, of_rows = self.digests.files, self.digests.rows
+                _need(all(_TABLE_FILE.fullmatch(name) is not None for name in of_files), "digests.files")
+                known = [*of_files.values(), *(() if of_rows is None else (of_rows,))]
+                _need(all(_SHA256.fullmatch(digest) is not None for digest in known), "digests")
         else:
             _need(KINDS.keys() <= files.keys() <= KINDS.keys() | OPTIONAL_KINDS.keys(), "files")
+            _need(self.digests is None, "digests")
         _need(not later or "values" not in files, "later")  # trained values are one array
         of_later = [(kind, file) for part in later for kind, file in vars(part).items()]
         for kind, file in [*files.items(), *of_later]:
