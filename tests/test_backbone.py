@@ -9,6 +9,7 @@ import os
 import random
 import threading
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -102,7 +103,10 @@ def test_a_checkpoint_of_a_tag_gets_its_preprocessing_and_activation(tmp_path, m
         raise RuntimeError("far enough")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
-    file = tmp_path / "rn50.safetensors"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = open_clip.get_pretrained_cfg("RN50", "openai")["hf_hub"].strip("/").replace("/", "--")
+    file = tmp_path / f"models--{repository}/snapshots/abc/rn50.safetensors"
+    file.parent.mkdir(parents=True)
     file.write_bytes(b"")
     for pretrained, path in ((f"openai={file}", str(file)), ("openai", "openai")):
         with pytest.raises(BackboneError):

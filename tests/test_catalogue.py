@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import logging
+import os
+import re
 import socket
+import subprocess
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -12,9 +18,12 @@ import open_clip
 import pytest
 import timm
 import torch
+from conftest import PROGRAMS
+from PIL import Image
 
 from retrieval_tip.backbones import catalogue
-from retrieval_tip.errors import UsageError
+from retrieval_tip.backbones.loading import load_backbone
+from retrieval_tip.errors import BackboneError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -94,6 +103,76 @@ def test_the_size_is_said_before_weights_are_fetched(monkeypatch, caplog):
     ]
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
-    catalogue.say_fetched("some/model")
+    catalogue.ask_hub("some/model")
     assert "605 MB" in caplog.text
     assert "some/model" in caplog.text
+
+
+@pytest.mark.parametrize("mute", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(mute, monkeypatch, tmp_path):
+    asked, over = [], threading.Event()
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        """It closes connections, or leaves them open, without a word."""
+
+        def do_GET(self):
+            if "/some/" in self.path:  # the hub's library has questions of its own
+                asked.append(self.path)
+            if mute:
+                over.wait(20)
+
+        do_HEAD = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://{host}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+        for model in ("hf:some/clip", "hf-hub:some/model"):
+            del asked[:]
+            with pytest.raises(BackboneError, match=f"{model}.*{host}"):
+                load_backbone(model, device="cpu")
+            assert len(asked) == 1
+        weights = tmp_path / "models--some--model/snapshots/abc/of-another-name.bin"
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+        catalogue.ask_hub("some/model")  # there is nothing to fetch
+        assert len(asked) == 1
+        over.set()
+        server.shutdown()
+
+
+def test_without_a_network_the_error_names_what_works_offline(run, tmp_path, monkeypatch):
+    """By a process of its own; its options load."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (20, 20), (99 * i, 50, 200 if name == "cat" else 0)).save(
+                tmp_path / f"photos/{name}/{i}.png"
+            )
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as port:  # bound, and not listening
+        port.bind(("127.0.0.1", 0))
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port.getsockname()[1]}", "HF_HUB_OFFLINE": "0", "HF_HOME": "hub"}
+        command = ["retrieval-tip", "index", "build", "photos", "--out", "index"]
+        done = subprocess.run(
+            command, env=os.environ | hub | {"PATH": PROGRAMS}, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "--pretrained datacomp_xl_s13b_b90k=FILE" in done.stderr
+    monkeypatch.setattr(catalogue, "DEMO", catalogue.DEMO[:2])  # whether the clone has had its demo or not
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "hub")
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), "efficientnet-lite0.pth")
+    said = run(*command[1:])
+    assert said.exit_code == 1
+    offline = re.search(r"add --model (\S+) --pretrained (\S+), or", said.stderr)
+    assert load_backbone(*offline.groups(), device="cpu").dim == 1280
+    cached = Path("hub/models--timm--tf_efficientnet_lite0.in1k")
+    (cached / "snapshots/abc").mkdir(parents=True)
+    (cached / "snapshots/abc/model.safetensors").touch()
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
+    assert "add --model timm:tf_efficientnet_lite0.in1k, or" in run(*command[1:]).stderr

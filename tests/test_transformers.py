@@ -138,5 +138,5 @@ def test_who_names_a_model_as_elsewhere_is_told_how_to():
     with pytest.raises(UsageError, match="timm has it: timm:resnet50"):
         load_backbone("resnet50")
     assert catalogue.named("hf:org/name") == ("hf:org/name", None)
-    with pytest.raises(BackboneError, match=r"hf:nobody/nothing.*\(huggingface.co does not answer\)"):
+    with pytest.raises(BackboneError, match=r"hf:nobody/nothing.*\(HF_HUB_OFFLINE is set\)"):
         load_backbone("hf:nobody/nothing", device="cpu")

@@ -6,13 +6,17 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from retrieval_tip.errors import BackboneError, UsageError, counted, first_line
 
@@ -48,6 +52,13 @@ _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion
 
 NEAR, ALIKE = 8, 0.6
 """Names that a message offers, and how alike they have to be, of 1 (``difflib.get_close_matches``)."""
+
+ANSWER = 2.5
+"""Seconds that the hub has to answer before weights are fetched."""
+
+_DEMO = "build/demo/efficientnet-lite0.pth"
+DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
+"""Places of the encoder that ``benchmarks/demo.py`` fetches: its folder, the current one, an installed clone."""
 
 LARGEST_LIST = 200
 """Backbones of which the size is computed for a list: each takes a twentieth of a second."""
@@ -287,21 +298,70 @@ def _unasked() -> Iterator[None]:
         asking.TIME_OUT_REMOTE_CODE = before
 
 
-def say_fetched(repository: str) -> None:
-    """Say how large the weights are, before they are fetched; nothing where they are here, or nobody answers."""
-    import huggingface_hub
+def ask_hub(repository: str) -> None:
+    """Say how large the weights of a repository are before they are fetched, if they are not on this machine.
 
-    if is_cached(repository) or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    This is one request, which huggingface_hub would repeat a dozen times within 46 s. Raises ConnectionError if the hub
+    does not answer within ``ANSWER`` seconds (``HF_HUB_ETAG_TIMEOUT`` changes that), or ``HF_HUB_OFFLINE`` is set.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if next(_weights_of(repository), None) is not None:
         return
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise ConnectionError("HF_HUB_OFFLINE is set")
+    limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER)
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(HfApi().model_info(repository, files_metadata=True, timeout=limit))
+        except Exception as error:  # the hub has its own, which differ from version to version
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # looking up a host's name has no timeout of its own
     try:
-        listed = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=3).siblings or []
-        sizes = {file.rfilename: file.size for file in listed}
-        size = next(sizes[file] for file in WEIGHTS if sizes.get(file))
-    except Exception as error:  # whatever it is, fetching will say it
+        sizes = {file.rfilename: file.size for file in answer.result(limit).siblings or []}
+    except (HfHubHTTPError, ValueError) as error:  # an answer, or no repository; the download will say what is wrong
         log.debug("%s: %s", repository, first_line(error))
         return
-    assert size is not None
-    log.info("fetching %s of weights from huggingface.co/%s, once", megabytes(size), repository)
+    except Exception as error:
+        log.debug("%s: %s", repository, first_line(error))
+        raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} does not answer") from error
+    if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):
+        log.info("fetching %s of weights from huggingface.co/%s, once", megabytes(size), repository)
+
+
+def _weights_of(repository: str) -> Iterator[Path]:
+    """The files of weights of a repository that the hub's cache holds."""
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
+    return (file for file in snapshots.glob("*/*") if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+
+
+def unfetched(what: str, error: Exception, way_out: str) -> BackboneError:
+    """Make the error for weights that cannot be fetched; without a network it names options that work offline."""
+    here = _offline() if isinstance(error, ConnectionError) else None
+    offline = f"offline, add {here}, or " if here else ""
+    return BackboneError(f"{what} cannot be fetched ({reason_of(error)}); {offline}give {way_out}")
+
+
+def _offline() -> str | None:
+    """Return options that name an encoder whose weights are on this machine; ``None`` if there is none."""
+    import open_clip
+
+    for name in dict.fromkeys(SHORT.values()):
+        if _described(name, sized=False).cached:
+            return f"--model {name}"
+    for name, tag in open_clip.list_pretrained():
+        if next(_weights_of(open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rpartition("/")[0]), None):
+            return f"--model {name} --pretrained {tag}"
+    for file in DEMO:
+        if file.is_file():
+            return f"--model timm:tf_efficientnet_lite0 --pretrained {shlex.quote(str(file))}"
+    return None
 
 
 def megabytes(size: int) -> str:

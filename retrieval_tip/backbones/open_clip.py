@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import check_code, has, quiet, reason_of, recommended, say_fetched, unknown
+from retrieval_tip.backbones.catalogue import (
+    ask_hub,
+    check_code,
+    has,
+    quiet,
+    reason_of,
+    recommended,
+    unfetched,
+    unknown,
+)
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen, state_digest
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -51,7 +60,8 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
             arguments["text_cfg"] = text | {"hf_model_name": str(folder), "hf_model_pretrained": False}
         return _Plan(f"local-dir:{folder.resolve()}", None, None, arguments, str(folder))
     if model.startswith("hf-hub:"):
-        return _Plan(model, None, None, {}, f"open_clip_config.json and the weights of {model[7:]} on huggingface.co")
+        wanted = f"open_clip_config.json and the weights of huggingface.co/{model[7:]}"
+        return _Plan(model, None, None, {}, wanted, model[7:])
     if not has(model):
         raise unknown(model)
     tags = open_clip.list_pretrained_tags_by_model(model)
@@ -65,9 +75,8 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
             raise BackboneError(f"{file}: no such checkpoint (wanted as the weights of {model}/{tag})")
         return _Plan(model, tag, file, _tag_arguments(facts), file)
     if facts:
-        wanted = f"{_remote(facts)} as weights of {model}/{pretrained}"
         repository = str(facts.get("hf_hub", "")).rpartition("/")[0] or None
-        return _Plan(model, pretrained, None, _tag_arguments(facts), wanted, repository)
+        return _Plan(model, pretrained, None, _tag_arguments(facts), _remote(facts), repository)
     if Path(pretrained).is_file():
         log.warning(
             "%s: no tag is named, so open_clip's default preprocessing and activation are used with these weights; "
@@ -117,9 +126,9 @@ def _open(plan: _Plan, device: torch.device) -> Opened:
     import open_clip
 
     name = plan.model
-    if plan.repository is not None:
-        say_fetched(plan.repository)
     try:
+        if plan.repository is not None:
+            ask_hub(plan.repository)
         with quiet():
             config = open_clip.get_model_config(name)
             model, _, preprocess = _filled_once(
@@ -307,8 +316,8 @@ def _load_error(plan: _Plan, error: Exception) -> BackboneError:
     if plan.checkpoint or plan.model.startswith("local-dir:"):
         return BackboneError(f"{plan.wanted}: cannot be loaded as {plan.model}: {reason}")
     way_out = (
-        "--model local-dir:FOLDER with that repository's files"
+        "--model local-dir:FOLDER, a copy of that repository"
         if plan.model.startswith("hf-hub:")
-        else f"--pretrained {plan.pretrained}=FILE"
+        else f"--pretrained {plan.pretrained}=FILE, a copy of that file"
     )
-    return BackboneError(f"wanted {plan.wanted}, which is not cached and cannot be fetched ({reason}); give {way_out}")
+    return unfetched(f"{plan.model}: {plan.wanted}", error, way_out)

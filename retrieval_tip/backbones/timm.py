@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import reason_of, say_fetched, timm_tags, unknown_timm
+from retrieval_tip.backbones.catalogue import ask_hub, timm_tags, unfetched, unknown_timm
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
@@ -46,13 +46,10 @@ class TimmBackbone(TorchBackbone):
         try:
             config = timm.get_pretrained_cfg(name)
             if file is None and config is not None and config.hf_hub_id:
-                say_fetched(config.hf_hub_id)
+                ask_hub(config.hf_hub_id)
             tower = timm.create_model(name, pretrained=file is None, num_classes=0)
         except Exception as error:  # timm, the hub, torch and safetensors each raise their own
-            raise BackboneError(
-                f"wanted the weights of timm:{name}, which are not cached and cannot be fetched ({reason_of(error)}); "
-                "give --pretrained FILE"
-            ) from error
+            raise unfetched(f"timm:{name}: its weights", error, "--pretrained FILE, a copy of them") from error
         if file is not None:
             _fill(tower, file, name)
         settings = resolve_model_data_config(tower)

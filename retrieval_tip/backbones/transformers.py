@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.backbones.base import Execution, Identity
-from retrieval_tip.backbones.catalogue import check_code, is_cached, quiet, reason_of, say_fetched
+from retrieval_tip.backbones.catalogue import ask_hub, check_code, is_cached, quiet, reason_of, unfetched
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError
 
@@ -45,8 +45,11 @@ class TransformersBackbone(TorchBackbone):
             raise UsageError(f"hf:{self._place}: needs transformers; pip install 'retrieval-tip[hf]'") from None
         from open_clip.transform import image_transform_v2
 
-        if not (here := Path(self._place).is_dir() or is_cached(self._place)):
-            say_fetched(self._place)
+        try:
+            if not (here := Path(self._place).is_dir() or is_cached(self._place)):
+                ask_hub(self._place)
+        except ConnectionError as error:
+            raise unfetched(f"hf:{self._place}: it", error, "--model hf:FOLDER, a copy of that repository") from error
 
         def read(kind: Any, **options: Any) -> Any:
             try:
