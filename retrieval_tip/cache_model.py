@@ -37,7 +37,7 @@ from retrieval_tip.retrieval.keys import (
 )
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
-from retrieval_tip.retrieval.ridge import Ridge
+from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Built, Fitted, Settings
@@ -571,25 +571,41 @@ class CacheModel(InMemory):
             self.text_index = text_index_over(self.text_weights.cpu().numpy(), self.index.factory, self.device)
         self._follow()
 
-    def compact(self, factory: str | None = None, dtype: str | None = None) -> None:
-        """Make all keys one segment, and build the index over them anew. On disk after :meth:`save`.
+    def solve(self) -> None:
+        """Solve all values again, for the present keys and beta. Does nothing unless they were solved.
 
-        ``factory`` is the type of the index (``auto`` by :func:`keys.auto_for`, which sets ``k`` too) and
-        ``dtype`` that of the keys, float32 or float16, where they are to become others. Raises UsageError for a factory
-        that cannot work, InputError where keys are too large for the dtype; then nothing was changed.
+        On disk after :meth:`save`. Raises InputError, and changes nothing, for more than :data:`MOST_SOLVED` keys.
+        """
+        if self._ridge is None:
+            return
+        if self.n > MOST_SOLVED:
+            raise InputError(
+                f"values of {self.n:,} keys are too many to be solved again, at most {MOST_SOLVED:,}; "
+                "fit the index instead (retrieval-tip fit)"
+            )
+        points = np.asarray(self.met, dtype=np.float32)
+        self.values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
+
+    def compact(self, factory: str | None = None, dtype: str | None = None, *, again: bool = False) -> None:
+        """Make all keys one segment, and build the index over them. On disk after :meth:`save`.
+
+        ``factory`` is the type of the index (``auto`` by :func:`keys.auto_for`, which sets ``k`` too) and ``dtype``
+        that of the keys, float32 or float16, if they are to change. With another dtype, or ``again``, points and
+        solved values are made of the keys again, and the next fit makes the sums. Raises UsageError for a factory that
+        cannot work, InputError if keys are too large for the dtype; then nothing was changed.
         """
         settings = self.settings
         if factory == "auto":
             factory, k = auto_for(self.keys.shape, dtype or self.dtype, len(self.class_names), self.device)
             settings = replace(settings, k=k)
-        ordered, sums = self._labelled.take(self._labelled.order()), self.sums
-        if dtype is not None and ordered.keys.dtype != dtype:
+        ordered = self._labelled.take(self._labelled.order())
+        again = again or (dtype is not None and ordered.keys.dtype != dtype)
+        if again:
             with np.errstate(over="ignore"):  # refused just below
-                keys = np.asarray(ordered.keys).astype(dtype)
-                points = None if ordered.points is None else np.asarray(ordered.points).astype(dtype)
+                keys = np.asarray(ordered.keys).astype(dtype or self.dtype)
             if not np.isfinite(keys).all():
                 raise InputError(f"keys: hold values too large for {keys.dtype}")
-            ordered, sums = replace(ordered, keys=keys, points=points), None  # of keys of another rounding
+            ordered = replace(ordered, keys=keys, points=points_of(self.metric, keys, self.device))
         if factory is None or factory == self.index.factory:
             index = self._index_over(ordered.met, ordered.class_ids)
         else:
@@ -597,8 +613,10 @@ class CacheModel(InMemory):
         if self.text_index is not None or index.factory != self.index.factory:
             self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
         self._take(ordered)
-        self.index, self.settings, self.sums = index, settings, sums
+        self.index, self.settings, self.sums = index, settings, None if again else self.sums
         self._follow()
+        if again and self.n <= MOST_SOLVED:
+            self.solve()
 
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None

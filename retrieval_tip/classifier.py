@@ -21,7 +21,7 @@ from retrieval_tip.backbones.base import Identity
 from retrieval_tip.bounds import check_count
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, counted
+from retrieval_tip.errors import InputError, counted, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Certified, Evidence, Predictions, lists
 from retrieval_tip.retrieval import inputs
@@ -195,10 +195,24 @@ class AnsweringIndex(ABC):
         """Whether there are text weights; without them zero-shot logits are 0 and the cache alone decides."""
         return bool(self.text_weights.any())
 
+    def caution(self, settings: Settings) -> str | None:
+        """Return a warning if answers by these settings are worse than they need be: a fit holds for one beta."""
+        if self.fitted is None or settings.beta == self.settings.beta:
+            return None
+        return (
+            f"beta: this index was fitted for {self.settings.beta:g}, and another one gives worse answers and "
+            "probabilities; index set --beta fits it again"
+        )
+
     def with_settings(self, settings: Settings) -> Self:
-        """The same keys, answering by other settings; what was measured on the keys is shared."""
+        """Return the same keys, answering by other settings; what was measured on the keys is shared.
+
+        Warns once about another beta than the one that the index was fitted for.
+        """
         if settings == self.settings:
             return self
+        if (caution := self.caution(settings)) is not None:
+            warn_once(caution)
         other = copy.copy(self)
         other.settings = settings
         return other

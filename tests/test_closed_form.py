@@ -482,12 +482,13 @@ def test_what_does_not_go_together_is_refused(run, tables, options):
     assert not (tables / "o").exists()
 
 
-def test_leave_one_out_of_solved_values_is_refused(run, tables):
+def test_a_search_of_beta_or_without_a_shot_refuses_solved_values(run, tables):
     out = tables / "index"
     run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
     result = run("search-hp", out, "--leave-one-out")
     assert result.exit_code == 2
     assert "retrieval-tip fit" in result.stderr
+    assert run("search-hp", out, "--val", tables / "train.parquet", "--protocol", "paper").exit_code == 2
 
 
 def test_labels_of_the_test_images_change_nothing(run, tables):

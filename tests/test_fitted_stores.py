@@ -24,9 +24,10 @@ from test_stores import STEPS, copied, done, everything, labels_of, made, manife
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, StoreError, UsageError, warn_once
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
+from retrieval_tip.index import fit as index_fit
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
@@ -236,13 +237,73 @@ def test_a_condition_leaves_the_same_keys(run, built, name, tmp_path):
     np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-3)
 
 
+def check_derived(model, dtype):
+    """Points are those of the keys, and solved values solve their system, to the rounding of the dtype."""
+    whole = model if model.values is None or not isinstance(model, lance_model.LanceModel) else model.whole
+    if model.metric is not None and not isinstance(whole, lance_model.LanceModel):
+        points = model.metric(torch.from_numpy(np.asarray(whole.keys, dtype=np.float32))).numpy().astype(dtype)
+        np.testing.assert_array_equal(np.asarray(whole.points), points)
+    if model.values is not None:
+        points = np.asarray(whole.met, dtype=np.float64)
+        gram = np.exp(-model.settings.beta * (1 - points @ points.T)) + model.fitted.ridge * np.eye(model.n)
+        wanted = np.eye(len(model.class_names))[whole.class_ids]
+        np.testing.assert_allclose(gram @ whole.values.numpy().astype(np.float64), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_another_beta_is_fitted_at_once(built, name, tmp_path):
+    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
+    before = stores.at(places[0]).load(device="cpu").settings
+    summaries = [changes.configure(place, beta=6.0, temperature=2.0).summary for place in places]
+    assert summaries[0] == summaries[1]
+    assert "beta 6" in summaries[0]
+    one, other = opened(*places)
+    same(one, other)
+    assert (one.settings.beta, one.settings.temperature) == (6.0, 2.0)
+    for what in ("alpha", "least_cache"):
+        assert getattr(one.settings, what) != getattr(before, what)
+    for model in (one, other):
+        check_derived(model, np.float32)
+    changes.configure(places[0], beta=6.0, alpha=3.0)  # the same beta: nothing is fitted
+    assert stores.at(places[0]).load(device="cpu").settings == replace(one.settings, alpha=3.0)
+
+
+def test_another_beta_for_one_call_is_warned_of_once(run, built, tmp_path):
+    asked, place = write_table(tmp_path / "asked.parquet", QUERIES), built["solved", "folder"]
+    warn_once.cache_clear()
+    for options, warnings in (((), 0), (("--beta", 6), 1), (("--beta", 7), 0)):
+        stderr = run("classify", place, asked, "--format", "json", *options).stderr
+        assert stderr.count("\n") == stderr.count("beta") / 2 == warnings
+    with TestClient(create_app(open_all([Path(place)], "cpu", "float32", "full"))) as client:
+        for beta, warnings in ((None, 0), (6, 1)):
+            found = client.post(
+                "/v1/classify", json={"features": QUERIES.tolist()}, params={"beta": beta} if beta else {}
+            )
+            assert len(found.json()["warnings"]) == warnings
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_what_is_derived_of_the_keys_is_made_again_for_another_dtype(built, name, tmp_path):
+    for kind in KINDS:
+        place = copied(tmp_path, kind, built[name, kind], kind)
+        for dtype in (np.float16, np.float32):
+            changes.rebuild(place, dtype=np.dtype(dtype).name)
+            (model,) = opened(place)
+            assert model.dtype == np.dtype(dtype).name
+            check_derived(model, dtype)
+        there = made(tmp_path, "lance" if kind == "folder" else "folder", f"there-{kind}")
+        changes.clone(place, there)
+        same(*opened(place, there))
+
+
 # --- more keys than memory
 
 
 @pytest.fixture
 def few_are_many(monkeypatch):
     """Forty keys are more than are read at once, chosen on, or judged."""
-    monkeypatch.setattr(closed_form, "MOST_SOLVED", 30)
+    for module in (closed_form, index_fit):
+        monkeypatch.setattr(module, "MOST_SOLVED", 30)
     monkeypatch.setattr(closed_form, "CHOSEN_ON", 20)
     monkeypatch.setattr(closed_form, "JUDGED", 25)
     monkeypatch.setattr(draft, "SUMS_FROM", 0)

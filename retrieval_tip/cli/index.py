@@ -433,7 +433,10 @@ def set_command(
     template: tuple[str, ...],
     backbone: BackboneOptions,
 ) -> None:
-    """Change settings of an index. Templates replace its text weights."""
+    """Change settings of an index. Templates replace its text weights.
+
+    Another beta of a fitted index also fits its values, alpha and temperature again.
+    """
     from retrieval_tip.index import changes
 
     changed = changes.configure(
@@ -447,6 +450,8 @@ def set_command(
         templates=template,
         backbone=backbone_for(Origin.of(folder), [], backbone, needed=True) if template else None,
     )
+    if changed.summary is not None:
+        say(changed.summary)
     _say_version(folder, changed.version, "settings changed")
 
 

@@ -76,7 +76,7 @@ def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) 
     from retrieval_tip.index.places import at
 
     cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=answer.verify)
-    cache.settings = cache.settings.but(alpha=answer.alpha, beta=answer.beta)
+    cache = cache.with_settings(cache.settings.but(alpha=answer.alpha, beta=answer.beta))
     if answer.where is not None:
         cache = _restricted(cache, answer.where)
     cache.settings = cache.settings.but(k=answer.k, tail=answer.tail)

@@ -33,7 +33,7 @@ from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.ridge import Ridge
+from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import METRICS, VALUES, Fitted, Settings
@@ -48,9 +48,6 @@ FOLDS, MOST_FOLDS = 4, 8
 
 CHOSEN_ON, CHOSEN_SHOTS, JUDGED = 2048, 32, 4096
 """Keys that a form is chosen on, those of a class among them, and photographs that the chosen one is judged by."""
-
-MOST_SOLVED = 1 << 14
-"""Keys whose values are solved, at most: the system has n^2 numbers, and takes n^3 / 3 steps."""
 
 LEAST_SHOTS = 3
 """Photographs a class from which a form is chosen: folds of two leave one, which says little of what two will do."""
@@ -89,6 +86,10 @@ class Shots(Protocol):
     provenance: dict[str, Any]
     sums: Sums | None
     curve: pa.Table | None
+
+    @property
+    def fitted(self) -> Fitted | None:
+        """How they were fitted before."""
 
     @property
     def keys(self) -> Keys:
@@ -515,6 +516,28 @@ def fit(
     cache.set_fitted(*solved, factory)
     cache.sums = folds.sums
     cache.settings, cache.provenance = settings, cache.provenance | provenance
+    return choice
+
+
+def refit(cache: Shots, beta: float) -> Choice:
+    """Fit alpha, temperature and what is ``unlike`` any shot for another beta; the form stays as it was fitted.
+
+    They are judged by folds as in :func:`fit`, and stay as they are if there are too few shots. Solved values are
+    still those of the old beta: :meth:`CacheModel.solve` follows. Returns what the folds say of the result.
+    """
+    start = time.perf_counter()
+    fitted, settings = cache.fitted, replace(cache.settings, beta=beta)
+    assert fitted is not None
+    form = Form(fitted.shrinkage, fitted.ridge, settings.beta)
+    folds, judged_on = _judged_by(cache, None, images_of(cache.labels))
+    n = sum(len(held.ids) for held in folds.held)
+    accuracies: dict[str, float | None] = {}
+    if n >= LEAST_JUDGED and folds.c > 1:
+        settings, accuracies = _settled(settings, form, folds)
+        cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
+    choice = Choice(form, [], judged_on, n, len(folds.held), time.perf_counter() - start, **accuracies)
+    cache.settings = settings
+    cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice
 
 

@@ -99,8 +99,9 @@ class Choice:
     surface: pa.Table
 
     def settings(self, before: Settings) -> Settings:
-        """The chosen alpha, beta and k in place of those ``before``; a fitted temperature no longer holds."""
-        return replace(before, alpha=self.alpha, beta=self.beta, k=self.k, temperature=1.0)
+        """Return the chosen alpha, beta and k in place of those ``before``, without what was fitted with the others."""
+        least = before.least_cache if self.beta == before.beta else None
+        return replace(before, alpha=self.alpha, beta=self.beta, k=self.k, temperature=1.0, least_cache=least)
 
     def provenance(self) -> dict[str, Any]:
         """What goes into the manifest."""
@@ -285,8 +286,14 @@ def search_paper(
     """The published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``, first best wins.
 
     ``scales`` are those of beta and alpha (7 and 3 for ImageNet). Published figures used the whole validation split,
-    for ImageNet the test set; alpha 0 is not in the grid.
+    for ImageNet the test set; alpha 0 is not in the grid. Raises UsageError if values were solved, which is for one
+    beta.
     """
+    if cache.fitted is not None and cache.fitted.ridge is not None:
+        raise UsageError(
+            "protocol paper: searches beta, and the values of this index were solved for one; "
+            "build it with --fit none, as in the paper"
+        )
     cache.settings.but(alpha=scales[1], beta=scales[0])  # which refuses what are no settings
     _check(cache, queries)
     betas, alphas = (

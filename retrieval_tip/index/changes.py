@@ -39,6 +39,7 @@ from retrieval_tip.index.build import (
     warn_of_spelling,
 )
 from retrieval_tip.index.export import copy
+from retrieval_tip.index.fit import refit
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import LanceModel
 from retrieval_tip.retrieval.defaults import check_form, plain_settings
@@ -74,6 +75,13 @@ class Renamed(Changed):
     """The result of renaming: whether the class was ``merged`` into one that had the new name."""
 
     merged: bool
+
+
+@dataclass(frozen=True)
+class Configured(Changed):
+    """The result of changing settings, and the ``summary`` of the fit if that took one."""
+
+    summary: str | None
 
 
 @dataclass(frozen=True)
@@ -301,8 +309,11 @@ def configure(
     normalize: str | None = None,
     templates: Sequence[str] = (),
     backbone: Backbone | None = None,
-) -> Changed:
+) -> Configured:
     """Change settings of an index; what is ``None`` stays. Templates make new text weights, by the ``backbone``.
+
+    Another beta of a fitted index fits again what depends on it (:func:`index.fit.refit`): solved values, alpha,
+    temperature and what is unlike any shot; a given alpha or temperature counts after that.
 
     With ``normalize``, alpha and beta are in units of the shots that there are now, and where they are left out, the
     defaults that a new build takes (:func:`defaults.plain_settings`).
@@ -330,6 +341,9 @@ def configure(
         if normalize is not None:
             plain = plain_settings(alpha, beta, normalize, cache.statistics())
             given = {**given, **dict(zip(("alpha", "beta"), plain, strict=True))}
+        summary = None
+        if cache.fitted is not None and given.get("beta", cache.settings.beta) != cache.settings.beta:
+            summary = str(refit(cache, given["beta"]))
         cache.settings = cache.settings.but(**given)
         if prompts:
             if weights.keys() != set(cache.class_names):
@@ -342,7 +356,7 @@ def configure(
         change.what = "set " + ", ".join(_shown(name, value) for name, value in given.items())
         if prompts:
             change.what += (", " if given else "") + counted(len(prompts), "template")
-    return Changed(_version(cache), [])
+    return Configured(_version(cache), [], summary)
 
 
 def compact(folder: Place) -> Changed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -16,6 +16,10 @@ from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES
 from retrieval_tip.lance.shots import TableShots
+from retrieval_tip.retrieval.ridge import MOST_SOLVED
+
+if TYPE_CHECKING:
+    from retrieval_tip.index.places import Draft
 
 
 def fit_index(
@@ -58,6 +62,20 @@ def fit_index(
     return choice
 
 
+def refit(index: Draft, beta: float) -> Choice:
+    """Fit what depends on beta for another one, in a fitted index that is to become the next version.
+
+    That is alpha, temperature and what is unlike any shot (:func:`closed_form.refit`), and solved values. Raises
+    InputError as :meth:`CacheModel.solve`.
+    """
+    shots: CacheModel | TableShots = index.whole or TableShots(index) if isinstance(index, LanceDraft) else index
+    shots.settings = index.settings
+    choice = closed_form.refit(shots, beta)
+    index.settings, index.provenance = shots.settings, shots.provenance
+    index.solve()
+    return choice
+
+
 def fit_table(
     table: LanceDraft,
     *,
@@ -71,7 +89,7 @@ def fit_table(
     Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
     """
     how: dict[str, Any] = {"metric": metric, "values": values, "validation": validation}
-    if table.n > closed_form.MOST_SOLVED:
+    if table.n > MOST_SOLVED:
         shots = TableShots(table)
         choice = closed_form.fit(shots, **how, factory=factory)
         table.settings, table.provenance = shots.settings, shots.provenance

@@ -195,8 +195,7 @@ class FolderStore(Store):
                 cache.commit(writer, change.what)
 
     def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
-        cache.sums = None  # which the next fit makes of the keys, as the index is made now
-        cache.compact(index, dtype)
+        cache.compact(index, dtype, again=True)
 
     def verify(self) -> CacheModel:
         """Check every byte of every kept version, and that the parts of the current one fit together."""

@@ -343,6 +343,12 @@ class LanceDraft(LanceModel):
         self.table.optimize()
         self._follow()
 
+    def solve(self) -> None:
+        """See :meth:`CacheModel.solve`."""
+        if self.whole is not None:
+            self._settled_whole().solve()
+            self._follow()
+
     def rewrite(self, factory: str | None = None, dtype: str | None = None, known: Sums | None = None) -> None:
         """Write every row anew, and the index over them: what was removed before is in no file of this version.
 
@@ -365,7 +371,7 @@ class LanceDraft(LanceModel):
         if factory is not None:
             self.settings = self.settings.but(k=index_kind(factory, self.n, len(self.class_names))[1])
         if self.whole is not None:
-            self._settled_whole().compact(dtype=dtype)
+            self._settled_whole().compact(dtype=dtype, again=True)
         self._follow()
 
     def set_fitted(

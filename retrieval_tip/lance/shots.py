@@ -66,7 +66,7 @@ class TableShots:
         self.class_ids: Tensor = torch.from_numpy(self.labels["class_id"].to_numpy().astype(np.int64))
         self.n, self.class_names, self.sums = draft.n, draft.class_names, draft.sums
         self.text_weights, self.has_text, self.index_type = draft.text_weights, draft.has_text, draft.index_type
-        self.settings, self.provenance = draft.settings, draft.provenance
+        self.settings, self.provenance, self.fitted = draft.settings, draft.provenance, draft.fitted
 
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None

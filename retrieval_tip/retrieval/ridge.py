@@ -16,6 +16,9 @@ from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 
 IntArray = npt.NDArray[np.int64]
 
+MOST_SOLVED = 1 << 14
+"""Keys whose values are solved at once, at most: the system has n^2 numbers, and takes n^3 / 3 steps."""
+
 SOLVED_AGAIN = 4096
 """Keys up to which a change solves all values anew, a second at most; beyond, those of the keys that it touches."""
 

@@ -325,7 +325,8 @@ async def classify(
     ask = Ask(alpha, beta, met, tail, top, neighbours, logits, evidence)
     results, skipped = await service.classify(version, ask, sent)
     facts = {"index": version.name, "version": version.manifest.version} | version.settings(ask).shown()
-    return _json(facts | {"results": results, "skipped": skipped})
+    caution = version.cache.caution(version.settings(ask))
+    return _json(facts | {"results": results, "warnings": [caution] if caution else [], "skipped": skipped})
 
 
 def _pictured(version: Version, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

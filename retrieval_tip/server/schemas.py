@@ -323,7 +323,10 @@ class Result(BaseModel):
 
 
 class Classified(BaseModel):
-    """Answers, in the order of the inputs, and the settings that they were made with."""
+    """Answers, in the order of the inputs, and the settings that they were made with.
+
+    ``warnings`` says so if these settings make the answers worse than the index's own.
+    """
 
     index: str
     version: int
@@ -333,6 +336,7 @@ class Classified(BaseModel):
     tail: bool
     temperature: float
     results: list[Result]
+    warnings: list[str]
     skipped: list[Skipped]
 
 
@@ -407,6 +411,7 @@ CLASSIFIED_EXAMPLE = {
             ],
         }
     ],
+    "warnings": [],
     "skipped": [],
 }
 ADDED_EXAMPLE = {
