@@ -25,8 +25,9 @@ from retrieval_tip.errors import InputError, counted, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Certified, Evidence, Predictions, lists
 from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.evidence import Contributors, Nearest
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.logits import LOGITS, Nearest, Retrieval, slices
+from retrieval_tip.retrieval.logits import LOGITS, Retrieval, first_two, slices
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Built, Fitted, KeysMet, Settings
 from retrieval_tip.store.manifest import Manifest
@@ -51,20 +52,20 @@ class Answers:
     """Logits of ``q`` queries on their way to predictions: ``text`` and ``cache`` ``[q, m]``, of ``m`` classes.
 
     These are ``classes`` ``[q, m]``, or all of them (``None``); ``keys``, how many keys settled each query, where that
-    was certified; ``nearest``, the nearest keys, where the logits took them to be found.
+    was certified; ``shots``: the shots behind each answer, if computing the logits already found them.
     """
 
     text: Tensor
     cache: Tensor
     classes: Tensor | None = None
     keys: Tensor | None = None
-    nearest: Nearest | None = None
+    shots: Contributors | None = None
 
     def of(self, part: slice) -> Answers:
-        """Those of some of the queries."""
+        """Return the answers to some of the queries."""
         classes, keys = (None if column is None else column[part] for column in (self.classes, self.keys))
-        nearest = None if self.nearest is None else self.nearest.of(part)
-        return Answers(self.text[part], self.cache[part], classes, keys, nearest)
+        shots = None if self.shots is None else self.shots.of(part)
+        return Answers(self.text[part], self.cache[part], classes, keys, shots)
 
 
 class AnsweringIndex(ABC):
@@ -136,7 +137,7 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Columns of the label store of the keys that :class:`logits.Nearest` knows as ``rows`` ``[m]``."""
+        """Return columns of the label store for ``rows`` ``[m]`` of :class:`evidence.Nearest`."""
 
     @abstractmethod
     def every_row(self) -> npt.NDArray[np.int64]:
@@ -311,7 +312,9 @@ class AnsweringIndex(ABC):
         certify: bool = False,
         norms: str = "check",
     ) -> Predictions:
-        """Answers to queries: label, probability, and the ``neighbours`` nearest keys that made it.
+        """Answer queries: label, probability, and the ``neighbours`` shots that contributed most to each answer.
+
+        :class:`retrieval.evidence.Contributors` defines contributions. With ``k``, only keys that a query meets count.
 
         Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
         meets as many keys as settle its label (:meth:`certified`). ``norms``: ``check`` that features have norm 1, as
@@ -323,24 +326,22 @@ class AnsweringIndex(ABC):
             inputs.check_unit(f)
         shown = min(neighbours, retrieval.settings.k or neighbours)
         answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
-        if answers.nearest is None and shown > 0:
-            answers = replace(answers, nearest=retrieval.nearest(retrieval.points(f), shown))
         parts = slices(len(f), PREDICTED) if len(f) else [slice(0)]
-        columns = pa.concat_tables([self._columns(answers.of(part), top) for part in parts])
-        return Predictions(columns).named(pa.array(np.arange(len(f))).cast(pa.string()))
+        columns = [self._columns(f[part], answers.of(part), retrieval, top, shown) for part in parts]
+        return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
 
     def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
-        """Logits of queries, of ``top`` classes at least, and ``neighbours`` nearest keys where they were met."""
+        """Return logits of at least ``top`` classes, and ``neighbours`` shots behind each answer if these are known."""
         terms = retrieval.terms(f, neighbours=max(neighbours, 0))
         self._check_overflow(terms.text, terms.cache)
-        return Answers(terms.text, terms.cache, nearest=terms.nearest)
+        return Answers(terms.text, terms.cache, shots=terms.shots)
 
     def _certified_answers(self, f: Tensor, retrieval: Retrieval) -> Answers:
         certified = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
         return Answers(certified.text, certified.cache, keys=certified.keys)
 
-    def _columns(self, answers: Answers, top: int) -> pa.Table:
-        """The columns of :class:`Predictions`; ``input`` is empty."""
+    def _columns(self, f: Tensor, answers: Answers, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
+        """Return the columns of :class:`Predictions`; ``input`` is empty."""
         text, cache, alpha = answers.text, answers.cache, self.settings.alpha
         logits = tip.blend(text, cache, alpha)
         places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
@@ -349,6 +350,12 @@ class AnsweringIndex(ABC):
         winner = places[:, :1]
         own_cache = cache.gather(1, winner)
         weighted = tip.blend(torch.zeros_like(own_cache), own_cache, alpha)
+        shots = answers.shots
+        if shots is None and neighbours > 0:
+            winner_class, rival = first_two(logits)
+            if answers.classes is not None:
+                winner_class, rival = answers.classes.gather(1, torch.stack([winner_class, rival], dim=1)).unbind(1)
+            shots = retrieval.contributors(retrieval.points(f), winner_class, rival, neighbours)
         m, names = ranked.shape[1], pa.array(self.class_names, pa.string())
         labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
         columns = {
@@ -359,7 +366,8 @@ class AnsweringIndex(ABC):
             "probabilities": lists(chances, m),
             "text_logit": _doubles(text.gather(1, winner))[:, 0],
             "cache_logit": _doubles(weighted)[:, 0],
-            "neighbours": self._neighbours(answers.nearest, ranked),
+            "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
+            "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
         }
         if answers.classes is None:
             columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
@@ -454,14 +462,26 @@ class AnsweringIndex(ABC):
         return np.array([position[label] for label in labels], dtype=np.int64)
 
     def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-        """The nearest keys of each query, nearest first, with what they give to its ``classes`` ``[q, m]``."""
+        """Return the keys of each query with what they contribute to its ``classes`` ``[q, m]``, most to the first."""
         kind = PREDICTIONS["neighbours"]
         if near is None:
-            return pa.ListArray.from_arrays(
-                pa.array(np.zeros(len(classes) + 1, np.int32)), pa.array([], kind.value_type)
-            )
-        near = near.ordered()
-        weight, there = tip.weight(near.affinity, self.settings.beta), near.rows >= 0
+            ends = np.zeros(len(classes) + 1, np.int32)
+            return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
+        there = near.rows >= 0
+        ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), self._described(near, classes))
+
+    def _opposing(self, near: Nearest | None, classes: Tensor) -> pa.StructArray:
+        """Return the key that counts most against each answer, null where there is none."""
+        if near is None:
+            return pa.nulls(len(classes), PREDICTIONS["opposing"])
+        there = (near.rows[:, 0] >= 0).cpu().numpy()
+        return self._described(near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
+
+    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
+        """Return all keys of ``near`` that are there as one column, query by query."""
+        there = near.rows >= 0
+        weight = tip.weight(near.affinity, self.settings.beta)
         if self.values is None:
             values = (near.class_ids[:, :, None] == classes[:, None]).float()
         else:
@@ -471,9 +491,7 @@ class AnsweringIndex(ABC):
         named = [column.combine_chunks() for column in described.columns]
         figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
         gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
-        keys = pa.StructArray.from_arrays([*named, *figures, gives], fields=list(kind.value_type))
-        ends = there.sum(dim=1).cumsum(dim=0).cpu().numpy()
-        return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), keys)
+        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""

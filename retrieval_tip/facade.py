@@ -291,7 +291,7 @@ class Classifier:
                 ``retrieval-tip classify`` takes (a folder, a pattern, a table, a tar), where ``encoder.skipped`` lists
                 the photos that could not be read; or floating-point features of the index's backbone.
             top: classes to report, most probable first.
-            neighbours: nearest keys to report.
+            neighbours: shots to report, those that contributed most to each answer.
             k: nearest keys that vote, or ``all``; by default the index's own setting.
             tail: whether to estimate what the other keys would add; by default the index's own setting.
             certify: whether to use as many keys as settle the answer.
@@ -517,7 +517,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Explanation:
-    """An answer with the pictures that made it: the photograph as it was given, and each neighbour's, where it is."""
+    """An answer with its photographs: the one that was given, and the shots that contributed most to the answer."""
 
     prediction: Prediction
     picture: bytes
@@ -529,13 +529,17 @@ class Explanation:
         return self.prediction.label
 
     def _repr_html_(self) -> str:
-        """For notebooks: the photograph, its classes, and the nearest shots in pictures."""
+        """Show the photograph, its classes, and the shots behind the answer, for notebooks."""
         near = zip(self.prediction.neighbours, self.shots, strict=True)
-        rows = [(_shown(shot), key.label, f"{key.affinity:.3f}", key.source) for key, shot in near]
+        rows = [
+            (_shown(shot), key.label, f"{key.contribution:.2g}", f"{key.affinity:.3f}", key.source)
+            for key, shot in near
+        ]
         chances = zip(self.prediction.labels, self.prediction.probabilities, strict=True)
         answer = ", ".join(f"{label} {share:.1%}" for label, share in chances)
         asked = table((), [(_shown(self.picture), answer)])
-        return asked + table(("shot", "class", "affinity", "source"), rows, "nearest shots", numbers=(2,))
+        columns = ("shot", "class", "contribution", "affinity", "source")
+        return asked + table(columns, rows, "the shots behind the answer", numbers=(2, 3))
 
 
 def _shown(data: bytes | None) -> Any:

@@ -34,6 +34,7 @@ PREDICTIONS = {
     "text_logit": pa.float64(),
     "cache_logit": pa.float64(),
     "neighbours": pa.list_(pa.struct(list(_NEIGHBOUR.items()))),
+    "opposing": pa.struct(list(_NEIGHBOUR.items())),
     "keys": pa.int64(),
     "unlike": pa.bool_(),
 }
@@ -68,10 +69,10 @@ def shown_probability(probability: float) -> str:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A key near a query: what it is, its ``affinity``, and its ``weight`` ``w = exp(-beta (1 - affinity))``.
+    """A shot behind an answer: its ``affinity`` to the query, and its ``weight`` ``w = exp(-beta (1 - affinity))``.
 
-    ``gives``: what it adds to the cache ``C`` of each class in the prediction's ``labels``, ``w V``: its weight to its
-    own class and 0 to others, or, where values were solved or trained, more or less to each, also below 0.
+    ``gives``: its contribution ``w V`` to the cache ``C`` of each class in the prediction's ``labels``. With one-hot
+    values this is its weight for its own class and 0 for others; fitted values may be larger, smaller or negative.
     """
 
     key_id: int
@@ -81,6 +82,11 @@ class Neighbour:
     weight: float
     gives: list[float]
 
+    @property
+    def contribution(self) -> float:
+        """What it adds to the cache of the winner: positive for the answer, negative against it."""
+        return self.gives[0]
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -89,8 +95,10 @@ class Prediction:
     ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
     ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
     (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order, ``None`` where
-    the classes are so many that only a shortlist was compared, which the probabilities are then over; the nearest
-    ``neighbours``. ``keys``: how many of the keys settled the answer, where it was certified. ``unlike``: whether the
+    the classes are so many that only a shortlist was compared, which the probabilities are then over.
+    ``neighbours``: the shots that contributed most to the answer, largest contribution first. ``opposing``: the shot
+    with the lowest contribution; if none is negative, the one that adds most to the runner-up; ``None`` if there is no
+    such shot. ``keys``: how many of the keys settled the answer, where it was certified. ``unlike``: whether the
     largest cache logit is smaller than the index's ``least_cache``, so that the query is unlike any shot; ``None``
     where the index has none.
     """
@@ -105,18 +113,21 @@ class Prediction:
     neighbours: list[Neighbour]
     keys: int | None = None
     unlike: bool | None = None
+    opposing: Neighbour | None = None
 
     def _repr_html_(self) -> str:
-        """For notebooks: the classes, the two parts of the winner's logit, and the neighbours."""
+        """Show the classes, the two parts of the winner's logit, and the shots behind it, for notebooks."""
         classes = zip(self.labels, map(shown_probability, self.probabilities), strict=True)
         caption = f"text {self.text_logit:.4g} + cache {self.cache_logit:.4g}"
-        near = (
-            (f"{key.affinity:.4f}", f"{key.weight:.1e}", f"{key.gives[0]:.1e}", key.label, key.source, key.key_id)
-            for key in self.neighbours
-        )
-        columns = ("affinity", "weight", f"gives to {self.label}", "label", "source", "key")
-        neighbours = table(columns, near, "nearest keys", numbers=(0, 1, 2, 5)) if self.neighbours else ""
-        return f"<div>{table(('class', 'probability'), classes, caption, numbers=(1,))}{neighbours}</div>"
+        shown = table(("class", "probability"), classes, caption, numbers=(1,))
+        against = [self.opposing] if self.opposing else []
+        for keys, what in ((self.neighbours, f"shots for {self.label}"), (against, "strongest shot against it")):
+            near = (
+                (f"{key.contribution:.1e}", f"{key.affinity:.4f}", key.label, key.source, key.key_id) for key in keys
+            )
+            columns = ("contribution", "affinity", "label", "source", "key")
+            shown += table(columns, near, what, numbers=(0, 1, 4)) if keys else ""
+        return f"<div>{shown}</div>"
 
 
 class Predictions:
@@ -151,8 +162,9 @@ class Predictions:
 
     def __iter__(self) -> Iterator[Prediction]:
         for row in self.rows(self._columns.column_names[1:]):
-            near = [Neighbour(**neighbour) for neighbour in row["neighbours"]]
-            yield Prediction(**{"logits": None} | row | {"neighbours": near})
+            row["neighbours"] = [Neighbour(**neighbour) for neighbour in row["neighbours"]]
+            row["opposing"] = Neighbour(**row["opposing"]) if row.get("opposing") else None
+            yield Prediction(**{"logits": None} | row)
 
     @overload
     def __getitem__(self, place: int) -> Prediction: ...
@@ -220,7 +232,7 @@ class Predictions:
     def _repr_html_(self) -> str:
         """For notebooks: a row a prediction, the first :data:`SHOWN_PREDICTIONS`."""
         cut = f"; the first {SHOWN_PREDICTIONS}" if len(self) > SHOWN_PREDICTIONS else ""
-        columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "nearest key")
+        columns = ("query", "label", "probability", "text logit", "cache logit", "affinity", "strongest shot")
         rows = []
         for place, prediction in enumerate(self[:SHOWN_PREDICTIONS]):
             key = prediction.neighbours[0] if prediction.neighbours else None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -32,6 +33,7 @@ from retrieval_tip import CacheModel, errors
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Backbone, Identity
+from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import query as sql
@@ -309,6 +311,16 @@ def run() -> Callable[..., Result]:
         return result
 
     return invoke
+
+
+def nearest_keys(model: AnsweringIndex, queries: Any, k: int = 1) -> list[list[dict[str, Any]]]:
+    """Return the ``k`` nearest keys of each query, nearest first: key_id, source, label and affinity of each."""
+    retrieval = model.retrieval
+    near = retrieval.nearest(retrieval.points(torch.from_numpy(np.asarray(queries))), k)
+    used, places = np.unique(near.rows.reshape(-1).numpy(), return_inverse=True)
+    described = model.described(used, ["key_id", "source", "label"]).take(places).to_pylist()
+    rows = [row | {"affinity": a} for row, a in zip(described, near.affinity.reshape(-1).tolist(), strict=True)]
+    return [rows[start : start + k] for start in range(0, len(rows), k)]
 
 
 def cache_of(*features: Any, **options: Any) -> CacheModel:

@@ -123,15 +123,13 @@ def test_json_csv_and_parquet_tell_the_same(run, small, queries, tmp_path):
     assert (done.exit_code, done.stdout) == (0, "")
     table = pq.read_table(target).to_pylist()
     columns = ["input", "label", "probability", "labels", "probabilities", "logits"]
-    columns += ["text_logit", "cache_logit", "neighbours"]
+    columns += ["text_logit", "cache_logit", "neighbours", "opposing"]
     assert list(lines[0]) == list(rows[0]) == list(table[0]) == columns
     assert [line["input"] for line in lines] == [row["input"] for row in rows] == ["a", "b,c", 'd"', "é\n", "e"]
     for line, row, record in zip(lines, rows, table, strict=True):
-        assert {c: json.loads(row[c]) for c in ("labels", "neighbours")} == {
-            c: line[c] for c in ("labels", "neighbours")
-        }
+        for column in ("labels", "neighbours", "opposing"):
+            assert json.loads(row[column] or "null") == line[column] == record[column]
         assert float(row["probability"]) == line["probability"] == record["probability"]
-        assert record["neighbours"] == line["neighbours"]
         assert record["logits"] == pytest.approx(line["logits"])
         assert line["label"] == line["labels"][0]
         assert line["text_logit"] + line["cache_logit"] == pytest.approx(max(line["logits"]), rel=1e-5)

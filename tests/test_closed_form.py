@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import examples
+from conftest import examples, nearest_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -96,9 +96,8 @@ def test_logits_are_those_of_the_definition(form, where, tmp_path, monkeypatch):
     np.testing.assert_allclose(cache.met, points, atol=1e-5)
     expected = text + cache.settings.alpha * alone
     np.testing.assert_allclose(cache.logits(queries).numpy(), expected, atol=1e-3 * np.abs(expected).max())
-    near = cache.classify(queries, neighbours=1)
     affinity = (unit_points(cache, queries) @ points.T).max(1)
-    np.testing.assert_allclose([one.neighbours[0].affinity for one in near], affinity, atol=1e-5)
+    np.testing.assert_allclose([one["affinity"] for [one] in nearest_keys(cache, queries)], affinity, atol=1e-5)
 
 
 def unit_points(cache, queries):

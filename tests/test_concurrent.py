@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from conftest import AS_ROOT, SOAK, mount, sampled
+from conftest import AS_ROOT, SOAK, mount, nearest_keys, sampled
 from test_cli import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
@@ -105,10 +105,9 @@ def check_whole(cache: CacheModel, rng: random.Random) -> None:
     rows = sorted(rng.sample(range(cache.n), 4))
     expected = np.stack([vector(sources[row]) for row in rows])
     assert np.array_equal(cache.keys[np.asarray(rows)], expected)
-    for row, found in zip(rows, cache.classify(expected, k=5, neighbours=1), strict=True):
-        near = found.neighbours[0]
-        assert (near.source, near.label) == (sources[row], labels[row])
-        assert near.affinity > 0.999
+    for row, [near] in zip(rows, nearest_keys(cache, expected), strict=True):
+        assert (near["source"], near["label"]) == (sources[row], labels[row])
+        assert near["affinity"] > 0.999
 
 
 def _read(job: killing.Job) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import warm
-from conftest import SOAK, cache_of, examples, few, needs_real
+from conftest import SOAK, cache_of, examples, few, nearest_keys, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -284,8 +284,7 @@ def test_kneighbors_are_sorted_and_rows_of_what_was_fitted(index: str) -> None:
     np.testing.assert_allclose(affinity, np.einsum("qd,qkd->qk", QUERIES, X[rows]), atol=1e-5)
     if index == "Flat":
         np.testing.assert_array_equal(rows, np.argsort(-(QUERIES @ X.T), axis=1)[:, :10])
-    named = [neighbour.key_id for neighbour in made.cache_.classify(QUERIES[:1], neighbours=10)[0].neighbours]
-    assert rows[0].tolist() == named
+    assert rows[0].tolist() == [one["key_id"] for one in nearest_keys(made.cache_, QUERIES[:1], 10)[0]]
     assert made.kneighbors(X)[0].shape == (len(X), 5)
     if index != "SQ8":
         assert made.kneighbors(X, 1)[1].ravel().tolist() == list(range(len(X)))

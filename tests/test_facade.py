@@ -103,7 +103,7 @@ def test_an_upright_picture_stays_upright(place, clf):
 
 def test_features_are_answered_and_raw_ones_refused(clf):
     keys = np.asarray(clf.cache.keys)
-    assert clf.predict(keys[0]).neighbours[0].affinity == pytest.approx(1, abs=1e-5)
+    assert clf.predict(keys[0]).label == clf.cache.labels["label"][0].as_py()
     assert len(clf.predict(keys[:4])) == 4
     for scale in (15, 2, 0.5):
         with pytest.raises(InputError, match=rf"row 0 has norm {scale}.* divide"):

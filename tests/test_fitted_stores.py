@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SOAK, few
+from conftest import SOAK, few, nearest_keys
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from test_cli import write_table
@@ -362,7 +362,7 @@ def test_the_index_is_over_the_points(tmp_path, monkeypatch):
     near = model.retrieval.nearest(model.retrieval.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
     assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
     changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
-    late = [one.neighbours[0].key_id for one in stores.at(place).verify().classify(clusters(1, 9)[0], neighbours=1)]
+    late = [one["key_id"] for [one] in nearest_keys(stores.at(place).verify(), clusters(1, 9)[0])]
     assert sorted(late) == list(range(1000, 1005))
 
 

@@ -130,7 +130,7 @@ def test_parquet_has_dictionaries_of_texts_alone(tmp_path: Path) -> None:
     assert file.read().equals(table)
 
 
-PREDICTED = ("labels", "probabilities", "neighbours", "logits")
+PREDICTED = ("labels", "probabilities", "neighbours", "opposing", "logits")
 
 
 @pytest.mark.parametrize("name", PREDICTED)
@@ -148,12 +148,22 @@ def test_columns_mean_nothing_by_their_names(name: str, value: object, tmp_path:
 def test_predictions_have_details_below_them(tmp_path: Path) -> None:
     near = {"key_id": 3, "source": f"s{OBEYED}", "label": "cat", "affinity": 0.5, "weight": 0.25, "gives": [-0.5]}
     row = {"input": "a", "label": "cat", "labels": ["cat", f"d{OBEYED}"], "probabilities": [0.75, 0.25]}
-    row |= {"logits": [1.0, 2.0], "neighbours": [near]}
-    table = pa.Table.from_pylist([row, row | {"neighbours": []}])
+    row |= {"logits": [1.0, 2.0], "neighbours": [near], "opposing": near}
+    table = pa.Table.from_pylist([row, row | {"neighbours": [], "opposing": None}])
     write_tables([table], table.schema, "table", tmp_path / "out", prediction_details)
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[0].split() == ["input", "label"]
-    assert [line.split()[0] for line in lines] == ["input", "a", "affinity", "0.5000", "cat", "a", "cat"]
+    assert [line.split()[0] for line in lines] == [
+        "input",
+        "a",
+        "contribution",
+        "-0.5000",
+        "strongest",
+        "-0.5000",
+        "cat",
+        "a",
+        "cat",
+    ]
     assert all(line.isprintable() for line in lines)
 
 

@@ -144,10 +144,9 @@ def answer(page: Page) -> dict[str, Any]:
                 labels: rows.map((row) => row.dataset.label),
                 probabilities: rows.map((row) => value(row.querySelector(".p"))),
                 logits: rows.map((row) => part(row, "text") + part(row, "cache")),
-                neighbours: [...drawer.querySelectorAll("#decided li")].map((item) => ({
+                neighbours: [...drawer.querySelectorAll("#decided li, #opposed li")].map((item) => ({
                     key_id: Number(item.dataset.keyId), affinity: value(item.querySelector(".affinity")),
                     weight: value(item.querySelector(".weight")), label: item.querySelector(".name").textContent,
-                    beyond: item.classList.contains("beyond"),
                 })),
             };
         }"""
@@ -171,7 +170,7 @@ def assert_same(page: Page, run: Callable[..., Any], folder: Path, image: Path, 
     told = run("classify", folder, image, *options, "--top", 8, "--explain", "--logits", "--format", "json")
     assert told.exit_code == 0, told.output
     right = json.loads(told.stdout)
-    shown = answer(page)
+    shown, shots = answer(page), [*right["neighbours"], *([right["opposing"]] if right["opposing"] else [])]
     close = {"rel": 1e-3, "abs": 1e-6}
     assert shown["how"] == "page"  # computed there, not asked
     assert shown["label"] == right["label"]
@@ -180,8 +179,7 @@ def assert_same(page: Page, run: Callable[..., Any], folder: Path, image: Path, 
     assert shown["labels"] == right["labels"]
     assert shown["probabilities"] == pytest.approx(right["probabilities"], **close)
     assert shown["logits"] == pytest.approx(sorted(right["logits"], reverse=True)[:8], rel=1e-3, abs=1e-3)
-    counted = [key for key in shown["neighbours"] if not key["beyond"]]
-    for mine, other in zip(counted, right["neighbours"], strict=True):
+    for mine, other in zip(shown["neighbours"], shots, strict=True):
         assert (mine["key_id"], mine["label"]) == (other["key_id"], other["label"])
         assert [mine["affinity"], mine["weight"]] == pytest.approx([other["affinity"], other["weight"]], rel=1e-3)
 
@@ -227,7 +225,7 @@ def test_dropped_photograph_and_settings_agree_with_the_command_line(
     page.uncheck("#tail")
     assert_same(page, run, served.folder, image, "-k", 5, "--no-tail")
     page.fill("#k", "2")
-    expect(page.locator("#decided .beyond")).to_have_count(3)
+    expect(page.locator("#decided li")).to_have_count(2)
     page.focus("#k-slider")
     page.keyboard.press("ArrowRight")
     assert setting(page, "k") == "3"

@@ -856,7 +856,11 @@ def test_a_fitted_index_is_served_as_it_answers(tmp_path: Path) -> None:
     for own, expected in zip(found["results"], cache.classify(np.array(queries), neighbours=2), strict=True):
         assert (own["label"], own["unlike"]) == (expected.label, expected.unlike)
         np.testing.assert_allclose(own["logits"], expected.logits, rtol=1e-4)
-        np.testing.assert_allclose(own["evidence"]["affinities"][0], expected.neighbours[0].affinity, rtol=1e-4)
+        for shot, wanted in zip(
+            [*own["neighbours"], own["opposing"]], [*expected.neighbours, expected.opposing], strict=True
+        ):
+            assert (shot["key_id"], shot["label"]) == (wanted.key_id, wanted.label)
+            np.testing.assert_allclose(shot["gives"][0], wanted.contribution, rtol=1e-4)
 
 
 def test_values_that_were_solved_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

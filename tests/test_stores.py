@@ -29,7 +29,7 @@ import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import SHARED, SOAK, few
+from conftest import SHARED, SOAK, few, nearest_keys
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -346,11 +346,15 @@ def test_answers_are_the_formula(pets, k, tail):
         assert found.labels == [pets.truth.names[c] for c in order]
         chances = np.exp(expected[q] - expected[q].max())
         np.testing.assert_allclose(found.probabilities, (chances / chances.sum())[order], atol=EXACT)
-        near = ids[np.argsort(-affinity[q])][:7].tolist()
+        met = np.argsort(-affinity[q])[:k]  # the winner's keys first, the nearest ahead
+        most = met[np.argsort([pets.truth.labels[i] != found.label for i in ids[met]], kind="stable")][:7]
+        near = ids[most].tolist()
         assert [n.key_id for n in found.neighbours] == near
         assert [n.source for n in found.neighbours] == [sources[i] for i in near]
         assert [n.label for n in found.neighbours] == [pets.truth.labels[i] for i in near]
-        np.testing.assert_allclose([n.affinity for n in found.neighbours], np.sort(-affinity[q])[:7] * -1, atol=1e-6)
+        np.testing.assert_allclose([n.affinity for n in found.neighbours], affinity[q][most], atol=1e-6)
+        rival = [i for i in ids[met].tolist() if pets.truth.labels[i] == found.labels[1]]
+        assert (found.opposing.key_id if found.opposing else None) == (rival[0] if rival else None)
 
 
 def test_certified_winners_are_those_over_all_keys(pets):
@@ -614,9 +618,9 @@ def test_whole_classes_are_met_through_every_change(pets, monkeypatch):
             np.testing.assert_allclose(model.logits(QUERIES, k, tail).numpy(), expected, atol=EXACT)
         ids, keys, _ = pets.truth.arrays()
         near = ids[np.argsort(-(QUERIES.astype(np.float64) @ keys.T), axis=1)]
-        found = model.classify(QUERIES, k=30, neighbours=6)
-        assert [[one.key_id for one in answer.neighbours] for answer in found] == near[:, :6].tolist()
-        assert [one.label for one in found[0].neighbours] == [pets.truth.labels[i] for i in near[0, :6]]
+        found = nearest_keys(model, QUERIES, 6)
+        assert [[one["key_id"] for one in keys] for keys in found] == near[:, :6].tolist()
+        assert [one["label"] for one in found[0]] == [pets.truth.labels[i] for i in near[0, :6]]
         certified = model.certified(QUERIES, k=1)
         winners = (certified.text + ALPHA * certified.cache).argmax(dim=1)
         assert winners.tolist() == pets.truth.logits(QUERIES).argmax(axis=1).tolist()
@@ -922,12 +926,11 @@ def test_a_reader_keeps_its_snapshot(pets):
     assert (reader.n, reader.version) == (N, 1)
     assert (reader.logits(QUERIES, 8) - before).abs().max() < 1e-5
     assert reader.find(labels=["cat"])["key_id"].to_pylist() == labels
-    near = reader.classify(QUERIES, neighbours=1)
-    assert all(found.neighbours[0].key_id < N and found.neighbours[0].affinity < 0.999 for found in near)
+    assert all(near["key_id"] < N and near["affinity"] < 0.999 for [near] in nearest_keys(reader, QUERIES))
     new = reader.reload()
     assert (new.n, new.version) == (N + 9, 4)
     np.testing.assert_allclose(new.logits(QUERIES, 8).numpy(), pets.truth.logits(QUERIES, 8), atol=EXACT)
-    assert new.classify(QUERIES, neighbours=1)[0].neighbours[0].affinity == pytest.approx(1, abs=1e-5)
+    assert nearest_keys(new, QUERIES)[0][0]["affinity"] == pytest.approx(1, abs=1e-5)
 
 
 def test_two_writers_at_once_lose_nothing(pets, monkeypatch):
@@ -1554,9 +1557,9 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch, kind,
     changes.add(place, source(tmp_path / "v.parquet", late, late_labels), Encoder())
     assert at.describe()["not_indexed"] == 100
     model = at.verify()
-    nearest = model.classify(late[:50], neighbours=1)
-    assert [one.neighbours[0].key_id for one in nearest] == list(range(3100, 3150))
-    np.testing.assert_allclose([one.neighbours[0].affinity for one in nearest], 1, atol=1e-5)
+    nearest = [one for [one] in nearest_keys(model, late[:50])]
+    assert [one["key_id"] for one in nearest] == list(range(3100, 3150))
+    np.testing.assert_allclose([one["affinity"] for one in nearest], 1, atol=1e-5)
     # Beyond so many they are put into it.
     if kind == "Classes":
         slack = at.load(device="cpu").retrieval.keys.slack(5.5)
@@ -1567,16 +1570,16 @@ def test_many_keys_get_an_index_and_it_follows_them(tmp_path, monkeypatch, kind,
     changes.add(place, source(tmp_path / "w.parquet", later, later_labels), Encoder())
     assert at.describe()["not_indexed"] == 0
     model = at.verify()
-    gone = [one.neighbours[0].key_id for one in model.classify(later[:20], neighbours=1)]
+    gone = [one["key_id"] for [one] in nearest_keys(model, later[:20])]
     assert gone == list(range(3200, 3220))
     # What is removed or given to another class is so for a search, too.
     changes.remove(place, key_ids=gone[:10])
     changes.relabel(place, last, key_ids=gone[10:])
     model = at.verify()
-    near = [one.neighbours[0] for one in model.classify(later[:20], neighbours=1)]
-    assert not {one.key_id for one in near[:10]} & set(gone[:10])
+    near = [one for [one] in nearest_keys(model, later[:20])]
+    assert not {one["key_id"] for one in near[:10]} & set(gone[:10])
     if kind == "IvfFlat":  # whole classes are found by their mean, from which these keys are far now
-        assert [(one.key_id, one.label) for one in near[10:]] == [(i, last) for i in gone[10:]]
+        assert [(one["key_id"], one["label"]) for one in near[10:]] == [(i, last) for i in gone[10:]]
     # As another type, or none.
     changes.rebuild(place, index="Flat")
     model = at.verify()
@@ -1619,8 +1622,7 @@ def test_affinities_are_products_with_the_stored_keys(tmp_path, kind, n, dtype):
     assert np.isclose(found, exact, atol=1e-5).mean() > 0.9
     changes.add(place, source(tmp_path / "u.parquet", -rows[:40], labels[:40]), Encoder())
     model = stores.at(place).verify()
-    near = [one.neighbours[0].key_id for one in model.classify(-rows[:40], neighbours=1)]
-    assert near == list(range(n, n + 40))
+    assert [one["key_id"] for [one] in nearest_keys(model, -rows[:40])] == list(range(n, n + 40))
 
 
 def test_an_index_that_a_manifest_does_not_name_is_found_by_verify(local):

@@ -106,15 +106,15 @@ class RowOptions:
         columns += ["unlike"] if cache.settings.least_cache is not None else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
         columns += ["logits"] if self.with_logits else []
-        columns += ["text_logit", "cache_logit", "neighbours"] if self.explain else []
+        columns += ["text_logit", "cache_logit", "neighbours", "opposing"] if self.explain else []
         return columns + (["keys"] if self.certify else [])
 
 
 _ROWS = grouped(
     "rows", RowOptions,
     click.option("--top", type=count(), default=1, show_default=True, help="Classes to report."),
-    click.option("--explain", is_flag=True, help="The nearest keys, and what text and cache gave to the winner."),
-    click.option("--neighbours", type=count(), default=5, show_default=True, help="Keys shown by --explain."),
+    click.option("--explain", is_flag=True, help="Shots that contributed most; text and cache logits of the answer."),
+    click.option("--neighbours", type=count(), default=5, show_default=True, help="Shots shown by --explain."),
     click.option("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
     click.option("--certify", is_flag=True,
                  help="More keys where k do not settle an answer, at last all; says how many took what."),

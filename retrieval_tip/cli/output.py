@@ -76,11 +76,14 @@ def write_tables(
 
 
 def prediction_details(row: Row) -> Iterator[str]:
-    """Lines of a table below a prediction: its nearest keys, and classes with their probabilities."""
+    """Yield the lines below a prediction: the shots behind it, and classes with their probabilities."""
     if row.get("neighbours"):
-        near = [neighbour | {"gives": neighbour["gives"][0]} for neighbour in row["neighbours"]]  # to the answer
-        for text in table_lines(near, ["affinity", "weight", "gives", "label", "source", "key_id"]):
-            yield f"    {text}"
+        shots = [*row["neighbours"], *([row["opposing"]] if row.get("opposing") else [])]
+        rows = [shot | {"contribution": shot["gives"][0]} for shot in shots]  # to the answer
+        lines = list(table_lines(rows, ["contribution", "affinity", "label", "source", "key_id"]))
+        if row.get("opposing"):
+            lines.insert(-1, "strongest against it:")
+        yield from (f"    {line}" for line in lines)
     others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
     if others:
         yield "    " + ", ".join(f"{one_line(label)} {shown_probability(chance)}" for label, chance in others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,9 @@ from retrieval_tip.classifier import spread
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, KeyTable
 from retrieval_tip.lance.versions import Classes
+from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
-from retrieval_tip.retrieval.logits import Nearest, Retrieval
+from retrieval_tip.retrieval.logits import Retrieval
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29
@@ -81,7 +82,7 @@ class LanceKeys(KeyStream):
         return ((place, keys) for place, keys, _ in self.numbered_of_classes(class_ids))
 
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """:meth:`of_classes`, float32, with the numbers ``[b]`` that the table knows the rows by.
+        """Read as :meth:`keys.KeyStream.numbered_of_classes`.
 
         Classes that fit into :data:`PIECE` are read at once; the blocks of a larger one come as they are read. Blocks
         share their memory.
@@ -155,26 +156,6 @@ class LanceKeys(KeyStream):
             affinity[query, slot] = tip.affinity(features[query], keys[len(keys) * steps // SPREAD_KEYS])
         return affinity
 
-    def nearest_of_classes(self, features: Tensor, classes: Tensor, k: int) -> Nearest:
-        """The ``k`` nearest keys of each query among those of its ``classes`` ``[q, m]``."""
-        shape, device = (len(features), k), self.device
-        best = Nearest(
-            torch.full(shape, -torch.inf, device=device),
-            torch.full(shape, -1, device=device),
-            torch.full(shape, self.n_classes, device=device),
-        )
-        asked = classes.unique()
-        for place, keys, rows in self.numbered_of_classes(asked.cpu().numpy()):
-            query = (classes == asked[place]).any(dim=1).nonzero()[:, 0]
-            affinity, near = tip.affinity(features[query], keys).topk(min(k, len(keys)), dim=1)
-            found = (affinity, rows[near], asked[place].expand(near.shape))
-            columns = (best.affinity, best.rows, best.class_ids)
-            both = [torch.cat([column[query], part], dim=1) for column, part in zip(columns, found, strict=True)]
-            kept = both[0].topk(k, dim=1).indices
-            for column, part in zip(columns, both, strict=True):
-                column[query] = part.gather(1, kept)
-        return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
-
     def nearest(self, features: Tensor, k: int) -> Nearest:
         """The ``k`` nearest of all keys, which are all compared with each query."""
         none = torch.empty(len(features), 0, dtype=torch.int64, device=self.device)
@@ -208,7 +189,7 @@ class LanceRetrieval(Retrieval):
         if self.kind == FLAT:
             return self.keys.nearest(points, k)
         if self.by_class:
-            return self.keys.nearest_of_classes(points, self._near_classes(points, k), k)
+            return self.nearest_of_classes(points, self._near_classes(points, k), k)
         hits = self.keys.table.search(points.cpu().numpy(), k)
         affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
         return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))

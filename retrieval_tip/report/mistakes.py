@@ -45,7 +45,7 @@ class Chance(NamedTuple):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer to an ``item``: its most probable classes, and the nearest keys with their pictures."""
+    """A wrong answer to an ``item``: its most probable classes, and the shots behind the answer with their pictures."""
 
     number: int
     item: str
@@ -111,7 +111,8 @@ def _explained(judged: Judged, places: Sequence[int]) -> list[Mistake]:
             for i, p in sorted(likeliest.items(), key=lambda pair: -pair[1])
         ]
         item = judged.test.sources[int(judged.details.positions[place])]
-        picture, keys = _of_item(judged, place), _with_pictures(judged, prediction.neighbours)
+        against = [prediction.opposing] if prediction.opposing else []
+        picture, keys = _of_item(judged, place), _with_pictures(judged, [*prediction.neighbours, *against])
         explained.append(Mistake(row + 1, item, names[truth], names[answer], sure, chances, picture, keys))
     return explained
 

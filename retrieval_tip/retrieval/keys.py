@@ -233,6 +233,10 @@ class KeyStream(ABC):
         They are as they are stored, or float32. A class may come in several blocks, which may share their memory.
         """
 
+    @abstractmethod
+    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield :meth:`of_classes`, float32, with the rows ``[b]`` int64 of the keys. Blocks may share their memory."""
+
     def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
         """Cache logits ``[q, p]`` of some classes of each query, each summed over all of its keys.
 
@@ -504,6 +508,14 @@ class Keys(KeyStream):
             for first, last in self.starts[:, class_id : class_id + 2].tolist():
                 if first < last:
                     yield place, self._rows(slice(first, last))
+
+    def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """See :meth:`KeyStream.numbered_of_classes`."""
+        for place, class_id in enumerate(class_ids.tolist()):
+            for first, last in self.starts[:, class_id : class_id + 2].tolist():
+                for start in range(first, last, self._block_size()):
+                    part = slice(start, min(start + self._block_size(), last))
+                    yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
 
     def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
         """Rows ``[q, m]`` int64 of the keys of some classes ``[q, p]`` of each query, where ``met``; -1 fills up."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, KeyStream, own_affinity
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Settings
@@ -34,52 +35,17 @@ def slices(q: int, size: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """The ``k`` nearest keys of ``q`` queries, nearest first: ``[q, k]`` each.
-
-    ``affinity`` float32, exact; ``rows`` int64, what :meth:`classifier.AnsweringIndex.described` knows a key by;
-    ``class_ids`` int64. An empty slot has affinity 0, row -1 and the class id ``c``.
-    """
-
-    affinity: Tensor
-    rows: Tensor
-    class_ids: Tensor
-
-    def of(self, part: slice) -> Nearest:
-        """Those of some of the queries."""
-        return Nearest(self.affinity[part], self.rows[part], self.class_ids[part])
-
-    def first(self, number: int) -> Nearest:
-        """The nearest ``number`` of these; empty slots come last."""
-        shown = self.affinity.masked_fill(self.rows < 0, -torch.inf)
-        return self._at(shown.topk(min(number, shown.shape[1]), dim=1).indices)
-
-    def ordered(self) -> Nearest:
-        """The same, nearest first whoever found them, equal ones as they stand."""
-        return self._at(self.affinity.sort(dim=1, descending=True, stable=True).indices)
-
-    def _at(self, places: Tensor) -> Nearest:
-        return Nearest(*(column.gather(1, places) for column in (self.affinity, self.rows, self.class_ids)))
-
-    @classmethod
-    def joined(cls, parts: Sequence[Nearest]) -> Nearest:
-        """Those of consecutive queries as one."""
-        columns = [(part.affinity, part.rows, part.class_ids) for part in parts]
-        return cls(*(torch.cat(column) for column in zip(*columns, strict=True)))
-
-
-@dataclass(frozen=True)
 class Terms:
     """The two parts of the logits of ``q`` queries: ``text`` and ``cache`` (without alpha), ``[q, c]`` each.
 
     ``settled`` ``[q]`` bool: no key that was not met can change the winner; all are, unless it was to be looked at.
-    ``nearest``: the nearest of the keys that were met, where these were looked for and asked for.
+    ``shots``: the shots behind each answer, if queries met keys of their own and these were asked for.
     """
 
     text: Tensor
     cache: Tensor
     settled: Tensor
-    nearest: Nearest | None = None
+    shots: Contributors | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +75,10 @@ class Retrieval(ABC):
         """The ``k`` nearest keys of each query."""
 
     def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> Terms:
-        """Text and cache logits by the settings: over all keys, or about ``k`` of them, the rest at its mean (tail).
+        """Return text and cache logits by the settings: over all keys, or about ``k``, the rest at its mean (tail).
 
-        With ``certify``, which queries are settled; with ``neighbours``, so many nearest keys of each query, where a
-        search finds them anyway.
+        With ``certify``, also which queries are settled. With ``neighbours``, also the shots behind each answer, if a
+        query meets keys of its own; else :meth:`contributors` finds them.
         """
         settings, c, points = self.settings, self.keys.n_classes, self.points(features)
         text = features.new_empty(len(features), c)
@@ -120,11 +86,10 @@ class Retrieval(ABC):
         if settings.k is None or settings.k >= self.keys.n:
             tip.text_logits(features, self.text_weights, settings.logit_scale, out=text)
             terms = Terms(text, self._over_all(points, text), settled)
-        else:
-            terms = Terms(text, torch.empty_like(text), settled)
-            terms = replace(terms, nearest=self._meet(features, points, settings.k, terms, certify, neighbours))
-        tip.log_cache(terms.cache, settings.log_offset)
-        return terms
+            tip.log_cache(terms.cache, settings.log_offset)
+            return terms
+        terms = Terms(text, torch.empty_like(text), settled)
+        return replace(terms, shots=self._meet(features, points, settings.k, terms, certify, neighbours))
 
     def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
@@ -143,10 +108,11 @@ class Retrieval(ABC):
 
     def _meet(
         self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool, neighbours: int
-    ) -> Nearest | None:
-        """Fill ``terms`` with logits over about ``k`` keys; of the nearest ones, ``neighbours`` are returned."""
+    ) -> Contributors | None:
+        """Fill ``terms`` with logits over about ``k`` keys, and return ``neighbours`` shots behind each answer."""
         if self.by_class:
             self._meet_classes(features, points, k, terms, certify)
+            tip.log_cache(terms.cache, self.settings.log_offset)
             return None
         settings, kept = self.settings, []
         for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
@@ -158,9 +124,54 @@ class Retrieval(ABC):
                 logits = tip.blend(terms.text[part], terms.cache[part], settings.alpha)
                 met = (logits, near.affinity, near.class_ids, totals)
                 terms.settled[part] = tip.certificate(*met, settings.alpha, settings.beta, tail=settings.tail)
+            tip.log_cache(terms.cache[part], settings.log_offset)
             if neighbours:
-                kept.append(near.first(neighbours))
-        return Nearest.joined(kept) if kept else None
+                logits = tip.blend(terms.text[part], terms.cache[part], settings.alpha)
+                winner, rival = (self._contributions(near, classes) for classes in first_two(logits))
+                kept.append(Contributors.among(near, winner, rival, self.keys.n_classes, neighbours))
+        return Contributors.joined(kept) if kept else None
+
+    def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
+        """Return what keys ``[q, k]`` contribute to one class of each query, ``classes`` ``[q]``; -1 is no class."""
+        return tip.weight(near.affinity, self.settings.beta) * (near.class_ids == classes[:, None])
+
+    def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
+        """Return the shots behind answers over all keys, or over whole classes: ``number`` of each query.
+
+        ``winner`` and ``rival`` ``[q]`` int64: the answer and the runner-up, -1 if there is none. One-hot values: the
+        nearest keys of these two classes. If the answer's class has fewer keys, the nearest others follow.
+        """
+        number, c = min(number, self.keys.n), self.keys.n_classes
+        own, opposing = (self.nearest_of_classes(points, ids[:, None], m) for ids, m in ((winner, number), (rival, 1)))
+        few = own.rows[:, -1] < 0
+        if few.any():
+            others = self.nearest(points[few], number)
+            others = others.without(others.class_ids == winner[few, None], c)
+            filled = Nearest.beside([own.of(few), others])
+            own.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
+        return Contributors(own, opposing)
+
+    def nearest_of_classes(self, points: Tensor, classes: Tensor, k: int) -> Nearest:
+        """Return the ``k`` nearest keys of each query among those of its ``classes`` ``[q, m]``; -1 is no class."""
+        shape, device = (len(points), k), points.device
+        best = Nearest(
+            torch.full(shape, -torch.inf, device=device),
+            torch.full(shape, -1, device=device),
+            torch.full(shape, self.keys.n_classes, device=device),
+        )
+        ids, order = classes.reshape(-1).sort()
+        asked, counts = ids.unique_consecutive(return_counts=True)
+        queries = (order // max(1, classes.shape[1])).split(counts.tolist())
+        if len(asked) and asked[0] < 0:
+            asked, queries = asked[1:], queries[1:]
+        for place, keys, rows in self.keys.numbered_of_classes(asked.cpu().numpy()):
+            for query in queries[place].split(QUERY_BLOCK):
+                affinity, near = tip.affinity(points[query], keys).topk(min(k, len(keys)), dim=1)
+                found = Nearest(affinity, rows[near], asked[place].expand(near.shape))
+                both = Nearest.beside([best.of(query), found])
+                kept = both.at(both.affinity.topk(k, dim=1).indices)
+                best.put(query, kept)
+        return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
     def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool) -> None:
         """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
@@ -270,6 +281,40 @@ class IndexRetrieval(Retrieval):
             )
         return tip.cache_logits(near.affinity, near.class_ids, self.keys.n_classes, self.settings.beta, tail, values)
 
+    def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
+        if self.values is None:
+            return super()._contributions(near, classes)
+        own = self.values[near.rows.clamp_min(0), classes.clamp_min(0)[:, None]]
+        return tip.weight(near.affinity, self.settings.beta) * own.where(classes[:, None] >= 0, 0)
+
+    def contributors(self, points: Tensor, winner: Tensor, rival: Tensor, number: int) -> Contributors:
+        """Return the shots behind answers over all keys; with fitted values any key may count most."""
+        if self.values is None:
+            return super().contributors(points, winner, rival, number)
+        supporting, opposing = self._extremes(points, winner, min(number, self.keys.n))
+        none = self._contributions(opposing, winner)[:, 0] >= 0
+        if none.any():
+            most, _ = self._extremes(points[none], rival[none].clamp_min(0), 1)
+            nothing = self._contributions(most, rival[none]) <= 0
+            opposing.put(none, most.without(nothing, self.keys.n_classes))
+        return Contributors(supporting, opposing)
+
+    def _extremes(self, points: Tensor, classes: Tensor, number: int) -> tuple[Nearest, Nearest]:
+        """Return the ``number`` keys that contribute most to ``classes`` ``[q]``, and the one that does least."""
+        assert self.values is not None
+        asked, own = classes.unique(return_inverse=True)
+        most, least = (Largest.none(len(points), m, self.keys.device) for m in (number, 1))
+        start = 0
+        for keys, _ in self.keys.blocks():
+            values = self.values[start : start + len(keys), asked].T.contiguous()  # those of a query are one row
+            for part in slices(len(points), QUERY_BLOCK):
+                affinity = tip.affinity(points[part], keys)
+                given = tip.weight(affinity, self.settings.beta).mul_(values[own[part]])
+                most.add(part, given, affinity, start)
+                least.add(part, given.neg_(), affinity, start)
+            start += len(keys)
+        return self._described(most.affinity, most.rows), self._described(least.affinity, least.rows)
+
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys: affinities are to the keys themselves, also where the index compresses them.
 
@@ -324,6 +369,12 @@ class IndexRetrieval(Retrieval):
         exact = keys.class_logits(points, classes.gather(1, places), met, settings.beta)
         _put(cache, places, met, exact, settings.tail)
         return classes, text, cache
+
+
+def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the winning class and the runner-up of each query, ``[q]`` each; -1 if there is only one class."""
+    classes = logits.topk(min(2, logits.shape[1]), dim=1).indices
+    return classes[:, 0], classes[:, 1] if classes.shape[1] > 1 else torch.full_like(classes[:, 0], -1)
 
 
 def _put(cache: Tensor, places: Tensor, met: Tensor, exact: Tensor, tail: bool) -> None:

@@ -313,7 +313,7 @@ async def classify(
     k: Annotated[str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Nearest keys, or all.")] = None,
     tail: Annotated[bool | None, Query(description="Estimate the keys that were not retrieved.")] = None,
     top: Annotated[int, Query(ge=1, le=1000, description="Classes to report.")] = 5,
-    neighbours: Annotated[int, Query(ge=0, le=1000, description="Nearest keys to report.")] = 5,
+    neighbours: Annotated[int, Query(ge=0, le=1000, description="Shots to report: those that contributed most.")] = 5,
     logits: Annotated[bool, Query(description="Logits of every class.")] = False,
     evidence: Annotated[bool, Query(description="What the answer is made of.")] = False,
     norms: Norms = "check",

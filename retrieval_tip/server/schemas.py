@@ -283,7 +283,7 @@ class Exemplars(BaseModel):
 
 
 class Neighbour(BaseModel):
-    """A key near the query; ``weight`` is exp(-beta (1 - affinity)), ``gives`` what it adds to each of ``labels``."""
+    """A shot behind an answer: ``weight`` is exp(-beta (1 - affinity)), ``gives`` what it adds to ``labels``."""
 
     key_id: int
     source: str
@@ -307,7 +307,10 @@ class Evidence(BaseModel):
 
 
 class Result(BaseModel):
-    """The answer to one input. ``text_logit`` and ``cache_logit`` are the parts of the winner's logit."""
+    """The answer to one input. ``text_logit`` and ``cache_logit`` are the parts of the winner's logit.
+
+    ``neighbours`` are the shots that contributed most to it, largest first; ``opposing`` counted most against it.
+    """
 
     input: str
     label: str
@@ -317,6 +320,7 @@ class Result(BaseModel):
     text_logit: float
     cache_logit: float
     neighbours: list[Neighbour]
+    opposing: Neighbour | None = None
     unlike: bool | None = None
     logits: list[float] | None = None
     evidence: Evidence | None = None

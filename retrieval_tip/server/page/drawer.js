@@ -144,59 +144,50 @@ function showCorrection() {
   $("drawer-chips").replaceChildren(...(can ? chips : []));
 }
 
-/** Between "as unlike as other classes" (0) and "as like as its own" (1). */
-function likeShare(affinity) {
+/** Where a similarity lies between that of two classes (0) and that of one class (1), for the bar. */
+function similarityShare(affinity) {
   const own = likeness?.own ?? 1;
   const other = likeness?.other ?? 0;
   return own > other ? Math.min(1, Math.max(0, (affinity - other) / (own - other))) : affinity;
 }
 
 function showDecided() {
-  const near = photo.nearest(DECIDED);
-  const most = Math.max(1e-300, ...near.flatMap(({ gives }) => gives.map(Math.abs)));
-  $("decided").replaceChildren(
-    ...near.map((key) => {
-      const share = likeShare(key.affinity);
-      const like = el("span", { class: "like", aria: { hidden: "true" } });
-      like.style.setProperty("--p", share);
-      const words = share > 0.95 ? "as like as its own class" : share < 0.05 ? "as unlike as other classes" : "";
-      return el(
-        "li",
-        { class: key.beyond ? "beyond" : "", data: { keyId: key.keyId, affinity: key.affinity }, title: key.source },
-        picture(api.pictureOf(state.info.name, key.keyId), 240, nameOf(key.source)),
-        el(
-          "div",
-          {},
-          el("span", { class: "name" }, key.label),
-          like,
-          el(
-            "span",
-            { class: "hint" },
-            el("span", { class: "affinity", data: { value: key.affinity } }, `likeness ${percent(share)}`),
-            words && `, ${words}`,
-          ),
-          key.beyond ? el("span", { class: "hint" }, "too far to count") : el("span", { class: "gives-all" }, ...given(key, most)),
-          el("span", { class: "unseen weight", data: { value: key.weight } }, `weight ${short(key.weight)}`),
-        ),
-      );
-    }),
+  const { supporting, opposing } = photo.contributors(DECIDED);
+  const most = Math.max(1e-300, ...[...supporting, ...(opposing ? [opposing] : [])].map(strength));
+  $("decided").replaceChildren(...supporting.map((key) => decidedRow(key, most)));
+  $("opposed").replaceChildren(...(opposing ? [decidedRow(opposing, most)] : []));
+  $("opposed-title").hidden = !opposing;
+}
+
+/** How much a shot moved the answer: what it added or took away, or what it gave to the runner-up. */
+const strength = ({ contribution, weight }) => Math.abs(contribution) || weight;
+
+function decidedRow(key, most) {
+  const { affinity } = key;
+  const similar = el("span", { class: "like", aria: { hidden: "true" } });
+  similar.style.setProperty("--p", similarityShare(affinity));
+  const moved = el("i", { class: key.contribution > 0 ? "for" : "against", aria: { hidden: "true" } });
+  moved.style.setProperty("--p", strength(key) / most);
+  const { label } = photo.winner;
+  const how = key.contribution > 0 ? `for ${label}` : key.contribution < 0 ? `against ${label}` : `for ${key.label}`;
+  return el(
+    "li",
+    { data: { keyId: key.keyId, affinity }, title: key.source },
+    picture(api.pictureOf(state.info.name, key.keyId), 240, nameOf(key.source)),
+    el(
+      "div",
+      {},
+      el("span", { class: "name" }, key.label),
+      el("span", { class: "gives", data: { value: key.contribution } }, moved, ` ${how}`),
+      similar,
+      el("span", { class: "hint affinity", data: { value: affinity } }, `similarity ${affinity.toFixed(2)}`),
+      el("span", { class: "unseen weight", data: { value: key.weight } }, `weight ${short(key.weight)}`),
+    ),
   );
 }
 
-/** What a photograph gave, to the first classes that it gave anything: signed, as values that were solved are. */
-function given({ gives }, most) {
-  return photo.shown.rows.slice(0, gives.length).flatMap(({ label }, i) => {
-    const share = gives[i] / most;
-    if (Math.abs(share) < 0.005) return [];
-    const bar = el("i", { class: share < 0 ? "against" : "for", aria: { hidden: "true" } });
-    bar.style.setProperty("--p", Math.abs(share));
-    const how = share < 0 ? "against" : "for";
-    return [el("span", { class: "gives", data: { value: gives[i] } }, bar, ` ${how} ${label}`)];
-  });
-}
-
 function showLogits() {
-  const sum = `Σ exp(−β (1 − likeness))${state.model.values === null ? "" : " V"}`;
+  const sum = `Σ exp(−β (1 − similarity))${state.model.values === null ? "" : " V"}`;
   $("formula").textContent = state.model.offset ? `α log(1 + ${sum} / ${short(state.model.offset)})` : `α ${sum}`;
   $("logits").replaceChildren(
     ...photo.shown.rows.map(({ label, probability, text, cache }) =>

@@ -79,6 +79,26 @@ export function cacheOf(evidence, { beta, k, tail }, { values, offset } = {}, wi
   return offset ? cache.map((value) => Math.log1p(Math.max(value, 0) / offset)) : cache;
 }
 
+/** The keys behind an answer, as retrieval/evidence.py defines them: { supporting, opposing }, each key as
+ *  { keyId, classId, affinity, weight, contribution }. `winner` and `rival` are class ids; `rival` may be undefined. */
+export function contributors(evidence, { beta, k }, { values }, { winner, rival, number }, without = NONE) {
+  const { keyIds, classIds, affinities } = evidence;
+  const met = [];
+  for (let i = 0; i < affinities.length && met.length < (k === "all" ? Infinity : k); i++) {
+    if (without.has(keyIds[i])) continue;
+    const w = weight(affinities[i], beta);
+    const gives = (c) => (values ? w * (values.get(keyIds[i])?.[c] ?? 0) : classIds[i] === c ? w : 0);
+    const key = { keyId: keyIds[i], classId: classIds[i], affinity: affinities[i], weight: w };
+    met.push({ ...key, contribution: gives(winner), toRival: rival === undefined ? 0 : gives(rival) });
+  }
+  const first = (by) => met.reduce((best, key) => (best === null || by(key) > by(best) ? key : best), null);
+  const lowest = first((key) => -key.contribution);
+  const other = first((key) => key.toRival);
+  const opposing = lowest?.contribution < 0 ? lowest : other?.toRival > 0 ? other : null;
+  const supporting = met.toSorted((a, b) => b.contribution - a.contribution).slice(0, number);
+  return { supporting, opposing };
+}
+
 /** Softmax of logits / temperature; the winner's logit is subtracted first, so that it is finite. */
 export function softmax(logits, temperature) {
   let most = -Infinity;

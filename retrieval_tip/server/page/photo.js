@@ -1,12 +1,12 @@
 // A photograph on the page: its file, what the server said of it, and what the settings make of that.
 
 import * as api from "./api.js";
-import { classify, computable, evidenceOf, cacheOf, weight } from "./method.js";
+import { cacheOf, classify, computable, contributors, evidenceOf } from "./method.js";
 import { settings } from "./settings.js";
 import { state } from "./state.js";
 
 export const TOP = 8; // classes that are weighed
-export const NEIGHBOURS = 8; // keys whose names are asked for
+export const NEIGHBOURS = 8; // shots whose names are asked for
 const SAME = 0.9995; // affinity of a photograph to itself, rounding left out
 
 export class Photo {
@@ -14,10 +14,10 @@ export class Photo {
 
   evidence = null;
   version = null; // of the index that the evidence is from
-  served = null; // the server's answer: { name, rows, unlike }, for settings of that name
+  served = null; // the server's answer, for settings of that name: { name, rows, unlike, supporting, opposing }
   shown = null; // { rows, how, unlike }
   before = null; // the answer before the index changed
-  named = new Map(); // sources of near keys
+  named = new Map(); // sources of the shots behind the answer
   without = new Set(); // shots that are this photograph itself
   problem = null; // why there is no answer
   busy = false;
@@ -74,12 +74,19 @@ export class Photo {
     }
     if (answer.version !== state.info.version) return false;
     if (result.evidence) {
-      this.named = new Map(result.neighbours.map((key) => [key.key_id, key]));
+      const shots = [...result.neighbours, ...(result.opposing ? [result.opposing] : [])];
+      this.named = new Map(shots.map((key) => [key.key_id, key]));
       const { keyIds, affinities } = this.evidence;
       const itself = keyIds.filter((id, i) => id === this.keyId || affinities[i] >= SAME);
       this.without = new Set(itself.length < affinities.length ? itself : []);
     }
-    this.served = { name, rows: rowsOf(result, this.evidence.text), unlike: result.unlike ?? false };
+    this.served = {
+      name,
+      rows: rowsOf(result, this.evidence.text),
+      unlike: result.unlike ?? false,
+      supporting: result.neighbours.map(shotOf),
+      opposing: result.opposing && shotOf(result.opposing),
+    };
     this.busy = false;
     this.problem = null;
     this.weigh();
@@ -119,24 +126,21 @@ export class Photo {
     return Math.max(...cacheOf(this.evidence, { alpha, beta, k, tail }, state.model, this.without)) < least;
   }
 
-  /** The nearest shots: [{ keyId, label, source, affinity, weight, beyond, gives }], `gives` to the first classes. */
-  nearest(number) {
-    const { keyIds, classIds, affinities } = this.evidence;
-    const counted = settings.k === "all" ? Infinity : settings.k;
-    const rows = this.shown.rows.slice(0, 3);
-    const found = [];
-    for (let i = 0; i < affinities.length && found.length < number; i++) {
-      const keyId = keyIds[i];
-      if (this.exact && this.without.has(keyId)) continue;
-      const w = weight(affinities[i], settings.beta);
-      const own = state.model.values?.get(keyId);
-      const gives = rows.map(({ classId }) => (own ? w * own[classId] : classId === classIds[i] ? w : 0));
-      const label = state.labels[classIds[i]];
-      const source = this.named.get(keyId)?.source ?? `shot ${keyId}`;
-      const beyond = found.length >= counted;
-      found.push({ keyId, label, source, affinity: affinities[i], weight: w, beyond, gives });
+  /** The shots behind the answer: { supporting, opposing }, each { keyId, label, source, affinity, contribution }. */
+  contributors(number) {
+    if (this.shown.how === "server") {
+      const { supporting, opposing } = this.served;
+      return { supporting: supporting.slice(0, number), opposing };
     }
-    return found;
+    const [winner, rival] = this.shown.rows.map(({ classId }) => classId);
+    const without = this.exact ? this.without : undefined;
+    const found = contributors(this.evidence, settings, state.model, { winner, rival, number }, without);
+    const named = (key) => ({
+      ...key,
+      label: state.labels[key.classId],
+      source: this.named.get(key.keyId)?.source ?? `shot ${key.keyId}`,
+    });
+    return { supporting: found.supporting.map(named), opposing: found.opposing && named(found.opposing) };
   }
 
   /** Up to three classes that it may be rather. */
@@ -149,6 +153,11 @@ export class Photo {
 
 /** What the server is asked, of images and of features alike. */
 export const parameters = () => ({ ...settings.values, top: TOP, neighbours: NEIGHBOURS, logits: true });
+
+/** A shot of the server's answer. */
+function shotOf({ key_id: keyId, label, source, affinity, weight, gives }) {
+  return { keyId, label, source, affinity, weight, contribution: gives[0] };
+}
 
 /** The server's answer as rows: what of a logit is not text is cache. The winner's own parts are the server's. */
 function rowsOf({ labels, probabilities, logits, text_logit: text, cache_logit: cache }, texts) {

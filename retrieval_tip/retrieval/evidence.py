@@ -1,0 +1,143 @@
+"""Which shots produced an answer: the keys that contributed most to it, and the one that counted most against it.
+
+Key ``i`` contributes ``w_i V_ic`` to class ``c``: its weight ``w_i = exp(-beta (1 - A_i))`` times its value. With
+one-hot values that is the weight for the key's own class and 0 for the others; fitted values may be negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Keys found for ``q`` queries: ``[q, k]`` each, nearest first unless said otherwise.
+
+    ``affinity`` float32, exact; ``rows`` int64, what :meth:`classifier.AnsweringIndex.described` knows a key by;
+    ``class_ids`` int64. An empty slot has affinity 0, row -1 and the class id ``c``.
+    """
+
+    affinity: Tensor
+    rows: Tensor
+    class_ids: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three tensors."""
+        return self.affinity, self.rows, self.class_ids
+
+    def of(self, part: slice | Tensor) -> Nearest:
+        """Return the keys of some of the queries."""
+        return Nearest(*(column[part] for column in self.columns))
+
+    def put(self, part: Tensor, other: Nearest) -> None:
+        """Replace the keys of some of the queries."""
+        for column, replacement in zip(self.columns, other.columns, strict=True):
+            column[part] = replacement
+
+    def ordered(self, by: Tensor) -> Nearest:
+        """Sort each query's keys by ``by`` ``[q, k]``, largest first; ties keep their order, empty slots are last."""
+        by = by.masked_fill(self.rows < 0, -torch.inf)
+        return self.at(by.argsort(dim=1, descending=True, stable=True))
+
+    def at(self, places: Tensor) -> Nearest:
+        """Return the keys at ``places`` ``[q, m]`` of each query."""
+        return Nearest(*(column.gather(1, places) for column in self.columns))
+
+    def first(self, number: int) -> Nearest:
+        """Return the first ``number`` keys of each query."""
+        return Nearest(*(column[:, :number] for column in self.columns))
+
+    def without(self, dropped: Tensor, n_classes: int) -> Nearest:
+        """Empty the slots where ``dropped`` ``[q, k]`` is true."""
+        return Nearest(
+            self.affinity.masked_fill(dropped, 0),
+            self.rows.masked_fill(dropped, -1),
+            self.class_ids.masked_fill(dropped, n_classes),
+        )
+
+    @classmethod
+    def beside(cls, parts: Sequence[Nearest]) -> Nearest:
+        """Join the keys of the same queries."""
+        return cls._joined(parts, dim=1)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Nearest]) -> Nearest:
+        """Join the keys of consecutive queries."""
+        return cls._joined(parts, dim=0)
+
+    @classmethod
+    def _joined(cls, parts: Sequence[Nearest], dim: int) -> Nearest:
+        return cls(*(torch.cat(column, dim=dim) for column in zip(*(part.columns for part in parts), strict=True)))
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest contributions ``[q, m]`` among the keys seen so far, largest first, with these keys."""
+
+    given: Tensor
+    affinity: Tensor
+    rows: Tensor
+
+    @classmethod
+    def none(cls, q: int, number: int, device: str) -> Largest:
+        """Start with no key: -inf, affinity 0 and row -1."""
+        given = torch.full((q, number), -torch.inf, device=device)
+        return cls(given, torch.zeros_like(given), torch.full((q, number), -1, device=device))
+
+    def add(self, part: slice, given: Tensor, affinity: Tensor, first: int) -> None:
+        """Take a block of keys ``[p, b]``, rows from ``first`` on, for some of the queries."""
+        number = self.given.shape[1]
+        if number == 1:  # several times as fast as topk
+            largest, place = given.max(dim=1, keepdim=True)
+        else:
+            largest, place = given.topk(min(number, given.shape[1]), dim=1)
+        block = largest, affinity.gather(1, place), place + first
+        columns = self.given[part], self.affinity[part], self.rows[part]
+        both = [torch.cat(pair, dim=1) for pair in zip(columns, block, strict=True)]
+        kept = both[0].topk(number, dim=1).indices
+        for column, merged in zip(columns, both, strict=True):
+            column[:] = merged.gather(1, kept)
+
+
+@dataclass(frozen=True)
+class Contributors:
+    """The shots behind the answers to ``q`` queries.
+
+    ``supporting`` ``[q, m]``: the keys with the largest contributions to the winning class, largest first.
+    ``opposing`` ``[q, 1]``: the key with the lowest contribution; if none is negative, as with one-hot values, the key
+    that contributes most to the runner-up. Its slot is empty if no key counts against the answer.
+    """
+
+    supporting: Nearest
+    opposing: Nearest
+
+    def of(self, part: slice) -> Contributors:
+        """Return the shots of some of the queries."""
+        return Contributors(self.supporting.of(part), self.opposing.of(part))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Contributors]) -> Contributors:
+        """Join the shots of consecutive queries."""
+        return cls(
+            Nearest.joined([part.supporting for part in parts]), Nearest.joined([part.opposing for part in parts])
+        )
+
+    @classmethod
+    def among(cls, near: Nearest, winner: Tensor, rival: Tensor, n_classes: int, number: int) -> Contributors:
+        """Choose among keys ``[q, k]`` that each query met, by their contributions to two classes.
+
+        ``winner`` and ``rival`` ``[q, k]``: what each key contributes to the winning class and to the runner-up.
+        """
+        there = near.rows >= 0
+        nearest_first = near.affinity.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        near, there = near.at(nearest_first), there.gather(1, nearest_first)
+        winner, rival = winner.gather(1, nearest_first), rival.gather(1, nearest_first)
+        lowest, against = winner.masked_fill(~there, torch.inf).min(dim=1, keepdim=True)
+        most, elsewhere = rival.masked_fill(~there, 0).max(dim=1, keepdim=True)
+        opposing = near.at(torch.where(lowest < 0, against, elsewhere))
+        return cls(near.ordered(winner).first(number), opposing.without((lowest >= 0) & (most <= 0), n_classes))
