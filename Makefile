@@ -14,18 +14,18 @@ help: ## this list
 setup: $(READY) ## a virtual environment in .venv with everything installed
 
 $(READY): pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python .ci/install.py --editable '.[dev]'
 	@touch $@
 
 $(DEMO_READY): pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@$(BIN)/python .ci/install.py --editable '.[demo]'
 	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"{sys.executable} is Python {v.major}.{v.minor}; 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24,<26.2'
+	@$(BIN)/python .ci/install.py --upgrade 'pip>=24,<26.2'
 
 browser: ## Chromium from Debian's packages, which the tests of the page drive (needs root)
 	@command -v chromium >/dev/null || { apt-get update -qq -o Acquire::Retries=3 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o Acquire::Retries=3 --no-install-recommends chromium; }

@@ -2,7 +2,7 @@
 
 Photographs and encoder are the first of these that can be had, and it says which:
 
-- what --model and --photos name (make demo MODEL=... PHOTOS=...)
+- what --model and --photos name (make demo MODEL=... PHOTOS=...); all photos of your own are used
 - network: where huggingface.co and robots.ox.ac.uk answer within three seconds, ten kinds of flowers of Oxford's
   Flowers102 (345 MB, once) and a current CLIP (0.6 GB, once)
 - debian: cut-out photographs of Debian's package tuxpaint-stamps-default (81 MB, GPL-2) and the ImageNet weights of
@@ -14,8 +14,10 @@ Photographs and encoder are the first of these that can be had, and it says whic
 from __future__ import annotations
 
 import contextlib
+import csv
 import http.client
 import json
+import os
 import random
 import shlex
 import shutil
@@ -32,6 +34,8 @@ import click
 
 SHOTS, NEW = 5, 25
 """Photographs of a class that become keys, and that are asked about, at most."""
+ASKED = 0.25
+"""Share of each class of the user's own photos that are asked about before they become shots too."""
 SEED = 1
 ANSWER = 3.0
 """Seconds that the network has to answer."""
@@ -70,6 +74,10 @@ TOY = {  # class: file in scikit-image, all in the public domain (CC0, or NASA's
 }
 
 
+LAID_OUT, OWN = ("photos", "new"), ("photos.csv", "new.csv")
+"""In the folder for what is fetched: folders of shots and of others to ask about, and tables of the user's own."""
+
+
 class CannotBeHadError(Exception):
     """What was tried, and why it cannot be had here."""
 
@@ -95,7 +103,9 @@ class Backbone:
 @click.option("--source", type=click.Choice(["auto", "network", "debian", "toy"]), default="auto", show_default=True)
 @click.option("--model", help="A backbone, as for retrieval-tip index build.")
 @click.option("--pretrained", help="Its tag or weights.")
-@click.option("--photos", type=click.Path(path_type=Path), help="A folder with one folder of photographs a class.")
+@click.option(
+    "--photos", type=click.Path(path_type=Path), help="A folder with one folder of photos per class: all are used."
+)
 @click.option("--only-fetch", is_flag=True, help="Fetch, lay out photos/ and new/ in --work, and stop.")
 def main(
     work: Path,
@@ -109,30 +119,46 @@ def main(
     """Choose the photographs and the backbone, then run the commands that a user would."""
     work.mkdir(parents=True, exist_ok=True)
     backbone = lay_out(work, source, photos, Backbone(model, pretrained))
+    shots, new = (work / name for name in (OWN if photos else LAID_OUT))
     if only_fetch:
-        click.echo(f"{work}/photos and {work}/new: one folder a class. Backbone: {shlex.join(backbone.options)}")
+        click.echo(f"{shots} and {new}: photographs and their classes. Backbone: {shlex.join(backbone.options)}")
         return
-    shutil.rmtree(out, ignore_errors=True)
-    index = str(out)
-    tip("index", "build", str(work / "photos"), *backbone.options, "--out", index)
-    new = sorted(path for path in (work / "new").glob("*/*") if path.is_file())
-    tip("classify", index, *map(str, new[:: max(1, len(new) // 4)][:4]), "--explain", "--neighbours", "3")
-    tip("evaluate", index, str(work / "new"))
-    show_mistake(index, work)
-    click.echo(
-        f"\nNext:\n"
-        f"  retrieval-tip serve {index}        a page: look at the index, and drop your own photographs on it\n"
-        f"  retrieval-tip index audit {index}  shots that may be mislabelled\n"
-        f"  retrieval-tip models {'':{len(index)}}       other encoders\n"
-        f"  make demo PHOTOS=FOLDER {'':{len(index)}}    the same with your own photographs, one folder a class"
-    )
+    index = str(fresh(out))
+    tip("index", "build", str(shots), *backbone.options, "--out", index)
+    truth = labels_of(new)
+    tip("classify", index, *list(truth)[:: max(1, len(truth) // 4)][:4], "--explain", "--neighbours", "3")
+    tip("evaluate", index, str(new))
+    show_mistake(index, new, truth, work / "answers.json")
+    if photos:
+        click.echo("\nThe photos that were asked about become shots too:")
+        tip("index", "add", index, str(new))
+    program = shlex.join(own_program())
+    again = "make demo PHOTOS=" if "MAKELEVEL" in os.environ else f"{shlex.join([sys.executable, __file__])} --photos "
+    click.echo("\nNext:")
+    for command, what in (
+        (f"{program} serve {shlex.quote(index)}", "open the index in the browser, and drop your own photos on it"),
+        (f"{program} index audit {shlex.quote(index)}", "list shots that may be mislabelled"),
+        (f"{program} models", "list other encoders"),
+        (f"{again}FOLDER", "do the same with your own photos, in one folder per class"),
+    ):
+        click.echo(f"  {what}:\n    {command}")
+
+
+def fresh(out: Path) -> Path:
+    """Return a folder that does not exist: ``out``, or ``out-2``, ``out-3`` ... beside an index that is kept."""
+    free, number = out, 1
+    while free.exists():
+        number += 1
+        free = out.with_name(f"{out.name}-{number}")
+    if free != out:
+        click.echo(f"{out}: exists, and is kept as it is; this run writes {free}")
+    return free
 
 
 def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> Backbone:
-    """Make ``photos/`` and ``new/`` in ``work`` of the first photographs that can be had; the backbone to use."""
+    """Lay out shots and other photographs in ``work``, of the first that can be had, and return the backbone to use."""
     if photos is not None:
-        click.echo(f"Photographs: {photos}.")
-        split(work, {folder.name: sorted(folder.iterdir()) for folder in sorted(photos.iterdir()) if folder.is_dir()})
+        divide(work, photos.expanduser())
         return chosen if chosen.model else encoder(work)
     tried: list[tuple[str, Callable[[Path], Backbone]]] = [("network", network), ("debian", debian), ("toy", toy)]
     for name, lay in tried:
@@ -146,9 +172,38 @@ def lay_out(work: Path, source: str, photos: Path | None, chosen: Backbone) -> B
     raise SystemExit("no photographs: see above; give --photos FOLDER")
 
 
+def divide(work: Path, photos: Path) -> None:
+    """Divide all photos of a folder of classes, drawn by ``SEED``: shots, and a quarter of each class to ask about.
+
+    Two tables name them where they lie, so that the index finds them there later.
+    """
+    from retrieval_tip import open_source
+    from retrieval_tip.errors import InputError
+
+    try:
+        source = open_source(photos)
+    except InputError as error:
+        raise SystemExit(f"Error: {error}") from None
+    shots, new = [], []
+    for name in source.class_names:
+        items = zip(source.paths or (), source.labels, strict=False)
+        own = [str(Path(path).absolute()) for path, label in items if label == name]
+        random.Random(SEED).shuffle(own)
+        asked = max(1, int(ASKED * len(own))) if len(own) > 1 else 0
+        new += [(path, name) for path in own[:asked]]
+        shots += [(path, name) for path in own[asked:]]
+    if not new:
+        raise SystemExit(f"Error: {photos}: no class has two photos; one becomes a shot, the other is asked about")
+    click.echo(f"Photographs: {len(source)} of {photos}; {len(shots)} become shots, then {len(new)} are asked about.")
+    clear(work, OWN)
+    for table, rows in zip(OWN, (shots, new), strict=True):
+        with (work / table).open("w", newline="", encoding="utf-8", errors="replace") as file:
+            csv.writer(file).writerows([("path", "label"), *rows])
+
+
 def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
     """Lay out ``SHOTS`` files of each class, drawn by ``SEED``, in ``photos/``, at most ``NEW`` others in ``new/``."""
-    clear(work)
+    clear(work, LAID_OUT)
     for name, own in files.items():
         drawn = random.Random(SEED).sample(list(own), len(own))
         shots = min(SHOTS, len(drawn) // 2)
@@ -158,11 +213,11 @@ def split(work: Path, files: dict[str, Sequence[Path]]) -> None:
                 (work / part / name / file.name).symlink_to(file.resolve())
 
 
-def clear(work: Path) -> None:
-    """Remove ``photos/`` and ``new/`` of an earlier demo; those of somebody else stay, and end it."""
+def clear(work: Path, parts: Iterable[str]) -> None:
+    """Remove ``parts`` of an earlier demo; those of somebody else stay, and end this one."""
     work.mkdir(parents=True, exist_ok=True)
     mark = work / ".retrieval-tip-demo"
-    for part in ("photos", "new"):
+    for part in parts:
         if (work / part).exists() and not mark.exists():
             raise SystemExit(f"{work / part}: is there, and not of a demo; give another --work")
         shutil.rmtree(work / part, ignore_errors=True)
@@ -285,7 +340,7 @@ def toy(work: Path) -> Backbone:
 
     pictures = from_wheel(work, "scikit-image", TOY.values())
     generator = random.Random(SEED)
-    clear(work)
+    clear(work, LAID_OUT)
     for name, file in TOY.items():
         picture = Image.open(pictures[file]).convert("RGB")
         border = int(picture.width * 0.6)
@@ -335,12 +390,24 @@ def random_encoder(work: Path) -> Backbone:
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
+def own_program() -> list[str]:
+    """Return what runs this Python's retrieval-tip from here: its name if the shell finds it, else its path."""
+    beside = shutil.which("retrieval-tip", path=Path(sys.executable).parent)
+    if beside is None:
+        return [sys.executable, "-m", "retrieval_tip"]
+    found = shutil.which("retrieval-tip")
+    if found is not None and Path(found).samefile(beside):
+        return ["retrieval-tip"]
+    inside = Path(beside).is_relative_to(Path.cwd())
+    return [os.path.relpath(beside) if inside else beside]
+
+
 def tip(*arguments: str, shown: bool = True) -> None:
     """Show a command, and run it."""
     from retrieval_tip.cli import main as command
 
     if shown:
-        click.echo(f"\n$ retrieval-tip {shlex.join(arguments)}")
+        click.echo(f"\n$ {shlex.join([*own_program(), *arguments])}")
     try:
         command(list(arguments))
     except SystemExit as end:
@@ -348,11 +415,18 @@ def tip(*arguments: str, shown: bool = True) -> None:
             sys.exit(end.code)
 
 
-def show_mistake(index: str, work: Path) -> None:
-    """The wrong answer that was the most certain one, with its reasons."""
-    answers = work / "answers.json"
-    tip("-q", "classify", index, str(work / "new"), "--format", "json", "--output", str(answers), shown=False)
-    worst = most_certain_mistake(map(json.loads, answers.read_text(encoding="utf-8").splitlines()))
+def labels_of(source: Path) -> dict[str, str]:
+    """Return the labels of photographs by their paths."""
+    from retrieval_tip import open_source
+
+    opened = open_source(source)
+    return dict(zip(opened.sources, opened.labels, strict=True))
+
+
+def show_mistake(index: str, new: Path, truth: dict[str, str], answers: Path) -> None:
+    """Show the most certain wrong answer, with its reasons."""
+    tip("-q", "classify", index, str(new), "--format", "json", "--output", str(answers), shown=False)
+    worst = most_certain_mistake(map(json.loads, answers.read_text(encoding="utf-8").splitlines()), truth)
     if worst is None:
         click.echo("\nNone of its answers is wrong.")
         return
@@ -360,10 +434,10 @@ def show_mistake(index: str, work: Path) -> None:
     tip("classify", index, worst, "--top", "3", "--explain", "--neighbours", "3")
 
 
-def most_certain_mistake(rows: Iterable[dict[str, object]]) -> str | None:
-    """The input of the wrong answer with the highest probability; the right label is the folder that it lies in."""
-    wrong = [(row["probability"], row["input"]) for row in rows if row["label"] != Path(str(row["input"])).parent.name]
-    return str(max(wrong)[1]) if wrong else None
+def most_certain_mistake(rows: Iterable[dict[str, object]], truth: dict[str, str]) -> str | None:
+    """Return the input of the wrong answer with the highest probability."""
+    wrong = [(row["probability"], str(row["input"])) for row in rows if row["label"] != truth[str(row["input"])]]
+    return max(wrong)[1] if wrong else None
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.server
-import json
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 from PIL import Image
+
+from retrieval_tip import open_source
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
@@ -50,31 +54,36 @@ def photographs(folder, classes=3, number=8):
     return folder
 
 
-def test_shots_and_others_are_drawn_apart_and_the_same_each_time(tmp_path):
+def test_all_photos_of_ones_own_are_used_the_same_way_each_time(tmp_path):
     folder = photographs(tmp_path / "own")
+    (folder / "class 0/deeper").mkdir()
+    (folder / "class 0/0.png").rename(folder / "class 0/deeper/0.png")
     drawn = []
     for _ in range(2):
         demo.lay_out(tmp_path / "work", "auto", folder, demo.Backbone("some-model"))
-        names = {part: {str(p.relative_to(tmp_path / "work" / part)) for p in (tmp_path / "work" / part).glob("*/*")}
-                 for part in ("photos", "new")}  # fmt: skip
-        drawn.append(names)
-    assert drawn[0] == drawn[1]
-    assert not drawn[0]["photos"] & drawn[0]["new"]
-    assert len(drawn[0]["photos"]) == 4 * 3  # half of eight
-    assert len(drawn[0]["photos"] | drawn[0]["new"]) == 24
+        drawn.append([open_source(tmp_path / "work" / table) for table in demo.OWN])
+    shots, new = drawn[0]
+    assert [source.items for source in drawn[1]] == [shots.items, new.items]
+    assert Counter(shots.labels) == {f"class {i}": 6 for i in range(3)}
+    assert Counter(new.labels) == {f"class {i}": 2 for i in range(3)}
+    assert {Path(path) for path in shots.paths + new.paths} == set(folder.rglob("*.png"))
+    with pytest.raises(SystemExit, match="no class has two"):
+        demo.lay_out(tmp_path / "work", "auto", photographs(tmp_path / "few", number=1), demo.Backbone("some-model"))
 
 
 def test_photographs_that_are_not_the_demos_stay(tmp_path):
-    folder = photographs(tmp_path / "own")
     photographs(tmp_path / "work/photos")
+    (tmp_path / "work/photos.csv").write_text("mine")
     with pytest.raises(SystemExit, match="not of a demo"):
-        demo.lay_out(tmp_path / "work", "auto", folder, demo.Backbone("some-model"))
+        demo.split(tmp_path / "work", {})
+    with pytest.raises(SystemExit, match="not of a demo"):
+        demo.lay_out(tmp_path / "work", "auto", photographs(tmp_path / "own"), demo.Backbone("some-model"))
     assert len(list((tmp_path / "work/photos").glob("*/*"))) == 24
+    assert (tmp_path / "work/photos.csv").read_text() == "mine"
 
 
 def test_the_debian_package_and_the_wheel_are_used_without_what_is_drawn(tmp_path, monkeypatch):
     """Against stand-ins of the programs that fetch."""
-    import zipfile
 
     def fetched(command, work):
         if command[0] == "apt-get":
@@ -128,29 +137,70 @@ def test_flowers_come_from_torchvision(tmp_path, monkeypatch):
 
 def test_the_mistake_that_is_shown_is_the_most_certain_one():
     rows = [
-        {"input": "new/cat/1.png", "label": "cat", "probability": 0.99},
-        {"input": "new/cat/2.png", "label": "dog", "probability": 0.6},
-        {"input": "new/dog/3.png", "label": "cat", "probability": 0.7},
+        {"input": "1.png", "label": "cat", "probability": 0.99},
+        {"input": "2.png", "label": "dog", "probability": 0.6},
+        {"input": "3.png", "label": "cat", "probability": 0.7},
     ]
-    assert demo.most_certain_mistake(rows) == "new/dog/3.png"
-    assert demo.most_certain_mistake(rows[:1]) is None
+    truth = {"1.png": "cat", "2.png": "cat", "3.png": "dog"}
+    assert demo.most_certain_mistake(rows, truth) == "3.png"
+    assert demo.most_certain_mistake(rows[:1], truth) is None
 
 
-def test_the_demo_runs_on_photographs_of_ones_own(tmp_path):
+def test_the_demo_runs_on_photos_of_ones_own_and_its_next_commands_run(tmp_path, monkeypatch):
     import timm
 
     torch.manual_seed(0)
     torch.save(timm.create_model(demo.LITE0.partition(":")[2]).state_dict(), tmp_path / "weights.pth")
-    work, folder = tmp_path / "work", photographs(tmp_path / "own")
-    options = ["--work", work, "--out", tmp_path / "index", "--photos", folder]
-    options += ["--model", demo.LITE0, "--pretrained", tmp_path / "weights.pth"]
-    done = CliRunner().invoke(demo.main, [*map(str, options)])
+    photographs(tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/local/bin:/usr/bin:/bin")  # no environment is active
+    monkeypatch.setenv("MAKELEVEL", "1")
+    options = ["--work", "work", "--out", "indexes/demo", "--photos", "own"]
+    options += ["--model", demo.LITE0, "--pretrained", "weights.pth"]
+    taught = tmp_path / "indexes/demo/taught"
+    taught.parent.mkdir(parents=True)
+    taught.touch()
+    done = CliRunner().invoke(demo.main, options)
     assert done.exit_code == 0, done.output
-    assert "12 keys of 1280, 3 classes" in done.stdout
+    assert "18 keys of 1280, 3 classes" in done.stdout
+    assert "version 2, 6 keys added" in done.stdout
     assert done.stdout.count("affinity") >= 4
-    assert f"retrieval-tip serve {tmp_path / 'index'}" in done.stdout
-    answers = [json.loads(line) for line in (work / "answers.json").read_text().splitlines()]
-    assert len(answers) == 12
+    assert taught.exists()
+    assert len((tmp_path / "work/answers.json").read_text().splitlines()) == 6
+    shown = [line.strip() for line in done.stdout.partition("Next:\n")[2].splitlines() if line.startswith("    ")]
+    program = Path(sys.executable).with_name("retrieval-tip")
+    assert shown == [
+        f"{program} serve indexes/demo-2",
+        f"{program} index audit indexes/demo-2",
+        f"{program} models",
+        "make demo PHOTOS=FOLDER",
+    ]
+    for command in (f"{shown[0]} --help", shown[1]):
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+
+
+def test_an_install_says_how_far_it_is_and_what_failed(tmp_path):
+    wheel = tmp_path / "nothing-1.0-py3-none-any.whl"
+    facts = {"METADATA": "Metadata-Version: 2.1\nName: nothing\nVersion: 1.0\n", "RECORD": "",
+             "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}  # fmt: skip
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in facts.items():
+            archive.writestr(f"nothing-1.0.dist-info/{name}", text)
+    command = [
+        sys.executable,
+        ROOT / ".ci/install.py",
+        "--no-index",
+        "--find-links",
+        tmp_path,
+        "--target",
+        tmp_path / "t",
+    ]
+    done = subprocess.run([*command, "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"pip: 1 installed in \d+ s", done.stdout.splitlines()[-1])
+    wrong = subprocess.run([*command, "never-heard-of"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "No matching distribution found for never-heard-of" in wrong.stderr
 
 
 @pytest.mark.soak
