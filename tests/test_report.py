@@ -546,7 +546,7 @@ def test_hostile_names_stay_names(tmp_path):
 @pytest.mark.usefixtures("drawn")
 def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(photographs, tmp_path):
     tuned = tmp_path / "tuned"
-    done("-q", "finetune", photographs / "index", "--out", tuned, "--views-cache", 1, "--epochs", 3)
+    done("-q", "finetune", photographs / "index", "--out", tuned, "--views-cache", 1, "--epochs", 3, "--keep-last")
     done("-q", "report", tuned, "--test", photographs / "test", "--out", tmp_path / "r.html")
     page, found = read(tmp_path / "r.html"), figures(read(tmp_path / "r.html"))
     before, after = (
@@ -563,7 +563,7 @@ def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(photographs, tmp
         assert "Left out: " in section(page, name).text
         assert "fine-tuned" in section(page, name).text
     away = shutil.copytree(photographs / "index", tmp_path / "away")
-    done("-q", "finetune", away, "--out", tuned, "--views-cache", 1, "--epochs", 1)
+    done("-q", "finetune", away, "--out", tuned, "--views-cache", 1, "--epochs", 1, "--keep-last")
     shutil.rmtree(away)
     done("-q", "report", tuned, "--test", photographs / "test", "--out", tmp_path / "r.html")
     page = read(tmp_path / "r.html")

@@ -53,8 +53,10 @@ class Tower:
         self._compiled = _openvino().Core().compile_model(model, "CPU", config)
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
-        """Raw features."""
+        """Return raw features. Raises RuntimeError where OpenVINO gives none."""
         features: FloatArray = np.array(self._compiled(pixels.float().contiguous().numpy())[0])
+        if len(features) != len(pixels):  # as it does in bfloat16 where oneDNN is kept from using it
+            raise RuntimeError(f"OpenVINO gave {len(features)} features for {len(pixels)} images")
         return features
 
     def __deepcopy__(self, _: object) -> Tower:
@@ -67,7 +69,9 @@ def is_kept(identity: Identity) -> bool:
 
 
 def kept(identity: Identity, precision: str) -> Tower | None:
-    """The tower of a backbone as it was kept; ``None`` where it was not, or is damaged: then it is removed."""
+    """Return the kept tower of a backbone; ``None`` if there is none, or it is damaged: then it is removed."""
+    import torch
+
     folder = _folder(identity)
     if folder is None or not (folder / _FACTS).is_file():
         return None
@@ -75,7 +79,10 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         digests = json.loads((folder / _FACTS).read_bytes())
         if digests != _digests(folder):
             raise ValueError("its files are not as they were written")
-        return Tower(_openvino().Core().read_model(folder / _GRAPH), precision)
+        tower = Tower(_openvino().Core().read_model(folder / _GRAPH), precision)
+        if precision != "float32":  # a tower that was kept in float32 was never tried in another precision
+            tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
+        return tower
     except Exception as error:  # openvino raises RuntimeError, the files OSError and ValueError
         log.info("%s: cannot be used (%s); it is made again", show(folder), first_line(error))
         shutil.rmtree(folder, ignore_errors=True)
