@@ -303,7 +303,6 @@ def finetune_command(
     with encoder_for(ctx, cache, sources, encoding) as encoder, _to_be_resumed(checkpoint_of(out)):
         if ray is not None:
             encoder = encoding_views(encoder, cache, encoding, ray)
-        say("The closed-form fit of index build is usually more accurate; held-out images decide which index is kept.")
         tuned = finetune_into(
             out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume, keep_last=keep_last
         )
