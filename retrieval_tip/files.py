@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
+import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -16,12 +17,21 @@ from typing import BinaryIO
 
 from retrieval_tip.errors import InputError, one_line, show
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FOLDER = "a folder"
 KERNEL = "made up by the kernel"
 
 HASHED_AT_A_TIME = 1 << 24
 """Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
 
+LOCK_TRIES = 4
+"""Times that a temporary file is made under another name because it was removed before it was locked."""
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _KINDS = {
     stat.S_IFDIR: FOLDER,
     stat.S_IFIFO: "a pipe",
@@ -139,22 +149,84 @@ def sync(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place to write a file that takes the name ``path`` when it is whole; a link is written through.
+    """Yield a temporary file that takes the name ``path`` in the end (:func:`temporary`); a link is written through.
 
     Raises InputError where ``path`` cannot be written; then nothing is left of it.
     """
     place = Path(os.path.realpath(path))
-    temporary = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         if place.exists() and not place.is_file():
             raise InputError(f"{show(path)}: cannot be written: not a file")
-        yield temporary
-        temporary.replace(place)
+        with temporary(place) as new:
+            yield new
+            new.replace(place)
     except OSError as error:
         raise InputError(f"{show(path)}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def temporary(place: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Make an empty file or folder ``.NAME.HEX.tmp`` beside ``place``, and remove it in the end if it is still there.
+
+    First remove those of the same NAME that killed processes left. Raises OSError.
+    """
+    remove_leftovers(place.parent, place.name)
+    new, lock = place, None
+    for _ in range(LOCK_TRIES):
+        new = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
+        new.mkdir() if folder else new.touch(exist_ok=False)
+        lock = _lock(new)
+        if new.exists():  # else another process took it for a leftover before it was locked
+            break
+    try:
+        yield new
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _remove(new)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> int:
+    """Remove temporary files and folders that killed processes left beside ``name``, or beside any file of a folder.
+
+    What :func:`temporary` made is locked by the process that uses it, and the system unlocks it when that process ends.
+    Windows has no such locks, so everything stays there. Returns the number of bytes of the files.
+    """
+    freed = 0
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is None or name not in (None, match[1]) or (lock := _lock(Path(entry.path))) is None:
+                continue
+            freed += os.fstat(lock).st_size * entry.is_file()
+            _remove(Path(entry.path))
+            os.close(lock)
+    return freed
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or a folder and return its descriptor; ``None`` where it is something else, or is locked."""
+    if fcntl is None:
+        return None
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with suppress(OSError):
+        if stat.S_IFMT(os.fstat(lock).st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+    os.close(lock)
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, where that can be done."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

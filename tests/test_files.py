@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.files import NotAFileError, check_regular, make_folders, open_regular, read_regular, real
+from retrieval_tip.files import NotAFileError, check_regular, make_folders, open_regular, read_regular, real, replacing
 
 
 def _socket(path: Path) -> None:
@@ -123,3 +124,26 @@ def test_what_the_kernel_makes_up_is_no_file(path: str, tmp_path: Path) -> None:
             read_regular(name, 1 << 60)
         with pytest.raises(NotAFileError):
             open_regular(name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SKIPPED: needs locks on files")
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    out, others = tmp_path / "x.csv", [".y.csv.0123abcd.tmp", ".x.csv.old.tmp", ".x.csv.tmp", "x.csv.0123abcd.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".x.csv.0123abcd.tmp").symlink_to(tmp_path / "elsewhere")
+    there = set(tmp_path.iterdir())
+    if not (child := os.fork()):
+        with replacing(out) as half:
+            half.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = set(tmp_path.iterdir()) - there
+    with replacing(out) as slow:
+        assert not left.exists()
+        slow.write_text("slow")
+        with replacing(out) as fast:  # another one at the same time
+            fast.write_text("fast")
+        assert (out.read_text(), slow.read_text()) == ("fast", "slow")
+    assert out.read_text() == "slow"
+    assert set(tmp_path.iterdir()) == {*there, out}

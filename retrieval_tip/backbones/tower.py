@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -22,7 +21,7 @@ import numpy as np
 
 from retrieval_tip.backbones.base import FloatArray, Identity, view_size
 from retrieval_tip.errors import first_line, show
-from retrieval_tip.files import cache_folder, make_folders, sha256_of
+from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -188,19 +187,15 @@ def _keep(graph: Any, identity: Identity) -> None:
     folder = _folder(identity)
     if folder is None or folder.exists():
         return
-    temporary = None
     try:
         make_folders(folder.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        _openvino().serialize(graph, temporary / _GRAPH, temporary / _WEIGHTS)
-        (temporary / _FACTS).write_text(json.dumps(_digests(temporary)))
-        temporary.rename(folder)
+        with temporary(folder, folder=True) as new:
+            _openvino().serialize(graph, new / _GRAPH, new / _WEIGHTS)
+            (new / _FACTS).write_text(json.dumps(_digests(new)))
+            new.rename(folder)
     except (OSError, RuntimeError) as error:
         if not folder.exists():  # else another process was first
             log.info("%s: cannot be kept (%s)", show(folder), first_line(error))
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:
