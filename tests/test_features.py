@@ -8,6 +8,7 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -525,6 +526,58 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     assert EncodingCache.default_folder() == Path("/home/me/.cache/retrieval-tip")
 
 
+MEGABYTE = 1_000_000
+
+
+def keep(cache: EncodingCache, name: str, number: int) -> None:
+    for start in range(0, number, 10):
+        cache.put("s", {(f"{name}{i}", "centre"): np.full(512, i, np.float32) for i in range(start, start + 10)})
+
+
+def kept(cache: EncodingCache, name: str, number: int) -> int:
+    return sum(cache.get("s", f"{name}{i}", "centre") is not None for i in range(number))
+
+
+def test_a_full_cache_gives_up_what_was_not_used_for_the_longest_time(tmp_path: Path) -> None:
+    with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
+    for name in "abc":
+        with_cache(tmp_path, lambda cache, name=name: keep(cache, name, 60))
+    assert with_cache(tmp_path, lambda cache: kept(cache, "a", 60)) == 60  # which is a use
+    with_cache(tmp_path, lambda cache: keep(cache, "d", 90))
+    left = {name: with_cache(tmp_path, lambda cache, name=name: kept(cache, name, 60)) for name in "abcd"}
+    assert (left["a"], left["d"]) == (60, 60)
+    assert left["b"] < 60
+    assert left["c"] == 60 or left["b"] == 0
+    assert (tmp_path / "encodings.sqlite").stat().st_size <= MEGABYTE
+
+
+def test_a_run_that_is_larger_than_the_cache_ends(tmp_path: Path) -> None:
+    file = tmp_path / "encodings.sqlite"
+
+    def run(cache: EncodingCache) -> None:
+        cache.limit(MEGABYTE)
+        for i in range(40):
+            keep(cache, f"{i}/", 40)
+            assert file.stat().st_size <= 1.1 * MEGABYTE  # also while it goes on
+        assert kept(cache, "39/", 40) == 40
+
+    with_cache(tmp_path, run)
+    assert file.stat().st_size <= MEGABYTE
+
+
+def test_the_cache_of_an_older_program_is_bounded_too(tmp_path: Path) -> None:
+    file = tmp_path / "encodings.sqlite"
+    with_cache(tmp_path, lambda cache: keep(cache, "a", 800))
+    with closing(sqlite3.connect(file, isolation_level=None)) as db:
+        for statement in ("DROP TRIGGER encodings_used", "DROP TABLE uses", "PRAGMA auto_vacuum = 0", "VACUUM"):
+            db.execute(statement)
+    assert file.stat().st_size > 2 * MEGABYTE
+    assert with_cache(tmp_path, lambda cache: kept(cache, "a", 800)) == 800
+    with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
+    assert file.stat().st_size <= MEGABYTE
+    assert 100 < with_cache(tmp_path, lambda cache: kept(cache, "a", 800)) < 400
+
+
 def _busy(folder: str, number: int) -> None:
     cache = EncodingCache(folder)
     for turn in range(30):
@@ -534,6 +587,28 @@ def _busy(folder: str, number: int) -> None:
         assert found is not None
         assert (found == turn).all()
     cache.close()
+
+
+def _fills(folder: str, number: int) -> None:
+    cache = EncodingCache(folder)
+    for turn in range(10):
+        keep(cache, f"{number}/{turn}/", 60)
+        for i in range(60):
+            found = cache.get("s", f"{1 - number}/{turn}/{i}", "centre")
+            assert found is None or (found == i).all()
+    cache.close()
+
+
+def test_two_processes_share_a_cache_that_is_too_small_for_them(tmp_path: Path) -> None:
+    with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
+    workers = [multiprocessing.get_context().Process(target=_fills, args=(str(tmp_path), number)) for number in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert (tmp_path / "encodings.sqlite").stat().st_size <= MEGABYTE
+    assert with_cache(tmp_path, len) > 100
 
 
 def test_two_processes_share_a_cache(tmp_path: Path) -> None:

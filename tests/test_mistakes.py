@@ -158,7 +158,7 @@ def test_indexes_are_listed(run, world):
     ]
 
 
-def test_the_cache_is_shown_and_pruned(run, tmp_path):
+def test_the_cache_is_shown_pruned_and_bounded(run, tmp_path, monkeypatch):
     from retrieval_tip import EncodingCache
 
     cache = EncodingCache(tmp_path)
@@ -168,6 +168,13 @@ def test_the_cache_is_shown_and_pruned(run, tmp_path):
     pruned = run("cache", "--cache", tmp_path, "--prune", "--json")
     assert json.loads(pruned.stdout)["encodings"] == 0
     assert "2 encodings removed" in pruned.stderr
+    assert (
+        json.loads(run("cache", "--cache", tmp_path, "--max-size", "20mb", "--json").stdout)["max_bytes"] == 20_000_000
+    )
+    assert json.loads(run("cache", "--cache", tmp_path, "--json").stdout)["max_bytes"] == 20_000_000
+    monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path))
+    assert "of at most 20 MB" in json.loads(run("doctor", "--json").stdout)["facts"]["encoding cache"]
+    assert run("cache", "--max-size", "20").exit_code == 2
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

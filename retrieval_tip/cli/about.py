@@ -9,9 +9,9 @@ import click
 
 from retrieval_tip.cli.messages import FAILED, print_facts, say
 from retrieval_tip.cli.options import FORMAT, JSON, OutputOptions
-from retrieval_tip.cli.parameters import FOLDER
+from retrieval_tip.cli.parameters import FOLDER, Size
 from retrieval_tip.cli.program import Group, command
-from retrieval_tip.errors import counted, json_line, one_line
+from retrieval_tip.errors import counted, json_line, one_line, show
 
 
 @click.group(cls=Group, name="datasets")
@@ -80,19 +80,24 @@ def models_command(word: str, printing: OutputOptions) -> None:
 @click.option("--cache", type=FOLDER,
               help="Its folder.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]")  # fmt: skip
 @click.option("--prune", is_flag=True, help="Remove all encodings; they are made again when they are needed.")
+@click.option("--max-size", type=Size(), help="Largest size of the cache, from now on.  [default: 8GB]")
 @JSON
-def cache_command(cache: Path | None, prune: bool, as_json: bool) -> None:
-    """Show how many encodings of photographs are kept, or remove them.
+def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json: bool) -> None:
+    """Show how many encodings of photographs are kept, limit their size, or remove them.
 
-    What was encoded once is never encoded again by the same backbone. Weights of backbones are not in here: they are in
-    the cache of the Hugging Face hub (hf cache ls).
+    What was encoded once is not encoded again by the same backbone, until the cache is full: then the encodings that
+    were not used for the longest time make room. Weights of backbones are not in here: they are in the cache of the
+    Hugging Face hub (hf cache ls).
     """
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     kept = EncodingCache(cache or EncodingCache.default_folder())
     try:
         removed = kept.clear() if prune else 0
+        if max_size is not None:
+            kept.limit(max_size)
         facts = {"file": str(kept.path), "encodings": len(kept), "bytes": kept.path.stat().st_size}
+        facts["max_bytes"] = kept.most
     finally:
         kept.close()
     if prune:
@@ -119,6 +124,19 @@ def completion_command(ctx: click.Context, shell: str) -> None:
     click.echo(kind(ctx.find_root().command, {}, "retrieval-tip", "_RETRIEVAL_TIP_COMPLETE").source())
 
 
+def _cache_size() -> str:
+    """Return where the encoding cache is, its size, and the largest size that it may have."""
+    from retrieval_tip.backbones.catalogue import megabytes
+    from retrieval_tip.data.encoding_cache import size_of
+    from retrieval_tip.files import cache_folder
+
+    folder = cache_folder()
+    if folder is None:
+        return "none: no home folder"
+    file, size, most = size_of(folder)
+    return f"{show(file)}, {megabytes(size)} of at most {megabytes(most)} (retrieval-tip cache --max-size)"
+
+
 @command()
 @JSON
 @click.pass_context
@@ -127,6 +145,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from retrieval_tip.doctor import examine
 
     report = examine()
+    report.facts["encoding cache"] = _cache_size()
     if as_json:
         click.echo(json.dumps({"facts": report.facts, "problems": report.problems}))
     else:

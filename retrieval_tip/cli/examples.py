@@ -120,6 +120,6 @@ EXAMPLES = {
     "datasets list": ["datasets list", "datasets list --format json"],
     "datasets check": ["datasets check /data", "datasets check /data caltech101 dtd"],
     "doctor": ["doctor", "doctor --json"],
-    "cache": ["cache", "cache --prune"],
+    "cache": ["cache --max-size 2GB", "cache --prune"],
     "completion": ["completion bash", "completion fish > ~/.config/fish/completions/retrieval-tip.fish"],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -15,6 +16,9 @@ from retrieval_tip.lance.address import Address
 
 LARGEST = 1e30
 """The largest number that is taken: what is computed with it, in float32, reaches to 3e38."""
+
+LARGEST_FILE = 10**15
+"""Bytes of the largest file that is taken."""
 
 
 class Folder(click.Path):
@@ -148,6 +152,20 @@ class Number(_Bounded, click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value!r} is not a number", param, ctx)
         return number
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: a number with MB, GB or TB."""
+
+    name = "N(MB|GB|TB)"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes."""
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", str(value), re.IGNORECASE | re.ASCII)
+        size = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
+        if not 1_000_000 <= size <= LARGEST_FILE:
+            self.fail(f"{value!r} is not a size from 1 MB to 1000 TB; write it as 500MB or 8GB", param, ctx)
+        return size
 
 
 class Abstaining(click.ParamType[Any]):
