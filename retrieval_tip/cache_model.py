@@ -488,6 +488,7 @@ class CacheModel(InMemory):
         added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
         matrix = np.asarray(matrix).astype(self.dtype)
         points = points_of(self.metric, matrix, self.device)
+        self.check_lengths(matrix if points is None else points)
         values = None
         if self.values is not None and self._ridge is not None:
             values = self._ridge.added(self._keys, self.values, matrix if points is None else points, ids)

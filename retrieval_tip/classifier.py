@@ -38,6 +38,9 @@ SHOWN_CLASSES = 8
 ASKED = 16
 """Keys that are asked about, before they become a version."""
 
+MOST_EXPONENT = 80.0
+"""Largest exponent of a key's weight; from 88 on, float32 overflows."""
+
 PREDICTED = 1 << 16
 """Predictions that are made columns of at a time: Arrow's lists and texts have 2 GiB at most."""
 
@@ -249,6 +252,15 @@ class AnsweringIndex(ABC):
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         tip.log_cache(cache, settings.log_offset)
         self._check_overflow(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache)
+
+    def check_lengths(self, keys: npt.NDArray[Any]) -> None:
+        """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, as queries meet them."""
+        longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
+        if self.settings.beta * (longest - 1) > MOST_EXPONENT:
+            raise InputError(
+                f"beta {self.settings.beta:g}: exp(beta (affinity - 1)) overflows for a key of norm {longest:.4g}; "
+                "scale keys to norm 1 (norms unit)"
+            )
 
     def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
         """Raise InputError, naming the setting, where logits are not finite."""

@@ -800,12 +800,17 @@ def test_settings_with_which_no_query_is_answered_become_no_version(
     np.save(tmp_path / "keys.npy", unit_rows(4, D))
     labels = write_table(tmp_path / "names.parquet", unit_rows(4, D), ["cat", "dog"] * 2)
     long = write_table(tmp_path / "long.parquet", 100 * unit_rows(4, D), ["cat", "dog"] * 2)
+    scales = np.where(np.arange(50) == 11, 100, 1)[:, None]
+    one = write_table(tmp_path / "one.parquet", scales * unit_rows(50, D), ["cat", "dog"] * 25)
+    endless = write_table(tmp_path / "endless.parquet", 1e20 * unit_rows(4, D), ["cat", "dog"] * 2)
     for command, named in (
         (("index", "set", index, *given), f"alpha {alpha:g}"),
         (("index", "build", "--fit", "none", table, "--text", text, *given, "--out", out), f"alpha {alpha:g}"),
         (("index", "import", tmp_path / "keys.npy", "--labels", labels, *given, "--out", out), f"alpha {alpha:g}"),
         (("index", "build", "--fit", "none", long, "--norms", "keep", "--beta", 5.5, "--out", out), "beta 5.5"),
         (("index", "add", index, long, "--norms", "keep"), "beta 4"),
+        (("index", "add", index, one, "--norms", "keep"), "beta 4"),
+        (("index", "build", endless, "--norms", "keep", "--out", out), "endless"),
     ):
         result = run(*command)
         assert result.exit_code in (1, 2)  # of a number that no logit can have, the option says so

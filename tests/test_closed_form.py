@@ -104,6 +104,37 @@ def unit_points(cache, queries):
     return cache.retrieval.points(torch.from_numpy(queries)).numpy()
 
 
+@pytest.mark.parametrize("shots", [1, 6])
+@pytest.mark.parametrize("norm", [1e-3, 1.2, 17.0, 1e4, 1e8])
+def test_keys_of_any_norm_are_fitted(shots, norm):
+    keys, ids = clusters(shots)
+    queries, truth = clusters(6, seed=5)
+    cache = CacheModel.from_features(norm * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
+    choice = closed_form.fit(cache)
+    assert (cache.fitted.metric == "within") or norm < 2
+    assert bool(list(choice.warnings)) == (norm > 1.1)
+    assert (cache.logits(norm * queries).numpy().argmax(1) == truth).mean() > 0.6
+    if norm > 2:
+        with pytest.raises(InputError, match="metric none"):
+            closed_form.fit(cache, metric="none")
+
+
+def test_keys_too_far_from_norm_1_are_refused():
+    keys, ids = clusters(4)
+    mixed = np.geomspace(1e-3, 1e3, len(keys))[:, None] * keys
+    closed_form.fit(CacheModel.from_features(mixed, ids, [f"class {i}" for i in range(C)], device="cpu"))
+    tiny = CacheModel.from_features(1e-20 * keys, ids, [f"class {i}" for i in range(C)], device="cpu")
+    with pytest.raises(InputError, match="norm"):
+        closed_form.fit(tiny)
+    solved = model()
+    closed_form.fit(solved, metric="none", values="solved")
+    before = solved.values.clone()
+    with pytest.raises(InputError, match="norm"):
+        solved.add(20 * keys[:1], [0])
+    assert solved.n == len(before)
+    assert torch.equal(solved.values, before)
+
+
 def test_fitted_with_neither_letter_it_is_the_paper(monkeypatch):
     cache, plain = model(), model()
     monkeypatch.setattr(closed_form, "FORMS", (Form(None, None, 5.5),))

@@ -251,6 +251,23 @@ def check_derived(model, dtype):
 
 
 @pytest.mark.parametrize("name", LETTERS)
+def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name, tmp_path):
+    """Also over HTTP, where it is the request's fault."""
+    for kind in KINDS:
+        place = copied(tmp_path, kind, built[name, kind], kind)
+        folder = Address.parse(place) if kind == "lance" else Path(place)
+        sent = {"features": (1000 * QUERIES[:1]).tolist(), "labels": [NAMES[0]]}
+        app = create_app(open_all([folder], "cpu", "float32", "full"), token="open sesame")
+        with TestClient(app) as client:
+            route = f"/v1/indexes/{stores.at(place).name}/keys"
+            headers = {"authorization": "Bearer open sesame"}
+            answer = client.post(route, json=sent, params={"norms": "keep"}, headers=headers)
+        assert answer.status_code == (422 if name == "values" else 201), answer.text
+        (model,) = opened(place)
+        assert model.n == 40 + (name != "values")
+
+
+@pytest.mark.parametrize("name", LETTERS)
 def test_another_beta_is_fitted_at_once(built, name, tmp_path):
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
     before = stores.at(places[0]).load(device="cpu").settings

@@ -19,7 +19,7 @@ import threading
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from retrieval_tip.cli.output import write_table
 from retrieval_tip.data import images, tables
 from retrieval_tip.data import imports as exchange
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.feature_tables import NORM_TOLERANCE
+from retrieval_tip.data.feature_tables import MOST_KEPT, NORM_TOLERANCE
 from retrieval_tip.data.sources import open_inputs, open_source
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError
 from retrieval_tip.fit import closed_form
@@ -993,6 +993,7 @@ def told_features(path: Path, norms: str) -> npt.NDArray[np.float32]:
     checks = [~np.isfinite(wide).all(axis=1)]
     checks += [lengths == 0] if norms != "keep" else []
     checks += [abs(lengths - 1) > NORM_TOLERANCE] if norms == "check" else []
+    checks += [lengths > MOST_KEPT] if norms == "keep" else []
     for bad in checks:
         if bad.any():
             raise Wrong(int(np.flatnonzero(bad)[0]))
@@ -1067,11 +1068,9 @@ def rows_of(cache: CacheModel) -> dict[int, tuple[str, str, Array]]:
     return {row["key_id"]: (row["source"], row["label"], keys[at]) for at, row in enumerate(described)}
 
 
-def same(found: list[tuple[str, str, Array]], path: Path, norms: str, known: Sequence[str] = ()) -> None:
-    """The rows as they are told; labels that differ from ``known`` ones by case and blanks alone are spelled so."""
+def same(found: list[tuple[str, str, Array]], path: Path, norms: str) -> None:
+    """The rows as they are told."""
     ids, labelled, features = told(path, norms)
-    spelled = {name.strip().casefold(): name for name in known}
-    labelled = [label if label in known else spelled.get(label.strip().casefold(), label) for label in labelled]
     assert [each[:2] for each in found] == list(zip(ids, labelled, strict=True))
     np.testing.assert_allclose(
         np.stack([each[2] for each in found]), features, rtol=2e-6 if norms == "unit" else 0, atol=0
@@ -1106,8 +1105,8 @@ class Consumers:
         except RetrievalTipError:
             assert snapshot(index) == snapshot(self.base / "index")
             raise
-        found, known = rows_of(verify(index)), opened(self.base / "index").class_names
-        same([found[key_id] for key_id in added.key_ids], path, norms, known)
+        found = rows_of(verify(index))
+        same([found[key_id] for key_id in added.key_ids], path, norms)
         assert len(found) == 8 + len(added.key_ids)
 
     def classify(self, path: Path, norms: str) -> None:

@@ -33,6 +33,8 @@ FloatArray = npt.NDArray[np.float32]
 IDENTITY_KEY = b"retrieval_tip.backbone"
 NORMS = ("check", "unit", "keep")
 NORM_TOLERANCE = 0.01
+MOST_KEPT = 1e9
+"""Largest norm of features that are kept as they are: the square of a product of two fits float32."""
 TABLE_ROWS = 8192
 
 
@@ -159,7 +161,8 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
 def check_norms(features: FloatArray, start: int, norms: str, name: str) -> FloatArray:
     """Features ``[b, d]``, rows from ``start`` on of ``name``, with the norms that one of ``NORMS`` asks for.
 
-    Raises InputError naming rows that are not finite, are zero, or (``check``) whose norm is not 1.
+    Raises InputError naming rows that are not finite, are zero, (``check``) whose norm is not 1, or (``keep``) is above
+    :data:`MOST_KEPT`.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", features, features, dtype=np.float64))
@@ -176,6 +179,12 @@ def check_norms(features: FloatArray, start: int, norms: str, name: str) -> Floa
         raise InputError(
             f"{name}: {row_list(rows + start)}: norm {lengths[rows[0]]:.4g} instead of 1; "
             "give --norms unit to normalise here, or --norms keep where it is meant"
+        )
+    rows = np.flatnonzero(lengths > MOST_KEPT)
+    if rows.size and norms == "keep":
+        raise InputError(
+            f"{name}: {row_list(rows + start)}: norm {lengths[rows[0]]:.4g}, too large for float32; "
+            "scale rows to norm 1 (norms unit)"
         )
     return features
 

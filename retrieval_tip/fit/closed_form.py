@@ -67,6 +67,13 @@ LEAST_JUDGED = 8
 UNLIKE = 0.05
 """The share of the shots whose largest cache logit, without them, is smaller than that of what is like some shot."""
 
+LONG, GROWN = 1.1, 5.0
+"""Norm of keys from which a fit warns; and the largest beta (norm^2 - 1) of a form without a metric, whose weights
+exp(beta (A - 1)) else outgrow any ridge."""
+
+LEAST_NORM = 1e-9
+"""Norm that the longest key has to have: torch takes shorter vectors for 0 when it normalises them."""
+
 SMALLEST_EIGENVALUE = 1e-7
 """Of a scatter, as a share of its mean: below it a direction is noise of float32."""
 
@@ -422,7 +429,8 @@ class Choice:
     """What was chosen, and how it does on the ``n`` photographs that were held out, in ``folds``.
 
     ``photos``, ``words`` and ``both`` are accuracies by the cache alone, the text alone and the blend; ``words`` is
-    ``None`` without text. ``n`` is 0 where nothing could be judged, and then there are no accuracies.
+    ``None`` without text. ``n`` is 0 where nothing could be judged, and then there are no accuracies. ``longest`` is
+    the largest norm of the keys.
     """
 
     form: Form
@@ -434,6 +442,7 @@ class Choice:
     photos: float | None = None
     words: float | None = None
     both: float | None = None
+    longest: float | None = None
 
     def __str__(self) -> str:
         if self.photos is None or self.both is None:
@@ -450,6 +459,11 @@ class Choice:
             yield (
                 f"words do not help: photos alone {100 * self.photos:.1f} %, with words {100 * self.both:.1f} %; "
                 "so they are given little weight"
+            )
+        if self.longest is not None and self.longest > LONG:
+            yield (
+                f"keys have norms up to {self.longest:.4g}: classify features of the same norms (norms keep); "
+                "photos and other features of norm 1 get wrong answers"
             )
 
     def provenance(self) -> dict[str, Any]:
@@ -491,10 +505,12 @@ def fit(
         factory: type of the index over the points, by default the one that there is.
 
     On disk after :meth:`CacheModel.save`. Returns the choice. Raises UsageError for another metric or other values, and
-    for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments.
+    for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments, and for keys
+    whose norms are too large for the wanted metric, or too small for float32.
     """
     start = time.perf_counter()
-    forms = _forms(cache, metric, values, by_class=inner_factory(factory or cache.index_type) is not None)
+    longest = _longest(cache)
+    forms = _forms(cache, metric, values, longest, by_class=inner_factory(factory or cache.index_type) is not None)
     if cache.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned, and are no shots any more; fit the one before")
     if cache.segments > 1:
@@ -511,7 +527,7 @@ def fit(
         where = "documented for shots that cannot be judged"
     solved = _solved(folds, form)
     seconds = time.perf_counter() - start
-    choice = Choice(form, trials, judged_on, n, len(folds.held), seconds, **accuracies)
+    choice = Choice(form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **accuracies)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(*solved, factory)
     cache.sums = folds.sums
@@ -557,8 +573,19 @@ def unfitted(cache: CacheModel) -> CacheModel:
     return other
 
 
-def _forms(cache: Shots, metric: str | None, values: str | None, *, by_class: bool) -> list[Form]:
-    """The forms that may be chosen, the one that stands first."""
+def _longest(cache: Shots) -> float:
+    """Return the largest norm of at most :data:`JUDGED` keys. Raises InputError if it is too small for float32."""
+    rows = torch.linspace(0, cache.n - 1, min(cache.n, JUDGED), dtype=torch.float64).long()
+    longest = float(torch.linalg.vector_norm(_taken(cache.keys, rows).double(), dim=1).max())
+    if 0 < longest < LEAST_NORM:
+        raise InputError(
+            f"keys: norms of at most {longest:.4g} are too small for float32; scale them to norm 1 (norms unit)"
+        )
+    return longest
+
+
+def _forms(cache: Shots, metric: str | None, values: str | None, longest: float, *, by_class: bool) -> list[Form]:
+    """The forms that may be chosen, the one that stands first. Raises InputError if keys are too long for all."""
     for what, given, known in (("metric", metric, METRICS), ("values", values, VALUES)):
         if given not in (None, *known):
             raise UsageError(f"{what} {given!r}: expected one of {', '.join(known)}")
@@ -569,7 +596,12 @@ def _forms(cache: Shots, metric: str | None, values: str | None, *, by_class: bo
                 f"{cache.n:,} and k {cache.settings.k or 'all'}"
             )
         values = "one-hot"
-    return [form for form in FORMS if metric in (None, form.metric) and values in (None, form.values)]
+    forms = [form for form in FORMS if metric in (None, form.metric) and values in (None, form.values)]
+    grown = longest**2 - 1
+    forms = [form for form in forms if form.shrinkage is not None or form.beta * grown <= GROWN]
+    if not forms:
+        raise InputError(f"metric none: needs keys of norm 1, these have up to {longest:.4g}; give norms unit")
+    return forms
 
 
 def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:

@@ -179,10 +179,12 @@ class LanceDraft(LanceModel):
         self._check_columns(added)
         added = shots_after(added, ids, self._next_shots(np.unique(ids)))
         order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
+        points = points_of(self.metric, array, self.device)
+        self.check_lengths(array if points is None else points)
         if self.whole is not None:
             self.check_held(self.n + len(array))
             self._settled_whole().add(array, ids, sources, **columns)
-        points = points_of(self.metric, array, self.device) if self.table.has_points else None
+        points = points if self.table.has_points else None
         ordered = None if points is None else points[order]
         rows = rows_of(added.take(pa.array(order)), array[order], self.writer.number, ordered)
         self.table.append(rows)

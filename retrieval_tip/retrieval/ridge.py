@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from retrieval_tip import tip
+from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.keys import KEY_BLOCK, Keys
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 
@@ -33,8 +35,11 @@ class Ridge:
     device: str
 
     def values(self, points: Tensor, ids: Tensor) -> Tensor:
-        """Values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]``, all solved at once."""
-        return tip.ridge_values(self._gram(points), one_hot(ids, self.n_classes).float(), self.ridge)
+        """Solve the values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]`` at once.
+
+        Raises InputError if keys are so far from norm 1 that float32 cannot solve them.
+        """
+        return self._solve(points, self._gram(points), one_hot(ids, self.n_classes).float())
 
     def solved(self, labelled: LabelledKeys) -> LabelledKeys:
         """With the values of all keys solved anew, where they are few enough for that to cost little."""
@@ -57,7 +62,7 @@ class Ridge:
             block = own[start : start + KEY_BLOCK]
             left = wanted[start : start + KEY_BLOCK] - keys.cache_logits(block, self.beta, values)
             left -= tip.weight(tip.affinity(block, own[:start]), self.beta) @ torch.cat(parts)
-            parts.append(tip.ridge_values(self._gram(block), left, self.ridge))
+            parts.append(self._solve(block, self._gram(block), left))
         return torch.cat(parts)
 
     def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_ids: IntArray) -> LabelledKeys:
@@ -68,8 +73,18 @@ class Ridge:
         own = self._on_device(np.asarray(labelled.met[rows]))
         gram, values = self._gram(own), labelled.values.clone()
         others = keys.cache_logits(own, self.beta, values) - gram @ values[rows]
-        values[rows] = tip.ridge_values(gram, self._wanted(class_ids) - others, self.ridge)
+        values[rows] = self._solve(own, gram, self._wanted(class_ids) - others)
         return replace(labelled, values=values)
+
+    def _solve(self, points: Tensor, gram: Tensor, targets: Tensor) -> Tensor:
+        if float(gram.diagonal().max()) * torch.finfo(gram.dtype).eps < self.ridge:  # else rounding hides the ridge
+            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch's stubs lack it
+                return tip.ridge_values(gram, targets, self.ridge)
+        longest = float(torch.linalg.vector_norm(points.double(), dim=1).max())
+        raise InputError(
+            f"keys: no values can be solved at beta {self.beta:g} for keys of norm {longest:.4g}; "
+            "scale keys to norm 1 (norms unit)"
+        )
 
     def _on_device(self, points: npt.NDArray[np.floating]) -> Tensor:
         return torch.from_numpy(points.astype(np.float32)).to(self.device)
