@@ -99,7 +99,11 @@ def check(cache, k=None):
             assert (row["nearest_source"], row["nearest_label"]) == (near["source"], near["label"])
     order = [(-(row["margin"] or 0), row["key_id"]) for row in rows]
     assert order == sorted(order)
-    clear = [row for row in rows if (row["margin"] or 0) > CLEAR or row["duplicate_of"] is not None]
+    for row in rows:
+        if row["margin"] is not None and row["margin"] <= CLEAR:  # no clear suggestion
+            row |= {"suggested": row["label"], "suggested_score": row["own_score"], "margin": 0}
+    clear = [row for row in rows if row["margin"] or row["duplicate_of"] is not None]
+    clear.sort(key=lambda row: (-(row["margin"] or 0), row["key_id"]))
     assert audit(cache, k=k).to_pylist() == clear
     return table
 

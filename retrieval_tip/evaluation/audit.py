@@ -41,13 +41,14 @@ CLEAR = 1.0
 def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> pa.Table:
     """List the shots that look mislabelled, and those that are in another class too, most suspicious first.
 
-    A shot looks mislabelled where its margin exceeds :data:`CLEAR`; with ``borderline``, where its suggestion differs.
+    A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`), or better at all with ``borderline``.
+    Any other shot that is listed is suggested its own label.
 
     Each key i is a query, and every key of the same image (:func:`images_of`), its own too, is hidden from it. Of the
     ``n_c`` keys of class c that are left, the score is the mean weight, so that no class gains by its number of shots::
 
         score(i, c) = 1 / n_c * sum over keys j of class c that are not hidden of exp(-beta (1 - K_i K_j))
-        suggested   = argmax over c of score(i, c)             # its own label where that is as high
+        suggested   = argmax over c of score(i, c)             # or its own label, as above
         margin      = log(score(i, suggested) / score(i, own label))
 
     at the beta that these keys have untouched (:func:`defaults.untouched_settings`), whatever the index's own: margins
@@ -94,10 +95,15 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
         scores = torch.where(left > 0, tip.sum_by_class(weights, ids, c) / left.clamp_min(1), -1)
         mine = scores.gather(1, own[:, None])
         best, suggested = scores.max(dim=1)
-        suggested = torch.where(mine[:, 0] >= best, own, suggested)
-        judged = mine[:, 0] >= 0
         margin = best.clamp_min(LEAST).log() - mine[:, 0].clamp_min(LEAST).log()
-        suspicious = ((suggested != own) & judged & ((margin > CLEAR) | borderline)) | (closest >= NEAR)
+        stays = (mine[:, 0] >= best) if borderline else (margin <= CLEAR)
+        suggested, best, margin = (
+            own.where(stays, suggested),
+            mine[:, 0].where(stays, best),
+            margin.masked_fill(stays, 0),
+        )
+        judged = mine[:, 0] >= 0
+        suspicious = ((suggested != own) & judged) | (closest >= NEAR)
         scale = tip.weight(shift[:, 0], beta)
         columns = {
             "row": torch.arange(part.start, part.stop, device=device),
