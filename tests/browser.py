@@ -68,10 +68,17 @@ def drop(page: Page, *images: Path, names: list[str] | None = None) -> None:
 
 
 def drop_folders(page: Page, *folders: Path, at: tuple[float, float] = (600, 400)) -> None:
-    """Drop folders on the page, as the browser itself does it."""
+    """Drop folders or files on the page, as the browser itself does it."""
+    drag_files(page, *folders, at=at, kinds=("dragEnter", "dragOver", "drop"))
+
+
+def drag_files(
+    page: Page, *files: Path, at: tuple[float, float], kinds: tuple[str, ...] = ("dragEnter", "dragOver")
+) -> None:
+    """Drag folders or files over the page, as the browser itself does it."""
     session = page.context.new_cdp_session(page)
-    data = {"items": [], "files": [str(folder.resolve()) for folder in folders], "dragOperationsMask": 1}
-    for kind in ("dragEnter", "dragOver", "drop"):
+    data = {"items": [], "files": [str(file.resolve()) for file in files], "dragOperationsMask": 1}
+    for kind in kinds:
         session.send("Input.dispatchDragEvent", {"type": kind, "x": at[0], "y": at[1], "data": data})
     session.detach()
 

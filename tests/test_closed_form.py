@@ -342,6 +342,28 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
     assert near == cache.classify(known, neighbours=0, k="all")
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("text", [True, False])
+def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text, monkeypatch):
+    monkeypatch.setattr(closed_form, "FORMS", (form,))
+    cache = model(shots=8, text=text)
+    wrong = cache.labels["key_id"].to_pylist()[::7]
+    right = cache.labels["label"].to_pylist()[::7]
+    cache.relabel(wrong, [cache.class_names[(cache.class_names.index(label) + 1) % C] for label in right])
+    choice = closed_form.fit(cache)
+    before = closed_form.estimate(cache)
+    assert before == pytest.approx({name: getattr(choice, name) for name in ("photos", "words", "both")})
+    settings = cache.settings
+    cache.relabel(wrong, right)
+    assert closed_form.estimate(cache)["both"] > before["both"] + 0.05
+    assert cache.settings == settings
+
+
+def test_what_cannot_be_judged_has_no_estimate():
+    nothing = dict.fromkeys(("photos", "words", "both"))
+    assert closed_form.estimate(model(shots=1)) == nothing
+
+
 @pytest.mark.parametrize("most", [4096, 0])
 @pytest.mark.parametrize("form", [Form(0.8, 0.1, 1.0), Form(0.5, None, 4.0)], ids=str)
 def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypatch):

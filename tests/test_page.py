@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from browser import CAMERA, PATIENCE, another, chromium, contrast, drop, drop_folders
+from browser import CAMERA, PATIENCE, another, chromium, contrast, drag_files, drop, drop_folders
 from click.testing import CliRunner
 from conftest import ROOT, SHARED, SOAK, needs_real
 from playwright.sync_api import Browser, Error, Locator, Page, Route, expect
@@ -722,7 +722,7 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
     names = page.locator(".class-card input[type=text]")
     expect(names).to_have_count(2)
     assert sorted(name.input_value() for name in names.all()) == ["butterfly", "crab"]
-    expect(page.locator("#notice")).to_contain_text("1 file is no photographs and stay out.")
+    expect(page.locator("#notice")).to_contain_text("1 file was skipped")
     expect(page.locator("#teach-go")).to_have_text("Teach 32 photographs in 2 classes")
     held: list[Route] = []
     page.route("**/v1/indexes/things/keys", lambda route: held.append(route))
@@ -743,6 +743,43 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
     page.locator("#teach-result").get_by_role("button", name="Undo").click()
     expect(page.locator("#teach-result")).to_contain_text("Undone")
     expect(page.locator("#index-facts")).to_contain_text("82 photos, 11 classes")
+
+
+def test_folders_are_classes_wherever_they_are_dropped(opened: Open, tmp_path: Path) -> None:
+    """On a card too; photographs without a folder go to the card that is marked, and all of it is undone."""
+    page = opened(at=f"/#token={TOKEN}").page
+    page.click("#tab-teach")
+    place = class_folders(tmp_path / "photos", "crab", "panda", "pizza", each=2)
+    loose = photographs("train", "starfish", 2)
+    cards, names = page.locator(".class-card"), page.locator(".class-card input[type=text]")
+
+    def middle(card: Locator) -> tuple[float, float]:
+        box = card.bounding_box()
+        assert box is not None
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    names.last.fill("starfish")
+    drop_folders(page, place / "crab", place / "panda", place / "pizza", *loose, at=middle(cards.last))
+    expect(page.locator("#notice")).to_contain_text("Added 8 photographs to 4 classes.")
+    expect(page.locator("#teach-go")).to_have_text("Teach 8 photographs in 4 classes")
+    assert sorted(name.input_value() for name in names.all()) == ["crab", "panda", "pizza", "starfish"]
+    page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(cards).to_have_count(2)
+    assert sorted(name.input_value() for name in names.all()) == ["", "starfish"]
+    expect(page.locator(".class-card img")).to_have_count(0)
+
+    marked = page.locator(".class-card.target")
+    drag_files(page, *loose, at=middle(cards.last))
+    expect(marked).to_have_count(1)
+    expect(cards.last).to_have_class(re.compile("target"))
+    drag_files(page, *loose, at=(600, 20))  # not on a card: the first that has none yet
+    expect(cards.first).to_have_class(re.compile("target"))
+    drag_files(page, place / "crab", at=middle(cards.last))
+    expect(marked).to_have_count(0)
+    drop_folders(page, *loose, at=middle(cards.last))
+    expect(marked).to_have_count(0)
+    expect(cards.last.locator("img")).to_have_count(2)
+    assert violations(page) == []
 
 
 def test_camera(browser: Browser, served: Served) -> None:
@@ -1049,7 +1086,9 @@ def test_wrong_labels_come_first_and_are_mended(opened: Open, served: Served, ru
 
 def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
     """By the keyboard too; a name that is there merges, and both are undone."""
-    page = opened(at=f"/#token={TOKEN}").page
+    one = opened(at=f"/#token={TOKEN}")
+    page = one.page
+    one.expected = ["Failed to load resource: the server responded with a status of 503"]  # it still computes a map
     page.click("#tab-index")
     entry = page.locator("#classes-list li").filter(has_text="crayfish")
     entry.hover()
@@ -1080,11 +1119,14 @@ def test_a_class_is_renamed_or_merged(opened: Open, served: Served) -> None:
 
 
 def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> None:
-    """Moved as suggested, in one version; removed; kept: all of them at once, and back."""
+    """Moved as suggested, in one version, which says what it gained; removed; kept: all of them at once, and back."""
     one = opened(at=f"/#token={TOKEN}")
     page = one.page
     one.expected = ["Failed to load resource: the server responded with a status of 503"]  # it still computes a map
+    accuracy = lambda: page.request.get(f"{served.address}/v1/indexes/things/accuracy").json()["both"]  # noqa: E731
     page.click("#tab-index")
+    before = f"{int(100 * accuracy() + 0.5)} %"
+    expect(page.locator("#index-judged")).to_contain_text(f"both {before}")
     page.check("#audit-all")
     listed = page.locator("#audit li")
     expect(listed.nth(1)).to_be_visible()
@@ -1098,16 +1140,25 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     page.click("#audit-move-all")
     expect(page.locator("#notice")).to_contain_text(f"{len(movable)} labels corrected.")
     assert page.request.get(f"{served.address}/v1/indexes/things").json()["version"] == version + 1
+    after = f"{int(100 * accuracy() + 0.5)} %"
+    gain = f"Accuracy {before} → {after}." if after != before else f"Accuracy stays at {after}."
+    expect(page.locator("#notice")).to_contain_text(f"labels corrected. {gain}")
+    expect(page.locator("#index-judged")).to_contain_text(f"both {after}")
     query = "&".join(f"key_id={key_id}" for key_id in movable)
     keys = page.request.get(f"{served.address}/v1/indexes/things/keys?{query}&limit=1000").json()["keys"]
     assert {row["key_id"]: row["label"] for row in keys} == movable
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(listed).to_have_count(number)
+    expect(page.locator("#index-judged")).to_contain_text(f"both {before}")
+    one.expected.append("Failed to load resource: net::ERR_FAILED")
+    page.route("**/accuracy", lambda route: route.abort())  # then what is known stays, and nothing is said of it
     page.click("#audit-remove-all")
     expect(page.locator("#confirm-title")).to_have_text(f"Remove {number} photographs?")
     assert violations(page) == []
     page.click("#confirm-ok")
     expect(page.locator("#index-facts")).to_contain_text(f"{82 - number} photos")
+    expect(page.locator("#notice")).not_to_contain_text("Accuracy")
+    expect(page.locator("#index-judged")).to_contain_text("both")
     page.locator("#notice").get_by_role("button", name="Undo").click()
     expect(listed).to_have_count(number)
     page.click("#audit-keep-all")

@@ -34,6 +34,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
+from retrieval_tip.index.fit import fit_index
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
 from retrieval_tip.server import shots as shots_module
@@ -396,6 +397,24 @@ def test_shots_are_relabelled_and_versions_rolled_back(own: Path) -> None:
         assert [change(what, **body)[0] for what, body, _ in wrong] == [status for *_, status in wrong]
         for what, body in (("relabel", {"key_ids": [1], "label": other}), ("rollback", {"to": 1})):
             assert client.post(f"/v1/indexes/own/{what}", json=body).status_code == 401
+
+
+def test_the_accuracy_is_that_of_the_labels_now(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, fitted = CacheModel.load(own, device="cpu").class_names, fit_index(own)
+    with serving(own, token=TOKEN) as client:
+        before = client.get("/v1/indexes/own/accuracy").json()
+        assert before == pytest.approx(
+            {"version": 2, "photos": fitted.photos, "words": fitted.words, "both": fitted.both}
+        )
+        wrong = {"key_ids": list(range(0, 80, 4)), "label": names[0]}
+        client.post("/v1/indexes/own/relabel", json=wrong, headers=AUTHORISED)
+        after = client.get("/v1/indexes/own/accuracy").json()
+        assert (after["version"], after["both"] < before["both"] - 0.1) == (3, True)
+        client.post("/v1/indexes/own/rollback", json={"to": 2}, headers=AUTHORISED)
+        assert client.get("/v1/indexes/own/accuracy").json() == before | {"version": 4}
+        monkeypatch.setattr(service_module, "ESTIMATED", 79)
+        unknown = {"version": 4, "photos": None, "words": None, "both": None}
+        assert client.get("/v1/indexes/own/accuracy").json() == unknown
 
 
 def test_many_shots_get_their_labels_in_one_version(own: Path) -> None:

@@ -557,6 +557,28 @@ def refit(cache: Shots, beta: float) -> Choice:
     return choice
 
 
+def estimate(cache: CacheModel) -> dict[str, float | None]:
+    """Estimate the accuracy of an index by folds of its own shots, as :func:`fit` judges a form; nothing is changed.
+
+    Metric and values are solved again without each fold, alpha, beta and temperature stay, and queries meet all keys.
+    Right after a fit, the estimate is that of the fit; after other changes of the shots, it is that of the shots now.
+
+    Returns shares of right answers by the cache alone (``photos``), the text alone (``words``, ``None`` without text)
+    and the blend (``both``). All are ``None`` if the keys were fine-tuned, or too few shots can be judged.
+    """
+    fitted, settings = cache.fitted, cache.settings
+    form = Form(*((fitted.shrinkage, fitted.ridge) if fitted else (None, None)), settings.beta)
+    folds, _ = _judged_by(cache, None, images_of(cache.labels))
+    n = sum(len(held.ids) for held in folds.held)
+    if cache.curve is not None or n < LEAST_JUDGED or folds.c < 2:
+        return dict.fromkeys(("photos", "words", "both"))
+    text, photos, ids = folds.logits(form)
+    linked = tip.log_cache(photos.clone(), settings.log_offset)
+    both = linked if text is None else tip.blend(text, linked, settings.alpha)
+    ways = {"photos": photos, "words": text, "both": both}
+    return {name: None if way is None else float((way.argmax(1) == ids).double().mean()) for name, way in ways.items()}
+
+
 def unfitted(cache: CacheModel) -> CacheModel:
     """The same keys as Tip-Adapter has them: no metric, one-hot values, untouched alpha and beta; itself, where it is.
 

@@ -199,6 +199,12 @@ async def audit(
     return _json(await service.audit(version, limit, borderline))
 
 
+@reads.get("/indexes/{name}/accuracy", response_model=schemas.Accuracy, responses=schemas.problems(404, 422, 503))
+async def accuracy(service: TheService, version: Now) -> Response:
+    """Estimate the accuracy on the shots of now, each fold of which is answered by the others."""
+    return _json(await service.accuracy(version))
+
+
 @changes.post(
     "/indexes/{name}/keys",
     status_code=201,

@@ -153,6 +153,15 @@ class Audit(BaseModel):
     shots: list[Suspicious]
 
 
+class Accuracy(BaseModel):
+    """Estimated shares of right answers by photos alone, words alone and both; null if unknown."""
+
+    version: int
+    photos: float | None
+    words: float | None
+    both: float | None
+
+
 class Skipped(BaseModel):
     """An input that could not be read, and why."""
 

@@ -24,6 +24,7 @@ from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError, json_line
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import Projection, methods, projected
+from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
@@ -51,6 +52,8 @@ MAPPED = 1 << 24
 """Values of the keys that a map is made of at most: 64 MiB of float32, and a few times that."""
 AUDITED, MOST_AUDITED = 1000, 1 << 15
 """Suspicious shots that are kept of an audit; keys that one may have here: each is compared with each."""
+ESTIMATED = 1 << 12
+"""Largest number of keys of an index whose accuracy is estimated here: it takes 5 s of one core."""
 VALUES_SENT = 1 << 18
 """Values that are sent at most, each key's to each class: a few megabytes of JSON."""
 SHOWN_KEYS, LIKENED = 1 << 15, 1 << 11
@@ -403,6 +406,17 @@ class Service:
 
         total, suspicious = await self._once(version, ("audit", borderline), call)
         return {"version": version.manifest.version, "total": total, "shots": suspicious[:limit]}
+
+    async def accuracy(self, version: Version) -> dict[str, Any]:
+        """Estimate the accuracy of a version, once (:func:`closed_form.estimate`). Raises Problem 503 as :meth:`audit`.
+
+        It is unknown if the index is not in memory, or has more than :data:`ESTIMATED` keys.
+        """
+        cache = version.cache
+        known: dict[str, float | None] = dict.fromkeys(("photos", "words", "both"))
+        if isinstance(cache, CacheModel) and cache.n <= ESTIMATED:
+            known = await self._once(version, "accuracy", lambda: estimate(cache))
+        return {"version": version.manifest.version} | known
 
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None

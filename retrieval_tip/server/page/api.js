@@ -93,6 +93,7 @@ export const index = (name) => request(at(name));
 export const keys = (name, parameters, options) => request(`${at(name)}/keys${query(parameters)}`, options);
 export const map = (name, method, limit, options) => request(`${at(name)}/map${query({ method, limit })}`, options);
 export const audit = (name, parameters, options) => request(`${at(name)}/audit${query(parameters)}`, options);
+export const accuracy = (name) => request(`${at(name)}/accuracy`);
 export const exemplars = (name) => request(`${at(name)}/exemplars`);
 export const values = (name) => request(`${at(name)}/values`);
 export const history = (name) => request(`${at(name)}/history`);

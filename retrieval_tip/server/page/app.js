@@ -14,7 +14,8 @@ const VIEWS = ["classify", "index", "teach"];
 const TITLES = { classify: "Photographs", index: "Index", teach: "Teach" };
 
 function route() {
-  $("overlay").firstElementChild.textContent = location.hash === "#teach" ? "Drop folders of photographs" : "Drop your photographs";
+  $("overlay").firstElementChild.textContent =
+    location.hash === "#teach" ? "Each folder becomes a class. Photographs go to the marked class." : "Drop your photographs";
   const view = VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "classify";
   for (const name of VIEWS) {
     const tab = $(`tab-${name}`);
@@ -76,11 +77,11 @@ async function start(prefer = null) {
   }
 }
 
-/** Files that were dropped or pasted, and those in folders: to be taught where that is open, else to be looked at. */
-async function receive(transfer) {
+/** Files that were dropped at an element or pasted, and those in folders: to be taught, or else to be looked at. */
+async function receive(transfer, place) {
   const found = await gather(transfer);
   if (!found.length) return;
-  if (location.hash === "#teach") return teach.receive(found);
+  if (location.hash === "#teach") return teach.receive(found, place);
   location.hash = "#classify";
   addFiles(found.map(({ file }) => file));
 }
@@ -90,15 +91,20 @@ let depth = 0; // dragenter and dragleave come for every element on the way
 const dropping = (by) => {
   depth = by ? Math.max(0, depth + by) : 0;
   document.body.classList.toggle("dropping", depth > 0);
+  if (!depth) teach.aim(null);
 };
 addEventListener("dragenter", (event) => carriesFiles(event) && dropping(1));
 addEventListener("dragleave", (event) => carriesFiles(event) && dropping(-1));
-addEventListener("dragover", (event) => carriesFiles(event) && event.preventDefault());
+addEventListener("dragover", (event) => {
+  if (!carriesFiles(event)) return;
+  event.preventDefault();
+  if (location.hash === "#teach") teach.aim(event);
+});
 addEventListener("drop", (event) => {
   if (!carriesFiles(event)) return;
   event.preventDefault();
   dropping(0);
-  receive(event.dataTransfer);
+  receive(event.dataTransfer, event.target);
 });
 addEventListener("paste", (event) => {
   if (!event.clipboardData?.files.length) return;

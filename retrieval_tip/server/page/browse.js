@@ -1,13 +1,13 @@
 // The index view: settings, classes, a map of the keys, shots, and those that look wrong.
 
+import { estimated, gained, showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
 import { looked } from "./classify.js";
-import { $, debounced, el, failure, nameOf, picture, plural } from "./dom.js";
+import { $, debounced, el, failure, nameOf, picture, plural, refill } from "./dom.js";
 import { Grid } from "./grid.js";
 import { colour, KeyMap, placeOf } from "./map.js";
 import { notice } from "./notice.js";
 import { settings } from "./settings.js";
-import { judged } from "./start.js";
 import { ask, state } from "./state.js";
 
 const PAGE = 1000; // photographs a request
@@ -56,7 +56,7 @@ export function showIndexView() {
   if (wanted === shownVersion) return;
   shownVersion = wanted;
   shotsByKey.clear();
-  $("index-judged").textContent = judged(state.info.provenance.fit);
+  showAccuracy($("index-judged"));
   showAbout();
   showClasses();
   for (const part of [map, audit, shots, past]) part.load(); // the server makes map and audit one after the other
@@ -100,7 +100,7 @@ async function showClasses() {
   const most = Math.max(1, ...state.info.classes.map(({ keys }) => keys));
   $("classes-count").textContent =
     found.length < state.info.n_classes ? `${found.length} of ${state.info.n_classes}` : String(found.length);
-  $("classes-list").replaceChildren(...found.slice(0, CLASSES).map((one) => classElement(one, most, byClass)));
+  refill($("classes-list"), found.slice(0, CLASSES).map((one) => classElement(one, most, byClass)));
   $("classes-more").textContent = !found.length
     ? "No class of that name."
     : found.length > CLASSES
@@ -182,19 +182,21 @@ const described = ({ key_id: id, label, source }) => [
   el("span", { class: "hint" }, `photograph ${id}`),
 ];
 
-/** Do what `change` does, say so, and offer to undo it by going back to the version before. */
+/** Do what `change` does, say so and what it gained, and offer to undo it by going back to the version before. */
 async function changed(what, change, heading) {
   const before = state.info.version;
+  const accuracy = estimated();
   $("problem").hidden = true;
   try {
     const done = await change();
     if (!done) return;
     grid.select([]);
-    notice(`${what}.`, async () => {
+    const more = notice(`${what}.`, async () => {
       const undone = await state.rollback(before, done.version);
       return undone && "Undone: the index is as it was before.";
     });
     heading.focus();
+    gained(accuracy).then((gain) => gain && more(`${what}.${gain}`));
   } catch (error) {
     $("problem").replaceChildren(failure(error));
     $("problem").hidden = false;
@@ -425,7 +427,7 @@ function showSuspects() {
   const known = kept();
   listed = suspects.filter((shot) => !known.has(`${shot.key_id} ${shot.label}`));
   $("audit-count").textContent = listed.length.toLocaleString("en");
-  $("audit").replaceChildren(...listed.slice(0, SUSPECTS_SHOWN).map(suspicious));
+  refill($("audit"), listed.slice(0, SUSPECTS_SHOWN).map(suspicious));
   const movable = listed.filter((shot) => shot.suggested !== null);
   $("audit-bulk").hidden = listed.length < 2 || !state.info.changes;
   $("audit-move-all").textContent = `Accept all ${movable.length}`;

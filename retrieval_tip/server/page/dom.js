@@ -14,6 +14,14 @@ export function el(tag, { data = {}, aria = {}, class: names, role, ...propertie
   return element;
 }
 
+/** Replace the children of a list. The focus stays on its button, if one of the same name is there again. */
+export function refill(list, children) {
+  const named = (button) => button.ariaLabel ?? button.title;
+  const focused = list.contains(document.activeElement) ? named(document.activeElement) : null;
+  list.replaceChildren(...children);
+  if (focused) [...list.querySelectorAll("button")].find((button) => named(button) === focused)?.focus({ preventScroll: true });
+}
+
 /** Something to read aloud, once it has been still for a moment: moving a slider says the last answer, not all. */
 let saying;
 export function say(text) {

@@ -1,5 +1,6 @@
 // The first screen: what this index knows, how well, and some of its photographs to try.
 
+import { showAccuracy } from "./accuracy.js";
 import * as api from "./api.js";
 import * as camera from "./camera.js";
 import { addFiles } from "./classify.js";
@@ -13,7 +14,7 @@ async function show() {
   const { info } = state;
   const photographs = plural(info.n_keys, "photograph");
   $("knows").textContent = `${info.name} knows ${plural(info.n_classes, "class", "classes")} from ${photographs}`;
-  $("judged").textContent = judged(info.provenance.fit);
+  if (!$("start").hidden) showAccuracy($("judged"));
   const known = info.classes.slice(0, CLASSES);
   const list = (shown) => {
     const byClass = new Map(shown.map((one) => [one.class_id, one]));
@@ -39,17 +40,6 @@ async function show() {
   }
 }
 
-/** How well the index was judged on its own photographs, in words. */
-export function judged(fit) {
-  if (!fit || typeof fit.photos !== "number") return "";
-  const part = (share) => `${Math.round(100 * share)} %`;
-  if (fit.words === null) return `Judged on its own photographs, each left out: ${part(fit.photos)} right.`;
-  return (
-    `Judged on its own photographs, each left out: photos alone ${part(fit.photos)}, ` +
-    `words alone ${part(fit.words)}, both ${part(fit.both)} right.`
-  );
-}
-
 /** Some of its photographs to click: each is judged by all the others. */
 function samples(shown) {
   $("samples").hidden = !shown.length;
@@ -72,5 +62,6 @@ $("camera").addEventListener("click", async () => {
   await camera.open((file) => addFiles([file])).catch((error) => ($("camera-said").textContent = error.message));
 });
 
+new MutationObserver(() => state.info && !$("start").hidden && showAccuracy($("judged"))).observe($("start"), { attributeFilter: ["hidden"] });
 state.addEventListener("index", show);
 state.addEventListener("version", show);

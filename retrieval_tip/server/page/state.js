@@ -19,6 +19,7 @@ class State extends EventTarget {
   model = null; // what the method needs beside settings, see method.js
   mayChange = false; // whether the server takes changes from who has its token
   #exemplars = null;
+  #accuracy = null;
 
   async open(name) {
     await this.#take(await api.index(name));
@@ -39,7 +40,7 @@ class State extends EventTarget {
     this.info = info;
     this.model = { values, offset: info.log_offset, temperature: info.temperature, exact: info.exact_search };
     this.labels = [];
-    this.#exemplars = null;
+    this.#exemplars = this.#accuracy = null;
     for (const { class_id: id, label } of info.classes) this.labels[id] = label;
     $("class-names").replaceChildren(...info.classes.map(({ label }) => el("option", { value: label })));
   }
@@ -48,6 +49,12 @@ class State extends EventTarget {
   exemplars() {
     this.#exemplars ??= api.exemplars(this.info.name);
     return this.#exemplars;
+  }
+
+  /** The estimated accuracy, once a version. */
+  accuracy() {
+    this.#accuracy ??= api.accuracy(this.info.name);
+    return this.#accuracy;
   }
 
   /** Make photographs shots of a class, a batch after the other: what the server said, or null without a token. */

@@ -1,11 +1,11 @@
 // Teaching: photographs are dropped onto named classes, and become an index of their own, or shots of one that is there.
 
+import { judged } from "./accuracy.js";
 import * as api from "./api.js";
 import * as camera from "./camera.js";
 import { $, el, failure, plural } from "./dom.js";
 import { chosen } from "./files.js";
 import { notice } from "./notice.js";
-import { judged } from "./start.js";
 import { state } from "./state.js";
 
 const FIRST = 48; // photographs that an index is begun with
@@ -14,7 +14,6 @@ const IMAGE = /\.(jpe?g|png|webp|gif|bmp|tiff?|hei[cf]|avif)$/i;
 
 const classes = []; // { name, files, element }
 let running = null; // aborts what is being sent
-let onto = null; // the class that is being dropped on
 
 const photographs = () => classes.reduce((sum, one) => sum + one.files.length, 0);
 const isNew = () => $("teach-new").checked;
@@ -34,8 +33,7 @@ function addClass(name = "", files = []) {
   );
   const away = el("button", { type: "button", class: "quiet", aria: { label: "Take this class away" } }, "×");
   away.addEventListener("click", () => {
-    classes.splice(classes.indexOf(one), 1);
-    one.element.remove();
+    takeAway(one);
     if (!classes.length) addClass();
     show();
     $("teach-more").focus();
@@ -50,16 +48,25 @@ function addClass(name = "", files = []) {
     one.pictures,
     el("p", { class: "buttons" }, one.count, choose, shoot, pick),
   );
-  one.element.addEventListener("dragover", () => (onto = one));
-  one.element.addEventListener("dragleave", () => (onto = null));
   classes.push(one);
   $("teach-classes").append(one.element);
   give(one, files);
   return one;
 }
 
+function takeAway(one) {
+  classes.splice(classes.indexOf(one), 1);
+  one.element.remove();
+}
+
 function give(one, files) {
   one.files.push(...files);
+  draw(one, files);
+  show();
+}
+
+/** Show some of its photographs on a card, as far as there is room. */
+function draw(one, files) {
   const room = SHOWN - one.pictures.children.length;
   for (const file of files.slice(0, Math.max(0, room))) {
     const url = URL.createObjectURL(file);
@@ -69,30 +76,52 @@ function give(one, files) {
     image.addEventListener("error", () => (done(), image.remove()), { once: true });
     one.pictures.append(image);
   }
-  show();
 }
 
-/** Files that were dropped or chosen: each folder is a class, other files go to the class that they were dropped on. */
-export function receive(found) {
-  const target = onto;
-  onto = null;
+/** The class that loose photographs go to if they are dropped at an element: its card, else the first without any. */
+const targetAt = (place) =>
+  classes.find(({ element }) => element.contains(place)) ?? classes.find(({ files }) => !files.length);
+
+/** While files are dragged over an element: mark the class that loose ones would go to. Null: no more. */
+export function aim(event) {
+  const loose = event && [...event.dataTransfer.items].some(({ type }) => type); // a folder has no type
+  const target = loose ? targetAt(event.target) : null;
+  for (const one of classes) one.element.classList.toggle("target", one === target);
+}
+
+/** Files that were dropped at an element, or chosen: each folder is a class, wherever it is dropped. */
+export function receive(found, place = null) {
   const images = found.filter(({ file }) => file.type.startsWith("image/") || IMAGE.test(file.name));
-  for (const [folder, some] of Map.groupBy(images, ({ folder: own }) => (target ? null : own))) {
+  const before = new Set(classes);
+  const given = [];
+  for (const [folder, some] of Map.groupBy(images, (one) => one.folder)) {
     const files = some.map(({ file }) => file);
-    if (folder !== null) {
-      const known = classes.find((one) => one.name === folder);
-      if (known) give(known, files);
-      else addClass(folder, files);
-    } else give(target ?? classes.find((one) => !one.files.length) ?? addClass(), files);
+    const known = folder === null ? targetAt(place) : classes.find(({ name }) => name === folder);
+    const one = known ?? addClass(folder ?? "");
+    give(one, files);
+    given.push([one, new Set(files)]);
   }
-  for (const one of [...classes])
-    if (!one.name && !one.files.length && classes.length > 1 && images.some(({ folder }) => folder !== null)) {
-      classes.splice(classes.indexOf(one), 1);
-      one.element.remove();
-    }
-  const other = found.length - images.length;
-  if (other) notice(`${plural(other, "file is", "files are")} no photographs and stay out.`);
+  const empty = classes.filter(({ name, files }) => !name && !files.length);
+  if (images.some(({ folder }) => folder !== null)) empty.forEach(takeAway);
   show();
+  const other = found.length - images.length;
+  const skipped = other ? ` ${plural(other, "file was", "files were")} skipped: no photographs.` : "";
+  if (!images.length) return notice(skipped.trim());
+  notice(`Added ${plural(images.length, "photograph")} to ${plural(given.length, "class", "classes")}.${skipped}`, () => {
+    for (const [one, files] of given) takeBack(one, files, before.has(one));
+    while (classes.length < 2) addClass();
+    show();
+    return "Undone.";
+  });
+}
+
+/** Take photographs off a class, and the class too, unless it was there before them. */
+function takeBack(one, files, stays) {
+  if (!classes.includes(one)) return;
+  one.files = one.files.filter((file) => !files.has(file));
+  if (!stays && !one.files.length) return takeAway(one);
+  one.pictures.replaceChildren();
+  draw(one, one.files);
 }
 
 function show() {
@@ -137,6 +166,7 @@ function begun() {
 }
 
 async function go() {
+  notice("");
   running = new AbortController();
   const { signal } = running;
   const total = photographs();
