@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ KERNEL = "made up by the kernel"
 HASHED_AT_A_TIME = 1 << 24
 """Bytes: between two blocks a thread waits for the interpreter's lock, milliseconds while another one imports."""
 
+LOCK_POLL = 0.05
+"""Seconds between two looks at a folder that another process has locked."""
 LOCK_TRIES = 4
 """Times that a temporary file is made under another name because it was removed before it was locked."""
 
@@ -204,7 +207,24 @@ def remove_leftovers(folder: Path, name: str | None = None) -> int:
     return freed
 
 
-def _lock(path: Path) -> int | None:
+@contextmanager
+def locked_folder(folder: Path, *, alone: bool, wait: float) -> Iterator[bool]:
+    """Lock a folder, alone or with all who do not want it alone, and yield whether it is locked.
+
+    It is not where another process locks it for longer than ``wait`` seconds, and on Windows.
+    """
+    until, lock = time.monotonic() + wait, _lock(folder, alone=alone)
+    while lock is None and fcntl is not None and time.monotonic() < until:
+        time.sleep(LOCK_POLL)
+        lock = _lock(folder, alone=alone)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path, *, alone: bool = True) -> int | None:
     """Lock a file or a folder and return its descriptor; ``None`` where it is something else, or is locked."""
     if fcntl is None:
         return None
@@ -214,7 +234,7 @@ def _lock(path: Path) -> int | None:
         return None
     with suppress(OSError):
         if stat.S_IFMT(os.fstat(lock).st_mode) in (stat.S_IFREG, stat.S_IFDIR):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             return lock
     os.close(lock)
     return None

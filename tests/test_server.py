@@ -34,6 +34,7 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
+from retrieval_tip.index import photos as photos_module
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.server import served as served_module
 from retrieval_tip.server import service as service_module
@@ -358,6 +359,38 @@ def test_a_shot_changes_the_answer_and_is_undone(own: Path) -> None:
     assert CacheModel.load(own, device="cpu").n == 80
 
 
+def test_gc_deletes_the_photos_that_no_kept_version_has(
+    own: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = [path for path, _ in photographs(SHARED, "test", 10, 1)[:3]]
+    with serving(own, token=TOKEN) as client:
+        for path in sent:
+            files = {"images": (path.name, path.read_bytes())}
+            added = client.post("/v1/indexes/own/keys", files=files, data={"label": "new"}, headers=AUTHORISED)
+            assert added.status_code == 201
+        gone = client.delete("/v1/indexes/own/keys?key_id=80", headers=AUTHORISED)
+        assert gone.status_code == 200
+    shots = own.parent / "own-shots"
+    kept = {path.read_bytes(): path for path in (shots / "new").iterdir()}
+    unused, *used = (kept[path.read_bytes()] for path in sent)
+    foreign = [shots / "notes.txt", shots / "new" / "0123456789abcdef.jpg", shots / "new" / "a.jpg"]
+    for path in foreign:
+        path.write_bytes(sent[0].read_bytes())
+    link, elsewhere = shots / "new" / f"{'0' * 16}.jpg", own.parent / unused.name
+    shutil.copy(unused, elsewhere)
+    link.symlink_to(elsewhere)
+    (shots / "linked").symlink_to(own.parent)
+
+    assert run("index", "gc", own, "--keep", 2).exit_code == 0  # the last but one still has it
+    assert unused.exists()
+    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 0.0)
+    with photos_module.adding(shots):  # as a server does, before it has made a version
+        assert changes.gc(own).photos == 0
+    assert changes.gc(own) == changes.Collected([], 1, sent[0].stat().st_size)
+    assert not unused.exists()
+    assert all(path.exists() for path in (*used, *foreign, link, elsewhere))
+
+
 def test_shots_are_relabelled_and_versions_rolled_back(own: Path) -> None:
     with serving(own, token=TOKEN) as client:
 
@@ -643,7 +676,7 @@ def test_whatever_goes_wrong_no_image_and_no_folder_is_kept(
     with TestClient(app, raise_server_exceptions=False) as client:
         sent = {"files": {"images": photo.read_bytes()}, "data": {"label": "new"}, "headers": AUTHORISED}
         assert client.post("/v1/indexes/own/keys", **sent).status_code >= 500
-    assert not list((own.parent / "own-shots").iterdir())
+    assert not (own.parent / "own-shots").exists()
 
 
 def test_a_picture_that_has_become_a_pipe_is_not_waited_for(own: Path) -> None:

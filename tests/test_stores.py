@@ -6,6 +6,7 @@ What an index should answer is written out here, in float64, from the keys and l
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import multiprocessing
 import os
@@ -750,6 +751,21 @@ def test_what_is_given_up_is_gone_and_the_rest_is_whole(pets):
     pets.add(unit_rows(1, D, 23), ["cat"])
     pets.check()
     assert old.reload().version == 5
+
+
+def test_gc_deletes_photos_that_only_deleted_versions_have(pets):
+    """As ``DIR-shots`` has them, named by what they hold; in a bucket there is no such folder."""
+    photos = []
+    for name in (b"removed", b"kept"):
+        photos.append(pets.tables / "own-shots" / "cat" / f"{hashlib.sha256(name).hexdigest()[:16]}.jpg")
+        photos[-1].parent.mkdir(parents=True, exist_ok=True)
+        photos[-1].write_bytes(name)
+    rows = source(pets.tables / "photos.parquet", unit_rows(2, D, 20), ["cat", "cat"], list(map(str, photos)))
+    changes.add(pets.place, rows, Encoder())
+    changes.remove(pets.place, key_ids=[60])
+    assert changes.gc(pets.place, 2).photos == 0
+    assert changes.gc(pets.place).photos == (0 if pets.kind == "s3" else 1)
+    assert [path.exists() for path in photos] == [pets.kind == "s3", True]
 
 
 def test_only_so_many_versions_are_kept(pets, monkeypatch):

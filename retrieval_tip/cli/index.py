@@ -500,11 +500,15 @@ def rollback_command(folder: Place, version: int | None) -> None:
 @click.argument("folder", type=INDEX)
 @click.option("--keep", type=count(), default=1, show_default=True, help="Versions to keep, the last ones.")
 def gc_command(folder: Place, keep: int) -> None:
-    """Give up earlier versions, and remove the files that only they have."""
-    from retrieval_tip.index.places import at
+    """Delete earlier versions, and the files that only they have.
 
-    versions, freed = at(folder).collect(keep)
-    about(folder, f"{counted(len(versions), 'version')} given up, {freed:,} bytes freed")
+    Photos that were added over HTTP, and that no kept version has, are deleted too: they are in FOLDER-shots.
+    """
+    from retrieval_tip.index import changes
+
+    done = changes.gc(folder, keep)
+    photos = f"{counted(done.photos, 'photo')} removed, " if done.photos else ""
+    about(folder, f"{counted(len(done.versions), 'version')} given up, {photos}{done.freed:,} bytes freed")
 
 
 @index.command("clone")

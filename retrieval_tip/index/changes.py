@@ -40,6 +40,7 @@ from retrieval_tip.index.build import (
 )
 from retrieval_tip.index.export import copy
 from retrieval_tip.index.fit import refit
+from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import LanceModel
 from retrieval_tip.retrieval.defaults import check_form, plain_settings
@@ -82,6 +83,15 @@ class Configured(Changed):
     """The result of changing settings, and the ``summary`` of the fit if that took one."""
 
     summary: str | None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The ``versions`` that were deleted, the number of ``photos``, and the bytes that were ``freed``."""
+
+    versions: list[int]
+    photos: int
+    freed: int
 
 
 @dataclass(frozen=True)
@@ -393,6 +403,18 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
     Key ids that were given since are not given again. Raises StoreError where that version is not there or damaged.
     """
     return Changed(stores.at(folder).rollback(version), [])
+
+
+def gc(folder: Place, keep: int = 1) -> Collected:
+    """Delete all versions but the last ``keep``, and the files and photos that only they have.
+
+    Photos are those that were added over HTTP (:func:`photos.remove_unused`). Raises StoreError as
+    :func:`writer.write`, UsageError where ``keep`` is below 1.
+    """
+    store = stores.at(folder)
+    versions, freed = store.collect(keep)
+    number, size = remove_unused(store)
+    return Collected(versions, number, freed + size)
 
 
 def clone(folder: Place, out: Place, version: int | None = None) -> Changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,9 @@ class Store(Protocol):
         """The first key id that was not given up to a version."""
         return manifest.next_key_id or 0
 
+    def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
+        """Return columns of the label store of a version."""
+
     def history(self) -> pa.Table:
         """The versions that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`."""
 
@@ -209,6 +212,9 @@ class FolderStore(Store):
     def next_key_id(self, manifest: Manifest) -> int:
         return store.next_key_id(self.folder, manifest)
 
+    def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
+        return store.read_labels(self.folder, manifest).select(list(columns))
+
     def history(self) -> pa.Table:
         return store.history(self.folder)
 
@@ -265,6 +271,9 @@ class LanceStore(LanceVersions, Store):
 
     def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
         cache.rewrite(index, dtype)
+
+    def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
+        return self.table(manifest).read(columns)
 
     def verify(self) -> LanceModel:
         """Check every row of the current version, that its parts fit together, and the objects of earlier ones."""

@@ -5,23 +5,20 @@ Of what is not added, nothing is kept that was not there.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
 from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import schema_of, table_of, write_table
 from retrieval_tip.data.sources import Source, of_images, open_source
 from retrieval_tip.errors import StoreError, show
 from retrieval_tip.files import replacing
-from retrieval_tip.index import changes
+from retrieval_tip.index import changes, photos
 from retrieval_tip.index.build import build_index
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Served
@@ -32,11 +29,10 @@ def add_images(
     one: Served, backbone: Backbone, label: str, datas: Sequence[bytes], uploads: Path | None
 ) -> changes.Added:
     """Keep the images and add them; of those that are not added, none is kept that was not there."""
-    beside = one.beside
-    if uploads is None and beside is None:
+    folder = uploads or photos.folder_of(one.place)
+    if folder is None:
         raise Problem(422, f"index {one.name!r} is in a bucket; images are added where serve has --uploads FOLDER")
-    folder = uploads or Path(beside or "") / f"{one.name}-shots"
-    with _kept_where_done(folder / _file_name(label)) as fresh:
+    with _kept_where_done(folder, photos.class_folder(folder, label)) as fresh:
         source = _source(f"shots of {label}", folder, [(label, data) for data in datas], fresh)
         added = changes.add(one.folder, source, Encoder(backbone), skip_known=True)
     if added.known:  # under another name
@@ -59,30 +55,30 @@ def add_features(one: Served, backbone: Backbone | None, sent: Sent) -> changes.
 def build(folder: Path, backbone: Backbone, labelled: Sequence[tuple[str, bytes]], uploads: Path | None) -> Path:
     """Build an index of labelled images, which are kept beside it; where that cannot be, nothing is kept."""
     shots = uploads or folder.with_name(f"{folder.name}-shots")
-    with _kept_where_done(shots) as fresh:
+    with _kept_where_done(shots, shots) as fresh:
         build_index(_source(folder.name, shots, labelled, fresh), folder, Encoder(backbone))
     return folder
 
 
 @contextmanager
-def _kept_where_done(folder: Path) -> Iterator[list[Path]]:
-    """The files that are new; where what is done with them fails, in whatever way, they go, and ``folder`` if empty."""
+def _kept_where_done(folder: Path, own: Path) -> Iterator[list[Path]]:
+    """Yield the files that are new in a folder; where what is done with them fails, in whatever way, they go.
+
+    So do ``own``, the folder that they are in, if it is empty, and the folder itself if it was not there.
+    """
     fresh: list[Path] = []
+    folders = [own] if folder.exists() else [own, folder]
     try:
-        yield fresh
+        with photos.adding(folder):
+            yield fresh
     except BaseException as error:
         _remove(fresh)
-        with suppress(OSError):
-            folder.rmdir()
+        for place in folders:
+            with suppress(OSError):
+                place.rmdir()
         if isinstance(error, OSError):
             raise StoreError(f"{error.filename or folder}: cannot be written: {error.strerror or error}") from error
         raise
-
-
-def _file_name(label: str) -> str:
-    """A label as the name of a folder."""
-    name = quote(label, safe=" ()+,-=@")[:120]
-    return name if not name.startswith(".") else f"%2E{name[1:]}"
 
 
 def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fresh: list[Path]) -> Source:
@@ -90,7 +86,7 @@ def _source(name: str, folder: Path, labelled: Sequence[tuple[str, bytes]], fres
     labels = tuple(dict.fromkeys(label for label, _ in labelled))
     kept: dict[tuple[str, Path], None] = {}
     for label, data in sorted(labelled, key=lambda pair: labels.index(pair[0])):
-        path = folder / _file_name(label) / (hashlib.sha256(data).hexdigest()[:16] + images.extension(data))
+        path = photos.file_of(folder, label, data)
         kept[label, path] = None  # once, however often it was sent
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():

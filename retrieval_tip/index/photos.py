@@ -1,0 +1,111 @@
+"""Photos that were added over HTTP: files ``DIR-shots/CLASS/HEX.EXT`` beside an index DIR, named by their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrieval_tip.data import images
+from retrieval_tip.errors import StoreError, show
+from retrieval_tip.files import locked_folder, make_folders, real, remove_leftovers, sha256_of
+from retrieval_tip.index.places import Store
+from retrieval_tip.store import lock
+
+log = logging.getLogger(__name__)
+
+HEX = 16
+"""Hexadecimal digits of the SHA-256 in the name of a photo."""
+
+_NAME = re.compile(rf"([0-9a-f]{{{HEX}}})\.\w{{1,8}}")
+_IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
+
+
+def folder_of(store: Store) -> Path | None:
+    """Return the folder ``DIR-shots`` of an index; ``None`` for one in a bucket."""
+    return None if store.local is None else real(store.local).with_name(f"{store.name}-shots")
+
+
+def class_folder(folder: Path, label: str) -> Path:
+    """Return the folder of the photos of a class."""
+    name = quote(label, safe=" ()+,-=@")[:120]
+    return folder / (name if not name.startswith(".") else f"%2E{name[1:]}")
+
+
+def file_of(folder: Path, label: str, data: bytes) -> Path:
+    """Return the place of a photo. Raises InputError where it is no image."""
+    return class_folder(folder, label) / (hashlib.sha256(data).hexdigest()[:HEX] + images.extension(data))
+
+
+@contextmanager
+def adding(folder: Path) -> Iterator[None]:
+    """Keep :func:`remove_unused` away while photos are in a folder that no version names yet. Raises OSError."""
+    make_folders(folder)
+    with locked_folder(folder, alone=False, wait=lock.LOCK_WAIT):
+        yield
+
+
+def remove_unused(store: Store) -> tuple[int, int]:
+    """Remove the photos in ``DIR-shots`` that no kept version has: their number, and bytes that are free now.
+
+    A version has a photo by its digest, or by a source of that name. What is not named by its own SHA-256, and what a
+    link leads to, is left alone. Where photos are being added, or a version cannot be read, all stay, with a warning.
+    """
+    folder = folder_of(store)
+    if folder is None or folder.is_symlink() or not folder.is_dir():
+        return 0, 0
+    with locked_folder(folder, alone=True, wait=lock.LOCK_WAIT) as held:
+        if not held:
+            log.warning("%s: photos are being added, so none was removed; run index gc again", show(folder))
+            return 0, 0
+        try:
+            photos = _photos(folder)
+            used = _used(store, {match[1] for path in photos if (match := _NAME.fullmatch(path.name))})
+        except (OSError, StoreError) as error:
+            log.warning("%s: no photo was removed: %s", show(folder), error)
+            return 0, 0
+        return _remove(folder, [path for path in photos if path.name[:HEX] not in used])
+
+
+def _photos(folder: Path) -> list[Path]:
+    """Return the files in the class folders that have the name of a photo."""
+    classes = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    entries = [entry for place in classes for entry in os.scandir(place) if entry.is_file(follow_symlinks=False)]
+    return [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]
+
+
+def _used(store: Store, names: set[str]) -> set[str]:
+    """Return those of some names, without their extension, that a kept version has."""
+    used: set[str] = set()
+    wanted = pa.array(names, pa.string())
+    for version in store.history()["version"].to_pylist() if names else ():
+        labels = store.read_labels(store.manifest(version), ["digest", "source"])
+        sources = pc.struct_field(pc.extract_regex(labels["source"], _IN_SOURCE), "digits")
+        for column in (pc.utf8_slice_codeunits(labels["digest"], 0, HEX), sources):
+            used |= set(column.filter(pc.is_in(column, value_set=wanted)).to_pylist())
+    return used
+
+
+def _remove(folder: Path, photos: list[Path]) -> tuple[int, int]:
+    """Remove photos that are named by their own SHA-256, and class folders that are empty then."""
+    number = freed = 0
+    for path in photos:
+        with suppress(OSError):
+            if sha256_of(path).startswith(path.name[:HEX]):
+                size = path.stat().st_size
+                path.unlink()
+                number, freed = number + 1, freed + size
+    for place in list(folder.iterdir()):
+        if place.is_dir() and not place.is_symlink():
+            freed += remove_leftovers(place)
+            with suppress(OSError):  # only if it is empty
+                place.rmdir()
+    return number, freed
