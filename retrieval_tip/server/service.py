@@ -297,7 +297,8 @@ class Service:
         names, backbone = one.now.cache.class_names, one.now.backbone
         if of not in names:
             raise Problem(404, f"index {one.name!r} has no class {of!r}")
-        reads = backbone if backbone is not None and backbone.has_text and one.now.cache.templates else None
+        encodes = backbone is not None and backbone.has_text and one.now.cache.templates and label not in names
+        reads = backbone if encodes else None
         return await self._changed(one, lambda: changes.rename(one.folder, of, label, reads))
 
     async def rollback(self, one: Served, to: int, since: int | None) -> dict[str, Any]:
