@@ -34,7 +34,7 @@ from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
-from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, named_in
+from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, TableDigests, named_in
 from retrieval_tip.store.writer import write
 
 CLASSES = ["cat", "dog", "owl", "eel"]
@@ -239,6 +239,23 @@ def test_manifest_without_a_field_is_refused(index: Path) -> None:
     wrong += [body | {"files": files | {"extra": keys}}, body | {"files": files | {"keys": keys | {"extra": 1}}}]
     assert len(wrong) == 27 + 4 + 4 + 2
     for manifest in wrong:
+        with pytest.raises(StoreError) as error:
+            Manifest.from_bytes(sealed(manifest), "m.json")
+        one_line(error, "m.json")
+
+
+def test_digests_that_no_table_can_have_are_refused(index: Path) -> None:
+    table = Path(__file__).parent / "indexes/v6/solved/manifests/000001.json"
+    body = {key: value for key, value in json.loads(table.read_text()).items() if key != "sha256"}
+    name, digest = "keys.lance/_versions/1.manifest", "0" * 64
+    right = {"rows": digest, "files": {name: digest}}
+    assert Manifest.from_bytes(sealed(body | {"digests": right}), "m.json").digests == TableDigests(**right)
+    wrong: list[Any] = [[], "x", {}, {"rows": digest}, {"rows": digest, "files": {}, "more": 1}]
+    wrong += [right | {"rows": rows} for rows in (5, "", "Z" * 64, [])]
+    wrong += [right | {"files": files} for files in ([], None, {name: 5}, {name: "x"})]
+    wrong += [right | {"files": {path: digest}} for path in ("x", "../x/y", "/etc/passwd", "a/.b", "a//b", "a/b\n", "")]
+    folder = {key: value for key, value in body_of(index).items() if key != "sha256"}
+    for manifest in [*(body | {"digests": digests} for digests in wrong), folder | {"digests": right}]:
         with pytest.raises(StoreError) as error:
             Manifest.from_bytes(sealed(manifest), "m.json")
         one_line(error, "m.json")

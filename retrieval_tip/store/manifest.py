@@ -249,6 +249,7 @@ class Manifest:
             _need("second" not in files or files["second"].rows == self.d, "files.second.rows")
             if self.digests is not None:
                 of_files, of_rows = self.digests.files, self.digests.rows
+                _need(isinstance(of_files, dict), "digests.files")
                 _need(all(_TABLE_FILE.fullmatch(name) is not None for name in of_files), "digests.files")
                 known = [*of_files.values(), *(() if of_rows is None else (of_rows,))]
                 _need(all(_SHA256.fullmatch(digest) is not None for digest in known), "digests")
