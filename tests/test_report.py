@@ -423,7 +423,7 @@ def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photograph
     for card in cards:
         (query,) = card.all("img", class_="query")
         assert query.attributes["title"] == card.attributes["data-item"]
-        assert len(list(card.all("img", class_="key"))) == 5
+        assert len(list(card.all("img", class_="key"))) == 6  # five for the answer, one against it
         data = base64.b64decode(query.attributes["src"].removeprefix("data:image/jpeg;base64,"))
         with Image.open(io.BytesIO(data)) as small, Image.open(query.attributes["title"]) as large:
             assert max(small.size) == 180

@@ -695,8 +695,8 @@ def test_a_rebuild_writes_the_same_rows_anew_also_in_another_dtype(beside):
     assert beside.open().dtype == "float16"
     large = np.full((1, D), 60_000.0, dtype=np.float32)
     with beside.store.change() as change:
-        change.cache.add(large, ["cat"])
         change.cache.settings = change.cache.settings.but(beta=0.0)  # else no query could be answered
+        change.cache.add(large, ["cat"])
         change.what = "keys beyond the unit sphere"
     assert beside.open().n == len(ids) + 1
 
