@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as type checkers read it; the import of typing alone would double the time of this one
 if TYPE_CHECKING:
+    from typing import Any
+
     from retrieval_tip.backbones.base import Backbone, Identity
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.cache_model import CacheModel, verify
@@ -89,6 +89,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch takes seconds, and help needs none of it."""
+    import importlib
+
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
