@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from conftest import examples
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError
-from retrieval_tip.server.batching import Batcher, Kept
+from retrieval_tip.server.batching import Batcher, FairPool, Kept
 from retrieval_tip.server.problems import Problem
 
 
@@ -169,6 +172,109 @@ def test_closing_answers_what_was_taken() -> None:
         return [call.result()[0] for call in calls]
 
     assert asyncio.run(ask()) == ["a0", "a1", "a2"]
+
+
+class Calls:
+    """Calls that say in which order they began, and wait until they are let go."""
+
+    def __init__(self) -> None:
+        self.began: list[str] = []
+        self.gates: dict[str, threading.Event] = {}
+
+    def named(self, *names: str) -> list[Callable[[], str]]:
+        def call(name: str) -> str:
+            self.began.append(name)
+            assert self.gates[name].wait(30)
+            return name
+
+        self.gates |= {name: threading.Event() for name in names}
+        return [functools.partial(call, name) for name in names]
+
+    def let_go(self, *names: str) -> None:
+        for name in names or self.gates:
+            self.gates[name].set()
+
+
+def test_a_small_call_does_not_wait_for_large_ones() -> None:
+    calls = Calls()
+
+    async def ask() -> None:
+        pool: FairPool[str] = FairPool("test", threads=2, room=100, held=10)
+        large = calls.named("a0", "a1", "a2")
+        with pool.turns(large, [9, 9, 9]) as first, pool.turns(calls.named("b"), [1]) as second:
+            calls.let_go("b")
+            assert await second[0].result == "b"
+            assert set(calls.began) == {"a0", "a1", "b"}
+            calls.let_go()
+            assert [await turn.result for turn in first] == ["a0", "a1", "a2"]
+        pool.close()
+
+    asyncio.run(ask())
+
+
+def test_calls_begin_in_the_order_of_what_their_requests_have_asked_for() -> None:
+    calls = Calls()
+
+    async def ask() -> None:
+        pool: FairPool[str] = FairPool("test", threads=1, room=100, held=10)
+        with ExitStack() as stack:
+
+            def line(names: str, *costs: float) -> None:
+                turns.extend(stack.enter_context(pool.turns(calls.named(*names), costs)))
+
+            turns: list[Any] = []
+            line("xy", 1, 1)  # they run; until y begins, all else is counted from there
+            line("abc", 1.5, 1.5, 1.5)
+            line("de", 1, 1)
+            line("f", 1.2)
+            calls.let_go()
+            await asyncio.gather(*(turn.result for turn in turns))
+        pool.close()
+
+    asyncio.run(ask())
+    assert "".join(calls.began) in ("xydfaebc", "yxdfaebc")
+
+
+def test_too_much_before_a_request_is_refused_and_what_goes_first_is_not() -> None:
+    calls = Calls()
+
+    async def ask() -> None:
+        pool: FairPool[str] = FairPool("test", threads=1, room=10, held=10)
+        with pool.turns(calls.named(*"abcd"), [50, 5, 5, 5]) as first:  # more than the room, alone
+            for costs in ([56], [1] * 56):
+                with pytest.raises(Problem) as refused, pool.turns(calls.named(*map(str, range(len(costs)))), costs):
+                    pass
+                assert refused.value.status == 429
+                assert int(refused.value.headers["Retry-After"]) >= 1
+            with pool.turns(calls.named("e"), [4]) as second:
+                calls.let_go()
+                assert await second[0].result == "e"
+            assert [await turn.result for turn in first] == list("abcd")
+        pool.close()
+
+    asyncio.run(ask())
+
+
+def test_what_is_in_use_or_given_up_leaves_no_trace() -> None:
+    calls = Calls()
+
+    async def ask() -> None:
+        pool: FairPool[str] = FairPool("test", threads=4, room=100, held=2)
+        with pool.turns(calls.named(*"abcd"), [1] * 4) as turns:
+            calls.let_go()
+            assert [await turn.result for turn in turns[:2]] == ["a", "b"]
+            await asyncio.sleep(0.05)
+            assert sorted(calls.began) == ["a", "b"]  # these are held
+            pool.release(turns[0])
+            assert await turns[2].result == "c"
+        assert turns[3].result.cancelled()
+        with pool.turns(calls.named("e"), [1]) as later:
+            calls.let_go()
+            assert await later[0].result == "e"
+        pool.close()
+
+    asyncio.run(ask())
+    assert "d" not in calls.began
 
 
 class Maker:

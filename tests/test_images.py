@@ -791,14 +791,14 @@ def test_who_needs_much_memory_is_not_passed_by_those_who_need_little() -> None:
 
 
 def test_two_turns_that_need_more_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_room", images._Room(10))
+    monkeypatch.setattr(images, "_room", images._Room(10 * images.SMALL))
     both, done = threading.Barrier(2), []
 
     @images.turn()
     def work() -> None:
-        images._claim(5)
+        images._claim(5 * images.SMALL)
         both.wait(10)
-        images._claim(10)
+        images._claim(10 * images.SMALL)
         done.append(True)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
@@ -837,6 +837,7 @@ def status(name):
 
 threads, memory = int(sys.argv[1]), int(sys.argv[2])
 images.MAX_MEMORY, images._room, images.WHOLE_PIXELS, images.GIVEN_BACK = memory, images._Room(memory), 1 << 21, 1 << 20
+images.SMALL = 0
 needed, claim = [], images._claim
 images._claim = lambda size: needed.append(size) or claim(size)
 

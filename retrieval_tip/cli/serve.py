@@ -34,7 +34,7 @@ _LIMITS = grouped(
     click.option("--max-bytes", type=count(), default=32 << 20, show_default=True, help="Of a request."),
     click.option("--max-pixels", type=count(), default=50_000_000, show_default=True, help="Of an image."),
     click.option("--queue", type=count("queue"), default=256, show_default=True,
-                 help="Images that wait at most; more are answered with 429."),
+                 help="Images that may wait, large ones counting several times; more are answered with 429."),
     click.option("--timeout", type=Number(0.1, 86_400), default=30.0, show_default=True, metavar="SECONDS",
                  help="Until an answer."),
 )  # fmt: skip

@@ -40,7 +40,12 @@ MAX_BYTES = 256 << 20
 """Larger files are refused before they are read."""
 
 MAX_MEMORY = 416 << 20
-"""Bytes for all images that are read and decoded at once; one that would take more is refused before it is decoded."""
+"""Bytes for all images that are read and decoded at once, but for those that take ``SMALL`` or less.
+
+One that would take more is refused before it is decoded."""
+
+SMALL = 8 << 20
+"""An image that takes no more bytes is not counted, and does not wait for large ones: one a thread is little."""
 
 LARGE_FILE = 16 << 20
 """A file of more bytes is read and decoded while no other image is."""
@@ -185,11 +190,11 @@ def turn() -> Iterator[None]:
 
 
 def _claim(size: int) -> None:
-    """Wait until this turn may take so many bytes in all.
+    """Wait until this turn may take ``size`` bytes in all.
 
     What it has is given up meanwhile: two that each wait for what the other has would wait for ever.
     """
-    if _here.held is not None and size > _here.held:
+    if _here.held is not None and size > max(_here.held, SMALL):
         _room.give(_here.held)
         _here.held = 0
         _room.take(size)
@@ -291,12 +296,13 @@ class _Jpeg:
 
     - ``lean``: its bytes, without metadata where there is much: no photograph is refused for an embedded film
     - ``held``: bytes that the decoder keeps beside the picture, where the picture comes in several scans
+    - ``scanned``: samples that all scans together go over, where there are several
 
     Raises InputError: too many segments or scans.
     """
 
     def __init__(self, data: bytes) -> None:
-        self.lean, self.held = data, 0
+        self.lean, self.held, self.scanned = data, 0, 0
         kept, dropped, exif, frame, progressive = [data[:2]], 0, False, b"", False
         for marker, start, end in self._segments(data, 2):
             segment = data[start:end]
@@ -323,7 +329,7 @@ class _Jpeg:
         scans = sum(marker == _SCAN for marker, _, _ in self._segments(data, start))
         if scans * samples > MAX_SCANNED:
             raise InputError(f"{width} x {height} pixels in {scans} scans would take too long: save it as PNG")
-        self.held = 2 * samples
+        self.held, self.scanned = 2 * samples, scans * samples
 
     @staticmethod
     def _segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
@@ -398,6 +404,21 @@ def reducible(data: bytes, least: int) -> bool:
             return _may_be_reduced(image) and min(image.size) >= 2 * least
     except Exception:  # as in decode, which says what is wrong
         return False
+
+
+def work(data: bytes, most: int) -> int:
+    """Estimate from its header the work of decoding an image, as a number of pixels.
+
+    That is width x height or, for a JPEG of several scans, an eighth of the samples that these go over, if that is
+    more. 0 for what is refused undecoded, as no image or as one of more than ``most`` pixels.
+    """
+    try:
+        with _failures(), _open(data) as image:
+            area = image.width * image.height
+            scanned = _Jpeg(data).scanned if image.format in ("JPEG", "MPO") else 0
+            return max(area, scanned // 8) if area <= most else 0
+    except InputError:  # which decode raises again
+        return 0
 
 
 def _may_be_reduced(image: Image.Image) -> bool:

@@ -6,9 +6,12 @@ import asyncio
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 from retrieval_tip.server import metrics
@@ -115,6 +118,97 @@ class Batcher(Generic[K, T, R]):
         """Answer what waits, then end."""
         if self._worker is not None:
             await self._worker
+        self._pool.shutdown()
+
+
+@dataclass(eq=False)
+class Turn(Generic[R]):
+    """A call that waits in a :class:`FairPool`; ``result`` is that of the call."""
+
+    place: float
+    cost: float
+    call: Callable[[], R]
+    result: asyncio.Future[R]
+
+
+LARGE = 2.0
+"""Cost of a call in a :class:`FairPool` from which on it is a large one; an ordinary call costs 1."""
+
+
+class FairPool(Generic[R]):
+    """Threads for the calls of many requests, in an order by which small requests do not wait for large ones.
+
+    The place of a call is the place of the call that began last, at the time of the request, plus the costs of the
+    request's calls up to and including this one. The call with the lowest place begins next. At most ``threads`` large
+    calls run at once; one thread more is for the others. At most ``held`` results are computed or in use.
+    """
+
+    def __init__(self, lane: str, *, threads: int, room: int, held: int) -> None:
+        self._lane, self._threads, self._room, self._most_held = lane, threads, room, held
+        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix=lane)
+        self._waiting: list[Turn[R]] = []
+        self._running: list[Turn[R]] = []
+        self._held: list[Turn[R]] = []
+        self._now = 0.0
+
+    @contextmanager
+    def turns(self, calls: Sequence[Callable[[], R]], costs: Sequence[float]) -> Iterator[list[Turn[R]]]:
+        """Line up the calls of a request. Those that have not begun when the context ends are given up.
+
+        Raises Problem 429 if the calls until the last of these cost more than ``room``, unless they are all its own.
+        """
+        places = [self._now + cost for cost in accumulate(costs)]
+        before = sum(one.cost for one in self._waiting if one.place <= places[-1])
+        if before and before + sum(costs) > self._room:
+            metrics.REFUSED.labels(self._lane).inc()
+            raise Problem(
+                429, f"{len(self._waiting)} {self._lane} wait already; try again in 2 s", {"Retry-After": "2"}
+            )
+        loop = asyncio.get_running_loop()
+        own = [Turn(*one, loop.create_future()) for one in zip(places, costs, calls, strict=True)]
+        self._waiting += own
+        self._begin()
+        try:
+            yield own
+        finally:
+            for one in own:
+                one.result.cancel()
+            self.release(*own)
+
+    def release(self, *turns: Turn[R]) -> None:
+        """Give up calls that wait, and make room for other results."""
+        self._waiting = [one for one in self._waiting if one not in turns]
+        self._held = [one for one in self._held if one not in turns]
+        self._begin()
+
+    def _begin(self) -> None:
+        while len(self._held) < self._most_held and len(self._running) <= self._threads:
+            full = sum(one.cost >= LARGE for one in self._running) == self._threads
+            ready = (one for one in self._waiting if one.cost < LARGE or not full)
+            first = min(ready, key=lambda one: one.place, default=None)
+            if first is None:
+                break
+            self._now = max(self._now, first.place)
+            self._waiting.remove(first)
+            self._running.append(first)
+            self._held.append(first)
+            made = asyncio.get_running_loop().run_in_executor(self._pool, first.call)
+            made.add_done_callback(partial(self._end, first))
+        metrics.WAITING.labels(self._lane).set(len(self._waiting))
+
+    def _end(self, one: Turn[R], made: asyncio.Future[R]) -> None:
+        self._running.remove(one)
+        error = made.exception()
+        if one.result.done():  # whoever asked has gone
+            pass
+        elif error is not None:
+            one.result.set_exception(error)
+        else:
+            one.result.set_result(made.result())
+        self._begin()
+
+    def close(self) -> None:
+        """End the threads, once they are idle."""
         self._pool.shutdown()
 
 

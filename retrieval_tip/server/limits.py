@@ -48,6 +48,7 @@ class Limits:
     image, ``seconds`` until its answer begins and again until that is taken, ``cells`` numbers in the answers to
     several queries (:meth:`served.Version.cells`). All together: ``queue`` images wait at most, and ``QUEUED_ROWS``
     times as many rows; what has come of bodies has ``held`` bytes, and so have answers of more than :data:`PART`.
+    No index is made where ``indexes`` are served.
 
     ``hosts`` are the names that the server answers to, ``None`` for any: a page elsewhere that points a name of its own
     at this machine gets nothing.
@@ -62,6 +63,7 @@ class Limits:
     cells: int = 1 << 22
     queue: int = 256
     held: int = 256 << 20
+    indexes: int = 100
     hosts: frozenset[str] | None = None
 
 

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -21,7 +22,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import FloatArray, pixels_of
 from retrieval_tip.data.sources import spelled_alike
-from retrieval_tip.errors import InputError, json_line
+from retrieval_tip.errors import InputError, json_line, show
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.projection import Projection, methods, projected
 from retrieval_tip.fit.closed_form import estimate
@@ -29,7 +30,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import metrics, shots
-from retrieval_tip.server.batching import Batcher, Kept
+from retrieval_tip.server.batching import Batcher, FairPool, Kept, Turn
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits
 from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Maker, Served, Version, encoded
@@ -42,6 +43,10 @@ POLL = 1.0
 PATIENCE = 10.0
 """Seconds that a request waits for a map or an audit; then it is told to ask again."""
 ROWS_AT_A_TIME = 256
+PIXELS = 4_000_000
+"""An image counts against ``--queue`` once, and once more for so many pixels."""
+DECODED = 32
+"""Images that are decoded and not yet encoded, at most: the next one to be decoded is chosen late."""
 THUMBNAIL_BYTES, THUMBNAIL_OVERHEAD = 64 << 20, 1 << 10
 """Of pictures of shots that are kept, and what each takes beyond its own bytes."""
 DRAWN_AT_ONCE, SLOW_AT_ONCE = 256, 4
@@ -78,9 +83,13 @@ class Service:
         maker: Maker | None = None,
     ) -> None:
         self.served, self.limits, self.maker = served, limits, maker
-        self._uploads, self._root = uploads, root or Path()
+        self._uploads, self._root, self._creating = uploads, root or Path(), 0
+        threads = min(4, os.cpu_count() or 1)
+        self._decoding: FairPool[torch.Tensor | InputError] = FairPool(
+            "images", threads=threads, room=limits.queue, held=DECODED
+        )
         self._encode: Batcher[Backbone, torch.Tensor, FloatArray] = Batcher(
-            "images", encoded, most=lambda backbone: backbone.batch_size, room=limits.queue
+            "encode", encoded, most=lambda backbone: backbone.batch_size, room=DECODED
         )
         self._answer: Batcher[tuple[Version, Ask], FloatArray, dict[str, Any]] = Batcher(
             "features",
@@ -88,14 +97,15 @@ class Service:
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
             room=QUEUED_ROWS * limits.queue,
         )
-        self._decoding = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
-        self._finding, self._following, self._changing, self._slow, self._slower = (
-            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("find", "follow", "change", "slow", "slower")
+        self._drawing = ThreadPoolExecutor(threads, thread_name_prefix="draw")
+        self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
+            ThreadPoolExecutor(1, thread_name_prefix=name)
+            for name in ("weigh", "find", "follow", "change", "slow", "slower")
         )
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self._mapped: Kept[Hashable, Any] = Kept(self._slower, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self._thumbnails: Kept[Hashable, bytes] = Kept(
-            self._decoding, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
+            self._drawing, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
         )
 
     @asynccontextmanager
@@ -108,8 +118,11 @@ class Service:
             await follower
         await self._encode.close()
         await self._answer.close()
-        for pool in (self._decoding, self._finding, self._following, self._changing, self._slow, self._slower):
-            pool.shutdown(cancel_futures=pool in (self._slow, self._slower))
+        self._decoding.close()
+        for pool in (self._weighing, self._drawing, self._finding, self._following, self._changing):
+            pool.shutdown()
+        for pool in (self._slow, self._slower):
+            pool.shutdown(cancel_futures=True)
 
     async def _follow(self) -> None:
         while True:
@@ -168,11 +181,34 @@ class Service:
         return results, skipped
 
     async def _features(self, version: Version, datas: Sequence[bytes]) -> list[FloatArray | InputError]:
-        """Features of encoded images, or why there is none."""
+        """Return the feature of each encoded image, or why there is none. Raises Problem 429 where many wait."""
         backbone = _backbone_of(version)
-        pixels = await asyncio.gather(*(self._in(self._decoding, self._pixels, data, backbone) for data in datas))
-        raw = iter(await self._encode(backbone, [one for one in pixels if not isinstance(one, InputError)]))
-        return [one if isinstance(one, InputError) else _unit(next(raw)) for one in pixels]
+
+        async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
+            return _unit((await self._encode(backbone, [pixels]))[0])
+
+        return await self._decoded(datas, backbone, feature)
+
+    async def _decoded(
+        self, datas: Sequence[bytes], backbone: Backbone, use: Callable[[torch.Tensor], Awaitable[T]]
+    ) -> list[T | InputError]:
+        """Return what ``use`` makes of each decoded image, or why it cannot be read.
+
+        Raises Problem 429 where too many wait.
+        """
+
+        async def used(turn: Turn[torch.Tensor | InputError]) -> T | InputError:
+            pixels = await turn.result
+            try:
+                return pixels if isinstance(pixels, InputError) else await use(pixels)
+            finally:
+                self._decoding.release(turn)
+
+        # One header at a time, so that requests take turns here too.
+        works = [await self._in(self._weighing, images.work, data, self.limits.pixels) for data in datas]
+        calls = [partial(self._pixels, data, backbone) for data in datas]
+        with self._decoding.turns(calls, [1 + work / PIXELS for work in works]) as turns:
+            return await asyncio.gather(*map(used, turns))
 
     def _pixels(self, data: bytes, backbone: Backbone) -> torch.Tensor | InputError:
         try:
@@ -184,7 +220,7 @@ class Service:
         self, names: Sequence[str], datas: Sequence[bytes], backbone: Backbone
     ) -> tuple[list[int], list[dict[str, str]]]:
         """The places of the images that can be read, and what is said of the others. Raises Problem 422 for none."""
-        decoded = [await self._in(self._decoding, self._pixels, data, backbone) for data in datas]
+        decoded = await self._decoded(datas, backbone, _nothing)
         skipped = _skipped(names, decoded)
         if len(skipped) == len(decoded):
             raise Problem(422, _said(skipped))
@@ -216,7 +252,9 @@ class Service:
         }
 
     async def create(self, sent: Sent, like: str | None) -> dict[str, Any]:
-        """Make an index of images, fit it, and serve it. Raises Problem 409 for a name that is taken, else as a build.
+        """Make an index of images, fit it, and serve it.
+
+        Raises Problem 409 for a name that is taken, or if ``limits.indexes`` are served; else as a build.
 
         It is made with the backbone of the index ``like``, or the first that has one, and lies beside that; or as
         :class:`served.Maker` says.
@@ -232,12 +270,22 @@ class Service:
             raise Problem(422, "the index is in a bucket; new ones are made where serve has --into FOLDER")
         if name in self.served or (into / name).exists():
             raise Problem(409, f"there is an index {name!r} already; give another name, or add to it")
+        if len(self.served) + self._creating >= self.limits.indexes:
+            raise Problem(
+                409,
+                f"{self.limits.indexes} indexes are served, and more are not made; delete some of {show(into)} and "
+                "start the server again",
+            )
         assert sent.images is not None
-        good, skipped = await self._readable(sent.names, sent.images, backbone)
-        labelled = [(sent.labels[i], sent.images[i]) for i in good]
-        one = await self._in(
-            self._changing, lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
-        )
+        self._creating += 1
+        try:
+            good, skipped = await self._readable(sent.names, sent.images, backbone)
+            labelled = [(sent.labels[i], sent.images[i]) for i in good]
+            one = await self._in(
+                self._changing, lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
+            )
+        finally:
+            self._creating -= 1
         self.served[name] = one
         alike = spelled_alike(one.now.cache.class_names)
         return self._judged(one) | {"warnings": _of_spelling(name, alike), "skipped": skipped}
@@ -454,6 +502,10 @@ class Service:
             return path if path.suffix.lower() in images.extensions() and path.is_file() else None
         except (OSError, ValueError):  # a name that is none
             return None
+
+
+async def _nothing(_: torch.Tensor) -> None:
+    """Make nothing of an image: that it could be decoded is enough."""
 
 
 def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[dict[str, Any]]:
