@@ -308,9 +308,9 @@ def test_features_of_another_length_are_refused(run: Any, index: Path, tmp_path:
 def test_new_classes_of_a_feature_table_get_their_text_from_a_table(run: Any, index: Path, tmp_path: Path) -> None:
     more = write_table(tmp_path / "more.parquet", unit_rows(3, D, 4), ["owl", "bat", "cat"])
     before = everything(index)
-    refused(run("index", "add", index, more), 1, "class 'bat'", "needs a text weight", "--text")
+    refused(run("index", "add", index, more), 1, "class 'bat'", "needs a text weight", "(text)")
     some = write_table(tmp_path / "some.parquet", unit_rows(1, D, 5), ["bat"])
-    refused(run("index", "add", index, more, "--text", some), 1, "class 'owl'", "--text")
+    refused(run("index", "add", index, more, "--text", some), 1, "class 'owl'", "(text)")
     short = write_table(tmp_path / "short.parquet", unit_rows(2, D + 1, 5), ["bat", "owl"])
     refused(run("index", "add", index, more, "--text", short), 1, "short.parquet", f"{D + 1} values", D)
     assert everything(index) == before
@@ -614,7 +614,7 @@ def lists(tmp_path: Path) -> Path:
 
 def test_fewer_keys_than_lists_are_refused_with_the_way_out(run: Any, lists: Path) -> None:
     before = everything(lists)
-    refused(run("index", "remove", lists, "--where", "key_id > 9"), 1, "'IVF16,Flat'", "index rebuild --index Flat")
+    refused(run("index", "remove", lists, "--where", "key_id > 9"), 1, "'IVF16,Flat'", "rebuild", "index=Flat")
     assert everything(lists) == before
     assert run("index", "rebuild", lists, "--index", "Flat").exit_code == 0
     assert run("index", "remove", lists, "--where", "key_id > 9").exit_code == 0

@@ -107,7 +107,7 @@ def test_the_trained_adapter_is_taken_only_by_name_and_keeps_its_norms(tmp_path)
     out = tmp_path / "t.parquet"
     import_table(tmp_path / "c/best_F_16shots.pt", out)
     np.testing.assert_array_equal(rows_of(out), weight.detach().numpy())
-    with pytest.raises(InputError, match="norm 3 instead of 1; give --norms"):
+    with pytest.raises(InputError, match="norm 3 instead of 1; use norms=unit"):
         build_index(open_source(out), tmp_path / "i", Encoder(), fit="none")
     assert build_index(open_source(out), tmp_path / "i", Encoder(norms="keep"), fit="none").n == 5
     import_table(tmp_path / "c", out)

@@ -685,7 +685,7 @@ GOOD = [1.0, 0.0, 0.0, 0.0]
         ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature holds NaN or infinity"),
         ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature holds NaN or infinity"),
         ([GOOD, [0.0, 0, 0, 0]], "row 1: the feature is zero"),
-        ([GOOD, [2.0, 0, 0, 0]], "row 1: norm 2 instead of 1; give --norms unit"),
+        ([GOOD, [2.0, 0, 0, 0]], "row 1: norm 2 instead of 1; use norms=unit"),
         ([[0.5, 0, 0, 0], GOOD], "row 0: norm 0.5 instead of 1"),
     ],
 )

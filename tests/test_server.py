@@ -6,12 +6,13 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -973,6 +974,91 @@ def test_what_can_be_read_is_answered_and_the_rest_is_named(both: Client) -> Non
     assert answer.status_code == 200
     assert [(one["input"], one["label"]) for one in body["results"]] == [("b.jpg", truth)]
     assert [one["input"] for one in body["skipped"]] == ["a.txt", "c.jpg"]
+
+
+@pytest.fixture
+def busy(own: Path) -> Iterator[tuple[Client, Future[Any]]]:
+    """A server of little room, which is busy with one request of many large pictures, and the answer to that."""
+    picture = io.BytesIO()
+    Image.new("RGB", (2200, 2100)).save(picture, "PNG")
+    with serving(own, limits=Limits(queue=4), token=TOKEN) as client, ThreadPoolExecutor(1) as pool:
+        files = [("images", picture.getvalue())] * 16
+        asked = pool.submit(client.post, "/v1/classify", files=files)
+        while not re.search(r'waiting{lane="images"} [1-9]', client.get("/metrics").text):
+            assert not asked.done()
+        yield client, asked
+        assert asked.result().status_code == 200
+
+
+def test_a_small_photograph_does_not_wait_for_large_ones_of_others(busy: tuple[Client, Future[Any]]) -> None:
+    client, asked = busy
+    answer = client.post("/v1/classify", files={"images": photographs(SHARED, "test", 10, 1)[0][0].read_bytes()})
+    assert answer.status_code == 200
+    assert not asked.done()
+
+
+@pytest.mark.parametrize("size", [(400, 300), (2200, 2300)], ids=["number", "pixels"])
+def test_images_are_counted_before_they_are_decoded(busy: tuple[Client, Future[Any]], size: tuple[int, int]) -> None:
+    client, asked = busy
+    picture = io.BytesIO()
+    Image.new("RGB", size).save(picture, "PNG")
+    refused = client.post("/v1/classify", files=[("images", picture.getvalue())] * (4 if size[0] < 1000 else 2))
+    assert (refused.status_code, int(refused.headers["retry-after"]) >= 1) == (429, True)
+    assert not asked.done()
+
+
+def test_a_form_that_breaks_off_is_refused(both: Client) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
+    head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    form = head + photo + b"\r\n" + head + photo + b"\r\n--x--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    for left_out in (len(photo) // 2, 5):
+        answer = both.post("/v1/classify?index=things", content=form[:-left_out], headers=kind)
+        assert (answer.status_code, "last boundary" in answer.json()["detail"]) == (400, True)
+    whole = both.post("/v1/classify?index=things", content=form, headers=kind)
+    assert (whole.status_code, len(whole.json()["results"])) == (200, 2)
+
+
+def test_pages_of_other_sites_are_refused_without_the_token(own: Path) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
+    with serving(own, token=TOKEN) as client:
+
+        def statuses(site: str, **headers: str) -> tuple[int, ...]:
+            sent = {"headers": {"Sec-Fetch-Site": site, **headers}}
+            classified = client.post("/v1/classify", files={"images": photo}, **sent)
+            return (classified.status_code, client.get("/v1/indexes", **sent).status_code)
+
+        assert statuses("cross-site") == (403, 403)
+        assert statuses("cross-site", Authorization="Bearer wrong") == (403, 403)
+        for site in ("none", "same-origin", "same-site"):
+            assert statuses(site) == (200, 200)
+        assert statuses("cross-site", **AUTHORISED) == (200, 200)
+        assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # who follows a link
+
+
+def test_a_problem_names_fields_of_the_request(both: Client, own: Path, tmp_path: Path) -> None:
+    long = {"features": [[1.0] * 512]}
+    refused = both.post("/v1/classify?index=food", json=long).json()["detail"]
+    assert "norms=unit" in refused
+    assert "--" not in refused
+    for norms in ("unit", "keep"):
+        assert both.post(f"/v1/classify?index=food&norms={norms}", json=long).status_code == 200
+    cache = CacheModel.load(own, device="cpu")
+    keys, names = np.asarray(cache.keys), cache.class_names[:2]
+    CacheModel.from_features(keys[:2], names, names, keys[:2]).save(tmp_path / "text")
+    with serving(tmp_path / "text", token=TOKEN) as client:
+        sent = {"features": [keys[2].tolist()], "labels": ["new"]}
+        answer = client.post("/v1/indexes/text/keys", json=sent, headers=AUTHORISED)
+        assert (answer.status_code, "--" in answer.json()["detail"]) == (422, False)
+
+
+def test_few_indexes_are_made(own: Path) -> None:
+    photo = photographs(SHARED, "test", 10, 1)[0][0].read_bytes()
+    with serving(own, limits=Limits(indexes=1), token=TOKEN) as client:
+        sent = {"files": {"images": photo}, "data": {"name": "new", "label": "a"}, "headers": AUTHORISED}
+        answer = client.post("/v1/indexes", **sent)
+    assert (answer.status_code, str(own.parent) in answer.json()["detail"]) == (409, True)
+    assert not (own.parent / "new").exists()
 
 
 def test_the_page_is_here_and_loads_nothing_from_elsewhere(both: Client) -> None:

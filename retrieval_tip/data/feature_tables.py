@@ -178,7 +178,7 @@ def check_norms(features: FloatArray, start: int, norms: str, name: str) -> Floa
     if rows.size and norms == "check":
         raise InputError(
             f"{name}: {row_list(rows + start)}: norm {lengths[rows[0]]:.4g} instead of 1; "
-            "give --norms unit to normalise here, or --norms keep where it is meant"
+            "use norms=unit to scale it to 1, or norms=keep to take it as it is"
         )
     rows = np.flatnonzero(lengths > MOST_KEPT)
     if rows.size and norms == "keep":

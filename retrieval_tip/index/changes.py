@@ -211,7 +211,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
         try:
             change.cache.remove(chosen)
         except UsageError as error:  # fewer keys than the lists of an inverted file
-            raise InputError(f"{error}; give it another type first (index rebuild --index Flat)") from None
+            raise InputError(f"{error}; rebuild the index first, with index=Flat") from None
         change.what = f"remove {counted(len(chosen), 'key')}"
     return Changed(_version(change.cache), chosen)
 
@@ -512,8 +512,8 @@ def _needed(
     if missing:
         alike = spelled_alike([*present, missing[0]])
         raise InputError(
-            f"class {missing[0]!r}: is new and needs a text weight, as every class of this index has one; "
-            "give its text features with --text, or the backbone with --model where the index has templates"
+            f"class {missing[0]!r}: is new and needs a text weight, as every class of this index has one; give its "
+            "text features (text) or, where the index has templates, the encoder (model)"
             + (f"; or label it {alike[missing[0]]!r}, if that is the same class" if missing[0] in alike else "")
         )
     return new

@@ -64,17 +64,28 @@ async def _changed(request: Request) -> bool:
 Changed = Annotated[bool, Depends(_changed)]
 
 
+def _has_token(request: Request) -> bool:
+    """Tell whether a request has the server's token."""
+    token = request.app.state.token
+    said = request.headers.getlist("authorization")
+    scheme, _, sent = said[0].partition(" ") if len(said) == 1 else ("", "", "")
+    right = token is not None and hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
+    return bool(right and scheme.lower() == "bearer")
+
+
+async def _from_here(request: Request) -> None:
+    """Refuse requests that a browser sends for a page of another site, unless they have the token."""
+    if "cross-site" in request.headers.getlist("sec-fetch-site") and not _has_token(request):
+        raise Problem(403, "pages of other sites may not ask this server; send its token (Authorization: Bearer TOKEN)")
+
+
 async def _allowed(request: Request, authorization: Token = None) -> None:
     """Refuse who does not send the server's token."""
-    token = request.app.state.token
-    if token is None:
+    if request.app.state.token is None:
         raise Problem(
             403, "this server takes no changes; start it with --token TOKEN, which who may change indexes sends"
         )
-    said = request.headers.getlist("authorization")
-    scheme, _, sent = said[0].partition(" ") if len(said) == 1 else ("", "", "")
-    right = hmac.compare_digest(sent.strip(" ").encode("latin-1"), token.strip(" ").encode())
-    if scheme.lower() != "bearer" or not right:
+    if not _has_token(request):
         raise Problem(
             401,
             "this is not the server's token (Authorization: Bearer TOKEN); the address that serve printed has it",
@@ -83,7 +94,7 @@ async def _allowed(request: Request, authorization: Token = None) -> None:
 
 
 about = APIRouter()
-reads = APIRouter(prefix="/v1")
+reads = APIRouter(prefix="/v1", dependencies=[Depends(_from_here)], responses=schemas.problems(403))
 changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)])
 
 

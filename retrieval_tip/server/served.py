@@ -98,7 +98,7 @@ class Version:
         hidden = {"keys"} if ask.logits else {"keys", "logits"}
         results: list[dict[str, Any]] = []
         for part in slices(len(features), self.at_once(ask)):
-            predictions = cache.classify(features[part], ask.top, neighbours=ask.neighbours)
+            predictions = cache.classify(features[part], ask.top, neighbours=ask.neighbours, norms="keep")  # as read
             answers = list(predictions.rows([c for c in predictions.to_arrow().column_names if c not in hidden]))
             if ask.evidence:
                 for answer, own in zip(answers, cache.evidence(features[part], COMPLETE, NEAREST), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from retrieval_tip.data.encoder import FloatArray
 from retrieval_tip.data.feature_tables import check_norms
@@ -54,6 +56,16 @@ class Sent:
     index: str | None = None
 
 
+class _Form(MultiPartParser):
+    """A parser of a form that tells whether the form was whole."""
+
+    is_whole = False
+
+    def on_end(self) -> None:
+        """Take note of the last boundary."""
+        self.is_whole = True
+
+
 async def read(request: Request, limits: Limits, norms: str, d: int, *, labelled: bool = False) -> Sent:
     """The images or features that were sent, for an index of features of ``d`` values.
 
@@ -85,11 +97,19 @@ async def _form(request: Request, limits: Limits, *, labelled: bool, new: bool =
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs take long, or fail
         raise Problem(415, f"content type {FORM}: its text has to be UTF-8")
     bounds = {"max_files": limits.images, "max_fields": limits.images + 8, "max_part_size": LONGEST_FIELD}
+
+    async def body() -> AsyncGenerator[bytes, None]:
+        async for part in request.stream():
+            yield part
+        if not parser.is_whole:
+            raise MultiPartException("the form breaks off before its last boundary; send all of it")
+
+    parser = _Form(request.headers, body(), **bounds)
     try:
-        await request.form(**bounds)
-    except FormParserError as error:  # which older versions of starlette let through
+        form = await parser.parse()
+    except (MultiPartException, FormParserError) as error:  # the latter by older versions of starlette
         raise Problem(400, f"content type {FORM}: {first_line(error)}") from None
-    async with request.form(**bounds) as form:  # as it was parsed
+    try:
         names: list[str] = []
         images: list[bytes] = []
         labels: list[str] = []
@@ -105,6 +125,8 @@ async def _form(request: Request, limits: Limits, *, labelled: bool, new: bool =
                 indexes.append(_index(value))
             else:
                 labels.append(_label(value))
+    finally:
+        await form.close()
     if not images:
         raise Problem(422, "images: none; send at least one file in the field 'images'")
     if new:
