@@ -242,7 +242,7 @@ def check_derived(model, dtype):
     whole = model if model.values is None or not isinstance(model, lance_model.LanceModel) else model.whole
     if model.metric is not None and not isinstance(whole, lance_model.LanceModel):
         points = model.metric(torch.from_numpy(np.asarray(whole.keys, dtype=np.float32))).numpy().astype(dtype)
-        np.testing.assert_array_equal(np.asarray(whole.points), points)
+        np.testing.assert_allclose(np.asarray(whole.points), points, rtol=0, atol=4 * np.finfo(dtype).eps)
     if model.values is not None:
         points = np.asarray(whole.met, dtype=np.float64)
         gram = np.exp(-model.settings.beta * (1 - points @ points.T)) + model.fitted.ridge * np.eye(model.n)
