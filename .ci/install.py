@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
                 step = f"{word.lower()} {rest}"
             elif word == "Installing":
                 step = "installing"
-            elif word == "Successfully":  # installed this-1 that-2
+            elif line.startswith("Successfully installed"):  # this-1 that-2; "Successfully built" comes before
                 collected = len(rest.split()) - 1
     end.set()
     print("\r\x1b[K" if live else "", end="")

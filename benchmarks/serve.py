@@ -140,6 +140,7 @@ def plain(folder: Path, what: str, device: str) -> None:
             "text_logit",
             "cache_logit",
             "neighbours",
+            "opposing",
             "unlike",
         )
         results = [

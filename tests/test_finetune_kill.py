@@ -173,7 +173,7 @@ def test_killed_at_every_step_and_resumed_it_ends_where_an_unbroken_run_ends(
         assert server.train(recipe, place) == 0
         rest, result = server.result(place)
         assert result == expected
-        assert (rest < steps) if found else (rest == steps)
+        assert (rest < steps) if found else (rest >= steps)  # one more where it removes what the killed one left
 
 
 @killing.needs_fork

@@ -148,7 +148,7 @@ FEATURE_TABLES: dict[str, tuple[pa.Table, str]] = {
     "null feature": (table(changed(3, None)), "row 3 without a feature"),
     "null value": (table(changed(4, None, 2)), "row 4 with a missing value"),
     "zero row": (table(changed(1, [0.0] * D)), "row 1: the feature is zero"),
-    "unnormalised row": (table(changed(1, [1.0] * D)), "--norms"),
+    "unnormalised row": (table(changed(1, [1.0] * D)), "norms=unit"),
     "unnormalised table": (table(rows(6) * 17), "norm 17"),
     "shorter row": (table(changed(2, [1.0])), "row 2 has 1 values"),
     "longer row": (table(changed(2, [0.1] * (D + 1))), "row 2 has 9 values"),

@@ -1160,6 +1160,7 @@ def test_suspicious_ones_are_mended_together(opened: Open, served: Served) -> No
     expect(page.locator("#notice")).not_to_contain_text("Accuracy")
     expect(page.locator("#index-judged")).to_contain_text("both")
     page.locator("#notice").get_by_role("button", name="Undo").click()
+    expect(page.locator("#index-facts")).to_contain_text("82 photos")
     expect(listed).to_have_count(number)
     page.click("#audit-keep-all")
     expect(page.locator("#audit-state")).to_contain_text("No label is in doubt.")
