@@ -19,6 +19,7 @@ from test_keys import made_module
 from retrieval_tip import CacheModel, Encoder, verify
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.index import tune as tuning
+from retrieval_tip.settings import KeysMet
 
 C, SHOTS, Q = 20, 16, 120
 NAMES = [f"class {i}" for i in range(C)]
@@ -59,7 +60,7 @@ def json_rows(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def labels(cache: CacheModel, features: dict[str, Any], k: int | None) -> list[int]:
+def labels(cache: CacheModel, features: dict[str, Any], k: KeysMet) -> list[int]:
     return cache.logits(features["queries"], k, cache.settings.tail).argmax(1).tolist()
 
 
@@ -96,7 +97,7 @@ def test_a_new_version_is_what_was_printed(
     added = set((place / "index" / "data").iterdir()) - data
     assert {path.name.partition("-")[0] for path in added} <= {"index"}  # no other file is written again
     cache = CacheModel.load(place / "index", device="cpu", precision="float32")
-    same = np.mean(np.equal(labels(cache, features, cache.settings.k), labels(cache, features, None)))
+    same = np.mean(np.equal(labels(cache, features, cache.settings.k), labels(cache, features, "all")))
     assert same == pytest.approx(chosen[0]["agreement"], abs=0.5 / Q)
     asked = json_rows(run("classify", place / "index", place / "queries.parquet", "--format", "json").stdout)
     assert [row["label"] for row in asked] == [NAMES[i] for i in labels(cache, features, cache.settings.k)]
