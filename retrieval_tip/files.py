@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -17,11 +18,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from retrieval_tip.errors import InputError, one_line, show
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 FOLDER = "a folder"
 KERNEL = "made up by the kernel"
@@ -193,7 +189,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> int:
     """Remove temporary files and folders that killed processes left beside ``name``, or beside any file of a folder.
 
     What :func:`temporary` made is locked by the process that uses it, and the system unlocks it when that process ends.
-    Windows has no such locks, so everything stays there. Returns the number of bytes of the files.
+    Returns the number of bytes of the files.
     """
     freed = 0
     with suppress(OSError):
@@ -211,10 +207,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> int:
 def locked_folder(folder: Path, *, alone: bool, wait: float) -> Iterator[bool]:
     """Lock a folder, alone or with all who do not want it alone, and yield whether it is locked.
 
-    It is not where another process locks it for longer than ``wait`` seconds, and on Windows.
+    It is not if another process locks it for longer than ``wait`` seconds.
     """
     until, lock = time.monotonic() + wait, _lock(folder, alone=alone)
-    while lock is None and fcntl is not None and time.monotonic() < until:
+    while lock is None and time.monotonic() < until:
         time.sleep(LOCK_POLL)
         lock = _lock(folder, alone=alone)
     try:
@@ -226,8 +222,6 @@ def locked_folder(folder: Path, *, alone: bool, wait: float) -> Iterator[bool]:
 
 def _lock(path: Path, *, alone: bool = True) -> int | None:
     """Lock a file or a folder and return its descriptor; ``None`` where it is something else, or is locked."""
-    if fcntl is None:
-        return None
     try:
         lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
