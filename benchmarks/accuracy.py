@@ -60,11 +60,11 @@ Method = Callable[[Shots], Answering]
 
 
 def zero_shot(shots: Shots) -> Answering:
-    return shots.cache.with_settings(shots.cache.settings.but(alpha=0.0))
+    return shots.cache.with_settings(shots.cache.settings.override(alpha=0.0))
 
 
 def paper(shots: Shots) -> Answering:
-    return shots.cache.with_settings(shots.cache.settings.but(alpha=1.0, beta=5.5))
+    return shots.cache.with_settings(shots.cache.settings.override(alpha=1.0, beta=5.5))
 
 
 def searched(shots: Shots) -> Answering:

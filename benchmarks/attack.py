@@ -597,7 +597,7 @@ def make_world(chosen: dict[str, Area]) -> None:
     """Import everything here; make what every try starts with in a child, for that may start threads."""
     with_images = any(area.images for area in chosen.values())
     warm.import_now(images=with_images)
-    from retrieval_tip.cli.group import start_lightly
+    from retrieval_tip.cli.program import start_lightly
 
     start_lightly()
     child = start(Case(call=partial(make_base, with_images=with_images)), SCRATCH / "making")

@@ -53,7 +53,7 @@ def main(shared: Path, seeds: int) -> None:
                 statistics = measure(cache.keys, cache.labels["class_id"].to_numpy())
                 for form, values in right.items():
                     settings = (0.0, 1.0) if form == "zero-shot" else plain_settings(None, None, form, statistics)
-                    cache.settings = cache.settings.but(**dict(zip(("alpha", "beta"), settings, strict=True)))
+                    cache.settings = cache.settings.override(**dict(zip(("alpha", "beta"), settings, strict=True)))
                     values.append(float((cache.logits(features).argmax(1).numpy() == ids).mean()))
             figures = "".join(f"{100 * np.mean(values):>11.1f}" for values in right.values())
             click.echo(f"{f'{name}, {shots} shots':<32}{figures}")

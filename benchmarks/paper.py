@@ -226,7 +226,7 @@ def finetuned(index: CacheModel, shots: Source, val: Source, test: Source, encod
     answers = sweep.encode(cache, test, encoder)
     as_trained = Score.of(cache, answers)
     choice = search_hp.search(cache, queries, cautious=True, kept=SETTINGS)
-    chosen = replace(cache, settings=cache.settings.but(alpha=choice.alpha, beta=choice.beta, k=choice.k))
+    chosen = replace(cache, settings=cache.settings.override(alpha=choice.alpha, beta=choice.beta, k=choice.k))
     parameters = sum(size_of(part, index, encoder) for part in parts)
     return Finetuned(epochs, parameters, seconds, loss, collapsed, right.mean(), as_trained, Score.of(chosen, answers))
 

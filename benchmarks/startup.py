@@ -47,7 +47,7 @@ def part(name):
 started, folder, image = float(sys.argv[1]), sys.argv[2], sys.argv[3]
 marks["interpreter"] = began - started
 with part("import click and the command line"):
-    from retrieval_tip.cli.group import start_lightly
+    from retrieval_tip.cli.program import start_lightly
 start_lightly()
 for package in ("numpy", "pyarrow.parquet", "torch", "faiss"):
     with part(f"import {package}"):

@@ -312,7 +312,7 @@ class Material:
         return replace(
             cache,
             index=index_over(cache.keys, ids, len(cache.class_names), factory, cache.device),
-            settings=cache.settings.but(k="all"),
+            settings=cache.settings.override(k="all"),
         )
 
     def print_head(self) -> None:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Backbone, Identity
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.cache_model import CacheModel, verify
+    from retrieval_tip.classifier import Classifier, Explanation
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.data.sources import Source, open_inputs, open_source
     from retrieval_tip.errors import RetrievalTipError
     from retrieval_tip.estimator import ImageEncoder, TipAdapterClassifier
     from retrieval_tip.evaluation.evaluate import Evaluation
-    from retrieval_tip.facade import Classifier, Explanation
     from retrieval_tip.fit.finetune import Tuned
     from retrieval_tip.fit.trainer import Recipe
     from retrieval_tip.index.build import build_index
@@ -32,11 +32,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Backbone": "backbones.base",
     "CacheModel": "cache_model",
-    "Classifier": "facade",
+    "Classifier": "classifier",
     "Encoder": "data.encoder",
     "EncodingCache": "data.encoder",
     "Evaluation": "evaluation.evaluate",
-    "Explanation": "facade",
+    "Explanation": "classifier",
     "Identity": "backbones.base",
     "ImageEncoder": "estimator",
     "Neighbour": "predictions",

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex, Answers, spread
 from retrieval_tip.backbones.base import Identity, resolve_device
-from retrieval_tip.classifier import AnsweringIndex, Answers, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.retrieval import inputs
@@ -291,7 +291,7 @@ class InMemory(AnsweringIndex):
             yield every[rows[part]], np.asarray(self.keys[rows[part]])
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """See :meth:`classifier.AnsweringIndex.find`."""
+        """See :meth:`answering.AnsweringIndex.find`."""
         return rows_with(self.labels, labels, source, key_ids)
 
     def every_class(self) -> Self:
@@ -736,7 +736,7 @@ class CacheModel(InMemory):
     def _commit(self, writer: Writer, change: str) -> store.Check:
         """Write the manifest that makes this the current version. Returns a check that has nothing left to look at.
 
-        Raises as :meth:`classifier.AnsweringIndex.check_answers`.
+        Raises as :meth:`answering.AnsweringIndex.check_answers`.
         """
         self.check_answers()
         manifest = _manifest(self, writer, change)

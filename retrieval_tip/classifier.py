@@ -1,526 +1,604 @@
-"""Answers: what an index says of a query, wherever its keys are kept."""
+"""Photographs in, answers out: an index with the backbone that it was made with, in one object.
+
+It does nothing itself: each method is one call of what the commands of the same names call too.
+"""
 
 from __future__ import annotations
 
+import base64
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import torch
-from torch import Tensor
-from torch.nn import functional
 
-from retrieval_tip import tip
-from retrieval_tip.backbones.base import Identity
-from retrieval_tip.bounds import check_count
+from retrieval_tip.backbones.base import Backbone
+from retrieval_tip.backbones.loading import load_backbone, load_when_needed
+from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.sources import Source
-from retrieval_tip.errors import InputError, counted, warn_once
+from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.feature_tables import check_backbone
+from retrieval_tip.data.pictures import Picture, Pictures, is_one, labelled_pictures, pictures
+from retrieval_tip.data.sources import Source, is_image, open_inputs, open_source, read_item
+from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.html import markup, table
-from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Certified, Evidence, Predictions, lists
-from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.evidence import Contributors, Nearest
-from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.logits import LOGITS, Retrieval, first_two, slices
-from retrieval_tip.retrieval.vector_index import GPU_MAX_K
-from retrieval_tip.settings import Built, Fitted, KeysMet, Settings
-from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.index import changes, places
+from retrieval_tip.index.build import build_index
+from retrieval_tip.predictions import Prediction, Predictions
+from retrieval_tip.settings import KeysMet, MetricName, ValuesName
 
-SHOWN_CLASSES = 8
-"""Classes that a notebook shows."""
+if TYPE_CHECKING:
+    import torch
 
-ASKED = 16
-"""Keys that are asked about, before they become a version."""
+    from retrieval_tip.backbones.base import Trainable
+    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.lance.lance_model import LanceModel
+    from retrieval_tip.report.report import Report
 
-MOST_EXPONENT = 80.0
-"""Largest exponent of a key's weight; from 88 on, float32 overflows."""
+    Loaded = tuple[Any, Any, Any]
+    """A model, its preprocessing and its tokenizer, as open_clip gives them."""
 
-PREDICTED = 1 << 16
-"""Predictions that are made columns of at a time: Arrow's lists and texts have 2 GiB at most."""
+Features = npt.NDArray[np.floating[Any]]
+THUMBNAIL = 128
+"""Pixels of the longer side of a picture in a notebook."""
 
-GROWTH, ALL_FROM = 4, 8
-"""A query that is not settled meets so many times the keys; where these are more than an eighth of all, all.
 
-A GPU meets all keys faster than it retrieves more than FAISS does there."""
+class Classifier:
+    """An index of labelled photographs that answers for new ones.
+
+    ``cache`` is the index itself (:class:`CacheModel`), with everything that it can do; ``encoder`` makes features of
+    photographs, as the index was made.
+
+    >>> clf = Classifier.from_folder("photos")            # one folder a class
+    >>> clf.predict("new/1.jpg").label
+    >>> clf.save("indexes/things")
+    """
+
+    _temporary: weakref.finalize[Any, Any] | None = None
+    """Removes the folder of an index that lives as long as this object."""
+
+    def __init__(self, cache: CacheModel | LanceModel, encoder: Encoder) -> None:
+        self.cache, self.encoder = cache, encoder
+
+    @classmethod
+    def from_folder(
+        cls,
+        photos: str | os.PathLike[str] | Source | Pictures,
+        model: str | Backbone | Loaded | None = None,
+        *,
+        pretrained: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        views: int = 1,
+        seed: int = 1,
+        shots: int | None = None,
+        templates: Sequence[str] | None = None,
+        text: str | os.PathLike[str] | None = None,
+        index: str | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        alpha: float | None = None,
+        beta: float | None = None,
+        normalize: Literal["both", "shots", "affinity", "none"] | None = None,
+        fit: Literal["auto", "none"] | None = None,
+        metric: MetricName | None = None,
+        values: ValuesName | None = None,
+        k: KeysMet = None,
+        logit_scale: float | None = None,
+    ) -> Self:
+        """Build an index from a folder with one folder of photos per class, or from any other labelled source.
+
+        - ``photos``: what :func:`sources.open_source` reads, or an open source
+        - ``model``: a name (:func:`loading.load_backbone`), a backbone, or open_clip's model, preprocessing, tokenizer
+        - ``pretrained``: a tag or a file of weights for a ``model`` given by name
+        - ``out``: index folder to write; without it the index is deleted with this object, unless :meth:`save` keeps it
+        - ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``
+        - ``views``: 1 for the centre view of each photo, V > 1 for the mean of V augmented views
+        - ``seed``: of the draws of ``shots`` and ``views``
+
+        The other arguments are those of :func:`build.build_index`. Raises as :func:`sources.open_source`,
+        :func:`loading.load_backbone` and :func:`build.build_index`.
+        """
+        if isinstance(photos, Pictures):
+            given = photos
+        else:
+            given = Pictures(photos if isinstance(photos, Source) else open_source(photos), read_item)
+        encoder = Encoder(_backbone(model, pretrained, device), views=views, seed=seed, cache=EncodingCache.at(None))
+        place = Path(tempfile.mkdtemp(prefix="retrieval-tip-")) / "index" if out is None else Path(out)
+        cache = build_index(
+            given.source,
+            place,
+            replace(encoder, read=given.read, strict=given is photos),
+            shots=shots,
+            templates=templates,
+            text=text,
+            index=index,
+            dtype=dtype,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            fit=fit,
+            metric=metric,
+            values=values,
+            k=k,
+            logit_scale=logit_scale,
+            device=device,
+        )
+        made = cls(cache, replace(encoder, views=1))
+        if out is None:
+            made._temporary = weakref.finalize(made, shutil.rmtree, place.parent, ignore_errors=True)
+        return made
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Any,
+        labels: Iterable[Any] | None = None,
+        model: str | Backbone | Loaded | None = None,
+        *,
+        pretrained: str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        views: int = 1,
+        seed: int = 1,
+        shots: int | None = None,
+        templates: Sequence[str] | None = None,
+        text: str | os.PathLike[str] | None = None,
+        index: str | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        alpha: float | None = None,
+        beta: float | None = None,
+        normalize: Literal["both", "shots", "affinity", "none"] | None = None,
+        fit: Literal["auto", "none"] | None = None,
+        metric: MetricName | None = None,
+        values: ValuesName | None = None,
+        k: KeysMet = None,
+        logit_scale: float | None = None,
+    ) -> Self:
+        """Build an index from labelled photos in memory or in a dataset.
+
+        ``images`` are what :meth:`predict` takes, with one of ``labels`` for each; or pairs ``(photo, label)``, as the
+        items of a torch dataset without a transform are; or a Hugging Face dataset with columns of images and labels.
+        The other arguments are those of :meth:`from_folder`. Raises as it does, and as
+        :func:`pictures.labelled_pictures`.
+        """
+        return cls.from_folder(
+            labelled_pictures(images, labels),
+            model,
+            pretrained=pretrained,
+            out=out,
+            device=device,
+            views=views,
+            seed=seed,
+            shots=shots,
+            templates=templates,
+            text=text,
+            index=index,
+            dtype=dtype,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            fit=fit,
+            metric=metric,
+            values=values,
+            k=k,
+            logit_scale=logit_scale,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        place: str | os.PathLike[str],
+        model: str | Backbone | Loaded | None = None,
+        *,
+        device: str = "auto",
+    ) -> Self:
+        """The index at a folder or an address, with its own backbone, by what its manifest says.
+
+        ``model`` is one in its place, where it cannot be loaded by its name. An index of features whose backbone has no
+        name answers for features only. Raises StoreError where there is no index, or it is damaged; BackboneError where
+        its backbone cannot be had, or ``model`` is another one.
+        """
+        cache = places.at(place).load(device=device)
+        identity, backbone = cache.backbone, None
+        if model is not None:
+            backbone = _backbone(model, None, device)
+        elif identity is not None and cache.tuned is not None:
+            backbone = load_backbone(identity.model, identity.pretrained, device=device, tuned=cache.tuned)
+        elif identity is not None:
+            backbone = load_when_needed(identity, cache.d, device=device)
+        check_backbone(identity, cache.d, backbone, [])
+        return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
+
+    @classmethod
+    def from_hub(
+        cls,
+        repository: str,
+        folder: str | os.PathLike[str] | None = None,
+        model: str | Backbone | Loaded | None = None,
+        *,
+        device: str = "auto",
+    ) -> Self:
+        """Download and open the index that :meth:`push_to_hub` put at ``ORG/NAME`` of the Hugging Face hub.
+
+        It is stored in ``folder``, by default ``indexes/NAME``. ``model`` and ``device`` are those of :meth:`load`.
+        Raises as it does, and InputError if the download fails.
+        """
+        from huggingface_hub import snapshot_download
+
+        place = Path("indexes", repository.rpartition("/")[2]) if folder is None else Path(folder)
+        try:
+            snapshot_download(repository, local_dir=place)
+        except Exception as error:  # the hub, httpx and the disk each raise their own
+            raise InputError(f"{repository}: cannot be fetched: {str(error).splitlines()[0]}") from error
+        return cls.load(place, model, device=device)
+
+    # ------------------------------------------------------------------------------------------------------- answers
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the index's order."""
+        return list(self.cache.class_names)
+
+    @overload
+    def predict(  # type: ignore[overload-overlap] # a path is an iterable of letters too
+        self,
+        what: Picture,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self,
+        what: Iterable[Picture] | Features,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Predictions: ...
+    def predict(
+        self,
+        what: Any,
+        top: int = 1,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+        norms: Literal["check", "keep"] = "check",
+    ) -> Prediction | Predictions:
+        """Classify one photo, several photos, everything in a folder, table or tar, or features ``[q, d]``.
+
+        Args:
+            what: one photo (a path, a PIL picture, an array ``[h, w, 3]`` uint8, encoded bytes, a row of a Hugging Face
+                dataset); several (a list of these, a Hugging Face dataset or its column of images); anything that
+                ``retrieval-tip classify`` takes (a folder, a pattern, a table, a tar), where ``encoder.skipped`` lists
+                the photos that could not be read; or floating-point features of the index's backbone.
+            top: classes to report, most probable first.
+            neighbours: shots to report, those that contributed most to each answer.
+            k: nearest keys that vote, or ``all``; by default the index's own setting.
+            tail: whether to estimate what the other keys would add; by default the index's own setting.
+            certify: whether to use as many keys as settle the answer.
+            norms: of features: ``check`` that they have unit norm, or ``keep`` them as they are.
+
+        Raises InputError naming the photo that cannot be read, or the row of features whose norm is not 1.
+        """
+        if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
+            answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
+            return answers[0] if what.ndim == 1 else answers
+        if isinstance(what, str | os.PathLike) and not is_image(what):
+            given = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])]
+            return self._answers(given, replace(self.encoder, norms=norms), top, k, tail, neighbours, certify)
+        encoder = replace(self.encoder, strict=True)
+        answers = self._answers([pictures(what)], encoder, top, k, tail, neighbours, certify)
+        return answers[0] if is_one(what) else answers
+
+    __call__ = predict
+
+    def _answers(
+        self,
+        given: Iterable[Pictures],
+        encoder: Encoder,
+        top: int,
+        k: KeysMet,
+        tail: bool | None,
+        neighbours: int,
+        certify: bool,
+    ) -> Predictions:
+        answers: list[Predictions] = []
+        for part in given:
+            reader = replace(encoder, read=part.read)
+            try:
+                answers += self.cache.classify_source(part.source, reader, top, k, tail, neighbours, certify)
+            except InputError as error:
+                raise InputError(str(error).partition("; leave out --strict")[0]) from None
+        return Predictions.joined(answers)
+
+    def explain(
+        self,
+        what: Picture,
+        top: int = 3,
+        *,
+        neighbours: int = 5,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        certify: bool = False,
+    ) -> Explanation:
+        """Classify one photo, and show it in a notebook beside its nearest shots. Arguments as for :meth:`predict`."""
+        given, encoder = pictures(what), replace(self.encoder, strict=True)
+        prediction = self._answers([given], encoder, top, k, tail, neighbours, certify)[0]
+        own = given.read(given.source.paths[0]) if given.source.paths else b""
+        return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
+
+    # ------------------------------------------------------------------------------------------------------- changes
+
+    def add(
+        self,
+        what: Any,
+        label: str | Sequence[str] | None = None,
+        *,
+        text: str | os.PathLike[str] | None = None,
+        shots: int | None = None,
+        skip_known: bool = False,
+    ) -> list[int]:
+        """Add labelled photos to the index as a new version, and return the ids of their keys.
+
+        ``what`` are photos as for :meth:`predict`, with a ``label`` for all or one for each; or a labelled source or
+        dataset. New classes come after the existing ones. The other arguments are those of :func:`changes.add`. Raises
+        as it does; UsageError if photos come without a label.
+        """
+        built = self.cache.manifest.built if self.cache.manifest is not None else None
+        encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
+        if isinstance(what, Source):
+            source = what
+        elif label is None and isinstance(what, str | os.PathLike) and not is_image(what):
+            source = open_source(what)
+        elif label is None:
+            given = labelled_pictures(what)
+            source, encoder = given.source, replace(encoder, read=given.read, strict=True)
+        else:
+            several = isinstance(what, str | os.PathLike) and Path(what).is_dir()
+            given = pictures([str(path) for path in images.find(Path(what))] if several else what).labelled(label)
+            source, encoder = given.source, replace(encoder, read=given.read, strict=True)
+        added = changes.add(self._place(), source, encoder, text=text, shots=shots, skip_known=skip_known)
+        self.cache = self.cache.reload()
+        return added.key_ids
+
+    def save(self, folder: str | os.PathLike[str]) -> Self:
+        """Keep the index in a folder of its own, or at an address: a copy, which this object then is of.
+
+        Raises as :func:`changes.clone`.
+        """
+        changes.clone(self._place(), folder)
+        self.cache = places.at(folder).load(device=self.cache.device)
+        if self._temporary is not None:
+            self._temporary()
+        self._temporary = None
+        return self
+
+    def _place(self) -> str:
+        if self.cache.place is None:
+            raise UsageError("the index has no folder yet; give it one with its cache.save(FOLDER)")
+        return self.cache.place
+
+    # ------------------------------------------------------------------------------------------------------- figures
+
+    def evaluate(
+        self,
+        test: Any,
+        *,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        abstain: float | None = None,
+        affinities: bool = False,
+    ) -> Evaluation:
+        """Classify labelled photos and compare: :func:`evaluate.evaluate`.
+
+        ``test`` is a labelled source, of which the test part is taken, or a dataset as for :meth:`from_images`. The
+        other arguments are those of :func:`evaluate.evaluate`. Raises as it does.
+        """
+        encoder = replace(self.encoder, skipped=[])
+        if isinstance(test, str | os.PathLike | Source):
+            source = _opened(test, "test")
+        else:
+            given = labelled_pictures(test)
+            source, encoder = given.source, replace(encoder, read=given.read)
+        return evaluate(self.cache, source, encoder, k=k, tail=tail, abstain=abstain, affinities=affinities)
+
+    def report(
+        self,
+        out: str | os.PathLike[str],
+        test: str | os.PathLike[str] | Source,
+        *,
+        val: str | os.PathLike[str] | Source | None = None,
+        shots: Sequence[int] | None = None,
+        seeds: int = 3,
+        curves: bool = True,
+    ) -> Report:
+        """Write what is known about the index as one HTML file: :func:`report.write_report`.
+
+        ``test`` and ``val`` are labelled sources, of which the parts of these names are taken. The other arguments are
+        those of :func:`report.write_report`. Raises as it does.
+        """
+        from retrieval_tip.cache_model import CacheModel
+        from retrieval_tip.report.report import write_report
+
+        if not isinstance(self.cache, CacheModel):
+            raise UsageError("report: is of an index folder; save(FOLDER) makes one")
+        encoder, chosen_on = replace(self.encoder, skipped=[]), None if val is None else _opened(val, "val")
+        return write_report(
+            self.cache, _opened(test, "test"), encoder, out, val=chosen_on, shots=shots, seeds=seeds, curves=curves
+        )
+
+    def as_module(self) -> torch.nn.Module:
+        """A module from pixels to logits ``[b, c]``, in the order of ``classes``, apart from this object.
+
+        Its input is what :func:`onnx_graph.export_onnx` calls ``pixels``: ``[b, 3, h, w]``, RGB from 0 to 255, resized
+        and cut to the backbone's size; ``features`` where the index has no backbone. Raises UsageError for an index
+        that retrieves its keys, or is no folder.
+        """
+        import torch
+
+        from retrieval_tip.cache_model import CacheModel
+        from retrieval_tip.index.onnx_graph import Answer
+
+        if not isinstance(self.cache, CacheModel) or (self.cache.settings.k or self.cache.n) < self.cache.n:
+            raise UsageError("as_module: takes an index folder whose queries meet all keys (k all)")
+
+        class Logits(torch.nn.Module):
+            def __init__(self, answer: Answer) -> None:
+                super().__init__()
+                self.answer = answer
+
+            def forward(self, given: torch.Tensor) -> torch.Tensor:
+                logits: torch.Tensor = self.answer(given)[0]
+                return logits
+
+        return Logits(copy.deepcopy(Answer(self.cache, cast("Trainable | None", self.encoder.backbone)))).eval()
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        test: str | os.PathLike[str] | Source | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Put the index at ``ORG/NAME`` of the Hugging Face hub, with a card that says what it is; the address.
+
+        ``test`` is a labelled source by which it is judged for the card. The photographs stay here: an index holds
+        features, labels, and the paths of its shots. Raises InputError where the hub refuses.
+        """
+        from huggingface_hub import HfApi
+
+        if not isinstance(folder := places.at(self._place()), places.FolderStore):
+            raise UsageError("push_to_hub: takes an index folder; save(FOLDER) makes one")
+        card = _card(self, repository, None if test is None else self.evaluate(test))
+        hub = HfApi(token=token)
+        try:
+            hub.create_repo(repository, private=private, exist_ok=True)
+            hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
+            done = hub.upload_folder(repo_id=repository, folder_path=folder.folder, ignore_patterns=["*.lock", ".*"])
+        except Exception as error:  # the hub and httpx each raise their own
+            raise InputError(f"{repository}: the hub takes nothing: {str(error).splitlines()[0]}") from error
+        return str(done)
+
+    # --------------------------------------------------------------------------------------------------------- shown
+
+    def __len__(self) -> int:
+        """Number of keys."""
+        return self.cache.n
+
+    def __repr__(self) -> str:
+        backbone = self.cache.backbone.model if self.cache.backbone else "features of an unnamed backbone"
+        place = "kept for now" if self._temporary is not None else self.cache.place
+        return f"Classifier({self.cache.n} photographs, {len(self.classes)} classes, {backbone}, {place})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what the index holds."""
+        return self.cache._repr_html_()
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Logits of ``q`` queries on their way to predictions: ``text`` and ``cache`` ``[q, m]``, of ``m`` classes.
+class Explanation:
+    """An answer with its photographs: the one that was given, and the shots that contributed most to the answer."""
 
-    These are ``classes`` ``[q, m]``, or all of them (``None``); ``keys``, how many keys settled each query, where that
-    was certified; ``shots``: the shots behind each answer, if computing the logits already found them.
-    """
-
-    text: Tensor
-    cache: Tensor
-    classes: Tensor | None = None
-    keys: Tensor | None = None
-    shots: Contributors | None = None
-
-    def of(self, part: slice) -> Answers:
-        """Return the answers to some of the queries."""
-        classes, keys = (None if column is None else column[part] for column in (self.classes, self.keys))
-        shots = None if self.shots is None else self.shots.of(part)
-        return Answers(self.text[part], self.cache[part], classes, keys, shots)
-
-
-class AnsweringIndex(ABC):
-    """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
-
-    ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
-    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder. ``metric``
-    and ``fitted`` are what was fitted.
-    ``folder`` and ``version`` say which version of what this is.
-    """
-
-    class_names: list[str]
-    text_weights: Tensor
-    settings: Settings
-    templates: list[str]
-    backbone: Identity | None
-    provenance: dict[str, Any]
-    built: Built
-    device: str
-    version: int | None
-    values: Tensor | None
-    tuned: Path | None
-    metric: tip.Metric | None = None
-    fitted: Fitted | None = None
+    prediction: Prediction
+    picture: bytes
+    shots: list[bytes | None]
 
     @property
-    @abstractmethod
-    def n(self) -> int:
-        """Number of keys."""
-
-    @property
-    @abstractmethod
-    def d(self) -> int:
-        """Length of a feature."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> str:
-        """Of the stored keys: float32 or float16."""
-
-    @property
-    @abstractmethod
-    def retrieval(self) -> Retrieval:
-        """The retrieval of keys, with the settings as they are now."""
-
-    @property
-    @abstractmethod
-    def index_type(self) -> str:
-        """Factory of the index over the keys."""
-
-    @property
-    @abstractmethod
-    def exact_search(self) -> bool:
-        """Whether the nearest keys are always found."""
-
-    @property
-    @abstractmethod
-    def manifest(self) -> Manifest | None:
-        """That of the version that this was loaded from or saved as."""
-
-    @property
-    @abstractmethod
-    def place(self) -> str | None:
-        """Folder or address that this was loaded from or saved to."""
-
-    @abstractmethod
-    def reload(self) -> AnsweringIndex:
-        """The current version of what this was loaded from or saved to; itself, where this is that."""
-
-    @abstractmethod
-    def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Return columns of the label store for ``rows`` ``[m]`` of :class:`evidence.Nearest`."""
-
-    @abstractmethod
-    def every_row(self) -> npt.NDArray[np.int64]:
-        """The rows that :meth:`described` knows the keys by ``[n]``, in the order of :meth:`key_blocks`."""
-
-    @abstractmethod
-    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
-        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
-
-    @abstractmethod
-    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """The label store's rows of these classes and key ids (all, where none is named) whose source has that text.
-
-        Case does not matter in ``source``.
-        """
-
-    def every_class(self) -> Self:
-        """Itself, as it answers with the logits of every class, however many there are."""
-        return self
-
-    @property
-    def counts(self) -> list[int]:
-        """Keys of each class ``[c]``."""
-        counts: list[int] = self.retrieval.keys.counts.long().tolist()
-        return counts
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.n} keys of {self.d}, {len(self.class_names)} classes, "
-            f"index={self.index_type!r}, alpha={self.settings.alpha:g}, beta={self.settings.beta:g}, "
-            f"k={self.settings.k or 'all'}, device={self.device!r})"
-        )
+    def label(self) -> str:
+        """The answer."""
+        return self.prediction.label
 
     def _repr_html_(self) -> str:
-        """For notebooks: what this index holds, its settings, and where it comes from."""
-        few = ", ".join(
-            f"{name} {number}" for name, number in zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
-        )
-        more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
-        own = self.settings
-        settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
-        settings += f"{'with' if own.tail else 'without'} tail, temperature {own.temperature:.4g}"
-        rows: list[tuple[str, object]] = [
-            ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
-            ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
-            ("settings", settings),
-            ("text", f"logit scale {own.logit_scale:.4g}" if self.has_text else "none: the cache alone decides"),
-            ("index", f"{self.index_type} on {self.device}"),
-            ("backbone", self.backbone or "unnamed"),
-            ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
+        """Show the photograph, its classes, and the shots behind the answer, for notebooks."""
+        near = zip(self.prediction.neighbours, self.shots, strict=True)
+        rows = [
+            (_shown(shot), key.label, f"{key.contribution:.2g}", f"{key.affinity:.3f}", key.source)
+            for key, shot in near
         ]
-        return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
-
-    @property
-    def has_text(self) -> bool:
-        """Whether there are text weights; without them zero-shot logits are 0 and the cache alone decides."""
-        return bool(self.text_weights.any())
-
-    def caution(self, settings: Settings) -> str | None:
-        """Return a warning if answers by these settings are worse than they need be: a fit holds for one beta."""
-        if self.fitted is None or settings.beta == self.settings.beta:
-            return None
-        return (
-            f"beta: this index was fitted for {self.settings.beta:g}, and another one gives worse answers and "
-            "probabilities; index set --beta fits it again"
-        )
-
-    def with_settings(self, settings: Settings) -> Self:
-        """Return the same keys, answering by other settings; what was measured on the keys is shared.
-
-        Warns once about another beta than the one that the index was fitted for.
-        """
-        if settings == self.settings:
-            return self
-        if (caution := self.caution(settings)) is not None:
-            warn_once(caution)
-        other = copy.copy(self)
-        other.settings = settings
-        return other
-
-    def _queries(self, features: Features) -> Tensor:
-        return inputs.queries(features, self.d).to(self.device)
-
-    def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
-        """The retrieval of keys, by the index's settings but for what is given."""
-        return replace(self.retrieval, settings=self.settings.but(k=k, tail=tail))
-
-    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> tuple[Tensor, Tensor]:
-        """The two parts of the logits: text ``logit_scale * f W^T`` and cache ``C`` (without alpha), ``[q, c]`` each.
-
-        Arguments and errors as for :meth:`logits`.
-        """
-        terms = self._retrieval(k, tail).terms(self._queries(features))
-        self._check_overflow(terms.text, terms.cache)
-        return terms.text, terms.cache
-
-    def check_answers(self) -> None:
-        """Raise unless this can answer: of a few of its own keys, as unit queries, the logits over these keys.
-
-        So it costs the same however many keys there are. UsageError and InputError as :meth:`logits`.
-        """
-        settings = self.settings
-        keys, described = self.some(ASKED)
-        own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
-        ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
-        values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
-        queries, retrieval = functional.normalize(own), self.retrieval
-        affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
-        cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
-        tip.log_cache(cache, settings.log_offset)
-        self._check_overflow(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache)
-
-    def check_lengths(self, keys: npt.NDArray[Any]) -> None:
-        """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, as queries meet them."""
-        longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
-        if self.settings.beta * (longest - 1) > MOST_EXPONENT:
-            raise InputError(
-                f"beta {self.settings.beta:g}: exp(beta (affinity - 1)) overflows for a key of norm {longest:.4g}; "
-                "scale keys to norm 1 (norms unit)"
-            )
-
-    def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
-        """Raise InputError, naming the setting, where logits are not finite."""
-        settings = self.settings
-        largest = (_largest(text), _largest(cache)) if len(text) else (text.new_zeros(()), cache.new_zeros(()))
-        if not torch.isfinite(largest[1]):
-            raise InputError(
-                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
-            )
-        if not torch.isfinite(tip.blend(*largest, settings.alpha)):
-            raise InputError(
-                f"alpha {settings.alpha:g} or logit_scale {settings.logit_scale:g}: too large, the logits overflow; "
-                "use smaller ones"
-            )
-
-    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Certified:
-        """Text and cache logits from as few keys as settle each query: ``k``, then four times as many, at last all.
-
-        A query is settled where no key that it has not met can change its winner (:func:`tip.certificate`; with an
-        index over classes :func:`tip.settled`). A fine-tuned cache with values always takes all keys: what these
-        give may be negative. Arguments and errors as for :meth:`logits`.
-        """
-        f, retrieval = self._queries(features), self._retrieval(k, tail)
-        text = f.new_empty(len(f), len(self.class_names))
-        cache, keys = torch.empty_like(text), torch.full((len(f),), self.n)
-        left, met = torch.arange(len(f), device=self.device), retrieval.settings.k
-        most = self.n // ALL_FROM if self.device == "cpu" else min(self.n // ALL_FROM, GPU_MAX_K)
-        while len(left):
-            if met is not None and (met > most or self.values is not None):
-                met = None
-            asked = replace(retrieval, settings=retrieval.settings.but(k=met or "all"))
-            terms = asked.terms(f[left], certify=True)
-            text[left], cache[left] = terms.text, terms.cache
-            keys[left.cpu()] = self.n if met is None else met
-            left, met = left[~terms.settled], None if met is None else met * GROWTH
-        self._check_overflow(text, cache)
-        return Certified(text, cache, keys)
-
-    def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
-        """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
-
-        Args:
-            features: ``[q, d]`` unit-norm features, array or tensor.
-            k: how many of the nearest keys a query uses, or ``all``, Tip-Adapter exactly; by default the index's own.
-            tail: with ``k``, estimate what the keys that were not retrieved add (see :func:`tip.cache_logits`); by
-                default as the index has it.
-
-        Raises InputError where features are not finite or not ``[q, d]``, or logits overflow; UsageError where ``k``
-        is below 1.
-        """
-        text, cache = self.terms(features, k, tail)
-        return tip.blend(text, cache, self.settings.alpha)
-
-    def classify(
-        self,
-        features: Features,
-        top: int = 1,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        neighbours: int = 5,
-        certify: bool = False,
-        norms: str = "check",
-    ) -> Predictions:
-        """Answer queries: label, probability, and the ``neighbours`` shots that contributed most to each answer.
-
-        :class:`retrieval.evidence.Contributors` defines contributions. With ``k``, only keys that a query meets count.
-
-        Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
-        meets as many keys as settle its label (:meth:`certified`). ``norms``: ``check`` that features have norm 1, as
-        their keys had, or ``keep`` them. Raises InputError naming the row that has not, which raw features have not.
-        """
-        check_count("top", top)
-        retrieval, f = self._retrieval(k, tail), self._queries(features)
-        if norms == "check":
-            inputs.check_unit(f)
-        shown = min(neighbours, retrieval.settings.k or neighbours)
-        answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
-        parts = slices(len(f), PREDICTED) if len(f) else [slice(0)]
-        columns = [self._columns(f[part], answers.of(part), retrieval, top, shown) for part in parts]
-        return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
-
-    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
-        """Return logits of at least ``top`` classes, and ``neighbours`` shots behind each answer if these are known."""
-        terms = retrieval.terms(f, neighbours=max(neighbours, 0))
-        self._check_overflow(terms.text, terms.cache)
-        return Answers(terms.text, terms.cache, shots=terms.shots)
-
-    def _certified_answers(self, f: Tensor, retrieval: Retrieval) -> Answers:
-        certified = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
-        return Answers(certified.text, certified.cache, keys=certified.keys)
-
-    def _columns(self, f: Tensor, answers: Answers, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
-        """Return the columns of :class:`Predictions`; ``input`` is empty."""
-        text, cache, alpha = answers.text, answers.cache, self.settings.alpha
-        logits = tip.blend(text, cache, alpha)
-        places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
-        ranked = places if answers.classes is None else answers.classes.gather(1, places)
-        chances = _doubles(tip.probabilities(logits, self.settings.temperature).gather(1, places))
-        winner = places[:, :1]
-        own_cache = cache.gather(1, winner)
-        weighted = tip.blend(torch.zeros_like(own_cache), own_cache, alpha)
-        shots = answers.shots
-        if shots is None and neighbours > 0:
-            winner_class, rival = first_two(logits)
-            if answers.classes is not None:
-                winner_class, rival = answers.classes.gather(1, torch.stack([winner_class, rival], dim=1)).unbind(1)
-            shots = retrieval.contributors(retrieval.points(f), winner_class, rival, neighbours)
-        m, names = ranked.shape[1], pa.array(self.class_names, pa.string())
-        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
-        columns = {
-            "input": pa.nulls(len(text), pa.string()),
-            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
-            "probability": chances[:, 0],
-            "labels": lists(labels, m),
-            "probabilities": lists(chances, m),
-            "text_logit": _doubles(text.gather(1, winner))[:, 0],
-            "cache_logit": _doubles(weighted)[:, 0],
-            "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
-            "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
-        }
-        if answers.classes is None:
-            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
-        if answers.keys is not None:
-            columns["keys"] = answers.keys.cpu().numpy()
-        if self.settings.least_cache is not None:
-            columns["unlike"] = (cache.amax(dim=1) < self.settings.least_cache).cpu().numpy()
-        known = [column for column in PREDICTIONS if column in columns]
-        return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
-
-    def classify_source(
-        self,
-        source: Source,
-        encoder: Encoder,
-        top: int = 1,
-        k: KeysMet = None,
-        tail: bool | None = None,
-        neighbours: int = 5,
-        certify: bool = False,
-    ) -> Iterator[Predictions]:
-        """Classify images or a feature table, as it is read: answers to the items that could be, in order, by name.
-
-        ``encoder`` needs the backbone of this index for images; ``encoder.skipped`` names what could not be read. The
-        other arguments as for :meth:`classify`.
-        """
-        column = source.items["source"]
-        for block in encoder.blocks(source):
-            for part in self.parts(len(block.positions)):
-                answers = self.classify(
-                    block.features[part], top, k, tail, neighbours, certify, norms="keep"
-                )  # checked
-                yield answers.named(column.take(pa.array(block.positions[part])))
-
-    def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
-        """Return :class:`predictions.Evidence` of queries ``[q, d]``: all of up to ``complete`` keys, else ``nearest``.
-
-        Raises InputError where features are not finite or not ``[q, d]``.
-        """
-        f, retrieval = self._queries(features), self.retrieval
-        keys = retrieval.keys
-        points = retrieval.points(f)
-        near = self._every(points) if self.n <= complete else retrieval.nearest(points, nearest)
-        used, where = np.unique(near.rows.clamp_min(0).cpu().numpy(), return_inverse=True)
-        key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
-        text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
-        sums = tip.Totals.of(points, keys.sums, keys.counts).affinities.cpu().numpy()
-        counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
-        affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
-        return [
-            Evidence(
-                feature=feature,
-                text=own_text,
-                key_ids=key_ids[q][there[q]],
-                class_ids=class_ids[q][there[q]],
-                affinities=affinity[q][there[q]],
-                counts=counts,
-                sums=own_sums,
-                complete=self.n <= complete,
-            )
-            for q, (feature, own_text, own_sums) in enumerate(zip(f.cpu().numpy(), text, sums, strict=True))
-        ]
-
-    def _every(self, points: Tensor) -> Nearest:
-        """All keys, nearest first."""
-        blocks = [(tip.affinity(points, keys), ids.clone()) for keys, ids in self.key_blocks()]
-        affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
-            dim=1, descending=True, stable=True
-        )
-        rows, ids = torch.from_numpy(self.every_row()).to(order.device), torch.cat([ids for _, ids in blocks])
-        return Nearest(affinity, rows[order], ids[order])
-
-    def parts(self, q: int) -> Iterator[slice]:
-        """Slices of ``q`` queries that have :data:`LOGITS` logits at most."""
-        return slices(q, max(1, LOGITS // len(self.class_names)))
-
-    def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
-        """Class ids of the items of a labelled source, whose labels may be spelled otherwise (:meth:`Source.known_as`).
-
-        Raises InputError where it has no items, or labels that are no class of the index.
-        """
-        position = {name: i for i, name in enumerate(self.class_names)}
-        labels = source.known_as(self.class_names).labels
-        if not labels:
-            raise InputError(f"{source.name}: has no items")
-        unknown = sorted(set(labels) - position.keys())
-        if unknown:
-            are = counted(len(unknown), "label", "is", "are")
-            raise InputError(
-                f"{source.name}: {are} no class of the index: {', '.join(unknown[:5])}; "
-                f"its classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
-            )
-        return np.array([position[label] for label in labels], dtype=np.int64)
-
-    def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-        """Return the keys of each query with what they contribute to its ``classes`` ``[q, m]``, most to the first."""
-        kind = PREDICTIONS["neighbours"]
-        if near is None:
-            ends = np.zeros(len(classes) + 1, np.int32)
-            return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
-        there = near.rows >= 0
-        ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends), self._described(near, classes))
-
-    def _opposing(self, near: Nearest | None, classes: Tensor) -> pa.StructArray:
-        """Return the key that counts most against each answer, null where there is none."""
-        if near is None:
-            return pa.nulls(len(classes), PREDICTIONS["opposing"])
-        there = (near.rows[:, 0] >= 0).cpu().numpy()
-        return self._described(near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
-
-    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
-        """Return all keys of ``near`` that are there as one column, query by query."""
-        there = near.rows >= 0
-        weight = tip.weight(near.affinity, self.settings.beta)
-        if self.values is None:
-            values = (near.class_ids[:, :, None] == classes[:, None]).float()
-        else:
-            values = self.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
-        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
-        described = self.described(used, ["key_id", "source", "label"]).take(pa.array(places))
-        named = [column.combine_chunks() for column in described.columns]
-        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
-        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
-        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
-
-    def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
-        return self.retrieval.keys.blocks()
+        chances = zip(self.prediction.labels, self.prediction.probabilities, strict=True)
+        answer = ", ".join(f"{label} {share:.1%}" for label, share in chances)
+        asked = table((), [(_shown(self.picture), answer)])
+        columns = ("shot", "class", "contribution", "affinity", "source")
+        return asked + table(columns, rows, "the shots behind the answer", numbers=(2, 3))
 
 
-def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
-    """Figures as they are written."""
-    doubles: npt.NDArray[np.float64] = values.double().cpu().numpy()
-    return doubles
+def _shown(data: bytes | None) -> Any:
+    try:
+        small = images.thumbnail(data or b"", THUMBNAIL)
+    except RetrievalTipError:
+        return "-"
+    return markup(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(small).decode()}">')
 
 
-def _largest(logits: Tensor) -> Tensor:
-    """The largest absolute value, NaN where there is one; without a copy of the logits."""
-    return torch.stack(logits.aminmax()).abs().amax()
+def _file(path: str) -> bytes | None:
+    try:
+        return read_item(path)
+    except InputError:
+        return None
 
 
-def spread(n: int, m: int) -> npt.NDArray[np.int64]:
-    """At most ``m`` of ``n`` places, ascending and evenly spread."""
-    return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))
+def _opened(source: str | os.PathLike[str] | Source, part: str) -> Source:
+    return source if isinstance(source, Source) else open_source(source, split=part)
+
+
+def _backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:
+    """The backbone that a name, a backbone, or what open_clip has loaded stands for."""
+    if model is None or isinstance(model, str):
+        return load_backbone(model, pretrained, device=device)
+    if isinstance(model, tuple):
+        from retrieval_tip.backbones.open_clip import OpenClipBackbone
+
+        return OpenClipBackbone.of(*model)
+    return model
+
+
+CARD = """---
+library_name: retrieval-tip
+pipeline_tag: image-classification
+tags: [few-shot, retrieval, tip-adapter]
+---
+# {name}
+
+An index of {n} photographs of {c} classes ({few}) for few-shot image classification as retrieval, made with
+[retrieval-tip](https://pypi.org/project/retrieval-tip/) and the backbone `{backbone}`. It holds features, labels and
+the paths of its photographs, not the photographs.
+
+```python
+from retrieval_tip import Classifier
+
+clf = Classifier.from_hub("{name}")
+clf.predict("photograph.jpg")
+```
+{figures}"""
+
+
+def _card(clf: Classifier, name: str, evaluation: Evaluation | None) -> str:
+    """The card of an index, in Markdown, with the figures of an evaluation where there is one."""
+    figures = ""
+    if evaluation is not None:
+        facts = {name: value for name, value in evaluation.to_dict().items() if isinstance(value, float)}
+        rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in facts.items())
+        figures = f"\n## Judged by {evaluation.n} other photographs\n\n| figure | |\n|---|---|\n{rows}"
+    few = ", ".join(clf.classes[:8]) + (" ..." if len(clf.classes) > 8 else "")
+    return CARD.format(
+        name=name, n=clf.cache.n, c=len(clf.classes), few=few, backbone=clf.cache.backbone, figures=figures
+    )

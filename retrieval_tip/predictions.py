@@ -57,7 +57,7 @@ SHOWN_LABELS = 8
 
 Abstain = float | Literal["auto"] | None
 """The probability below which an answer is withheld."""
-EVEN = 0.5
+MORE_LIKELY_WRONG = 0.5
 
 
 def shown_probability(probability: float) -> str:
@@ -200,7 +200,7 @@ class Predictions:
 
         That is where it is unlike any shot, or more likely wrong than right.
         """
-        low = pc.less(self._columns["probability"], EVEN if abstain == "auto" else abstain or 0.0)
+        low = pc.less(self._columns["probability"], MORE_LIKELY_WRONG if abstain == "auto" else abstain or 0.0)
         return (
             pc.or_(low, self._columns["unlike"])
             if abstain == "auto" and "unlike" in self._columns.column_names

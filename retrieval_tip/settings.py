@@ -12,7 +12,7 @@ KeysMet = int | Literal["all"] | None
 """The number of nearest keys that a query meets, as a call says it: ``None`` is what the index's settings say."""
 
 
-LATER = {"later": True}
+ADDED_AFTER_FORMAT_1 = {"later": True}
 """Of a setting that the first format did not have: a manifest without it has its default."""
 FITTED = ("least_cache", "log_offset")
 """Settings that only a fit finds; ``None`` without one."""
@@ -41,8 +41,8 @@ class Settings:
     k: int | None = None
     tail: bool = True
     temperature: float = 1.0
-    least_cache: float | None = field(default=None, metadata=LATER)
-    log_offset: float | None = field(default=None, metadata=LATER)
+    least_cache: float | None = field(default=None, metadata=ADDED_AFTER_FORMAT_1)
+    log_offset: float | None = field(default=None, metadata=ADDED_AFTER_FORMAT_1)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "logit_scale", "temperature"):
@@ -63,7 +63,7 @@ class Settings:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
 
-    def but(self, *, k: KeysMet = None, **given: Any) -> Self:
+    def override(self, *, k: KeysMet = None, **given: Any) -> Self:
         """These settings but for those that are given; ``None`` is not given, a ``k`` of ``all`` is all keys."""
         known = {name: value for name, value in given.items() if value is not None}
         if k is not None:

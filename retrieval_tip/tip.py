@@ -21,7 +21,7 @@ Tip-Adapter has no metric, ``phi(x) = x``, and one-hot values: then ``C[:, c]`` 
 ``exp(-beta (1 - A[:, i]))``. Both letters can be filled from the shots in closed form (:mod:`fit.closed_form`).
 
 Settings fill in the rest: ``beta``, ``alpha`` and ``logit_scale`` (:mod:`settings`). A newcomer reads this file, then
-``classifier.py`` (how an index answers), then ``cache_model.py`` (the product).
+``answering.py`` (how an index answers), then ``cache_model.py`` (the product).
 
 A query need not meet every key. :func:`cache_logits` sums over the keys it is given: all of them, or the k that were
 retrieved, with or without an estimate of the rest (the tail). :func:`promising` says which classes a query should meet

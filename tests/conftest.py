@@ -30,10 +30,10 @@ from click.testing import CliRunner, Result
 from hypothesis import settings
 
 from retrieval_tip import CacheModel, errors
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Backbone, Identity
-from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import query as sql

@@ -525,10 +525,10 @@ def test_settings_are_checked_where_they_are_kept_too() -> None:
 
 def test_settings_change_by_what_is_given() -> None:
     settings = Settings(alpha=2.0, k=7, tail=False)
-    assert settings.but() is settings
-    assert settings.but(k="all", beta=None, tail=None) == Settings(alpha=2.0, tail=False)
-    assert settings.but(k=3, tail=True, alpha=0.0) == Settings(alpha=0.0, k=3)
-    assert settings.but(k=3).shown() == {"alpha": 2.0, "beta": 5.5, "k": 3, "tail": False, "temperature": 1.0}
+    assert settings.override() is settings
+    assert settings.override(k="all", beta=None, tail=None) == Settings(alpha=2.0, tail=False)
+    assert settings.override(k=3, tail=True, alpha=0.0) == Settings(alpha=0.0, k=3)
+    assert settings.override(k=3).shown() == {"alpha": 2.0, "beta": 5.5, "k": 3, "tail": False, "temperature": 1.0}
     assert Settings().shown()["k"] == "all"
 
 

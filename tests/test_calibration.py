@@ -249,7 +249,7 @@ def test_no_temperature_changes_an_answer(shared, temperature):
     cache, val = food(shared)
     features = rows_of(val)[::9]
     plain = cache.classify(features, top=9, k=16)
-    cache.settings = cache.settings.but(temperature=temperature)
+    cache.settings = cache.settings.override(temperature=temperature)
     for one, other in zip(plain, cache.classify(features, top=9, k=16), strict=True):
         assert one.labels == other.labels
         assert np.isfinite(other.probabilities).all()
@@ -262,7 +262,7 @@ def test_no_temperature_changes_an_answer(shared, temperature):
 def test_temperatures_that_are_none_are_refused(shared, wrong):
     cache, _ = food(shared, 1)
     with pytest.raises(UsageError, match="temperature is"):
-        cache.settings.but(temperature=wrong)
+        cache.settings.override(temperature=wrong)
 
 
 def test_calibrate_writes_a_version_with_its_provenance(run, food_index):

@@ -440,7 +440,7 @@ def test_saved_and_opened_it_answers_the_same(
 ) -> None:
     array, ids, text, queries = material
     cache = model(array.astype(np.float16) if half else array, ids, C, text, index=index)
-    cache.settings = cache.settings.but(k=128)
+    cache.settings = cache.settings.override(k=128)
     cache.save(tmp_path / "index")
     opened = verify(tmp_path / "index")
     assert (opened.index.factory, opened.settings.k, opened.n, opened.index.n) == (index, 128, C * SHOTS, C)
@@ -516,10 +516,10 @@ def test_settings_alone_and_settings_with_the_index(
     model(array, ids, C, text, index="Flat").save(tmp_path / "index")
     cache = CacheModel.load(tmp_path / "index", device="cpu")
     files = {path.name for path in (tmp_path / "index" / "data").iterdir()}
-    cache.settings = cache.settings.but(alpha=2.0)
+    cache.settings = cache.settings.override(alpha=2.0)
     cache.save_settings(tmp_path / "index")
     assert {path.name for path in (tmp_path / "index" / "data").iterdir()} == files
-    cache.index, cache.settings = fresh(cache, index="Classes").index, cache.settings.but(k=128)
+    cache.index, cache.settings = fresh(cache, index="Classes").index, cache.settings.override(k=128)
     cache.save(tmp_path / "index")
     added = {path.name for path in (tmp_path / "index" / "data").iterdir()} - files
     assert [name.partition("-")[0] for name in added] == ["index"]

@@ -816,7 +816,7 @@ def test_settings_with_which_no_query_is_answered_become_no_version(
         assert result.exit_code in (1, 2)  # of a number that no logit can have, the option says so
         assert named.partition(" ")[0] in result.stderr
     cache = opened(index)
-    cache.settings = cache.settings.but(alpha=alpha)
+    cache.settings = cache.settings.override(alpha=alpha)
     for write in (cache.save_settings, cache.save):
         with pytest.raises(InputError, match=r"^alpha"):
             write(index)
@@ -1363,7 +1363,7 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
     before = everything(index)
     with pytest.raises(StoreError, match="is at version 2, not at 1 as when it was opened"):
         stale.save(index)
-    stale.settings = stale.settings.but(alpha=3.0)
+    stale.settings = stale.settings.override(alpha=3.0)
     with pytest.raises(StoreError, match="is at version 2"):
         stale.save_settings(index)
     assert everything(index) == before
@@ -1442,7 +1442,7 @@ def test_backbone_errors_are_what_the_functions_say(pictures: Path, lit_mini: Ba
 def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Path) -> None:
     cache = opened(index)
     cache.relabel([0], "dog")
-    cache.settings = cache.settings.but(alpha=3.0)
+    cache.settings = cache.settings.override(alpha=3.0)
     cache.save_settings(index)
     assert (opened(index).settings.alpha, labels_of(index)[0]) == (3.0, "cat")
     cache.save(index)

@@ -23,7 +23,7 @@ import pytest
 from conftest import few
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.cli import group as cli
+from retrieval_tip.cli import program as cli
 from retrieval_tip.cli import stdin
 from retrieval_tip.errors import InputError
 
@@ -151,7 +151,7 @@ def test_columns_without_options_are_the_three(run, small, queries):
 def test_answers_are_the_python_faces(run, small, queries):
     features = np.stack(pq.read_table(queries)["feature"].to_pylist()).astype(np.float32)
     cache = CacheModel.load(small)
-    cache.settings = cache.settings.but(alpha=3.0, beta=2.0)
+    cache.settings = cache.settings.override(alpha=3.0, beta=2.0)
     for k in ("all", 2):
         for tail in ("--tail", "--no-tail"):
             settings = ("--alpha", 3, "--beta", 2, "-k", k, tail)

@@ -119,7 +119,7 @@ def test_settings_and_answers_over_all_keys_stay(run: Any, place: Path, features
     before = CacheModel.load(place / "index", device="cpu")
     assert tune(run, place).exit_code == 0
     after = CacheModel.load(place / "index", device="cpu")
-    assert after.settings.but(k="all", tail=True) == before.settings.but(k="all", tail=True)
+    assert after.settings.override(k="all", tail=True) == before.settings.override(k="all", tail=True)
     assert labels(after, features, None) == labels(before, features, None)
     assert after.provenance.items() >= {k: v for k, v in before.provenance.items() if k not in ("index", "k")}.items()
     assert (place / "index" / "manifests" / "000001.json").exists()  # the version before is kept

@@ -314,7 +314,7 @@ def test_letters_can_be_fixed_and_what_cannot_be_is_refused():
     assert (cache.fitted.metric, cache.fitted.values) == ("none", "one-hot")
     with pytest.raises(UsageError, match="metric 'all'"):
         closed_form.fit(cache, metric="all")
-    cache.settings = cache.settings.but(k=3)
+    cache.settings = cache.settings.override(k=3)
     with pytest.raises(UsageError, match="values solved: need an index whose queries meet all keys"):
         closed_form.fit(cache, values="solved")
     closed_form.fit(cache)

@@ -21,9 +21,9 @@ from click.testing import Result
 from conftest import needs_shared
 from PIL import Image
 
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.cache_model import CacheModel, verify
-from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.index import changes
 from retrieval_tip.index.places import at
 from retrieval_tip.settings import Built, Fitted

@@ -105,7 +105,7 @@ def test_logits_are_those_of_the_cache_model(
     weights = TEXT if text else None
     made = classifier(text_weights=weights, alpha=alpha, beta=beta, logit_scale=30.0, normalize=normalize, **how)
     expected = cache(text_weights=weights if weights is None else weights[SORTING], alpha=alpha, beta=beta)
-    expected.settings = expected.settings.but(logit_scale=30.0)
+    expected.settings = expected.settings.override(logit_scale=30.0)
     logits = expected.logits(QUERIES, **how)
     scores = made.fit(X, Y).decision_function(QUERIES)
     assert scores.dtype == np.float32

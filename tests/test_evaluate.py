@@ -104,7 +104,7 @@ def test_the_tail_is_used_where_it_is_asked_for(source: Source) -> None:
         predicted = cache.logits(QUERIES, 3, tail).argmax(1).numpy()
         assert (found.top1, found.settings.tail) == (pytest.approx((predicted == TRUTH).mean()), tail)
     everything = evaluate(cache, source, Encoder(), k=len(KEYS))
-    assert replace(everything, settings=everything.settings.but(k="all")) == evaluate(cache, source, Encoder())
+    assert replace(everything, settings=everything.settings.override(k="all")) == evaluate(cache, source, Encoder())
 
 
 def test_order_and_choice_of_the_items_are_kept(source: Source) -> None:

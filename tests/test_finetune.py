@@ -218,7 +218,7 @@ def test_the_result_is_an_index_that_can_be_kept(
     cache = index()
     cache.save(tmp_path / "parent")
     cache = CacheModel.load(tmp_path / "parent", device="cpu")
-    cache.settings = cache.settings.but(temperature=3.0)
+    cache.settings = cache.settings.override(temperature=3.0)
     keys, text, before = np.array(cache.keys), cache.text_weights.clone(), cache.__dict__.copy()
     tuned = finetune.finetune(
         cache, shots, Encoder(), Recipe(batch=16, train=train), val=val, parent=str(tmp_path / "parent")
@@ -269,7 +269,7 @@ def test_the_curve_tells_what_the_index_answers_on_the_validation_images(shots: 
     rows, ids = clusters(60, C, D, 2)
     for epoch, cache in (
         (0, index()),
-        (tuned.epoch, replace(tuned.cache, settings=tuned.cache.settings.but(alpha=1.0, beta=5.5))),
+        (tuned.epoch, replace(tuned.cache, settings=tuned.cache.settings.override(alpha=1.0, beta=5.5))),
     ):
         logits = cache.logits(rows)
         row = tuned.curve.to_pylist()[epoch]
@@ -437,7 +437,7 @@ def test_settings_are_among_the_candidates_and_the_better_one_wins(
     alphas = [alpha for _, (alpha, _), _ in tried[1:]]
     assert [alpha / alphas[0] for alpha in alphas] == [1, 4, 16]
     assert chosen == max(tried)[1]
-    text, terms = replace(cache, settings=cache.settings.but(beta=tried[1][1][1])).terms(material.queries.features)
+    text, terms = replace(cache, settings=cache.settings.override(beta=tried[1][1][1])).terms(material.queries.features)
     ids = torch.from_numpy(material.queries.ids)
 
     def loss(alpha: float) -> float:
@@ -702,7 +702,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def image_index(pictures: Path, model: Any) -> CacheModel:
     cache = of_images(pictures / "train", model)
-    cache.settings = cache.settings.but(alpha=0.5, beta=2.0)
+    cache.settings = cache.settings.override(alpha=0.5, beta=2.0)
     return cache
 
 
@@ -771,7 +771,7 @@ def test_encoders_are_trained_kept_and_found_again(
     right = (found.logits(encoded).argmax(1).numpy() == found.ids_of(val)).mean()
     assert tuned.choice is not None
     assert right == pytest.approx(tuned.choice.accuracy)
-    trained = replace(found, settings=found.settings.but(alpha=facts(tuned)["alpha"], beta=facts(tuned)["beta"]))
+    trained = replace(found, settings=found.settings.override(alpha=facts(tuned)["alpha"], beta=facts(tuned)["beta"]))
     loss = functional.cross_entropy(trained.logits(encoded), torch.from_numpy(found.ids_of(val)))
     assert tuned.curve.to_pylist()[tuned.epoch]["val_loss"] == pytest.approx(float(loss), rel=1e-4)
 

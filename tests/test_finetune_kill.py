@@ -544,9 +544,9 @@ def test_a_checkpoint_of_other_material_is_refused(run: dict[str, Any], folder: 
         {"cache": replace(cache, keys=flipped)},
         {"cache": replace(cache, text_weights=torch.from_numpy(unit_rows(C, D, 6)))},
         {"cache": replace(cache, values=torch.ones(cache.n, C))},
-        {"cache": replace(cache, settings=cache.settings.but(alpha=2.0))},
-        {"cache": replace(cache, settings=cache.settings.but(beta=2.0))},
-        {"cache": replace(cache, settings=cache.settings.but(logit_scale=2.0))},
+        {"cache": replace(cache, settings=cache.settings.override(alpha=2.0))},
+        {"cache": replace(cache, settings=cache.settings.override(beta=2.0))},
+        {"cache": replace(cache, settings=cache.settings.override(logit_scale=2.0))},
     ]
     for other in others:
         with pytest.raises(UsageError, match=r"run\.checkpoint: of a run with another .*; start anew") as error:

@@ -120,11 +120,11 @@ def made(folder: Path, kind: str, place: Path) -> None:
     if kind == "fitted":
         closed_form.fit(cache, values="one-hot")
     cache.save(folder)
-    cache.settings = cache.settings.but(alpha=1.25)
+    cache.settings = cache.settings.override(alpha=1.25)
     cache.save_settings(folder)
     if kind != "tuned":
         cache.add(unit(rng.normal(size=(ADDED, D))), ["cat", "owl", "eel"], ["a", "b", "c"])
-    cache.settings = cache.settings.but(beta=4.5)
+    cache.settings = cache.settings.override(beta=4.5)
     cache.save(folder)
 
 

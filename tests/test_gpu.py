@@ -420,21 +420,21 @@ def test_keys_are_halved_on_a_gpu_only_where_there_is_room_for_them(monkeypatch)
 
 
 def test_on_a_gpu_a_certificate_meets_all_keys_rather_than_more_than_faiss_finds_there(cache, monkeypatch) -> None:
-    from retrieval_tip import classifier
+    from retrieval_tip import answering
 
     met = []
     terms = type(cache.retrieval).terms
     monkeypatch.setattr(
         type(cache.retrieval), "terms", lambda self, *a, **k: met.append(self.settings.k) or terms(self, *a, **k)
     )
-    monkeypatch.setattr(classifier, "GPU_MAX_K", 3)
-    monkeypatch.setattr(classifier, "ALL_FROM", 1)
+    monkeypatch.setattr(answering, "GPU_MAX_K", 3)
+    monkeypatch.setattr(answering, "ALL_FROM", 1)
     features = functional.normalize(torch.rand(6, 8), dim=1)
     expected = cache.certified(features, k=2).cache.argmax(1)
     assert met[:2] == [2, 8]
     met.clear()
     monkeypatch.setattr(type(cache), "_queries", lambda self, f: f)
-    monkeypatch.setattr(classifier.torch, "arange", lambda n, device=None, own=torch.arange: own(n))
+    monkeypatch.setattr(answering.torch, "arange", lambda n, device=None, own=torch.arange: own(n))
     cache.device = "cuda"
     assert torch.equal(cache.certified(features, k=2).cache.argmax(1), expected)
     assert met == [2, None]

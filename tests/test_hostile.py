@@ -26,8 +26,8 @@ from PIL import Image
 
 from retrieval_tip import CacheModel
 from retrieval_tip.backbones.base import Backbone, Identity
-from retrieval_tip.cli import group as cli
 from retrieval_tip.cli import output
+from retrieval_tip.cli import program as cli
 from retrieval_tip.cli.parameters import K
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.feature_tables import IDENTITY_KEY

@@ -95,7 +95,7 @@ def test_whatever_the_text_it_stays_text(one, other):
 
 
 def test_jinja_is_imported_only_to_show():
-    script = "import sys, retrieval_tip.classifier; print('jinja2' in sys.modules)"
+    script = "import sys, retrieval_tip.answering; print('jinja2' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

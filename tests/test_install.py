@@ -26,8 +26,8 @@ PYTHONS = ("3.11", "3.12", "3.13")
 UNREACHABLE = re.compile("error sending request|Failed to fetch|dns error|Connection refused|timed out")
 
 
-CORE = ("cli", "facade", "serve", "server", "evaluate", "closed_form", "sources", "transformers", "estimator", "onnx",
-        "plots", "images", "shards", "sql")  # fmt: skip
+CORE = ("cli", "classifier", "serve", "server", "evaluate", "closed_form", "sources", "transformers", "estimator",
+        "onnx", "plots", "images", "shards", "sql")  # fmt: skip
 """What has to pass with the lowest versions: build, classify, evaluate, fit and serve, and what each extra is for."""
 LEFT = ("ycbcr", "predictions_are_read_where_their_memory_is_bounded")
 """Not tried: Pillow writes such a TIFF rightly from 13 on; a bomb may abort pyarrow, which is said in other words."""

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from obstore.exceptions import GenericError
 
 from retrieval_tip.errors import StoreError, UsageError
-from retrieval_tip.lance import address as addresses
+from retrieval_tip.lance import address
 from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.lance.objects import Objects
 
@@ -51,7 +51,7 @@ def at(text: str) -> Objects:
     return Objects(parsed(text))
 
 
-# ---------------------------------------------------------------------------------------------------------- addresses
+# ---------------------------------------------------------------------------------------------------------- address
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_cannot_be_an_address_is_refused_in_one_line(text: str, says: str):
 
 
 _ANY = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="/?"), min_size=1)
-_PART = _ANY.filter(lambda part: part not in (".", "..") and not addresses._UNLIKE.search(part))
+_PART = _ANY.filter(lambda part: part not in (".", "..") and not address._UNLIKE.search(part))
 _BUCKETS = st.text(string.ascii_lowercase + string.digits, min_size=3, max_size=63)
 
 
@@ -481,7 +481,7 @@ def test_no_such_bucket(bucket: str):
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch):
     buckets.use(monkeypatch, CLOSED)
-    monkeypatch.setattr(addresses, "RETRIES", 1)
+    monkeypatch.setattr(address, "RETRIES", 1)
     store = at("s3://bucket/x")
     for ask in (lambda: store.get("a/x"), lambda: store.create("a/x", b""), lambda: store.names("a")):
         fails(ask, "s3://bucket/x/a", "cannot connect to 127.0.0.1:9", "AWS_ENDPOINT_URL", within=5)
@@ -491,15 +491,15 @@ def test_a_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         buckets.use(monkeypatch, f"http://127.0.0.1:{port}")
-        monkeypatch.setattr(addresses, "ANSWER_SECONDS", 0.4)
-        monkeypatch.setattr(addresses, "RETRY_SECONDS", 0.4)
+        monkeypatch.setattr(address, "ANSWER_SECONDS", 0.4)
+        monkeypatch.setattr(address, "RETRY_SECONDS", 0.4)
         store = at("s3://bucket/x")
         fails(lambda: store.create("a", b""), f"no answer from 127.0.0.1:{port}", within=4)
         fails(lambda: store.get("a"), f"no answer from 127.0.0.1:{port}", within=4)
 
 
 def test_an_unreachable_server_costs_at_most_twenty_seconds():
-    assert addresses.RETRY_SECONDS + max(addresses.ANSWER_SECONDS, addresses.CONNECT_SECONDS) <= 20
+    assert address.RETRY_SECONDS + max(address.ANSWER_SECONDS, address.CONNECT_SECONDS) <= 20
 
 
 @pytest.mark.parametrize("without", [["AWS_ACCESS_KEY_ID"], ["AWS_SECRET_ACCESS_KEY"], ["both"]])
@@ -524,7 +524,7 @@ def test_no_credentials(without: list[str], bucket: str, monkeypatch: pytest.Mon
     ],
 )
 def test_what_a_service_refuses(status: int, code: str, says: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(addresses, "RETRIES", 1)
+    monkeypatch.setattr(address, "RETRIES", 1)
     echo = f"{buckets.KEY} {buckets.SECRET}"
     body = f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><AWSAccessKeyId>{echo}</AWSAccessKeyId></Error>".encode()
     with answering(lambda *_: (status, body if code else b"\x1b[2J")) as server:
@@ -581,11 +581,11 @@ def test_both_clients_ask_the_same_server(variable: str, region: bool, bucket: s
 def test_lancedb_gives_a_server_up_as_soon(monkeypatch: pytest.MonkeyPatch):
     lancedb = pytest.importorskip("lancedb")
     buckets.use(monkeypatch, CLOSED)
-    monkeypatch.setattr(addresses, "RETRIES", 0)
-    address = parsed("s3://bucket/x")
+    monkeypatch.setattr(address, "RETRIES", 0)
+    own = parsed("s3://bucket/x")
     began = time.monotonic()
     with pytest.raises(Exception, match=r"127\.0\.0\.1:9"):
-        lancedb.connect(address.uri, storage_options=storage_options(address)).open_table("t")
+        lancedb.connect(own.uri, storage_options=storage_options(own)).open_table("t")
     assert time.monotonic() - began < 20
 
 
@@ -689,7 +689,7 @@ def test_gcs_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"):
         monkeypatch.setenv(name, "127.0.0.1:9")
     monkeypatch.setenv("HOME", str(tmp_path))  # gcloud keeps credentials there
-    monkeypatch.setattr(addresses, "RETRIES", 1)
+    monkeypatch.setattr(address, "RETRIES", 1)
     fails(lambda: at("gs://bucket/x").get("a"), "gs://bucket/x/a: no credentials", "GOOGLE_APPLICATION_CREDENTIALS")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
     fails(lambda: at("gs://bucket/x"), "gs://bucket/x: no credentials", "GOOGLE_APPLICATION_CREDENTIALS")

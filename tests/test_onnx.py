@@ -83,7 +83,7 @@ def prepared(path, side):
 
 def test_an_index_that_retrieves_is_refused_unless_it_is_to_meet_all_keys(tmp_path, run):
     cache = index()
-    cache.settings = cache.settings.but(k=3)
+    cache.settings = cache.settings.override(k=3)
     cache.save(tmp_path / "i")
     with pytest.raises(UsageError, match="k 3"):
         export_onnx(cache, tmp_path / "i.onnx")

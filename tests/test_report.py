@@ -305,7 +305,7 @@ def test_parts_are_judged_as_plain_numpy_would(photographs):
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     ids = rng.integers(0, 6, 90)
     table = write_table(photographs / "made.parquet", rows, [ALIKE[i] for i in ids])
-    cache.settings = cache.settings.but(alpha=3.0, temperature=2.5)
+    cache.settings = cache.settings.override(alpha=3.0, temperature=2.5)
     source = open_source(table)
     found = judge(cache, Encoder().blocks(source), cache.ids_of(source), details=True)
     f, keys = rows.astype(np.float64), np.asarray(cache.keys, dtype=np.float64)
@@ -808,7 +808,7 @@ def test_a_manifest_may_say_anything(tmp_path):
     for parent in ("\0", str(folder), 7):
         odd |= {"finetune": {"parent": parent, "parent_version": 9, "epoch": "<b>", "train": ["<script>"]}}
         curve = pa.table({"epoch": ["<b>"]})
-        strange = replace(cache, provenance=odd, curve=curve, settings=cache.settings.but(temperature=2.0))
+        strange = replace(cache, provenance=odd, curve=curve, settings=cache.settings.override(temperature=2.0))
         found = write_report(strange, open_source(test), Encoder(), tmp_path / "r.html")
         assert set(found.left_out) == {"shots", "settings", "training"}
         page = read(found.path)

@@ -81,7 +81,7 @@ def test_as_good_as_every_crossing_at_every_beta(seed):
     # and the model itself, given the choice, is that often right: also at both ends of the interval
     low, high = choice.interval
     for alpha in (choice.alpha, low + 1e-3 * (choice.alpha - low), *([high * 0.999] if np.isfinite(high) else [])):
-        cache.settings = cache.settings.but(alpha=alpha, beta=choice.beta)
+        cache.settings = cache.settings.override(alpha=alpha, beta=choice.beta)
         right = (cache.logits(queries.features, choice.k).argmax(1).numpy() == queries.ids).sum()
         assert right == best
 
@@ -109,10 +109,10 @@ def test_retrieval_and_tail_are_searched_as_the_model_answers():
     cache, ks = made(shots=8), [2, 8]
     queries = asked(cache)
     low, high = search_hp._intervals(cache, queries, [3.0], ks)
-    cache.settings = cache.settings.but(beta=3.0)
+    cache.settings = cache.settings.override(beta=3.0)
     for j, k in enumerate(ks):
         for alpha in (0.5, 4.0, 40.0):
-            cache.settings = cache.settings.but(alpha=alpha)
+            cache.settings = cache.settings.override(alpha=alpha)
             right = cache.logits(queries.features, k).argmax(1).numpy() == queries.ids
             assert (((low[0, j] < alpha) & (alpha < high[0, j])) == right).all()
 
@@ -128,7 +128,7 @@ def test_leaving_one_out_is_an_index_without_that_shot():
             text, alone = without.terms(queries.features[row : row + 1], k)
             scale = torch.ones(C)
             scale[queries.ids[row]] = 4 / 3  # its own class has three of four keys left
-            without.settings = without.settings.but(beta=4.0)
+            without.settings = without.settings.override(beta=4.0)
             text, alone = without.terms(queries.features[row : row + 1], k)
             for alpha in (0.3, 3.0, 30.0):
                 right = int((text + alpha * scale * alone).argmax()) == queries.ids[row]
@@ -210,7 +210,7 @@ def test_the_surface_is_the_accuracy_there():
     queries = asked(cache)
     choice = search(cache, queries, betas=[1.0, 6.0], ks=[None, 4])
     for row in choice.surface.slice(0, 60).to_pylist() + choice.surface.slice(100, 60).to_pylist():
-        cache.settings = cache.settings.but(alpha=row["alpha"], beta=row["beta"])
+        cache.settings = cache.settings.override(alpha=row["alpha"], beta=row["beta"])
         answers = cache.logits(queries.features, row["k"] or "all").argmax(1).numpy()
         assert row["accuracy"] == pytest.approx((answers == queries.ids).mean())
     assert 0 <= choice.flat <= 1
@@ -312,7 +312,7 @@ def test_settings_of_an_index_that_changed_meanwhile_are_not_written(tmp_path):
     cache = made()
     cache.save(tmp_path / "i")
     other = CacheModel.load(tmp_path / "i")
-    other.settings = other.settings.but(alpha=9.0)
+    other.settings = other.settings.override(alpha=9.0)
     other.save_settings(tmp_path / "i")
     with pytest.raises(StoreError, match="version 2, not at 1"):
         cache.save_settings(tmp_path / "i")
@@ -347,7 +347,7 @@ def test_a_cautious_search_keeps_the_untouched_settings_unless_more_than_chance_
     cache = made()
     cache.text_weights = torch.from_numpy(centres_of(400, 7))
     alpha, beta = plain_settings(None, None, "both", measure(cache.keys, cache.labels["class_id"].to_numpy()))
-    cache.settings = cache.settings.but(alpha=alpha, beta=beta)
+    cache.settings = cache.settings.override(alpha=alpha, beta=beta)
     kept = 0
     for seed in range(8):
         queries = asked(cache, 12, seed)
@@ -377,7 +377,7 @@ def test_an_index_over_classes_keeps_its_k() -> None:
     keys, ids = clusters(60, 6, 16, seed=1)
     text, _ = clusters(6, 6, 16, seed=2)
     cache = CacheModel.from_features(keys, ids, [f"c{i}" for i in range(6)], text, index="Classes")
-    cache.settings = cache.settings.but(k=20)
+    cache.settings = cache.settings.override(k=20)
     choice = search_hp.search(cache, search_hp.leave_one_out(cache))
     search_hp.apply(cache, choice)
     assert (choice.k, cache.settings.k) == (None, 20)

@@ -428,7 +428,7 @@ def test_an_index_that_lost_all_that_was_added_is_the_one_before(index: str) -> 
 
 def test_a_copy_with_other_settings_keeps_the_segments() -> None:
     cache = segmented()
-    other = replace(cache, settings=cache.settings.but(alpha=3.0))
+    other = replace(cache, settings=cache.settings.override(alpha=3.0))
     queries = clusters(10, C, D, 2)[0]
     assert other.segments == 4
     text, alone = cache.terms(queries)

@@ -27,7 +27,7 @@ from test_cli import commands
 from retrieval_tip import CacheModel, cache_model
 from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones.loading import load_backbone, load_when_needed
-from retrieval_tip.cli import group as cli
+from retrieval_tip.cli import program as cli
 from retrieval_tip.errors import BackboneError, StoreError
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import KINDS

@@ -121,7 +121,7 @@ def test_manifest_keeps_names_in_any_script_and_settings_to_the_last_bit(tmp_pat
     cache = model()
     cache.class_names = ["Käse", "猫", "a\nb", '"\\\u2028\x00']
     cache.labels = label_table(cache.class_names, cache.labels["class_id"].to_numpy())
-    cache.settings = cache.settings.but(alpha=0.1 + 0.2, beta=1e-300, k=7, tail=False)
+    cache.settings = cache.settings.override(alpha=0.1 + 0.2, beta=1e-300, k=7, tail=False)
     cache.templates = ["a photo of {}."]
     cache.backbone = Identity.from_dict(BACKBONE)
     cache.provenance = {"seed": 1, "nested": {"list": [None, True, 1.5, "ü"]}}
@@ -1149,7 +1149,7 @@ def test_query_prints_its_answer_and_nothing_else(index: Path) -> None:
 
 def test_settings_may_be_numpy_numbers(tmp_path: Path) -> None:
     cache = model(1)
-    cache.settings = cache.settings.but(alpha=np.float32(2), beta=np.float64(3))
+    cache.settings = cache.settings.override(alpha=np.float32(2), beta=np.float64(3))
     cache.save(tmp_path / "x")
     assert (CacheModel.load(tmp_path / "x").settings.alpha, CacheModel.load(tmp_path / "x").settings.beta) == (2.0, 3.0)
 

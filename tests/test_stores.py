@@ -555,7 +555,7 @@ def test_settings_are_changed(pets):
     changes.configure(pets.place, alpha=0.5, beta=2.0, k=8, tail=False, temperature=3.0)
     pets.truth.alpha, pets.truth.beta = 0.5, 2.0
     model = pets.check(forms=FORMS)
-    assert model.settings.but(alpha=1, beta=1) == Settings(1, 1, model.settings.logit_scale, 8, False, 3.0)
+    assert model.settings.override(alpha=1, beta=1) == Settings(1, 1, model.settings.logit_scale, 8, False, 3.0)
     assert model.provenance["alpha"] == "given"
     changes.configure(pets.place, k="all", normalize="both")
     model = pets.open()
@@ -695,7 +695,7 @@ def test_a_rebuild_writes_the_same_rows_anew_also_in_another_dtype(beside):
     assert beside.open().dtype == "float16"
     large = np.full((1, D), 60_000.0, dtype=np.float32)
     with beside.store.change() as change:
-        change.cache.settings = change.cache.settings.but(beta=0.0)  # else no query could be answered
+        change.cache.settings = change.cache.settings.override(beta=0.0)  # else no query could be answered
         change.cache.add(large, ["cat"])
         change.what = "keys beyond the unit sphere"
     assert beside.open().n == len(ids) + 1

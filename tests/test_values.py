@@ -313,7 +313,7 @@ def test_values_of_a_copy_are_checked_and_used() -> None:
     copy = replace(cache, values=model().values)
     np.testing.assert_allclose(copy.terms(QUERIES, 9)[1], slowly(9, True), rtol=1e-4, atol=1e-4)
     again = replace(
-        copy, settings=copy.settings.but(alpha=0.5), values=2 * copy.values
+        copy, settings=copy.settings.override(alpha=0.5), values=2 * copy.values
     )  # sums are not those of the values before
     np.testing.assert_allclose(again.terms(QUERIES, 9)[1], 2 * slowly(9, True), rtol=1e-4, atol=1e-4)
     for bad in (torch.ones(N, C + 1), torch.ones(N)):
@@ -470,7 +470,7 @@ def test_a_cautious_search_keeps_what_it_is_told_to() -> None:
     trained = (0.02, 4.321)
     careful = search(cache, queries, cautious=True, kept=trained)
     assert (careful.alpha, careful.beta, careful.k) == (*trained, None)
-    cache.settings = cache.settings.but(**dict(zip(("alpha", "beta"), trained, strict=True)))
+    cache.settings = cache.settings.override(**dict(zip(("alpha", "beta"), trained, strict=True)))
     assert careful.accuracy == (cache.logits(hard).argmax(1).numpy() == TRUTH).mean()
     assert careful.best > careful.accuracy
     (said,) = [warning for warning in careful.warnings if "--greedy takes it" in warning]
@@ -575,7 +575,7 @@ def test_everything_is_carried_into_the_next_version(index: Path, encoder_file: 
     first = names(index)
     shutil.rmtree(encoder_file.parent)  # the copy of the index is the one that counts
     cache = CacheModel.load(index, device="cpu")
-    cache.settings = cache.settings.but(alpha=9.0)
+    cache.settings = cache.settings.override(alpha=9.0)
     cache.save_settings(index)
     assert names(index) == first
     cache.add(QUERIES[:2], [0, 1])
@@ -600,7 +600,7 @@ def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, en
         values=None,
         tuned=None,
         curve=None,
-        settings=CacheModel.load(index, device="cpu").settings.but(beta=7.0),
+        settings=CacheModel.load(index, device="cpu").settings.override(beta=7.0),
     )
     before = names(index)
     cache.save_settings(index)

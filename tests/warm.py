@@ -80,7 +80,7 @@ def import_now(*, images: bool) -> None:
 def _serve(place: str, starter: int) -> None:
     """Run commands, each in a child of a child, which tells how it ended, until nobody keeps this server."""
     import_now(images=True)
-    from retrieval_tip.cli.group import main, start_lightly
+    from retrieval_tip.cli.program import main, start_lightly
 
     start_lightly()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that wait

@@ -1,3 +1,3 @@
 """The command line: it parses and prints."""
 
-from retrieval_tip.cli.group import main as main
+from retrieval_tip.cli.program import main as main

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from retrieval_tip.cli.group import Group, command
 from retrieval_tip.cli.messages import FAILED, print_facts, say
 from retrieval_tip.cli.options import FORMAT, JSON, OutputOptions
 from retrieval_tip.cli.parameters import FOLDER, Size
-from retrieval_tip.cli.program import Group, command
 from retrieval_tip.errors import counted, json_line, one_line, show
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, say, say_skipped
 from retrieval_tip.cli.on_ray import asked_of, encoding_for, encoding_of, named, parts, ray_of, shards_of
 from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with, source_of
@@ -31,12 +32,11 @@ from retrieval_tip.cli.options import (
     grouped,
 )
 from retrieval_tip.cli.parameters import INDEX, OUTPUT, SOURCE, Abstaining, count
-from retrieval_tip.cli.program import command
 from retrieval_tip.cli.stdin import paths_on_stdin
 from retrieval_tip.errors import UsageError, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.classifier import AnsweringIndex
+    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.lance.address import Address
     from retrieval_tip.predictions import Abstain
 

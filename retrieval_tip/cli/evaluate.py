@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, print_facts, say, say_skipped, shown
 from retrieval_tip.cli.on_ray import asked_of, encoding_for, ray_of, shards_of
 from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
@@ -28,7 +29,6 @@ from retrieval_tip.cli.options import (
     grouped,
 )
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
-from retrieval_tip.cli.program import command
 from retrieval_tip.errors import UsageError, json_line, show
 
 if TYPE_CHECKING:

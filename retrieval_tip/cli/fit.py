@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import finish, print_facts, say, warn
 from retrieval_tip.cli.on_ray import encoding_views, ray_of
 from retrieval_tip.cli.opening import Origin, checked, encoder_for, source_of, validation
@@ -30,7 +31,6 @@ from retrieval_tip.cli.options import (
     grouped,
 )
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
-from retrieval_tip.cli.program import command
 from retrieval_tip.errors import Skipped, UsageError, show
 
 if TYPE_CHECKING:

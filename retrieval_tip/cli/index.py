@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli.group import Group
 from retrieval_tip.cli.messages import about, finish, print_facts, say, warn
 from retrieval_tip.cli.opening import (
     Origin,
@@ -50,7 +51,6 @@ from retrieval_tip.cli.parameters import (
     Number,
     count,
 )
-from retrieval_tip.cli.program import Group
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line, show
 
@@ -547,7 +547,7 @@ def export_command(
             backbone = load_backbone(
                 named.model, named.pretrained, device="cpu", precision="float32", runtime="torch", tuned=cache.tuned
             )
-        facts = export_onnx(cache.with_settings(cache.settings.but(k=k)), onnx, backbone)
+        facts = export_onnx(cache.with_settings(cache.settings.override(k=k)), onnx, backbone)
         given = "features" if backbone is None else "pixels"
         size, opset = facts["bytes"] / 1e6, facts["opset"]
         about(onnx, f"{given} to logits of {len(facts['labels'])} classes, {size:.1f} MB, opset {opset}")

@@ -20,8 +20,8 @@ from retrieval_tip.cli.options import (
 from retrieval_tip.errors import UsageError, counted
 
 if TYPE_CHECKING:
+    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.backbones.base import Identity
-    from retrieval_tip.classifier import AnsweringIndex
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.distributed.engine import BackboneName, Encoding, Ray
     from retrieval_tip.distributed.shards import Shard

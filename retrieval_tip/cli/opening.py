@@ -18,9 +18,9 @@ from retrieval_tip.errors import UsageError, counted
 from retrieval_tip.lance.address import Address
 
 if TYPE_CHECKING:
+    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.backbones.base import Backbone, Identity
     from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.classifier import AnsweringIndex
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
     from retrieval_tip.index.places import Model
@@ -76,10 +76,10 @@ def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) 
     from retrieval_tip.index.places import at
 
     cache = at(folder).load(device=backbone.device, precision=backbone.precision, verify=answer.verify)
-    cache = cache.with_settings(cache.settings.but(alpha=answer.alpha, beta=answer.beta))
+    cache = cache.with_settings(cache.settings.override(alpha=answer.alpha, beta=answer.beta))
     if answer.where is not None:
         cache = _restricted(cache, answer.where)
-    cache.settings = cache.settings.but(k=answer.k, tail=answer.tail)
+    cache.settings = cache.settings.override(k=answer.k, tail=answer.tail)
     return cache
 
 

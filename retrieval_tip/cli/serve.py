@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.options import DEVICE, grouped
 from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
-from retrieval_tip.cli.program import command
 from retrieval_tip.errors import UsageError, counted
 
 if TYPE_CHECKING:

@@ -161,12 +161,12 @@ class _Room:
             self._changed.notify_all()
 
 
-class _Here(threading.local):
+class _Thread(threading.local):
     held: int | None = None
     """Bytes that this thread has of the room; ``None`` outside of a turn."""
 
 
-_room, _here = _Room(MAX_MEMORY), _Here()
+_room, _thread = _Room(MAX_MEMORY), _Thread()
 
 
 @contextmanager
@@ -176,14 +176,14 @@ def turn() -> Iterator[None]:
     The memory that this takes counts until the end of the block, where it is given back. Without one, the memory of a
     file that was read is not counted, and that of a picture only until :func:`decode` returns.
     """
-    if _here.held is not None:
+    if _thread.held is not None:
         yield
         return
-    _here.held = 0
+    _thread.held = 0
     try:
         yield
     finally:
-        held, _here.held = _here.held, None
+        held, _thread.held = _thread.held, None
         _room.give(held)
         if held >= GIVEN_BACK:
             _give_memory_back()
@@ -194,11 +194,11 @@ def _claim(size: int) -> None:
 
     What it has is given up meanwhile: two that each wait for what the other has would wait for ever.
     """
-    if _here.held is not None and size > max(_here.held, SMALL):
-        _room.give(_here.held)
-        _here.held = 0
+    if _thread.held is not None and size > max(_thread.held, SMALL):
+        _room.give(_thread.held)
+        _thread.held = 0
         _room.take(size)
-        _here.held = size
+        _thread.held = size
         if size >= GIVEN_BACK:
             _give_memory_back()
 

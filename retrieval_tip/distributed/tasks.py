@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder, Views, grouped, write_encoded
 from retrieval_tip.data.feature_tables import table_dim, table_identity
 from retrieval_tip.data.sources import Source
@@ -27,7 +27,7 @@ from retrieval_tip.distributed.runs import Run, part_name
 from retrieval_tip.distributed.shards import Shard, cut_source, digest
 from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
-from retrieval_tip.index import places as stores
+from retrieval_tip.index import places
 from retrieval_tip.predictions import PREDICTIONS, Abstain
 from retrieval_tip.settings import Settings
 from retrieval_tip.store.query import rows_where
@@ -93,7 +93,7 @@ class IndexTask(Task):
 
     def start(self, device: str, encoder: Encoder) -> None:
         """Open the index, and take the keys that the condition holds for."""
-        cache = stores.at(self.folder).load(device=device, precision=self.asked.precision, verify="fast")
+        cache = places.at(self.folder).load(device=device, precision=self.asked.precision, verify="fast")
         if sealed_as(self.folder) != self.sealed:
             raise StoreError(f"{self.folder}: not the version that this run began with; start it again")
         cache.settings = self.asked.settings
@@ -176,9 +176,9 @@ class ViewsTask(Task):
         return Summary(shard.number, len(views.positions), _failed(source, encoder), arrays=dict(vars(views)))
 
 
-def sealed_as(folder: stores.Place) -> str:
+def sealed_as(folder: places.Place) -> str:
     """SHA-256 of the manifest of an index, in a folder or a store. Raises StoreError where it cannot be read."""
-    return hashlib.sha256(stores.at(folder).manifest().to_bytes()).hexdigest()
+    return hashlib.sha256(places.at(folder).manifest().to_bytes()).hexdigest()
 
 
 def encode(
@@ -215,7 +215,7 @@ def encode(
 
 
 def classify(
-    folder: stores.Place,
+    folder: places.Place,
     shards: Sequence[Shard],
     out: str | os.PathLike[str],
     encoding: Encoding,
@@ -237,7 +237,7 @@ def classify(
 
 def evaluate(
     cache: AnsweringIndex,
-    folder: stores.Place,
+    folder: places.Place,
     shards: Sequence[Shard],
     encoding: Encoding,
     ray: Ray | None = None,

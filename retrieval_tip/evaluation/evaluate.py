@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.encoder import Block, Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import Skipped, UsageError
@@ -155,7 +155,7 @@ def evaluate(
     Raises InputError where the source has no items, or labels that are no class of the index; UsageError for
     ``abstain`` outside of 0 to 1.
     """
-    cache = cache.with_settings(cache.settings.but(k=k, tail=tail))
+    cache = cache.with_settings(cache.settings.override(k=k, tail=tail))
     truth = cache.ids_of(source)
     return judge(cache, encoder.blocks(source), truth, encoder.skipped, abstain=abstain, affinities=affinities)
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip.classifier import AnsweringIndex
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.errors import UsageError
 
 FloatArray = npt.NDArray[np.float32]

@@ -165,7 +165,7 @@ def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
     order, labels = _in_file_order(pool)
     drawn = closed_form.unfitted(pool.take(np.sort(order[few_shot(labels, shots, seed)])))
     alpha, beta = untouched_settings(drawn.keys, drawn.class_ids.cpu().numpy())
-    return drawn.with_settings(drawn.settings.but(alpha=alpha, beta=beta))
+    return drawn.with_settings(drawn.settings.override(alpha=alpha, beta=beta))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -227,10 +227,10 @@ def _set(
         cache = copy.copy(cache)
         return cache, "folds of the shots" if closed_form.fit(cache).n else "nothing"
     if method == "zero-shot":
-        return cache.with_settings(cache.settings.but(alpha=0.0)), "nothing"
+        return cache.with_settings(cache.settings.override(alpha=0.0)), "nothing"
     if method == "paper-constants":
         alpha, beta = plain_settings(None, None, "none", None)
-        return cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), "nothing"
+        return cache.with_settings(cache.settings.override(alpha=alpha, beta=beta)), "nothing"
     if method == "cache-alone":
         cache = replace(cache, text_weights=torch.zeros_like(cache.text_weights))
     counts = np.bincount(cache.class_ids.cpu().numpy())

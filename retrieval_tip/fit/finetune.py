@@ -38,8 +38,7 @@ from retrieval_tip.data.encoder import Encoder, Views, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError, show
 from retrieval_tip.files import make_folders
-from retrieval_tip.fit import checkpoint as checkpoints
-from retrieval_tip.fit import closed_form, search_hp
+from retrieval_tip.fit import checkpoint, closed_form, search_hp
 from retrieval_tip.fit.adamw import cosine
 from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
 from retrieval_tip.retrieval.defaults import measure
@@ -251,7 +250,7 @@ def finetune(
 def _untrained(cache: CacheModel, recipe: Recipe) -> CacheModel:
     """Return the index that training starts from: Tip-Adapter over the same keys, with the recipe's alpha and beta."""
     plain = closed_form.unfitted(cache.whole())
-    return plain.with_settings(plain.settings.but(alpha=recipe.alpha, beta=recipe.beta))
+    return plain.with_settings(plain.settings.override(alpha=recipe.alpha, beta=recipe.beta))
 
 
 def _trained(
@@ -281,13 +280,15 @@ def _trained(
         _same(told, facts, show(place))
     with _repeatable(cache.device):
         alpha, beta = facts["settings"] if facts else _settings(cache, material, recipe)
-        run = _Run(cache.with_settings(cache.settings.but(alpha=alpha, beta=beta)), material, recipe, told, on_epoch)
+        run = _Run(
+            cache.with_settings(cache.settings.override(alpha=alpha, beta=beta)), material, recipe, told, on_epoch
+        )
         run.compared = compared
         if place is not None and held is not None:
             try:
                 run.restore(*held)
             except (LookupError, RuntimeError, TypeError, ValueError, BackboneError) as error:  # tensors
-                raise checkpoints.unfit(place, error) from None
+                raise checkpoint.unfit(place, error) from None
         run.train(place, CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds)
     return run.result(parent)
 
@@ -583,7 +584,7 @@ class _Run:
         facts = {name: getattr(self, name) for name in ("epoch", "seconds", "curve", "kept_epoch", "collapsed")}
         facts |= {"settings": [self.cache.settings.alpha, self.cache.settings.beta], "precision": self.recipe.precision}
         facts |= {"compared": self.compared and asdict(self.compared)}
-        checkpoints.write(path, tensors, facts | {"told": self.told})
+        checkpoint.write(path, tensors, facts | {"told": self.told})
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on where a checkpoint left off. Raises as :meth:`Trainer.restore` and :meth:`Trainer.restore_moments`."""
@@ -674,7 +675,7 @@ def _same(told: dict[str, Any], facts: dict[str, Any], name: str) -> None:
 
 def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint. Raises InputError naming the file, and the fact that no run can have written."""
-    tensors, facts = checkpoints.read(place)
+    tensors, facts = checkpoint.read(place)
     epoch, kept, seconds, settings, curve = (
         facts.get(name) for name in ("epoch", "kept_epoch", "seconds", "settings", "curve")
     )
@@ -690,7 +691,7 @@ def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "curve": isinstance(curve, list) and len(curve) - 1 == epoch and all(map(_is_row, curve, range(len(curve)))),
     }
     if wrong := [name for name, fits in possible.items() if not fits]:
-        raise checkpoints.unfit(place, ValueError(f"{wrong[0]} is none that it writes"))
+        raise checkpoint.unfit(place, ValueError(f"{wrong[0]} is none that it writes"))
     return tensors, facts
 
 
@@ -726,11 +727,11 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
     if recipe.settings == "own" or given or material.queries is None or statistics is None or trains_encoder:
         return own
     beta = FLATTER / statistics.std
-    alpha = _fitting_alpha(cache.with_settings(cache.settings.but(beta=beta)), material.queries)
+    alpha = _fitting_alpha(cache.with_settings(cache.settings.override(beta=beta)), material.queries)
     trial = replace(recipe, epochs=math.ceil(recipe.epochs * TRIAL))
     results = []
     for settings in [own, *((times * alpha, beta) for times in STRONGER)]:
-        run = _Run(cache.with_settings(cache.settings.but(alpha=settings[0], beta=settings[1])), material, trial)
+        run = _Run(cache.with_settings(cache.settings.override(alpha=settings[0], beta=settings[1])), material, trial)
         run.train(None, math.inf)
         finite = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve if row["val_loss"] < math.inf]
         results.append((max(finite, default=(-1.0, -math.inf)), settings))

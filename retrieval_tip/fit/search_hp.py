@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import VAL_SHOTS, few_shot, few_shot_split
 from retrieval_tip.data.sources import Source, open_source
@@ -250,7 +250,7 @@ def search(
         if betas is None and cache.fitted.ridge is not None:  # values are solved for one beta
             betas = [cache.settings.beta]
     if kept is not None:
-        cache.settings.but(alpha=kept[0], beta=kept[1])  # which refuses what are no settings
+        cache.settings.override(alpha=kept[0], beta=kept[1])  # which refuses what are no settings
     stay = untouched_settings(cache.met, cache.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
     betas = sorted({*(BETAS if betas is None else betas), *always})
@@ -294,7 +294,7 @@ def search_paper(
             "protocol paper: searches beta, and the values of this index were solved for one; "
             "build it with --fit none, as in the paper"
         )
-    cache.settings.but(alpha=scales[1], beta=scales[0])  # which refuses what are no settings
+    cache.settings.override(alpha=scales[1], beta=scales[0])  # which refuses what are no settings
     _check(cache, queries)
     betas, alphas = (
         [0.1 + i * (scale - 0.1) / steps for i in range(steps)]

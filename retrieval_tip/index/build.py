@@ -26,7 +26,7 @@ from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.errors import SHOWN, InputError, UsageError, counted, few
 from retrieval_tip.fit import closed_form
-from retrieval_tip.index import places as stores
+from retrieval_tip.index import places
 from retrieval_tip.index.fit import fit_table
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft, index_kind
@@ -106,15 +106,15 @@ def build_index(
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
     if logit_scale is None and encoder.backbone is not None:
         logit_scale = encoder.backbone.logit_scale
-    settings = Settings().but(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
+    settings = Settings().override(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
     form = normalize or ("both" if alpha is None and beta is None else "none")
     check_form(form)
-    place = stores.at(out)
+    place = places.at(out)
     fitted = {"metric": metric, "values": values} if _fitting(fit, (metric, values), (alpha, beta, normalize)) else None
     words = _text(source, encoder, templates, text)
     source, ids = _drawn(source, words.class_names, text, shots, encoder.seed)
     made = _Made(source, encoder, ids, words, _Asked(settings, alpha, beta, form, k is not None), shots)
-    if isinstance(place, stores.LanceStore):
+    if isinstance(place, places.LanceStore):
         _build_table(place, made, dtype, "auto" if index is None else index, fitted)
     else:
         _build_folder(place.folder, made, dtype, "Flat" if index is None else index, resolve_device(device), fitted)
@@ -144,7 +144,7 @@ class _Asked:
     def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
         """The settings, with alpha and beta in plain units, and ``met`` keys where nothing was said of these."""
         alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
-        return self.settings.but(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
+        return self.settings.override(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _drawn(
     return source.take(drawn), ids[drawn]
 
 
-def _build_table(place: stores.LanceStore, made: _Made, dtype: str, index: str, fitted: dict[str, Any] | None) -> None:
+def _build_table(place: places.LanceStore, made: _Made, dtype: str, index: str, fitted: dict[str, Any] | None) -> None:
     """Keys stream into the table as they come; a fit of these letters may write it again, with their points."""
     index_kind(index)
     with place.write() as writer:

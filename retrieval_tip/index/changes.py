@@ -27,7 +27,7 @@ from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
-from retrieval_tip.index import places as stores
+from retrieval_tip.index import places
 from retrieval_tip.index.build import (
     DTYPES,
     build_index,
@@ -133,18 +133,18 @@ def add(
 
     Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`writer.write`.
     """
-    manifest = stores.at(folder).manifest()
+    manifest = places.at(folder).manifest()
     identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
     check_backbone(identity, manifest.d, encoder.backbone, [source])
     weights = _weights_of(source.class_names, manifest, encoder, text)
-    _needed(source.class_names, manifest.class_names, weights, stores.at(folder).has_text(manifest))
+    _needed(source.class_names, manifest.class_names, weights, places.at(folder).has_text(manifest))
     if shots is not None:
         ids = ids_in(source, source.class_names)
         source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
     block = encoder.encode(source)
     items = source.items.take(pa.array(block.positions))
     columns = item_columns(items, block.digests)
-    with stores.at(folder).change("fast") as change:
+    with places.at(folder).change("fast") as change:
         cache = change.cache
         labels = np.array(items["label"].to_pylist(), dtype=object)
         known = _known(cache, labels, columns["digests"], block.features, None if skip_known else COMPARED)
@@ -175,7 +175,7 @@ def merge(folder: Place, other: Place) -> Added:
     backbones differ, InputError where the other index has trained values, which are of no use among other keys, or has
     no text where this one has; StoreError as :func:`writer.write`.
     """
-    target, source = stores.at(folder), stores.at(other)
+    target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
         raise UsageError(f"{other}: is the index itself; its keys would be there twice")
     theirs = source.load_whole()
@@ -183,12 +183,12 @@ def merge(folder: Place, other: Place) -> Added:
         raise InputError(
             f"{other}: has trained values, which are of no use among other keys; merge the index before them"
         )
-    manifest = stores.at(folder).manifest()
+    manifest = places.at(folder).manifest()
     if manifest.backbone is not None and theirs.backbone is not None:
         same_backbone(theirs.backbone, Identity.from_dict(manifest.backbone), str(other))
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
     columns = item_columns(theirs.labels, theirs.labels["digest"].to_pylist())
-    with stores.at(folder).change() as change:
+    with places.at(folder).change() as change:
         cache = change.cache
         classes = _add_classes(cache, theirs.class_names, weights)
         labels = theirs.labels["label"].to_pylist()
@@ -206,7 +206,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
     marks rows as removed, so there it takes :func:`rebuild` before. Raises UsageError unless exactly one of ``where``
     and ``key_ids`` is given and can work; InputError if no key matches, or as :meth:`CacheModel.remove`.
     """
-    with stores.at(folder).change() as change:
+    with places.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
         try:
             change.cache.remove(chosen)
@@ -228,7 +228,7 @@ def relabel(
     Returns those that had another label. Raises UsageError where a mapping comes with ``where`` or ``key_ids``,
     InputError for an unknown key id or label, else as :func:`remove`.
     """
-    with stores.at(folder).change() as change:
+    with places.at(folder).change() as change:
         cache = change.cache
         if not isinstance(label, str) and (where is not None or key_ids is not None):
             raise UsageError("label: names its keys already; leave where and key_ids out")
@@ -252,7 +252,7 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
     Raises InputError, and changes nothing, for a file that cannot be read, a key that is unknown, occurs twice or has
     another label by now, and a suggestion that is not a class of the index.
     """
-    name, place = show(file), stores.at(folder)
+    name, place = show(file), places.at(folder)
     table = read_columns(Path(file), ("key_id", "label", "suggested"), place.manifest().n)
     key_ids, labels = (texts(table[column], name, column, needed=True) for column in ("key_id", "label"))
     with reading(f"{name}: column 'key_id'"):
@@ -285,14 +285,14 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
     """
     weights = None
     if backbone is not None:
-        manifest = stores.at(folder).manifest()
+        manifest = places.at(folder).manifest()
         check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
         if not manifest.templates:
             raise UsageError(
                 f"{folder}: its text weights are of no templates, so none is encoded; leave the backbone out"
             )
         weights = text_weights(backbone, [new], manifest.templates)[0]
-    with stores.at(folder).change("fast") as change:
+    with places.at(folder).change("fast") as change:
         cache = change.cache
         if old == new and new in cache.class_names:
             return Renamed(_version(cache), [], merged=False)
@@ -337,7 +337,7 @@ def configure(
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
     if normalize is not None:
         check_form(normalize)
-    manifest = stores.at(folder).manifest()
+    manifest = places.at(folder).manifest()
     prompts = list(check_templates(templates)) if templates else []
     weights: dict[str, Any] = {}
     if prompts:
@@ -346,7 +346,7 @@ def configure(
         check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
         names = manifest.class_names
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
-    with stores.at(folder).change("fast") as change:
+    with places.at(folder).change("fast") as change:
         cache = change.cache
         if normalize is not None:
             plain = plain_settings(alpha, beta, normalize, cache.statistics())
@@ -354,7 +354,7 @@ def configure(
         summary = None
         if cache.fitted is not None and given.get("beta", cache.settings.beta) != cache.settings.beta:
             summary = str(refit(cache, given["beta"]))
-        cache.settings = cache.settings.but(**given)
+        cache.settings = cache.settings.override(**given)
         if prompts:
             if weights.keys() != set(cache.class_names):
                 raise StoreError(f"{folder}: got other classes meanwhile; try again")
@@ -374,7 +374,7 @@ def compact(folder: Place) -> Changed:
 
     Answers are as of a new build of the same keys. Raises StoreError as :func:`writer.write`.
     """
-    with stores.at(folder).change() as change:
+    with places.at(folder).change() as change:
         segments = change.cache.segments
         if segments > 1:
             change.cache.compact()
@@ -390,7 +390,7 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: str | None = None
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
-    place = stores.at(folder)
+    place = places.at(folder)
     with place.change() as change:
         place.rebuild(change.cache, index, dtype)
         change.what = f"rebuild as {change.cache.index_type} of {change.cache.dtype}"
@@ -402,7 +402,7 @@ def rollback(folder: Place, version: int | None = None) -> Changed:
 
     Key ids that were given since are not given again. Raises StoreError where that version is not there or damaged.
     """
-    return Changed(stores.at(folder).rollback(version), [])
+    return Changed(places.at(folder).rollback(version), [])
 
 
 def gc(folder: Place, keep: int = 1) -> Collected:
@@ -411,7 +411,7 @@ def gc(folder: Place, keep: int = 1) -> Collected:
     Photos are those that were added over HTTP (:func:`photos.remove_unused`). Raises StoreError as
     :func:`writer.write`, UsageError where ``keep`` is below 1.
     """
-    store = stores.at(folder)
+    store = places.at(folder)
     versions, freed = store.collect(keep)
     number, size = remove_unused(store)
     return Collected(versions, number, freed + size)
@@ -425,7 +425,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
 
     Raises StoreError where there is an index in ``out`` already, InputError as :func:`export.copy`.
     """
-    source, target = stores.at(folder), stores.at(out)
+    source, target = places.at(folder), places.at(out)
     if target.exists():
         raise StoreError(f"{out}: holds an index already; give another folder")
     if target.local is not None and Path(target.resolved).is_relative_to(source.resolved):

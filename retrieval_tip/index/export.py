@@ -18,7 +18,7 @@ from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, w
 from retrieval_tip.data.tables import FEATURE
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
-from retrieval_tip.index import places as stores
+from retrieval_tip.index import places
 from retrieval_tip.lance.draft import LanceDraft, values_by_id
 from retrieval_tip.lance.key_table import VERSION
 from retrieval_tip.lance.lance_model import LanceModel
@@ -34,13 +34,13 @@ BESIDE = ("settings", "templates", "backbone", "provenance", "metric", "fitted")
 """Fields that an index has beside its keys, labels and classes."""
 
 
-def copy(model: Model, target: stores.Store, what: str) -> int:
+def copy(model: Model, target: places.Store, what: str) -> int:
     """Write an opened index to a place that has none; returns its version. ``what`` is said of it in its history.
 
     A LanceDB store keeps what was fitted, but no trained values and no trained encoder: these raise InputError, as do
     solved values of too many keys (:meth:`LanceDraft.check_held`). StoreError as :func:`writer.write`.
     """
-    if not isinstance(target, stores.LanceStore):  # a folder keeps all that a model has, a table some of it
+    if not isinstance(target, places.LanceStore):  # a folder keeps all that a model has, a table some of it
         model.save(str(target), what)
         return target.manifest().version
     if (model.values is not None and model.fitted is None) or model.tuned is not None:

@@ -11,7 +11,7 @@ from retrieval_tip.errors import StoreError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import Choice
 from retrieval_tip.fit.search_hp import Queries, on_validation
-from retrieval_tip.index import places as stores
+from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES
@@ -42,8 +42,8 @@ def fit_index(
     Raises as :func:`closed_form.fit`, and StoreError as :meth:`CacheModel.load` and :meth:`CacheModel.save`; then
     nothing was changed.
     """
-    place, letters = stores.at(folder), {"metric": metric, "values": values}
-    if isinstance(place, stores.LanceStore):
+    place, letters = places.at(folder), {"metric": metric, "values": values}
+    if isinstance(place, places.LanceStore):
         model = place.load(device="cpu")
         queries = None if validation is None or encoder is None else on_validation(model, validation, encoder)
         with place.change() as change:

@@ -67,7 +67,7 @@ class Tuning:
         With a ``folder``, that becomes a new version of it; raises as :meth:`CacheModel.save`.
         """
         where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
-        cache.index, cache.settings = self.index, cache.settings.but(k=self.chosen.k or "all", tail=True)
+        cache.index, cache.settings = self.index, cache.settings.override(k=self.chosen.k or "all", tail=True)
         cache.provenance = cache.provenance | {"index": where, "k": where}
         if folder is not None:
             cache.save(folder, "tune")

@@ -371,7 +371,7 @@ class LanceDraft(LanceModel):
             setattr(self, name, getattr(anew, name))
         self.index_type, self.built = anew.index_type, replace(self.built, auto_index=anew.built.auto_index)
         if factory is not None:
-            self.settings = self.settings.but(k=index_kind(factory, self.n, len(self.class_names))[1])
+            self.settings = self.settings.override(k=index_kind(factory, self.n, len(self.class_names))[1])
         if self.whole is not None:
             self._settled_whole().compact(dtype=dtype, again=True)
         self._follow()
@@ -407,7 +407,7 @@ class LanceDraft(LanceModel):
 
     def _index(self, asked: str) -> None:
         self.index_type, met = index_kind(asked, self.n, len(self.class_names))
-        self.settings = self.settings.but(k=self.settings.k or met)
+        self.settings = self.settings.override(k=self.settings.k or met)
         self.table.build_index(self.index_type)
         self.built = replace(self.built, auto_index=asked == "auto")
 

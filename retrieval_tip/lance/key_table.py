@@ -38,7 +38,7 @@ KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
 """Index types, and how many candidates for each of the nearest are compared with the keys themselves."""
 UNINDEXED = 20_000
 """Rows beside the index, which every search compares with one by one, from which they are put into it."""
-TRAINED_ON, ROUNDS = 64, 10
+TRAINED_ON, KMEANS_ITERATIONS = 64, 10
 """Rows a list that its centre is learnt from, and rounds of that: a fraction of the engine's own, for equal answers."""
 PROBED = 0.15
 """Of the lists, how many a search looks through: 98.8 % of the 64 nearest of 200,000 keys like CLIP's were found."""
@@ -426,7 +426,10 @@ class KeyTable:
                 self.table.create_index("class_id", config=lancedb().index.BTree())
             elif kind != FLAT:
                 config = getattr(lancedb().index, kind)
-                lists, settings = lists_for(self.rows, kind), {"sample_rate": TRAINED_ON, "max_iterations": ROUNDS}
+                lists, settings = (
+                    lists_for(self.rows, kind),
+                    {"sample_rate": TRAINED_ON, "max_iterations": KMEANS_ITERATIONS},
+                )
                 self.table.create_index(self.met, config=config(distance_type="dot", num_partitions=lists, **settings))
 
     def drop_points(self) -> None:

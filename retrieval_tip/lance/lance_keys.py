@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.classifier import spread
+from retrieval_tip.answering import spread
 from retrieval_tip.errors import StoreError
 from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, KeyTable
 from retrieval_tip.lance.versions import Classes

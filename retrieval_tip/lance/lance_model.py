@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.answering import AnsweringIndex, spread
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.classifier import AnsweringIndex, spread
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.lance.key_table import FLAT, POINT, VECTOR, VERSION, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
@@ -205,7 +205,7 @@ class LanceModel(AnsweringIndex):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """See :meth:`classifier.AnsweringIndex.find`."""
+        """See :meth:`answering.AnsweringIndex.find`."""
         columns = self.table.label_columns
         if key_ids:
             rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)

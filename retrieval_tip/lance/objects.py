@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, one_line
 from retrieval_tip.files import make_folders, sync
-from retrieval_tip.lance import address as addresses
+from retrieval_tip.lance import address
 from retrieval_tip.lance.address import Address, set_credentials, storage_options
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ class Objects:
     service refuses, cannot be reached or cannot be understood, and for a name that no object can have.
     """
 
-    def __init__(self, address: Address) -> None:
-        self.address, self._root = address, address.local
+    def __init__(self, place: Address) -> None:
+        self.address, self._root = place, place.local
         try:
             import obstore  # noqa: F401 - only whether it is there
         except ImportError:
-            raise UsageError(f"{one_line(str(address))}: needs pip install 'retrieval-tip[distributed]'") from None
-        self._bucket = None if self._root is not None else self._connected(addresses.ANSWER_SECONDS)
+            raise UsageError(f"{one_line(str(place))}: needs pip install 'retrieval-tip[distributed]'") from None
+        self._bucket = None if self._root is not None else self._connected(address.ANSWER_SECONDS)
 
     def get(self, name: str, most: int | None = None) -> bytes:
         """All of an object. Raises FileNotFoundError; StoreError too where it has more than ``most`` bytes."""
@@ -171,18 +171,18 @@ class Objects:
         from obstore.exceptions import BaseError
         from obstore.store import GCSStore, S3Store
 
-        address, options = self.address, storage_options(self.address)
+        own, options = self.address, storage_options(self.address)
         config: Any = {name: options[f"aws_{name}"] for name in ("endpoint", "region") if f"aws_{name}" in options}
         client: Any = {
-            "connect_timeout": timedelta(seconds=addresses.CONNECT_SECONDS),
+            "connect_timeout": timedelta(seconds=address.CONNECT_SECONDS),
             "read_timeout": timedelta(seconds=seconds),
             "timeout": timedelta(minutes=10),
             "allow_http": options["allow_http"] == "true",  # the environment's is not read where options are given
         }
-        retry: Any = {"max_retries": addresses.RETRIES, "retry_timeout": timedelta(seconds=addresses.RETRY_SECONDS)}
+        retry: Any = {"max_retries": address.RETRIES, "retry_timeout": timedelta(seconds=address.RETRY_SECONDS)}
         try:
-            kind = GCSStore if address.scheme == "gs" else S3Store
-            return kind(address.bucket, prefix=address.path, config=config, client_options=client, retry_config=retry)
+            kind = GCSStore if own.scheme == "gs" else S3Store
+            return kind(own.bucket, prefix=own.path, config=config, client_options=client, retry_config=retry)
         except (BaseError, ValueError, OSError) as error:  # e.g. a file of credentials that is none
             raise self._explained("connected to", "", error) from None
 

@@ -414,7 +414,7 @@ class LanceVersions:
         ``bytes`` are those of the small part. Raises StoreError where one is damaged.
         """
         current = self.manifest()
-        return history.history(self.earlier(current), current)
+        return history.history_table(self.earlier(current), current)
 
     def earlier(self, current: Manifest) -> list[Manifest]:
         """The versions before, oldest first."""

@@ -17,7 +17,7 @@ from torch import Tensor
 class Nearest:
     """Keys found for ``q`` queries: ``[q, k]`` each, nearest first unless said otherwise.
 
-    ``affinity`` float32, exact; ``rows`` int64, what :meth:`classifier.AnsweringIndex.described` knows a key by;
+    ``affinity`` float32, exact; ``rows`` int64, what :meth:`answering.AnsweringIndex.described` knows a key by;
     ``class_ids`` int64. An empty slot has affinity 0, row -1 and the class id ``c``.
     """
 

@@ -50,7 +50,7 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(ABC):
-    """Keys and what finds them, with the settings of the method: see :class:`classifier.AnsweringIndex`.
+    """Keys and what finds them, with the settings of the method: see :class:`answering.AnsweringIndex`.
 
     Features ``[q, d]`` are float32 on the device of the keys, which are ``phi(K)`` where there is a ``metric``: then
     ``points`` are ``phi(f)``, else ``f``. Logits may overflow here.

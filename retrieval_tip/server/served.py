@@ -21,7 +21,7 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
-from retrieval_tip.index import places as stores
+from retrieval_tip.index import places
 from retrieval_tip.lance.address import Address
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
@@ -74,7 +74,7 @@ class Version:
 
     def settings(self, ask: Ask) -> Settings:
         """The settings that are asked for, the index's own where nothing is said."""
-        return self.cache.settings.but(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
+        return self.cache.settings.override(alpha=ask.alpha, beta=ask.beta, k=ask.k, tail=ask.tail)
 
     def cells(self, ask: Ask) -> int:
         """Numbers in the answer to one query, or keys to be retrieved for it, where that is asked for."""
@@ -194,7 +194,7 @@ class Served:
     def __init__(self, folder: Path | Address, backbones: Backbones) -> None:
         """Open what is in a folder, or in a LanceDB store. Raises StoreError where that cannot be."""
         self.folder = folder
-        self.place: stores.Store = stores.at(folder)
+        self.place: places.Store = places.at(folder)
         self.name = self.place.name
         self.backbones = backbones
         self._changing = threading.Lock()

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from retrieval_tip.errors import StoreError, UsageError, first_line
 from retrieval_tip.files import sha256_of
-from retrieval_tip.store import history as versions
+from retrieval_tip.store.history import described, history_table
 from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.manifest import DataFile, Manifest
 from retrieval_tip.store.query import TIMEOUT, ask
@@ -285,7 +285,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "not_indexed": manifest.n - manifest.files["keys"].rows,
         "bytes": sum(own.values()),
     }
-    return versions.described(folder, manifest, earlier, counts, **more) | {
+    return described(folder, manifest, earlier, counts, **more) | {
         "bytes_of_earlier": sum(size for name, size in held.items() if name not in own)
     }
 
@@ -296,7 +296,7 @@ def history(folder: Path) -> pa.Table:
     Raises StoreError where one of them is damaged.
     """
     current = read_manifest(folder)
-    return versions.history(_before(folder, current), current)
+    return history_table(_before(folder, current), current)
 
 
 def query(folder: Path, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:

@@ -52,7 +52,7 @@ def renewed(old: Manifest, current: Manifest, next_key_id: int, stamp: dict[str,
     )
 
 
-def history(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
+def history_table(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
     """Versions, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`. ``bytes`` are those of each one's files."""
     names = ("version", "parent", "created_at", "created_by", "change")
     return versions_table(

@@ -18,8 +18,8 @@ from test_backbone import tiny
 
 import retrieval_tip
 from retrieval_tip import Classifier, Encoder, Prediction, Predictions, build_index, load_backbone, open_source
+from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.open_clip import OpenClipBackbone
-from retrieval_tip.classifier import AnsweringIndex
 from retrieval_tip.data.sources import open_items
 from retrieval_tip.errors import BackboneError, InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation import evaluate as evaluation
@@ -36,7 +36,7 @@ def photograph(seed, colour):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model, six photographs of each of three classes, and two others of each."""
-    folder = tmp_path_factory.mktemp("facade")
+    folder = tmp_path_factory.mktemp("classifier")
     tiny(folder / "model")
     for part, seeds in (("photos", range(6)), ("new", range(6, 8))):
         for colour, name in enumerate(("red", "green", "blue")):
@@ -323,7 +323,7 @@ def test_it_is_a_module_from_pixels_to_logits(place, clf):
         chances = (row / clf.cache.settings.temperature).softmax(0)
         np.testing.assert_allclose([chances[clf.classes.index(name)] for name in answer.labels], answer.probabilities,
                                    atol=1e-3)  # fmt: skip
-    clf.cache.settings = clf.cache.settings.but(k=2)
+    clf.cache.settings = clf.cache.settings.override(k=2)
     with pytest.raises(UsageError, match="all keys"):
         clf.as_module()
 

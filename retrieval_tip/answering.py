@@ -1,0 +1,526 @@
+"""Answers: what an index says of a query, wherever its keys are kept."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from retrieval_tip import tip
+from retrieval_tip.backbones.base import Identity
+from retrieval_tip.bounds import check_count
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import InputError, counted, warn_once
+from retrieval_tip.html import markup, table
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Certified, Evidence, Predictions, lists
+from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.evidence import Contributors, Nearest
+from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.logits import LOGITS, Retrieval, first_two, slices
+from retrieval_tip.retrieval.vector_index import GPU_MAX_K
+from retrieval_tip.settings import Built, Fitted, KeysMet, Settings
+from retrieval_tip.store.manifest import Manifest
+
+SHOWN_CLASSES = 8
+"""Classes that a notebook shows."""
+
+ASKED = 16
+"""Keys that are asked about, before they become a version."""
+
+MOST_EXPONENT = 80.0
+"""Largest exponent of a key's weight; from 88 on, float32 overflows."""
+
+PREDICTED = 1 << 16
+"""Predictions that are made columns of at a time: Arrow's lists and texts have 2 GiB at most."""
+
+GROWTH, ALL_FROM = 4, 8
+"""A query that is not settled meets so many times the keys; where these are more than an eighth of all, all.
+
+A GPU meets all keys faster than it retrieves more than FAISS does there."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits of ``q`` queries on their way to predictions: ``text`` and ``cache`` ``[q, m]``, of ``m`` classes.
+
+    These are ``classes`` ``[q, m]``, or all of them (``None``); ``keys``, how many keys settled each query, where that
+    was certified; ``shots``: the shots behind each answer, if computing the logits already found them.
+    """
+
+    text: Tensor
+    cache: Tensor
+    classes: Tensor | None = None
+    keys: Tensor | None = None
+    shots: Contributors | None = None
+
+    def of(self, part: slice) -> Answers:
+        """Return the answers to some of the queries."""
+        classes, keys = (None if column is None else column[part] for column in (self.classes, self.keys))
+        shots = None if self.shots is None else self.shots.of(part)
+        return Answers(self.text[part], self.cache[part], classes, keys, shots)
+
+
+class AnsweringIndex(ABC):
+    """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
+
+    ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
+    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder. ``metric``
+    and ``fitted`` are what was fitted.
+    ``folder`` and ``version`` say which version of what this is.
+    """
+
+    class_names: list[str]
+    text_weights: Tensor
+    settings: Settings
+    templates: list[str]
+    backbone: Identity | None
+    provenance: dict[str, Any]
+    built: Built
+    device: str
+    version: int | None
+    values: Tensor | None
+    tuned: Path | None
+    metric: tip.Metric | None = None
+    fitted: Fitted | None = None
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """Number of keys."""
+
+    @property
+    @abstractmethod
+    def d(self) -> int:
+        """Length of a feature."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """Of the stored keys: float32 or float16."""
+
+    @property
+    @abstractmethod
+    def retrieval(self) -> Retrieval:
+        """The retrieval of keys, with the settings as they are now."""
+
+    @property
+    @abstractmethod
+    def index_type(self) -> str:
+        """Factory of the index over the keys."""
+
+    @property
+    @abstractmethod
+    def exact_search(self) -> bool:
+        """Whether the nearest keys are always found."""
+
+    @property
+    @abstractmethod
+    def manifest(self) -> Manifest | None:
+        """That of the version that this was loaded from or saved as."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str | None:
+        """Folder or address that this was loaded from or saved to."""
+
+    @abstractmethod
+    def reload(self) -> AnsweringIndex:
+        """The current version of what this was loaded from or saved to; itself, where this is that."""
+
+    @abstractmethod
+    def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """Return columns of the label store for ``rows`` ``[m]`` of :class:`evidence.Nearest`."""
+
+    @abstractmethod
+    def every_row(self) -> npt.NDArray[np.int64]:
+        """The rows that :meth:`described` knows the keys by ``[n]``, in the order of :meth:`key_blocks`."""
+
+    @abstractmethod
+    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
+        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
+
+    @abstractmethod
+    def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
+        """The label store's rows of these classes and key ids (all, where none is named) whose source has that text.
+
+        Case does not matter in ``source``.
+        """
+
+    def every_class(self) -> Self:
+        """Itself, as it answers with the logits of every class, however many there are."""
+        return self
+
+    @property
+    def counts(self) -> list[int]:
+        """Keys of each class ``[c]``."""
+        counts: list[int] = self.retrieval.keys.counts.long().tolist()
+        return counts
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.n} keys of {self.d}, {len(self.class_names)} classes, "
+            f"index={self.index_type!r}, alpha={self.settings.alpha:g}, beta={self.settings.beta:g}, "
+            f"k={self.settings.k or 'all'}, device={self.device!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what this index holds, its settings, and where it comes from."""
+        few = ", ".join(
+            f"{name} {number}" for name, number in zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
+        )
+        more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
+        own = self.settings
+        settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
+        settings += f"{'with' if own.tail else 'without'} tail, temperature {own.temperature:.4g}"
+        rows: list[tuple[str, object]] = [
+            ("keys", f"{self.n:,} of {self.d:,} values, {self.dtype}"),
+            ("classes and their keys", f"{len(self.class_names):,}: {few}{more}"),
+            ("settings", settings),
+            ("text", f"logit scale {own.logit_scale:.4g}" if self.has_text else "none: the cache alone decides"),
+            ("index", f"{self.index_type} on {self.device}"),
+            ("backbone", self.backbone or "unnamed"),
+            ("folder", f"{self.place}, version {self.version}" if self.place else "not from a folder"),
+        ]
+        return table((), rows, markup(f"<b>{type(self).__name__}</b>"))
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there are text weights; without them zero-shot logits are 0 and the cache alone decides."""
+        return bool(self.text_weights.any())
+
+    def caution(self, settings: Settings) -> str | None:
+        """Return a warning if answers by these settings are worse than they need be: a fit holds for one beta."""
+        if self.fitted is None or settings.beta == self.settings.beta:
+            return None
+        return (
+            f"beta: this index was fitted for {self.settings.beta:g}, and another one gives worse answers and "
+            "probabilities; index set --beta fits it again"
+        )
+
+    def with_settings(self, settings: Settings) -> Self:
+        """Return the same keys, answering by other settings; what was measured on the keys is shared.
+
+        Warns once about another beta than the one that the index was fitted for.
+        """
+        if settings == self.settings:
+            return self
+        if (caution := self.caution(settings)) is not None:
+            warn_once(caution)
+        other = copy.copy(self)
+        other.settings = settings
+        return other
+
+    def _queries(self, features: Features) -> Tensor:
+        return inputs.queries(features, self.d).to(self.device)
+
+    def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
+        """The retrieval of keys, by the index's settings but for what is given."""
+        return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
+
+    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> tuple[Tensor, Tensor]:
+        """The two parts of the logits: text ``logit_scale * f W^T`` and cache ``C`` (without alpha), ``[q, c]`` each.
+
+        Arguments and errors as for :meth:`logits`.
+        """
+        terms = self._retrieval(k, tail).terms(self._queries(features))
+        self._check_overflow(terms.text, terms.cache)
+        return terms.text, terms.cache
+
+    def check_answers(self) -> None:
+        """Raise unless this can answer: of a few of its own keys, as unit queries, the logits over these keys.
+
+        So it costs the same however many keys there are. UsageError and InputError as :meth:`logits`.
+        """
+        settings = self.settings
+        keys, described = self.some(ASKED)
+        own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
+        ids = torch.from_numpy(described["class_id"].to_numpy().astype(np.int64)).to(self.device)
+        values = None if self.values is None else tip.Values(self.values[torch.from_numpy(spread(self.n, ASKED))])
+        queries, retrieval = functional.normalize(own), self.retrieval
+        affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
+        cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
+        tip.log_cache(cache, settings.log_offset)
+        self._check_overflow(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache)
+
+    def check_lengths(self, keys: npt.NDArray[Any]) -> None:
+        """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, as queries meet them."""
+        longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
+        if self.settings.beta * (longest - 1) > MOST_EXPONENT:
+            raise InputError(
+                f"beta {self.settings.beta:g}: exp(beta (affinity - 1)) overflows for a key of norm {longest:.4g}; "
+                "scale keys to norm 1 (norms unit)"
+            )
+
+    def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
+        """Raise InputError, naming the setting, where logits are not finite."""
+        settings = self.settings
+        largest = (_largest(text), _largest(cache)) if len(text) else (text.new_zeros(()), cache.new_zeros(()))
+        if not torch.isfinite(largest[1]):
+            raise InputError(
+                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
+            )
+        if not torch.isfinite(tip.blend(*largest, settings.alpha)):
+            raise InputError(
+                f"alpha {settings.alpha:g} or logit_scale {settings.logit_scale:g}: too large, the logits overflow; "
+                "use smaller ones"
+            )
+
+    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Certified:
+        """Text and cache logits from as few keys as settle each query: ``k``, then four times as many, at last all.
+
+        A query is settled where no key that it has not met can change its winner (:func:`tip.certificate`; with an
+        index over classes :func:`tip.settled`). A fine-tuned cache with values always takes all keys: what these
+        give may be negative. Arguments and errors as for :meth:`logits`.
+        """
+        f, retrieval = self._queries(features), self._retrieval(k, tail)
+        text = f.new_empty(len(f), len(self.class_names))
+        cache, keys = torch.empty_like(text), torch.full((len(f),), self.n)
+        left, met = torch.arange(len(f), device=self.device), retrieval.settings.k
+        most = self.n // ALL_FROM if self.device == "cpu" else min(self.n // ALL_FROM, GPU_MAX_K)
+        while len(left):
+            if met is not None and (met > most or self.values is not None):
+                met = None
+            asked = replace(retrieval, settings=retrieval.settings.override(k=met or "all"))
+            terms = asked.terms(f[left], certify=True)
+            text[left], cache[left] = terms.text, terms.cache
+            keys[left.cpu()] = self.n if met is None else met
+            left, met = left[~terms.settled], None if met is None else met * GROWTH
+        self._check_overflow(text, cache)
+        return Certified(text, cache, keys)
+
+    def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
+        """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
+
+        Args:
+            features: ``[q, d]`` unit-norm features, array or tensor.
+            k: how many of the nearest keys a query uses, or ``all``, Tip-Adapter exactly; by default the index's own.
+            tail: with ``k``, estimate what the keys that were not retrieved add (see :func:`tip.cache_logits`); by
+                default as the index has it.
+
+        Raises InputError where features are not finite or not ``[q, d]``, or logits overflow; UsageError where ``k``
+        is below 1.
+        """
+        text, cache = self.terms(features, k, tail)
+        return tip.blend(text, cache, self.settings.alpha)
+
+    def classify(
+        self,
+        features: Features,
+        top: int = 1,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        neighbours: int = 5,
+        certify: bool = False,
+        norms: str = "check",
+    ) -> Predictions:
+        """Answer queries: label, probability, and the ``neighbours`` shots that contributed most to each answer.
+
+        :class:`retrieval.evidence.Contributors` defines contributions. With ``k``, only keys that a query meets count.
+
+        Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
+        meets as many keys as settle its label (:meth:`certified`). ``norms``: ``check`` that features have norm 1, as
+        their keys had, or ``keep`` them. Raises InputError naming the row that has not, which raw features have not.
+        """
+        check_count("top", top)
+        retrieval, f = self._retrieval(k, tail), self._queries(features)
+        if norms == "check":
+            inputs.check_unit(f)
+        shown = min(neighbours, retrieval.settings.k or neighbours)
+        answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
+        parts = slices(len(f), PREDICTED) if len(f) else [slice(0)]
+        columns = [self._columns(f[part], answers.of(part), retrieval, top, shown) for part in parts]
+        return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
+
+    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
+        """Return logits of at least ``top`` classes, and ``neighbours`` shots behind each answer if these are known."""
+        terms = retrieval.terms(f, neighbours=max(neighbours, 0))
+        self._check_overflow(terms.text, terms.cache)
+        return Answers(terms.text, terms.cache, shots=terms.shots)
+
+    def _certified_answers(self, f: Tensor, retrieval: Retrieval) -> Answers:
+        certified = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
+        return Answers(certified.text, certified.cache, keys=certified.keys)
+
+    def _columns(self, f: Tensor, answers: Answers, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
+        """Return the columns of :class:`Predictions`; ``input`` is empty."""
+        text, cache, alpha = answers.text, answers.cache, self.settings.alpha
+        logits = tip.blend(text, cache, alpha)
+        places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
+        ranked = places if answers.classes is None else answers.classes.gather(1, places)
+        chances = _doubles(tip.probabilities(logits, self.settings.temperature).gather(1, places))
+        winner = places[:, :1]
+        own_cache = cache.gather(1, winner)
+        weighted = tip.blend(torch.zeros_like(own_cache), own_cache, alpha)
+        shots = answers.shots
+        if shots is None and neighbours > 0:
+            winner_class, rival = first_two(logits)
+            if answers.classes is not None:
+                winner_class, rival = answers.classes.gather(1, torch.stack([winner_class, rival], dim=1)).unbind(1)
+            shots = retrieval.contributors(retrieval.points(f), winner_class, rival, neighbours)
+        m, names = ranked.shape[1], pa.array(self.class_names, pa.string())
+        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+        columns = {
+            "input": pa.nulls(len(text), pa.string()),
+            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+            "probability": chances[:, 0],
+            "labels": lists(labels, m),
+            "probabilities": lists(chances, m),
+            "text_logit": _doubles(text.gather(1, winner))[:, 0],
+            "cache_logit": _doubles(weighted)[:, 0],
+            "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
+            "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
+        }
+        if answers.classes is None:
+            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
+        if answers.keys is not None:
+            columns["keys"] = answers.keys.cpu().numpy()
+        if self.settings.least_cache is not None:
+            columns["unlike"] = (cache.amax(dim=1) < self.settings.least_cache).cpu().numpy()
+        known = [column for column in PREDICTIONS if column in columns]
+        return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
+
+    def classify_source(
+        self,
+        source: Source,
+        encoder: Encoder,
+        top: int = 1,
+        k: KeysMet = None,
+        tail: bool | None = None,
+        neighbours: int = 5,
+        certify: bool = False,
+    ) -> Iterator[Predictions]:
+        """Classify images or a feature table, as it is read: answers to the items that could be, in order, by name.
+
+        ``encoder`` needs the backbone of this index for images; ``encoder.skipped`` names what could not be read. The
+        other arguments as for :meth:`classify`.
+        """
+        column = source.items["source"]
+        for block in encoder.blocks(source):
+            for part in self.parts(len(block.positions)):
+                answers = self.classify(
+                    block.features[part], top, k, tail, neighbours, certify, norms="keep"
+                )  # checked
+                yield answers.named(column.take(pa.array(block.positions[part])))
+
+    def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
+        """Return :class:`predictions.Evidence` of queries ``[q, d]``: all of up to ``complete`` keys, else ``nearest``.
+
+        Raises InputError where features are not finite or not ``[q, d]``.
+        """
+        f, retrieval = self._queries(features), self.retrieval
+        keys = retrieval.keys
+        points = retrieval.points(f)
+        near = self._every(points) if self.n <= complete else retrieval.nearest(points, nearest)
+        used, where = np.unique(near.rows.clamp_min(0).cpu().numpy(), return_inverse=True)
+        key_ids = self.described(used, ["key_id"])["key_id"].to_numpy()[where].reshape(near.rows.shape)
+        text = tip.text_logits(f, self.text_weights, self.settings.logit_scale).cpu().numpy()
+        sums = tip.Totals.of(points, keys.sums, keys.counts).affinities.cpu().numpy()
+        counts, class_ids = keys.counts.long().cpu().numpy(), near.class_ids.cpu().numpy()
+        affinity, there = near.affinity.cpu().numpy(), (near.rows >= 0).cpu().numpy()
+        return [
+            Evidence(
+                feature=feature,
+                text=own_text,
+                key_ids=key_ids[q][there[q]],
+                class_ids=class_ids[q][there[q]],
+                affinities=affinity[q][there[q]],
+                counts=counts,
+                sums=own_sums,
+                complete=self.n <= complete,
+            )
+            for q, (feature, own_text, own_sums) in enumerate(zip(f.cpu().numpy(), text, sums, strict=True))
+        ]
+
+    def _every(self, points: Tensor) -> Nearest:
+        """All keys, nearest first."""
+        blocks = [(tip.affinity(points, keys), ids.clone()) for keys, ids in self.key_blocks()]
+        affinity, order = torch.cat([block_affinity for block_affinity, _ in blocks], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
+        rows, ids = torch.from_numpy(self.every_row()).to(order.device), torch.cat([ids for _, ids in blocks])
+        return Nearest(affinity, rows[order], ids[order])
+
+    def parts(self, q: int) -> Iterator[slice]:
+        """Slices of ``q`` queries that have :data:`LOGITS` logits at most."""
+        return slices(q, max(1, LOGITS // len(self.class_names)))
+
+    def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
+        """Class ids of the items of a labelled source, whose labels may be spelled otherwise (:meth:`Source.known_as`).
+
+        Raises InputError where it has no items, or labels that are no class of the index.
+        """
+        position = {name: i for i, name in enumerate(self.class_names)}
+        labels = source.known_as(self.class_names).labels
+        if not labels:
+            raise InputError(f"{source.name}: has no items")
+        unknown = sorted(set(labels) - position.keys())
+        if unknown:
+            are = counted(len(unknown), "label", "is", "are")
+            raise InputError(
+                f"{source.name}: {are} no class of the index: {', '.join(unknown[:5])}; "
+                f"its classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
+            )
+        return np.array([position[label] for label in labels], dtype=np.int64)
+
+    def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
+        """Return the keys of each query with what they contribute to its ``classes`` ``[q, m]``, most to the first."""
+        kind = PREDICTIONS["neighbours"]
+        if near is None:
+            ends = np.zeros(len(classes) + 1, np.int32)
+            return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
+        there = near.rows >= 0
+        ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), self._described(near, classes))
+
+    def _opposing(self, near: Nearest | None, classes: Tensor) -> pa.StructArray:
+        """Return the key that counts most against each answer, null where there is none."""
+        if near is None:
+            return pa.nulls(len(classes), PREDICTIONS["opposing"])
+        there = (near.rows[:, 0] >= 0).cpu().numpy()
+        return self._described(near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
+
+    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
+        """Return all keys of ``near`` that are there as one column, query by query."""
+        there = near.rows >= 0
+        weight = tip.weight(near.affinity, self.settings.beta)
+        if self.values is None:
+            values = (near.class_ids[:, :, None] == classes[:, None]).float()
+        else:
+            values = self.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+        described = self.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+        named = [column.combine_chunks() for column in described.columns]
+        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
+
+    def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
+        return self.retrieval.keys.blocks()
+
+
+def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
+    """Figures as they are written."""
+    doubles: npt.NDArray[np.float64] = values.double().cpu().numpy()
+    return doubles
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """The largest absolute value, NaN where there is one; without a copy of the logits."""
+    return torch.stack(logits.aminmax()).abs().amax()
+
+
+def spread(n: int, m: int) -> npt.NDArray[np.int64]:
+    """At most ``m`` of ``n`` places, ascending and evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))
