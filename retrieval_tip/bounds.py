@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
@@ -20,7 +21,6 @@ MOST = {
     "batch": 1_000_000,
     "seeds": 10_000,
     "actors": 1024,
-    "index_shards": 1024,
     "queue": 65_536,
     "seed": 2**63 - 1,
 }
@@ -48,16 +48,12 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 
 def memory() -> int | None:
     """Bytes of memory that this process may have: the machine's, or the least limit on it; ``None``: unknown."""
-    sizes: list[int] = []
-    with suppress(AttributeError, OSError, ValueError):  # not on Windows
+    sizes = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
+    with suppress(OSError, ValueError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for name in _LIMITS:  # of the container
         with suppress(OSError, ValueError):
             sizes.append(int(Path(name).read_text("ascii")))
-    with suppress(ImportError):
-        import resource
-
-        sizes += [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     return min((size for size in sizes if size > 0), default=None)
 
 

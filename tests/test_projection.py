@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-import types
-
 import numpy as np
 import pytest
 
@@ -72,8 +68,8 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cache = cache_of(np.eye(3))
     assert methods() == ["pca"]
-    with pytest.raises(ValueError, match="umap: umap-learn"):
-        projected(cache, "umap")
+    with pytest.raises(ValueError, match="tsne"):
+        projected(cache, "tsne")
     with pytest.raises(ValueError, match="limit is 0"):
         projected(cache, limit=0)
 
@@ -96,28 +92,3 @@ def test_neighbours_stay_together_where_axes_cannot_show_them() -> None:
     assert same(far) < 0.95
     assert near.explained is None
     np.testing.assert_array_equal(near.places, projected(cache, "tsne").places)
-
-
-def test_umap_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in: the real one takes a minute to compile."""
-    asked = {}
-
-    class UMAP:
-        def __init__(self, **settings: object) -> None:
-            asked.update(settings)
-
-        def fit_transform(self, keys: np.ndarray) -> np.ndarray:
-            return keys[:, :2] * 10 + 100
-
-    stand_in = types.ModuleType("umap")
-    stand_in.__spec__ = importlib.machinery.ModuleSpec("umap", None)
-    stand_in.UMAP = UMAP
-    monkeypatch.setitem(sys.modules, "umap", stand_in)
-    cache = cache_of(np.random.default_rng(3).normal(size=(9, 4)))
-    assert methods() == ["pca", "tsne", "umap"]
-    found = projected(cache, "umap")
-    assert (asked["metric"], asked["n_neighbors"]) == ("cosine", 8)
-    assert found.explained is None
-    keys = np.asarray(cache.keys)[:, :2]
-    expected = (keys - (keys.max(axis=0) + keys.min(axis=0)) / 2) / (np.ptp(keys, axis=0).max() / 2)
-    np.testing.assert_allclose(found.places, expected, atol=1e-5)

@@ -1,9 +1,10 @@
-"""Keys in two dimensions, to look at: by principal components, t-SNE or UMAP, the latter where they are installed."""
+"""Keys in two dimensions, to look at: by principal components, or by t-SNE where scikit-learn is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,8 @@ FloatArray = npt.NDArray[np.float32]
 AXES, ITERATIONS = 8, 8
 """Axes that are looked for at once, and how often: then the first two are right to four digits, in a tenth of the time
 that all of them take."""
-NEIGHBOURS, FEWEST = 15, 5
-"""UMAP's neighbours of each key, and the keys that it, and t-SNE, need."""
-REDUCED, PERPLEXITY = 50, 30
-"""Principal components that t-SNE is given, and the neighbours of a key, about, that it keeps together."""
+FEWEST, REDUCED, PERPLEXITY = 5, 50, 30
+"""Fewest keys for t-SNE, the principal components that it gets, and about how many neighbours it keeps together."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Projection:
 
     ``places`` ``[m, 2]`` float32 are within -1 and 1, at one scale. ``explained``: the shares of the variance that the
     two axes hold, and ``axes`` ``[1 + d, 2]`` float32 place any feature ``f``: at ``axes[0] + f axes[1:]``. Both are
-    ``None`` for t-SNE and UMAP, where axes mean nothing and what was not there has no place.
+    ``None`` for t-SNE, whose axes mean nothing and which has no place for a new feature.
     """
 
     key_ids: npt.NDArray[np.int64]
@@ -39,25 +38,24 @@ class Projection:
     axes: FloatArray | None = None
 
 
-def methods() -> list[str]:
-    """The methods that can be had here: ``pca``, ``tsne`` with scikit-learn, and ``umap`` with umap-learn."""
-    needs = {"tsne": "sklearn", "umap": "umap"}
-    return ["pca", *(method for method, module in needs.items() if importlib.util.find_spec(module))]
+Method = Literal["pca", "tsne"]
 
 
-def projected(cache: AnsweringIndex, method: str = "pca", limit: int = 5000) -> Projection:
+def methods() -> list[Method]:
+    """List the methods that can be had here: ``pca``, and ``tsne`` with scikit-learn."""
+    return ["pca", "tsne"] if importlib.util.find_spec("sklearn") else ["pca"]
+
+
+def projected(cache: AnsweringIndex, method: Method = "pca", limit: int = 5000) -> Projection:
     """The keys ``K`` ``[n, d]`` in two dimensions: all of them, or ``limit`` spread evenly over the classes' order.
 
     ``pca``: ``(K - mean) v`` for the two eigenvectors ``v`` of the covariance with the largest eigenvalues; of each,
     the largest component is positive. ``tsne``: neighbours of a key stay its neighbours (van der Maaten and Hinton,
-    2008), of the first principal components and begun from the first two; ``umap``: by cosine. Both with a fixed seed;
-    of fewer keys than they need, by ``pca``.
-    Raises UsageError for a method that is not there, or a limit below 1.
+    2008), of the first principal components and begun from the first two, with a fixed seed; fewer than
+    :data:`FEWEST` keys are placed by ``pca``. Raises UsageError for a method that is not there, or a limit below 1.
     """
     if method not in methods():
-        raise UsageError(
-            f"method {method!r}: expected one of {', '.join(methods())} (tsne: scikit-learn; umap: umap-learn)"
-        )
+        raise UsageError(f"method {method!r}: expected one of {', '.join(methods())} (tsne needs scikit-learn)")
     if limit < 1:
         raise UsageError(f"limit is {limit}: at least 1 key is needed")
     features, labels = cache.some(limit)
@@ -65,7 +63,7 @@ def projected(cache: AnsweringIndex, method: str = "pca", limit: int = 5000) -> 
     if method == "pca" or len(keys) < FEWEST:
         places, explained, axes = _principal(keys)
     else:
-        places, explained, axes = (_tsne if method == "tsne" else _umap)(keys), None, None
+        places, explained, axes = _tsne(keys), None, None
     middle = (places.max(axis=0) + places.min(axis=0)) / 2
     places = places - middle
     largest = float(np.abs(places).max()) or 1.0
@@ -96,13 +94,4 @@ def _tsne(keys: FloatArray) -> FloatArray:
     reduced = PCA(min(REDUCED, *keys.shape), random_state=0).fit_transform(keys)
     perplexity = min(PERPLEXITY, (len(keys) - 1) / 3)
     places: FloatArray = TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(reduced)
-    return places
-
-
-def _umap(keys: FloatArray) -> FloatArray:
-    import umap
-
-    neighbours = min(NEIGHBOURS, len(keys) - 1)
-    reducer = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1)
-    places: FloatArray = reducer.fit_transform(keys)
     return places

@@ -6,6 +6,7 @@ import copy
 import datetime
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -295,10 +296,6 @@ def _answer(answering: CacheModel | Linear, test: Items) -> dict[str, Any]:
     return {"top1": top1, "top5": top5, "n": len(test.ids)}
 
 
-def _peak_memory() -> int | None:
-    """Largest resident set of this process so far, in bytes (Linux counts KiB, macOS bytes, Windows does not say)."""
-    try:
-        import resource
-    except ImportError:
-        return None
+def _peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes (Linux counts KiB, macOS bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

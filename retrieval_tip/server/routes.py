@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import Response
 
 from retrieval_tip import __version__
+from retrieval_tip.evaluation.projection import Method
 from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.limits import DEADLINE
 from retrieval_tip.server.problems import Problem
@@ -190,9 +191,7 @@ async def image(
 async def map_of(
     service: TheService,
     version: Now,
-    method: Annotated[
-        str, Query(pattern="^(pca|tsne|umap)$", description="pca; tsne and umap where they are installed.")
-    ] = "pca",
+    method: Annotated[Method, Query(description="pca; tsne where scikit-learn is installed.")] = "pca",
     limit: Annotated[int, Query(ge=1, le=100_000, description="Keys at most; long features: fewer.")] = 5000,
 ) -> Response:
     """The keys in two dimensions."""

@@ -24,7 +24,7 @@ from retrieval_tip.data.encoder import FloatArray, pixels_of
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError, json_line, show
 from retrieval_tip.evaluation.audit import audit
-from retrieval_tip.evaluation.projection import Projection, methods, projected
+from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
 from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
@@ -411,7 +411,7 @@ class Service:
 
         return await self._in(self._finding, call)
 
-    async def map(self, version: Version, method: str, limit: int) -> dict[str, Any]:
+    async def map(self, version: Version, method: Method, limit: int) -> dict[str, Any]:
         """Keys in two dimensions. Raises Problem 422 for a method that is not there, 503 while it takes long."""
         if method not in methods():
             raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")

@@ -48,7 +48,7 @@ def locked(folder: Path, place: object, wait: float | None = None) -> Iterator[N
                 raise StoreError(one_line(f"{place}: cannot be written: {reason}; nothing was changed")) from None
     try:
         data.mkdir(exist_ok=True)
-        with suppress(OSError):  # Windows lets nobody write a locked file, and then it just has no name
+        with suppress(OSError):  # a full disk: then the lock does not name its owner
             path.write_text(this_process(), "utf-8")
         yield
     finally:

@@ -68,7 +68,7 @@ class Writer:
             file.flush()
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), start, size)
-            else:  # macOS and Windows: writing is what reserves
+            else:  # macOS: writing is what reserves
                 for at in range(0, size, len(_ZEROS)):
                     file.write(_ZEROS[: size - at])
         return path, np.lib.format.open_memmap(path, mode="r+")

@@ -365,7 +365,7 @@ function showStar() {
   $("map-star").textContent = place ? `★ ${photo.name} ${how}` : "";
 }
 
-const METHODS = { tsne: "t-SNE: neighbours together", pca: "PCA: the two longest axes", umap: "UMAP" };
+const METHODS = { tsne: "t-SNE: neighbours together", pca: "PCA: the two longest axes" };
 let pointed = null;
 const keyMap = new KeyMap($("map-canvas"), { chosen: pointAt, taken: listOnly, shots: shotsOf });
 
