@@ -26,7 +26,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.data.pictures import Picture, Pictures, is_one, labelled_pictures, pictures
-from retrieval_tip.data.sources import Source, is_image, open_inputs, open_source, read_item
+from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_source, read_item
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.html import markup, table
@@ -301,7 +301,7 @@ class Classifier:
         if isinstance(what, np.ndarray) and np.issubdtype(what.dtype, np.floating):
             answers = self.cache.classify(np.atleast_2d(what), top, k, tail, neighbours, certify, norms)
             return answers[0] if what.ndim == 1 else answers
-        if isinstance(what, str | os.PathLike) and not is_image(what):
+        if isinstance(what, str | os.PathLike) and kind_of(what) != "image":
             given = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])]
             return self._answers(given, replace(self.encoder, norms=norms), top, k, tail, neighbours, certify)
         encoder = replace(self.encoder, strict=True)
@@ -366,7 +366,7 @@ class Classifier:
         encoder = self.encoder if built is None else replace(self.encoder, views=built.views, seed=built.seed)
         if isinstance(what, Source):
             source = what
-        elif label is None and isinstance(what, str | os.PathLike) and not is_image(what):
+        elif label is None and isinstance(what, str | os.PathLike) and kind_of(what) != "image":
             source = open_source(what)
         elif label is None:
             given = labelled_pictures(what)

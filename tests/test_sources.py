@@ -78,7 +78,7 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, caplog: pytest.Lo
     touch(tmp_path, "cat/a.png", "cat/b.cr2", "cat/deep/c.CR2", "cat/d.mp4", "empty/readme.txt", "stray.png")
     source = open_source(tmp_path)
     assert source.class_names == ("cat",)
-    assert "no images: empty" in caplog.text
+    assert "not classes: empty" in caplog.text
     assert "1 file beside the class folders" in caplog.text
     assert "left out: 2 .cr2, 1 .mp4, 1 .txt" in caplog.text
 

@@ -1,14 +1,14 @@
-"""Folders of photographs as people have them: one folder a class, perhaps in parts, with other things in between."""
+"""Folders of photos: one folder per class, perhaps below ``train``, ``val`` and ``test``."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from retrieval_tip.data import images
+from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, counted, few, show
 
 log = logging.getLogger(__name__)
@@ -18,39 +18,30 @@ PARTS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-"""The parts of a dataset, and what their folders are called."""
+"""Names of the folders that hold each part of a dataset."""
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""In a folder, what says the labels of its images (Hugging Face's image folders)."""
+"""Tables of labels in the image folders of Hugging Face."""
 
 HEIC = frozenset({".heic", ".heif", ".hif"})
-"""What telephones take, and only the extra ``heic`` reads."""
-
-
-@dataclass(frozen=True)
-class ClassFolders:
-    """The photographs ``paths`` of a folder in the order of its ``classes``, and the class of each (``labels``)."""
-
-    classes: list[str]
-    paths: list[str]
-    labels: list[str]
+"""Photos of telephones, which only the extra ``heic`` reads."""
 
 
 def subfolders(folder: Path) -> list[os.DirEntry[str]]:
-    """The folders in a folder, in name order, without the hidden ones."""
+    """Return the folders in a folder that are not hidden, in name order."""
     return [entry for entry in images.entries(folder) if images.is_folder(entry)]
 
 
 def table_in(folder: Path) -> Path | None:
-    """The file that says the labels of a folder's images, where it has one of ``TABLES``."""
+    """Return the table of labels in a folder, if it has one of ``TABLES``."""
     return next((folder / name for name in TABLES if (folder / name).is_file()), None)
 
 
 def part_of(folder: Path, part: str | None) -> Path:
-    """The folder of a part (``train`` by default) where a folder has parts in place of classes; else the folder itself.
+    """Return the folder of a part (``train`` by default) if a folder has parts instead of classes; else the folder.
 
-    It has where each of its folders is called like a part, and holds folders in turn or a table of its images. Which
-    part is used, and which are not, is said. Raises InputError where it has not got this part.
+    It has parts if all of its folders have names of parts and contain folders or a table of labels. A warning names
+    the parts that are not used. Raises InputError if the part is missing.
     """
     called = {name: part for part, names in PARTS.items() for name in names}
     there = {called.get(entry.name.lower()): Path(entry.path) for entry in subfolders(folder)}
@@ -66,13 +57,12 @@ def part_of(folder: Path, part: str | None) -> Path:
     return used
 
 
-def read(folder: Path) -> ClassFolders:
-    """The classes and photographs of a folder of class folders. Folders without photographs are no classes.
+def read(folder: Path) -> Listing:
+    """Return the photos of a folder of class folders. A folder without photos is not a class.
 
-    What was left out is said, by its kinds. Raises InputError where there is no photograph, or two class folders have
-    names that show alike.
+    Warnings count the other files. Raises InputError if there is no photo, or two class folders show the same name.
     """
-    found = ClassFolders([], [], [])
+    found, classes = Listing(), []
     others: Counter[str] = Counter()
     empty: list[str] = []
     for entry in subfolders(folder):
@@ -81,16 +71,17 @@ def read(folder: Path) -> ClassFolders:
         if not inside:
             empty.append(name)
             continue
-        if name in found.classes:
+        if name in classes:
             raise InputError(f"{show(folder)}: two class folders show as {name}; rename the one that is not UTF-8")
-        found.classes.append(name)
-        found.paths.extend(inside)
-        found.labels.extend([name] * len(inside))
+        classes.append(name)
+        found.paths += inside
+        found.labels += [name] * len(inside)
+    found.classes = classes
     stray = [entry.name for entry in images.entries(folder) if _is_file(entry)]
-    if not found.paths:
+    if not classes:
         raise _none_found(folder, stray, others)
     if empty:
-        log.warning("%s: left out as classes, for they hold no images: %s", show(folder), few(empty))
+        log.warning("%s: folders without images are not classes: %s", show(folder), few(empty))
     if stray:
         log.warning("%s: %s beside the class folders left out", show(folder), counted(len(stray), "file"))
     if others:
@@ -99,13 +90,13 @@ def read(folder: Path) -> ClassFolders:
 
 
 def kinds(others: Counter[str]) -> str:
-    """Files that are no images, by their suffixes, the most first, and what reads those that are photographs."""
+    """Count the files that are not images by suffix, most frequent first, and name the extra that reads HEIC."""
     said = few([f"{number:,} {suffix or 'without a suffix'}" for suffix, number in others.most_common()])
     return said + ("; pip install 'retrieval-tip[heic]' reads HEIC" if HEIC & others.keys() else "")
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file or a link to one; a link to itself is neither."""
+    """Tell whether an entry is a file or a link to one; a link to itself is neither."""
     try:
         return entry.is_file()
     except OSError:

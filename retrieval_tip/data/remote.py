@@ -1,64 +1,129 @@
-"""Files on object stores: what is named ``s3://``, ``gs://`` or ``az://``, through fsspec and obstore.
+"""Files on object stores, ``s3://``, ``gs://`` or ``az://``, through fsspec and obstore.
 
-Credentials, region and endpoint come from the environment of the process that reads, as obstore looks them up
-(``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` ...); nothing here holds or writes them.
+obstore takes credentials, region and endpoint from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL`` ...);
+nothing here holds or writes them.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeGuard, TypeVar
 
-from retrieval_tip.errors import InputError, UsageError, first_line
+from retrieval_tip.data.listing import Listing
+from retrieval_tip.errors import InputError, UsageError, first_line, show
 
 SCHEMES = ("s3://", "gs://", "az://")
 
+_T = TypeVar("_T")
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the URL of an object."""
+
+class FileSystem(Protocol):
+    """The methods of a file system of fsspec that are used here."""
+
+    def cat_file(self, path: str) -> bytes: ...  # noqa: D102
+    def exists(self, path: str) -> bool: ...  # noqa: D102
+    def find(self, path: str) -> list[str]: ...  # noqa: D102
+    def info(self, path: str) -> Mapping[str, object]: ...  # noqa: D102
+    def ls(self, path: str, detail: bool) -> list[str]: ...  # noqa: D102
+    def open(self, path: str, mode: str) -> BinaryIO: ...  # noqa: D102
+    def put_file(self, lpath: str, rpath: str) -> None: ...  # noqa: D102
+    def size(self, path: str) -> int: ...  # noqa: D102
+
+
+def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
+    """Tell whether a path is the URL of an object."""
     return isinstance(path, str) and path.startswith(SCHEMES)
 
 
 @functools.cache
-def filesystem(scheme: str) -> Any:
-    """The fsspec file system of ``s3``, ``gs`` or ``az``. Raises UsageError where what it needs is not installed."""
+def filesystem(scheme: str) -> FileSystem:
+    """Return the file system of ``s3``, ``gs`` or ``az``. Raises UsageError if its packages are not installed."""
     try:
         import fsspec
-        from obstore.fsspec import FsspecStore, register
+        from obstore.fsspec import register
     except ImportError:
         raise UsageError(f"{scheme}:// needs pip install 'retrieval-tip[distributed]'") from None
     register(scheme)
     local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # an object store of one's own
-    options = {"client_options": {"allow_http": True}} if local else {}
-    system = fsspec.filesystem(scheme, **options)
-    assert isinstance(system, FsspecStore)
+    system: FileSystem = fsspec.filesystem(scheme, **({"client_options": {"allow_http": True}} if local else {}))
     return system
 
 
-def system_of(url: str) -> Any:
-    """The fsspec file system of a URL."""
+def system_of(url: str) -> FileSystem:
+    """Return the file system of a URL."""
     return filesystem(url.partition("://")[0])
 
 
-def opened(url: str) -> Any:
-    """A URL as a binary file that can be sought in. Raises InputError where it cannot be read."""
-
-    def look() -> Any:
-        system = system_of(url)
-        system.info(url)  # obstore's file complains once more, past all handlers, when it was never open
-        return system.open(url, "rb")
-
-    return attempt(url, look)
+def opened(url: str) -> BinaryIO:
+    """Open a URL as a seekable binary file. Raises InputError if it cannot be read."""
+    system = system_of(url)
+    attempt(url, lambda: system.info(url))  # obstore's file reports a missing object outside all handlers
+    return attempt(url, lambda: system.open(url, "rb"))
 
 
-def attempt(url: str, what: Any) -> Any:
-    """The result of a call; an object store's errors become an InputError that names the URL."""
+def children(folder: str) -> list[str]:
+    """Return the URLs in a folder, in name order; none if it does not exist. Raises InputError."""
+    place, system = folder.rstrip("/"), system_of(folder)
+
+    def names() -> list[str]:
+        with suppress(FileNotFoundError):
+            return system.ls(place, detail=False)
+        return []
+
+    return sorted(f"{place}/{name.rpartition('/')[2]}" for name in attempt(folder, names))
+
+
+def attempt(url: str, call: Callable[[], _T]) -> _T:
+    """Return the result of a call; an object store's errors become an InputError that names the URL."""
     try:
-        return what()
+        return call()
     except FileNotFoundError:
         raise InputError(f"{url}: no such object") from None
     except (UsageError, InputError):
         raise
-    except Exception as error:  # obstore has a class for each kind of refusal, and none in common with fsspec's
+    except Exception as error:  # obstore and fsspec share no base class of errors
         raise InputError(f"{url}: cannot be read: {first_line(error)}") from None
+
+
+def read(path: str) -> bytes | None:
+    """Return the bytes of a remote image; ``None`` for another path. Raises InputError, without the path."""
+    from retrieval_tip.data import images  # the command line imports this module for every --help
+
+    if not is_remote(path):
+        return None
+    system = system_of(path)
+
+    def fetch() -> bytes:
+        images.admit(system.size(path))
+        return bytes(system.cat_file(path))
+
+    try:
+        data = attempt(path, fetch)
+    except InputError as error:
+        raise InputError(str(error).removeprefix(f"{path}: ")) from None
+    if not data:
+        raise InputError("empty file")
+    return data
+
+
+def listing(folder: str, *, labelled: bool) -> Listing:
+    """Return the images below a folder; their labels are the class folders they lie in.
+
+    Raises InputError if there are none, or one that needs a label lies in no class folder.
+    """
+    from retrieval_tip.data import images
+
+    system, scheme = system_of(folder), folder.partition("://")[0]
+    base = f"{scheme}://{folder.partition('://')[2].strip('/')}/"
+    urls = [f"{scheme}://{name}" for name in sorted(attempt(folder, lambda: system.find(folder)))]
+    paths = [path for path in urls if Path(path).suffix.lower() in images.extensions() and path.startswith(base)]
+    if not paths:
+        raise InputError(f"{show(folder)}: no images, tars or Parquet file there")
+    labels = [path.removeprefix(base).rpartition("/")[0].partition("/")[0] or None for path in paths]
+    if labelled and None in labels:
+        raise InputError(f"{show(paths[labels.index(None)])}: lies in no class folder of {show(folder)}")
+    return Listing(paths, labels)

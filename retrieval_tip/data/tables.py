@@ -78,6 +78,13 @@ def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
         yield path
 
 
+def is_table(where: str) -> bool:
+    """Tell whether a path or a URL is a table: a file with one of ``SUFFIXES`` (Parquet, if remote), or its parts."""
+    if remote.is_remote(where):
+        return is_parquet(where)
+    return (where.lower().endswith(SUFFIXES) and os.path.isfile(where)) or is_parts(where)
+
+
 def is_parquet(where: str) -> bool:
     """Whether a path or a URL is a Parquet file, or a folder of the parts of a table."""
     if where.lower().endswith(".parquet"):

@@ -1,8 +1,7 @@
 """Webdataset tars: images with the labels beside them, ``key.jpg`` and ``key.cls``, ``key.txt`` or ``key.json``.
 
-An image is called ``TAR/MEMBER``, and by that name its bytes are read: of a ``.tar`` where it lies, of one that is
-packed (``.tar.gz``, ``.tgz``) or on an object store from a copy without a name, which goes with the process. Names in
-a tar are names only: nothing is unpacked by them.
+An image is named ``TAR/MEMBER`` and read by that name: from a local ``.tar`` in place, from a packed (``.tar.gz``,
+``.tgz``) or remote one through an unnamed local copy that goes with the process. Nothing is unpacked to a named file.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import glob
+import gzip
 import json
 import os
 import re
@@ -19,26 +19,27 @@ import tempfile
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from retrieval_tip.data import images, remote
+from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, Skipped, UsageError, first_line, show
 from retrieval_tip.files import open_regular
 
 TARS = (".tar", ".tar.gz", ".tgz")
 LABELS = ("cls", "json", "txt")
-"""Members that label an image, the one that counts first."""
+"""Members that label an image; the first one counts."""
 MAX_LABEL = 4096
 """Longest label, in characters."""
 MAX_LABEL_BYTES = 1 << 20
-"""Of a member that holds a label: a larger one is something else."""
+"""Largest member that is read as a label."""
 MOST_NAMED = 100_000
-"""Tars that ``{000..999}`` may stand for."""
+"""Upper bound for the tars of ``{000..999}``."""
 HELD = 16
-"""Tars whose members are known at a time; what is read again after so many others is opened again."""
+"""Number of tars that stay open."""
 CHUNK = 1 << 20
 
 _IN_TAR = re.compile(r"\.(tar|tar\.gz|tgz)/", re.IGNORECASE)
@@ -47,10 +48,10 @@ _opening = threading.Lock()
 
 
 class Tar:
-    """The images of one tar: where the bytes of each lie, by its name; its label, or ``None``; and what ``failed``.
+    """The images of one tar: the place of each in the file, its label or ``None``, and what ``failed``.
 
-    Damage is no error: it ends the tar, and is named in ``failed``. Raises InputError, which says why and not which,
-    where nothing of it can be read.
+    Damage ends the tar and is named in ``failed``. Raises InputError with the reason, but not the path, if nothing can
+    be read.
     """
 
     def __init__(self, place: str) -> None:
@@ -87,7 +88,7 @@ class Tar:
         self.places[path], self.labels[path] = (sample.start, sample.size), label
 
     def read(self, path: str) -> bytes:
-        """The bytes of an image. Raises InputError where it is not there, too large or empty."""
+        """Return the bytes of an image. Raises InputError if it is missing, too large or empty."""
         if path not in self.places:
             raise InputError("no such image in the tar")
         start, size = self.places[path]
@@ -99,7 +100,7 @@ class Tar:
 
 
 def opened(place: str) -> Tar:
-    """A tar, by its path or URL. The last :data:`HELD` are kept, until another file is in that place.
+    """Open a tar by its path or URL, or return it if it is one of the last :data:`HELD` and its file has not changed.
 
     Raises as :class:`Tar`.
     """
@@ -118,7 +119,7 @@ def _opened(place: str, stamp: tuple[int, int] | None) -> Tar:
 
 
 def tar_of(path: str) -> str | None:
-    """The tar that an image's name says it lies in; ``None`` where it says none."""
+    """Return the tar in an image's name; ``None`` if it is not in a tar."""
     for match in _IN_TAR.finditer(path):
         place = path[: match.end() - 1]
         if remote.is_remote(place) or os.path.isfile(place):
@@ -126,26 +127,59 @@ def tar_of(path: str) -> str | None:
     return None
 
 
-def find(where: str) -> list[str]:
-    """The tars that a path, a URL, a folder or a pattern stands for, in name order; none where it is something else.
+def read(path: str) -> bytes | None:
+    """Return the bytes of an image in a tar; ``None`` for another path. Raises InputError, without the path."""
+    return None if (tar := tar_of(path)) is None else opened(tar).read(path)
 
-    A pattern is ``s-*.tar``, or ``s-{000..099}.tar`` as webdataset has it. A folder is one of tars where it holds no
-    folders and no images beside them. Raises InputError for one of a range that is not there, UsageError for too many.
+
+def exists(path: str) -> bool:
+    """Tell whether an image in a tar exists."""
+    try:
+        tar = tar_of(path)
+        return tar is not None and path in opened(tar).places
+    except InputError:
+        return False
+
+
+def listing(places: Sequence[str], *, labelled: bool) -> Listing:
+    """Return the images of tars, in order. What cannot be read, or lacks a label that is needed, is ``failed``."""
+    found = Listing()
+    for place in places:
+        try:
+            tar = opened(place)
+        except InputError as error:
+            found.failed.append(Skipped(show(place), str(error)))
+            continue
+        found.failed += tar.failed
+        for path, label in tar.labels.items():
+            if labelled and label is None:
+                kinds = ", ".join(f".{kind}" for kind in LABELS)
+                found.failed.append(Skipped(show(path), f"no label: none of {kinds} beside it"))
+            else:
+                found.paths.append(path)
+                found.labels.append(label)
+    return found
+
+
+def find(where: str) -> list[str]:
+    """Return the tars that a path, a URL, a folder or a pattern stands for, in name order; none for anything else.
+
+    A pattern is ``s-*.tar`` or ``s-{000..099}.tar``. A folder is one of tars if it holds no folders and no images.
+    Raises InputError if a tar of a range is missing, UsageError if a range is too long.
     """
     if not where.lower().endswith(TARS):
         return _in_folder(where)
     if remote.is_remote(where):
         if not glob.has_magic(where):
             return list(_named(where))
-        return [name for name in _listed(where.rpartition("/")[0]) if fnmatch.fnmatchcase(name, where)]
+        return [name for name in _in_folder(where.rpartition("/")[0]) if fnmatch.fnmatchcase(name, where)]
     if os.path.isfile(where):
         return [where]
     if os.path.exists(where):
         return _in_folder(where)
     if _RANGE.search(where):
         tars = list(_named(where))
-        missing = next((tar for tar in tars if not os.path.isfile(tar)), None)
-        if missing is not None:
+        if missing := next((tar for tar in tars if not os.path.isfile(tar)), None):
             raise InputError(f"{show(missing)}: no such file")
         return tars
     return sorted(place for place in glob.glob(where) if os.path.isfile(place))
@@ -153,18 +187,18 @@ def find(where: str) -> list[str]:
 
 def _in_folder(where: str) -> list[str]:
     if remote.is_remote(where):
-        return _listed(where.rstrip("/"))
+        return [name for name in remote.children(where) if name.lower().endswith(TARS)]
     try:
         seen = images.entries(where) if os.path.isdir(where) else []
     except OSError:  # whoever reads the folder says so
         return []
     if any(images.is_folder(entry) or Path(entry.name).suffix.lower() in images.extensions() for entry in seen):
         return []
-    return sorted(entry.path for entry in seen if entry.name.lower().endswith(TARS) and entry.is_file())
+    return [entry.path for entry in seen if entry.name.lower().endswith(TARS) and entry.is_file()]
 
 
 def _named(pattern: str) -> Iterator[str]:
-    """The names that ``{000..099}`` stands for, each as wide as the first number; a name without is itself."""
+    """Yield the names that ``{000..099}`` stands for, each as wide as the first number."""
     match = _RANGE.search(pattern)
     if match is None:
         yield pattern
@@ -176,21 +210,9 @@ def _named(pattern: str) -> Iterator[str]:
         yield from _named(f"{pattern[: match.start()]}{number:0{len(match[1])}d}{pattern[match.end() :]}")
 
 
-def _listed(folder: str) -> list[str]:
-    """The tars in a folder of an object store, in name order."""
-    system = remote.system_of(folder)
-    try:
-        names = [f"{folder}/{str(name).rpartition('/')[2]}" for name in system.ls(folder, detail=False)]
-    except FileNotFoundError:
-        return []
-    except Exception as error:
-        raise InputError(f"{folder}: cannot be read: {first_line(error)}") from None
-    return sorted(name for name in names if name.lower().endswith(TARS))
-
-
 @dataclass
 class _Sample:
-    """Members of one key: where the image's bytes are, and the label as far as there is one."""
+    """Members of one key: the place of the image, and the members that label it."""
 
     key: str
     name: str = ""
@@ -200,7 +222,7 @@ class _Sample:
 
 
 def _plain_tar(place: str) -> BinaryIO:
-    """The tar as a local file that is not compressed: itself, or a nameless copy of it."""
+    """Open a tar as a local file that is not compressed: itself, or an unnamed copy."""
     packed = not place.lower().endswith(".tar")
     if not packed and not remote.is_remote(place):
         return open_regular(place)
@@ -217,26 +239,20 @@ def _plain_tar(place: str) -> BinaryIO:
 
 
 def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
-    """Copy what was gzipped, as far as it is sound: where it ends too early, so does the tar, and that is said."""
-    inflate = zlib.decompressobj(31)
-    while data := raw.read(CHUNK):
-        while data:
-            try:
-                file.write(inflate.decompress(data, CHUNK))
-            except zlib.error as error:
-                if not file.tell():
-                    raise InputError(f"not gzip ({error})") from None
-                return
-            data = inflate.unconsumed_tail
-            if inflate.eof:  # another one may follow, and zeros to fill a block
-                data = inflate.unused_data.lstrip(b"\0")
-                inflate = zlib.decompressobj(31)
+    """Copy the sound beginning of a gzip file; where it breaks off, so does the tar, which is then reported."""
+    with gzip.GzipFile(fileobj=raw) as unpacked:
+        try:
+            while block := unpacked.read1(CHUNK):
+                file.write(block)
+        except (OSError, EOFError, zlib.error):
+            if not file.tell():
+                raise
 
 
 def _samples(file: BinaryIO, name: str, failed: list[Skipped]) -> Iterator[_Sample]:
-    """Neighbouring members of one key together, which is, as webdataset has it, what comes before a name's first dot.
+    """Yield neighbouring members of one key, the name up to its first dot, together.
 
-    Damage ends the tar: what is after it is lost, and said.
+    Damage ends the tar and is named in ``failed``.
     """
     sample: _Sample | None = None
     members = 0
@@ -274,27 +290,31 @@ def _samples(file: BinaryIO, name: str, failed: list[Skipped]) -> Iterator[_Samp
 
 
 def _label(sample: _Sample) -> str | None:
-    """The label of a sample: text of ``.cls`` or ``.txt``, or ``label``, ``class`` or ``cls`` of ``.json``.
+    """Return the label of a sample: text of ``.cls`` or ``.txt``, or ``label``, ``class`` or ``cls`` of ``.json``.
 
-    Raises InputError where it is not UTF-8, too long, or no text.
+    Raises InputError if it is not UTF-8, too long, or no text.
     """
     kind = next((kind for kind in LABELS if kind in sample.labels), None)
     if kind is None:
         return None
     try:
-        text: Any = sample.labels[kind].decode()
+        text = sample.labels[kind].decode()
         if kind == "json":
-            facts = json.loads(text)
-            named = [facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None]
-            text = named[0] if named else ""
-            if isinstance(text, bool) or not isinstance(text, str | int):
-                raise InputError(f"the label in its .json is {type(text).__name__}; expected text")
-            str(text).encode()
-    except (ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
+            text = _json_label(json.loads(text))
+            text.encode()
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"its .{kind} cannot be read as a label ({first_line(error)})") from None
-    text = str(text).strip()
-    if len(text) > MAX_LABEL:
+    if len(text := text.strip()) > MAX_LABEL:
         raise InputError(f"its label has more than {MAX_LABEL} characters")
     return text or None
+
+
+def _json_label(facts: object) -> str:
+    if not isinstance(facts, dict):
+        raise InputError("its .json cannot be read as a label (not an object)")
+    label = next((facts[key] for key in ("label", "class", "cls") if facts.get(key) is not None), "")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise InputError(f"the label in its .json is {type(label).__name__}; expected text")
+    return str(label)
