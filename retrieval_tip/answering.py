@@ -29,7 +29,7 @@ from retrieval_tip.retrieval.evidence import Contributors, Nearest
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Retrieval, first_two, slices
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
-from retrieval_tip.settings import Built, Fitted, KeysMet, Settings
+from retrieval_tip.settings import Built, Dtype, Fitted, KeysMet, Norms, Settings
 from retrieval_tip.store.manifest import Manifest
 
 SHOWN_CLASSES = 8
@@ -106,7 +106,7 @@ class AnsweringIndex(ABC):
 
     @property
     @abstractmethod
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         """Of the stored keys: float32 or float16."""
 
     @property
@@ -322,7 +322,7 @@ class AnsweringIndex(ABC):
         tail: bool | None = None,
         neighbours: int = 5,
         certify: bool = False,
-        norms: str = "check",
+        norms: Norms = "check",
     ) -> Predictions:
         """Answer queries: label, probability, and the ``neighbours`` shots that contributed most to each answer.
 

@@ -40,7 +40,7 @@ from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval,
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
-from retrieval_tip.settings import Built, Fitted, Settings
+from retrieval_tip.settings import Built, Dtype, Fitted, Precision, Settings, Verify
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
 from retrieval_tip.store.contents import Contents, Stored
@@ -95,7 +95,7 @@ class InMemory(AnsweringIndex):
     values: Tensor | None = None
     tuned: Path | None = None
     curve: pa.Table | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
     text_index: VectorIndex | None = None
     folder: Path | None = None
     next_key_id: int | None = None
@@ -173,9 +173,9 @@ class InMemory(AnsweringIndex):
         return int(self.keys.shape[1])
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         """Of the stored keys: float32 or float16."""
-        return str(self.keys.dtype)
+        return "float16" if self.keys.dtype == np.float16 else "float32"
 
     @property
     def index_type(self) -> str:
@@ -209,7 +209,7 @@ class InMemory(AnsweringIndex):
         device: str = "auto",
         sources: Sequence[str] | None = None,
         values: Features | None = None,
-        precision: str = "float32",
+        precision: Precision = "float32",
     ) -> Self:
         """A classifier from features that are already at hand.
 
@@ -383,8 +383,8 @@ class CacheModel(InMemory):
         folder: str | os.PathLike[str],
         *,
         device: str = "auto",
-        precision: str = "auto",
-        verify: str = "full",
+        precision: Precision = "auto",
+        verify: Verify = "full",
         check: store.Check | None = None,
         version: int | None = None,
     ) -> Self:
@@ -410,7 +410,7 @@ class CacheModel(InMemory):
         return cache
 
     @classmethod
-    def _of(cls, place: Path, manifest: Manifest, device: str, precision: str) -> Self:
+    def _of(cls, place: Path, manifest: Manifest, device: str, precision: Precision) -> Self:
         """The classifier that a version of a folder holds."""
         contents, files, c = Contents.read(place, manifest), manifest.files, len(manifest.class_names)
         path, half = place / files["index"].name, manifest.dtype == "float16"
@@ -587,7 +587,7 @@ class CacheModel(InMemory):
         points = np.asarray(self.met, dtype=np.float32)
         self.values = self._ridge.values(torch.from_numpy(points).to(self.device), self.class_ids)
 
-    def compact(self, factory: str | None = None, dtype: str | None = None, *, again: bool = False) -> None:
+    def compact(self, factory: str | None = None, dtype: Dtype | None = None, *, again: bool = False) -> None:
         """Make all keys one segment, and build the index over them. On disk after :meth:`save`.
 
         ``factory`` is the type of the index (``auto`` by :func:`keys.auto_for`, which sets ``k`` too) and ``dtype``

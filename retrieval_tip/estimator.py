@@ -22,7 +22,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.keys import index_over
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import MetricName, Settings, ValuesName
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
@@ -86,8 +86,8 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         *,
         alpha: float | Literal["auto"] = "auto",
         beta: float | None = None,
-        metric: str | None = None,
-        values: str | None = None,
+        metric: MetricName | None = None,
+        values: ValuesName | None = None,
         k: int | None = None,
         tail: bool = True,
         logit_scale: float = Settings.logit_scale,

@@ -9,7 +9,32 @@ from typing import Any, Literal, Self, get_args
 from retrieval_tip.errors import UsageError
 
 KeysMet = int | Literal["all"] | None
-"""The number of nearest keys that a query meets, as a call says it: ``None`` is what the index's settings say."""
+"""Number of nearest keys to use in one call. ``None`` uses the index's setting, ``"all"`` every key."""
+
+Verify = Literal["full", "fast"]
+"""How files are checked when they are loaded: every byte, or of large files only the size."""
+Norms = Literal["check", "unit", "keep"]
+"""Feature rows must have norm 1, are scaled to norm 1, or are kept as they are."""
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+Runtime = Literal["auto", "torch"]
+Dtype = Literal["float32", "float16"]
+"""Type of the stored keys."""
+FitName = Literal["auto", "none"]
+Normalize = Literal["both", "shots", "affinity", "none"]
+"""Units of alpha and beta (:mod:`retrieval.defaults`)."""
+MetricName = Literal["none", "within"]
+ValuesName = Literal["one-hot", "solved"]
+METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
+"""Names of what a fit may choose for each letter of the method (:mod:`tip`)."""
+Protocol = Literal["honest", "paper"]
+"""How settings are chosen: on the shots or a validation draw, or as in the paper, on the whole validation source."""
+
+
+def check_choice(name: str, value: object, alias: object) -> None:
+    """Raise UsageError unless a value is one of the words of a ``Literal``."""
+    words: tuple[str, ...] = get_args(alias)
+    if value not in words:
+        raise UsageError(f"{name} {value!r}: expected one of {', '.join(words)}")
 
 
 ADDED_AFTER_FORMAT_1 = {"later": True}
@@ -83,12 +108,6 @@ class Settings:
         return {name: getattr(self, name) for name in names} | {"k": self.k or "all"}
 
 
-MetricName = Literal["none", "within"]
-ValuesName = Literal["one-hot", "solved"]
-METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
-"""Names of what a fit may choose for each letter of the method (:mod:`tip`)."""
-
-
 @dataclass(frozen=True)
 class Fitted:
     """The form in which metric and values of an index were fitted to its shots (:mod:`fit.closed_form`).
@@ -97,8 +116,8 @@ class Fitted:
     ``ridge``; ``keys`` is how many there were then.
     """
 
-    metric: str
-    values: str
+    metric: MetricName
+    values: ValuesName
     shrinkage: float | None
     ridge: float | None
     keys: int

@@ -303,7 +303,7 @@ def test_a_folder_in_the_place_of_the_checkpoint_is_named_before_anything_is_tra
 
 
 def test_a_sweep_fine_tunes_what_it_draws(run, place):
-    result = run("evaluate", place / "index", place / "test.parquet", "--shots", 4, "--seeds", 2, "--val",
+    result = run("sweep", place / "index", place / "test.parquet", "--shots", 4, "--seeds", 2, "--val",
                  place / "val.parquet", "--method", "untouched", "--method", "tip-adapter-f", "--results",
                  place / "runs.parquet")  # fmt: skip
     assert result.exit_code == 0, result.stderr

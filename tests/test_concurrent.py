@@ -122,7 +122,7 @@ def _read(job: killing.Job) -> dict[str, Any]:
             staying = cache = staying.reload()
             assert np.array_equal(before.logits(QUERIES), then)  # what is open stays as it is
         else:
-            cache = CacheModel.load(folder, device="cpu", verify=rng.choice(store.VERIFY))
+            cache = CacheModel.load(folder, device="cpu", verify=rng.choice(["full", "fast"]))
         assert cache.version is not None
         assert cache.version >= versions[-1]
         versions.append(cache.version)

@@ -291,7 +291,7 @@ def test_damage_is_named_and_never_changes_an_answer(world: dict[str, Path], tmp
         said = f"{number}: {kind}/{name}: {what}"
         try:
             needed = name.name == "manifest.json" or str(name) in current[kind]
-            for verified in store.VERIFY if needed else store.VERIFY[number % 2 :][:1]:
+            for verified in ("full", "fast") if needed else ("full", "fast")[number % 2 :][:1]:
                 if needed:
                     where = index if what == "missing" and name.name == "manifest.json" else path
                     assert refused(partial(opened, index, verify=verified), where), said

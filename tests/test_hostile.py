@@ -1117,7 +1117,7 @@ def test_a_table_may_have_a_name_that_is_not_utf8(see: Run, gallery: Gallery, tm
     [
         ("search-hp", "{w}/index", "--val", "{w}/train.parquet", "--dry-run", "--surface", "{x}"),
         ("search-hp", "{w}/index", "--val", "{w}/train.parquet", "--dry-run", "--plot", "{x}"),
-        ("evaluate", "{w}/index", "{w}/test.parquet", "--shots", "2", "--seeds", "1", "--results", "{x}"),
+        ("sweep", "{w}/index", "{w}/test.parquet", "--shots", "2", "--seeds", "1", "--results", "{x}"),
         ("evaluate", "{w}/index", "{w}/test.parquet", "--plot", "{x}"),
         ("index", "export", "{w}/index", "--out", "{x}"),
         ("classify", "{w}/index", "{w}/test.parquet", "--format", "csv", "--output", "{x}"),

@@ -379,7 +379,7 @@ def test_the_curves_are_those_of_evaluate_with_shots(food, tmp_path):
     out = tmp_path / "r.html"
     done("-q", "report", folder, "--test", test, "--out", out, "--seeds", 2)
     done(
-        "-q", "evaluate", folder, test, *(f"--shots={n}" for n in (1, 2, 4)), "--seeds", 2, "--results",
+        "-q", "sweep", folder, test, *(f"--shots={n}" for n in (1, 2, 4)), "--seeds", 2, "--results",
         tmp_path / "r.parquet",
     )  # fmt: skip
     rows = pq.read_table(tmp_path / "r.parquet").to_pylist()
@@ -575,7 +575,7 @@ def test_a_fitted_index_is_set_beside_what_else_its_shots_allow(tmp_path):
     folder, test = made(tmp_path)
     results = tmp_path / "runs.parquet"
     rivals = ["--method", "class-means", "--method", "linear-probe", "--method", "untouched"]
-    done("-q", "evaluate", folder, test, "--shots", 4, "--seeds", 1, *rivals, "--results", results)
+    done("-q", "sweep", folder, test, "--shots", 4, "--seeds", 1, *rivals, "--results", results)
     accuracy = {row["method"]: row["top1"] for row in pq.read_table(results).to_pylist()}
     done("-q", "fit", folder)
     done("-q", "report", folder, "--test", test, "--out", tmp_path / "r.html", "--shots", 4)

@@ -411,7 +411,7 @@ def test_a_command_lets_threads_sleep_unless_the_environment_says_otherwise():
 
 
 def test_an_interrupt_while_it_is_imported_is_one_line(tmp_path):
-    (tmp_path / "cloup.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "retrieval_tip", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)

@@ -169,13 +169,13 @@ def test_through_the_command_line(run, tmp_path):
     text = write_table(tmp_path / "text.parquet", unit_rows(C, D, 5), NAMES)
     assert run("index", "build", train, "--text", text, "--out", tmp_path / "i").exit_code == 0
     options = ("--shots", 2, "--shots", 4, "--seeds", 2, "--results", tmp_path / "r.parquet")
-    done = run("evaluate", tmp_path / "i", test, *options)
+    done = run("sweep", tmp_path / "i", test, *options)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0].split() == ["method", "shots", "seeds", "top1", "half"]
-    lines = [json.loads(line) for line in run("evaluate", tmp_path / "i", test, *options, "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in run("sweep", tmp_path / "i", test, *options, "--json").stdout.splitlines()]
     assert len(lines) == 2 * 2 * len(sweep.PLAIN)
     assert pq.read_table(tmp_path / "r.parquet").to_pylist() == lines
-    assert run("evaluate", tmp_path / "i", test, "--shots", 2).exit_code == 2
+    assert run("sweep", tmp_path / "i", test, "--shots", 2).exit_code == 2
     paper = ("--protocol", "paper", "--results", tmp_path / "p.parquet", "--shots", 2)
-    assert "give --val" in run("evaluate", tmp_path / "i", test, *paper).stderr
-    assert run("evaluate", tmp_path / "i", test, *paper, "--val", test).exit_code == 0
+    assert "give --val" in run("sweep", tmp_path / "i", test, *paper).stderr
+    assert run("sweep", tmp_path / "i", test, *paper, "--val", test).exit_code == 0

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval_tip.errors import BackboneError, InputError, UsageError, warn_once
+from retrieval_tip.settings import Precision, Runtime, check_choice
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-PRECISIONS = ("auto", "float32", "float16", "bfloat16")
-RUNTIMES = ("auto", "torch")
 PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
@@ -215,14 +214,13 @@ class Execution:
     """How a backbone runs: its ``device``, its ``precision``, and the ``runtime`` that encodes images on a CPU."""
 
     device: str = "auto"
-    precision: str = "auto"
-    runtime: str = "auto"
+    precision: Precision = "auto"
+    runtime: Runtime = "auto"
 
     def resolved(self) -> Execution:
         """With device and precision as what ``auto`` stands for. Raises UsageError for what there is not."""
         device = resolve_device(self.device)
-        for name, known in (("precision", PRECISIONS), ("runtime", RUNTIMES)):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
-        automatic = "float32" if device == "cpu" else "float16"
+        check_choice("precision", self.precision, Precision)
+        check_choice("runtime", self.runtime, Runtime)
+        automatic: Precision = "float32" if device == "cpu" else "float16"
         return replace(self, device=device, precision=automatic if self.precision == "auto" else self.precision)

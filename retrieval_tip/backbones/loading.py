@@ -15,6 +15,7 @@ from retrieval_tip.backbones.base import Execution, Identity, Trainable
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError, first_line
+from retrieval_tip.settings import Precision, Runtime
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,8 @@ def load_backbone(
     pretrained: str | None = None,
     *,
     device: str = "auto",
-    precision: str = "auto",
-    runtime: str = "auto",
+    precision: Precision = "auto",
+    runtime: Runtime = "auto",
     tuned: str | os.PathLike[str] | None = None,
 ) -> Trainable:
     """A backbone by its name, in evaluation mode.
@@ -65,7 +66,7 @@ def load_backbone(
 
 
 def load_when_needed(
-    identity: Identity, dim: int, *, device: str = "auto", precision: str = "auto", runtime: str = "auto"
+    identity: Identity, dim: int, *, device: str = "auto", precision: Precision = "auto", runtime: Runtime = "auto"
 ) -> Trainable:
     """The backbone ``identity`` of features ``[m, dim]``, loaded when first something needs it, where that can wait.
 

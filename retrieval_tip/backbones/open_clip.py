@@ -23,6 +23,7 @@ from retrieval_tip.backbones.catalogue import (
 )
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen, state_digest
 from retrieval_tip.errors import BackboneError, UsageError
+from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +216,7 @@ class OpenClipBackbone(TorchBackbone):
         *,
         name: str = "loaded",
         pretrained: str | None = None,
-        precision: str = "auto",
+        precision: Precision = "auto",
     ) -> Self:
         """The backbone of what ``open_clip.create_model_and_transforms`` and ``open_clip.get_tokenizer`` gave.
 

@@ -16,13 +16,13 @@ from retrieval_tip.errors import counted, json_line, one_line, show
 
 @click.group(cls=Group, name="datasets")
 def datasets_group() -> None:
-    """The datasets that --dataset knows: what they are, and whether they are there."""
+    """List and check the datasets that --dataset knows."""
 
 
 @datasets_group.command("list")
 @FORMAT
 def datasets_list(printing: OutputOptions) -> None:
-    """List the datasets: name, folder below the one that holds all of them, number of classes, templates."""
+    """List datasets: name, folder, classes, templates."""
     import pyarrow as pa
 
     from retrieval_tip.cli.output import write_rows
@@ -37,9 +37,10 @@ def datasets_list(printing: OutputOptions) -> None:
 @click.argument("names", nargs=-1)
 @click.pass_context
 def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> None:
-    """Check that datasets lie in the folder ROOT as CoOp lays them out, and say what is missing.
+    """Check that datasets are complete.
 
-    NAMES are datasets, by default all. Exit status 0 where all that are named are there, or where none is named, any.
+    They lie in the folder ROOT as CoOp lays them out. NAMES are datasets, by default all. The exit status is 0 if all
+    named datasets are there, or, where none is named, any.
     """
     from retrieval_tip.data import datasets
 
@@ -58,10 +59,11 @@ def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> No
 @click.argument("word", default="")
 @FORMAT
 def models_command(word: str, printing: OutputOptions) -> None:
-    """List backbones: name, weights (the recommended first), size, and whether they are here already.
+    """List available encoders.
 
-    WORD is any part of a name (dinov2, ViT-B/32, siglip); without it a few are listed that are a good start. A backbone
-    without words compares photographs alone.
+    Each has a name, weights (the recommended first), a size, and may be on this machine already. WORD is any part of a
+    name (dinov2, ViT-B/32, siglip); without it a few are listed that are a good start. An encoder without words
+    compares photographs alone.
     """
     import pyarrow as pa
 
@@ -83,7 +85,7 @@ def models_command(word: str, printing: OutputOptions) -> None:
 @click.option("--max-size", type=Size(), help="Largest size of the cache, from now on.  [default: 8GB]")
 @JSON
 def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json: bool) -> None:
-    """Show how many encodings of photographs are kept, limit their size, or remove them.
+    """Show, limit or clear the encoding cache.
 
     What was encoded once is not encoded again by the same backbone, until the cache is full: then the encodings that
     were not used for the longest time make room. Weights of backbones are not in here: they are in the cache of the
@@ -112,7 +114,7 @@ def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> None:
-    """Print what makes a shell complete commands, options and paths.
+    """Print a shell completion script.
 
     Put eval "$(retrieval-tip completion bash)" into ~/.bashrc, the same with zsh into ~/.zshrc; with fish, write it to
     ~/.config/fish/completions/retrieval-tip.fish.
@@ -141,7 +143,10 @@ def _cache_size() -> str:
 @JSON
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Explain this installation: versions, devices, FAISS build. Exit status 1 where something needs repair."""
+    """Check this installation: versions, devices, FAISS build.
+
+    The exit status is 1 if something needs repair.
+    """
     from retrieval_tip.doctor import examine
 
     report = examine()

@@ -17,6 +17,7 @@ from retrieval_tip.cli.on_ray import asked_of, encoding_for, encoding_of, named,
 from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with, source_of
 from retrieval_tip.cli.options import (
     ANSWER,
+    ANSWER_OPTION,
     BACKBONE,
     ENCODING,
     ENGINE,
@@ -59,10 +60,10 @@ def encode(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Encode images once into a feature table, which serves wherever images do.
+    """Encode images into a feature table.
 
-    SOURCE as for index build, or a folder of images without labels. With --engine ray, --out is a folder of parts,
-    which serves as the table does.
+    The table serves wherever images do. SOURCE as for index build, or a folder of images without labels. With --engine
+    ray, --out is a folder of parts, which serves as the table does.
     """
     from retrieval_tip.data.encoder import encode_table
 
@@ -112,13 +113,13 @@ class RowOptions:
 
 _ROWS = grouped(
     "rows", RowOptions,
-    click.option("--top", type=count(), default=1, show_default=True, help="Classes to report."),
-    click.option("--explain", is_flag=True, help="Shots that contributed most; text and cache logits of the answer."),
-    click.option("--neighbours", type=count(), default=5, show_default=True, help="Shots shown by --explain."),
-    click.option("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
-    click.option("--certify", is_flag=True,
+    ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Classes to report."),
+    ANSWER_OPTION("--explain", is_flag=True, help="Shots that contributed most; text and cache logits of the answer."),
+    ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True, help="Shots shown by --explain."),
+    ANSWER_OPTION("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
+    ANSWER_OPTION("--certify", is_flag=True,
                  help="More keys where k do not settle an answer, at last all; says how many took what."),
-    click.option("--abstain", type=Abstaining(),
+    ANSWER_OPTION("--abstain", type=Abstaining(),
                  help="Withhold answers of a probability below P; auto: below 0.5, or unlike any shot."),
 )  # fmt: skip
 

@@ -1,11 +1,10 @@
-"""The commands that judge an index by a labelled source: ``evaluate`` and ``report``."""
+"""The commands that judge an index by a labelled source: ``evaluate``, ``sweep`` and ``report``."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,62 +16,37 @@ from retrieval_tip.cli.on_ray import asked_of, encoding_for, ray_of, shards_of
 from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
 from retrieval_tip.cli.options import (
     ANSWER,
+    ANSWER_OPTION,
     BACKBONE,
     ENCODING,
     ENGINE,
+    JSON,
+    OUTPUT_OPTION,
+    PROTOCOL,
     READING,
     SCALES,
     AnswerOptions,
     EncodingOptions,
     EngineOptions,
     ReadingOptions,
-    grouped,
 )
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
 from retrieval_tip.errors import UsageError, json_line, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
+    from retrieval_tip.evaluation.sweep import Method
     from retrieval_tip.lance.address import Address
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """The runs of a sweep over shots, seeds and methods, and how each of them chooses its settings."""
-
-    shots: tuple[int, ...]
-    seeds: int
-    methods: tuple[str, ...]
-    val: Path | str | None
-    protocol: str
-    scales: tuple[float, float]
-    results: Path | None
-
-
-_SWEEP = grouped(
-    "runs", SweepOptions,
-    click.option("--shots", type=SHOTS, multiple=True,
-                 help="Draw so many a class from the index's keys, again for each seed and method; repeat for more."),
-    click.option("--seeds", type=SEEDS, default=3, show_default=True, help="With --shots: seeds 1 to N."),
-    click.option("--method", "methods", multiple=True,
-                 help="With --shots: a method, repeat for more.  [default: all but linear-probe and tip-adapter-f]"),
-    click.option("--val", type=SOURCE, help="With --shots: choose settings on this.  [default: leave-one-out]"),
-    click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
-                 help="With --shots: how settings are chosen."),
-    SCALES,
-    click.option("--results", type=FILE,
-                 help="With --shots: Parquet file, one row a run; what is in it is not run again."),
-)  # fmt: skip
+    from retrieval_tip.settings import Protocol
 
 
 @command("evaluate")
 @click.argument("folder", type=INDEX)
 @click.argument("source", type=SOURCE)
 @ANSWER
-@click.option("--abstain", type=SHARE, metavar="P", help="Withhold answers of a probability below P.")
+@ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers of a probability below P.")
 @click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
-@_SWEEP
-@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --shots one a run.")
+@JSON
 @ENGINE
 @BACKBONE
 @READING
@@ -85,28 +59,20 @@ def evaluate_command(
     answer: AnswerOptions,
     abstain: float | None,
     plot: Path | None,
-    runs: SweepOptions,
     as_json: bool,
     engine: EngineOptions,
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Accuracy of an index on a labelled source (a split .json: its test part): blend, zero-shot and cache alone.
+    """Measure the accuracy of an index on labelled photos.
 
-    ece is the expected calibration error of the probabilities in 15 bins. With --abstain, coverage is the fraction of
-    the items that are answered and selective_top1 the accuracy of these.
-
-    With --shots, the index is a pool of labelled keys: every run draws its shots from it by the published rule, chooses
-    its settings without the test source, and becomes a row of --results.
+    Of a split .json, the test part counts. Three accuracies are printed: of the index, of the text alone (zero-shot)
+    and of the cache alone. ece is the expected calibration error of the probabilities in 15 bins. With --abstain,
+    coverage is the fraction of the items that are answered and selective_top1 the accuracy of these.
     """
     ray = ray_of(ctx, engine, encoding.device)
-    if ray is not None and (runs.shots or plot):
-        raise UsageError(f"--engine ray does not go with {'--shots' if runs.shots else '--plot'}; leave it out")
-    if runs.shots:
-        if not isinstance(folder, Path):
-            raise UsageError(f"--shots draws from an index folder; copy it: retrieval-tip index clone {folder} DIR")
-        _sweep(ctx, folder, source, as_json, runs, reading, encoding)
-        return
+    if ray is not None and plot:
+        raise UsageError("--engine ray does not go with --plot; leave it out")
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
 
@@ -146,29 +112,53 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     print_facts(result, 15)
 
 
-def _sweep(
+@command("sweep")
+@click.argument("folder", type=FOLDER)
+@click.argument("source", type=SOURCE)
+@click.option("--shots", type=SHOTS, multiple=True, required=True,
+              help="Shots to draw per class, again for each seed and method; repeat for more.")  # fmt: skip
+@click.option("--results", type=FILE, required=True, help="Parquet file, one row a run; a run that has a row is kept.")
+@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Draws of each number: seeds 1 to N.")
+@click.option("--method", "methods", multiple=True, metavar="NAME",
+              help="A method, repeat for more.  [default: all but linear-probe and tip-adapter-f]")  # fmt: skip
+@click.option("--val", type=SOURCE, help="Source to choose settings on.  [default: leave-one-out]")
+@PROTOCOL
+@SCALES
+@OUTPUT_OPTION("--json", "as_json", is_flag=True, help="One JSON object a run.")
+@BACKBONE
+@READING
+@ENCODING
+@click.pass_context
+def sweep_command(
     ctx: click.Context,
     folder: Path,
     source: Path | str,
+    shots: tuple[int, ...],
+    results: Path,
+    seeds: int,
+    methods: tuple[Method, ...],
+    val: Path | str | None,
+    protocol: Protocol,
+    scales: tuple[float, float],
     as_json: bool,
-    runs: SweepOptions,
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
+    """Measure accuracy over shots, seeds and methods.
+
+    The index is a pool of labelled keys. Every run draws its shots from it by the published rule, chooses its settings
+    without the test source, and becomes a row of --results. Of a split .json, the test part counts.
+    """
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation import sweep
     from retrieval_tip.fit.finetune import shots_of
     from retrieval_tip.store.folder import read_manifest
 
-    if runs.results is None:
-        raise UsageError("--shots needs --results FILE, where every run becomes a row")
-    if runs.val is None and runs.protocol == "paper":
-        raise UsageError("--protocol paper chooses on a validation source; give --val")
     pool = checked(folder, encoding.device)
     sources = [source_of(source, reading, "test")]
-    if runs.val is not None:
-        sources.append(source_of(runs.val, reading.without_split(), "val"))
-    images = [shots_of(pool)] if "tip-adapter-f" in runs.methods else []
+    if val is not None:
+        sources.append(source_of(val, reading.without_split(), "val"))
+    images = [shots_of(pool)] if "tip-adapter-f" in methods else []
     rows = []
     with encoder_for(ctx, pool, [*sources, *images], encoding) as encoder:
         test, *rest = [sweep.encode(pool, items, encoder) for items in sources]
@@ -176,13 +166,13 @@ def _sweep(
             pool,
             read_manifest(folder).keys_digest,
             test,
-            runs.results,
-            shots=runs.shots,
-            seeds=range(1, runs.seeds + 1),
-            methods=runs.methods or None,
+            results,
+            shots=shots,
+            seeds=range(1, seeds + 1),
+            methods=methods or None,
             val=rest[0] if rest else None,
-            protocol=runs.protocol,
-            scales=runs.scales,
+            protocol=protocol,
+            scales=scales,
             views=(images[0], encoder) if images else None,
         ):
             rows.append(row)
@@ -224,9 +214,10 @@ def report_command(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Write a report on an index as one HTML file that opens anywhere: accuracy, mistakes, settings (needs matplotlib).
+    """Write a report on an index as one HTML file.
 
-    Figures are those of evaluate. Curves over shots and the surface of alpha and beta never choose on the test source.
+    It opens anywhere, and shows accuracy, mistakes and settings. Its figures are those of evaluate. Curves over shots
+    and the surface of alpha and beta never choose on the test source. Needs matplotlib.
     """
     from retrieval_tip.report.report import check, write_report
 

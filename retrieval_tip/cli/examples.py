@@ -1,44 +1,4 @@
-"""A summary and two examples of each command, as its help and the reference show them."""
-
-SUMMARIES = {
-    "classify": "What photographs or features show, and why.",
-    "evaluate": "How often an index is right on labelled photographs.",
-    "report": "What is known about an index, as one HTML file.",
-    "serve": "An index over HTTP, and a page to look at it.",
-    "index": "Build, describe, check, query and change indexes.",
-    "encode": "Photographs to a table of features, once.",
-    "models": "The encoders that there are.",
-    "datasets": "The datasets that --dataset knows.",
-    "fit": "Fit an index to its shots again.",
-    "search-hp": "Choose alpha, beta and k as in Tip-Adapter.",
-    "finetune": "Train the keys of an index (Tip-Adapter-F).",
-    "calibrate": "Fit the temperature of the probabilities.",
-    "cache": "The encodings that are kept.",
-    "completion": "What makes a shell complete.",
-    "doctor": "What this installation is, and what is wrong with it.",
-    "build": "Labelled photographs or features to an index.",
-    "info": "What an index is: version, backbone, settings.",
-    "list": "The indexes in a folder.",
-    "verify": "Check every byte of an index.",
-    "query": "Ask the label store in SQL.",
-    "tune": "Find the cheapest index and k that answer the same.",
-    "add": "Add labelled photographs or features.",
-    "merge": "Add the keys of other indexes.",
-    "remove": "Remove keys.",
-    "relabel": "Give keys to another class.",
-    "rename": "Give a class another name.",
-    "set": "Set alpha, beta, k and others.",
-    "compact": "Make one of what was added since the build.",
-    "rebuild": "Build the index over the keys anew.",
-    "history": "The versions that are kept.",
-    "rollback": "Go back to an earlier version.",
-    "gc": "Remove earlier versions.",
-    "clone": "Copy an index.",
-    "export": "The keys as a feature table.",
-    "import": "An index of keys that another program made.",
-    "audit": "Find shots that may be mislabelled.",
-    "check": "Check that datasets are where they should be.",
-}
+"""Two examples of each command, as its help and the reference show them."""
 
 EXAMPLES = {
     "index build": [
@@ -104,6 +64,10 @@ EXAMPLES = {
         "classify indexes/things new --top 3 --output answers.csv",
     ],
     "evaluate": ["evaluate indexes/things new", "evaluate indexes/things new --plot diagrams --json"],
+    "sweep": [
+        "sweep indexes/things new --shots 1 --shots 4 --results runs.parquet",
+        "sweep indexes/things new --shots 16 --seeds 5 --method closed-form --results runs.parquet",
+    ],
     "report": ["report indexes/things --test new", "report indexes/things --test new --out things.html --no-curves"],
     "serve": ["serve indexes/things", "serve indexes/things indexes/others --port 0 --token secret"],
     "fit": ["fit indexes/things", "fit indexes/things --val validation"],

@@ -22,6 +22,7 @@ from retrieval_tip.cli.options import (
     JSON,
     LETTERS,
     MODEL,
+    PROTOCOL,
     READING,
     ROOT,
     SCALES,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from retrieval_tip.cli.opening import Place
     from retrieval_tip.fit.search_hp import Choice
     from retrieval_tip.fit.trainer import Recipe
-    from retrieval_tip.settings import KeysMet
+    from retrieval_tip.settings import KeysMet, MetricName, Protocol, ValuesName
 
 
 @command("fit")
@@ -53,16 +54,16 @@ def fit_command(
     ctx: click.Context,
     folder: Place,
     source: Path | str | None,
-    metric: str | None,
-    values: str | None,
+    metric: MetricName | None,
+    values: ValuesName | None,
     plot: Path | None,
     root: Path | None,
     encoding: EncodingOptions,
 ) -> None:
-    """Fit metric, values and settings to the shots anew, in closed form, as index build does.
+    """Fit an index to its shots again, in closed form.
 
-    After shots were added, or to judge by validation images with --val. Never on test: a split .json gives its val
-    part. Makes a new version of the index.
+    As index build does: metric, values and settings are fitted, after shots were added or to judge by the validation
+    images of --val, never on test: a split .json gives its val part. Makes a new version of the index.
     """
     from retrieval_tip.index.fit import fit_index
     from retrieval_tip.index.places import at
@@ -95,8 +96,7 @@ def fit_command(
 @click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden.")
 @click.option("--val-shots", type=K("shots"),
               help="Validation images a class, or all.  [default: min(shots, 4), as published]")  # fmt: skip
-@click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True,
-              help="paper: the published grid over the whole validation source.")  # fmt: skip
+@PROTOCOL
 @SCALES
 @click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for the same as a heat map (needs matplotlib).")
@@ -118,7 +118,7 @@ def search_command(
     leave_one_out: bool,
     folds: int | None,
     val_shots: KeysMet,
-    protocol: str,
+    protocol: Protocol,
     scales: tuple[float, float],
     surface: Path | None,
     plot: Path | None,
@@ -128,9 +128,10 @@ def search_command(
     root: Path | None,
     encoding: EncodingOptions,
 ) -> None:
-    """Choose alpha, beta and k on validation images or on the shots themselves, and write them into the index.
+    """Choose alpha, beta and k, as in Tip-Adapter.
 
-    Never on test: a split .json gives its val part. The choice is exact in alpha, and makes a new version of the index.
+    They are chosen on validation images or on the shots themselves, and written into the index. Never on test: a split
+    .json gives its val part. The choice is exact in alpha, and makes a new version of the index.
     """
     from retrieval_tip.fit import search_hp
 
@@ -283,11 +284,11 @@ def finetune_command(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Fine-tune an index on its shots (Tip-Adapter-F) into another index folder.
+    """Fine-tune an index on its shots (Tip-Adapter-F).
 
-    Trains the keys, or what --train names, with AdamW on augmented views of the shots. Held-out shots, or --val, judge
-    the index before and after, and the better one is written. --val also chooses the epoch, and then alpha, beta and k.
-    --resume continues an interrupted training, with an identical result.
+    The result is another index folder. Trains the keys, or what --train names, with AdamW on augmented views of the
+    shots. Held-out shots, or --val, judge the index before and after, and the better one is written. --val also chooses
+    the epoch, and then alpha, beta and k. --resume continues an interrupted training, with an identical result.
     """
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
     from retrieval_tip.report import plots
@@ -338,10 +339,11 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
 def calibrate_command(
     ctx: click.Context, folder: Path, source: Path | str, root: Path | None, encoding: EncodingOptions
 ) -> None:
-    """Fit the temperature of an index's probabilities on validation images, and write a new version with it.
+    """Fit the temperature of the probabilities.
 
-    Predictions stay; their probabilities become softmax(logits / temperature). It is fitted for the index's own keys,
-    alpha, beta, k and tail: calibrate again when these change.
+    It is fitted on validation images, and makes a new version of the index. Predictions stay; their probabilities
+    become softmax(logits / temperature). It is fitted for the index's own keys, alpha, beta, k and tail: calibrate
+    again when these change.
     """
     from retrieval_tip.evaluation.evaluate import calibrate
 

@@ -5,31 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import click
-import cloup
 
-from retrieval_tip.cli.examples import EXAMPLES, SUMMARIES
+from retrieval_tip.cli.examples import EXAMPLES
 from retrieval_tip.errors import RetrievalTipError, UsageError, message
 
-SECTIONS = {
-    "Backbone": ("model", "pretrained", "precision", "device", "runtime"),
-    "Answers": ("k", "tail", "alpha", "beta", "where", "verify", "top", "explain", "neighbours", "with_logits",
-                "certify", "abstain"),
-    "Output": ("named", "output", "as_json"),
-    "Reading images and tables": ("dataset", "split", "root", "norms", "batch_size", "workers", "cache", "no_cache",
-                                  "reduce", "strict"),
-    "Past one machine": ("engine", "actors", "shard_size", "ray_address"),
-    "General": ("quiet", "verbose", "all_help"),
-}  # fmt: skip
-"""Headings of a command's options; what stands in none of them is the command's own, and comes first."""
+Function = Callable[..., Any]
 
-FOLDED = ("Reading images and tables", "Past one machine")
-"""Headings of which --help names the options, and --help-all says what they do."""
+COLUMN = 24
+"""Widest column of option names; what is written of a longer one begins below it."""
 
 SYNONYMS = {
     "train": ("fit", "finetune"),
@@ -63,44 +52,51 @@ def _all_help(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
-def _general() -> list[click.Option]:
-    """The options that every command has."""
-    hidden: dict[str, Any] = {"is_eager": True, "expose_value": False}
-    return [
-        click.Option(["-q", "--quiet"], is_flag=True, callback=_quiet, help="No warnings, no progress.", **hidden),
-        click.Option(["-v", "--verbose"], count=True, callback=_verbose, help="Say more; -vv all.", **hidden),
-        click.Option(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Every option.", **hidden),
-    ]  # fmt: skip
+class Option(click.Option):
+    """An option that help shows under a heading; a folded heading only names its options, until --help-all."""
+
+    def __init__(self, *arguments: Any, heading: str, folded: bool = False, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.heading, self.folded = heading, folded
 
 
-class Command(cloup.Command):
-    """A command whose options stand in sections, and whose errors name its own usage."""
+def under(heading: str, *, folded: bool = False) -> Callable[..., Callable[[Function], Function]]:
+    """Return ``click.option`` for options of one heading."""
+    return partial(click.option, cls=Option, heading=heading, folded=folded)
+
+
+def _general(*names: str, **more: Any) -> Option:
+    return Option(names, heading="General", is_eager=True, expose_value=False, **more)
+
+
+class Command(click.Command):
+    """A command whose options stand under headings, and whose errors name its own usage."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self.params += _general()
+        self.params += [
+            _general("-q", "--quiet", is_flag=True, callback=_quiet, help="No warnings, no progress."),
+            _general("-v", "--verbose", count=True, callback=_verbose, help="Say more; -vv all."),
+            _general("--help-all", "all_help", is_flag=True, callback=_all_help, help="Every option."),
+        ]
 
-    def format_params(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options by their headings."""
-        assert isinstance(formatter, cloup.HelpFormatter)
-        by_name = {name: heading for heading, names in SECTIONS.items() for name in names}
-        records: dict[str, list[tuple[str, str]]] = {"Options": [], **{heading: [] for heading in SECTIONS}}
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings: the command's own first, those of all commands last."""
+        records: dict[str, list[tuple[str, str]]] = {"Options": []}
+        folded: set[str] = set()
         for option in self.get_params(ctx):
             if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
-                heading = "General" if "--help" in option.opts else by_name.get(option.name or "", "Options")
-                records[heading].append(record)
-        folded = FOLDED if ctx.meta.get("folded", True) else ()
+                heading = option.heading if isinstance(option, Option) else "Options"
+                records.setdefault("General" if "--help" in option.opts else heading, []).append(record)
+                if isinstance(option, Option) and option.folded and ctx.meta.get("folded", True):
+                    folded.add(heading)
         for heading, own in records.items():
-            if own and heading in folded:
-                with formatter.section(f"{heading} (--help-all says more)"):
-                    formatter.write_text(", ".join(names.split(" ")[0].rstrip(",") for names, _ in own))
-            elif own:
-                with formatter.section(heading):
-                    formatter.write_dl(own)
-
-    def get_short_help_str(self, limit: int = 45) -> str:
-        """The summary of the command, which fits."""
-        return SUMMARIES.get(self.name or "", super().get_short_help_str(limit))
+            if own:
+                with formatter.section(f"{heading} (--help-all says more)" if heading in folded else heading):
+                    if heading in folded:
+                        formatter.write_text(", ".join(names.split(" ")[0].rstrip(",") for names, _ in own))
+                    else:
+                        formatter.write_dl(own, COLUMN)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Two examples."""
@@ -141,10 +137,27 @@ class Command(cloup.Command):
             return super().invoke(ctx)
 
 
-class Group(cloup.Group):
-    """A group of :class:`Command`, which knows what other programs call its commands."""
+class Group(click.Group):
+    """A group of :class:`Command`, under headings, which knows what other programs call its commands."""
 
     command_class = Command
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.headings: dict[str, tuple[click.Command, ...]] = {}
+
+    def section(self, heading: str, *commands: click.Command) -> None:
+        """Add commands, which help shows under a heading."""
+        self.headings[heading] = commands
+        for one in commands:
+            self.add_command(one)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands with the first sentence of their help."""
+        room = formatter.width - max(map(len, self.commands)) - 6
+        for heading, own in (self.headings or {"Commands": tuple(self.commands.values())}).items():
+            with formatter.section(heading):
+                formatter.write_dl([(one.name or "", one.get_short_help_str(room)) for one in own])
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """As click; a name that is no command's is compared with all of them, here and in other groups."""

@@ -26,6 +26,7 @@ from retrieval_tip.cli.options import (
     FORMAT,
     JSON,
     LETTERS,
+    NORMS,
     READING,
     ROOT,
     VIEWS,
@@ -34,6 +35,7 @@ from retrieval_tip.cli.options import (
     OutputOptions,
     ReadingOptions,
     ViewOptions,
+    choice,
     grouped,
     options,
 )
@@ -53,13 +55,13 @@ from retrieval_tip.cli.parameters import (
 )
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line, show
+from retrieval_tip.settings import Dtype, FitName, KeysMet, MetricName, Normalize, Norms, ValuesName
 
 if TYPE_CHECKING:
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.index.changes import Added
     from retrieval_tip.lance.address import Address
     from retrieval_tip.lance.lance_model import LanceModel
-    from retrieval_tip.settings import KeysMet
 
     Place = Path | Address
 
@@ -68,7 +70,7 @@ OUT = click.option("--out", "--store", type=INDEX, required=True,
                    help="Index folder, or LanceDB store (lance://PATH, s3://BUCKET/PATH, gs://...); an index that is "
                         "there gets a new version.")  # fmt: skip
 _KEYS = options(
-    click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+    click.option("--dtype", type=choice(Dtype), default="float32", show_default=True,
                  help="Type of the stored keys."),
     click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]"),
     click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]"),
@@ -77,7 +79,7 @@ _KEYS = options(
 
 @click.group("index", cls=Group)
 def index() -> None:
-    """Build, describe, check, query and change index folders."""
+    """Build, describe, check, query and change indexes."""
 
 
 @index.command("build")
@@ -93,12 +95,12 @@ def index() -> None:
 @click.option("--index", "factory",
               help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. Of a LanceDB "
                    "store: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat, of a store auto]")  # fmt: skip
-@click.option("--fit", type=click.Choice(["auto", "none"]),
+@click.option("--fit", type=choice(FitName),
               help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
                    "[default: auto; none where alpha, beta or normalize is given]")  # fmt: skip
 @LETTERS
 @_KEYS
-@click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
+@click.option("--normalize", type=choice(Normalize),
               help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
                    "[default: both; none where alpha or beta is given]")  # fmt: skip
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: all; with --index auto its choice]")
@@ -115,19 +117,19 @@ def build(
     shots: int | None,
     views: ViewOptions,
     factory: str | None,
-    dtype: str,
-    fit: str | None,
-    metric: str | None,
-    values: str | None,
+    dtype: Dtype,
+    fit: FitName | None,
+    metric: MetricName | None,
+    values: ValuesName | None,
     alpha: float | None,
     beta: float | None,
-    normalize: str | None,
+    normalize: Normalize | None,
     k: KeysMet,
     logit_scale: float | None,
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Build an index folder from labelled images or features.
+    """Build an index from labelled images or features.
 
     SOURCE is a folder of class folders, a .csv, .tsv, .jsonl or .parquet with path and label, a feature table
     (.parquet with id, label and feature), a split .json (its train part), or webdataset tars
@@ -173,7 +175,7 @@ def build(
 @click.argument("folder", type=INDEX)
 @JSON
 def info(folder: Place, as_json: bool) -> None:
-    """Describe an index: version, backbone, classes, settings and where they come from."""
+    """Describe an index: version, encoder, classes, settings."""
     from retrieval_tip.index.places import at
 
     facts = at(folder).describe()
@@ -187,7 +189,10 @@ def info(folder: Place, as_json: bool) -> None:
 @click.argument("folder", type=FOLDER, default="indexes")
 @FORMAT
 def list_command(folder: Path, printing: OutputOptions) -> None:
-    """List the indexes in a folder, by default in indexes/: name, version, keys, classes and backbone."""
+    """List the indexes in a folder.
+
+    Each has a name, version, keys, classes and encoder. The folder is indexes/ by default.
+    """
     import pyarrow as pa
 
     from retrieval_tip.cli.output import write_rows
@@ -212,7 +217,7 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
 @index.command("verify")
 @click.argument("folder", type=INDEX)
 def verify(folder: Place) -> None:
-    """Check every byte of an index, and that its parts fit together.
+    """Check every byte of an index and that its parts fit.
 
     In a bucket, check every row of the current version, and the small objects of earlier ones.
     """
@@ -230,12 +235,12 @@ def verify(folder: Place) -> None:
 @click.option("--timeout", type=click.IntRange(1, 86_400), default=60, show_default=True,
               help="Seconds that the answer may take.")  # fmt: skip
 def query(folder: Place, sql: str, predictions: Path | None, timeout: int, printing: OutputOptions) -> None:
-    """Ask the label store: one SELECT, read-only, without access to other files.
+    """Query the label store with SQL.
 
-    The table labels has key_id, class_id, label, source, shot, views, digest, added_at and the further columns of the
-    table that the index was built from; the view class_counts has class_id, label and keys; the table versions is what
-    index history prints. A fine-tuned index has its loss curve as table curve. With --predictions, what classify wrote
-    is table predictions, to be joined.
+    SQL is one SELECT, read-only, without access to other files. The table labels has key_id, class_id, label, source,
+    shot, views, digest, added_at and the further columns of the table that the index was built from; the view
+    class_counts has class_id, label and keys; the table versions is what index history prints. A fine-tuned index has
+    its loss curve as table curve. With --predictions, what classify wrote is table predictions, to be joined.
     """
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
@@ -270,10 +275,11 @@ def tune_command(
     printing: OutputOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Find the cheapest index and k whose answers are those over all keys, and write a new version with them.
+    """Find the cheapest index and k with the same answers.
 
-    Prints the settings that no cheaper one equals, and what a query costs with each here, in one batch. Labels are not
-    needed. The answers over all keys stay what they are: -k all gives them.
+    The answers have to be those over all keys; the choice makes a new version. Prints the settings that no cheaper one
+    equals, and what a query costs with each here, in one batch. Labels are not needed. The answers over all keys stay
+    what they are: -k all gives them.
     """
     import pyarrow as pa
 
@@ -338,10 +344,10 @@ def add_command(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Add labelled images or features, as for index build, to an index.
+    """Add labelled images or features to an index.
 
-    Classes that are new come after those there are, with text weights from the index's templates or --text. It costs
-    by what is added; index compact makes one of what was added since.
+    SOURCE is as for index build. Classes that are new come after those there are, with text weights from the index's
+    templates or --text. It costs by what is added; index compact makes one of what was added since.
     """
     from retrieval_tip.index import changes
     from retrieval_tip.index.places import at
@@ -361,7 +367,10 @@ def add_command(
 @click.argument("folder", type=INDEX)
 @click.argument("others", nargs=-1, required=True, type=INDEX)
 def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
-    """Add the keys of OTHERS, indexes of the same backbone, to an index; a version for each."""
+    """Add the keys of OTHERS to an index.
+
+    They are indexes of the same encoder. Each makes a version.
+    """
     from retrieval_tip.index import changes
 
     for other in others:
@@ -398,9 +407,10 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 @click.option("--encode", is_flag=True, help="Encode the new name in place of the old one's words.")
 @grouped("backbone", BackboneOptions, BACKBONE, DEVICE)
 def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: BackboneOptions) -> None:
-    """Rename the class OLD to NEW, or merge it into NEW if that is a class already.
+    """Rename the class OLD to NEW.
 
-    Its words stay as they are encoded, unless --encode or a --model is given.
+    If NEW is a class already, OLD is merged into it. Its words stay as they are encoded, unless --encode or a --model
+    is given.
     """
     from retrieval_tip.index import changes
 
@@ -418,7 +428,7 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.")
 @click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.")
 @click.option("--temperature", type=POSITIVE, help="Divides the logits where they become probabilities.")
-@click.option("--normalize", type=click.Choice(["both", "shots", "affinity", "none"]),
+@click.option("--normalize", type=choice(Normalize),
               help="Alpha and beta in units of the shots there are now; both: as a new build has them.")  # fmt: skip
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
 @grouped("backbone", BackboneOptions, BACKBONE, DEVICE)
@@ -429,7 +439,7 @@ def set_command(
     k: KeysMet,
     tail: bool | None,
     temperature: float | None,
-    normalize: str | None,
+    normalize: Normalize | None,
     template: tuple[str, ...],
     backbone: BackboneOptions,
 ) -> None:
@@ -458,7 +468,7 @@ def set_command(
 @index.command("compact")
 @click.argument("folder", type=INDEX)
 def compact_command(folder: Place) -> None:
-    """Make one segment of all keys, indexed anew: as a new build of the same keys."""
+    """Merge added segments into one, as a new build would."""
     from retrieval_tip.index import changes
 
     _say_version(folder, changes.compact(folder).version, "one segment")
@@ -467,9 +477,12 @@ def compact_command(folder: Place) -> None:
 @index.command("rebuild")
 @click.argument("folder", type=INDEX)
 @click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: as it is]")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), help="Type of the stored keys.  [default: theirs]")
-def rebuild_command(folder: Place, factory: str | None, dtype: str | None) -> None:
-    """Build the FAISS index from the keys anew, as another type or from keys of another precision."""
+@click.option("--dtype", type=choice(Dtype), help="Type of the stored keys.  [default: theirs]")
+def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
+    """Rebuild the FAISS index from the keys.
+
+    The index may be of another type, or the keys of another precision.
+    """
     from retrieval_tip.index import changes
 
     _say_version(folder, changes.rebuild(folder, index=factory, dtype=dtype).version, "rebuilt")
@@ -479,7 +492,7 @@ def rebuild_command(folder: Place, factory: str | None, dtype: str | None) -> No
 @click.argument("folder", type=INDEX)
 @FORMAT
 def history_command(folder: Place, printing: OutputOptions) -> None:
-    """List the versions of an index that are kept, oldest first, and what made them."""
+    """List the kept versions of an index, oldest first."""
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
 
@@ -532,7 +545,10 @@ def clone_command(folder: Place, out: Place, version: int | None) -> None:
 def export_command(
     folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet
 ) -> None:
-    """Write the keys of an index as a feature table, or the whole index as one ONNX graph for any runtime."""
+    """Write keys as a feature table, or an index as ONNX.
+
+    The ONNX graph holds the whole index, for any runtime.
+    """
     from retrieval_tip.index.export import export_table, export_text
 
     if out is None and text is None and onnx is None:
@@ -564,8 +580,7 @@ def export_command(
 @click.option("--labels", type=FILE, help="Labels of an .npy file: .csv, .tsv, .parquet or .npy.")
 @click.option("--label-column", help="Column of the labels.  [default: label, class, else the folder of the path]")
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
-@click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
-              help="Rows must have norm 1, are scaled to it, or are kept as they are.")  # fmt: skip
+@NORMS
 @click.option("--index", "factory", help="As for index build.")
 @_KEYS
 def import_command(
@@ -575,9 +590,9 @@ def import_command(
     labels: Path | None,
     label_column: str | None,
     text: Path | None,
-    norms: str,
+    norms: Norms,
     factory: str | None,
-    dtype: str,
+    dtype: Dtype,
     alpha: float | None,
     beta: float | None,
 ) -> None:
@@ -615,11 +630,12 @@ def import_command(
 def audit_command(
     ctx: click.Context, folder: Place, k: KeysMet, borderline: bool, file: Path | None, printing: OutputOptions
 ) -> None:
-    """List shots that look mislabelled and images that are in two classes, or relabel them.
+    """List shots that look mislabelled, or relabel them.
 
-    Each shot is judged by all others, without those of the same image; the most suspicious come first. Write the list
-    with --output suspects.csv (or .json, .parquet), delete rows and change suggestions as you like, and give it to
-    --apply. That reads three columns: key_id, label, which must still be the shot's label, and suggested, its new one.
+    Images that are in two classes are listed too. Each shot is judged by all others, without those of the same image;
+    the most suspicious come first. Write the list with --output suspects.csv (or .json, .parquet), delete rows and
+    change suggestions as you like, and give it to --apply. That reads three columns: key_id, label, which must still be
+    the shot's label, and suggested, its new one.
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit

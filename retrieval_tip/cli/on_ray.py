@@ -18,6 +18,7 @@ from retrieval_tip.cli.options import (
     ViewOptions,
 )
 from retrieval_tip.errors import UsageError, counted
+from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
@@ -72,7 +73,7 @@ def named(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pa
     return BackboneName(*name_of(backbone, identity), backbone.precision, weights)
 
 
-def asked_of(cache: AnsweringIndex, answer: AnswerOptions, precision: str) -> Asked:
+def asked_of(cache: AnsweringIndex, answer: AnswerOptions, precision: Precision) -> Asked:
     """The way workers are to answer with their copy of an index, as :func:`opening.index_with` has set this one."""
     from retrieval_tip.distributed.tasks import Asked
 

@@ -16,6 +16,7 @@ from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.options import AnswerOptions, BackboneOptions, EncodingOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted
 from retrieval_tip.lance.address import Address
+from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
@@ -57,7 +58,7 @@ def validation(cache: CacheModel, path: Path | str, root: Path | None, number: K
     return val if number == "all" else val.take(validation_shots(cache, val, path, number))
 
 
-def checked(folder: Path, device: str, precision: str = "float32") -> CacheModel:
+def checked(folder: Path, device: str, precision: Precision = "float32") -> CacheModel:
     """The index. Its files are hashed while torch is imported."""
     from retrieval_tip.store.folder import Check
 
@@ -136,7 +137,14 @@ def load(backbone: BackboneOptions, identity: Identity | None = None, tuned: Pat
     ctx = click.get_current_context(silent=True)
     if sys.stderr.isatty() and not (ctx is not None and ctx.obj):  # a terminal waits for seconds
         say(f"Loading {model} ...")
-    return load_backbone(model, pretrained, tuned=tuned, **backbone.execution())
+    return load_backbone(
+        model,
+        pretrained,
+        device=backbone.device,
+        precision=backbone.precision,
+        runtime=backbone.runtime,
+        tuned=tuned,
+    )
 
 
 def backbone_of(source: Source, backbone: BackboneOptions, *, needed: bool = False) -> Backbone | None:
@@ -165,7 +173,9 @@ def backbone_for(
         if identity is None and not backbone.model:
             raise UsageError(UNNAMED)
         if identity and not (cache.tuned or backbone.model or backbone.pretrained):
-            loaded = load_when_needed(identity, cache.d, **backbone.execution())
+            loaded = load_when_needed(
+                identity, cache.d, device=backbone.device, precision=backbone.precision, runtime=backbone.runtime
+            )
         else:
             loaded = load(backbone, identity, cache.tuned)
     check_backbone(cache.backbone, cache.d, loaded, list(sources))

@@ -7,33 +7,36 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 import click
 
+from retrieval_tip.cli.group import Function, under
 from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, VIEWS_COUNT, K, count
 from retrieval_tip.errors import UsageError, show
-from retrieval_tip.settings import METRICS, VALUES
+from retrieval_tip.settings import KeysMet, MetricName, Norms, Precision, Protocol, Runtime, ValuesName, Verify
 
-if TYPE_CHECKING:
-    from retrieval_tip.settings import KeysMet
-
-Command = Callable[..., Any]
+Decorator = Callable[[Function], Function]
 
 
-def options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def choice(alias: object) -> click.Choice[str]:
+    """Return the type of an option that takes the words of a ``Literal``."""
+    return click.Choice(get_args(alias))
+
+
+def options(*options: Decorator) -> Decorator:
     """Several options as one decorator, in the order that help shows them."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
-def grouped(name: str, kind: type[Any], *shown: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
     """Options as one decorator, whose values a command gets together: as its parameter ``name``, of the type ``kind``.
 
     Each field of ``kind`` is the option of that name, whichever decorator of the command it comes from; a field of
     which the command has no option keeps its default.
     """
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Function) -> Function:
         @functools.wraps(command)
         def collecting(*arguments: Any, **values: Any) -> Any:
             own = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
@@ -44,14 +47,6 @@ def grouped(name: str, kind: type[Any], *shown: Callable[[Command], Command]) ->
     return decorate
 
 
-LETTERS = options(
-    click.option("--metric", type=click.Choice(METRICS),
-                 help="within: directions in which photographs of a class differ count little.  [default: chosen]"),
-    click.option("--values", type=click.Choice(VALUES),
-                 help="solved: by ridge regression, what each key gives to each class.  [default: chosen]"),
-)  # fmt: skip
-
-
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
     """The backbone that is named, if one is; its arithmetic and that of the products with all keys; the device."""
@@ -59,12 +54,8 @@ class BackboneOptions:
     model: str | None
     pretrained: str | None
     device: str
-    precision: str = "auto"
-    runtime: str = "auto"
-
-    def execution(self) -> dict[str, str]:
-        """Where and how it runs, as arguments of a loader."""
-        return {"device": self.device, "precision": self.precision, "runtime": self.runtime}
+    precision: Precision = "auto"
+    runtime: Runtime = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class ViewOptions:
 class EncodingOptions(BackboneOptions):
     """Options for encoding: backbone, checks of feature tables, batches, threads, and the encoding cache."""
 
-    norms: str
+    norms: Norms
     batch_size: int | None
     workers: int
     cache: Path | None
@@ -115,7 +106,7 @@ class AnswerOptions:
     alpha: float | None = None
     beta: float | None = None
     where: str | None = None
-    verify: str = "full"
+    verify: Verify = "full"
 
 
 @dataclass(frozen=True)
@@ -150,48 +141,60 @@ _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"
 _SUFFIXES |= {".txt": "table", "": "table"}
 
 
-ROOT = click.option("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+BACKBONE_OPTION = under("Backbone")
+READING_OPTION = under("Reading images and tables", folded=True)
+ANSWER_OPTION = under("Answers")
+OUTPUT_OPTION = under("Output")
+ENGINE_OPTION = under("Past one machine", folded=True)
+
+VERIFY = ANSWER_OPTION("--verify", type=choice(Verify), default="full", show_default=True,
+                       help="Check every byte of the index first, or of large files only the size.")  # fmt: skip
+ROOT = READING_OPTION("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
+NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
+                       help="Rows of feature tables must have norm 1, are scaled to it, or are kept.")  # fmt: skip
+DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+PRECISION = BACKBONE_OPTION(
+    "--precision", type=choice(Precision), default="auto", show_default=True,
+    help="Arithmetic of the backbone (auto: float32, on a GPU float16 autocast) and of the products with all keys "
+         "(auto: the fastest that is accurate, measured).",
+)  # fmt: skip
 MODEL = options(
-    click.option(
+    BACKBONE_OPTION(
         "--model",
         help="Architecture of open_clip, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO (see:"
         " retrieval-tip models).  [default: ViT-B-32]",
     ),
-    click.option(
+    BACKBONE_OPTION(
         "--pretrained",
         help="Tag, checkpoint file, or TAG=FILE for a local copy of a tag's weights.  [default: the recommended tag]",
     ),
 )
 BACKBONE = options(
     MODEL,
-    click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-                 show_default=True, help="Arithmetic of the backbone (auto: float32, on a GPU float16 autocast) and of "
-                                         "the products with all keys (auto: the fastest that is accurate, measured)."),
-    click.option("--runtime", type=click.Choice(["auto", "torch"]), default="auto", show_default=True,
-                 help="What encodes images on a CPU (auto: OpenVINO, where its features are torch's)."),
+    PRECISION,
+    BACKBONE_OPTION("--runtime", type=choice(Runtime), default="auto", show_default=True,
+                    help="What encodes images on a CPU (auto: OpenVINO, where its features are torch's)."),
 )  # fmt: skip
 READING = grouped(
     "reading", ReadingOptions,
-    click.option("--dataset", metavar="NAME",
+    READING_OPTION("--dataset", metavar="NAME",
                  help="SOURCE is the folder that holds this dataset's folder (names: datasets list)."),
-    click.option("--split", help="Part of a split .json or dataset: train, val or test."),
+    READING_OPTION("--split", help="Part of a split .json or dataset: train, val or test."),
     ROOT,
 )  # fmt: skip
 ENCODING = grouped(
     "encoding", EncodingOptions,
-    click.option("--norms", type=click.Choice(["check", "unit", "keep"]), default="check", show_default=True,
-                 help="Rows of feature tables: must have norm 1, are scaled to it, or are kept as they are."),
-    click.option("--batch-size", type=count("batch_size"),
+    NORMS,
+    READING_OPTION("--batch-size", type=count("batch_size"),
                  help="Images encoded at a time.  [default: the backbone's best, 16 on a CPU, 256 on a GPU]"),
-    click.option("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1), show_default="cores",
+    READING_OPTION("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1), show_default="cores",
                  help="Threads that read and decode images."),
-    click.option("--cache", type=FOLDER,
+    READING_OPTION("--cache", type=FOLDER,
                  help="Folder of the encoding cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"),
-    click.option("--no-cache", is_flag=True, help="Encode without a cache."),
-    click.option("--reduce/--no-reduce", default=True, show_default=True,
+    READING_OPTION("--no-cache", is_flag=True, help="Encode without a cache."),
+    READING_OPTION("--reduce/--no-reduce", default=True, show_default=True,
                  help="Decode large JPEGs at a reduced size for the centre view: faster, nearly the same features."),
-    click.option("--strict", is_flag=True, help="Fail on the first image that cannot be read instead of skipping it."),
+    READING_OPTION("--strict", is_flag=True, help="Fail on the first image that cannot be read."),
     DEVICE,
 )  # fmt: skip
 VIEWS = grouped(
@@ -200,43 +203,43 @@ VIEWS = grouped(
                  help="1: the centre view; V > 1: mean of V augmented views, as in the paper."),
     click.option("--seed", type=SEED, default=1, show_default=True, help="Draws shots and views."),
 )  # fmt: skip
+LETTERS = options(
+    click.option("--metric", type=choice(MetricName),
+                 help="within: directions in which photographs of a class differ count little.  [default: chosen]"),
+    click.option("--values", type=choice(ValuesName),
+                 help="solved: by ridge regression, what each key gives to each class.  [default: chosen]"),
+)  # fmt: skip
 ANSWER = grouped(
     "answer",
     AnswerOptions,
-    click.option("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: the index's]"),
-    click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.  [default: tail]"),
-    click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: the index's]"),
-    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: the index's]"),
-    click.option(
-        "--where", metavar="SQL", help="Use only the keys that this condition over the label store holds for."
-    ),
-    click.option(
-        "--verify",
-        type=click.Choice(["full", "fast"]),
-        default="full",
-        show_default=True,
-        help="Check every byte of the index first, or of large files only the size.",
-    ),
+    ANSWER_OPTION("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: the index's]"),
+    ANSWER_OPTION("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.  [default: tail]"),
+    ANSWER_OPTION("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: the index's]"),
+    ANSWER_OPTION("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: the index's]"),
+    ANSWER_OPTION("--where", metavar="SQL", help="Use only keys for which this condition over the label store holds."),
+    VERIFY,
 )
 ENGINE = grouped(
     "engine", EngineOptions,
-    click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
+    ENGINE_OPTION("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
                  help="ray: by shards on a pool of processes, here or on a cluster, into a folder of parts that a "
                       "second run completes; takes tars and s3:// too."),
-    click.option("--actors", type=count("actors"), metavar="N",
+    ENGINE_OPTION("--actors", type=count("actors"), metavar="N",
                  help="With --engine ray: processes that work, at most.  [default: what there is room for]"),
-    click.option("--shard-size", type=count(), metavar="N",
+    ENGINE_OPTION("--shard-size", type=count(), metavar="N",
                  help="With --engine ray: items that are done, and done again, together.  "
                       "[default: 256 images, 16384 rows of features; a tar is one shard]"),
-    click.option("--ray-address", metavar="HOST:PORT",
+    ENGINE_OPTION("--ray-address", metavar="HOST:PORT",
                  help="Head of a Ray cluster, or auto.  [default: a Ray that is started here]"),
 )  # fmt: skip
-SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), default=(7.0, 3.0), show_default=True,
+PROTOCOL = click.option("--protocol", type=choice(Protocol), default="honest", show_default=True,
+                        help="paper: the published grid over the whole validation source.")  # fmt: skip
+SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), metavar="X X", default=(7.0, 3.0), show_default=True,
                        help="Largest beta and alpha of the published grid.")  # fmt: skip
 FORMAT = grouped(
     "printing", OutputOptions,
-    click.option("--format", "named", type=click.Choice(["table", "json", "jsonl", "csv", "parquet"]),
+    OUTPUT_OPTION("--format", "named", type=click.Choice(["table", "json", "jsonl", "csv", "parquet"]),
                  help="json and jsonl: one object a line.  [default: by the suffix of --output, else table]"),
-    click.option("--output", type=OUTPUT, help="File to write instead of standard output."),
+    OUTPUT_OPTION("--output", type=OUTPUT, help="File to write instead of standard output."),
 )  # fmt: skip
-JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="One JSON object.")

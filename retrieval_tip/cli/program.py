@@ -22,7 +22,7 @@ import click
 from retrieval_tip import __version__
 from retrieval_tip.cli.about import cache_command, completion_command, datasets_group, doctor, models_command
 from retrieval_tip.cli.classify import classify, encode
-from retrieval_tip.cli.evaluate import evaluate_command, report_command
+from retrieval_tip.cli.evaluate import evaluate_command, report_command, sweep_command
 from retrieval_tip.cli.fit import calibrate_command, finetune_command, fit_command, search_command
 from retrieval_tip.cli.group import Group, in_one_line
 from retrieval_tip.cli.index import index
@@ -150,7 +150,7 @@ class _Said(logging.Handler):
             self.handleError(record)
 
 
-main.section("Answers", classify, evaluate_command, report_command, serve_command)
+main.section("Answers", classify, evaluate_command, sweep_command, report_command, serve_command)
 main.section("Indexes", index, encode, models_command, datasets_group)
 main.section("Settings and training", fit_command, search_command, finetune_command, calibrate_command)
 main.section("This machine", cache_command, completion_command, doctor)

@@ -11,12 +11,13 @@ import click
 
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.options import DEVICE, grouped
+from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, grouped
 from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
 from retrieval_tip.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from retrieval_tip.lance.address import Address
+    from retrieval_tip.settings import Precision, Verify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,8 @@ _LIMITS = grouped(
               help="A further name that requests may ask for; repeat for more.  "
                    "[default: this machine's own, and any where --host is another]")  # fmt: skip
 @_LIMITS
-@click.option("--precision", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto",
-              show_default=True, help="As for classify.")  # fmt: skip
-@click.option("--verify", type=click.Choice(["full", "fast"]), default="full", show_default=True,
-              help="How the files of every new version are checked.")  # fmt: skip
+@PRECISION
+@VERIFY
 @DEVICE
 def serve_command(
     folders: tuple[Path | Address, ...],
@@ -86,14 +85,14 @@ def serve_command(
     root: Path | None,
     hosts: tuple[str, ...],
     most: LimitOptions,
-    precision: str,
-    verify: str,
+    precision: Precision,
+    verify: Verify,
     device: str,
 ) -> None:
-    """Serve indexes over HTTP, with a page at / to look at them. Ends with Ctrl+C or SIGTERM, in order.
+    """Serve indexes over HTTP, with a page at /.
 
-    Without a DIR the page makes the first index. An index that gets a new version is followed.
-    Needs pip install 'retrieval-tip[serve]'.
+    Ends with Ctrl+C or SIGTERM, in order. Without a DIR the page makes the first index. An index that gets a new
+    version is followed. Needs pip install 'retrieval-tip[serve]'.
     """
     try:
         import fastapi  # noqa: F401

@@ -22,7 +22,6 @@ from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
 from retrieval_tip.data.feature_tables import (
-    NORMS,
     read_rows,
     same_backbone,
     schema_of,
@@ -35,6 +34,7 @@ from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.data.tables import FEATURE, row_groups_of
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
 from retrieval_tip.files import replacing
+from retrieval_tip.settings import Norms, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ class Encoder:
     backbone: Backbone | None = None
     views: int = 1
     seed: int = 1
-    norms: str = "check"
+    norms: Norms = "check"
     batch_size: int | None = None
     workers: int = field(default_factory=lambda: min(16, os.cpu_count() or 1))
     cache: EncodingCache | None = None
@@ -122,8 +122,7 @@ class Encoder:
             value = getattr(self, name)
             if value is not None:
                 check_count(name, value)
-        if self.norms not in NORMS:
-            raise UsageError(f"norms {self.norms!r}: expected one of {', '.join(NORMS)}")
+        check_choice("norms", self.norms, Norms)
 
     def blocks(self, source: Source) -> Iterator[Block]:
         """Features of the items of a source, in its order, without those that could not be read.

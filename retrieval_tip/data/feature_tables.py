@@ -27,11 +27,11 @@ from retrieval_tip.data.tables import (
 )
 from retrieval_tip.errors import BackboneError, InputError, first_line, show
 from retrieval_tip.files import replacing
+from retrieval_tip.settings import Norms
 
 FloatArray = npt.NDArray[np.float32]
 
 IDENTITY_KEY = b"retrieval_tip.backbone"
-NORMS = ("check", "unit", "keep")
 NORM_TOLERANCE = 0.01
 MOST_KEPT = 1e9
 """Largest norm of features that are kept as they are: the square of a product of two fits float32."""
@@ -89,7 +89,7 @@ def table_dim(path: Path | str) -> int:
     raise InputError(f"{show(path)}: has no rows")
 
 
-def read_features(path: Path | str, norms: str = "check") -> Iterator[FloatArray]:
+def read_features(path: Path | str, norms: Norms = "check") -> Iterator[FloatArray]:
     """The features of a table in file order, ``[b, d]`` float32 a time, so that no table has to fit in memory.
 
     Raises InputError naming the rows where features are missing, of unequal length, not finite, or not of unit norm.
@@ -98,7 +98,7 @@ def read_features(path: Path | str, norms: str = "check") -> Iterator[FloatArray
         yield features
 
 
-def read_rows(path: Path | str, norms: str, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
+def read_rows(path: Path | str, norms: Norms, first: int, last: int | None) -> Iterator[tuple[int, FloatArray]]:
     """:func:`read_features` with the number of each block's first row, of blocks that hold rows ``first`` to ``last``.
 
     Row groups and files without any of them are not read.
@@ -158,8 +158,8 @@ def _matrix(column: pa.Array, start: int, dim: int | None, name: str) -> FloatAr
     return matrix
 
 
-def check_norms(features: FloatArray, start: int, norms: str, name: str) -> FloatArray:
-    """Features ``[b, d]``, rows from ``start`` on of ``name``, with the norms that one of ``NORMS`` asks for.
+def check_norms(features: FloatArray, start: int, norms: Norms, name: str) -> FloatArray:
+    """Features ``[b, d]``, rows from ``start`` on of ``name``, with the norms that ``norms`` asks for.
 
     Raises InputError naming rows that are not finite, are zero, (``check``) whose norm is not 1, or (``keep``) is above
     :data:`MOST_KEPT`.

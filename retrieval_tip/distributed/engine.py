@@ -29,6 +29,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.distributed.cluster import Room, connected, room
 from retrieval_tip.distributed.shards import Shard, open_shard
 from retrieval_tip.errors import InputError, RetrievalTipError, Skipped, first_line
+from retrieval_tip.settings import Precision
 
 RETRIES = 3
 """Times that a shard is begun again after its actor died: one that ends every process must not do so for ever."""
@@ -56,7 +57,7 @@ class BackboneName:
 
     model: str
     pretrained: str | None = None
-    precision: str = "auto"
+    precision: Precision = "auto"
     tuned: str | None = None
 
     def looked_at(self) -> Backbone:

@@ -29,7 +29,7 @@ from retrieval_tip.errors import InputError, Skipped, StoreError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, Seen, check_abstain, conclude, see
 from retrieval_tip.index import places
 from retrieval_tip.predictions import PREDICTIONS, Abstain
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Precision, Settings
 from retrieval_tip.store.query import rows_where
 
 NOT_SAID = ("workers", "batch_size", "strict", "progress")
@@ -79,7 +79,7 @@ class Asked:
 
     settings: Settings
     where: str | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
 
 
 @dataclass

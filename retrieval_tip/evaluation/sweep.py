@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,12 @@ from retrieval_tip.fit.finetune import finetune, own_shots
 from retrieval_tip.fit.search_hp import PAPER_SCALES, leave_one_out, search, search_paper, unseen
 from retrieval_tip.fit.trainer import Recipe
 from retrieval_tip.retrieval.defaults import plain_settings, untouched_settings
+from retrieval_tip.settings import Protocol, check_choice
 
-METHODS = ("zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants", "closed-form", "class-means",
-           "linear-probe", "tip-adapter-f")  # fmt: skip
+Method = Literal[
+    "zero-shot", "tip-adapter", "cache-alone", "untouched", "paper-constants", "closed-form", "class-means",
+    "linear-probe", "tip-adapter-f",
+]  # fmt: skip
 """zero-shot: the text alone. tip-adapter: alpha, beta and k chosen as the protocol says. cache-alone: without text,
 beta and k chosen likewise. untouched: alpha and beta in units of the shots' affinities. paper-constants: alpha 1, beta
 5.5. closed-form: what a new index gets, metric, values and settings fitted to the shots and chosen by folds of them.
@@ -43,6 +46,7 @@ class-means: the nearest class mean, without text. linear-probe: logistic regres
 of the shots. tip-adapter-f: keys fine-tuned on views of the shots, with the settings and the epoch that validation
 images choose."""
 
+METHODS: tuple[Method, ...] = get_args(Method)
 PLAIN = METHODS[:-2]
 """Those that train nothing, which are run where none is named; fine-tuned keys are no shots, to fit anything to."""
 
@@ -98,9 +102,9 @@ def sweep(
     *,
     shots: Sequence[int],
     seeds: Sequence[int],
-    methods: Sequence[str] | None = None,
+    methods: Sequence[Method] | None = None,
     val: Items | None = None,
-    protocol: str = "honest",
+    protocol: Protocol = "honest",
     scales: tuple[float, float] = PAPER_SCALES,
     views: tuple[Source, Encoder] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -117,11 +121,9 @@ def sweep(
     """
     if methods is None:
         methods = [method for method in PLAIN if pool.curve is None or method != "closed-form"]
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise UsageError(f"method {unknown[0]!r}: expected one of {', '.join(METHODS)}")
-    if protocol not in ("honest", "paper"):
-        raise UsageError(f"protocol {protocol!r}: expected honest or paper")
+    for method in methods:
+        check_choice("method", method, Method)
+    check_choice("protocol", protocol, Protocol)
     if protocol == "paper" and val is None:
         raise UsageError("protocol paper: chooses on the validation source; give --val")
     if "tip-adapter-f" in methods and views is None:
@@ -209,7 +211,7 @@ def _in_file_order(pool: CacheModel) -> tuple[npt.NDArray[np.int64], list[int]]:
     return order, labels
 
 
-def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, protocol: str) -> Items | None:
+def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, protocol: Protocol) -> Items | None:
     """The validation images that this run may see."""
     if val is None or protocol == "paper":
         return val
@@ -219,7 +221,7 @@ def _validation(pool: CacheModel, val: Items | None, shots: int, seed: int, prot
 
 
 def _set(
-    cache: CacheModel, method: str, protocol: str, scales: tuple[float, float], val: Items | None
+    cache: CacheModel, method: Method, protocol: Protocol, scales: tuple[float, float], val: Items | None
 ) -> tuple[CacheModel | Linear, str]:
     """The drawn index, untouched, as a method answers with it; and what its settings were chosen on."""
     if method in LINEAR:
@@ -280,7 +282,7 @@ def _row(
     )
 
 
-def _trained(answering: CacheModel | Linear, method: str) -> int:
+def _trained(answering: CacheModel | Linear, method: Method) -> int:
     """How many parameters a method has trained."""
     if method == "linear-probe" and isinstance(answering, Linear):
         return answering.weights.numel() + answering.bias.numel()

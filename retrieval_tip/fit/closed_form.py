@@ -36,7 +36,7 @@ from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.retrieval.vector_index import inner_factory
-from retrieval_tip.settings import METRICS, VALUES, Fitted, Settings
+from retrieval_tip.settings import METRICS, VALUES, Fitted, MetricName, Settings, ValuesName
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
@@ -133,12 +133,12 @@ class Form:
     beta: float
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> MetricName:
         """``within`` or ``none``."""
         return "none" if self.shrinkage is None else "within"
 
     @property
-    def values(self) -> str:
+    def values(self) -> ValuesName:
         """``solved`` or ``one-hot``."""
         return "one-hot" if self.ridge is None else "solved"
 
@@ -482,8 +482,8 @@ class Choice:
 def fit(
     cache: Shots,
     *,
-    metric: str | None = None,
-    values: str | None = None,
+    metric: MetricName | None = None,
+    values: ValuesName | None = None,
     validation: Queries | None = None,
     factory: str | None = None,
 ) -> Choice:
@@ -606,7 +606,9 @@ def _longest(cache: Shots) -> float:
     return longest
 
 
-def _forms(cache: Shots, metric: str | None, values: str | None, longest: float, *, by_class: bool) -> list[Form]:
+def _forms(
+    cache: Shots, metric: MetricName | None, values: ValuesName | None, longest: float, *, by_class: bool
+) -> list[Form]:
     """The forms that may be chosen, the one that stands first. Raises InputError if keys are too long for all."""
     for what, given, known in (("metric", metric, METRICS), ("values", values, VALUES)):
         if given not in (None, *known):

@@ -31,11 +31,22 @@ from retrieval_tip.index.fit import fit_table
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.draft import LanceDraft, index_kind
 from retrieval_tip.lance.key_table import FLAT
-from retrieval_tip.retrieval.defaults import Statistics, check_form, measure, plain_settings
+from retrieval_tip.retrieval.defaults import Statistics, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS
-from retrieval_tip.settings import Built, KeysMet, Settings
+from retrieval_tip.settings import (
+    Built,
+    Dtype,
+    FitName,
+    KeysMet,
+    MetricName,
+    Normalize,
+    Norms,
+    Settings,
+    ValuesName,
+    check_choice,
+)
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after
 from retrieval_tip.store.writer import Writer, write
 
@@ -44,7 +55,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("float32", "float16")
 FEW_KEYS = 8192
 """Keys of a LanceDB store up to which they are all compared, for images that are in two classes."""
 
@@ -58,13 +68,13 @@ def build_index(
     templates: Sequence[str] | None = None,
     text: str | os.PathLike[str] | None = None,
     index: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     alpha: float | None = None,
     beta: float | None = None,
-    normalize: str | None = None,
-    fit: str | None = None,
-    metric: str | None = None,
-    values: str | None = None,
+    normalize: Normalize | None = None,
+    fit: FitName | None = None,
+    metric: MetricName | None = None,
+    values: ValuesName | None = None,
     k: KeysMet = None,
     logit_scale: float | None = None,
     device: str = "auto",
@@ -102,13 +112,12 @@ def build_index(
         InputError, UsageError, BackboneError: as their messages say; nothing was changed.
         StoreError: the folder cannot be written, or is being written by another process.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
+    check_choice("dtype", dtype, Dtype)
     if logit_scale is None and encoder.backbone is not None:
         logit_scale = encoder.backbone.logit_scale
     settings = Settings().override(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
     form = normalize or ("both" if alpha is None and beta is None else "none")
-    check_form(form)
+    check_choice("normalize", form, Normalize)
     place = places.at(out)
     fitted = {"metric": metric, "values": values} if _fitting(fit, (metric, values), (alpha, beta, normalize)) else None
     words = _text(source, encoder, templates, text)
@@ -138,7 +147,7 @@ class _Asked:
     settings: Settings
     alpha: float | None
     beta: float | None
-    form: str
+    form: Normalize
     keeps_k: bool
 
     def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
@@ -194,7 +203,9 @@ def _drawn(
     return source.take(drawn), ids[drawn]
 
 
-def _build_table(place: places.LanceStore, made: _Made, dtype: str, index: str, fitted: dict[str, Any] | None) -> None:
+def _build_table(
+    place: places.LanceStore, made: _Made, dtype: Dtype, index: str, fitted: dict[str, Any] | None
+) -> None:
     """Keys stream into the table as they come; a fit of these letters may write it again, with their points."""
     index_kind(index)
     with place.write() as writer:
@@ -216,7 +227,7 @@ def _build_table(place: places.LanceStore, made: _Made, dtype: str, index: str, 
 def _build_folder(
     folder: Path,
     made: _Made,
-    dtype: str,
+    dtype: Dtype,
     index: str,
     device: str,
     fitted: dict[str, Any] | None,
@@ -262,10 +273,10 @@ def _warn_of_choice(choice: closed_form.Choice) -> None:
         log.warning("%s", warning)
 
 
-def _fitting(fit: str | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
+def _fitting(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
     """Whether a build fits. Raises UsageError for what does not go together."""
-    if fit not in (None, "auto", "none"):
-        raise UsageError(f"fit {fit!r}: expected auto or none")
+    if fit is not None:
+        check_choice("fit", fit, FitName)
     given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
     if given and (fit == "auto" or wanted):
         raise UsageError("fit: finds alpha and beta itself; leave out alpha, beta and normalize, or the fit")
@@ -303,7 +314,7 @@ def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.P
             log.warning("%s has a row a class, and --text %s rows: have they been swapped?", source.name, f"{rows:,}")
 
 
-def _labelled_blocks(made: _Made, dtype: str) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
+def _labelled_blocks(made: _Made, dtype: Dtype) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
     """Labels and keys of what is read, a block at a time; shots are counted from block to block."""
     source, encoder, names = made.source, made.encoder, made.words.class_names
     following = np.zeros(len(names), dtype=np.int32)
@@ -316,13 +327,13 @@ def _labelled_blocks(made: _Made, dtype: str) -> Iterator[tuple[pa.Table, npt.ND
         following += np.bincount(ids, minlength=len(names)).astype(np.int32)
 
 
-def _check_fits(features: npt.NDArray[np.float32], dtype: str, source: Source) -> None:
+def _check_fits(features: npt.NDArray[np.float32], dtype: Dtype, source: Source) -> None:
     if np.abs(features).max() > np.finfo(dtype).max:
         raise InputError(f"{source.name}: features hold values too large for {dtype}; use --dtype float32")
 
 
 def read_text_table(
-    path: str | os.PathLike[str], norms: str = "check"
+    path: str | os.PathLike[str], norms: Norms = "check"
 ) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
     """Class names and text weights ``[c, d]`` of a table of text features, classes in order of first appearance.
 
@@ -413,7 +424,7 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def _write_keys(
-    writer: Writer, source: Source, encoder: Encoder, order: npt.NDArray[np.int64], dtype: str
+    writer: Writer, source: Source, encoder: Encoder, order: npt.NDArray[np.int64], dtype: Dtype
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[str | None]]:
     """Stream features into the keys' file; the keys, which of ``order`` they are, and their images' digests."""
     place = np.empty(len(order), dtype=np.int64)

@@ -29,7 +29,6 @@ from retrieval_tip.data.tables import read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.index import places
 from retrieval_tip.index.build import (
-    DTYPES,
     build_index,
     draw_shots,
     ids_in,
@@ -43,8 +42,9 @@ from retrieval_tip.index.fit import refit
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Place
 from retrieval_tip.lance.lance_model import LanceModel
-from retrieval_tip.retrieval.defaults import check_form, plain_settings
+from retrieval_tip.retrieval.defaults import plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.settings import Dtype, Normalize, Norms, check_choice
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 
@@ -316,7 +316,7 @@ def configure(
     k: int | Literal["all"] | None = None,
     tail: bool | None = None,
     temperature: float | None = None,
-    normalize: str | None = None,
+    normalize: Normalize | None = None,
     templates: Sequence[str] = (),
     backbone: Backbone | None = None,
 ) -> Configured:
@@ -336,7 +336,7 @@ def configure(
     if not given and not templates and normalize is None:
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
     if normalize is not None:
-        check_form(normalize)
+        check_choice("normalize", normalize, Normalize)
     manifest = places.at(folder).manifest()
     prompts = list(check_templates(templates)) if templates else []
     weights: dict[str, Any] = {}
@@ -382,14 +382,14 @@ def compact(folder: Place) -> Changed:
     return Changed(_version(change.cache), [])
 
 
-def rebuild(folder: Place, *, index: str | None = None, dtype: str | None = None) -> Changed:
+def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
     """Build the index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
 
     A LanceDB store writes its table anew, without what was removed.
     Raises UsageError for a type or dtype that cannot work, InputError where keys are too large for it.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: expected float32 or float16")
+    if dtype is not None:
+        check_choice("dtype", dtype, Dtype)
     place = places.at(folder)
     with place.change() as change:
         place.rebuild(change.cache, index, dtype)
@@ -445,9 +445,9 @@ def import_index(
     labels: Folder | None = None,
     label_column: str | None = None,
     text: Folder | None = None,
-    norms: str = "check",
+    norms: Norms = "check",
     index: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     alpha: float | None = None,
     beta: float | None = None,
 ) -> Model:

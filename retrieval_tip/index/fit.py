@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -17,6 +17,7 @@ from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES
 from retrieval_tip.lance.shots import TableShots
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
+from retrieval_tip.settings import MetricName, ValuesName
 
 if TYPE_CHECKING:
     from retrieval_tip.index.places import Draft
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 def fit_index(
     folder: Place,
     *,
-    metric: str | None = None,
-    values: str | None = None,
+    metric: MetricName | None = None,
+    values: ValuesName | None = None,
     validation: Source | None = None,
     encoder: Encoder | None = None,
 ) -> Choice:
@@ -42,7 +43,7 @@ def fit_index(
     Raises as :func:`closed_form.fit`, and StoreError as :meth:`CacheModel.load` and :meth:`CacheModel.save`; then
     nothing was changed.
     """
-    place, letters = places.at(folder), {"metric": metric, "values": values}
+    place = places.at(folder)
     if isinstance(place, places.LanceStore):
         model = place.load(device="cpu")
         queries = None if validation is None or encoder is None else on_validation(model, validation, encoder)
@@ -50,7 +51,7 @@ def fit_index(
             assert isinstance(change.cache, LanceDraft)
             if queries is not None and change.cache.version != model.version:
                 raise StoreError(f"{folder}: was changed by another process meanwhile; try again")
-            choice = fit_table(change.cache, **letters, validation=queries)
+            choice = fit_table(change.cache, metric=metric, values=values, validation=queries)
             change.what = "fit"
         return choice
     cache = CacheModel.load(place.folder, device="cpu")
@@ -79,8 +80,8 @@ def refit(index: Draft, beta: float) -> Choice:
 def fit_table(
     table: LanceDraft,
     *,
-    metric: str | None = None,
-    values: str | None = None,
+    metric: MetricName | None = None,
+    values: ValuesName | None = None,
     validation: Queries | None = None,
     factory: str | None = None,
 ) -> Choice:
@@ -88,16 +89,15 @@ def fit_table(
 
     Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
     """
-    how: dict[str, Any] = {"metric": metric, "values": values, "validation": validation}
     if table.n > MOST_SOLVED:
         shots = TableShots(table)
-        choice = closed_form.fit(shots, **how, factory=factory)
+        choice = closed_form.fit(shots, metric=metric, values=values, validation=validation, factory=factory)
         table.settings, table.provenance = shots.settings, shots.provenance
         return choice
     whole = table.in_memory() if table.whole is None else table.whole
     whole.settings, whole.sums = table.settings, table.sums
     by_class = CLASSES if (factory or table.index_type) == CLASSES else None  # which has no solved values
-    choice = closed_form.fit(whole, **how, factory=by_class)
+    choice = closed_form.fit(whole, metric=metric, values=values, validation=validation, factory=by_class)
     table.settings, table.provenance = whole.settings, whole.provenance
     table.set_fitted(whole.metric, whole.fitted, factory, whole)
     return choice

@@ -17,6 +17,7 @@ from retrieval_tip.errors import InputError, StoreError, show
 from retrieval_tip.files import real
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.versions import LanceVersions
+from retrieval_tip.settings import Dtype, Precision, Verify
 from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
 from retrieval_tip.store.manifest import Manifest
@@ -80,7 +81,12 @@ class Store(Protocol):
         """The current version, or an earlier one."""
 
     def load(
-        self, *, device: str = "auto", precision: str = "auto", verify: str = "full", version: int | None = None
+        self,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        verify: Verify = "full",
+        version: int | None = None,
     ) -> Model:
         """The current version, or an earlier one, opened."""
 
@@ -93,10 +99,10 @@ class Store(Protocol):
     def write(self, wait: float | None = None) -> AbstractContextManager[Any]:
         """The next version, to be made alone: another writer waits its turn, ``wait`` seconds."""
 
-    def change(self, verify: str = "full") -> AbstractContextManager[Change]:
+    def change(self, verify: Verify = "full") -> AbstractContextManager[Change]:
         """The current version, alone, to become the next one, unless nothing is said of it."""
 
-    def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
+    def rebuild(self, cache: Any, index: str | None, dtype: Dtype | None) -> None:
         """Build what is to become the next version anew from its keys, as another type or dtype."""
 
     def verify(self) -> Model:
@@ -166,7 +172,12 @@ class FolderStore(Store):
         return store.read_manifest(self.folder) if version is None else store.read_version(self.folder, version)
 
     def load(
-        self, *, device: str = "auto", precision: str = "auto", verify: str = "full", version: int | None = None
+        self,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        verify: Verify = "full",
+        version: int | None = None,
     ) -> CacheModel:
         check = store.Check(self.folder, verify=verify) if version is None else None  # while torch is imported
         from retrieval_tip.cache_model import CacheModel
@@ -184,7 +195,7 @@ class FolderStore(Store):
         return write(self.folder, wait)
 
     @contextmanager
-    def change(self, verify: str = "full") -> Iterator[Change]:
+    def change(self, verify: Verify = "full") -> Iterator[Change]:
         """The current version, to become the next one. What is copied from it is checked in any case."""
         from retrieval_tip.cache_model import CacheModel
 
@@ -197,7 +208,7 @@ class FolderStore(Store):
             if change.what:
                 cache.commit(writer, change.what)
 
-    def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
+    def rebuild(self, cache: Any, index: str | None, dtype: Dtype | None) -> None:
         cache.compact(index, dtype, again=True)
 
     def verify(self) -> CacheModel:
@@ -241,7 +252,12 @@ class LanceStore(LanceVersions, Store):
         return time.monotonic_ns()
 
     def load(
-        self, *, device: str = "auto", precision: str = "auto", verify: str = "full", version: int | None = None
+        self,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        verify: Verify = "full",
+        version: int | None = None,
     ) -> LanceModel:
         """See :meth:`LanceModel.load`; products are float32, and rows are checked by :meth:`verify` only."""
         from retrieval_tip.lance.lance_model import LanceModel
@@ -257,7 +273,7 @@ class LanceStore(LanceVersions, Store):
         return bool(self.classes(manifest).text.any())
 
     @contextmanager
-    def change(self, verify: str = "full") -> Iterator[Change]:
+    def change(self, verify: Verify = "full") -> Iterator[Change]:
         from retrieval_tip.lance.draft import LanceDraft
 
         del verify
@@ -269,7 +285,7 @@ class LanceStore(LanceVersions, Store):
             if change.what:
                 cache.commit(change.what)
 
-    def rebuild(self, cache: Any, index: str | None, dtype: str | None) -> None:
+    def rebuild(self, cache: Any, index: str | None, dtype: Dtype | None) -> None:
         cache.rewrite(index, dtype)
 
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:

@@ -36,7 +36,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import points_of
 from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory
-from retrieval_tip.settings import Fitted
+from retrieval_tip.settings import Dtype, Fitted
 from retrieval_tip.store import history
 from retrieval_tip.store.contents import array_of
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after, shots_of
@@ -77,7 +77,7 @@ class LanceDraft(LanceModel):
         blocks: Iterable[tuple[pa.Table, npt.NDArray[Any]]],
         class_names: Sequence[str],
         text_weights: npt.NDArray[np.float32] | None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         index: str = "auto",
         *,
         stored: bool = False,
@@ -351,7 +351,7 @@ class LanceDraft(LanceModel):
             self._settled_whole().solve()
             self._follow()
 
-    def rewrite(self, factory: str | None = None, dtype: str | None = None, known: Sums | None = None) -> None:
+    def rewrite(self, factory: str | None = None, dtype: Dtype | None = None, known: Sums | None = None) -> None:
         """Write every row anew, and the index over them: what was removed before is in no file of this version.
 
         ``factory`` is the type of the index and ``dtype`` that of the keys, where they are to become others; ``known``

@@ -26,6 +26,7 @@ import pyarrow as pa
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line
 from retrieval_tip.lance.address import Address, storage_options
+from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
 FloatArray = npt.NDArray[np.float32]
@@ -75,7 +76,7 @@ def _session() -> Any:
     return lancedb().Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES // 4)
 
 
-def schema_of(d: int, dtype: str, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
+def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
     """Columns of a table of keys of ``d`` values, and of their points."""
     value = pa.float32() if dtype == "float32" else pa.float16()
     own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]

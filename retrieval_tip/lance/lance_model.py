@@ -32,7 +32,7 @@ from retrieval_tip.lance.versions import Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.retrieval.logits import Retrieval
-from retrieval_tip.settings import Built, Fitted, Settings
+from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.labels import labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
@@ -63,7 +63,7 @@ class LanceModel(AnsweringIndex):
     store: LanceVersions
     table: KeyTable
     classes: Classes
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     next_key_id: int = 0
     index_type: str = FLAT
     settings: Settings = field(default_factory=Settings)

@@ -315,8 +315,8 @@ def _drawn(judged: Judged) -> tuple[list[int], str]:
 def _over_shots(judged: Judged) -> dict[str, Any]:
     """Accuracy over shots: method, shots, draws, mean, half of the interval, lowest and highest; and a diagram."""
     numbers, more = _drawn(judged)
-    last = "cache-alone" if judged.cache.fitted is None else "closed-form"
-    methods = ("zero-shot", "tip-adapter", last) if judged.cache.has_text else (last,)
+    last: sweep.Method = "cache-alone" if judged.cache.fitted is None else "closed-form"
+    methods: tuple[sweep.Method, ...] = ("zero-shot", "tip-adapter", last) if judged.cache.has_text else (last,)
     try:
         runs = _runs(judged, numbers, methods)
     except RetrievalTipError as error:
@@ -343,7 +343,7 @@ def _over_shots(judged: Judged) -> dict[str, Any]:
     return {"plot": Plot(svg, caption), "rows": rows}
 
 
-def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[str]) -> list[dict[str, Any]]:
+def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[sweep.Method]) -> list[dict[str, Any]]:
     """The runs of a sweep over draws of the index's own keys."""
     counts = {number for number in judged.cache.counts if number}
     test = sweep.Items(judged.features, judged.answers.truth, judged.test.name)

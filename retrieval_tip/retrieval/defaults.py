@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from retrieval_tip.errors import UsageError
 from retrieval_tip.retrieval.segments import Keys
+from retrieval_tip.settings import Normalize, check_choice
 
-NORMALIZE = ("both", "shots", "affinity", "none")
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
 """alpha and beta of each form; ``none`` is the paper's, the others agree with each other at 16 shots."""
 
@@ -56,14 +56,8 @@ def untouched_settings(keys: Keys, class_ids: npt.NDArray[np.int64]) -> tuple[fl
     return plain_settings(None, None, "both", measure(keys, class_ids))
 
 
-def check_form(normalize: str) -> None:
-    """Raise UsageError for an unknown form."""
-    if normalize not in NORMALIZE:
-        raise UsageError(f"normalize {normalize!r}: expected one of {', '.join(NORMALIZE)}")
-
-
 def plain_settings(
-    alpha: float | None, beta: float | None, normalize: str, statistics: Statistics | None
+    alpha: float | None, beta: float | None, normalize: Normalize, statistics: Statistics | None
 ) -> tuple[float, float]:
     """Alpha and beta of the method's own formula (equation 6) for settings in the units of a form.
 
@@ -78,7 +72,7 @@ def plain_settings(
 
     Raises UsageError for an unknown form, and where statistics are missing for given settings.
     """
-    check_form(normalize)
+    check_choice("normalize", normalize, Normalize)
     if statistics is None and normalize != "none":
         if alpha is not None or beta is not None:
             raise UsageError(f"normalize {normalize!r}: needs keys of at least two classes that differ; use none")

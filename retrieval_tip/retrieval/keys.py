@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
-from retrieval_tip.errors import InputError, UsageError, warn_once
+from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.retrieval.segments import Segments, runs, segments_of
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
+from retrieval_tip.settings import Precision, check_choice
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
 """The largest affinity block that exists at a time is [2048, 512] float32, 4 MiB: it stays in a processor's cache."""
@@ -43,7 +44,6 @@ SPREAD_QUANTILE = 0.999
 MOST_SLACK = 1e9
 """More says nothing else: every class can win."""
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 HALF_FROM = 1 << 22
 """Values of the keys from which ``auto`` tries half precision: below it, there is nothing to gain."""
 HALF_FROM_QUERIES = 64
@@ -368,7 +368,7 @@ class Keys(KeyStream):
         class_ids: IntArray,
         n_classes: int,
         device: str = "cpu",
-        precision: str = "float32",
+        precision: Precision = "float32",
         means: Callable[[], FloatArray] | None = None,
     ) -> None:
         bounds = np.cumsum([0, *(len(part) for part in segments_of(array))])
@@ -377,8 +377,7 @@ class Keys(KeyStream):
             raise InputError(
                 "labels: keys are not grouped by class, in the order of the classes; build the index again"
             )
-        if precision not in PRECISIONS:
-            raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        check_choice("precision", precision, Precision)
         self.array, self.precision = array, precision
         counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
         self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))

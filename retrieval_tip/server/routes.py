@@ -22,7 +22,7 @@ from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Ask, Served, Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import read, read_index
-from retrieval_tip.settings import KeysMet
+from retrieval_tip.settings import KeysMet, Norms
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MOST = 1_000_000_000
@@ -30,9 +30,7 @@ MOST = 1_000_000_000
 
 Token = Annotated[str | None, Header(description="Bearer and the server's token, in one field.")]
 Positive = Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="In place of the index's.")]
-Norms = Annotated[
-    str, Query(pattern="^(check|unit|keep)$", description="Features must have norm 1, are scaled, or kept.")
-]
+NormsAsked = Annotated[Norms, Query(description="Features must have norm 1, are scaled, or kept.")]
 
 
 async def _service(request: Request) -> Service:
@@ -227,7 +225,7 @@ async def add(
     request: Request,
     service: TheService,
     one: Named,
-    norms: Norms = "check",
+    norms: NormsAsked = "check",
 ) -> Response:
     """Add labelled images or features as shots, as a new version of the index. A new label makes a new class."""
     sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
@@ -332,7 +330,7 @@ async def classify(
     neighbours: Annotated[int, Query(ge=0, le=1000, description="Shots to report: those that contributed most.")] = 5,
     logits: Annotated[bool, Query(description="Logits of every class.")] = False,
     evidence: Annotated[bool, Query(description="What the answer is made of.")] = False,
-    norms: Norms = "check",
+    norms: NormsAsked = "check",
 ) -> Response:
     """Classify images or features. Inputs that cannot be read are named in `skipped`, unless none can."""
     version = service.index(index).now

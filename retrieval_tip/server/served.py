@@ -26,7 +26,7 @@ from retrieval_tip.lance.address import Address
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.settings import FITTED, KeysMet, Settings
+from retrieval_tip.settings import FITTED, KeysMet, Precision, Settings, Verify
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Backbones:
     The indexes are opened on the same ``device``, with the same ``precision``, and checked as ``verify`` says.
     """
 
-    def __init__(self, device: str, precision: str, verify: str) -> None:
+    def __init__(self, device: str, precision: Precision, verify: Verify) -> None:
         self.device, self.precision, self.verify = device, precision, verify
         self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
 
@@ -253,8 +253,8 @@ class Maker:
     into: Path
     backbone: Backbone
     device: str
-    precision: str
-    verify: str
+    precision: Precision
+    verify: Verify
 
     def backbones(self) -> Backbones:
         """The backbone, as indexes that are opened have it."""
@@ -263,7 +263,7 @@ class Maker:
         return backbones
 
 
-def open_all(folders: Sequence[Path | Address], device: str, precision: str, verify: str) -> dict[str, Served]:
+def open_all(folders: Sequence[Path | Address], device: str, precision: Precision, verify: Verify) -> dict[str, Served]:
     """Indexes by name. Raises UsageError where two have one name, StoreError where one cannot be opened."""
     backbones = Backbones(device, precision, verify)
     served: dict[str, Served] = {}

@@ -24,6 +24,7 @@ from retrieval_tip.errors import InputError, first_line
 from retrieval_tip.retrieval.inputs import matrix
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.settings import Norms
 
 FORM, JSON = "multipart/form-data", "application/json"
 LONGEST_FIELD = 1 << 16
@@ -66,7 +67,7 @@ class _Form(MultiPartParser):
         self.is_whole = True
 
 
-async def read(request: Request, limits: Limits, norms: str, d: int, *, labelled: bool = False) -> Sent:
+async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
     """The images or features that were sent, for an index of features of ``d`` values.
 
     Raises Problem 400 where it cannot be parsed, 413 where it is too much, 415 where it is of another kind, 422 where
@@ -150,7 +151,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
-def _json(body: bytes, limits: Limits, norms: str, d: int, *, labelled: bool) -> Sent:
+def _json(body: bytes, limits: Limits, norms: Norms, d: int, *, labelled: bool) -> Sent:
     _check_parts(body, limits.rows, d)
     try:
         sent = orjson.loads(body)
@@ -181,7 +182,7 @@ def _check_parts(body: bytes, rows: int, d: int) -> None:
         raise Problem(413, f"JSON of more parts than {rows} features of {d} values have; send fewer at once")
 
 
-def _features(sent: list[Any], d: int, norms: str) -> FloatArray:
+def _features(sent: list[Any], d: int, norms: Norms) -> FloatArray:
     """Rows of JSON as features; what they hold is looked at first, for an array of texts takes their longest for each.
 
     Raises InputError.

@@ -30,8 +30,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from retrieval_tip.errors import StoreError, UsageError, first_line
+from retrieval_tip.errors import StoreError, first_line
 from retrieval_tip.files import sha256_of
+from retrieval_tip.settings import Verify, check_choice
 from retrieval_tip.store.history import described, history_table
 from retrieval_tip.store.labels import LABEL_SCHEMA
 from retrieval_tip.store.manifest import DataFile, Manifest
@@ -41,7 +42,6 @@ T = TypeVar("T")
 
 VERSIONS_TRIED = 16
 """Times that opening an index starts anew because its version was given up meanwhile."""
-VERIFY = ("full", "fast")
 FAST_BYTES = 1 << 22
 """Files up to this size are hashed whatever is asked for; a fast check takes larger ones by their size."""
 MANIFEST_BYTES = 1 << 28
@@ -117,7 +117,7 @@ class Check:
         self,
         folder: Path,
         manifest: Manifest | None = None,
-        verify: str = "full",
+        verify: Verify = "full",
         known: Collection[DataFile] = (),
     ) -> None:
         """Begin, with the current version where none is given.
@@ -126,8 +126,7 @@ class Check:
         4 MiB: what changed in a large one without changing its size is then not seen. Files that are ``known`` were
         compared before. Raises StoreError as :func:`read_manifest`, UsageError for another ``verify``.
         """
-        if verify not in VERIFY:
-            raise UsageError(f"verify {verify!r}: expected one of {', '.join(VERIFY)}")
+        check_choice("verify", verify, Verify)
         self.folder, self.verify = folder, verify
         self.manifest = read_manifest(folder) if manifest is None else manifest
         files = [file for file in self.manifest.data_files if file not in known]
@@ -143,7 +142,7 @@ class Check:
 
 
 def opened(
-    folder: Path, read: Callable[[Manifest], T], *, verify: str = "full", check: Check | None = None
+    folder: Path, read: Callable[[Manifest], T], *, verify: Verify = "full", check: Check | None = None
 ) -> tuple[T, Check]:
     """The result of ``read`` for the current version once its files are checked, and that check.
 
@@ -162,7 +161,7 @@ def opened(
     raise StoreError(f"{folder}: changes faster than it can be opened; try again")
 
 
-def _problem(folder: Path, file: DataFile, verify: str) -> str | None:
+def _problem(folder: Path, file: DataFile, verify: Verify) -> str | None:
     """The fault of a data file, if it has one."""
     path = folder / file.name
     try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.errors import BackboneError, StoreError, UsageError
-from retrieval_tip.settings import Built, Fitted, Settings
+from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 
 FORMAT = "retrieval-tip index"
 TABLE_FORMAT, FITTED_FORMAT, BUILT_FORMAT, FORMAT_VERSION = 3, 4, 5, 6
@@ -105,7 +105,7 @@ class Manifest:
     created_by: str
     n: int
     d: int
-    dtype: str
+    dtype: Dtype
     class_names: list[str]
     templates: list[str]
     settings: Settings
