@@ -8,7 +8,6 @@ import random
 import struct
 import subprocess
 import sys
-import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import examples, few
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
@@ -98,25 +97,16 @@ def test_of_several_frames_the_first_is_taken(style: str) -> None:
     close(pixels(encoded(quarters(), style, save_all=True, append_images=others)), quarters())
 
 
+TURNED = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
+"""How an image of EXIF orientation 1, 2 ... 8 becomes upright."""
+
+
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(style: str, orientation: int) -> None:
-    how = Image.Transpose
-    by_hand = {
-        1: None,
-        2: how.FLIP_LEFT_RIGHT,
-        3: how.ROTATE_180,
-        4: how.FLIP_TOP_BOTTOM,
-        5: how.TRANSPOSE,
-        6: how.ROTATE_270,
-        7: how.TRANSVERSE,
-        8: how.ROTATE_90,
-    }[orientation]
-    stored = quarters(48, 32)
-    exif = Image.Exif()
+    stored, turn, exif = quarters(48, 32), TURNED[orientation - 1], Image.Exif()
     exif[0x0112] = orientation
-    upright = stored if by_hand is None else stored.transpose(by_hand)
-    close(pixels(encoded(stored, style, exif=exif)), upright)
+    close(pixels(encoded(stored, style, exif=exif)), stored if turn is None else stored.transpose(turn))
 
 
 @pytest.mark.parametrize(
@@ -154,107 +144,73 @@ def test_a_palette_gives_its_colours() -> None:
         assert np.array_equal(pixels(encoded(palette, style)), np.asarray(quarters()))
 
 
-@pytest.mark.parametrize("transparency", [0, b"\x00", b"\x00\xff\x80"])
-def test_a_transparent_palette_entry_is_laid_on_white(transparency: int | bytes) -> None:
-    image = Image.new("P", (2, 1))
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.putpixel((1, 0), 1)
-    got = pixels(encoded(image, "PNG", transparency=transparency))
-    assert got[0].tolist() == [[255, 255, 255], [0, 255, 0]]
+def two_pixels(mode: str, *values: object) -> Image.Image:
+    image = Image.new(mode, (len(values), 1))
+    if mode == "P":
+        image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putdata(values)
+    return image
 
 
-def test_a_transparent_gif_is_laid_on_white() -> None:
-    image = Image.new("P", (2, 1))
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.putpixel((1, 0), 1)
-    assert pixels(encoded(image, "GIF", transparency=0))[0].tolist() == [[255, 255, 255], [0, 255, 0]]
+WHITE, LOSSLESS = [255] * 3, {"lossless": True, "exact": True}
+PALETTE, ALPHA = two_pixels("P", 0, 1), two_pixels("RGBA", (0, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128))
+ON_WHITE: list[tuple[Image.Image, str, dict[str, Any], list[object]]] = [
+    (PALETTE, "PNG", {"transparency": 0}, [WHITE, [0, 255, 0]]),
+    (PALETTE, "PNG", {"transparency": b"\x00\xff\x80"}, [WHITE, [0, 255, 0]]),
+    (PALETTE, "GIF", {"transparency": 0}, [WHITE, [0, 255, 0]]),
+    *((ALPHA, style, LOSSLESS, [[0] * 3, WHITE, [127] * 3]) for style in ("PNG", "TIFF", "WEBP")),
+    (two_pixels("LA", (50, 255), (50, 0)), "PNG", {}, [[50] * 3, WHITE]),
+    (two_pixels("RGB", (10, 20, 30), (200,) * 3), "PNG", {"transparency": (10, 20, 30)}, [WHITE, [200] * 3]),
+    (two_pixels("L", 10, 200), "PNG", {"transparency": 10}, [WHITE, [200] * 3]),
+]
 
 
-@pytest.mark.parametrize("style", ["PNG", "TIFF", "WEBP"])
-def test_transparency_is_laid_on_white(style: str) -> None:
-    image = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    image.putpixel((2, 0), (0, 0, 0, 128))
-    got = pixels(encoded(image, style, **({"lossless": True, "exact": True} if style == "WEBP" else {})))
-    assert got[0].tolist() == [[0, 0, 0], [255, 255, 255], [127, 127, 127]]
+@pytest.mark.parametrize(("image", "style", "options", "expected"), ON_WHITE)
+def test_transparency_is_laid_on_white(
+    image: Image.Image, style: str, options: dict[str, Any], expected: list[object]
+) -> None:
+    assert pixels(encoded(image, style, **options))[0].tolist() == expected
 
 
-def test_a_grey_with_alpha_is_laid_on_white() -> None:
-    image = Image.new("LA", (2, 1), (50, 255))
-    image.putpixel((1, 0), (50, 0))
-    assert pixels(encoded(image, "PNG"))[0].tolist() == [[50, 50, 50], [255, 255, 255]]
-
-
-@pytest.mark.parametrize(("mode", "key"), [("RGB", (10, 20, 30)), ("L", 10)])
-def test_a_transparent_colour_is_laid_on_white(mode: str, key: object) -> None:
-    image = Image.new(mode, (2, 1), key)
-    image.putpixel((1, 0), 200 if mode == "L" else (200, 200, 200))
-    assert pixels(encoded(image, "PNG", transparency=key))[0].tolist() == [[255] * 3, [200] * 3]
-
-
-@pytest.mark.parametrize("style", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("style", ["PNG", "TIFF", "PPM", "other byte order"])
 def test_sixteen_bit_greys_are_scaled_not_clipped(style: str) -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    got = pixels(encoded(Image.fromarray(ramp), style))
-    assert np.array_equal(got[..., 0].ravel(), np.arange(256))
-    assert (got[..., 0] == got[..., 1]).all()
-
-
-def test_sixteen_bit_greys_in_the_other_byte_order_are_scaled() -> None:
-    ramp = np.linspace(0, 65535, 256).astype(">u2")
-    image = Image.frombytes("I;16B", (16, 16), ramp.tobytes())
-    assert np.array_equal(pixels(encoded(image, "TIFF"))[..., 0].ravel(), np.arange(256))
+    image = Image.fromarray(ramp)
+    if style == "other byte order":
+        image, style = Image.frombytes("I;16B", (16, 16), ramp.astype(">u2").tobytes()), "TIFF"
+    got = pixels(encoded(image, style))
+    assert (got == np.arange(256).reshape(16, 16, 1)).all()
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("kind", "values", "expected"),
     [
-        ([0, 128, 255], [0, 128, 255]),
-        ([0, 32768, 65535], [0, 128, 255]),
-        ([0, 1_000_000, 2_000_000], [0, 128, 255]),
-        ([-5, 0, 255], [0, 0, 255]),
-        ([0, 0, 0], [0, 0, 0]),
+        (np.int32, [0, 128, 255], [0, 128, 255]),
+        (np.int32, [0, 32768, 65535], [0, 128, 255]),
+        (np.int32, [0, 1_000_000, 2_000_000], [0, 128, 255]),
+        (np.int32, [-5, 0, 255], [0, 0, 255]),
+        (np.int32, [0, 0, 0], [0, 0, 0]),
+        (np.float32, [0.0, 0.5, 1.0], [0, 128, 255]),
+        (np.float32, [0.0, 127.6, 255.0], [0, 128, 255]),
+        (np.float32, [np.nan, 0.2, 1.0], [0, 51, 255]),
+        (np.float32, [np.inf, -np.inf, 1.0], [0, 0, 255]),
+        (np.float32, [np.nan] * 3, [0, 0, 0]),
+        (np.float32, [-3.0, -2.0, -1.0], [0, 0, 0]),
+        (np.float32, [0.0, 1.5e38, 3e38], [0, 128, 255]),
     ],
 )
-def test_whole_number_greys_are_taken_at_their_scale(values: list[int], expected: list[int]) -> None:
-    image = Image.fromarray(np.array([values], dtype=np.int32))
-    assert image.mode == "I"
-    assert pixels(encoded(image, "TIFF"))[0, :, 0].tolist() == expected
+def test_deep_greys_are_taken_at_their_scale(kind: type, values: list[float], expected: list[int]) -> None:
+    assert pixels(encoded(Image.fromarray(np.array([values], dtype=kind)), "TIFF"))[0, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([0.0, 0.5, 1.0], [0, 128, 255]),
-        ([0.0, 127.6, 255.0], [0, 128, 255]),
-        ([np.nan, 0.2, 1.0], [0, 51, 255]),
-        ([np.inf, -np.inf, 1.0], [0, 0, 255]),
-        ([np.nan] * 3, [0, 0, 0]),
-        ([-3.0, -2.0, -1.0], [0, 0, 0]),
-        ([0.0, 1.5e38, 3e38], [0, 128, 255]),
-    ],
-)
-def test_floating_point_greys_are_taken_at_their_scale(values: list[float], expected: list[int]) -> None:
-    image = Image.fromarray(np.array([values], dtype=np.float32))
-    assert image.mode == "F"
-    assert pixels(encoded(image, "TIFF"))[0, :, 0].tolist() == expected
-
-
-@pytest.mark.parametrize("style", ["JPEG", "TIFF"])
-def test_cmyk_gives_its_colours(style: str) -> None:
-    close(pixels(encoded(quarters().convert("CMYK"), style)), quarters())
-
-
-def test_lab_gives_its_colours() -> None:
-    pytest.importorskip("PIL._imagingcms")
-    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    lab = to_lab.apply(quarters())
-    assert lab.mode == "LAB"
-    close(pixels(encoded(lab, "TIFF")), quarters())
-
-
-def test_ycbcr_gives_its_colours() -> None:
-    close(pixels(encoded(quarters().convert("YCbCr"), "TIFF")), quarters())
+@pytest.mark.parametrize(("mode", "style"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF")])
+def test_other_colour_spaces_give_their_colours(mode: str, style: str) -> None:
+    image = quarters()
+    if mode == "LAB":
+        pytest.importorskip("PIL._imagingcms")
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.buildTransform(*profiles, "RGB", "LAB").apply(image)
+    close(pixels(encoded(image if mode == "LAB" else image.convert(mode), style)), quarters())
 
 
 @pytest.mark.parametrize("style", ["PNG", "TIFF", "BMP", "PPM"])
@@ -282,23 +238,15 @@ def test_a_very_long_picture_is_cut_to_its_middle(size: tuple[int, int]) -> None
     assert np.asarray(got).reshape(-1, 3).mean(axis=0).tolist() == [255, 0, 0]
 
 
-def test_a_picture_of_the_allowed_aspect_stays_whole() -> None:
-    assert decode(encoded(Image.new("RGB", (3, 3 * images.MAX_ASPECT)), "PNG")).size == (3, 3 * images.MAX_ASPECT)
-
-
-@pytest.mark.parametrize("size", [(30000, 30000), (178956971, 1), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize("size", [(30000, 30000), (178956971, 1), (2**31 - 1, 2**31 - 1), (0, 5), (5, 0)])
 def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
     tracemalloc.start()
     message = refusal(png_claiming(*size))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "refused before decoding" in message
+    assert "refused before decoding" in message or 0 in size
     assert peak < 10 << 20
-
-
-@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
-def test_a_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
-    refusal(png_claiming(*size))
+    assert images.area(png_claiming(*size)) == 0
 
 
 @pytest.mark.parametrize("style", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
@@ -361,16 +309,6 @@ def test_a_format_has_its_usual_extension(style: str) -> None:
         images.extension(b"nothing")
 
 
-def test_postscript_is_refused_so_that_ghostscript_never_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[object] = []
-    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a))
-    buffer = io.BytesIO()
-    quarters().save(buffer, "EPS")
-    assert "not an image" in refusal(buffer.getvalue())
-    assert not started
-    assert not images.extensions() & {".eps", ".ps"}
-
-
 SEEDS = {style: quarters(24, 16) for style in images.FORMATS}
 
 
@@ -408,46 +346,24 @@ def test_no_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "memory" in refusal(encoded(quarters(), "PNG"))
 
 
-def _folder(path: Path) -> None:
-    path.mkdir()
+NOT_FILES: dict[str, Callable[[Path], object]] = {
+    "a folder": lambda path: path.mkdir(),
+    "a pipe, not a file": os.mkfifo,  # it has no writer: opening it would wait for ever
+    "a device, not a file": lambda path: path.symlink_to("/dev/zero"),
+    "kernel, not a file": lambda path: path.symlink_to("/proc/kmsg"),
+    "no such file": lambda path: path.symlink_to("nowhere.png"),
+    "empty": lambda path: path.write_bytes(b""),
+    "symbolic links|no such file": lambda path: path.symlink_to(path.name),
+}
 
 
-def _loop(path: Path) -> None:
-    path.symlink_to(path.name)
-
-
-def _dangling(path: Path) -> None:
-    path.symlink_to("nowhere.png")
-
-
-def _device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def _endless(path: Path) -> None:
-    path.symlink_to("/proc/kmsg")
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (_folder, "folder"),
-        (os.mkfifo, "a pipe, not a file"),
-        (_device, "a device, not a file"),
-        (_endless, "kernel, not a file"),
-        (lambda path: None, "no such file"),
-        (lambda path: path.write_bytes(b""), "empty"),
-        (_loop, "symbolic links|no such file"),
-        (_dangling, "no such file"),
-    ],
-)
-def test_read_names_what_a_path_is_instead_of_a_file(
-    tmp_path: Path, make: Callable[[Path], object], words: str
-) -> None:
-    path = tmp_path / "x.png"
-    make(path)
-    with pytest.raises(InputError, match=words):
-        read(path)  # the pipe has no writer: opening it would wait for ever
+@pytest.mark.parametrize("what", NOT_FILES)
+def test_read_names_what_a_path_is_instead_of_a_file(tmp_path: Path, what: str) -> None:
+    NOT_FILES[what](tmp_path / "x.png")
+    with pytest.raises(InputError, match=what):
+        read(tmp_path / "x.png")
+    (tmp_path / "y.png").write_bytes(b"anything")
+    assert read(str(tmp_path / "y.png")) == b"anything"
 
 
 @pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000 + ".png", "/".join(["d"] * 3000), "\ud800.png", ""])
@@ -466,13 +382,6 @@ def test_read_refuses_a_huge_file_unread(tmp_path: Path) -> None:
         read(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-
-
-def test_read_gives_the_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "x.png"
-    path.write_bytes(b"anything")
-    assert read(path) == b"anything"
-    assert read(str(path)) == b"anything"
 
 
 def names(folder: Path) -> list[str]:
@@ -579,12 +488,6 @@ def test_other_formats_are_never_reduced(style: str) -> None:
     assert np.array_equal(np.asarray(decode(data, 20)), pixels(data))
 
 
-def test_limits_are_those_of_the_full_size() -> None:
-    data = encoded(smooth(320, 240), "JPEG")
-    with pytest.raises(InputError, match="320 x 240 pixels are more than"):
-        decode(data, 20, most=320 * 240 - 1)
-
-
 def test_what_is_no_jpeg_is_not_reducible_and_a_cut_one_is_named() -> None:
     data = encoded(smooth(320, 240), "JPEG")
     for wrong in (b"", b"\xff\xd8", b"\xff\xd8\xff" + b"garbage" * 100, data[:20]):
@@ -617,101 +520,23 @@ def with_scans(number: int) -> bytes:
     return data + data[data.rindex(b"\xff\xda") :] * number + b"\xff\xd9"
 
 
-def after_palette(*blocks: bytes) -> bytes:
-    data = encoded(quarters().quantize(4), "GIF")
-    place = 13 + (3 << ((data[10] & 7) + 1))
-    return data[:place] + b"".join(blocks) + data[place:]
-
-
-def tiff(*entries: tuple[int, int, int, int], tail: bytes = b"", height: int = 16) -> bytes:
-    """A grey TIFF, 16 pixels wide, whose pixels begin at byte 8, then ``tail``. Entries: tag, type, number, value."""
-    tags = {256: (4, 1, 16), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 8)}
-    tags |= {277: (3, 1, 1), 278: (4, 1, height), 279: (4, 1, 16 * height)}
-    tags |= {tag: tuple(values) for tag, *values in entries}
-    body = bytes(16 * height) + tail
-    directory = b"".join(struct.pack("<HHII", tag, *values) for tag, values in sorted(tags.items()))
-    return struct.pack("<2sHI", b"II", 42, 8 + len(body)) + body + struct.pack("<H", len(tags)) + directory + bytes(4)
-
-
-TEXT = png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"x" * 500_000))
+TEXT = png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(1_000_000)))
 LONG_WINDED: dict[str, Callable[[], bytes]] = {
     "segments of a JPEG": lambda: after_start(segment(0xE5, b"") * 140_000),
-    "segments that Pillow keeps": lambda: after_start(segment(0xE0, bytes(300)) * 40_000),
     "fill bytes of a JPEG": lambda: after_start(b"\xff" * 100_000),
-    "scans of a JPEG": lambda: with_scans(1500),
+    "scans of a JPEG": lambda: with_scans(2100),
     "chunks before the pixels of a PNG": lambda: after_ihdr(png_chunk(b"teSt", b"") * 40_000),
     "chunks without pixels of a PNG": lambda: after_ihdr(png_chunk(b"IDAT", b"") * 40_000),
-    "chunks after the pixels of a PNG": lambda: encoded(quarters(), "PNG")[:-12] + png_chunk(b"teSt", b"") * 40_000,
-    "texts of a PNG": lambda: after_ihdr(TEXT * 40),
+    "texts of a PNG": lambda: after_ihdr(TEXT * 80),
     "letters of a PPM's comment": lambda: b"P6\n#" + b"x" * 100_000 + b"\n1 1\n255\n\0\0\0",
-    "comments of a GIF": lambda: after_palette(b"!\xfe", b"\1x" * 40_000, b"\0"),
-    "extensions of a GIF": lambda: after_palette(b"!\xf0\1x\0" * 40_000),
-    "tags of a TIFF": lambda: tiff(*((1000 + number, 4, 1, 1) for number in range(5000))),
-    "values of a tag": lambda: tiff((339, 3, 5_000_000, 264), tail=b"\1\0" * 5_000_000),
-    "fractions of a tag": lambda: tiff((282, 5, 1000, 264), tail=bytes(8000)),
-    "strips of a TIFF": lambda: tiff((273, 4, 140_000, 264), (278, 4, 1, 1), tail=struct.pack("<I", 8) * 140_000),
-    "strips that are the whole file": lambda: tiff(
-        (259, 3, 1, 32773), (266, 3, 1, 2), (273, 4, 2000, 264 + 31744), (278, 4, 1, 1), (279, 4, 2000, 8264 + 31744),
-        tail=struct.pack("<I", 8) * 2000 + struct.pack("<I", 40_000) * 2000, height=2000,
-    ),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("what", few(LONG_WINDED, 6))
+@pytest.mark.parametrize("what", LONG_WINDED)
 def test_what_would_take_long_is_refused(what: str) -> None:
     data = LONG_WINDED[what]()
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()  # it is only long
     refusal(data)
     assert not images.reducible(data, 4)
-
-
-RUNS_IN_BMP = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 1102, 0, 0, 1078, 40, 4, 4, 1, 8, 1, 24, 0, 0, 0, 0)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"P5\n4 4\n254\n" + bytes(16),
-        b"P6\n4 4\n65535\n" + bytes(96),
-        b"P2\n4 4\n255\n" + b"0 " * 16,
-        b"P1\n4 4\n" + b"0 " * 16,
-        RUNS_IN_BMP + bytes(1024) + b"\4\0\0\0" * 4,
-    ],
-    ids=["PGM of 254", "PPM of 65535", "PGM of text", "PBM of text", "RLE in BMP"],
-)  # fmt: skip
-def test_nothing_is_decoded_in_python(data: bytes) -> None:
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()  # which it would be
-    assert "save it as PNG" in refusal(data)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
-def test_a_jpeg_with_much_metadata_is_read_without_it(mode: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    plain = encoded(smooth(48, 32, mode), "JPEG", exif=exif)
-    more = [segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0" + bytes(60_000)), segment(0xFE, bytes(65_000))] * 20
-    more += [segment(0xE1, b"Exif\0\0" + bytes(65_000))] * 40  # a second EXIF block, which would be appended 40 times
-    place = plain.index(b"\xff\xdb")
-    data = plain[:place] + b"".join(more) + plain[place:]
-    assert len(images._Jpeg(data).lean) < len(plain) + 10
-    assert np.array_equal(pixels(data), pixels(plain))
-    assert pixels(data).shape == (48, 32, 3)
-    assert images.reducible(data, 16)
-
-
-def test_a_tile_that_is_larger_than_the_picture_is_not_decoded() -> None:
-    tile = zlib.compress(bytes(10_000))
-    for kind, words in ((4, "memory"), (9, "damaged")):  # of a type that libtiff reads, and Pillow does not
-        tags = [
-            (322, kind, 1, 30_000),
-            (323, kind, 1, 30_000),
-            (324, 4, 1, 264),
-            (325, 4, 1, len(tile)),
-            (259, 3, 1, 8),
-        ]
-        assert words in refusal(tiff(*tags, tail=tile))
 
 
 def test_exif_as_long_as_a_film_is_left_alone() -> None:
@@ -720,19 +545,61 @@ def test_exif_as_long_as_a_film_is_left_alone() -> None:
     close(pixels(encoded(quarters(), "PNG", exif=exif)), quarters())
 
 
-# ------------------------------------------------------------------------------------------------------ bounded memory
+MEASURED = """
+import sys, threading
+from pathlib import Path
+from retrieval_tip.data import images
+
+def status(name):
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").open() if line.startswith(name))
+
+for path in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    working = [threading.Thread(target=lambda: images.decode(images.read(path), 300)) for _ in range(4)]
+    for thread in working:
+        thread.start()
+    for thread in working:
+        thread.join()
+    print(status("VmHWM") - before)
+"""
 
 
-@pytest.mark.parametrize(
-    ("size", "depth", "colour"),
-    [((13_000, 13_000), 8, 6), ((13_000, 13_000), 16, 2), ((13_000, 13_000), 8, 4), ((90_000_000, 1), 8, 0)],
-)
-def test_a_picture_that_would_fill_memory_is_refused_by_its_header(
-    size: tuple[int, int], depth: int, colour: int
-) -> None:
-    assert size[0] * size[1] <= images.MAX_PIXELS
-    message = refusal(png_claiming(*size, depth, colour))
-    assert f"{images.MAX_MEMORY / 1e6:,.0f}: refused before decoding" in message
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory are known on Linux only")
+@pytest.mark.parametrize(("style", "options"), [("PNG", {}), ("JPEG", {"progressive": True}), ("WEBP", {"method": 0})])
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, style: str, options: dict[str, Any]) -> None:
+    size = (4200, 4000)
+    assert size[0] * size[1] > images.LARGE_PIXELS
+    path = tmp_path / "large"
+    Image.linear_gradient("L").resize(size).convert("RGB").save(path, style, **options)
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.5 * 16 * size[0] * size[1]  # a decoder takes at most 16 bytes a pixel
+
+
+def test_an_image_that_fails_makes_way_for_the_next_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "LARGE_PIXELS", 10)
+    data = encoded(quarters(), "PNG")
+    for _ in range(2):
+        refusal(data[:-30])
+        assert decode(data).size == (32, 32)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_converting_part_by_part_changes_nothing(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    generator = np.random.default_rng(0)
+    noise = Image.fromarray(generator.integers(0, 256, (17, 23, 4), dtype=np.uint8))
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        noise = Image.fromarray(generator.integers(0, 60_000, (17, 23)).astype(kind))
+    data = encoded(noise.convert(mode) if mode != "P" else noise.convert("RGB").quantize(9), "TIFF")
+    for whole in (images.WHOLE_PIXELS, 17 * 23 // 3):
+        monkeypatch.setattr(images, "WHOLE_PIXELS", whole)
+        found = []
+        for part in (images.PART_PIXELS, 7, 100):
+            monkeypatch.setattr(images, "PART_PIXELS", part)
+            found.append(pixels(data))
+        assert all(np.array_equal(one, found[0]) for one in found)
+        assert found[0].shape == ((17, 23, 3) if whole > 17 * 23 else (9, 12, 3))
 
 
 @pytest.mark.parametrize("style", ["PNG", "TIFF", "GIF", "WEBP", "MPO", "JPEG"])
@@ -751,199 +618,20 @@ def test_a_picture_that_is_too_large_comes_at_a_part_of_its_size(
     close(np.asarray(found), whole.resize(found.size, Image.Resampling.BOX), 3)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
-@pytest.mark.parametrize("part", [7, 100, 1000])
-def test_converting_part_by_part_changes_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, part: int) -> None:
-    generator = np.random.default_rng(0)
-    noise = Image.fromarray(generator.integers(0, 256, (17, 23, 4), dtype=np.uint8))
-    if mode in ("I;16", "I", "F"):
-        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-        noise = Image.fromarray(generator.integers(0, 60_000, (17, 23)).astype(kind))
-    data = encoded(noise.convert(mode) if mode != "P" else noise.convert("RGB").quantize(9), "TIFF")
-    whole = pixels(data)
-    monkeypatch.setattr(images, "PART_PIXELS", part)
-    assert np.array_equal(pixels(data), whole)
-    monkeypatch.setattr(images, "WHOLE_PIXELS", 17 * 23 // 3)
-    small = pixels(data)
-    monkeypatch.undo()
-    monkeypatch.setattr(images, "WHOLE_PIXELS", 17 * 23 // 3)
-    assert np.array_equal(pixels(data), small)
-    assert small.shape == (9, 12, 3)
-
-
-def test_who_needs_much_memory_is_not_passed_by_those_who_need_little() -> None:
-    room, done = images._Room(10), []
-    room.take(6)
-
-    def take(size: int) -> None:
-        room.take(size)
-        done.append(size)
-
-    waiting = [threading.Thread(target=take, args=(size,), daemon=True) for size in (8, 2)]
-    for thread in waiting:
-        thread.start()
-        thread.join(0.1)
-    assert done == []
-    room.give(6)
-    for thread in waiting:
-        thread.join(10)
-    assert sorted(done) == [2, 8]
-
-
-def test_two_turns_that_need_more_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_room", images._Room(10 * images.SMALL))
-    both, done = threading.Barrier(2), []
-
-    @images.turn()
-    def work() -> None:
-        images._claim(5 * images.SMALL)
-        both.wait(10)
-        images._claim(10 * images.SMALL)
-        done.append(True)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert len(done) == 2
-
-
-def test_a_turn_gives_back_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(images, "_room", images._Room(images.MAX_MEMORY))
-    data, path = encoded(quarters(), "PNG"), tmp_path / "large.png"
-    path.write_bytes(data)
-    monkeypatch.setattr(images, "LARGE_FILE", len(data) - 1)
-    with images.turn():
-        read(path)
-        assert images._room._free == 0  # a large file, so that nobody else decodes
-        decode(data)
-        assert images._room._free == 0
-    for wrong in (data[:-30], b"nothing"):
-        with pytest.raises(InputError):
-            decode(wrong)
-    assert decode(data).size == (32, 32)
-    assert images._room._free == images.MAX_MEMORY
-
-
-MEASURED = """
-import sys, threading
-from pathlib import Path
-from PIL import Image
-from retrieval_tip.data import images
-
-def status(name):
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").open() if line.startswith(name))
-
-threads, memory = int(sys.argv[1]), int(sys.argv[2])
-images.MAX_MEMORY, images._room, images.WHOLE_PIXELS, images.GIVEN_BACK = memory, images._Room(memory), 1 << 21, 1 << 20
-images.SMALL = 0
-needed, claim = [], images._claim
-images._claim = lambda size: needed.append(size) or claim(size)
-
-@images.turn()
-def decode(path):
-    images.decode(images.read(path)).getpixel((0, 0))
-
-for path in sys.argv[3:]:
-    images._give_memory_back()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    working = [threading.Thread(target=decode, args=(path,)) for _ in range(threads - 1)]
-    for thread in working:
-        thread.start()
-    decode(path)
-    for thread in working:
-        thread.join()
-    print(path, status("VmHWM") - before, status("VmRSS") - before, needed.pop())
-"""
-LARGE: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "RGB.jpg": ("JPEG", "RGB", {}),
-    "turned.jpg": ("JPEG", "RGB", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6" + bytes(6)}),
-    "progressive.jpg": ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
-    "CMYK.jpg": ("JPEG", "CMYK", {"progressive": True}),
-    "RGB.png": ("PNG", "RGB", {}),
-    "RGBA.png": ("PNG", "RGBA", {}),
-    "LA.png": ("PNG", "LA", {}),
-    "P.png": ("PNG", "P", {"transparency": 0}),
-    "1.png": ("PNG", "1", {}),
-    "I16.png": ("PNG", "I;16", {}),
-    "P.gif": ("GIF", "P", {"transparency": 0}),
-    "RGB.webp": ("WEBP", "RGB", {"method": 0}),
-    "RGBA.webp": ("WEBP", "RGBA", {"lossless": True, "method": 0, "quality": 0}),
-    "RGB.tif": ("TIFF", "RGB", {}),
-    "F.tif": ("TIFF", "F", {"compression": "tiff_lzw"}),
-    "I.tif": ("TIFF", "I", {"compression": "packbits"}),
-    "CMYK.tif": ("TIFF", "CMYK", {"compression": "tiff_lzw"}),
-    "LAB.tif": ("TIFF", "LAB", {}),
-    "YCbCr.tif": ("TIFF", "YCbCr", {"compression": "jpeg"}),
-    "strip.tif": ("TIFF", "RGBA", {"compression": "tiff_lzw", "tiffinfo": {278: 3000}}),
-    "turned.tif": ("TIFF", "RGBA", {"compression": "tiff_lzw", "tiffinfo": {274: 6}}),
-    "RGB.bmp": ("BMP", "RGB", {}),
-    "RGB.ppm": ("PPM", "RGB", {}),
-    "L.pgm": ("PPM", "L", {}),
-    "I.pgm": ("PPM", "I", {}),
-    "F.pfm": ("PPM", "F", {}),
-}
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Images of each format and mode: half of them just come whole, where the limit is 2**21, half are too large."""
-    folder, found = tmp_path_factory.mktemp("large"), []
-    for number, (name, (style, mode, options)) in enumerate(LARGE.items()):
-        image = Image.linear_gradient("L").resize((1500, 2000) if number % 2 else (1448, 1448))
-        if mode == "LAB":
-            image = Image.merge("LAB", [image] * 3)
-        elif mode == "I;16":
-            image = image.convert("I").convert(mode)
-        else:
-            image = image.convert("RGB").convert(mode) if mode not in ("I", "F", "LA", "1") else image.convert(mode)
-        image.save(folder / name, style, **options)
-        found.append(folder / name)
-    return found
-
-
-def measured(threads: int, memory: int, paths: list[Path]) -> dict[str, list[int]]:
-    """Bytes by which a process grows at most, by which it stays larger, and that it said to need, for each image."""
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("the peak of memory can only be asked for on Linux")
-    command = [sys.executable, "-W", "ignore", "-c", MEASURED, str(threads), str(memory), *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = (line.rsplit(" ", 3) for line in done.stdout.splitlines())
-    return {Path(path).name: [int(value) for value in values] for path, *values in lines}
-
-
-def test_decoding_takes_the_memory_that_it_is_said_to_take(large: list[Path]) -> None:
-    found = measured(1, images.MAX_MEMORY, large)
-    assert list(found) == list(LARGE)
-    for name, (peak, stays, needed) in found.items():
-        assert peak < needed + (16 << 20), (name, peak, needed)
-        assert stays < 8 << 20, (name, stays)
-
-
-def test_four_threads_take_no_more_memory_than_there_is(large: list[Path]) -> None:
-    memory = 48 << 20
-    some = [path for path in large if path.name in ("progressive.jpg", "RGBA.png", "RGBA.webp", "F.tif", "strip.tif")]
-    found = measured(4, memory, some)
-    assert len(found) == 5
-    for name, (peak, _, needed) in found.items():
-        assert memory < 4 * needed  # all at once would not fit
-        assert peak < memory + (64 << 20), (name, peak)  # the C library keeps some for each thread
-
-
 # ------------------------------------------------------------------------------- limits of the caller, and thumbnails
 
 
-def test_the_caller_may_allow_fewer_pixels() -> None:
-    data = encoded(quarters(40, 20), "PNG")
-    assert decode(data, most=800).size == (40, 20)
-    with pytest.raises(InputError, match="40 x 20 pixels are more than 799: refused before decoding"):
-        decode(data, most=799)
-    with pytest.raises(InputError, match="more than 799"):  # of the full size, however small it would be decoded
-        decode(encoded(quarters(40, 20), "JPEG"), 2, most=799)
-    with pytest.raises(InputError, match="more than 799"):
-        thumbnail(data, 4, most=799)
+@pytest.mark.parametrize("style", ["PNG", "JPEG"])
+def test_the_caller_may_allow_fewer_pixels_and_formats(style: str) -> None:
+    data = encoded(quarters(40, 20), style)
+    assert decode(data, most=800, only=(style,)).size == (40, 20)
+    assert images.area(data, most=800, only=(style,)) == 800
+    for call in (lambda: decode(data, 2, most=799), lambda: thumbnail(data, 4, most=799)):  # of the full size
+        with pytest.raises(InputError, match="40 x 20 pixels are more than 799"):
+            call()
+    with pytest.raises(InputError, match="not an image"):
+        decode(data, only=("WEBP",))
+    assert images.area(data, most=799) == images.area(data, only=("WEBP",)) == 0
 
 
 @pytest.mark.parametrize("style", ["PNG", "JPEG", "GIF", "WEBP"])

@@ -382,7 +382,6 @@ def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks
     check_memory(12 * height * width * held, what, "use fewer views or a smaller batch")
 
 
-@images.turn()
 def _load(
     path: str,
     backbone: Backbone,
@@ -417,13 +416,14 @@ def _load(
     return _Loaded(path, digest, features, pixels, None)
 
 
-@images.turn()
-def pixels_of(data: bytes, backbone: Backbone, *, most: int | None = None) -> torch.Tensor:
-    """Pixels ``[3, h, w]`` float32 of the centre view of an encoded image, as :meth:`Encoder.blocks` takes it.
+def pixels_of(
+    data: bytes, backbone: Backbone, *, most: int = images.MAX_PIXELS, only: tuple[str, ...] | None = None
+) -> torch.Tensor:
+    """Return the pixels ``[3, h, w]`` float32 of the centre view of an image, as :meth:`Encoder.blocks` takes it.
 
-    ``most`` as for :func:`images.decode`; raises InputError as that.
+    ``most`` and ``only`` as for :func:`images.decode`; raises InputError as that.
     """
-    return backbone.preprocess(images.decode(data, _least(backbone), most=most))
+    return backbone.preprocess(images.decode(data, _least(backbone), most=most, only=only))
 
 
 def _mean_view(raw: FloatArray) -> FloatArray:

@@ -98,7 +98,7 @@ def read(path: str) -> bytes | None:
     system = system_of(path)
 
     def fetch() -> bytes:
-        images.admit(system.size(path))
+        images.check_size(system.size(path))
         return bytes(system.cat_file(path))
 
     try:

@@ -92,7 +92,7 @@ class Tar:
         if path not in self.places:
             raise InputError("no such image in the tar")
         start, size = self.places[path]
-        images.admit(size)
+        images.check_size(size)
         data = os.pread(self._file.fileno(), size, start)  # several threads read at once
         if not data:
             raise InputError("empty file")

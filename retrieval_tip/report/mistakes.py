@@ -152,7 +152,6 @@ def _with_pictures(judged: Judged, keys: Sequence[Neighbour]) -> list[tuple[Neig
     return [(key, Picture(key.source, digests.get(key.key_id), f"key of {key.label}")) for key in keys]
 
 
-@images.turn()
 def thumbnail(path: str, digest: str | None, side: int) -> str | None:
     """A JPEG file of a picture in base64, ``side`` pixels at most; ``None`` where there is none of that digest."""
     try:

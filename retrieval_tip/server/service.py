@@ -205,14 +205,17 @@ class Service:
                 self._decoding.release(turn)
 
         # One header at a time, so that requests take turns here too.
-        works = [await self._in(self._weighing, images.work, data, self.limits.pixels) for data in datas]
+        areas = [await self._in(self._weighing, self._area, data) for data in datas]
         calls = [partial(self._pixels, data, backbone) for data in datas]
-        with self._decoding.turns(calls, [1 + work / PIXELS for work in works]) as turns:
+        with self._decoding.turns(calls, [1 + area / PIXELS for area in areas]) as turns:
             return await asyncio.gather(*map(used, turns))
+
+    def _area(self, data: bytes) -> int:
+        return images.area(data, most=self.limits.pixels, only=images.uploads())
 
     def _pixels(self, data: bytes, backbone: Backbone) -> torch.Tensor | InputError:
         try:
-            return pixels_of(data, backbone, most=self.limits.pixels)
+            return pixels_of(data, backbone, most=self.limits.pixels, only=images.uploads())
         except InputError as error:
             return InputError(str(error))  # without the traceback, which holds the image and what was made of it
 
@@ -491,7 +494,6 @@ class Service:
         except (OSError, InputError) as error:
             raise Problem(404, f"key {key_id}: its picture cannot be read ({error})") from None
 
-    @images.turn()
     def _drawn(self, path: Path, size: int) -> bytes:
         return images.thumbnail(images.read(path), size, most=self.limits.pixels)
 

@@ -10,7 +10,7 @@ import { state } from "./state.js";
 
 const FIRST = 48; // photographs that an index is begun with
 const SHOWN = 12; // thumbnails a class
-const IMAGE = /\.(jpe?g|png|webp|gif|bmp|tiff?|hei[cf]|avif)$/i;
+const IMAGE = /\.(jpe?g|png|webp|hei[cf])$/i; // what the server accepts
 
 const classes = []; // { name, files, element }
 let running = null; // aborts what is being sent
@@ -23,7 +23,7 @@ function addClass(name = "", files = []) {
   const input = el("input", { type: "text", value: name, placeholder: "name of the class", autocomplete: "off", aria: { label: "Name of the class" } });
   input.setAttribute("list", "class-names");
   input.addEventListener("input", () => ((one.name = input.value.trim()), show()));
-  const pick = el("input", { type: "file", accept: "image/*", multiple: true, hidden: true, aria: { label: "Photographs" } });
+  const pick = el("input", { type: "file", accept: "image/jpeg,image/png,image/webp,.heic,.heif", multiple: true, hidden: true, aria: { label: "Photographs" } });
   pick.addEventListener("change", () => (give(one, [...pick.files]), (pick.value = "")));
   const choose = el("button", { type: "button" }, "Choose");
   choose.addEventListener("click", () => pick.click());
@@ -91,7 +91,7 @@ export function aim(event) {
 
 /** Files that were dropped at an element, or chosen: each folder is a class, wherever it is dropped. */
 export function receive(found, place = null) {
-  const images = found.filter(({ file }) => file.type.startsWith("image/") || IMAGE.test(file.name));
+  const images = found.filter(({ file }) => IMAGE.test(file.name) || IMAGE.test(file.type.replace("/", ".")));
   const before = new Set(classes);
   const given = [];
   for (const [folder, some] of Map.groupBy(images, (one) => one.folder)) {
@@ -105,7 +105,7 @@ export function receive(found, place = null) {
   if (images.some(({ folder }) => folder !== null)) empty.forEach(takeAway);
   show();
   const other = found.length - images.length;
-  const skipped = other ? ` ${plural(other, "file was", "files were")} skipped: no photographs.` : "";
+  const skipped = other ? ` ${plural(other, "file was", "files were")} skipped: not JPEG, PNG, WebP or HEIC.` : "";
   if (!images.length) return notice(skipped.trim());
   notice(`Added ${plural(images.length, "photograph")} to ${plural(given.length, "class", "classes")}.${skipped}`, () => {
     for (const [one, files] of given) takeBack(one, files, before.has(one));
