@@ -134,7 +134,8 @@ class Material:
 
     def accuracy(self, cache: CacheModel, alpha: float | None = None) -> float:
         """Percent of the queries."""
-        text, alone = cache.terms(self.queries)
+        terms = cache.terms(self.queries)
+        text, alone = terms.text, terms.cache
         logits = text + (cache.settings.alpha if alpha is None else alpha) * alone
         return 100 * float((logits.argmax(dim=1) == torch.from_numpy(self.query_ids)).float().mean())
 

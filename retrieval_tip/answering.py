@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,11 +23,12 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, counted, warn_once
 from retrieval_tip.html import markup, table
-from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Certified, Evidence, Predictions, lists
+from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, lists
 from retrieval_tip.retrieval import inputs
-from retrieval_tip.retrieval.evidence import Contributors, Nearest
+from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.retrieval.logits import LOGITS, Retrieval, first_two, slices
+from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Built, Dtype, Fitted, KeysMet, Norms, Settings
 from retrieval_tip.store.manifest import Manifest
@@ -41,34 +42,13 @@ ASKED = 16
 MOST_EXPONENT = 80.0
 """Largest exponent of a key's weight; from 88 on, float32 overflows."""
 
-PREDICTED = 1 << 16
-"""Predictions that are made columns of at a time: Arrow's lists and texts have 2 GiB at most."""
+PREDICTED, ARROW_LENGTH = 1 << 16, (1 << 31) - 1
+"""Predictions that are made columns of at a time, and the largest length of an Arrow list or text column."""
 
 GROWTH, ALL_FROM = 4, 8
 """A query that is not settled meets so many times the keys; where these are more than an eighth of all, all.
 
 A GPU meets all keys faster than it retrieves more than FAISS does there."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Logits of ``q`` queries on their way to predictions: ``text`` and ``cache`` ``[q, m]``, of ``m`` classes.
-
-    These are ``classes`` ``[q, m]``, or all of them (``None``); ``keys``, how many keys settled each query, where that
-    was certified; ``shots``: the shots behind each answer, if computing the logits already found them.
-    """
-
-    text: Tensor
-    cache: Tensor
-    classes: Tensor | None = None
-    keys: Tensor | None = None
-    shots: Contributors | None = None
-
-    def of(self, part: slice) -> Answers:
-        """Return the answers to some of the queries."""
-        classes, keys = (None if column is None else column[part] for column in (self.classes, self.keys))
-        shots = None if self.shots is None else self.shots.of(part)
-        return Answers(self.text[part], self.cache[part], classes, keys, shots)
 
 
 class AnsweringIndex(ABC):
@@ -157,10 +137,6 @@ class AnsweringIndex(ABC):
         Case does not matter in ``source``.
         """
 
-    def every_class(self) -> Self:
-        """Itself, as it answers with the logits of every class, however many there are."""
-        return self
-
     @property
     def counts(self) -> list[int]:
         """Keys of each class ``[c]``."""
@@ -228,14 +204,12 @@ class AnsweringIndex(ABC):
         """The retrieval of keys, by the index's settings but for what is given."""
         return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
 
-    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> tuple[Tensor, Tensor]:
-        """The two parts of the logits: text ``logit_scale * f W^T`` and cache ``C`` (without alpha), ``[q, c]`` each.
+    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Terms:
+        """Return the terms of the logits, text ``logit_scale * f W^T`` and cache ``C`` (without alpha).
 
         Arguments and errors as for :meth:`logits`.
         """
-        terms = self._retrieval(k, tail).terms(self._queries(features))
-        self._check_overflow(terms.text, terms.cache)
-        return terms.text, terms.cache
+        return self._checked(self._retrieval(k, tail).terms(self._queries(features)))
 
     def check_answers(self) -> None:
         """Raise unless this can answer: of a few of its own keys, as unit queries, the logits over these keys.
@@ -251,7 +225,7 @@ class AnsweringIndex(ABC):
         affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         tip.log_cache(cache, settings.log_offset)
-        self._check_overflow(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache)
+        self._checked(Terms(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, as queries meet them."""
@@ -262,26 +236,30 @@ class AnsweringIndex(ABC):
                 "scale keys to norm 1 (norms unit)"
             )
 
-    def _check_overflow(self, text: Tensor, cache: Tensor) -> None:
-        """Raise InputError, naming the setting, where logits are not finite."""
-        settings = self.settings
-        largest = (_largest(text), _largest(cache)) if len(text) else (text.new_zeros(()), cache.new_zeros(()))
-        if not torch.isfinite(largest[1]):
+    def _checked(self, terms: Terms) -> Terms:
+        """Return the terms. Raises InputError, naming the setting, if the logits are not finite."""
+        if not len(terms.text):
+            return terms
+        settings, largest = self.settings, Terms(_largest(terms.text), _largest(terms.cache))
+        if not torch.isfinite(largest.cache):
             raise InputError(
                 f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
             )
-        if not torch.isfinite(tip.blend(*largest, settings.alpha)):
+        if not torch.isfinite(largest.logits(settings)):
             raise InputError(
                 f"alpha {settings.alpha:g} or logit_scale {settings.logit_scale:g}: too large, the logits overflow; "
                 "use smaller ones"
             )
+        return terms
 
-    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Certified:
-        """Text and cache logits from as few keys as settle each query: ``k``, then four times as many, at last all.
+    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Terms:
+        """Return terms whose winners are those over all keys, from as few keys as settle each query.
 
-        A query is settled where no key that it has not met can change its winner (:func:`tip.certificate`; with an
-        index over classes :func:`tip.settled`). A fine-tuned cache with values always takes all keys: what these
-        give may be negative. Arguments and errors as for :meth:`logits`.
+        A query meets ``k`` keys, then four times as many, at last all, until no key that it has not met can change its
+        winner (:func:`certify.certificate`; with an index over classes :func:`certify.settled`). ``keys`` of the terms
+        says how many. After exact search the winners are proven; after approximate search they agree with those over
+        all keys as far as it looked. Solved or trained values always take all keys: they may be negative. Arguments
+        and errors as for :meth:`logits`.
         """
         f, retrieval = self._queries(features), self._retrieval(k, tail)
         text = f.new_empty(len(f), len(self.class_names))
@@ -295,9 +273,8 @@ class AnsweringIndex(ABC):
             terms = asked.terms(f[left], certify=True)
             text[left], cache[left] = terms.text, terms.cache
             keys[left.cpu()] = self.n if met is None else met
-            left, met = left[~terms.settled], None if met is None else met * GROWTH
-        self._check_overflow(text, cache)
-        return Certified(text, cache, keys)
+            left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
+        return self._checked(Terms(text, cache, keys=keys))
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
         """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
@@ -311,8 +288,7 @@ class AnsweringIndex(ABC):
         Raises InputError where features are not finite or not ``[q, d]``, or logits overflow; UsageError where ``k``
         is below 1.
         """
-        text, cache = self.terms(features, k, tail)
-        return tip.blend(text, cache, self.settings.alpha)
+        return self.terms(features, k, tail).logits(self.settings)
 
     def classify(
         self,
@@ -337,56 +313,41 @@ class AnsweringIndex(ABC):
         if norms == "check":
             inputs.check_unit(f)
         shown = min(neighbours, retrieval.settings.k or neighbours)
-        answers = self._certified_answers(f, retrieval) if certify else self._answers(f, retrieval, top, shown)
-        parts = slices(len(f), PREDICTED) if len(f) else [slice(0)]
-        columns = [self._columns(f[part], answers.of(part), retrieval, top, shown) for part in parts]
+        if certify:
+            terms = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
+        else:
+            terms = self._checked(retrieval.terms(f, neighbours=max(shown, 0)))
+        size = min(PREDICTED, max(1, ARROW_LENGTH // len(self.class_names)))
+        parts = slices(len(f), size) if len(f) else [slice(0)]
+        columns = [self._columns(f[part], terms.queries(part), retrieval, top, shown) for part in parts]
         return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
 
-    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
-        """Return logits of at least ``top`` classes, and ``neighbours`` shots behind each answer if these are known."""
-        terms = retrieval.terms(f, neighbours=max(neighbours, 0))
-        self._check_overflow(terms.text, terms.cache)
-        return Answers(terms.text, terms.cache, shots=terms.shots)
-
-    def _certified_answers(self, f: Tensor, retrieval: Retrieval) -> Answers:
-        certified = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
-        return Answers(certified.text, certified.cache, keys=certified.keys)
-
-    def _columns(self, f: Tensor, answers: Answers, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
+    def _columns(self, f: Tensor, terms: Terms, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
         """Return the columns of :class:`Predictions`; ``input`` is empty."""
-        text, cache, alpha = answers.text, answers.cache, self.settings.alpha
-        logits = tip.blend(text, cache, alpha)
-        places = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
-        ranked = places if answers.classes is None else answers.classes.gather(1, places)
-        chances = _doubles(tip.probabilities(logits, self.settings.temperature).gather(1, places))
-        winner = places[:, :1]
-        own_cache = cache.gather(1, winner)
-        weighted = tip.blend(torch.zeros_like(own_cache), own_cache, alpha)
-        shots = answers.shots
+        logits, shots = terms.logits(self.settings), terms.shots
+        ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
+        chances = _doubles(tip.probabilities(logits, self.settings.temperature).gather(1, ranked))
+        winner = ranked[:, :1]
         if shots is None and neighbours > 0:
-            winner_class, rival = first_two(logits)
-            if answers.classes is not None:
-                winner_class, rival = answers.classes.gather(1, torch.stack([winner_class, rival], dim=1)).unbind(1)
-            shots = retrieval.contributors(retrieval.points(f), winner_class, rival, neighbours)
+            shots = retrieval.contributors(retrieval.points(f), *first_two(logits), neighbours)
         m, names = ranked.shape[1], pa.array(self.class_names, pa.string())
         labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
         columns = {
-            "input": pa.nulls(len(text), pa.string()),
+            "input": pa.nulls(len(f), pa.string()),
             "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
             "probability": chances[:, 0],
             "labels": lists(labels, m),
             "probabilities": lists(chances, m),
-            "text_logit": _doubles(text.gather(1, winner))[:, 0],
-            "cache_logit": _doubles(weighted)[:, 0],
+            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
+            "cache_logit": self.settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
             "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
             "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
+            "logits": lists(logits.cpu().numpy(), logits.shape[1]),
         }
-        if answers.classes is None:
-            columns["logits"] = lists(logits.cpu().numpy(), logits.shape[1])
-        if answers.keys is not None:
-            columns["keys"] = answers.keys.cpu().numpy()
+        if terms.keys is not None:
+            columns["keys"] = terms.keys.cpu().numpy()
         if self.settings.least_cache is not None:
-            columns["unlike"] = (cache.amax(dim=1) < self.settings.least_cache).cpu().numpy()
+            columns["unlike"] = (terms.cache.amax(dim=1) < self.settings.least_cache).cpu().numpy()
         known = [column for column in PREDICTIONS if column in columns]
         return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
 

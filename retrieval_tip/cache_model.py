@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex, Answers, spread
+from retrieval_tip.answering import AnsweringIndex, spread
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
@@ -27,16 +26,14 @@ from retrieval_tip.retrieval.defaults import Statistics, measure
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import (
     KEY_BLOCK,
-    QUERY_BLOCK,
     Keys,
     auto_for,
     beside,
     index_over,
     points_of,
-    text_index_over,
 )
 from retrieval_tip.retrieval.labelled_keys import LabelledKeys
-from retrieval_tip.retrieval.logits import SHORTLIST, IndexRetrieval, Retrieval, slices
+from retrieval_tip.retrieval.logits import IndexRetrieval, slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
@@ -59,10 +56,8 @@ class InMemory(AnsweringIndex):
 
     ``keys`` ``[n, d]`` float32 or float16, grouped by class, or segments that each are (keys that were added since the
     ``index`` was built over the first of them); ``labels`` describes them, row by row; ``text_weights`` ``[c, d]``
-    float32. ``settings`` are those that calls answer by; ``precision`` is that of the
-    products with all keys (:class:`keys.Keys`); ``text_index`` finds the text weights near a query, where the classes
-    are so many that not even these are all met. ``class_ids`` ``[n]`` int64, on the device, repeats what ``labels``
-    say.
+    float32. ``settings`` are those that calls answer by; ``precision`` is that of the products with all keys
+    (:class:`keys.Keys`). ``class_ids`` ``[n]`` int64, on the device, repeats what ``labels`` say.
 
     What was ``fitted`` to the shots (:mod:`fit.closed_form`), or trained: a ``metric``, and the ``points`` ``phi(K)``
     that queries then meet in place of the keys, of their dtype and in their segments; ``values`` ``[n, c]`` float32, on
@@ -96,7 +91,6 @@ class InMemory(AnsweringIndex):
     tuned: Path | None = None
     curve: pa.Table | None = None
     precision: Precision = "float32"
-    text_index: VectorIndex | None = None
     folder: Path | None = None
     next_key_id: int | None = None
     metric: tip.Metric | None = None
@@ -127,9 +121,6 @@ class InMemory(AnsweringIndex):
         if late or (self.index.by_class and self.index.indexed < c):
             counts = np.bincount(class_ids[: len(base)], minlength=c)
             self.index = beside(self.index, late, class_ids[len(base) :], counts)
-        if self.text_index is not None and self.text_index.indexed < c:
-            at, weights = self.text_index.indexed, self.text_weights
-            self.text_index = self.text_index.plus(np.arange(at, c), lambda: weights[at:].cpu().numpy())
         means = self.index.vectors if self.index.by_class and self.index.exact_affinity else None
         self._keys = Keys(self.met, class_ids, c, self.device, self.precision, means)
         self.class_ids = self._keys.class_ids
@@ -145,7 +136,6 @@ class InMemory(AnsweringIndex):
             keys=self._keys,
             index=self.index,
             text_weights=self.text_weights,
-            text_index=self.text_index,
             values=self.values,
             settings=self.settings,
             metric=self.metric,
@@ -252,7 +242,6 @@ class InMemory(AnsweringIndex):
             class_names=names,
             text_weights=weights,
             index=index_over(ordered, ids[order], len(names), factory, device),
-            text_index=text_index_over(weights.numpy(), factory, device),
             settings=settings,
             device=device,
             values=None if values is None else inputs.values_of(values, len(ids), len(names))[order],
@@ -294,14 +283,6 @@ class InMemory(AnsweringIndex):
         """See :meth:`answering.AnsweringIndex.find`."""
         return rows_with(self.labels, labels, source, key_ids)
 
-    def every_class(self) -> Self:
-        """The same, without a shortlist of classes."""
-        if self.text_index is None:
-            return self
-        other = copy.copy(self)  # the keys, and what was measured on them, are shared
-        other.text_index = None
-        return other
-
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
         """Digest and label of the keys that have one of these digests."""
         return labelled_digests(self.labels, digests)
@@ -316,9 +297,7 @@ class InMemory(AnsweringIndex):
         Such values cancel each other, so in float32 the last digits depend on which queries share a batch. Errors as
         for :meth:`AnsweringIndex.logits`.
         """
-        terms = self.retrieval.double().terms(self._queries(features).double())
-        self._check_overflow(terms.text, terms.cache)
-        return tip.blend(terms.text, terms.cache, self.settings.alpha)
+        return self._checked(self.retrieval.double().terms(self._queries(features).double())).logits(self.settings)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.
@@ -328,16 +307,6 @@ class InMemory(AnsweringIndex):
         retrieval = self.retrieval
         near = retrieval.nearest(retrieval.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
-
-    def _answers(self, f: Tensor, retrieval: Retrieval, top: int, neighbours: int) -> Answers:
-        k = retrieval.settings.k
-        assert isinstance(retrieval, IndexRetrieval)
-        if not retrieval.has_shortlist or k is None or k >= self.n or top > SHORTLIST:
-            return super()._answers(f, retrieval, top, neighbours)
-        parts = [retrieval.shortlist(part, k) for part in f.split(QUERY_BLOCK)]
-        classes, text, cache = (torch.cat(column) for column in zip(*parts, strict=True))
-        self._check_overflow(text.nan_to_num(neginf=0.0), cache)
-        return Answers(text, cache, classes)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Self:
         """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
@@ -417,9 +386,6 @@ class CacheModel(InMemory):
         index = VectorIndex.load(path, manifest.index, device, half)
         if index.d != manifest.d or not (index.indexed <= c if index.by_class else index.indexed == files["keys"].rows):
             raise StoreError(f"{path}: does not fit the manifest; build the index again")
-        text_index = None
-        if "text_index" in files:
-            text_index = VectorIndex.load(place / files["text_index"].name, manifest.index, device)
         cache = cls(
             keys=joined(contents.segments),
             labels=contents.labels,
@@ -436,7 +402,6 @@ class CacheModel(InMemory):
             tuned=contents.weights,
             curve=contents.curve,
             precision=precision,
-            text_index=text_index,
             folder=place,
             next_key_id=manifest.next_key_id,
             metric=contents.metric,
@@ -568,8 +533,6 @@ class CacheModel(InMemory):
         first = segments_of(self.met)[0]
         if self.index.by_class:
             self.index = self._index_over(first, self._labelled.class_ids[: len(first)])
-        if self.text_index is not None:
-            self.text_index = text_index_over(self.text_weights.cpu().numpy(), self.index.factory, self.device)
         self._follow()
 
     def solve(self) -> None:
@@ -611,8 +574,6 @@ class CacheModel(InMemory):
             index = self._index_over(ordered.met, ordered.class_ids)
         else:
             index = index_over(ordered.met, ordered.class_ids, len(self.class_names), factory, self.device)
-        if self.text_index is not None or index.factory != self.index.factory:
-            self.text_index = text_index_over(self.text_weights.cpu().numpy(), index.factory, self.device)
         self._take(ordered)
         self.index, self.settings, self.sums = index, settings, None if again else self.sums
         self._follow()
@@ -657,7 +618,6 @@ class CacheModel(InMemory):
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
         """Take other text weights ``[c, d]``, made from these templates. On disk after :meth:`save`."""
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
-        self.text_index = text_index_over(weights, self.index.factory, self.device)
 
     def _contents(self) -> Contents:
         return Contents(
@@ -668,7 +628,6 @@ class CacheModel(InMemory):
             curve=self.curve,
             weights=self.tuned,
             index=self.index,
-            text_index=self.text_index,
             metric=self.metric,
             points=None if self.points is None else segments_of(self.points)[0],
             sums=self.sums if self.sums is not None and self.sums.nbytes * SUMS_FROM <= self.keys.nbytes else None,

@@ -20,7 +20,7 @@ from retrieval_tip.files import NotAFileError, open_regular
 from retrieval_tip.html import table
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _NEIGHBOUR = {"key_id": pa.int64(), "source": pa.string(), "label": pa.string()}
 _NEIGHBOUR |= {"affinity": pa.float64(), "weight": pa.float64(), "gives": pa.list_(pa.float64())}
@@ -94,8 +94,7 @@ class Prediction:
 
     ``label`` and ``probability`` (softmax of the blended logits / temperature) of the winner; ``labels`` and
     ``probabilities`` of the ``top`` classes; ``text_logit`` and ``cache_logit`` are the two parts of the winner's logit
-    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order, ``None`` where
-    the classes are so many that only a shortlist was compared, which the probabilities are then over.
+    (the latter with alpha, so that they add up to it); ``logits`` ``[c]`` float32 in the index's order.
     ``neighbours``: the shots that contributed most to the answer, largest contribution first. ``opposing``: the shot
     with the lowest contribution; if none is negative, the one that adds most to the runner-up; ``None`` if there is no
     such shot. ``keys``: how many of the keys settled the answer, where it was certified. ``unlike``: whether the
@@ -263,20 +262,6 @@ class Evidence:
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float32]
     complete: bool
-
-
-@dataclass(frozen=True)
-class Certified:
-    """Logits whose winners are those over all keys, by :meth:`AnsweringIndex.certified`.
-
-    ``text`` and ``cache`` ``[q, c]`` are those of :meth:`AnsweringIndex.terms`; ``keys`` ``[q]`` int64 is how many of
-    the nearest keys settled each query, ``n`` if it took all. After exact search the winners are proven; after
-    approximate search they agree with those over all keys as far as it looked.
-    """
-
-    text: Tensor
-    cache: Tensor
-    keys: Tensor
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:

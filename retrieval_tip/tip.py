@@ -4,37 +4,18 @@ Letters used throughout:
 
 - ``f`` features of the queries, ``[q, d]``, unit norm
 - ``K`` keys, ``[n, d]``: features of the labelled shots (unit norm, unless they were fine-tuned)
-- ``y`` class ids of the keys, integers in ``0 .. c - 1``
-- ``W`` text weights of the classes, ``[c, d]``
 - ``V`` values of the keys, ``[n, c]``: what each gives to the classes. One-hot, 1 for its own class, unless they were
   solved or trained
+- ``W`` text weights of the classes, ``[c, d]``
 
-and the whole method::
-
-    metric     phi(x) = unit((x - m) T)
-    affinity   A = phi(f) phi(K)^T
-    cache      C = exp(-beta (1 - A)) V
-    logits     = logit_scale * f W^T + alpha * C
-
-Where values were solved, ``log(1 + max(C, 0) / o)`` may stand for ``C`` (:func:`log_cache`).
-Tip-Adapter has no metric, ``phi(x) = x``, and one-hot values: then ``C[:, c]`` is the sum over the keys i of class c of
-``exp(-beta (1 - A[:, i]))``. Both letters can be filled from the shots in closed form (:mod:`fit.closed_form`).
-
-Settings fill in the rest: ``beta``, ``alpha`` and ``logit_scale`` (:mod:`settings`). A newcomer reads this file, then
-``answering.py`` (how an index answers), then ``cache_model.py`` (the product).
-
-A query need not meet every key. :func:`cache_logits` sums over the keys it is given: all of them, or the k that were
-retrieved, with or without an estimate of the rest (the tail). :func:`promising` says which classes a query should meet
-whole, and :func:`settled` and :func:`certificate` when meeting more keys cannot change the answer.
-
-All keys are met block by block by :func:`cache_logits` itself (:mod:`retrieval.keys`). The sum by class is written
-again only where that cannot be used: in ``KeyStream.class_logits``, which meets each class's keys with only the queries
-that ask for them; in ``fit/gradient.py``, which keeps the weights for the way back; and in ``server/page/method.js``,
-in JavaScript.
+:func:`answer` is the whole method. Everything else here and in the package computes the same numbers faster, from fewer
+keys, or for more keys than memory holds. Read this file first, then ``retrieval/logits.py`` (which keys a query meets),
+``answering.py`` (from logits to predictions) and ``cache_model.py`` (the product).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +24,30 @@ from torch.nn.functional import embedding_bag
 
 LARGEST = torch.finfo(torch.float32).max
 """Torch refuses a larger factor. Where it matters the logits overflow anyway."""
+
+
+def answer(
+    f: Tensor,
+    K: Tensor,
+    V: Tensor,
+    W: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 5.5,
+    logit_scale: float = 100.0,
+    phi: Callable[[Tensor], Tensor] = lambda x: x,
+    offset: float | None = None,
+) -> Tensor:
+    """Return the logits ``[q, c]``: the whole method. The softmax of the logits / temperature is the answer.
+
+    Tip-Adapter has no metric (``phi(x) = x``), one-hot values and no ``offset`` ``o``. All three can be fitted to the
+    shots in closed form (:mod:`fit.closed_form`); the other settings are those of :class:`settings.Settings`.
+    """
+    A = phi(f) @ phi(K).T  # affinity
+    C = torch.exp(-beta * (1 - A)) @ V  # cache
+    if offset is not None:
+        C = torch.log(1 + C.clamp(min=0) / offset)  # link
+    return blend(logit_scale * f @ W.T, C, alpha)
 
 
 @dataclass(frozen=True)
@@ -271,73 +276,9 @@ def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
     return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
 
 
-def close(text: Tensor, cache: Tensor, alpha: float, error: float) -> Tensor:
-    """Queries for which relative errors of up to ``error`` in the cache logits may change the winner, ``[q]`` bool.
-
-    ``text`` and ``cache`` ``[q, c]``, ``cache >= 0``.
-    """
-    winner = blend(text, cache, alpha).argmax(dim=1, keepdim=True)
-    least = text.gather(1, winner) + alpha * (1 - error) * cache.gather(1, winner)
-    most = blend(text, cache, alpha * (1 + error)).scatter_(1, winner, -torch.inf)
-    return most.amax(dim=1) >= least[:, 0]
-
-
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """``softmax(logits / T)``, ``[q, c]`` to ``[q, c]`` float32. The temperature T > 0 changes no ranking.
 
     Finite for every T: the winner's logit is subtracted first, and the division is in float64.
     """
     return ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()
-
-
-def promising(text: Tensor, cache: Tensor, alpha: float, slack: float, most: int) -> tuple[Tensor, Tensor]:
-    """The classes whose keys a query should meet, where so far they all count at their class's mean affinity.
-
-    ``text`` and ``cache`` ``[q, c]``, the latter by :func:`at_mean`, so that ``L = text + alpha cache`` is a lower
-    bound of the logits. With a class's keys themselves its cache logit grows by a fraction of ``slack``, hardly ever
-    more. So only classes with ``L_c + alpha slack cache_c >= max L`` can win.
-
-    Returns the ``p = min(most, c)`` classes of the largest ``L``, ``[q, p]`` int64, largest first, and which of them
-    can win, ``[q, p]`` bool (always the first).
-    """
-    highest, classes = blend(text, cache, alpha).topk(min(most, text.shape[1]), dim=1)
-    can = highest + alpha * slack * cache.gather(1, classes) >= highest[:, :1]
-    can[:, :1] = True  # also where logits overflow
-    return classes, can
-
-
-def settled(text: Tensor, cache: Tensor, alpha: float, slack: float, classes: Tensor) -> Tensor:
-    """For which queries no class but the :func:`promising` ones, ``classes`` ``[q, p]``, can win; ``[q]`` bool."""
-    first = classes[:, :1]
-    least = text.gather(1, first) + alpha * cache.gather(1, first)
-    most = blend(text, cache, alpha * (1 + slack)).scatter_(1, classes, -torch.inf)
-    return most.amax(dim=1) < least[:, 0]
-
-
-def certificate(
-    logits: Tensor, affinity: Tensor, class_ids: Tensor, totals: Totals, alpha: float, beta: float, *, tail: bool
-) -> Tensor:
-    """Which predictions from retrieved keys provably equal those from all keys: ``[q]``, bool.
-
-    ``logits`` ``[q, c]`` come from :func:`blend` over the retrieved ``affinity`` and ``class_ids`` ``[q, k]``, with or
-    without the ``tail``; either way they are a lower bound of the exact ones. Keys that were not retrieved have an
-    affinity of at most ``s_k``, the smallest retrieved one, so the logit of class ``c`` can rise by at most
-    ``alpha r_c (exp(-beta (1 - s_k)) - what the tail already counts)``. The prediction is proved where the winner's
-    logit exceeds every other class's raised one by more than rounding can make: the relative error of a weight is
-    ``1 + beta`` times that of an affinity, and text and cache may cancel out in a logit.
-
-    Holds for one-hot values (trained ones may be negative, and then what is left out can lower a logit too), exact
-    retrieval, ``alpha >= 0`` and ``beta >= 0``; after approximate search it is evidence, not proof.
-    """
-    n_classes = totals.counts.shape[0]
-    filled = class_ids < n_classes
-    smallest = torch.where(filled, affinity, torch.inf).amin(dim=1, keepdim=True)
-    number, mean = totals.rest(affinity, class_ids)
-    counted = weight(mean, beta) if tail else torch.zeros_like(mean)
-    rise = torch.where(number > 0, number * (weight(smallest, beta) - counted).clamp_min(0), 0)
-    most = cache_logits(affinity, class_ids, n_classes, beta)
-    most = most + torch.where(number > 0, number * weight(smallest, beta), 0)
-    rounding = 16 * torch.finfo(logits.dtype).eps * (logits.abs() + alpha * (2 + beta) * most)
-    winner = logits.argmax(dim=1, keepdim=True)
-    raised = (logits + alpha * rise + rounding).scatter(1, winner, -torch.inf).amax(dim=1)
-    return (logits - rounding).gather(1, winner).squeeze(1) > raised

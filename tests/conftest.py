@@ -323,6 +323,12 @@ def nearest_keys(model: AnsweringIndex, queries: Any, k: int = 1) -> list[list[d
     return [rows[start : start + k] for start in range(0, len(rows), k)]
 
 
+def parts_of(model: AnsweringIndex, *asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text and cache logits of :meth:`AnsweringIndex.terms`."""
+    terms = model.terms(*asked)
+    return terms.text, terms.cache
+
+
 def cache_of(*features: Any, **options: Any) -> CacheModel:
     """:meth:`CacheModel.from_features`, with settings among the options."""
     own = {field.name: options.pop(field.name) for field in fields(Settings) if field.name in options}

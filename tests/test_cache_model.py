@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, examples, needs_real
+from conftest import cache_of, examples, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,7 +100,7 @@ def close(model_: CacheModel, expected: tuple[Array, Array], atol: float = 1e-4,
 def test_all_keys_are_tip_adapter_whatever_the_index(index: str) -> None:
     cache = model(index=index)
     close(cache, dense())
-    text, alone = cache.terms(QUERIES)
+    text, alone = parts_of(cache, QUERIES)
     np.testing.assert_allclose(text, dense()[0], atol=1e-4)
     np.testing.assert_allclose(alone, dense()[1], atol=1e-4)
     close(cache, dense(), k=N)
@@ -112,7 +112,7 @@ def test_all_keys_are_tip_adapter_whatever_the_index(index: str) -> None:
 def test_any_setting_is_the_dense_definition(beta: float, alpha: float, k: int, tail: bool) -> None:
     cache = model(beta=beta, alpha=alpha)
     text, alone = dense(k, tail=tail, beta=beta)
-    np.testing.assert_allclose(cache.terms(QUERIES, k, tail)[1], alone, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(cache.terms(QUERIES, k, tail).cache, alone, rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(cache.logits(QUERIES, k, tail), text + alpha * alone, rtol=2e-4, atol=2e-4)
 
 
@@ -129,7 +129,7 @@ def test_top_k_of_any_index_with_the_tail_is_near_to_all(index: str) -> None:
     agree = (cache.logits(QUERIES, k=64).argmax(1) == exact.argmax(1)).float().mean()
     assert agree > 0.95
     # by convexity, and because affinities are the keys' own also where the index holds a compressed copy
-    assert (cache.terms(QUERIES, 64)[1] <= cache.terms(QUERIES)[1] + 1e-4).all()
+    assert (cache.terms(QUERIES, 64).cache <= cache.terms(QUERIES).cache + 1e-4).all()
 
 
 def test_slots_that_the_index_cannot_fill_count_nothing() -> None:
@@ -141,7 +141,7 @@ def test_slots_that_the_index_cannot_fill_count_nothing() -> None:
     for q, row in enumerate(rows):
         found[q, row[row >= 0]] = 1
     expected = (np.exp(-BETA * (1 - A)) * found) @ np.eye(C)[cache.labels["class_id"].to_numpy()]
-    np.testing.assert_allclose(cache.terms(QUERIES, N - 1, tail=False)[1], expected, atol=1e-4)
+    np.testing.assert_allclose(cache.terms(QUERIES, N - 1, tail=False).cache, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "SQfp16"])
@@ -150,7 +150,7 @@ def test_float16_keys_are_off_by_their_own_rounding_only(index: str) -> None:
     cache = model(keys=half, index=index)
     assert cache.keys.dtype == np.float16
     close(cache, dense(keys=half))
-    np.testing.assert_allclose(cache.terms(QUERIES)[1], dense()[1], rtol=BETA * 2e-3)
+    np.testing.assert_allclose(cache.terms(QUERIES).cache, dense()[1], rtol=BETA * 2e-3)
     close(cache, dense(64, keys=half, tail=True), k=64, atol=1e-4 if index == "Flat" else 0.2)
 
 
@@ -158,7 +158,7 @@ def test_fine_tuned_keys_are_not_normalised() -> None:
     keys = KEYS * np.random.default_rng(1).uniform(0.5, 1.5, (N, 1)).astype(np.float32)
     cache = model(keys=keys)
     text, alone = dense(keys=keys)
-    np.testing.assert_allclose(cache.terms(QUERIES)[1], alone, rtol=1e-4)
+    np.testing.assert_allclose(cache.terms(QUERIES).cache, alone, rtol=1e-4)
     np.testing.assert_allclose(
         cache.logits(QUERIES, 40), text + ALPHA * dense(40, keys=keys, tail=True)[1], rtol=1e-4, atol=1e-3
     )
@@ -178,7 +178,7 @@ def test_real_features_give_the_published_accuracy(shared: Path) -> None:
     logits = cache.logits(f)
     np.testing.assert_allclose(logits, expected, rtol=1e-5)
     assert np.mean([names[i] == label for i, label in zip(logits.argmax(1), truth, strict=True)]) > 0.97
-    zero_shot = cache.terms(f)[0].argmax(1)
+    zero_shot = cache.terms(f).text.argmax(1)
     assert round(np.mean([names[i] == label for i, label in zip(zero_shot, truth, strict=True)]), 3) == 0.973
 
 
@@ -282,8 +282,8 @@ def test_what_happens_to_the_arrays_later_is_no_matter(make: Callable[[Array], A
 
 def test_a_class_without_keys_can_still_win_by_its_text() -> None:
     cache = model()
-    assert (cache.terms(QUERIES)[1][:, BARE] == 0).all()
-    assert (cache.terms(QUERIES, 16)[1][:, BARE] == 0).all()
+    assert (cache.terms(QUERIES).cache[:, BARE] == 0).all()
+    assert (cache.terms(QUERIES, 16).cache[:, BARE] == 0).all()
     won = cache.classify(TEXT[BARE : BARE + 1])[0]
     assert (won.label, won.cache_logit) == (NAMES[BARE], 0)
 
@@ -291,7 +291,7 @@ def test_a_class_without_keys_can_still_win_by_its_text() -> None:
 def test_without_text_the_cache_alone_decides() -> None:
     cache = model(text_weights=None)
     assert (cache.has_text, model().has_text) == (False, True)
-    text, alone = cache.terms(QUERIES)
+    text, alone = parts_of(cache, QUERIES)
     assert (text == 0).all()
     np.testing.assert_allclose(alone, dense()[1], atol=1e-4)
     answer = cache.classify(QUERIES)
@@ -307,7 +307,7 @@ def test_alpha_zero_is_zero_shot() -> None:
 
 def test_beta_zero_counts_keys() -> None:
     for k in (None, 9):
-        assert model(beta=0.0).terms(QUERIES, k)[1].tolist() == [np.bincount(Y, minlength=C).tolist()] * Q
+        assert model(beta=0.0).terms(QUERIES, k).cache.tolist() == [np.bincount(Y, minlength=C).tolist()] * Q
 
 
 @pytest.mark.parametrize("k", [None, 16])

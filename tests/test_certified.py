@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import cache_of, examples
+from conftest import cache_of, examples, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_keys import Case, Largest, dense, made_module, unit
@@ -121,9 +120,9 @@ def test_most_of_separated_data_is_settled_by_few_keys_and_the_rest_by_all(
     assert few.mean() > 0.2
     assert not few.all()
     check_winners((found.text + found.cache).argmax(1), *exact_parts(cache, queries), 1.0)
-    torch.testing.assert_close(found.cache[~few], cache.terms(queries)[1][~few], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.cache[~few], cache.terms(queries).cache[~few], rtol=1e-5, atol=1e-4)
     # what few keys settled has the logits of few keys: they were not counted again
-    parts = cache.terms(queries, 30, tail)
+    parts = parts_of(cache, queries, 30, tail)
     first = found.keys.numpy() == 30
     torch.testing.assert_close(found.cache[first], parts[1][first], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found.text, parts[0])
@@ -153,7 +152,7 @@ def test_all_keys_are_taken_where_k_says_so_and_with_values(material: tuple[Arra
         for k in (None, cache.n // 8 + 1, cache.n, 10 * cache.n):
             found = cache.certified(queries[:20], k)
             assert found.keys.tolist() == [cache.n] * 20
-            assert torch.equal(found.cache, cache.terms(queries[:20])[1])
+            assert torch.equal(found.cache, cache.terms(queries[:20]).cache)
         valued = replace(cache, values=torch.from_numpy(np.eye(C, dtype=np.float32)[ids]))
         assert valued.certified(queries[:20], 4).keys.tolist() == [cache.n] * 20
         assert [p.keys for p in valued.classify(queries[:3], k=4, certify=True)] == [cache.n] * 3
@@ -209,7 +208,7 @@ def test_each_class_is_met_whole_or_counted_at_its_mean(
 ) -> None:
     cache = of_case(case, text, alpha=alpha, beta=beta)
     exact, lower = exact_parts(cache, case.f)[1], at_means(cache, case.f)
-    with_tail, without = (cache.terms(case.f, k, tail)[1].numpy() for tail in (True, False))
+    with_tail, without = (cache.terms(case.f, k, tail).cache.numpy() for tail in (True, False))
     close = {"rtol": 1e-4, "atol": 1e-4}
     if k >= cache.n:
         np.testing.assert_allclose(with_tail, exact, **close)
@@ -237,7 +236,7 @@ def test_a_class_is_met_however_sharp_the_exponential(beta: float) -> None:
     case = Case(2, [12] * 5, q=30, d=16)
     case.f = case.array[::2].copy()  # each is a key: its own weight is 1
     cache = of_case(case, text=False, beta=beta)
-    alone = cache.terms(case.f, 12, tail=False)[1]
+    alone = cache.terms(case.f, 12, tail=False).cache
     np.testing.assert_array_equal(alone.argmax(1), case.ids[::2])
     assert (alone.amax(1) >= 0.99).all()
 
@@ -246,7 +245,7 @@ def test_one_key_a_class_is_met_too() -> None:
     case = Case(3, [1] * 7, q=20, d=6)
     cache = of_case(case, text=False)
     exact = exact_parts(cache, case.f)[1]
-    met = cache.terms(case.f, 1, tail=False)[1].numpy()
+    met = cache.terms(case.f, 1, tail=False).cache.numpy()
     assert (np.count_nonzero(met, axis=1) == 1).all()
     np.testing.assert_array_equal(met.argmax(1), exact.argmax(1))
 
@@ -254,7 +253,7 @@ def test_one_key_a_class_is_met_too() -> None:
 def test_of_one_class_there_is_nothing_to_choose() -> None:
     case = Case(4, [9], q=4, d=5)
     cache = of_case(case)
-    np.testing.assert_allclose(cache.terms(case.f, 2)[1], exact_parts(cache, case.f)[1], rtol=1e-5)
+    np.testing.assert_allclose(cache.terms(case.f, 2).cache, exact_parts(cache, case.f)[1], rtol=1e-5)
     assert {p.label for p in cache.classify(case.f, k=2)} == {"class 0"}
     assert cache.certified(case.f, 1).keys.tolist() == [1] * 4
 
@@ -289,7 +288,7 @@ def test_values_with_classes_are_the_dense_values_form_where_k_covers_all_classe
     exact = exact_parts(cache, case.f)[1]
     for tail in (False, True):
         for k in (cache.n - 1, cache.n, 1000):
-            np.testing.assert_allclose(cache.terms(case.f, k, tail)[1], exact, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(cache.terms(case.f, k, tail).cache, exact, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=examples(25), deadline=None)
@@ -297,12 +296,12 @@ def test_values_with_classes_are_the_dense_values_form_where_k_covers_all_classe
 def test_one_hot_values_with_classes_are_met_whole_or_counted_at_the_mean_too(case: Case, k: int) -> None:
     plain, valued = of_case(case), of_case(case, values=np.eye(case.c, dtype=np.float32)[case.ids])
     exact, lower = exact_parts(plain, case.f)[1], at_means(plain, case.f)
-    found = valued.terms(case.f, k)[1].numpy()
-    met = plain.terms(case.f, k, tail=False)[1].numpy() > 0
+    found = valued.terms(case.f, k).cache.numpy()
+    met = plain.terms(case.f, k, tail=False).cache.numpy() > 0
     close = {"rtol": 1e-4, "atol": 1e-4}
     assert (np.isclose(found, exact, **close) | np.isclose(found, lower, **close)).all()
     np.testing.assert_allclose(found[met], exact[met], **close)  # what is met without values is met with them
-    without = valued.terms(case.f, k, tail=False)[1].numpy()
+    without = valued.terms(case.f, k, tail=False).cache.numpy()
     assert (np.isclose(without, exact, **close) | np.isclose(without, 0, **close)).all()
     np.testing.assert_allclose(without[met], exact[met], **close)
 
@@ -314,7 +313,7 @@ def test_where_only_a_class_without_keys_can_win_nothing_is_met() -> None:
     f = unit(1 + 0.1 * np.random.default_rng(0).standard_normal((6, 5)))
     for values in (None, np.eye(3, dtype=np.float32)[case.ids]):
         cache = model(case.array, case.ids, 3, text, values=values, logit_scale=1000.0)
-        met = cache.terms(f, 5, tail=False)[1]
+        met = cache.terms(f, 5, tail=False).cache
         assert values is not None or (met == 0).all()
         assert {p.label for p in cache.classify(f, k=5)} == {"class 1"}
 
@@ -467,7 +466,7 @@ def test_changed_keys_are_met_as_if_built_anew(
     same(cache, fresh(cache), queries[:50])
     text_, exact = exact_parts(cache, queries[:50])
     np.testing.assert_allclose(cache.logits(queries[:50]), text_ + exact, atol=1e-3)
-    assert (cache.terms(queries[:50], 64)[1].numpy() <= exact * (1 + 1e-4) + 1e-4).all()
+    assert (cache.terms(queries[:50], 64).cache.numpy() <= exact * (1 + 1e-4) + 1e-4).all()
 
 
 @pytest.mark.parametrize("change", ["take", "add", "remove"])
@@ -562,58 +561,6 @@ def test_precision_is_that_of_all_keys_and_no_part_of_what_is_saved(
     assert CacheModel.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
 
 
-# ------------------------------------------------------------------------------------------- very many classes
-
-
-@pytest.mark.parametrize("index", ["Classes,HNSW8", "Classes,IVF2,Flat"])
-@pytest.mark.parametrize("tail", [False, True])
-def test_a_shortlist_of_classes_gives_the_answers_of_all_classes(
-    index: str, tail: bool, material: tuple[Array, Array, Array, Array]
-) -> None:
-    array, ids, text, queries = material
-    cache = model(array, ids, C, text, index=index)
-    assert cache.text_index is not None
-    if cache.text_index.effort_limit is not None:
-        cache.index.effort, cache.text_index.effort = cache.index.effort_limit, cache.text_index.effort_limit
-    found = cache.classify(queries[:300], k=128, tail=tail, top=3, neighbours=0)
-    text_logits, alone = cache.terms(queries[:300], 128, tail)
-    logits = text_logits + alone
-    agree = np.mean([p.label == cache.class_names[i] for p, i in zip(found, logits.argmax(1), strict=True)])
-    assert agree >= 0.99
-    for p, row in zip(found, logits, strict=True):
-        assert len(set(p.labels)) == 3  # a class near by text and by mean key is there once
-        assert p.logits is None
-        if p.label == cache.class_names[int(row.argmax())]:
-            assert p.text_logit + p.cache_logit == pytest.approx(float(row.max()), abs=1e-2)
-
-
-def shortlisted(cache: CacheModel) -> CacheModel:
-    assert cache.text_index is not None
-    return cache
-
-
-CHANGES: dict[str, Callable[[CacheModel], CacheModel]] = {
-    "another index": lambda cache: replace(cache, index=fresh(cache, index="Flat").index),
-    "values": lambda cache: replace(
-        cache,
-        values=torch.roll(torch.eye(C)[cache.class_ids], 1, dims=1),  # each key gives to the class after its own
-    ),
-    "other text": lambda cache: replace(cache, text_weights=cache.text_weights.roll(1, 0)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_shortlist_is_made_only_where_it_stands_for_the_logits(
-    change: str, material: tuple[Array, Array, Array, Array]
-) -> None:
-    array, ids, text, queries = material
-    cache = CHANGES[change](shortlisted(model(array, ids, C, text, index="Classes,HNSW8")))
-    winners = cache.logits(queries[:200], 128).argmax(1)
-    found = cache.classify(queries[:200], k=128, neighbours=0)
-    agree = np.mean([p.label == cache.class_names[i] for p, i in zip(found, winners, strict=True)])
-    assert agree >= 0.98
-
-
 # ---------------------------------------------------------------------------------------------------- older indexes
 
 
@@ -660,13 +607,7 @@ def test_an_index_as_it_was_written_before_there_were_classes_still_opens(tmp_pa
     seal = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
     (tmp_path / "manifest.json").write_text(json.dumps(body | {"sha256": seal}, indent=1))
     cache = verify(tmp_path)
-    assert (cache.n, cache.settings.k, cache.index.factory, cache.text_index, cache.version) == (
-        6,
-        None,
-        "Flat",
-        None,
-        1,
-    )
+    assert (cache.n, cache.settings.k, cache.index.factory, cache.version) == (6, None, "Flat", 1)
     f = unit(rng.standard_normal((5, 4)))
     text_, alone = exact_parts(cache, f)
     np.testing.assert_allclose(cache.logits(f), text_ + alone, atol=1e-4)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHARED, needs_real
+from conftest import SHARED, needs_real, parts_of
 from test_cli import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
@@ -521,7 +521,7 @@ def test_keys_are_removed_by_a_condition_or_by_their_ids(run: Any, index: Path) 
     cache = verify(index)
     assert cache.class_names == ["cat", "dog"]  # also the one without a key
     assert cache.classify(QUERIES[:1])[0].neighbours[0].key_id == 1
-    text, _ = cache.terms(QUERIES)
+    text, _ = parts_of(cache, QUERIES)
     assert text.shape == (7, 2)
 
 
@@ -637,7 +637,7 @@ def test_keys_that_are_relabelled_answer_for_their_new_class(run: Any, index: Pa
     assert (row["class_id"], row["shot"], row["source"]) == (1, 3, "item-0")
     place = {key_id: row for row, key_id in enumerate(before.labels["key_id"].to_pylist())}
     weight = np.exp(-4 * (1 - QUERIES @ before.keys[place[0]]))
-    moved = cache.terms(QUERIES)[1] - before.terms(QUERIES)[1]
+    moved = cache.terms(QUERIES).cache - before.terms(QUERIES).cache
     np.testing.assert_allclose(moved, np.stack([-weight, weight], axis=1), atol=1e-5)
     refused(run("index", "relabel", index, "owl", "--key-ids", 1), 1, "'owl'", "cat, dog")
 
@@ -665,7 +665,7 @@ def test_a_class_gets_another_name_and_everything_else_stays(run: Any, parted: P
     cache = verify(parted)
     assert cache.class_names == ["cat", "a wolf"]
     assert labels_of(parted) == {i: "a wolf" if i in (1, 3, 5, 6) else "cat" for i in range(8)}
-    for mine, theirs in zip(cache.terms(QUERIES), before.terms(QUERIES), strict=True):
+    for mine, theirs in zip(parts_of(cache, QUERIES), parts_of(before, QUERIES), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     now = store.read_manifest(parted).segments
     assert [one.keys for one in now] == [one.keys for one in segments]  # keys are not written again
@@ -713,9 +713,9 @@ def test_renaming_a_class_to_another_merges_the_two(tmp_path: Path, factory: str
 def test_trained_values_of_merged_classes_add_up(tmp_path: Path) -> None:
     keys, values = unit_rows(6, D), np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     cache = CacheModel.from_features(keys, list("aabbcc"), list("abc"), values=values, device="cpu")
-    a, b, c = cache.terms(QUERIES)[1].T
+    a, b, c = cache.terms(QUERIES).cache.T
     cache.rename("a", "c")
-    np.testing.assert_allclose(cache.terms(QUERIES)[1], torch.stack([b, a + c], dim=1), atol=1e-5)
+    np.testing.assert_allclose(cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5)
 
 
 def labels_of_version(folder: Path, number: int) -> dict[int, str]:
@@ -1400,7 +1400,7 @@ def test_an_index_with_trained_values_stays_one_segment_and_gives_what_it_should
         np.testing.assert_allclose(found.values, np.stack([own[i][: len(found.class_names)] for i in ids]), atol=1e-6)
         weights = np.exp(-4 * (1 - QUERIES @ np.stack([vectors[i] for i in ids]).T))
         expected = weights @ np.stack([own[i][: len(found.class_names)] for i in ids])
-        np.testing.assert_allclose(found.terms(QUERIES)[1], expected, atol=1e-4)
+        np.testing.assert_allclose(found.terms(QUERIES).cache, expected, atol=1e-4)
 
     check()
     new = unit_rows(3, D, 4)

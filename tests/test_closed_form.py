@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import examples, nearest_keys
+from conftest import examples, nearest_keys, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -90,7 +90,7 @@ def test_logits_are_those_of_the_definition(form, where, tmp_path, monkeypatch):
     if cache.settings.log_offset is not None:
         assert form.ridge is not None
         alone = np.log1p(np.maximum(alone, 0) / cache.settings.log_offset)
-    own_text, own_cache = (part.numpy() for part in cache.terms(queries))
+    own_text, own_cache = (part.numpy() for part in parts_of(cache, queries))
     np.testing.assert_allclose(own_text, text, atol=1e-4)
     np.testing.assert_allclose(own_cache, alone, atol=2e-4 * np.abs(alone).max())
     np.testing.assert_allclose(cache.met, points, atol=1e-5)
@@ -279,7 +279,7 @@ def test_words_that_do_not_help_count_little_and_it_is_said():
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
     choice = closed_form.fit(cache)
     queries, truth = clusters(20, seed=7)
-    text, alone = cache.terms(queries)
+    text, alone = parts_of(cache, queries)
     both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     assert choice.words < 0.5 < choice.photos
     assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.03 > (text.argmax(1).numpy() == truth).mean()
@@ -301,7 +301,7 @@ def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)], noise)
     closed_form.fit(cache)
     queries, truth = clusters(20, seed=7, spread=0.3)
-    text, alone = cache.terms(queries)
+    text, alone = parts_of(cache, queries)
     both = (cache.logits(queries).argmax(1).numpy() == truth).mean()
     assert both >= (alone.argmax(1).numpy() == truth).mean() - 0.05 > (text.argmax(1).numpy() == truth).mean()
     # as sure as photographs can be, at most: the cache counts ONE_SHOT_MOST in the end
@@ -337,7 +337,7 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
     near, far = cache.classify(known, neighbours=0), cache.classify(unknown, neighbours=0)
     assert np.mean([one.unlike for one in near]) < 0.12 < 0.3 < np.mean([one.unlike for one in far])
     for number, one in enumerate(far):
-        assert one.unlike == (cache.terms(unknown[number : number + 1])[1].max() < cache.settings.least_cache)
+        assert one.unlike == (cache.terms(unknown[number : number + 1]).cache.max() < cache.settings.least_cache)
     assert far.withheld("auto").to_pylist() == [one.unlike or one.probability < 0.5 for one in far]
     assert near == cache.classify(known, neighbours=0, k="all")
 
@@ -386,20 +386,20 @@ def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypat
     np.testing.assert_allclose(np.asarray(cache.met), expected, atol=1e-6)
     if form.ridge is not None:
         cache.settings = cache.settings.unfitted()
-        alone = cache.terms(more)[1].numpy()
+        alone = cache.terms(more).cache.numpy()
         rows = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
         order = np.argsort(cache.labels["key_id"].to_numpy()[rows])
         values = cache.values.numpy()[rows[order]]
         np.testing.assert_allclose(alone + form.ridge * values, np.eye(C)[ids], atol=1e-3)  # (G + lambda I) V = Y there
         cache.relabel(key_ids[:1], cache.class_names[(ids[0] + 1) % C])
         row = int(np.flatnonzero(cache.labels["key_id"].to_numpy() == key_ids[0])[0])
-        own = cache.terms(more[:1])[1].numpy()[0] + form.ridge * cache.values.numpy()[row]
+        own = cache.terms(more[:1]).cache.numpy()[0] + form.ridge * cache.values.numpy()[row]
         np.testing.assert_allclose(own, np.eye(C)[(ids[0] + 1) % C], atol=1e-3)
     if form.ridge is not None and most:
-        answered = cache.terms(np.asarray(cache.keys))[1].numpy() + form.ridge * cache.values.numpy()
+        answered = cache.terms(np.asarray(cache.keys)).cache.numpy() + form.ridge * cache.values.numpy()
         np.testing.assert_allclose(answered, np.eye(C)[cache.class_ids.numpy()], atol=1e-3)
         some = cache.take(np.arange(0, cache.n, 2))
-        answered = some.terms(np.asarray(some.keys))[1].numpy() + form.ridge * some.values.numpy()
+        answered = some.terms(np.asarray(some.keys)).cache.numpy() + form.ridge * some.values.numpy()
         np.testing.assert_allclose(answered, np.eye(C)[some.class_ids.numpy()], atol=1e-3)
     cache.remove(key_ids)
     assert len(cache.met) == cache.n == 6 * C

@@ -437,7 +437,8 @@ def test_settings_are_among_the_candidates_and_the_better_one_wins(
     alphas = [alpha for _, (alpha, _), _ in tried[1:]]
     assert [alpha / alphas[0] for alpha in alphas] == [1, 4, 16]
     assert chosen == max(tried)[1]
-    text, terms = replace(cache, settings=cache.settings.override(beta=tried[1][1][1])).terms(material.queries.features)
+    terms = replace(cache, settings=cache.settings.override(beta=tried[1][1][1])).terms(material.queries.features)
+    text, terms = terms.text, terms.cache
     ids = torch.from_numpy(material.queries.ids)
 
     def loss(alpha: float) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import examples, needs_real
+from conftest import examples, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import unit_rows, write_table
@@ -125,11 +125,11 @@ def test_leaving_one_out_is_an_index_without_that_shot():
         without = made(shots=4)
         without.remove([int(cache.labels["key_id"][row].as_py())])
         for j, k in enumerate((None, 4)):
-            text, alone = without.terms(queries.features[row : row + 1], k)
+            text, alone = parts_of(without, queries.features[row : row + 1], k)
             scale = torch.ones(C)
             scale[queries.ids[row]] = 4 / 3  # its own class has three of four keys left
             without.settings = without.settings.override(beta=4.0)
-            text, alone = without.terms(queries.features[row : row + 1], k)
+            text, alone = parts_of(without, queries.features[row : row + 1], k)
             for alpha in (0.3, 3.0, 30.0):
                 right = int((text + alpha * scale * alone).argmax()) == queries.ids[row]
                 assert (low[0, j, row] < alpha < high[0, j, row]) == right

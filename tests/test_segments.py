@@ -431,5 +431,6 @@ def test_a_copy_with_other_settings_keeps_the_segments() -> None:
     other = replace(cache, settings=cache.settings.override(alpha=3.0))
     queries = clusters(10, C, D, 2)[0]
     assert other.segments == 4
-    text, alone = cache.terms(queries)
+    terms = cache.terms(queries)
+    text, alone = terms.text, terms.cache
     np.testing.assert_allclose(other.logits(queries), text + 3 * alone, atol=1e-4)

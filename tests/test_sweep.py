@@ -59,7 +59,8 @@ def test_each_run_is_a_row_with_what_its_method_means(pool, test_items, tmp_path
             continue
         drawn = sweep.draw(pool, row["shots"], row["seed"])
         drawn.settings = drawn.settings.override(alpha=row["alpha"], beta=row["beta"])
-        text, alone = drawn.terms(test_items.features, row["k"] or None)
+        terms = drawn.terms(test_items.features, row["k"] or None)
+        text, alone = terms.text, terms.cache
         logits = alone if row["method"] == "cache-alone" else text + row["alpha"] * alone
         assert row["top1"] == pytest.approx((logits.argmax(1).numpy() == test_items.ids).mean())
     by = {(row["method"], row["shots"], row["seed"]): row for row in rows}

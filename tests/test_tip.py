@@ -1,21 +1,28 @@
-"""tip.py against the method written out once more: dense, float64, with the one-hot product."""
+"""tip.py against the method written out: dense, in float64, with the one-hot product. And README's formula."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.special
 import torch
-from conftest import examples, needs_real
+from conftest import ROOT, examples, needs_real
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
 
 Array = npt.NDArray[np.float64]
 BETAS = (0.1, 1.0, 5.5, 20.0, 50.0)
@@ -218,12 +225,6 @@ def test_empty_slots_are_ignored(case: Case, beta: float, k: int, slots: int, ta
     torch.testing.assert_close(
         tip.cache_logits(padded, padded_ids, case.c, beta, totals), tip.cache_logits(near, ids, case.c, beta, totals)
     )
-    logits = tip.cache_logits(near, ids, case.c, beta, totals)
-    proofs = [
-        tip.certificate(logits, a, i, case.totals(), 1.0, beta, tail=tail)
-        for a, i in ((near, ids), (padded, padded_ids))
-    ]
-    assert torch.equal(*proofs)
 
 
 @settings(max_examples=examples(100), deadline=None)
@@ -274,207 +275,6 @@ def test_blend_is_text_plus_alpha_cache(case: Case, alpha: float, scale: float, 
     assert torch.equal(tip.blend(text, logits, 0), text)
 
 
-def proofs(
-    case: Case, k: int, alpha: float, beta: float, scale: float, tail: bool, dtype: torch.dtype
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], Array]:
-    """What is proved, the winners from k keys, and the exact logits over the same text logits."""
-    f, _, _ = case.tensors(dtype)
-    text = tip.text_logits(f, torch.from_numpy(case.W).to(dtype), scale)
-    near, ids = case.retrieved(k, dtype)
-    totals = case.totals(dtype)
-    logits = tip.blend(text, tip.cache_logits(near, ids, case.c, beta, totals if tail else None), alpha)
-    proved = tip.certificate(logits, near, ids, totals, alpha, beta, tail=tail)
-    exact = text.double().numpy() + alpha * dense(case.A, case.y, case.c, beta)
-    return proved.numpy(), logits.argmax(1).numpy(), exact
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@settings(max_examples=examples(250), deadline=None)
-@given(
-    case=cases(least_d=1),  # on a line all affinities tie
-    k=st.integers(1, 40),
-    alpha=st.sampled_from([0.0, 0.1, 1.0, 20.0]),
-    beta=st.one_of(st.just(0.0), betas),
-    scale=st.sampled_from([0.01, 1.0, 100.0]),
-    tail=st.booleans(),
-)
-def test_what_is_proved_is_so(
-    case: Case, k: int, alpha: float, beta: float, scale: float, tail: bool, dtype: torch.dtype
-) -> None:
-    if dtype == torch.float32:  # the same numbers for both sides
-        f, K, _ = case.tensors(dtype)
-        case = Case(f.double().numpy(), K.double().numpy(), case.y, case.W)
-    proved, winners, exact = proofs(case, k, alpha, beta, scale, tail, dtype)
-    assert (winners == exact.argmax(1))[proved].all()
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_nothing_is_proved_by_rounding(tail: bool) -> None:
-    """Large text and cache logits that cancel out: what is left of the difference is noise, though the sum is small."""
-    rng = np.random.default_rng(0)
-    wrong = proved_at_all = 0
-    for _ in range(300):
-        q, n, c = 8, 24, 4
-        K = unit(rng.standard_normal((n, 8))).astype(np.float32).astype(np.float64)
-        f = unit(rng.standard_normal((q, 8))).astype(np.float32).astype(np.float64)
-        case = Case(f, K, np.arange(n) % c, np.zeros((c, 8)))
-        beta, alpha = float(rng.choice([1.0, 20.0, 50.0])), 100.0
-        cache = dense(case.A, case.y, c, beta)
-        text = torch.from_numpy(-alpha * cache).float()
-        near, ids = case.retrieved(n, torch.float32)
-        totals = case.totals(torch.float32)
-        logits = tip.blend(text, tip.cache_logits(near, ids, c, beta, totals if tail else None), alpha)
-        proved = tip.certificate(logits, near, ids, totals, alpha, beta, tail=tail).numpy()
-        exact = text.double().numpy() + alpha * cache
-        wrong += int((proved & (logits.argmax(1).numpy() != exact.argmax(1))).sum())
-        proved_at_all += int(proved.sum())
-    assert wrong == 0, f"{wrong} of {proved_at_all} proofs are wrong"
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_the_bound_is_nearly_reached_and_never_passed(tail: bool) -> None:
-    """Nine keys of the loser lie just behind the one retrieved, a tenth far away: what they add is most they can."""
-    A = np.array([0.6] + [0.6 - 1e-6] * 9 + [-1.0])
-    margins, answers = np.linspace(-0.2, 2, 221), []
-    for margin in margins:  # the text's, for the winner
-        case = Case(
-            np.eye(2)[:1], np.stack([A, 0 * A], axis=1), np.array([0] + [1] * 10), np.array([[margin, 0], [0, 0]])
-        )
-        proved, winners, exact = proofs(case, 1, 1.0, 5.0, 1.0, tail, torch.float64)
-        assert not proved[0] or winners[0] == exact[0].argmax()
-        answers.append((bool(proved[0]) and winners[0] == 0, exact[0].argmax() == 0))
-    proved_from = margins[[proved for proved, _ in answers]].min()
-    true_from = margins[[true for _, true in answers]].min()
-    assert true_from <= proved_from <= true_from + 0.16  # one weight: the tenth key's
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_a_tie_is_not_proved(tail: bool) -> None:
-    K = unit(np.random.default_rng(0).standard_normal((6, 4)))
-    case = Case(K[:3], np.concatenate([K, K]), np.repeat([0, 1], 6), np.zeros((2, 4)))  # two classes of the same keys
-    for k in (1, 5, 12):
-        proved, _, exact = proofs(case, k, 1.0, 5.5, 100.0, tail, torch.float64)
-        np.testing.assert_allclose(exact[:, 0], exact[:, 1])
-        assert not proved.any()
-
-
-@pytest.mark.parametrize(("tail", "least"), [(False, 0.85), (True, 0.95)])
-def test_most_of_well_separated_features_is_proved(tail: bool, least: float) -> None:
-    case = random_case(5, (16,) * 20, q=200, d=64)
-    proved, winners, exact = proofs(case, 64, 1.0, 20.0, 100.0, tail, torch.float32)
-    assert proved.mean() >= least
-    assert (winners == exact.argmax(1))[proved].all()
-
-
-@needs_real
-def test_the_tail_proves_what_plain_does_and_more_on_real_features(shared: Path) -> None:
-    case = food(shared, 16)
-    counts = []
-    for tail in (False, True):
-        proved, winners, exact = proofs(case, 48, 1.17, 5.5, 100.0, tail, torch.float32)
-        assert (winners == exact.argmax(1))[proved].all()
-        counts.append(proved.mean())
-    assert counts[1] > counts[0]
-    assert counts[1] > 0.3
-
-
-@pytest.mark.parametrize("tail", [False, True])
-def test_everything_is_proved_where_nothing_can_change(shared: Path, tail: bool) -> None:
-    case = food(shared, 4)
-    proved, _, _ = proofs(case, len(case.y), 1.17, 5.5, 100.0, tail, torch.float64)
-    assert proved.all()  # all keys retrieved
-    proved, _, _ = proofs(case, 1, 0.0, 5.5, 100.0, tail, torch.float64)
-    assert proved.all()  # alpha 0: the text alone decides
-    one = random_case(7, (30,))
-    proved, _, _ = proofs(one, 1, 1.0, 5.5, 100.0, tail, torch.float64)
-    assert proved.all()  # no other class
-
-
-# ------------------------------------------------------------------------------------------------- classes met whole
-
-
-@st.composite
-def at_the_means(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
-    """Text logits, cache logits at the mean affinities, true ones of up to ``slack`` more; alpha and slack.
-
-    Values are of few, so that ties and bounds that are just reached are common; a class may have no keys.
-    """
-    q, c = draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    alpha, slack = draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])), draw(st.sampled_from([0.0, 0.125, 1.0, 10.0]))
-    beta = draw(st.sampled_from([0.0, 1.0, 5.5]))
-    numbers = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 16.0]), min_size=c, max_size=c))
-
-    def matrix(values: st.SearchStrategy[float]) -> torch.Tensor:
-        return torch.tensor(
-            [draw(st.lists(values, min_size=c, max_size=c)) for _ in range(q)], dtype=torch.float64
-        ).view(q, c)
-
-    text = matrix(st.one_of(st.sampled_from([-1.0, 0.0, 0.25, 1.0, 2.0]), st.floats(-20, 20)))
-    mean = matrix(st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(-1, 1)))
-    used = matrix(st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)))  # of the slack, by each class
-    cache = tip.at_mean(torch.tensor(numbers, dtype=torch.float64), mean, beta)
-    return text, cache, cache * (1 + slack * used), alpha, slack
-
-
-@settings(max_examples=examples(400), deadline=None)
-@given(at_the_means(), st.integers(1, 7))
-def test_the_winner_of_a_settled_query_is_among_the_classes_it_met(
-    given_: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float], most: int
-) -> None:
-    text, cache, true, alpha, slack = given_
-    classes, met = tip.promising(text, cache, alpha, slack, most)
-    settled = tip.settled(text, cache, alpha, slack, classes)
-    lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
-    assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
-    ranked = lower.gather(1, classes)
-    assert (ranked[:, 0] == lower.amax(1)).all()
-    assert (ranked.diff(dim=1) <= 0).all()
-    assert met[:, 0].all()
-    for query in range(len(text)):
-        own = classes[query, met[query]]
-        best = exact[query].max()
-        tolerance = 1e-9 * (1 + text.abs().max() + alpha * true.max())
-        if most >= text.shape[1]:
-            assert settled[query]  # there is no other class
-        if settled[query]:
-            assert exact[query, own].max() >= best - tolerance
-            known = lower[query].clone()
-            known[own] = exact[query, own]
-            assert exact[query, known.argmax()] >= best - tolerance  # the answer that is given
-
-
-def test_a_class_that_could_win_leaves_a_query_unsettled_and_one_that_cannot_does_not() -> None:
-    text, cache = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 1.0]])
-    for slack, met_of_three, settled_by_one in ((0.5, 1, True), (0.99, 1, True), (1.01, 2, False), (2.01, 3, False)):
-        classes, met = tip.promising(text, cache, 1.0, slack, 3)
-        assert classes.tolist() == [[0, 1, 2]]
-        assert int(met.sum()) == met_of_three
-        assert tip.settled(text, cache, 1.0, slack, classes[:, :1]).tolist() == [settled_by_one]
-
-
-def test_a_tie_at_the_bound_is_met_and_not_settled() -> None:
-    text, cache = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]])
-    classes, met = tip.promising(text, cache, 1.0, 1.0, 2)  # with all its slack the second has 3 too
-    assert met.tolist() == [[True, True]]
-    assert not tip.settled(text, cache, 1.0, 1.0, classes[:, :1]).any()
-
-
-def test_without_alpha_the_text_alone_says_what_to_meet() -> None:
-    text = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
-    classes, met = tip.promising(text, torch.tensor([[1e6, 1.0, 2.0, 0.0]]), 0.0, 10.0, 4)
-    assert set(classes[met].tolist()) == {1, 2}
-    assert not tip.settled(text, torch.ones(1, 4), 0.0, 10.0, classes[:, :1]).any()
-    assert tip.settled(text, torch.ones(1, 4), 0.0, 10.0, classes[:, :2]).all()
-
-
-@pytest.mark.parametrize(("alpha", "slack"), [(1e39, 1.0), (1e300, 1e9), (0.0, 1e9), (1e38, 1e9)])
-def test_settings_that_overflow_still_meet_the_first_class(alpha: float, slack: float) -> None:
-    text, cache = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[0.0, 3.0, 1e-3]])
-    classes, met = tip.promising(text, cache, alpha, slack, 2)
-    assert met[:, 0].all()
-    assert tip.settled(text, cache, alpha, slack, classes).shape == (1,)
-
-
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.floats(0, 30))
 def test_keys_at_their_mean_affinity_never_add_more_than_at_their_own(own: list[float], beta: float) -> None:
     affinity = torch.tensor(own, dtype=torch.float64)
@@ -496,18 +296,87 @@ def test_text_logits_can_be_written_where_they_are_wanted() -> None:
     assert into[[0, 6]].isnan().all()
 
 
-@given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
-def test_errors_change_a_winner_only_where_it_is_close(c: int, alpha: float, error: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    text, cache = torch.from_numpy(rng.normal(size=(20, c))), torch.from_numpy(rng.gamma(1, size=(20, c)))
-    other = cache * (1 + error * torch.from_numpy(rng.choice([-1.0, 1.0], (20, c))))
-    changed = tip.blend(text, cache, alpha).argmax(1) != tip.blend(text, other, alpha).argmax(1)
-    close = tip.close(text, cache, alpha, error)
-    assert (close | ~changed).all()
-    assert c > 1 or not close.any()
+# ---------------------------------------------------------------------------------------------------- the whole method
 
 
-def test_what_is_far_apart_is_not_close() -> None:
-    text, cache = torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])
-    assert not tip.close(text, cache, 1.0, 0.1).any()  # 6 or 5.9, against 3 or 3.2
-    assert tip.close(text, cache, 1.0, 1.0).all()  # 5 against 5
+@settings(max_examples=examples(50), deadline=None)
+@given(cases(), st.floats(0, 20), st.floats(0.5, 200), betas, st.one_of(st.none(), st.floats(1e-3, 10)))
+def test_answer_is_what_the_parts_give(
+    case: Case, alpha: float, scale: float, beta: float, offset: float | None
+) -> None:
+    f, K, y = case.tensors()
+    d = K.shape[1]
+    W, phi = torch.from_numpy(case.W), tip.Metric(K.mean(0) / 2, torch.eye(d, dtype=K.dtype) + 0.1)
+    V = torch.eye(case.c, dtype=K.dtype)[y]
+    scales = {"alpha": alpha, "beta": beta, "logit_scale": scale}
+    whole = tip.answer(f, K, V, W, **scales, phi=phi, offset=offset)
+    cache = tip.cache_logits(tip.affinity(phi(f), phi(K)), y, case.c, beta)
+    parts = tip.blend(tip.text_logits(f, W, scale), tip.log_cache(cache, offset), alpha)
+    torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
+
+
+FUNCTIONS = {
+    "exp": np.exp,
+    "log": np.log,
+    "max": np.maximum,
+    "softmax": lambda z: scipy.special.softmax(z, axis=1),
+    "unit": lambda x: x / np.linalg.norm(x, axis=1, keepdims=True),
+}
+
+
+def evaluated(formula: str, letters: dict[str, Any]) -> dict[str, Any]:
+    """A formula, evaluated line by line as Python: letters side by side are multiplied, by a factor or as matrices."""
+    names = FUNCTIONS | letters
+    for line in formula.splitlines():
+        left, right = re.split(r" = | <- ", line.split(None, 1)[1].strip())
+        scaled = re.sub(r"\b(alpha|beta|logit_scale) ", r"\1 * ", right.replace("^T", ".T"))
+        product = re.sub(r"(?<=[\w)]) (?=[\w(])", " @ ", scaled)
+        if left == "phi(x)":
+            names["phi"] = eval(f"lambda x: {product}", names)
+        else:
+            names[left] = eval(product, names)
+    return names
+
+
+def table(path: Path, features: Array, labels: list[str]) -> Path:
+    """A feature table."""
+    kind = pa.list_(pa.float32(), features.shape[1])
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1), pa.float32()), type=kind)
+    pq.write_table(pa.table({"id": [f"{i}.jpg" for i in range(len(labels))], "label": labels, "feature": flat}), path)
+    return path
+
+
+@pytest.mark.parametrize("fit", ["auto", "none"])
+def test_readmes_formula_gives_the_logits_of_an_exported_index(
+    tmp_path: Path, fit: str, run: Callable[..., Any]
+) -> None:
+    """From the files of the index alone: tables that ``index export`` writes, and the arrays of what was fitted."""
+    rng, names, index = np.random.default_rng(6), list("abcde"), tmp_path / "index"
+    means = unit(rng.standard_normal((5, 32)))
+    shots, test = (unit(means[np.arange(m) % 5] + 0.53 * rng.standard_normal((m, 32))) for m in (80, 40))
+    words = table(tmp_path / "words.parquet", unit(means + 0.09 * rng.standard_normal((5, 32))), names)
+    source = table(tmp_path / "shots.parquet", shots, [names[i % 5] for i in range(80)])
+    run("index", "build", source, "--text", words, "--fit", fit, "--out", index)
+    run("index", "export", index, "--out", tmp_path / "keys.parquet", "--text", tmp_path / "text.parquet")
+    manifest = json.loads((index / "manifest.json").read_text())
+    K, W = (np.stack(pq.read_table(tmp_path / name)["feature"].to_numpy()) for name in ("keys.parquet", "text.parquet"))
+    labels = pq.read_table(tmp_path / "keys.parquet")["label"].to_pylist()
+
+    def array(kind: str) -> Array:
+        stored: Array = np.load(index / manifest["files"][kind]["name"]).astype(np.float64)
+        return stored
+
+    letters = {name: manifest[name] for name in ("alpha", "beta", "logit_scale", "temperature")}
+    letters |= {"f": test.astype(np.float32), "K": K, "W": W}
+    lines = re.search(r"```\n(metric .*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    if fit == "none":  # as README says: no metric, no link, one-hot values
+        lines = "\n".join(line for line in lines.splitlines() if line.split()[0] not in ("metric", "link"))
+        letters |= {"phi": lambda x: x, "V": np.eye(5)[[names.index(label) for label in labels]]}
+    else:
+        metric = array("metric")
+        letters |= {"m": metric[:1], "T": metric[1:], "V": array("values"), "o": manifest["log_offset"]}
+    made = evaluated(lines, letters)
+    cache = CacheModel.load(index, device="cpu", precision="float32")
+    np.testing.assert_allclose(cache.exact_logits(letters["f"]), made["L"], rtol=1e-6, atol=1e-4)
+    chances = [prediction.probability for prediction in cache.classify(letters["f"])]
+    np.testing.assert_allclose(chances, made["P"].max(axis=1), rtol=1e-3)

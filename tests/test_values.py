@@ -82,7 +82,7 @@ def slow(
 @pytest.mark.parametrize("values", [None, VALUES])
 def test_what_the_keys_give_adds_up_to_the_cache(values):
     cache = model(values=values)
-    alone = cache.terms(QUERIES)[1].numpy()
+    alone = cache.terms(QUERIES).cache.numpy()
     for q, prediction in enumerate(cache.classify(QUERIES, top=C, neighbours=N)):
         assert len(prediction.neighbours) == N
         gives = np.array([key.gives for key in prediction.neighbours])
@@ -265,7 +265,7 @@ def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callab
     assert cache.values is not None
     assert (cache.values.dtype, tuple(cache.values.shape)) == (torch.float32, (N, C))
     expected = slowly(k, tail)
-    np.testing.assert_allclose(cache.terms(QUERIES, k, tail)[1], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache.terms(QUERIES, k, tail).cache, expected, rtol=1e-4, atol=1e-4)
     text = SCALE * QUERIES.astype(np.float64) @ TEXT.T.astype(np.float64)
     answers = cache.classify(QUERIES, k=k, tail=tail)
     assert [a.label for a in answers] == [NAMES[i] for i in (text + 1.5 * expected).argmax(1)]
@@ -286,7 +286,7 @@ def test_what_happens_to_the_array_later_is_no_matter() -> None:
     values = VALUES.copy()
     cache = model(values=values)
     values *= 2
-    np.testing.assert_allclose(cache.terms(QUERIES)[1], slowly(None, False), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache.terms(QUERIES).cache, slowly(None, False), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -311,11 +311,11 @@ def test_values_of_a_copy_are_checked_and_used() -> None:
     cache = model(values=None)
     cache.logits(QUERIES, 9)
     copy = replace(cache, values=model().values)
-    np.testing.assert_allclose(copy.terms(QUERIES, 9)[1], slowly(9, True), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(copy.terms(QUERIES, 9).cache, slowly(9, True), rtol=1e-4, atol=1e-4)
     again = replace(
         copy, settings=copy.settings.override(alpha=0.5), values=2 * copy.values
     )  # sums are not those of the values before
-    np.testing.assert_allclose(again.terms(QUERIES, 9)[1], 2 * slowly(9, True), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(again.terms(QUERIES, 9).cache, 2 * slowly(9, True), rtol=1e-4, atol=1e-4)
     for bad in (torch.ones(N, C + 1), torch.ones(N)):
         with pytest.raises(InputError, match=r"^values: shape"):
             replace(cache, values=bad)
@@ -330,7 +330,7 @@ def test_a_key_that_is_added_gives_to_its_own_class_and_one_removed_nothing(k: i
     cache.logits(QUERIES, 9)  # fills what is kept between calls
     ids = cache.add(KEYS[half:], Y[half:])
     mixed = np.concatenate([VALUES[:half], ONE_HOT[half:]])
-    np.testing.assert_allclose(cache.terms(QUERIES, k)[1], slowly(k, True, values=mixed), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache.terms(QUERIES, k).cache, slowly(k, True, values=mixed), rtol=1e-4, atol=1e-4)
     assert cache.values is not None
     key_ids = cache.labels["key_id"].to_numpy()
     np.testing.assert_array_equal(cache.values, mixed[key_ids])
@@ -338,7 +338,7 @@ def test_a_key_that_is_added_gives_to_its_own_class_and_one_removed_nothing(k: i
     cache.remove(gone)
     kept = np.setdiff1d(np.arange(N), gone)
     expected = slowly(k, True, KEYS[kept], Y[kept], mixed[kept])
-    np.testing.assert_allclose(cache.terms(QUERIES, k)[1], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache.terms(QUERIES, k).cache, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_change_that_cannot_be_leaves_the_values() -> None:
@@ -357,7 +357,7 @@ def test_taken_rows_keep_their_values() -> None:
     taken = cache.take(rows)
     places = cache.labels["key_id"].to_numpy()[rows]
     expected = slowly(None, False, KEYS[places], Y[places], VALUES[places])
-    np.testing.assert_allclose(taken.terms(QUERIES)[1], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(taken.terms(QUERIES).cache, expected, rtol=1e-4, atol=1e-4)
     assert model(values=None).take(rows).values is None
 
 

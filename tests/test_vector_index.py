@@ -419,8 +419,7 @@ def test_with_more_keys_auto_moves_on_from_all_to_classes_to_lists_and_never_bac
         (2049, 2, ("IVF181,Flat", 256)),
         (1_281_167, 1000, ("Classes", 10249)),
         (1_000_000, 100, ("IVF4000,Flat", 256)),
-        (32767 * 16, 32767, ("Classes", 128)),
-        (32768 * 16, 32768, ("Classes,HNSW32", 128)),
+        (32768 * 16, 32768, ("Classes", 128)),
     ],
 )
 def test_auto_chooses_by_the_numbers(n: int, c: int, expected: tuple[str, int | None]) -> None:

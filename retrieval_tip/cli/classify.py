@@ -176,25 +176,24 @@ def classify(
         finish(ctx, made.failed)
         return
     sources = list(open_inputs(inputs, paths_on_stdin()))
-    cache = loaded.every_class() if rows.with_logits else loaded
-    columns = rows.columns(cache)
+    columns = rows.columns(loaded)
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     settled: Counter[int] = Counter()
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
 
         def answers() -> Iterator[pa.Table]:
             for source in sources:
-                for block in cache.classify_source(
+                for block in loaded.classify_source(
                     source, encoder, rows.top, neighbours=rows.shown_neighbours, certify=rows.certify
                 ):
                     table = block.written(columns, rows.abstain)
                     settled.update(table["keys"].to_pylist() if rows.certify else ())
                     yield table
 
-        known = {"input": chain.from_iterable(source.sources for source in sources), "label": cache.class_names}
+        known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
         write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
     if rows.certify:
-        _say_settled(cache, settled)
+        _say_settled(loaded, settled)
     finish(ctx, encoder.skipped)
 
 

@@ -122,8 +122,6 @@ class ClassifyTask(IndexTask):
     def start(self, device: str, encoder: Encoder) -> None:
         """Open the index."""
         super().start(device, encoder)
-        if "logits" in self.rows.columns:
-            self._cache = self._cache.every_class()
 
     def work(self, shard: Shard, source: Source, encoder: Encoder) -> Summary:
         """Write the part."""

@@ -218,8 +218,8 @@ def see(
     positions: list[Ints] = [np.zeros(0, dtype=np.int64)]
     for block in blocks:
         for part in cache.parts(len(block.positions)):
-            text, alone = cache.terms(block.features[part])
-            logits = tip.blend(text, alone, settings.alpha)
+            terms = cache.terms(block.features[part])
+            text, alone, logits = terms.text, terms.cache, terms.logits(settings)
             ranked = logits.topk(most, dim=1).indices
             parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
             chances.append(tip.probabilities(logits, settings.temperature).gather(1, ranked[:, :1]).cpu())

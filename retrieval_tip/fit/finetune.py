@@ -29,7 +29,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from retrieval_tip import tip
 from retrieval_tip.backbones.base import PARTS, Trainable
 from retrieval_tip.backbones.loading import write_tuned
 from retrieval_tip.bounds import check_memory
@@ -622,7 +621,6 @@ class _Run:
                 self.cache.index.factory,
                 self.cache.device,
             ),
-            text_index=None,
             settings=replace(self.cache.settings, temperature=1.0),
             backbone=backbone.identity if encoders and backbone is not None else self.cache.backbone,
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},
@@ -740,10 +738,12 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
 
 def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
     """The alpha of the least cross-entropy on the queries."""
-    text, terms = cache.terms(queries.features, "all")
+    terms, settings = cache.terms(queries.features, "all"), cache.settings
     ids = torch.from_numpy(queries.ids).to(cache.device)
     alphas = [float(alpha) for alpha in np.geomspace(1e-3, 1e6, 91)]
-    return min(alphas, key=lambda alpha: float(functional.cross_entropy(tip.blend(text, terms, alpha), ids)))
+    return min(
+        alphas, key=lambda alpha: float(functional.cross_entropy(terms.logits(replace(settings, alpha=alpha)), ids))
+    )
 
 
 def _check_length(cache: CacheModel, name: str, d: int) -> None:

@@ -22,6 +22,7 @@ from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.adamw import AdamW, BlockAdamW, RowAdamW
 from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys, RetrievedKeys
+from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.retrieval.vector_index import VectorIndex
 
 TRAIN = ("keys", "values", *PARTS)
@@ -242,7 +243,7 @@ class Trainer:
 
     def _blend(self, features: Tensor, cache_logits: Tensor, text_weights: Tensor) -> Tensor:
         text = tip.text_logits(features, text_weights, self.cache.settings.logit_scale)
-        return tip.blend(text, cache_logits, self.cache.settings.alpha)
+        return Terms(text, cache_logits).logits(self.cache.settings)
 
 
 class _All:

@@ -33,7 +33,7 @@ from retrieval_tip.lance.draft import LanceDraft, index_kind
 from retrieval_tip.lance.key_table import FLAT
 from retrieval_tip.retrieval.defaults import Statistics, measure, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates, duplicates
-from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over, text_index_over
+from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import (
     Built,
@@ -256,7 +256,6 @@ def _build_folder(
             class_names=names,
             text_weights=torch.zeros(len(names), d) if weights is None else torch.from_numpy(weights),
             index=index_over(keys, ids, len(names), BY_CLASS if fitted else factory, device="cpu"),
-            text_index=None if weights is None else text_index_over(weights, factory, device="cpu"),
             settings=made.asked.plain(statistics, met),
             templates=made.words.templates,
             backbone=_identity(source, encoder),

@@ -22,6 +22,7 @@ from retrieval_tip.backbones.tower import shorter_side
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import replacing
+from retrieval_tip.retrieval.terms import Terms
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Trainable
@@ -70,7 +71,7 @@ class Answer(torch.nn.Module):
         affinity = tip.affinity(points, self.keys)
         cache = tip.cache_logits(affinity, self.ids, self.n_classes, settings.beta, values=tip.Values(self.values))
         text = tip.text_logits(features, self.text, settings.logit_scale)
-        logits = tip.blend(text, tip.log_cache(cache, settings.log_offset), settings.alpha)
+        logits = Terms(text, tip.log_cache(cache, settings.log_offset)).logits(settings)
         return logits, (logits / settings.temperature).softmax(1)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
@@ -151,8 +150,7 @@ def _timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Ten
 
 
 def _winners(cache: CacheModel, f: torch.Tensor, k: int | None) -> torch.Tensor:
-    text, alone = cache.terms(f, k or "all", tail=True)
-    return tip.blend(text, alone, cache.settings.alpha).argmax(dim=1).cpu()
+    return cache.logits(f, k or "all", tail=True).argmax(dim=1).cpu()
 
 
 def _frontier(trials: list[Trial]) -> list[Trial]:

@@ -30,7 +30,7 @@ class Nearest:
         """The three tensors."""
         return self.affinity, self.rows, self.class_ids
 
-    def of(self, part: slice | Tensor) -> Nearest:
+    def queries(self, part: slice | Tensor) -> Nearest:
         """Return the keys of some of the queries."""
         return Nearest(*(column[part] for column in self.columns))
 
@@ -116,9 +116,9 @@ class Contributors:
     supporting: Nearest
     opposing: Nearest
 
-    def of(self, part: slice) -> Contributors:
+    def queries(self, part: slice) -> Contributors:
         """Return the shots of some of the queries."""
-        return Contributors(self.supporting.of(part), self.opposing.of(part))
+        return Contributors(self.supporting.queries(part), self.opposing.queries(part))
 
     @classmethod
     def joined(cls, parts: Sequence[Contributors]) -> Contributors:

@@ -115,17 +115,6 @@ def beside(index: VectorIndex, late: Sequence[npt.NDArray[Any]], class_ids: IntA
     return bare.plus(changed, means)
 
 
-def text_index_over(text_weights: npt.NDArray[np.float32], factory: str, device: str = "auto") -> VectorIndex | None:
-    """The index over the text weights ``[c, d]`` that goes with an index over class means that are themselves indexed.
-
-    ``None`` where the classes are few enough to compare with all (any other factory), or have no text weights.
-    """
-    inner = inner_factory(factory)
-    if inner in (None, "Flat") or not text_weights.any():
-        return None
-    return _of_classes(VectorIndex.build(text_weights, inner, device))
-
-
 def _of_classes(index: VectorIndex) -> VectorIndex:
     """With four times the usual effort: a class that is missed counts nothing, where a missed key counts at a mean."""
     if index.effort is not None and index.effort_limit is not None:

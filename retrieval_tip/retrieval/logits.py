@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.retrieval.certify import certificate, promising, settled, uncertain
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
-from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, KeyStream, own_affinity
+from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, KeyStream
+from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Settings
 
@@ -25,27 +27,10 @@ CLOSE = 1e-3
 """Times beta, the relative error of cache logits that half precision may bring; closer answers are not left to it.
 Six times the root mean square on features like CLIP's: a weight is off by beta times what its affinity is."""
 
-SHORTLIST = 32
-"""Classes near a query by text, and as many by mean key, that are compared where there are too many to compare all."""
-
 
 def slices(q: int, size: int) -> Iterator[slice]:
     """``q`` queries, so many at a time."""
     return (slice(start, min(start + size, q)) for start in range(0, q, size))
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The two parts of the logits of ``q`` queries: ``text`` and ``cache`` (without alpha), ``[q, c]`` each.
-
-    ``settled`` ``[q]`` bool: no key that was not met can change the winner; all are, unless it was to be looked at.
-    ``shots``: the shots behind each answer, if queries met keys of their own and these were asked for.
-    """
-
-    text: Tensor
-    cache: Tensor
-    settled: Tensor
-    shots: Contributors | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,25 +65,21 @@ class Retrieval(ABC):
         With ``certify``, also which queries are settled. With ``neighbours``, also the shots behind each answer, if a
         query meets keys of its own; else :meth:`contributors` finds them.
         """
-        settings, c, points = self.settings, self.keys.n_classes, self.points(features)
-        text = features.new_empty(len(features), c)
-        settled = torch.ones(len(features), dtype=torch.bool, device=self.keys.device)
-        if settings.k is None or settings.k >= self.keys.n:
-            tip.text_logits(features, self.text_weights, settings.logit_scale, out=text)
-            terms = Terms(text, self._over_all(points, text), settled)
-            tip.log_cache(terms.cache, settings.log_offset)
-            return terms
-        terms = Terms(text, torch.empty_like(text), settled)
-        return replace(terms, shots=self._meet(features, points, settings.k, terms, certify, neighbours))
+        settings, points = self.settings, self.points(features)
+        if settings.k is not None and settings.k < self.keys.n:
+            return self._meet(features, points, settings.k, certify, neighbours)
+        text = tip.text_logits(features, self.text_weights, settings.logit_scale)
+        return Terms(text, tip.log_cache(self._over_all(points, text), settings.log_offset))
 
     def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
-        alpha, beta = self.settings.alpha, self.settings.beta
+        beta = self.settings.beta
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
         if products != torch.float32 and len(points):
-            parts, error = self._parts(len(points)), min(1.0, CLOSE * beta)
-            close = torch.cat([tip.close(text[part], cache[part], alpha, error) for part in parts])
+            terms, error = Terms(text, cache), min(1.0, CLOSE * beta)
+            parts = self._parts(len(points))
+            close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
             cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
         return cache
 
@@ -106,30 +87,29 @@ class Retrieval(ABC):
         """``q`` queries, as many at a time as a processor's cache holds the logits of; a GPU has no such limit."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _meet(
-        self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool, neighbours: int
-    ) -> Contributors | None:
-        """Fill ``terms`` with logits over about ``k`` keys, and return ``neighbours`` shots behind each answer."""
+    def _meet(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> Terms:
+        """Return terms over about ``k`` keys, with ``neighbours`` shots behind each answer if the keys are at hand."""
+        settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
+        done = torch.ones(len(text), dtype=torch.bool, device=text.device)
+        terms = Terms(text, torch.empty_like(text), done)
         if self.by_class:
-            self._meet_classes(features, points, k, terms, certify)
-            tip.log_cache(terms.cache, self.settings.log_offset)
-            return None
-        settings, kept = self.settings, []
+            self._meet_classes(features, points, k, terms, done if certify else None)
+            tip.log_cache(terms.cache, settings.log_offset)
+            return terms
+        kept = []
         for part in slices(len(features), max(QUERY_BLOCK, LOGITS // max(k, self.keys.n_classes))):
-            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=terms.text[part])
+            own = terms.queries(part)
+            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
             near = self.nearest(points[part], k)
             totals = tip.Totals.of(points[part], self.keys.sums, self.keys.counts) if settings.tail or certify else None
-            terms.cache[part] = self._over(near, totals if settings.tail else None)
+            own.cache.copy_(self._over(near, totals if settings.tail else None))
             if certify and totals is not None:
-                logits = tip.blend(terms.text[part], terms.cache[part], settings.alpha)
-                met = (logits, near.affinity, near.class_ids, totals)
-                terms.settled[part] = tip.certificate(*met, settings.alpha, settings.beta, tail=settings.tail)
-            tip.log_cache(terms.cache[part], settings.log_offset)
+                done[part] = certificate(own, near, totals, settings)
+            tip.log_cache(own.cache, settings.log_offset)
             if neighbours:
-                logits = tip.blend(terms.text[part], terms.cache[part], settings.alpha)
-                winner, rival = (self._contributions(near, classes) for classes in first_two(logits))
+                winner, rival = (self._contributions(near, classes) for classes in first_two(own.logits(settings)))
                 kept.append(Contributors.among(near, winner, rival, self.keys.n_classes, neighbours))
-        return Contributors.joined(kept) if kept else None
+        return replace(terms, shots=Contributors.joined(kept) if kept else None)
 
     def _contributions(self, near: Nearest, classes: Tensor) -> Tensor:
         """Return what keys ``[q, k]`` contribute to one class of each query, ``classes`` ``[q]``; -1 is no class."""
@@ -147,7 +127,7 @@ class Retrieval(ABC):
         if few.any():
             others = self.nearest(points[few], number)
             others = others.without(others.class_ids == winner[few, None], c)
-            filled = Nearest.beside([own.of(few), others])
+            filled = Nearest.beside([own.queries(few), others])
             own.put(few, filled.ordered(torch.zeros_like(filled.affinity)).first(number))
         return Contributors(own, opposing)
 
@@ -168,28 +148,29 @@ class Retrieval(ABC):
             for query in queries[place].split(QUERY_BLOCK):
                 affinity, near = tip.affinity(points[query], keys).topk(min(k, len(keys)), dim=1)
                 found = Nearest(affinity, rows[near], asked[place].expand(near.shape))
-                both = Nearest.beside([best.of(query), found])
+                both = Nearest.beside([best.queries(query), found])
                 kept = both.at(both.affinity.topk(k, dim=1).indices)
                 best.put(query, kept)
         return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
-    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Terms, certify: bool) -> None:
+    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Terms, done: Tensor | None) -> None:
         """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
 
         First come all queries' classes: the more queries meet a class at once, the less often its keys are read.
         """
-        settings, keys, text, cache = self.settings, self.keys, terms.text, terms.cache
+        settings, keys = self.settings, self.keys
         slack, most = keys.slack(settings.beta), min(self._most(k), keys.n_classes)
         classes = torch.empty(len(features), most, dtype=torch.int64, device=keys.device)
         met = torch.empty(classes.shape, dtype=torch.bool, device=keys.device)
         for part in self._parts(len(features)):
-            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=text[part])
-            tip.affinity(points[part], keys.means, out=cache[part])
-            tip.at_mean(keys.counts, cache[part], settings.beta, out=cache[part])
-            classes[part], met[part] = tip.promising(text[part], cache[part], settings.alpha, slack, most)
-            if certify:
-                terms.settled[part] = tip.settled(text[part], cache[part], settings.alpha, slack, classes[part])
-        self._over_classes(points, cache, classes, met)
+            own = terms.queries(part)
+            tip.text_logits(features[part], self.text_weights, settings.logit_scale, out=own.text)
+            tip.affinity(points[part], keys.means, out=own.cache)
+            tip.at_mean(keys.counts, own.cache, settings.beta, out=own.cache)
+            classes[part], met[part] = promising(own, settings, slack, most)
+            if done is not None:
+                done[part] = settled(own, settings, slack, classes[part])
+        self._over_classes(points, terms.cache, classes, met)
 
     def _over_classes(self, points: Tensor, cache: Tensor, classes: Tensor, met: Tensor) -> None:
         """Put logits over the keys of ``classes`` ``[q, p]``, where ``met``, into ``cache``, till then at means."""
@@ -226,13 +207,11 @@ class Retrieval(ABC):
 class IndexRetrieval(Retrieval):
     """Of keys in one memory, or mapped to it, by a FAISS index over them or over the means of their classes.
 
-    ``values`` ``[n, c]`` is what each key gives to each class, where that is not 1 to its own; ``text_index`` finds the
-    text weights near a query, where the classes are many.
+    ``values`` ``[n, c]`` is what each key gives to each class, where that is not 1 to its own.
     """
 
     keys: Keys
     index: VectorIndex
-    text_index: VectorIndex | None = None
     values: Tensor | None = None
 
     def double(self) -> IndexRetrieval:
@@ -240,11 +219,6 @@ class IndexRetrieval(Retrieval):
         values = None if self.values is None else self.values.double()
         metric = None if self.metric is None else self.metric.double()
         return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
-
-    @property
-    def has_shortlist(self) -> bool:
-        """Whether the classes are so many that :meth:`shortlist` is for them."""
-        return self.text_index is not None and self.index.by_class and self.values is None
 
     def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
         if self.values is None:
@@ -347,28 +321,6 @@ class IndexRetrieval(Retrieval):
 
     def _nearest_means(self, points: Tensor, number: int) -> Tensor:
         return self.index.search_tensor(points, number)[1]
-
-    def shortlist(self, features: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The classes near each query by text or by mean key, ``[q, m]``, their text and their cache logits.
-
-        A class that is there twice has the text logit -inf the second time.
-        """
-        assert self.text_index is not None
-        keys, settings = self.keys, self.settings
-        points = self.points(features)
-        pairs = ((self.index, points), (self.text_index, features))
-        near = [index.search_tensor(where, SHORTLIST)[1] for index, where in pairs]
-        classes, _ = torch.cat(near, dim=1).sort(dim=1)
-        again = torch.cat([classes[:, :1] < 0, (classes[:, 1:] == classes[:, :-1]) | (classes[:, 1:] < 0)], dim=1)
-        text = settings.logit_scale * own_affinity(features, classes, lambda rows: self.text_weights[rows])
-        text.masked_fill_(again, -torch.inf)
-        classes = classes.clamp_min(0)
-        means = own_affinity(points, classes, lambda rows: keys.means[rows])
-        cache = tip.at_mean(keys.counts[classes], means, settings.beta)
-        places, met = tip.promising(text, cache, settings.alpha, keys.slack(settings.beta), self._most(k))
-        exact = keys.class_logits(points, classes.gather(1, places), met, settings.beta)
-        _put(cache, places, met, exact, settings.tail)
-        return classes, text, cache
 
 
 def first_two(logits: Tensor) -> tuple[Tensor, Tensor]:

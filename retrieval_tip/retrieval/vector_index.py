@@ -45,9 +45,6 @@ TRAINING_PER_LIST = 256
 BY_CLASS = "Classes"
 """Factory of an index over the means of the classes: ``Classes``, or ``Classes,`` and a FAISS factory for the means."""
 
-MANY_CLASSES = 32768
-"""Classes from which even their means and text weights are searched by an index."""
-
 MOST_LINKS = 1024
 """Of a key in a graph."""
 
@@ -79,14 +76,13 @@ def auto_factory(n: int, c: int) -> tuple[str, int | None]:
     Measured by benchmarks/throughput.py, on features like CLIP's:
 
     - up to 4 keys a class, or 2048 in all: every key (``Flat``, k = all). The text weights cost as much as the keys.
-    - up to ``4 sqrt(n)`` keys a class: whole classes (``Classes``), 8 at most. From 32,768 classes on, these too are
-      found by an index, a graph: what is common to all text weights leaves no clusters for an inverted file.
+    - up to ``4 sqrt(n)`` keys a class: whole classes (``Classes``), 8 at most.
     - more: an inverted file over the keys, of ``4 sqrt(n)`` lists; the 256 nearest.
     """
     if n <= max(4 * c, 2048):
         return "Flat", None
     if n <= 4 * c * n**0.5:
-        return f"{BY_CLASS},HNSW32" if c >= MANY_CLASSES else BY_CLASS, round(8 * n / c)
+        return BY_CLASS, round(8 * n / c)
     return lists_for(n), 256
 
 

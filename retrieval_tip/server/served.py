@@ -93,8 +93,6 @@ class Version:
     def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
         """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`AnsweringIndex.classify`."""
         cache = self.cache.with_settings(self.settings(ask))
-        if ask.logits:
-            cache = cache.every_class()
         hidden = {"keys"} if ask.logits else {"keys", "logits"}
         results: list[dict[str, Any]] = []
         for part in slices(len(features), self.at_once(ask)):

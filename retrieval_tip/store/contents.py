@@ -51,7 +51,7 @@ class Contents:
     describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32 were solved or trained;
     the ``metric`` of a fitted index makes the first segment its ``points``, of the keys' dtype, and the ``sums`` that
     it is fitted from are of all keys; the loss ``curve`` and the ``weights`` of an encoder (a safetensors file) are
-    those of a fine-tuned one, ``text_index`` is that of very many classes. Where contents were just read, indexes are
+    those of a fine-tuned one, Where contents were just read, indexes are
     ``None``: their files are opened by who knows FAISS.
     """
 
@@ -62,7 +62,6 @@ class Contents:
     curve: pa.Table | None = None
     weights: Path | None = None
     index: SavedIndex | None = None
-    text_index: SavedIndex | None = None
     metric: tip.Metric | None = None
     points: npt.NDArray[Any] | None = None
     sums: Sums | None = None
@@ -102,16 +101,12 @@ class Contents:
         if stored is not None:
             stored.check_copied(self, shared=shared is not None)
         self._write_keys(writer, shared)
-        for kind in ("index", "text_index"):
-            index: SavedIndex | None = getattr(self, kind)
-            if index is None:
-                continue
-            if shared is not None and shared.has_index(kind, index):
-                writer.keep(kind)
-                continue
-            staged = writer.stage(kind)
-            index.save(staged)
-            writer.seal(kind, staged, len(self.segments[0]) if kind == "index" else index.indexed)
+        if self.index is not None and shared is not None and shared.has_index(self.index):
+            writer.keep("index")
+        elif self.index is not None:
+            staged = writer.stage("index")
+            self.index.save(staged)
+            writer.seal("index", staged, len(self.segments[0]))
         for kind in HELD:
             held = getattr(self, kind)
             if held is None:
@@ -185,9 +180,8 @@ class Stored:
     @classmethod
     def of(cls, check: Check, contents: Contents) -> Stored:
         """That a version holds these contents; its indexes learn the files that they are in."""
-        for kind in ("index", "text_index"):
-            if (index := getattr(contents, kind)) is not None:
-                index.path = check.folder / check.manifest.files[kind].name
+        if contents.index is not None:
+            contents.index.path = check.folder / check.manifest.files["index"].name
         return cls(check, contents)
 
     @property
@@ -207,9 +201,9 @@ class Stored:
         pairs = zip(self.contents.segments, self.manifest.segments, strict=True)
         return next((segment for stored, segment in pairs if stored is array), None)
 
-    def has_index(self, kind: str, index: SavedIndex) -> bool:
+    def has_index(self, index: SavedIndex) -> bool:
         """Whether this version has the index in a file."""
-        file = self.manifest.files.get(kind)
+        file = self.manifest.files.get("index")
         return file is not None and index.path == self.check.folder / file.name
 
     def check_copied(self, contents: Contents, *, shared: bool) -> None:
@@ -225,5 +219,5 @@ class Stored:
             segments = [segment for part in contents.segments if (segment := self.segment_of(part)) is not None]
             known = {segment.keys for segment in segments} | {part.labels for part in segments if self.named}
             same = [kind for kind in HELD if getattr(contents, kind) is getattr(self.contents, kind, None)]
-            known |= {files[kind] for kind in ("index", "text_index", "weights", *same) if kind in files}
+            known |= {files[kind] for kind in ("index", "weights", *same) if kind in files}
         Check(self.check.folder, self.manifest, known=known).wait()

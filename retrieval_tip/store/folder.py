@@ -7,7 +7,6 @@ manifests/000003.json     earlier versions, until they are collected
 data/keys-<digest>.npy    data/index-<digest>.faiss    data/labels-<digest>.parquet    data/text-<digest>.npy
 data/keys-<digest>.npy    data/labels-<digest>.parquet                                   of each segment that was added
 data/values-<digest>.npy  data/weights-<digest>.safetensors  data/curve-<digest>.parquet       where it was fine-tuned
-data/text_index-<digest>.faiss                                                           of very many classes
 data/metric-<digest>.npy  data/points-<digest>.npy  data/sums-<digest>.npy                     where it was fitted
 lock                      held by the process that writes
 """

@@ -30,7 +30,7 @@ OPTIONAL_KINDS = {"values": ".npy", "weights": ".safetensors", "curve": ".parque
 """Of a fitted or fine-tuned index: values ``[n, c]`` float32. Of a fitted one, the metric ``[1 + d, d]`` float32, which
 is its mean and its transform, the points ``phi(K)`` of the first segment, and the sums ``[c + d, 1 + d]`` float64 of
 all keys, where these are many (:class:`sums.Sums`). Of a fine-tuned one, tensors of its encoder and the loss curve of
-the training. Of one of very many classes: the FAISS index over their text weights."""
+the training. ``text_index`` is read and ignored: indexes of more than 32,768 classes had one up to version 0.1."""
 TABLE_KINDS = {"classes": ".parquet"}
 """Beside a table: of each class its label, its text weight, and number and sum of its keys."""
 OPTIONAL_TABLE_KINDS = {"second": ".npy", "metric": ".npy", "values": ".npy"}
@@ -272,7 +272,6 @@ class Manifest:
         _need(files["text"].rows == c, "files.text.rows")
         _need((points is not None) == moved, "points")
         _need("sums" not in files or files["sums"].rows == c + self.d, "files.sums.rows")
-        _need("text_index" not in files or files["text_index"].rows <= c, "files.text_index.rows")
         _need(all(part.keys.rows == part.labels.rows for part in later), "later.rows")
         _need(first + sum(part.keys.rows for part in later) == self.n, "n")
 
