@@ -8,7 +8,6 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -563,19 +562,6 @@ def test_a_run_that_is_larger_than_the_cache_ends(tmp_path: Path) -> None:
 
     with_cache(tmp_path, run)
     assert file.stat().st_size <= MEGABYTE
-
-
-def test_the_cache_of_an_older_program_is_bounded_too(tmp_path: Path) -> None:
-    file = tmp_path / "encodings.sqlite"
-    with_cache(tmp_path, lambda cache: keep(cache, "a", 800))
-    with closing(sqlite3.connect(file, isolation_level=None)) as db:
-        for statement in ("DROP TRIGGER encodings_used", "DROP TABLE uses", "PRAGMA auto_vacuum = 0", "VACUUM"):
-            db.execute(statement)
-    assert file.stat().st_size > 2 * MEGABYTE
-    assert with_cache(tmp_path, lambda cache: kept(cache, "a", 800)) == 800
-    with_cache(tmp_path, lambda cache: cache.limit(MEGABYTE))
-    assert file.stat().st_size <= MEGABYTE
-    assert 100 < with_cache(tmp_path, lambda cache: kept(cache, "a", 800)) < 400
 
 
 def _busy(folder: str, number: int) -> None:

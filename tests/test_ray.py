@@ -273,7 +273,7 @@ def test_the_driver_then_a_worker_is_killed_and_the_table_is_the_same(cluster, r
     assert 1 <= len(first) < 20
     incomplete = run("encode", out, "--out", tmp_path / "e.parquet")
     assert incomplete.exit_code == 1
-    assert "not all of its parts are there yet" in incomplete.stderr
+    assert "some of its parts are missing" in incomplete.stderr
     killed = []
 
     def kill():

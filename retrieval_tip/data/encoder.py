@@ -1,4 +1,4 @@
-"""Features as they flow: blocks from a backbone or a feature table, the encoding cache, and feature tables on disk."""
+"""Turn sources into features, block by block: images by a backbone and the encoding cache, tables as they are."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 _Part = tuple[IntArray, FloatArray, list[str | None]]  # positions [b], features [b, v, d], digests
 _Merge = Callable[[FloatArray], FloatArray]  # of the raw views of an image [v, d]
-_Merged = dict[str, tuple[FloatArray, str] | None]  # by path, what that gives, and the digest; None was not readable
+_Merged = dict[str, tuple[FloatArray, str] | None]  # by path: merged features and digest; None is unreadable
 _T = TypeVar("_T")
 
 CENTRE = "centre"
 REDUCED = "centre/reduced"
 REDUCED_SIDES = 3
-"""A JPEG is decoded at a size of which each side is so many times the view's: with 2, some cosines were below 0.999."""
+"""Sides of a reduced JPEG, at least, as a multiple of the view's: with 2, some cosines were below 0.999."""
 
 
 @dataclass(frozen=True)
-class Block:
+class FeatureBlock:
     """Some items of a source with their features.
 
     ``positions`` ``[b]`` into the source, ascending; ``features`` ``[b, d]`` float32; ``digests`` of the images'
@@ -69,10 +69,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Views:
-    """The views of every shot of a source, each on its own.
+    """The views of every shot of a source.
 
-    ``positions`` ``[m]`` int64: where in the source the first item of each shot stands, ascending; ``features``
-    ``[r, d]`` float32; ``starts`` ``[m + 1]`` int64: rows ``starts[i]:starts[i + 1]`` are the views of shot ``i``.
+    ``positions`` ``[m]`` int64: the first item of each shot in the source, ascending; ``features`` ``[r, d]`` float32;
+    ``starts`` ``[m + 1]`` int64: rows ``starts[i]:starts[i + 1]`` are the views of shot ``i``.
     """
 
     positions: IntArray
@@ -81,25 +81,25 @@ class Views:
 
 
 def view_names(seed: int, number: int) -> list[str]:
-    """Names of the views that ``number`` views a shot are: the centre view alone, or augmented ones by ``seed``."""
+    """Name the views of a shot: the centre view if ``number`` is 1, else views augmented by ``seed``."""
     return [CENTRE] if number == 1 else [f"crop/{seed}/{view}" for view in range(number)]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How sources become features: everything but the source itself.
+    """Everything that decides how a source becomes features.
 
-    - ``backbone``: needed for images only
-    - ``views``: 1 for the backbone's own centre view; V > 1 for the mean of V augmented views (``seed`` draws them)
+    - ``backbone``: required for images
+    - ``views``: 1 for the backbone's centre view; V > 1 for the mean of V augmented views (``seed`` draws them)
     - ``norms``: for feature tables, ``check`` that rows have unit norm, scale them to ``unit`` norm, or ``keep`` them
-    - ``batch_size``: images encoded at a time, the backbone's best by default; ``workers``: threads that read them
-    - ``cache``: where encodings are kept; ``None`` keeps none
-    - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, of which each
-      side still is ``REDUCED_SIDES`` times the view's or more: several times as fast, and a slightly other feature
-    - ``strict``: an image that cannot be read is an error instead of being named in ``skipped``
-    - ``done``: how many ``images`` were met so far, and how many of their views were encoded (``fresh``)
-    - ``read``: gives the bytes of an image by its path, as :func:`sources.read_item`
-    - ``empty``: a source of which no item can be read is no error
+    - ``batch_size``: images encoded at a time, by default the backbone's best; ``workers``: threads that read them
+    - ``cache``: the encoding cache, or ``None``
+    - ``reduce``: for the centre view, decode a large JPEG at a half, a quarter or an eighth of its size, as long as
+      each side keeps ``REDUCED_SIDES`` times the view's: several times as fast, and a slightly different feature
+    - ``strict``: raise for an unreadable image instead of adding it to ``skipped``
+    - ``done``: counts the ``images`` so far, and the views that were encoded (``fresh``)
+    - ``read``: returns the bytes of an image by its path, as :func:`sources.read_item`
+    - ``empty``: accept a source without a readable item
     """
 
     backbone: Backbone | None = None
@@ -118,14 +118,13 @@ class Encoder:
     done: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        for name in ("views", "batch_size", "workers"):
-            value = getattr(self, name)
+        for name, value in (("views", self.views), ("batch_size", self.batch_size), ("workers", self.workers)):
             if value is not None:
                 check_count(name, value)
         check_choice("norms", self.norms, Norms)
 
-    def blocks(self, source: Source) -> Iterator[Block]:
-        """Features of the items of a source, in its order, without those that could not be read.
+    def blocks(self, source: Source) -> Iterator[FeatureBlock]:
+        """Yield the features of a source in its order, without unreadable items.
 
         Raises:
             InputError: a feature table with missing, unequal, non-finite or (``norms="check"``) unnormalised rows; with
@@ -134,27 +133,26 @@ class Encoder:
             BackboneError: a feature table made with another backbone.
         """
         for positions, features, digests in self._parts(source, view_names(self.seed, self.views), _mean_view):
-            yield Block(positions, features[:, 0], digests)
+            yield FeatureBlock(positions, features[:, 0], digests)
 
-    def encode(self, source: Source) -> Block:
-        """All of :meth:`blocks` as one."""
+    def encode(self, source: Source) -> FeatureBlock:
+        """Return all of :meth:`blocks` as one."""
         blocks = list(self.blocks(source))
-        return Block(
+        return FeatureBlock(
             np.concatenate([block.positions for block in blocks]),
             np.concatenate([block.features for block in blocks]),
             [digest for block in blocks for digest in block.digests],
         )
 
     def encode_views(self, source: Source, names: Sequence[str]) -> Views:
-        """Features of each view of each shot, every one of unit norm.
+        """Return the features of each view of each shot, in order of first appearance.
 
-        Of images, each distinct path is a shot and ``names`` (as :func:`view_names` gives them) are its views, in that
-        order; an image that cannot be read is left out. Of a feature table, the rows that share an ``id`` are the views
-        of one shot, in the table's order, and ``names`` says nothing; norms are those that ``norms`` asks for. Shots
-        come in order of first appearance.
+        Of images, each distinct path is a shot and ``names`` (see :func:`view_names`) are its views, of unit norm; an
+        unreadable image is left out. Of a feature table, the rows that share an ``id`` are the views of one shot, and
+        ``names`` is ignored; their norms are as ``norms`` asks.
 
-        Raises as :meth:`blocks`; UsageError where ``names`` is empty or names a view twice, or all of these features do
-        not fit in memory; InputError where the source is empty.
+        Raises as :meth:`blocks`; UsageError if ``names`` is empty or has a name twice, or the features do not fit in
+        memory; InputError if the source is empty.
         """
         if not len(source):
             raise InputError(f"{source.name}: empty; at least one item is needed")
@@ -173,10 +171,10 @@ class Encoder:
         return Views(first[counts > 0], features.reshape(-1, features.shape[2]), starts)
 
     def pixels(self, source: Source, name: str, size: int) -> Iterator[tuple[IntArray, torch.Tensor]]:
-        """View ``name`` of the items of a source, in its order: positions ``[b]`` and pixels ``[b, 3, h, w]`` float32.
+        """Yield view ``name`` of the items of a source: positions ``[b]`` and pixels ``[b, 3, h, w]`` float32.
 
-        ``size`` items are read at a time, and while the caller uses them, the next. A view depends on the image's bytes
-        and on ``name`` only. Items that cannot be read are left out (``b < size``).
+        ``size`` items are read at a time, and the next ones while the caller uses them. A view depends only on the
+        image's bytes and on ``name``. Unreadable items are left out (``b < size``).
 
         Raises:
             InputError: with ``strict`` an unreadable image; no readable item at all.
@@ -197,7 +195,7 @@ class Encoder:
         for chunk in self._ahead(_chunks(source.paths, size), load, depth=1):
             for item in chunk:
                 if item.problem is not None:
-                    self._say(Skipped(show(item.path), item.problem))
+                    self._skip(item.path, item.problem)
             readable = [place for place, item in enumerate(chunk, start) if item.problem is None]
             if readable:
                 yield np.array(readable), torch.stack([chunk[place - start].pixels[name] for place in readable])
@@ -205,19 +203,25 @@ class Encoder:
         if not done and start:
             raise self._none_read(source)
 
+    def needed_backbone(self, source: Source) -> Backbone:
+        """Return the backbone. Raises UsageError if there is none for these images."""
+        if self.backbone is None:
+            raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
+        return self.backbone
+
     def _parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        """Items of a source with the features ``[v, d]`` that ``merge`` makes of their raw views; rows are one view."""
+        """Yield items with the features ``[v, d]`` that ``merge`` makes of raw views; a table's row is one view."""
         done = 0
         for skipped in source.failed:
-            self._say(skipped)
+            self._skip(skipped.source, skipped.reason)
         parts = self._table_parts(source) if source.paths is None else self._image_parts(source, names, merge)
         what = "Encoding" if source.paths is not None else "Reading"
         hidden = None if self.progress else True
         with tqdm(total=len(source), unit="image", desc=what, disable=hidden, leave=False) as bar:
             for part in parts:
-                done += len(part[0])
-                bar.update(int(part[0][-1]) + 1 - bar.n if len(part[0]) else 0)
                 if len(part[0]):
+                    done += len(part[0])
+                    bar.update(int(part[0][-1]) + 1 - bar.n)
                     yield part
         if not done and len(source) and not self.empty:
             raise self._none_read(source)
@@ -227,14 +231,9 @@ class Encoder:
         first = next((skipped for skipped in self.skipped if skipped.source in own), source.name)
         return InputError(f"{source.name}: none of its {counted(len(source), 'item')} could be read ({first})")
 
-    def needed_backbone(self, source: Source) -> Backbone:
-        """The backbone. Raises UsageError where there is none for these images."""
-        if self.backbone is None:
-            raise UsageError(f"{source.name}: images need a backbone; give --model (and --pretrained)")
-        return self.backbone
-
-    def _say(self, skipped: Skipped) -> None:
-        """Name what cannot be used, the first time that it is met; with ``strict``, raise."""
+    def _skip(self, name: str, reason: str) -> None:
+        """Add an unusable input to ``skipped`` with a warning, once; with ``strict``, raise."""
+        skipped = Skipped(show(name), reason)
         if self.strict:
             raise InputError(f"{skipped}; leave out --strict to go on without it")
         if skipped not in self.skipped:
@@ -254,47 +253,38 @@ class Encoder:
         rows = (int(ordered[0]), int(ordered[-1]) + 1) if len(ordered) else (0, 0)
         for start, batch in read_rows(source.table, self.norms, *rows):
             low, high = np.searchsorted(ordered, (start, start + len(batch)))
-            if high > low:
-                part = (order[low:high], batch[ordered[low:high] - start, None])
-                if in_order:
-                    yield *part, [None] * len(part[0])
-                else:
-                    held.append(part)
+            part = order[low:high], batch[ordered[low:high] - start, None]
+            if in_order:
+                yield *part, [None] * (high - low)
+            else:
+                held.append(part)
         if held:
-            positions = np.concatenate([part[0] for part in held])
-            features = np.concatenate([part[1] for part in held])
+            positions, features = (np.concatenate(column) for column in zip(*held, strict=True))
             back = np.argsort(positions)
             yield positions[back], features[back], [None] * len(positions)
 
     def _image_parts(self, source: Source, names: Sequence[str], merge: _Merge) -> Iterator[_Part]:
-        backbone = self.needed_backbone(source)
-        assert source.paths is not None
-        repeated = {path for path, times in Counter(source.paths).items() if times > 1}
-        encoded = self._encode_images(list(dict.fromkeys(source.paths)), backbone, names, merge)
-        seen: _Merged = {}
-        chunk_results: _Merged = {}
-        positions: list[int] = []
-        features: list[FloatArray] = []
-        digests: list[str | None] = []
-        for position, path in enumerate(source.paths):
-            while path not in chunk_results and path not in seen:
-                if positions:
-                    yield np.array(positions), np.stack(features), digests
-                    positions, features, digests = [], [], []
-                chunk_results = next(encoded)
-                seen.update((p, result) for p, result in chunk_results.items() if p in repeated)
-            result = seen[path] if path in repeated else chunk_results[path]
+        backbone, paths = self.needed_backbone(source), source.paths or ()
+        last = {path: position for position, path in enumerate(paths)}
+        encoded = self._encode_images(list(dict.fromkeys(paths)), backbone, names, merge)
+        merged: _Merged = {}
+        rows: list[tuple[int, FloatArray, str]] = []
+        for position, path in enumerate(paths):
+            while path not in merged:
+                if rows:
+                    yield _part(rows)
+                    rows = []
+                merged |= next(encoded)
+            result = merged.pop(path) if last[path] == position else merged[path]
             if result is not None:
-                positions.append(position)
-                features.append(result[0])
-                digests.append(result[1])
-        if positions:
-            yield np.array(positions), np.stack(features), digests
+                rows.append((position, *result))
+        if rows:
+            yield _part(rows)
 
     def _encode_images(
         self, paths: Sequence[str], backbone: Backbone, names: Sequence[str], merge: _Merge
     ) -> Iterator[_Merged]:
-        """Merged features ``[v, d]`` and digests of images, a batch at a time."""
+        """Yield merged features ``[v, d]`` and digests of images, a batch at a time."""
         scope = f"{backbone.identity.fingerprint}/{backbone.precision}"
         size = self.batch_size or backbone.batch_size
         _check_pixels(backbone, len(paths), len(names), size, 3)
@@ -310,21 +300,15 @@ class Encoder:
             yield self._encode_chunk(chunk, backbone, scope, size, merge)
 
     def _ahead(self, chunks: Sequence[Sequence[str]], load: Callable[[str], _T], depth: int) -> Iterator[list[_T]]:
-        """What ``load`` gives for each chunk's images; ``depth`` chunks behind are read and decoded meanwhile."""
+        """Yield the loaded images of each chunk, while ``depth`` more chunks are read and decoded."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[list[Future[_T]]] = deque()
-            ahead = iter(chunks)
-
-            def submit() -> None:
-                for chunk in ahead:
-                    waiting.append([pool.submit(load, path) for path in chunk])
-                    return
-
             try:
-                for _ in range(depth):
-                    submit()
+                for chunk in chunks:
+                    waiting.append([pool.submit(load, path) for path in chunk])
+                    if len(waiting) > depth:
+                        yield [future.result() for future in waiting.popleft()]
                 while waiting:
-                    submit()
                     yield [future.result() for future in waiting.popleft()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -344,8 +328,7 @@ class Encoder:
         self.done.update(images=len(chunk), fresh=len(fresh))
         results: _Merged = {}
         for item in chunk:
-            results[item.path] = None
-            problem = item.problem
+            results[item.path], problem = None, item.problem
             if problem is None:
                 raw = [fresh[item.digest, view] if f is None else f for view, f in item.features.items()]
                 try:
@@ -353,29 +336,33 @@ class Encoder:
                 except InputError as error:
                     problem = str(error)
             if problem is not None:
-                self._say(Skipped(show(item.path), problem))
+                self._skip(item.path, problem)
         return results
 
 
 @dataclass(frozen=True)
 class _Loaded:
+    """An image that was read: features of its views, the pixels of those that are not cached, or the ``problem``."""
+
     path: str
-    digest: str
-    features: dict[str, FloatArray | None]
-    pixels: dict[str, torch.Tensor]
-    problem: str | None
+    digest: str = ""
+    features: dict[str, FloatArray | None] = field(default_factory=dict)
+    pixels: dict[str, torch.Tensor] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def _part(rows: Sequence[tuple[int, FloatArray, str]]) -> _Part:
+    positions, features, digests = zip(*rows, strict=True)
+    return np.array(positions), np.stack(features), list(digests)
 
 
 def _least(backbone: Backbone) -> int:
-    """How many pixels each side of a picture must keep where it is decoded at less than its size."""
+    """Return the pixels that each side of a reduced picture must keep."""
     return REDUCED_SIDES * max(view_size(backbone.identity.preprocess))
 
 
 def _check_pixels(backbone: Backbone, number: int, views: int, size: int, chunks: int) -> None:
-    """Raise UsageError where pixels do not fit in memory: views of images, of which ``chunks`` of ``size`` are held.
-
-    And once more a batch of ``size`` views, which is what the backbone gets.
-    """
+    """Raise UsageError if pixels do not fit in memory: of ``chunks`` of ``size`` images, and a batch of them."""
     height, width = view_size(backbone.identity.preprocess)
     held = views * min(number, chunks * size) + min(views * number, size)
     what = f"{counted(views, 'view')} of {counted(min(number, chunks * size), 'image')} at a time"
@@ -392,8 +379,8 @@ def _load(
 ) -> _Loaded:
     """Read an image once: its digest, the views that are ``kept`` by digest and name, and the pixels of the others.
 
-    With ``least``, the centre view is that of the picture which is decoded so, and where that is another one, it is
-    called ``REDUCED``: a cache holds both.
+    With ``least``, the centre view comes from the reduced picture. If that differs, the view is called ``REDUCED``, so
+    that a cache holds both.
     """
     try:
         data = read(path)
@@ -412,8 +399,8 @@ def _load(
                 centre = view == CENTRE
                 pixels[view] = backbone.preprocess(picture) if centre else backbone.view(picture, f"{digest}/{view}")
     except InputError as error:
-        return _Loaded(path, "", {}, {}, str(error))
-    return _Loaded(path, digest, features, pixels, None)
+        return _Loaded(path, problem=str(error))
+    return _Loaded(path, digest, features, pixels)
 
 
 def pixels_of(
@@ -427,12 +414,12 @@ def pixels_of(
 
 
 def _mean_view(raw: FloatArray) -> FloatArray:
-    """Raw views ``[v, d]`` as the one unit feature ``[1, d]`` of their mean."""
+    """Merge raw views ``[v, d]`` into the unit feature ``[1, d]`` of their mean."""
     return unit(raw.mean(axis=0, keepdims=True))
 
 
 def _each_view(raw: FloatArray) -> FloatArray:
-    """Raw views ``[v, d]``, each scaled to unit norm on its own."""
+    """Scale each of the raw views ``[v, d]`` to unit norm."""
     return unit(raw, "feature of view")
 
 
@@ -441,7 +428,7 @@ def _chunks(things: Sequence[_T], size: int) -> list[Sequence[_T]]:
 
 
 def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
-    """Where each distinct name stands first ``[m]``, and the number of each name among them ``[n]``."""
+    """Return the first position of each distinct name ``[m]``, and the number of each name among them ``[n]``."""
     numbers: dict[str, int] = {}
     shots = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
     _, first = np.unique(shots, return_index=True)
@@ -451,7 +438,7 @@ def grouped(names: Sequence[str]) -> tuple[IntArray, IntArray]:
 def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) -> int:
     """Encode a source into a feature table: ``id``, ``label``, ``feature``, ``digest`` and its further columns.
 
-    Written beside ``out`` and renamed in when whole. Returns the number of rows.
+    It is written beside ``out`` and renamed at the end. Returns the number of rows.
     """
     if source.table is not None:
         dim, identity = table_dim(source.table), table_identity(source.table)

@@ -1,4 +1,4 @@
-"""The encoding cache: features of images that were encoded before, by their content and the backbone that made them."""
+"""The encoding cache: raw features of encoded images, by their content and the backbone that made them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 import os
 import sqlite3
 import threading
-import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -24,31 +23,32 @@ FloatArray = npt.NDArray[np.float32]
 
 NAME = "encodings.sqlite"
 DEFAULT_BYTES = 8_000_000_000
-"""Largest size of a cache for which nobody chose one: two million photos of 512 values."""
+"""Default of the largest size: two million photos of 512 values."""
 LEFT = 0.9
-"""Share of the largest size down to which old encodings are removed, so that each removal lasts for a while."""
+"""Share of the largest size that stays when old encodings are removed, so that removals are rare."""
 REMOVED, ROW_BYTES, USED = 1024, 8192, 1024
-"""Encodings that are removed in one transaction; bytes that each is taken to free; uses that are noted at a time."""
+"""Encodings removed in one transaction; bytes that each is expected to free; uses recorded at a time."""
 
 _UNIT = 1_000_000
-"""Bytes: SQLite's ``user_version``, a number of 32 bits, keeps the largest size in megabytes. 0 is the default."""
-_USES = (
-    "CREATE TABLE uses (id INTEGER PRIMARY KEY, used REAL NOT NULL)",
-    "CREATE INDEX uses_used ON uses (used)",
-    "INSERT INTO uses SELECT rowid, 0 FROM encodings",
-    "CREATE TRIGGER encodings_used AFTER INSERT ON encodings BEGIN "
-    "INSERT OR REPLACE INTO uses VALUES (new.rowid, julianday('now')); END",
-)
-"""When each encoding was last used, by its row. A table beside the encodings, so that a use does not rewrite one."""
+"""SQLite's ``user_version``, a number of 32 bits, holds the largest size in megabytes. 0 is the default."""
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL,
+    feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view));
+CREATE TABLE IF NOT EXISTS uses (id INTEGER PRIMARY KEY, used REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS uses_used ON uses (used);
+CREATE TRIGGER IF NOT EXISTS encodings_used AFTER INSERT ON encodings BEGIN
+    INSERT OR REPLACE INTO uses VALUES (new.rowid, julianday('now')); END;
+"""
+"""``uses`` holds the time of each encoding's last use apart, so that a use does not rewrite the encoding."""
 _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 
 
 class EncodingCache:
     """Raw features by backbone, image content and view, in one SQLite file of at most :attr:`most` bytes.
 
-    Where it grows beyond, the encodings that were not used for the longest time are removed. Safe to share between
-    threads and processes. A damaged entry counts as absent; a damaged file is put aside; where it cannot be written,
-    what is encoded is no more kept. Raises InputError for a folder where there can be none.
+    Beyond that size, the encodings that were not used for the longest time are removed. Threads and processes can share
+    it. A damaged entry counts as absent, and a damaged file is put aside. If the file cannot be written, new encodings
+    are not kept. Raises InputError for a folder that cannot hold it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -66,9 +66,9 @@ class EncodingCache:
 
     @classmethod
     def at(cls, folder: str | os.PathLike[str] | None) -> EncodingCache | None:
-        """The cache in a folder, by default the default one; ``None`` where that cannot be, which is said.
+        """Return the cache in a folder, by default the default one; ``None``, with a warning, if that cannot be opened.
 
-        Raises InputError for a given folder where there can be none.
+        Raises InputError if a given folder cannot hold one.
         """
         try:
             return cls(folder or cls.default_folder())
@@ -91,34 +91,27 @@ class EncodingCache:
             f"{self.path}: the encoding cache cannot be used ({error}); give --cache FOLDER or --no-cache"
         )
 
+    @property
+    def _aside(self) -> Path:
+        return self.path.with_suffix(".damaged")
+
     def _renew(self) -> None:
-        """Put a damaged file aside, in place of one that was put aside before, and start another."""
-        self._remove_damaged()
+        """Put a damaged file aside, in place of an earlier one, and start another."""
         self._used.clear()
-        aside = self.path.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
         try:
-            self.path.rename(aside)
-            log.warning("%s: damaged, put aside as %s; encoding anew", show(self.path), aside.name)
+            self.path.replace(self._aside)
+            log.warning("%s: damaged, put aside as %s; encoding anew", show(self.path), self._aside.name)
             self._db = self._open()
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from None
 
-    def _remove_damaged(self) -> None:
-        """Remove files that were put aside."""
-        for path in self.path.parent.glob(f"{self.path.stem}.damaged-*"):
-            with suppress(OSError):
-                path.unlink()
-
     def _open(self) -> sqlite3.Connection:
-        if self.path.exists() and not self.path.is_file():  # of a pipe, SQLite would wait for ever
+        if self.path.exists() and not self.path.is_file():  # SQLite would wait for a pipe
             raise self._unusable(ValueError("not a file"))
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
         try:
-            db.execute("PRAGMA auto_vacuum = 2")  # incremental: of a file that is new
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS encodings (scope TEXT NOT NULL, digest TEXT NOT NULL, view TEXT NOT NULL, "
-                "feature BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (scope, digest, view))"
-            )
+            db.execute("PRAGMA auto_vacuum = 2")  # incremental, for a new file
+            db.executescript(_SCHEMA)
             db.execute("SELECT count(*) FROM (SELECT 1 FROM encodings LIMIT 1)").fetchone()
         except BaseException:
             db.close()
@@ -126,7 +119,7 @@ class EncodingCache:
         return db
 
     def get(self, scope: str, digest: str, view: str) -> FloatArray | None:
-        """The raw feature ``[d]`` of a view, or ``None``."""
+        """Return the raw feature ``[d]`` of a view, or ``None``."""
         query = "SELECT feature, crc, rowid FROM encodings WHERE scope = ? AND digest = ? AND view = ?"
         with self._lock:
             try:
@@ -141,7 +134,7 @@ class EncodingCache:
         return np.frombuffer(row[0], dtype="<f4")
 
     def put(self, scope: str, features: dict[tuple[str, str], FloatArray]) -> None:
-        """Keep raw features by (digest, view), while that can be done."""
+        """Keep raw features by (digest, view), if the file can be written."""
         rows = []
         for (digest, view), feature in features.items():
             blob = feature.astype("<f4").tobytes()
@@ -151,39 +144,35 @@ class EncodingCache:
                 return
             try:
                 try:
-                    self._insert(rows)
+                    self._write("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
                     self._shrink()
                 except sqlite3.OperationalError as error:
                     raise self._unusable(error) from None
                 except _DAMAGE:
                     self._db.close()
                     self._renew()
-                    self._insert(rows)
+                    self._write("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
             except (sqlite3.Error, InputError) as error:
                 self._keeps = False
                 log.warning("%s; encoding goes on without keeping more", error)
 
-    def _insert(self, rows: Sequence[tuple[str, str, str, bytes, int]]) -> None:
+    def _write(self, statement: str, rows: list[tuple[str, str, str, bytes, int]] | list[tuple[int]]) -> None:
         with self._writing():
-            self._db.executemany("INSERT OR REPLACE INTO encodings VALUES (?, ?, ?, ?, ?)", rows)
+            self._db.executemany(statement, rows)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """One transaction, in which the table of uses is there."""
         with self._db:  # which commits, or rolls back
             self._db.execute("BEGIN IMMEDIATE")
-            if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'encodings_used'").fetchone():
-                for statement in _USES:
-                    self._db.execute(statement)
             yield
 
     def _note_uses(self) -> None:
-        """Note the encodings that were read as used now, where that can be done."""
+        """Record the encodings that were read as used now, if the file can be written."""
         used = [(row,) for row in self._used]
         self._used.clear()
         if used and self._keeps:
-            with suppress(sqlite3.Error), self._writing():
-                self._db.executemany("UPDATE uses SET used = julianday('now') WHERE id = ?", used)
+            with suppress(sqlite3.Error):
+                self._write("UPDATE uses SET used = julianday('now') WHERE id = ?", used)
 
     @property
     def most(self) -> int:
@@ -191,9 +180,9 @@ class EncodingCache:
         return _most(self._db)
 
     def limit(self, most: int) -> None:
-        """Set the largest size, in bytes, for every later run, and remove what is beyond it.
+        """Set the largest size in bytes, for later runs too, and remove what exceeds it.
 
-        It is kept in whole megabytes, one at least. Raises InputError where the file cannot be written.
+        It is kept in whole megabytes, at least one. Raises InputError if the file cannot be written.
         """
         with self._lock:
             try:
@@ -203,7 +192,7 @@ class EncodingCache:
                 raise self._unusable(error) from None
 
     def _shrink(self) -> None:
-        """Remove the encodings that were not used for the longest time, where the file is too large."""
+        """Remove the encodings that were not used for the longest time, if the file is too large."""
         page, most = self._number("page_size"), self.most
         if self._number("page_count") * page <= most:
             return
@@ -215,11 +204,7 @@ class EncodingCache:
                 self._db.executemany("DELETE FROM uses WHERE id = ?", rows)
             if not rows:
                 break
-        if self._number("auto_vacuum"):
-            self._db.executescript("PRAGMA incremental_vacuum")  # by execute it takes one step, which frees one page
-        else:  # a file of an older program: from now on it shrinks by the line above
-            self._db.execute("PRAGMA auto_vacuum = 2")
-            self._db.execute("VACUUM")
+        self._db.executescript("PRAGMA incremental_vacuum")  # execute would take one step, which frees one page
 
     def _number(self, name: str) -> int:
         return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
@@ -230,18 +215,18 @@ class EncodingCache:
             return int(self._db.execute("SELECT count(*) FROM encodings").fetchone()[0])
 
     def clear(self) -> int:
-        """Remove all encodings, and give their space back; how many there were."""
+        """Remove all encodings, free their space, and return their number."""
         number = len(self)
         with self._lock:
             with self._writing():
                 self._db.execute("DELETE FROM encodings")
                 self._db.execute("DELETE FROM uses")
             self._db.execute("VACUUM")
-            self._remove_damaged()
+            self._aside.unlink(missing_ok=True)
         return number
 
     def close(self) -> None:
-        """Note what was used, remove what is too much, and close the file."""
+        """Record uses, remove what is too much, and close the file."""
         with self._lock:
             self._note_uses()
             with suppress(sqlite3.Error):
@@ -250,7 +235,7 @@ class EncodingCache:
 
 
 def size_of(folder: Path) -> tuple[Path, int, int]:
-    """Return the file of the cache in a folder, its bytes, and the most that it may have. Nothing is made."""
+    """Return the file of the cache in a folder, its bytes, and their upper bound, without creating anything."""
     file, most = folder / NAME, DEFAULT_BYTES
     if not file.is_file():
         return file, 0, most
@@ -265,5 +250,5 @@ def _most(db: sqlite3.Connection) -> int:
 
 
 def _crc(scope: str, digest: str, view: str, blob: bytes) -> int:
-    """Over the key too: a damaged file must not give one image the feature of another."""
+    """Checksum of key and feature: a damaged file must not give one image the feature of another."""
     return zlib.crc32(blob, zlib.crc32(f"{scope} {digest} {view}".encode()))

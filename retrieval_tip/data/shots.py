@@ -1,4 +1,4 @@
-"""Few-shot sampling by the rule of the field's published draws (CoOp, Tip-Adapter and their successors)."""
+"""Draw shots by the field's published rule (CoOp, Tip-Adapter and their successors)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Hashable, Sequence
 from retrieval_tip.bounds import check_count, check_memory
 
 VAL_SHOTS = 4
-"""Validation draws at most this many images a class."""
+"""Largest number of validation images a class."""
 ITEM_BYTES = 256
-"""What a drawn item takes until it is a row of an index, without its feature: its position, path, label and digest."""
+"""Bytes of a drawn item without its feature: position, path, label and digest."""
 
 
 def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]:
-    """Positions of ``shots`` items a class, drawn by the published rule.
+    """Draw ``shots`` items a class by the published rule, and return their positions in the order of the draws.
 
     Seed Python's generator with ``seed``; group the items by label, groups in order of first appearance and items in
-    file order; draw ``random.sample(group, shots)`` from each, or ``random.choices`` (with replacement, so a position
-    can repeat) where the group has fewer. The result is in the order of the draws, group after group.
+    file order; draw ``random.sample(group, shots)`` from each, or ``random.choices`` (with replacement) if the group
+    has fewer.
 
     Raises UsageError if ``shots`` is not positive, too many, or more than memory holds.
     """
@@ -28,9 +28,9 @@ def few_shot(labels: Sequence[Hashable], shots: int, seed: int = 1) -> list[int]
 def few_shot_split(
     train: Sequence[Hashable], val: Sequence[Hashable], shots: int, seed: int = 1
 ) -> tuple[list[int], list[int]]:
-    """Positions of the training and the validation shots of one published draw.
+    """Draw training and validation shots, and return their positions.
 
-    The validation draw, ``min(shots, 4)`` a class, goes on with the generator that the training draw used.
+    The validation draw, ``min(shots, 4)`` a class, continues with the generator of the training draw.
     """
     generator = random.Random(seed)  # noqa: S311
     drawn = _draw(train, shots, generator)

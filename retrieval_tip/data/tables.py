@@ -1,4 +1,4 @@
-"""Tables as they are read: Parquet, CSV, JSON lines, and folders of the parts of one; but for rows of features."""
+"""Read tables: Parquet, CSV, JSON lines, and folders of the parts of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,25 +27,24 @@ NAMES = {
     "label": ("label", "class", "class_name"),
     FEATURE: (FEATURE, "embedding", "vector"),
 }
-"""The columns of a table, and what others call them; the first that is there is taken."""
+"""Names of the columns of a table, the first existing one counts."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-"""Of the files that are tables."""
 RUN, COMPLETE = "run.json", "complete.json"
-"""In a folder of parts: what is being made, and, written last, that it is all there."""
+"""Files in a folder of parts: its description, and the mark, written last, that all parts exist."""
 MAX_TEXT = 4096
-"""Longest label or id, in characters: more is a table read wrongly."""
+"""Longest label or id, in characters: a longer one means a table read wrongly."""
 MAX_ROWS = 2**31 - 1
-"""Most rows of a table: a file of a few bytes may claim any number."""
+"""Upper bound for the rows of a table: a file of a few bytes may claim any number."""
 MAX_JSON = 1 << 28
-"""Largest file of JSON lines, in bytes: it is read whole."""
+"""Largest file of JSON lines, in bytes: it is read at once."""
 GROUP_ROWS = 1024
-"""Rows of a row group of Parquet, at least."""
+"""Fewest rows of a row group of Parquet."""
 MAX_SHOWN = 64
-"""Columns, and characters of the name of each, that a message shows."""
+"""Columns, and characters of each name, in a message."""
 
 
 def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables as they come, but of :data:`GROUP_ROWS` rows or more: groups of a few images would make a large footer."""
+    """Join tables to :data:`GROUP_ROWS` rows or more: many small row groups would make a large footer."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
@@ -56,18 +55,18 @@ def row_groups_of(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting).combine_chunks()
 
 
-def vectors(rows: npt.NDArray[Any]) -> pa.FixedSizeListArray:
-    """Rows ``[m, d]`` as a column."""
+def vectors(rows: npt.NDArray[np.generic]) -> pa.FixedSizeListArray:
+    """Make a column of rows ``[m, d]``."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
-def parquet_writer(target: Any, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer of Parquet with dictionaries of its texts alone: figures, hardly ever equal, take twice as long so."""
+def parquet_writer(target: str | IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a writer of Parquet with dictionaries only for texts: numbers, rarely equal, take twice as long that way."""
     return pq.ParquetWriter(target, schema, use_dictionary=[path for field in schema for path in _text_paths(field)])
 
 
 def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
-    """Paths of the columns of Parquet that hold the texts of a field."""
+    """Yield the paths of Parquet's columns that hold the texts of a field."""
     kind, path = field.type, within + field.name
     if pa.types.is_struct(kind):
         for inner in kind:
@@ -86,51 +85,40 @@ def is_table(where: str) -> bool:
 
 
 def is_parquet(where: str) -> bool:
-    """Whether a path or a URL is a Parquet file, or a folder of the parts of a table."""
-    if where.lower().endswith(".parquet"):
-        return remote.is_remote(where) or os.path.isfile(where)
+    """Tell whether a path or a URL is a Parquet file, or a folder of the parts of a table."""
     if remote.is_remote(where):
         run = f"{where.rstrip('/')}/{RUN}"
-        return bool(remote.attempt(where, lambda: remote.system_of(where).exists(run)))
-    return is_parts(where)
+        return where.lower().endswith(".parquet") or remote.attempt(where, lambda: remote.system_of(where).exists(run))
+    return (where.lower().endswith(".parquet") and os.path.isfile(where)) or is_parts(where)
 
 
 def is_parts(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds the parts of a table, whole or not."""
+    """Tell whether a folder holds the parts of a table, complete or not."""
     return os.path.isfile(os.path.join(folder, RUN))
 
 
 def table_files(table: Path | str) -> list[Path | str]:
-    """The Parquet files that a table consists of, in order: itself, or the parts in the folder.
+    """Return the Parquet files of a table, in order: itself, or the parts in the folder.
 
-    Raises InputError for a folder that has not got all of its parts yet.
+    Raises InputError for a folder without all of its parts.
     """
-    if remote.is_remote(table):
-        assert isinstance(table, str)
-        system = remote.system_of(table)
-        if table.endswith(".parquet"):
-            return [table]
-        name = table.rstrip("/")
-        places = [f"{table.partition('://')[0]}://{n}" for n in remote.attempt(table, lambda: system.ls(name, False))]
+    if remote.is_remote(table) and not table.endswith(".parquet"):
+        places = remote.children(table)
     elif os.path.isdir(table):
-        name = show(table)
-        with os.scandir(table) as entries:
-            places = [entry.path for entry in entries]
+        places = [entry.path for entry in os.scandir(table)]
     else:
         return [table]
     names = {place.rpartition("/")[2]: place for place in places}
     if RUN not in names:
-        raise InputError(f"{name}: no feature table; a folder of parts has {RUN}")
+        raise InputError(f"{show(table)}: no feature table; a folder of parts has {RUN}")
     if COMPLETE not in names:
-        raise InputError(
-            f"{name}: not all of its parts are there yet; give the command that makes it again, and it goes on"
-        )
+        raise InputError(f"{show(table)}: some of its parts are missing; repeat the command that makes it")
     parts = [names[part] for part in sorted(names) if part.startswith("part-") and part.endswith(".parquet")]
     return [place if remote.is_remote(place) else Path(place) for place in parts]
 
 
 def items_of(file: Path | str, first: int, last: int | None, *, whole: bool) -> tuple[pa.Table, bool]:
-    """Every column of a table but the features, and whether there are any; rows without an id get their number."""
+    """Return every column of a table but the features, and whether it has features. Missing ids are row numbers."""
     name = show(file)
     if not str(file).lower().endswith(".parquet") and not os.path.isdir(file):
         items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
@@ -160,19 +148,21 @@ def items_of(file: Path | str, first: int, last: int | None, *, whole: bool) -> 
 
 
 def feature_column(schema: pa.Schema) -> str | None:
-    """The column of a table that holds features: ``feature``, or lists of numbers by another of its ``NAMES``."""
+    """Return the column of features: ``feature``, or lists of numbers by another of its ``NAMES``."""
     if FEATURE in schema.names:
         return FEATURE
+    names = [name for name in NAMES[FEATURE] if name in schema.names and is_vector(schema.field(name).type)]
+    return names[0] if names else None
+
+
+def is_vector(kind: pa.DataType) -> bool:
+    """Tell whether a type is lists of floating-point numbers."""
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    for column in NAMES[FEATURE]:
-        kind = schema.field(column).type if column in schema.names else pa.null()
-        if any(is_list(kind) for is_list in lists) and pa.types.is_floating(kind.value_type):
-            return column
-    return None
+    return any(is_list(kind) for is_list in lists) and bool(pa.types.is_floating(kind.value_type))
 
 
 def renamed(items: pa.Table, *wanted: str) -> pa.Table:
-    """A table with these columns under their own names, where it has them by another one."""
+    """Give these columns their own names if they have another of ``NAMES``."""
     for column in wanted:
         there = [name for name in NAMES[column] if name in items.column_names]
         if there and there[0] != column:
@@ -181,7 +171,7 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
 
 
 def _rows(parquet: pq.ParquetFile, columns: list[str], first: int, last: int | None) -> pa.Table:
-    """Rows ``first`` to ``last`` of a file, by the row groups that hold them."""
+    """Read rows ``first`` to ``last`` of a file, by the row groups that hold them."""
     if first == 0 and last is None:
         return parquet.read(columns=columns)
     groups, start = row_groups(parquet, first, last)
@@ -189,7 +179,7 @@ def _rows(parquet: pq.ParquetFile, columns: list[str], first: int, last: int | N
 
 
 def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
-    """The row groups that hold rows ``first`` to ``last`` of a file, and the row that the first of them starts with."""
+    """Return the row groups that hold rows ``first`` to ``last`` of a file, and the first row of these groups."""
     groups: list[int] = []
     start, begins = 0, 0
     for group in range(parquet.num_row_groups):
@@ -207,7 +197,7 @@ def _check_rows(number: int, name: str) -> None:
 
 
 def _sound(items: pa.Table) -> pa.Table:
-    """A table whose text is UTF-8, and of the kinds that rows can be taken of."""
+    """Check that all text is UTF-8, and make plain columns of views, so that rows can be taken."""
     kinds = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
     for place, field in enumerate(items.schema):
         try:
@@ -221,7 +211,7 @@ def _sound(items: pa.Table) -> pa.Table:
 
 
 def open_parquet(file: Path | str) -> pq.ParquetFile:
-    """A Parquet file, memory-mapped where it is on this machine. Raises InputError where it is not one."""
+    """Open a Parquet file, memory-mapped if it is local. Raises InputError."""
     url = file if isinstance(file, str) and remote.is_remote(file) else None
     with reading(show(file)):
         if url is None:
@@ -234,7 +224,7 @@ def open_parquet(file: Path | str) -> pq.ParquetFile:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Errors of reading a table as InputError, in one line."""
+    """Turn errors of reading a table into InputError."""
     try:
         yield
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -242,9 +232,9 @@ def reading(name: str) -> Iterator[None]:
 
 
 def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
-    """Read some columns of a Parquet, JSON-lines or CSV file, which its first bytes tell apart.
+    """Read some columns of a Parquet, JSON-lines or CSV file, told apart by its first bytes.
 
-    Raises InputError where the file cannot be read, lacks a column or has more than ``most`` rows.
+    Raises InputError if the file cannot be read, lacks a column or has more than ``most`` rows.
     """
     name = show(file)
     with reading(name), open_regular(file) as raw:
@@ -267,13 +257,36 @@ def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """All columns as text; quoted fields may hold commas, quotes and line breaks."""
+    """Read all columns as text; quoted fields may hold commas, quotes and line breaks."""
     with reading(show(file)):
-        return _open_raw(file, pyarrow.csv.read_csv, **_csv_options(file))
+        return pyarrow.csv.read_csv(*_csv(file))
+
+
+def open_csv(file: Path) -> pyarrow.csv.CSVStreamingReader:
+    """Open a CSV file to be read a block at a time. Raises InputError."""
+    with reading(show(file)):
+        return pyarrow.csv.open_csv(*_csv(file))
+
+
+def _csv(
+    file: Path,
+) -> tuple[pa.NativeFile, pyarrow.csv.ReadOptions, pyarrow.csv.ParseOptions, pyarrow.csv.ConvertOptions]:
+    """Return what pyarrow needs to read a CSV file: the open file and options."""
+    check_regular(file)
+    encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else _delimiter(file, encoding)
+    read = pyarrow.csv.ReadOptions(encoding=encoding)
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    with pyarrow.csv.open_csv(pa.OSFile(name), read, parse) as reader:
+        columns = reader.schema.names
+    _once(columns, show(file))
+    types = dict.fromkeys(columns, pa.string())
+    convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+    return pa.OSFile(name), read, parse, convert
 
 
 def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:
-    """Read a file of JSON lines: all columns, or those ``wanted``, as text; values that are no text as JSON."""
+    """Read all columns of a file of JSON lines, or those ``wanted``, as text; other values as JSON."""
     try:
         rows = [json.loads(line) for line in read_regular(file, MAX_JSON).splitlines() if line.strip()]
         columns = [
@@ -288,38 +301,14 @@ def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Tabl
         raise InputError(f"{show(file)}: cannot be read as JSON lines: {first_line(error)}") from None
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
-def open_csv(file: Path) -> pyarrow.csv.CSVStreamingReader:
-    """The same, a block at a time. Raises InputError where it cannot be read, or a column name stands twice."""
-    with reading(show(file)):
-        return _open_raw(file, pyarrow.csv.open_csv, **_csv_options(file))
-
-
-def _csv_options(file: Path) -> dict[str, Any]:
-    check_regular(file)
-    encoding = _encoding(file)
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else _delimiter(file, encoding)
-    read = pyarrow.csv.ReadOptions(encoding=encoding)
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with _open_raw(file, pyarrow.csv.open_csv, read_options=read, parse_options=parse) as reader:
-        columns = reader.schema.names
-    _once(columns, show(file))
-    types = dict.fromkeys(columns, pa.string())
-    convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    return {"read_options": read, "parse_options": parse, "convert_options": convert}
-
-
-def _open_raw(file: Path, read: Any, **options: Any) -> Any:
-    return read(pa.OSFile(os.fsencode(file)), **options)  # bytes: the name may not be UTF-8
-
-
 def _encoding(file: Path) -> str:
-    """How the text of a CSV file is encoded: UTF-8; UTF-16 where it says so; Windows-1252, as Excel writes it.
+    """Return the encoding of a CSV file: UTF-8, UTF-16 with a byte-order mark, or Windows-1252, as Excel writes it.
 
-    The last is told by elimination, and said: no byte before the first that UTF-8 has not is outside of ASCII. Else it
+    Windows-1252 is assumed, with a warning, if only ASCII comes before the first byte that is not UTF-8. Otherwise it
     is damaged UTF-8, which the reader refuses.
     """
     decoder, plain = codecs.getincrementaldecoder("utf-8")(), True
@@ -340,7 +329,7 @@ def _encoding(file: Path) -> str:
 
 
 def _delimiter(file: Path, encoding: str) -> str:
-    """What separates the columns of a CSV file: the usual separator that its first line has most of."""
+    """Return the most frequent of the usual separators in the first line."""
     with Path(file).open(encoding=encoding, errors="replace") as text:
         line = text.readline(1 << 16)
     return max(",;\t|", key=line.count)
@@ -352,7 +341,7 @@ def _once(columns: Sequence[str], name: str) -> None:
 
 
 def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first: int = 0) -> pa.ChunkedArray:
-    """Ids, paths and labels as text, blanks as missing; whole numbers are taken as their digits."""
+    """Read ids, paths or labels as text: blanks are missing, whole numbers become digits. Raises InputError."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -382,13 +371,13 @@ def check_texts(items: pa.Table, name: str, first: int = 0) -> None:
 
 
 def few_names(columns: Sequence[str]) -> str:
-    """Names of columns, the first of many, as they stand in a message."""
+    """List the first names of columns for a message."""
     shown = ", ".join(one_line(column)[:MAX_SHOWN] for column in columns[:MAX_SHOWN])
     return shown + (f" and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else "")
 
 
 def row_list(rows: npt.NDArray[np.int64]) -> str:
-    """Row numbers, from 0, as they stand in a message."""
+    """List row numbers, from 0, for a message."""
     shown = ", ".join(str(int(row)) for row in rows[:5])
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

@@ -277,7 +277,7 @@ class RayEncoder(Encoder):
         summaries = sorted(through(task, shards, self.ray), key=lambda summary: summary.shard)
         for summary in summaries:
             for skipped in summary.failed:
-                self._say(skipped)
+                self._skip(skipped.source, skipped.reason)
         parts = [(shards[summary.shard].first, Views(**summary.arrays)) for summary in summaries if summary.rows]
         if not parts:
             raise self._none_read(source)

@@ -15,7 +15,7 @@ import torch
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import Block, Encoder
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import Skipped, UsageError
 from retrieval_tip.evaluation.calibration import (
@@ -162,7 +162,7 @@ def evaluate(
 
 def judge(
     cache: AnsweringIndex,
-    blocks: Iterable[Block],
+    blocks: Iterable[FeatureBlock],
     ids: Ints,
     skipped: Sequence[Skipped] = (),
     *,
@@ -206,7 +206,7 @@ class Seen:
 
 
 def see(
-    cache: AnsweringIndex, blocks: Iterable[Block], ids: Ints, *, affinities: bool = False, details: bool = False
+    cache: AnsweringIndex, blocks: Iterable[FeatureBlock], ids: Ints, *, affinities: bool = False, details: bool = False
 ) -> Seen:
     """Classify ``blocks`` of a source whose class ids are ``ids``, and keep what :func:`conclude` needs."""
     truth, settings = torch.from_numpy(ids), cache.settings

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import Block, Encoder
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.evaluation.evaluate import Answers, Details, Evaluation
 from retrieval_tip.evaluation.sweep import Items
@@ -29,7 +29,7 @@ class Judged:
     cache: CacheModel
     test: Source
     encoder: Encoder
-    blocks: list[Block]
+    blocks: list[FeatureBlock]
     ids: npt.NDArray[np.int64]
     evaluation: Evaluation
     val: Items | None

@@ -15,18 +15,13 @@ __all__ = ["Dataset", "check", "facts", "names", "open_dataset"]
 
 
 def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
-    """The labelled images of a part of a dataset.
+    """Open the labelled images of a part of a dataset.
 
-    Args:
-        name: as in :func:`facts`.
-        root: the folder that holds all datasets, or the dataset's own.
-        split: ``train``, ``val`` or ``test``. ImageNet has no ``val``: its images/val is what it is tested on, and its
-            variants have ``test`` only.
+    ``name`` is as in :func:`facts`; ``root`` the folder of all datasets, or the dataset's own; ``split`` is ``train``,
+    ``val`` or ``test``. ImageNet has no ``val``: its images/val is the test part, and its variants have only ``test``.
 
-    Raises:
-        UsageError: an unknown name, or a part that the dataset does not have.
-        InputError: a file or folder is missing or damaged; the message says how it should look. That each image is
-            there is not asked: whoever reads them reports those that are not.
+    Raises UsageError for an unknown name or part; InputError for a missing or damaged file or folder, with how it
+    should look. Missing images are reported by the code that reads them.
     """
     dataset = facts(name)
     if split not in dataset.images:
@@ -41,10 +36,10 @@ def open_dataset(name: str, root: str | os.PathLike[str], split: str) -> Source:
 
 
 def check(name: str, root: str | os.PathLike[str]) -> list[str]:
-    """What of a dataset is missing or damaged below ``root``, and how it should look, a line each; empty: it is there.
+    """List what is missing or damaged in a dataset below ``root``, and how it should look, a line each.
 
-    Looks at folders and lists, counts classes, and looks for a sample of the images of each part; opens none of them.
-    Raises UsageError for an unknown name.
+    Checks folders, lists, the number of classes, and that a sample of the images of each part exists. Raises UsageError
+    for an unknown name.
     """
     dataset = facts(name)
     folder = _folder(dataset, Path(root))
@@ -62,7 +57,7 @@ def check(name: str, root: str | os.PathLike[str]) -> list[str]:
 
 
 def _folder(dataset: Dataset, root: Path) -> Path:
-    """The dataset's folder: in ``root``, or ``root`` itself, where it is called so or holds the dataset's files."""
+    """Return the dataset's folder: in ``root``, or ``root`` itself if its name or its files are the dataset's."""
     inside = root / dataset.folder
     if os.path.isdir(inside):
         return inside

@@ -1,4 +1,4 @@
-"""The table of facts: where each dataset lies, what its prompts are, and the published settings."""
+"""The table of facts: the folder, prompts and published settings of each dataset."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ IMAGENET = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of one dataset before its files are seen. Its class names are read from its files.
+    """Facts of one dataset. Its class names are read from its files.
 
     Attributes:
         name: as the papers write it.
-        folder: its folder below the one that holds all datasets (CoOp's ``DATA``).
+        folder: its folder in the one of all datasets (CoOp's ``DATA``).
         layout: how its images are listed.
-        images: folder of the images of each part that it has, within ``folder``; empty: ``folder`` itself.
+        images: folder of the images of each part, within ``folder``; empty for ``folder`` itself.
         listing: the file that names its classes: the split file, ``variants.txt`` or ``classnames.txt``.
-        classes: how many classes it has.
-        templates: prompts, averaged where there are several.
+        classes: number of classes.
+        templates: prompts, whose features are averaged.
         scale: the published search scales of beta and alpha.
         alpha: the published initial alpha.
         beta: the published initial beta.
-        aliases: further names, beside ``name`` and ``folder``.
+        aliases: further names.
     """
 
     name: str
@@ -100,7 +100,7 @@ DATASETS = (
 
 
 def _plain(name: str) -> str:
-    """A name without case, spaces, ``-`` and ``_``."""
+    """Remove case, spaces, ``-`` and ``_`` from a name."""
     return "".join(c for c in name.casefold() if c not in " -_")
 
 
@@ -108,12 +108,12 @@ _BY_NAME = {_plain(name): row for row in DATASETS for name in (row.name, row.fol
 
 
 def names() -> list[str]:
-    """Names of the datasets, in the order of the papers' tables; the variants of ImageNet are last."""
+    """List the datasets in the order of the papers' tables, and the variants of ImageNet last."""
     return [row.name for row in DATASETS]
 
 
 def facts(name: str) -> Dataset:
-    """The facts of a dataset, by its name, its folder's, or a common short one (``pets``, ``fgvc``, ``imagenet_a``).
+    """Return the facts of a dataset by its name, its folder's, or a short one (``pets``, ``fgvc``, ``imagenet_a``).
 
     Case, spaces, ``-`` and ``_`` do not matter. Raises UsageError for an unknown name.
     """

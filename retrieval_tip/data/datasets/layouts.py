@@ -1,4 +1,4 @@
-"""The layouts on disk that the datasets share, each read into a source."""
+"""Read the layouts on disk that the datasets share into sources."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ log = logging.getLogger(__name__)
 MAX_LISTING = 1 << 26
 """Largest list of classes or images, in bytes."""
 SAMPLE = 16
-"""So many images or class folders of a part are looked for by a check."""
+"""Images or class folders of a part that a check looks for."""
 
 
 def split_file(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Images of a part of CoOp's split file, whose paths are relative to the image folder."""
+    """Open a part of CoOp's split file, whose paths are relative to the image folder."""
     return open_source(folder / dataset.listing, split=split, root=str(folder / dataset.images[split]))
 
 
 def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Images of FGVC-Aircraft: a line of ``images_variant_{split}.txt`` is an image's number and its variant.
+    """Open FGVC-Aircraft: each line of ``images_variant_{split}.txt`` is an image's number and its variant.
 
-    The classes are in the order of ``variants.txt``. Raises InputError naming the line that is wrong.
+    Classes are in the order of ``variants.txt``. Raises InputError naming the line that is wrong.
     """
     class_names = [line for _, line in _lines(folder / dataset.listing)]
     if twice := [name for name, times in Counter(class_names).items() if times > 1]:
@@ -53,15 +53,14 @@ def variant_lists(dataset: Dataset, folder: Path, split: str) -> Source:
 
 
 def variant_list(folder: Path, split: str) -> Path:
-    """The file that lists the images of a part of FGVC-Aircraft."""
+    """Return the file that lists the images of a part of FGVC-Aircraft."""
     return folder / f"images_variant_{split}.txt"
 
 
 def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
-    """Images below the class folders of a part, which ``classnames.txt`` names.
+    """Open the images below the class folders of a part. Classes are in the order of ``classnames.txt``.
 
-    The classes are those that have a folder, in the file's order. Raises InputError for a folder without a name, and
-    where there are no images.
+    Raises InputError for a folder without a name, and without images.
     """
     root = folder / dataset.images[split]
     paths: list[str] = []
@@ -81,10 +80,10 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
 
 
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
-    """Class name and folder of each class folder of a part, in the order of ``classnames.txt``.
+    """Map class names to the class folders of a part, in the order of ``classnames.txt``.
 
-    Folders are called as in ``classnames.txt``, or by the line's number from 0. Raises InputError for a folder without
-    a name.
+    Folders are named as in ``classnames.txt``, or by the line's number from 0. Raises InputError for a folder without
+    a class name.
     """
     listing, root = folder / dataset.listing, folder / dataset.images[split]
     by_folder = class_names_by_folder(listing)
@@ -102,10 +101,10 @@ def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]
 
 
 def class_names_by_folder(listing: Path) -> dict[str, str]:
-    """Class name of each folder, from lines of ``classnames.txt``: the folder, a space, the name.
+    """Map folders to class names, from lines of ``classnames.txt``: the folder, a space, the name.
 
-    Where a name stands for several folders (older lists have two missiles), each later one gets one more ``_``, which
-    prompts leave out: the classes stay apart and their prompts the same. Raises InputError naming the line.
+    A name that comes again (older lists have two missiles) gets one more ``_``, which prompts leave out. Raises
+    InputError naming the line.
     """
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -132,7 +131,7 @@ READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
 
 
 def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str]:
-    """What of the folders and listing files of these parts is not there, and how it should look."""
+    """Name missing folders and listing files of these parts, and how they should look."""
     files = {folder / dataset.listing: _LISTINGS[dataset.layout]}
     if dataset.layout == "variant lists":
         files |= {variant_list(folder, split): "a line for each image: its number and its variant" for split in splits}
@@ -148,7 +147,7 @@ def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str
 
 
 def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
-    """What is wrong with a part whose folders and lists are there, by a sample of its images. Raises InputError."""
+    """Find what is wrong with the classes of a part, and with a sample of its images. Raises InputError."""
     expected = ""
     if dataset.layout in ("class folders", "numbered class folders"):
         expected = f": {_IMAGES[dataset.layout]}"
@@ -187,7 +186,7 @@ _IMAGES: Mapping[Layout, str] = {
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1. Raises InputError where there are none."""
+    """Return the lines that are not blank, with their numbers from 1. Raises InputError if there is none."""
     try:
         text = read_regular(file, MAX_LISTING).decode("utf-8-sig")
     except InputError:
