@@ -797,8 +797,8 @@ def test_settings_with_which_no_query_is_answered_become_no_version(
     run: Any, index: Path, table: Path, text: Path, tmp_path: Path, alpha: float
 ) -> None:
     before, out, given = everything(index), tmp_path / "out", ("--alpha", alpha)
-    np.save(tmp_path / "keys.npy", unit_rows(4, D))
-    labels = write_table(tmp_path / "names.parquet", unit_rows(4, D), ["cat", "dog"] * 2)
+    torch.save(torch.from_numpy(unit_rows(4, D)).T, tmp_path / "keys_2shots.pt")
+    torch.save(torch.eye(2).repeat(2, 1), tmp_path / "values_2shots.pt")
     long = write_table(tmp_path / "long.parquet", 100 * unit_rows(4, D), ["cat", "dog"] * 2)
     scales = np.where(np.arange(50) == 11, 100, 1)[:, None]
     one = write_table(tmp_path / "one.parquet", scales * unit_rows(50, D), ["cat", "dog"] * 25)
@@ -806,7 +806,7 @@ def test_settings_with_which_no_query_is_answered_become_no_version(
     for command, named in (
         (("index", "set", index, *given), f"alpha {alpha:g}"),
         (("index", "build", "--fit", "none", table, "--text", text, *given, "--out", out), f"alpha {alpha:g}"),
-        (("index", "import", tmp_path / "keys.npy", "--labels", labels, *given, "--out", out), f"alpha {alpha:g}"),
+        (("index", "import", tmp_path / "keys_2shots.pt", *given, "--out", out), f"alpha {alpha:g}"),
         (("index", "build", "--fit", "none", long, "--norms", "keep", "--beta", 5.5, "--out", out), "beta 5.5"),
         (("index", "add", index, long, "--norms", "keep"), "beta 4"),
         (("index", "add", index, one, "--norms", "keep"), "beta 4"),
@@ -1087,18 +1087,19 @@ def test_what_is_exported_can_be_built_again(run: Any, parted: Path, tmp_path: P
 
 def test_keys_of_another_program_become_an_index(run: Any, tmp_path: Path, text: Path) -> None:
     keys = unit_rows(4, D)
-    np.save(tmp_path / "keys.npy", keys)
-    labels = tmp_path / "labels.csv"
-    labels.write_text("label\ndog\ncat\ndog\ncat\n")
+    torch.save(torch.from_numpy(keys).T, tmp_path / "keys_2shots.pt")
+    torch.save(torch.eye(2).repeat(2, 1), tmp_path / "values_2shots.pt")
+    names = tmp_path / "names.txt"
+    names.write_text("dog\ncat\n")
     out = tmp_path / "i"
-    done = run("index", "import", tmp_path / "keys.npy", "--labels", labels, "--text", text, "--out", out)
+    done = run("index", "import", tmp_path, "--classes", names, "--text", text, "--out", out)
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{out}: version 1, 4 keys of {D}, 2 classes\n"
     cache = verify(out)
     np.testing.assert_array_equal(cache.keys, keys[[1, 3, 0, 2]])
     assert cache.class_names == ["cat", "dog"]
-    assert cache.provenance["source"] == str(tmp_path / "keys.npy")
-    refused(run("index", "import", tmp_path / "keys.npy", "--out", tmp_path / "j"), 2, "keys.npy", "labels")
+    assert cache.provenance["source"] == str(tmp_path)
+    refused(run("index", "import", names, "--out", tmp_path / "j"), 2, "names.txt")
     assert not (tmp_path / "j").exists()
 
 

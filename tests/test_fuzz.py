@@ -1057,7 +1057,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 10.0)
         build_index(open_source(place / "train.parquet"), place / "index", Encoder(), device="cpu")
     pq.write_table(pa.table(columns | {"label": TEXTS[:1] * 8}), place / "cats.parquet")
-    np.save(place / "keys.npy", rows)
     return place
 
 
@@ -1135,16 +1134,6 @@ class Consumers:
             own = own if norms == "check" else unit(own)
             np.testing.assert_allclose(weights, unit(own.mean(axis=0)), atol=1e-5)
 
-    def labels(self, path: Path, norms: str) -> None:
-        """As the labels of an array: as many as the array has rows."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        cache = changes.import_index(self.base / "keys.npy", self.out, labels=path, norms=norms, alpha=1.0, beta=1.0)
-        found = rows_of(cache)
-        labelled = told_texts(path, "label")
-        assert labelled is not None
-        assert [found[key_id][1] for key_id in range(8)] == labelled
-        assert np.array_equal(np.stack([found[key_id][2] for key_id in range(8)]), np.load(self.base / "keys.npy"))
-
     def predictions(self, path: Path, norms: str) -> None:
         """Under the names of columns that predictions have."""
         renamed = whole(path)
@@ -1162,7 +1151,7 @@ def test_any_table_is_refused_in_one_line_or_read_value_by_value(base: Path, tmp
     """600 tables, by each way in."""
     rng, consumers = random.Random(5), Consumers(base, tmp_path)
     path, outcomes = tmp_path / "table.parquet", Counter[str]()
-    ways = [consumers.build, consumers.add, consumers.classify, consumers.text, consumers.labels, consumers.predictions]
+    ways = [consumers.build, consumers.add, consumers.classify, consumers.text, consumers.predictions]
     for number in range(TABLES):
         found = any_table(rng, rng.choice([BASE_D] * 7 + [3]))
         norms = rng.choice(["check", "unit", "keep"])
@@ -1259,21 +1248,6 @@ class TextTable:
             list(opened(self.base / "index").classify_source(items, Encoder()))
         pytest.fail("images without a backbone were classified")
 
-    def labels(self) -> None:
-        """Of an array."""
-        out = self.path.with_name("out")
-        shutil.rmtree(out, ignore_errors=True)
-        found = changes.import_index(self.base / "keys.npy", out, labels=self.path, alpha=1.0, beta=1.0)
-        if self.column is not None:
-            by_id = rows_of(found)
-            assert [by_id[key_id][1] for key_id in range(8)] == self.column["label"]
-
-    def classes(self) -> None:
-        names = exchange._class_names(self.path)
-        if self.column is not None:
-            number = len(self.column["label"])
-            assert len(set(names)) == len(names) == number
-
     def predictions(self) -> None:
         found = predictions.read_predictions(self.path)
         if self.column is not None:
@@ -1282,7 +1256,7 @@ class TextTable:
 
 
 def test_any_text_table_is_refused_in_one_line_or_read_cell_by_cell(base: Path, tmp_path: Path) -> None:
-    """400 tables, as a source, as inputs, as labels of an array, as names of classes and as predictions."""
+    """400 tables, as a source, as inputs and as predictions."""
     rng, outcomes = random.Random(6), Counter[str]()
     for number in range(TEXT_TABLES):
         raw, delimiter, cells = any_text(rng)
@@ -1290,7 +1264,7 @@ def test_any_text_table_is_refused_in_one_line_or_read_cell_by_cell(base: Path, 
         path.write_bytes(raw)
         column = None if cells is None else {name: [r[at] for r in cells[1:]] for at, name in enumerate(cells[0])}
         table = TextTable(base, path, column)
-        for way in (table.source, table.inputs, table.labels, table.classes, table.predictions):
+        for way in (table.source, table.inputs, table.predictions):
             said = f"{number}: {way.__name__}: {raw[:300]!r}"
             error = problem_of(way, said)
             outcomes[f"{way.__name__} refused" if error else way.__name__] += 1
@@ -1299,20 +1273,18 @@ def test_any_text_table_is_refused_in_one_line_or_read_cell_by_cell(base: Path, 
                 assert len(str(error)) < 8000, said
                 if way.__name__ == "source" and column and column["path"]:
                     assert not all(cell.strip() for cell in column["path"] + column["label"]), (said, error)
-    assert outcomes.total() == 5 * TEXT_TABLES
-    assert min(outcomes[way] for way in ("source", "labels", "classes", "predictions")) > 2, outcomes
+    assert outcomes.total() == 3 * TEXT_TABLES
+    assert min(outcomes[way] for way in ("source", "predictions")) > 2, outcomes
     assert outcomes["inputs refused"] == TEXT_TABLES
 
 
 @pytest.mark.parametrize("name", ["ä,path,label\xff", "ä,path,\xfflabel,label"])
-def test_names_of_columns_that_are_not_utf8_are_refused(base: Path, tmp_path: Path, name: str) -> None:
+def test_names_of_columns_that_are_not_utf8_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "table.csv"
     path.write_bytes(name.encode().replace("ÿ".encode(), b"\xff") + b"\na,b,c\n")
     for call in (
         lambda: open_source(path),
         lambda: predictions.read_predictions(path),
-        lambda: changes.import_index(base / "keys.npy", tmp_path / "out", labels=path),
-        lambda: exchange._class_names(path),
     ):
         assert refused(call, path)
 
@@ -1452,25 +1424,6 @@ def test_a_pickle_is_never_read_from_an_index(world: dict[str, Path], tmp_path: 
         assert refused(lambda: opened(index), path)
     finally:
         assert not mark.exists()
-
-
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_a_pickle_is_never_read_from_what_is_imported(base: Path, tmp_path: Path, wrapping: str) -> None:
-    mark, raw = tmp_path / "mark", evil_bytes(tmp_path / "mark")[wrapping]
-    (tmp_path / "labels.csv").write_text("label\na\n")
-    for name in ("keys_2shots.pt", "values_2shots.pt", "keys.npy", "labels.npy"):
-        (tmp_path / name).write_bytes(raw)
-    torch.save(torch.eye(2, 3), tmp_path / "keys_4shots.pt")
-    (tmp_path / "values_4shots.pt").write_bytes(raw)
-    for source, given in (
-        ("keys_2shots.pt", {}),
-        ("keys_4shots.pt", {}),
-        ("keys.npy", {"labels": tmp_path / "labels.csv"}),
-        (base / "keys.npy", {"labels": tmp_path / "labels.npy"}),
-    ):
-        assert refused(lambda s=source, g=given: changes.import_index(tmp_path / s, tmp_path / "out", **g), tmp_path)
-        assert not mark.exists()
-        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil-of-a-test", "a/../../evil", "..\\evil", "C:\\evil"])
@@ -1685,15 +1638,9 @@ def test_more_than_the_limits_is_refused_in_one_line(
             assert refused(call, *parts), name
         assert not out.exists() or shutil.rmtree(out) is None
 
-    def imported() -> object:
-        return changes.import_index(base / "keys.npy", out, labels=path)
-
     limited(tables, "MAX_TEXT", 5, lambda: open_source(path), path, "rows 0, 1, 2", "source longer than 5 characters")
     limited(tables, "MAX_ROWS", 7, lambda: open_source(path), path, "8 rows, more than 7")
     limited(predictions, "MAX_ROWS", 7, lambda: predictions.read_predictions(path), path, "8 rows, more than 7")
     limited(predictions, "MAX_LINE", 12, lambda: predictions.read_predictions(path), path)
-    limited(exchange, "MAX_ROWS", 7, imported, "8 rows in all; expected 1 to 7")
-    limited(exchange, "MAX_NAME", 5, imported, path, "label longer than 5 characters")
-    limited(exchange, "MAX_TEXT", 5, imported, path, "id longer than 5 characters")
     limited(asked_in_sql, "MAX_OPEN", 3, lambda: store.query(base / "index", "SELECT ((((1))))"[:12]), "parentheses")
     limited(store, "MANIFEST_BYTES", 500, lambda: store.read_manifest(world["flat"]), "too large for a manifest")

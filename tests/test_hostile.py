@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import Result
 from click.types import FloatParamType, IntParamType, Tuple
 from conftest import SOAK, few, with_code
@@ -1192,17 +1193,12 @@ def test_a_pipe_that_nobody_reads_is_no_output(
 
 UNFIT = {
     "--text": (*BUILD, "--text", "{x}.parquet"),
-    "--classes": (
-        "index", "import", "{w}/keys.npy", "--labels", "{w}/labels.csv", "--classes", "{x}.txt", "--out", "{t}/out",
-    ),
-    "--labels": ("index", "import", "{w}/keys.npy", "--labels", "{x}.csv", "--out", "{t}/out"),
-    "--labels npy": ("index", "import", "{w}/keys.npy", "--labels", "{x}.npy", "--out", "{t}/out"),
-    "import": ("index", "import", "{x}.npy", "--labels", "{w}/labels.csv", "--out", "{t}/out"),
+    "--classes": ("index", "import", "{w}/keys_2shots.pt", "--classes", "{x}.txt", "--out", "{t}/out"),
     "split file": ("index", "build", "{x}.json", "--out", "{t}/out"),
     "table": ("index", "build", "{x}.csv", "--out", "{t}/out"),
     "feature table": ("index", "build", "{x}.parquet", "--out", "{t}/out"),
     "--predictions": ("index", "query", "{w}/index", "SELECT 1", "--predictions", "{x}.json"),
-    "--results": (*EVALUATE, "--shots", "2", "--results", "{x}.parquet"),
+    "--results": ("sweep", *EVALUATE[1:], "--shots", "2", "--results", "{x}.parquet"),
     "checkpoint": ("finetune", "{w}/index", "--source", "{w}/train.parquet", "--out", "{x}", "--resume"),
     "dataset": ("index", "build", "{t}/data", "--dataset", "fgvc", "--out", "{t}/out"),
 }  # fmt: skip
@@ -1213,8 +1209,8 @@ UNFIT = {
 def test_an_input_that_is_no_file_is_named_and_not_waited_for(
     run: Run, world: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
-    np.save(world / "keys.npy", rows(6))
-    (world / "labels.csv").write_text("label\n" + "cat\ndog\n" * 3)
+    torch.save(torch.from_numpy(rows(6)).T, world / "keys_2shots.pt")
+    torch.save(torch.eye(6), world / "values_2shots.pt")
     (tmp_path / "data" / "fgvc_aircraft" / "images").mkdir(parents=True)
     places = [tmp_path / f"x.{ending}" for ending in ("parquet", "csv", "json", "npy", "txt", "checkpoint")]
     lists = [tmp_path / "data" / "fgvc_aircraft" / name for name in ("variants.txt", "images_variant_train.txt")]

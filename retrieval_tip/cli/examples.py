@@ -49,7 +49,7 @@ EXAMPLES = {
     ],
     "index import": [
         "index import caches/caltech --classes classes.txt --out indexes/caltech",
-        "index import keys.npy --labels labels.csv --out indexes/things",
+        "index import caches/keys_16shots.pt --out indexes/shots",
     ],
     "index audit": [
         "index audit indexes/things --output suspects.csv",

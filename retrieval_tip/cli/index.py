@@ -576,9 +576,7 @@ def export_command(
 @index.command("import")
 @click.argument("source", type=FOLDER)
 @OUT
-@click.option("--classes", type=FILE, help="Class names in order: .txt, .json or .csv.")
-@click.option("--labels", type=FILE, help="Labels of an .npy file: .csv, .tsv, .parquet or .npy.")
-@click.option("--label-column", help="Column of the labels.  [default: label, class, else the folder of the path]")
+@click.option("--classes", type=FILE, help="Text file of class names in order, one a line.  [default: class 0 ...]")
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
 @NORMS
 @click.option("--index", "factory", help="As for index build.")
@@ -587,8 +585,6 @@ def import_command(
     source: Path,
     out: Place,
     classes: Path | None,
-    labels: Path | None,
-    label_column: str | None,
     text: Path | None,
     norms: Norms,
     factory: str | None,
@@ -596,10 +592,10 @@ def import_command(
     alpha: float | None,
     beta: float | None,
 ) -> None:
-    """Build an index from keys that another program made.
+    """Build an index from a cache of Tip-Adapter's code.
 
-    SOURCE is a folder with Tip-Adapter's keys_16shots.pt and values_16shots.pt (or the former itself), an .npy file
-    (with --labels), or a folder of autofaiss or clip-retrieval.
+    SOURCE is its keys_16shots.pt, with values_16shots.pt beside it, or the folder of both. Keys of other programs
+    become a feature table in ten lines of Python: docs/features.md.
     """
     from retrieval_tip.index.changes import import_index
 
@@ -607,8 +603,6 @@ def import_command(
         source,
         out,
         classes=classes,
-        labels=labels,
-        label_column=label_column,
         text=text,
         norms=norms,
         index=factory,

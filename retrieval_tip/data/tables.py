@@ -259,30 +259,17 @@ def read_columns(file: Path, columns: Sequence[str], most: int) -> pa.Table:
 def _read_csv(file: Path) -> pa.Table:
     """Read all columns as text; quoted fields may hold commas, quotes and line breaks."""
     with reading(show(file)):
-        return pyarrow.csv.read_csv(*_csv(file))
-
-
-def open_csv(file: Path) -> pyarrow.csv.CSVStreamingReader:
-    """Open a CSV file to be read a block at a time. Raises InputError."""
-    with reading(show(file)):
-        return pyarrow.csv.open_csv(*_csv(file))
-
-
-def _csv(
-    file: Path,
-) -> tuple[pa.NativeFile, pyarrow.csv.ReadOptions, pyarrow.csv.ParseOptions, pyarrow.csv.ConvertOptions]:
-    """Return what pyarrow needs to read a CSV file: the open file and options."""
-    check_regular(file)
-    encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else _delimiter(file, encoding)
-    read = pyarrow.csv.ReadOptions(encoding=encoding)
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pyarrow.csv.open_csv(pa.OSFile(name), read, parse) as reader:
-        columns = reader.schema.names
-    _once(columns, show(file))
-    types = dict.fromkeys(columns, pa.string())
-    convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    return pa.OSFile(name), read, parse, convert
+        check_regular(file)
+        encoding, name = _encoding(file), os.fsencode(file)  # the name may not be UTF-8
+        delimiter = "\t" if file.suffix.lower() == ".tsv" else _delimiter(file, encoding)
+        read = pyarrow.csv.ReadOptions(encoding=encoding)
+        parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        with pyarrow.csv.open_csv(pa.OSFile(name), read, parse) as reader:
+            columns = reader.schema.names
+        _once(columns, show(file))
+        types = dict.fromkeys(columns, pa.string())
+        convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+        return pyarrow.csv.read_csv(pa.OSFile(name), read, parse, convert)
 
 
 def _read_json_lines(file: Path, wanted: Sequence[str] | None = None) -> pa.Table:

@@ -442,8 +442,6 @@ def import_index(
     out: Place,
     *,
     classes: Folder | None = None,
-    labels: Folder | None = None,
-    label_column: str | None = None,
     text: Folder | None = None,
     norms: Norms = "check",
     index: str | None = None,
@@ -451,26 +449,28 @@ def import_index(
     alpha: float | None = None,
     beta: float | None = None,
 ) -> Model:
-    """Build an index from keys that another program made, as :func:`imports.import_table` finds them.
+    """Build an index from a cache that Tip-Adapter's code wrote (:func:`imports.import_table`).
 
-    The first arguments are that function's; ``norms`` as for :class:`encoder.Encoder`, the others as for
+    ``source`` and ``classes`` are that function's; ``norms`` as for :class:`encoder.Encoder`, the others as for
     :func:`build.build_index`. Classes are in the order of ``text``, else in alphabetical order. Raises as these two.
     """
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "keys.parquet"
-        given = {"classes": classes, "labels": labels}
-        import_table(
-            Path(source),
-            table,
-            label_column=label_column,
-            **{name: None if path is None else Path(path) for name, path in given.items()},
-        )
+        import_table(Path(source), table, None if classes is None else Path(classes))
         try:
-            items = dataclasses.replace(open_source(table), name=show(source))
+            return build_index(
+                dataclasses.replace(open_source(table), name=show(source)),
+                out,
+                Encoder(norms=norms),
+                text=text,
+                index=index,
+                dtype=dtype,
+                alpha=alpha,
+                beta=beta,
+                device="cpu",
+            )
         except InputError as error:
             raise InputError(str(error).replace(show(table), show(source))) from None
-        settings: dict[str, Any] = {"text": text, "index": index, "dtype": dtype, "alpha": alpha, "beta": beta}
-        return build_index(items, out, Encoder(norms=norms), device="cpu", **settings)
 
 
 def _weights_of(
