@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_features_are_torchs_for_any_number_of_pictures(folder, place):
     assert len(list(place.iterdir())) == 1
     assert compiled.identity == plain.identity
     np.testing.assert_array_equal(deepcopy(compiled).encode_images(pixels), compiled.encode_images(pixels))
+
+
+def test_threads_that_encode_at_the_same_time_get_their_own_features(folder, place):
+    compiled = load_backbone(f"local-dir:{folder}", device="cpu", runtime="auto")
+    pixels = [some_pixels(compiled, 8) + at for at in range(8)]
+    expected = [compiled.encode_images(own) for own in pixels]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(compiled.encode_images, pixels * 25))
+    np.testing.assert_allclose(np.stack(found), np.stack(expected * 25), atol=1e-6)
 
 
 def test_a_real_encoder_of_photographs(lit_mini, shared):

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -50,10 +51,13 @@ class Tower:
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
         config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self._compiled = _openvino().Core().compile_model(model, "CPU", config)
+        self._requests = threading.local()  # calling the compiled model shares one request among all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
         """Return raw features. Raises RuntimeError where OpenVINO gives none."""
-        features: FloatArray = np.array(self._compiled(pixels.float().contiguous().numpy())[0])
+        if not hasattr(self._requests, "own"):
+            self._requests.own = self._compiled.create_infer_request()
+        features: FloatArray = np.array(self._requests.own.infer(pixels.float().contiguous().numpy())[0])
         if len(features) != len(pixels):  # as it does in bfloat16 where oneDNN is kept from using it
             raise RuntimeError(f"OpenVINO gave {len(features)} features for {len(pixels)} images")
         return features
