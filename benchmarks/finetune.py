@@ -31,7 +31,7 @@ from retrieval_tip import CacheModel, Encoder, open_source
 from retrieval_tip.data.sources import Source
 from retrieval_tip.fit.finetune import finetune
 from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Settings, TrainingPrecision
 
 ALPHA, BETA, SCALE = 1.0, 5.5, 100.0
 RATE, EPS = 1e-3, 1e-4
@@ -176,12 +176,8 @@ def products(cache: CacheModel, batch: int, dtype: torch.dtype) -> Step:
     return step
 
 
-def trainer(cache: CacheModel, precision: str, train_k: int | None = None) -> Trainer:
-    return Trainer(cache, Recipe(lr=RATE, eps=EPS, precision=precision, train_k=train_k), None)
-
-
-def ours(cache: CacheModel, precision: str, train_k: int | None = None) -> Step:
-    found = trainer(cache, precision, train_k)
+def ours(cache: CacheModel, precision: TrainingPrecision) -> Step:
+    found = Trainer(cache, Recipe(lr=RATE, eps=EPS, precision=precision), None)
     return lambda f, ids: found.step(f, ids, RATE)
 
 
@@ -223,21 +219,6 @@ def print_step(material: Material, batch: int, rounds: int) -> dict[str, float]:
     return found
 
 
-def print_nearest(material: Material, batch: int, rounds: int, k: int) -> None:
-    """A step that trains the nearest keys only, beside one that trains all of them."""
-    cache = material.cache
-    nearest = trainer(cache, "float32", k)
-    sides: dict[str, Step] = {"all": ours(cache, "float32"), "nearest": lambda f, ids: nearest.step(f, ids, RATE)}
-    found = times(sides, material, batch, rounds)
-    start = time.perf_counter()
-    nearest.refresh()
-    refresh = time.perf_counter() - start
-    of_step = refresh / -(-cache.n // batch)
-    parts = f"{1e3 * found['nearest']:.1f} ms a step and {1e3 * of_step:.1f} ms for its index, refreshed once an epoch"
-    whole = f"all keys, float32: {1e3 * found['all']:.1f} ms ({found['all'] / (found['nearest'] + of_step):.2f} times)"
-    click.echo(f"--train-k {k}, {cache.n} keys x {cache.d}, {cache.index.factory}: {parts}; {whole}")
-
-
 def print_runs(material: Material, batch: int, epochs: int) -> dict[str, float]:
     """Whole runs in both precisions."""
     cache = material.cache
@@ -270,9 +251,6 @@ def print_runs(material: Material, batch: int, epochs: int) -> dict[str, float]:
 @click.option("--queries", default=5000, show_default=True)
 @click.option("--rounds", default=15, show_default=True, help="Steps of each side that are timed.")
 @click.option("--epochs", default=20, show_default=True, help="Of the whole runs; 0 leaves them out.")
-@click.option("--train-k", default=64, show_default=True, help="Nearest keys a query trains; 0 leaves it out.")
-@click.option("--index", default="IVF256,Flat", show_default=True, help="That they are found by.")
-@click.option("--large", type=(int, int, str), default=(160_000, 512, "IVF1024,Flat"), show_default=True)
 def main(
     classes: int,
     shots: int,
@@ -282,9 +260,6 @@ def main(
     queries: int,
     rounds: int,
     epochs: int,
-    train_k: int,
-    index: str,
-    large: tuple[int, int, str],
 ) -> None:
     """Time, train, print."""
     click.echo(
@@ -296,15 +271,6 @@ def main(
     click.echo(f"--precision auto chooses {faster_precision(material.cache, batch)}")
     if epochs:
         print_runs(material, batch, epochs)
-    if not train_k:
-        return
-    click.echo()
-    del material  # the machine may be small
-    print_nearest(Material.make(classes, shots, dim, views, 1, index), batch, rounds, train_k)
-    n, d, factory = large
-    if n:
-        few = max(3, rounds // 3)
-        print_nearest(Material.make(n // shots, shots, d, 1, 1, factory), batch, few, train_k)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import shutil
 import signal
 import socket
 import struct
-import time
 import tomllib
 import zlib
 from collections.abc import Callable, Iterator
@@ -577,23 +576,6 @@ def folders(rng: Draw) -> Case:
     return Case(words, prepare, bad=how == "damaged" and whole)
 
 
-def _checkpoint(rng: Draw) -> None:
-    """Tensors or facts of a checkpoint that are other ones, under a checksum that fits."""
-    from retrieval_tip.fit import checkpoint
-
-    place = Path("new.checkpoint")
-    tensors, facts = checkpoint.read(place)
-    name = rng.choice(sorted(tensors))
-    if rng.random() < 0.4:
-        value = tensors[name]
-        others = [value.flatten()[:1], value.double(), value * math.nan, value[None], value.int(), value * 0 + 1e30]
-        tensors[rng.choice([name, name, "x", "now/x", "kept", ""])] = rng.choice(others).clone()
-    elif rng.random() < 0.3:
-        del tensors[name]
-    changed = altered(facts, rng)
-    checkpoint.write(place, tensors, changed if isinstance(changed, dict) else {"x": changed})
-
-
 def _predictions(kind: str, rng: Draw) -> bytes:
     raw = Path(f"predictions.{kind}").read_bytes()
     if kind == "json" and rng.random() < 0.6:
@@ -605,12 +587,7 @@ def _predictions(kind: str, rng: Draw) -> bytes:
 
 
 def states(rng: Draw) -> Case:
-    """checkpoints of `finetune --resume`, and predictions of `index query --predictions`"""
-    if rng.random() < 0.4:
-        place, sealed = Path("new.checkpoint"), rng.random() < 0.6
-        line = "finetune index --out new --source table.parquet --epochs 3 --resume"
-        damage = lambda: place.write_bytes(mutated(place.read_bytes(), rng))  # noqa: E731
-        return Case(line.split(), partial(_checkpoint, rng) if sealed else damage)
+    """predictions of `index query --predictions`"""
     kind, style = rng.choice(["csv", "json", "parquet"]), rng.choice(["table", "json", "csv"])
     asked = rng.choice(["FROM predictions", "SELECT count(*) FROM predictions JOIN labels USING (label)"])
     file = f"predictions.{kind}"
@@ -774,7 +751,7 @@ def _run(line: str, *more: str) -> None:
 
 
 def make_base(*, with_images: bool) -> None:
-    """``BASE/given``: features with tables, predictions, a checkpoint; ``BASE/pictured``: images."""
+    """``BASE/given``: features with tables, predictions; ``BASE/pictured``: images."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -793,12 +770,6 @@ def make_base(*, with_images: bool) -> None:
     _run("index set index --alpha 2")
     for kind in ("csv", "json", "parquet"):
         _run(f"classify index queries.parquet --top 2 --explain --format {kind} --output predictions.{kind}")
-    clock, unlink = time.monotonic, Path.unlink  # a checkpoint is written after seconds, and removed in the end
-    time.monotonic, Path.unlink = lambda: clock() * 1e6, lambda *_, **__: None
-    _run("finetune index --out new --source table.parquet --epochs 3")
-    time.monotonic, Path.unlink = clock, unlink
-    shutil.rmtree("new")
-    assert Path("new.checkpoint").exists(), "no checkpoint was written"
     if with_images:
         _draw()
         for number, label in itertools.product(range(2), CLASSES[:2]):

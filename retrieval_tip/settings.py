@@ -26,6 +26,11 @@ MetricName = Literal["none", "within"]
 ValuesName = Literal["one-hot", "solved"]
 METRICS, VALUES = get_args(MetricName), get_args(ValuesName)
 """Names of what a fit may choose for each letter of the method (:mod:`tip`)."""
+TrainedPart = Literal["keys", "values", "visual", "text"]
+TRAINED: tuple[TrainedPart, ...] = get_args(TrainedPart)
+"""What can be trained: the keys (Tip-Adapter-F), what each gives to each class (``[n, c]``), and the two encoders."""
+TrainingPrecision = Literal["auto", "float32", "bfloat16"]
+TrainingSettings = Literal["tried", "own"]
 Protocol = Literal["honest", "paper"]
 """How settings are chosen: on the shots or a validation draw, or as in the paper, on the whole validation source."""
 

@@ -35,7 +35,7 @@ def test_a_count_is_a_whole_number_up_to_the_most_of_its_kind(name: str) -> None
     ("name", "make"),
     [
         *((name, lambda value, name=name: Encoder(**{name: value})) for name in ("views", "batch_size", "workers")),
-        *((name, lambda value, name=name: Recipe(**{name: value})) for name in ("epochs", "batch", "views", "train_k")),
+        *((name, lambda value, name=name: Recipe(**{name: value})) for name in ("epochs", "batch", "views")),
         ("seed", lambda value: Recipe(seed=value)),
         ("shots", lambda value: few_shot(["a"], value)),
     ],

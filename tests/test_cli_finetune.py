@@ -12,7 +12,6 @@ from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
 from retrieval_tip import CacheModel, Encoder, Recipe, open_source, verify
-from retrieval_tip.fit import checkpoint
 from retrieval_tip.fit.finetune import checkpoint_of, finetune_into
 from retrieval_tip.fit.search_hp import validation_shots
 
@@ -131,7 +130,7 @@ def test_the_same_seed_gives_the_same_keys_and_another_others(run, place):
         (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache: give one of them"),
         (["--train", "visual"], 2, "train visual: there is no encoder"),
         (["--train", "text", "--views-cache", "2"], 2, "train text"),
-        (["--train-k", "4", "--train", "values"], 2, "train_k: goes with keys alone"),
+        (["--resume"], 2, "resume: only for encoders"),
         (["--lr", "nan"], 2, "--lr"),
         (["--lr", "0"], 2, "--lr"),
         (["--weight-decay", "-1"], 2, "--weight-decay"),
@@ -163,42 +162,6 @@ def test_validation_of_another_backbone_or_length_is_refused(run, place):
     result = tune(run, place, "--val", place / "other.parquet")
     assert result.exit_code == 1
     assert f"features of {D + 1} values, the index has {D}" in result.stderr
-
-
-def test_what_was_interrupted_goes_on_only_when_asked(run, place, monkeypatch):
-    from retrieval_tip.fit import finetune
-
-    how = ("--batch", 16, "--keep-last", "--json")
-    unbroken = tune(run, place, "--epochs", 4, *how, out="whole")
-    assert unbroken.exit_code == 0
-    epochs = []
-    step = finetune._Run._one_epoch
-
-    def dies_after_two(self, bar):
-        if len(self.material.ids) == 120:  # not where a quarter of the shots is held out
-            if len(epochs) == 2:
-                raise KeyboardInterrupt
-            epochs.append(1)
-        step(self, bar)
-
-    monkeypatch.setattr(finetune._Run, "_one_epoch", dies_after_two)
-    monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", 0.0)
-    interrupted = tune(run, place, "--epochs", 4, *how)
-    assert interrupted.exit_code == 130
-    assert "--resume" in interrupted.stderr.splitlines()[-1]
-    assert checkpoint.read(place / "tuned.checkpoint")[1]["epoch"] == 2
-    monkeypatch.setattr(finetune._Run, "_one_epoch", step)
-    refused = tune(run, place, "--epochs", 5, *how, "--resume")
-    assert refused.exit_code == 2
-    assert "of a run with another epochs" in refused.stderr
-    resumed = tune(run, place, "--epochs", 4, *how, "--resume")
-    assert resumed.exit_code == 0, resumed.stderr
-    both = [json.loads(result.stdout) | {"seconds": 0} for result in (unbroken, resumed)]
-    assert both[0] == both[1]  # the comparison before the training is remembered, too
-    assert both[0]["n"] == 60
-    whole, tuned = (CacheModel.load(place / name, device="cpu").keys for name in ("whole", "tuned"))
-    assert np.array_equal(whole, tuned)
-    assert not (place / "tuned.checkpoint").exists()
 
 
 def fitted_index(run, place):
@@ -281,25 +244,6 @@ def test_of_one_photograph_a_class_nothing_is_held_out_and_it_says_so(run, place
     said = json.loads(result.stdout)
     assert (said["kept"], said["before"], said["after"], said["n"]) == ("trained", None, None, None)
     assert "--val" in result.stderr
-
-
-def test_a_checkpoint_that_is_none_is_named(run, place):
-    (place / "tuned.checkpoint").write_bytes(b"not a checkpoint")
-    result = tune(run, place, "--epochs", 1, "--resume")
-    assert result.exit_code == 1
-    assert "tuned.checkpoint: not a checkpoint of finetune" in result.stderr
-    fresh = tune(run, place, "--epochs", 1)
-    assert fresh.exit_code == 0
-    assert "an interrupted run is there; starting anew" in fresh.stderr
-
-
-def test_a_folder_in_the_place_of_the_checkpoint_is_named_before_anything_is_trained(run, place):
-    (place / "tuned.checkpoint").mkdir()
-    for more in ((), ("--resume",)):
-        result = tune(run, place, "--epochs", 1, *more)
-        assert result.exit_code == 1
-        assert "tuned.checkpoint: " in result.stderr
-        assert not (place / "tuned").exists()
 
 
 def test_a_sweep_fine_tunes_what_it_draws(run, place):

@@ -28,7 +28,7 @@ from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.fit import finetune, trainer
+from retrieval_tip.fit import finetune
 from retrieval_tip.fit.finetune import CURVE, FLATTER, _Material, _Run, own_shots
 from retrieval_tip.fit.trainer import ENCODER_RATE, Recipe, Trainer, _Tower
 from retrieval_tip.settings import Settings
@@ -145,11 +145,7 @@ def plain(cache: CacheModel, shots: Source, recipe: Recipe) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
-@pytest.mark.parametrize("block", [5, 1024])
-def test_twenty_epochs_end_where_plain_torch_ends(
-    shots: Source, train: tuple[str, ...], block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("retrieval_tip.fit.trainer.BLOCK", block)
+def test_twenty_epochs_end_where_plain_torch_ends(shots: Source, train: tuple[str, ...]) -> None:
     cache, recipe = index(), replace(OWN, epochs=20, train=train, seed=4)
     tuned = finetune.finetune(cache, shots, Encoder(), recipe)
     keys, values, curve = plain(cache, shots, recipe)
@@ -333,7 +329,7 @@ def drilled(run: _Run, curve: list[tuple[float, float]]) -> None:
 
     run.trainer.step = step  # type: ignore[method-assign]
     run._validate = lambda: next(made)[::-1]  # type: ignore[method-assign]
-    run.train(None, math.inf)
+    run.train()
 
 
 @pytest.fixture(scope="module")
@@ -524,74 +520,9 @@ def test_a_fall_of_the_accuracy_is_a_collapse_too(material: _Material) -> None:
     run.trainer.step = lambda q, ids, lr: (1.0 + len(run.curve), round(next(rights) * 1e6))  # type: ignore[method-assign]
     monkey = run._record
     run._record = lambda loss, right: monkey(loss, right * SHOTS / 1e6)  # type: ignore[method-assign]
-    run.train(None, math.inf)
+    run.train()
     assert run.collapsed == "in epoch 4 accuracy on the shots fell from 0.950 to 0.470"
     assert (run.kept_epoch, len(run.curve)) == (3, 5)
-
-
-# --- nearest keys
-
-
-def test_training_all_keys_as_nearest_ones_is_training_all(shots: Source) -> None:
-    recipe = replace(OWN, epochs=20)
-    dense, nearest = (
-        finetune.finetune(index(), shots, Encoder(), replace(recipe, train_k=k)).cache.keys for k in (None, SHOTS)
-    )
-    moved = dense - index().keys
-    assert np.linalg.norm(nearest - dense) / np.linalg.norm(moved) < 1e-3
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
-def test_only_retrieved_keys_are_trained(shots: Source, monkeypatch: pytest.MonkeyPatch, factory: str) -> None:
-    few = [i for i, label in enumerate(shots.labels) if label == NAMES[0]]
-    met: set[int] = set()
-    search = trainer.VectorIndex.search
-
-    def watched(self: Any, features: Any, k: int) -> Any:
-        found = search(self, features, k)
-        assert k == 3
-        met.update(found[1].ravel().tolist())
-        return found
-
-    cache = index(index=factory)
-    monkeypatch.setattr(trainer.VectorIndex, "search", watched)
-    tuned = finetune.finetune(cache, shots.take(few), Encoder(), replace(OWN, train_k=3, epochs=20))
-    monkeypatch.undo()
-    changed = np.flatnonzero((tuned.cache.keys != cache.keys).any(axis=1))
-    assert changed.tolist() == sorted(met - {-1})
-    assert 0 < len(changed) < SHOTS
-    assert losses(tuned)[-1] < losses(tuned)[0]
-    assert facts(tuned)["train_k"] == 3
-
-
-def test_training_the_nearest_keys_helps(shots: Source, val: Source) -> None:
-    tuned = finetune.finetune(index(), shots, Encoder(), replace(OWN, train_k=8, epochs=20), val=val)
-    assert losses(tuned)[-1] < 0.95 * losses(tuned)[0]
-    assert accuracy(tuned.cache) > accuracy(index())
-
-
-def test_the_sums_behind_the_tail_follow_the_keys(material: _Material) -> None:
-    cache = index()
-    trainer = Trainer(cache, replace(OWN, train_k=3), None)
-    for queries, ids in material.batches(OWN, 0):
-        trainer.step(queries, ids, 0.1)
-    sums = torch.zeros(C, D).index_add_(0, cache.class_ids, trainer.keys)
-    assert not torch.allclose(sums, torch.zeros(C, D).index_add_(0, cache.class_ids, torch.from_numpy(cache.keys)))
-    torch.testing.assert_close(trainer._over._sums, sums, rtol=1e-5, atol=1e-5)
-    rows, ids = clusters(20, C, D, 4)
-    trainer.refresh()
-    now = CacheModel.from_features(
-        trainer.keys,
-        cache.class_ids.numpy(),
-        NAMES,
-        cache.text_weights,
-        settings=Settings(beta=5.5, logit_scale=10.0),
-        device="cpu",
-    )
-    logits = now.logits(rows, k=3)
-    loss, right = trainer.evaluate(torch.from_numpy(rows), torch.from_numpy(ids))
-    assert loss == pytest.approx(float(functional.cross_entropy(logits, torch.from_numpy(ids))), rel=1e-5)
-    assert right == pytest.approx((logits.argmax(1).numpy() == ids).mean())
 
 
 # --- which shots
@@ -626,15 +557,14 @@ def test_shots_and_validation_images_have_to_be_of_the_index(shots: Source, tmp_
         ({"train": ()}, ["train", "nothing", "keys, values, visual, text"]),
         ({"train": ("keys", "keys")}, ["train", "keys, keys"]),
         ({"train": ("tower",)}, ["train", "tower"]),
-        *(({name: 0}, [f"{name} is 0"]) for name in ("epochs", "batch", "views", "train_k")),
-        *(({name: 2.5}, [f"{name} is 2.5", "whole"]) for name in ("epochs", "batch", "views", "train_k", "seed")),
+        *(({name: 0}, [f"{name} is 0"]) for name in ("epochs", "batch", "views")),
+        *(({name: 2.5}, [f"{name} is 2.5", "whole"]) for name in ("epochs", "batch", "views", "seed")),
         ({"seed": -1}, ["seed is -1"]),
         *(({"lr": value}, ["lr is"]) for value in (0.0, -1.0, math.nan, math.inf)),
         *(({"eps": value}, ["eps is"]) for value in (0.0, -1.0, math.nan)),
         *(({"weight_decay": value}, ["weight_decay is"]) for value in (-0.1, math.nan, math.inf)),
         ({"settings": "best"}, ["settings 'best'", "tried, own"]),
         ({"precision": "float8"}, ["precision 'float8'", "bfloat16"]),
-        ({"train_k": 3, "train": ("keys", "values")}, ["train_k"]),
         ({"train": ("visual",)}, ["views", "fresh"]),
         ({"train": ("keys", "visual"), "views": 4}, ["views", "fresh"]),
     ],
@@ -648,15 +578,8 @@ def test_recipes_that_cannot_be_are_refused_in_one_line(changes: dict[str, Any],
 
 
 def test_recipes_at_the_edge_are_allowed() -> None:
-    Recipe(weight_decay=0.0, epochs=1, batch=1, views=1, train_k=1, seed=0)
+    Recipe(weight_decay=0.0, epochs=1, batch=1, views=1, seed=0)
     Recipe(train=("keys", "values", "visual", "text"), views=None)
-
-
-def test_nearest_keys_with_trained_values_are_refused(shots: Source) -> None:
-    """What a retrieved key gives would have to be learnt through its values; the plain form would teach another."""
-    cache = finetune.finetune(index(), shots, Encoder(), replace(OWN, train=("values",))).cache
-    with pytest.raises(UsageError, match=r"^train_k: .*values"):
-        finetune.finetune(cache, shots, Encoder(), replace(OWN, train_k=3))
 
 
 def test_encoders_need_what_they_are_made_of(shots: Source, tmp_path: Path, model: Any) -> None:
@@ -830,44 +753,27 @@ def test_images_are_met_in_the_views_that_were_asked_for(
 
 @pytest.mark.parametrize("part", ["visual", "text"])
 @pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_a_tower_in_two_passes_has_the_gradient_of_one(
-    part: str, chunk: int, model_folder: Path, pictures: Path
-) -> None:
-    plain_one, ours = (load_backbone(f"local-dir:{model_folder}", device="cpu") for _ in range(2))
+def test_a_tower_in_two_passes_has_the_gradient_of_one(part: str, chunk: int, model: Any, pictures: Path) -> None:
+    inputs: Any = ["a red thing.", "a blue thing.", "a green one", "red", "blue", "what"]
     if part == "visual":
-        inputs = torch.cat([p for _, p in Encoder(ours).pixels(open_source(pictures / "val"), "fresh/1/0", 8)])[:7]
-    else:
-        inputs = ["a red thing.", "a blue thing.", "a green one", "red", "blue", "what"]
+        inputs = torch.cat([p for _, p in Encoder(model).pixels(open_source(pictures / "val"), "fresh/1/0", 8)])[:7]
     targets = torch.arange(len(inputs)) % 3
     weights = torch.from_numpy(unit_rows(3, 16, 2)) * 20
-    options = {"eps": 1e-4, "weight_decay": 0.01}
-
-    parameters = plain_one.parameters(part)
-    with plain_one.training([part]):
-        forward = plain_one.forward_images if part == "visual" else plain_one.forward_texts
-        loss = functional.cross_entropy(functional.normalize(forward(inputs), dim=1) @ weights.T, targets)
-        loss.backward()
+    own = model.copy_to_train()
+    forward = own.forward_images if part == "visual" else own.forward_texts
+    tower = _Tower(own.parameters(part), forward, chunk)
+    with own.training([part]) as parameters:
+        functional.cross_entropy(functional.normalize(forward(inputs), dim=1) @ weights.T, targets).backward()
         expected = [None if p.grad is None else p.grad.clone() for p in parameters]
-        torch.optim.AdamW(parameters, lr=0.3 * ENCODER_RATE, **options).step()
-
-    tower = _Tower(ours, part, options)
-    tower._size = chunk
-    found: list[Any] = []
-    step = tower.optimizer.step
-    own = ours.parameters(part)
-    tower.optimizer.step = lambda lr: (found.extend(None if p.grad is None else p.grad.clone() for p in own), step(lr))
-    features = tower.features(inputs)
-    assert not features.requires_grad
-    features.requires_grad_()
-    functional.cross_entropy(features @ weights.T, targets).backward()
-    tower.step(inputs, features.grad, 0.3)
-    assert any(gradient is not None and float(gradient.abs().max()) > 1e-4 for gradient in expected)
-    for gradient, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
-    for parameter, wanted in zip(own, parameters, strict=True):
-        torch.testing.assert_close(parameter, wanted, rtol=0, atol=2e-5)
-        assert parameter.grad is None
-        assert not parameter.requires_grad
+        for parameter in parameters:
+            parameter.grad = None
+        features = tower.features(inputs)
+        assert not features.requires_grad
+        features.requires_grad_()
+        functional.cross_entropy(features @ weights.T, targets).backward()
+        tower.backward(inputs, features.grad)
+        assert any(gradient is not None and float(gradient.abs().max()) > 1e-4 for gradient in expected)
+        torch.testing.assert_close([p.grad for p in parameters], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_all_parts_at_once_have_the_gradients_of_one_plain_backward(
@@ -879,8 +785,7 @@ def test_all_parts_at_once_have_the_gradients_of_one_plain_backward(
     positions, pixels = next(iter(Encoder(ours).pixels(open_source(pictures / "train"), "fresh/1/0", 12)))
     ids = image_index.class_ids[torch.from_numpy(positions)]
     trainer = Trainer(image_index, recipe, ours)
-    towers = trainer._towers
-    towers["visual"]._size, towers["text"]._size = 5, 2
+    trainer._visual, trainer._text = replace(trainer._visual, size=5), replace(trainer._text, size=2)
     value, _ = trainer.step(pixels, ids, 0.01)
 
     prompts = [t.replace("{}", name) for name in image_index.class_names for t in image_index.templates]
@@ -981,7 +886,7 @@ def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"train": ("keys", "values")}, {"train_k": 8}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{}, {"train": ("keys", "values")}, {"precision": "bfloat16"}])
 def test_gpu_trains_as_the_cpu_does(shots: Source, val: Source, changes: dict[str, Any]) -> None:
     recipe = replace(OWN, **changes, epochs=20)
     cpu, gpu, again = (
@@ -1016,31 +921,3 @@ def test_gpu_trains_encoders_as_the_cpu_does(model_folder: Path, pictures: Path)
         cache.templates = ["a {} thing.", "{}"]
         curves.append(losses(finetune.finetune(cache, source, Encoder(backbone), recipe)))
     np.testing.assert_allclose(*curves, rtol=1e-2)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_encoders_go_on_bit_for_bit_where_they_were_interrupted(
-    model_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    backbone = load_backbone(f"local-dir:{model_folder}", device=device)
-    source = open_source(pictures / "train")
-    recipe = Recipe(train=("keys", "visual", "text"), views=None, batch=5, epochs=3, lr=0.1, precision="float32")
-    cache = replace(of_images(pictures / "train", backbone), device=device)
-    run = {"cache": cache, "shots": source, "encoder": Encoder(backbone), "recipe": recipe}
-    whole = finetune.finetune(**run)
-    kept = {"checkpoint": tmp_path / "run", "checkpoint_seconds": 0.0}
-    write = finetune._Run._write
-
-    def interrupted(self: Any, path: Path) -> None:
-        write(self, path)
-        if self.epoch == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(finetune._Run, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.finetune(**run, **kept)
-    monkeypatch.undo()
-    resumed = finetune.finetune(**run, **kept, resume=True)
-    assert losses(resumed) == losses(whole)
-    assert np.array_equal(resumed.cache.keys, whole.cache.keys)
-    assert all(torch.equal(tensor, whole.encoders[name]) for name, tensor in resumed.encoders.items())

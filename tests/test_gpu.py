@@ -20,7 +20,7 @@ from retrieval_tip.backbones.base import resolve_device
 from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.backbones.torch_backbone import TorchBackbone, weights_digest
 from retrieval_tip.distributed import cluster
-from retrieval_tip.fit import finetune, gradient, search_hp, trainer
+from retrieval_tip.fit import finetune, search_hp
 from retrieval_tip.fit.trainer import Recipe, Trainer
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval.keys import Keys
@@ -214,23 +214,6 @@ def test_sums_by_class_are_added_in_one_order_on_a_gpu() -> None:
     assert not OnGpu.unordered
 
 
-def test_the_gradient_of_retrieved_keys_is_added_in_one_order_on_a_gpu(monkeypatch) -> None:
-    torch.manual_seed(0)
-    keys, features, ids = torch.rand(30, 8), torch.rand(9, 8), torch.arange(30) % 4
-    over = gradient.RetrievedKeys(keys, ids, torch.zeros(4, 8), torch.bincount(ids), 2.0)
-    rows = torch.randint(-1, 30, (9, 6))
-    weights, d_cache = torch.rand(9, 6), torch.rand(9, 4)
-    met, expected = over.backward(d_cache, features, rows, weights)
-    for gathered in (gradient.GATHERED, 24):  # all at once, and three at a time
-        monkeypatch.setattr(gradient, "GATHERED", gathered)
-        monkeypatch.setattr(torch.sparse, "mm", lambda *_: pytest.fail("a sparse product"))
-        again, found = over.backward(d_cache, on_gpu(features), rows, weights)
-        assert torch.equal(again, met)
-        torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
-        assert not OnGpu.unordered
-        monkeypatch.undo()
-
-
 def test_training_on_a_gpu_has_one_order_and_leaves_no_setting_behind() -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cuda = torch.backends.cuda
@@ -365,20 +348,6 @@ def test_what_training_keeps_is_kept_on_the_cpu(cache) -> None:
     made.keys.zero_()
     assert {name: copy.device.type for name, copy in copies.items()} == {"keys": "cpu", "values": "cpu"}
     assert torch.equal(copies["keys"], torch.from_numpy(np.asarray(cache.keys)))
-
-
-def test_a_gpu_trains_on_keys_a_block_at_a_time_to_the_same_end(cache, monkeypatch) -> None:
-    ids = cache.class_ids
-    features = functional.normalize(torch.rand(40, 8), dim=1)
-    ends = []
-    for size in (gradient.BLOCK, 7):
-        monkeypatch.setattr(trainer, "BLOCK", size)
-        made = Trainer(cache, Recipe(precision="float32"), None)
-        for _ in range(3):
-            made.step(features, ids, 1e-2)
-        ends.append(made.keys)
-    torch.testing.assert_close(*ends)
-    assert trainer.GPU_BLOCK == 65536
 
 
 def test_the_search_for_settings_takes_few_queries_at_a_time_where_a_gpu_has_many_keys(cache, monkeypatch) -> None:

@@ -1199,7 +1199,9 @@ UNFIT = {
     "feature table": ("index", "build", "{x}.parquet", "--out", "{t}/out"),
     "--predictions": ("index", "query", "{w}/index", "SELECT 1", "--predictions", "{x}.json"),
     "--results": ("sweep", *EVALUATE[1:], "--shots", "2", "--results", "{x}.parquet"),
-    "checkpoint": ("finetune", "{w}/index", "--source", "{w}/train.parquet", "--out", "{x}", "--resume"),
+    "checkpoint": (
+        "finetune", "{w}/index", "--source", "{w}/train.parquet", "--train", "text", "--out", "{x}", "--resume",
+    ),
     "dataset": ("index", "build", "{t}/data", "--dataset", "fgvc", "--out", "{t}/out"),
 }  # fmt: skip
 

@@ -36,9 +36,17 @@ from retrieval_tip.errors import Skipped, UsageError, show
 
 if TYPE_CHECKING:
     from retrieval_tip.cli.opening import Place
-    from retrieval_tip.fit.search_hp import Choice
+    from retrieval_tip.fit.search_hp import HyperparameterChoice
     from retrieval_tip.fit.trainer import Recipe
-    from retrieval_tip.settings import KeysMet, MetricName, Protocol, ValuesName
+    from retrieval_tip.settings import (
+        KeysMet,
+        MetricName,
+        Protocol,
+        TrainedPart,
+        TrainingPrecision,
+        TrainingSettings,
+        ValuesName,
+    )
 
 
 @command("fit")
@@ -165,7 +173,7 @@ def search_command(
     finish(ctx, skipped)
 
 
-def _print_choice(choice: Choice, k: int | None, version: int | None, as_json: bool) -> None:
+def _print_choice(choice: HyperparameterChoice, k: int | None, version: int | None, as_json: bool) -> None:
     """Print the chosen settings and what is known about them; an interval without end ends with null in JSON."""
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
     facts |= {"k": k or "all", "version": version}
@@ -180,7 +188,7 @@ def _print_choice(choice: Choice, k: int | None, version: int | None, as_json: b
 class TrainingOptions:
     """The parts that are trained, and the recipe."""
 
-    train: tuple[str, ...]
+    train: tuple[TrainedPart, ...]
     epochs: int
     batch: int
     lr: float
@@ -188,9 +196,8 @@ class TrainingOptions:
     weight_decay: float
     views_cache: int | None
     views: str | None
-    train_k: int | None
-    products: str
-    settings: str
+    products: TrainingPrecision
+    settings: TrainingSettings
     alpha: float | None
     beta: float | None
     seed: int
@@ -216,7 +223,6 @@ class TrainingOptions:
             lr=self.lr,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            train_k=self.train_k,
             precision=self.products,
             seed=self.seed,
         )
@@ -234,8 +240,6 @@ _TRAINING = grouped(
                  help="Encode M augmented views of each shot once, and draw from them.  "
                       "[default: 16; with an encoder in training, fresh ones]"),
     click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode another view of each shot every epoch."),
-    click.option("--train-k", type=count(), metavar="N",
-                 help="Train only the N nearest keys of each query: for caches too large for dense steps."),
     click.option("--precision", "products", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
                  show_default=True,
                  help="Of the matrix products; auto: bfloat16 where it is measured to be worth it."),
@@ -259,7 +263,9 @@ _TRAINING = grouped(
                                          "split .json its val part.")  # fmt: skip
 @click.option("--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4)]")
 @_TRAINING
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run (its state is OUT.checkpoint).")
+@click.option(
+    "--resume", is_flag=True, help="Go on with an interrupted training of encoders, whose state is OUT.checkpoint."
+)
 @click.option("--keep-last", is_flag=True, help="Write the trained index even if it is less accurate than before.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for loss and accuracy by epoch (needs matplotlib).")
 @JSON
@@ -288,7 +294,8 @@ def finetune_command(
 
     The result is another index folder. Trains the keys, or what --train names, with AdamW on augmented views of the
     shots. Held-out shots, or --val, judge the index before and after, and the better one is written. --val also chooses
-    the epoch, and then alpha, beta and k. --resume continues an interrupted training, with an identical result.
+    the epoch, and then alpha, beta and k. --resume continues a training of
+    encoders that was interrupted from its last epoch, with an identical result.
     """
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
     from retrieval_tip.report import plots

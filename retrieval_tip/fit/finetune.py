@@ -1,7 +1,8 @@
 """Fine-tuning: Tip-Adapter-F (paper, section 3.2), and every other choice of what to train of the paper's Table 1.
 
 Training goes over augmented views of the shots, by the cross-entropy of the method's own logits. Everything random
-follows from the seed and the epoch, so that an interrupted run goes on as if it had not been interrupted.
+follows from the seed and the epoch, so that a training of encoders that was interrupted goes on from its last epoch as
+if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import hashlib
 import logging
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
+from zipfile import ZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -29,17 +30,16 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import PARTS, Trainable
+from retrieval_tip.backbones.base import Trainable
 from retrieval_tip.backbones.loading import write_tuned
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
 from retrieval_tip.data.sources import Source, is_there, open_source
-from retrieval_tip.errors import BackboneError, InputError, UsageError, show
-from retrieval_tip.files import make_folders
-from retrieval_tip.fit import checkpoint, closed_form, search_hp
-from retrieval_tip.fit.adamw import cosine
-from retrieval_tip.fit.trainer import Recipe, Trainer, faster_precision
+from retrieval_tip.errors import InputError, UsageError, first_line, show
+from retrieval_tip.files import check_regular, make_folders, replacing
+from retrieval_tip.fit import closed_form, search_hp
+from retrieval_tip.fit.trainer import Recipe, Trainer, cosine, faster_precision
 from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.store.folder import check_name
@@ -47,8 +47,10 @@ from retrieval_tip.store.labels import images_of
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SECONDS = 10.0
-"""Seconds of work between two checkpoints, at least."""
+Checkpoint = dict[str, Any]
+"""The state of a run after an epoch: tensors, numbers and text."""
+STATE = ("epoch", "seconds", "curve", "kept_epoch", "kept", "collapsed")
+"""Attributes of a run that a checkpoint keeps."""
 
 FLATTER, STRONGER = 0.1, (1, 4, 16)
 """Settings that are tried beside the index's own: beta in units of the spread of affinities between classes (an index
@@ -113,10 +115,10 @@ class Tuned:
     epoch: int
     curve: pa.Table
     collapsed: str | None
-    choice: search_hp.Choice | None
-    backbone: Any
+    choice: search_hp.HyperparameterChoice | None
+    backbone: Trainable | None
     encoders: dict[str, Tensor]
-    record: dict[str, Any]
+    record: dict[str, object]
     compared: Comparison | None = None
     as_it_was: bool = False
 
@@ -128,10 +130,10 @@ class Tuned:
                 write_tuned(self.cache.tuned, self.encoders)
             self.cache.save(folder, "copy, for finetune did not help" if self.as_it_was else "finetune")
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Return the figures that the command line prints; ``None`` where nothing was measured."""
         compared, kept = self.compared, None if self.as_it_was else self.epoch
-        facts: dict[str, Any] = {"version": self.cache.version, "kept": "as it was" if kept is None else "trained"}
+        facts: dict[str, object] = {"version": self.cache.version, "kept": "as it was" if kept is None else "trained"}
         facts |= {name: compared and getattr(compared, name) for name in ("before", "after", "n", "source")}
         facts |= {"trained": self.record["train"], "epoch": kept}
         for name in ("loss", "accuracy"):
@@ -142,7 +144,7 @@ class Tuned:
 
 
 def checkpoint_of(out: str | os.PathLike[str]) -> Path:
-    """The file that has the state of an interrupted run into the folder ``out``."""
+    """Return the file for the state of an interrupted run into the folder ``out``."""
     return Path(f"{os.fspath(out)}.checkpoint")
 
 
@@ -161,15 +163,16 @@ def finetune_into(
     """Fine-tune as :func:`finetune` does, and write the better index into the folder ``out``: trained, or as it was.
 
     Both answer ``val``, or else shots that are held out (:func:`_compared`). Where those say that training does not
-    help, it ends there. ``keep_last`` writes the trained index anyway. A checkpoint lies beside ``out`` until the index
-    is there; it remembers the comparison.
+    help, it ends there. ``keep_last`` writes the trained index anyway. A training of encoders keeps a checkpoint beside
+    ``out`` until the index is there; it remembers the comparison.
 
     Raises as :func:`finetune`, and as :meth:`Tuned.save`: StoreError for a name that no index folder can have.
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
-    recipe, place = recipe or Recipe(), checkpoint_of(out)
-    held = _held(place, resume) if place.exists() else None
+    recipe = recipe or Recipe()
+    place = checkpoint_of(out) if recipe.encoders else None
+    held = _held(place, resume)
     log.warning("the closed-form fit is usually more accurate than fine-tuning; held-out images decide which is kept")
     plain = _untrained(cache, recipe)
     material = _Material.of(plain, shots, encoder, recipe, val)
@@ -177,9 +180,9 @@ def finetune_into(
     if val is None and held is None:
         compared, tuned = _compared(cache, material, encoder, recipe)
     elif held is not None:
-        compared = _comparison(held[1].get("compared"))
+        compared = held["compared"] and Comparison(**held["compared"])
     if tuned is None or compared is None or compared.helps or keep_last:
-        tuned = _trained(plain, material, recipe, parent, place, held, compared=compared)
+        tuned = _trained(plain, material, recipe, parent, place=place, held=held, compared=compared)
     if val is not None and tuned.choice is not None:
         compared = Comparison(_right(cache, val) / len(val.ids), tuned.choice.accuracy, len(val.ids), val.name)
     if tuned.collapsed is not None:
@@ -192,7 +195,8 @@ def finetune_into(
         log.warning("%s; training does not help, so %s is a copy of the index", compared, show(out))
         tuned = replace(tuned, cache=copy.copy(cache), choice=None, encoders={}, as_it_was=True)
     tuned.save(out)
-    place.unlink(missing_ok=True)
+    if place is not None:
+        place.unlink(missing_ok=True)
     return replace(tuned, compared=compared)
 
 
@@ -206,8 +210,7 @@ def finetune(
     parent: str = "",
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:
     """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
 
@@ -223,9 +226,8 @@ def finetune(
             a standard error of the best on them is kept (none, where no epoch is better than no training), and alpha,
             beta and k are searched on them again, cautiously. Without, the last epoch is kept and the settings stay.
         parent: name of the index, for the record.
-        checkpoint: file for the state of the run, written after an epoch when ``checkpoint_seconds`` have passed;
-            removing it is left to the caller.
-        checkpoint_seconds: work that a kill may cost.
+        checkpoint: file for the state of the run after each epoch, if an encoder is trained: keys and values alone are
+            quickly trained again. The caller removes it.
         on_epoch: is called with each row of the curve (:data:`CURVE`) when it is known, the first before any training:
             for a logger of experiments. What it raises ends the run.
         resume: go on from ``checkpoint`` where there is one: the result is that of an unbroken run, bit for bit on the
@@ -233,15 +235,16 @@ def finetune(
 
     Raises:
         UsageError: a recipe that this index or backbone cannot follow, or that does not fit in memory; a checkpoint of
-            another run.
+            another run, or of a training without encoders.
         InputError: shots or validation images that do not fit the index; a damaged checkpoint.
     """
-    place = None if checkpoint is None else Path(checkpoint)
-    held = None if place is None or not place.exists() else _held(place, resume)
-    recipe = recipe or Recipe()
+    recipe, place = recipe or Recipe(), None if checkpoint is None else Path(checkpoint)
+    if place is not None and not recipe.encoders:
+        raise UsageError("checkpoint: only for encoders (train visual or text); train keys and values again")
+    held = _held(place, resume)
     cache = _untrained(cache, recipe)
     material = _Material.of(cache, shots, encoder, recipe, val)
-    tuned = _trained(cache, material, recipe, parent, place, held, checkpoint_seconds, on_epoch)
+    tuned = _trained(cache, material, recipe, parent, place=place, held=held, on_epoch=on_epoch)
     _report(tuned)
     return tuned
 
@@ -257,11 +260,11 @@ def _trained(
     material: _Material,
     recipe: Recipe,
     parent: str = "",
+    *,
     place: Path | None = None,
-    held: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
-    checkpoint_seconds: float | None = None,
-    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    held: Checkpoint | None = None,
     compared: Comparison | None = None,
+    on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:
     """Train what :func:`_untrained` gives. ``held`` is the checkpoint at ``place`` to go on from.
 
@@ -269,26 +272,17 @@ def _trained(
     """
     if cache.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
-        met, held_bytes = (cache.n, 4) if recipe.train_k is None else (min(recipe.train_k, cache.n), 24)
-        check_memory(held_bytes * queries * met, f"batch {queries} x {met} keys", "use a smaller batch, or train_k")
-    facts = held[1] if held else {}
+        check_memory(4 * queries * cache.n, f"batch {queries} x {cache.n} keys", "use a smaller batch")
     if recipe.precision == "auto":
-        recipe = replace(recipe, precision=facts.get("precision") or faster_precision(cache, recipe.batch))
-    told = {} if place is None else _told(cache, material, recipe)
-    if place is not None and held is not None:
-        _same(told, facts, show(place))
+        recipe = replace(recipe, precision=held["precision"] if held else faster_precision(cache, recipe.batch))
+    told = None if place is None else _told(cache, material, recipe)
     with _repeatable(cache.device):
-        alpha, beta = facts["settings"] if facts else _settings(cache, material, recipe)
-        run = _Run(
-            cache.with_settings(cache.settings.override(alpha=alpha, beta=beta)), material, recipe, told, on_epoch
-        )
-        run.compared = compared
+        alpha, beta = _settings(cache, material, recipe)
+        cache = cache.with_settings(cache.settings.override(alpha=alpha, beta=beta))
+        run = _Run(cache, material, recipe, told, compared, on_epoch)
         if place is not None and held is not None:
-            try:
-                run.restore(*held)
-            except (LookupError, RuntimeError, TypeError, ValueError, BackboneError) as error:  # tensors
-                raise checkpoint.unfit(place, error) from None
-        run.train(place, CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds)
+            run.restore(held, place)
+        run.train(place)
     return run.result(parent)
 
 
@@ -313,9 +307,9 @@ def _compared(
     images, c = images_of(whole.labels), len(whole.class_names)
     folds = closed_form.Folds.of_shots(whole.keys, whole.class_ids.cpu().numpy(), c, None, images, FOLDS, HELD_OUT)
     sources = np.array(whole.labels["source"].to_pylist(), dtype=object)
-    visual, encoders = "visual" in recipe.train, not set(PARTS).isdisjoint(recipe.train)
+    visual = "visual" in recipe.train
     right, n, seconds, tuned = [0, 0], 0, 0.0, None
-    for held in folds.held[:1] if encoders else folds.held:
+    for held in folds.held[:1] if recipe.encoders else folds.held:
         rest = whole.take(held.rows.numpy())
         own, others = material.split(set(np.delete(sources, held.rows.numpy())), rest, encoder, recipe)
         if not len(own.shots) or not len(others):
@@ -328,7 +322,7 @@ def _compared(
             if visual:
                 queries = search_hp.on_validation(whole, others, replace(encoder_, views=1))
             right[i] += _right(model, queries)
-        n, seconds = n + len(queries.ids), seconds + tuned.record["seconds"]
+        n, seconds = n + len(queries.ids), seconds + tuned.curve["seconds"][-1].as_py()
     if tuned is None:
         return None, None
     tuned.record["seconds"] = round(seconds, 3)
@@ -340,14 +334,44 @@ def _right(cache: CacheModel, queries: search_hp.Queries) -> int:
     return int((cache.logits(queries.features).argmax(1).cpu().numpy() == queries.ids).sum())
 
 
-def _held(place: Path, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The state of an interrupted run that is to be resumed. Raises InputError where none can be written there."""
+def _held(place: Path | None, resume: bool) -> Checkpoint | None:
+    """Return the state of an interrupted run that is to be resumed.
+
+    Raises UsageError to resume a training without encoders, and InputError if the checkpoint is damaged, or is no file.
+    """
+    if place is None:
+        if resume:
+            raise UsageError("resume: only for encoders (train visual or text); train keys and values again")
+        return None
+    if not place.exists():
+        return None
     if resume:
         return _read(place)
     if not place.is_file():
         raise InputError(f"{show(place)}: cannot be written: not a file; the state of the run needs its name")
     log.warning("%s: an interrupted run is there; starting anew (--resume goes on with it)", show(place))
     return None
+
+
+def _read(place: Path) -> Checkpoint:
+    """Read a checkpoint. Raises InputError if it is damaged or another file."""
+    try:
+        check_regular(place)
+        with ZipFile(place) as archive:  # torch does not check sums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        state = torch.load(place, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("told"), dict):
+            raise ValueError("not the state of a run")
+    except Exception as error:  # whatever a reader makes of another file
+        raise _unfit(place, error) from None
+    return state
+
+
+def _unfit(place: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{show(place)}: not a checkpoint of finetune, or damaged ({first_line(error)}); start again without --resume"
+    )
 
 
 def shots_of(cache: CacheModel) -> Source:
@@ -406,8 +430,6 @@ class _Material:
         recipe: Recipe,
         val: Source | search_hp.Queries | None,
     ) -> _Material:
-        if recipe.train_k is not None and cache.values is not None:
-            raise UsageError("train_k: this index has trained values, which are trained over all keys; leave it out")
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
         if shots.paths is not None:  # each image once; of a feature table every row is a view
             shots = shots.take(np.sort(np.unique(shots.paths, return_index=True)[1]))
@@ -474,23 +496,23 @@ class _Run:
         cache: CacheModel,
         material: _Material,
         recipe: Recipe,
-        told: dict[str, Any] | None = None,
-        on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+        told: Mapping[str, object] | None = None,
+        compared: Comparison | None = None,
+        on_epoch: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
-        self.cache, self.material, self.recipe, self.told = cache, material, recipe, told
+        self.cache, self.material, self.recipe = cache, material, recipe
+        self.told, self.compared = dict(told or {}), compared
         self.on_epoch = on_epoch or (lambda _: None)
         self.trainer = Trainer(cache, recipe, material.backbone)
         self.epoch, self.seconds = 0, 0.0
-        self.curve: list[dict[str, Any]] = []
+        self.curve: list[dict[str, float]] = []
         self.untrained = self.trainer.trained()
         self.kept_epoch, self.kept = 0, self.untrained
         self.collapsed: str | None = None
-        self.compared: Comparison | None = None
 
-    def train(self, checkpoint: Path | None, checkpoint_seconds: float) -> None:
-        """Epoch after epoch, keeping the best; see :meth:`_is_kept`."""
+    def train(self, checkpoint: Path | None = None) -> None:
+        """Train epoch after epoch and keep the best one (:meth:`_is_kept`); write the state after each."""
         began = time.monotonic() - self.seconds
-        written = time.monotonic()
         if not self.curve:
             self._record(math.nan, math.nan)
             self.on_epoch(dict(self.curve[-1]))
@@ -507,9 +529,8 @@ class _Run:
                 self.seconds = time.monotonic() - began
                 self.curve[-1]["seconds"] = self.seconds
                 self.on_epoch(dict(self.curve[-1]))
-                if checkpoint is not None and time.monotonic() - written >= checkpoint_seconds:
+                if checkpoint is not None:
                     self._write(checkpoint)
-                    written = time.monotonic()
         self._settle()
 
     @property
@@ -517,7 +538,7 @@ class _Run:
         """Steps of the whole run."""
         return self.recipe.epochs * self.material.steps(self.recipe)
 
-    def _one_epoch(self, bar: Any) -> None:
+    def _one_epoch(self, bar: tqdm[NoReturn]) -> None:
         loss, right, seen = 0.0, 0, 0
         first = self.epoch * self.material.steps(self.recipe)
         for step, (queries, ids) in enumerate(self.material.batches(self.recipe, self.epoch), first):
@@ -536,7 +557,7 @@ class _Run:
 
     def _record(self, loss: float, accuracy: float) -> None:
         """A row of the curve; the state as it is becomes the kept one, where it is good."""
-        row: dict[str, Any] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
+        row: dict[str, float] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
         row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
         self.curve.append(row)
         if self.epoch and self.material.queries is not None and not math.isfinite(row["val_loss"]):
@@ -577,30 +598,29 @@ class _Run:
         features, ids = (torch.from_numpy(part).to(self.cache.device) for part in (queries.features, queries.ids))
         return self.trainer.evaluate(features, ids)
 
-    def _write(self, path: Path) -> None:
-        groups = {"now": self.trainer.trained(), "kept": self.kept, "moments": self.trainer.moments()}
-        tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
-        facts = {name: getattr(self, name) for name in ("epoch", "seconds", "curve", "kept_epoch", "collapsed")}
-        facts |= {"settings": [self.cache.settings.alpha, self.cache.settings.beta], "precision": self.recipe.precision}
-        facts |= {"compared": self.compared and asdict(self.compared)}
-        checkpoint.write(path, tensors, facts | {"told": self.told})
+    def _write(self, place: Path) -> None:
+        """Write the state of the run. Raises InputError if that fails; the file that was there stays."""
+        state: Checkpoint = {name: getattr(self, name) for name in STATE}
+        state |= {"now": self.trainer.trained(), "optimizer": self.trainer.optimizer.state_dict()}
+        state |= {"told": self.told, "precision": self.recipe.precision}
+        state |= {"compared": self.compared and asdict(self.compared)}
+        with replacing(place) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # of a full disk, too
+                raise InputError(f"{show(place)}: cannot be written: {first_line(error)}") from None
 
-    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Go on where a checkpoint left off. Raises as :meth:`Trainer.restore` and :meth:`Trainer.restore_moments`."""
-        if facts["epoch"] > self.recipe.epochs:
-            raise ValueError(f"it has {facts['epoch']} epochs")
-        groups: dict[str, dict[str, Tensor]] = {"now": {}, "kept": {}, "moments": {}}
-        for path, tensor in tensors.items():
-            group, _, tensor_name = path.partition("/")
-            groups[group][tensor_name] = tensor
-        self.trainer.check(groups["kept"])
-        if odd := [name for name, tensor in groups["kept"].items() if not torch.isfinite(tensor).all()]:
-            raise ValueError(f"tensor {odd[0]!r} that was kept is not finite")
-        self.trainer.restore(groups["now"])
-        self.trainer.restore_moments(groups["moments"])
-        self.kept = groups["kept"]
-        for attribute in ("epoch", "seconds", "curve", "kept_epoch", "collapsed"):
-            setattr(self, attribute, facts[attribute])
+    def restore(self, state: Checkpoint, place: Path) -> None:
+        """Go on from a checkpoint. Raises UsageError if it is another run's, and InputError if it does not fit."""
+        if other := [part for part, ours in self.told.items() if ours != state["told"].get(part)]:
+            raise UsageError(f"{show(place)}: of a run with another {', '.join(other)}; start anew without --resume")
+        try:
+            self.trainer.restore(state["now"])
+            self.trainer.optimizer.load_state_dict(state["optimizer"])
+            for name in STATE:
+                setattr(self, name, state[name])
+        except Exception as error:
+            raise _unfit(place, error) from None
 
     def result(self, parent: str) -> Tuned:
         """The index with the best state, its settings searched again."""
@@ -637,7 +657,7 @@ class _Run:
         curve = cast(pa.Table, cache.curve)
         return Tuned(cache, self.kept_epoch, curve, self.collapsed, choice, backbone, encoders, record)
 
-    def _facts(self, parent: str) -> dict[str, Any]:
+    def _facts(self, parent: str) -> dict[str, object]:
         queries = self.material.queries
         recipe = asdict(self.recipe) | {"train": list(self.recipe.train)}
         run = {"epoch": self.kept_epoch, "collapsed": self.collapsed, "seconds": round(self.seconds, 3)}
@@ -646,8 +666,8 @@ class _Run:
         return {"parent": parent, "parent_version": self.cache.version} | recipe | settings | run | sources
 
 
-def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, Any]:
-    """What a run is told from another by, before it has begun."""
+def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, object]:
+    """Return what tells a run from another, before it has begun."""
     queries, views, backbone = material.queries, material.views, material.backbone
     parts = [cache.keys, cache.class_ids.cpu().numpy(), cache.text_weights.cpu().numpy(), material.ids]
     parts += [] if views is None else [views.features, views.starts]
@@ -658,71 +678,17 @@ def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, A
         digest.update(np.ascontiguousarray(array).data)
     if views is None:  # they are made as they are met
         digest.update("\n".join(material.shots.sources).encode("utf-8", "surrogatepass"))
-    known = asdict(recipe) | {"train": list(recipe.train), "index, shots or validation images": digest.hexdigest()}
-    known |= {name: getattr(cache.settings, name) for name in ("alpha", "beta", "logit_scale")}
-    known |= {"device": cache.device}
-    return known | {"backbone": None if backbone is None else backbone.identity.fingerprint}
-
-
-def _same(told: dict[str, Any], facts: dict[str, Any], name: str) -> None:
-    """Raise UsageError where a checkpoint is another run's."""
-    other = [part for part, ours in told.items() if facts["told"].get(part) != ours]
-    if other:
-        raise UsageError(f"{name}: of a run with another {', '.join(other)}; start anew without --resume")
-
-
-def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A checkpoint. Raises InputError naming the file, and the fact that no run can have written."""
-    tensors, facts = checkpoint.read(place)
-    epoch, kept, seconds, settings, curve = (
-        facts.get(name) for name in ("epoch", "kept_epoch", "seconds", "settings", "curve")
-    )
-    possible = {
-        "told": isinstance(facts.get("told"), dict),
-        "epoch": type(epoch) is int and epoch >= 0,
-        "kept_epoch": type(epoch) is type(kept) is int and 0 <= kept <= epoch,
-        "seconds": _is_amount(seconds),
-        "collapsed": isinstance(facts.get("collapsed"), str | None),
-        "settings": isinstance(settings, list) and len(settings) == 2 and all(map(_is_amount, settings)),
-        "precision": facts.get("precision") in ("float32", "bfloat16"),
-        "compared": facts.get("compared") is None or _comparison(facts["compared"]) is not None,
-        "curve": isinstance(curve, list) and len(curve) - 1 == epoch and all(map(_is_row, curve, range(len(curve)))),
-    }
-    if wrong := [name for name, fits in possible.items() if not fits]:
-        raise checkpoint.unfit(place, ValueError(f"{wrong[0]} is none that it writes"))
-    return tensors, facts
-
-
-def _comparison(value: Any) -> Comparison | None:
-    """Read a comparison from a value of JSON; ``None`` where it is none."""
-    if not isinstance(value, dict) or value.keys() != {"before", "after", "n", "source"}:
-        return None
-    before, after, n, source = (value[name] for name in ("before", "after", "n", "source"))
-    fits = all(_is_amount(share, 1.0) and share <= 1 for share in (before, after)) and type(n) is int and n > 0
-    return Comparison(before, after, n, source) if fits and isinstance(source, str) else None
-
-
-def _is_row(row: Any, epoch: int) -> bool:
-    """Whether a value of JSON is the row of an epoch; what was not measured is NaN."""
-    if not isinstance(row, dict) or row.keys() != set(CURVE.names) or row["epoch"] != epoch:
-        return False
-    measured = [name for name, value in row.items() if not (type(value) is float and math.isnan(value))]
-    shares = [row[name] for name in ("accuracy", "val_accuracy") if name in measured]
-    return all(_is_amount(row[name], math.inf) for name in measured) and all(share <= 1 for share in shares)
-
-
-def _is_amount(value: Any, most: float = sys.float_info.max) -> bool:
-    """Whether a value of JSON is a number, 0 or more, and as a whole one none that a float rounds."""
-    return (type(value) is float and 0 <= value <= most) or (type(value) is int and 0 <= value < 2**53)
+    told = asdict(recipe) | {"train": list(recipe.train), "index, shots or validation images": digest.hexdigest()}
+    told |= {name: getattr(cache.settings, name) for name in ("alpha", "beta", "logit_scale")}
+    return told | {"device": cache.device, "backbone": None if backbone is None else backbone.identity.fingerprint}
 
 
 def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[float, float]:
     """The alpha and beta to train with."""
     own = (cache.settings.alpha, cache.settings.beta)
     statistics = measure(cache.keys, cache.class_ids.cpu().numpy())
-    trains_encoder = any(part in recipe.train for part in PARTS)
     given = recipe.alpha is not None or recipe.beta is not None
-    if recipe.settings == "own" or given or material.queries is None or statistics is None or trains_encoder:
+    if recipe.settings == "own" or given or material.queries is None or statistics is None or recipe.encoders:
         return own
     beta = FLATTER / statistics.std
     alpha = _fitting_alpha(cache.with_settings(cache.settings.override(beta=beta)), material.queries)
@@ -730,7 +696,7 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
     results = []
     for settings in [own, *((times * alpha, beta) for times in STRONGER)]:
         run = _Run(cache.with_settings(cache.settings.override(alpha=settings[0], beta=settings[1])), material, trial)
-        run.train(None, math.inf)
+        run.train()
         finite = [(row["val_accuracy"], -row["val_loss"]) for row in run.curve if row["val_loss"] < math.inf]
         results.append((max(finite, default=(-1.0, -math.inf)), settings))
     return max(results)[1]
@@ -753,7 +719,7 @@ def _check_length(cache: CacheModel, name: str, d: int) -> None:
 
 def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, Trainable | None]:
     """The encoder as the run uses it, and the copy of its backbone that is trained, if any is."""
-    parts = [part for part in PARTS if part in recipe.train]
+    parts = recipe.encoders
     if not parts:
         return encoder, None
     if encoder.backbone is None:

@@ -68,7 +68,7 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Choice:
+class HyperparameterChoice:
     """The chosen settings and what is known about them.
 
     ``alpha`` lies in the middle of ``interval``, all of whose alphas have the same validation ``accuracy``;
@@ -172,7 +172,7 @@ def validation_shots(
     return few_shot(validation.labels, number or min(drawn or VAL_SHOTS, VAL_SHOTS), seed)
 
 
-def apply(cache: CacheModel, choice: Choice, folder: str | os.PathLike[str] | None = None) -> None:
+def apply(cache: CacheModel, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
     """Give the index the chosen settings, with where they come from; a fitted temperature no longer holds.
 
     An index over classes keeps its k: there it says what an answer may cost, and changes hardly any. With the
@@ -191,7 +191,7 @@ def apply(cache: CacheModel, choice: Choice, folder: str | os.PathLike[str] | No
         cache.save_settings(folder, "search-hp")
 
 
-def write_surface(choice: Choice, path: str | os.PathLike[str]) -> None:
+def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) -> None:
     """Write the accuracy surface as Parquet. Raises InputError where that cannot be done."""
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:  # whose name may not be UTF-8
         pq.write_table(choice.surface, file)
@@ -221,7 +221,7 @@ def search(
     cautious: bool = False,
     kept: tuple[float, float] | None = None,
     seed: int = 1,
-) -> Choice:
+) -> HyperparameterChoice:
     """Choose alpha, beta and k where the accuracy on the queries is highest.
 
     The affinity is computed once; for each beta and k there is one exponential and one sum by class, and alpha is
@@ -282,7 +282,7 @@ def search(
 
 def search_paper(
     cache: CacheModel, queries: Queries, scales: tuple[float, float] = PAPER_SCALES, seed: int = 1
-) -> Choice:
+) -> HyperparameterChoice:
     """The published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``, first best wins.
 
     ``scales`` are those of beta and alpha (7 and 3 for ImageNet). Published figures used the whole validation split,
@@ -336,13 +336,13 @@ class _Tried:
         surface: pa.Table,
         warnings: tuple[str, ...],
         seed: int,
-    ) -> Choice:
+    ) -> HyperparameterChoice:
         """What is known about the settings ``betas[b]``, ``ks[j]`` and ``alpha``."""
         hits = self.hits(b, j, alpha)
         lower, upper = _bootstrap(hits.astype(np.float64), seed)
         rivals = {"text alone": self.hits(b, j, 0.0), "cache alone": self.high[b, j] == np.inf}
         accuracy = float(hits.mean())
-        return Choice(
+        return HyperparameterChoice(
             alpha=alpha,
             beta=float(self.betas[b]),
             k=self.ks[j],

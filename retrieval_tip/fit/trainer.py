@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,13 +21,9 @@ from retrieval_tip.backbones.prompts import prompts_of
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
-from retrieval_tip.fit.adamw import AdamW, BlockAdamW, RowAdamW
-from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys, RetrievedKeys
+from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys
 from retrieval_tip.retrieval.terms import Terms
-from retrieval_tip.retrieval.vector_index import VectorIndex
-
-TRAIN = ("keys", "values", *PARTS)
-"""What can be trained: the keys (Tip-Adapter-F), what each gives to each class (``[n, c]``), and the two encoders."""
+from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, TrainingSettings, check_choice
 
 ENCODER_RATE = 1e-3
 """The learning rate of an encoder, as a part of the keys'."""
@@ -34,8 +31,6 @@ ENCODER_RATE = 1e-3
 VIEWS = 16
 """Cached views a shot, where nothing else is asked for."""
 
-SETTINGS = ("tried", "own")
-PRECISIONS = ("auto", "float32", "bfloat16")
 WORTH = 1.5
 """``auto`` takes bfloat16 where the products are so many times as fast in it."""
 SMALL = 1 << 22
@@ -52,13 +47,12 @@ QUERIES = 256
 class Recipe:
     """How to fine-tune; what is left out is the paper's.
 
-    - ``train``: which of :data:`TRAIN`
+    - ``train``: which of :data:`settings.TRAINED`
     - ``epochs``; ``batch``: queries a step
     - ``lr``: falls to 0 along a cosine, step by step; encoders learn at a thousandth of it; ``eps`` and
       ``weight_decay`` are AdamW's
     - ``views``: so many augmented views of each shot are encoded once and drawn from; ``None`` encodes a fresh one
       every epoch as the paper's code does, which the image encoder needs where it is trained
-    - ``train_k``: only so many nearest keys of each query are trained, the others count as a tail
     - ``precision``: of the matrix products; ``auto`` is bfloat16 where that is measured to be worth it
     - ``seed``: of batches and views
     - ``settings``: alpha and beta to train with. ``own``: the index's. ``tried``: the best on the validation
@@ -69,24 +63,23 @@ class Recipe:
     Raises UsageError naming what cannot be.
     """
 
-    train: tuple[str, ...] = ("keys",)
+    train: tuple[TrainedPart, ...] = ("keys",)
     epochs: int = 20
     batch: int = 256
     lr: float = 1e-3
     eps: float = 1e-4
     weight_decay: float = 0.01
     views: int | None = VIEWS
-    train_k: int | None = None
-    precision: str = "auto"
+    precision: TrainingPrecision = "auto"
     seed: int = 1
-    settings: str = "tried"
+    settings: TrainingSettings = "tried"
     alpha: float | None = None
     beta: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAIN):
-            raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAIN)}")
-        for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("train_k", 1), ("seed", 0)):
+        if not self.train or len(set(self.train)) < len(self.train) or not set(self.train) <= set(TRAINED):
+            raise UsageError(f"train {', '.join(self.train) or '(nothing)'}: expected some of {', '.join(TRAINED)}")
+        for name, fewest in (("epochs", 1), ("batch", 1), ("views", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None:
                 check_count(name, value, fewest)
@@ -94,18 +87,19 @@ class Recipe:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > least):
                 raise UsageError(f"{name} is {value}: expected a finite number {'above' if least == 0 else 'from'} 0")
-        if self.settings not in SETTINGS:
-            raise UsageError(f"settings {self.settings!r}: expected one of {', '.join(SETTINGS)}")
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
-        if self.train_k is not None and self.train != ("keys",):
-            raise UsageError("train_k: goes with keys alone; leave out what else is trained")
+        check_choice("settings", self.settings, TrainingSettings)
+        check_choice("precision", self.precision, TrainingPrecision)
         if "visual" in self.train and self.views is not None:
             raise UsageError("views: cached ones are the untrained encoder's; where visual is trained they are fresh")
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The encoders that are trained."""
+        return tuple(part for part in PARTS if part in self.train)
+
 
 class Trainer:
-    """The trained parts of an index, their optimisers, and a step of them.
+    """The trained parts of an index, their optimizer, and a step of it.
 
     ``keys`` ``[n, d]`` float32 and ``values`` ``[n, c]`` (``None``: one-hot) are copies of the index's;
     ``text_weights`` ``[c, d]`` follow the text encoder where that is trained. ``backbone`` is changed in place.
@@ -118,18 +112,28 @@ class Trainer:
         if self.values is None and "values" in recipe.train:  # they begin as one-hot rows
             self.values = functional.one_hot(cache.class_ids, len(cache.class_names)).float()
         self.text_weights = cache.text_weights.clone()
-        options = {"eps": recipe.eps, "weight_decay": recipe.weight_decay}
-        self._over: Any  # _All or _Nearest
-        if recipe.train_k is None:
-            self._over = _All(self, options)
-        else:
-            self._over = _Nearest(self, recipe.train_k, options)
-        self._towers: dict[str, _Tower] = {}
-        for part in PARTS:
-            if part in recipe.train:
-                assert backbone is not None
-                self._towers[part] = _Tower(backbone, part, options)
-        self._prompts = prompts_of(cache.class_names, cache.templates) if "text" in recipe.train else []
+        block = BLOCK if cache.device == "cpu" else GPU_BLOCK
+        products = getattr(torch, recipe.precision)
+        c, beta = len(cache.class_names), cache.settings.beta
+        self._all = AllKeys(self.keys, cache.class_ids, c, beta, self.values, products, block)
+        self._visual = self._text = None
+        if backbone is not None and "visual" in recipe.train:
+            self._visual = _Tower(backbone.parameters("visual"), backbone.forward_images, backbone.batch_size)
+        if backbone is not None and "text" in recipe.train:
+            self._text = _Tower(backbone.parameters("text"), backbone.forward_texts, TEXTS)
+        self._prompts = prompts_of(cache.class_names, cache.templates) if self._text else []
+        matrices = [tensor for part, tensor in self._matrices() if part in recipe.train]
+        for tensor in matrices:
+            tensor.grad = torch.empty_like(tensor)
+        encoders = [parameter for tower in (self._visual, self._text) if tower for parameter in tower.parameters]
+        groups = [{"params": matrices, "rate": 1.0}, {"params": encoders, "rate": ENCODER_RATE}]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=recipe.lr,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
 
     def step(self, queries: Tensor, ids: Tensor, lr: float) -> tuple[float, int]:
         """One step on features ``[b, d]`` (pixels ``[b, 3, h, w]`` where visual is trained) of classes ``ids`` ``[b]``.
@@ -137,12 +141,13 @@ class Trainer:
         Returns the mean cross-entropy before the step, and how many queries were right. Where the former is not finite
         nothing is changed.
         """
-        visual, text = self._towers.get("visual"), self._towers.get("text")
         features, ids = self._features(queries), ids.to(self.cache.device)
-        prompts = None if text is None else text.features(self._prompts)
-        cache_logits, met = self._over.forward(features)
-        for tensor in (cache_logits, *([features] if visual else []), *([] if prompts is None else [prompts])):
-            tensor.requires_grad_()
+        prompts = None if self._text is None else self._text.features(self._prompts)
+        cache_logits = self._all.forward(features).requires_grad_()
+        if self._visual is not None:
+            features.requires_grad_()
+        if prompts is not None:
+            prompts.requires_grad_()
         logits = self._blend(features, cache_logits, self.text_weights if prompts is None else self._of(prompts))
         loss = functional.cross_entropy(logits, ids)
         hits = (logits.argmax(dim=1) == ids).sum()
@@ -150,11 +155,15 @@ class Trainer:
         if math.isfinite(value):
             loss.backward()
             assert cache_logits.grad is not None
-            self._over.step(cache_logits.grad, features.detach(), met, lr, features.grad)
-            if visual is not None and features.grad is not None:
-                visual.step(queries, features.grad, lr)
-            if text is not None and prompts is not None and prompts.grad is not None:
-                text.step(self._prompts, prompts.grad, lr)
+            self._all.backward(cache_logits.grad, features.detach(), features.grad)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group["rate"]
+            with self._encoders_in_training():
+                if self._visual is not None and features.grad is not None:
+                    self._visual.backward(queries, features.grad)
+                if self._text is not None and prompts is not None and prompts.grad is not None:
+                    self._text.backward(self._prompts, prompts.grad)
+                self.optimizer.step()
         return value, int(right)
 
     def loss(self, queries: Tensor, ids: Tensor) -> float:
@@ -166,75 +175,52 @@ class Trainer:
         """Mean cross-entropy and accuracy of queries ``[q, d]`` of classes ``ids`` ``[q]``, as things stand."""
         loss, right = 0.0, 0
         for f, y in zip(features.split(QUERIES), ids.split(QUERIES), strict=True):
-            logits = self._blend(f, self._over.forward(f)[0], self.text_weights)
+            logits = self._blend(f, self._all.forward(f), self.text_weights)
             loss += float(functional.cross_entropy(logits, y, reduction="sum"))
             right += int((logits.argmax(dim=1) == y).sum())
         return loss / len(ids), right / len(ids)
 
     def refresh(self) -> None:
-        """Follow what was trained: the text weights their encoder, the index that keys are retrieved from the keys."""
-        if "text" in self._towers:
-            self.text_weights = self._of(self._towers["text"].features(self._prompts))
-        self._over.refresh()
+        """Make the text weights again if the text encoder was trained."""
+        if self._text is not None:
+            self.text_weights = self._of(self._text.features(self._prompts))
 
     def trained(self) -> dict[str, Tensor]:
         """Copies on the CPU of what is trained, by name; encoders' tensors as ``encoder.NAME``."""
-        copies = {name: tensor.to("cpu", copy=True) for name, tensor in self._in_training().items()}
+        matrices: dict[str, Tensor] = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
+        if self._text is not None:
+            matrices["text_weights"] = self.text_weights
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in matrices.items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
 
-    def _in_training(self) -> dict[str, Tensor]:
-        """What is trained beside encoders."""
-        parameters = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
-        return parameters | ({"text_weights": self.text_weights} if "text" in self.recipe.train else {})
-
-    def check(self, trained: Mapping[str, Tensor]) -> None:
-        """Raise ValueError naming the tensor that :meth:`trained` does not have like this."""
-        own = self._in_training() | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
-        if odd := sorted(own.keys() ^ trained.keys()):
-            raise ValueError(f"tensor {odd[0]!r} is missing, or of another run")
-        for name, tensor in trained.items():
-            if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
-                raise ValueError(f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-
     def restore(self, trained: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`trained`. Raises as :meth:`check`; then nothing was changed."""
-        self.check(trained)
+        """The inverse of :meth:`trained`."""
         for part, tensor in self._matrices():
-            if part in trained:
+            if part in self.recipe.train:
                 tensor.copy_(trained[part])
-        if "text_weights" in trained:
+        if self._text is not None:
             self.text_weights = trained["text_weights"].to(self.cache.device)
         encoders = {name.partition(".")[2]: part for name, part in trained.items() if name.startswith("encoder.")}
         if encoders:
             assert self.backbone is not None
             self.backbone.adopt(encoders)
-        self._over.refresh()
 
     def encoders(self) -> dict[str, Tensor]:
         """Copies of the tensors of the encoders that are trained; of both, where the backbone was tuned before."""
-        if self.backbone is None or not self._towers:
+        if self.backbone is None or not self.recipe.encoders:
             return {}
-        return self.backbone.tuned(list(self._towers) if self.cache.tuned is None else PARTS)
-
-    def moments(self) -> dict[str, Tensor]:
-        """State of the optimisers, by name."""
-        return {f"{part}.{name}": t for part, own in self._optimizers().items() for name, t in own.state().items()}
-
-    def restore_moments(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`moments`. Raises ValueError naming what does not fit."""
-        for part, optimizer in self._optimizers().items():
-            start = f"{part}."
-            optimizer.restore({name[len(start) :]: t for name, t in state.items() if name.startswith(start)})
+        return self.backbone.tuned(self.recipe.encoders if self.cache.tuned is None else PARTS)
 
     def _matrices(self) -> list[tuple[str, Tensor]]:
         return [(part, matrix) for part, matrix in (("keys", self.keys), ("values", self.values)) if matrix is not None]
 
-    def _optimizers(self) -> dict[str, AdamW | RowAdamW]:
-        return {**self._over.optimizers, **{part: tower.optimizer for part, tower in self._towers.items()}}
+    def _encoders_in_training(self) -> AbstractContextManager[object]:
+        if self.backbone is None:
+            return nullcontext()
+        return self.backbone.training(self.recipe.encoders)
 
     def _features(self, queries: Tensor) -> Tensor:
-        visual = self._towers.get("visual")
-        return (queries if visual is None else visual.features(queries)).to(self.cache.device)
+        return (queries if self._visual is None else self._visual.features(queries)).to(self.cache.device)
 
     def _of(self, prompts: Tensor) -> Tensor:
         """Text weights ``[c, d]`` of unit features of prompts ``[c t, d]``, class by class: as in :mod:`prompts`."""
@@ -246,118 +232,45 @@ class Trainer:
         return Terms(text, cache_logits).logits(self.cache.settings)
 
 
-class _All:
-    """Every query meets every key; keys, values or neither are trained."""
-
-    def __init__(self, trainer: Trainer, options: dict[str, float]) -> None:
-        cache, train = trainer.cache, trainer.recipe.train
-        block = BLOCK if cache.device == "cpu" else GPU_BLOCK
-        products = getattr(torch, trainer.recipe.precision)
-        c = len(cache.class_names)
-        self._memory = trainer.keys.new_empty(0)
-        self._keys = AllKeys(trainer.keys, cache.class_ids, c, cache.settings.beta, trainer.values, products, block)
-        self.optimizers = {
-            part: BlockAdamW(matrix, block, **options)
-            for part, matrix in (("keys", trainer.keys), ("values", trainer.values))
-            if part in train and matrix is not None
-        }
-
-    @torch.no_grad()
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache logits, and the weights of the keys, until the next forward."""
-        size = len(self._keys.keys) * len(features)
-        if len(self._memory) < size:
-            self._memory = features.new_empty(size)
-        return self._keys.forward(features, self._memory)
-
-    @torch.no_grad()
-    def step(self, d_cache: Tensor, features: Tensor, weights: Tensor, lr: float, d_features: Tensor | None) -> None:
-        """Train by the gradient of the cache logits; that of the queries is added to ``d_features``."""
-        wanted = {"keys": "keys" in self.optimizers, "values": "values" in self.optimizers}
-        for block in self._keys.backward(d_cache, features, weights, d_features=d_features, **wanted):
-            if block.keys is not None:
-                self.optimizers["keys"].step_block(block.part, block.keys, lr)
-            if block.values is not None:
-                self.optimizers["values"].step_block(block.part, block.values, lr)
-
-    def refresh(self) -> None:
-        """Nothing is kept beside the keys."""
+Inputs = TypeVar("Inputs", Tensor, Sequence[str])
 
 
-class _Nearest:
-    """Every query meets its ``k`` nearest keys, found by an index that follows them; only these keys are trained."""
+@dataclass(frozen=True)
+class _Tower(Generic[Inputs]):
+    """An encoder in training, of pixels or prompts, ``size`` at a time.
 
-    def __init__(self, trainer: Trainer, k: int, options: dict[str, float]) -> None:
-        cache = trainer.cache
-        self._matrix, self._k = trainer.keys, k
-        factory = "Flat" if cache.index.by_class else cache.index.factory
-        self._index = VectorIndex.build(trainer.keys.cpu().numpy(), factory, cache.device)
-        counts = torch.bincount(cache.class_ids, minlength=len(cache.class_names))
-        self._sums = torch.zeros(len(counts), cache.d, device=cache.device)
-        self._keys = RetrievedKeys(trainer.keys, cache.class_ids, self._sums, counts, cache.settings.beta)
-        self.optimizers = {"keys": RowAdamW(trainer.keys, **options)}
-        self._sum()
-
-    @torch.no_grad()
-    def forward(self, features: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Cache logits, and the retrieved rows with their weights."""
-        _, rows = self._index.search_tensor(features, self._k)
-        cache_logits, weights = self._keys.forward(features, rows)
-        return cache_logits, (rows, weights)
-
-    @torch.no_grad()
-    def step(
-        self, d_cache: Tensor, features: Tensor, met: tuple[Tensor, Tensor], lr: float, d_features: Tensor | None
-    ) -> None:
-        """Train the retrieved keys."""
-        assert d_features is None
-        rows, gradient = self._keys.backward(d_cache, features, *met)
-        change = self.optimizers["keys"].step_rows(rows, gradient, lr)
-        self._sums.index_add_(0, self._keys.class_ids[rows], change)
-
-    def refresh(self) -> None:
-        """Put the keys as they are now into the index."""
-        self._index.refresh(self._matrix.cpu().numpy())
-        self._sum()
-
-    def _sum(self) -> None:
-        self._sums.zero_().index_add_(0, self._keys.class_ids, self._matrix)
-
-
-class _Tower:
-    """An encoder in training.
-
-    Features are made without a graph, and once more with one when their gradient is known, some inputs at a time: so
-    memory does not grow with the batch.
+    Features are made without a graph, and once more with one when their gradient is known: so memory does not grow
+    with the batch.
     """
 
-    def __init__(self, backbone: Trainable, part: str, options: dict[str, float]) -> None:
-        self._backbone, self._part = backbone, part
-        self._forward: Callable[[Any], Tensor] = backbone.forward_images if part == "visual" else backbone.forward_texts
-        self._size = backbone.batch_size if part == "visual" else TEXTS
-        self.optimizer = AdamW(backbone.parameters(part), **options)
+    parameters: list[torch.nn.Parameter]
+    forward: Callable[[Inputs], Tensor]
+    size: int
 
     @torch.no_grad()
-    def features(self, inputs: Any) -> Tensor:
+    def features(self, inputs: Inputs) -> Tensor:
         """Unit features ``[m, d]`` of pixels or prompts."""
         return torch.cat([self._unit(part) for part in self._parts(inputs)])
 
-    def step(self, inputs: Any, gradient: Tensor, lr: float) -> None:
-        """Train by the gradient ``[m, d]`` of the unit features of these inputs."""
-        with self._backbone.training([self._part]):
-            for part, wanted in zip(self._parts(inputs), gradient.split(self._size), strict=True):
-                features = self._unit(part)
-                features.backward(wanted.to(features.device))
-            self.optimizer.step(ENCODER_RATE * lr)
+    def backward(self, inputs: Inputs, gradient: Tensor) -> None:
+        """Add to the parameters' gradients, by the gradient ``[m, d]`` of the unit features of these inputs."""
+        for part, wanted in zip(self._parts(inputs), gradient.split(self.size), strict=True):
+            features = self._unit(part)
+            features.backward(wanted.to(features.device))
 
-    def _unit(self, inputs: Any) -> Tensor:
-        return functional.normalize(self._forward(inputs).float(), dim=1)
+    def _unit(self, inputs: Inputs) -> Tensor:
+        return functional.normalize(self.forward(inputs).float(), dim=1)
 
-    def _parts(self, inputs: Any) -> list[Any]:
-        return [inputs[start : start + self._size] for start in range(0, len(inputs), self._size)]
+    def _parts(self, inputs: Inputs) -> list[Inputs]:
+        return [inputs[start : start + self.size] for start in range(0, len(inputs), self.size)]
 
 
-def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> str:
+def cosine(step: int, steps: int, lr: float) -> float:
+    """The learning rate of step ``step`` of ``steps``, from ``lr`` down to 0: ``lr (1 + cos(pi step / steps)) / 2``."""
+    return lr * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def faster_precision(cache: CacheModel, batch: int, rounds: int = 5) -> Literal["float32", "bfloat16"]:
     """``bfloat16`` where products of keys with ``batch`` queries are :data:`WORTH` times as fast in it, or more.
 
     Measured on a block of ones. Small caches stay with ``float32``, so that machines agree on them.
