@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import filelock
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 import standin
 import torch  # before FAISS, of which a build for an older CUDA may be in the way
@@ -36,7 +35,6 @@ from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
-from retrieval_tip.store import query as sql
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM:
@@ -74,8 +72,6 @@ needs_real = pytest.mark.skipif(
 )
 """What photographs, features and an encoder of another kind cannot stand in for (:mod:`standin`)."""
 
-
-OWN = {name: getattr(sql, name) for name in ("_answered", "_bound")}
 
 NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; where there is one: make gpu"
 
@@ -217,29 +213,6 @@ def log() -> None:
     logger = logging.getLogger("retrieval_tip")
     logger.handlers[:], logger.propagate = [], True
     logger.setLevel(logging.NOTSET)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def sql_here() -> Iterator[None]:
-    """SQL is answered in this process: one for each of hundreds of statements takes minutes. See :func:`sql_apart`."""
-
-    def answered(what: str, tables: dict[str, pa.Table], text: str, predictions: Path | None, _: float) -> pa.Table:
-        sql._check_text(text, what)
-        plain = ((name, sql._castable(name, table)) for name, table in tables.items())
-        with sql._answering(what, plain, text, predictions, sql.MEMORY, 60) as answer:
-            return answer.read_all()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sql, "_answered", answered)
-        patch.setattr(sql, "_bound", lambda *_: None)
-        yield
-
-
-@pytest.fixture
-def sql_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQL is answered in a process of its own, whose time and memory are bounded, as it is outside of the tests."""
-    for name, own in OWN.items():
-        monkeypatch.setattr(sql, name, own)
 
 
 @pytest.fixture(scope="session")

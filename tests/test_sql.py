@@ -1,19 +1,19 @@
-"""Questions in SQL and conditions on rows: what they mean, what they reach, and what time and memory they may take."""
+"""Queries in SQL and conditions on rows: what they mean, what they reach, and what time and memory they may take."""
 
 from __future__ import annotations
 
-import json
-import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SOAK, examples, few
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
@@ -61,7 +61,6 @@ def test_ask_answers_over_every_table_and_class_counts() -> None:
     one_line(error, "query: Catalog Error", "class_counts")
 
 
-@pytest.mark.usefixtures("sql_apart")
 def test_ask_keeps_columns_of_every_type() -> None:
     half = np.arange(2, dtype=np.float16)
     further = {
@@ -73,7 +72,6 @@ def test_ask_keeps_columns_of_every_type() -> None:
         "nothing": pa.nulls(2),
         "nested": pa.array([{"a": [1, None]}] * 2),
         "bytes": pa.array([b"\xff"] * 2),
-        "wide": pa.array([1, 2], pa.decimal256(50)),
         "order": pa.array([1, 2]),  # a word of SQL
         'quo"ted': pa.array([1, 2]),
         "rowid": pa.array([5, 6]),
@@ -84,7 +82,6 @@ def test_ask_keeps_columns_of_every_type() -> None:
     assert ask({"t": pa.table(further)}, 'SELECT sum("order") AS s FROM t').to_pylist() == [{"s": 3}]
 
 
-@pytest.mark.usefixtures("sql_apart")
 def test_ask_names_a_table_that_duckdb_cannot_hold() -> None:
     offsets = pa.py_buffer(np.array([0, 1], np.int32).tobytes())
     damaged = pa.table({"a": pa.StringArray.from_buffers(1, offsets, pa.py_buffer(b"\xff"))})
@@ -116,67 +113,19 @@ def test_ask_takes_one_select_only(sql: str) -> None:
 
 
 REACHING = [
-    "SELECT * FROM read_csv('secret.csv')",
-    "SELECT * FROM read_csv_auto('secret.csv')",
-    "SELECT * FROM 'secret.csv'",
-    'SELECT * FROM "secret.csv"',
-    "SELECT * FROM sniff_csv('secret.csv')",
-    "SELECT * FROM read_json('secret.json')",
-    "SELECT * FROM read_ndjson_objects('secret.json')",
-    "SELECT * FROM read_text('secret.csv')",
-    "SELECT * FROM read_blob('secret.csv')",
-    "SELECT content FROM read_text('*.csv')",
-    "SELECT content FROM read_text('.tmp/secret.csv')",  # where duckdb would keep what its memory does not hold
-    "SELECT content FROM read_text('.tmp/../secret.csv')",
-    "SELECT * FROM glob('.tmp/*')",
-    "SELECT * FROM read_parquet('secret.parquet')",
-    "SELECT * FROM parquet_metadata('secret.parquet')",
-    "SELECT * FROM parquet_kv_metadata('secret.parquet')",
-    "SELECT * FROM glob('*')",
-    "SELECT * FROM read_duckdb('other.db')",
-    "SELECT getenv('SECRET')",
-    "SELECT * FROM query('SELECT * FROM read_text(''secret.csv'')')",
-    "SELECT * FROM query('COPY labels TO ''out.csv''')",
-    "SELECT * FROM query_table('secret.csv')",
-    "SELECT (SELECT count(*) FROM read_text('secret.csv')) FROM labels",
-    "WITH x AS (SELECT * FROM read_csv('secret.csv')) SELECT * FROM x",
-    "COPY labels TO 'out.csv'",
-    "COPY (SELECT 1) TO '.tmp/out.parquet'",
-    "COPY labels FROM 'secret.csv'",
-    "EXPORT DATABASE 'out'",
-    "IMPORT DATABASE 'out'",
-    "ATTACH 'other.db' AS other",
-    "ATTACH 'other.db' AS other; SELECT * FROM other.t",
-    "SELECT * FROM 'other.db'",
-    "USE other",
-    "INSTALL httpfs",
-    "LOAD httpfs",
-    "LOAD 'secret.csv'",
-    "SELECT * FROM duckdb_extensions()",
-    "SELECT * FROM read_csv('http://127.0.0.1:9/x.csv')",
-    "SELECT * FROM read_parquet('s3://bucket/x.parquet')",
-    "SELECT * FROM sqlite_scan('other.db', 't')",
-    "SET enable_external_access = true",
-    "SET memory_limit = '1TB'",
-    "SET temp_directory = '.'",
-    "SET GLOBAL lock_configuration = false",
-    "RESET enable_external_access",
-    "SET allowed_directories = ['/']",
-    "PRAGMA enable_profiling",
-    "SELECT * FROM enable_logging()",
-    "SET VARIABLE x = 1",
-    "CREATE SECRET (TYPE s3)",
-    "SELECT * FROM duckdb_secrets()",
-    "SELECT * FROM tables",  # variables of the Python program
-    "SELECT * FROM table",
-    "SELECT * FROM plain",
-    "SELECT * FROM LABELS_OF_THE_TEST",
-    'SELECT * FROM "from Arrow"',
-    "SELECT * FROM arrow_scan(1, 2, 3)",
-    "SELECT * FROM pandas_scan(1)",
-    "CREATE MACRO x() AS TABLE SELECT * FROM read_text('secret.csv')",
-]
-LABELS_OF_THE_TEST = LABELS
+    "SELECT * FROM read_csv('secret.csv')", "SELECT * FROM 'secret.csv'", 'SELECT * FROM "secret.csv"',
+    "SELECT * FROM sniff_csv('secret.csv')", "SELECT * FROM read_json('secret.json')",
+    "SELECT content FROM read_text('*.csv')", "SELECT * FROM read_blob('secret.csv')", "SELECT * FROM glob('*')",
+    "SELECT * FROM read_parquet('secret.parquet')", "SELECT * FROM parquet_metadata('secret.parquet')",
+    "SELECT * FROM read_duckdb('other.db')", "SELECT getenv('SECRET')", "SELECT * FROM query_table('secret.csv')",
+    "SELECT * FROM query('COPY labels TO ''out.csv''')", "WITH x AS (FROM read_csv('secret.csv')) FROM x",
+    "COPY labels TO 'out.csv'", "COPY labels FROM 'secret.csv'", "EXPORT DATABASE 'out'", "ATTACH 'other.db' AS other",
+    "INSTALL httpfs", "LOAD httpfs", "SELECT * FROM read_csv('http://127.0.0.1:9/x.csv')",
+    "SET enable_external_access = true", "SET memory_limit = '1TB'", "SET temp_directory = '.'",
+    "SET GLOBAL lock_configuration = false", "SELECT * FROM tables", "SELECT * FROM LABELS_OF_THE_TEST",
+    'SELECT * FROM "from Arrow"', "SELECT * FROM arrow_scan(1, 2, 3)",
+]  # fmt: skip
+LABELS_OF_THE_TEST = LABELS  # SQL reaches no variable of Python
 
 
 @pytest.fixture
@@ -184,9 +133,7 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with files of every kind that duckdb reads."""
     import duckdb
 
-    (tmp_path / ".tmp").mkdir()
-    for name in ("secret.csv", ".tmp/secret.csv"):
-        (tmp_path / name).write_text("a,b\n1,secret\n")
+    (tmp_path / "secret.csv").write_text("a,b\n1,secret\n")
     (tmp_path / "secret.json").write_text('{"a": "secret"}\n')
     pq.write_table(pa.table({"a": ["secret"]}), tmp_path / "secret.parquet")
     with duckdb.connect(str(tmp_path / "other.db")) as database:
@@ -200,47 +147,21 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
-def test_ask_reaches_no_file_no_network_and_no_setting(secrets: Path) -> None:
+@pytest.mark.parametrize("sql", REACHING)
+def test_sql_reaches_no_file_no_network_and_no_setting(secrets: Path, sql: str) -> None:
     before = snapshot(secrets)
-    for sql in REACHING:
+    for what, call in (("query: ", lambda: ask({"labels": LABELS}, sql)),
+                       ("where: ", lambda: rows_where(LABELS, f"EXISTS ({sql})"))):  # fmt: skip
         with pytest.raises(UsageError) as error:
-            print(sql, ask({"labels": LABELS}, sql))
-        one_line(error, "query: ")
+            print(call())
+        one_line(error, what)
         assert "secret\n" not in str(error.value)
     assert snapshot(secrets) == before
 
 
-def test_a_condition_reaches_no_file_no_network_and_no_setting(secrets: Path) -> None:
+def test_more_than_the_memory_is_refused_and_not_written(secrets: Path) -> None:
     before = snapshot(secrets)
-    for sql in few(REACHING, 12):
-        for condition in (sql, f"EXISTS ({sql})", f"true); {sql}; --"):
-            with pytest.raises(UsageError) as error:
-                print(condition, rows_where(LABELS, condition))
-            one_line(error, "where: ")
-    assert snapshot(secrets) == before
-
-
-@pytest.mark.usefixtures("sql_apart")
-def test_settings_show_no_folder_and_what_memory_there_is() -> None:
-    rows = ask({}, "SELECT name, value FROM duckdb_settings()").to_pylist()
-    shown = {row["name"]: row["value"] for row in rows}
-    home = str(Path.home())
-    assert [name for name, value in shown.items() if value and (home in value or str(Path.cwd()) in value)] == []
-    assert (shown["allowed_directories"], shown["temp_directory"]) == ("[]", "")
-    number, unit = shown["memory_limit"].split()
-    assert unit == "MiB"
-    assert 512 <= float(number) < 520
-    assert shown["enable_progress_bar"] == "false"  # it would appear on standard output after two seconds
-    assert int(shown["threads"]) <= module.THREADS
-
-
-@pytest.mark.usefixtures("sql_apart")
-def test_what_the_memory_does_not_hold_is_refused_and_not_written(
-    secrets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MEMORY", 100 << 20)
-    before = snapshot(secrets)
-    with pytest.raises(UsageError, match="query: Out of Memory Error") as error:
+    with pytest.raises(UsageError, match="Out of Memory") as error:
         ask({}, "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(30000000) t(i))")
     one_line(error)
     assert snapshot(secrets) == before
@@ -283,28 +204,23 @@ def test_rows_where_a_condition_holds(condition: str, rows: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "condition",
-    few([
-        "", " ", ";", "--", "1=1); DROP TABLE labels; --", "1=1); DROP TABLE labels; SELECT (1=1", "1=1) OR (1=1",
-        "1=1) FROM labels WHERE (1=1", "1=1 UNION SELECT", "1=1 UNION SELECT true", "1=1) UNION (SELECT true",
-        "1=1 -- comment", "1=1 --", "1=1 /*", "1=1;", "1=1; SELECT 1", "1=1 FROM labels", "true WHERE true",
-        "true ORDER BY 1", "true LIMIT 0", "true AS x", "true x", "x: true", "DISTINCT true", "true, true",
-        "checked, label = 'cat'", "()", "*", "COLUMNS(*)", "COLUMNS('key_id|shot') > 0", "COLUMNS('.*') IS NOT NULL",
-        "SELECT true", "FROM labels", "VALUES (true)", "TABLE labels", "WITH x AS (SELECT true) FROM x",
-        "DESCRIBE labels", "shot", "1", "'true'", "label", "NULL", "{'a': true}", "[true]", "count(*) > 1",
-        "row_number() OVER () < 3", "unnest([true, true])", "?", "$1 = 1", "lable = 'cat'", 'label = "cat"',
-        "label = 'cat", "label == ", "label::INT = 3", "error('mine')", "label = '\ud800'", "true\x00",
-        "(" * 5000 + "true" + ")" * 5000, "(" * 60_000,
-    ], 30),
+    [
+        "", ";", "--", "1=1); DROP TABLE labels; SELECT (1=1", "1=1) OR (1=1", "1=1) FROM labels WHERE (1=1",
+        "1=1 UNION SELECT true", "1=1) UNION (SELECT true", "1=1 -- comment", "1=1 /*", "1=1; SELECT 1",
+        "true WHERE true", "true ORDER BY 1", "true AS x", "DISTINCT true", "true, true", "*", "COLUMNS(*)",
+        "SELECT true", "FROM labels", "shot", "'true'", "NULL", "[true]", "count(*) > 1", "row_number() OVER () < 3",
+        "unnest([true, true])", "?", "lable = 'cat'", 'label = "cat"', "label = 'cat", "error('mine')",
+        "label = '\ud800'", "true\x00", "(" * 5000 + "true" + ")" * 5000, "(" * 60_000,
+    ],
 )  # fmt: skip
 def test_rows_where_takes_one_boolean_expression_only(condition: str) -> None:
     with pytest.raises(UsageError) as error:
         print(rows_where(LABELS, condition))
     one_line(error, "where: ")
-    said = "not UTF-8" in str(error.value) or "not closed" in str(error.value)
-    assert said or "true or false of a row, over the columns key_id, cl" in str(error.value)
+    said = "not UTF-8" in str(error.value) or "open parentheses" in str(error.value)
+    assert said or "over the columns key_id, cl" in str(error.value)
 
 
-@pytest.mark.usefixtures("sql_apart")
 def test_rows_where_says_what_is_not_a_condition() -> None:
     with pytest.raises(UsageError, match=r"^where: is INTEGER; expected one condition that is true or false of a row"):
         rows_where(LABELS, "shot")
@@ -325,28 +241,16 @@ def test_rows_where_of_no_rows() -> None:
     assert rows_where(LABELS.slice(0, 0), "shot = 0").tolist() == []
 
 
-@pytest.mark.usefixtures("sql_apart")
-def test_rows_where_is_exact_over_very_many_rows() -> None:
-    n = 1_000_000 if SOAK else 150_000
+def test_rows_where_is_exact_over_many_rows() -> None:
+    n = 150_000
     rng = np.random.default_rng(0)
-    ids = np.sort(rng.integers(0, 1000, n))
-    shots = rng.integers(0, 50, n)
-    table = pa.table(
-        {"key_id": rng.permutation(n), "class_id": ids, "label": pa.array([f"c{i}" for i in ids]), "shot": shots}
-    )
+    ids, shots = np.sort(rng.integers(0, 1000, n)), rng.integers(0, 50, n)
+    table = pa.table({"class_id": ids, "label": pa.array([f"c{i}" for i in ids]), "shot": shots})
     chunked = pa.concat_tables([table.slice(at, 70_000) for at in range(0, n, 70_000)])
-    for condition, holds in [
-        ("shot < 10 AND label LIKE 'c7%'", (shots < 10) & [str(i).startswith("7") for i in ids]),
-        ("key_id % 2 = 0", table["key_id"].to_numpy() % 2 == 0),
-        (
-            "label IN (SELECT label FROM labels WHERE key_id = 5)",
-            ids == ids[np.argmax(table["key_id"].to_numpy() == 5)],
-        ),
-    ]:
-        np.testing.assert_array_equal(rows_where(chunked, condition), np.flatnonzero(holds))
+    holds = (shots < 10) & [str(i).startswith("7") for i in ids]
+    np.testing.assert_array_equal(rows_where(chunked, "shot < 10 AND label LIKE 'c7%'"), np.flatnonzero(holds))
 
 
-@settings(max_examples=examples(100), deadline=None)
 @given(
     rows=st.lists(st.tuples(st.none() | TEXT, st.none() | st.integers(-5, 5)), max_size=30),
     text=TEXT,
@@ -365,7 +269,6 @@ def test_rows_where_is_what_python_says(rows: list[tuple[str | None, int | None]
     assert rows_where(table, f"label = '{quoted}' OR shot < {number}").tolist() == expected
 
 
-@settings(max_examples=examples(100), deadline=None)
 @given(condition=st.lists(st.sampled_from(["true", "shot", "(", ")", "--", "/*", "*/", ";", "'", '"', ",", "\n", " ",
                                            "SELECT", "UNION", "FROM labels", "WHERE", "=", "1", "OR", "NOT", "$$"]),
                           max_size=8).map(" ".join))  # fmt: skip
@@ -381,125 +284,63 @@ def test_a_condition_is_refused_or_alone(condition: str) -> None:
 
 # --- what it may take
 
-HOSTILE = [
-    "repeat('x', 3000000000) = ''",  # a condition
-    "SELECT repeat('x', 4000000000)",
-    "SELECT repeat('x', 100000000 + i) FROM range(9) t(i)",
-    "SELECT lpad('x', 2000000000, 'abc')",
-    "SELECT list(i) FROM range(1000000000) t(i)",
-    "SELECT string_agg(i::VARCHAR) FROM range(1000000000) t(i)",
-    "SELECT count(*) FROM (SELECT DISTINCT i, i::VARCHAR FROM range(1000000000) t(i))",
-    "SELECT i, i::VARCHAR FROM range(1000000000) t(i)",
-    "SELECT a" + ".a" * 30_000,
-    "SELECT *" + ", *" * 20_000 + " FROM labels",
-]
+LONG = "SELECT count(*) FROM range(100000000000) t(i), range(1000000)"
 
 
-def test_no_question_takes_more_than_its_time_and_its_memory() -> None:
-    """In a process of its own, whose peak and that of its children are those of the questions."""
-    program = (
-        "import json, resource, sys, time, pyarrow as pa; from retrieval_tip.store import query as sql\n"
-        "labels = pa.table({'class_id': [0, 1], 'label': ['a', 'b'], 'shot': [0, 0]})\n"
-        "def peak(who): return resource.getrusage(who).ru_maxrss / 1024\n"
-        "sql.ask({}, 'SELECT 1')\n"
-        "idle, answers = (peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN)), []\n"
-        "for number, text in enumerate(json.load(sys.stdin)):\n"
-        "    start, said = time.monotonic(), ''\n"
-        "    try: sql.ask({'labels': labels}, text, timeout=1) if number else sql.rows_where(labels, text)\n"
-        "    except sql.UsageError as error: said = str(error)\n"
-        "    answers.append([said, time.monotonic() - start])\n"
-        "print(json.dumps([answers, peak(resource.RUSAGE_SELF), peak(resource.RUSAGE_CHILDREN), *idle]))\n"
-    )
-    texts = few(HOSTILE, 4)
-    done = subprocess.run([sys.executable, "-c", program], input=json.dumps(texts), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answers, own, others, own_idle, others_idle = json.loads(done.stdout)
-    for text, (said, seconds) in zip(texts, answers, strict=True):
-        assert said.startswith(("query: ", "where: ")), text[:100]
-        assert "\n" not in said
-        assert seconds < 60, text[:100]  # where the machine is busy; without bounds some take hours
-    assert own - own_idle + others - others_idle < 1024
-
-
-@pytest.mark.usefixtures("sql_apart")
 def test_an_answer_that_takes_too_long_is_given_up() -> None:
-    for text in ("SELECT count(*) FROM range(100000000000) t(i), range(1000000)", "SELECT a" + ".a" * 30_000):
-        with pytest.raises(UsageError, match="--timeout") as error:
-            ask({}, text, timeout=0.5)
-        one_line(error, "query: ", "0.5 s")
+    begun, threads = time.monotonic(), threading.active_count()
+    with pytest.raises(UsageError, match="--timeout") as error:
+        ask({}, LONG, timeout=0.5)
+    one_line(error, "query: ", "0.5 s")
+    assert time.monotonic() - begun < 30  # where the machine is busy; without a limit it takes years
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("long", [LONG, "SELECT i FROM range(100000000000) t(i) WHERE sqrt(i) = 0.5"])
+def test_ctrl_c_ends_a_query(long: str) -> None:
+    program = "import sys; from retrieval_tip.store.query import ask; print(flush=True); ask({}, sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", program, long], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert said.strip().endswith("KeyboardInterrupt")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e9])
-def test_a_limit_of_time_is_some_seconds(timeout: float) -> None:
+def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
     with pytest.raises(UsageError, match="timeout"):
         ask({}, "SELECT 1", timeout=timeout)
 
 
-def test_text_and_columns_are_bounded() -> None:
+def test_text_is_bounded() -> None:
     padded = "SELECT 1".ljust(module.MAX_TEXT)
     assert ask({}, padded).num_rows == 1
-    for call in (lambda: ask({}, padded + " "), lambda: rows_where(LABELS, "true".ljust(module.MAX_TEXT) + " ")):
-        with pytest.raises(UsageError, match="bytes of SQL"):
+    for call in (lambda: ask({}, padded + " "), lambda: rows_where(LABELS, "true".ljust(module.MAX_TEXT) + " "),
+                 lambda: ask({}, "SELECT " + "(" * (module.MAX_OPEN + 1))):  # fmt: skip
+        with pytest.raises(UsageError, match="characters, or"):
             call()
-    most = ask({}, "SELECT 1" + ", 1" * (module.MAX_COLUMNS - 1))
-    assert len(set(most.column_names)) == module.MAX_COLUMNS
-    with pytest.raises(UsageError, match="columns"):
-        ask({}, "SELECT 1" + ", 1" * module.MAX_COLUMNS)
-    with pytest.raises(UsageError, match="parentheses"):
-        ask({}, "SELECT " + "(" * (module.MAX_OPEN + 1))
 
 
-@pytest.mark.usefixtures("sql_apart")
-def test_an_answer_is_bounded_by_what_the_tables_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER", 1000)
-    big = pa.table({"a": np.arange(100_000)})
-    assert ask({"t": big}, "FROM t").num_rows == len(big)
-    for many in ("FROM range(100000)", "SELECT NULL FROM range(1000000000000)"):
+def test_an_answer_is_bounded_by_the_size_of_the_tables() -> None:
+    for many in ("FROM range(30000000)", "SELECT NULL FROM range(1000000000000)"):
         with pytest.raises(UsageError, match="LIMIT"):
             ask({}, many)
+    wide = pa.table({"a": np.zeros(module.ANSWER // 8 + 1)})
+    assert ask({"t": wide}, "FROM t").num_rows == len(wide)
 
 
-@pytest.mark.usefixtures("sql_apart")
-def test_a_process_that_cannot_answer_is_an_error_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MEMORY", 1)
-    with pytest.raises(RetrievalTipError, match=r"^(query|labels): ") as error:
-        ask({"labels": LABELS}, "FROM labels")
-    one_line(error)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UsageError, match=r"^query: .*status 1"):
-        ask({"labels": LABELS}, "FROM labels")
-
-
-@pytest.mark.usefixtures("sql_apart")
-def test_nothing_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("duckdb", "json", "pyarrow"):
-        (tmp_path / f"{name}.py").write_text("open('imported', 'w')\nraise SystemExit(9)\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", ["", *sys.path])  # of an interpreter that is talked to
-    assert ask({}, "SELECT 1 AS a").to_pylist() == [{"a": 1}]
-    assert not (tmp_path / "imported").exists()
-
-
-@pytest.mark.usefixtures("sql_apart")
-def test_errors_in_the_middle_of_an_answer_are_the_question_s() -> None:
+def test_errors_in_the_middle_of_an_answer_are_the_query_s() -> None:
     with pytest.raises(UsageError, match=r"^query: Invalid Input Error: mine"):
         ask({}, "SELECT CASE WHEN i > 1900000 THEN error('mine') END FROM range(2000000) t(i)")
 
 
-@pytest.mark.usefixtures("sql_apart")
-def test_predictions_are_read_where_their_memory_is_bounded(tmp_path: Path) -> None:
+def test_predictions_are_a_table(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
-    bomb = pa.DictionaryArray.from_arrays(pa.array(np.zeros(200_000, np.int32)), pa.array(["x" * 1_000_000]))
-    pq.write_table(pa.table({"input": bomb, "label": bomb}), path, store_schema=False, compression="zstd")
-    with pytest.raises(InputError, match="cannot be read as predictions") as error:  # 400 GB of them
-        ask({}, "SELECT count(*) FROM predictions", path)
-    one_line(error, path)
     pq.write_table(pa.table({"input": ["a"], "label": ["b"]}), path)
     assert ask({}, "SELECT count(*) AS n FROM predictions", path).to_pylist() == [{"n": 1}]
-    path.unlink()
-    for make in (os.mkfifo, os.mkdir, lambda place: place.symlink_to("/dev/zero")):
-        make(path)
-        with pytest.raises(InputError) as error:
-            ask({}, "SELECT 1", path)
-        one_line(error, path)
-        path.rmdir() if path.is_dir() else path.unlink()
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError) as error:
+        ask({}, "SELECT 1", path)
+    one_line(error, path)

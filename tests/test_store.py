@@ -28,7 +28,7 @@ from conftest import AS_ROOT, SOAK, few, mount
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Identity
-from retrieval_tip.errors import InputError, RetrievalTipError, StoreError, UsageError
+from retrieval_tip.errors import InputError, RetrievalTipError, StoreError
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
@@ -947,137 +947,11 @@ def test_query_answers_over_labels_and_class_counts(index: Path) -> None:
         same["key_id"].to_pylist()
         == pq.ParquetFile(index / store.read_manifest(index).files["labels"].name).read()["key_id"].to_pylist()
     )
-    assert store.query(index, "WITH x AS (SELECT 1 AS a) SELECT a FROM x;").to_pylist() == [{"a": 1}]
-    assert store.query(index, "SELECT 1 WHERE false").num_rows == 0
-
-
-def test_query_describes_its_tables(index: Path) -> None:
-    described = store.query(index, "DESCRIBE labels").to_pylist()
-    assert [row["column_name"] for row in described] == LABEL_SCHEMA.names
-    assert {row["column_name"] for row in store.query(index, "SUMMARIZE labels").to_pylist()} == set(LABEL_SCHEMA.names)
     assert [row["name"] for row in store.query(index, "SHOW TABLES").to_pylist()] == [
         "class_counts",
         "labels",
         "versions",
     ]
-
-
-def test_query_takes_one_select_only(index: Path) -> None:
-    before = snapshot(index)
-    for sql in [
-        "",
-        ";",
-        "-- nothing",
-        "SELECT 1; SELECT 2",
-        "SELECT 1; DROP TABLE labels",
-        "INSERT INTO labels SELECT * FROM labels",
-        "UPDATE labels SET class_id = 0",
-        "DELETE FROM labels",
-        "CREATE TABLE x AS SELECT 1",
-        "DROP TABLE labels",
-        "ALTER TABLE labels ADD COLUMN x INT",
-        "EXPLAIN SELECT 1",
-        "PRAGMA database_list",
-        "CALL pragma_version()",
-        "BEGIN",
-        "CHECKPOINT",
-        "VACUUM",
-        "PREPARE p AS SELECT 1",
-        "SELEC 1",
-        "SELECT nothing FROM labels",
-        "SELECT 'x'::INT",
-        "SELECT ?",
-        "SELECT \ud800",
-    ]:
-        with pytest.raises(UsageError) as error:
-            store.query(index, sql)
-        one_line(error, "query: ")
-        assert len(str(error.value)) > len("query: ")
-    assert snapshot(index) == before
-
-
-def test_query_reaches_no_file_no_network_and_no_setting(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    table = "labels.parquet"
-    shutil.copy(index / store.read_manifest(index).files["labels"].name, tmp_path / table)
-    (tmp_path / "secret.csv").write_text("a,b\n1,secret\n")
-    (tmp_path / "secret.json").write_text('{"a": "secret"}\n')
-    database = duckdb_file(tmp_path / "other.db")
-    own = index / store.read_manifest(index).files["labels"].name
-    monkeypatch.setenv("SECRET", "secret")
-    before = snapshot(tmp_path)
-    for sql in few([
-        "SELECT * FROM read_csv('secret.csv')",
-        "SELECT * FROM read_csv_auto('secret.csv')",
-        "SELECT * FROM 'secret.csv'",
-        'SELECT * FROM "secret.csv"',
-        "SELECT * FROM sniff_csv('secret.csv')",
-        "SELECT * FROM read_json('secret.json')",
-        "SELECT * FROM read_ndjson_objects('secret.json')",
-        "SELECT * FROM 'secret.json'",
-        "SELECT * FROM read_text('secret.csv')",
-        "SELECT * FROM read_blob('secret.csv')",
-        "SELECT content FROM read_text('*.csv')",
-        f"SELECT * FROM read_parquet('{table}')",
-        f"SELECT * FROM parquet_scan('{table}')",
-        f"SELECT * FROM '{table}'",
-        f"SELECT * FROM parquet_metadata('{table}')",
-        f"SELECT * FROM parquet_schema('{table}')",
-        f"SELECT * FROM parquet_kv_metadata('{table}')",
-        f"SELECT * FROM read_parquet('{own}')",
-        f"SELECT * FROM read_text('{index / 'manifest.json'}')",
-        "SELECT * FROM glob('*')",
-        f"SELECT * FROM glob('{tmp_path}/**')",
-        "SELECT getenv('SECRET')",
-        "SELECT * FROM query('SELECT * FROM read_text(''secret.csv'')')",
-        "SELECT * FROM query('COPY labels TO ''out.csv''')",
-        "SELECT * FROM query_table('secret.csv')",
-        "SELECT (SELECT count(*) FROM read_text('secret.csv')) FROM labels",
-        "WITH x AS (SELECT * FROM read_csv('secret.csv')) SELECT * FROM x",
-        "COPY labels TO 'out.csv'",
-        "COPY (SELECT 1) TO 'out.parquet'",
-        "COPY labels FROM 'secret.csv'",
-        "EXPORT DATABASE 'out'",
-        "IMPORT DATABASE 'out'",
-        f"ATTACH '{database}' AS other",
-        f"ATTACH '{database}' AS other; SELECT * FROM other.t",
-        f"SELECT * FROM '{database}'",
-        "USE other",
-        "INSTALL httpfs",
-        "LOAD httpfs",
-        "LOAD 'secret.csv'",
-        "SELECT * FROM read_csv('http://127.0.0.1:9/x.csv')",
-        "SELECT * FROM read_parquet('s3://bucket/x.parquet')",
-        "SELECT * FROM sqlite_scan('other.db', 't')",
-        "SET enable_external_access = true",
-        "SET GLOBAL lock_configuration = false",
-        "RESET enable_external_access",
-        "SET allowed_directories = ['/']",
-        "PRAGMA enable_profiling",
-        "SET VARIABLE x = 1",
-        "CREATE SECRET (TYPE s3)",
-        "SELECT * FROM duckdb_secrets()",
-        "SELECT * FROM snapshot",  # variables of the Python program
-        "SELECT * FROM manifest",
-        "SELECT * FROM statements",
-        "SELECT * FROM arrow_scan(1, 2, 3)",
-        "SELECT * FROM pandas_scan(1)",
-        "CREATE MACRO x() AS TABLE SELECT * FROM read_text('secret.csv')",
-    ], 15):  # what is asked is refused by the same road as in test_sql.py, which tries all  # fmt: skip
-        with pytest.raises(UsageError) as error:
-            print(sql, store.query(index, sql))
-        one_line(error, "query: ")
-    assert snapshot(tmp_path) == before
-
-
-def duckdb_file(path: Path) -> Path:
-    import duckdb
-
-    with duckdb.connect(str(path)) as database:
-        database.execute("CREATE TABLE t AS SELECT 'secret' AS a")
-    return path
 
 
 @pytest.mark.parametrize(
@@ -1097,30 +971,6 @@ def test_query_and_load_work_whatever_the_folder_is_called(
         assert len(table) == N + 4
         assert verify(folder).labels.column_names == LABEL_SCHEMA.names
         assert answer(CacheModel.load(folder, device="cpu")) == answer(cache)
-
-
-def test_query_gives_further_columns_of_every_type_that_parquet_holds(index: Path) -> None:
-    further = {
-        "half": pa.array(np.arange(N, dtype=np.float16)),
-        "vector": pa.array([[1.0, 2.0]] * N, pa.list_(pa.float32(), 2)),
-        "dictionary": pa.array(["x", "y"] * (N // 2)).dictionary_encode(),
-        "nothing": pa.nulls(N),
-        "nested": pa.array([{"a": [1, None]}] * N),
-        "bytes": pa.array([b"\xff"] * N),
-        "order": pa.array(range(N)),  # a word of SQL
-        'quo"ted': pa.array(range(N)),
-    }
-
-    def extend(table: pa.Table) -> pa.Table:
-        for name, values in further.items():
-            table = table.append_column(name, values)
-        return table
-
-    relabelled(index, extend)
-    table = store.query(index, "SELECT * FROM labels")
-    assert table.column_names == [*LABEL_SCHEMA.names, *further]
-    assert table["half"].to_pylist() == list(range(N))
-    assert store.query(index, 'SELECT sum("order") AS s FROM labels').to_pylist() == [{"s": N * (N - 1) // 2}]
 
 
 def test_query_of_a_damaged_index_is_refused(index: Path) -> None:
