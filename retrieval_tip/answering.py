@@ -27,8 +27,7 @@ from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.logits import LOGITS, Retrieval, first_two, slices
-from retrieval_tip.retrieval.terms import Terms
+from retrieval_tip.retrieval.logits import LOGITS, Answers, Retrieval, first_two, slices
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Built, Dtype, Fitted, KeysMet, Norms, Settings
 from retrieval_tip.store.manifest import Manifest
@@ -201,15 +200,19 @@ class AnsweringIndex(ABC):
         return inputs.queries(features, self.d).to(self.device)
 
     def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
-        """The retrieval of keys, by the index's settings but for what is given."""
+        """Return the retrieval of keys, with ``k`` and ``tail`` overridden where given."""
+        if k is None and tail is None:
+            return self.retrieval
         return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
 
-    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Terms:
+    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Answers:
         """Return the terms of the logits, text ``logit_scale * f W^T`` and cache ``C`` (without alpha).
 
         Arguments and errors as for :meth:`logits`.
         """
-        return self._checked(self._retrieval(k, tail).terms(self._queries(features)))
+        terms = self._retrieval(k, tail).terms(self._queries(features))
+        self._check(terms)
+        return terms
 
     def check_answers(self) -> None:
         """Raise unless this can answer: of a few of its own keys, as unit queries, the logits over these keys.
@@ -225,7 +228,7 @@ class AnsweringIndex(ABC):
         affinity = tip.affinity(retrieval.points(queries), retrieval.points(own))
         cache = tip.cache_logits(affinity, ids, len(self.class_names), settings.beta, values=values)
         tip.log_cache(cache, settings.log_offset)
-        self._checked(Terms(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache))
+        self._check(tip.Terms(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
         """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, as queries meet them."""
@@ -236,11 +239,11 @@ class AnsweringIndex(ABC):
                 "scale keys to norm 1 (norms unit)"
             )
 
-    def _checked(self, terms: Terms) -> Terms:
-        """Return the terms. Raises InputError, naming the setting, if the logits are not finite."""
+    def _check(self, terms: tip.Terms) -> None:
+        """Raise InputError, naming the setting, if the logits are not finite."""
         if not len(terms.text):
-            return terms
-        settings, largest = self.settings, Terms(_largest(terms.text), _largest(terms.cache))
+            return
+        settings, largest = self.settings, tip.Terms(_largest(terms.text), _largest(terms.cache))
         if not torch.isfinite(largest.cache):
             raise InputError(
                 f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
@@ -250,9 +253,8 @@ class AnsweringIndex(ABC):
                 f"alpha {settings.alpha:g} or logit_scale {settings.logit_scale:g}: too large, the logits overflow; "
                 "use smaller ones"
             )
-        return terms
 
-    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Terms:
+    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Answers:
         """Return terms whose winners are those over all keys, from as few keys as settle each query.
 
         A query meets ``k`` keys, then four times as many, at last all, until no key that it has not met can change its
@@ -274,7 +276,9 @@ class AnsweringIndex(ABC):
             text[left], cache[left] = terms.text, terms.cache
             keys[left.cpu()] = self.n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
-        return self._checked(Terms(text, cache, keys=keys))
+        answers = Answers(text, cache, keys=keys)
+        self._check(answers)
+        return answers
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
         """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
@@ -316,13 +320,14 @@ class AnsweringIndex(ABC):
         if certify:
             terms = self.certified(f, retrieval.settings.k or "all", retrieval.settings.tail)
         else:
-            terms = self._checked(retrieval.terms(f, neighbours=max(shown, 0)))
+            terms = retrieval.terms(f, neighbours=max(shown, 0))
+            self._check(terms)
         size = min(PREDICTED, max(1, ARROW_LENGTH // len(self.class_names)))
         parts = slices(len(f), size) if len(f) else [slice(0)]
         columns = [self._columns(f[part], terms.queries(part), retrieval, top, shown) for part in parts]
         return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
 
-    def _columns(self, f: Tensor, terms: Terms, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
+    def _columns(self, f: Tensor, terms: Answers, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
         """Return the columns of :class:`Predictions`; ``input`` is empty."""
         logits, shots = terms.logits(self.settings), terms.shots
         ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it

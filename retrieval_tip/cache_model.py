@@ -297,7 +297,9 @@ class InMemory(AnsweringIndex):
         Such values cancel each other, so in float32 the last digits depend on which queries share a batch. Errors as
         for :meth:`AnsweringIndex.logits`.
         """
-        return self._checked(self.retrieval.double().terms(self._queries(features).double())).logits(self.settings)
+        terms = self.retrieval.double().terms(self._queries(features).double())
+        self._check(terms)
+        return terms.logits(self.settings)
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
         """The ``k`` nearest keys of queries ``[q, d]`` on the device: affinities and rows, ``[q, k]`` each.

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from retrieval_tip.settings import Settings
+
 LARGEST = torch.finfo(torch.float32).max
 """Torch refuses a larger factor. Where it matters the logits overflow anyway."""
 
@@ -274,6 +276,21 @@ def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out:
 def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
     """The classifier's logits, text plus ``alpha`` (the residual ratio) times cache (paper, equation 6)."""
     return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms of the logits of ``q`` queries: ``text`` and ``cache`` (after the link, without alpha), ``[q, c]`` each."""
+
+    text: Tensor
+    cache: Tensor
+
+    def logits(self, settings: Settings, slack: float = 0.0) -> Tensor:
+        """Return the logits ``[q, c]``: ``text + alpha * cache``.
+
+        With ``slack``, an upper bound of them for a cache that may be larger by this fraction.
+        """
+        return blend(self.text, self.cache, settings.alpha * (1 + slack))
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -16,7 +16,6 @@ from test_tip import Array, Case, betas, cases, dense, food, random_case, unit
 from retrieval_tip import tip
 from retrieval_tip.retrieval import certify
 from retrieval_tip.retrieval.evidence import Nearest
-from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.settings import Settings
 
 
@@ -26,7 +25,7 @@ def certified(
     """What is proved of queries that meet k keys, and the winners."""
     near, ids = case.retrieved(k, dtype)
     totals, own = case.totals(dtype), Settings(alpha=alpha, beta=beta, tail=tail)
-    terms = Terms(text, tip.cache_logits(near, ids, case.c, beta, totals if tail else None))
+    terms = tip.Terms(text, tip.cache_logits(near, ids, case.c, beta, totals if tail else None))
     proved = certify.certificate(terms, Nearest(near, ids, ids), totals, own)
     return proved.numpy(), terms.logits(own).argmax(1).numpy()
 
@@ -145,7 +144,7 @@ def test_everything_is_proved_where_nothing_can_change(shared: Path, tail: bool)
 def test_empty_slots_do_not_change_what_is_proved(case: Case, beta: float, k: int, slots: int, tail: bool) -> None:
     near, ids = case.retrieved(k)
     shape, own = (len(near), slots), Settings(beta=beta, tail=tail)
-    terms = Terms(near.new_zeros(len(near), case.c), tip.cache_logits(near, ids, case.c, beta))
+    terms = tip.Terms(near.new_zeros(len(near), case.c), tip.cache_logits(near, ids, case.c, beta))
     padded = torch.cat([near, torch.full(shape, 0.9, dtype=near.dtype)], dim=1)  # an affinity that would count
     padded_ids = torch.cat([ids, torch.full(shape, case.c)], dim=1)
     met = (Nearest(near, ids, ids), Nearest(padded, padded_ids, padded_ids))
@@ -184,8 +183,8 @@ def test_the_winner_of_a_settled_query_is_among_the_classes_it_met(
     given_: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float], most: int
 ) -> None:
     text, cache, true, alpha, slack = given_
-    classes, met = certify.promising(Terms(text, cache), Settings(alpha=alpha), slack, most)
-    settled = certify.settled(Terms(text, cache), Settings(alpha=alpha), slack, classes)
+    classes, met = certify.promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, most)
+    settled = certify.settled(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes)
     lower, exact = tip.blend(text, cache, alpha), tip.blend(text, true, alpha)
     assert classes.shape == met.shape == (len(text), min(most, text.shape[1]))
     ranked = lower.gather(1, classes)
@@ -206,7 +205,7 @@ def test_the_winner_of_a_settled_query_is_among_the_classes_it_met(
 
 
 def test_a_class_that_could_win_leaves_a_query_unsettled_and_one_that_cannot_does_not() -> None:
-    terms, own = Terms(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 1.0]])), Settings(alpha=1.0)
+    terms, own = tip.Terms(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, 1.0]])), Settings(alpha=1.0)
     for slack, met_of_three, settled_by_one in ((0.5, 1, True), (0.99, 1, True), (1.01, 2, False), (2.01, 3, False)):
         classes, met = certify.promising(terms, own, slack, 3)
         assert classes.tolist() == [[0, 1, 2]]
@@ -215,7 +214,7 @@ def test_a_class_that_could_win_leaves_a_query_unsettled_and_one_that_cannot_doe
 
 
 def test_a_tie_at_the_bound_is_met_and_not_settled() -> None:
-    terms, own = Terms(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]])), Settings(alpha=1.0)
+    terms, own = tip.Terms(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]])), Settings(alpha=1.0)
     classes, met = certify.promising(terms, own, 1.0, 2)  # with all its slack the second has 3 too
     assert met.tolist() == [[True, True]]
     assert not certify.settled(terms, own, 1.0, classes[:, :1]).any()
@@ -223,18 +222,18 @@ def test_a_tie_at_the_bound_is_met_and_not_settled() -> None:
 
 def test_without_alpha_the_text_alone_says_what_to_meet() -> None:
     text, none = torch.tensor([[0.0, 3.0, 3.0, 1.0]]), Settings(alpha=0.0)
-    classes, met = certify.promising(Terms(text, torch.tensor([[1e6, 1.0, 2.0, 0.0]])), none, 10.0, 4)
+    classes, met = certify.promising(tip.Terms(text, torch.tensor([[1e6, 1.0, 2.0, 0.0]])), none, 10.0, 4)
     assert set(classes[met].tolist()) == {1, 2}
-    assert not certify.settled(Terms(text, torch.ones(1, 4)), none, 10.0, classes[:, :1]).any()
-    assert certify.settled(Terms(text, torch.ones(1, 4)), none, 10.0, classes[:, :2]).all()
+    assert not certify.settled(tip.Terms(text, torch.ones(1, 4)), none, 10.0, classes[:, :1]).any()
+    assert certify.settled(tip.Terms(text, torch.ones(1, 4)), none, 10.0, classes[:, :2]).all()
 
 
 @pytest.mark.parametrize(("alpha", "slack"), [(1e39, 1.0), (1e300, 1e9), (0.0, 1e9), (1e38, 1e9)])
 def test_settings_that_overflow_still_meet_the_first_class(alpha: float, slack: float) -> None:
     text, cache = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[0.0, 3.0, 1e-3]])
-    classes, met = certify.promising(Terms(text, cache), Settings(alpha=alpha), slack, 2)
+    classes, met = certify.promising(tip.Terms(text, cache), Settings(alpha=alpha), slack, 2)
     assert met[:, 0].all()
-    assert certify.settled(Terms(text, cache), Settings(alpha=alpha), slack, classes).shape == (1,)
+    assert certify.settled(tip.Terms(text, cache), Settings(alpha=alpha), slack, classes).shape == (1,)
 
 
 @given(st.integers(1, 6), st.floats(0, 10), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
@@ -243,12 +242,12 @@ def test_errors_change_a_winner_only_where_it_is_close(c: int, alpha: float, err
     text, cache = torch.from_numpy(rng.normal(size=(20, c))), torch.from_numpy(rng.gamma(1, size=(20, c)))
     other = cache * (1 + error * torch.from_numpy(rng.choice([-1.0, 1.0], (20, c))))
     changed = tip.blend(text, cache, alpha).argmax(1) != tip.blend(text, other, alpha).argmax(1)
-    close = certify.uncertain(Terms(text, cache), Settings(alpha=alpha), error)
+    close = certify.uncertain(tip.Terms(text, cache), Settings(alpha=alpha), error)
     assert (close | ~changed).all()
     assert c > 1 or not close.any()
 
 
 def test_what_is_far_apart_is_not_uncertain() -> None:
-    terms, own = Terms(torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])), Settings(alpha=1.0)
+    terms, own = tip.Terms(torch.tensor([[5.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.5]])), Settings(alpha=1.0)
     assert not certify.uncertain(terms, own, 0.1).any()  # 6 or 5.9, against 3 or 3.2
     assert certify.uncertain(terms, own, 1.0).all()  # 5 against 5

@@ -256,7 +256,7 @@ def test_values_are_never_added_up_in_half_precision() -> None:
 @contextmanager
 def as_if_large(**seconds: float) -> Iterator[None]:
     """Half precision is tried also for few keys; products seem to take these seconds, and 1 else."""
-    now, over_all = [0.0], Keys._over_all
+    now, over_all = [0.0], Keys._sum_all
 
     def timed(keys: Keys, *arguments: Any) -> torch.Tensor:
         products = next(a for a in arguments if isinstance(a, torch.dtype))
@@ -266,7 +266,7 @@ def as_if_large(**seconds: float) -> Iterator[None]:
     with (
         mock.patch.object(keys_module, "HALF_FROM", 1),
         mock.patch.object(keys_module.time, "perf_counter", side_effect=lambda: now[0]),
-        mock.patch.object(Keys, "_over_all", timed),
+        mock.patch.object(Keys, "_sum_all", timed),
     ):
         yield
 

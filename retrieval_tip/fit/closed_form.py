@@ -35,7 +35,6 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
 from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import Keys, KeysInPlace
-from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.retrieval.vector_index import inner_factory
 from retrieval_tip.settings import METRICS, VALUES, Fitted, MetricName, Settings, ValuesName
 from retrieval_tip.store.labels import images_of
@@ -575,7 +574,7 @@ def estimate(cache: CacheModel) -> dict[str, float | None]:
         return dict.fromkeys(("photos", "words", "both"))
     text, photos, ids = folds.logits(form)
     linked = tip.log_cache(photos.clone(), settings.log_offset)
-    both = linked if text is None else Terms(text, linked).logits(settings)
+    both = linked if text is None else tip.Terms(text, linked).logits(settings)
     ways = {"photos": photos, "words": text, "both": both}
     return {name: None if way is None else float((way.argmax(1) == ids).double().mean()) for name, way in ways.items()}
 

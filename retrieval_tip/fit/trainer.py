@@ -22,7 +22,6 @@ from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
 from retrieval_tip.fit.gradient import BLOCK, GPU_BLOCK, AllKeys
-from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.settings import TRAINED, TrainedPart, TrainingPrecision, TrainingSettings, check_choice
 
 ENCODER_RATE = 1e-3
@@ -229,7 +228,7 @@ class Trainer:
 
     def _blend(self, features: Tensor, cache_logits: Tensor, text_weights: Tensor) -> Tensor:
         text = tip.text_logits(features, text_weights, self.cache.settings.logit_scale)
-        return Terms(text, cache_logits).logits(self.cache.settings)
+        return tip.Terms(text, cache_logits).logits(self.cache.settings)
 
 
 Inputs = TypeVar("Inputs", Tensor, Sequence[str])

@@ -22,7 +22,6 @@ from retrieval_tip.backbones.tower import shorter_side
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import replacing
-from retrieval_tip.retrieval.terms import Terms
 
 if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Trainable
@@ -71,7 +70,7 @@ class Answer(torch.nn.Module):
         affinity = tip.affinity(points, self.keys)
         cache = tip.cache_logits(affinity, self.ids, self.n_classes, settings.beta, values=tip.Values(self.values))
         text = tip.text_logits(features, self.text, settings.logit_scale)
-        logits = Terms(text, tip.log_cache(cache, settings.log_offset)).logits(settings)
+        logits = tip.Terms(text, tip.log_cache(cache, settings.log_offset)).logits(settings)
         return logits, (logits / settings.temperature).softmax(1)
 
 

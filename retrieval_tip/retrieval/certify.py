@@ -12,11 +12,10 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.retrieval.evidence import Nearest
-from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.settings import Settings
 
 
-def uncertain(terms: Terms, settings: Settings, error: float) -> Tensor:
+def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
     """Return for which queries relative errors up to ``error`` in the cache logits may change the winner, ``[q]`` bool.
 
     Cache logits have to be 0 or more.
@@ -25,7 +24,7 @@ def uncertain(terms: Terms, settings: Settings, error: float) -> Tensor:
     return _highest_other(terms, settings, error, winner) >= _at(terms, settings, winner, -error)
 
 
-def promising(terms: Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
+def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
     """Return the classes whose keys a query should meet, from terms in which all keys count at their class's mean.
 
     With a class's keys themselves its cache logit grows by a fraction of ``slack``, hardly ever more. So only classes
@@ -40,12 +39,12 @@ def promising(terms: Terms, settings: Settings, slack: float, most: int) -> tupl
     return classes, can
 
 
-def settled(terms: Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
+def settled(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
     """Return for which queries only the :func:`promising` ``classes`` ``[q, p]`` can win, ``[q]`` bool."""
     return _highest_other(terms, settings, slack, classes) < _at(terms, settings, classes[:, :1])
 
 
-def certificate(terms: Terms, near: Nearest, totals: tip.Totals, settings: Settings) -> Tensor:
+def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: Settings) -> Tensor:
     """Return which predictions from retrieved keys provably equal those from all keys, ``[q]`` bool.
 
     ``terms`` are over the keys that were retrieved (``near``, ``[q, k]``), with or without the tail, before the link;
@@ -73,12 +72,12 @@ def certificate(terms: Terms, near: Nearest, totals: tip.Totals, settings: Setti
     return (logits - rounding).gather(1, winner).squeeze(1) > raised
 
 
-def _highest_other(terms: Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
+def _highest_other(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
     """Return the largest upper bound of the logits of all but some ``classes`` ``[q, p]``, ``[q]``."""
     return terms.logits(settings, slack).scatter_(1, classes, -torch.inf).amax(dim=1)
 
 
-def _at(terms: Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
+def _at(terms: tip.Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
     """Return the logit of one class of each query, ``classes`` ``[q, 1]``, its cache a fraction ``slack`` larger."""
-    chosen = Terms(terms.text.gather(1, classes), terms.cache.gather(1, classes))
+    chosen = tip.Terms(terms.text.gather(1, classes), terms.cache.gather(1, classes))
     return chosen.logits(settings, slack)[:, 0]

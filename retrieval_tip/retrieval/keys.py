@@ -300,7 +300,7 @@ class KeyStream(ABC):
         memory = features.new_empty(self._block_size() * min(size, len(features)))
         for start in range(0, len(features), size):
             part = slice(start, start + size)
-            out[part] = self._over_all(features[part], beta, values, products, memory).T
+            out[part] = self._sum_all(features[part], beta, values, products, memory).T
         return out
 
     def _block_size(self) -> int:
@@ -309,7 +309,7 @@ class KeyStream(ABC):
     def _times(self) -> int:
         return 1 if self.device == "cpu" else GPU_BLOCKS
 
-    def _over_all(
+    def _sum_all(
         self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor
     ) -> Tensor:
         """Cache logits ``[c, q]``: keys along the rows, so that each sum by class is a run over the queries."""
@@ -373,6 +373,7 @@ class Keys(KeyStream):
         self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # not Arrow's own
         total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
+        self._runs = list(runs(array, self._block_size()))
         self._products: dict[float, torch.dtype] = {}
         self._on_device: Tensor | None = None
         self._fits: bool | None = None
@@ -386,7 +387,7 @@ class Keys(KeyStream):
         On a GPU all keys stay there, where half of its free memory holds them. Blocks may share their memory.
         """
         converted = torch.empty(self._block_size(), self.d, device=self.device)
-        for part in runs(self.array, self._block_size()):
+        for part in self._runs:
             rows = self._rows(part)
             if rows.dtype != torch.float32:
                 rows = converted[: len(rows)].copy_(rows)
@@ -433,7 +434,7 @@ class Keys(KeyStream):
             yield from super()._halved(products)
             return
         halved = self._all_halved(products)
-        for part in runs(self.array, self._block_size()):
+        for part in self._runs:
             yield halved[part], self.class_ids[part]
 
     def _all_halved(self, products: torch.dtype) -> Tensor:

@@ -13,7 +13,6 @@ from retrieval_tip import tip
 from retrieval_tip.retrieval.certify import certificate, promising, settled, uncertain
 from retrieval_tip.retrieval.evidence import Contributors, Largest, Nearest
 from retrieval_tip.retrieval.keys import QUERY_BLOCK, Keys, KeyStream
-from retrieval_tip.retrieval.terms import Terms
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Settings
 
@@ -31,6 +30,26 @@ Six times the root mean square on features like CLIP's: a weight is off by beta 
 def slices(q: int, size: int) -> Iterator[slice]:
     """``q`` queries, so many at a time."""
     return (slice(start, min(start + size, q)) for start in range(0, q, size))
+
+
+@dataclass(frozen=True)
+class Answers(tip.Terms):
+    """Terms, and what retrieval knows of how they came about.
+
+    ``settled`` ``[q]`` bool: no key that the query did not meet can change its winner; ``None`` if it met all keys, or
+    nobody asked. ``keys`` ``[q]`` int64: how many keys settled each query, if that was certified. ``shots``: the shots
+    behind each answer, if computing the terms already found them.
+    """
+
+    settled: Tensor | None = None
+    keys: Tensor | None = None
+    shots: Contributors | None = None
+
+    def queries(self, part: slice) -> Answers:
+        """Return the answers to some of the queries."""
+        settled, keys = (None if column is None else column[part] for column in (self.settled, self.keys))
+        shots = None if self.shots is None else self.shots.queries(part)
+        return Answers(self.text[part], self.cache[part], settled, keys, shots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +78,7 @@ class Retrieval(ABC):
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys of each query."""
 
-    def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> Terms:
+    def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> Answers:
         """Return text and cache logits by the settings: over all keys, or about ``k``, the rest at its mean (tail).
 
         With ``certify``, also which queries are settled. With ``neighbours``, also the shots behind each answer, if a
@@ -69,15 +88,15 @@ class Retrieval(ABC):
         if settings.k is not None and settings.k < self.keys.n:
             return self._meet(features, points, settings.k, certify, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
-        return Terms(text, tip.log_cache(self._over_all(points, text), settings.log_offset))
+        return Answers(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
 
-    def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
+    def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
         beta = self.settings.beta
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
         if products != torch.float32 and len(points):
-            terms, error = Terms(text, cache), min(1.0, CLOSE * beta)
+            terms, error = Answers(text, cache), min(1.0, CLOSE * beta)
             parts = self._parts(len(points))
             close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
             cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
@@ -87,11 +106,11 @@ class Retrieval(ABC):
         """``q`` queries, as many at a time as a processor's cache holds the logits of; a GPU has no such limit."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _meet(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> Terms:
+    def _meet(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> Answers:
         """Return terms over about ``k`` keys, with ``neighbours`` shots behind each answer if the keys are at hand."""
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
         done = torch.ones(len(text), dtype=torch.bool, device=text.device)
-        terms = Terms(text, torch.empty_like(text), done)
+        terms = Answers(text, torch.empty_like(text), done)
         if self.by_class:
             self._meet_classes(features, points, k, terms, done if certify else None)
             tip.log_cache(terms.cache, settings.log_offset)
@@ -153,7 +172,7 @@ class Retrieval(ABC):
                 best.put(query, kept)
         return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
-    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Terms, done: Tensor | None) -> None:
+    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Answers, done: Tensor | None) -> None:
         """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
 
         First come all queries' classes: the more queries meet a class at once, the less often its keys are read.
@@ -220,9 +239,9 @@ class IndexRetrieval(Retrieval):
         metric = None if self.metric is None else self.metric.double()
         return replace(self, text_weights=self.text_weights.double(), values=values, metric=metric)
 
-    def _over_all(self, points: Tensor, text: Tensor) -> Tensor:
+    def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
         if self.values is None:
-            return super()._over_all(points, text)
+            return super()._cache_over_all(points, text)
         return self.keys.cache_logits(points, self.settings.beta, self.values)
 
     @property
