@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 from test_duplicates import KINDS, labels_of
 
 from retrieval_tip.cache_model import CacheModel

@@ -9,7 +9,7 @@ import torch
 from conftest import needs_real
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
-from test_cli import unit_rows
+from tables import unit_rows
 from test_search_hp import C, D, clusters
 
 from retrieval_tip.cache_model import CacheModel

@@ -9,7 +9,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
 NAMES = [f"class {i}" for i in range(C)]

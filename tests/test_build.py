@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder

@@ -14,7 +14,7 @@ import torch
 from conftest import cache_of, examples, needs_real
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED, needs_real, parts_of
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Backbone

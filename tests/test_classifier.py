@@ -396,7 +396,7 @@ def test_an_index_goes_to_the_hub_and_comes_back(place, clf, tmp_path, monkeypat
 
 
 def test_an_index_of_features_answers_for_features(tmp_path):
-    from test_cli import unit_rows, write_table
+    from tables import unit_rows, write_table
 
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["a", "b"] * 3)
     build_index(open_source(table), tmp_path / "i", Encoder(), device="cpu", fit="none")

@@ -17,30 +17,15 @@ from types import SimpleNamespace
 
 import click
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import few
+from tables import unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import program as cli
 from retrieval_tip.cli import stdin
 from retrieval_tip.errors import InputError
-
-
-def write_table(path, features, labels=None, ids=None, **extra):
-    """A feature table."""
-    features = np.asarray(features, dtype=np.float32)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    ids = ids or [f"item-{i}" for i in range(len(features))]
-    columns = {"id": ids} | ({} if labels is None else {"label": labels}) | {"feature": column} | extra
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def unit_rows(n, d, seed=0):
-    rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 @pytest.fixture

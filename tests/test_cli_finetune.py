@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
 from retrieval_tip import CacheModel, Encoder, Recipe, open_source, verify

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_cli import write_table
+from tables import write_table
 from test_keys import made_module
 
 from retrieval_tip import CacheModel, Encoder, verify

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from conftest import AS_ROOT, SOAK, mount, nearest_keys, sampled
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder

@@ -461,7 +461,7 @@ def test_the_datasets_templates_give_way_to_given_ones(run, photographs, tmp_pat
     assert run(*build, "--template", "a {}", "--template", "the {}", "--out", tmp_path / "given").exit_code == 0
     assert list(CacheModel.load(tmp_path / "given").templates) == ["a {}", "the {}"]
     text = tmp_path / "text.parquet"
-    from test_cli import unit_rows, write_table
+    from tables import unit_rows, write_table
 
     dim = CacheModel.load(tmp_path / "own").d
     write_table(text, unit_rows(3, dim), ["panda", "pizza", "yin_yang"])

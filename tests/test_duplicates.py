@@ -8,7 +8,7 @@ import pytest
 from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import unit_rows
+from tables import unit_rows
 
 from retrieval_tip.cache_model import CacheModel, label_table
 from retrieval_tip.errors import InputError

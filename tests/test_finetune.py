@@ -17,8 +17,8 @@ from conftest import cache_of, examples, few, needs_real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tables import unit_rows, write_table
 from test_backbone import tiny
-from test_cli import unit_rows, write_table
 from test_search_hp import C, D, clusters
 from torch.nn import functional
 

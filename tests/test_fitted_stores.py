@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import SOAK, few, nearest_keys
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
-from test_cli import write_table
+from tables import write_table
 from test_closed_form import clusters, text_of
 from test_stores import STEPS, copied, done, everything, labels_of, made, manifest_of, put, said, step
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import test_kill_changes as living
 from conftest import SOAK, few
-from test_store import one_line, snapshot
+from sealing import one_line, snapshot
 
 from retrieval_tip import verify
 from retrieval_tip.errors import RetrievalTipError

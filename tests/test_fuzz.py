@@ -37,7 +37,7 @@ from click.testing import Result
 from conftest import SOAK, cache_of, few, sampled
 from PIL import Image
 from safetensors.torch import save_file
-from test_store import body_of, one_line, sealed, snapshot
+from sealing import body_of, one_line, sealed, snapshot
 
 from retrieval_tip import CacheModel, predictions, verify
 from retrieval_tip.cli.output import write_table

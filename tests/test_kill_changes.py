@@ -21,7 +21,7 @@ import killing
 import numpy as np
 import pytest
 from conftest import SOAK, few, sampled
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_cli import commands, unit_rows, write_table
+from tables import unit_rows, write_table
+from test_cli import commands
 
 from retrieval_tip import cli
 from retrieval_tip.cli.examples import EXAMPLES

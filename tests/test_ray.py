@@ -23,8 +23,8 @@ import pytest
 import torch
 from conftest import ROOT
 from serving import photographs
+from tables import unit_rows, write_table
 from test_backbone import tiny
-from test_cli import unit_rows, write_table
 from test_shards import jpeg, tar
 
 from retrieval_tip.backbones.loading import load_backbone

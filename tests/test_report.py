@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from conftest import SHARED
 from markupsafe import Markup
 from PIL import Image
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 from test_html import VOID
 from test_plots import made_up
 

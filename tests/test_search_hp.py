@@ -11,7 +11,7 @@ import torch
 from conftest import examples, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError

@@ -16,7 +16,7 @@ import torch
 from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 from test_search_hp import C, D, clusters
 
 from retrieval_tip import CacheModel

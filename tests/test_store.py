@@ -13,7 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import AS_ROOT, SOAK, few, mount
+from sealing import body_of, one_line, sealed, snapshot
 
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.backbones.base import Identity
@@ -65,19 +66,6 @@ def answer(cache: CacheModel) -> bytes:
     return cache.logits(np.eye(D, dtype=np.float32), k=10).numpy().tobytes()
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder with its bytes, but for the lock, which names whoever wrote last."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.name != "lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-def one_line(error: pytest.ExceptionInfo[RetrievalTipError] | RetrievalTipError, *parts: object) -> None:
-    text = str(error.value if isinstance(error, pytest.ExceptionInfo) else error)
-    assert "\n" not in text
-    for part in parts:
-        assert str(part) in text
-
-
 def refusal(call: Callable[[Path], object], folder: Path, what: str) -> StoreError:
     try:
         call(folder)
@@ -94,19 +82,6 @@ def index(tmp_path: Path) -> Path:
 
 
 # --- manifests
-
-
-def sealed(body: Mapping[str, Any]) -> bytes:
-    """What a hand that knows the format would write: the digest is that of everything before it."""
-    body = {key: value for key, value in body.items() if key != "sha256"}
-    text = json.dumps(body, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    entry = {"sha256": hashlib.sha256(text).hexdigest()}
-    return json.dumps(body | entry, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def body_of(folder: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-    return body
 
 
 def test_manifest_comes_back_as_it_was(index: Path) -> None:

@@ -35,7 +35,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import photographs
-from test_cli import unit_rows, write_table
+from tables import unit_rows, write_table
 
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder

@@ -22,7 +22,7 @@ import numpy as np
 import obstore
 import pytest
 from conftest import SOAK, few, sampled
-from test_cli import unit_rows
+from tables import unit_rows
 from test_kill_changes import make_tables, table
 
 from retrieval_tip.data.encoder import Encoder

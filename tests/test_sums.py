@@ -13,8 +13,8 @@ import torch
 from conftest import examples
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from sealing import body_of, sealed
 from test_closed_form import unit
-from test_store import body_of, sealed
 
 from retrieval_tip import CacheModel
 from retrieval_tip.cache_model import verify

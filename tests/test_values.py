@@ -19,7 +19,7 @@ from conftest import cache_of, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_store import body_of, sealed, snapshot
+from sealing import body_of, sealed, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrieval_tip import CacheModel, tip, verify

@@ -1,0 +1,39 @@
+"""What tests of index folders share: their bytes, and manifests that a hand wrote which knows the format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrieval_tip.errors import RetrievalTipError
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder with its bytes, but for the lock, which names whoever wrote last."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != "lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def one_line(error: pytest.ExceptionInfo[RetrievalTipError] | RetrievalTipError, *parts: object) -> None:
+    text = str(error.value if isinstance(error, pytest.ExceptionInfo) else error)
+    assert "\n" not in text
+    for part in parts:
+        assert str(part) in text
+
+
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """What a hand that knows the format would write: the digest is that of everything before it."""
+    body = {key: value for key, value in body.items() if key != "sha256"}
+    text = json.dumps(body, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    entry = {"sha256": hashlib.sha256(text).hexdigest()}
+    return json.dumps(body | entry, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def body_of(folder: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+    return body
