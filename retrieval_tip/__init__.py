@@ -9,23 +9,29 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # as type checkers read it; the import of typing alone would double the time of this one
 if TYPE_CHECKING:
-    from typing import Any
-
-    from retrieval_tip.backbones.base import Backbone, Identity
-    from retrieval_tip.backbones.loading import load_backbone
-    from retrieval_tip.cache_model import CacheModel, verify
-    from retrieval_tip.classifier import Classifier, Explanation
-    from retrieval_tip.data.encoder import Encoder
-    from retrieval_tip.data.encoding_cache import EncodingCache
-    from retrieval_tip.data.sources import Source, open_inputs, open_source
-    from retrieval_tip.errors import RetrievalTipError
-    from retrieval_tip.estimator import ImageEncoder, TipAdapterClassifier
-    from retrieval_tip.evaluation.evaluate import Evaluation
-    from retrieval_tip.fit.finetune import Tuned
-    from retrieval_tip.fit.trainer import Recipe
-    from retrieval_tip.index.build import build_index
-    from retrieval_tip.predictions import Neighbour, Prediction, Predictions
-    from retrieval_tip.settings import Settings
+    from retrieval_tip.backbones.base import Backbone as Backbone
+    from retrieval_tip.backbones.base import Identity as Identity
+    from retrieval_tip.backbones.loading import load_backbone as load_backbone
+    from retrieval_tip.cache_model import CacheModel as CacheModel
+    from retrieval_tip.cache_model import verify as verify
+    from retrieval_tip.classifier import Classifier as Classifier
+    from retrieval_tip.classifier import Explanation as Explanation
+    from retrieval_tip.data.encoder import Encoder as Encoder
+    from retrieval_tip.data.encoding_cache import EncodingCache as EncodingCache
+    from retrieval_tip.data.sources import Source as Source
+    from retrieval_tip.data.sources import open_inputs as open_inputs
+    from retrieval_tip.data.sources import open_source as open_source
+    from retrieval_tip.errors import RetrievalTipError as RetrievalTipError
+    from retrieval_tip.estimator import ImageEncoder as ImageEncoder
+    from retrieval_tip.estimator import TipAdapterClassifier as TipAdapterClassifier
+    from retrieval_tip.evaluation.evaluate import Evaluation as Evaluation
+    from retrieval_tip.fit.finetune import Tuned as Tuned
+    from retrieval_tip.fit.trainer import Recipe as Recipe
+    from retrieval_tip.index.build import build_index as build_index
+    from retrieval_tip.predictions import Neighbour as Neighbour
+    from retrieval_tip.predictions import Prediction as Prediction
+    from retrieval_tip.predictions import Predictions as Predictions
+    from retrieval_tip.settings import Settings as Settings
 
 __version__ = "0.1.0"
 
@@ -34,7 +40,7 @@ _HOMES = {
     "CacheModel": "cache_model",
     "Classifier": "classifier",
     "Encoder": "data.encoder",
-    "EncodingCache": "data.encoder",
+    "EncodingCache": "data.encoding_cache",
     "Evaluation": "evaluation.evaluate",
     "Explanation": "classifier",
     "Identity": "backbones.base",
@@ -55,31 +61,7 @@ _HOMES = {
     "verify": "cache_model",
 }
 
-__all__ = [
-    "Backbone",
-    "CacheModel",
-    "Classifier",
-    "Encoder",
-    "EncodingCache",
-    "Evaluation",
-    "Explanation",
-    "Identity",
-    "ImageEncoder",
-    "Neighbour",
-    "Prediction",
-    "Predictions",
-    "Recipe",
-    "RetrievalTipError",
-    "Settings",
-    "Source",
-    "TipAdapterClassifier",
-    "Tuned",
-    "build_index",
-    "load_backbone",
-    "open_inputs",
-    "open_source",
-    "verify",
-]
+__all__ = sorted(_HOMES)
 
 
 def __dir__() -> list[str]:
@@ -87,7 +69,7 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name when it is first used: torch takes seconds, and help needs none of it."""
     import importlib
 

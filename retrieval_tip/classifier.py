@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from retrieval_tip.backbones.base import Trainable
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.lance.lance_model import LanceModel
-    from retrieval_tip.report.report import Report
+    from retrieval_tip.report.report import WrittenReport
 
     Loaded = tuple[Any, Any, Any]
     """A model, its preprocessing and its tokenizer, as open_clip gives them."""
@@ -429,7 +429,7 @@ class Classifier:
         shots: Sequence[int] | None = None,
         seeds: int = 3,
         curves: bool = True,
-    ) -> Report:
+    ) -> WrittenReport:
         """Write what is known about the index as one HTML file: :func:`report.write_report`.
 
         ``test`` and ``val`` are labelled sources, of which the parts of these names are taken. The other arguments are

@@ -8,7 +8,6 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 FAISS_DISTRIBUTIONS = ("faiss-gpu", "faiss-cpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss")
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "pillow", "pyarrow", "duckdb", "click", "transformers")
@@ -18,14 +17,14 @@ OLD_DRIVER = "PyPI's torch is for CUDA 13, whose driver is 580 or newer (nvidia-
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """Facts, name by name, and problems, each with what to do."""
 
     facts: dict[str, str]
     problems: list[str]
 
 
-def examine() -> Report:
+def examine() -> Diagnosis:
     """Look at the installation: versions, devices, and how FAISS was built and installed."""
     facts = {
         "retrieval-tip": _version("retrieval-tip") or "not installed as a package",
@@ -34,9 +33,7 @@ def examine() -> Report:
     }
     problems: list[str] = []
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        problems.append(
-            f"Python {platform.python_version()}: 3.11 to 3.13 is supported; make a new environment with one"
-        )
+        problems.append(f"Python {platform.python_version()}: give another environment Python 3.11 to 3.13")
     for name in PACKAGES:
         installed = _version(name)
         facts[name] = installed or "not installed"
@@ -46,7 +43,7 @@ def examine() -> Report:
             problems.append(f"{name}: not installed; pip install retrieval-tip")
     _torch(facts, problems)
     _faiss(facts, problems)
-    return Report(facts, problems)
+    return Diagnosis(facts, problems)
 
 
 def faiss_distributions() -> dict[str, str]:
@@ -83,8 +80,7 @@ def _faiss(facts: dict[str, str], problems: list[str]) -> None:
         return
     facts["faiss"] = str(faiss.__version__)
     facts["faiss build"] = str(faiss.get_compile_options()).strip()
-    simd: Any = getattr(faiss, "SIMDConfig", None)
-    facts["faiss SIMD level"] = str(simd.get_level_name()) if hasattr(simd, "get_level_name") else "unknown"
+    facts["faiss SIMD level"] = str(faiss.SIMDConfig.get_level_name())
     gpus = int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0
     facts["faiss GPUs"] = str(gpus)
     if gpus == 0 and facts.get("torch device", "cpu") != "cpu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Literal, Self, cast
 
@@ -17,7 +17,7 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.encoding_cache import EncodingCache
-from retrieval_tip.data.pictures import pictures
+from retrieval_tip.data.pictures import Picture, pictures
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form
 from retrieval_tip.retrieval.inputs import Features
@@ -26,6 +26,7 @@ from retrieval_tip.settings import MetricName, Settings, ValuesName
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+    from sklearn.utils import Tags
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 except ImportError as error:
@@ -77,12 +78,12 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     classes_: Array
     n_features_in_: int
     cache_: CacheModel
-    _letters: dict[str, Any] | None
+    _letters: tuple[MetricName | None, ValuesName | None] | None
 
     def __init__(
         self,
         text_weights: Features | None = None,
-        class_names: Sequence[Any] | Array | None = None,
+        class_names: npt.ArrayLike | None = None,
         *,
         alpha: float | Literal["auto"] = "auto",
         beta: float | None = None,
@@ -108,7 +109,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.device = device
         self.normalize = normalize
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803 - scikit-learn's name
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
         """Make the rows of ``X`` ``[n, d]`` (real, finite) the keys, of the classes ``y`` ``[n]`` (any labels).
 
         Raises:
@@ -118,7 +119,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         """
         return self._first(X, y, self.class_names)
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:  # noqa: N803
+    def partial_fit(self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None) -> Self:
         """Add the rows of ``X`` ``[m, d]``, of the classes ``y`` ``[m]``, to the keys.
 
         The result is that of :meth:`fit` on all rows given so far. Each call builds the index again, and with
@@ -133,19 +134,19 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             return self._first(X, y, classes if self.class_names is None else self.class_names)
         if classes is not None:
             _same_classes(classes, self.classes_)
-        X, y = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))  # noqa: N806
-        check_classification_targets(y)
+        rows, labels = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))
+        check_classification_targets(labels)
         cache = copy.copy(self.cache_)  # an error below leaves the keys as they were
         if self._letters is not None:
             cache.set_fitted(None, None, None)  # the new fit solves the values
-        cache.add(_rows(X, self._normalize), _ids(y, self._names))
+        cache.add(_rows(rows, self._normalize), _ids(labels, self._names))
         if self._letters is not None:
             cache.compact()
-            closed_form.fit(cache, **self._letters)
+            closed_form.fit(cache, metric=self._letters[0], values=self._letters[1])
         self.cache_ = cache
         return self
 
-    def decision_function(self, X: Any) -> FloatArray:  # noqa: N803
+    def decision_function(self, X: npt.ArrayLike) -> FloatArray:
         """Return the logits ``logit_scale * f W^T + alpha * C`` of queries ``X`` ``[q, d]``, float32.
 
         ``[q, c]`` in the order of ``classes_``; for two classes, as scikit-learn wants, the second's logit minus the
@@ -157,7 +158,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         array: FloatArray = scores.float().cpu().numpy()
         return array
 
-    def predict_proba(self, X: Any) -> FloatArray:  # noqa: N803
+    def predict_proba(self, X: npt.ArrayLike) -> FloatArray:
         """Return ``softmax(logits / temperature)`` of queries ``X`` ``[q, d]``: ``[q, c]`` float32.
 
         The temperature is 1 unless it was fitted. Errors as for :meth:`decision_function`.
@@ -166,7 +167,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         probabilities: FloatArray = tip.probabilities(logits, self.cache_.settings.temperature).cpu().numpy()
         return probabilities
 
-    def predict(self, X: Any) -> Array:  # noqa: N803
+    def predict(self, X: npt.ArrayLike) -> Array:
         """Return the label with the largest logit for each query ``X`` ``[q, d]``: ``[q]``, of ``classes_``'s dtype.
 
         Equal logits give the class that sorts first. Errors as for :meth:`decision_function`.
@@ -175,7 +176,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
         return labels
 
-    def kneighbors(self, X: Any, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:  # noqa: N803
+    def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:
         """The nearest keys of queries ``X`` ``[q, d]``.
 
         Returns affinities (inner products, not distances) ``[q, m]`` float32, largest first, and the rows ``[q, m]``
@@ -206,21 +207,16 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         if parts is not None:
             device = resolve_device(state["device"])
             ids = parts["labels"]["class_id"].to_numpy().astype(np.int64)
-            index = index_over(
-                parts["keys"] if parts["points"] is None else parts["points"],
-                ids,
-                len(parts["class_names"]),
-                parts["index"],
-                device,
-            )
+            keys = parts["keys"] if parts["points"] is None else parts["points"]
+            index = index_over(keys, ids, len(parts["class_names"]), parts["index"], device)
             state = state | {"cache_": CacheModel(**parts | {"index": index, "device": device})}
         super().__setstate__(state)
 
-    def _first(self, X: Any, y: Any, labels: Any) -> Self:  # noqa: N803
+    def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
         """Fit on the first rows; ``labels`` are all that there can be, ``None`` for those of ``y``."""
         normalize = bool(self.normalize)
-        X, y = validate_data(self, X, y, dtype=_dtypes(normalize))  # noqa: N806
-        check_classification_targets(y)
+        rows, own = validate_data(self, X, y, dtype=_dtypes(normalize))
+        check_classification_targets(own)
         auto = isinstance(self.alpha, str) and self.alpha == "auto"
         if not auto and (self.metric is not None or self.values is not None):
             raise UsageError('metric and values: are fitted; give alpha="auto" with them, or leave them out')
@@ -230,7 +226,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         settings = Settings(
             alpha, Settings.beta if self.beta is None else self.beta, self.logit_scale, self.k, self.tail
         )
-        classes, order = _classes(y if labels is None else labels, once=self.class_names is not None)
+        classes, order = _classes(own if labels is None else labels, once=self.class_names is not None)
         names = classes if self.class_names is None else np.asarray(labels)
         text = self.text_weights
         if text is not None:
@@ -241,26 +237,26 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                     f"text_weights: {len(text)} rows for {len(classes)} classes; where y lacks some, give class_names"
                 )
         cache = CacheModel.from_features(
-            _rows(X, normalize),
-            _ids(y, names),
+            _rows(rows, normalize),
+            _ids(own, names),
             [str(label) or repr(label) for label in names.tolist()],
             text,
             settings=settings,
             index=self.index,
             device=self.device,
         )
-        letters: dict[str, Any] | None = {"metric": self.metric, "values": self.values} if auto else None
-        if letters is not None:
-            closed_form.fit(cache, **letters)
-        self.classes_, self.cache_, self._normalize, self._letters = classes, cache, normalize, letters
+        if auto:
+            closed_form.fit(cache, metric=self.metric, values=self.values)
+        self._letters = (self.metric, self.values) if auto else None
+        self.classes_, self.cache_, self._normalize = classes, cache, normalize
         self._names, self._order = names, None if self.class_names is None else order
         return self
 
-    def _queries(self, X: Any) -> FloatArray:  # noqa: N803
+    def _queries(self, X: npt.ArrayLike) -> FloatArray:
         check_is_fitted(self, "cache_")
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
-    def _logits(self, X: Any) -> torch.Tensor:  # noqa: N803
+    def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
         """Logits ``[q, c]`` of queries, in the order of ``classes_``."""
         features = self._queries(X)  # raises first if nothing was fitted
         cache = self.cache_
@@ -268,24 +264,24 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return logits if self._order is None else logits[:, self._order]
 
 
-def _dtypes(normalize: bool) -> Any:
+def _dtypes(normalize: bool) -> list[type] | type:
     """An array as scikit-learn's validation makes it: what is not scaled has to fit the float32 of a key."""
     return [np.float64, np.float32] if normalize else np.float32
 
 
-def _rows(X: Array, normalize: bool) -> FloatArray:  # noqa: N803
+def _rows(X: Array, normalize: bool) -> FloatArray:
     """Features ``[m, d]`` float32; normalised, each row but a zero one has length 1, however long or short it was."""
     if not normalize:
         return np.require(X, np.float32, ["C", "W"])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
-    X = np.ldexp(X.astype(np.float64), -exponent)  # noqa: N806 - exact, so that no length over- or underflows
+    X = np.ldexp(X.astype(np.float64), -exponent)  # exact, so that no length over- or underflows
     rows = np.zeros(X.shape, dtype=np.float32)
     some = X.any(axis=1)
     rows[some] = unit(X[some])
     return rows
 
 
-def _classes(labels: Any, *, once: bool) -> tuple[Array, Array]:
+def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
     """The labels that there are, sorted, and where each stands in the given ones."""
     given = np.asarray(labels)
     try:
@@ -297,7 +293,7 @@ def _classes(labels: Any, *, once: bool) -> tuple[Array, Array]:
     return classes, order
 
 
-def _same_classes(given: Any, known: Array) -> None:
+def _same_classes(given: npt.ArrayLike, known: Array) -> None:
     if not np.array_equal(_classes(given, once=False)[0], known):
         raise UsageError("classes: not those that are known; they cannot change, leave them out or fit again")
 
@@ -329,7 +325,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.pretrained = pretrained
         self.device = device
 
-    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
+    def fit(self, X: object, y: object = None) -> Self:
         """Load the backbone. Raises as :func:`load_backbone`."""
         if self.model is None or isinstance(self.model, str):
             self.backbone_: Backbone = load_backbone(self.model, self.pretrained, device=self.device)
@@ -337,14 +333,14 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
             self.backbone_ = self.model
         return self
 
-    def transform(self, X: Any) -> FloatArray:  # noqa: N803
+    def transform(self, X: Picture | Iterable[Picture]) -> FloatArray:
         """Features of paths, PIL pictures or arrays ``[n]``. Raises InputError naming what cannot be read."""
         check_is_fitted(self, "backbone_")
         given = pictures(X)
         encoder = Encoder(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)
         return unit(encoder.encode(given.source).features)
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.string, tags.input_tags.two_d_array, tags.requires_fit = True, False, False
         return tags

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 from conftest import ROOT
 
@@ -57,6 +59,12 @@ def test_help_starts_without_the_heavy_libraries():
 def test_public_names_are_there_and_documented():
     import retrieval_tip
 
+    told = set()  # what type checkers are told, and editors complete
+    for node in ast.walk(ast.parse(Path(retrieval_tip.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("retrieval_tip"):
+            home = node.module.removeprefix("retrieval_tip.")
+            told |= {(name.name, home) for name in node.names if name.asname == name.name}
+    assert told == set(retrieval_tip._HOMES.items())
     for name in retrieval_tip.__all__:
         assert getattr(retrieval_tip, name).__doc__, name
-    assert set(retrieval_tip._HOMES) == set(retrieval_tip.__all__)
+    assert {*retrieval_tip.__all__, "__version__"} <= set(dir(retrieval_tip))

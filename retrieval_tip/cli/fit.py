@@ -352,12 +352,12 @@ def calibrate_command(
     become softmax(logits / temperature). It is fitted for the index's own keys, alpha, beta, k and tail: calibrate
     again when these change.
     """
-    from retrieval_tip.evaluation.evaluate import calibrate
+    from retrieval_tip.evaluation.calibration import apply, calibrate
 
     cache = checked(folder, encoding.device)
     val = source_of(source, ReadingOptions(root=root), "val")
     with encoder_for(ctx, cache, [val], encoding) as encoder:
-        result = calibrate(cache, val, encoder)
-    cache.save_settings(folder, "calibrate")
+        settings, result = calibrate(cache, val, encoder)
+    apply(cache, settings, result, val.name, folder)
     print_facts(vars(result) | {"version": cache.version}, 15)
     finish(ctx, encoder.skipped)

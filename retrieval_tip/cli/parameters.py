@@ -36,7 +36,7 @@ class Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Index(click.ParamType[Any]):
+class IndexType(click.ParamType[Any]):
     """An index: a folder, or the address of a LanceDB store."""
 
     name = "DIR|lance://PATH|s3://..."
@@ -53,7 +53,7 @@ class Index(click.ParamType[Any]):
         return [click.shell_completion.CompletionItem(incomplete, type="dir")]
 
 
-FOLDER, INDEX = Folder(path_type=Path), Index()
+FOLDER, INDEX = Folder(path_type=Path), IndexType()
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -103,7 +103,7 @@ class K(click.ParamType[Any]):
         return number
 
 
-class _Bounded(click.ParamType[Any]):
+class _Ranged(click.ParamType[Any]):
     """A number with bounds that nobody meets by accident: errors name them, help does not."""
 
     min: Any
@@ -120,7 +120,7 @@ class _Bounded(click.ParamType[Any]):
         super().fail(message.replace("not in the range .", f"not a number {least}{most}"), param, ctx)
 
 
-class Count(_Bounded, click.IntRange):
+class Count(_Ranged, click.IntRange):
     """A whole number."""
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
@@ -136,7 +136,7 @@ def count(kind: str = "", least: int = 1) -> Count:
 SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
 
 
-class Number(_Bounded, click.FloatRange):
+class Number(_Ranged, click.FloatRange):
     """A number: neither NaN, which lies in every range, nor infinite."""
 
     def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:

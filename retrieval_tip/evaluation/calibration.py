@@ -7,8 +7,10 @@ C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On Calibration of Modern Neural Netwo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +18,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrieval_tip.errors import InputError
+from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.data.encoder import Encoder
+from retrieval_tip.data.sources import Source
+from retrieval_tip.settings import Settings
+
+log = logging.getLogger(__name__)
 
 BINS = 15
 """Bins of Guo et al."""
 
 LOWEST, HIGHEST = 1e-4, 1e4
 """A fitted temperature lies between these multiples of the largest spread of a row of logits."""
+
+ITSELF = 1e-4
+"""A validation item whose squared distance to a key is no more than this is itself a shot."""
 
 _BLOCK = 1 << 21
 _STEPS, _TOLERANCE = 200, 1e-12
@@ -55,11 +66,9 @@ class Coverage(NamedTuple):
 def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> list[Bin]:
     """Confidence against accuracy in ``bins`` equal bins of [0, 1]: ``(m / bins, (m + 1) / bins]`` (Guo et al., eq. 2).
 
-    Raises InputError unless ``confidence`` and ``right`` are ``[n]``, n at least 1, of numbers within [0, 1].
+    ``confidence`` and ``right`` are ``[n]``, n at least 1, of numbers within [0, 1].
     """
-    p, hit = _answers(confidence, right)
-    if bins < 1:
-        raise InputError(f"bins is {bins}: at least 1 is needed")
+    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     edges = np.linspace(0, 1, bins + 1)
     of = np.searchsorted(edges[1:-1], p, side="left")
     counts = np.bincount(of, minlength=bins)
@@ -79,7 +88,7 @@ def reliability(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BIN
 def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, bins: int = BINS) -> float:
     """``ECE = sum over bins m of (n_m / n) |accuracy_m - mean confidence_m|``, between 0 and 1 (Guo et al., eq. 3).
 
-    Bins and errors as for :func:`reliability`. It is an estimate, biased upwards where bins hold few answers.
+    Bins as for :func:`reliability`. It is an estimate, biased upwards where bins hold few answers.
     """
     curve = reliability(confidence, right, bins)
     n = sum(b.count for b in curve)
@@ -92,9 +101,9 @@ def expected_calibration_error(confidence: npt.ArrayLike, right: npt.ArrayLike, 
 def accuracy_coverage(confidence: npt.ArrayLike, right: npt.ArrayLike) -> Coverage:
     """Accuracy of the answers at or above each confidence that occurs; equal confidences are answered together.
 
-    The last entry answers everything. Errors as for :func:`reliability`.
+    The last entry answers everything.
     """
-    p, hit = _answers(confidence, right)
+    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     order = np.argsort(-p, kind="stable")
     p, hit = p[order], hit[order]
     last = np.flatnonzero(np.append(p[1:] < p[:-1], True))
@@ -113,13 +122,9 @@ def fit_temperature(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tens
     tends to infinity. So T is kept within ``LOWEST`` and ``HIGHEST`` times the largest difference within a row of
     logits (see :func:`temperature_bounds`), and lies at a bound in these cases. Logits that are all equal give 1.
 
-    Args:
-        logits: ``[n, c]``, n and c at least 1.
-        labels: ``[n]`` class ids within ``0 .. c - 1``.
-
-    Raises InputError for other shapes, logits that are not finite, labels out of range.
+    ``logits`` are ``[n, c]``, finite, and ``labels`` ``[n]`` class ids.
     """
-    z, y = _logits(logits, labels)
+    z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
     low, high = (1 / t for t in reversed(temperature_bounds(z)))
     if low == high:
         return 1.0
@@ -149,8 +154,8 @@ def temperature_bounds(logits: npt.ArrayLike | Tensor) -> tuple[float, float]:
 def negative_log_likelihood(
     logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor, temperature: float
 ) -> float:
-    """``mean of -log softmax(logits / T)[label]`` in nats, float64. Arguments and errors as for fit_temperature."""
-    z, y = _logits(logits, labels)
+    """``mean of -log softmax(logits / T)[label]`` in nats, float64. Arguments as for :func:`fit_temperature`."""
+    z, y = torch.as_tensor(logits), torch.as_tensor(labels, dtype=torch.int64)
     total = 0.0
     for rows, label in _blocks(z, y):
         scaled = rows / temperature
@@ -177,29 +182,77 @@ def _blocks(z: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows - rows.amax(dim=1, keepdim=True), y[start : start + step, None]
 
 
-def _logits(logits: npt.ArrayLike | Tensor, labels: npt.ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
-    z, y = torch.as_tensor(logits), torch.as_tensor(labels)
-    if z.ndim != 2 or 0 in z.shape:
-        raise InputError(f"logits: shape {tuple(z.shape)}; expected [n, c] with n and c at least 1")
-    if not z.is_floating_point():
-        z = z.double()
-    if not torch.isfinite(z).all():
-        row = int((~torch.isfinite(z).all(dim=1)).nonzero()[0])
-        raise InputError(f"logits: row {row} holds NaN or infinity")
-    if y.shape != z.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
-        raise InputError(
-            f"labels: {y.dtype} {tuple(y.shape)} for {len(z)} rows of logits; expected a class id for each"
-        )
-    if int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
-        raise InputError(f"labels: from {int(y.min())} to {int(y.max())}; expected 0 to {z.shape[1] - 1}")
-    return z, y.to(z.device, torch.int64)
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature fitted on ``n`` items, and what it did: ECE and negative log likelihood (nats) before and after.
+
+    ``before`` is at the temperature that the index had. ``at_bound`` where no finite or positive T is best.
+    """
+
+    temperature: float
+    n: int
+    top1: float
+    ece_before: float
+    ece_after: float
+    nll_before: float
+    nll_after: float
+    at_bound: bool
 
 
-def _answers(confidence: npt.ArrayLike, right: npt.ArrayLike) -> tuple[Floats, Floats]:
-    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    if p.ndim != 1 or not len(p) or hit.shape != p.shape:
-        raise InputError(f"confidence and right: shapes {p.shape} and {hit.shape}; expected [n] each, n at least 1")
-    for name, values in (("confidence", p), ("right", hit)):
-        if not ((values >= 0) & (values <= 1)).all():
-            raise InputError(f"{name}: holds values outside of 0 to 1")
-    return p, hit
+def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> tuple[Settings, Calibration]:
+    """Fit the temperature of an index, at its own settings, to a labelled validation source (:func:`fit_temperature`).
+
+    Returns the index's settings with this temperature. No logit and no prediction changes. A temperature belongs to the
+    settings and keys that it was fitted with: fit again after changing them.
+
+    Raises InputError where the source has no items, or labels that are no class of the index.
+    """
+    truth = torch.from_numpy(cache.ids_of(source))
+    parts: list[Tensor] = []
+    true: list[Tensor] = []
+    shots = 0
+    for block in encoder.blocks(source):
+        parts.append(cache.logits(block.features).cpu())
+        true.append(truth[torch.from_numpy(block.positions)])
+        f = torch.from_numpy(block.features).to(cache.device)
+        nearest = cache.keys[np.maximum(cache.nearest(f, 1)[1][:, 0], 0)]
+        shots += int((((block.features - nearest.astype(np.float32)) ** 2).sum(axis=1) <= ITSELF).sum())
+    logits, y = torch.cat(parts), torch.cat(true)
+    before, fitted = cache.settings.temperature, fit_temperature(logits, y)
+    chosen = logits.argmax(dim=1)
+    right = chosen == y
+
+    def error(temperature: float) -> float:
+        confidence = tip.probabilities(logits, temperature).gather(1, chosen[:, None])[:, 0]
+        return expected_calibration_error(confidence.numpy(), right.numpy())
+
+    at_bound = any(np.isclose(fitted, bound, rtol=1e-9) for bound in temperature_bounds(logits))
+    if at_bound:
+        what = "every answer is right" if bool(right.all()) else "the logits do not tell the classes apart"
+        log.warning(
+            "%s: %s, so no temperature is best and %.4g is the bound of the search; use more validation items",
+            source.name, what, fitted,
+        )  # fmt: skip
+    if shots:
+        log.warning(
+            "%s: %d of its %d items are keys of the index, so these probabilities will be too sure; "
+            "use items that the index was not built from",
+            source.name, shots, len(y),
+        )  # fmt: skip
+    return replace(cache.settings, temperature=fitted), Calibration(
+        temperature=fitted,
+        n=len(y),
+        top1=float(right.double().mean()),
+        ece_before=error(before),
+        ece_after=error(fitted),
+        nll_before=negative_log_likelihood(logits, y, before),
+        nll_after=negative_log_likelihood(logits, y, fitted),
+        at_bound=at_bound,
+    )
+
+
+def apply(cache: CacheModel, settings: Settings, calibration: Calibration, source: str, folder: Path) -> None:
+    """Give an index what :func:`calibrate` returned, and write a new version. Raises StoreError as saving does."""
+    cache.settings = settings
+    cache.provenance = cache.provenance | {"temperature": f"fitted on {source}, n={calibration.n}"}
+    cache.save_settings(folder, "calibrate")

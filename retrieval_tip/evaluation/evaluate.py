@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,15 @@ import torch
 
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import Skipped, UsageError
-from retrieval_tip.evaluation.calibration import (
-    expected_calibration_error,
-    fit_temperature,
-    negative_log_likelihood,
-    temperature_bounds,
-)
+from retrieval_tip.evaluation.calibration import expected_calibration_error
 from retrieval_tip.retrieval.keys import QUERY_BLOCK
 from retrieval_tip.settings import KeysMet, Settings
 
-log = logging.getLogger(__name__)
-
 CONFUSIONS = 10
 AFFINITY_BINS = 2000
-ITSELF = 1e-4
-"""A validation item whose squared distance to a key is no more than this is itself a shot."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -291,78 +280,6 @@ def _details(seen: Seen) -> Details:
     return Details(
         seen.positions, log_truth, log_doubt, Part(seen.ranked[:, -2], text), Part(seen.ranked[:, -1], cache)
     )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A temperature fitted on ``n`` items, and what it did: ECE and negative log likelihood (nats) before and after.
-
-    ``before`` is at the temperature that the index had. ``at_bound`` where no finite or positive T is best.
-    """
-
-    temperature: float
-    n: int
-    top1: float
-    ece_before: float
-    ece_after: float
-    nll_before: float
-    nll_after: float
-    at_bound: bool
-
-
-def calibrate(cache: CacheModel, source: Source, encoder: Encoder) -> Calibration:
-    """Fit the temperature of an index, at its own settings, to a labelled validation source, and set it in ``cache``.
-
-    See :func:`calibration.fit_temperature`. No logit and no prediction changes. On disk after :meth:`CacheModel.save`,
-    with its provenance. It belongs to the settings and keys that it was fitted with: fit again after changing them.
-
-    Raises InputError as :func:`evaluate` does.
-    """
-    truth = torch.from_numpy(cache.ids_of(source))
-    parts: list[torch.Tensor] = []
-    true: list[torch.Tensor] = []
-    shots = 0
-    for block in encoder.blocks(source):
-        parts.append(cache.logits(block.features).cpu())
-        true.append(truth[torch.from_numpy(block.positions)])
-        f = torch.from_numpy(block.features).to(cache.device)
-        nearest = cache.keys[np.maximum(cache.nearest(f, 1)[1][:, 0], 0)]
-        shots += int((((block.features - nearest.astype(np.float32)) ** 2).sum(axis=1) <= ITSELF).sum())
-    logits, y = torch.cat(parts), torch.cat(true)
-    fitted = fit_temperature(logits, y)
-    chosen = logits.argmax(dim=1)
-    right = chosen == y
-
-    def error(temperature: float) -> float:
-        confidence = tip.probabilities(logits, temperature).gather(1, chosen[:, None])[:, 0]
-        return expected_calibration_error(confidence.numpy(), right.numpy())
-
-    at_bound = any(np.isclose(fitted, bound, rtol=1e-9) for bound in temperature_bounds(logits))
-    if at_bound:
-        what = "every answer is right" if bool(right.all()) else "the logits do not tell the classes apart"
-        log.warning(
-            "%s: %s, so no temperature is best and %.4g is the bound of the search; use more validation items",
-            source.name, what, fitted,
-        )  # fmt: skip
-    if shots:
-        log.warning(
-            "%s: %d of its %d items are keys of the index, so these probabilities will be too sure; "
-            "use items that the index was not built from",
-            source.name, shots, len(y),
-        )  # fmt: skip
-    result = Calibration(
-        temperature=fitted,
-        n=len(y),
-        top1=float(right.double().mean()),
-        ece_before=error(cache.settings.temperature),
-        ece_after=error(fitted),
-        nll_before=negative_log_likelihood(logits, y, cache.settings.temperature),
-        nll_after=negative_log_likelihood(logits, y, fitted),
-        at_bound=at_bound,
-    )
-    cache.settings = replace(cache.settings, temperature=fitted)
-    cache.provenance = cache.provenance | {"temperature": f"fitted on {source.name}, n={len(y)}"}
-    return result
 
 
 class _Pairs:

@@ -69,7 +69,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Report:
+class WrittenReport:
     """What was written: the file, its size in ``bytes``, the evaluation in it, and why parts were ``left_out``."""
 
     path: Path
@@ -91,7 +91,7 @@ def write_report(
     folder: str | os.PathLike[str] | None = None,
     where: str | None = None,
     command: str | None = None,
-) -> Report:
+) -> WrittenReport:
     """Judge an index by a labelled test source, and write what is known about both as one HTML file.
 
     Args:
@@ -136,7 +136,7 @@ def write_report(
     page = _page(judged, parts, left_out).encode()
     with replacing(path) as temporary:
         temporary.write_bytes(page)
-    return Report(path, len(page), evaluation, left_out)
+    return WrittenReport(path, len(page), evaluation, left_out)
 
 
 def check(out: Path) -> None:
