@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ from torch.nn.functional import normalize
 from retrieval_tip.errors import InputError, one_line
 from retrieval_tip.retrieval.keys import KEY_BLOCK, QUERY_BLOCK, own_affinity
 from retrieval_tip.retrieval.logits import slices
+from retrieval_tip.retrieval.segments import KeyArray, Keys, KeysInPlace, Segments
 from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store.labels import digest_codes
 
@@ -47,7 +47,7 @@ KINDS = ("identical image", "identical feature", "near-identical")
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
-Search = Callable[[Tensor, int], tuple[Any, Any]]
+Search = Callable[[Tensor, int], tuple[Tensor, Tensor | IntArray]]
 Remain = Callable[[IntArray, IntArray], Bools]
 Near = tuple[IntArray, IntArray, FloatArray]
 """Pairs, as two arrays of rows, and their cosines."""
@@ -86,7 +86,7 @@ class Duplicates:
 
 
 def duplicates(
-    keys: Any,
+    keys: Keys,
     labels: pa.Table,
     fresh: Sequence[int] | IntArray | None = None,
     *,
@@ -109,7 +109,7 @@ def duplicates(
         least: cosine of near-identical keys.
         budget: pairs to compare at most, keys asked for times ``n``.
         search: from features ``[m, d]``, a float32 tensor on the CPU, and k, to affinities and rows of ``keys``
-            ``[m, k]``, -1 for none: :meth:`InMemory.nearest` of a cache that holds the fresh keys too.
+            ``[m, k]``, -1 for none: :meth:`CacheModel.nearest` of a cache that holds the fresh keys too.
         most: pairs to describe.
 
     Raises InputError where ``labels`` are not one a key, or ``fresh`` are no rows.
@@ -136,7 +136,7 @@ def duplicates(
         compared, more = "all", _closest(_near(keys, asked, new, least, remain), most)
     elif fresh is not None and search is not None:
         compared, more = "nearest", _closest([_nearest(keys, asked, search, least, remain)], most)
-    elif fresh is None:
+    elif fresh is None and not isinstance(keys, KeysInPlace):
         features = _identical(keys)
         x, y, every = _equal(features, class_ids, new, most + len(a))  # where more are of one image, a is full
         kept = remain(x, y)
@@ -181,7 +181,7 @@ def _equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple
     return a, b, int(count.sum())
 
 
-def _identical(keys: Any) -> IntArray:
+def _identical(keys: KeyArray | Segments) -> IntArray:
     """A number a key that agrees for keys of equal bytes, -1 where no other key has them.
 
     Sums of their words modulo 2^64 cost as little as reading the keys, but may agree by chance: such keys are hashed.
@@ -197,12 +197,12 @@ def _identical(keys: Any) -> IntArray:
     return exact
 
 
-def _unit(keys: Any, rows: IntArray) -> Tensor:
+def _unit(keys: Keys, rows: IntArray) -> Tensor:
     """Some keys ``[m, d]`` float32, scaled to norm 1: fine-tuned ones are not."""
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
-def _near(keys: Any, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
+def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
     """Pairs of a row that is asked for and any other of cosine above ``least``, of those that ``remain``, in blocks.
 
     The rows that are asked for come first, and each row meets those of them that come before it.
@@ -219,7 +219,7 @@ def _near(keys: Any, asked: IntArray, new: Bools, least: float, remain: Remain) 
         yield x[kept], y[kept], cosine[kept]
 
 
-def _nearest(keys: Any, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
+def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
     """Pairs of a row that is asked for and one near it of cosine at least ``least``, of those that ``remain``."""
     pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float32)]
     for part in slices(len(asked), QUERY_BLOCK):
@@ -247,7 +247,7 @@ def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int
     return a, b, total
 
 
-def _described(keys: Any, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
+def _described(keys: Keys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
     """Pairs of rows, described; those of a high cosine are told apart from those of equal values."""
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
     kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from retrieval_tip.data.feature_tables import NORM_TOLERANCE
 from retrieval_tip.errors import InputError, few
+from retrieval_tip.retrieval.segments import KeyArray
 
 LONGEST_NAME = 1024
 """Characters of a class's name, where it is given one by itself."""
 
-Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer[Any]]
-Features = npt.NDArray[np.floating[Any]] | Tensor
+Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
+Features = npt.NDArray[np.floating] | Tensor
 
 
-def matrix(features: Features, what: str) -> npt.NDArray[Any]:
+def matrix(features: Features, what: str) -> KeyArray:
     """Features as a finite ``[n, d]`` array of float32 (float16 stays)."""
     array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
     if array.ndim != 2 or 0 in array.shape:
@@ -35,7 +36,7 @@ def matrix(features: Features, what: str) -> npt.NDArray[Any]:
     return array
 
 
-def _array(values: Any, what: str) -> npt.NDArray[Any]:
+def _array(values: object, what: str) -> npt.NDArray[Any]:
     try:
         array = np.asarray(values)
     except ValueError:
@@ -158,7 +159,7 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
 
 def keys_to_add(
     keys: Features, labels: Labels, class_names: Sequence[str], d: int, dtype: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+) -> tuple[KeyArray, npt.NDArray[np.int64]]:
     """Keys ``[m, d]`` that an index of this dtype can hold, and their class ids. Raises InputError where it cannot."""
     array = matrix(keys, "keys")
     if array.shape[1] != d:

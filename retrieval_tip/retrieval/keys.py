@@ -12,7 +12,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import InputError, warn_once
-from retrieval_tip.retrieval.segments import Segments, runs, segments_of
+from retrieval_tip.retrieval.segments import KeyArray, Segments, runs, segments_of
 from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_factory, inner_factory
 from retrieval_tip.settings import Precision, check_choice
 
@@ -76,7 +75,7 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
 
 
 def index_over(
-    keys: npt.NDArray[Any] | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
+    keys: KeyArray | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
 ) -> VectorIndex:
     """The FAISS index over keys ``[n, d]`` grouped by class, or over the means of the classes (``Classes``).
 
@@ -87,7 +86,7 @@ def index_over(
     return _of_classes(VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device))
 
 
-def beside(index: VectorIndex, late: Sequence[npt.NDArray[Any]], class_ids: IntArray, counts: IntArray) -> VectorIndex:
+def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, counts: IntArray) -> VectorIndex:
     """The index over the first segment, with ``late`` ones beside it, whose keys have ``class_ids`` ``[m]``.
 
     They are further rows. Where the index is over class means, those of their classes change; the first segment has
@@ -135,7 +134,7 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
     return affinity.masked_fill_(rows < 0, 0)
 
 
-def points_of(metric: tip.Metric | None, keys: npt.NDArray[Any], device: str) -> npt.NDArray[Any] | None:
+def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
     """``phi`` of keys ``[m, d]``, of their dtype; ``None`` without a metric, which is on the device."""
     if metric is None:
         return None
@@ -353,7 +352,7 @@ class Keys(KeyStream):
 
     def __init__(
         self,
-        array: npt.NDArray[Any] | Segments,
+        array: KeyArray | Segments,
         class_ids: IntArray,
         n_classes: int,
         device: str = "cpu",

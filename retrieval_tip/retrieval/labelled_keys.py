@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from retrieval_tip.errors import InputError, first_line
-from retrieval_tip.retrieval.segments import Segments, joined, segments_of
+from retrieval_tip.retrieval.segments import KeyArray, Segments, joined, segments_of
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
 
 SMALL = 4096
@@ -33,13 +32,13 @@ class LabelledKeys:
     segment is what the index is over: a change that leaves it alone shares it.
     """
 
-    keys: npt.NDArray[Any] | Segments
+    keys: KeyArray | Segments
     labels: pa.Table
     values: Tensor | None = None
-    points: npt.NDArray[Any] | Segments | None = None
+    points: KeyArray | Segments | None = None
 
     @property
-    def met(self) -> npt.NDArray[Any] | Segments:
+    def met(self) -> KeyArray | Segments:
         """The keys as queries meet them: the points, or the keys themselves."""
         return self.keys if self.points is None else self.points
 
@@ -61,7 +60,7 @@ class LabelledKeys:
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         return np.flatnonzero(np.isin(present, wanted))
 
-    def of_rows(self, rows: IntArray) -> tuple[npt.NDArray[Any], IntArray]:
+    def of_rows(self, rows: IntArray) -> tuple[KeyArray, IntArray]:
         """Some of the keys ``[m, d]``, and their class ids ``[m]``."""
         return np.asarray(self.keys[rows]), self.class_ids[rows]
 
@@ -96,7 +95,7 @@ class LabelledKeys:
         while first and (len(parts[first - 1]) <= max(SMALL, sum(map(len, parts[first:]))) or values is not None):
             first -= 1
         start = sum(map(len, parts[:first]))
-        lying: list[npt.NDArray[Any]] | None = None
+        lying: list[KeyArray] | None = None
         if self.points is not None and new.points is not None:
             lying = [*segments_of(self.points), np.asarray(new.points).astype(self.keys.dtype)]
         points = None if lying is None else np.concatenate(lying[first:])

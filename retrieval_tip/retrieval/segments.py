@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,8 @@ import numpy.typing as npt
 from retrieval_tip.errors import InputError
 
 IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.floating]
+"""Keys ``[n, d]`` float32 or float16."""
 
 
 class KeysInPlace(ABC):
@@ -23,11 +24,11 @@ class KeysInPlace(ABC):
         return self.shape[0]
 
     @abstractmethod
-    def __getitem__(self, rows: IntArray) -> npt.NDArray[Any]:
+    def __getitem__(self, rows: IntArray) -> KeyArray:
         """A few keys ``[m, d]``, as they are stored."""
 
     @abstractmethod
-    def blocks(self, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+    def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
         """Keys ``[b, d]`` at some rows, and these ``[b]``, a block at a time."""
 
 
@@ -38,7 +39,7 @@ class Segments:
     parts, or they do not fit together.
     """
 
-    def __init__(self, parts: Sequence[npt.NDArray[Any]]) -> None:
+    def __init__(self, parts: Sequence[KeyArray]) -> None:
         if not parts or len({(part.shape[1:], part.dtype) for part in parts}) > 1 or parts[0].ndim != 2:
             raise InputError("segments: expected arrays [n, d] with the same d and dtype, at least one")
         self.parts = tuple(parts)
@@ -59,7 +60,7 @@ class Segments:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice | int | Sequence[int] | IntArray) -> npt.NDArray[Any]:
+    def __getitem__(self, rows: slice | int | Sequence[int] | IntArray) -> KeyArray:
         """Rows by a slice, by numbers (negative ones from the end) or a mask, as an array; one row by its number."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
@@ -83,27 +84,27 @@ class Segments:
                 out[own] = part[rows[own] - at]
         return out
 
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> KeyArray:
         if copy is False:
             raise ValueError("several segments are one array only as a copy")
         return np.concatenate(self.parts, dtype=dtype)
 
 
-Keys = npt.NDArray[Any] | Segments | KeysInPlace
+Keys = KeyArray | Segments | KeysInPlace
 """Keys ``[n, d]``, wherever they are."""
 
 
-def segments_of(array: npt.NDArray[Any] | Segments) -> tuple[npt.NDArray[Any], ...]:
+def segments_of(array: KeyArray | Segments) -> tuple[KeyArray, ...]:
     """The parts that an array consists of: its own, or itself."""
     return array.parts if isinstance(array, Segments) else (array,)
 
 
-def joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any] | Segments:
+def joined(parts: Sequence[KeyArray]) -> KeyArray | Segments:
     """Parts as one: the array itself where there is but one."""
     return parts[0] if len(parts) == 1 else Segments(parts)
 
 
-def runs(array: npt.NDArray[Any] | Segments, size: int) -> Iterator[slice]:
+def runs(array: KeyArray | Segments, size: int) -> Iterator[slice]:
     """Slices of at most ``size`` rows that cover an array, none of them over two parts."""
     at = 0
     for part in segments_of(array):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,14 @@ from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.errors import StoreError, UsageError, warn_once
-from retrieval_tip.retrieval.segments import Segments
+from retrieval_tip.retrieval.segments import KeyArray, Segments
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+FaissIndex = Any
+"""An index of FAISS, which ships no types."""
 
 HEADER = 45
 """Bytes of the smallest index file, a flat one without vectors: its kind, d, n, and what is not used here."""
@@ -92,7 +96,7 @@ def lists_for(n: int) -> str:
 
 
 @cache
-def faiss() -> Any:
+def faiss() -> Any:  # a module without types
     """The FAISS module, imported when it is first needed. Raises StoreError saying how to repair an installation."""
     try:
         module = importlib.import_module("faiss")
@@ -111,10 +115,10 @@ class VectorIndex:
     """
 
     def __init__(
-        self, index: Any, factory: str, device: str = "auto", half: bool = False, path: Path | None = None
+        self, index: FaissIndex, factory: str, device: str = "auto", half: bool = False, path: Path | None = None
     ) -> None:
         self._cpu, self.path = index, path
-        self._late: Any | None = None
+        self._late: FaissIndex | None = None
         self._late_rows: IntArray = np.empty(0, dtype=np.int64)
         self._late_vectors: Callable[[], FloatArray] = lambda: np.empty((0, self.d), dtype=np.float32)
         self.factory = factory
@@ -124,7 +128,7 @@ class VectorIndex:
 
     @classmethod
     def build(
-        cls, keys: npt.NDArray[Any] | Segments, factory: str = "Flat", device: str = "auto", block: int = 65536
+        cls, keys: KeyArray | Segments, factory: str = "Flat", device: str = "auto", block: int = 65536
     ) -> VectorIndex:
         """Train (where the type needs it) and fill an index over ``keys`` ``[n, d]`` float32 or float16.
 
@@ -147,7 +151,7 @@ class VectorIndex:
         _fill(index, keys, factory, block)
         return cls(index, factory, device, keys.dtype == np.float16)
 
-    def refresh(self, keys: npt.NDArray[Any], block: int = 65536) -> None:
+    def refresh(self, keys: KeyArray, block: int = 65536) -> None:
         """Hold these keys ``[n, d]`` instead; what was trained (lists, codes) stays as it was."""
         self._gpu.drop()
         self._cpu.reset()
@@ -168,7 +172,7 @@ class VectorIndex:
         """The same index without what is beside it."""
         return self.plus(np.empty(0, dtype=np.int64), lambda: np.empty((0, self.d), dtype=np.float32))
 
-    def _beside(self) -> Any:
+    def _beside(self) -> FaissIndex:
         """FAISS's index over the vectors beside this one."""
         with self._lock:
             if self._late is None:
@@ -351,12 +355,12 @@ class GpuCopy:
     ``auto`` is the GPU that torch would use. Where a CPU searches in a GPU's place, a warning says so, once.
     """
 
-    def __init__(self, index: Any, device: str, half: bool) -> None:
+    def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
         self._index, self._half = index, half
         self._wanted, self._number = device != "cpu" and torch.cuda.is_available(), device.partition(":")[2]
         self._tried, self._held = False, None
 
-    def get(self) -> Any | None:
+    def get(self) -> FaissIndex | None:
         """The copy, ``None`` where searches run on the CPU."""
         if not self._wanted:
             return None
@@ -401,7 +405,7 @@ class GpuCopy:
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
         return found
 
-    def _for(self, k: int) -> Any | None:
+    def _for(self, k: int) -> FaissIndex | None:
         """The copy, where it can find so many."""
         copied = self.get()
         if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
@@ -409,14 +413,14 @@ class GpuCopy:
         warn_once(f"FAISS on a GPU finds {GPU_MAX_K:,} keys at most: more are searched for on the CPU")
         return None
 
-    def _made(self) -> Any | None:
+    def _made(self) -> FaissIndex | None:
         try:
             return self._copied()
         except RuntimeError as error:
             warn_once(f"an index is searched on the CPU: {_reason(error)}")
             return None
 
-    def _copied(self) -> Any:
+    def _copied(self) -> FaissIndex:
         """Raises RuntimeError saying why there is no copy."""
         number = int(self._number or torch.cuda.current_device())
         size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
@@ -431,7 +435,7 @@ class GpuCopy:
             return self._cloned(lambda options: faiss().index_cpu_to_all_gpus(self._index, options), shard=True)
         raise RuntimeError(f"it takes {size:,} bytes, and half of what is free on the GPU is {room:,}")
 
-    def _cloned(self, clone: Callable[[Any], Any], shard: bool = False) -> Any:
+    def _cloned(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
         """FAISS's copy, which probes as many lists as it can where the index has a larger number."""
         options = faiss().GpuMultipleClonerOptions()
         options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # it rounds queries as well
@@ -455,7 +459,7 @@ class Product:
         self.vectors = vectors
 
     @classmethod
-    def of(cls, index: Any, device: str, half: bool) -> Product:
+    def of(cls, index: FaissIndex, device: str, half: bool) -> Product:
         """The vectors of a flat FAISS index."""
         n, d = int(index.ntotal), int(index.d)
         vectors = torch.empty(n, d, dtype=torch.float16 if half else torch.float32, device=device)
@@ -491,7 +495,7 @@ class Product:
 
 
 @cache
-def resources() -> Any:
+def resources() -> object:
     """FAISS's memory on GPUs: of what it would take from the start, 1.5 GiB a GPU and 256 MiB pinned, a part."""
     made = faiss().StandardGpuResources()
     made.setTempMemory(512 << 20)
@@ -499,11 +503,11 @@ def resources() -> Any:
     return made
 
 
-def _is_one_of(kinds: tuple[str, ...], index: Any) -> bool:
+def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:
     return type(faiss().downcast_index(index)).__name__ in kinds
 
 
-def _bytes_on_gpu(index: Any, half: bool) -> int:
+def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
     """About what an index takes there: its vectors, or their codes, and their ids."""
     if _is_one_of(FLAT, index):
         return int(index.ntotal) * int(index.d) * (2 if half else 4)
@@ -547,12 +551,12 @@ def _size_problem(path: Path) -> str | None:
     return None
 
 
-def _fill(index: Any, keys: npt.NDArray[Any] | Segments, factory: str, block: int) -> None:
+def _fill(index: FaissIndex, keys: KeyArray | Segments, factory: str, block: int) -> None:
     for start in range(0, len(keys), block):
         _attempt(factory, partial(index.add, np.ascontiguousarray(keys[start : start + block], dtype=np.float32)))
 
 
-def _attempt(factory: str, run: Callable[[], Any], when: str = "") -> Any:
+def _attempt(factory: str, run: Callable[[], T], when: str = "") -> T:
     try:
         return run()
     except (RuntimeError, MemoryError) as error:
@@ -565,7 +569,7 @@ def _reason(error: Exception) -> str:
     return text.rpartition("' failed: ")[2] if "' failed: " in text else text.rpartition(": ")[2] or text
 
 
-def _inner(index: Any) -> Iterator[Any]:
+def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
     """The index and those that it wraps."""
     while index is not None:
         index = faiss().downcast_index(index)
@@ -573,7 +577,7 @@ def _inner(index: Any) -> Iterator[Any]:
         index = getattr(index, "index", None) or getattr(index, "base_index", None)
 
 
-def _effort_of(index: Any) -> Iterator[tuple[Any, str]]:
+def _effort_of(index: FaissIndex) -> Iterator[tuple[FaissIndex, str]]:
     """The place of an index's effort: object and name of an attribute, the outermost first."""
     for part in _inner(index):
         if hasattr(part, "nprobe"):
@@ -584,11 +588,11 @@ def _effort_of(index: Any) -> Iterator[tuple[Any, str]]:
             return
 
 
-def _lists(index: Any) -> int:
+def _lists(index: FaissIndex) -> int:
     return next((int(part.nlist) for part in _inner(index) if hasattr(part, "nlist")), 0)
 
 
-def _set_search_effort(index: Any) -> None:
+def _set_search_effort(index: FaissIndex) -> None:
     """FAISS probes one list and keeps 16 candidates by default: far too few for a cache, whose keys all count."""
     for part in _inner(index):
         if hasattr(part, "cp"):
