@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import uvicorn
 from click.testing import CliRunner
 from fastapi import FastAPI
 
@@ -108,7 +109,7 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
 def running(app: FastAPI) -> Iterator[tuple[str, int]]:
     """An application as ``serve`` runs it, in a thread of this process: its address."""
     with run.listen("127.0.0.1", 0) as listening:
-        server = run._Server(run.configured(app, 1), lambda: None)
+        server = uvicorn.Server(run.configured(app, 1))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:

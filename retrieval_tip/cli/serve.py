@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,10 +122,11 @@ def serve_command(
             maker = Maker(into or Path("indexes"), backbone, device, precision, verify)
         elif into is not None:
             raise UsageError("--into: needs --model too, where indexes are served already")
-        app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker)
         named = (f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
         opened = f" open {at}/#token={made} to look, correct and teach;" if made else ""
         line = f"serving {what} at {at};{opened} Ctrl+C ends it"
-        serve(app, listening, lambda: say(line), most.timeout)
+        ready = partial(say, line)
+        app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker, ready=ready)
+        serve(app, listening, most.timeout)

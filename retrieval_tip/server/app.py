@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -26,16 +28,24 @@ def create_app(
     uploads: Path | None = None,
     root: Path | None = None,
     maker: Maker | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The application over indexes by name (:func:`served.open_all`).
+    """Return the application over indexes by name (:func:`served.open_all`).
 
-    With a ``token``, shots can be added and removed by who sends it. ``uploads``, ``root`` and
-    ``maker`` as for :class:`service.Service`.
+    A request that sends the ``token`` may change indexes. ``uploads``, ``root`` and ``maker`` as for
+    :class:`service.Service`. ``ready`` is called once requests are answered.
     """
     limits = limits or Limits()
     service = Service(served, limits, uploads, root, maker)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            ready()
+            yield
+
     app = FastAPI(
-        title="retrieval-tip", version=__version__, lifespan=service.running, docs_url=None, redoc_url=None,
+        title="retrieval-tip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Few-shot image classification as retrieval. Errors are application/problem+json.",
     )  # fmt: skip
     app.state.service, app.state.token = service, token

@@ -1,4 +1,4 @@
-"""The limits of everything that a request may take, and the guard in front of the routes that sees to it."""
+"""Limits of requests, and the ASGI middleware that applies them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,10 @@ from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem, answer
 
 DEADLINE = "retrieval_tip.deadline"
-"""The entry in which a scope keeps its ``asyncio.Timeout``."""
+"""Key of a scope for the request's ``asyncio.Timeout``."""
 
-READ = "retrieval_tip.read"
-"""The entry in which a scope says that the body has been read to its end."""
-
-DRAINED_SECONDS = 5.0
-"""For so long the rest of a refused body is read and dropped: who still sends would else not see the answer."""
-
-PART, PART_SECONDS = 64 << 10, 8.0
-"""Bytes of a body, or its rest, that have to come within so many seconds of waiting for them: 8 KiB/s. Of an answer,
-as many have to be taken within as long (:class:`run._Protocol` sees to that)."""
-
-HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[0-9a-z._-]{1,255})(?::[0-9]{1,5})?", re.IGNORECASE | re.ASCII)
-"""The form of a request's field Host: a name or an address, and a port."""
+PART = 64 << 10
+"""Bytes of an answer that are sent at a time. The rest waits here, where it is counted, until they are taken."""
 
 SECURITY = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -37,21 +27,18 @@ SECURITY = {
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
-"""Headers of every answer: nothing is loaded from elsewhere, and nobody else shows what is here."""
+"""Headers of every answer: nothing is loaded from elsewhere, and no other site embeds the page."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """The limits of requests.
 
-    One: ``bytes`` of its body, of which ``json_bytes`` of JSON, ``images`` or ``rows`` of features, ``pixels`` of an
-    image, ``seconds`` until its answer begins and again until that is taken, ``cells`` numbers in the answers to
-    several queries (:meth:`served.Version.cells`). All together: ``queue`` images wait at most, and ``QUEUED_ROWS``
-    times as many rows; what has come of bodies has ``held`` bytes, and so have answers of more than :data:`PART`.
-    No index is made where ``indexes`` are served.
-
-    ``hosts`` are the names that the server answers to, ``None`` for any: a page elsewhere that points a name of its own
-    at this machine gets nothing.
+    One request: ``bytes`` of its body, ``json_bytes`` if that is JSON, ``images`` or ``rows`` of features, ``pixels``
+    of an image, ``seconds`` until its answer begins and again until that is taken, ``cells`` numbers in the answers to
+    several queries (:meth:`served.Version.cells`). All requests together: ``queue`` images wait at most, and
+    ``QUEUED_ROWS`` times as many rows; bodies, and answers of more than :data:`PART`, have ``held`` bytes.
+    ``indexes`` is the largest number of indexes, ``hosts`` the names that the server answers to: ``None`` for any.
     """
 
     bytes: int = 32 << 20
@@ -66,21 +53,31 @@ class Limits:
     indexes: int = 100
     hosts: frozenset[str] | None = None
 
+    def check_host(self, host: str) -> None:
+        """Raise Problem 421 for another host: a page elsewhere may point a name of its own at this machine."""
+        name = re.sub(r":\d*$", "", host.lower())
+        if self.hosts is not None and name not in self.hosts:
+            raise Problem(421, f"unknown host {name!r}: start the server with --allow-host {name}")
+
+    def check_size(self, size: int) -> None:
+        """Raise Problem 413 for a body of ``size`` bytes that is too large."""
+        if size > self.bytes:
+            raise Problem(413, f"a request may have {self.bytes:,} bytes, not {size:,} or more; send less at once")
+
 
 QUEUED_ROWS = 16
 
 
 class Guard:
-    """ASGI middleware: host names, sizes, time, headers and counts, around an app."""
+    """ASGI middleware around an app: limits, headers and counts of requests."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
-        self._app, self._limits = app, limits
-        self._came = self._going = 0
+        self.app, self.limits, self.held = app, limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through to the app, as far as its limits allow."""
+        """Pass a request to the app within its limits; answer with a problem beyond them."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         start, status = time.perf_counter(), 0
         metrics.IN_FLIGHT.inc()
@@ -95,119 +92,84 @@ class Guard:
             await send(message)
 
         try:
-            await self._within_limits(scope, receive, sending)
+            headers = Headers(scope=scope)
+            self.limits.check_host(headers.get("host", ""))
+            told = headers.get("content-length", "")
+            self.limits.check_size(int(told) if told.isdecimal() else 0)
+            await _Exchange(self, scope, receive, sending).run()
         except ClientDisconnect:
             status = 499
         except Problem as problem:
-            if status:  # the answer has begun
-                raise
-            await self._refuse(problem, scope, receive, sending)
+            await answer(problem)(scope, receive, sending)
         finally:
             metrics.IN_FLIGHT.dec()
             route = getattr(scope.get("route"), "path", "other")
             metrics.REQUESTS.labels(route, scope["method"] if route != "other" else "", str(status)).inc()
             metrics.SECONDS.labels(route).observe(time.perf_counter() - start)
 
-    async def _within_limits(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises Problem, also of the answer's time, and ClientDisconnect, before an answer has begun or after."""
-        limits, headers = self._limits, Headers(scope=scope)
-        self._check_host(headers, scope["http_version"])
-        told = headers.get("content-length", "")
-        self._check(int(told) if told.isdecimal() else 0)
-        held = going = seen = part = 0
-        waited, begun, refused = 0.0, False, False
-        clock = asyncio.get_running_loop().time
 
-        async def receiving() -> Message:
-            nonlocal held, seen, part, waited
-            if scope.get(READ):
-                return await receive()
-            before = clock()
-            try:
-                async with asyncio.timeout(PART_SECONDS - waited):
-                    message = await receive()
-            except TimeoutError:
-                raise _late(f"{PART:,} bytes of it, or its rest, have to come within {PART_SECONDS:g} s") from None
-            size = len(message.get("body", b""))
-            seen, part, waited = seen + size, part + size, waited + clock() - before
-            if part >= PART:
-                part, waited = 0, 0.0
-            self._check(seen)
-            if self._came + size > limits.held and self._came > held:  # one alone has room
-                raise Problem(429, "too many uploads at once; try again in 1 s", {"Retry-After": "1"})
-            self._came, held = self._came + size, held + size
-            scope[READ] = not message.get("more_body")
-            return message
+class _Exchange:
+    """A request and its answer: both count while they are held, and each has ``limits.seconds``."""
 
-        async def answering(message: Message) -> None:
-            nonlocal going, begun, refused
-            if message["type"] == "http.response.start":
-                size = int(Headers(raw=message["headers"]).get("content-length", 0))
-                if size > PART:
-                    refused = bool(self._going) and self._going + size > limits.held
-                    going = 0 if refused else size
-                    self._going += going
-                begun = not refused
-                deadline.reschedule(clock() + limits.seconds)
-            if refused:
-                return
-            body, more = message.get("body", b""), message.get("more_body", False)
-            for at in range(PART, len(body), PART):  # so that what is not taken yet waits here, where it is counted
-                await send({"type": message["type"], "body": body[at - PART : at], "more_body": True})
-                message = {"type": message["type"], "body": body[at : at + PART], "more_body": more}
-            await send(message)
+    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        self._guard, self._limits = guard, guard.limits
+        self._scope, self._receive, self._send = scope, receive, send
+        self._size = self._held = 0
+        self._waits = self._whole = self._begun = self._refused = False
 
+    async def run(self) -> None:
+        """Raise Problem 408 if the body does not come in time, 503 if there is no answer."""
         try:
-            async with asyncio.timeout(limits.seconds) as deadline:
-                scope[DEADLINE] = deadline
-                await self._app(scope, receiving, answering)
+            async with asyncio.timeout(self._limits.seconds) as self._deadline:
+                self._scope[DEADLINE] = self._deadline
+                await self._guard.app(self._scope, self.receive, self.send)
         except TimeoutError:
-            if begun:  # it is not taken: the connection ends
-                return
-            if not scope.get(READ):
-                raise _late(f"all of it has to come within {limits.seconds:g} s") from None
-            raise Problem(503, f"no answer within {limits.seconds:g} s; try again", {"Retry-After": "5"}) from None
+            seconds = f"within {self._limits.seconds:g} s; try again"
+            if self._waits:
+                raise Problem(408, f"the body did not come {seconds}", {"Connection": "close"}) from None
+            if not self._begun:
+                raise Problem(503, f"no answer {seconds}", {"Retry-After": "5"}) from None
         finally:
-            self._came -= held
-            self._going -= going
-        if refused:
-            raise Problem(503, "too many answers are being sent; try again in 1 s", {"Retry-After": "1"})
+            self._guard.held -= self._held
 
-    def _check_host(self, headers: Headers, version: str) -> None:
-        """Raise Problem 400 unless there is one host, of a form that leaves no doubt; 421 for one that is another."""
-        hosts = self._limits.hosts
-        said = headers.getlist("host")
-        if not said and version == "1.0" and hosts is None:
+    async def receive(self) -> Message:
+        """Receive a part of the body. Raises Problem 413 for a large body, 503 if bodies and answers are too many."""
+        self._waits = not self._whole
+        message = await self._receive()
+        self._waits, self._whole = False, not message.get("more_body")
+        size = len(message.get("body", b""))
+        self._size += size
+        self._limits.check_size(self._size)
+        if not self._hold(size):
+            raise _full()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer, or a problem in place of a large answer for which there is no room."""
+        if self._refused:
             return
-        host = HOST.fullmatch(said[0]) if len(said) == 1 else None
-        if host is None:
-            raise Problem(400, "expected one field Host, with a name or an address, and a port")
-        name = host[1].lower()
-        if hosts is not None and name not in hosts:
-            raise Problem(421, f"host {name!r} is none that this server answers to; start it with --allow-host {name}")
+        if message["type"] == "http.response.start":
+            size = int(Headers(raw=message["headers"]).get("content-length", 0))
+            self._refused = size > PART and not self._hold(size)
+            if self._refused:
+                await answer(_full())(self._scope, self._receive, self._send)
+                return
+            self._begun = True
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._limits.seconds)
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for at in range(PART, len(body), PART):
+            await self._send({"type": message["type"], "body": body[at - PART : at], "more_body": True})
+            message = {"type": message["type"], "body": body[at : at + PART], "more_body": more}
+        await self._send(message)
 
-    def _check(self, size: int) -> None:
-        if size > self._limits.bytes:
-            raise Problem(
-                413, f"a request may have {self._limits.bytes:,} bytes, not {size:,} or more; send less at once"
-            )
-
-    @staticmethod
-    async def _refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, and read what is still sent for a while, so that the answer is seen; then the connection ends."""
-        response = answer(problem)
-        response.headers["connection"] = "close"
-        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-        await send({"type": "http.response.body", "body": response.body, "more_body": True})
-        try:
-            async with asyncio.timeout(DRAINED_SECONDS):
-                while not scope.get(READ) and problem.status != 408:  # which comes too slowly
-                    message = await receive()
-                    scope[READ] = message["type"] != "http.request" or not message.get("more_body")
-        except TimeoutError:
-            pass
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def _hold(self, size: int) -> bool:
+        """Count bytes that are held, if there is room for them; a request alone has room."""
+        if self._guard.held + size > self._limits.held and self._guard.held > self._held:
+            return False
+        self._guard.held += size
+        self._held += size
+        return True
 
 
-def _late(what: str) -> Problem:
-    return Problem(408, f"the request's body came too slowly: {what}; try again", {"Connection": "close"})
+def _full() -> Problem:
+    return Problem(503, "too many large requests and answers at once; try again in 1 s", {"Retry-After": "1"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import cast
 
 import orjson
 from fastapi import Request
@@ -22,26 +22,22 @@ NAMED = 3
 
 
 class Problem(Exception):  # noqa: N818  # the name of the format
-    """An answer that is not the one asked for: an HTTP ``status`` and what to do, in one line."""
+    """A refusal or failure: an HTTP ``status``, and one line that says what to do."""
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
 
 
-def body_of(status: int, detail: str) -> bytes:
-    """The JSON object."""
-    what = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": one_line(detail)}
-    return orjson.dumps(what)
-
-
 def answer(problem: Problem) -> Response:
-    """A problem as a response."""
-    return Response(body_of(problem.status, problem.detail), problem.status, problem.headers, MEDIA)
+    """Return a problem as a response."""
+    status, detail = problem.status, one_line(problem.detail)
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    return Response(orjson.dumps(body), status, problem.headers, MEDIA)
 
 
 def of(error: Exception) -> Problem:
-    """An error of this package, of the framework, or a problem itself, as a problem."""
+    """Turn an error of this package or of the framework into a problem."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
@@ -55,8 +51,8 @@ def of(error: Exception) -> Problem:
     return Problem(503, str(error), {"Retry-After": str(BUSY)})  # an index that cannot be read or written now
 
 
-def _said(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part not in ("query", "path", "body"))
+def _said(error: Mapping[str, object]) -> str:
+    where = ".".join(str(part) for part in cast(tuple[object], error["loc"]) if part not in ("query", "path", "body"))
     return f"{where}: {error['msg']}" if where else str(error["msg"])
 
 

@@ -109,7 +109,7 @@ class Service:
         )
 
     @asynccontextmanager
-    async def running(self, _: object) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[None]:
         """Follow the folders meanwhile; then finish what was taken, and end."""
         follower = asyncio.create_task(self._follow())
         yield
