@@ -3,9 +3,11 @@
 import logging
 import sys
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,23 +63,24 @@ class Faiss:
 
 
 @pytest.fixture
-def gpus(monkeypatch):
+def gpus():
     """Makes so many GPUs with so many free bytes each; copies of flat indexes then stay on the CPU."""
+    with ExitStack() as stack:
 
-    def make(number: int = 1, free: int = 1 << 30, current: int = 0) -> Faiss:
-        fake = Faiss(vector_index.faiss(), number)
-        monkeypatch.setattr(vector_index, "faiss", lambda: fake)
-        monkeypatch.setattr(vector_index, "resources", object)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 1 << 40))
-        made = Product.of
-        monkeypatch.setattr(
-            Product, "of", lambda index, device, half: (fake.copies.append((device, half)), made(index, "cpu", half))[1]
-        )
-        return fake
+        def make(number: int = 1, free: int = 1 << 30, current: int = 0, torch_sees: bool = True) -> Faiss:
+            fake, made = Faiss(vector_index.faiss(), number), Product.of
 
-    return make
+            def of(index: Any, device: str, half: bool) -> Product:
+                fake.copies.append((device, half))
+                return made(index, "cpu", half)
+
+            seen = {"is_available": lambda: torch_sees, "current_device": lambda: current}
+            stack.enter_context(mock.patch.multiple(vector_index, faiss=lambda: fake, resources=object))
+            stack.enter_context(mock.patch.multiple(torch.cuda, **seen, mem_get_info=lambda *_: (free, 1 << 40)))
+            stack.enter_context(mock.patch.object(Product, "of", of))
+            return fake
+
+        yield make
 
 
 class OnGpu(torch.Tensor):
@@ -109,16 +112,6 @@ def test_nothing_is_copied_before_something_is_searched(gpus) -> None:
         fake.copies.clear()
 
 
-def test_a_refreshed_index_gives_its_copy_back_first(gpus, monkeypatch) -> None:
-    gpus()
-    index = VectorIndex.build(KEYS, "Flat", "cuda")
-    index.search(QUERIES, 3)
-    held = []
-    monkeypatch.setattr(vector_index, "_fill", lambda *_: held.append(index._gpu._held))
-    index.refresh(KEYS)
-    assert held == [None]
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype: type) -> None:
     fake, keys = gpus(), np.resize(KEYS, (2500, 16)) + RNG.standard_normal((2500, 16)) / 9
@@ -134,11 +127,10 @@ def test_flat_on_a_gpu_is_exact_for_any_k(gpus, dtype: type) -> None:
     assert index.exact_affinity
 
 
-def test_a_product_in_parts_is_that_of_all(monkeypatch) -> None:
+def test_a_product_in_parts_is_that_of_all() -> None:
     whole = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
-    monkeypatch.setattr(vector_index, "PRODUCTS", 16 * 37)
-    monkeypatch.setattr(vector_index, "QUERIES", 2)
-    parts = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
+    with mock.patch.multiple(vector_index, PRODUCTS=16 * 37, QUERIES=2):
+        parts = Product(torch.from_numpy(KEYS)).search(torch.from_numpy(QUERIES), 40)
     torch.testing.assert_close(parts, whole)
     assert parts[1].dtype == torch.int64
     assert Product(torch.from_numpy(KEYS)).search(torch.empty(0, 16), 4)[1].shape == (0, 4)
@@ -175,13 +167,13 @@ def test_a_named_gpu_is_the_one_and_cuda_is_the_current_one(gpus) -> None:
         VectorIndex.build(KEYS, "Flat", device).search(QUERIES, 1)
         assert fake.copies.pop()[0] == f"cuda:{number}"
     VectorIndex.build(KEYS, "Flat", "cpu").search(QUERIES, 1)
-    gpus(0)
+    gpus(0, torch_sees=False)
     VectorIndex.build(KEYS, "Flat", "auto").search(QUERIES, 1)
     assert not fake.copies
 
 
-def test_more_lists_than_a_gpu_probes_are_cut_for_the_copy_alone(gpus, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(vector_index, "GPU_MAX_K", 3)
+@mock.patch.object(vector_index, "GPU_MAX_K", 3)
+def test_more_lists_than_a_gpu_probes_are_cut_for_the_copy_alone(gpus, caplog) -> None:
     fake, index = gpus(), VectorIndex.build(KEYS, "IVF8,Flat", "cuda")
     index.effort = 7
     index.search(QUERIES, 1)
@@ -210,10 +202,9 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     ],
 )
 def test_where_the_cpu_searches_for_a_gpu_it_is_said_once(
-    gpus, monkeypatch, caplog, free: int, number: int, device: str, fails: str, told: str
+    gpus, caplog, free: int, number: int, device: str, fails: str, told: str
 ) -> None:
     gpus(number, free).fails = fails
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     expected = VectorIndex.build(KEYS, "IVF4,Flat", "cpu").search(QUERIES, 4)
     for _ in range(2):
         index = VectorIndex.build(KEYS, "IVF4,Flat", device)
@@ -224,11 +215,8 @@ def test_where_the_cpu_searches_for_a_gpu_it_is_said_once(
     assert told in said(caplog)[0]
 
 
-def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_said_once(
-    gpus, monkeypatch, caplog
-) -> None:
-    monkeypatch.setattr(vector_index, "GPU_MAX_K", 6)
-    index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
+@mock.patch.object(vector_index, "GPU_MAX_K", 6)
+def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_said_once(gpus, caplog) -> None:
     gpus()
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
     copied = index._gpu.get()
@@ -241,7 +229,7 @@ def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_s
     assert said(caplog) == ["FAISS on a GPU finds 6 keys at most: more are searched for on the CPU"]
 
 
-def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus, monkeypatch) -> None:
+def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus) -> None:
     gpus()
     index = VectorIndex.build(KEYS, "IVF4,Flat", "cuda")
 
@@ -252,10 +240,8 @@ def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus, monkeypatch) -> 
     index._gpu._held = SimpleNamespace(search=search)
     with pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
         index.search(QUERIES, 1)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setitem(sys.modules, "faiss.contrib.torch_utils", SimpleNamespace())
     index._gpu._held = SimpleNamespace(search=search, getDevice=lambda: 1)
-    with pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
+    with in_a_stream([]), pytest.raises(torch.OutOfMemoryError, match="alloc fail"):
         index.search_tensor(asked(), 1)
     index._gpu._held = SimpleNamespace(search=lambda *_: (_ for _ in ()).throw(RuntimeError("damaged")))
     with pytest.raises(StoreError, match="rebuild the index"):
@@ -263,6 +249,23 @@ def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus, monkeypatch) -> 
 
 
 # --- who takes tensors
+
+
+@contextmanager
+def in_a_stream(current: list[Any]) -> Iterator[None]:
+    """FAISS takes tensors, and ``current`` are the devices whose stream it follows."""
+
+    @contextmanager
+    def entered(device: Any) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    with (
+        mock.patch.object(torch.cuda, "device", entered),
+        mock.patch.dict(sys.modules, {"faiss.contrib.torch_utils": SimpleNamespace()}),
+    ):
+        yield
 
 
 def test_a_transform_and_parts_on_several_gpus_are_given_arrays(gpus) -> None:
@@ -277,33 +280,16 @@ def test_a_transform_and_parts_on_several_gpus_are_given_arrays(gpus) -> None:
 
 
 @pytest.mark.parametrize("own", [0, 1])
-def test_tensors_are_searched_on_their_own_gpu_and_in_its_stream(gpus, monkeypatch, own: int) -> None:
+def test_tensors_are_searched_on_their_own_gpu_and_in_its_stream(gpus, own: int) -> None:
     gpus(2)
-    current = []
-
-    class Entered:
-        def __init__(self, device: Any) -> None:
-            self.device = device
-
-        def __enter__(self) -> None:
-            current.append(self.device)
-
-        def __exit__(self, *_: object) -> None:
-            current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", Entered)
-    monkeypatch.setitem(sys.modules, "faiss.contrib.torch_utils", SimpleNamespace())
-    searched = []
+    current, searched = [], []
     copy = GpuCopy(None, "cuda:1", half=False)
-    monkeypatch.setattr(copy, "_copied", lambda: held)
     held = SimpleNamespace(getDevice=lambda: own, search=lambda f, k: searched.append((list(current), k)) or (f, f))
-    found = copy.search_tensor(asked(), 3)
-    if own == 1:
-        assert searched == [([torch.device("cuda", 1)], 3)]
-        assert found is not None
-    else:  # on another GPU than the queries
-        assert found is None
-        assert not searched
+    copy._tried, copy._held = True, held
+    with in_a_stream(current):
+        found = copy.search_tensor(asked(), 3)
+    assert (found is not None) == (own == 1)  # not on another GPU than the queries
+    assert searched == ([([torch.device("cuda", 1)], 3)] if own == 1 else [])
 
 
 def test_tensors_of_the_cpu_are_searched_there() -> None:
@@ -345,15 +331,14 @@ def test_faiss_on_gpus_is_asked_by_one_thread_at_a_time(gpus) -> None:
 # --- keys that a GPU has
 
 
-def test_keys_that_a_gpu_has_are_found_without_an_index(monkeypatch) -> None:
+def test_keys_that_a_gpu_has_are_found_without_an_index() -> None:
     ids = np.sort(RNG.integers(0, 9, 300))
     for factory in ("Flat", "Classes"):
         cache = CacheModel.from_features(KEYS, ids, [f"class {i}" for i in range(9)], index=factory, device="cpu")
         expected = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
         cache._keys._on_device = torch.from_numpy(KEYS)
-        monkeypatch.setattr(VectorIndex, "search_tensor", lambda *_: pytest.fail("an index is asked"))
-        near = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
-        monkeypatch.undo()
+        with mock.patch.object(VectorIndex, "search_tensor", side_effect=AssertionError("an index is asked")):
+            near = cache.retrieval.nearest(torch.from_numpy(QUERIES), 7)
         dense = QUERIES.astype(np.float64) @ KEYS.T.astype(np.float64)
         np.testing.assert_allclose(near.affinity, -np.sort(-dense, axis=1)[:, :7], rtol=0, atol=1e-5)
         assert torch.equal(near.class_ids, torch.from_numpy(ids)[near.rows])
@@ -361,19 +346,17 @@ def test_keys_that_a_gpu_has_are_found_without_an_index(monkeypatch) -> None:
             assert torch.equal(near.rows, expected.rows)
 
 
-def test_what_torch_keeps_for_later_counts_as_free(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1 << 40))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 2 * KEYS.nbytes)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: KEYS.nbytes)
+def test_what_torch_keeps_for_later_counts_as_free() -> None:
+    memory = {"memory_reserved": lambda *_: 2 * KEYS.nbytes, "memory_allocated": lambda *_: KEYS.nbytes}
     for free, fits in ((KEYS.nbytes - 1000, False), (KEYS.nbytes + 1002, True)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, 1 << 40))
         keys = Keys(KEYS, np.zeros(300, dtype=np.int64), 1)
         keys.device = "cuda"
-        if fits:
-            with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to take them
-                _ = keys.resident
-        else:
-            assert keys.resident is None
+        with mock.patch.multiple(torch.cuda, mem_get_info=lambda *_, free=free: (free, 1 << 40), **memory):
+            if fits:
+                with pytest.raises((AssertionError, RuntimeError)):  # there is no GPU to take them
+                    _ = keys.resident
+            else:
+                assert keys.resident is None
 
 
 # --- where there is one
