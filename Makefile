@@ -42,6 +42,9 @@ lint: setup ## formatting, lint, types, the direction of imports and the cross-r
 	$(BIN)/python docs/reference.py --check
 	$(BIN)/python docs/crossrefs.py
 
+size: setup ## lines, largest classes and functions, names that exist twice (CLONE=FOLDER: of another clone)
+	$(BIN)/python docs/size.py $(CLONE)
+
 test: setup ## the tests that have to pass before a commit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

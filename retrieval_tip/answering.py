@@ -27,7 +27,7 @@ from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions
 from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.inputs import Features
-from retrieval_tip.retrieval.logits import LOGITS, Answers, Retrieval, first_two, slices
+from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first_two, slices
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Built, Dtype, Fitted, KeysMet, Norms, Settings
 from retrieval_tip.store.manifest import Manifest
@@ -205,7 +205,7 @@ class AnsweringIndex(ABC):
             return self.retrieval
         return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
 
-    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Answers:
+    def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return the terms of the logits, text ``logit_scale * f W^T`` and cache ``C`` (without alpha).
 
         Arguments and errors as for :meth:`logits`.
@@ -254,7 +254,7 @@ class AnsweringIndex(ABC):
                 "use smaller ones"
             )
 
-    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Answers:
+    def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
         """Return terms whose winners are those over all keys, from as few keys as settle each query.
 
         A query meets ``k`` keys, then four times as many, at last all, until no key that it has not met can change its
@@ -276,7 +276,7 @@ class AnsweringIndex(ABC):
             text[left], cache[left] = terms.text, terms.cache
             keys[left.cpu()] = self.n if met is None else met
             left, met = left[:0] if terms.settled is None else left[~terms.settled], met and met * GROWTH
-        answers = Answers(text, cache, keys=keys)
+        answers = AnswerTerms(text, cache, keys=keys)
         self._check(answers)
         return answers
 
@@ -327,7 +327,7 @@ class AnsweringIndex(ABC):
         columns = [self._columns(f[part], terms.queries(part), retrieval, top, shown) for part in parts]
         return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
 
-    def _columns(self, f: Tensor, terms: Answers, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
+    def _columns(self, f: Tensor, terms: AnswerTerms, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
         """Return the columns of :class:`Predictions`; ``input`` is empty."""
         logits, shots = terms.logits(self.settings), terms.shots
         ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it

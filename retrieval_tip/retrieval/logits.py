@@ -33,7 +33,7 @@ def slices(q: int, size: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Answers(tip.Terms):
+class AnswerTerms(tip.Terms):
     """Terms, and what retrieval knows of how they came about.
 
     ``settled`` ``[q]`` bool: no key that the query did not meet can change its winner; ``None`` if it met all keys, or
@@ -45,11 +45,11 @@ class Answers(tip.Terms):
     keys: Tensor | None = None
     shots: Contributors | None = None
 
-    def queries(self, part: slice) -> Answers:
+    def queries(self, part: slice) -> AnswerTerms:
         """Return the answers to some of the queries."""
         settled, keys = (None if column is None else column[part] for column in (self.settled, self.keys))
         shots = None if self.shots is None else self.shots.queries(part)
-        return Answers(self.text[part], self.cache[part], settled, keys, shots)
+        return AnswerTerms(self.text[part], self.cache[part], settled, keys, shots)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Retrieval(ABC):
     def nearest(self, points: Tensor, k: int) -> Nearest:
         """The ``k`` nearest keys of each query."""
 
-    def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> Answers:
+    def terms(self, features: Tensor, *, certify: bool = False, neighbours: int = 0) -> AnswerTerms:
         """Return text and cache logits by the settings: over all keys, or about ``k``, the rest at its mean (tail).
 
         With ``certify``, also which queries are settled. With ``neighbours``, also the shots behind each answer, if a
@@ -88,7 +88,7 @@ class Retrieval(ABC):
         if settings.k is not None and settings.k < self.keys.n:
             return self._meet(features, points, settings.k, certify, neighbours)
         text = tip.text_logits(features, self.text_weights, settings.logit_scale)
-        return Answers(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
+        return AnswerTerms(text, tip.log_cache(self._cache_over_all(points, text), settings.log_offset))
 
     def _cache_over_all(self, points: Tensor, text: Tensor) -> Tensor:
         """Cache logits over all keys ``[q, c]``; in float32 where half precision might change the answer."""
@@ -96,7 +96,7 @@ class Retrieval(ABC):
         products = self.keys.products(beta, len(points))
         cache = self.keys.cache_logits(points, beta, products=products)
         if products != torch.float32 and len(points):
-            terms, error = Answers(text, cache), min(1.0, CLOSE * beta)
+            terms, error = AnswerTerms(text, cache), min(1.0, CLOSE * beta)
             parts = self._parts(len(points))
             close = torch.cat([uncertain(terms.queries(part), self.settings, error) for part in parts])
             cache[close] = self.keys.cache_logits(points[close], beta, products=torch.float32)
@@ -106,11 +106,11 @@ class Retrieval(ABC):
         """``q`` queries, as many at a time as a processor's cache holds the logits of; a GPU has no such limit."""
         return slices(q, QUERY_BLOCK if self.keys.device == "cpu" else max(QUERY_BLOCK, LOGITS // self.keys.n_classes))
 
-    def _meet(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> Answers:
+    def _meet(self, features: Tensor, points: Tensor, k: int, certify: bool, neighbours: int) -> AnswerTerms:
         """Return terms over about ``k`` keys, with ``neighbours`` shots behind each answer if the keys are at hand."""
         settings, text = self.settings, features.new_empty(len(features), self.keys.n_classes)
         done = torch.ones(len(text), dtype=torch.bool, device=text.device)
-        terms = Answers(text, torch.empty_like(text), done)
+        terms = AnswerTerms(text, torch.empty_like(text), done)
         if self.by_class:
             self._meet_classes(features, points, k, terms, done if certify else None)
             tip.log_cache(terms.cache, settings.log_offset)
@@ -172,7 +172,7 @@ class Retrieval(ABC):
                 best.put(query, kept)
         return replace(best, affinity=best.affinity.masked_fill(best.rows < 0, 0))
 
-    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: Answers, done: Tensor | None) -> None:
+    def _meet_classes(self, features: Tensor, points: Tensor, k: int, terms: AnswerTerms, done: Tensor | None) -> None:
         """Fill ``terms`` with logits over the keys of the classes that can win, about ``k`` at most.
 
         First come all queries' classes: the more queries meet a class at once, the less often its keys are read.
