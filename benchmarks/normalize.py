@@ -15,7 +15,7 @@ import numpy as np
 from retrieval_tip import CacheModel, Encoder, EncodingCache, load_backbone, open_source
 from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.data.shots import few_shot
-from retrieval_tip.index.build import read_text_table
+from retrieval_tip.index.items import read_text_table
 from retrieval_tip.retrieval.defaults import NORMALIZE, measure, plain_settings
 
 Split = tuple[np.ndarray, np.ndarray]

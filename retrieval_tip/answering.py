@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,16 @@ from retrieval_tip.errors import InputError, counted, warn_once
 from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import PREDICTIONS, SCHEMA, Evidence, Predictions, lists
 from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.defaults import Statistics
 from retrieval_tip.retrieval.evidence import Nearest
-from retrieval_tip.retrieval.inputs import Features
+from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first_two, slices
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Built, Dtype, Fitted, KeysMet, Norms, Settings
 from retrieval_tip.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from retrieval_tip.cache_model import CacheModel
 
 SHOWN_CLASSES = 8
 """Classes that a notebook shows."""
@@ -55,10 +60,12 @@ class AnsweringIndex(ABC):
 
     ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
     gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder. ``metric``
-    and ``fitted`` are what was fitted.
+    and ``fitted`` are what was fitted. ``labels`` is the label store, a row a key; ids from ``next_key_id`` on were
+    never given to a key.
     ``folder`` and ``version`` say which version of what this is.
     """
 
+    labels: pa.Table
     class_names: list[str]
     text_weights: Tensor
     settings: Settings
@@ -68,6 +75,7 @@ class AnsweringIndex(ABC):
     built: Built
     device: str
     version: int | None
+    next_key_id: int | None
     values: Tensor | None
     tuned: Path | None
     metric: tip.Metric | None = None
@@ -135,6 +143,42 @@ class AnsweringIndex(ABC):
 
         Case does not matter in ``source``.
         """
+
+    @property
+    @abstractmethod
+    def segments(self) -> int:
+        """Number of pieces that the keys are in."""
+
+    @abstractmethod
+    def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
+        """Return digest and label of the keys that have one of these digests."""
+
+    @abstractmethod
+    def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
+        """Yield class ids and keys, as they are stored, of some classes, a block at a time."""
+
+    @abstractmethod
+    def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+        """Yield labels and keys, as they are stored, a block at a time."""
+
+    @abstractmethod
+    def statistics(self) -> Statistics | None:
+        """Return :func:`defaults.measure` of what queries meet; ``None`` if nothing spreads."""
+
+    @abstractmethod
+    def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
+        """Return an index in memory over some of the keys, by their places in ``labels``.
+
+        Raises UsageError if they are too many.
+        """
+
+    @abstractmethod
+    def in_memory(self) -> CacheModel:
+        """Return the same index with all keys in memory; itself, if they are. Raises UsageError for too many."""
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
+        """Write the next version of an index folder; ``change`` is what its history says of it."""
 
     @property
     def counts(self) -> list[int]:
@@ -474,6 +518,62 @@ class AnsweringIndex(ABC):
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
         return self.retrieval.keys.blocks()
+
+
+class EditableIndex(AnsweringIndex):
+    """An index that is to become the next version of its store. An edit that raises changes nothing."""
+
+    @abstractmethod
+    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
+        """Add classes after those there are, without a key; an index with text needs their ``text_weights`` ``[m, d]``.
+
+        Raises InputError for names that are there, or weights that are missing or do not fit.
+        """
+
+    @abstractmethod
+    def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
+        """Take other text weights ``[c, d]``, made from these templates."""
+
+    @abstractmethod
+    def add(
+        self,
+        keys: Features,
+        labels: Labels,
+        sources: Sequence[str] | pa.ChunkedArray | None = None,
+        *,
+        views: int | npt.NDArray[np.integer[Any]] = 1,
+        digests: Sequence[str | None] | None = None,
+        extra: pa.Table | None = None,
+    ) -> list[int]:
+        """Add keys ``[m, d]`` of known classes, and return their key ids.
+
+        ``views``, ``digests`` (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError
+        for keys or labels that do not fit.
+        """
+
+    @abstractmethod
+    def remove(self, key_ids: Sequence[int]) -> None:
+        """Remove keys by id; classes stay. Raises InputError for an unknown id, and if no key would be left."""
+
+    @abstractmethod
+    def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
+        """Give keys to another class each, or all to one, as its last shots.
+
+        Raises InputError for an unknown id or label, or an id that occurs twice.
+        """
+
+    @abstractmethod
+    def rename(self, old: str, new: str) -> None:
+        """Give a class another name; its keys and text weight stay.
+
+        If ``new`` is a class already, the two become one: the keys join those of ``new``, whose text weight stays, and
+        the ids of later classes move down by one. Raises InputError if there is no class ``old`` or ``new`` cannot be
+        a name.
+        """
+
+    @abstractmethod
+    def compact(self) -> None:
+        """Make all keys one piece, indexed as the first one is."""
 
 
 def _doubles(values: Tensor) -> npt.NDArray[np.float64]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex, spread
+from retrieval_tip.answering import AnsweringIndex, EditableIndex, spread
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
@@ -38,9 +38,9 @@ from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Built, Dtype, Fitted, Precision, Settings, Verify
-from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
 from retrieval_tip.store.contents import Contents, Stored
+from retrieval_tip.store.folder import Check, check_earlier, opened, read_manifest, read_version
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.sums import Sums
@@ -279,6 +279,11 @@ class InMemory(AnsweringIndex):
         for part in slices(len(rows), KEY_BLOCK):
             yield every[rows[part]], np.asarray(self.keys[rows[part]])
 
+    def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+        """Labels and keys, as they are stored, a block at a time."""
+        for part in runs(self.keys, KEY_BLOCK):
+            yield self.labels.slice(part.start, part.stop - part.start), self.keys[part]
+
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
         """See :meth:`answering.AnsweringIndex.find`."""
         return rows_with(self.labels, labels, source, key_ids)
@@ -310,7 +315,7 @@ class InMemory(AnsweringIndex):
         near = retrieval.nearest(retrieval.points(features), k)
         return near.affinity, near.rows.cpu().numpy()
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Self:
+    def take(self, rows: npt.NDArray[np.int64]) -> Self:  # type: ignore[override]  # only a CacheModel is made
         """A classifier over some of the keys, by row (a row may repeat); everything else is this one's.
 
         So few that the index's type cannot hold them are compared with every query (``Flat``).
@@ -332,7 +337,7 @@ class InMemory(AnsweringIndex):
         return index
 
 
-class CacheModel(InMemory):
+class CacheModel(InMemory, EditableIndex):
     """Tip-Adapter's cache as a searchable index, kept in a folder. Make one with :meth:`from_features` or :meth:`load`.
 
     It answers as :class:`InMemory`, and is edited there; :meth:`save` writes the next version of the folder.
@@ -356,7 +361,7 @@ class CacheModel(InMemory):
         device: str = "auto",
         precision: Precision = "auto",
         verify: Verify = "full",
-        check: store.Check | None = None,
+        check: Check | None = None,
         version: int | None = None,
     ) -> Self:
         """Open the current version of an index folder, or an earlier ``version``; its files are checked first.
@@ -370,11 +375,11 @@ class CacheModel(InMemory):
         """
         place, device = Path(folder), resolve_device(device)
         if version is None:
-            cache, check = store.opened(
+            cache, check = opened(
                 place, lambda manifest: cls._of(place, manifest, device, precision), verify=verify, check=check
             )
         else:
-            check = store.Check(place, store.read_version(place, version), verify)
+            check = Check(place, read_version(place, version), verify)
             check.wait()
             cache = cls._of(place, check.manifest, device, precision)
         cache._stored = Stored.of(check, cache._contents())
@@ -414,12 +419,21 @@ class CacheModel(InMemory):
         cache.sums = contents.sums
         return cache
 
-    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
-        """Add classes after those there are, without a key. On disk after :meth:`save`.
+    def in_memory(self) -> Self:
+        """See :meth:`answering.AnsweringIndex.in_memory`."""
+        return self
 
-        ``text_weights`` ``[m, d]`` unit vectors, needed where the index has text. Raises InputError for names that are
-        there, or weights that are missing or do not fit; then nothing was changed.
-        """
+    def on(self, device: str, precision: Precision) -> Self:
+        """Return this saved version on another device, with products of another precision. No file is hashed again."""
+        assert self._stored is not None
+        if device == self.device:
+            self.precision = precision
+            self._follow()
+            return self
+        return type(self).load(self._stored.check.folder, device=device, precision=precision, check=self._stored.check)
+
+    def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
+        """See :meth:`answering.EditableIndex.add_classes`. On disk after :meth:`save`, as every edit."""
         names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
         self.class_names = [*self.class_names, *names]
         self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
@@ -439,15 +453,12 @@ class CacheModel(InMemory):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys ``[m, d]`` of known classes; returns their key ids. On disk after :meth:`save`, as a new version.
+        """See :meth:`answering.EditableIndex.add`. The cost depends on what is added.
 
-        It costs by what is added: the keys become a segment of their own, beside the index over the others. Segments
-        that are not larger are joined with it, so that there are few, and where what was added since the index was
-        built is as much as that, it is built anew (:meth:`compact`). Where the cache has values these are all one
-        segment. Where they were solved, they are anew, or of very many keys those of the new ones for what the others
-        leave of them (:class:`ridge.Ridge`); where they were trained, a new key gives 1 to its own class. ``views``,
-        ``digests`` (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError for keys or
-        labels that do not fit; then nothing was changed.
+        The keys become a segment of their own, beside the index over the others. Segments that are not larger are
+        joined with it, so there are few; once they hold as many keys as the index, it is built again (:meth:`compact`).
+        A cache with values has one segment. Solved values are solved again, or, of very many keys, only those of the
+        new ones (:class:`ridge.Ridge`); among trained values a new key gives 1 to its own class.
         """
         matrix, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         assert self.next_key_id is not None
@@ -467,11 +478,7 @@ class CacheModel(InMemory):
         return key_ids.tolist()
 
     def remove(self, key_ids: Sequence[int]) -> None:
-        """Remove keys by their id; classes stay, also those left without a key. On disk after :meth:`save`.
-
-        Segments that hold one are written again, and with the first one everything. Raises InputError for an id that is
-        not there, and where no key would be left; then nothing was changed.
-        """
+        """See :meth:`answering.EditableIndex.remove`. What holds a key is written again."""
         labelled = self._labelled
         gone = labelled.rows_of(key_ids)
         if len(gone) == self.n:
@@ -483,11 +490,7 @@ class CacheModel(InMemory):
             self._hold(labelled.without(gone), sums)
 
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
-        """Give keys to another class each, or all to one, as its last shots. On disk after :meth:`save`.
-
-        Costs as :meth:`remove`. Trained values stay with their keys; solved values are solved again.
-        Raises InputError for an unknown id or label, or an id that occurs twice; then nothing was changed.
-        """
+        """See :meth:`answering.EditableIndex.relabel`. Solved values are solved again."""
         labelled, wanted = self._labelled, inputs.new_ids(key_ids, labels, self.class_names)
         rows = labelled.rows_of(list(wanted))
         class_ids = np.array([wanted[key_id] for key_id in labelled.key_ids[rows].tolist()], dtype=np.int64)
@@ -501,12 +504,7 @@ class CacheModel(InMemory):
         self._hold(labelled.relabelled(rows, class_ids, self.class_names), sums)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a class another name; its keys and text weight stay. On disk after :meth:`save`, without the keys.
-
-        If ``new`` is a class already, the two become one: the keys join those of ``new``, whose text weight stays, and
-        the ids of later classes move down by one. Raises InputError, and changes nothing, if there is no class ``old``
-        or ``new`` cannot be a name.
-        """
+        """See :meth:`answering.EditableIndex.rename`. The keys are not written again."""
         class_id, names = inputs.renamed(self.class_names, old, new)
         if len(names) < len(self.class_names):
             self._merge(class_id, new, names)
@@ -618,7 +616,7 @@ class CacheModel(InMemory):
         self._follow()
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
-        """Take other text weights ``[c, d]``, made from these templates. On disk after :meth:`save`."""
+        """See :meth:`answering.EditableIndex.set_text`."""
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
 
     def _contents(self) -> Contents:
@@ -643,10 +641,10 @@ class CacheModel(InMemory):
         """
         if self.folder is None or self._stored is None:
             raise UsageError("reload: this classifier was neither loaded from a folder nor saved to one")
-        manifest, before = store.read_manifest(self.folder), self._stored
+        manifest, before = read_manifest(self.folder), self._stored
         if manifest == before.manifest:
             return self
-        check = store.Check(self.folder, manifest, before.check.verify, set(before.manifest.data_files))
+        check = Check(self.folder, manifest, before.check.verify, set(before.manifest.data_files))
         return type(self).load(self.folder, device=self.device, precision=self.precision, check=check)
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
@@ -694,7 +692,7 @@ class CacheModel(InMemory):
         self.tuned = contents.weights
         self._stored = Stored.of(self._commit(writer, change), contents)
 
-    def _commit(self, writer: Writer, change: str) -> store.Check:
+    def _commit(self, writer: Writer, change: str) -> Check:
         """Write the manifest that makes this the current version. Returns a check that has nothing left to look at.
 
         Raises as :meth:`answering.AnsweringIndex.check_answers`.
@@ -703,7 +701,7 @@ class CacheModel(InMemory):
         manifest = _manifest(self, writer, change)
         writer.commit(manifest)
         self.version, self.folder = manifest.version, writer.folder
-        return store.Check(writer.folder, manifest, known=manifest.data_files)
+        return Check(writer.folder, manifest, known=manifest.data_files)
 
 
 def _manifest(cache: CacheModel, writer: Writer, change: str) -> Manifest:
@@ -738,7 +736,7 @@ def verify(folder: str | os.PathLike[str]) -> CacheModel:
     """
     place = Path(folder)
     cache = CacheModel.load(place, device="cpu")
-    store.check_earlier(place)
+    check_earlier(place)
     if not torch.isfinite(cache.text_weights).all():
         raise StoreError(f"{place}: text weights that are not finite; build the index again")
     if cache.values is not None and not torch.isfinite(cache.values).all():

@@ -38,9 +38,8 @@ from retrieval_tip.settings import KeysMet, MetricName, ValuesName
 if TYPE_CHECKING:
     import torch
 
+    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.backbones.base import Trainable
-    from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.lance.lance_model import LanceModel
     from retrieval_tip.report.report import WrittenReport
 
     Loaded = tuple[Any, Any, Any]
@@ -65,7 +64,7 @@ class Classifier:
     _temporary: weakref.finalize[Any, Any] | None = None
     """Removes the folder of an index that lives as long as this object."""
 
-    def __init__(self, cache: CacheModel | LanceModel, encoder: Encoder) -> None:
+    def __init__(self, cache: AnsweringIndex, encoder: Encoder) -> None:
         self.cache, self.encoder = cache, encoder
 
     @classmethod
@@ -435,14 +434,12 @@ class Classifier:
         ``test`` and ``val`` are labelled sources, of which the parts of these names are taken. The other arguments are
         those of :func:`report.write_report`. Raises as it does.
         """
-        from retrieval_tip.cache_model import CacheModel
         from retrieval_tip.report.report import write_report
 
-        if not isinstance(self.cache, CacheModel):
-            raise UsageError("report: is of an index folder; save(FOLDER) makes one")
         encoder, chosen_on = replace(self.encoder, skipped=[]), None if val is None else _opened(val, "val")
+        cache = self.cache.in_memory()
         return write_report(
-            self.cache, _opened(test, "test"), encoder, out, val=chosen_on, shots=shots, seeds=seeds, curves=curves
+            cache, _opened(test, "test"), encoder, out, val=chosen_on, shots=shots, seeds=seeds, curves=curves
         )
 
     def as_module(self) -> torch.nn.Module:
@@ -450,15 +447,14 @@ class Classifier:
 
         Its input is what :func:`onnx_graph.export_onnx` calls ``pixels``: ``[b, 3, h, w]``, RGB from 0 to 255, resized
         and cut to the backbone's size; ``features`` where the index has no backbone. Raises UsageError for an index
-        that retrieves its keys, or is no folder.
+        that retrieves its keys, or as :meth:`answering.AnsweringIndex.in_memory`.
         """
         import torch
 
-        from retrieval_tip.cache_model import CacheModel
         from retrieval_tip.index.onnx_graph import Answer
 
-        if not isinstance(self.cache, CacheModel) or (self.cache.settings.k or self.cache.n) < self.cache.n:
-            raise UsageError("as_module: takes an index folder whose queries meet all keys (k all)")
+        if (self.cache.settings.k or self.cache.n) < self.cache.n:
+            raise UsageError("as_module: takes an index whose queries meet all keys (k all)")
 
         class Logits(torch.nn.Module):
             def __init__(self, answer: Answer) -> None:
@@ -469,7 +465,9 @@ class Classifier:
                 logits: torch.Tensor = self.answer(given)[0]
                 return logits
 
-        return Logits(copy.deepcopy(Answer(self.cache, cast("Trainable | None", self.encoder.backbone)))).eval()
+        return Logits(
+            copy.deepcopy(Answer(self.cache.in_memory(), cast("Trainable | None", self.encoder.backbone)))
+        ).eval()
 
     def push_to_hub(
         self,
@@ -482,20 +480,22 @@ class Classifier:
         """Put the index at ``ORG/NAME`` of the Hugging Face hub, with a card that says what it is; the address.
 
         ``test`` is a labelled source by which it is judged for the card. The photographs stay here: an index holds
-        features, labels, and the paths of its shots. Raises InputError where the hub refuses.
+        features, labels, and the paths of its shots. Earlier versions stay here too. Raises InputError if the hub
+        refuses.
         """
         from huggingface_hub import HfApi
 
-        if not isinstance(folder := places.at(self._place()), places.FolderStore):
-            raise UsageError("push_to_hub: takes an index folder; save(FOLDER) makes one")
         card = _card(self, repository, None if test is None else self.evaluate(test))
         hub = HfApi(token=token)
-        try:
-            hub.create_repo(repository, private=private, exist_ok=True)
-            hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
-            done = hub.upload_folder(repo_id=repository, folder_path=folder.folder, ignore_patterns=["*.lock", ".*"])
-        except Exception as error:  # the hub and httpx each raise their own
-            raise InputError(f"{repository}: the hub takes nothing: {str(error).splitlines()[0]}") from error
+        with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as place:
+            folder = Path(place) / "index"
+            changes.clone(self._place(), folder)
+            try:
+                hub.create_repo(repository, private=private, exist_ok=True)
+                hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
+                done = hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["lock", ".*"])
+            except Exception as error:  # the hub and httpx each raise their own
+                raise InputError(f"{repository}: the hub takes nothing: {str(error).splitlines()[0]}") from error
         return str(done)
 
     # --------------------------------------------------------------------------------------------------------- shown

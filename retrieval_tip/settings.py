@@ -142,8 +142,8 @@ class Built:
     """The way an index was built, as far as what comes later goes by it: its provenance is a record, this decides.
 
     ``source`` is the name of the labelled source; so many ``shots`` a class were drawn from it (``None`` took all), and
-    a key is the mean of so many ``views``, both with ``seed``. ``auto_index``: the index of a LanceDB table follows the
-    number of its keys.
+    a key is the mean of so many ``views``, both with ``seed``. ``auto_index``: the type of the index follows
+    the number of keys.
     """
 
     source: str | None = None

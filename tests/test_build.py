@@ -16,7 +16,8 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, UsageError
-from retrieval_tip.index.build import build_index, read_text_table
+from retrieval_tip.index.build import build_index
+from retrieval_tip.index.items import read_text_table
 from retrieval_tip.settings import Settings
 
 NAMES = ["ant", "bee", "cat"]

@@ -8,7 +8,11 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +33,14 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.shots import few_shot
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import BackboneError, InputError, StoreError, UsageError
-from retrieval_tip.index import changes
+from retrieval_tip.files import sha256_of
+from retrieval_tip.index import changes, folders
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import labelled_keys
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
+from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.writer import collect
 
 Array = npt.NDArray[Any]
@@ -586,7 +592,7 @@ def test_an_error_in_the_search_for_duplicates_changes_nothing(
     def fails(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(changes, "duplicates", fails)
+    monkeypatch.setattr(folders, "duplicates", fails)
     before, other = everything(index), shutil.copytree(index, index.with_name("other"))
     refused(run("index", "add", index, table), 1, "memory")
     refused(run("index", "merge", index, other), 1, "memory")
@@ -1345,6 +1351,38 @@ def test_a_reader_reloads_only_what_changed_and_goes_on_with_what_it_has(
     assert torch.equal(reader.logits(QUERIES), answers)
     with pytest.raises(UsageError, match="neither loaded"):
         CacheModel.from_features(unit_rows(2, D), ["a", "b"], ["a", "b"], device="cpu").reload()
+
+
+@contextmanager
+def counted(*functions: Any) -> Iterator[Counter[str]]:
+    """Count calls of functions, in every thread."""
+    codes, calls = {getattr(one, "__func__", one).__code__: one.__name__ for one in functions}, Counter[str]()
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in codes:
+            calls[codes[frame.f_code]] += 1
+
+    threading.setprofile(look)
+    sys.setprofile(look)
+    try:
+        yield calls
+    finally:
+        threading.setprofile(None)
+        sys.setprofile(None)
+
+
+def test_a_manifest_is_parsed_once_and_what_was_just_written_is_not_hashed_again(
+    run: Any, index: Path, table: Path, text: Path, tmp_path: Path
+) -> None:
+    late = write_table(tmp_path / "late.parquet", unit_rows(2, D, 3), ["dog", "cat"])
+    with counted(Manifest.from_bytes) as parsed:
+        assert run("index", "add", index, late).exit_code == 0
+    assert parsed["from_bytes"] == 2  # by the command, and once no other process can write
+    with counted(Manifest.from_bytes, sha256_of) as calls:
+        built = build_index(open_source(table), tmp_path / "new", Encoder(), text=text, device="cpu")
+    assert calls["from_bytes"] == 0
+    assert calls["sha256_of"] == len(data_files(tmp_path / "new"))  # for their names
+    assert torch.equal(built.logits(QUERIES), opened(tmp_path / "new").logits(QUERIES))
 
 
 def test_what_is_damaged_since_is_found_by_a_reload_where_the_file_is_new(index: Path) -> None:

@@ -295,7 +295,7 @@ def test_every_option_is_a_named_argument():
         (parameters(Classifier.from_hub), Classifier.load, {"place"}),
         (parameters(Classifier.predict), AnsweringIndex.classify, {"self", "features"}),
         (parameters(Classifier.explain), Classifier.predict, {"top", "norms"}),
-        (parameters(Classifier.add), changes.add, {"folder", "source", "encoder"}),
+        (parameters(Classifier.add), changes.add, {"folder", "source", "encoder", "manifest"}),
         (parameters(Classifier.evaluate), evaluation.evaluate, {"cache", "source", "encoder"}),
         (
             parameters(Classifier.report),

@@ -26,9 +26,10 @@ from retrieval_tip.data.feature_tables import table_identity
 from retrieval_tip.data.imports import import_table
 from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
-from retrieval_tip.index.build import build_index, read_text_table
+from retrieval_tip.index.build import build_index
 from retrieval_tip.index.changes import import_index
 from retrieval_tip.index.export import export_table, export_text
+from retrieval_tip.index.items import read_text_table
 from retrieval_tip.settings import Settings
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})

@@ -27,12 +27,10 @@ from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import InputError, StoreError, UsageError, warn_once
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
-from retrieval_tip.index import fit as index_fit
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
-from retrieval_tip.lance import draft, lance_model
-from retrieval_tip.lance.address import Address
+from retrieval_tip.lance import draft, lance_model, shots
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Fitted
@@ -255,7 +253,7 @@ def test_a_key_far_from_norm_1_is_refused_unless_a_metric_scales_it(built, name,
     """Also over HTTP, where it is the request's fault."""
     for kind in KINDS:
         place = copied(tmp_path, kind, built[name, kind], kind)
-        folder = Address.parse(place) if kind == "lance" else Path(place)
+        folder = place if kind == "lance" else Path(place)
         sent = {"features": (1000 * QUERIES[:1]).tolist(), "labels": [NAMES[0]]}
         app = create_app(open_all([folder], "cpu", "float32", "full"), token="open sesame")
         with TestClient(app) as client:
@@ -319,7 +317,7 @@ def test_what_is_derived_of_the_keys_is_made_again_for_another_dtype(built, name
 @pytest.fixture
 def few_are_many(monkeypatch):
     """Forty keys are more than are read at once, chosen on, or judged."""
-    for module in (closed_form, index_fit):
+    for module in (closed_form, shots):
         monkeypatch.setattr(module, "MOST_SOLVED", 30)
     monkeypatch.setattr(closed_form, "CHOSEN_ON", 20)
     monkeypatch.setattr(closed_form, "JUDGED", 25)
@@ -354,7 +352,7 @@ def test_the_sums_of_a_metric_follow_the_keys(built, tmp_path):
     changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
     changes.remove(place, key_ids=[3, 7, 42])
     model = stores.at(place).verify()
-    keys = model.in_memory().keys.astype(np.float64)
+    keys = model.keys_in_memory().keys.astype(np.float64)
     assert len(keys) == 47
     np.testing.assert_allclose(model.second, keys.T @ keys, atol=1e-9)
     fit_index(place, metric="within")
@@ -374,7 +372,7 @@ def test_the_index_is_over_the_points(tmp_path, monkeypatch):
     own = lancedb.connect(model.store.address.uri).open_table("keys")
     assert [list(entry.columns) for entry in own.list_indices()] == [["_point"]]
     assert len([name for name in everything(place) if name.startswith("keys.lance/data/")]) == 1  # of no other version
-    points = model.metric(torch.from_numpy(model.in_memory().keys)).numpy()
+    points = model.metric(torch.from_numpy(model.keys_in_memory().keys)).numpy()
     wanted = model.metric(torch.from_numpy(QUERIES)).numpy() @ points.T
     near = model.retrieval.nearest(model.retrieval.points(torch.from_numpy(QUERIES)), 10).affinity.numpy()
     assert np.isclose(near, -np.sort(-wanted, axis=1)[:, :10], atol=1e-5).mean() > 0.9
@@ -485,7 +483,7 @@ def test_a_fitted_store_is_served(built, tmp_path):
     folder = stores.at(built["solved", "folder"]).load(device="cpu")
     expected = folder.classify(QUERIES, neighbours=3)
     place, headers = copied(tmp_path, "lance", built["solved", "lance"]), {"authorization": "Bearer open sesame"}
-    app = create_app(open_all([Address.parse(place)], "cpu", "float32", "full"), token="open sesame")
+    app = create_app(open_all([place], "cpu", "float32", None), token="open sesame")
     with TestClient(app) as client:
         answer = client.post("/v1/classify", json={"features": QUERIES.tolist()}, params={"neighbours": 3, "top": 1})
         assert answer.status_code == 200, answer.text

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from obstore.exceptions import GenericError
 
 from retrieval_tip.errors import StoreError, UsageError
+from retrieval_tip.index import addresses
 from retrieval_tip.lance import address
 from retrieval_tip.lance.address import Address, storage_options
 from retrieval_tip.lance.objects import Objects
@@ -41,10 +42,7 @@ CLOSED = "http://127.0.0.1:9"
 """Nothing listens on the port of discard."""
 
 
-def parsed(text: str) -> Address:
-    address = Address.parse(text)
-    assert address is not None
-    return address
+parsed = Address.parse
 
 
 def at(text: str) -> Objects:
@@ -80,14 +78,14 @@ def test_an_address_has_one_text(text: str, canonical: str):
     "text", ["", "x", "indexes/x", "/abs/s3://b/x", "s3:/b/x", "s3", "az://b/x", "http://h/x", "lance:/x", r"C:\x"]
 )
 def test_a_folder_is_no_address(text: str):
-    assert Address.parse(text) is None
+    assert addresses.parse(text) is None
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("s3://", "no bucket"),
-        ("gs:///x", "no bucket"),
+        ("s3://", "no bucket's name"),
+        ("gs:///x", "no bucket's name"),
         ("s3://bucket", "no path"),
         ("s3://bucket//", "no path"),
         ("lance://", "no path"),
@@ -156,15 +154,15 @@ def test_addresses_of_folders_come_back(absolute: bool, parts: list[str]):
 @example("lance://", "a:b/c@d")
 def test_any_text_is_an_address_or_a_folder_or_refused(scheme: str, text: str):
     try:
-        address = Address.parse(scheme + text)
+        address = addresses.parse(scheme + text)
     except UsageError as error:
         refused = str(error)
         assert refused.isprintable()
         return
     if address is not None:
-        assert parsed(str(address)) == address
-        assert "?" not in str(address)
-        str(address).encode()
+        assert addresses.parse(address) == address
+        assert "?" not in address
+        address.encode()
     else:
         assert not scheme
 

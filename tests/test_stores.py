@@ -44,7 +44,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
-from retrieval_tip.lance import draft, key_table, lance_keys, lease, versions
+from retrieval_tip.lance import draft, key_table, lance_keys, lance_store, lease, versions
 from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.objects import Objects
 from retrieval_tip.server.app import create_app
@@ -1860,14 +1860,14 @@ def test_what_takes_a_folder_says_how_to_get_one(run, command, address):
 
 
 def test_a_table_is_served(things, tmp_path, monkeypatch):
-    monkeypatch.setattr(stores.LanceStore, "look_every", 0.1)
+    monkeypatch.setattr(lance_store.LanceStore, "look_every", 0.1)
     token, own = "open sesame", f"lance://{tmp_path / 'own'}"
     changes.clone(things, own)
     folder = stores.at(things).load(device="cpu")
     features = np.asarray(folder.keys[:5], dtype=np.float32)
     expected = folder.classify(features, top=3, neighbours=3)
     sent, headers = {"features": features.tolist()}, {"authorization": f"Bearer {token}"}
-    with TestClient(create_app(open_all([Address.parse(own)], "cpu", "float32", "full"), token=token)) as client:
+    with TestClient(create_app(open_all([own], "cpu", "float32", None), token=token)) as client:
 
         def ask(**options):
             answer = client.post("/v1/classify", json=sent, params={"top": 3, "neighbours": 3} | options)
@@ -1887,7 +1887,7 @@ def test_a_table_is_served(things, tmp_path, monkeypatch):
         assert (page["total"], len(page["keys"]), page["version"]) == (8, 3, 1)
         assert client.get("/v1/indexes/own/keys/0/image").status_code == 200
         audited = client.get("/v1/indexes/own/audit")
-        assert (audited.status_code, "index clone" in audited.text) == (422, True)
+        assert audited.status_code == 200
         photo, truth = photographs(SHARED, "test", 10, 1)[0]
         shot = {"files": {"images": (photo.name, photo.read_bytes())}, "headers": headers}
         added = client.post("/v1/indexes/own/keys", data={"label": "squeeze box"}, **shot)

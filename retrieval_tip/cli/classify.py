@@ -38,7 +38,7 @@ from retrieval_tip.errors import UsageError, show
 
 if TYPE_CHECKING:
     from retrieval_tip.answering import AnsweringIndex
-    from retrieval_tip.lance.address import Address
+    from retrieval_tip.index.places import Place
     from retrieval_tip.predictions import Abstain
 
 
@@ -136,7 +136,7 @@ _ROWS = grouped(
 @click.pass_context
 def classify(
     ctx: click.Context,
-    folder: Path | Address,
+    folder: Place,
     inputs: tuple[str, ...],
     answer: AnswerOptions,
     rows: RowOptions,

@@ -36,7 +36,7 @@ from retrieval_tip.errors import UsageError, json_line, show
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
     from retrieval_tip.evaluation.sweep import Method
-    from retrieval_tip.lance.address import Address
+    from retrieval_tip.index.places import Place
     from retrieval_tip.settings import Protocol
 
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def evaluate_command(
     ctx: click.Context,
-    folder: Path | Address,
+    folder: Place,
     source: Path | str,
     answer: AnswerOptions,
     abstain: float | None,
@@ -224,7 +224,7 @@ def report_command(
     if shots and no_curves:
         raise UsageError("--shots and --no-curves: give one of them")
     check(out)
-    cache = index_with(folder, answer, encoding)
+    cache = index_with(folder, answer, encoding).in_memory()
     test = source_of(source, reading, "test")
     unseen = None if val is None else source_of(val, reading.without_split(), "val")
     sources = [test] if unseen is None else [test, unseen]

@@ -35,9 +35,9 @@ from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, NUMBER, POSITIVE, 
 from retrieval_tip.errors import Skipped, UsageError, show
 
 if TYPE_CHECKING:
-    from retrieval_tip.cli.opening import Place
     from retrieval_tip.fit.search_hp import HyperparameterChoice
     from retrieval_tip.fit.trainer import Recipe
+    from retrieval_tip.index.places import Place
     from retrieval_tip.settings import (
         KeysMet,
         MetricName,

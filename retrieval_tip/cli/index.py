@@ -55,20 +55,17 @@ from retrieval_tip.cli.parameters import (
 )
 from retrieval_tip.cli.recipe import recipe
 from retrieval_tip.errors import UsageError, counted, few, json_line, show
+from retrieval_tip.index.addresses import FORMS, KIND
 from retrieval_tip.settings import Dtype, FitName, KeysMet, MetricName, Normalize, Norms, ValuesName
 
 if TYPE_CHECKING:
-    from retrieval_tip.cache_model import CacheModel
+    from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.index.changes import Added
-    from retrieval_tip.lance.address import Address
-    from retrieval_tip.lance.lance_model import LanceModel
-
-    Place = Path | Address
+    from retrieval_tip.index.places import Place
 
 
 OUT = click.option("--out", "--store", type=INDEX, required=True,
-                   help="Index folder, or LanceDB store (lance://PATH, s3://BUCKET/PATH, gs://...); an index that is "
-                        "there gets a new version.")  # fmt: skip
+                   help=f"Index folder, or {KIND} ({FORMS}); an index that is there gets a new version.")  # fmt: skip
 _KEYS = options(
     click.option("--dtype", type=choice(Dtype), default="float32", show_default=True,
                  help="Type of the stored keys."),
@@ -93,8 +90,8 @@ def index() -> None:
 @click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
 @VIEWS
 @click.option("--index", "factory",
-              help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. Of a LanceDB "
-                   "store: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat, of a store auto]")  # fmt: skip
+              help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. At an "
+                   "address: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat; there auto]")  # fmt: skip
 @click.option("--fit", type=choice(FitName),
               help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
                    "[default: auto; none where alpha, beta or normalize is given]")  # fmt: skip
@@ -350,15 +347,15 @@ def add_command(
     templates or --text. It costs by what is added; index compact makes one of what was added since.
     """
     from retrieval_tip.index import changes
-    from retrieval_tip.index.places import at
 
-    manifest, items = at(folder).manifest(), source_of(source, reading, "train")
+    origin, items = Origin.of(folder), source_of(source, reading, "train")
+    manifest = origin.manifest
     new = not set(items.class_names) <= set(manifest.class_names)
     needed = new and text is None and bool(manifest.templates)
     built = manifest.built
     drawn = ViewOptions(built.views if views is None else views, built.seed if seed is None else seed)
-    with encoder_for(ctx, Origin.of(folder), [items], encoding, drawn, needed=needed) as encoder:
-        added = changes.add(folder, items, encoder, text=text, shots=shots, skip_known=skip_known)
+    with encoder_for(ctx, origin, [items], encoding, drawn, needed=needed) as encoder:
+        added = changes.add(folder, items, encoder, text=text, shots=shots, skip_known=skip_known, manifest=manifest)
     _say_added(folder, added, skip_known)
     finish(ctx, encoder.skipped)
 
@@ -650,13 +647,13 @@ def _say_version(folder: Place, version: int, what: str) -> None:
     about(folder, f"version {version}, {what}")
 
 
-def _held(cache: CacheModel | LanceModel) -> str:
+def _held(cache: AnsweringIndex) -> str:
     return f"{counted(cache.n, 'key')} of {cache.d}, {counted(len(cache.class_names), 'class')}"
 
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
     """Print how much was added, and warn of what is suspicious about it."""
-    from retrieval_tip.index.build import warn_of
+    from retrieval_tip.index.items import warn_of
 
     what = f"{counted(len(added.key_ids), 'key')} added"
     if added.classes:

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import click
 
 from retrieval_tip.cli.messages import say
 from retrieval_tip.cli.options import AnswerOptions, BackboneOptions, EncodingOptions, ReadingOptions, ViewOptions
 from retrieval_tip.errors import UsageError, counted
-from retrieval_tip.lance.address import Address
 from retrieval_tip.settings import Precision
 
 if TYPE_CHECKING:
@@ -24,10 +23,9 @@ if TYPE_CHECKING:
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.sources import Source
-    from retrieval_tip.index.places import Model
+    from retrieval_tip.index.places import Place
     from retrieval_tip.settings import KeysMet
-
-    Place = Path | Address
+    from retrieval_tip.store.manifest import Manifest
 
 LONG = 10.0
 """Seconds of work after which a line says what it was."""
@@ -68,11 +66,7 @@ def checked(folder: Path, device: str, precision: Precision = "float32") -> Cach
     return CacheModel.load(folder, device=device, precision=precision, check=check)
 
 
-@overload
-def index_with(folder: Path, answer: AnswerOptions, backbone: BackboneOptions) -> CacheModel: ...
-@overload
-def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> Model: ...
-def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> Model:
+def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) -> AnsweringIndex:
     """The index with the settings of the command line, or its own, over the keys that a condition holds for."""
     from retrieval_tip.index.places import at
 
@@ -84,7 +78,7 @@ def index_with(folder: Place, answer: AnswerOptions, backbone: BackboneOptions) 
     return cache
 
 
-def _restricted(cache: Model, where: str) -> CacheModel:
+def _restricted(cache: AnsweringIndex, where: str) -> CacheModel:
     """The index over the keys that a condition holds for; what remains of each class is said."""
     from retrieval_tip.store.query import rows_where
 
@@ -103,6 +97,7 @@ def _restricted(cache: Model, where: str) -> CacheModel:
 class Origin:
     """The origin of an index's features, as its manifest says: enough to encode more of them."""
 
+    manifest: Manifest
     backbone: Identity | None
     d: int
     tuned: Path | None
@@ -112,12 +107,11 @@ class Origin:
         """The origin of an index."""
         from retrieval_tip.backbones.base import Identity
         from retrieval_tip.index.places import at
-        from retrieval_tip.store.folder import find_weights
 
-        manifest, tuned = at(folder).manifest(), None
-        if isinstance(folder, Path) and "weights" in manifest.files:
-            tuned = find_weights(folder, manifest.files["weights"])
-        return cls(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, tuned)
+        store = at(folder)
+        manifest = store.manifest()
+        backbone = Identity.from_dict(manifest.backbone) if manifest.backbone else None
+        return cls(manifest, backbone, manifest.d, store.tuned(manifest))
 
 
 def name_of(backbone: BackboneOptions, identity: Identity | None = None) -> tuple[str, str | None]:

@@ -106,7 +106,7 @@ class AnswerOptions:
     alpha: float | None = None
     beta: float | None = None
     where: str | None = None
-    verify: Verify = "full"
+    verify: Verify | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,9 @@ ANSWER_OPTION = under("Answers")
 OUTPUT_OPTION = under("Output")
 ENGINE_OPTION = under("Past one machine", folded=True)
 
-VERIFY = ANSWER_OPTION("--verify", type=choice(Verify), default="full", show_default=True,
-                       help="Check every byte of the index first, or of large files only the size.")  # fmt: skip
+VERIFY = ANSWER_OPTION("--verify", type=choice(Verify),
+                       help="Check every byte of the index first, or of large files only the size.  "
+                            "[default: full; fast at an address]")  # fmt: skip
 ROOT = READING_OPTION("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
 NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
                        help="Rows of feature tables must have norm 1, are scaled to it, or are kept.")  # fmt: skip

@@ -12,7 +12,7 @@ import click.shell_completion
 
 from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.lance.address import Address
+from retrieval_tip.index.addresses import KIND, parse
 
 LARGEST = 1e30
 """The largest number that is taken: what is computed with it, in float32, reaches to 3e38."""
@@ -22,13 +22,13 @@ LARGEST_FILE = 10**15
 
 
 class Folder(click.Path):
-    """A path, and no address of a LanceDB store."""
+    """A path, and no address."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
-        if Address.parse(str(value)) is not None:
+        if parse(str(value)) is not None:
             self.fail(
-                f"{value}: is the address of a LanceDB store, and this takes a folder; copy it: retrieval-tip index "
+                f"{value}: is the address of a {KIND}, and this takes a folder; copy it: retrieval-tip index "
                 f"clone {value} DIR",
                 param,
                 ctx,
@@ -37,13 +37,13 @@ class Folder(click.Path):
 
 
 class IndexType(click.ParamType[Any]):
-    """An index: a folder, or the address of a LanceDB store."""
+    """An index: a folder, or an address."""
 
     name = "DIR|lance://PATH|s3://..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | Address:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         """The folder's path, or the address."""
-        address = Address.parse(str(value))
+        address = parse(str(value))
         if address is None and Path(value).is_file():
             self.fail(f"{value}: is a file; the index comes first, and is a folder (index list shows them)", param, ctx)
         return address or Path(value)

@@ -17,7 +17,7 @@ from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
 from retrieval_tip.errors import UsageError, counted
 
 if TYPE_CHECKING:
-    from retrieval_tip.lance.address import Address
+    from retrieval_tip.index.places import Place
     from retrieval_tip.settings import Precision, Verify
 
 
@@ -74,7 +74,7 @@ _LIMITS = grouped(
 @VERIFY
 @DEVICE
 def serve_command(
-    folders: tuple[Path | Address, ...],
+    folders: tuple[Place, ...],
     host: str,
     port: int,
     token: str | None,
@@ -87,7 +87,7 @@ def serve_command(
     hosts: tuple[str, ...],
     most: LimitOptions,
     precision: Precision,
-    verify: Verify,
+    verify: Verify | None,
     device: str,
 ) -> None:
     """Serve indexes over HTTP, with a page at /.

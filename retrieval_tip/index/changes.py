@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
+from retrieval_tip.answering import AnsweringIndex, EditableIndex
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.backbones.prompts import check_templates, text_weights
 from retrieval_tip.data.encoder import Encoder
@@ -28,39 +28,21 @@ from retrieval_tip.data.sources import Source, open_source, spelled_alike
 from retrieval_tip.data.tables import read_columns, reading, texts
 from retrieval_tip.errors import InputError, StoreError, UsageError, counted, few, show
 from retrieval_tip.index import places
-from retrieval_tip.index.build import (
-    build_index,
-    draw_shots,
-    ids_in,
-    item_columns,
-    provenance_of,
-    read_text_table,
-    warn_of_spelling,
-)
-from retrieval_tip.index.export import copy
-from retrieval_tip.index.fit import refit
+from retrieval_tip.index.build import build_index, warn_of_spelling
+from retrieval_tip.index.items import ItemColumns, draw_shots, ids_in, provenance_of, read_text_table
 from retrieval_tip.index.photos import remove_unused
 from retrieval_tip.index.places import Place
-from retrieval_tip.lance.lance_model import LanceModel
+from retrieval_tip.index.stores import Change
 from retrieval_tip.retrieval.defaults import plain_settings
-from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.retrieval.duplicates import Duplicates
 from retrieval_tip.settings import Dtype, Normalize, Norms, check_choice
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import rows_where
 
-if TYPE_CHECKING:
-    from retrieval_tip.index.places import Change, Draft, Model
-
 Folder = str | os.PathLike[str]
 
-MOST_ASKED, NEIGHBOURS = 512, 4
-"""New keys of a table that are compared with the nearest there, and with how many."""
-PAIRS = 1 << 26
-"""Affinities that an addition is checked with, at most: half a second on two cores. It must cost by what is added."""
 COMPARED = 1 << 18
 """Keys that new features are compared with, at most, where what is known is only to be counted."""
-EFFORT = 16
-"""Lists that are probed for what is nearly identical: that lies in the nearest one, or beside it."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +97,7 @@ def add(
     text: Folder | None = None,
     shots: int | None = None,
     skip_known: bool = False,
+    manifest: Manifest | None = None,
 ) -> Added:
     """Add the labelled images or features of a source; new classes come after those of the index, in its order.
 
@@ -130,42 +113,42 @@ def add(
         shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
         skip_known: leave out what the index has under the same label: images by the digest of their bytes, features
             without one by their values, as they are stored.
+        manifest: that of the current version, where it was read before.
 
     Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`writer.write`.
     """
-    manifest = places.at(folder).manifest()
-    identity = Identity.from_dict(manifest.backbone) if manifest.backbone else None
-    check_backbone(identity, manifest.d, encoder.backbone, [source])
+    store = places.at(folder)
+    manifest = manifest or store.manifest()
+    check_backbone(_backbone_of(manifest), manifest.d, encoder.backbone, [source])
     weights = _weights_of(source.class_names, manifest, encoder, text)
-    _needed(source.class_names, manifest.class_names, weights, places.at(folder).has_text(manifest))
+    _needed(source.class_names, manifest.class_names, weights, store.has_text(manifest))
     if shots is not None:
         ids = ids_in(source, source.class_names)
         source = source.take(draw_shots(ids, source.class_names, shots, encoder.seed))
     block = encoder.encode(source)
     items = source.items.take(pa.array(block.positions))
-    columns = item_columns(items, block.digests)
-    with places.at(folder).change("fast") as change:
+    columns = ItemColumns.of(items, block.digests)
+    with store.change() as change:
         cache = change.cache
         labels = np.array(items["label"].to_pylist(), dtype=object)
-        known = _known(cache, labels, columns["digests"], block.features, None if skip_known else COMPARED)
+        known = _known(cache, labels, columns.digests, block.features, None if skip_known else COMPARED)
         rows = np.flatnonzero(~known) if skip_known else np.arange(len(labels))
-        classes = _add_classes(cache, source.class_names, weights)
-        key_ids = []
+        classes, key_ids, found = _add_classes(cache, source.class_names, weights), [], None
         if len(rows):
-            picked = {name: _picked(column, rows) for name, column in columns.items()}
-            views = encoder.views if source.table is None else 1
-            key_ids = cache.add(block.features[rows], labels[rows].tolist(), views=views, **picked)
-        poison = _poison(cache, key_ids)  # an error here changes nothing yet
+            added = columns.take(rows)
+            key_ids = cache.add(
+                block.features[rows],
+                labels[rows].tolist(),
+                added.sources,
+                views=encoder.views if source.table is None else 1,
+                digests=added.digests,
+                extra=added.extra,
+            )
+            found = change.duplicates_of(key_ids)  # an error here changes nothing yet
         if len(rows) or classes:
             change.what = _said(f"add {counted(len(rows), 'key')}", classes)
-    return Added(
-        _version(cache),
-        key_ids,
-        classes,
-        int(known.sum()),
-        poison,
-        warn_of_spelling(folder, cache.class_names, classes),
-    )
+    alike = warn_of_spelling(folder, cache.class_names, classes)
+    return Added(_version(cache), key_ids, classes, int(known.sum()), found, alike)
 
 
 def merge(folder: Place, other: Place) -> Added:
@@ -178,32 +161,38 @@ def merge(folder: Place, other: Place) -> Added:
     target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
         raise UsageError(f"{other}: is the index itself; its keys would be there twice")
-    theirs = source.load_whole()
+    theirs = source.load(device="cpu", precision="float32").in_memory()
     if theirs.values is not None and theirs.fitted is None:
         raise InputError(
             f"{other}: has trained values, which are of no use among other keys; merge the index before them"
         )
-    manifest = places.at(folder).manifest()
-    if manifest.backbone is not None and theirs.backbone is not None:
-        same_backbone(theirs.backbone, Identity.from_dict(manifest.backbone), str(other))
+    ours = _backbone_of(target.manifest())
+    if ours is not None and theirs.backbone is not None:
+        same_backbone(theirs.backbone, ours, str(other))
     weights = dict(zip(theirs.class_names, theirs.text_weights.numpy(), strict=True)) if theirs.has_text else {}
-    columns = item_columns(theirs.labels, theirs.labels["digest"].to_pylist())
-    with places.at(folder).change() as change:
+    columns = ItemColumns.of(theirs.labels, theirs.labels["digest"].to_pylist())
+    with target.change() as change:
         cache = change.cache
         classes = _add_classes(cache, theirs.class_names, weights)
         labels = theirs.labels["label"].to_pylist()
-        views = theirs.labels["views"].to_numpy()
-        key_ids = cache.add(np.asarray(theirs.keys), labels, views=views, **columns)
-        poison = _poison(cache, key_ids)  # an error here changes nothing yet
+        key_ids = cache.add(
+            np.asarray(theirs.keys),
+            labels,
+            columns.sources,
+            views=theirs.labels["views"].to_numpy(),
+            digests=columns.digests,
+            extra=columns.extra,
+        )
+        found = change.duplicates_of(key_ids)  # an error here changes nothing yet
         change.what = _said(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
-    return Added(_version(cache), key_ids, classes, 0, poison, warn_of_spelling(folder, cache.class_names, classes))
+    return Added(_version(cache), key_ids, classes, 0, found, warn_of_spelling(folder, cache.class_names, classes))
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
     """Remove keys, chosen by a condition in SQL over the label store or by their ids; classes stay.
 
-    Their bytes leave the folder with the last version that has them: see :func:`writer.collect`. A LanceDB store only
-    marks rows as removed, so there it takes :func:`rebuild` before. Raises UsageError unless exactly one of ``where``
+    Their bytes leave the folder with the last version that has them: see :func:`writer.collect`. A store that only
+    marks rows as removed needs :func:`rebuild` before. Raises UsageError unless exactly one of ``where``
     and ``key_ids`` is given and can work; InputError if no key matches, or as :meth:`CacheModel.remove`.
     """
     with places.at(folder).change() as change:
@@ -286,13 +275,13 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
     weights = None
     if backbone is not None:
         manifest = places.at(folder).manifest()
-        check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
+        check_backbone(_backbone_of(manifest), manifest.d, backbone, [])
         if not manifest.templates:
             raise UsageError(
                 f"{folder}: its text weights are of no templates, so none is encoded; leave the backbone out"
             )
         weights = text_weights(backbone, [new], manifest.templates)[0]
-    with places.at(folder).change("fast") as change:
+    with places.at(folder).change() as change:
         cache = change.cache
         if old == new and new in cache.class_names:
             return Renamed(_version(cache), [], merged=False)
@@ -322,7 +311,7 @@ def configure(
 ) -> Configured:
     """Change settings of an index; what is ``None`` stays. Templates make new text weights, by the ``backbone``.
 
-    Another beta of a fitted index fits again what depends on it (:func:`index.fit.refit`): solved values, alpha,
+    Another beta of a fitted index fits again what depends on it (:meth:`Change.refit`): solved values, alpha,
     temperature and what is unlike any shot; a given alpha or temperature counts after that.
 
     With ``normalize``, alpha and beta are in units of the shots that there are now, and where they are left out, the
@@ -331,34 +320,36 @@ def configure(
     Raises UsageError where nothing is given, a setting cannot work, or templates come without a backbone; BackboneError
     where that is not the index's.
     """
-    given: dict[str, Any] = {"alpha": alpha, "beta": beta, "k": k, "tail": tail, "temperature": temperature}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given and not templates and normalize is None:
+    if not templates and all(value is None for value in (alpha, beta, k, tail, temperature, normalize)):
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
     if normalize is not None:
         check_choice("normalize", normalize, Normalize)
-    manifest = places.at(folder).manifest()
     prompts = list(check_templates(templates)) if templates else []
-    weights: dict[str, Any] = {}
+    weights: dict[str, npt.NDArray[np.float32]] = {}
+    store = places.at(folder)
     if prompts:
         if backbone is None:
             raise UsageError("templates: text weights from templates need a backbone; give --model")
-        check_backbone(Identity.from_dict(manifest.backbone) if manifest.backbone else None, manifest.d, backbone, [])
+        manifest = store.manifest()
+        check_backbone(_backbone_of(manifest), manifest.d, backbone, [])
         names = manifest.class_names
         weights = dict(zip(names, text_weights(backbone, names, prompts), strict=True))
-    with places.at(folder).change("fast") as change:
-        cache = change.cache
+    with store.change() as change:
+        cache, summary = change.cache, None
+        own_alpha, own_beta = alpha, beta
         if normalize is not None:
-            plain = plain_settings(alpha, beta, normalize, cache.statistics())
-            given = {**given, **dict(zip(("alpha", "beta"), plain, strict=True))}
-        summary = None
-        if cache.fitted is not None and given.get("beta", cache.settings.beta) != cache.settings.beta:
-            summary = str(refit(cache, given["beta"]))
-        cache.settings = cache.settings.override(**given)
+            own_alpha, own_beta = plain_settings(alpha, beta, normalize, cache.statistics())
+        if cache.fitted is not None and own_beta is not None and own_beta != cache.settings.beta:
+            summary = str(change.refit(own_beta))
+        cache.settings = cache.settings.override(
+            alpha=own_alpha, beta=own_beta, k=k, tail=tail, temperature=temperature
+        )
         if prompts:
             if weights.keys() != set(cache.class_names):
                 raise StoreError(f"{folder}: got other classes meanwhile; try again")
             cache.set_text(np.stack([weights[name] for name in cache.class_names]), prompts)
+        given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
+        given = {name: value for name, value in given.items() if value is not None}
         marks = dict.fromkeys(given, "given") | ({"text": "templates"} if prompts else {})
         if normalize is not None:
             marks |= {"alpha": provenance_of(alpha, normalize), "beta": provenance_of(beta, normalize)}
@@ -385,14 +376,13 @@ def compact(folder: Place) -> Changed:
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
     """Build the index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
 
-    A LanceDB store writes its table anew, without what was removed.
+    Another store than a folder writes every row anew, without what was removed.
     Raises UsageError for a type or dtype that cannot work, InputError where keys are too large for it.
     """
     if dtype is not None:
         check_choice("dtype", dtype, Dtype)
-    place = places.at(folder)
-    with place.change() as change:
-        place.rebuild(change.cache, index, dtype)
+    with places.at(folder).change() as change:
+        change.rebuild(index, dtype)
         change.what = f"rebuild as {change.cache.index_type} of {change.cache.dtype}"
     return Changed(_version(change.cache), [])
 
@@ -420,10 +410,10 @@ def gc(folder: Place, keep: int = 1) -> Collected:
 def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     """Copy the current, or an earlier, version of an index to a new place, checked on the way.
 
-    Between a folder and a LanceDB store it is copied too: keys, labels, settings and what was fitted are the same; the
-    index over the keys is that of a new build with ``auto`` in a store, ``Flat`` in a folder.
+    From one kind of store to another, keys, labels, settings and what was fitted are the same; the index over the keys
+    is that of a new build: ``Flat`` in a folder, ``auto`` elsewhere.
 
-    Raises StoreError where there is an index in ``out`` already, InputError as :func:`export.copy`.
+    Raises StoreError where there is an index in ``out`` already, InputError as :meth:`Store.copy_from`.
     """
     source, target = places.at(folder), places.at(out)
     if target.exists():
@@ -434,7 +424,7 @@ def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
     source.check(manifest)  # else damage would get digests that fit it
     cache = source.load(device="cpu", version=manifest.version, verify="fast")
     what = f"clone version {cache.version} of {show(str(source))}"
-    return Changed(copy(cache, target, what), [])
+    return Changed(target.copy_from(cache, what), [])
 
 
 def import_index(
@@ -448,7 +438,7 @@ def import_index(
     dtype: Dtype = "float32",
     alpha: float | None = None,
     beta: float | None = None,
-) -> Model:
+) -> AnsweringIndex:
     """Build an index from a cache that Tip-Adapter's code wrote (:func:`imports.import_table`).
 
     ``source`` and ``classes`` are that function's; ``norms`` as for :class:`encoder.Encoder`, the others as for
@@ -473,6 +463,10 @@ def import_index(
             raise InputError(str(error).replace(show(table), show(source))) from None
 
 
+def _backbone_of(manifest: Manifest) -> Identity | None:
+    return Identity.from_dict(manifest.backbone) if manifest.backbone else None
+
+
 def _weights_of(
     class_names: Sequence[str], manifest: Manifest, encoder: Encoder, text: Folder | None
 ) -> dict[str, npt.NDArray[np.float32]]:
@@ -494,7 +488,7 @@ def _weights_of(
     return dict(zip(new, text_weights(encoder.backbone, new, manifest.templates), strict=True))
 
 
-def _add_classes(cache: Draft, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
+def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
     """Add the classes that the index does not have, in order, with their text weights where it has text."""
     new = _needed(names, cache.class_names, weights, cache.has_text)
     if new:
@@ -520,8 +514,8 @@ def _needed(
 
 
 def _known(
-    cache: Model,
-    labels: npt.NDArray[Any],
+    cache: AnsweringIndex,
+    labels: npt.NDArray[np.object_],
     digests: Sequence[str | None],
     features: npt.NDArray[np.float32],
     most: int | None,
@@ -553,42 +547,7 @@ def _known(
     return known
 
 
-def _picked(column: Any, rows: npt.NDArray[np.int64]) -> Any:
-    """Some rows of a column of whatever kind."""
-    return [column[row] for row in rows] if isinstance(column, list) else column.take(pa.array(rows))
-
-
-def _poison(cache: Model, key_ids: Sequence[int]) -> Duplicates | None:
-    """Find new keys whose image is in another class too."""
-    if not key_ids:
-        return None
-    if isinstance(cache, LanceModel):  # a folder's keys are there at once, a table's are asked for a few at a time
-        return _poison_of_table(cache, key_ids)
-    fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
-    cheap = not (
-        cache.metric or cache.index.by_class or cache.index.exact_search
-    )  # the others compare with very many keys
-    with cache.index.limited(EFFORT):
-        return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=cache.nearest if cheap else None)
-
-
-def _poison_of_table(cache: LanceModel, key_ids: Sequence[int]) -> Duplicates:
-    """The same, of the new keys with their nearest ones and those of their images: nothing else is read."""
-    asked = np.asarray(key_ids[:MOST_ASKED])
-    retrieval = cache.retrieval
-    points = retrieval.points(torch.from_numpy(cache.keys_of(asked).astype(np.float32)))
-    near = retrieval.nearest(points, NEIGHBOURS)
-    rows = np.unique(near.rows[near.rows >= 0].numpy())
-    fresh = cache.find(key_ids=key_ids)
-    digests = fresh["digest"].drop_null().unique().to_pylist()
-    same = cache.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()
-    some = np.unique(np.concatenate([cache.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
-    labels = cache.find(key_ids=some.tolist()).sort_by("key_id")
-    pairs = duplicates(cache.keys_of(some), labels, np.flatnonzero(np.isin(some, asked)), budget=PAIRS)
-    return pairs if len(asked) == len(key_ids) else dataclasses.replace(pairs, compared="digests")
-
-
-def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
+def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
     """Return the ids of the chosen keys. Raises InputError if an id is not there, or no key matches."""
     if (where is None) == (key_ids is None):
         raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
@@ -605,14 +564,14 @@ def _chosen(cache: Model, where: str | None, key_ids: Sequence[int] | None) -> l
     return chosen
 
 
-def _labels_of(cache: Model, key_ids: Sequence[int]) -> dict[int, str]:
+def _labels_of(cache: AnsweringIndex, key_ids: Sequence[int]) -> dict[int, str]:
     """Return the labels of those of some keys that the index has."""
     possible = [key_id for key_id in key_ids if -(2**63) <= key_id < 2**63]
     rows = cache.find(key_ids=possible) if possible else cache.labels.slice(0, 0)
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
-def _check_class(cache: Model, label: str, where: str = "") -> None:
+def _check_class(cache: AnsweringIndex, label: str, where: str = "") -> None:
     """Raise InputError where the index has no class of this name; ``where`` says which file named it."""
     if label not in cache.class_names:
         raise InputError(
@@ -635,10 +594,10 @@ def _said(what: str, classes: Sequence[str]) -> str:
     return what + (f" and {counted(len(classes), 'class')}" if classes else "")
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(name: str, value: object) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {'all' if value is None else value}"
 
 
-def _version(cache: Model) -> int:
+def _version(cache: AnsweringIndex) -> int:
     assert cache.version is not None
     return cache.version

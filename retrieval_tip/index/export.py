@@ -1,15 +1,12 @@
-"""An index from one place to another, of whichever kind: a folder, or a LanceDB store."""
+"""Feature tables of an index: its keys, or its text weights."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,59 +15,8 @@ from retrieval_tip.data.feature_tables import TABLE_ROWS, schema_of, table_of, w
 from retrieval_tip.data.tables import FEATURE
 from retrieval_tip.errors import InputError, UsageError, show
 from retrieval_tip.files import real
-from retrieval_tip.index import places
-from retrieval_tip.lance.draft import LanceDraft, values_by_id
-from retrieval_tip.lance.key_table import VERSION
-from retrieval_tip.lance.lance_model import LanceModel
-from retrieval_tip.retrieval.keys import KEY_BLOCK
-from retrieval_tip.retrieval.segments import runs
-
-if TYPE_CHECKING:
-    from retrieval_tip.index.places import Model
 
 log = logging.getLogger(__name__)
-
-BESIDE = ("settings", "templates", "backbone", "provenance", "metric", "fitted")
-"""Fields that an index has beside its keys, labels and classes."""
-
-
-def copy(model: Model, target: places.Store, what: str) -> int:
-    """Write an opened index to a place that has none; returns its version. ``what`` is said of it in its history.
-
-    A LanceDB store keeps what was fitted, but no trained values and no trained encoder: these raise InputError, as do
-    solved values of too many keys (:meth:`LanceDraft.check_held`). StoreError as :func:`writer.write`.
-    """
-    if not isinstance(target, places.LanceStore):  # a folder keeps all that a model has, a table some of it
-        model.save(str(target), what)
-        return target.manifest().version
-    if (model.values is not None and model.fitted is None) or model.tuned is not None:
-        raise InputError(
-            f"{target}: a LanceDB store keeps no trained values and no trained encoder; keep this index in a folder"
-        )
-    with target.write() as writer:
-        text = model.text_weights.cpu().numpy()
-        metric = model.metric if model.values is None else None  # of points that the table has
-        copied = LanceDraft.create(writer, _stored_blocks(model), model.class_names, text, model.dtype, metric=metric)
-        for name in BESIDE:
-            setattr(copied, name, getattr(model, name))
-        whole = model if isinstance(model, CacheModel) else model.whole
-        if whole is not None and whole.values is not None:
-            copied.check_held(copied.n)
-            copied.hold(values_by_id(whole))
-        copied.built = replace(model.built, auto_index=copied.built.auto_index)
-        assert model.next_key_id is not None
-        copied.next_key_id = model.next_key_id
-        copied.commit(what)
-    return writer.number
-
-
-def _stored_blocks(model: Model) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-    """Labels, and keys as they are stored, some at a time."""
-    if isinstance(model, LanceModel):  # a column of this name is its own, and one of a folder's labels is refused
-        yield from ((labels.drop_columns([VERSION]), keys) for labels, keys in model.stored_blocks())
-        return
-    for part in runs(model.keys, KEY_BLOCK):
-        yield model.labels.slice(part.start, part.stop - part.start), model.keys[part]
 
 
 def export_table(cache: CacheModel, out: Path) -> int:

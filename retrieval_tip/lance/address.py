@@ -28,7 +28,6 @@ GCS_CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS to the file of a service accou
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 
-_SCHEME = re.compile(r"(lance|s3|gs)://", re.IGNORECASE)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
 """Characters that obstore and LanceDB would not both take for the same key."""
@@ -38,8 +37,8 @@ _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
 class Address:
     """The place of a store. ``str`` gives the one text of it that :meth:`parse` reads, and holds no credential.
 
-    ``scheme`` is ``lance``, ``s3`` or ``gs``; ``bucket`` is empty where it is a local folder; ``path`` is the folder or
-    the prefix.
+    ``scheme`` is ``lance``, ``s3`` or ``gs``; ``bucket`` is empty for a local folder; ``path`` is the folder or the
+    prefix.
     """
 
     scheme: str
@@ -47,17 +46,14 @@ class Address:
     path: str
 
     @classmethod
-    def parse(cls, text: str) -> Address | None:
-        """The address that a text is; ``None`` where it is none, but may be a folder's path.
+    def parse(cls, text: str) -> Address:
+        """Read an address.
 
-        Raises UsageError: it begins as an address, but has no bucket or no path, holds a password, a query, control
-        characters or what is no UTF-8, leads out of its bucket by ``..``, or has characters that clients of buckets
-        do not agree about.
+        Raises UsageError if it has no bucket or no path, holds a password, a query, control characters or no UTF-8,
+        leads out of its bucket by ``..``, or has characters that clients of buckets disagree about.
         """
-        match = _SCHEME.match(text)
-        if match is None:
-            return None
-        scheme, rest = match[1].lower(), text[match.end() :]
+        scheme, _, rest = text.partition("://")
+        scheme = scheme.lower()
         first = rest.partition("/")[0]
         local = scheme == "lance"
         if ("@" in first) if not local else (":" in first and "@" in first) or re.search(r"^[^/@]*:[^@]*@", rest):
@@ -70,26 +66,18 @@ class Address:
             raise UsageError(f"{shown}?...: an address has no query; settings come from the environment")
         if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in rest):
             raise UsageError(f"{shown}: control characters, or not UTF-8, in an address")
-        return cls._folder(rest, shown) if local else cls._prefix(scheme, rest, shown)
-
-    @classmethod
-    def _folder(cls, rest: str, shown: str) -> Address:
-        path = Path(re.sub(r"^/+", "/", rest)).as_posix()
-        if not rest or Path(path).name in ("", ".."):
-            raise UsageError(f"{shown}: no path; an address is lance://indexes/NAME, or lance:///NAME from the root")
-        return cls("lance", "", path)
-
-    @classmethod
-    def _prefix(cls, scheme: str, rest: str, shown: str) -> Address:
+        if local:
+            path = Path(re.sub(r"^/+", "/", rest)).as_posix()
+            if not rest or Path(path).name in ("", ".."):
+                raise UsageError(
+                    f"{shown}: no path; an address is lance://indexes/NAME, or lance:///NAME from the root"
+                )
+            return cls("lance", "", path)
         bucket, _, prefix = rest.partition("/")
         parts = [part for part in prefix.split("/") if part]
-        form = f"an address is {scheme}://BUCKET/NAME"
-        if not bucket:
-            raise UsageError(f"{shown}: no bucket; {form}")
-        if not _BUCKET.fullmatch(bucket):
-            raise UsageError(f"{shown}: {one_line(bucket)!r} is no bucket's name; {form}")
-        if not parts:
-            raise UsageError(f"{shown}: no path, and a store is no whole bucket; {form}")
+        if not _BUCKET.fullmatch(bucket) or not parts:
+            what = "no path, and a store is no whole bucket" if parts == [] and bucket else "no bucket's name"
+            raise UsageError(f"{shown}: {what}; an address is {scheme}://BUCKET/NAME")
         if "." in parts or ".." in parts:
             raise UsageError(f"{shown}: '.' or '..' in an address of a bucket; give the path itself")
         if unlike := _UNLIKE.search(prefix):

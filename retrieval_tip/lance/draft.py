@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from retrieval_tip import tip
+from retrieval_tip.answering import EditableIndex
 from retrieval_tip.cache_model import SUMS_FROM, CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.index.items import Material
 from retrieval_tip.lance.key_table import (
     CLASSES,
     FLAT,
@@ -31,8 +34,9 @@ from retrieval_tip.lance.key_table import (
 )
 from retrieval_tip.lance.lance_model import IntArray, LanceModel, check
 from retrieval_tip.lance.row_digest import with_rows
-from retrieval_tip.lance.versions import Classes, Writer
+from retrieval_tip.lance.versions import Classes, TableWriter
 from retrieval_tip.retrieval import inputs
+from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import points_of
 from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory
@@ -43,6 +47,10 @@ from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after, s
 from retrieval_tip.store.manifest import Manifest, Table
 from retrieval_tip.store.sums import Sums
 
+MOST_ASKED, NEIGHBOURS = 512, 4
+"""New keys that are compared with the nearest ones, at most, and with how many."""
+PAIRS = 1 << 26
+"""Largest number of affinities that an addition is checked with: half a second on two cores."""
 INDEX_FROM = 50_000
 """Keys from which an index is worth its time: fewer are compared with every query sooner."""
 MOST_HELD = 1 << 30
@@ -50,18 +58,18 @@ MOST_HELD = 1 << 30
 
 
 @dataclass(repr=False, kw_only=True)
-class LanceDraft(LanceModel):
+class LanceDraft(LanceModel, EditableIndex):
     """A :class:`LanceModel` whose table is the one in the making, alone; :meth:`commit` makes it the current version.
 
     Make one with :meth:`changing` or :meth:`create`; :mod:`index.changes` does, and nothing else has to. ``digest`` is
     that of the rows (:mod:`row_digest`); ``None`` for a table that was written before rows had one.
     """
 
-    writer: Writer
+    writer: TableWriter
     digest: int | None = None
 
     @classmethod
-    def changing(cls, writer: Writer) -> LanceDraft:
+    def changing(cls, writer: TableWriter) -> LanceDraft:
         """Open the current version, to become the next one. Raises as :meth:`LanceModel.load`, or if there is none."""
         if writer.parent is None or writer.table is None:
             writer.store.manifest()  # which says what to do
@@ -73,7 +81,7 @@ class LanceDraft(LanceModel):
     @classmethod
     def create(
         cls,
-        writer: Writer,
+        writer: TableWriter,
         blocks: Iterable[tuple[pa.Table, npt.NDArray[Any]]],
         class_names: Sequence[str],
         text_weights: npt.NDArray[np.float32] | None,
@@ -361,10 +369,17 @@ class LanceDraft(LanceModel):
         if dtype not in (None, self.dtype) and self.manifest is not None:
             check(self.store, self.manifest, set())
         before = KeyTable.at(self.store.address, self.table.name, self.table.version)  # as it is, while it is replaced
-        blocks = replace(self, table=before).stored_blocks()
-        how = (self.class_names, self.classes.text, dtype or self.dtype, factory or self._asked)
-        metric = self.metric if self.whole is None else None
-        anew = self.create(self.writer, blocks, *how, stored=True, metric=metric, known=known)
+        anew = self.create(
+            self.writer,
+            replace(self, table=before).blocks_of(before.label_columns),
+            self.class_names,
+            self.classes.text,
+            dtype or self.dtype,
+            factory or self._asked,
+            stored=True,
+            metric=self.metric if self.whole is None else None,
+            known=known,
+        )
         if anew.dtype == self.dtype and self.digest not in (None, anew.digest):  # else damage gets a digest that fits
             raise StoreError(f"{self.store}: rows are damaged; go back to a version before, or build the store again")
         for name in ("table", "classes", "second", "dtype", "digest"):
@@ -383,7 +398,7 @@ class LanceDraft(LanceModel):
         factory: str | None = None,
         whole: CacheModel | None = None,
     ) -> None:
-        """Take a metric and how it was ``fitted``, and the keys in memory (:meth:`in_memory`) that have solved values.
+        """Take a metric and how it was ``fitted``, and the :meth:`keys_in_memory` that have solved values.
 
         Where they have none, the table gets the keys' points, which takes writing it anew. ``factory`` is the type of
         the index, by default what it is. Raises InputError as :meth:`check_held`.
@@ -420,10 +435,32 @@ class LanceDraft(LanceModel):
         elif self.index_type != FLAT and self.table.unindexed() >= UNINDEXED:
             self.table.optimize()
 
+    def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
+        """Return those of some new keys whose image is in another class too: nothing but their neighbours is read."""
+        asked = np.asarray(key_ids[:MOST_ASKED])
+        retrieval = self.retrieval
+        points = retrieval.points(torch.from_numpy(self.keys_of(asked).astype(np.float32)))
+        near = retrieval.nearest(points, NEIGHBOURS)
+        rows = np.unique(near.rows[near.rows >= 0].numpy())
+        digests = self.find(key_ids=key_ids)["digest"].drop_null().unique().to_pylist()
+        same = self.table.of_ids("digest", digests, ["key_id"])["key_id"].to_numpy()
+        some = np.unique(np.concatenate([self.described(rows, ["key_id"])["key_id"].to_numpy(), same, key_ids]))
+        labels = self.find(key_ids=some.tolist()).sort_by("key_id")
+        pairs = duplicates(self.keys_of(some), labels, np.flatnonzero(np.isin(some, asked)), budget=PAIRS)
+        return pairs if len(asked) == len(key_ids) else replace(pairs, compared="digests")
+
+    def opened(self, device: str) -> LanceModel:
+        """Return the committed version, to read."""
+        assert self.manifest is not None
+        if device != self.device:
+            return LanceModel.load(self.store, device=device, version=self.version)
+        known = {own.name: getattr(self, own.name) for own in fields(LanceModel) if own.init}
+        return LanceModel(**known | {"table": self.store.table(self.manifest)})
+
     def commit(self, change: str) -> None:
         """Make this the current version of its store; ``change`` says in a few words what it is.
 
-        Raises as :meth:`AnsweringIndex.check_answers` and :meth:`versions.Writer.commit`.
+        Raises as :meth:`AnsweringIndex.check_answers` and :meth:`versions.TableWriter.commit`.
         """
         writer, prunes = self.writer, self.writer.prunes
         self.check_answers()
@@ -468,6 +505,25 @@ class LanceDraft(LanceModel):
             yield "metric", array_of(self.metric)
         if self.whole is not None:
             yield "values", values_by_id(self.whole)
+
+
+def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:
+    """Labels and keys of a source as it is read, a block at a time; shots are counted from block to block."""
+    names = material.words.class_names
+    following = np.zeros(len(names), dtype=np.int32)
+    for block in material.blocks():
+        ids, columns = material.ids[block.positions], material.columns(block.positions, block.digests)
+        labels = label_table(
+            names,
+            ids,
+            columns.sources,
+            key_ids=block.positions,
+            views=material.views,
+            digests=columns.digests,
+            extra=columns.extra,
+        )
+        yield shots_after(labels, ids, following), block.features
+        following += np.bincount(ids, minlength=len(names)).astype(np.int32)
 
 
 def index_kind(factory: str, n: int = 0, c: int = 1) -> tuple[str, int | None]:

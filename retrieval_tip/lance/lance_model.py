@@ -126,15 +126,22 @@ class LanceModel(AnsweringIndex):
 
     def hold(self, values: npt.NDArray[np.float32]) -> None:
         """Have all keys in memory, with solved values ``[n, c]`` in the order of their ids."""
-        whole = self.in_memory()
+        whole = self.keys_in_memory()
         places = np.argsort(np.argsort(whole.labels["key_id"].to_numpy()))
         self.whole = replace(whole, values=torch.from_numpy(values[places]))
         self._follow()
 
     def in_memory(self) -> CacheModel:
+        """See :meth:`answering.AnsweringIndex.in_memory`."""
+        if self.whole is not None:
+            return self.whole.with_settings(self.settings)
+        self._check_taken(self.n)
+        return self.keys_in_memory()
+
+    def keys_in_memory(self) -> CacheModel:
         """All keys as a folder has them, in memory, without their values; exact."""
         labels, keys = zip(*self.stored_blocks(), strict=True)
-        table = pa.concat_tables(labels).drop_columns([VERSION])
+        table = pa.concat_tables(labels)
         class_ids = self.table.class_ids(table["class_id"], len(self.class_names))
         order = np.lexsort((table["key_id"].to_numpy(), class_ids))
         return self._in_memory(np.concatenate(keys)[order], table.take(pa.array(order)))
@@ -247,13 +254,16 @@ class LanceModel(AnsweringIndex):
             key_ids = self.labels["key_id"].take(pa.array(rows)).to_numpy()
             chosen = np.flatnonzero(np.isin(self.whole.labels["key_id"].to_numpy(), key_ids))
             return self.whole.with_settings(self.settings).take(chosen)
-        if len(rows) * self.d * 4 > MOST_TAKEN:
-            raise UsageError(
-                f"where: holds for {len(rows):,} keys, too many of a LanceDB store for memory; name fewer, or copy the "
-                f"store into a folder: retrieval-tip index clone {self.store} DIR"
-            )
+        self._check_taken(len(rows))
         labels = self.labels.take(pa.array(rows)).drop_columns([VERSION]).sort_by(IN_ORDER)
         return self._in_memory(self.keys_of(labels["key_id"].to_numpy()), labels)
+
+    def _check_taken(self, n: int) -> None:
+        if n * self.d * 4 > MOST_TAKEN:
+            raise UsageError(
+                f"{self.store}: {n:,} keys are too many to be taken into memory; name fewer (where), or copy the "
+                f"index into a folder: retrieval-tip index clone {self.store} DIR"
+            )
 
     def keys_of(self, key_ids: IntArray) -> npt.NDArray[Any]:
         """Keys ``[m, d]`` as they are stored, by their ids, each of which is there."""
@@ -264,8 +274,12 @@ class LanceModel(AnsweringIndex):
         return keys
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-        """Labels, and keys as they are stored, of all rows, some at a time."""
-        for batch in self.table.scan([*self.table.label_columns, VECTOR]):
+        """See :meth:`answering.AnsweringIndex.stored_blocks`."""
+        return self.blocks_of([name for name in self.table.label_columns if name != VERSION])
+
+    def blocks_of(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+        """Columns, and keys as they are stored, of all rows, some at a time."""
+        for batch in self.table.scan([*columns, VECTOR]):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
 
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:

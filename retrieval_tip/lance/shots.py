@@ -1,4 +1,4 @@
-"""The keys of a table as a fit reads them: in the order of a folder, some by their place, or all in one pass."""
+"""Fit an index in LanceDB: its keys are read in the order of a folder, some by their place, or all in one pass."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from retrieval_tip import tip
+from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import StoreError
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.closed_form import Choice
+from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.lance.draft import LanceDraft
-from retrieval_tip.lance.key_table import VECTOR, KeyTable
+from retrieval_tip.lance.key_table import CLASSES, VECTOR, KeyTable
+from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.segments import KeysInPlace
-from retrieval_tip.settings import Fitted
+from retrieval_tip.settings import Fitted, MetricName, ValuesName
 
 IntArray = npt.NDArray[np.int64]
 LABELS = ("key_id", "class_id", "digest", "source")
@@ -74,3 +79,38 @@ class TableShots:
         """See :meth:`LanceDraft.set_fitted`; so many keys have no solved values."""
         assert values is None
         self.draft.set_fitted(metric, fitted, factory)
+
+
+def fit(
+    draft: LanceDraft,
+    metric: MetricName | None,
+    values: ValuesName | None,
+    validation: Queries | None = None,
+    factory: str | None = None,
+) -> Choice:
+    """Fit what is to become the next version, with the arguments of :func:`closed_form.fit`.
+
+    Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
+    """
+    if draft.n > MOST_SOLVED:
+        shots = TableShots(draft)
+        choice = closed_form.fit(shots, metric=metric, values=values, validation=validation, factory=factory)
+        draft.settings, draft.provenance = shots.settings, shots.provenance
+        return choice
+    whole = draft.keys_in_memory() if draft.whole is None else draft.whole
+    whole.settings, whole.sums = draft.settings, draft.sums
+    by_class = CLASSES if (factory or draft.index_type) == CLASSES else None  # which has no solved values
+    choice = closed_form.fit(whole, metric=metric, values=values, validation=validation, factory=by_class)
+    draft.settings, draft.provenance = whole.settings, whole.provenance
+    draft.set_fitted(whole.metric, whole.fitted, factory, whole)
+    return choice
+
+
+def refit(draft: LanceDraft, beta: float) -> Choice:
+    """See :meth:`Change.refit`. Raises InputError as :meth:`CacheModel.solve`."""
+    shots: CacheModel | TableShots = draft.whole or TableShots(draft)
+    shots.settings = draft.settings
+    choice = closed_form.refit(shots, beta)
+    draft.settings, draft.provenance = shots.settings, shots.provenance
+    draft.solve()
+    return choice

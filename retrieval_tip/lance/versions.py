@@ -45,8 +45,8 @@ from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.key_table import KeyTable
 from retrieval_tip.lance.objects import Objects, flush
 from retrieval_tip.lance.row_digest import hexadecimal
-from retrieval_tip.store import folder as store
 from retrieval_tip.store import history
+from retrieval_tip.store.folder import MANIFEST_BYTES, VERSIONS_TRIED
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table, TableDigests
 from retrieval_tip.store.query import TIMEOUT, ask
 
@@ -107,7 +107,7 @@ class Classes:
         return classes
 
 
-class Writer:
+class TableWriter:
     """A version in the making, alone. Make one with :meth:`LanceVersions.write`."""
 
     def __init__(self, store: LanceVersions, still_held: Callable[[], None], parent: Manifest | None) -> None:
@@ -239,7 +239,7 @@ class LanceVersions:
 
     def manifest(self, version: int | None = None) -> Manifest:
         """The current version, or an earlier one. Raises StoreError where it is not there, or is damaged."""
-        for _ in range(store.VERSIONS_TRIED):
+        for _ in range(VERSIONS_TRIED):
             there = self._versions()
             if not there:
                 raise StoreError(
@@ -255,7 +255,7 @@ class LanceVersions:
 
     def _read(self, version: int) -> Manifest:
         name = _name(version)
-        raw = self.objects.get(name, store.MANIFEST_BYTES)
+        raw = self.objects.get(name, MANIFEST_BYTES)
         manifest = Manifest.from_bytes(raw, f"{self}/{name}", "restore it, or go back to a version before it")
         if manifest.table is None or manifest.version != version:
             raise StoreError(f"{self}/{name}: is the manifest of another index; restore it")
@@ -360,7 +360,7 @@ class LanceVersions:
         return StoreError(f"{self}/{name}: damaged (its SHA-256 is not the manifest's); {remedy}")
 
     @contextmanager
-    def write(self, wait: float | None = None) -> Iterator[Writer]:
+    def write(self, wait: float | None = None) -> Iterator[TableWriter]:
         """Write a new version, alone: another writer waits its turn, ``wait`` seconds (:data:`lock.LOCK_WAIT`).
 
         An exception, or a kill at any moment, leaves the version that was there. Raises StoreError: it is locked, or
@@ -369,7 +369,7 @@ class LanceVersions:
         self._refuse_others()
         with lease.held(self.objects, wait) as still_held:
             self._tidy()
-            yield Writer(self, still_held, self.manifest() if self.exists() else None)
+            yield TableWriter(self, still_held, self.manifest() if self.exists() else None)
 
     def _tidy(self) -> None:
         """Remove files that a killed writer was writing: they have no names of objects yet."""
@@ -392,7 +392,7 @@ class LanceVersions:
         Where it fails because a writer deleted that version meanwhile, start again. Raises StoreError as
         :meth:`manifest`, and what ``read`` raises.
         """
-        for _ in range(store.VERSIONS_TRIED):
+        for _ in range(VERSIONS_TRIED):
             manifest = self.manifest(version)
             try:
                 return read(manifest)

@@ -9,7 +9,7 @@ from typing import Any
 from retrieval_tip import doctor
 from retrieval_tip.errors import counted, show
 from retrieval_tip.report.judged import Judged
-from retrieval_tip.store import folder as store
+from retrieval_tip.store.folder import read_manifest, read_version
 from retrieval_tip.store.manifest import Manifest
 
 LISTED = 50
@@ -25,7 +25,7 @@ def provenance(judged: Judged) -> dict[str, Any]:
     """Rows on the ``settings``, the ``search`` for them, the ``index`` and the ``machine``, and ``when`` this was."""
     folder, version, manifest = judged.folder, judged.cache.version, None
     if folder is not None:  # what it says of this version, where that is known
-        manifest = store.read_manifest(folder) if version is None else store.read_version(folder, version)
+        manifest = read_manifest(folder) if version is None else read_version(folder, version)
     return {
         "settings": list(_settings(judged, manifest)),
         "search": [(name, described(value)) for name, value in judged.record("search").items()],

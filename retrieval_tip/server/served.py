@@ -22,7 +22,6 @@ from retrieval_tip.data.feature_tables import check_backbone
 from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places
-from retrieval_tip.lance.address import Address
 from retrieval_tip.retrieval.logits import LOGITS, slices
 from retrieval_tip.server import metrics
 from retrieval_tip.server.problems import Problem
@@ -30,7 +29,7 @@ from retrieval_tip.settings import FITTED, KeysMet, Precision, Settings, Verify
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
-    from retrieval_tip.index.places import Model
+    from retrieval_tip.answering import AnsweringIndex
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Version:
     """One version of an index, opened: what a request has taken it keeps, whatever the folder becomes meanwhile."""
 
     name: str
-    cache: Model
+    cache: AnsweringIndex
     manifest: Manifest
     backbone: Backbone | None
 
@@ -149,7 +148,7 @@ class Backbones:
     The indexes are opened on the same ``device``, with the same ``precision``, and checked as ``verify`` says.
     """
 
-    def __init__(self, device: str, precision: Precision, verify: Verify) -> None:
+    def __init__(self, device: str, precision: Precision, verify: Verify | None) -> None:
         self.device, self.precision, self.verify = device, precision, verify
         self._open: weakref.WeakValueDictionary[tuple[str, Path | None], Any] = weakref.WeakValueDictionary()
 
@@ -157,7 +156,7 @@ class Backbones:
         """Take one that is open already."""
         self._open[(backbone.identity.fingerprint, None)] = backbone
 
-    def of(self, cache: Model, name: str) -> Backbone | None:
+    def of(self, cache: AnsweringIndex, name: str) -> Backbone | None:
         """That of an index; ``None``, with a warning, where it names none or that cannot be had: features only."""
         identity = cache.backbone
         if identity is None:
@@ -173,7 +172,7 @@ class Backbones:
             self._open[key] = backbone
         return backbone
 
-    def _loaded(self, identity: Identity, cache: Model) -> Backbone:
+    def _loaded(self, identity: Identity, cache: AnsweringIndex) -> Backbone:
         backbone = load_backbone(
             identity.model,
             identity.pretrained,
@@ -189,10 +188,10 @@ class Backbones:
 class Served:
     """An index that is served under its ``name``: ``now`` is the version that is answered with."""
 
-    def __init__(self, folder: Path | Address, backbones: Backbones) -> None:
-        """Open what is in a folder, or in a LanceDB store. Raises StoreError where that cannot be."""
+    def __init__(self, folder: places.Place, backbones: Backbones) -> None:
+        """Open an index. Raises StoreError where that cannot be."""
         self.folder = folder
-        self.place: places.Store = places.at(folder)
+        self.place = places.at(folder)
         self.name = self.place.name
         self.backbones = backbones
         self._changing = threading.Lock()
@@ -206,7 +205,7 @@ class Served:
         """The folder that the index lies in; ``None`` for one in a bucket."""
         return None if self.place.local is None else real(self.place.local).parent
 
-    def _opened(self, cache: Model) -> Version:
+    def _opened(self, cache: AnsweringIndex) -> Version:
         manifest = cache.manifest
         assert manifest is not None
         version = Version(self.name, cache, manifest, self.backbones.of(cache, self.name))
@@ -252,7 +251,7 @@ class Maker:
     backbone: Backbone
     device: str
     precision: Precision
-    verify: Verify
+    verify: Verify | None
 
     def backbones(self) -> Backbones:
         """The backbone, as indexes that are opened have it."""
@@ -261,7 +260,9 @@ class Maker:
         return backbones
 
 
-def open_all(folders: Sequence[Path | Address], device: str, precision: Precision, verify: Verify) -> dict[str, Served]:
+def open_all(
+    folders: Sequence[places.Place], device: str, precision: Precision, verify: Verify | None
+) -> dict[str, Served]:
     """Indexes by name. Raises UsageError where two have one name, StoreError where one cannot be opened."""
     backbones = Backbones(device, precision, verify)
     served: dict[str, Served] = {}

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from retrieval_tip.backbones.base import Backbone, unit
-from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import FloatArray, pixels_of
 from retrieval_tip.data.sources import spelled_alike
@@ -445,15 +444,10 @@ class Service:
         """List suspicious shots, worst first. Raises Problem 422 for too many keys, 503 while it takes long."""
         if version.cache.n > MOST_AUDITED:
             raise Problem(422, f"{version.cache.n:,} keys are many: use retrieval-tip index audit {version.name}")
-        if not isinstance(version.cache, CacheModel):  # it compares all keys with each other, in memory
-            raise Problem(
-                422, "an index in a LanceDB store is audited as a folder: retrieval-tip index clone, then audit"
-            )
-
         cache = version.cache
 
         def call() -> tuple[int, list[dict[str, Any]]]:
-            table = audit(cache, borderline=borderline)
+            table = audit(cache.in_memory(), borderline=borderline)
             return len(table), table.slice(0, AUDITED).to_pylist()
 
         total, suspicious = await self._once(version, ("audit", borderline), call)
@@ -462,12 +456,12 @@ class Service:
     async def accuracy(self, version: Version) -> dict[str, Any]:
         """Estimate the accuracy of a version, once (:func:`closed_form.estimate`). Raises Problem 503 as :meth:`audit`.
 
-        It is unknown if the index is not in memory, or has more than :data:`ESTIMATED` keys.
+        It is unknown if the index has more than :data:`ESTIMATED` keys.
         """
         cache = version.cache
         known: dict[str, float | None] = dict.fromkeys(("photos", "words", "both"))
-        if isinstance(cache, CacheModel) and cache.n <= ESTIMATED:
-            known = await self._once(version, "accuracy", lambda: estimate(cache))
+        if cache.n <= ESTIMATED:
+            known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
         return {"version": version.manifest.version} | known
 
     async def _once(

@@ -62,13 +62,23 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.from_bytes(manifest_bytes(folder, path), str(path))
         if manifest.table is not None:
-            raise StoreError(f"{path}: is the manifest of a LanceDB store, not of a folder; restore the folder's own")
+            raise StoreError(f"{path}: is the manifest of another kind of store; restore the folder's own")
         return manifest
     except FileNotFoundError:
-        what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
-        raise StoreError(f"{folder}: {what}; retrieval-tip index build SOURCE --out INDEX makes one") from None
+        raise _missing(folder) from None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_there(folder: Path) -> None:
+    """Raise StoreError where there is no index, which is then not read."""
+    if not is_index(folder):
+        raise _missing(folder)
+
+
+def _missing(folder: Path) -> StoreError:
+    what = "no such folder" if not folder.exists() else "not an index (no manifest.json)"
+    return StoreError(f"{folder}: {what}; retrieval-tip index build SOURCE --out INDEX makes one")
 
 
 def read_version(folder: Path, version: int) -> Manifest:

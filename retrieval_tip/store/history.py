@@ -1,4 +1,4 @@
-"""The plans that a folder and a LanceDB table share: how a version is sealed, told of, and made current again."""
+"""The plans that all stores share: how a version is sealed, told of, and made current again."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Table:
-    """A LanceDB table of keys and their labels, as it was at one of its versions, which has so many ``rows``."""
+    """A table of keys and their labels outside the folder, as it was at one of its versions, with ``rows`` rows."""
 
     name: str
     version: int
@@ -77,7 +77,7 @@ class Table:
 
 @dataclass(frozen=True)
 class TableDigests:
-    """Digests of a LanceDB table at one of its versions, each in 64 hexadecimal digits.
+    """Digests of such a table at one of its versions, each in 64 hexadecimal digits.
 
     ``rows`` is the digest of all rows (:mod:`row_digest`), ``None`` for a table that was made before rows had one.
     ``files`` are the SHA-256 of the table's files, by name: of the engine's manifest, and on a disk of its data.

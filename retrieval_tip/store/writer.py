@@ -26,6 +26,7 @@ from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.store import history, lock
 from retrieval_tip.store.folder import (
     check_name,
+    check_there,
     count_tensors,
     earlier_paths,
     is_index,
@@ -45,9 +46,9 @@ TEMPORARY = re.compile(rf"\.(({_ANY_KIND})-[0-9a-f]{{32}}\.\w+|(manifest|\d+)\.j
 class Writer:
     """A new version of an index folder in the making. Make one with :func:`write`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.parent = read_manifest(folder) if is_index(folder) else None
+    def __init__(self, folder: Path, parent: Manifest | None) -> None:
+        self.folder, self.parent = folder, parent
+        self.current = parent
         self._staged: list[Path] = []
         self._files: dict[str, DataFile] = {}
         self._later: list[Segment] = []
@@ -173,6 +174,7 @@ class Writer:
         sync(self.folder.parent)
         with suppress(OSError, StoreError):
             _forget(self.folder, history.KEPT_VERSIONS)
+        self.current = manifest
 
     @property
     def later(self) -> list[Segment]:
@@ -212,13 +214,18 @@ def write(folder: Path, wait: float | None = None) -> Iterator[Writer]:
             raise StoreError(f"{folder}: a folder with other things in it; give an empty or new one")
         with lock.locked(folder, folder, wait):
             try:
-                _tidy(folder)
-                writer = Writer(folder)
+                parent = _current(folder)
+                _tidy(folder, parent)
+                writer = Writer(folder, parent)
                 try:
                     yield writer
-                finally:
+                except BaseException:
                     writer.abandon()
-                    _tidy(folder)
+                    with suppress(StoreError):
+                        _tidy(folder, _current(folder))  # an interrupted commit may stand
+                    raise
+                writer.abandon()
+                _tidy(folder, writer.current)
             finally:
                 if not is_index(folder):
                     _remove_own(folder)
@@ -255,10 +262,13 @@ def _remove_own(folder: Path) -> None:
         (folder / "lock").unlink()
 
 
-def _tidy(folder: Path) -> None:
+def _current(folder: Path) -> Manifest | None:
+    return read_manifest(folder) if is_index(folder) else None
+
+
+def _tidy(folder: Path, current: Manifest | None) -> None:
     """Remove what an interrupted or failed writer left: data files that no kept manifest names, and temporary files."""
     try:
-        current = read_manifest(folder) if is_index(folder) else None
         if current is not None:  # put there for a next version that never was
             (folder / "manifests" / manifest_name(current)).unlink(missing_ok=True)
         raws = [manifest_bytes(folder, path) for path in earlier_paths(folder)]
@@ -285,11 +295,11 @@ def collect(folder: Path, keep: int = 1) -> tuple[list[int], int]:
     """
     if keep < 1:
         raise UsageError(f"keep is {keep}: the current version always stays, so at least 1")
-    read_manifest(folder)
-    with write(folder):
+    check_there(folder)
+    with write(folder) as writer:
         before = _size(folder)
         gone = _forget(folder, keep)
-        _tidy(folder)
+        _tidy(folder, writer.current)
         return gone, before - _size(folder)
 
 

@@ -1,0 +1,158 @@
+"""An index folder as a store makes and changes it: built from a source, edited, fitted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.cache_model import CacheModel
+from retrieval_tip.errors import InputError
+from retrieval_tip.fit import closed_form
+from retrieval_tip.fit.closed_form import Choice
+from retrieval_tip.fit.search_hp import Queries
+from retrieval_tip.index.items import Material, warn, warn_of
+from retrieval_tip.index.stores import Change
+from retrieval_tip.retrieval.defaults import measure
+from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
+from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
+from retrieval_tip.retrieval.vector_index import BY_CLASS
+from retrieval_tip.settings import Dtype, MetricName, ValuesName
+from retrieval_tip.store.labels import label_table
+from retrieval_tip.store.writer import Writer, write
+
+PAIRS = 1 << 26
+"""Largest number of affinities that an addition is checked with: half a second on two cores."""
+EFFORT = 16
+"""Lists to probe for nearly identical keys, which lie in the nearest one or beside it."""
+
+
+class FolderChange(Change):
+    """A :class:`CacheModel` that is to become the next version of its folder."""
+
+    def __init__(self, cache: CacheModel) -> None:
+        self._cache = cache
+
+    @property
+    def cache(self) -> CacheModel:
+        """The index, to be edited."""
+        return self._cache
+
+    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
+        """See :meth:`Change.rebuild`."""
+        self._cache.compact(index, dtype, again=True)
+
+    def refit(self, beta: float) -> Choice:
+        """See :meth:`Change.refit`."""
+        choice = closed_form.refit(self._cache, beta)
+        self._cache.solve()
+        return choice
+
+    def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
+        """See :meth:`Change.duplicates_of`."""
+        cache = self._cache
+        fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
+        # Other indexes compare with very many keys.
+        cheap = not (cache.metric or cache.index.by_class or cache.index.exact_search)
+        with cache.index.limited(EFFORT):
+            return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=cache.nearest if cheap else None)
+
+
+def create(folder: Path, made: Material) -> CacheModel:
+    """Build the next version of a folder: keys sorted by class in a file, then the index over them or their points."""
+    names, weights, templates, _ = made.words
+    asked = made.index or "Flat"
+    order = np.argsort(made.ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
+    with write(folder) as writer:
+        keys, kept, digests = _write_keys(writer, made, order)
+        order = order[kept]
+        ids, d, c = made.ids[order], keys.shape[1], len(names)
+        if weights is not None and weights.shape[1] != d:
+            raise InputError(
+                f"{made.source.name}: features of {d} values, but text weights of {weights.shape[1]}; "
+                "they have to come from the same backbone"
+            )
+        made.warn_of_bare(np.bincount(ids, minlength=c))
+        statistics = measure(keys, ids)
+        factory, met = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.dtype, c, made.device)
+        columns = made.columns(order, digests)
+        labels = label_table(
+            names,
+            ids,
+            columns.sources,
+            key_ids=order,
+            views=made.views,
+            digests=columns.digests,
+            extra=columns.extra,
+        )
+        warn_of(duplicates(keys, labels))
+        cache = CacheModel(
+            keys=keys,
+            labels=labels,
+            class_names=list(names),
+            text_weights=torch.zeros(c, d) if weights is None else torch.from_numpy(weights),
+            index=index_over(keys, ids, c, factory if made.fit is None else BY_CLASS, device="cpu"),
+            settings=made.asked.plain(statistics, met),
+            templates=templates,
+            backbone=made.backbone,
+            provenance=made.described(statistics),
+            built=made.built,
+        )
+        if made.fit is not None:
+            fitted = closed_form.fit(cache, metric=made.fit.metric, values=made.fit.values, factory=factory)
+            warn(fitted.warnings)
+        cache.commit(writer, "build")
+    return cache.on(made.device, "auto")
+
+
+def fit(
+    folder: Path,
+    metric: MetricName | None,
+    values: ValuesName | None,
+    queries: Callable[[AnsweringIndex], Queries] | None,
+) -> Choice:
+    """Fit the current version of a folder, and write the next one. See :meth:`Store.fit`."""
+    cache = CacheModel.load(folder, device="cpu")
+    judged_by = None if queries is None else queries(cache)
+    if cache.segments > 1:
+        cache.compact()
+    choice = closed_form.fit(cache, metric=metric, values=values, validation=judged_by)
+    cache.save(folder, "fit")
+    return choice
+
+
+def _write_keys(
+    writer: Writer, made: Material, order: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[str | None]]:
+    """Stream features into the keys' file; the keys, which of ``order`` they are, and their images' digests."""
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    blocks = made.blocks()
+    first = next(blocks)
+    shape = (len(order), first.features.shape[1])
+    staged, array = writer.stage_array("keys", shape, made.dtype)
+    present = np.zeros(len(order), dtype=bool)
+    digests: list[str | None] = [None] * len(order)
+    for block in itertools.chain([first], blocks):
+        rows = place[block.positions]
+        array[rows] = block.features
+        present[rows] = True
+        for row, digest in zip(rows.tolist(), block.digests, strict=True):
+            digests[row] = digest
+    kept = np.flatnonzero(present)
+    if len(kept) < len(order):  # images that could not be read leave no hole
+        whole, old = writer.stage_array("keys", (len(kept), shape[1]), made.dtype)
+        for start in range(0, len(kept), KEY_BLOCK):
+            old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]
+        writer.discard(staged)
+        staged, array = whole, old
+    array.flush()  # type: ignore[attr-defined]  # a memmap
+    del array
+    sealed = writer.seal("keys", staged, len(kept))
+    return np.load(sealed, mmap_mode="c"), kept, [digests[row] for row in kept]

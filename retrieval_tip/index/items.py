@@ -1,0 +1,215 @@
+"""What an index is built from: a labelled source, its classes and text weights, and what was asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retrieval_tip.backbones.base import Identity
+from retrieval_tip.backbones.prompts import mean_by_class
+from retrieval_tip.data.encoder import Encoder, FeatureBlock
+from retrieval_tip.data.feature_tables import read_features, table_identity
+from retrieval_tip.data.shots import few_shot
+from retrieval_tip.data.sources import Source, open_source
+from retrieval_tip.errors import InputError, counted, few
+from retrieval_tip.retrieval.defaults import Statistics, plain_settings
+from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates
+from retrieval_tip.settings import Built, Dtype, MetricName, Normalize, Norms, Settings, ValuesName
+from retrieval_tip.store.labels import LABEL_SCHEMA
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ItemColumns:
+    """Columns that a source has of its items, for the label store: sources, digests, and further ones."""
+
+    sources: pa.ChunkedArray
+    digests: list[str | None]
+    extra: pa.Table
+
+    @classmethod
+    def of(cls, items: pa.Table, digests: Sequence[str | None]) -> ItemColumns:
+        """Return the columns of a table of items; its own digests go before those of the images that were read."""
+        if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
+            digests = items["digest"].to_pylist()
+        extra = items.select([c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")])
+        return cls(items["source"], list(digests), extra)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> ItemColumns:
+        """Return the columns of some items."""
+        places = pa.array(rows)
+        return ItemColumns(self.sources.take(places), [self.digests[row] for row in rows], self.extra.take(places))
+
+
+class Words(NamedTuple):
+    """The classes in order, their text weights ``[c, d]``, the templates of the prompts, and where this comes from."""
+
+    class_names: Sequence[str]
+    weights: npt.NDArray[np.float32] | None
+    templates: list[str]
+    origin: str | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Settings as they were asked for: ``alpha`` and ``beta`` in units of ``form``, or neither."""
+
+    settings: Settings
+    alpha: float | None
+    beta: float | None
+    form: Normalize
+    keeps_k: bool
+
+    def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
+        """The settings, with alpha and beta in plain units, and ``met`` keys where nothing was said of these."""
+        alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
+        return self.settings.override(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
+
+
+class Fit(NamedTuple):
+    """A fit to the shots: its ``metric`` and ``values``, where these are not to be chosen."""
+
+    metric: MetricName | None
+    values: ValuesName | None
+
+
+@dataclass(frozen=True)
+class Material:
+    """Inputs of a build, the same for every store: items and their class ids ``[m]``, classes, and what was asked.
+
+    ``index`` is the type of the index, ``dtype`` that of the stored keys; ``fit`` is ``None`` for plain Tip-Adapter.
+    ``device`` is that of the classifier that is returned.
+    """
+
+    source: Source
+    encoder: Encoder
+    ids: npt.NDArray[np.int64]
+    words: Words
+    asked: Asked
+    shots: int | None
+    index: str | None
+    dtype: Dtype
+    fit: Fit | None
+    device: str
+
+    @property
+    def built(self) -> Built:
+        """The way it is built, for the manifest."""
+        drawn = self.shots is not None or self.encoder.views > 1
+        return Built(self.source.name, self.shots, self.encoder.seed if drawn else 1, self.encoder.views)
+
+    @property
+    def views(self) -> int:
+        """Views that a key is the mean of."""
+        return self.encoder.views if self.source.table is None else 1
+
+    @property
+    def backbone(self) -> Identity | None:
+        """The backbone of the features."""
+        return identity_of(self.source, self.encoder)
+
+    def blocks(self) -> Iterator[FeatureBlock]:
+        """Read the items, a block at a time. Raises InputError for features too large for the dtype."""
+        for block in self.encoder.blocks(self.source):
+            if np.abs(block.features).max() > np.finfo(self.dtype).max:
+                raise InputError(
+                    f"{self.source.name}: features hold values too large for {self.dtype}; use --dtype float32"
+                )
+            yield block
+
+    def columns(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> ItemColumns:
+        """Return the columns of some items, in this order, whose images have these digests."""
+        return ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
+
+    def described(self, statistics: Statistics | None) -> dict[str, object]:
+        """The provenance, with what is known when all items are read."""
+        views, asked = self.encoder.views, self.asked
+        return {
+            "source": self.source.name,
+            "dataset": self.source.dataset,
+            "shots": self.shots,
+            "seed": self.encoder.seed if self.shots is not None or views > 1 else None,
+            "views": views,
+            "text": self.words.origin,
+            "alpha": provenance_of(asked.alpha, asked.form),
+            "beta": provenance_of(asked.beta, asked.form),
+            "affinity_other_classes": None if statistics is None else [statistics.mean, statistics.std],
+            "skipped": [str(skipped) for skipped in self.encoder.skipped],
+        }
+
+    def warn_of_bare(self, counts: npt.NDArray[np.int64]) -> None:
+        """Warn of classes without a key, from the number of keys of each ``[c]``."""
+        if bare := [name for name, number in zip(self.words.class_names, counts, strict=True) if not number]:
+            log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
+
+
+def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
+    """Positions of the published draw of so many a class (:func:`shots.few_shot`), in the order of the source."""
+    rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
+    if rare:
+        have = counted(len(rare), "class", "has", "have")
+        log.warning("%s fewer than %d images, so some repeat: %s", have, shots, few(rare))
+    return np.sort(np.asarray(few_shot(ids.tolist(), shots, seed), dtype=np.int64))
+
+
+def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Class ids of the items of a source. Raises InputError for labels that are no class."""
+    position = {name: i for i, name in enumerate(class_names)}
+    labels = source.labels
+    unknown = sorted(set(labels) - position.keys())
+    if unknown:
+        raise InputError(f"{source.name}: labels without text weights: {few(unknown)}; add them to the text table")
+    return np.array([position[label] for label in labels], dtype=np.int64)
+
+
+def identity_of(source: Source, encoder: Encoder) -> Identity | None:
+    """The backbone that the features came from: the one in use, or the one that the table names."""
+    if encoder.backbone is not None:
+        return encoder.backbone.identity
+    return table_identity(source.table) if source.table is not None else None
+
+
+def read_text_table(
+    path: str | os.PathLike[str], norms: Norms = "check"
+) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
+    """Class names and text weights ``[c, d]`` of a table of text features, classes in order of first appearance.
+
+    Rows of one class are prompts of norm 1 (or scaled to it, unless ``norms`` is ``check``): averaged, then normalised.
+    Raises InputError where the table is none.
+    """
+    table = open_source(path)
+    if table.table is None:
+        raise InputError(f"{table.name}: has no column 'feature'; text weights are a feature table labelled by class")
+    features = np.concatenate(list(read_features(table.table, "check" if norms == "check" else "unit")))
+    rows: dict[str, list[int]] = {}
+    for row, label in enumerate(table.labels):
+        rows.setdefault(label, []).append(row)
+    means = [mean_by_class(features[None, own], [name])[0] for name, own in rows.items()]
+    return tuple(rows), np.stack(means)
+
+
+def provenance_of(given: float | None, form: str) -> str:
+    """The origin of a setting, in words."""
+    if given is not None:
+        return "given" if form == "none" else f"given as {given:g}, normalize {form}"
+    return "the paper's default" if form == "none" else f"default, normalize {form}"
+
+
+def warn_of(duplicates: Duplicates) -> None:
+    """Say which images are in two classes: one of the labels is wrong, or both are."""
+    warn(f"in two classes: {line}" for line in describe_duplicates(duplicates))
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Log these warnings."""
+    for line in lines:
+        log.warning("%s", line)

@@ -1,0 +1,208 @@
+"""A LanceDB table with objects beside it, as a store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.index.stores import Change, Store
+from retrieval_tip.lance.versions import LanceVersions
+from retrieval_tip.settings import Dtype, MetricName, Precision, ValuesName, Verify
+from retrieval_tip.store.manifest import Manifest
+
+if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import takes a second
+    from retrieval_tip.answering import AnsweringIndex
+    from retrieval_tip.fit.closed_form import Choice
+    from retrieval_tip.fit.search_hp import Queries
+    from retrieval_tip.index.items import Material
+    from retrieval_tip.lance.draft import LanceDraft
+    from retrieval_tip.lance.lance_model import LanceModel
+    from retrieval_tip.retrieval.duplicates import Duplicates
+
+FEW_KEYS = 8192
+"""Largest number of keys of a new store that are all compared for images in two classes."""
+
+
+class LanceStore(LanceVersions, Store):
+    """The versions of an index at an address: see :mod:`lance.versions`."""
+
+    look_every = 2.0
+
+    @property
+    def local(self) -> Path | None:  # type: ignore[override]  # which nobody sets
+        """The folder; ``None`` in a bucket."""
+        return self.address.local
+
+    def stamp(self) -> Hashable:
+        """See :meth:`Store.stamp`."""
+        return time.monotonic_ns()
+
+    def create(self, material: Material) -> LanceModel:
+        """Let keys stream into a table as they come; a fit may write it again, with their points."""
+        from retrieval_tip.index.items import warn, warn_of
+        from retrieval_tip.lance import shots
+        from retrieval_tip.lance.draft import LanceDraft, index_kind, labelled_blocks
+        from retrieval_tip.lance.key_table import FLAT
+        from retrieval_tip.retrieval.duplicates import duplicates
+
+        index = material.index or "auto"
+        index_kind(index)
+        with self.write() as writer:
+            names, weights, templates, _ = material.words
+            rows = labelled_blocks(material)
+            draft = LanceDraft.create(
+                writer, rows, names, weights, material.dtype, index if material.fit is None else FLAT
+            )
+            statistics = draft.statistics()
+            draft.settings = material.asked.plain(statistics, index_kind(index, draft.n, len(names))[1])
+            draft.templates, draft.backbone = templates, material.backbone
+            draft.provenance = material.described(statistics)
+            draft.built = replace(material.built, auto_index=draft.built.auto_index)
+            material.warn_of_bare(draft.classes.counts)
+            if draft.n <= FEW_KEYS:
+                kept = draft.keys_in_memory()
+                warn_of(duplicates(kept.keys, kept.labels))
+            if material.fit is not None:
+                warn(shots.fit(draft, material.fit.metric, material.fit.values, factory=index).warnings)
+            draft.commit("build")
+        return draft.opened(material.device)
+
+    def copy_from(self, model: AnsweringIndex, what: str) -> int:
+        """See :meth:`Store.copy_from`. What was fitted is kept; trained values and a trained encoder are not.
+
+        Raises InputError for these, and for solved values of too many keys (:meth:`LanceDraft.check_held`).
+        """
+        from retrieval_tip.lance.draft import LanceDraft, values_by_id
+
+        if (model.values is not None and model.fitted is None) or model.tuned is not None:
+            raise InputError(
+                f"{self}: a LanceDB store keeps no trained values and no trained encoder; keep this index in a folder"
+            )
+        assert model.next_key_id is not None
+        with self.write() as writer:
+            draft = LanceDraft.create(
+                writer,
+                model.stored_blocks(),
+                model.class_names,
+                model.text_weights.cpu().numpy(),
+                model.dtype,
+                metric=model.metric if model.values is None else None,  # of points that the table has
+            )
+            draft.settings, draft.templates, draft.backbone = model.settings, model.templates, model.backbone
+            draft.provenance, draft.metric, draft.fitted = model.provenance, model.metric, model.fitted
+            if model.values is not None:
+                draft.check_held(draft.n)
+                draft.hold(values_by_id(model.in_memory()))
+            draft.built = replace(model.built, auto_index=draft.built.auto_index)
+            draft.next_key_id = model.next_key_id
+            draft.commit(what)
+        return writer.number
+
+    def load(
+        self,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        verify: Verify | None = None,
+        version: int | None = None,
+    ) -> LanceModel:
+        """See :meth:`Store.load`. Products are float32; ``full`` checks every row, as :meth:`verify` does."""
+        from retrieval_tip.lance.lance_model import LanceModel, check
+
+        if precision not in ("auto", "float32"):
+            raise UsageError(f"precision {precision}: a LanceDB store multiplies in float32; leave it out")
+        if verify == "full":
+            self.opened(lambda manifest: check(self, manifest, set()), version)
+        return LanceModel.load(self, device=device, version=version)
+
+    @contextmanager
+    def change(self) -> Iterator[Change]:
+        """See :meth:`Store.change`."""
+        with self._draft() as (draft, change):
+            yield change
+            if change.what:
+                draft.commit(change.what)
+
+    @contextmanager
+    def _draft(self) -> Iterator[tuple[LanceDraft, LanceChange]]:
+        from retrieval_tip.lance.draft import LanceDraft
+
+        self.manifest()  # where there is no index, nothing is made
+        with self.write() as writer:
+            draft = LanceDraft.changing(writer)
+            yield draft, LanceChange(draft)
+
+    def fit(
+        self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
+    ) -> Choice:
+        """See :meth:`Store.fit`."""
+        from retrieval_tip.lance import shots
+
+        model = None if queries is None else self.load(device="cpu")
+        judged_by = None if queries is None or model is None else queries(model)
+        with self._draft() as (draft, _):
+            if model is not None and draft.version != model.version:
+                raise StoreError(f"{self}: was changed by another process meanwhile; try again")
+            choice = shots.fit(draft, metric, values, judged_by)
+            draft.commit("fit")
+        return choice
+
+    def tuned(self, manifest: Manifest) -> None:
+        """There is no trained encoder."""
+
+    def has_text(self, manifest: Manifest) -> bool:
+        """See :meth:`Store.has_text`."""
+        return bool(self.classes(manifest).text.any())
+
+    def next_key_id(self, manifest: Manifest) -> int:
+        """See :meth:`Store.next_key_id`."""
+        return manifest.next_key_id or 0
+
+    def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
+        """See :meth:`Store.read_labels`."""
+        return self.table(manifest).read(columns)
+
+    def verify(self) -> LanceModel:
+        """Check every row of the current version, that its parts fit together, and the objects of earlier ones."""
+        from retrieval_tip.lance.lance_model import verify
+
+        return verify(self)
+
+    def check(self, manifest: Manifest) -> None:
+        """See :meth:`Store.check`."""
+        from retrieval_tip.lance.lance_model import check
+
+        check(self, manifest, set())
+
+
+class LanceChange(Change):
+    """A :class:`LanceDraft` that is to become the next version."""
+
+    def __init__(self, draft: LanceDraft) -> None:
+        self._draft = draft
+
+    @property
+    def cache(self) -> LanceDraft:
+        """The index, to be edited."""
+        return self._draft
+
+    def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
+        """See :meth:`Change.rebuild`: every row is written again, without what was removed."""
+        self._draft.rewrite(index, dtype)
+
+    def refit(self, beta: float) -> Choice:
+        """See :meth:`Change.refit`."""
+        from retrieval_tip.lance import shots
+
+        return shots.refit(self._draft, beta)
+
+    def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
+        """See :meth:`Change.duplicates_of`. New keys are compared with the nearest ones and those of their images."""
+        return self._draft.duplicates_of(key_ids)
