@@ -177,14 +177,42 @@ def test_info_verify_and_query(run, small):
 def test_a_recipe_gives_settings_that_the_command_line_overrides(run, tmp_path):
     table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["cat", "dog"] * 3)
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f"source = {str(table)!r}\nout = {str(tmp_path / 'i')!r}\nalpha = 4.0\nbeta = 3.0\nk = 5\n")
+    recipe.write_text(
+        f"source = {str(table)!r}\nout = {str(tmp_path / 'i')!r}\nalpha = 4\nbeta = 3.5\nk = 'all'\nshots = 2\n"
+        "strict = true\nreduce = false\ndtype = 'float16'\ntemplate = []\nseed = 7\n"
+    )
     assert run("index", "build", "--recipe", recipe, "--beta", 9).exit_code == 0
     facts = json.loads(run("index", "info", tmp_path / "i", "--json").stdout)
-    assert (facts["alpha"], facts["beta"], facts["k"]) == (4, 9, 5)
-    recipe.write_text("nonsense = 1\n")
-    wrong = run("index", "build", "--recipe", recipe)
-    assert wrong.exit_code == 2
-    assert "unknown setting 'nonsense'" in wrong.stderr
+    assert (facts["alpha"], facts["beta"], facts["k"], facts["n"]) == (4, 9, "all", 4)
+    assert (facts["dtype"], facts["provenance"]["seed"]) == ("float16", 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("shots", ["0", "'many'", "[1]", "1e400", "2.0", "nan", "true", "1979-05-27", "{}", "99999999999999999999"]),
+        ("k", ["true", "1.5", "'some'", "-1", "2147483648", "10:00:00"]),
+        ("alpha", ["inf", "nan", "'1'", "false", "1e31", "-1", "0x" + "f" * 5000]),
+        ("strict", ["1", "'yes'", "[true]"]),
+        ("template", ["'a {}'", "[1]", "['a {}', ['b {}']]", "{a = 'b {}'}"]),
+        ("dtype", ["32", "'float8'", "['float16']", "2020-01-01T00:00:00Z"]),
+        ("root", ["1", '"a\\u0000b"', "true"]),
+        ("nonsense", ["1"]),
+        ("recipe", ["'another.toml'"]),
+    ],
+)
+def test_a_wrong_recipe_is_wrong_usage(run, tmp_path, name, values):
+    recipe = tmp_path / "recipe.toml"
+    for value in values:
+        recipe.write_text(f"{name} = {value}")
+        wrong = run("index", "build", tmp_path, "--out", tmp_path / "out", "--recipe", recipe)
+        assert wrong.exit_code == 2, value
+        assert name in wrong.stderr
+    for text in (b"shots", b"shots = 1\nshots = 2", b"\xff\xfe", b"a = " + b"[" * 3000, b"# " + b"x" * (1 << 20), None):
+        recipe.unlink() if text is None else recipe.write_bytes(text)
+        wrong = run("index", "build", tmp_path, "--out", tmp_path / "out", "--recipe", recipe)
+        assert wrong.exit_code == 2
+        assert "recipe.toml" in wrong.stderr
 
 
 def test_another_backbone_than_the_indexs_is_refused_with_both_named(run, shared, tmp_path):

@@ -27,7 +27,6 @@ from PIL import Image
 
 from retrieval_tip import CacheModel
 from retrieval_tip.backbones.base import Backbone, Identity
-from retrieval_tip.cli import output
 from retrieval_tip.cli import program as cli
 from retrieval_tip.cli.parameters import K
 from retrieval_tip.data.encoder import Encoder
@@ -500,81 +499,6 @@ def test_wrong_usage_is_refused(
     unchanged()
     arguments = [part.replace("{w}", str(world)).replace("{t}", str(tmp_path)) for part in case.arguments]
     check(run(*arguments), case.status, *case.words)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (b"", None),
-        (b"shots = 0", "shots"),
-        (b"shots = 'many'", "shots"),
-        (b"shots = [1]", "shots"),
-        (b"nonsense = 1", "nonsense"),
-        (b"shots", "recipe.toml"),
-        (b"shots = 1\nshots = 2", "recipe.toml"),
-        (b"\xff\xfe", "recipe.toml"),
-        (b"alpha = nan", "alpha"),
-        (b"k = 0", "-k"),
-        (b"factory = 'Nonsense'", "Nonsense"),
-        (b"norms = 'maybe'", "norms"),
-        (None, "recipe.toml"),
-        *[
-            (b"shots = " + value, "shots")
-            for value in (
-                b"1e400", b"1.5", b"2.0", b"nan", b"true", b"1979-05-27", b"{}", b"[]", b"99999999999999999999",
-            )
-        ],
-        *[(b"k = " + value, "k") for value in (b"true", b"1.5", b"'some'", b"-1", b"2147483648", b"10:00:00")],
-        *[
-            (b"alpha = " + value, "alpha")
-            for value in (b"inf", b"1e400", b"1979-05-27", b"'1'", b"false", b"1e31", b"-1", b"0x" + b"f" * 5000)
-        ],
-        *[(b"strict = " + value, "strict") for value in (b"1", b"0", b"'yes'", b"1.0", b"[true]")],
-        *[
-            (b"template = " + value, "template")
-            for value in (b"'a {}'", b"[1]", b"['a {}', ['b {}']]", b"[true]", b"{a = 'b {}'}")
-        ],
-        *[(b"dtype = " + value, "dtype") for value in (b"32", b"['float16']", b"2020-01-01T00:00:00Z")],
-        *[(b"root = " + value, "root") for value in (b"1", b"'a\\u0000b'".replace(b"'", b'"'), b"true")],
-        (b"recipe = 'another.toml'", "recipe"),
-        (b"shots = " + b"[" * 3000 + b"]" * 3000, "recipe.toml"),
-        (b"shots" + b".a" * 900 + b" = 1", "shots"),
-        (b"shots" + b".a" * 200_000 + b" = 1", "recipe.toml"),
-        (b"# " + b"x" * (1 << 20), "recipe.toml"),
-    ],
-    ids=lambda value: str(value)[:40],
-)  # fmt: skip
-def test_a_wrong_recipe_is_wrong_usage(
-    run: Run, world: Path, tmp_path: Path, text: bytes | None, words: str | None
-) -> None:
-    recipe = tmp_path / "recipe.toml"
-    if text is not None:
-        recipe.write_bytes(text)
-    result = run("index", "build", world / "train.parquet", "--out", tmp_path / "out", "--recipe", recipe)
-    if words is None:
-        check(result, 0)
-    else:
-        check(result, 2, words)
-        assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "folder"])
-def test_a_recipe_that_is_no_file_is_wrong_usage(run: Run, world: Path, tmp_path: Path, place: str) -> None:
-    recipe = Path(place) if place.startswith("/") else tmp_path / place
-    _make(recipe, place)
-    check(run("index", "build", world / "train.parquet", "--out", tmp_path / "out", "--recipe", recipe), 2, str(recipe))
-
-
-def test_every_type_of_toml_has_its_options(run: Run, world: Path, tmp_path: Path) -> None:
-    text = (
-        "shots = 2\nalpha = 3\nbeta = 2.5\nk = 'all'\nstrict = true\nreduce = false\ndtype = 'float16'\ntemplate = []\n"
-    )
-    text += f"seed = 7\nsource = '{world / 'train.parquet'}'"
-    (tmp_path / "recipe.toml").write_text(text)
-    check(run("index", "build", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "out"), 0)
-    facts = json.loads(run("index", "info", tmp_path / "out", "--json").stdout)
-    assert (facts["n"], facts["alpha"], facts["beta"], facts["k"]) == (6, 3, 2.5, "all")
-    assert (facts["dtype"], facts["provenance"]["seed"]) == ("float16", 7)
 
 
 # -- numbers without end, and messages without end --
@@ -1178,15 +1102,6 @@ def test_a_failure_midway_leaves_the_output_that_was_there(
     test = world / "test.parquet"
     result = run("classify", world / "index", test, tmp_path / "bad.parquet", "--format", style, "--output", tmp_path / "o")  # fmt: skip  # noqa: E501
     check(result, 1, "row 5")
-
-
-def test_a_pipe_that_nobody_reads_is_no_output(
-    run: Run, world: Path, tmp_path: Path, unchanged: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(output, "READER_WAIT", 0.1)
-    os.mkfifo(tmp_path / "pipe")
-    unchanged()
-    check(run(*command("classify", world, tmp_path, world / "test.parquet"), "--output", tmp_path / "pipe"), 1, "pipe")
 
 
 # -- inputs that are no files --

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import click
 
@@ -34,7 +33,7 @@ def about(place: object, what: str) -> None:
     click.echo(one_line(f"{show(str(place))}: {what}"))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as a table shows it."""
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -46,7 +45,7 @@ def shown(value: Any) -> str:
     return "-" if value is None else one_line(str(value))
 
 
-def print_facts(facts: Mapping[str, Any], width: int = 0) -> None:
+def print_facts(facts: Mapping[str, object], width: int = 0) -> None:
     """Print a line for each of these, on standard output, with the values below each other."""
     width = max(width, *map(len, facts))
     for name, value in facts.items():

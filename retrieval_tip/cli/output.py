@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +15,14 @@ import pyarrow as pa
 from wcwidth import wcswidth
 
 from retrieval_tip.data.tables import parquet_writer, row_groups_of
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, first_line, json_line, one_line
+from retrieval_tip.errors import RetrievalTipError, UsageError, first_line, json_line, one_line
 from retrieval_tip.files import replacing
 from retrieval_tip.predictions import rows_of, shown_probability
 
 FORMATS = ("table", "json", "csv", "parquet")
 CHUNK = 1024
-READER_WAIT, READER_POLL = 10.0, 0.05
-"""Seconds that the reader of a pipe that is named as output is waited for, and between two looks."""
 WIDE = 200
-"""Characters of a cell that the others of its column are aligned with, at most; a longer one moves its own line."""
+"""Most characters of a cell that others of its column are aligned with; a longer one moves only its own line."""
 
 Row = Mapping[str, Any]
 Details = Callable[[Row], Iterable[str]]
@@ -204,30 +200,13 @@ def _target(path: Path | None) -> Iterator[IO[bytes]]:
         target.flush()
         return
     if path.exists() and not path.is_file() and not path.is_dir():  # a device or pipe is not replaced
-        with _opened(path) as file:
+        with path.open("wb") as file:
             yield file
         return
     with replacing(path) as temporary, temporary.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """A device or pipe to write to. Raises InputError for a pipe that nobody comes to read."""
-    ends = time.monotonic() + (READER_WAIT if path.is_fifo() else 0)
-    while True:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            break
-        except OSError as error:
-            if error.errno != errno.ENXIO or not path.is_fifo():
-                raise
-            if time.monotonic() >= ends:
-                raise InputError(f"{one_line(str(path))}: a pipe that nobody reads; start its reader first") from None
-            time.sleep(READER_POLL)
-    os.set_blocking(descriptor, True)
-    return os.fdopen(descriptor, "wb")
 
 
 def _cell(value: object, column: str) -> str:

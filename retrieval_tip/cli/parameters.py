@@ -36,19 +36,21 @@ class Folder(click.Path):
         return super().convert(value, param, ctx)
 
 
-class IndexType(click.ParamType[Any]):
+class IndexType(click.ParamType[Path | str]):
     """An index: a folder, or an address."""
 
     name = "DIR|lance://PATH|s3://..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         """The folder's path, or the address."""
-        address = parse(str(value))
-        if address is None and Path(value).is_file():
+        address, path = parse(str(value)), Path(str(value))
+        if address is None and path.is_file():
             self.fail(f"{value}: is a file; the index comes first, and is a folder (index list shows them)", param, ctx)
-        return address or Path(value)
+        return address or path
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
         """Folders."""
         return [click.shell_completion.CompletionItem(incomplete, type="dir")]
 
@@ -82,7 +84,7 @@ SOURCE = SourceType(path_type=Path)
 OUTPUT = Output(path_type=Path, dir_okay=False)
 
 
-class K(click.ParamType[Any]):
+class K(click.ParamType[int | Literal["all"]]):
     """A number of keys, or ``all``."""
 
     name = "N|all"
@@ -90,12 +92,12 @@ class K(click.ParamType[Any]):
     def __init__(self, kind: str = "") -> None:
         self.most = MOST.get(kind, MANY)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
         """The number, 1 or more, or ``all``."""
         if value == "all":
             return "all"
         try:
-            number = int(value)
+            number = int(str(value))
         except ValueError:
             number = 0
         if not 1 <= number <= self.most:
@@ -148,7 +150,7 @@ class Number(_Ranged, click.FloatRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""
-        number = float(super().convert(value, param, ctx))
+        number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"{value!r} is not a number", param, ctx)
         return number
@@ -159,7 +161,7 @@ class Size(click.ParamType[int]):
 
     name = "N(MB|GB|TB)"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The bytes."""
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])B?", str(value), re.IGNORECASE | re.ASCII)
         size = 0 if match is None else int(float(match[1]) * 1000 ** (2 + "MGT".index(match[2].upper())))
@@ -168,12 +170,14 @@ class Size(click.ParamType[int]):
         return size
 
 
-class Abstaining(click.ParamType[Any]):
+class Abstaining(click.ParamType[float | Literal["auto"]]):
     """A probability, or ``auto``."""
 
     name = "P|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | Literal["auto"]:
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | Literal["auto"]:
         """The probability, or ``auto``."""
         return "auto" if value == "auto" else SHARE.convert(value, param, ctx)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -52,34 +52,55 @@ PLAIN = METHODS[:-2]
 
 LINEAR = {"class-means": class_means, "linear-probe": linear_probe}
 
-SCHEMA = pa.schema(
-    [
-        ("keys", pa.string()),
-        ("test", pa.string()),
-        ("method", pa.string()),
-        ("protocol", pa.string()),
-        ("shots", pa.int64()),
-        ("seed", pa.int64()),
-        ("top1", pa.float64()),
-        ("top5", pa.float64()),
-        ("n", pa.int64()),
-        ("alpha", pa.float64()),
-        ("beta", pa.float64()),
-        ("k", pa.int64()),
-        ("chosen_on", pa.string()),
-        ("seconds", pa.float64()),
-        ("parameters_trained", pa.int64()),
-        ("peak_memory", pa.int64()),
-        ("backbone", pa.string()),
-        ("at", pa.string()),
-    ]
-)
-"""One row a run; ``k`` 0 is all; alpha, beta and k are null of a method that has none; ``seconds`` choosing and
-answering, without encoding; ``peak_memory`` of the process in bytes so far; ``keys`` the digest of the keys that shots
-are drawn from."""
 
-RUN = ("keys", "test", "method", "protocol", "shots", "seed")
-"""What tells one run from another."""
+class Run(TypedDict):
+    """A row of the table of runs.
+
+    ``keys`` is the digest of the keys that shots are drawn from. ``k`` 0 is all; alpha, beta and k are ``None`` for a
+    method that has none. ``seconds`` are those of choosing and answering, without encoding; ``peak_memory`` is that of
+    the process so far, in bytes.
+    """
+
+    keys: str
+    test: str
+    method: Method
+    protocol: Protocol
+    shots: int
+    seed: int
+    top1: float
+    top5: float
+    n: int
+    alpha: float | None
+    beta: float | None
+    k: int | None
+    chosen_on: str
+    seconds: float
+    parameters_trained: int
+    peak_memory: int
+    backbone: str | None
+    at: str
+
+
+def _arrow(kind: object) -> pa.DataType:
+    kinds = (kind, *get_args(kind))  # of an optional one too
+    return pa.int64() if int in kinds else pa.float64() if float in kinds else pa.string()
+
+
+SCHEMA = pa.schema((name, _arrow(kind)) for name, kind in get_type_hints(Run).items())
+
+Told = tuple[str, str, Method, Protocol, int, int]
+"""What tells one run from another: keys, test, method, protocol, shots and seed."""
+
+
+class Summary(TypedDict):
+    """Mean top-1 of a method over ``seeds``, and ``half`` the width of its 95 % interval; ``None`` for one seed."""
+
+    method: Method
+    shots: int
+    seeds: int
+    top1: float
+    half: float | None
+
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; beyond, the normal 1.96 is near enough."""
@@ -107,7 +128,7 @@ def sweep(
     protocol: Protocol = "honest",
     scales: tuple[float, float] = PAPER_SCALES,
     views: tuple[Source, Encoder] | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Run]:
     """Run what is not yet in ``results`` and write it there, run by run; yields every row asked for, old or new.
 
     Shots are drawn from the keys of ``pool`` by the published rule, in the order that the images had. ``honest``
@@ -130,7 +151,7 @@ def sweep(
         raise UsageError("method tip-adapter-f: needs the images of the pool, or a table of their views")
     pool, path = closed_form.unfitted(pool), Path(results)
     rows = read_results(path) if path.exists() else []
-    done = {tuple(row[name] for name in RUN): row for row in rows}
+    done: dict[Told, Run] = {_told(row): row for row in rows}
     for number in shots:
         for seed in seeds:
             drawn: CacheModel | None = None
@@ -171,7 +192,7 @@ def draw(pool: CacheModel, shots: int, seed: int) -> CacheModel:
     return drawn.with_settings(drawn.settings.override(alpha=alpha, beta=beta))
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
+def read_results(path: Path) -> list[Run]:
     """Rows of a table of runs. Raises InputError where it is none."""
     try:
         check_regular(path)
@@ -181,19 +202,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
     if table.schema.names != SCHEMA.names:
         raise InputError(f"{path}: not a table of runs; give another --results")
-    rows: list[dict[str, Any]] = table.to_pylist()
+    rows: list[Run] = table.to_pylist()
     return rows
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean top-1 over the seeds of each method and number of shots, with half the width of its 95 % interval.
-
-    The interval is Student's t over seeds; ``None`` for a single seed.
-    """
-    groups: dict[tuple[str, int], list[float]] = {}
+def summary(rows: Sequence[Run]) -> list[Summary]:
+    """Summarise each method and number of shots over the seeds, by Student's t."""
+    groups: dict[tuple[Method, int], list[float]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["shots"]), []).append(row["top1"])
-    lines = []
+    lines: list[Summary] = []
     for (method, shots), values in groups.items():
         seeds = len(values)
         half = None
@@ -253,33 +271,44 @@ def _fine_tune(
     return tuned.cache, "nothing" if val is None else val.name
 
 
+def _told(row: Run) -> Told:
+    return row["keys"], row["test"], row["method"], row["protocol"], row["shots"], row["seed"]
+
+
 def _row(
-    run: tuple[Any, ...],
+    run: Told,
     answering: CacheModel | Linear,
     chosen_on: str,
     test: Items,
     start: float,
     backbone: Identity | None,
-) -> dict[str, Any]:
+) -> Run:
     """What is written of a run that began at ``start``, by the performance counter."""
-    figures = _answer(answering, test)
-    settings = answering.settings if isinstance(answering, CacheModel) else None
-    row = dict(zip(RUN, run, strict=True))
-    return (
-        row
-        | figures
-        | {
-            "alpha": settings and settings.alpha,
-            "beta": settings and settings.beta,
-            "k": settings and (settings.k or 0),
-            "chosen_on": chosen_on,
-            "seconds": time.perf_counter() - start,
-            "parameters_trained": _trained(answering, row["method"]),
-            "peak_memory": _peak_memory(),
-            "backbone": str(backbone) if backbone else None,
-            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-    )
+    top1, top5 = _answer(answering, test)
+    alpha = beta = k = None
+    if isinstance(answering, CacheModel):
+        alpha, beta, k = answering.settings.alpha, answering.settings.beta, answering.settings.k or 0
+    keys, name, method, protocol, shots, seed = run
+    return {
+        "keys": keys,
+        "test": name,
+        "method": method,
+        "protocol": protocol,
+        "shots": shots,
+        "seed": seed,
+        "top1": top1,
+        "top5": top5,
+        "n": len(test.ids),
+        "alpha": alpha,
+        "beta": beta,
+        "k": k,
+        "chosen_on": chosen_on,
+        "seconds": time.perf_counter() - start,
+        "parameters_trained": _trained(answering, method),
+        "peak_memory": _peak_memory(),
+        "backbone": str(backbone) if backbone else None,
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _trained(answering: CacheModel | Linear, method: Method) -> int:
@@ -289,13 +318,12 @@ def _trained(answering: CacheModel | Linear, method: Method) -> int:
     return answering.keys.size if method == "tip-adapter-f" and isinstance(answering, CacheModel) else 0
 
 
-def _answer(answering: CacheModel | Linear, test: Items) -> dict[str, Any]:
-    """top1, top5 and n of the test items."""
+def _answer(answering: CacheModel | Linear, test: Items) -> tuple[float, float]:
+    """top1 and top5 of the test items."""
     logits = answering.logits(test.features)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
     hits = ranked == torch.from_numpy(test.ids)[:, None]
-    top1, top5 = float(hits[:, 0].double().mean()), float(hits.any(dim=1).double().mean())
-    return {"top1": top1, "top5": top5, "n": len(test.ids)}
+    return float(hits[:, 0].double().mean()), float(hits.any(dim=1).double().mean())
 
 
 def _peak_memory() -> int:

@@ -343,12 +343,12 @@ def _over_shots(judged: Judged) -> dict[str, Any]:
     return {"plot": Plot(svg, caption), "rows": rows}
 
 
-def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[sweep.Method]) -> list[dict[str, Any]]:
+def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[sweep.Method]) -> list[sweep.Run]:
     """The runs of a sweep over draws of the index's own keys."""
     counts = {number for number in judged.cache.counts if number}
     test = sweep.Items(judged.features, judged.answers.truth, judged.test.name)
     total, quiet = len(numbers) * judged.seeds * len(methods), None if judged.encoder.progress else True
-    runs = []
+    runs: list[sweep.Run] = []
     pool = closed_form.unfitted(judged.cache)  # once, not for each number
     with tempfile.TemporaryDirectory() as place, tqdm(total=total, unit="draw", disable=quiet, leave=False) as bar:
         for number in numbers:
