@@ -30,7 +30,6 @@ from hypothesis import settings
 
 from retrieval_tip import CacheModel, errors
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.backbones import open_clip as backbone
 from retrieval_tip.backbones import tower
 from retrieval_tip.backbones.base import Backbone, Identity
 from retrieval_tip.cli import main
@@ -143,25 +142,6 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = for_all(tmp_path_factory, "encodings")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def hashed_once() -> Iterator[None]:
-    """The weights of a shared model, which nobody changes, are hashed once, not by every command that asks for them."""
-    known: dict[tuple[Path, str], bool] = {}
-    real = backbone.lies_in
-
-    def lies_in(folder: Path, identity: Identity) -> bool:
-        if not folder.resolve().is_relative_to(SHARED.resolve()):
-            return real(folder, identity)
-        key = folder.resolve(), repr(identity)
-        if key not in known:
-            known[key] = real(folder, identity)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "lies_in", lies_in)
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

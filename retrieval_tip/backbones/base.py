@@ -1,4 +1,4 @@
-"""What a backbone is: something that turns pictures, and where it can sentences, into features."""
+"""The protocols of backbones, which turn pictures, and some of them sentences, into features."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Identity:
-    """Which backbone made a feature, enough to refuse another one.
+    """The backbone that made a feature.
 
-    ``model`` and ``pretrained`` say how to load it; ``weights`` (digest over every tensor), ``config`` (digest of the
-    architecture) and ``preprocess`` say what it is. The same weights from a tag and from a file are the same backbone.
+    ``model`` and ``pretrained`` are the names to load it by. ``weights`` (digest over every tensor), ``config`` (digest
+    of the architecture) and ``preprocess`` identify it: the same weights from a tag and a file are the same backbone.
     """
 
     model: str
     pretrained: str | None
     weights: str
     config: str
-    preprocess: Mapping[str, Any]
+    preprocess: Mapping[str, Any]  # JSON
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that agree exactly where features can be compared."""
+        """Sixteen hex digits, equal if and only if features can be compared."""
         what = {"weights": self.weights, "config": self.config, "preprocess": dict(self.preprocess)}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         return f"{self.model}{f'/{self.pretrained}' if self.pretrained else ''} ({self.fingerprint})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in manifests and feature tables."""
+    def to_dict(self) -> dict[str, object]:
+        """Return the entry of manifests and feature tables."""
         return asdict(self) | {"preprocess": dict(self.preprocess), "fingerprint": self.fingerprint}
 
     @classmethod
     def from_dict(cls, data: object) -> Identity:
-        """The inverse of :meth:`to_dict`. Raises BackboneError where a part is missing or of the wrong type."""
+        """Read an entry by :meth:`to_dict`. Raises BackboneError if a part is missing or of the wrong type."""
         if not isinstance(data, Mapping):
             raise BackboneError("backbone: not an object")
         kinds = {"model": str, "pretrained": (str, type(None)), "weights": str, "config": str, "preprocess": Mapping}
@@ -68,17 +68,17 @@ class Identity:
 
 
 def view_size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of a view, of what an identity says of how pictures are prepared."""
+    """Return height and width of a view by an identity's ``preprocess``."""
     size = preprocess["size"]
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 class Backbone(Protocol):
-    """An image encoder, with a text encoder beside it or without, as who only needs its features sees it."""
+    """An image encoder, perhaps with a text encoder, whose features are all that is used."""
 
     @property
     def identity(self) -> Identity:
-        """Which one it is."""
+        """Which backbone this is."""
 
     @property
     def dim(self) -> int:
@@ -86,7 +86,7 @@ class Backbone(Protocol):
 
     @property
     def has_text(self) -> bool:
-        """Whether it encodes sentences too; without, the photographs alone tell the classes apart."""
+        """Whether it encodes sentences; if not, photos alone tell the classes apart."""
 
     @property
     def logit_scale(self) -> float:
@@ -94,36 +94,36 @@ class Backbone(Protocol):
 
     @property
     def precision(self) -> str:
-        """``float32``, or the autocast dtype: part of what an encoding is cached under."""
+        """``float32``, or the autocast dtype: a part of the key of a cached encoding."""
 
     @property
     def batch_size(self) -> int:
-        """How many views it encodes best at a time, on the device that it is on."""
+        """Number of views that it encodes fastest at a time on its device."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """An RGB picture as the model's own centre view, ``[3, h, w]`` float32."""
+        """Return the model's centre view ``[3, h, w]`` float32 of an RGB picture."""
 
     def view(self, image: Image.Image, seed: str) -> torch.Tensor:
-        """An augmented view, ``[3, h, w]`` float32; the same picture and seed give the same view."""
+        """Return an augmented view ``[3, h, w]`` float32, determined by picture and seed."""
 
     def encode_images(self, pixels: torch.Tensor) -> FloatArray:
-        """Raw features ``[b, d]`` of views ``[b, 3, h, w]``: not normalised, so that views can be averaged first."""
+        """Return raw features ``[b, d]`` of views ``[b, 3, h, w]``, not normalised, so that views can be averaged."""
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
-        """Raw features ``[t, d]`` of sentences. Raises UsageError where there is no text encoder."""
+        """Return raw features ``[t, d]`` of sentences. Raises UsageError without a text encoder."""
 
 
 class Trainable(Backbone, Protocol):
-    """A backbone whose towers, ``visual`` and ``text``, can be trained and stored apart from their base.
+    """A backbone whose towers, ``visual`` and ``text``, can be trained and stored.
 
     Every method that takes parts raises UsageError for another name.
     """
 
     def copy_to_train(self) -> Trainable:
-        """A copy, in a precision in which small gradients do not vanish."""
+        """Return a copy in a precision in which small gradients do not vanish."""
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """The parameters of one tower, in the model's order; the logit scale and bias belong to neither."""
+        """Return the parameters of one tower in the model's order, without logit scale and bias."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -134,29 +134,28 @@ class Trainable(Backbone, Protocol):
         """Its image tower as a module, ``[b, 3, h, w]`` to raw features ``[b, d]``, on the backbone's device."""
 
     def training(self, parts: Sequence[str]) -> AbstractContextManager[list[torch.nn.Parameter]]:
-        """Within it, the parameters of ``parts``, which it gives, take gradients; behind it, none does."""
+        """Enable gradients for the parameters of ``parts``, yield them, and disable them on exit."""
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, on the backbone's device, with gradient."""
+        """Return raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, on the backbone's device, with gradient."""
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Raw features ``[t, d]`` float32 of sentences, on the backbone's device, with gradient."""
+        """Return raw features ``[t, d]`` float32 of sentences, on the backbone's device, with gradient."""
 
     def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """A copy of every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
+        """Copy every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put the tensors of whole towers, as :meth:`tuned` gives them, in place of the model's own.
+        """Replace the tensors of whole towers by those of :meth:`tuned`; the identity follows.
 
-        The backbone is then another one: its identity follows its weights. Raises BackboneError naming the tensor
-        that is unknown, missing, or of another shape or type; then nothing was changed.
+        Raises BackboneError naming a tensor that is unknown, missing, or of another shape or type, and changes nothing.
         """
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:
-    """Rows scaled to length 1, ``[m, d]`` float32: the one place where features are normalised.
+    """Scale rows ``[m, d]`` to length 1, float32: the one place where features are normalised.
 
-    Raises InputError naming the row where a feature is zero or not finite.
+    Raises InputError naming the row of a feature that is zero or not finite.
     """
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     bad = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
@@ -167,9 +166,9 @@ def unit(features: FloatArray, what: str = "feature") -> FloatArray:
 
 
 def resolve_device(device: str = "auto") -> str:
-    """``auto`` to ``cuda`` where there is a GPU that torch can use, else ``cpu``.
+    """Resolve ``auto`` to ``cuda`` if torch can use a GPU, else to ``cpu``, with a warning if there is a GPU.
 
-    A GPU that ``auto`` passes over is told of in a warning, once. Raises UsageError for a device that is not here.
+    Raises UsageError for a device that does not exist.
     """
     import torch
 
@@ -191,7 +190,7 @@ def resolve_device(device: str = "auto") -> str:
 
 
 def _unusable() -> str | None:
-    """Why torch cannot use a GPU: empty where there is none, ``None`` where it can."""
+    """Say why torch cannot use a GPU: ``""`` if there is none, ``None`` if it can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -201,24 +200,30 @@ def _unusable() -> str | None:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
         return f"there is a GPU, but torch, built for {build}, does not find it: its driver may be too old"
     major, minor = torch.cuda.get_device_capability()
-    built = [re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[a-z]?", arch) for arch in torch.cuda.get_arch_list()]
-    known = [(kind, int(m), int(n)) for kind, m, n in (match.groups() for match in built if match)]
+    if runs_on((major, minor), torch.cuda.get_arch_list()):
+        return None
+    return f"there is a GPU (sm_{major}{minor}), but torch was not built for it"
+
+
+def runs_on(capability: tuple[int, int], arches: Sequence[str]) -> bool:
+    """Tell whether torch, built for ``arches`` (``sm_86``, ``compute_90``), runs on a GPU of this capability."""
+    major, minor = capability
+    matches = [re.fullmatch(r"(sm|compute)_([0-9]+)([0-9])[a-z]?", arch) for arch in arches]
+    known = [(kind, int(m), int(n)) for kind, m, n in (match.groups() for match in matches if match)]
     runs = any((major == m and minor >= n) if kind == "sm" else (major, minor) >= (m, n) for kind, m, n in known)
-    if known and not runs:
-        return f"there is a GPU (sm_{major}{minor}), but torch was not built for it"
-    return None
+    return runs or not known
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a backbone runs: its ``device``, its ``precision``, and the ``runtime`` that encodes images on a CPU."""
+    """Device and precision of a backbone, and the ``runtime`` that encodes images on a CPU."""
 
     device: str = "auto"
     precision: Precision = "auto"
     runtime: Runtime = "auto"
 
     def resolved(self) -> Execution:
-        """With device and precision as what ``auto`` stands for. Raises UsageError for what there is not."""
+        """Replace ``auto`` by a device and a precision. Raises UsageError for one that does not exist."""
         device = resolve_device(self.device)
         check_choice("precision", self.precision, Precision)
         check_choice("runtime", self.runtime, Runtime)

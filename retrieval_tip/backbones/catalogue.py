@@ -1,4 +1,4 @@
-"""The backbones that there are: their names as people spell them, their tags, their sizes, and what is here already."""
+"""The list of backbones: their names and spellings, tags, sizes, and whether their weights are cached."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import shlex
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import BackboneError, UsageError, counted, first_line
@@ -23,7 +21,7 @@ from retrieval_tip.errors import BackboneError, UsageError, counted, first_line
 log = logging.getLogger(__name__)
 
 DEFAULT = "ViT-B-32"
-"""The backbone where none is named: its recommended weights have 69 % of ImageNet by words alone, in 0.6 GB."""
+"""Default backbone: its recommended weights reach 69 % on ImageNet by text alone, in 0.6 GB."""
 
 SHORT = {
     "clip": "ViT-B-32",
@@ -34,7 +32,7 @@ SHORT = {
     "dinov3": "timm:vit_small_patch16_dinov3.lvd1689m",
     "efficientnet": "timm:tf_efficientnet_lite0.in1k",
 }
-"""Short names of backbones that are a good start, and their names."""
+"""Short names of backbones to start with."""
 
 _ELSEWHERE = {
     "openai/clip-vit-base-patch32": ("ViT-B-32", "openai"),
@@ -45,33 +43,33 @@ _ELSEWHERE = {
     "dinov2_vitb14": ("timm:vit_base_patch14_dinov2.lvd142m", None),
     "dinov2_vitl14": ("timm:vit_large_patch14_dinov2.lvd142m", None),
 }
-"""Names that the same weights have in other libraries."""
+"""Names of the same weights in other libraries."""
 
 _FIRST = ("datacomp_xl", "datacomp_s34b", "laion2b_s34b", "laion2b_s32b", "laion2b", "webli", "openai")
-"""Beginnings of tags, best first: trained the longest on the most of what is openly licensed."""
+"""Beginnings of tags, best first: trained the longest on the most openly licensed data."""
 
 NEAR, ALIKE = 8, 0.6
-"""Names that a message offers, and how alike they have to be, of 1 (``difflib.get_close_matches``)."""
+"""Number of names in a message, and how alike they must be (``difflib.get_close_matches``)."""
 
 ANSWER = 2.5
-"""Seconds that the hub has to answer before weights are fetched."""
+"""Seconds to wait for an answer of the hub."""
 
 _DEMO = "build/demo/efficientnet-lite0.pth"
 DEMO = (Path(_DEMO), Path(_DEMO).relative_to("build/demo"), Path(__file__).parents[2] / _DEMO)
-"""Places of the encoder that ``benchmarks/demo.py`` fetches: its folder, the current one, an installed clone."""
+"""Places of the encoder of ``benchmarks/demo.py``: its folder, the current one, an installed clone."""
 
 LARGEST_LIST = 200
-"""Backbones of which the size is computed for a list: each takes a twentieth of a second."""
+"""Longest list with sizes: each takes a twentieth of a second to compute."""
 
 _QUIET = threading.RLock()
 
 
 def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | None]:
-    """Model and weights by the names under which they are loaded, however they were spelled.
+    """Return the names by which model and weights are loaded, however they were spelled.
 
     ``ViT-B/32`` and ``vit-b-32`` are ``ViT-B-32``, ``ViT-L/14@336px`` is ``ViT-L-14-336``, ``clip`` is
     ``SHORT["clip"]``, ``openai/clip-vit-base-patch32`` is ``ViT-B-32`` with ``openai``, ``timm/NAME`` is ``timm:NAME``.
-    What nobody knows is returned as it is.
+    Unknown names are returned unchanged.
     """
     model = model or DEFAULT
     if model.startswith(("local-dir:", "hf-hub:", "hf:", "timm:")):
@@ -90,7 +88,7 @@ def named(model: str | None, pretrained: str | None = None) -> tuple[str, str | 
 
 
 def _plain(name: str) -> str:
-    """A name without what people spell differently."""
+    """Normalise a name: people spell case and separators differently."""
     return re.sub(r"[-_/@ ]+", "-", name.lower().removesuffix("px"))
 
 
@@ -102,12 +100,12 @@ def _architectures() -> tuple[str, ...]:
 
 
 def has(model: str) -> bool:
-    """Whether a name is an architecture of open_clip."""
+    """Tell whether a name is an architecture of open_clip."""
     return model in _architectures()
 
 
 def unknown(model: str) -> UsageError:
-    """The error for a name that is no architecture of open_clip, with the names near it."""
+    """Make the error for a name that open_clip does not know, with similar names."""
     import timm
 
     text = f"model {model!r}: not an open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO"
@@ -120,14 +118,14 @@ def unknown(model: str) -> UsageError:
 
 
 def unknown_timm(model: str) -> UsageError:
-    """The error for a name that timm does not know, with the names near it."""
+    """Make the error for a name that timm does not know, with similar names."""
     import timm
 
     return UsageError(f"model 'timm:{model}': timm has no such model" + _offer(model, timm.list_models(), "timm:"))
 
 
 def _offer(model: str, names: Sequence[str], prefix: str = "") -> str:
-    """The names that have every part of this one in them, and those that are spelled nearly so."""
+    """List names that contain every part of this one, and names spelled similarly."""
     plain, asked = {_plain(name): name for name in names}, _plain(model)
     whole = sorted((name for name in plain if all(part in name for part in asked.split("-"))), key=len)
     near = [*dict.fromkeys([*whole, *difflib.get_close_matches(asked, list(plain), NEAR, ALIKE)])][:NEAR]
@@ -135,7 +133,7 @@ def _offer(model: str, names: Sequence[str], prefix: str = "") -> str:
 
 
 def recommended(model: str) -> str | None:
-    """The tag of an architecture of open_clip that is taken where none is named; ``None`` where it has no tags."""
+    """Return the default tag of an architecture of open_clip; ``None`` if it has no tags."""
     import open_clip
 
     tags: list[str] = open_clip.list_pretrained_tags_by_model(model)
@@ -143,7 +141,7 @@ def recommended(model: str) -> str | None:
 
 
 def timm_tags(architecture: str) -> list[str]:
-    """The tags of a model of timm, its own default first."""
+    """Return the tags of a model of timm, its own default first."""
     import timm
 
     return [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
@@ -151,9 +149,9 @@ def timm_tags(architecture: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Named:
-    """A backbone that can be named: its tags, the recommended one first, and the bytes of its weights in float32.
+    """A row of the list of backbones: tags, the recommended one first, and bytes of the weights in float32.
 
-    ``cached``: whether the recommended weights are on this machine already.
+    ``cached``: whether the recommended weights are on this machine.
     """
 
     model: str
@@ -164,9 +162,9 @@ class Named:
 
 
 def search(word: str = "") -> list[Named]:
-    """The backbones whose name or tags have this word in them, in whatever spelling; by default those of ``SHORT``.
+    """List the backbones whose name or tags contain a word, in any spelling; by default those of ``SHORT``.
 
-    Raises UsageError where there is none, with the names near it.
+    Raises UsageError with similar names if there is none.
     """
     import timm
 
@@ -205,9 +203,9 @@ def _described(name: str, *, sized: bool = True) -> Named:
 
 
 def _bytes(name: str) -> int | None:
-    """Bytes of the parameters in float32, counted on a model that has none in memory.
+    """Count the bytes of the parameters in float32 on a model without memory; nothing is fetched.
 
-    ``None`` where the model cannot be made, as where what describes its text tower lies on a hub: nothing is fetched.
+    Returns ``None`` if the model cannot be made, for example if the configuration of its text tower is on a hub.
     """
     import open_clip
     import timm
@@ -220,7 +218,7 @@ def _bytes(name: str) -> int | None:
     try:
         with quiet(), torch.device("meta"):
             if name.startswith("timm:"):
-                model: Any = timm.create_model(name.removeprefix("timm:"), num_classes=0)
+                model = timm.create_model(name.removeprefix("timm:"), num_classes=0)
             else:
                 model = open_clip.create_model(name, device="meta", load_weights=False)
     except Exception as error:  # whatever it is, the model can be named all the same
@@ -230,11 +228,11 @@ def _bytes(name: str) -> int | None:
 
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-"""Files that open_clip and timm look for on a hub, in this order."""
+"""Files of weights in the order in which open_clip and timm look for them."""
 
 
 def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
-    """Whether one of these files of a repository of the hub, by default its weights, is on this machine."""
+    """Tell whether one of these files of a repository, by default its weights, is on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repository, file) for file in files] if repository else []
@@ -242,7 +240,7 @@ def is_cached(repository: str | None, files: Sequence[str] = WEIGHTS) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Why weights could not be had, on one line, without the advice of the hub."""
+    """Return the reason of an error of the hub on one line, without its advice."""
     said = first_line(error).rpartition("Last error: ")[2]
     silent = ("locate the file on the Hub", "connect to 'https://huggingface.co'", "reach https://huggingface.co")
     return "huggingface.co does not answer" if any(words in said for words in silent) else said
@@ -259,10 +257,7 @@ def check_code(model: str, error: Exception) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep open_clip, transformers and the hub from logging, warning and asking questions inside the context.
-
-    What this package says meanwhile, in another thread, is still said.
-    """
+    """Silence open_clip, transformers and the hub inside the context; this package's messages still appear."""
     ours = logging.getLogger("retrieval_tip")
     with _QUIET, _unasked():
         loggers = [ours, *map(logging.getLogger, (None, "huggingface_hub", "transformers"))]
@@ -299,7 +294,7 @@ def _unasked() -> Iterator[None]:
 
 
 def ask_hub(repository: str) -> None:
-    """Say how large the weights of a repository are before they are fetched, if they are not on this machine.
+    """Log the size of a repository's weights before they are fetched, if they are not on this machine.
 
     This is one request, which huggingface_hub would repeat a dozen times within 46 s. Raises ConnectionError if the hub
     does not answer within ``ANSWER`` seconds (``HF_HUB_ETAG_TIMEOUT`` changes that), or ``HF_HUB_OFFLINE`` is set.
@@ -312,29 +307,21 @@ def ask_hub(repository: str) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise ConnectionError("HF_HUB_OFFLINE is set")
     limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER)
-    answer: Future[Any] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(HfApi().model_info(repository, files_metadata=True, timeout=limit))
-        except Exception as error:  # the hub has its own, which differ from version to version
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()  # looking up a host's name has no timeout of its own
     try:
-        sizes = {file.rfilename: file.size for file in answer.result(limit).siblings or []}
+        found = HfApi().model_info(repository, files_metadata=True, timeout=limit).siblings or []
     except (HfHubHTTPError, ValueError) as error:  # an answer, or no repository; the download will say what is wrong
         log.debug("%s: %s", repository, first_line(error))
         return
-    except Exception as error:
+    except Exception as error:  # the hub's own errors differ from version to version
         log.debug("%s: %s", repository, first_line(error))
         raise ConnectionError(f"{urlsplit(constants.ENDPOINT).netloc} does not answer") from error
+    sizes = {file.rfilename: file.size for file in found}
     if size := next((sizes[file] for file in WEIGHTS if sizes.get(file)), None):
         log.info("fetching %s of weights from huggingface.co/%s, once", megabytes(size), repository)
 
 
 def _weights_of(repository: str) -> Iterator[Path]:
-    """The files of weights of a repository that the hub's cache holds."""
+    """Return the files of weights of a repository in the hub's cache."""
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
@@ -365,5 +352,5 @@ def _offline() -> str | None:
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes as people say it."""
+    """Format a number of bytes."""
     return counted(round(size / 1e6), "MB").removesuffix("s") if size < 1e9 else f"{size / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""Backbones by name: :func:`load_backbone`, and the files of those that were fine-tuned."""
+"""Load backbones by name, and read and write the files of tuned ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_backbone(
     runtime: Runtime = "auto",
     tuned: str | os.PathLike[str] | None = None,
 ) -> Trainable:
-    """A backbone by its name, in evaluation mode.
+    """Load a backbone by its name, in evaluation mode.
 
     Args:
         model: an open_clip architecture (``ViT-B-32``, or as OpenAI spells it ``ViT-B/32``); ``local-dir:PATH`` (a
@@ -68,18 +68,15 @@ def load_backbone(
 def load_when_needed(
     identity: Identity, dim: int, *, device: str = "auto", precision: Precision = "auto", runtime: Runtime = "auto"
 ) -> Trainable:
-    """The backbone ``identity`` of features ``[m, dim]``, loaded when first something needs it, where that can wait.
+    """Return the backbone ``identity`` of features ``[m, dim]``, which is loaded later if its image tower is kept.
 
-    It can where its image tower is kept (:mod:`tower`), and for a ``local-dir:`` model whose files are, byte by byte,
-    the ones that ``identity`` names; any other is loaded now, whichever it is by now. Raises as :func:`load_backbone`;
-    one that waited raises BackboneError when it is loaded and is another one after all.
+    Any other is loaded now. Raises as :func:`load_backbone`; one that is loaded later raises BackboneError then if it
+    is not ``identity``.
     """
     model, awaited = identity.model, (identity, dim)
     how = Execution(device, precision, runtime).resolved()
     if how.runtime == "auto" and how.device == "cpu" and tower.is_kept(identity):
         return _of(model, identity.pretrained, how, awaited)
-    if model.startswith("local-dir:") and open_clip.lies_in(Path(model.removeprefix("local-dir:")), identity):
-        return _of(model, None, how, awaited)
     return load_backbone(model, identity.pretrained, **asdict(how))
 
 
@@ -128,7 +125,7 @@ def _read_tuned(file: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: open_clip's imports make a million objects that stay, and walking them took a third."""
+    """Stop garbage collection: open_clip's imports make a million objects that stay, and walking them took a third."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Backbones by open_clip: dual encoders by architecture and tag, from a folder, from the hub, or loaded already."""
+"""Backbones by open_clip: by architecture and tag, from a folder, from the hub, or loaded already."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import (
@@ -21,7 +21,7 @@ from retrieval_tip.backbones.catalogue import (
     unfetched,
     unknown,
 )
-from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen, state_digest
+from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError
 from retrieval_tip.settings import Precision
 
@@ -29,14 +29,16 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from retrieval_tip.backbones.torch_backbone import Tokenizer
+    from retrieval_tip.backbones.torch_backbone import Model, Tokenizer
+
+    _Created = tuple[Model, object, Callable[[Image.Image], torch.Tensor]]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How open_clip is asked for a model."""
+    """Arguments for open_clip, and the ``wanted`` file or folder for messages."""
 
     model: str
     pretrained: str | None
@@ -44,7 +46,7 @@ class _Plan:
     arguments: dict[str, Any]
     wanted: str
     repository: str | None = None
-    """On huggingface.co, where the weights come from there."""
+    """Repository on huggingface.co that the weights come from."""
 
 
 def _plan(model: str, pretrained: str | None) -> _Plan:
@@ -93,7 +95,7 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
 
 
 def _remote(facts: Mapping[str, Any]) -> str:
-    """Where open_clip fetches a tag's weights from."""
+    """Name the place that open_clip fetches a tag's weights from."""
     repository, _, file = facts.get("hf_hub", "").rpartition("/")
     return f"{file or 'open_clip_model.safetensors'} of huggingface.co/{repository}" if repository else facts["url"]
 
@@ -114,7 +116,7 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def _tag_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Activation and preprocessing of a pretrained tag: open_clip only warns where the activation differs."""
+    """Return activation and preprocessing of a tag: open_clip only warns if the activation differs."""
     keys = ("mean", "std", "interpolation", "resize_mode")
     arguments: dict[str, Any] = {f"image_{key}": facts[key] for key in keys if facts.get(key) is not None}
     if facts.get("quick_gelu"):
@@ -123,7 +125,7 @@ def _tag_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _open(plan: _Plan, device: torch.device) -> Opened:
-    """Raises BackboneError for weights that are missing, damaged, or cannot be fetched."""
+    """Open a model. Raises BackboneError for weights that are missing, damaged, or cannot be fetched."""
     import open_clip
 
     name = plan.model
@@ -146,8 +148,8 @@ def _open(plan: _Plan, device: torch.device) -> Opened:
     return _opened(plan, frozen(model), preprocess, config_digest)
 
 
-def _opened(plan: _Plan, model: Any, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:
-    settings = model.visual.preprocess_cfg.items()
+def _opened(plan: _Plan, model: Model, preprocess: Callable[[Image.Image], torch.Tensor], config: str) -> Opened:
+    settings = cast("Mapping[str, object]", model.visual.preprocess_cfg).items()
     identity = Identity(
         model=plan.model,
         pretrained=plan.pretrained,
@@ -172,26 +174,6 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
     return tokenizer
 
 
-def lies_in(folder: Path, identity: Identity) -> bool:
-    """Whether a folder's safetensors file and configuration are what ``identity`` names, as far as they tell.
-
-    Then it need not be loaded to know that. False where only open_clip could tell.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-        settings = config.get("preprocess_cfg", {})
-        same = _config_digest(config["model_cfg"], quick_gelu=False) == identity.config and all(
-            identity.preprocess.get(key) == value for key, value in settings.items() if key != "size"
-        )  # the size is the model's own
-        state = load_file(folder / "open_clip_model.safetensors") if same else {}  # the first that open_clip looks for
-    except Exception:  # whatever it is, loading the model will say it
-        return False
-    whole = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    return same and state_digest(whole) == identity.weights
-
-
 class OpenClipBackbone(TorchBackbone):
     """A :class:`base.Trainable` backbone by open_clip. Make one with :func:`loading.load_backbone`, or :meth:`of`."""
 
@@ -202,7 +184,7 @@ class OpenClipBackbone(TorchBackbone):
         how: Execution,
         awaited: tuple[Identity, int] | None = None,
         *,
-        loaded: tuple[Any, Callable[[Image.Image], torch.Tensor], Tokenizer] | None = None,
+        loaded: tuple[Model, Callable[[Image.Image], torch.Tensor], Tokenizer] | None = None,
     ) -> None:
         self._names, self._loaded = (model, pretrained), loaded
         super().__init__(how, awaited)
@@ -210,7 +192,7 @@ class OpenClipBackbone(TorchBackbone):
     @classmethod
     def of(
         cls,
-        model: torch.nn.Module,
+        model: Model,
         preprocess: Callable[[Image.Image], torch.Tensor],
         tokenizer: Tokenizer,
         *,
@@ -218,15 +200,15 @@ class OpenClipBackbone(TorchBackbone):
         pretrained: str | None = None,
         precision: Precision = "auto",
     ) -> Self:
-        """The backbone of what ``open_clip.create_model_and_transforms`` and ``open_clip.get_tokenizer`` gave.
+        """Make a backbone of what ``open_clip.create_model_and_transforms`` and ``get_tokenizer`` returned.
 
-        It takes the model as it is, on the device that it is on, and sets it to evaluation mode without gradients.
+        The model stays on its device and is set to evaluation mode without gradients.
 
         Args:
-            model: an open_clip model, of which ``visual.preprocess_cfg`` says how pictures are to look.
-            preprocess: a picture to its view ``[3, h, w]``, that of validation.
+            model: an open_clip model with ``visual.preprocess_cfg``.
+            preprocess: a picture to its validation view ``[3, h, w]``.
             tokenizer: sentences to tokens.
-            name: the architecture, under which an index can load it again; by another name only who has it can.
+            name: the architecture, by which an index can load it again; by another name it cannot.
             pretrained: with an architecture, the tag or file of its weights.
             precision: as for :func:`loading.load_backbone`.
         """
@@ -252,10 +234,10 @@ class OpenClipBackbone(TorchBackbone):
         return replace(opened, tokenizer=lambda: tokenizer)
 
 
-def _filled_once(create: Callable[[], Any]) -> Any:
-    """What ``create`` returns, a model first, without drawing the random weights that its checkpoint overwrites.
+def _filled_once(create: Callable[[], _Created]) -> _Created:
+    """Call ``create``, which returns a model first, without drawing random weights that a checkpoint overwrites.
 
-    Where it did not write every parameter, all is made again in the plain way.
+    If not every parameter was written, the model is made again in the plain way.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -264,7 +246,9 @@ def _filled_once(create: Callable[[], Any]) -> Any:
     written: dict[int, torch.Tensor] = {}  # by id, and held, so that no other one gets it
 
     class Undrawn(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Callable[..., object], types: object, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> object:
             kwargs = kwargs or {}
             if getattr(func, "__name__", None) in draws:
                 tensor = args[0] if args else kwargs["tensor"]
@@ -279,8 +263,8 @@ def _filled_once(create: Callable[[], Any]) -> Any:
     return made if all(id(parameter) in written for parameter in made[0].parameters()) else create()
 
 
-def _text_dim(model: Any) -> int | None:
-    """Length of the features of a text, from the tower's last projection; None where it has none."""
+def _text_dim(model: Model) -> int | None:
+    """Return the length of text features by the tower's last projection; ``None`` without one."""
     import torch
 
     tower = getattr(model, "text", model)
@@ -297,13 +281,12 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _config_digest(config: Mapping[str, Any], *, quick_gelu: bool) -> str:
-    """Digest of the architecture: names of files and hubs are left out, what they held is in the weights."""
+    """Digest the architecture, without names of files and hubs, whose content is in the weights."""
 
-    def plain(part: Any) -> Any:
-        if not isinstance(part, Mapping):
-            return part
+    def plain(part: Mapping[str, Any]) -> dict[str, Any]:
         names = ("hf_model_name", "hf_tokenizer_name", "hf_model_pretrained", "timm_model_pretrained")
-        return {key: plain(value) for key, value in part.items() if key not in names}
+        kept = {key: value for key, value in part.items() if key not in names}
+        return {key: plain(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
     what = plain(config) | {"quick_gelu": quick_gelu or bool(config.get("quick_gelu"))}
     return f"sha256:{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}"

@@ -1,11 +1,11 @@
-"""Backbones by timm: image encoders without words (DINOv2, DINOv3, EfficientNet). The photographs alone decide."""
+"""Backbones by timm: image encoders without text (DINOv2, DINOv3, EfficientNet)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import ask_hub, timm_tags, unfetched, unknown_timm
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
     import torch
 
+    from retrieval_tip.backbones.torch_backbone import Model
+
 
 class TimmBackbone(TorchBackbone):
     """A :class:`base.Trainable` backbone of one tower, by timm. Make one with :func:`loading.load_backbone`.
 
-    Its features are what the model gives before its classifier, ``timm.create_model(NAME, num_classes=0)``, of a view
-    that the model's own configuration describes.
+    Its features are those before the classifier, ``timm.create_model(NAME, num_classes=0)``, of a view that the model's
+    own configuration describes.
     """
 
     def __init__(
@@ -60,35 +62,36 @@ class TimmBackbone(TorchBackbone):
             config=f"sha256:{hashlib.sha256(json.dumps({'timm': architecture}).encode()).hexdigest()}",
             preprocess=_plain(settings),
         )
-        model = frozen(_image_encoder(tower)).to(self._device)
+        model = frozen(_image_model(tower)).to(self._device)
         preprocess = create_transform(**settings, is_training=False)
-        dim: Any = getattr(tower, "head_hidden_size", None) or tower.num_features
-        return Opened(model, preprocess, identity, int(dim), None)
+        dim = cast("int", getattr(tower, "head_hidden_size", None) or tower.num_features)
+        return Opened(model, preprocess, identity, dim, None)
 
 
-def _image_encoder(tower: torch.nn.Module) -> torch.nn.Module:
-    """A module like an open_clip model, of the image tower alone."""
+def _image_model(tower: torch.nn.Module) -> Model:
+    """Make a module like an open_clip model of an image tower."""
     import torch
 
-    class ImageEncoder(torch.nn.Module):
+    class ImageModel(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.visual = tower
 
-        def encode_image(self, pixels: torch.Tensor) -> Any:
-            return self.visual(pixels)
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.visual(pixels)
+            return features
 
-    return ImageEncoder()
+    return cast("Model", ImageModel())
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Timm's settings of a view as an identity holds them, with the size as open_clip calls it."""
+    """Return timm's settings of a view as JSON, with the size under open_clip's name."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return plain | {"size": plain.pop("input_size")[1:]}
 
 
 def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | None]:
-    """Architecture, tag and file of what was asked for. Raises UsageError or BackboneError naming what is not there."""
+    """Return architecture, tag and file. Raises UsageError or BackboneError naming what does not exist."""
     import timm
 
     architecture, _, tag = name.partition(".")
@@ -116,7 +119,7 @@ def _plan(name: str, pretrained: str | None) -> tuple[str, str | None, Path | No
 
 
 def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
-    """Put the tensors of a checkpoint into a tower, by their names, or, where another program named them, in order.
+    """Put the tensors of a checkpoint into a tower by their names, or in order if another program named them.
 
     Raises BackboneError naming the file and the first tensor that does not fit.
     """
@@ -129,7 +132,7 @@ def _fill(tower: torch.nn.Module, file: Path, name: str) -> None:
     own = tower.state_dict()
     if own.keys() <= state.keys():
         chosen = {key: state[key] for key in own}
-    else:  # what the classifier adds comes last
+    else:  # the classifier comes last
         chosen = dict(zip(own, state.values(), strict=False))
     for key, tensor in own.items():
         if key not in chosen or chosen[key].shape != tensor.shape:

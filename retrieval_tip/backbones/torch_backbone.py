@@ -1,4 +1,4 @@
-"""A backbone that is a torch module, whoever made it: views, features, training, and which weights it has."""
+"""A backbone that is a torch module: views, features, training, and the identity of its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -25,26 +25,40 @@ if TYPE_CHECKING:
 
     Tokenizer = Callable[[list[str]], torch.Tensor]
 
+    class Model(torch.nn.Module):
+        """An open_clip model, or a module like one; the text parts are missing without a text tower."""
+
+        visual: torch.nn.Module
+        logit_scale: torch.Tensor
+
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor: ...
+        def encode_text(self, tokens: torch.Tensor) -> torch.Tensor: ...
+
+
+_T = TypeVar("_T")
+
 BFLOAT16_FROM = (8, 0)
-"""Capability of a GPU that multiplies in it."""
+"""First capability of a GPU that multiplies in bfloat16."""
 
 VIEW_SCALE = (0.5, 1.0)
 VIEW_RATIO = (3 / 4, 4 / 3)
 
+SAMPLED = 64
+"""Values of every tensor that are compared to notice changed weights."""
+
 _OPENING = threading.Lock()
 _CONVOLUTIONS = threading.RLock()
-"""Who changes how the process's convolutions round."""
+"""Held while the rounding of the process's convolutions is changed."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that was opened, in evaluation mode and without gradients, and which one it is, but for its weights.
+    """An opened model, in evaluation mode and without gradients, and its identity without the weights.
 
-    ``model`` is a module with a submodule ``visual`` and a method ``encode_image``; where it has a text tower, also
-    with ``encode_text`` and ``logit_scale``, and ``tokenizer`` makes what turns sentences into its input.
+    ``tokenizer`` makes the function that turns sentences into the model's input; ``None`` without a text tower.
     """
 
-    model: Any
+    model: Model
     preprocess: Callable[[Image.Image], torch.Tensor]
     identity: Identity
     dim: int | None
@@ -55,15 +69,15 @@ class TorchBackbone(Trainable, ABC):
     """A backbone of a torch module. Make one with :func:`loading.load_backbone`."""
 
     def __init__(self, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
-        """``awaited``: its identity and ``d`` where they are known; then it is opened when something needs it."""
+        """Open it at once, or with ``awaited``, its identity and ``d``, when it is first needed."""
         import torch
 
         self._device = torch.device(how.device)
         self._precision, self._runtime = how.precision, how.runtime
-        self._tower: tuple[str, tower.Tower | None] | None = None  # of the backbone of this fingerprint
+        self._tower: tuple[str, tower.Tower | None] | None = None  # for this fingerprint
         self._is_trained = False
         self._opened: Opened | None = None
-        self._digested: list[int] | None = None
+        self._digested: torch.Tensor | None = None  # sampled weights, when their digest was made
         dim: int | None
         if awaited is not None:
             self._identity, dim = awaited
@@ -74,18 +88,20 @@ class TorchBackbone(Trainable, ABC):
 
     @abstractmethod
     def _open(self) -> Opened:
-        """The model on the backbone's device. Raises BackboneError for weights that are missing or damaged."""
+        """Open the model on the backbone's device. Raises BackboneError for weights that are missing or damaged."""
 
     def _open_here(self) -> Opened:
-        """The model, its weights laid out as pixels come where that is a GPU; a CPU packs them for itself."""
+        """Open the model, on a GPU with channels last, as pixels come; a CPU packs weights by itself."""
         import torch
 
         opened = self._open()
         if self._device.type == "cuda":
-            opened.model.visual.to(memory_format=torch.channels_last)
+            opened.model.visual.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch forgot it
         return opened
 
     def _open_model(self) -> Opened:
+        import torch
+
         with _OPENING:  # threads that decode images ask for it at the same time
             if self._opened is None:
                 opened = self._open_here()
@@ -95,30 +111,36 @@ class TorchBackbone(Trainable, ABC):
                         f"backbone {self._identity} is needed, but {identity} is in use; "
                         "their features cannot be compared"
                     )
-                self._opened, self._digested = opened, _versions(opened.model)
+                self._opened, self._digested = opened, torch.cat(_sampled(opened.model))
             return self._opened
 
     @property
-    def _model(self) -> Any:
+    def _model(self) -> Model:
         return self._open_model().model
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        """Made when there is a text: images need none."""
+        """Made for the first text."""
         make = self._open_model().tokenizer
         if make is None:
             raise UsageError(f"{self._identity.model}: has no text encoder; leave out what is made of words")
         return make()
 
+    @cached_property
+    def _samples(self) -> list[torch.Tensor]:
+        return _sampled(self._model)
+
     @property
     def identity(self) -> Identity:
-        """Which one it is: the digest is of the weights as they are now, so that no cache takes old for new."""
+        """Which backbone this is, with the digest of its weights as they are now: caches go by it."""
         if self._opened is None:
             return self._identity
-        versions = _versions(self._model)
-        if versions != self._digested:
+        import torch
+
+        sample = torch.cat(self._samples)
+        if self._digested is None or not sample.equal(self._digested):
             self._identity = replace(self._identity, weights=weights_digest(self._model))
-            self._digested = versions
+            self._digested = sample
         return self._identity
 
     @property
@@ -127,11 +149,11 @@ class TorchBackbone(Trainable, ABC):
 
     @property
     def has_text(self) -> bool:
-        return self._opened is None or self._opened.tokenizer is not None  # those that are awaited have
+        return self._opened is None or self._opened.tokenizer is not None  # an awaited one has
 
     @property
     def logit_scale(self) -> float:
-        """The model's own temperature, ``exp`` of its stored logarithm; 100 where it compares nothing with words."""
+        """The model's own factor, ``exp`` of its stored logarithm; 100 without a text tower."""
         return float(self._model.logit_scale.exp()) if self.has_text else 100.0
 
     @property
@@ -140,7 +162,7 @@ class TorchBackbone(Trainable, ABC):
 
     @property
     def batch_size(self) -> int:
-        """256 on a GPU. 16 on a CPU, by torch 4: more spend their time on fresh memory (benchmarks/encoding.py)."""
+        """256 on a GPU, 16 on a CPU, 4 by torch: larger ones spend time on fresh memory (benchmarks/encoding.py)."""
         if self._device.type != "cpu":
             return 256
         return 16 if self._may_compile else 4
@@ -184,7 +206,7 @@ class TorchBackbone(Trainable, ABC):
         return on_cpu and self._runtime != "torch"
 
     def _compiled(self, number: int) -> tower.Tower | None:
-        """The image tower as it encodes so many images fastest on a CPU, where that is not torch's."""
+        """Return OpenVINO's image tower if it encodes ``number`` images faster than torch."""
         if not self._may_compile or self._is_trained:
             return None
         identity = self.identity
@@ -223,7 +245,7 @@ class TorchBackbone(Trainable, ABC):
             return tower(given).float()
 
     def copy_to_train(self) -> Self:
-        """A copy; in place of float16, whose gradients below 6e-8 are 0, in bfloat16 or, on an old GPU, float32."""
+        """Copy it, with bfloat16 or, on an old GPU, float32 for float16, whose gradients below 6e-8 are 0."""
         import torch
 
         copied = copy.deepcopy(self)
@@ -241,7 +263,7 @@ class TorchBackbone(Trainable, ABC):
         parameters = [parameter for part in parts for parameter in self.parameters(part)]
         if "text" in parts and not self.has_text:
             raise UsageError(f"train text: {self._identity.model} has no text encoder")
-        self._is_trained = self._is_trained or "visual" in parts  # what changes at each step is not worth compiling
+        self._is_trained = self._is_trained or "visual" in parts  # compiling does not pay for one step
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
@@ -262,9 +284,10 @@ class TorchBackbone(Trainable, ABC):
         towers = [self._tensors(part) for part in PARTS]
         _check_fit(state, towers, self._identity.model)
         self._model.load_state_dict(dict(state), strict=False)
+        self._digested = None
 
     def _tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """What the state of one tower holds: parameters and buffers."""
+        """Return the parameters and buffers of one tower."""
         return {name: tensor for name, tensor in self._model.state_dict().items() if self._is_of(part, name)}
 
     def _is_of(self, part: str, name: str) -> bool:
@@ -280,26 +303,26 @@ class TorchBackbone(Trainable, ABC):
         return not name.startswith(("visual.", "logit_scale", "logit_bias"))
 
 
-def _without_gradient(forward: Callable[[Any], torch.Tensor], given: Any) -> FloatArray:
+def _without_gradient(forward: Callable[[_T], torch.Tensor], given: _T) -> FloatArray:
     import torch
 
-    with torch.no_grad():  # not inference_mode: what a tower keeps from then could not take part in training later
+    with torch.no_grad():  # inference_mode would keep what a tower caches from being trained later
         array: FloatArray = forward(given).float().cpu().numpy()
     return array
 
 
-def frozen(model: Any) -> Any:
-    """The module as it always is, also while it is trained: in evaluation mode, and without gradients.
+def frozen(model: Model) -> Model:
+    """Put a module into evaluation mode, without gradients; it stays in evaluation mode while it is trained.
 
-    Batch statistics and dropout would give a picture another feature in each batch, and other features than the ones
-    that it is compared with.
+    Batch statistics and dropout would give a picture a different feature in each batch.
     """
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 @contextmanager
 def _whole_convolutions(device: torch.device) -> Iterator[None]:
-    """Convolutions of float32 in float32: cuDNN would round to TF32, and features differ from a CPU's by 1e-3."""
+    """Compute float32 convolutions in float32: cuDNN would round to TF32, and features differ from a CPU's by 1e-3."""
     import torch
 
     if device.type == "cpu":
@@ -318,7 +341,7 @@ def _whole_convolutions(device: torch.device) -> Iterator[None]:
 
 
 def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, torch.Tensor]], model: str) -> None:
-    """Raise BackboneError naming the tensor, unless ``state`` holds one or more of the towers, each whole."""
+    """Raise BackboneError naming the tensor, unless ``state`` holds whole towers, at least one."""
     own = {name: tensor for tower in towers for name, tensor in tower.items()}
     for name, tensor in state.items():
         if name not in own:
@@ -333,7 +356,7 @@ def _check_fit(state: Mapping[str, torch.Tensor], towers: Sequence[Mapping[str, 
 
 
 def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a crop of random area and aspect; the largest allowed centre after ten misses."""
+    """Draw top, left, height and width of a crop of random area and aspect; after ten misses, the largest centre."""
     for _ in range(10):
         area = width * height * generator.uniform(*VIEW_SCALE)
         ratio = float(np.exp(generator.uniform(*np.log(VIEW_RATIO))))
@@ -345,21 +368,16 @@ def _crop(width: int, height: int, generator: random.Random) -> tuple[int, int, 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _versions(model: Any) -> list[int]:
-    """How often each tensor was changed in place, as torch counts it: whoever trains it, and however."""
-    tensors = (*model.parameters(), *model.buffers())
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+def _sampled(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return views of up to ``SAMPLED`` values of every parameter, in which any training step shows."""
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    return [p.as_strided((min(SAMPLED, p.numel()),), (max(1, p.numel() // SAMPLED),)) for p in parameters]
 
 
-def weights_digest(model: Any) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor: the same from a tag, a hub and a file."""
-    return state_digest(model.state_dict())
-
-
-def state_digest(state: Mapping[str, Any]) -> str:
-    """As :func:`weights_digest`, of tensors by their names."""
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return the SHA-256 over name, dtype, shape and bytes of every tensor."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.reshape(-1).numpy())

@@ -1,7 +1,7 @@
-"""An image tower by itself, on a CPU: compiled by OpenVINO, and kept for whoever needs it next.
+"""The image tower of a backbone on a CPU, compiled by OpenVINO and kept on disk.
 
-It gives the features of its backbone up to float rounding, two to three times as fast (``benchmarks/encoding.py``), and
-needs neither torch's form of the model nor the libraries that made it.
+It returns the backbone's features up to float rounding, two to three times as fast (``benchmarks/encoding.py``), and
+needs neither torch's model nor the libraries that made it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import logging
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,26 +26,35 @@ from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
+    import openvino
     import torch
     from PIL import Image
 
 log = logging.getLogger(__name__)
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
-"""To torch's own features, in float32, of each picture that is tried; of every precision that there is. On photographs
-torch's own bfloat16 has 0.997 at least with lit-mini, as OpenVINO's."""
+"""Smallest accepted cosine to torch's float32 features, by precision. With lit-mini, bfloat16 has 0.997 at least on
+photos, by torch and by OpenVINO."""
 
 FORM = 1
-"""Of what is kept: another one is made where this changes."""
+"""Version of the kept files; a change makes new ones."""
 
-Pixels = Callable[["Image.Image"], "torch.Tensor"]
+_GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
+
+
+class ImageModel(Protocol):
+    """A torch module with an image encoder, as open_clip's models."""
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return raw features ``[b, d]`` of views ``[b, 3, h, w]``."""
 
 
 class Tower:
-    """A compiled tower: views ``[b, 3, h, w]`` to raw features ``[b, d]``, float32 both."""
+    """A compiled tower: views ``[b, 3, h, w]`` to raw features ``[b, d]``, both float32."""
 
-    def __init__(self, model: Any, precision: str) -> None:
+    def __init__(self, model: openvino.Model, precision: str) -> None:
         import torch
 
         hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
@@ -54,34 +63,33 @@ class Tower:
         self._requests = threading.local()  # calling the compiled model shares one request among all threads
 
     def __call__(self, pixels: torch.Tensor) -> FloatArray:
-        """Return raw features. Raises RuntimeError where OpenVINO gives none."""
+        """Return raw features. Raises RuntimeError if OpenVINO returns another number of them."""
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         features: FloatArray = np.array(self._requests.own.infer(pixels.float().contiguous().numpy())[0])
-        if len(features) != len(pixels):  # as it does in bfloat16 where oneDNN is kept from using it
+        if len(features) != len(pixels):  # in bfloat16, if oneDNN may not use it
             raise RuntimeError(f"OpenVINO gave {len(features)} features for {len(pixels)} images")
         return features
 
     def __deepcopy__(self, _: object) -> Tower:
-        return self  # nothing ever changes it
+        return self  # it never changes
 
 
 def is_kept(identity: Identity) -> bool:
-    """Whether the tower of a backbone is kept, and its pictures need nothing else either."""
+    """Tell whether a backbone can encode images without its model: its tower is kept, its views are known here."""
     return can_view(identity.preprocess) and (folder := _folder(identity)) is not None and (folder / _FACTS).is_file()
 
 
 def kept(identity: Identity, precision: str) -> Tower | None:
-    """Return the kept tower of a backbone; ``None`` if there is none, or it is damaged: then it is removed."""
+    """Return the kept tower of a backbone; ``None`` if it is missing or damaged, and then remove it."""
     import torch
 
     folder = _folder(identity)
     if folder is None or not (folder / _FACTS).is_file():
         return None
     try:
-        digests = json.loads((folder / _FACTS).read_bytes())
-        if digests != _digests(folder):
-            raise ValueError("its files are not as they were written")
+        if json.loads((folder / _FACTS).read_bytes()) != _digests(folder):
+            raise ValueError("its files have changed")
         tower = Tower(_openvino().Core().read_model(folder / _GRAPH), precision)
         if precision != "float32":  # a tower that was kept in float32 was never tried in another precision
             tower(torch.zeros(1, 3, *view_size(identity.preprocess)))
@@ -92,10 +100,13 @@ def kept(identity: Identity, precision: str) -> Tower | None:
         return None
 
 
-def converted(model: Any, identity: Identity, size: tuple[int, int], precision: str) -> Tower | None:
-    """The tower of a torch ``model`` that has ``encode_image``, which is kept from then on.
+def converted(
+    model: ImageModel, identity: Identity, size: tuple[int, int], precision: str, least: float | None = None
+) -> Tower | None:
+    """Convert and keep the tower of a torch model.
 
-    ``None``, and a warning, where it cannot be converted, or its features are not the model's.
+    Returns ``None``, with a warning, if that fails, or a cosine of its features to the model's is below ``least``
+    (default: :data:`LEAST_COSINE`).
     """
     import torch
 
@@ -106,7 +117,7 @@ def converted(model: Any, identity: Identity, size: tuple[int, int], precision: 
         with torch.no_grad():
             own = model.encode_image(pixels).double()
         cosine = float(torch.cosine_similarity(own, torch.from_numpy(tower(pixels)).double()).min())
-        if not cosine >= LEAST_COSINE[precision]:
+        if not cosine >= (LEAST_COSINE[precision] if least is None else least):
             raise ValueError(f"its features have a cosine of {cosine:.6f} to torch's")
     except Exception as error:  # openvino and torch each raise their own
         log.warning("%s: images are encoded by torch, more slowly: OpenVINO cannot (%s)", identity, first_line(error))
@@ -115,51 +126,45 @@ def converted(model: Any, identity: Identity, size: tuple[int, int], precision: 
     return tower
 
 
-def _openvino() -> Any:
+def _openvino() -> ModuleType:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # then it reports nothing to its maker
     import openvino
 
-    return openvino
+    module: ModuleType = openvino
+    return module
 
 
-def image_encoder(model: Any) -> torch.nn.Module:
-    """The ``encode_image`` of a model as a module of its own, ``[b, 3, h, w]`` to ``[b, d]``."""
+def image_encoder(model: ImageModel) -> torch.nn.Module:
+    """Return the ``encode_image`` of a model as a module, ``[b, 3, h, w]`` to ``[b, d]``."""
     import torch
 
-    class ImageEncoder(torch.nn.Module):
+    class ImageTower(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, pixels: torch.Tensor) -> Any:
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return self.model.encode_image(pixels)
 
-    return ImageEncoder().eval()
+    encoder: torch.nn.Module = ImageTower().eval()
+    return encoder
 
 
-def _graph(model: Any, size: tuple[int, int]) -> Any:
-    """The model's ``encode_image`` as a graph of OpenVINO, for any number of views of this size.
-
-    By the frontend itself: ``openvino.convert_model`` does the same, and reports it.
-    """
+def _graph(model: ImageModel, size: tuple[int, int]) -> openvino.Model:
+    """Return the model's ``encode_image`` as a graph of OpenVINO, for any number of views of this size."""
     import torch
 
     openvino = _openvino()
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
     with torch.no_grad(), traceable():
         traced = torch.jit.trace(image_encoder(model), torch.zeros(2, 3, *size), check_trace=False)
-        decoder = TorchScriptPythonDecoder(traced)  # by a name of its own: the graph reads it until it is converted
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        graph = frontend.convert(frontend.load(decoder))
+        graph = openvino.convert_model(traced)
     graph.reshape(openvino.PartialShape([-1, 3, *size]))
     return graph
 
 
 @contextmanager
 def traceable() -> Iterator[None]:
-    """Without torch's fused attention, which no other program knows, and its advice on tracing."""
+    """Turn off torch's fused attention, which no other program knows, and its advice on tracing."""
     import warnings
 
     import torch
@@ -174,11 +179,8 @@ def traceable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-_GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
-
-
 def _folder(identity: Identity) -> Path | None:
-    """Where the tower of a backbone is kept; ``None`` where there is no place for such things."""
+    """Return the folder of a backbone's tower; ``None`` for a user without a cache folder."""
     caches = cache_folder()
     if caches is None:
         return None
@@ -186,8 +188,8 @@ def _folder(identity: Identity) -> Path | None:
     return caches / "towers" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
-def _keep(graph: Any, identity: Identity) -> None:
-    """Write a tower, whole or not at all. Says why where it cannot be written: it was only to save time."""
+def _keep(graph: openvino.Model, identity: Identity) -> None:
+    """Write a tower, whole or not at all; log why if it cannot be written."""
     folder = _folder(identity)
     if folder is None or folder.exists():
         return
@@ -207,16 +209,16 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def can_view(preprocess: Mapping[str, Any]) -> bool:
-    """Whether :func:`view` knows how a backbone wants its pictures."""
+    """Tell whether :func:`view` can prepare pictures as a backbone wants them."""
     with suppress(KeyError, TypeError, ValueError):
         return shorter_side(preprocess) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
     return False
 
 
 def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
-    """The centre view of a picture, ``[3, h, w]`` float32, as open_clip and timm make it, to the last bit.
+    """Return the centre view ``[3, h, w]`` float32 of a picture, equal to open_clip's and timm's to the last bit.
 
-    Resized, cut to the middle, divided by 255, less ``mean``, divided by ``std``.
+    It is resized, cropped to the middle, divided by 255, less ``mean``, divided by ``std``.
     """
     import torch
     from PIL.Image import Resampling
@@ -238,7 +240,7 @@ def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
 
 
 def shorter_side(preprocess: Mapping[str, Any]) -> int | None:
-    """The shorter side of a picture that is resized, before it is cut; ``None`` for what is not known here."""
+    """Return the shorter side of a resized picture before it is cropped; ``None`` if it is not known here."""
     size = view_size(preprocess)
     if size[0] != size[1] or preprocess.get("interpolation") not in ("bilinear", "bicubic"):
         return None

@@ -1,14 +1,14 @@
-"""Backbones by transformers: CLIP and SigLIP as they lie on the Hugging Face hub, many tuned to a domain."""
+"""Backbones by transformers: CLIP and SigLIP in its own format, many of them tuned to a domain."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import ask_hub, check_code, is_cached, quiet, reason_of, unfetched
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import torch
     from open_clip.transform import PreprocessCfg
 
-    from retrieval_tip.backbones.torch_backbone import Tokenizer
+    from retrieval_tip.backbones.torch_backbone import Model, Tokenizer
 
 KINDS = ("clip", "siglip")
-"""Of models that are read, as their configurations call them; SigLIP 2 of a fixed resolution is a ``siglip``."""
+"""Accepted kinds of models; SigLIP 2 of a fixed resolution is a ``siglip``."""
 ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
-"""What a configuration says of a tower that its weights do not show."""
+"""Settings of a tower that its weights do not show."""
 
 
 class TransformersBackbone(TorchBackbone):
@@ -75,7 +75,7 @@ class TransformersBackbone(TorchBackbone):
         length = config.text_config.max_position_embeddings
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
         identity = Identity(f"hf:{self._place}", None, "", _digest(config), plain)
-        dual = frozen(_dual(model).float()).to(self._device)
+        dual = frozen(_dual(model.float())).to(self._device)
         return Opened(
             dual, image_transform_v2(settings, False), identity, None, lambda: _tokenizer(read(AutoTokenizer), length)
         )
@@ -83,7 +83,7 @@ class TransformersBackbone(TorchBackbone):
 
 @contextmanager
 def _no_bars(wanted: bool) -> Iterator[None]:
-    """Without the progress of reading files that are here already."""
+    """Hide progress bars, while local files are read."""
     from transformers.utils import logging as bars
 
     before = bars.is_progress_bar_enabled()
@@ -96,37 +96,37 @@ def _no_bars(wanted: bool) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _dual(model: torch.nn.Module) -> torch.nn.Module:
-    """A module like an open_clip model, of the towers of one of transformers."""
+def _dual(model: Any) -> Model:
+    """Make a module like an open_clip model of the towers of one of transformers."""
     import torch
 
-    class Tower(torch.nn.Module):
-        def __init__(self, encoder: Any, projection: Any) -> None:
+    class Projected(torch.nn.Module):
+        def __init__(self, encoder: torch.nn.Module, projection: torch.nn.Module | None) -> None:
             super().__init__()
             self.encoder, self.projection = encoder, projection
 
-        def forward(self, given: torch.Tensor) -> Any:
-            pooled = self.encoder(given).pooler_output
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            pooled: torch.Tensor = self.encoder(given).pooler_output
             return pooled if self.projection is None else self.projection(pooled)
 
     class Dual(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.visual = Tower(model.vision_model, getattr(model, "visual_projection", None))
-            self.text = Tower(model.text_model, getattr(model, "text_projection", None))
+            self.visual = Projected(model.vision_model, getattr(model, "visual_projection", None))
+            self.text = Projected(model.text_model, getattr(model, "text_projection", None))
             self.logit_scale = model.logit_scale
 
-        def encode_image(self, pixels: torch.Tensor) -> Any:
-            return self.visual(pixels)
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.visual(pixels)  # type: ignore[no-any-return]  # Module.__call__ has no types
 
-        def encode_text(self, tokens: torch.Tensor) -> Any:
-            return self.text(tokens)
+        def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.text(tokens)  # type: ignore[no-any-return]
 
-    return Dual()
+    return cast("Model", Dual())
 
 
-def _settings(processor: dict[str, Any], place: str) -> PreprocessCfg:
-    """What an image processor does, as open_clip says it. Raises BackboneError where it cannot."""
+def _settings(processor: Mapping[str, Any], place: str) -> PreprocessCfg:
+    """Return the settings of an image processor as open_clip's. Raises BackboneError for others."""
     from open_clip.transform import PreprocessCfg
     from PIL.Image import Resampling
 
@@ -151,7 +151,7 @@ def _tokenizer(tokenizer: Callable[..., Any], length: int) -> Tokenizer:
 
 
 def _digest(config: Any) -> str:
-    """Digest of the architecture, but for what the weights show: versions of transformers add to a configuration."""
+    """Digest what the weights do not show of the architecture: versions of transformers add to a configuration."""
     towers = [
         {name: getattr(part, name, None) for name in ARCHITECTURE}
         for part in (config.vision_config, config.text_config)
