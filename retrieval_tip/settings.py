@@ -117,24 +117,29 @@ class Settings:
 class Fitted:
     """The form in which metric and values of an index were fitted to its shots (:mod:`fit.closed_form`).
 
-    ``metric`` is ``none`` or ``within``, shrunk by ``shrinkage``; ``values`` are ``one-hot``, or ``solved`` with
-    ``ridge``; ``keys`` is how many there were then.
+    ``metric`` is ``none`` or the name of one with a ``shrinkage``, ``values`` are ``one-hot``, or ``solved`` with a
+    ``ridge``; ``keys`` is the number of keys at that time. Only :mod:`fit.forms` knows the metrics by name.
     """
 
-    metric: MetricName
-    values: ValuesName
+    metric: str
+    values: str
     shrinkage: float | None
     ridge: float | None
     keys: int
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS or self.values not in VALUES:
-            raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} are none that are known")
-        for given, needed in ((self.shrinkage, self.metric == "within"), (self.ridge, self.values == "solved")):
+        if type(self.metric) is not str or self.values not in VALUES:
+            raise UsageError(f"fitted: metric {self.metric!r} or values {self.values!r} are unknown")
+        for given, needed in ((self.shrinkage, self.metric != "none"), (self.ridge, self.solved)):
             if (given is not None) != needed or (given is not None and not (_is_finite(given) and given >= 0)):
                 raise UsageError(f"fitted: shrinkage {self.shrinkage} or ridge {self.ridge} do not fit what was fitted")
         if self.ridge == 0 or not _is_whole(self.keys) or self.keys < 1:
             raise UsageError(f"fitted: ridge {self.ridge} or keys {self.keys}, expected above 0")
+
+    @property
+    def solved(self) -> bool:
+        """Whether the values were solved, for one beta and from all shots."""
+        return self.values != "one-hot"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from PIL import Image
 from retrieval_tip import CacheModel, tip
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import closed_form, search_hp
-from retrieval_tip.fit.closed_form import DEFAULT, ONE_SHOT, Form, blend
+from retrieval_tip.fit.closed_form import blend
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, FittedMetric, Form, Scatter, Solved, Within
 from retrieval_tip.retrieval import ridge
 from retrieval_tip.settings import Settings
 
@@ -56,39 +57,44 @@ def dense(cache, queries, form):
     ids, c = cache.class_ids.numpy(), len(cache.class_names)
     q = queries.astype(np.float64)
     means = np.stack([keys[ids == i].mean(0) for i in range(c)])
-    if form.shrinkage is not None:
+    if form.metric is not None:
+        shrinkage = form.metric.shrinkage
         s = np.zeros((keys.shape[1],) * 2)
         for key, i in zip(keys, ids, strict=True):
             s += np.outer(key - means[i], key - means[i]) / len(keys)
-        s = (1 - form.shrinkage) * s + form.shrinkage * np.trace(s) / len(s) * np.eye(len(s))
+        s = (1 - shrinkage) * s + shrinkage * np.trace(s) / len(s) * np.eye(len(s))
         values, vectors = np.linalg.eigh(s)
         transform = vectors @ np.diag(values**-0.5) @ vectors.T
         keys, q = unit((keys - means.mean(0)) @ transform), unit((q - means.mean(0)) @ transform)
     y = np.eye(c)[ids]
     v = y
-    if form.ridge is not None:
+    if form.values is not None:
         gram = np.exp(-form.beta * (1 - keys @ keys.T))
-        v = np.linalg.solve(gram + form.ridge * np.eye(len(keys)), y)
+        v = np.linalg.solve(gram + form.values.ridge * np.eye(len(keys)), y)
     text = cache.settings.logit_scale * queries.astype(np.float64) @ cache.text_weights.numpy().astype(np.float64).T
     return text, np.exp(-form.beta * (1 - q @ keys.T)) @ v, keys
 
 
-FORMS = [Form(0.8, 0.1, 1.0), Form(0.5, None, 4.0), Form(None, 0.3, 2.0), Form(None, None, 5.5)]
+SOME = [
+    Form(Within(0.8), Solved(0.1), 1.0),
+    Form(Within(0.5), None, 4.0),
+    Form(None, Solved(0.3), 2.0),
+    Form(None, None, 5.5),
+]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", SOME, ids=str)
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_logits_are_those_of_the_definition(form, where, tmp_path, monkeypatch):
+def test_logits_are_those_of_the_definition(form, where, tmp_path):
     cache = model()
-    monkeypatch.setattr(closed_form, "FORMS", (form,))
-    closed_form.fit(cache)
+    closed_form.fit(cache, forms=[form])
     if where == "disk":
         cache.save(tmp_path / "index")
         cache = CacheModel.load(tmp_path / "index")
     queries, _ = clusters(4, seed=5)
     text, alone, points = dense(cache, queries, form)
     if cache.settings.log_offset is not None:
-        assert form.ridge is not None
+        assert form.values is not None
         alone = np.log1p(np.maximum(alone, 0) / cache.settings.log_offset)
     own_text, own_cache = (part.numpy() for part in parts_of(cache, queries))
     np.testing.assert_allclose(own_text, text, atol=1e-4)
@@ -135,10 +141,9 @@ def test_keys_too_far_from_norm_1_are_refused():
     assert torch.equal(solved.values, before)
 
 
-def test_fitted_with_neither_letter_it_is_the_paper(monkeypatch):
+def test_fitted_with_neither_letter_it_is_the_paper():
     cache, plain = model(), model()
-    monkeypatch.setattr(closed_form, "FORMS", (Form(None, None, 5.5),))
-    closed_form.fit(cache)
+    closed_form.fit(cache, forms=[Form(None, None, 5.5)])
     assert cache.metric is cache.values is cache.points is None
     plain.settings = cache.settings
     queries, _ = clusters(4, seed=5)
@@ -160,7 +165,7 @@ def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
     made = found.eigenvectors.numpy() @ np.diag(found.eigenvalues.numpy()) @ found.eigenvectors.numpy().T
     np.testing.assert_allclose(made, expected, atol=1e-6)
     np.testing.assert_allclose(found.mean, np.mean([means[i] for i in present], axis=0), atol=1e-6)
-    metric = found.metric(shrinkage)
+    metric = Within(shrinkage).fit(found)
     if metric is not None:
         shrunk = (1 - shrinkage) * expected + shrinkage * np.trace(expected) / d * np.eye(d)
         square = metric.transform.double().numpy() @ shrunk @ metric.transform.double().numpy()
@@ -170,23 +175,18 @@ def test_the_scatter_is_the_definition(seed, c, shots, shrinkage, d):
         assert float((points.norm(dim=1) - 1).abs().max()) < 1e-4 or np.allclose(keys, found.mean, atol=1e-4)
 
 
-def test_each_fold_is_judged_by_what_saw_nothing_of_it(monkeypatch):
+def test_each_fold_is_judged_by_what_saw_nothing_of_it():
     """The judge's logits of a fold are those of an index that was fitted to the other shots alone."""
     cache = model(shots=4)
     keys, ids = np.asarray(cache.keys), cache.class_ids.numpy()
-    seen = {}
-    real = blend
-    monkeypatch.setattr(closed_form, "blend", lambda text, made, y: seen.setdefault("cache", made) is None or real(text, made, y))  # fmt: skip  # noqa: E501
     folds = closed_form.Folds.of_shots(keys, ids, C, None, np.arange(len(ids)), 4, 10**6)
-    folds.judge(DEFAULT)
     assert [len(held.ids) for held in folds.held] == [C] * 4
-    at = 0
+    expected = []
     for held in folds.held:
         rows = held.rows.numpy()
         rest = CacheModel.from_features(keys[rows], ids[rows], cache.class_names)
-        _, alone, _ = dense(rest, held.features.numpy(), DEFAULT)
-        np.testing.assert_allclose(seen["cache"][at : at + len(alone)], alone, atol=2e-4)
-        at += len(alone)
+        expected.append(dense(rest, held.features.numpy(), DEFAULT_FORM)[1])
+    np.testing.assert_allclose(folds.logits(DEFAULT_FORM)[1], np.concatenate(expected), atol=2e-4)
 
 
 def test_views_of_one_photograph_stay_together():
@@ -259,6 +259,42 @@ def test_a_blend_of_what_is_always_right_stays_finite():
     assert bool(found.right.all())
 
 
+class Diagonal(FittedMetric):
+    """Scale each direction by its spread within classes."""
+
+    name = "diagonal"
+
+    def fit(self, scatter: Scatter) -> tip.Metric:
+        spread = scatter.eigenvectors.square() @ scatter.eigenvalues
+        shrunk = (1 - self.shrinkage) * spread + self.shrinkage * spread.mean()
+        return tip.Metric(scatter.mean.float(), torch.diag(shrunk**-0.5).float())
+
+
+def test_another_way_to_fit_is_one_class_and_one_entry(tmp_path):
+    """It is fitted, judged by folds, and answers from disk; without its entry, the index still answers."""
+    cache, form = model(shots=12, text=False), Form(Diagonal(0.1), Solved(0.1), 1.0)
+    queries, truth = clusters(40, seed=7)
+    before = (cache.logits(queries).argmax(1).numpy() == truth).mean()
+    FORMS.insert(0, form)
+    try:
+        choice = closed_form.fit(cache)
+        assert choice.form in FORMS
+        assert str(choice.trials[0].form) == "diagonal metric (shrinkage 0.1), solved values (ridge 0.1), beta 1"
+        choice = closed_form.fit(cache, forms=[form])
+        assert closed_form.estimate(cache)["both"] == pytest.approx(choice.both)
+    finally:
+        FORMS.remove(form)
+    cache.save(tmp_path / "index")
+    found = CacheModel.load(tmp_path / "index")
+    assert (found.fitted.metric, found.fitted.shrinkage) == ("diagonal", 0.1)
+    assert torch.equal(found.logits(queries), cache.logits(queries))
+    after = (found.logits(queries).argmax(1).numpy() == truth).mean()
+    assert abs(choice.both - after) < 0.1
+    assert after > before + 0.05
+    with pytest.raises(InputError, match="diagonal"):
+        closed_form.estimate(found)
+
+
 def test_shots_choose_the_metric_where_it_helps():
     keys, ids = clusters(12, spread=1.0)
     cache = CacheModel.from_features(keys, ids, [str(i) for i in range(C)])
@@ -270,7 +306,7 @@ def test_shots_choose_the_metric_where_it_helps():
     assert abs(choice.both - after) < 0.2
     assert cache.fitted.metric == "within"
     assert cache.fitted.keys == len(keys)
-    assert [trial.form for trial in choice.trials] == list(closed_form.FORMS)
+    assert [trial.form for trial in choice.trials] == FORMS
 
 
 def test_words_that_do_not_help_count_little_and_it_is_said():
@@ -342,15 +378,14 @@ def test_unlike_is_what_lies_farther_than_the_shots_from_each_other():
     assert near == cache.classify(known, neighbours=0, k="all")
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", SOME, ids=str)
 @pytest.mark.parametrize("text", [True, False])
-def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text, monkeypatch):
-    monkeypatch.setattr(closed_form, "FORMS", (form,))
+def test_an_estimate_is_that_of_a_fit_and_follows_the_labels(form, text):
     cache = model(shots=8, text=text)
     wrong = cache.labels["key_id"].to_pylist()[::7]
     right = cache.labels["label"].to_pylist()[::7]
     cache.relabel(wrong, [cache.class_names[(cache.class_names.index(label) + 1) % C] for label in right])
-    choice = closed_form.fit(cache)
+    choice = closed_form.fit(cache, forms=[form])
     before = closed_form.estimate(cache)
     assert before == pytest.approx({name: getattr(choice, name) for name in ("photos", "words", "both")})
     settings = cache.settings
@@ -365,16 +400,15 @@ def test_what_cannot_be_judged_has_no_estimate():
 
 
 @pytest.mark.parametrize("most", [4096, 0])
-@pytest.mark.parametrize("form", [Form(0.8, 0.1, 1.0), Form(0.5, None, 4.0)], ids=str)
+@pytest.mark.parametrize("form", SOME[:2], ids=str)
 def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypatch):
     """Added shots are points of the same metric, and their values answer what the others leave of them.
 
     Of few keys all values are solved anew.
     """
     monkeypatch.setattr(ridge, "SOLVED_AGAIN", most)
-    monkeypatch.setattr(closed_form, "FORMS", (form,))
     cache = model(shots=6)
-    closed_form.fit(cache)
+    closed_form.fit(cache, forms=[form])
     metric = cache.metric
     more, ids = clusters(2, seed=21)
     cache.save(tmp_path / "index")
@@ -384,28 +418,29 @@ def test_shots_that_come_and_go_keep_to_the_form(form, most, tmp_path, monkeypat
     cache = CacheModel.load(tmp_path / "index")
     expected = metric(torch.from_numpy(np.asarray(cache.keys))).numpy()
     np.testing.assert_allclose(np.asarray(cache.met), expected, atol=1e-6)
-    if form.ridge is not None:
+    ridge_ = 0 if form.values is None else form.values.ridge
+    if ridge_:
         cache.settings = cache.settings.unfitted()
         alone = cache.terms(more).cache.numpy()
         rows = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
         order = np.argsort(cache.labels["key_id"].to_numpy()[rows])
         values = cache.values.numpy()[rows[order]]
-        np.testing.assert_allclose(alone + form.ridge * values, np.eye(C)[ids], atol=1e-3)  # (G + lambda I) V = Y there
+        np.testing.assert_allclose(alone + ridge_ * values, np.eye(C)[ids], atol=1e-3)  # (G + lambda I) V = Y there
         cache.relabel(key_ids[:1], cache.class_names[(ids[0] + 1) % C])
         row = int(np.flatnonzero(cache.labels["key_id"].to_numpy() == key_ids[0])[0])
-        own = cache.terms(more[:1]).cache.numpy()[0] + form.ridge * cache.values.numpy()[row]
+        own = cache.terms(more[:1]).cache.numpy()[0] + ridge_ * cache.values.numpy()[row]
         np.testing.assert_allclose(own, np.eye(C)[(ids[0] + 1) % C], atol=1e-3)
-    if form.ridge is not None and most:
-        answered = cache.terms(np.asarray(cache.keys)).cache.numpy() + form.ridge * cache.values.numpy()
+    if ridge_ and most:
+        answered = cache.terms(np.asarray(cache.keys)).cache.numpy() + ridge_ * cache.values.numpy()
         np.testing.assert_allclose(answered, np.eye(C)[cache.class_ids.numpy()], atol=1e-3)
         some = cache.take(np.arange(0, cache.n, 2))
-        answered = some.terms(np.asarray(some.keys)).cache.numpy() + form.ridge * some.values.numpy()
+        answered = some.terms(np.asarray(some.keys)).cache.numpy() + ridge_ * some.values.numpy()
         np.testing.assert_allclose(answered, np.eye(C)[some.class_ids.numpy()], atol=1e-3)
     cache.remove(key_ids)
     assert len(cache.met) == cache.n == 6 * C
-    if form.ridge is not None and most:
+    if ridge_ and most:
         closed = model(shots=6)
-        closed_form.fit(closed)
+        closed_form.fit(closed, forms=[form])
         np.testing.assert_allclose(cache.values.numpy(), closed.values.numpy(), atol=1e-4)
 
 
@@ -555,13 +590,3 @@ def test_labels_of_the_test_images_change_nothing(run, tables):
         kind: file for kind, file in two.files.items() if kind != "labels"
     }
     assert (one.settings, one.fitted) == (two.settings, two.fitted)
-
-
-def test_affinities_are_weighed_by_the_definition_of_a_neighbour():
-    cache = model()
-    closed_form.fit(cache)
-    queries, _ = clusters(1, seed=5)
-    for one in cache.classify(queries, neighbours=3):
-        for neighbour in one.neighbours:
-            expected = tip.weight(torch.tensor(neighbour.affinity), cache.settings.beta)
-            assert neighbour.weight == pytest.approx(float(expected), rel=1e-5)

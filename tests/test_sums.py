@@ -21,7 +21,7 @@ from retrieval_tip.cache_model import verify
 from retrieval_tip.errors import StoreError
 from retrieval_tip.files import sha256_of
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Form
+from retrieval_tip.fit.forms import FORMS, Form, Within
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval import labelled_keys
@@ -35,9 +35,9 @@ def _quick():
     """One form, so that nothing is chosen; one thread, for the products here are tiny and a busy machine has others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(closed_form, "FORMS", (Form(0.8, None, 1.0),))
-        yield
+    forms, FORMS[:] = FORMS[:], [Form(Within(0.8), None, 1.0)]
+    yield
+    FORMS[:] = forms
     torch.set_num_threads(threads)
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.fit.closed_form import FOLDS, Folds, blend
+from retrieval_tip.fit.forms import Within
 from retrieval_tip.retrieval.inputs import Features
 from retrieval_tip.store.labels import images_of
 
@@ -103,7 +104,7 @@ def _means(folds: Folds, rows: Tensor) -> Tensor:
 def _gaussian(folds: Folds, rows: Tensor) -> Linear:
     """The discriminant of some of the keys, without text."""
     means, d = _means(folds, rows).double(), folds.keys.shape[1]
-    metric = folds.scatter(rows).metric(d / (len(rows) - 1 + d))
+    metric = Within(d / (len(rows) - 1 + d)).fit(folds.scatter(rows))
     weights = means if metric is None else means @ (metric.transform.double() @ metric.transform.double())
     return Linear(weights.float(), (weights * means).sum(1).div(-2).float())
 

@@ -9,7 +9,8 @@ Two letters of the formula (:mod:`tip`) are filled::
 differ count little. Sources: the metric is that of Gaussian discriminant analysis with one covariance (Wang et al.,
 GDA-CLIP, ICLR 2024); the values are kernel ridge regression (Bendou et al., ProKeR, CVPR 2025).
 
-What is fitted is chosen on the shots alone: everything is solved anew without each fold of them, which then is judged.
+The shots alone choose what is fitted: everything is solved again without each fold of them, which is then judged.
+:mod:`fit.forms` has the forms to choose from.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, UsageError
+from retrieval_tip.fit.forms import DEFAULT_FORM, FORMS, ONE_SHOT, Form, Scatter
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.keys import KEY_BLOCK
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
+from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.segments import Keys, KeysInPlace
 from retrieval_tip.retrieval.vector_index import inner_factory
-from retrieval_tip.settings import METRICS, VALUES, Fitted, MetricName, Settings, ValuesName
+from retrieval_tip.settings import Fitted, MetricName, Settings, ValuesName, check_choice
 from retrieval_tip.store.labels import images_of
 from retrieval_tip.store.sums import Sums
 
-FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 FOLDS, MOST_FOLDS = 4, 8
@@ -73,9 +74,6 @@ exp(beta (A - 1)) else outgrow any ridge."""
 
 LEAST_NORM = 1e-9
 """Norm that the longest key has to have: torch takes shorter vectors for 0 when it normalises them."""
-
-SMALLEST_EIGENVALUE = 1e-7
-"""Of a scatter, as a share of its mean: below it a direction is noise of float32."""
 
 
 class Shots(Protocol):
@@ -124,124 +122,25 @@ class Shots(Protocol):
         """See :meth:`CacheModel.set_fitted`."""
 
 
-@dataclass(frozen=True)
-class Form:
-    """A way to fill the letters: a metric shrunk by ``shrinkage`` or none, values solved with ``ridge`` or one-hot."""
+STEPS, REACH = 60, 4.0
+"""Newton's method: largest number of steps, and how far a logarithm may go from that of logits of unit spread."""
 
-    shrinkage: float | None
-    ridge: float | None
-    beta: float
-
-    @property
-    def metric(self) -> MetricName:
-        """``within`` or ``none``."""
-        return "none" if self.shrinkage is None else "within"
-
-    @property
-    def values(self) -> ValuesName:
-        """``solved`` or ``one-hot``."""
-        return "one-hot" if self.ridge is None else "solved"
-
-    def __str__(self) -> str:
-        metric = "no metric" if self.shrinkage is None else f"within-class metric (shrinkage {self.shrinkage:g})"
-        values = "one-hot values" if self.ridge is None else f"solved values (ridge {self.ridge:g})"
-        return f"{metric}, {values}, beta {self.beta:g}"
-
-
-DEFAULT = Form(0.8, 0.1, 1.0)
-"""What stands unless the shots say otherwise: on each dataset of shared data it is near the best of all."""
-
-ONE_SHOT = Form(None, 0.5, 1.0)
 ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
-"""Of one photograph a class, which leaves nothing to judge the cache by: how much it counts beside text that is as sure
-as it may be, at most beside any text, and alone; found on four datasets of real CLIP features, where 12 to 18 do as
-well, and one of a weak text tower. And the photographs that the backbone's own temperature counts as: few say little of
-another one."""
-
-FORMS = (
-    DEFAULT,
-    Form(0.8, 1.0, 2.0), Form(0.8, 0.1, 4.0), Form(0.5, 0.1, 1.0), Form(0.5, 0.3, 2.0),
-    Form(None, 0.3, 1.0), Form(None, 0.1, 4.0),
-    Form(0.8, None, 1.0), Form(0.5, None, 1.0), Form(0.5, None, 4.0), Form(None, None, 1.0), Form(None, None, 5.5),
-)  # fmt: skip
-"""Those that are tried, the one that stands first."""
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """How shots spread: their mean ``m`` ``[d]``, and eigenvalues ``[r]`` and eigenvectors ``[d, r]`` of ``S``.
-
-    In directions beyond the ``r`` there is no spread.
-    """
-
-    mean: Tensor
-    eigenvalues: Tensor
-    eigenvectors: Tensor
-
-    @classmethod
-    def of(cls, sums: Sums) -> Scatter:
-        """That of the keys that these are the sums of: within classes, or in all where each class has one.
-
-        ``S = sum_i r_i r_i^T / n`` of the keys' differences ``r_i`` from the mean of their class, which is
-        ``(sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``; ``m`` is the mean of the classes' means, so that no class
-        counts more for having more shots.
-        """
-        mean, centres = _centres(sums.counts, sums.sums)
-        roots = centres * np.sqrt(sums.counts)[:, None]
-        values, vectors = torch.linalg.eigh(torch.from_numpy((sums.second - roots.T @ roots) / sums.n))
-        return cls(torch.from_numpy(mean), values.clamp_min(0), vectors)
-
-    @classmethod
-    def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
-        """The same of keys ``[n, d]``, fewer than ``d``, by the differences' products ``r_i . r_j`` ``[n, n]``.
-
-        These have the same eigenvalues.
-        """
-        wide = keys.double()
-        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
-        mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
-        apart = wide - torch.from_numpy(centres[ids.numpy()])
-        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
-        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
-        scaled = left[:, some] / (len(keys) * values[some]).sqrt()
-        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
-
-    def metric(self, shrinkage: float) -> tip.Metric | None:
-        """``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``, float32; ``None`` where nothing spreads."""
-        d = len(self.mean)
-        scale = float(self.eigenvalues.sum()) / d
-        if not scale > 0:
-            return None
-        shrunk = (1 - shrinkage) * self.eigenvalues / scale + shrinkage
-        along, beyond = shrunk.clamp_min(SMALLEST_EIGENVALUE) ** -0.5, max(shrinkage, SMALLEST_EIGENVALUE) ** -0.5
-        transform = (self.eigenvectors * (along - beyond)) @ self.eigenvectors.T
-        transform.diagonal().add_(beyond)
-        return tip.Metric(self.mean.float(), transform.float().contiguous())
-
-
-def _centres(counts: IntArray, sums: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The mean of the means of classes ``[d]``, and what the keys of each differ from ``[c, d]``: their mean.
-
-    Where each class has one key, that is the mean of all.
-    """
-    means = sums / np.maximum(counts, 1)[:, None]
-    centres = means if counts.max() > 1 else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
-    return means[counts > 0].mean(0), centres
+"""Cache weight for one shot a class, where nothing can be held out: beside well-calibrated text, at most beside any
+text, and without text. Chosen on real CLIP features of four datasets, where 12 to 18 do as well, and on one of a weak
+text tower. And the number of photographs that the backbone's own temperature counts as: few say little of another."""
 
 
 @dataclass(frozen=True)
 class Blend:
     """How much words and photographs count: ``softmax(a text + b cache)`` is most likely, by what was held out.
 
-    ``a`` is 0 where there is no text. ``losses`` ``[q]``, in nats, and whether text, cache and both are right
-    ``[q]`` each.
+    Without text ``a`` is 0. ``losses`` ``[q]`` are in nats; ``right`` ``[q]`` says which answers are.
     """
 
     a: float
     b: float
     losses: Tensor
-    text_right: Tensor
-    cache_right: Tensor
     right: Tensor
 
     def settings(self, settings: Settings, beta: float) -> Settings:
@@ -290,19 +189,8 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
         if done:
             break
     weights = (logs.exp() / scales).tolist()
-    right = chances.argmax(1) == ids
-    return Blend(
-        a=0.0 if text is None else weights[0],
-        b=weights[-1],
-        losses=-chances.gather(1, ids[:, None])[:, 0],
-        text_right=torch.zeros_like(right) if text is None else text.argmax(1) == ids,
-        cache_right=cache.argmax(1) == ids,
-        right=right,
-    )
-
-
-STEPS, REACH = 60, 4.0
-"""Of Newton's method: steps at most, and how far a logarithm may go from that of logits of unit spread."""
+    losses = -chances.gather(1, ids[:, None])[:, 0]
+    return Blend(0.0 if text is None else weights[0], weights[-1], losses, chances.argmax(1) == ids)
 
 
 @dataclass(frozen=True)
@@ -327,7 +215,7 @@ class Folds:
     text: Tensor | None
     held: Sequence[Held]
     sums: Sums | None = None
-    _scatters: dict[int, Scatter] = field(default_factory=dict)
+    _scatters: dict[int | None, Scatter] = field(default_factory=dict)
 
     @classmethod
     def of_shots(
@@ -360,6 +248,16 @@ class Folds:
                 break
         return cls(keys, torch.from_numpy(ids), c, text, held, sums)
 
+    @property
+    def n(self) -> int:
+        """Number of photographs that are held out."""
+        return sum(len(held.ids) for held in self.held)
+
+    @property
+    def can_judge(self) -> bool:
+        """Whether there is enough to judge a form by."""
+        return self.n >= LEAST_JUDGED and self.c > 1
+
     def scatter(self, rows: Tensor) -> Scatter:
         """How some of the keys spread; of more than ``d``, by the sums of all, less those of the other keys."""
         if len(rows) < self.keys.shape[1]:
@@ -387,36 +285,39 @@ class Folds:
 
     def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
         """Text and cache logits ``[q, c]`` and class ids ``[q]`` of what is held out, by a form fitted without it."""
-        caches = []
-        for number, held in enumerate(self.held):
-            if form.shrinkage is not None and number not in self._scatters:
-                self._scatters[number] = self.scatter(held.rows)
-            metric = None if form.shrinkage is None else self._scatters[number].metric(form.shrinkage)
-            caches.append(_cache_of(self, held, metric, form))
-        ids = torch.cat([held.ids for held in self.held])
-        text = None
-        if self.text is not None:
-            text = tip.affinity(torch.cat([held.features for held in self.held]), self.text)
-        return text, torch.cat(caches), ids
+        cache = torch.cat([self._cache(form, held, fold) for fold, held in enumerate(self.held)])
+        features, ids = (torch.cat([getattr(held, name) for held in self.held]) for name in ("features", "ids"))
+        return None if self.text is None else tip.affinity(features, self.text), cache, ids
 
+    def fitted(self, form: Form, rows: Tensor, fold: int | None = None) -> tuple[tip.Metric | None, Tensor | None]:
+        """Fit the metric and the values ``[m, c]`` of a form to some of the keys, those beside a ``fold`` or all."""
+        metric = None
+        if form.metric is not None:
+            if fold not in self._scatters:
+                self._scatters[fold] = self.scatter(rows)
+            metric = form.metric.fit(self._scatters[fold])
+        if form.values is None:
+            return metric, None
+        keys, ids = self.taken(rows)
+        return metric, form.values.fit(keys if metric is None else metric(keys), ids, self.c, form.beta)
 
-def _cache_of(folds: Folds, held: Held, metric: tip.Metric | None, form: Form) -> Tensor:
-    """Cache logits ``[q, c]`` of what is held out by an index over the other keys."""
-    queries = held.features if metric is None else metric(held.features)
-    cache = torch.zeros(len(queries), folds.c)
-    values = _values(folds, held.rows, metric, form)
-    start = 0
-    for block, rows in _blocks(folds.keys, held.rows.numpy()):  # there may be very many, where values are one-hot
-        keys = torch.from_numpy(np.array(block, dtype=np.float32))
-        affinity = tip.affinity(queries, keys if metric is None else metric(keys))
-        own = None if values is None else tip.Values(values[start : start + len(rows)])
-        cache += tip.cache_logits(affinity, folds.ids[torch.from_numpy(rows)], folds.c, form.beta, values=own)
-        start += len(rows)
-    return cache
+    def _cache(self, form: Form, held: Held, fold: int) -> Tensor:
+        """Cache logits ``[q, c]`` of what is held out by an index over the other keys."""
+        metric, values = self.fitted(form, held.rows, fold)
+        queries = held.features if metric is None else metric(held.features)
+        cache = torch.zeros(len(queries), self.c)
+        start = 0
+        for block, rows in _blocks(self.keys, held.rows.numpy()):  # there may be very many, where values are one-hot
+            keys = torch.from_numpy(np.array(block, dtype=np.float32))
+            affinity = tip.affinity(queries, keys if metric is None else metric(keys))
+            own = None if values is None else tip.Values(values[start : start + len(rows)])
+            cache += tip.cache_logits(affinity, self.ids[torch.from_numpy(rows)], self.c, form.beta, values=own)
+            start += len(rows)
+        return cache
 
 
 @dataclass(frozen=True)
-class Trial:
+class FormTrial:
     """A form that was tried: its mean cross-entropy in nats, and accuracy."""
 
     form: Form
@@ -425,7 +326,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     """What was chosen, and how it does on the ``n`` photographs that were held out, in ``folds``.
 
     ``photos``, ``words`` and ``both`` are accuracies by the cache alone, the text alone and the blend; ``words`` is
@@ -434,7 +335,7 @@ class Choice:
     """
 
     form: Form
-    trials: Sequence[Trial]
+    trials: Sequence[FormTrial]
     judged_on: str
     n: int
     folds: int
@@ -486,23 +387,25 @@ def fit(
     values: ValuesName | None = None,
     validation: Queries | None = None,
     factory: str | None = None,
-) -> Choice:
+    forms: Sequence[Form] = FORMS,
+) -> FormChoice:
     """Give an index the metric, values, alpha, beta and temperature that its own shots speak for.
 
-    A form is chosen by folds of the shots (views of one photograph together, everything solved anew without each fold),
-    or by ``validation`` images that are none of the keys. :data:`DEFAULT` stands unless another is right at least as
-    often, and its cross-entropy smaller by more than two standard errors of the difference: few shots choose badly
-    among many forms. Classes of one photograph take part without being judged; where there are no others, the settings
-    are the documented ones (:func:`_unjudged`). The temperature comes with the blend (:func:`blend`), and what is
-    ``unlike`` any shot from what the others say of held-out shots.
+    Folds of the shots choose the form (views of one photograph together, everything solved again without each fold), or
+    ``validation`` images that are none of the keys. The first form stands unless another is right at least as often,
+    and its cross-entropy smaller by more than two standard errors of the difference: few shots choose badly among many
+    forms. Classes of one photograph take part without being judged; if there are no others, the settings are the
+    documented ones (:func:`_unjudged`). The temperature comes with the blend (:func:`blend`), and what is ``unlike``
+    any shot from what the others say of held-out shots.
 
     Args:
         cache: keys as they were built or added, in one segment; its present metric and values do not matter.
-        metric: ``none`` or ``within``, where it is not to be chosen.
-        values: ``one-hot`` or ``solved``, where they are not to be chosen. One-hot where the index retrieves ``k``
-            keys, which would miss what the others take back, and above :data:`MOST_SOLVED` keys.
+        metric: chosen from the shots by default.
+        values: chosen from the shots by default. They are one-hot if the index retrieves ``k`` keys, which would miss
+            what the others take back, and above :data:`MOST_SOLVED` keys.
         validation: what to judge by in place of the shots.
-        factory: type of the index over the points, by default the one that there is.
+        factory: type of the index over the points, by default the present one.
+        forms: the forms to choose from; the first one stands unless another is better.
 
     On disk after :meth:`CacheModel.save`. Returns the choice. Raises UsageError for another metric or other values, and
     for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments, and for keys
@@ -510,48 +413,45 @@ def fit(
     """
     start = time.perf_counter()
     longest = _longest(cache)
-    forms = _forms(cache, metric, values, longest, by_class=inner_factory(factory or cache.index_type) is not None)
+    by_class = inner_factory(factory or cache.index_type) is not None
+    forms = _forms(cache, forms, metric, values, longest, by_class=by_class)
     if cache.curve is not None:
         raise InputError("fit: the keys of this index were fine-tuned, and are no shots any more; fit the one before")
     if cache.segments > 1:
         raise InputError("fit: the index has segments beside it; compact it first")
     images = images_of(cache.labels)
     folds, judged_on = _judged_by(cache, validation, images)
-    n = sum(len(held.ids) for held in folds.held)
-    if n >= LEAST_JUDGED and folds.c > 1:
+    if folds.can_judge:
         form, trials = _chosen(cache, forms, folds, images if validation is None else None)
         settings, accuracies = _settled(cache.settings, form, folds)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, accuracies, n = _unjudged(cache, forms), [], {}, 0
+        (form, settings), trials, accuracies = _unjudged(cache, forms), [], {}
         where = "documented for shots that cannot be judged"
-    solved = _solved(folds, form)
-    seconds = time.perf_counter() - start
-    choice = Choice(form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **accuracies)
+    fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
+    fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n)
+    n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
+    choice = FormChoice(form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **accuracies)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
-    cache.set_fitted(*solved, factory)
+    cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
     cache.sums = folds.sums
     cache.settings, cache.provenance = settings, cache.provenance | provenance
     return choice
 
 
-def refit(cache: Shots, beta: float) -> Choice:
+def refit(cache: Shots, beta: float) -> FormChoice:
     """Fit alpha, temperature and what is ``unlike`` any shot for another beta; the form stays as it was fitted.
 
     They are judged by folds as in :func:`fit`, and stay as they are if there are too few shots. Solved values are
     still those of the old beta: :meth:`CacheModel.solve` follows. Returns what the folds say of the result.
     """
-    start = time.perf_counter()
-    fitted, settings = cache.fitted, replace(cache.settings, beta=beta)
-    assert fitted is not None
-    form = Form(fitted.shrinkage, fitted.ridge, settings.beta)
+    start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
     folds, judged_on = _judged_by(cache, None, images_of(cache.labels))
-    n = sum(len(held.ids) for held in folds.held)
     accuracies: dict[str, float | None] = {}
-    if n >= LEAST_JUDGED and folds.c > 1:
+    if folds.can_judge:
         settings, accuracies = _settled(settings, form, folds)
         cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
-    choice = Choice(form, [], judged_on, n, len(folds.held), time.perf_counter() - start, **accuracies)
+    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), time.perf_counter() - start, **accuracies)
     cache.settings = settings
     cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice
@@ -566,17 +466,21 @@ def estimate(cache: CacheModel) -> dict[str, float | None]:
     Returns shares of right answers by the cache alone (``photos``), the text alone (``words``, ``None`` without text)
     and the blend (``both``). All are ``None`` if the keys were fine-tuned, or too few shots can be judged.
     """
-    fitted, settings = cache.fitted, cache.settings
-    form = Form(*((fitted.shrinkage, fitted.ridge) if fitted else (None, None)), settings.beta)
-    folds, _ = _judged_by(cache, None, images_of(cache.labels))
-    n = sum(len(held.ids) for held in folds.held)
-    if cache.curve is not None or n < LEAST_JUDGED or folds.c < 2:
+    settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels))
+    if cache.curve is not None or not folds.can_judge:
         return dict.fromkeys(("photos", "words", "both"))
-    text, photos, ids = folds.logits(form)
+    text, photos, ids = folds.logits(Form.of(cache.fitted, settings.beta))
     linked = tip.log_cache(photos.clone(), settings.log_offset)
     both = linked if text is None else tip.Terms(text, linked).logits(settings)
-    ways = {"photos": photos, "words": text, "both": both}
-    return {name: None if way is None else float((way.argmax(1) == ids).double().mean()) for name, way in ways.items()}
+    return _accuracies(photos, text, both.argmax(1) == ids, ids)
+
+
+def _accuracies(photos: Tensor, words: Tensor | None, both: Tensor, ids: Tensor) -> dict[str, float | None]:
+    """Return the shares that cache logits, text logits, and both together get right; of the latter, which are right."""
+    rights = {"photos": photos.argmax(1) == ids, "words": None if words is None else words.argmax(1) == ids}
+    return {
+        name: None if own is None else float(own.double().mean()) for name, own in (rights | {"both": both}).items()
+    }
 
 
 def unfitted(cache: CacheModel) -> CacheModel:
@@ -607,12 +511,18 @@ def _longest(cache: Shots) -> float:
 
 
 def _forms(
-    cache: Shots, metric: MetricName | None, values: ValuesName | None, longest: float, *, by_class: bool
+    cache: Shots,
+    forms: Sequence[Form],
+    metric: MetricName | None,
+    values: ValuesName | None,
+    longest: float,
+    *,
+    by_class: bool,
 ) -> list[Form]:
-    """The forms that may be chosen, the one that stands first. Raises InputError if keys are too long for all."""
-    for what, given, known in (("metric", metric, METRICS), ("values", values, VALUES)):
-        if given not in (None, *known):
-            raise UsageError(f"{what} {given!r}: expected one of {', '.join(known)}")
+    """Return the forms that may be chosen. Raises InputError if keys are too long for all."""
+    for name, given, known in (("metric", metric, MetricName), ("values", values, ValuesName)):
+        if given is not None:
+            check_choice(name, given, known)
     if cache.settings.k is not None or by_class or cache.n > MOST_SOLVED:
         if values == "solved":
             raise UsageError(
@@ -620,9 +530,9 @@ def _forms(
                 f"{cache.n:,} and k {cache.settings.k or 'all'}"
             )
         values = "one-hot"
-    forms = [form for form in FORMS if metric in (None, form.metric) and values in (None, form.values)]
+    forms = [form for form in forms if metric in (None, form.metric_name) and values in (None, form.values_name)]
     grown = longest**2 - 1
-    forms = [form for form in forms if form.shrinkage is not None or form.beta * grown <= GROWN]
+    forms = [form for form in forms if form.metric is not None or form.beta * grown <= GROWN]
     if not forms:
         raise InputError(f"metric none: needs keys of norm 1, these have up to {longest:.4g}; give norms unit")
     return forms
@@ -637,10 +547,10 @@ def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tu
         return Folds(cache.keys, ids, c, text, [held], cache.sums), f"{validation.name} (n={len(held.ids)})"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
     folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums)
-    return folds, f"your own photos, each left out (n={sum(len(held.ids) for held in folds.held)})"
+    return folds, f"your own photos, each left out (n={folds.n})"
 
 
-def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[Trial]]:
+def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
     """The form that is chosen and those that were tried: none, where there are too few shots to choose by.
 
     ``images`` of the keys, where the shots judge: they then choose by fewer folds, and by a sample of very many keys.
@@ -655,13 +565,10 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
 def _settled(settings: Settings, form: Form, folds: Folds) -> tuple[Settings, dict[str, float | None]]:
     """The settings of a form that go best with what is held out, and how text, cache and both do on it."""
     text, cache, ids = folds.logits(form)
-    blended, offset = _linked(text, cache, ids, OFFSETS if form.ridge is not None else (None,))
+    blended, offset = _linked(text, cache, ids, OFFSETS if form.values is not None else (None,))
     least = float(tip.log_cache(cache, offset).amax(1).quantile(UNLIKE))
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
-    photos, words, both = (
-        float(right.double().mean()) for right in (blended.cache_right, blended.text_right, blended.right)
-    )
-    return settings, {"photos": photos, "words": None if text is None else words, "both": both}
+    return settings, _accuracies(cache, text, blended.right, ids)
 
 
 def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
@@ -671,10 +578,10 @@ def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
     Where these were too sure, T > 1, photographs count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``, made
     less sure as a whole where that is more than photographs can be.
     """
-    if ONE_SHOT.values not in {form.values for form in forms}:
+    if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
         return Form(None, None, beta), replace(cache.settings.unfitted(), alpha=alpha, beta=beta, temperature=1.0)
-    form = replace(ONE_SHOT, shrinkage=None if any(form.shrinkage is None for form in forms) else DEFAULT.shrinkage)
+    form = replace(ONE_SHOT, metric=None if any(form.metric is None for form in forms) else DEFAULT_FORM.metric)
     temperature = 1.0
     if cache.has_text and len(cache.class_names) > 1:
         rows = torch.arange(min(cache.n, JUDGED))
@@ -710,40 +617,18 @@ def _linked(
     return min(blends, key=lambda pair: float(pair[0].losses.mean()))
 
 
-def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[Trial]]:
+def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
     """The first form, or the best of those that are surely better than it: see :func:`fit`."""
     stands = folds.judge(forms[0])
     best, trials = (forms[0], float(stands.losses.mean())), []
     for form in forms:
         judged = stands if form is forms[0] else folds.judge(form)
         loss, more = float(judged.losses.mean()), stands.losses - judged.losses
-        trials.append(Trial(form, loss, float(judged.right.double().mean())))
+        trials.append(FormTrial(form, loss, float(judged.right.double().mean())))
         sure = float(more.mean()) > 2 * float(more.std()) / len(more) ** 0.5
         if sure and judged.right.sum() >= stands.right.sum() and loss < best[1]:
             best = form, loss
     return best[0], trials
-
-
-def _solved(folds: Folds, form: Form) -> tuple[tip.Metric | None, Tensor | None, Fitted]:
-    """The metric and the values of a form over all keys, and what was fitted."""
-    every = torch.arange(len(folds.ids))
-    metric = None if form.shrinkage is None else folds.scatter(every).metric(form.shrinkage)
-    fitted = Fitted(
-        metric="none" if metric is None else form.metric,
-        values=form.values,
-        shrinkage=None if metric is None else form.shrinkage,
-        ridge=form.ridge,
-        keys=len(every),
-    )
-    return metric, _values(folds, every, metric, form), fitted
-
-
-def _values(folds: Folds, rows: Tensor, metric: tip.Metric | None, form: Form) -> Tensor | None:
-    """Solved values ``[m, c]`` of some ``rows`` of the keys; ``None`` where a form leaves them one-hot."""
-    if form.ridge is None:
-        return None
-    keys, ids = folds.taken(rows)
-    return Ridge(folds.c, form.beta, form.ridge, "cpu").values(keys if metric is None else metric(keys), ids)
 
 
 def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:

@@ -39,6 +39,7 @@ from retrieval_tip.data.sources import Source, is_there, open_source
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import check_regular, make_folders, replacing
 from retrieval_tip.fit import closed_form, search_hp
+from retrieval_tip.fit.forms import like
 from retrieval_tip.fit.trainer import Recipe, Trainer, cosine, faster_precision
 from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.keys import index_over
@@ -316,7 +317,7 @@ def _compared(
             continue
         tuned = _trained(_untrained(rest, recipe), own, recipe)
         if whole.fitted is not None and whole.curve is None:
-            closed_form.fit(rest, metric=whole.fitted.metric, values=whole.fitted.values)
+            closed_form.fit(rest, forms=like(whole.fitted))
         queries = search_hp.unseen(whole, held.features.numpy(), held.ids.numpy(), "its own shots")
         for i, (model, encoder_) in enumerate(((rest, encoder), (tuned.cache, own.encoder))):
             if visual:

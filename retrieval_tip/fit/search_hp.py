@@ -138,7 +138,7 @@ def leave_one_out(cache: CacheModel) -> Queries:
     where a class with keys has fewer than two images: without its only one nothing is left to recognise it by; and
     where values were solved, for each knows all shots.
     """
-    if cache.fitted is not None and cache.fitted.ridge is not None:
+    if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
             "leave-one-out: the values of this index were solved from all its shots; use retrieval-tip fit, which "
             "solves them anew without each fold, or --val SOURCE"
@@ -247,7 +247,7 @@ def search(
     """
     if kept is None and cache.fitted is not None:
         kept = cache.settings.alpha, cache.settings.beta
-        if betas is None and cache.fitted.ridge is not None:  # values are solved for one beta
+        if betas is None and cache.fitted.solved:  # values are solved for one beta
             betas = [cache.settings.beta]
     if kept is not None:
         cache.settings.override(alpha=kept[0], beta=kept[1])  # which refuses what are no settings
@@ -289,7 +289,7 @@ def search_paper(
     for ImageNet the test set; alpha 0 is not in the grid. Raises UsageError if values were solved, which is for one
     beta.
     """
-    if cache.fitted is not None and cache.fitted.ridge is not None:
+    if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
             "protocol paper: searches beta, and the values of this index were solved for one; "
             "build it with --fit none, as in the paper"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import Source
-from retrieval_tip.fit.closed_form import Choice
+from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.fit.search_hp import Queries, on_validation
 from retrieval_tip.index import places
 from retrieval_tip.index.places import Place
@@ -21,7 +21,7 @@ def fit_index(
     values: ValuesName | None = None,
     validation: Source | None = None,
     encoder: Encoder | None = None,
-) -> Choice:
+) -> FormChoice:
     """Fit metric, values and settings of an index (:func:`closed_form.fit`), and write a new version.
 
     Args:

@@ -15,7 +15,7 @@ from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Choice
+from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.index.items import Material, warn, warn_of
 from retrieval_tip.index.stores import Change
@@ -48,7 +48,7 @@ class FolderChange(Change):
         """See :meth:`Change.rebuild`."""
         self._cache.compact(index, dtype, again=True)
 
-    def refit(self, beta: float) -> Choice:
+    def refit(self, beta: float) -> FormChoice:
         """See :meth:`Change.refit`."""
         choice = closed_form.refit(self._cache, beta)
         self._cache.solve()
@@ -116,7 +116,7 @@ def fit(
     metric: MetricName | None,
     values: ValuesName | None,
     queries: Callable[[AnsweringIndex], Queries] | None,
-) -> Choice:
+) -> FormChoice:
     """Fit the current version of a folder, and write the next one. See :meth:`Store.fit`."""
     cache = CacheModel.load(folder, device="cpu")
     judged_by = None if queries is None else queries(cache)

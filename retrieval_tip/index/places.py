@@ -22,7 +22,7 @@ from retrieval_tip.store.writer import Writer, collect, write
 if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import takes a second
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.cache_model import CacheModel
-    from retrieval_tip.fit.closed_form import Choice
+    from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
     from retrieval_tip.index.items import Material
 
@@ -98,7 +98,7 @@ class FolderStore(Store):
 
     def fit(
         self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
-    ) -> Choice:
+    ) -> FormChoice:
         from retrieval_tip.index import folders
 
         return folders.fit(self.folder, metric, values, queries)

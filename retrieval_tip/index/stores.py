@@ -19,7 +19,7 @@ from retrieval_tip.store.query import TIMEOUT
 
 if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import takes a second
     from retrieval_tip.answering import AnsweringIndex, EditableIndex
-    from retrieval_tip.fit.closed_form import Choice
+    from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
     from retrieval_tip.index.items import Material
     from retrieval_tip.retrieval.duplicates import Duplicates
@@ -49,7 +49,7 @@ class Change(ABC):
         """Build the index anew from its keys, as another type or dtype."""
 
     @abstractmethod
-    def refit(self, beta: float) -> Choice:
+    def refit(self, beta: float) -> FormChoice:
         """Fit what depends on beta for another one, in a fitted index: :func:`closed_form.refit`, and solved values."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class Store(ABC):
     @abstractmethod
     def fit(
         self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
-    ) -> Choice:
+    ) -> FormChoice:
         """Fit the current version (:func:`closed_form.fit`), and write the next one.
 
         ``queries`` makes validation queries of the opened index.

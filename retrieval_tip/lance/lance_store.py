@@ -19,7 +19,7 @@ from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import takes a second
     from retrieval_tip.answering import AnsweringIndex
-    from retrieval_tip.fit.closed_form import Choice
+    from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
     from retrieval_tip.index.items import Material
     from retrieval_tip.lance.draft import LanceDraft
@@ -141,7 +141,7 @@ class LanceStore(LanceVersions, Store):
 
     def fit(
         self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
-    ) -> Choice:
+    ) -> FormChoice:
         """See :meth:`Store.fit`."""
         from retrieval_tip.lance import shots
 
@@ -197,7 +197,7 @@ class LanceChange(Change):
         """See :meth:`Change.rebuild`: every row is written again, without what was removed."""
         self._draft.rewrite(index, dtype)
 
-    def refit(self, beta: float) -> Choice:
+    def refit(self, beta: float) -> FormChoice:
         """See :meth:`Change.refit`."""
         from retrieval_tip.lance import shots
 

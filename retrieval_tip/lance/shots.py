@@ -15,7 +15,7 @@ from retrieval_tip import tip
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import StoreError
 from retrieval_tip.fit import closed_form
-from retrieval_tip.fit.closed_form import Choice
+from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES, VECTOR, KeyTable
@@ -87,7 +87,7 @@ def fit(
     values: ValuesName | None,
     validation: Queries | None = None,
     factory: str | None = None,
-) -> Choice:
+) -> FormChoice:
     """Fit what is to become the next version, with the arguments of :func:`closed_form.fit`.
 
     Keys that may have solved values are in memory; of more, labels are, and keys are read in a few passes.
@@ -106,7 +106,7 @@ def fit(
     return choice
 
 
-def refit(draft: LanceDraft, beta: float) -> Choice:
+def refit(draft: LanceDraft, beta: float) -> FormChoice:
     """See :meth:`Change.refit`. Raises InputError as :meth:`CacheModel.solve`."""
     shots: CacheModel | TableShots = draft.whole or TableShots(draft)
     shots.settings = draft.settings

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from retrieval_tip.fit.closed_form import Choice
+    from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.index.tune import Trial, Tuning
 
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
@@ -438,7 +438,7 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
     return figure
 
 
-def draw_choice(choice: Choice) -> Figure:
+def draw_choice(choice: FormChoice) -> Figure:
     """The forms that were tried when an index was fitted, a line each, the most likely one on top."""
     trials = sorted(choice.trials, key=lambda trial: -trial.loss)
     figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)

@@ -244,7 +244,7 @@ class Manifest:
             _need(isinstance(table.name, str) and re.fullmatch(r"\w{1,64}", table.name) is not None, "table.name")
             _need(_whole(table.version, 1) and table.rows == self.n and _whole(table.rows, 1), "table")
             _need(files["classes"].rows == c, "files.classes.rows")
-            solved = self.fitted is not None and self.fitted.values == "solved"
+            solved = self.fitted is not None and self.fitted.solved
             _need(("values" in files) == solved and ("values" not in files or files["values"].rows == self.n), "values")
             _need("second" not in files or files["second"].rows == self.d, "files.second.rows")
             if self.digests is not None:

@@ -1,0 +1,209 @@
+"""Forms: the ways to fill the letters of the method, and the ones that a fit tries.
+
+To add a way to fit, write a class that fits itself from the shots, and enter a form with it in :data:`FORMS`. Add its
+name to ``MetricName`` in settings.py if ``--metric`` shall offer it. A new way to solve values also has to follow keys
+that come and go (:mod:`retrieval.ridge`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_tip import tip
+from retrieval_tip.errors import InputError
+from retrieval_tip.retrieval.ridge import Ridge
+from retrieval_tip.settings import Fitted
+from retrieval_tip.store.sums import Sums
+
+SMALLEST_EIGENVALUE = 1e-7
+"""Smallest eigenvalue of a scatter, as a share of its mean: below it a direction is noise of float32."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """How shots spread: their mean ``m`` ``[d]``, and eigenvalues ``[r]`` and eigenvectors ``[d, r]`` of ``S``.
+
+    In directions beyond the ``r`` there is no spread.
+    """
+
+    mean: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    @classmethod
+    def of(cls, sums: Sums) -> Scatter:
+        """Return the scatter of keys within their classes, from their sums; in all if each class has one key.
+
+        ``S = sum_i r_i r_i^T / n`` of the keys' differences ``r_i`` from the mean of their class, which is
+        ``(sum_i k_i k_i^T - sum_c n_c mu_c mu_c^T) / n``; ``m`` is the mean of the classes' means, so that no class
+        counts more for having more shots.
+        """
+        mean, centres = _centres(sums.counts, sums.sums)
+        roots = centres * np.sqrt(sums.counts)[:, None]
+        values, vectors = torch.linalg.eigh(torch.from_numpy((sums.second - roots.T @ roots) / sums.n))
+        return cls(torch.from_numpy(mean), values.clamp_min(0), vectors)
+
+    @classmethod
+    def of_few(cls, keys: Tensor, ids: Tensor, c: int) -> Scatter:
+        """Return the same for fewer keys ``[n, d]`` than ``d``, by the products ``r_i . r_j`` ``[n, n]``.
+
+        These have the same eigenvalues.
+        """
+        wide = keys.double()
+        sums = torch.zeros(c, keys.shape[1], dtype=torch.float64).index_add_(0, ids, wide)
+        mean, centres = _centres(torch.bincount(ids, minlength=c).numpy(), sums.numpy())
+        apart = wide - torch.from_numpy(centres[ids.numpy()])
+        values, left = torch.linalg.eigh(apart @ apart.T / len(keys))
+        some = values > SMALLEST_EIGENVALUE * values.max() / len(keys)
+        scaled = left[:, some] / (len(keys) * values[some]).sqrt()
+        return cls(torch.from_numpy(mean), values[some], apart.T @ scaled)
+
+
+def _centres(
+    counts: npt.NDArray[np.int64], sums: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the mean of the means of classes ``[d]``, and the mean that the keys of each class differ from ``[c, d]``.
+
+    Where each class has one key, the latter is the mean of all.
+    """
+    means = sums / np.maximum(counts, 1)[:, None]
+    centres = means if counts.max() > 1 else np.broadcast_to(sums.sum(0) / counts.sum(), sums.shape)
+    return means[counts > 0].mean(0), centres
+
+
+@dataclass(frozen=True)
+class FittedMetric(ABC):
+    """A way to fit a metric to the scatter of the shots, shrunk towards a sphere: 0 is not at all, 1 a sphere."""
+
+    shrinkage: float
+    name: ClassVar[str]
+
+    @abstractmethod
+    def fit(self, scatter: Scatter) -> tip.Metric | None:
+        """Return the metric, float32; ``None`` if nothing spreads."""
+
+    def __str__(self) -> str:
+        return f"{self.name} metric (shrinkage {self.shrinkage:g})"
+
+
+class Within(FittedMetric):
+    """Whiten the scatter within classes: ``T = ((1 - s) S + s tr(S) / d I)^(-1/2)``."""
+
+    name = "within"
+
+    def fit(self, scatter: Scatter) -> tip.Metric | None:  # noqa: D102
+        d, s = len(scatter.mean), self.shrinkage
+        scale = float(scatter.eigenvalues.sum()) / d
+        if not scale > 0:
+            return None
+        shrunk = (1 - s) * scatter.eigenvalues / scale + s
+        along, beyond = shrunk.clamp_min(SMALLEST_EIGENVALUE) ** -0.5, max(s, SMALLEST_EIGENVALUE) ** -0.5
+        transform = (scatter.eigenvectors * (along - beyond)) @ scatter.eigenvectors.T
+        transform.diagonal().add_(beyond)
+        return tip.Metric(scatter.mean.float(), transform.float().contiguous())
+
+    def __str__(self) -> str:
+        return f"within-class metric (shrinkage {self.shrinkage:g})"
+
+
+@dataclass(frozen=True)
+class FittedValues(ABC):
+    """A way to fit values to the shots, made smaller by a ``ridge`` above 0."""
+
+    ridge: float
+    name: ClassVar[str]
+
+    @abstractmethod
+    def fit(self, points: Tensor, ids: Tensor, c: int, beta: float) -> Tensor:
+        """Return the values ``[n, c]`` of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]``."""
+
+    def __str__(self) -> str:
+        return f"{self.name} values (ridge {self.ridge:g})"
+
+
+class Solved(FittedValues):
+    """Kernel ridge regression: ``V = (G + lambda I)^-1 Y`` (:class:`retrieval.ridge.Ridge`)."""
+
+    name = "solved"
+
+    def fit(self, points: Tensor, ids: Tensor, c: int, beta: float) -> Tensor:  # noqa: D102
+        return Ridge(c, beta, self.ridge, "cpu").values(points, ids)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What fits the metric and the values (``None``: no metric, one-hot values), and beta."""
+
+    metric: FittedMetric | None
+    values: FittedValues | None
+    beta: float
+
+    @classmethod
+    def of(cls, fitted: Fitted | None, beta: float) -> Form:
+        """Return the form in which an index was fitted. Raises InputError for a metric that no form of today has."""
+        if fitted is None:
+            return cls(None, None, beta)
+        metrics = {form.metric.name: type(form.metric) for form in FORMS if form.metric}
+        values = {form.values.name: type(form.values) for form in FORMS if form.values}
+        try:
+            return cls(
+                None if fitted.shrinkage is None else metrics[fitted.metric](fitted.shrinkage),
+                None if fitted.ridge is None else values[fitted.values](fitted.ridge),
+                beta,
+            )
+        except KeyError as name:
+            raise InputError(f"fitted: {name} is unknown to this version; fit the index again") from None
+
+    def fitted(self, keys: int) -> Fitted:
+        """Return what the manifest keeps of the form, fitted to ``keys`` keys."""
+        shrinkage = None if self.metric is None else self.metric.shrinkage
+        ridge = None if self.values is None else self.values.ridge
+        return Fitted(self.metric_name, self.values_name, shrinkage, ridge, keys)
+
+    @property
+    def metric_name(self) -> str:
+        """Name of the metric, or ``none``."""
+        return "none" if self.metric is None else self.metric.name
+
+    @property
+    def values_name(self) -> str:
+        """Name of the values, or ``one-hot``."""
+        return "one-hot" if self.values is None else self.values.name
+
+    def __str__(self) -> str:
+        return f"{self.metric or 'no metric'}, {self.values or 'one-hot values'}, beta {self.beta:g}"
+
+
+DEFAULT_FORM = Form(Within(0.8), Solved(0.1), 1.0)
+"""The form that stands unless the shots speak against it: near the best on each dataset of the shared data."""
+
+ONE_SHOT = Form(None, Solved(0.5), 1.0)
+"""The form for one photograph a class."""
+
+FORMS = [
+    DEFAULT_FORM,
+    Form(Within(0.8), Solved(1.0), 2.0),
+    Form(Within(0.8), Solved(0.1), 4.0),
+    Form(Within(0.5), Solved(0.1), 1.0),
+    Form(Within(0.5), Solved(0.3), 2.0),
+    Form(None, Solved(0.3), 1.0),
+    Form(None, Solved(0.1), 4.0),
+    Form(Within(0.8), None, 1.0),
+    Form(Within(0.5), None, 1.0),
+    Form(Within(0.5), None, 4.0),
+    Form(None, None, 1.0),
+    Form(None, None, 5.5),
+]
+"""The forms that are tried, the default first."""
+
+
+def like(fitted: Fitted) -> list[Form]:
+    """Return the forms whose metric and values are of the kind that was fitted."""
+    return [form for form in FORMS if (form.metric_name, form.values_name) == (fitted.metric, fitted.values)]
