@@ -109,7 +109,7 @@ def duplicates(
         least: cosine of near-identical keys.
         budget: pairs to compare at most, keys asked for times ``n``.
         search: from features ``[m, d]``, a float32 tensor on the CPU, and k, to affinities and rows of ``keys``
-            ``[m, k]``, -1 for none: :meth:`CacheModel.nearest` of a cache that holds the fresh keys too.
+            ``[m, k]``, -1 for none: ``CacheModel.nearest`` of a cache that holds the fresh keys too.
         most: pairs to describe.
 
     Raises InputError where ``labels`` are not one a key, or ``fresh`` are no rows.
