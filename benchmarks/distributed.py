@@ -34,8 +34,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import SEED, machine
 from made import ROWS, Made
-from throughput import FACTS, SEED, facts, machine_line, write_rows
 
 from retrieval_tip.data import images
 
@@ -46,18 +46,6 @@ FEW = 32
 """Images of the run that is taken off, for its start."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 COMMAND = Path(sys.executable).with_name("retrieval-tip")
-
-SCHEMA = pa.schema(
-    [
-        ("section", pa.string()),
-        ("engine", pa.string()),
-        ("n", pa.int64()),
-        ("measure", pa.string()),
-        ("value", pa.float64()),
-        ("unit", pa.string()),
-        *FACTS,
-    ]
-)
 
 Measure = tuple[str, str, int, str, float, str]
 """Section, engine, number of items, what was measured, value, unit."""
@@ -246,22 +234,13 @@ SECTIONS = {"classify": classify, "encode": encode, "start": start}
 @click.option("--model", default=f"local-dir:{SHARED / 'models/lit-mini'}", show_default=True)
 @click.option("--pretrained")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir, help="For files.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Parquet file of the measures.")
-def main(only: tuple[str, ...], folder: Path, out: Path | None, **given: Any) -> None:
-    """Measure, print, write."""
-    import ray
-
-    known = facts("cpu") | {"versions": f"{facts('cpu')['versions']}, ray {ray.__version__}"}
-    click.echo(machine_line(known))
-    measures = []
+def main(only: tuple[str, ...], folder: Path, **given: Any) -> None:
+    """Measure and print."""
+    click.echo(machine("ray"))
     for name in only or SECTIONS:
         with tempfile.TemporaryDirectory(prefix="retrieval-tip-distributed-", dir=folder) as place:
             for section, engine, n, measure, value, unit in SECTIONS[name](Path(place), given):
                 click.echo(f"{section:<9}{engine:<6}{n:>10,}  {measure:<56}{value:>12,.2f} {unit}")
-                columns = ("section", "engine", "n", "measure", "value", "unit")
-                measures.append(dict(zip(columns, (section, engine, n, measure, value, unit), strict=True)))
-    if out is not None:
-        write_rows(out, measures, known, SCHEMA)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -23,7 +22,8 @@ import encoding
 import finetune as steps
 import numpy as np
 import torch
-from throughput import Material, dense, facts, machine_line, synchronize
+from common import SHARED, clocked, machine
+from throughput import Material, dense
 from torch import Tensor
 
 from retrieval_tip import Encoder, load_backbone
@@ -36,7 +36,7 @@ HEAD = ("what", "side", "ms", "x as fast as plain", "x the products", "peak MiB"
 AT_A_TIME = 1 << 30
 """Affinities of the bare product at a time."""
 
-Run = Callable[[], object]
+Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -47,40 +47,42 @@ class Figure:
     peak: int
 
 
-def measured(run: Run, like: Tensor, rounds: int) -> Figure:
-    """One side."""
-    seconds, peak = [], 0
+def measured(run: Callable[[], object], device: str, rounds: int) -> Figure:
+    """Time one side, and measure its memory."""
+    on_gpu, seconds, peak = device != "cpu", [], 0
+
+    def whole() -> None:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
     try:
-        for turn in range(rounds + 1):
-            if like.is_cuda:
-                torch.cuda.reset_peak_memory_stats(like.device)
-                before = torch.cuda.memory_allocated(like.device)
-            synchronize(like)
-            start = time.perf_counter()
-            run()
-            synchronize(like)
-            if turn:
-                seconds.append(time.perf_counter() - start)
-            if like.is_cuda:
-                peak = torch.cuda.max_memory_allocated(like.device) - before
+        for _ in range(rounds + 1):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            seconds.append(clocked(whole))
+            if on_gpu:
+                peak = torch.cuda.max_memory_allocated(device) - before
     except torch.OutOfMemoryError:
         return Figure(float("inf"), 0)
-    return Figure(statistics.median(seconds), peak)
+    return Figure(statistics.median(seconds[1:]), peak)
 
 
-def rows_of(what: str, sides: dict[str, Figure], plain: str, products: str) -> Iterator[Sequence[str]]:
-    """Lines of the table."""
+def rows_of(what: str, sides: dict[str, Figure], plain: str, products: dict[str, str]) -> Iterator[Sequence[str]]:
+    """Yield lines of the table; ``products`` names, by side, the product that it stands against."""
     for name, side in sides.items():
         if side.seconds == float("inf"):
             yield what, name, "out of memory", "", "", ""
             continue
-        ratios = sides[plain].seconds / side.seconds, side.seconds / sides[products].seconds
+        bare = products.get(name, next(iter(products.values())))
+        ratios = sides[plain].seconds / side.seconds, side.seconds / sides[bare].seconds
         figures = [f"{1e3 * side.seconds:.3g}", *(f"{ratio:.3g}" if ratio < 1e9 else "" for ratio in ratios)]
         yield what, name, *figures, f"{side.peak / 2**20:,.0f}"
 
 
-def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Run:
-    """Affinities of all queries, a slice of them at a time in the same memory."""
+def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """Return the affinities of all queries, a slice of them at a time in the same memory."""
     keys, f = keys.to(dtype), f.to(dtype)
     step = max(1, AT_A_TIME // len(keys))
     memory = keys.new_empty(min(step, len(f)), len(keys))
@@ -92,69 +94,57 @@ def product(keys: Tensor, f: Tensor, dtype: torch.dtype) -> Run:
     return run
 
 
-def answers(size: tuple[int, int, int], queries: Sequence[int], rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Over all keys, for so many queries a call."""
+def answers(size: Size, queries: Sequence[int], rounds: int, device: str) -> Iterator[Sequence[str]]:
+    """Measure answers over all keys, for so many queries a call."""
     material = Material.make(size, max(queries), "Flat", device)
-    cache = material.cache
-    half = replace(cache, precision="float16" if device != "cpu" else "bfloat16")
-    plain = dense(cache)
-    keys = torch.from_numpy(np.asarray(cache.keys)).to(device)
+    cache, plain, precision = material.cache, dense(material.cache), "float16" if device != "cpu" else "bfloat16"
+    half, keys = material.other(precision=precision), torch.from_numpy(np.asarray(cache.keys)).to(device)
     for q in queries:
         f = material.features[:q]
-        sides = {
-            "plain form": measured(lambda f=f: plain(f), f, rounds),
-            "product alone, float32": measured(product(keys, f, torch.float32), f, rounds),
-            "product alone, half": measured(product(keys, f, getattr(torch, half.precision)), f, rounds),
-            "float32": measured(lambda f=f: cache.logits(f, "all"), f, rounds),
-            f"{half.precision}": measured(lambda f=f: half.logits(f, "all"), f, rounds),
+        runs = {
+            "plain form": lambda f=f: plain(f),
+            "product alone, float32": product(keys, f, torch.float32),
+            "product alone, half": product(keys, f, getattr(torch, precision)),
+            "float32": lambda f=f: cache.logits(f, "all"),
+            precision: lambda f=f: half.logits(f, "all"),
         }
-        named = f"{size[0]:,} x {size[1]}, {q:,} queries"
-        for line in rows_of(named, sides, "plain form", "product alone, float32"):
-            last = sides["product alone, half"].seconds
-            if line[1] == half.precision and last:
-                line = (*line[:4], f"{sides[half.precision].seconds / last:.3g} (half)", line[5])
-            yield line
+        sides = {name: measured(run, device, rounds) for name, run in runs.items()}
+        products = {"float32": "product alone, float32", precision: "product alone, half"}
+        yield from rows_of(f"{size[0]:,} x {size[1]}, {q:,} queries", sides, "plain form", products)
 
 
 def encodings(model: str, folder: Path, number: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """Photographs on a disk, and the tower alone on pixels that are there."""
-    paths, like = encoding.chosen(folder, number), torch.empty(0, device=device)
-    precisions = ("float32", "float16") if device != "cpu" else ("float32", "bfloat16")
-    plain = encoding.plain(model, None, device, encoding.PLAIN_BATCHES[0])
-    sides = {"plain loop of open_clip": measured(lambda: plain(paths), like, rounds)}
-    for precision in precisions:
+    """Measure photographs on a disk, and the tower alone on pixels that are there."""
+    paths, plain = encoding.chosen(folder, number), encoding.plain(model, None, device, encoding.PLAIN_BATCHES[0])
+    sides = {"plain loop of open_clip": measured(lambda: plain(paths), device, rounds)}
+    for precision in ("float32", "float16" if device != "cpu" else "bfloat16"):
         backbone = load_backbone(model, device=device, precision=precision)
         run = encoding.ours(backbone)
-        sides[precision] = measured(lambda run=run: run(paths), like, rounds)
+        sides[precision] = measured(lambda run=run: run(paths), device, rounds)
         pixels = torch.rand(backbone.batch_size, 3, *backbone.size)
-        tower = measured(lambda own=backbone, pixels=pixels: own.encode_images(pixels), like, rounds)
-        each = tower.seconds * len(paths) / len(pixels)
-        sides[f"tower alone, {precision}"] = Figure(each, tower.peak)
-    yield from rows_of(f"encoding {len(paths)} photographs", sides, next(iter(sides)), f"tower alone, {precisions[0]}")
+        tower = measured(lambda own=backbone, pixels=pixels: own.encode_images(pixels), device, rounds)
+        sides[f"tower alone, {precision}"] = Figure(tower.seconds * len(paths) / len(pixels), tower.peak)
+    products = {"float32": "tower alone, float32"}
+    yield from rows_of(f"encoding {len(paths)} photographs", sides, next(iter(sides)), products)
 
 
-def training(size: tuple[int, int, int], epochs: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
-    """A step at the paper's size, and whole runs."""
+def training(size: Size, epochs: int, rounds: int, device: str) -> Iterator[Sequence[str]]:
+    """Measure a step at the paper's size, and whole runs."""
     classes, shots, dim = size
     material = steps.Material.make(classes, shots, dim, views=4, queries=16, device=device)
     cache, batch = material.cache, min(256, classes * shots)
-    f, ids = (part.to(device) for part in next(material.batches(batch)))
-    runs = {
-        "plain form, autograd": steps.plain(cache),
-        "two products, float32": steps.products(cache, batch, torch.float32),
-        "float32": steps.ours(cache, "float32"),
-        "bfloat16": steps.ours(cache, "bfloat16"),
-    }
-    sides = {name: measured(lambda step=step: step(f, ids), f, rounds) for name, step in runs.items()}
+    f, ids = next(material.batches(batch))
+    runs = {"plain form, autograd": steps.plain(cache), "two products, float32": steps.products(cache, batch)}
+    runs |= {precision: steps.ours(cache, precision) for precision in ("float32", "bfloat16")}
+    sides = {name: measured(lambda step=step: step(f, ids), device, rounds) for name, step in runs.items()}
     what = f"a step of fine-tuning, {cache.n:,} x {dim}, batch {batch}"
-    yield from rows_of(what, sides, "plain form, autograd", "two products, float32")
+    yield from rows_of(what, sides, "plain form, autograd", {"float32": "two products, float32"})
     with tempfile.TemporaryDirectory() as folder:
         source = material.shots(Path(folder))
         for precision in ("float32", "bfloat16"):
-            start = time.perf_counter()
             recipe = Recipe(epochs=epochs, batch=batch, precision=precision, settings="own")
-            finetune(cache, source, Encoder(), recipe)
-            yield f"{epochs} epochs of it", precision, f"{1e3 * (time.perf_counter() - start):.0f}", "", "", ""
+            seconds = clocked(lambda recipe=recipe: finetune(cache, source, Encoder(), recipe))
+            yield f"{epochs} epochs of it", precision, f"{1e3 * seconds:.0f}", "", "", ""
 
 
 def write(text: str, place: Path) -> None:
@@ -164,47 +154,34 @@ def write(text: str, place: Path) -> None:
     place.write_text(f"{before.rstrip()}\n\n{START}\n\n{text}\n\n{END}{rest.partition(END)[2] or chr(10)}", "utf-8")
 
 
+SIZES = ((16_000, 1024, 1000), (1_000_000, 512, 1000))
+
+
 @click.command(help=__doc__)
 @click.option("--device", default="cuda", show_default=True)
-@click.option(
-    "--size",
-    "sizes",
-    type=(int, int, int),
-    multiple=True,
-    default=((16_000, 1024, 1000), (1_000_000, 512, 1000)),
-    show_default=True,
-    help="Keys, their values, and classes.",
-)
+@click.option("--size", "sizes", type=(int, int, int), multiple=True, default=SIZES, show_default=True,
+              help="Keys, their values, and classes.")  # fmt: skip
 @click.option("--queries", type=int, multiple=True, default=(1, 64, 50_000), show_default=True)
 @click.option("--training", "trained", type=(int, int, int), default=(1000, 16, 1024), show_default=True)
 @click.option("--epochs", default=20, show_default=True)
-@click.option("--model", default="local-dir:../shared/models/lit-mini", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), default="../shared/data/caltech101", show_default=True)
+@click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), default=SHARED / "data/caltech101", show_default=True)
 @click.option("--photographs", default=1024, show_default=True, help="0 leaves encoding out.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="A Markdown page to put the table into.")
 def main(
-    device: str,
-    sizes: Sequence[tuple[int, int, int]],
-    queries: Sequence[int],
-    trained: tuple[int, int, int],
-    epochs: int,
-    model: str,
-    folder: Path,
-    photographs: int,
-    rounds: int,
-    out: Path | None,
-) -> None:
+    device: str, sizes: Sequence[Size], queries: Sequence[int], trained: Size, epochs: int, model: str, folder: Path,
+    photographs: int, rounds: int, out: Path | None,
+) -> None:  # fmt: skip
     """Measure, print, write."""
     device = resolve_device(device)
-    lines = [HEAD, ("---",) * len(HEAD)]
-    text = [f"{machine_line(facts(device))}, median of {rounds}", ""]
+    lines: list[Sequence[str]] = [HEAD, ("---",) * len(HEAD)]
     for size in sizes:
         lines += answers(size, queries, rounds, device)
     if photographs:
         lines += encodings(model, folder, photographs, rounds, device)
     lines += training(trained, epochs, rounds, device)
-    table = "\n".join([*text, *(f"| {' | '.join(line)} |" for line in lines)])
+    table = "\n".join([f"{machine()}, median of {rounds}\n", *(f"| {' | '.join(line)} |" for line in lines)])
     click.echo(table)
     if out is not None:
         write(table, out)

@@ -9,10 +9,14 @@ directions of equal variance do not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 COMMON, GROUP, SUBGROUP, CLASS, OWN = 0.52, 0.05, 0.12, 0.06, 0.25
 BRANCH = 10
@@ -51,6 +55,7 @@ class Made:
         shared = (1 - TEXT**2 - TEXT_OWN**2) ** 0.5 * _unit(noise[:1])
         self.text = _unit(TEXT * _unit(apart) + shared + TEXT_OWN * _unit(noise[1:])).astype(np.float32)
         self._centres = self._centres.astype(np.float32)
+        self.names = [f"class {i:06d}" for i in range(self.c)]  # they sort in this order
 
     def draw(self, ids: npt.NDArray[np.int64], seed: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray:
         """One feature of each of these classes, ``[m, d]``."""
@@ -67,6 +72,32 @@ class Made:
     def classes(self, m: int, seed: int) -> npt.NDArray[np.int64]:
         """Classes of ``m`` queries."""
         return np.random.default_rng([self.seed, seed]).integers(0, self.c, m)
+
+
+def write_tables(folder: Path, made: Made, n: int, dtype: str = "float32") -> None:
+    """Write ``n`` keys as ``table.parquet``, a block at a time, and the text weights as ``text.parquet``.
+
+    Labels go round the classes, so that no class lies together.
+    """
+    path = folder / "table.parquet"
+    with pq.ParquetWriter(path, _schema(made.d, dtype), use_dictionary=["label"], compression="none") as writer:
+        for start in range(0, n, ROWS):
+            ids = np.arange(start, min(start + ROWS, n)) % made.c
+            features = made.draw(ids, 10 + start // ROWS, dtype)
+            writer.write_table(rows(features, [made.names[i] for i in ids], f"image {start} "))
+    pq.write_table(rows(made.text.astype(dtype), made.names, "text "), folder / "text.parquet")
+
+
+def rows(features: npt.NDArray, labels: Sequence[str], name: str = "row ") -> pa.Table:
+    """Return a feature table whose ids begin with ``name``."""
+    schema = _schema(features.shape[1], str(features.dtype))
+    values = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    return pa.table([[f"{name}{i}" for i in range(len(labels))], labels, values], schema=schema)
+
+
+def _schema(d: int, dtype: str) -> pa.Schema:
+    value = pa.float16() if dtype == "float16" else pa.float32()
+    return pa.schema([("id", pa.string()), ("label", pa.string()), ("feature", pa.list_(value, d))])
 
 
 def _unit(rows: Array) -> Array:

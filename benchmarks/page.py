@@ -15,17 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import numpy as np
+from common import clocked, machine, show
 from made import Made
 from playwright.sync_api import Page, expect, sync_playwright
-from throughput import facts, machine_line
 
 from retrieval_tip import CacheModel
-from retrieval_tip.cli.output import table_lines
 
 KEYS, D, CLASSES = 10_000, 512, 100
 ANSWERS, MANY, ROUNDS = 5000, 48, 5
@@ -63,13 +61,6 @@ WEIGH = """async ([number, files]) => {
 }"""
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str, float]:
     """Seconds, by what is waited for."""
     found: dict[str, float] = {}
@@ -88,12 +79,12 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
     opened(index)
     times = []
     for path in new[: ROUNDS + 1]:  # the first one warms the encoder up
-        times.append(timed(lambda path=path: (page.set_input_files("#files", path),
+        times.append(clocked(lambda path=path: (page.set_input_files("#files", path),
                                               page.wait_for_selector("#grid .tile[data-label]"))))  # fmt: skip
         page.click("#drawer-close")
         page.click("#clear")
     found["first answer after a drop"] = statistics.median(times[1:])
-    found[f"answers to {min(MANY, len(new))} photographs"] = timed(lambda: answered(MANY))
+    found[f"answers to {min(MANY, len(new))} photographs"] = clocked(lambda: answered(MANY))
     page.click("#clear")
     files = [[path.name, list(path.read_bytes())] for path in new[:20]]
     found[f"weighing {ANSWERS:,} answers anew"] = statistics.median(page.evaluate(WEIGH, [ANSWERS, files]))
@@ -107,7 +98,7 @@ def measured(page: Page, address: str, index: str, new: list[Path]) -> dict[str,
     expect(chosen).to_have_value("tsne")
     found[f"map of {KEYS:,} keys, by neighbours"] = time.perf_counter() - began
     opened("made")
-    found["the same map, opened again"] = timed(
+    found["the same map, opened again"] = clocked(
         lambda: (page.click("#tab-index"), expect(chosen).to_have_value("tsne"))
     )
     return found
@@ -139,13 +130,11 @@ def main(index: Path, new: Path) -> None:
                 page.set_default_timeout(WAIT)
                 expect.set_options(WAIT)
                 found = measured(page, address, index.name, files)
-                click.echo(f"Chromium {browser.version}, {machine_line(facts('cpu') | {'seed': 0})}")
+                click.echo(f"Chromium {browser.version}, {machine()}")
                 browser.close()
             finally:
                 serving.terminate()
-    rows = [{"waited for": what, "seconds": f"{seconds:.2f}"} for what, seconds in found.items()]
-    for line in table_lines(rows, ["waited for", "seconds"]):
-        click.echo(line)
+    show("", [{"waited for": what, "seconds": seconds} for what, seconds in found.items()])
 
 
 if __name__ == "__main__":

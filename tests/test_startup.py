@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -18,8 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import ROOT
 from PIL import Image
 from test_backbone import TINY, picture, tiny
 from test_cli import commands
@@ -416,22 +413,3 @@ def test_an_interrupt_while_it_is_imported_is_one_line(tmp_path):
     command = [sys.executable, "-m", "retrieval_tip", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
-
-
-# the benchmark
-
-
-@pytest.mark.soak
-def test_the_benchmark(shared, warm_path, monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("benchmarks_startup", ROOT / "benchmarks" / "startup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "PROGRAM", (shutil.which("retrieval-tip", path=warm_path),))  # its parts start anew
-    sizes = ("--runs", "1", "--images", "2", "--keys", "500", "--dim", "16")
-    result = CliRunner().invoke(module.main, ["--data", str(shared), *sizes, "--out", str(tmp_path / "out.parquet")])
-    assert result.exit_code == 0, result.output
-    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert {row["what"] for row in table} >= {"--help", "index info", "interpreter", "import torch", "weights digest"}
-    assert all(row["seconds"] >= 0 and row["runs"] == 1 for row in table)
-    assert all(row["what"] in result.output for row in table)
-    assert "torch" in table[0]["versions"]

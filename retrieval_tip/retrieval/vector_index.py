@@ -77,7 +77,7 @@ def inner_factory(factory: str) -> str | None:
 def auto_factory(n: int, c: int) -> tuple[str, int | None]:
     """The type of index, and the keys that a query meets, for ``n`` keys of ``c`` classes (``--index auto``).
 
-    Measured by benchmarks/throughput.py, on features like CLIP's:
+    Measured by benchmarks/throughput.py (``--index``), on features like CLIP's:
 
     - up to 4 keys a class, or 2048 in all: every key (``Flat``, k = all). The text weights cost as much as the keys.
     - up to ``4 sqrt(n)`` keys a class: whole classes (``Classes``), 8 at most.

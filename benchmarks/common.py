@@ -1,0 +1,233 @@
+"""Shared by the benchmarks: sides that take turns, tables, the machine, processes, and two checkouts in one run.
+
+With ``--against CHECKOUT`` a script measures this tree and another one in the same run::
+
+    git worktree add /tmp/base 17a8cd6
+    python benchmarks/throughput.py --only exact --against /tmp/base
+
+Both run this very script, each on its own package, and hand a token to and fro: one measures a turn while the other
+waits. Tables at the end have the medians of both, and this tree's time by the other's: median, least and most of the
+turns. Above 1 this tree is slower.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import click
+
+SEED = 0
+GIB = 2**30
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+PROGRAM = (sys.executable, "-P", "-m", "retrieval_tip")
+"""The real command, of the package that PYTHONPATH names: ``-P`` keeps the current folder out."""
+
+Side = Callable[[int], float | None]
+"""One of those that take turns. It is given the number of the turn; what it returns counts in place of its seconds."""
+
+
+def clocked(call: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def take_turns(title: str, sides: Mapping[str, Side], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """Measure each side once a turn, and return its seconds of each turn after the first ``warm`` ones."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + warm):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            given = side(turn)
+            seconds = time.perf_counter() - start if given is None else given
+            if turn >= warm:
+                taken[name].append(seconds)
+        _hand_over()
+    for name, values in taken.items():
+        record(title, name, values)
+    return taken
+
+
+def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the median of each side."""
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Print a table; the columns are those of the first row, and floats are rounded to four digits."""
+    lines = [list(rows[0]), *([_cell(row.get(column)) for column in rows[0]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [isinstance(value, int | float) for value in rows[0].values()]
+    click.echo(f"\n{title}" if title else "")
+    for line in lines:
+        cells = zip(line, widths, right, strict=True)
+        click.echo("  ".join(cell.rjust(width) if r else cell.ljust(width) for cell, width, r in cells).rstrip())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def machine(*packages: str) -> str:
+    """Return the machine and the versions of what runs on it, as one line."""
+    import torch
+
+    known = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in known.read_text().splitlines() if line.startswith("model name")]
+    cpu = names[0] if names else platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    found = []
+    for name in ("retrieval-tip", "torch", "numpy", "faiss-cpu", "faiss-gpu", *packages):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return (
+        f"{datetime.date.today()}, {cpu}{gpu}, {os.cpu_count()} cores, {memory:.0f} GiB, {torch.get_num_threads()} "
+        f"threads, load before {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, {', '.join(found)}, "
+        f"seed {SEED}"
+    )
+
+
+# Processes
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process: what it printed, its wall-clock seconds, and its peak memory in GiB, resident and anonymous."""
+
+    output: str
+    seconds: float
+    peak: float
+    anonymous: float
+
+
+LAUNCH = """
+import os, sys, time
+pid, anonymous = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0
+while True:
+    found, status, usage = os.wait4(pid, os.WNOHANG)
+    if found:
+        break
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            lines = [line.split() for line in file if line.startswith("RssAnon:")]
+        anonymous = max([anonymous, *(int(line[1]) for line in lines)])
+    except OSError:
+        pass
+    time.sleep(0.02)
+print(os.waitstatus_to_exitcode(status), usage.ru_maxrss, anonymous)
+"""
+"""A small process between: Linux counts as a child's peak also what its parent held when it started the child."""
+
+
+def launch(*command: object) -> Finished:
+    """Run a command to its end, and measure its memory. Raises ClickException where it fails."""
+    start = time.perf_counter()
+    launched = [sys.executable, "-S", "-c", LAUNCH, *map(str, command)]
+    output = subprocess.run(launched, check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds = time.perf_counter() - start
+    *printed, last = output.splitlines()
+    status, peak, anonymous = map(int, last.split())
+    if status:
+        raise click.ClickException(f"{' '.join(map(str, command))}: exit status {status}")
+    return Finished("\n".join(printed), seconds, peak * 1024 / GIB, anonymous * 1024 / GIB)
+
+
+def run(*command: object) -> str:
+    """Run a command, and return what it prints. Raises ClickException where it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(map(str, command))}: {done.stderr}")
+    return done.stdout
+
+
+# Two checkouts
+
+TURNS = "BENCHMARK_TURNS"
+"""In each of the two processes: the pipe that it waits at, the one that it writes to, and the file for its records."""
+
+
+def against(command: click.Command) -> click.Command:
+    """Give a script the option ``--against``."""
+    own = command.callback
+    assert own is not None
+
+    @functools.wraps(own)
+    def callback(against: Path | None, **given: object) -> object:
+        if against is None:
+            if TURNS in os.environ:
+                os.read(int(os.environ[TURNS].split()[0]), 1)
+            return own(**given)
+        return _compare(against.resolve())
+
+    command.callback = callback
+    folder = click.Path(path_type=Path, exists=True, file_okay=False)
+    command.params.append(click.Option(["--against"], type=folder, help="Measure this checkout too, turn by turn."))
+    return command
+
+
+def record(title: str, name: str, values: Sequence[float]) -> None:
+    """Keep the values of a side, one a turn, for the table of two checkouts; less is better."""
+    if TURNS in os.environ:
+        with Path(os.environ[TURNS].split()[2]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([title, name, list(values)]) + "\n")
+
+
+def _hand_over() -> None:
+    """Let the other checkout measure its turn; once it has ended, its pipe is closed, and nothing is waited for."""
+    if TURNS in os.environ:
+        own, other, _ = os.environ[TURNS].split()
+        try:
+            os.write(int(other), b".")
+        except BrokenPipeError:
+            return
+        os.read(int(own), 1)
+
+
+def _compare(other: Path) -> None:
+    """Run this script on both trees, and print its times side by side."""
+    at = next(i for i, word in enumerate(sys.argv) if word.startswith("--against"))
+    arguments = [*sys.argv[:at], *sys.argv[at + (1 if "=" in sys.argv[at] else 2) :]]
+    trees = [Path(__file__).resolve().parents[1], other]
+    pipes = [os.pipe(), os.pipe()]  # each waits at its own, and writes to the other's
+    os.write(pipes[0][1], b".")
+    with tempfile.TemporaryDirectory() as folder:
+        files, processes = [Path(folder) / name for name in ("this", "other")], []
+        for i, tree in enumerate(trees):
+            ends = (pipes[i][0], pipes[1 - i][1])
+            known = {"PYTHONPATH": str(tree), TURNS: f"{ends[0]} {ends[1]} {files[i]}"}
+            shown = None if i == 0 else subprocess.DEVNULL
+            command = [sys.executable, *arguments]
+            processes.append(subprocess.Popen(command, env=os.environ | known, pass_fds=ends, stdout=shown))
+        for end in (end for pipe in pipes for end in pipe):
+            os.close(end)
+        if sum(process.wait() for process in processes):
+            raise click.ClickException("a checkout failed: see above")
+        ours, theirs = ([json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files)
+    tables: dict[str, list[dict[str, object]]] = {}
+    for (title, name, mine), (_, _, others) in zip(ours, theirs, strict=True):
+        ratios = sorted(a / b for a, b in zip(mine, others, strict=True))
+        row = {"side": name, "this": statistics.median(mine), "other": statistics.median(others)}
+        row |= {"this / other": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
+        tables.setdefault(title, []).append(row)
+    click.echo(f"\nThis tree against {other}, seconds; ratios are of the same turns")
+    for title, rows in tables.items():
+        show(title, rows)
