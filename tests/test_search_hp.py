@@ -108,7 +108,8 @@ def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse)
 def test_retrieval_and_tail_are_searched_as_the_model_answers():
     cache, ks = made(shots=8), [2, 8]
     queries = asked(cache)
-    low, high = search_hp._intervals(cache, queries, [3.0], ks)
+    tried = search_hp._Tried.of(cache, queries, [3.0], ks)
+    low, high = tried.low, tried.high
     cache.settings = cache.settings.override(beta=3.0)
     for j, k in enumerate(ks):
         for alpha in (0.5, 4.0, 40.0):
@@ -120,7 +121,8 @@ def test_retrieval_and_tail_are_searched_as_the_model_answers():
 def test_leaving_one_out_is_an_index_without_that_shot():
     cache = made(shots=4)
     queries = leave_one_out(cache)
-    low, high = search_hp._intervals(cache, queries, [4.0], [None, 4])
+    tried = search_hp._Tried.of(cache, queries, [4.0], [None, 4])
+    low, high = tried.low, tried.high
     for row in (0, 7, 19):
         without = made(shots=4)
         without.remove([int(cache.labels["key_id"][row].as_py())])

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.files import replacing
 from retrieval_tip.retrieval.defaults import untouched_settings
 from retrieval_tip.retrieval.logits import slices
-from retrieval_tip.settings import Settings
+from retrieval_tip.settings import Protocol, Settings
 from retrieval_tip.store.labels import images_of
 
 BETAS = np.geomspace(0.1, 100, 31)
@@ -51,13 +51,14 @@ PAPER_SCALES = (7.0, 3.0)
 """The published grid: steps and largest values of beta and alpha (ImageNet's)."""
 
 FloatArray = npt.NDArray[np.float64]
+Part = Literal["both", "text", "cache"]
 
 
 @dataclass(frozen=True)
 class Queries:
     """Validation queries: ``features`` ``[q, d]``, class ``ids`` ``[q]``, and which keys each must not meet.
 
-    ``hidden`` ``[q]`` and ``groups`` ``[n]``: a query does not see the keys of its own group (``-1``: it sees all).
+    A query does not see the keys ``groups`` ``[n]`` of its own group ``hidden`` ``[q]``; with -1 it sees all keys.
     """
 
     features: npt.NDArray[np.float32]
@@ -72,18 +73,18 @@ class HyperparameterChoice:
     """The chosen settings and what is known about them.
 
     ``alpha`` lies in the middle of ``interval``, all of whose alphas have the same validation ``accuracy``;
-    ``zero_shot`` is the accuracy at alpha 0 and ``cache_alone`` that without text (the best over beta and k); ``part``
-    is ``both``, or ``text`` or ``cache`` where the interval reaches 0 or has no end: the other is not needed. ``low``
-    and ``high`` bound the accuracy (95 %, bootstrap over the queries), ``flat`` is the share of the surface within one
-    point of the best. ``best`` is the highest accuracy that was found: more than ``accuracy`` only where a cautious
-    search kept those it was to keep. ``warnings`` say where the choice is weak. ``surface`` has the columns k (0 is
-    all), beta, alpha, accuracy.
+    ``zero_shot`` is the accuracy at alpha 0 and ``cache_alone`` that without text (the best over beta and k). ``part``
+    is ``text`` or ``cache`` if the interval reaches 0 or has no end, so that the other part is not needed, else
+    ``both``. ``low`` and ``high`` bound the accuracy (95 %, bootstrap over the queries), ``flat`` is the share of the
+    surface within one point of the best. ``best`` is the highest accuracy found: above ``accuracy`` only if a cautious
+    search kept other settings. ``warnings`` say where the choice is weak. ``surface`` has the columns k (0 is all),
+    beta, alpha, accuracy.
     """
 
     alpha: float
     beta: float
     k: int | None
-    part: str
+    part: Part
     accuracy: float
     best: float
     interval: tuple[float, float]
@@ -94,7 +95,7 @@ class HyperparameterChoice:
     flat: float
     n: int
     source: str
-    protocol: str
+    protocol: Protocol
     warnings: tuple[str, ...]
     surface: pa.Table
 
@@ -103,8 +104,8 @@ class HyperparameterChoice:
         least = before.least_cache if self.beta == before.beta else None
         return replace(before, alpha=self.alpha, beta=self.beta, k=self.k, temperature=1.0, least_cache=least)
 
-    def provenance(self) -> dict[str, Any]:
-        """What goes into the manifest."""
+    def provenance(self) -> dict[str, object]:
+        """Return what goes into the manifest."""
         return {
             "chosen_on": self.source,
             "queries": self.n,
@@ -117,7 +118,7 @@ class HyperparameterChoice:
 
 
 def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Queries:
-    """Queries from a labelled source whose images are not among the keys.
+    """Return queries from a labelled source whose images are not among the keys.
 
     Raises InputError for labels that are no class of the index.
     """
@@ -127,16 +128,16 @@ def on_validation(cache: AnsweringIndex, source: Source, encoder: Encoder) -> Qu
 
 
 def unseen(cache: AnsweringIndex, features: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], name: str) -> Queries:
-    """Queries that are none of the keys: features ``[q, d]`` and their class ids ``[q]``."""
+    """Return queries that are not among the keys: features ``[q, d]`` and their class ids ``[q]``."""
     return Queries(features, ids, np.full(len(ids), -1), np.arange(cache.n), name)
 
 
 def leave_one_out(cache: CacheModel) -> Queries:
-    """Each shot is scored against the others: its own key is hidden, and every key of the same image.
+    """Score each shot against the others: its own key is hidden, and every key of the same image.
 
-    Keys are of one image where their content digest agrees, or their source where there is none. Raises UsageError
-    where a class with keys has fewer than two images: without its only one nothing is left to recognise it by; and
-    where values were solved, for each knows all shots.
+    Keys are of one image if their content digest agrees, or their source if there is none. Raises UsageError if a class
+    with keys has fewer than two images, so that nothing is left to recognise it by; and if values were solved, for they
+    know all shots.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
@@ -159,10 +160,10 @@ def leave_one_out(cache: CacheModel) -> Queries:
 def validation_shots(
     cache: CacheModel, validation: Source, path: str | os.PathLike[str] | None = None, number: int | None = None
 ) -> list[int]:
-    """Positions of ``number`` validation shots a class, by default ``min(shots, 4)``, 4 where all images are keys.
+    """Return the positions of ``number`` validation shots a class, by default ``min(shots, 4)``, 4 if all are keys.
 
-    Where ``path`` is the split file that the index's own shots were drawn from, its published validation draw: it goes
-    on with the generator where the training draw ended.
+    If ``path`` is the split file that the index's own shots were drawn from, they are its published validation draw,
+    which goes on with the generator where the training draw ended.
     """
     drawn, seed = cache.built.shots, cache.built.seed
     if number is None and drawn is not None and path is not None and Path(path).suffix.lower() == ".json":
@@ -173,11 +174,10 @@ def validation_shots(
 
 
 def apply(cache: CacheModel, choice: HyperparameterChoice, folder: str | os.PathLike[str] | None = None) -> None:
-    """Give the index the chosen settings, with where they come from; a fitted temperature no longer holds.
+    """Give the index the chosen settings and their provenance; a fitted temperature no longer holds.
 
-    An index over classes keeps its k: there it says what an answer may cost, and changes hardly any. With the
-    ``folder`` that the index was loaded from, they become a new version of it; raises as
-    :meth:`CacheModel.save_settings`.
+    An index over classes keeps its k, which says there what an answer may cost. With the ``folder`` that the index was
+    loaded from, the settings become a new version of it; raises as :meth:`CacheModel.save_settings`.
     """
     own, settings = cache.settings, choice.settings(cache.settings)
     if cache.index.by_class:
@@ -198,7 +198,7 @@ def write_surface(choice: HyperparameterChoice, path: str | os.PathLike[str]) ->
 
 
 def folds(cache: CacheModel, number: int, seed: int = 1) -> Queries:
-    """The images are dealt into ``number`` folds within each class; a query does not see the keys of its fold."""
+    """Deal the images of each class into ``number`` folds; a query does not see the keys of its fold."""
     check_count("folds", number, 2)
     loo = leave_one_out(cache)
     generator = np.random.default_rng(seed)
@@ -242,23 +242,22 @@ def search(
             were trained with; of a fitted index by default its own. This beta is always tried.
         seed: of the bootstrap.
 
-    Raises InputError where queries are empty, of classes that are none, or not ``[q, d]``; UsageError for ``kept`` that
-    are no settings.
+    Raises InputError for queries that are empty, of unknown classes, or not ``[q, d]``; UsageError for ``kept`` that
+    are not settings.
     """
     if kept is None and cache.fitted is not None:
         kept = cache.settings.alpha, cache.settings.beta
         if betas is None and cache.fitted.solved:  # values are solved for one beta
             betas = [cache.settings.beta]
     if kept is not None:
-        cache.settings.override(alpha=kept[0], beta=kept[1])  # which refuses what are no settings
+        cache.settings.override(alpha=kept[0], beta=kept[1])  # raises for what cannot be settings
     stay = untouched_settings(cache.met, cache.class_ids.cpu().numpy()) if kept is None else kept
     always = {stay[1]} if betas is None or cautious or kept is not None else set()
     betas = sorted({*(BETAS if betas is None else betas), *always})
     ks = ([None] if cache.index.by_class else _powers(cache.n)) if ks is None else list(ks)
     if cautious and None not in ks:
         ks = [None, *ks]
-    _check(cache, queries)
-    tried = _Tried(queries, betas, ks, *_intervals(cache, queries, betas, ks))
+    tried = _Tried.of(cache, queries, betas, ks)
     solved = [[_best_alpha(tried.low[b, j], tried.high[b, j]) for j in range(len(ks))] for b in range(len(betas))]
     ranked = [
         (round(right), _width(interval), ks[j] is None, -abs(b - len(betas) // 2), b, j)
@@ -268,45 +267,41 @@ def search(
     *_, b, j = max(ranked)
     _, interval = solved[b][j]
     alpha = _middle(interval)
-    part = "cache" if interval[1] == math.inf else "text" if interval[0] <= 0 else "both"
     best = tried.hits(b, j, alpha)
     if cautious:
         at, every = betas.index(stay[1]), ks.index(None)
         more = best.astype(np.float64) - tried.hits(at, every, stay[0])
         if more.mean() <= 1.96 * more.std() / math.sqrt(len(more)):
-            b, j, alpha, part, interval = at, every, stay[0], "both", (stay[0], stay[0])
+            b, j, alpha, interval = at, every, stay[0], (stay[0], stay[0])
     accuracy, most = float(tried.hits(b, j, alpha).mean()), float(best.mean())
-    warnings = tuple(_kept("the untouched settings" if kept is None else "the settings", accuracy, most, len(best)))
-    return tried.choice(b, j, alpha, interval, part, most, "honest", tried.surface(tried.steps()), warnings, seed)
+    warnings = list(_kept("the untouched settings" if kept is None else "the settings", accuracy, most, len(best)))
+    return tried.choice(b, j, alpha, interval, most, "honest", tried.surface(tried.steps()), warnings, seed)
 
 
 def search_paper(
     cache: CacheModel, queries: Queries, scales: tuple[float, float] = PAPER_SCALES, seed: int = 1
 ) -> HyperparameterChoice:
-    """The published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``, first best wins.
+    """Search the published grid: beta ``0.1 + i (scale - 0.1) / 200``, alpha ``0.1 + i (scale - 0.1) / 20``.
 
-    ``scales`` are those of beta and alpha (7 and 3 for ImageNet). Published figures used the whole validation split,
-    for ImageNet the test set; alpha 0 is not in the grid. Raises UsageError if values were solved, which is for one
-    beta.
+    The first best wins. ``scales`` are those of beta and alpha (7 and 3 for ImageNet). Published figures used the whole
+    validation split, for ImageNet the test set; alpha 0 is not in the grid. Raises UsageError if values were solved,
+    which is for one beta.
     """
     if cache.fitted is not None and cache.fitted.solved:
         raise UsageError(
             "protocol paper: searches beta, and the values of this index were solved for one; "
             "build it with --fit none, as in the paper"
         )
-    cache.settings.override(alpha=scales[1], beta=scales[0])  # which refuses what are no settings
-    _check(cache, queries)
-    betas, alphas = (
-        [0.1 + i * (scale - 0.1) / steps for i in range(steps)]
-        for scale, steps in zip(scales, PAPER_STEPS, strict=True)
-    )
-    tried = _Tried(queries, betas, [None], *_intervals(cache, queries, betas, [None]))
+    cache.settings.override(alpha=scales[1], beta=scales[0])  # raises for what cannot be settings
+    grids = zip(scales, PAPER_STEPS, strict=True)
+    betas, alphas = ([0.1 + i * (scale - 0.1) / steps for i in range(steps)] for scale, steps in grids)
+    tried = _Tried.of(cache, queries, betas, [None])
     surface = tried.surface(np.asarray(alphas))
     accuracy = surface["accuracy"].to_numpy()
     b, a = divmod(int(accuracy.argmax()), len(alphas))
     alpha, best = alphas[a], float(accuracy.max())
-    edge = () if 0 < a < len(alphas) - 1 else (f"alpha {alpha:.3g} is at the edge of the grid",)
-    return tried.choice(b, 0, alpha, (alpha, alpha), "both", best, "paper", surface, edge, seed)
+    edge = [] if 0 < a < len(alphas) - 1 else [f"alpha {alpha:.3g} is at the edge of the grid"]
+    return tried.choice(b, 0, alpha, (alpha, alpha), best, "paper", surface, edge, seed)
 
 
 @dataclass(frozen=True)
@@ -319,6 +314,22 @@ class _Tried:
     low: FloatArray
     high: FloatArray
 
+    @classmethod
+    def of(cls, cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]) -> Self:
+        """Try each beta and k on each query. Raises InputError for queries that do not fit the index."""
+        q, c = len(queries.ids), len(cache.class_names)
+        if not q:
+            raise InputError(f"{queries.name}: holds nothing to choose settings on")
+        if queries.features.shape != (q, cache.d):
+            raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{q}, {cache.d}]")
+        if queries.ids.min() < 0 or queries.ids.max() >= c:
+            raise InputError(f"{queries.name}: class ids outside 0 .. {c - 1}")
+        low, high = np.empty((2, len(betas), len(ks), q))
+        for part, text, y, caches in _blocks(cache, queries, betas, ks):
+            for b, j, cache_logits in caches:
+                low[b, j, part], high[b, j, part] = right_between(text, cache_logits, y)
+        return cls(queries, betas, ks, low, high)
+
     def hits(self, b: int, j: int, alpha: float) -> npt.NDArray[np.bool_]:
         """Which queries are right at one alpha."""
         hits: npt.NDArray[np.bool_] = (self.low[b, j] < alpha) & (alpha < self.high[b, j])
@@ -330,11 +341,10 @@ class _Tried:
         j: int,
         alpha: float,
         interval: tuple[float, float],
-        part: str,
         best: float,
-        protocol: str,
+        protocol: Protocol,
         surface: pa.Table,
-        warnings: tuple[str, ...],
+        warnings: Sequence[str],
         seed: int,
     ) -> HyperparameterChoice:
         """What is known about the settings ``betas[b]``, ``ks[j]`` and ``alpha``."""
@@ -346,7 +356,7 @@ class _Tried:
             alpha=alpha,
             beta=float(self.betas[b]),
             k=self.ks[j],
-            part=part,
+            part="cache" if interval[1] == math.inf else "text" if interval[0] <= 0 < interval[1] else "both",
             accuracy=accuracy,
             best=best,
             interval=interval,
@@ -383,29 +393,8 @@ class _Tried:
         )
 
 
-def _check(cache: CacheModel, queries: Queries) -> None:
-    if not len(queries.ids):
-        raise InputError(f"{queries.name}: holds nothing to choose settings on")
-    if queries.features.shape != (len(queries.ids), cache.d):
-        raise InputError(f"{queries.name}: features {queries.features.shape}; expected [{len(queries.ids)}, {cache.d}]")
-    if queries.ids.min() < 0 or queries.ids.max() >= len(cache.class_names):
-        raise InputError(f"{queries.name}: class ids outside 0 .. {len(cache.class_names) - 1}")
-
-
 def _powers(n: int) -> list[int | None]:
     return [None, *(2**i for i in range(n.bit_length()) if 2**i <= n // 2)]
-
-
-def _intervals(
-    cache: CacheModel, queries: Queries, betas: Sequence[float], ks: Sequence[int | None]
-) -> tuple[FloatArray, FloatArray]:
-    """Where each query is right: alpha between ``low`` and ``high``, ``[betas, ks, q]`` each."""
-    shape = (len(betas), len(ks), len(queries.ids))
-    low, high = np.empty(shape), np.empty(shape)
-    for part, text, y, caches in _blocks(cache, queries, betas, ks):
-        for b, j, cache_logits in caches:
-            low[b, j, part], high[b, j, part] = right_between(text, cache_logits, y)
-    return low, high
 
 
 def _blocks(
