@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import examples, needs_real
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tables import unit_rows, write_table
-from test_duplicates import KINDS, labels_of
+from test_duplicates import KINDS
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -155,14 +154,6 @@ def test_blocks_of_an_audit_change_nothing(monkeypatch):
                 assert table[name].to_pylist() == split[name].to_pylist(), name
 
 
-def test_whole_classes_as_index():
-    keys, ids = planted(200, 5)
-    cache = CacheModel.from_features(keys, ids, list("abcde"), index="Classes", device="cpu")
-    assert audit(cache, k=64)["key_id"].to_pylist() == [] == audit(cache)["key_id"].to_pylist()
-    cache.add(keys[:1], ["c"])
-    assert set(audit(cache, k=64)["key_id"].to_pylist()) == {0, 200} == set(audit(cache)["key_id"].to_pylist())
-
-
 def test_settings_of_the_index_change_no_judgement():
     """A margin means the same in every index: the threshold does not move with a beta that was set for answers."""
     table = audit(made(1), borderline=True)
@@ -257,24 +248,6 @@ def test_trained_values_are_ignored():
 
 
 # ---- real features and photographs
-
-
-@needs_real
-def test_real_clip_features_swap_of_labels(shared):
-    rows = pq.read_table(shared / "data/clip-food9/train.parquet")
-    labels = np.array(rows["label"].to_pylist())
-    take = np.concatenate([np.flatnonzero(labels == label)[:16] for label in np.unique(labels)])
-    features, labels = np.stack(rows["feature"].take(take).to_pylist()).astype(np.float32), labels[take]
-    names = sorted(set(labels.tolist()))
-    assert duplicates(features, labels_of([names.index(label) for label in labels])).pairs == []
-    clean = CacheModel.from_features(features, labels, names, settings=Settings(beta=20), device="cpu")
-    swapped = np.random.default_rng(0).choice(144, 10, replace=False)
-    wrong = labels.copy()
-    wrong[swapped] = np.roll(labels[swapped], 1)
-    swapped = swapped[wrong[swapped] != labels[swapped]]
-    table = audit(CacheModel.from_features(features, wrong, names, settings=Settings(beta=20), device="cpu"))
-    assert len(swapped) >= 8
-    assert set(swapped.tolist()) <= set(table["key_id"].to_pylist()[: len(swapped) + len(audit(clean))])
 
 
 @pytest.fixture(scope="module")

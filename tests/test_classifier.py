@@ -87,19 +87,6 @@ def test_a_photograph_is_the_same_however_it_is_held(place, clf):
     assert len(clf.predict(np.stack([np.asarray(picture)] * 3))) == 3
 
 
-def test_an_upright_picture_stays_upright(place, clf):
-    """EXIF turns it, whether it comes as a file or as a picture."""
-    wide = Image.new("RGB", (60, 30), (255, 0, 0))
-    wide.paste((0, 0, 255), (0, 0, 30, 30))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    wide.save(buffer, "JPEG", exif=exif, quality=100, subsampling=0)
-    from_file = clf.predict(buffer.getvalue())
-    from_picture = clf.predict(Image.open(buffer))
-    assert from_picture.probability == pytest.approx(from_file.probability, abs=1e-6)
-
-
 def test_features_are_answered_and_raw_ones_refused(clf):
     keys = np.asarray(clf.cache.keys)
     assert clf.predict(keys[0]).label == clf.cache.labels["label"][0].as_py()
@@ -394,18 +381,6 @@ def test_an_index_goes_to_the_hub_and_comes_back(place, clf, tmp_path, monkeypat
         Classifier.from_hub("me/nothing", tmp_path / "none")
 
 
-def test_an_index_of_features_answers_for_features(tmp_path):
-    from tables import unit_rows, write_table
-
-    table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["a", "b"] * 3)
-    build_index(open_source(table), tmp_path / "i", Encoder(), device="cpu", fit="none")
-    clf = Classifier.load(tmp_path / "i", device="cpu")
-    assert len(clf.predict(table)) == 6
-    assert "features" in repr(clf)
-    with pytest.raises(UsageError, match="backbone"):
-        clf.predict(Image.new("RGB", (8, 8)))
-
-
 def test_a_pipeline_of_scikit_learn_begins_with_paths(place):
     sklearn_pipeline = pytest.importorskip("sklearn.pipeline")
     from retrieval_tip import ImageEncoder, TipAdapterClassifier
@@ -420,3 +395,28 @@ def test_a_pipeline_of_scikit_learn_begins_with_paths(place):
     plain = Encoder(backbone).encode(new).features
     np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5)
     assert pipeline.score(new.sources, new.labels) > 1 / 3
+
+
+def test_an_upright_picture_stays_upright(place, clf):
+    """EXIF turns it, whether it comes as a file or as a picture."""
+    wide = Image.new("RGB", (60, 30), (255, 0, 0))
+    wide.paste((0, 0, 255), (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    wide.save(buffer, "JPEG", exif=exif, quality=100, subsampling=0)
+    from_file = clf.predict(buffer.getvalue())
+    from_picture = clf.predict(Image.open(buffer))
+    assert from_picture.probability == pytest.approx(from_file.probability, abs=1e-6)
+
+
+def test_an_index_of_features_answers_for_features(tmp_path):
+    from tables import unit_rows, write_table
+
+    table = write_table(tmp_path / "t.parquet", unit_rows(6, 8), ["a", "b"] * 3)
+    build_index(open_source(table), tmp_path / "i", Encoder(), device="cpu", fit="none")
+    clf = Classifier.load(tmp_path / "i", device="cpu")
+    assert len(clf.predict(table)) == 6
+    assert "features" in repr(clf)
+    with pytest.raises(UsageError, match="backbone"):
+        clf.predict(Image.new("RGB", (8, 8)))
