@@ -97,31 +97,12 @@ def test_without_source_it_trains_on_the_table_that_the_index_was_built_from(run
     assert not (place / "again").exists()
 
 
-@pytest.mark.parametrize("part", ["keys", "values"])
-def test_what_is_trained_is_what_moves(run, place, part):
-    result = tune(run, place, "--train", part, "--epochs", 2, "--settings", "own", "--keep-last")
-    assert result.exit_code == 0, result.stderr
-    before, after = (CacheModel.load(place / name, device="cpu") for name in ("index", "tuned"))
-    assert np.array_equal(before.keys, after.keys) == (part == "values")
-    assert (after.values is None) == (part == "keys")
-
-
-@pytest.mark.parametrize("fitted", [False, True])
-def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place, fitted):
-    if fitted:
-        fitted_index(run, place)
+def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place):
+    fitted_index(run, place)
     result = tune(run, place, "--alpha", 3, "--beta", 2, "--epochs", 1, "--keep-last")
     assert result.exit_code == 0, result.stderr
     cache = CacheModel.load(place / "tuned", device="cpu")
     assert (cache.settings.alpha, cache.settings.beta) == (3, 2)
-
-
-def test_the_same_seed_gives_the_same_keys_and_another_others(run, place):
-    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert tune(run, place, "--seed", seed, "--epochs", 2, "--batch", 16, "--keep-last", out=out).exit_code == 0
-    a, b, c = (CacheModel.load(place / name, device="cpu").keys for name in "abc")
-    assert np.array_equal(a, b)
-    assert not np.array_equal(a, c)
 
 
 @pytest.mark.parametrize(
@@ -129,14 +110,10 @@ def test_the_same_seed_gives_the_same_keys_and_another_others(run, place):
     [
         (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache: give one of them"),
         (["--train", "visual"], 2, "train visual: there is no encoder"),
-        (["--train", "text", "--views-cache", "2"], 2, "train text"),
         (["--resume"], 2, "resume: only for encoders"),
         (["--lr", "nan"], 2, "--lr"),
-        (["--lr", "0"], 2, "--lr"),
-        (["--weight-decay", "-1"], 2, "--weight-decay"),
         (["--alpha", "-1"], 2, "--alpha"),
         (["--epochs", "2000000"], 2, "--epochs"),
-        (["--epochs", "0"], 2, "--epochs"),
         (["--train", "everything"], 2, "--train"),
         (["--val", "nowhere.parquet"], 1, "nowhere.parquet: no such file"),
         (["--out", "\udcff"], 1, "UTF-8"),
@@ -149,19 +126,6 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(run, place, more, code, s
     assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
     assert not (place / "tuned").exists()
     assert not (place / "tuned.checkpoint").exists()
-
-
-def test_a_source_without_the_shots_is_refused(run, place):
-    result = run("finetune", place / "index", "--out", place / "tuned", "--source", place / "test.parquet")
-    assert result.exit_code == 1
-    assert "none of its 60 items is a shot of the index" in result.stderr
-
-
-def test_validation_of_another_backbone_or_length_is_refused(run, place):
-    write_table(place / "other.parquet", unit_rows(6, D + 1, 9), NAMES[:1] * 6)
-    result = tune(run, place, "--val", place / "other.parquet")
-    assert result.exit_code == 1
-    assert f"features of {D + 1} values, the index has {D}" in result.stderr
 
 
 def fitted_index(run, place):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cache_of, examples, few, needs_real
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tables import unit_rows, write_table
@@ -30,7 +30,7 @@ from retrieval_tip.data.sources import Source, open_source
 from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import finetune
 from retrieval_tip.fit.finetune import CURVE, FLATTER, _Material, _Run, own_shots
-from retrieval_tip.fit.trainer import ENCODER_RATE, Recipe, Trainer, _Tower
+from retrieval_tip.fit.trainer import ENCODER_RATE, Recipe, Trainer
 from retrieval_tip.settings import Settings
 
 NAMES = [f"class {i}" for i in range(C)]
@@ -343,6 +343,9 @@ def test_the_kept_epoch_is_that_of_the_rule(material: _Material) -> None:
     kept = set()
 
     @settings(max_examples=examples(150), deadline=None)
+    @example([(30, 1.0), (30, 1.0), (24, 0.5)])  # none is better: less loss does not make up for accuracy
+    @example([(30, 1.0), (30, 0.9)])  # as often right, with less loss
+    @example([(30, 1.0), (48, 0.9), (46, 0.9), (42, 0.9)])  # a standard error of 0.8 on 60 is 0.052
     @given(st.lists(st.tuples(st.integers(40, 60), st.sampled_from([0.5, 0.6, 0.7])), min_size=2, max_size=9))
     def check(made: list[tuple[int, float]]) -> None:
         curve = [(right / 60, loss) for right, loss in made]
@@ -355,21 +358,6 @@ def test_the_kept_epoch_is_that_of_the_rule(material: _Material) -> None:
 
     check()
     assert kept == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("curve", "expected"),
-    [
-        ([(0.5, 1.0), (0.5, 1.0), (0.4, 0.5)], 0),  # none is better: less loss does not make up for accuracy
-        ([(0.5, 1.0), (0.5, 0.9)], 1),  # as often right, with less loss
-        ([(0.5, 1.0), (0.8, 0.9), (0.76, 0.9), (0.7, 0.9)], 2),  # a standard error of 0.8 on 60 is 0.052
-        ([(0.9, 1.0), (0.91, 1.0), (0.6, 1.0)], 1),
-    ],
-)
-def test_examples_of_the_rule(material: _Material, curve: list[tuple[float, float]], expected: int) -> None:
-    run = _Run(index(), material, replace(OWN, batch=1024, epochs=len(curve) - 1))
-    drilled(run, curve)
-    assert run.kept_epoch == expected == slowly_kept(curve, 60)
 
 
 def test_where_no_epoch_is_better_the_index_stays_and_it_is_said(
@@ -466,10 +454,9 @@ def test_settings_that_overflow_are_not_taken(shots: Source, val: Source) -> Non
 # --- collapse
 
 
-@pytest.mark.parametrize("train", [("keys",), ("values",), ("keys", "values")])
+@pytest.mark.parametrize("train", [("keys",), ("values",)])
 @pytest.mark.parametrize("with_val", [False, True])
-@pytest.mark.parametrize("lr", [1e4, 1e37])
-@pytest.mark.parametrize(("epochs", "batch"), [(4, 16), (1, 1024), (2, 1024)])
+@pytest.mark.parametrize(("lr", "epochs", "batch"), [(1e4, 4, 16), (1e37, 4, 16), (1e37, 1, 1024)])
 def test_a_collapse_is_noticed_said_and_nothing_of_it_kept(
     shots: Source, val: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     train: tuple[str, ...], with_val: bool, lr: float, epochs: int, batch: int,
@@ -552,29 +539,22 @@ def test_shots_and_validation_images_have_to_be_of_the_index(shots: Source, tmp_
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "named"),
     [
-        ({"train": ()}, ["train", "nothing", "keys, values, visual, text"]),
-        ({"train": ("keys", "keys")}, ["train", "keys, keys"]),
-        ({"train": ("tower",)}, ["train", "tower"]),
-        *(({name: 0}, [f"{name} is 0"]) for name in ("epochs", "batch", "views")),
-        *(({name: 2.5}, [f"{name} is 2.5", "whole"]) for name in ("epochs", "batch", "views", "seed")),
-        ({"seed": -1}, ["seed is -1"]),
-        *(({"lr": value}, ["lr is"]) for value in (0.0, -1.0, math.nan, math.inf)),
-        *(({"eps": value}, ["eps is"]) for value in (0.0, -1.0, math.nan)),
-        *(({"weight_decay": value}, ["weight_decay is"]) for value in (-0.1, math.nan, math.inf)),
-        ({"settings": "best"}, ["settings 'best'", "tried, own"]),
-        ({"precision": "float8"}, ["precision 'float8'", "bfloat16"]),
-        ({"train": ("visual",)}, ["views", "fresh"]),
-        ({"train": ("keys", "visual"), "views": 4}, ["views", "fresh"]),
+        *(({"train": train}, "train") for train in ((), ("keys", "keys"), ("tower",))),
+        *(({name: value}, f"{name} is {value}") for name in ("epochs", "batch", "views") for value in (0, 2.5)),
+        *(({"seed": value}, "seed") for value in (-1, 2.5)),
+        *(({name: value}, f"{name} is") for name in ("lr", "eps") for value in (0.0, math.nan, math.inf)),
+        *(({"weight_decay": value}, "weight_decay is") for value in (-0.1, math.nan)),
+        ({"settings": "best"}, "settings 'best'"),
+        ({"precision": "float8"}, "precision 'float8'"),
+        ({"train": ("visual",)}, "views"),
     ],
 )
-def test_recipes_that_cannot_be_are_refused_in_one_line(changes: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(UsageError) as error:
+def test_recipes_that_cannot_be_are_refused_in_one_line(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=f"^{named}") as error:
         Recipe(**changes)
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_recipes_at_the_edge_are_allowed() -> None:
@@ -751,35 +731,10 @@ def test_images_are_met_in_the_views_that_were_asked_for(
     assert different == 40 if views is None else 5 * (views - 1) < different <= 5 * views
 
 
-@pytest.mark.parametrize("part", ["visual", "text"])
-@pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_a_tower_in_two_passes_has_the_gradient_of_one(part: str, chunk: int, model: Any, pictures: Path) -> None:
-    inputs: Any = ["a red thing.", "a blue thing.", "a green one", "red", "blue", "what"]
-    if part == "visual":
-        inputs = torch.cat([p for _, p in Encoder(model).pixels(open_source(pictures / "val"), "fresh/1/0", 8)])[:7]
-    targets = torch.arange(len(inputs)) % 3
-    weights = torch.from_numpy(unit_rows(3, 16, 2)) * 20
-    own = model.copy_to_train()
-    forward = own.forward_images if part == "visual" else own.forward_texts
-    tower = _Tower(own.parameters(part), forward, chunk)
-    with own.training([part]) as parameters:
-        functional.cross_entropy(functional.normalize(forward(inputs), dim=1) @ weights.T, targets).backward()
-        expected = [None if p.grad is None else p.grad.clone() for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        features = tower.features(inputs)
-        assert not features.requires_grad
-        features.requires_grad_()
-        functional.cross_entropy(features @ weights.T, targets).backward()
-        tower.backward(inputs, features.grad)
-        assert any(gradient is not None and float(gradient.abs().max()) > 1e-4 for gradient in expected)
-        torch.testing.assert_close([p.grad for p in parameters], expected, rtol=1e-4, atol=1e-6)
-
-
 def test_all_parts_at_once_have_the_gradients_of_one_plain_backward(
     model_folder: Path, pictures: Path, image_index: CacheModel
 ) -> None:
-    """One step from the same state: every part moves as one torch graph over all of it would move it."""
+    """One step from the same state moves every part as one torch graph does; encoders take some inputs at a time."""
     theirs, ours = (load_backbone(f"local-dir:{model_folder}", device="cpu") for _ in range(2))
     recipe = Recipe(train=("keys", "values", "visual", "text"), views=None, precision="float32")
     positions, pixels = next(iter(Encoder(ours).pixels(open_source(pictures / "train"), "fresh/1/0", 12)))
@@ -830,9 +785,7 @@ def test_towers_tuned_before_stay_tuned_when_another_is(
     np.testing.assert_allclose(found.text_weights, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("train", [("visual",), ("text",)])
-@pytest.mark.parametrize("with_val", [False, True])
-@pytest.mark.parametrize("batch", [5, 100])
+@pytest.mark.parametrize(("train", "with_val", "batch"), [(("visual",), False, 5), (("text",), True, 100)])
 def test_an_encoder_that_falls_apart_is_put_back(
     train: tuple[str, ...], with_val: bool, batch: int, model: Any, pictures: Path, image_index: CacheModel,
     tmp_path: Path, caplog: pytest.LogCaptureFixture,

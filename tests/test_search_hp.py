@@ -90,12 +90,8 @@ def test_as_good_as_every_crossing_at_every_beta(seed):
 @given(st.integers(0, 10**6), st.integers(2, 6), st.booleans())
 def test_a_query_is_right_inside_its_interval_and_wrong_outside(seed, c, coarse):
     generator = np.random.default_rng(seed)
-    draw = (
-        (lambda: generator.integers(0, 4, (20, c)).astype(np.float64))
-        if coarse
-        else (lambda: generator.normal(size=(20, c)))
-    )
-    text, alone, y = draw(), draw(), generator.integers(0, c, 20)
+    text, alone = generator.integers(0, 4, (2, 20, c)).astype(float) if coarse else generator.normal(size=(2, 20, c))
+    y = generator.integers(0, c, 20)
     low, high = right_between(torch.from_numpy(text), torch.from_numpy(alone), torch.from_numpy(y))
     for alpha in (0.001, 0.37, 1.013, 2.71, 50.3):
         logits = text + alpha * alone

@@ -145,36 +145,18 @@ betas = st.floats(0.1, 30)
 
 @settings(max_examples=examples(150), deadline=None)
 @given(cases, betas)
-def test_one_hot_values_change_nothing(case: Case, beta: float) -> None:
-    y, A = torch.from_numpy(case.y), torch.from_numpy(case.A)
-    one_hot = np.eye(case.c)[case.y]
-    for tail in (None, case.totals()):
-        for near, ids, values in (
-            (A, y, case.values(one_hot, retrieved=False)),
-            (case.near, case.ids, case.values(one_hot)),
-        ):
-            plain = tip.cache_logits(near, ids, case.c, beta, tail)
-            torch.testing.assert_close(
-                tip.cache_logits(near, ids, case.c, beta, tail, values), plain, rtol=1e-9, atol=1e-11
-            )
-
-
-@settings(max_examples=examples(150), deadline=None)
-@given(cases, betas)
-def test_values_are_giveskey_by_key(case: Case, beta: float) -> None:
-    y, A = torch.from_numpy(case.y), torch.from_numpy(case.A)
+def test_values_are_given_key_by_key_and_one_hot_ones_are_the_plain_form(case: Case, beta: float) -> None:
+    y, A, one_hot = torch.from_numpy(case.y), torch.from_numpy(case.A), np.eye(case.c)[case.y]
     every = np.ones_like(case.found)
-
-    def expected(found: npt.NDArray[np.bool_], tail: bool) -> Array:
-        rows = zip(case.A, found, strict=True)
-        return np.stack([slow(a, case.y, case.V, case.c, beta, f, tail=tail) for a, f in rows])
-
-    for tail in (False, True):
-        totals = case.totals() if tail else None
-        found = tip.cache_logits(A, y, case.c, beta, totals, case.values(case.V, retrieved=False))
-        np.testing.assert_allclose(found, expected(every, tail), rtol=1e-9, atol=1e-9)
-        found = tip.cache_logits(case.near, case.ids, case.c, beta, totals, case.values(case.V))
-        np.testing.assert_allclose(found, expected(case.found, tail), rtol=1e-9, atol=1e-9)
+    for tail in (None, case.totals()):
+        for near, ids, found in ((A, y, every), (case.near, case.ids, case.found)):
+            some = near is case.near
+            rows = zip(case.A, found, strict=True)
+            expected = [slow(a, case.y, case.V, case.c, beta, f, tail=tail is not None) for a, f in rows]
+            made = tip.cache_logits(near, ids, case.c, beta, tail, case.values(case.V, retrieved=some))
+            np.testing.assert_allclose(made, np.stack(expected), rtol=1e-9, atol=1e-9)
+            made = tip.cache_logits(near, ids, case.c, beta, tail, case.values(one_hot, retrieved=some))
+            torch.testing.assert_close(made, tip.cache_logits(near, ids, case.c, beta, tail), rtol=1e-9, atol=1e-11)
 
 
 def test_a_marked_column_gives_nothing() -> None:
@@ -187,31 +169,6 @@ def test_a_marked_column_gives_nothing() -> None:
         tip.cache_logits(A, marked, 2, 3.0, values=tip.Values(V)),
         tip.cache_logits(A[:, kept], y[kept], 2, 3.0, values=tip.Values(V[kept])),
     )
-
-
-@pytest.mark.parametrize("tail", [False, True])
-@pytest.mark.parametrize("retrieved", [False, True])
-def test_values_and_affinities_have_exact_gradients(retrieved: bool, tail: bool) -> None:
-    case = Case(5, [3, 0, 4], q=2, k=3, slots=1)
-    rows = case.rows if retrieved else None
-    affinity = (case.near if retrieved else torch.from_numpy(case.A)).clone().requires_grad_()
-    ids = case.ids if retrieved else torch.from_numpy(case.y)
-    matrix = torch.from_numpy(case.V).requires_grad_()
-    one_hot = torch.eye(case.c, dtype=torch.float64)[torch.from_numpy(case.y)]
-
-    def cache(affinity: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        values = tip.Values(matrix, rows, one_hot.T @ matrix)
-        return tip.cache_logits(affinity, ids, case.c, 2.0, case.totals() if tail else None, values)
-
-    assert torch.autograd.gradcheck(cache, (affinity, matrix))
-
-
-def test_the_weight_has_exact_gradients_and_leaves_the_affinity_alone() -> None:
-    affinity = torch.tensor([[1.0, 0.5], [-0.2, 1.3]], dtype=torch.float64, requires_grad=True)
-    before = affinity.detach().clone()
-    assert torch.autograd.gradcheck(lambda a: tip.weight(a, 3.0), affinity)
-    assert torch.equal(affinity, before)
-    np.testing.assert_allclose(tip.weight(before, 3.0), np.exp(-3 * (1 - before.numpy())), rtol=1e-15)
 
 
 def test_a_tail_needs_the_sums() -> None:
@@ -245,21 +202,18 @@ def test_no_array_of_queries_by_keys_by_classes_is_made(tail: bool) -> None:
 # --- the model
 
 
-@pytest.mark.parametrize("index", ["Flat", "IVF16,Flat", "SQ8"])
-@pytest.mark.parametrize("tail", [False, True])
-@pytest.mark.parametrize("k", [None, 1, 9, N - 1, N])
-def test_a_model_with_one_hot_values_is_the_plain_one(k: int | None, tail: bool, index: str) -> None:
+@pytest.mark.parametrize("index", ["IVF16,Flat", "SQ8"])
+def test_a_model_with_one_hot_values_is_the_plain_one(index: str) -> None:
     plain, valued = model(index=index, values=None), model(index=index, values=ONE_HOT)
-    assert k != N - 1 or index != "IVF16,Flat" or (plain.index.search(QUERIES, k)[1] < 0).any()  # empty slots
-    torch.testing.assert_close(valued.logits(QUERIES, k, tail), plain.logits(QUERIES, k, tail), rtol=1e-5, atol=1e-4)
-    assert [p.label for p in valued.classify(QUERIES, k=k, tail=tail)] == [
-        p.label for p in plain.classify(QUERIES, k=k, tail=tail)
-    ]
+    assert index == "SQ8" or (plain.index.search(QUERIES, N - 1)[1] < 0).any()  # empty slots
+    for k, tail in ((9, True), (N - 1, False)):
+        torch.testing.assert_close(
+            valued.logits(QUERIES, k, tail), plain.logits(QUERIES, k, tail), rtol=1e-5, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("make", [np.asarray, torch.from_numpy, lambda v: v.astype(np.float64)])
-@pytest.mark.parametrize("tail", [False, True])
-@pytest.mark.parametrize("k", [None, 1, 9, N - 1, 2 * N])
+@pytest.mark.parametrize("make", [torch.from_numpy, lambda v: v.astype(np.float64)])
+@pytest.mark.parametrize(("k", "tail"), [(None, True), (1, True), (9, True), (9, False), (2 * N, False)])
 def test_a_model_answers_with_its_values(k: int | None, tail: bool, make: Callable[[Array], Any]) -> None:
     cache = model(values=make(VALUES))
     assert cache.values is not None
@@ -290,20 +244,15 @@ def test_what_happens_to_the_array_later_is_no_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    "values",
     [
-        (VALUES[:-1], rf"^values: shape \({N - 1}, {C}\); expected \[{N}, {C}\], one row a key$"),
-        (VALUES[:, :-1], rf"^values: shape \({N}, {C - 1}\); expected \[{N}, {C}\]"),
-        (VALUES[0], "^values: shape"),
-        (np.where(np.arange(N)[:, None] == 3, np.nan, VALUES), "^values: row 3 holds NaN or infinity$"),
-        (VALUES * np.inf, "^values: row 0 holds NaN"),
-        (np.ones((N, C), int), "^values: int64; expected floating-point"),
-        ([["x"] * C] * N, "^values: <U1; expected floating-point"),
+        VALUES[:-1], VALUES[:, :-1], VALUES[0], np.where(np.arange(N)[:, None] == 3, np.nan, VALUES), VALUES * np.inf,
+        np.ones((N, C), int), [["x"] * C] * N,
     ],
     ids=["rows", "columns", "one dimension", "NaN", "infinity", "integers", "text"],
-)
-def test_what_cannot_be_values_is_refused(values: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+)  # fmt: skip
+def test_what_cannot_be_values_is_refused(values: Any) -> None:
+    with pytest.raises(InputError, match=r"^values: "):
         model(values=values)
 
 
@@ -425,21 +374,15 @@ def all_caches(cache: CacheModel, queries: Queries, betas: list[float]) -> Array
 
 
 @pytest.mark.parametrize("ask", ASK.values(), ids=ASK.keys())
-def test_the_search_with_one_hot_values_is_the_plain_one(ask: Callable[[CacheModel], Queries]) -> None:
-    arguments = two_a_class()
-    plain = model(**arguments | {"values": None})
-    valued = model(**arguments | {"values": np.eye(C)[arguments["labels"]]})
-    queries = ask(plain)
-    one, other = (all_caches(cache, queries, [0.5, 6.0]) for cache in (plain, valued))
-    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("ask", ASK.values(), ids=ASK.keys())
 def test_the_search_gives_values_key_by_key(ask: Callable[[CacheModel], Queries]) -> None:
-    """Each key weighs as often more as its class has keys that this query does not see."""
-    cache = model(**two_a_class())
+    """Each key weighs as often more as its class has keys that this query does not see; one-hot ones are plain."""
+    arguments = two_a_class()
+    cache, plain = model(**arguments), model(**arguments | {"values": None})
     assert cache.values is not None
     queries = ask(cache)
+    one_hot = model(**arguments | {"values": np.eye(C)[arguments["labels"]]})
+    both = [all_caches(one, queries, [0.5, 6.0]) for one in (one_hot, plain)]
+    np.testing.assert_allclose(*both, rtol=1e-4, atol=1e-5)
     y, values = cache.class_ids.numpy(), cache.values.numpy().astype(np.float64)
     A = queries.features.astype(np.float64) @ cache.keys.T.astype(np.float64)
     found = all_caches(cache, queries, [3.0])[0]
@@ -641,11 +584,7 @@ def test_leftovers_of_these_kinds_are_collected_too(index: Path) -> None:
 def test_a_damaged_or_missing_file_is_named(index: Path, kind: str) -> None:
     path = index / names(index)[kind]
     raw = path.read_bytes()
-    damages = {
-        "damaged": [raw[:-1], raw + b"x", b"", raw[:-1] + bytes([raw[-1] ^ 1]), b"y" + raw[1:]],
-        "missing": [None],
-    }
-    for what, data in ((what, data) for what, several in damages.items() for data in several):
+    for what, data in (("damaged", raw[:-1]), ("damaged", b"y" + raw[1:]), ("missing", None)):
         path.unlink() if data is None else path.write_bytes(data)
         for opened in (CacheModel.load, verify):
             with pytest.raises(StoreError) as error:
@@ -662,10 +601,10 @@ def test_a_manifest_with_a_wrong_entry_is_refused(index: Path, kind: str) -> Non
     files = body_of(index)["files"]
     entry = files[kind]
     wrong: list[dict[str, Any]] = [
-        *({"rows": value} for value in (0, -1, 1.5, "1", None, True)),
-        *({"bytes": value} for value in (0, -1, 1.5, "1", None)),
-        *({"sha256": value} for value in ("", "0" * 64, None, 5)),
-        *({"name": value} for value in ("", "/etc/passwd", entry["name"] + "x", files["keys"]["name"], None)),
+        *({"rows": value} for value in (0, 1.5, None)),
+        *({"bytes": value} for value in (0, "1")),
+        *({"sha256": value} for value in ("", "0" * 64)),
+        *({"name": value} for value in ("/etc/passwd", entry["name"] + "x", files["keys"]["name"], None)),
         {"extra": 1},
     ]
     if kind == "values":
@@ -694,10 +633,7 @@ def save_array(array: Array) -> Callable[[Path], None]:
         ("values", save_array(VALUES[:-1]), {}),
         ("values", save_array(VALUES[:, :-1]), {}),
         ("values", save_array(VALUES.astype(np.float16)), {}),
-        ("values", save_array(VALUES.astype(np.float64)), {}),
-        ("values", lambda path: path.write_bytes(b"x"), {}),
         ("weights", lambda path: path.write_bytes(b"x"), {}),
-        ("weights", lambda path: path.write_bytes(path.read_bytes() + b"x"), {}),
         ("weights", lambda path: None, {"rows": 4}),
         ("curve", lambda path: path.write_bytes(b"x"), {}),
         ("curve", lambda path: None, {"rows": 4}),
