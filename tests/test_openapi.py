@@ -16,7 +16,6 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import server
 
 from retrieval_tip import CacheModel
-from retrieval_tip.server import schemas
 from retrieval_tip.server.app import create_app
 
 TOKEN = "open sesame"
@@ -74,13 +73,9 @@ def test_the_description_says_what_is_needed() -> None:
         content = DESCRIBED["paths"][path]["post"]["requestBody"]["content"]
         assert set(content) == {"multipart/form-data", "application/json"}
         assert content["application/json"]["example"]["features"]
-    for path, status, model in (
-        ("/v1/classify", "200", schemas.Classified),
-        ("/v1/indexes/{name}/keys", "201", schemas.Added),
-    ):
-        answer = DESCRIBED["paths"][path]["post"]["responses"][status]["content"]["application/json"]
-        assert model.model_validate(answer["example"])
-        assert answer["schema"]
+    found = DESCRIBED["paths"]["/v1/classify"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    result = DESCRIBED["components"]["schemas"][found["$ref"].rpartition("/")[2]]["properties"]["results"]["items"]
+    assert result["properties"].keys() >= {"input", "label", "probability", "neighbours", "opposing", "evidence"}
 
 
 def test_the_examples_work(address: str) -> None:

@@ -1,14 +1,13 @@
 """The routes: each reads what was sent, asks the service once, and answers.
 
-Those ``about`` the server and those that are ``reads`` are open to all; ``changes`` to who sends the server's token.
+The routes ``about`` the server and the ``reads`` are open to all; ``changes`` need the server's token.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import Annotated, Any
-from urllib.parse import quote
+from typing import Annotated, Literal
 
 import orjson
 from fastapi import APIRouter, Depends, Header, Query, Request
@@ -22,15 +21,20 @@ from retrieval_tip.server.problems import Problem
 from retrieval_tip.server.served import Ask, Served, Version
 from retrieval_tip.server.service import Service
 from retrieval_tip.server.uploads import read, read_index
-from retrieval_tip.settings import KeysMet, Norms
+from retrieval_tip.settings import KeysMet
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 MOST = 1_000_000_000
 """Largest whole number that a parameter may be."""
+PICTURE: dict[int | str, dict[str, object]] = {200: {"content": {"image/jpeg": {}}}}
+SENT = schemas.problems(400, 408, 413, 415, 429)
+"""Problems of routes that images or features are sent to."""
 
 Token = Annotated[str | None, Header(description="Bearer and the server's token, in one field.")]
 Positive = Annotated[float | None, Query(ge=0, allow_inf_nan=False, description="In place of the index's.")]
-NormsAsked = Annotated[Norms, Query(description="Features must have norm 1, are scaled, or kept.")]
+Norms = Annotated[
+    Literal["check", "unit", "keep"], Query(description="Features must have norm 1, are scaled, or kept.")
+]
 
 
 async def _service(request: Request) -> Service:
@@ -55,12 +59,11 @@ async def _version(one: Named) -> Version:
 Now = Annotated[Version, Depends(_version)]
 
 
-async def _changed(request: Request) -> bool:
-    """Whether the server takes changes."""
+async def _accepts_changes(request: Request) -> bool:
     return request.app.state.token is not None
 
 
-Changed = Annotated[bool, Depends(_changed)]
+AcceptsChanges = Annotated[bool, Depends(_accepts_changes)]
 
 
 def _has_token(request: Request) -> bool:
@@ -79,11 +82,9 @@ async def _from_here(request: Request) -> None:
 
 
 async def _allowed(request: Request, authorization: Token = None) -> None:
-    """Refuse who does not send the server's token."""
+    """Refuse requests without the server's token."""
     if request.app.state.token is None:
-        raise Problem(
-            403, "this server takes no changes; start it with --token TOKEN, which who may change indexes sends"
-        )
+        raise Problem(403, "this server is read-only; restart it with --token TOKEN and send that token")
     if not _has_token(request):
         raise Problem(
             401,
@@ -92,15 +93,25 @@ async def _allowed(request: Request, authorization: Token = None) -> None:
         )
 
 
+def _lift_deadline(request: Request) -> None:
+    """Take the time limit off a request: a change that has begun is not given up half-way."""
+    request.scope[DEADLINE].reschedule(None)
+
+
+async def _unhurried(request: Request) -> None:
+    _lift_deadline(request)
+
+
 about = APIRouter()
-reads = APIRouter(prefix="/v1", dependencies=[Depends(_from_here)], responses=schemas.problems(403))
-changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)])
+reads = APIRouter(prefix="/v1", dependencies=[Depends(_from_here)], responses=schemas.problems(403, 404, 422, 503))
+changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)], responses=schemas.problems(401, 403, 404, 422, 503))
+UNHURRIED = [Depends(_unhurried)]
 
 
-@about.get("/healthz", response_model=schemas.Health)
-async def health(service: TheService) -> Response:
+@about.get("/healthz")
+async def health(service: TheService) -> schemas.Health:
     """Whether the server answers."""
-    return _json({"status": "ok", "version": __version__, "indexes": len(service.served)})
+    return schemas.Health("ok", __version__, len(service.served))
 
 
 @about.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -109,66 +120,54 @@ async def prometheus() -> Response:
     return Response(metrics.page(), media_type=TEXT)
 
 
-@reads.get("/indexes", response_model=schemas.Indexes)
-async def indexes(service: TheService, changed: Changed) -> Response:
-    """The indexes that are served."""
-    described = [one.now.describe(changes=changed) for one in service.served.values()]
-    makes = changed and (service.maker is not None or any(one["images"] for one in described))
-    return _json({"indexes": described, "makes": makes})
+@reads.get("/indexes")
+async def indexes(service: TheService, changes: AcceptsChanges) -> schemas.Indexes:
+    """List the served indexes."""
+    described = [one.now.describe(changes=changes) for one in service.served.values()]
+    makes = changes and (service.maker is not None or any(one.images for one in described))
+    return schemas.Indexes(described, makes)
 
 
-@changes.post(
-    "/indexes",
-    status_code=201,
-    response_model=schemas.Made,
-    responses=schemas.problems(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503),
-    openapi_extra=schemas.MAKE,
-)
+@changes.post("/indexes", status_code=201, openapi_extra=schemas.MAKE, responses=SENT | schemas.problems(409))
 async def create(
     request: Request,
     service: TheService,
     like: Annotated[str | None, Query(description="The index whose backbone to take, and beside which.")] = None,
-) -> Response:
+) -> schemas.MadeIndex:
     """Make an index of labelled images, fit it to them, and serve it."""
     sent = await read_index(request, service.limits)
-    _finish(request)
-    return _json(await service.create(sent, like), 201)
+    _lift_deadline(request)
+    return await service.create(sent, like)
 
 
-@changes.post("/indexes/{name}/fit", response_model=schemas.Fitted, responses=schemas.problems(401, 403, 404, 422, 503))
-async def fit(request: Request, service: TheService, one: Named) -> Response:
-    """Fit an index to its shots anew: what photographs and words are worth, judged on shots that are left out."""
-    _finish(request)
-    return _json(await service.fit(one))
+@changes.post("/indexes/{name}/fit", dependencies=UNHURRIED)
+async def fit(service: TheService, one: Named) -> schemas.FittedIndex:
+    """Fit an index to its shots again, and estimate its accuracy by photos, words and both."""
+    return await service.fit(one)
 
 
-@reads.get("/indexes/{name}", response_model=schemas.WholeIndex, responses=schemas.problems(404, 422))
-async def index(version: Now, changed: Changed) -> Response:
-    """One index with its classes and where its settings come from."""
-    return _json(version.describe(changes=changed, whole=True))
+@reads.get("/indexes/{name}")
+async def index(version: Now, changes: AcceptsChanges) -> schemas.WholeIndex:
+    """Describe an index, with its classes and the origin of its settings."""
+    return version.describe_whole(changes=changes)
 
 
-@reads.get("/indexes/{name}/keys", response_model=schemas.Keys, responses=schemas.problems(404, 422))
+@reads.get("/indexes/{name}/keys", response_model=schemas.KeyPage)
 async def keys(
     service: TheService,
     version: Now,
-    label: Annotated[list[str], Query(description="Keys of this class; may be repeated.")] = [],  # noqa: B006
+    label: Annotated[list[str], Query(default_factory=list, description="Keys of this class; may be repeated.")],
+    key_id: Annotated[list[schemas.KeyId], Query(default_factory=list, description="These keys.")],
     source: Annotated[str | None, Query(description="Keys whose source holds this text, in any case.")] = None,
-    key_id: Annotated[list[schemas.KeyId], Query(description="These keys.")] = [],  # noqa: B006
     offset: Annotated[int, Query(ge=0, le=MOST)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
 ) -> Response:
-    """The label store, a page at a time, in its order."""
+    """List the label store, a page at a time, in its order."""
     total, rows = await service.keys(version, label, source, key_id, slice(offset, offset + limit))
-    facts = {"version": version.manifest.version, "total": total, "offset": offset, "limit": limit}
-    return _json(facts | {"keys": _pictured(version, rows)})
+    return _json(schemas.KeyPage(version.manifest.version, total, offset, limit, rows))
 
 
-@reads.get(
-    "/indexes/{name}/keys/{key_id}/image",
-    response_class=Response,
-    responses={200: {"content": {"image/jpeg": {}}}, **schemas.problems(404, 422, 503)},
-)
+@reads.get("/indexes/{name}/keys/{key_id}/image", response_class=Response, responses=PICTURE)
 async def image(
     service: TheService,
     version: Now,
@@ -176,7 +175,7 @@ async def image(
     size: Annotated[int, Query(ge=16, le=1024, description="Longest side, in pixels.")] = 160,
     if_none_match: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
-    """A shot's picture, small."""
+    """Show a shot's picture, small."""
     data = await service.thumbnail(version, key_id, size)
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
     headers = {"etag": tag, "cache-control": "private, max-age=60"}
@@ -185,18 +184,18 @@ async def image(
     return Response(data, headers=headers, media_type="image/jpeg")
 
 
-@reads.get("/indexes/{name}/map", response_model=schemas.Map, responses=schemas.problems(404, 422, 503))
+@reads.get("/indexes/{name}/map", response_model=schemas.Map)
 async def map_of(
     service: TheService,
     version: Now,
-    method: Annotated[Method, Query(description="pca; tsne where scikit-learn is installed.")] = "pca",
+    method: Annotated[Method, Query(description="pca; tsne where it is installed.")] = "pca",
     limit: Annotated[int, Query(ge=1, le=100_000, description="Keys at most; long features: fewer.")] = 5000,
 ) -> Response:
-    """The keys in two dimensions."""
+    """Place the keys in two dimensions."""
     return _json(await service.map(version, method, limit))
 
 
-@reads.get("/indexes/{name}/audit", response_model=schemas.Audit, responses=schemas.problems(404, 422, 503))
+@reads.get("/indexes/{name}/audit", response_model=schemas.Audit)
 async def audit(
     service: TheService,
     version: Now,
@@ -207,117 +206,74 @@ async def audit(
     return _json(await service.audit(version, limit, borderline))
 
 
-@reads.get("/indexes/{name}/accuracy", response_model=schemas.Accuracy, responses=schemas.problems(404, 422, 503))
-async def accuracy(service: TheService, version: Now) -> Response:
-    """Estimate the accuracy on the shots of now, each fold of which is answered by the others."""
-    return _json(await service.accuracy(version))
+@reads.get("/indexes/{name}/accuracy")
+async def accuracy(service: TheService, version: Now) -> schemas.Accuracy:
+    """Estimate the accuracy by folds of the shots: each fold is answered by the others."""
+    return await service.accuracy(version)
 
 
-@changes.post(
-    "/indexes/{name}/keys",
-    status_code=201,
-    response_model=schemas.Added,
-    responses=schemas.answered(201, "What was added", schemas.ADDED_EXAMPLE)
-    | schemas.problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
-    openapi_extra=schemas.ADD,
-)
-async def add(
-    request: Request,
-    service: TheService,
-    one: Named,
-    norms: NormsAsked = "check",
-) -> Response:
+@changes.post("/indexes/{name}/keys", status_code=201, openapi_extra=schemas.ADD, responses=SENT)
+async def add(request: Request, service: TheService, one: Named, norms: Norms = "check") -> schemas.AddedShots:
     """Add labelled images or features as shots, as a new version of the index. A new label makes a new class."""
     sent = await read(request, service.limits, norms, one.now.cache.d, labelled=True)
-    _finish(request)
-    return _json(await service.add(one, sent), 201)
+    _lift_deadline(request)
+    return await service.add(one, sent)
 
 
-@changes.delete(
-    "/indexes/{name}/keys",
-    response_model=schemas.Removed,
-    responses=schemas.problems(401, 403, 404, 422, 503),
-)
+@changes.delete("/indexes/{name}/keys", dependencies=UNHURRIED)
 async def remove(
-    request: Request,
-    service: TheService,
-    one: Named,
-    key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)],
-) -> Response:
+    service: TheService, one: Named, key_id: Annotated[list[schemas.KeyId], Query(min_length=1, max_length=1000)]
+) -> schemas.ChangedShots:
     """Remove shots, as a new version of the index."""
-    _finish(request)
-    return _json(await service.remove(one, key_id))
+    return await service.remove(one, key_id)
 
 
-@changes.post(
-    "/indexes/{name}/relabel",
-    response_model=schemas.Removed,
-    responses=schemas.problems(401, 403, 404, 422, 503),
-)
-async def relabel(request: Request, service: TheService, one: Named, change: schemas.Relabel) -> Response:
-    """Give shots, or all of a class, to other classes, as one new version of the index."""
+@changes.post("/indexes/{name}/relabel", dependencies=UNHURRIED)
+async def relabel(service: TheService, one: Named, change: schemas.Relabel) -> schemas.ChangedShots:
+    """Move shots, or a whole class, to other classes, as one new version of the index."""
     chosen = sum(field is not None for field in (change.key_ids, change.of, change.moves))
     if chosen != 1 or (change.label is None) != (change.moves is not None):
         raise Problem(422, "give label with key_ids, label with of, or moves alone")
-    _finish(request)
     if change.of is not None:
-        return _json(await service.merge(one, change.of, str(change.label)))
+        return await service.merge(one, change.of, str(change.label))
     moves = [(move.key_ids, move.label) for move in change.moves or ()]
-    return _json(await service.relabel(one, moves or [(change.key_ids or [], str(change.label))]))
+    return await service.relabel(one, moves or [(change.key_ids or [], str(change.label))])
 
 
-@changes.post(
-    "/indexes/{name}/rename",
-    response_model=schemas.Removed,
-    responses=schemas.problems(401, 403, 404, 422, 503),
-)
-async def rename(request: Request, service: TheService, one: Named, change: schemas.Rename) -> Response:
-    """Give a class another name, as a new version, or merge it into the class that has that name.
+@changes.post("/indexes/{name}/rename", dependencies=UNHURRIED)
+async def rename(service: TheService, one: Named, change: schemas.Rename) -> schemas.ChangedShots:
+    """Rename a class, as a new version, or merge it into the class that has the new name.
 
     The name is encoded as words if the server has their encoder.
     """
-    _finish(request)
-    return _json(await service.rename(one, change.of, change.label))
+    return await service.rename(one, change.of, change.label)
 
 
-@reads.get("/indexes/{name}/history", response_model=schemas.History, responses=schemas.problems(404, 422, 503))
+@reads.get("/indexes/{name}/history", response_model=schemas.History)
 async def history(service: TheService, one: Named) -> Response:
-    """The versions that are kept."""
-    return _json({"version": one.now.manifest.version, "versions": await service.history(one)})
+    """List the versions that are kept."""
+    return _json(schemas.History(one.now.manifest.version, await service.history(one)))
 
 
-@changes.post(
-    "/indexes/{name}/rollback",
-    response_model=schemas.Removed,
-    responses=schemas.problems(401, 403, 404, 409, 422, 503),
-)
-async def rollback(request: Request, service: TheService, one: Named, change: schemas.Rollback) -> Response:
-    """Make the content of an earlier version that of a new one: nothing is lost by it."""
-    _finish(request)
-    return _json(await service.rollback(one, change.to, change.since))
+@changes.post("/indexes/{name}/rollback", dependencies=UNHURRIED, responses=schemas.problems(409))
+async def rollback(service: TheService, one: Named, change: schemas.Rollback) -> schemas.ChangedShots:
+    """Make the content of an earlier version that of a new one. Nothing is lost."""
+    return await service.rollback(one, change.to, change.since)
 
 
-@reads.get("/indexes/{name}/values", response_model=schemas.Values, responses=schemas.problems(404, 422))
+@reads.get("/indexes/{name}/values", response_model=schemas.KeyValues)
 async def values(service: TheService, version: Now) -> Response:
-    """What each key gives to each class, where values were solved or trained and are not too many."""
+    """Give the values of each key for each class, if they were solved or trained and are not too many."""
     return _json(service.values(version))
 
 
-@reads.get("/indexes/{name}/exemplars", response_model=schemas.Exemplars, responses=schemas.problems(404, 422, 503))
-async def exemplars(service: TheService, version: Now) -> Response:
-    """A shot that shows each class, and how like shots are."""
-    found = await service.exemplars(version)
-    shown = {"exemplars": _pictured(version, found["exemplars"])}
-    return _json({"version": version.manifest.version} | found | shown)
+@reads.get("/indexes/{name}/exemplars")
+async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
+    """Show a shot of each class, and how similar shots are."""
+    return await service.exemplars(version)
 
 
-@reads.post(
-    "/classify",
-    response_model=schemas.Classified,
-    responses=schemas.answered(200, "The answers", schemas.CLASSIFIED_EXAMPLE)
-    | schemas.problems(400, 404, 408, 413, 415, 422, 429, 503),
-    openapi_extra=schemas.CLASSIFY,
-)
+@reads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY, responses=SENT)
 async def classify(
     request: Request,
     service: TheService,
@@ -329,31 +285,16 @@ async def classify(
     top: Annotated[int, Query(ge=1, le=1000, description="Classes to report.")] = 5,
     neighbours: Annotated[int, Query(ge=0, le=1000, description="Shots to report: those that contributed most.")] = 5,
     logits: Annotated[bool, Query(description="Logits of every class.")] = False,
-    evidence: Annotated[bool, Query(description="What the answer is made of.")] = False,
-    norms: NormsAsked = "check",
+    evidence: Annotated[bool, Query(description="The parts of the answer.")] = False,
+    norms: Norms = "check",
 ) -> Response:
     """Classify images or features. Inputs that cannot be read are named in `skipped`, unless none can."""
     version = service.index(index).now
     sent = await read(request, service.limits, norms, version.cache.d)
     met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
-    ask = Ask(alpha, beta, met, tail, top, neighbours, logits, evidence)
-    results, skipped = await service.classify(version, ask, sent)
-    facts = {"index": version.name, "version": version.manifest.version} | version.settings(ask).shown()
-    caution = version.cache.caution(version.settings(ask))
-    return _json(facts | {"results": results, "warnings": [caution] if caution else [], "skipped": skipped})
+    return _json(await service.classify(version, Ask(alpha, beta, met, tail, top, neighbours, logits, evidence), sent))
 
 
-def _pictured(version: Version, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of keys, with the address of the picture where there is one."""
-    place = f"/v1/indexes/{quote(version.name, safe='')}/keys"
-    return [row | {"image": f"{place}/{row['key_id']}/image" if row["image"] else None} for row in rows]
-
-
-def _finish(request: Request) -> None:
-    """From here on the request takes its time: a change that was begun is not given up half-way."""
-    request.scope[DEADLINE].reschedule(None)
-
-
-def _json(what: Any, status: int = 200) -> Response:
-    data = orjson.dumps(what, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(data, status, media_type="application/json")
+def _json(answer: object) -> Response:
+    """Serialise an answer that holds rows of tables or arrays."""
+    return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")

@@ -1,20 +1,103 @@
-"""Forms of requests and answers: for the description of the interface (OpenAPI), not for checking."""
+"""Requests and answers as values. FastAPI checks requests by them, and describes both in the OpenAPI document."""
 
 from __future__ import annotations
 
-import datetime
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
+from retrieval_tip.predictions import SCHEMA, Evidence
 from retrieval_tip.server.problems import MEDIA
-from retrieval_tip.settings import MetricName, ValuesName
+from retrieval_tip.store.labels import LABEL_SCHEMA, VERSIONS_SCHEMA
+
+Row = dict[str, object]
+"""A row of a table, or a part of the OpenAPI document."""
 
 EXAMPLE_FEATURE = [0.6, 0.8]
 
 KeyId = Annotated[int, Field(ge=0, le=2**62)]
 Label = Annotated[str, Field(min_length=1, max_length=1024)]
 VersionNumber = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class Move(BaseModel, extra="forbid"):
+    """Shots, by their ids, and the class of the index that they are given to."""
+
+    key_ids: Annotated[list[KeyId], Field(max_length=100_000)]
+    label: Label
+
+
+class Relabel(BaseModel, extra="forbid"):
+    """The new ``label`` of some shots, or of the whole class ``of``; or several ``moves`` at once."""
+
+    label: Label | None = None
+    key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
+    of: Label | None = None
+    moves: Annotated[list[Move], Field(max_length=10_000)] | None = None
+
+
+class Rename(BaseModel, extra="forbid"):
+    """The class ``of`` the index, and its new name."""
+
+    of: Label
+    label: Label
+
+
+class Rollback(BaseModel, extra="forbid"):
+    """The version ``to`` go back to, if the index is still at version ``since``."""
+
+    to: VersionNumber
+    since: VersionNumber | None = None
+
+
+_FEATURES = {
+    "type": "array",
+    "items": {"type": "array", "items": {"type": "number"}},
+    "minItems": 1,
+    "description": "Unit-norm features, a list each.",
+}
+_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}}
+_FILES = {
+    "type": "array",
+    "items": {"type": "string", "format": "binary"},
+    "minItems": 1,
+    "description": "JPEG, PNG or WebP files, and HEIC if the server has the extra heic.",
+}
+
+
+def _body(form: Row, json: Row | None = None, example: Row | None = None) -> Row:
+    """Describe a body: a form, of which all fields are needed, or JSON."""
+    whole: Row = {"type": "object", "properties": form, "required": sorted(form)}
+    content: Row = {"multipart/form-data": {"schema": whole}}
+    if json is not None:
+        needed = sorted(json.keys() & {"features", "labels"})
+        whole = {"type": "object", "properties": json, "required": needed, "additionalProperties": False}
+        content["application/json"] = {"schema": whole, "example": example}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+CLASSIFY = _body(
+    {"images": _FILES},
+    {"features": _FEATURES, "inputs": _TEXTS},
+    {"features": [EXAMPLE_FEATURE], "inputs": ["camera-3/0001"]},
+)
+ADD = _body(
+    {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "The class of all the images."}},
+    {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},
+    {"features": [EXAMPLE_FEATURE], "labels": ["cat"], "sources": ["camera-3/0001"]},
+)
+MAKE = _body(
+    {
+        "name": {"type": "string", "description": "Name of the index and of its folder."},
+        "images": _FILES,
+        "label": _TEXTS | {"description": "The class of each image, in their order."},
+    }
+)
 
 
 class ProblemAnswer(BaseModel):
@@ -26,16 +109,86 @@ class ProblemAnswer(BaseModel):
     detail: str
 
 
-class Health(BaseModel):
-    """That the server answers."""
+def problems(*statuses: int) -> dict[int | str, dict[str, object]]:
+    """Describe the answers of these statuses, for a route."""
+    content = {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}
+    return {status: {"description": "What went wrong", "content": content} for status in statuses}
+
+
+def _list_of(kind: str) -> Row:
+    return {"type": "array", "items": {"type": kind}}
+
+
+def _same(value: object) -> object:
+    return value
+
+
+Floats = Annotated[npt.NDArray[np.float32], PlainValidator(_same), WithJsonSchema(_list_of("number"))]
+Ints = Annotated[npt.NDArray[np.int64], PlainValidator(_same), WithJsonSchema(_list_of("integer"))]
+
+
+def _described(kind: pa.DataType) -> Row:
+    if pa.types.is_struct(kind):
+        return {"type": "object", "properties": {field.name: _described(field.type) for field in kind}}
+    if pa.types.is_list(kind):
+        return {"type": "array", "items": _described(kind.value_type)}
+    number = "integer" if pa.types.is_integer(kind) else "number" if pa.types.is_floating(kind) else "string"
+    return {"type": "boolean" if pa.types.is_boolean(kind) else number}
+
+
+def _row(columns: Iterable[pa.Field], **more: Row) -> WithJsonSchema:
+    """Describe a row of a table of these columns, which may be null, with ``more`` beside them."""
+    kinds = {column.name: _described(column.type) for column in columns}
+    own = {name: kind | {"type": [kind["type"], "null"]} for name, kind in kinds.items()}
+    return WithJsonSchema({"type": "object", "properties": own | more})
+
+
+HISTORY = ("version", "parent", "created_at", "change", "keys", "classes", "current")
+"""The columns of :data:`VERSIONS_SCHEMA` in an answer."""
+_EVIDENCE = {field.name: {} if field.name == "complete" else _list_of("number") for field in fields(Evidence)}
+
+Key = Annotated[Row, _row(LABEL_SCHEMA, image={"type": ["string", "null"], "description": "Address of its picture."})]
+PastVersion = Annotated[Row, _row(VERSIONS_SCHEMA.field(name) for name in HISTORY)]
+Result = Annotated[
+    Row,
+    _row(
+        (column for column in SCHEMA if column.name != "keys"),
+        evidence={"type": "object", "properties": _EVIDENCE, "description": str(Evidence.__doc__)},
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An input that could not be read, and why."""
+
+    input: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """The server answers."""
 
     status: Literal["ok"]
     version: str
     indexes: int
 
 
-class Index(BaseModel):
-    """An index, at the version that is answered with."""
+@dataclass(frozen=True)
+class UsedSettings:
+    """The settings of an answer, as :class:`settings.Settings`; ``k`` is a number of keys, or all."""
+
+    alpha: float
+    beta: float
+    k: int | Literal["all"]
+    tail: bool
+    temperature: float
+
+
+@dataclass(frozen=True)
+class IndexFacts(UsedSettings):
+    """An index, at the version that answers."""
 
     name: str
     version: int
@@ -44,11 +197,6 @@ class Index(BaseModel):
     n_keys: int
     n_classes: int
     d: int
-    alpha: float
-    beta: float
-    k: int | Literal["all"]
-    tail: bool
-    temperature: float
     logit_scale: float
     index: str
     exact_search: bool
@@ -57,50 +205,40 @@ class Index(BaseModel):
     text: bool
     least_cache: float | None
     log_offset: float | None
-    metric: MetricName
-    values: Literal[ValuesName, "trained"]
+    metric: str
+    values: str
     changes: bool
 
 
-class Indexes(BaseModel):
-    """All that are served, and whether others can be made here."""
+@dataclass(frozen=True)
+class Indexes:
+    """The served indexes, and whether this server makes others."""
 
-    indexes: list[Index]
+    indexes: list[IndexFacts]
     makes: bool
 
 
-class IndexClass(BaseModel):
-    """A class and how many keys it has."""
+@dataclass(frozen=True)
+class IndexClass:
+    """A class and its number of keys."""
 
     class_id: int
     label: str
     keys: int
 
 
-class WholeIndex(Index):
-    """An index with its classes, and where its settings come from."""
+@dataclass(frozen=True)
+class WholeIndex(IndexFacts):
+    """An index with its classes, and the origin of its settings."""
 
     classes: list[IndexClass]
     templates: list[str]
-    provenance: dict[str, Any]
+    provenance: Row
 
 
-class Key(BaseModel, extra="allow"):
-    """A row of the label store; columns of its own may follow. ``image`` is the address of its picture, if any."""
-
-    key_id: int
-    class_id: int
-    label: str
-    source: str
-    shot: int
-    views: int
-    digest: str | None
-    added_at: datetime.datetime
-    image: str | None
-
-
-class Keys(BaseModel):
-    """Some of the keys that were asked for, and how many there are."""
+@dataclass(frozen=True)
+class KeyPage:
+    """A page of the keys that match, and their total number."""
 
     version: int
     total: int
@@ -109,7 +247,8 @@ class Keys(BaseModel):
     keys: list[Key]
 
 
-class Map(BaseModel):
+@dataclass(frozen=True)
+class Map:
     """Keys in two dimensions, -1 to 1; ``explained`` is the share of the variance on each axis.
 
     ``axes``, of principal components, place a feature: the first row and its products with the others.
@@ -119,162 +258,105 @@ class Map(BaseModel):
     method: str
     methods: list[str]
     total: int
-    key_ids: list[int]
-    class_ids: list[int]
-    x: list[float]
-    y: list[float]
+    key_ids: Ints
+    class_ids: Ints
+    x: Floats
+    y: Floats
     explained: list[float] | None
-    axes: list[list[float]] | None
+    axes: list[Floats] | None
 
 
-class Suspicious(BaseModel):
-    """A shot that the others contradict; see ``retrieval-tip index audit``."""
-
-    key_id: int
-    source: str
-    label: str
-    suggested: str | None
-    own_score: float | None
-    suggested_score: float | None
-    margin: float | None
-    rank: int | None
-    nearest_key_id: int | None
-    nearest_source: str | None
-    nearest_label: str | None
-    nearest_affinity: float | None
-    duplicate_of: int | None
-
-
-class Audit(BaseModel):
-    """Suspicious shots, worst first."""
+@dataclass(frozen=True)
+class Audit:
+    """Shots that look mislabelled, worst first: rows of ``retrieval-tip index audit``."""
 
     version: int
     total: int
-    shots: list[Suspicious]
+    shots: list[Row]
 
 
-class Accuracy(BaseModel):
-    """Estimated shares of right answers by photos alone, words alone and both; null if unknown."""
+@dataclass(frozen=True)
+class Shares:
+    """Shares of right answers on the shots, each held out, by photos alone, words alone and both; null if unknown."""
 
-    version: int
     photos: float | None
     words: float | None
     both: float | None
 
 
-class Skipped(BaseModel):
-    """An input that could not be read, and why."""
+@dataclass(frozen=True)
+class Accuracy(Shares):
+    """The estimated accuracy of a version."""
 
-    input: str
-    reason: str
+    version: int
 
 
-class Added(BaseModel):
-    """Keys that were added, and ``classes`` that were made. ``known``: images that the index had under that label.
+@dataclass(frozen=True)
+class ChangedShots:
+    """The index at the version that a change made, and the keys that it added, removed or moved."""
+
+    index: str
+    version: int
+    key_ids: list[int]
+
+
+@dataclass(frozen=True)
+class AddedShots(ChangedShots):
+    """Keys that were added, and new ``classes``; ``known`` is the number of images that had this label already.
 
     ``warnings`` names new classes that are spelled almost as another one.
     """
 
-    index: str
-    version: int
-    key_ids: list[int]
     classes: list[str]
     known: int
     duplicates: list[str]
     warnings: list[str]
-    skipped: list[Skipped]
+    skipped: list[Unread]
 
 
-class Judged(BaseModel):
-    """How an index does on its own shots, each left out: shares of right answers, and a sentence."""
+@dataclass(frozen=True)
+class Judgement(Shares):
+    """The estimate of a fit, and a sentence about it."""
 
-    photos: float | None
-    words: float | None
-    both: float | None
     summary: str | None
 
 
-class Fitted(BaseModel):
+@dataclass(frozen=True)
+class FittedIndex:
     """An index that was fitted."""
 
     index: str
     version: int
-    judged: Judged
+    judged: Judgement
 
 
-class Made(Fitted):
-    """An index that was made; ``warnings`` as of :class:`Added`."""
+@dataclass(frozen=True)
+class MadeIndex(FittedIndex):
+    """A new index; ``warnings`` as of :class:`AddedShots`."""
 
     warnings: list[str]
-    skipped: list[Skipped]
+    skipped: list[Unread]
 
 
-class Removed(BaseModel):
-    """Keys that were removed."""
-
-    index: str
-    version: int
-    key_ids: list[int]
-
-
-class Move(BaseModel, extra="forbid"):
-    """Shots, by their ids, and the class of the index that they are given to."""
-
-    key_ids: Annotated[list[KeyId], Field(max_length=100_000)]
-    label: Label
-
-
-class Relabel(BaseModel, extra="forbid"):
-    """The ``label`` of some shots, or of all of the class ``of``; or several ``moves`` in one."""
-
-    label: Label | None = None
-    key_ids: Annotated[list[KeyId], Field(max_length=100_000)] | None = None
-    of: Label | None = None
-    moves: Annotated[list[Move], Field(max_length=10_000)] | None = None
-
-
-class Rename(BaseModel, extra="forbid"):
-    """The class ``of`` the index and the name that it gets."""
-
-    of: Label
-    label: Label
-
-
-class Rollback(BaseModel, extra="forbid"):
-    """The version ``to`` go back to; ``since``: only where the index is still at that one."""
-
-    to: VersionNumber
-    since: VersionNumber | None = None
-
-
-class PastVersion(BaseModel):
-    """A version that is kept, and what was changed to get there."""
-
-    version: int
-    parent: int | None
-    created_at: datetime.datetime
-    change: str
-    keys: int
-    classes: int
-    current: bool
-
-
-class History(BaseModel):
+@dataclass(frozen=True)
+class History:
     """Versions, oldest first."""
 
     version: int
     versions: list[PastVersion]
 
 
-class Values(BaseModel):
-    """What each key gives to each class, where values were solved or trained: enough to weigh answers anew."""
+@dataclass(frozen=True)
+class KeyValues:
+    """The values of each key for each class, if they were solved or trained: enough to weigh answers again."""
 
     version: int
-    key_ids: list[int]
-    values: list[list[float]]
+    key_ids: Ints
+    values: list[Floats]
 
 
-class Exemplar(BaseModel):
+@dataclass(frozen=True)
+class Exemplar:
     """The key nearest to the mean of its class."""
 
     class_id: int
@@ -282,8 +364,9 @@ class Exemplar(BaseModel):
     image: str | None
 
 
-class Exemplars(BaseModel):
-    """An exemplar a class; how like shots are to others of their ``own`` class, and to those of ``other`` classes."""
+@dataclass(frozen=True)
+class Exemplars:
+    """An exemplar a class; mean affinities of keys of one class (``own``), and of two classes (``other``)."""
 
     version: int
     exemplars: list[Exemplar]
@@ -291,162 +374,15 @@ class Exemplars(BaseModel):
     other: float | None
 
 
-class Neighbour(BaseModel):
-    """A shot behind an answer: ``weight`` is exp(-beta (1 - affinity)), ``gives`` what it adds to ``labels``."""
-
-    key_id: int
-    source: str
-    label: str
-    affinity: float
-    weight: float
-    gives: list[float]
-
-
-class Evidence(BaseModel):
-    """Enough to weigh the answer anew with other alpha, beta and k: see the documentation of the page."""
-
-    feature: list[float]
-    text: list[float]
-    key_ids: list[int]
-    class_ids: list[int]
-    affinities: list[float]
-    counts: list[int]
-    sums: list[float]
-    complete: bool
-
-
-class Result(BaseModel):
-    """The answer to one input. ``text_logit`` and ``cache_logit`` are the parts of the winner's logit.
-
-    ``neighbours`` are the shots that contributed most to it, largest first; ``opposing`` counted most against it.
-    """
-
-    input: str
-    label: str
-    probability: float
-    labels: list[str]
-    probabilities: list[float]
-    text_logit: float
-    cache_logit: float
-    neighbours: list[Neighbour]
-    opposing: Neighbour | None = None
-    unlike: bool | None = None
-    logits: list[float] | None = None
-    evidence: Evidence | None = None
-
-
-class Classified(BaseModel):
-    """Answers, in the order of the inputs, and the settings that they were made with.
+@dataclass(frozen=True)
+class Classified(UsedSettings):
+    """Results, in the order of the inputs, and the settings that they were made with.
 
     ``warnings`` says so if these settings make the answers worse than the index's own.
     """
 
     index: str
     version: int
-    alpha: float
-    beta: float
-    k: int | Literal["all"]
-    tail: bool
-    temperature: float
     results: list[Result]
     warnings: list[str]
-    skipped: list[Skipped]
-
-
-_NUMBERS = {"type": "array", "items": {"type": "number"}}
-_FEATURES = {"type": "array", "items": _NUMBERS, "minItems": 1, "description": "Unit-norm features, a list each."}
-_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}}
-_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
-
-
-def _body(
-    form: dict[str, Any], needs: list[str], json: dict[str, Any] | None = None, example: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": needs}}
-    }
-    if json is not None:
-        required = sorted(json.keys() & {"features", "labels"})
-        schema = {"type": "object", "properties": json, "required": required, "additionalProperties": False}
-        content["application/json"] = {"schema": schema, "example": example}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-CLASSIFY = _body(
-    {"images": _FILES},
-    ["images"],
-    {"features": _FEATURES, "inputs": _TEXTS},
-    {"features": [EXAMPLE_FEATURE], "inputs": ["camera-3/0001"]},
-)
-ADD = _body(
-    {"images": _FILES, "label": {"type": "string", "minLength": 1, "description": "The class of all the images."}},
-    ["images", "label"],
-    {"features": _FEATURES, "labels": _TEXTS, "sources": _TEXTS},
-    {"features": [EXAMPLE_FEATURE], "labels": ["cat"], "sources": ["camera-3/0001"]},
-)
-
-MAKE = _body(
-    {
-        "name": {"type": "string", "description": "Of the index, and of its folder."},
-        "images": _FILES,
-        "label": _TEXTS | {"description": "The class of each image, in their order."},
-    },
-    ["images", "label", "name"],
-)
-
-
-CLASSIFIED_EXAMPLE = {
-    "index": "pets",
-    "version": 3,
-    "alpha": 1.0,
-    "beta": 5.5,
-    "k": "all",
-    "tail": True,
-    "temperature": 1.0,
-    "results": [
-        {
-            "input": "camera-3/0001",
-            "label": "cat",
-            "probability": 0.93,
-            "labels": ["cat", "dog"],
-            "probabilities": [0.93, 0.07],
-            "text_logit": 24.1,
-            "cache_logit": 3.2,
-            "neighbours": [
-                {
-                    "key_id": 7,
-                    "source": "photos/cat/7.jpg",
-                    "label": "cat",
-                    "affinity": 0.81,
-                    "weight": 0.352,
-                    "gives": [0.352, 0.0],
-                },
-            ],
-        }
-    ],
-    "warnings": [],
-    "skipped": [],
-}
-ADDED_EXAMPLE = {
-    "index": "pets",
-    "version": 4,
-    "key_ids": [80],
-    "classes": [],
-    "known": 0,
-    "duplicates": [],
-    "warnings": [],
-    "skipped": [],
-}
-
-
-def answered(status: int, what: str, example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """The answer of a route with an example."""
-    return {status: {"description": what, "content": {"application/json": {"example": example}}}}
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers of these statuses, as routes describe them."""
-    return {
-        status: {"description": "What went wrong", "content": {MEDIA: {"schema": ProblemAnswer.model_json_schema()}}}
-        for status in statuses
-    }
+    skipped: list[Unread]

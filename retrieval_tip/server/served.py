@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,10 @@ from retrieval_tip.errors import BackboneError, RetrievalTipError, UsageError
 from retrieval_tip.files import real
 from retrieval_tip.index import places
 from retrieval_tip.retrieval.logits import LOGITS, slices
-from retrieval_tip.server import metrics
+from retrieval_tip.server import metrics, schemas
 from retrieval_tip.server.problems import Problem
-from retrieval_tip.settings import FITTED, KeysMet, Precision, Settings, Verify
+from retrieval_tip.server.schemas import Row
+from retrieval_tip.settings import KeysMet, Precision, Settings, Verify
 from retrieval_tip.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -89,11 +91,11 @@ class Version:
         met = min(self.settings(ask).k or 0, self.cache.n)
         return max(1, min(VALUES // max(self.cells(ask), met), LOGITS // len(self.cache.class_names)))
 
-    def answer(self, ask: Ask, features: FloatArray) -> list[dict[str, Any]]:
-        """One result a query ``[q, d]``, as it stands in the answer. Raises as :meth:`AnsweringIndex.classify`."""
+    def answer(self, ask: Ask, features: FloatArray) -> list[Row]:
+        """Return a result for each query ``[q, d]``. Raises as :meth:`AnsweringIndex.classify`."""
         cache = self.cache.with_settings(self.settings(ask))
         hidden = {"keys"} if ask.logits else {"keys", "logits"}
-        results: list[dict[str, Any]] = []
+        results: list[Row] = []
         for part in slices(len(features), self.at_once(ask)):
             predictions = cache.classify(features[part], ask.top, neighbours=ask.neighbours, norms="keep")  # as read
             answers = list(predictions.rows([c for c in predictions.to_arrow().column_names if c not in hidden]))
@@ -103,36 +105,45 @@ class Version:
             results += answers
         return results
 
-    def describe(self, *, changes: bool, whole: bool = False) -> dict[str, Any]:
-        """The facts of the index; the ``whole`` of it with its classes, templates and provenance."""
-        cache = self.cache
-        facts: dict[str, Any] = {
-            "name": self.name,
-            "version": self.manifest.version,
-            "created_at": self.manifest.created_at,
-            "change": self.manifest.change,
-            "n_keys": cache.n,
-            "n_classes": len(cache.class_names),
-            "d": cache.d,
-            **cache.settings.shown(),
-            "logit_scale": cache.settings.logit_scale,
-            "index": cache.index_type,
-            "exact_search": cache.exact_search,
-            "backbone": str(cache.backbone) if cache.backbone else None,
-            "images": self.backbone is not None,
-            "text": cache.has_text,
-            **{name: getattr(cache.settings, name) for name in FITTED},
-            "metric": cache.fitted.metric if cache.fitted else "none",
-            "values": cache.fitted.values if cache.fitted else "one-hot" if cache.values is None else "trained",
-            "changes": changes,
-        }
-        if whole:
-            facts["classes"] = [
-                {"class_id": i, "label": name, "keys": number}
-                for i, (name, number) in enumerate(zip(cache.class_names, cache.counts, strict=True))
-            ]
-            facts["templates"], facts["provenance"] = cache.templates, cache.provenance
-        return facts
+    def describe(self, *, changes: bool) -> schemas.IndexFacts:
+        """Describe the index; ``changes`` tells whether the server accepts them."""
+        cache, settings, fitted = self.cache, self.cache.settings, self.cache.fitted
+        return schemas.IndexFacts(
+            alpha=settings.alpha,
+            beta=settings.beta,
+            k=settings.k or "all",
+            tail=settings.tail,
+            temperature=settings.temperature,
+            name=self.name,
+            version=self.manifest.version,
+            created_at=self.manifest.created_at,
+            change=self.manifest.change,
+            n_keys=cache.n,
+            n_classes=len(cache.class_names),
+            d=cache.d,
+            logit_scale=settings.logit_scale,
+            index=cache.index_type,
+            exact_search=cache.exact_search,
+            backbone=str(cache.backbone) if cache.backbone else None,
+            images=self.backbone is not None,
+            text=cache.has_text,
+            least_cache=settings.least_cache,
+            log_offset=settings.log_offset,
+            metric=fitted.metric if fitted else "none",
+            values=fitted.values if fitted else "one-hot" if cache.values is None else "trained",
+            changes=changes,
+        )
+
+    def describe_whole(self, *, changes: bool) -> schemas.WholeIndex:
+        """Describe the index with its classes, templates and provenance."""
+        cache, facts = self.cache, vars(self.describe(changes=changes))
+        pairs = enumerate(zip(cache.class_names, cache.counts, strict=True))
+        classes = [schemas.IndexClass(class_id, label, keys) for class_id, (label, keys) in pairs]
+        return schemas.WholeIndex(**facts, classes=classes, templates=cache.templates, provenance=cache.provenance)
+
+    def address_of(self, key_id: int) -> str:
+        """The address of a shot's picture."""
+        return f"/v1/indexes/{quote(self.name, safe='')}/keys/{key_id}/image"
 
     def source_of(self, key_id: int) -> str:
         """The source of a key. Raises Problem 404 where there is no such key."""

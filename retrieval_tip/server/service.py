@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from retrieval_tip.backbones.base import Backbone, unit
@@ -28,10 +29,11 @@ from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
-from retrieval_tip.server import metrics, shots
+from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batcher, FairPool, Kept, Turn
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits
 from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.schemas import Row, Unread
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Maker, Served, Version, encoded
 from retrieval_tip.server.uploads import Sent
 
@@ -90,7 +92,7 @@ class Service:
         self._encode: Batcher[Backbone, torch.Tensor, FloatArray] = Batcher(
             "encode", encoded, most=lambda backbone: backbone.batch_size, room=DECODED
         )
-        self._answer: Batcher[tuple[Version, Ask], FloatArray, dict[str, Any]] = Batcher(
+        self._answer: Batcher[tuple[Version, Ask], FloatArray, Row] = Batcher(
             "features",
             _answered,
             most=lambda key: min(ROWS_AT_A_TIME, key[0].at_once(key[1])),
@@ -149,10 +151,8 @@ class Service:
             raise Problem(404, f"no index {name!r} is served; there are {', '.join(self.served)}")
         return self.served[name]
 
-    async def classify(
-        self, version: Version, ask: Ask, sent: Sent
-    ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-        """Results, and the inputs that were skipped.
+    async def classify(self, version: Version, ask: Ask, sent: Sent) -> schemas.Classified:
+        """Classify what was sent.
 
         Raises Problem 422 where none can be used, or the answer would be too large; 429 where many wait.
         """
@@ -164,7 +164,7 @@ class Service:
                 f"counting as {NEIGHBOUR_CELLS}, of {self.limits.cells:,} at most; send "
                 f"{max(1, self.limits.cells // cells)} at once, or ask for less (evidence, logits, neighbours, top, k)",
             )
-        skipped: list[dict[str, str]] = []
+        skipped: list[Unread] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
         if sent.images is not None:
             encoded = await self._features(version, sent.images)
@@ -177,7 +177,12 @@ class Service:
         for name, result in zip(names, results, strict=True):
             result["input"] = name
         metrics.CLASSIFIED.labels(version.name).inc(len(results))
-        return results, skipped
+        used = version.settings(ask)
+        caution = version.cache.caution(used)
+        return schemas.Classified(
+            used.alpha, used.beta, used.k or "all", used.tail, used.temperature, version.name, version.manifest.version,
+            results, [caution] if caution else [], skipped,
+        )  # fmt: skip
 
     async def _features(self, version: Version, datas: Sequence[bytes]) -> list[FloatArray | InputError]:
         """Return the feature of each encoded image, or why there is none. Raises Problem 429 where many wait."""
@@ -220,18 +225,18 @@ class Service:
 
     async def _readable(
         self, names: Sequence[str], datas: Sequence[bytes], backbone: Backbone
-    ) -> tuple[list[int], list[dict[str, str]]]:
-        """The places of the images that can be read, and what is said of the others. Raises Problem 422 for none."""
+    ) -> tuple[list[int], list[Unread]]:
+        """Return the places of the images that can be read, and the others. Raises Problem 422 if none can."""
         decoded = await self._decoded(datas, backbone, _nothing)
         skipped = _skipped(names, decoded)
         if len(skipped) == len(decoded):
             raise Problem(422, _said(skipped))
         return [i for i, one in enumerate(decoded) if not isinstance(one, InputError)], skipped
 
-    async def add(self, one: Served, sent: Sent) -> dict[str, Any]:
+    async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
         """Add shots; the index is at the new version when this returns. Raises as :func:`changes.add`."""
         backbone = one.now.backbone
-        skipped: list[dict[str, str]] = []
+        skipped: list[Unread] = []
         if sent.images is None:
             added = await self._in(self._changing, shots.add_features, one, backbone, sent)
         else:
@@ -242,18 +247,13 @@ class Service:
                 self._changing, shots.add_images, one, backbone, sent.labels[0], datas, self._uploads
             )
         await self._in(self._following, one.follow)
-        return {
-            "index": one.name,
-            "version": added.version,
-            "key_ids": added.key_ids,
-            "classes": added.classes,
-            "known": added.known,
-            "duplicates": describe_duplicates(added.duplicates) if added.duplicates is not None else [],
-            "warnings": _of_spelling(one.name, added.alike),
-            "skipped": skipped,
-        }
+        duplicates = describe_duplicates(added.duplicates) if added.duplicates is not None else []
+        warnings = _of_spelling(one.name, added.alike)
+        return schemas.AddedShots(
+            one.name, added.version, added.key_ids, added.classes, added.known, duplicates, warnings, skipped
+        )
 
-    async def create(self, sent: Sent, like: str | None) -> dict[str, Any]:
+    async def create(self, sent: Sent, like: str | None) -> schemas.MadeIndex:
         """Make an index of images, fit it, and serve it.
 
         Raises Problem 409 for a name that is taken, or if ``limits.indexes`` are served; else as a build.
@@ -289,27 +289,21 @@ class Service:
         finally:
             self._creating -= 1
         self.served[name] = one
-        alike = spelled_alike(one.now.cache.class_names)
-        return self._judged(one) | {"warnings": _of_spelling(name, alike), "skipped": skipped}
+        warnings = _of_spelling(name, spelled_alike(one.now.cache.class_names))
+        return schemas.MadeIndex(name, one.now.manifest.version, _judged(one), warnings, skipped)
 
-    async def fit(self, one: Served) -> dict[str, Any]:
-        """Fit an index to its shots anew; the index is at the new version when this returns."""
+    async def fit(self, one: Served) -> schemas.FittedIndex:
+        """Fit an index to its shots again; the index is at the new version when this returns."""
         await self._in(self._changing, fit_index, one.folder)
         await self._in(self._following, one.follow)
-        return self._judged(one)
+        return schemas.FittedIndex(one.name, one.now.manifest.version, _judged(one))
 
-    @staticmethod
-    def _judged(one: Served) -> dict[str, Any]:
-        judged = one.now.cache.provenance.get("fit", {})
-        parts = {name: judged.get(name) for name in ("photos", "words", "both", "summary")}
-        return {"index": one.name, "version": one.now.manifest.version, "judged": parts}
-
-    async def remove(self, one: Served, key_ids: Sequence[int]) -> dict[str, Any]:
+    async def remove(self, one: Served, key_ids: Sequence[int]) -> schemas.ChangedShots:
         """Remove shots, as :meth:`add` adds them. Raises Problem 404 for a key that is not there, else as that."""
         await self._found(one, (), key_ids)
         return await self._changed(one, lambda: changes.remove(one.folder, key_ids=key_ids))
 
-    async def relabel(self, one: Served, moves: Sequence[tuple[Sequence[int], str]]) -> dict[str, Any]:
+    async def relabel(self, one: Served, moves: Sequence[tuple[Sequence[int], str]]) -> schemas.ChangedShots:
         """Give shots, by their key ids, a label a move, all in one version.
 
         Raises Problem 422 for no shot, or one with two labels, else as :meth:`remove`.
@@ -324,7 +318,7 @@ class Service:
         await self._found(one, (), list(labels))
         return await self._changed(one, lambda: changes.relabel(one.folder, labels))
 
-    async def merge(self, one: Served, of: str, label: str) -> dict[str, Any]:
+    async def merge(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
         """Give all shots of the class ``of`` to another. Raises Problem 422 where it has none, or as :meth:`remove`."""
         there = await self._found(one, (of,), ())
         if not there:
@@ -339,7 +333,7 @@ class Service:
             raise Problem(404, f"index {one.name!r} has no key {min(missing)}")
         return there
 
-    async def rename(self, one: Served, of: str, label: str) -> dict[str, Any]:
+    async def rename(self, one: Served, of: str, label: str) -> schemas.ChangedShots:
         """Give a class another name, or merge it into the class of that name; encode the name if the server can.
 
         Raises Problem 404 if there is no such class, else as :meth:`remove`.
@@ -351,7 +345,7 @@ class Service:
         reads = backbone if encodes else None
         return await self._changed(one, lambda: changes.rename(one.folder, of, label, reads))
 
-    async def rollback(self, one: Served, to: int, since: int | None) -> dict[str, Any]:
+    async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
         """Go back to a version. Raises Problem 404 where it is not kept, 409 where the index is not at ``since``."""
 
         def call() -> changes.Changed:
@@ -364,57 +358,58 @@ class Service:
 
         return await self._changed(one, call)
 
-    async def history(self, one: Served) -> list[dict[str, Any]]:
-        """The versions that are kept, oldest first."""
+    async def history(self, one: Served) -> list[Row]:
+        """List the versions that are kept, oldest first."""
         versions = await self._in(self._finding, one.place.history)
-        names = ["version", "parent", "created_at", "change", "keys", "classes", "current"]
-        rows: list[dict[str, Any]] = versions.select(names).to_pylist()
-        return rows
+        return list(versions.select(schemas.HISTORY).to_pylist())
 
-    async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> dict[str, Any]:
-        """What a change did; the index is at the new version when this returns."""
+    async def _changed(self, one: Served, call: Callable[[], changes.Changed]) -> schemas.ChangedShots:
+        """Make a change; the index is at the new version when this returns."""
         changed = await self._in(self._changing, call)
         await self._in(self._following, one.follow)
-        return {"index": one.name, "version": changed.version, "key_ids": changed.key_ids}
+        return schemas.ChangedShots(one.name, changed.version, changed.key_ids)
 
-    def values(self, version: Version) -> dict[str, Any]:
-        """What each key gives to each class. Raises Problem 422 where that is 1 to its own, or they are too many."""
+    def values(self, version: Version) -> schemas.KeyValues:
+        """Return the value of each key for each class. Raises Problem 422 if values are one-hot or too many."""
         values = getattr(version.cache, "values", None)
         if values is None:
             raise Problem(422, "the values are one-hot: each key gives 1 to its own class")
         if values.numel() > VALUES_SENT:
             raise Problem(422, f"{values.numel():,} values are more than {VALUES_SENT:,}: ask for logits instead")
         key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
-        return {"version": version.manifest.version, "key_ids": key_ids, "values": list(values.float().cpu().numpy())}
+        return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
 
-    async def exemplars(self, version: Version) -> dict[str, Any]:
-        """A key that shows each class, and how like they are. Raises Problem 503 while it takes long."""
+    async def exemplars(self, version: Version) -> schemas.Exemplars:
+        """Return the key that is typical of each class, and mean affinities. Raises Problem 503 while it takes long."""
 
-        def call() -> dict[str, Any]:
+        def call() -> schemas.Exemplars:
             shown, own, other = _exemplars(version)
-            keys = version.cache.find(key_ids=shown).select(["key_id", "class_id", "source"]).to_pylist()
-            exemplars = [
-                {"class_id": row["class_id"], "key_id": row["key_id"], "image": self.picture(row["source"]) is not None}
-                for row in keys
-            ]
-            return {"exemplars": exemplars, "own": own, "other": other}
+            rows = self._pictured(version, version.cache.find(key_ids=shown).select(["key_id", "class_id", "source"]))
+            exemplars = [schemas.Exemplar(row["class_id"], row["key_id"], row["image"]) for row in rows]
+            return schemas.Exemplars(version.manifest.version, exemplars, own, other)
 
         return await self._once(version, "exemplars", call)
 
     async def keys(
         self, version: Version, labels: Sequence[str], source: str | None, key_ids: Sequence[int], page: slice
-    ) -> tuple[int, list[dict[str, Any]]]:
-        """Count the keys of :meth:`AnsweringIndex.find`, and return a page of them; ``image``: there is a picture."""
+    ) -> tuple[int, list[Row]]:
+        """Count the keys of :meth:`AnsweringIndex.find`, and return a page of them."""
 
-        def call() -> tuple[int, list[dict[str, Any]]]:
+        def call() -> tuple[int, list[Row]]:
             keys = version.cache.find(labels, source, key_ids)
-            rows = keys.slice(page.start, page.stop - page.start).to_pylist()
-            return len(keys), [row | {"image": self.picture(row["source"]) is not None} for row in rows]
+            return len(keys), self._pictured(version, keys.slice(page.start, page.stop - page.start))
 
         return await self._in(self._finding, call)
 
-    async def map(self, version: Version, method: Method, limit: int) -> dict[str, Any]:
-        """Keys in two dimensions. Raises Problem 422 for a method that is not there, 503 while it takes long."""
+    def _pictured(self, version: Version, keys: pa.Table) -> list[dict[str, Any]]:
+        """Rows of keys, with the addresses of their pictures."""
+        rows = keys.to_pylist()
+        return [
+            row | {"image": version.address_of(row["key_id"]) if self.picture(row["source"]) else None} for row in rows
+        ]
+
+    async def map(self, version: Version, method: Method, limit: int) -> schemas.Map:
+        """Place keys in two dimensions. Raises Problem 422 for a missing method, 503 while it takes long."""
         if method not in methods():
             raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")
         cache = version.cache
@@ -426,34 +421,28 @@ class Service:
             return projected(cache, method, limit)
 
         kept = self._made if method == "pca" else self._mapped  # audits need not wait for a map of neighbours
-        projection = await self._once(version, ("map", method, limit), call, kept)
-        return {
-            "version": version.manifest.version,
-            "method": method,
-            "methods": methods(),
-            "total": cache.n,
-            "key_ids": projection.key_ids,
-            "class_ids": projection.class_ids,
-            "x": projection.places[:, 0].copy(),
-            "y": projection.places[:, 1].copy(),
-            "explained": projection.explained,
-            "axes": None if projection.axes is None else list(projection.axes),
-        }
+        found = await self._once(version, ("map", method, limit), call, kept)
+        x, y = found.places.T.copy()
+        explained, axes = (None if one is None else list(one) for one in (found.explained, found.axes))
+        return schemas.Map(
+            version.manifest.version, method, list(methods()), cache.n, found.key_ids, found.class_ids, x, y,
+            explained, axes,
+        )  # fmt: skip
 
-    async def audit(self, version: Version, limit: int, borderline: bool) -> dict[str, Any]:
+    async def audit(self, version: Version, limit: int, borderline: bool) -> schemas.Audit:
         """List suspicious shots, worst first. Raises Problem 422 for too many keys, 503 while it takes long."""
         if version.cache.n > MOST_AUDITED:
             raise Problem(422, f"{version.cache.n:,} keys are many: use retrieval-tip index audit {version.name}")
         cache = version.cache
 
-        def call() -> tuple[int, list[dict[str, Any]]]:
+        def call() -> tuple[int, list[Row]]:
             table = audit(cache.in_memory(), borderline=borderline)
             return len(table), table.slice(0, AUDITED).to_pylist()
 
         total, suspicious = await self._once(version, ("audit", borderline), call)
-        return {"version": version.manifest.version, "total": total, "shots": suspicious[:limit]}
+        return schemas.Audit(version.manifest.version, total, suspicious[:limit])
 
-    async def accuracy(self, version: Version) -> dict[str, Any]:
+    async def accuracy(self, version: Version) -> schemas.Accuracy:
         """Estimate the accuracy of a version, once (:func:`closed_form.estimate`). Raises Problem 503 as :meth:`audit`.
 
         It is unknown if the index has more than :data:`ESTIMATED` keys.
@@ -462,7 +451,7 @@ class Service:
         known: dict[str, float | None] = dict.fromkeys(("photos", "words", "both"))
         if cache.n <= ESTIMATED:
             known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
-        return {"version": version.manifest.version} | known
+        return schemas.Accuracy(known["photos"], known["words"], known["both"], version.manifest.version)
 
     async def _once(
         self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
@@ -504,7 +493,13 @@ async def _nothing(_: torch.Tensor) -> None:
     """Make nothing of an image: that it could be decoded is enough."""
 
 
-def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[dict[str, Any]]:
+def _judged(one: Served) -> schemas.Judgement:
+    """The estimate of the last fit."""
+    fit = one.now.cache.provenance.get("fit", {})
+    return schemas.Judgement(fit.get("photos"), fit.get("words"), fit.get("both"), fit.get("summary"))
+
+
+def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[Row]:
     version, ask = key
     return version.answer(ask, np.stack(rows))
 
@@ -558,11 +553,11 @@ def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _skipped(names: Sequence[str], results: Sequence[object]) -> list[dict[str, str]]:
+def _skipped(names: Sequence[str], results: Sequence[object]) -> list[Unread]:
     pairs = zip(names, results, strict=True)
-    return [{"input": name, "reason": str(one)} for name, one in pairs if isinstance(one, InputError)]
+    return [Unread(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
 
 
-def _said(skipped: Sequence[dict[str, str]]) -> str:
-    lines = [f"{one['input']}: {one['reason']}" for one in skipped]
+def _said(skipped: Sequence[Unread]) -> str:
+    lines = [f"{one.input}: {one.reason}" for one in skipped]
     return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
