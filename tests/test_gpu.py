@@ -1,4 +1,4 @@
-"""What runs on a GPU, shown with stand-ins for one; each says what it stands in for. Searches: test_gpu_index.py."""
+"""What runs on a GPU (``gpu``), and the decisions about one that need none. Searches: test_gpu_index.py."""
 
 import logging
 import os
@@ -15,37 +15,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from retrieval_tip import CacheModel, doctor, tip
-from retrieval_tip.backbones.base import resolve_device
+from retrieval_tip import CacheModel, doctor
+from retrieval_tip.backbones.base import resolve_device, runs_on
 from retrieval_tip.backbones.loading import load_backbone
-from retrieval_tip.backbones.torch_backbone import TorchBackbone, weights_digest
-from retrieval_tip.distributed import cluster
+from retrieval_tip.backbones.torch_backbone import weights_digest
 from retrieval_tip.fit import finetune, search_hp
 from retrieval_tip.fit.trainer import Recipe, Trainer
 from retrieval_tip.retrieval import keys as keys_module
 from retrieval_tip.retrieval.keys import Keys
 from retrieval_tip.retrieval.vector_index import auto_factory
 from retrieval_tip.settings import Settings
-
-CUDA = torch.device("cuda")
-
-
-class OnGpu(torch.Tensor):
-    """A tensor of the CPU that says it is on a GPU, and notes what adds up in it as threads come."""
-
-    is_cuda = True  # type: ignore[assignment]
-    unordered: list[str] = []  # noqa: RUF012
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("index_add_", "scatter_add_", "scatter_add", "bincount", "mm_sparse"):
-            cls.unordered.append(func.__name__)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    OnGpu.unordered.clear()
-    return tensor.clone().as_subclass(OnGpu)
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -57,23 +36,17 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with GPUs as the driver sees them, as torch does, and as FAISS does."""
+    """A machine with GPUs as the driver sees them, and as torch and FAISS see them."""
+    import faiss
 
-    def make(
-        nodes: int, torch_sees: int, faiss_sees: int = 0, capability: Any = (9, 0), arches: Any = ("sm_90",)
-    ) -> None:
-        glob = Path.glob
+    glob = Path.glob
+
+    def make(nodes: int, torch_sees: int, faiss_sees: int) -> None:
         found = [Path(f"/dev/nvidia{i}") for i in range(nodes)]
         monkeypatch.setattr(Path, "glob", lambda p, s: iter(found) if str(p) == "/dev" else glob(p, s))
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: torch_sees)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(arches))
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        import faiss
-
+        for name, value in (("is_available", torch_sees > 0), ("get_device_capability", (9, 0)), ("get_arch_list", [])):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
         monkeypatch.setattr(faiss, "get_num_gpus", lambda: faiss_sees)
 
     return make
@@ -81,9 +54,7 @@ def machine(monkeypatch):
 
 def test_a_driver_too_old_for_torch_is_explained(machine, caplog) -> None:
     machine(nodes=1, torch_sees=0, faiss_sees=1)
-    report = doctor.examine()
-    [problem] = [line for line in report.problems if "FAISS finds a GPU" in line]
-    assert "built for CUDA 13.0" in problem
+    [problem] = [line for line in doctor.examine().problems if "FAISS finds a GPU" in line]
     assert "--index-url https://download.pytorch.org/whl/cu126" in problem
     for _ in range(2):
         assert resolve_device("auto") == "cpu"
@@ -93,38 +64,29 @@ def test_a_driver_too_old_for_torch_is_explained(machine, caplog) -> None:
 
 
 def test_no_gpu_and_a_hidden_one_are_no_reason_to_warn(machine, monkeypatch, caplog) -> None:
-    machine(nodes=0, torch_sees=0)
+    machine(nodes=0, torch_sees=0, faiss_sees=0)
     assert resolve_device("auto") == "cpu"
-    machine(nodes=2, torch_sees=0)
+    machine(nodes=2, torch_sees=0, faiss_sees=0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert resolve_device("auto") == "cpu"
     machine(nodes=2, torch_sees=2, faiss_sees=2)
     assert resolve_device("auto") == "cuda"
-    assert not [line for line in doctor.examine().problems if "GPU" in line]
     assert not said(caplog)
 
 
 @pytest.mark.parametrize(
-    ("capability", "arches", "device"),
+    ("capability", "arches", "runs"),
     [
-        ((7, 0), ("sm_75", "sm_80", "sm_90", "compute_90"), "cpu"),  # V100 and CUDA 13
-        ((8, 9), ("sm_75", "sm_80", "sm_86"), "cuda"),  # one runs what is built for an older one of its generation
-        ((12, 0), ("sm_90", "sm_120"), "cuda"),
-        ((12, 1), ("sm_90", "compute_90"), "cuda"),  # compiled when it is first used
-        ((9, 0), ("sm_90a",), "cuda"),
-        ((9, 0), ("gfx90a",), "cuda"),  # of another maker: not ours to judge
+        ((7, 0), ("sm_75", "sm_80", "sm_90", "compute_90"), False),  # V100 and CUDA 13
+        ((8, 9), ("sm_75", "sm_80", "sm_86"), True),  # it runs code for an older GPU of its generation
+        ((12, 0), ("sm_90", "sm_120"), True),
+        ((12, 1), ("sm_90", "compute_90"), True),  # compiled at first use
+        ((9, 0), ("sm_90a",), True),
+        ((9, 0), ("gfx90a",), True),  # of another maker
     ],
 )
-def test_a_gpu_that_torch_was_not_built_for_is_passed_over(machine, caplog, capability, arches, device) -> None:
-    machine(1, 1, 1, capability, arches)
-    assert resolve_device("auto") == resolve_device("auto") == device
-    assert len(said(caplog)) == (device == "cpu")
-
-
-def test_an_actor_of_ray_takes_its_gpu_only_where_its_torch_can() -> None:
-    for asked in ("auto", "cuda"):
-        assert cluster._room([16], [2], asked, None).device == asked
-    assert cluster._room([16], [0], "auto", None).device == cluster._room([16], [2], "cpu", None).device == "cpu"
+def test_a_gpu_that_torch_was_not_built_for_is_told(capability, arches, runs) -> None:
+    assert runs_on(capability, arches) == runs
 
 
 def test_memory_that_a_gpu_lacks_is_one_line(run, monkeypatch) -> None:
@@ -147,18 +109,6 @@ def made(n: int, q: int, d: int, c: int) -> tuple[np.ndarray, np.ndarray, torch.
     rows = [common + 0.7 * rng.standard_normal((m, d)) for m in (n, q)]
     keys, queries = [(r / np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32) for r in rows]
     return keys, np.sort(rng.choice(np.arange(0, c, 2), n)), torch.from_numpy(queries)
-
-
-@pytest.mark.parametrize("stored", [np.float32, np.float16])
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_answers_over_all_keys_stay_on_the_device_that_has_them(monkeypatch, stored: type, precision: str) -> None:
-    """A device without numbers stands in for a GPU: whatever is taken to the CPU on the way raises an error."""
-    monkeypatch.setattr(keys_module, "room_on", lambda _: 1 << 40)
-    keys, ids, queries = made(5000, 600, 16, 8)
-    over, f = Keys(keys.astype(stored), ids, 8, "meta", precision), queries.to("meta")
-    values = torch.empty(5000, 8, device="meta")
-    for cache_logits in (over.cache_logits(f, 7.5), over.cache_logits(f, 7.5, values)):
-        assert (cache_logits.device.type, cache_logits.dtype, cache_logits.shape) == ("meta", torch.float32, (600, 8))
 
 
 @pytest.mark.gpu
@@ -199,19 +149,6 @@ def test_affinities_exist_one_block_at_a_time_on_a_gpu() -> None:
 
 
 # --- the same sums every time
-
-
-def test_sums_by_class_are_added_in_one_order_on_a_gpu() -> None:
-    values, ids = torch.rand(7, 40), torch.randint(0, 5, (40,))
-    own = torch.randint(0, 6, (7, 40))
-    for class_ids in (ids, own):
-        expected = tip.sum_by_class(values, class_ids, 5)
-        torch.testing.assert_close(tip.sum_by_class(on_gpu(values), class_ids, 5).as_subclass(torch.Tensor), expected)
-        assert not OnGpu.unordered
-    out = on_gpu(torch.ones(7, 5))
-    tip.sum_by_class(values.as_subclass(OnGpu), ids, 5, out=out)
-    torch.testing.assert_close(out.as_subclass(torch.Tensor), 1 + tip.sum_by_class(values, ids, 5))
-    assert not OnGpu.unordered
 
 
 def test_training_on_a_gpu_has_one_order_and_leaves_no_setting_behind() -> None:
@@ -276,7 +213,7 @@ def test_float32_convolutions_are_not_rounded_to_tf32(lit_mini) -> None:
 )
 def test_encoders_are_not_trained_in_float16(lit_mini, monkeypatch, precision, capability, trained) -> None:
     model = deepcopy(lit_mini)
-    model._precision, model._device = precision, CUDA
+    model._precision, model._device = precision, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert model.copy_to_train().precision == trained
     assert model.precision == precision
@@ -297,31 +234,11 @@ def test_small_gradients_of_an_encoder_survive(lit_mini) -> None:
     assert functional.cosine_similarity(exact, found, dim=0) > 0.95
 
 
-def test_pixels_reach_a_gpu_pinned_and_weights_lie_as_it_likes_them(lit_mini, monkeypatch, shared) -> None:
-    done, to, plain = [], torch.Tensor.to, lit_mini
-
-    def moved(self: torch.Tensor, *args: Any, **how: Any) -> torch.Tensor:
-        if args and args[0] == CUDA:
-            done.append(("to", how.get("non_blocking", False)))
-            args = ()
-        return to(self, *args, **how) if args or how.get("memory_format") else self
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append(("pinned", True)) or self)
-    monkeypatch.setattr(torch.Tensor, "to", moved)
-    model = deepcopy(plain)
-    model._device = CUDA
-    pixels = torch.rand(3, 3, *plain.size)
-    monkeypatch.setattr(TorchBackbone, "_forward", lambda self, tower, given: given)
-    assert model.forward_images(pixels).is_contiguous(memory_format=torch.channels_last)
-    assert done == [("pinned", True), ("to", True)]
-    assert model.batch_size == 256
-    monkeypatch.undo()
-
-    digest, features = plain.identity.weights, plain.forward_images(pixels)
-    model = deepcopy(plain)
+def test_weights_with_channels_last_are_the_same_backbone(lit_mini) -> None:
+    pixels, model = torch.rand(3, 3, *lit_mini.size), deepcopy(lit_mini)
     model._model.visual.to(memory_format=torch.channels_last)
-    assert weights_digest(model._model) == digest  # the same backbone
-    torch.testing.assert_close(model.forward_images(pixels), features, rtol=1e-3, atol=1e-4)
+    assert weights_digest(model._model) == lit_mini.identity.weights
+    torch.testing.assert_close(model.forward_images(pixels), lit_mini.forward_images(pixels), rtol=1e-3, atol=1e-4)
     assert all(tensor.is_contiguous() for tensor in model.tuned(["visual"]).values())
 
 
@@ -350,24 +267,6 @@ def test_what_training_keeps_is_kept_on_the_cpu(cache) -> None:
     assert torch.equal(copies["keys"], torch.from_numpy(np.asarray(cache.keys)))
 
 
-def test_the_search_for_settings_takes_few_queries_at_a_time_where_a_gpu_has_many_keys(cache, monkeypatch) -> None:
-    queries = search_hp.Queries(
-        np.asarray(cache.keys), cache.class_ids.numpy(), np.full(40, -1), np.full(40, -2), "made"
-    )
-    sizes = {}
-    for device, least in (("cpu", 1 << 27), ("meta", 1 << 27), ("meta", 120)):
-        monkeypatch.setattr(search_hp, "GPU_AFFINITIES", least)
-        fake = SimpleNamespace(
-            device=device, n=cache.n, retrieval=cache.retrieval, key_blocks=cache.key_blocks, settings=cache.settings,
-            text_weights=cache.text_weights, class_ids=cache.class_ids, class_names=cache.class_names, values=None,
-        )  # fmt: skip
-        monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
-        parts = [part for part, *_ in search_hp._blocks(fake, queries, [1.0], [None])]
-        monkeypatch.undo()
-        sizes[device, least] = {part.stop - part.start for part in parts}
-    assert sizes == {("cpu", 1 << 27): {40}, ("meta", 1 << 27): {40}, ("meta", 120): {3, 1}}
-
-
 def test_all_keys_are_what_auto_prefers_on_a_gpu_up_to_what_fits(monkeypatch) -> None:
     monkeypatch.setattr(keys_module, "room_on", lambda _: 10_000_000 * 512 * 4 * 3)
     for n, c in ((100, 10), (160_000, 1000), (1_000_000, 1000), (10_000_000, 100_000)):
@@ -386,27 +285,6 @@ def test_keys_are_halved_on_a_gpu_only_where_there_is_room_for_them(monkeypatch)
     monkeypatch.setattr(keys, "_times", lambda: pytest.fail("measured"))
     with pytest.raises(pytest.fail.Exception, match="measured"):
         keys.products(2.0)
-
-
-def test_on_a_gpu_a_certificate_meets_all_keys_rather_than_more_than_faiss_finds_there(cache, monkeypatch) -> None:
-    from retrieval_tip import answering
-
-    met = []
-    terms = type(cache.retrieval).terms
-    monkeypatch.setattr(
-        type(cache.retrieval), "terms", lambda self, *a, **k: met.append(self.settings.k) or terms(self, *a, **k)
-    )
-    monkeypatch.setattr(answering, "GPU_MAX_K", 3)
-    monkeypatch.setattr(answering, "ALL_FROM", 1)
-    features = functional.normalize(torch.rand(6, 8), dim=1)
-    expected = cache.certified(features, k=2).cache.argmax(1)
-    assert met[:2] == [2, 8]
-    met.clear()
-    monkeypatch.setattr(type(cache), "_queries", lambda self, f: f)
-    monkeypatch.setattr(answering.torch, "arange", lambda n, device=None, own=torch.arange: own(n))
-    cache.device = "cuda"
-    assert torch.equal(cache.certified(features, k=2).cache.argmax(1), expected)
-    assert met == [2, None]
 
 
 # --- the tests themselves
@@ -438,6 +316,37 @@ def test_the_same_question_has_the_same_answer_to_the_last_bit() -> None:
         for k, tail in (("all", True), (64, True), (64, False)):
             first = cache.logits(f, k, tail)
             assert all(torch.equal(cache.logits(f, k, tail), first) for _ in range(5)), (index, k, tail)
+
+
+@pytest.mark.gpu
+def test_a_certificate_names_the_winners_over_all_keys() -> None:
+    """Also beyond the keys that FAISS finds on a GPU."""
+    rng = np.random.default_rng(0)
+    rows = functional.normalize(torch.from_numpy(rng.standard_normal((9000, 32)).astype(np.float32)), dim=1)
+    ids, names = np.sort(rng.integers(0, 20, 9000)), [f"class {i}" for i in range(20)]
+    on_cpu, on_gpu = (CacheModel.from_features(rows, ids, names, device=device) for device in ("cpu", "cuda"))
+    expected = on_cpu.logits(rows[:60], "all").argmax(1)
+    assert torch.equal(on_gpu.certified(rows[:60].cuda(), k=2).cache.argmax(1).cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_the_search_for_settings_holds_few_affinities_at_a_time() -> None:
+    rng = np.random.default_rng(0)
+    rows = functional.normalize(torch.from_numpy(rng.standard_normal((400_000, 16)).astype(np.float32)), dim=1)
+    ids, names = np.sort(rng.integers(0, 20, len(rows))), [f"class {i}" for i in range(20)]
+    cache, some = CacheModel.from_features(rows, ids, names, device="cuda"), slice(0, 2000)
+    queries = search_hp.Queries(rows[some].numpy(), ids[some], np.full(2000, -2), np.full(len(rows), -1), "made")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    search_hp.search(cache, queries, betas=[1.0], ks=[None])
+    assert torch.cuda.max_memory_allocated() - before < 8 * 4 * search_hp.GPU_AFFINITIES + (1 << 28)
+
+
+@pytest.mark.gpu
+def test_a_gpu_encodes_many_views_at_a_time_from_pinned_memory(shared: Path) -> None:
+    model = load_backbone(f"local-dir:{shared / 'models' / 'lit-mini'}", device="cuda")
+    assert model.batch_size == 256
+    assert model.encode_images(torch.rand(5, 3, *model.size)).shape == (5, model.dim)
 
 
 @pytest.mark.gpu
