@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_tip.data.feature_tables import read_features
-from retrieval_tip.data.sources import Source, of_images, open_inputs, open_items, open_source, spelled_alike
-from retrieval_tip.data.tables import row_list
+from retrieval_tip.data.folders import kinds
+from retrieval_tip.data.sources import (
+    Source,
+    kind_of,
+    of_images,
+    open_inputs,
+    open_items,
+    open_source,
+    spelled_alike,
+)
 from retrieval_tip.errors import InputError, show
 
 
@@ -59,19 +67,13 @@ def refused(path: Path, *words: str, **options: Any) -> str:
 
 def test_classes_are_the_folders_in_name_order(tmp_path: Path) -> None:
     touch(tmp_path, "dog/2.png", "dog/1.png", "cat/deep/x.jpg", "cat/a.png", "Bird/b.webp", "cat/notes.txt")
+    touch(tmp_path, ".git/x.png", "cat/.thumbs/x.png")
     source = open_source(tmp_path)
     assert source.class_names == ("Bird", "cat", "dog")
     assert relative(source, tmp_path) == ["Bird/b.webp", "cat/a.png", "cat/deep/x.jpg", "dog/1.png", "dog/2.png"]
     assert source.labels == ["Bird", "cat", "cat", "dog", "dog"]
     assert source.sources == list(source.paths or ())
     assert len(source) == 5
-
-
-def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
-    touch(tmp_path, ".git/x.png", "cat/.thumbs/x.png", "cat/a.png")
-    source = open_source(tmp_path)
-    assert source.class_names == ("cat",)
-    assert relative(source, tmp_path) == ["cat/a.png"]
 
 
 def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -113,18 +115,9 @@ def test_the_labels_of_a_hugging_face_folder_are_in_its_table(tmp_path: Path) ->
     assert open_source(tmp_path / "whole").labels == ["cat"]
 
 
-def test_photographs_of_telephones_are_named_with_what_reads_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from retrieval_tip.data import images
-
-    plain = frozenset(images.extensions()) - {".heic", ".heif"}
-    monkeypatch.setattr(images, "extensions", lambda: plain)
-    touch(tmp_path, "cat/a.HEIC")
-    refused(tmp_path, "1 .heic", "retrieval-tip[heic]")
-    touch(tmp_path, "cat/b.png")
-    open_source(tmp_path)
-    assert "retrieval-tip[heic]" in caplog.text
+def test_photographs_of_telephones_are_named_with_what_reads_them() -> None:
+    assert "retrieval-tip[heic]" in kinds(Counter({".heic": 1, ".txt": 2}))
+    assert "heic" not in kinds(Counter({".txt": 2}))
 
 
 def test_photographs_of_telephones_are_read_by_the_extra(tmp_path: Path) -> None:
@@ -142,13 +135,31 @@ def test_photographs_of_telephones_are_read_by_the_extra(tmp_path: Path) -> None
     assert abs(picture.getpixel((30, 20))[0] - 200) < 6
 
 
-def test_one_level_too_deep_and_addresses_and_archives_are_told(tmp_path: Path) -> None:
-    touch(tmp_path, "star fish/a.png", "star fish/b.png", "a.zip")
+def test_one_level_too_deep_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "star fish/a.png", "star fish/b.png")
     refused(tmp_path / "star fish", "2 images directly", str(tmp_path))
-    refused(tmp_path / "a.zip", "unpack")
-    for opened in (lambda: open_source("https://x.org/a.jpg"), lambda: list(open_inputs(["https://x.org/a.jpg"]))):
-        with pytest.raises(InputError, match=r"https://x\.org/a\.jpg: .*download"):
-            opened()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("folder", "folder"), ("folder/a.png", "image"), ("gone.png", "image"), ("gone.csv", "image"),
+        ("t.csv", "table"), ("T.PARQUET", "table"), ("parts", "table"), ("s.json", "split file"), ("t.tar", "tars"),
+        ("tars", "tars"), ("*.png", "pattern"), ("a[1].png", "image"), ("a.zip", "image"),
+    ],
+)  # fmt: skip
+def test_kinds_of_paths_are_told_apart(tmp_path: Path, name: str, kind: str) -> None:
+    touch(tmp_path, "folder/a.png", "t.csv", "T.PARQUET", "parts/run.json", "s.json", "t.tar", "tars/1.tar", "a[1].png")
+    touch(tmp_path, "a.zip")
+    assert kind_of(tmp_path / name) == kind
+    assert kind_of("https://x.org/a.jpg") == "web address"
+    assert kind_of("s3://bucket/a.jpg") == "image"
+
+
+@pytest.mark.parametrize("opened", [open_source, open_items, lambda where: list(open_inputs([where]))])
+def test_web_addresses_are_not_read(opened: Callable[[str], object]) -> None:
+    with pytest.raises(InputError, match=r"https://x\.org/a\.jpg"):
+        opened("https://x.org/a.jpg")
 
 
 def test_labels_may_be_spelled_otherwise(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,11 +234,7 @@ def test_paths_of_a_table_are_relative_to_it(tmp_path: Path) -> None:
     assert source.paths == (str(tmp_path / "b/2.png"), "/abs/1.png", str(tmp_path / "c.png"))
     assert source.labels == ["dog", "cat", "dog"]
     assert source.class_names == ("cat", "dog")
-
-
-def test_a_root_replaces_the_folder_of_the_table(tmp_path: Path) -> None:
-    table = write(tmp_path / "t.csv", "path,label\nx.png,cat\n")
-    assert open_source(table, root="/images").paths == ("/images/x.png",)
+    assert open_source(table, root="/images").paths == ("/images/b/2.png", "/abs/1.png", "/images/c.png")
 
 
 @pytest.mark.parametrize(
@@ -323,11 +330,6 @@ def test_text_that_looks_like_something_else_stays_text(tmp_path: Path) -> None:
     assert open_source(table).labels == labels
 
 
-def test_further_columns_are_kept_in_order(tmp_path: Path) -> None:
-    table = write(tmp_path / "t.csv", "when,path,who,label\n2020,x.png,me,cat\n")
-    assert open_source(table).items.column_names == ["source", "label", "when", "who"]
-
-
 def test_classes_without_labels_are_those_that_occur(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", "path,label\na.png,dog\nb.png,\nc.png,cat\n")
     source = open_items(table)
@@ -337,18 +339,16 @@ def test_classes_without_labels_are_those_that_occur(tmp_path: Path) -> None:
     refused(table, "row 1 without a label")
 
 
-def test_missing_labels_are_counted(tmp_path: Path) -> None:
-    table = write(tmp_path / "t.csv", "path,label\n" + "x.png,\n" * 9)
-    refused(table, "rows 0, 1, 2, 3, 4 and 4 more without a label")
-
-
-@pytest.mark.parametrize("blank", ["", '""', '" "', '"\t"', '"\u00a0"'])
-def test_a_blank_label_is_a_missing_one(tmp_path: Path, blank: str) -> None:
-    refused(write(tmp_path / "t.csv", f"path,label\nx.png,cat\ny.png,{blank}\n"), "row 1 without a label")
-
-
-def test_a_blank_path_is_named(tmp_path: Path) -> None:
-    refused(write(tmp_path / "t.csv", "path,label\nx.png,cat\n,cat\n"), "row 1 without a path")
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("x.png,\n" * 9, "rows 0, 1, 2, 3, 4 and 4 more without a label"),
+        ("x.png,cat\n,cat\n", "row 1 without a path"),
+        *((f"x.png,cat\ny.png,{blank}\n", "row 1 without a label") for blank in ("", '""', '" "', '"\t"', '"\u00a0"')),
+    ],
+)
+def test_blanks_are_missing_and_counted(tmp_path: Path, rows: str, words: str) -> None:
+    refused(write(tmp_path / "t.csv", f"path,label\n{rows}"), words)
 
 
 def test_the_same_path_can_stand_twice(tmp_path: Path) -> None:
@@ -447,7 +447,8 @@ def test_features_by_the_names_that_others_give_them(tmp_path: Path, column: str
 def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
     table = parquet(
         tmp_path / "t.parquet",
-        {"feature": features(3), "who": [1, 2, 3], "label": ["b", "a", "b"], "id": ["x", "y", "x"], "path": ["p"] * 3},
+        {"feature": features(3), "who": [1, 2, 3], "label": ["b", "a", "b"], "id": ["x", "y", "x"], "path": ["p"] * 3}
+        | {"feature.note": ["n"] * 3},
     )
     source = open_source(table)
     assert source.table == table
@@ -456,7 +457,7 @@ def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
     assert source.rows.tolist() == [0, 1, 2]
     assert source.sources == ["x", "y", "x"]
     assert source.class_names == ("a", "b")
-    assert source.items.column_names == ["source", "label", "who", "path"]
+    assert source.items.column_names == ["source", "label", "who", "path", "feature.note"]
 
 
 def test_features_without_ids_are_numbered(tmp_path: Path) -> None:
@@ -480,11 +481,6 @@ def test_further_columns_keep_their_types(tmp_path: Path) -> None:
     for name in ("tags", "box", "when", "meta.dotted"):
         assert items[name].to_pylist() == more[name].to_pylist()
         assert items[name].type == more[name].type
-
-
-def test_a_column_named_like_a_part_of_the_feature_is_kept(tmp_path: Path) -> None:
-    columns = {"feature.note": ["n", "m"], "id": ["a", "b"], "label": ["x", "y"], "feature": features(2)}
-    assert open_source(parquet(tmp_path / "t.parquet", columns)).items["feature.note"].to_pylist() == ["n", "m"]
 
 
 def test_parquet_that_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -540,15 +536,15 @@ def test_the_image_folder_beside_a_split_is_found(tmp_path: Path) -> None:
 
 def test_an_image_folder_that_is_given_is_not_searched_for(tmp_path: Path) -> None:
     file = split(tmp_path / "s.json", [["cat/1.png", 0, "cat"]])
-    assert open_source(file, root="/images").paths == ("/images/cat/1.png",)
+    assert open_source(file, root="/images").paths == open_items(file, root="/images").paths == ("/images/cat/1.png",)
     refused(file, "cat/1.png", "--root")
 
 
-def test_a_split_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_split_with_a_byte_order_mark_is_read(tmp_path: Path, encoding: str) -> None:
     touch(tmp_path, "a.png")
     text = json.dumps({"train": [["a.png", 0, "ant"]]})
-    assert len(open_source(write(tmp_path / "s.json", text.encode("utf-8-sig")))) == 1
-    assert len(open_source(write(tmp_path / "s.json", text.encode("utf-16")))) == 1
+    assert len(open_source(write(tmp_path / "s.json", text.encode(encoding)))) == 1
 
 
 def test_half_a_surrogate_pair_is_shown_escaped(tmp_path: Path) -> None:
@@ -566,19 +562,10 @@ def test_a_split_with_impossible_paths_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        None,
-        [],
-        ["a.png", 0],
-        ["a.png", 0, "cat", 1],
-        ["a.png", "0", "cat"],
-        ["a.png", 0.0, "cat"],
-        ["a.png", True, "cat"],
-        [1, 0, "cat"],
-        ["a.png", 0, None],
-        {"path": "a.png"},
-        "a.png",
+        None, [], ["a.png", 0], ["a.png", 0, "cat", 1], ["a.png", "0", "cat"], ["a.png", 0.0, "cat"],
+        ["a.png", True, "cat"], [1, 0, "cat"], ["a.png", 0, None], {"path": "a.png"}, "a.png",
     ],
-)
+)  # fmt: skip
 def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> None:
     touch(tmp_path, "a.png")
     refused(split(tmp_path / "s.json", [["a.png", 0, "cat"], entry]), "entry 1", "[path, label, class name]")
@@ -613,24 +600,21 @@ def test_a_split_that_cannot_be_is_refused(tmp_path: Path, text: str | bytes, wo
 # -- whatever else --
 
 
-def test_one_image_is_no_source(tmp_path: Path) -> None:
-    refused(write(tmp_path / "x.png", "x"), "one image", "folder of images a class")
-
-
-@pytest.mark.parametrize("name", ["x.txt", "x", "x.npy"])
-def test_a_file_of_another_kind_is_no_source(tmp_path: Path, name: str) -> None:
-    refused(write(tmp_path / name, "x"), "not a source")
-
-
-@pytest.mark.parametrize("name", ["gone.csv", "gone", "a\0b", "x" * 5000])
-def test_what_is_not_there_is_no_source(tmp_path: Path, name: str) -> None:
-    refused(tmp_path / name, "no such file")
-
-
-def test_a_pipe_is_no_source(tmp_path: Path) -> None:
-    for name in ("p.csv", "p.parquet", "p.json"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x.png", "one image"), ("a.zip", "unpack"), ("x.txt", "not a source"), ("x", "not a source"),
+        ("gone.csv", "no such file"), ("gone", "no such file"), ("a\0b", "no such file"), ("x" * 5000, "no such file"),
+        ("p.csv", "not a file"), ("p.parquet", "not a file"), ("p.json", "not a file"),  # pipes
+    ],
+)  # fmt: skip
+def test_what_is_no_source_is_told_why(tmp_path: Path, name: str, words: str) -> None:
+    touch(tmp_path, "x.png", "a.zip", "x.txt", "x")
+    if name.startswith("p."):
         os.mkfifo(tmp_path / name)
-        refused(tmp_path / name, "not a file")  # opening it would wait for ever
+    refused(tmp_path / name, words)
+    with pytest.raises(InputError, match=words):
+        open_items(tmp_path / name)
 
 
 def test_take_picks_items_in_any_order_and_again(tmp_path: Path) -> None:
@@ -651,12 +635,6 @@ def test_take_picks_items_in_any_order_and_again(tmp_path: Path) -> None:
 def test_a_source_without_labels_says_what_is_needed() -> None:
     with pytest.raises(InputError, match="has no labels"):
         _ = of_images(["a.png"]).labels
-
-
-def test_row_lists_name_the_first_rows() -> None:
-    assert row_list(np.array([3])) == "row 3"
-    assert row_list(np.arange(5)) == "rows 0, 1, 2, 3, 4"
-    assert row_list(np.arange(7)) == "rows 0, 1, 2, 3, 4 and 2 more"
 
 
 def test_paths_are_shown_as_text_that_every_file_can_hold() -> None:
@@ -681,21 +659,9 @@ def test_items_of_class_folders_have_labels(tmp_path: Path) -> None:
     assert open_items(tmp_path).labels == ["cat"]
 
 
-def test_an_empty_folder_has_no_items(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no images in this folder"):
-        open_items(tmp_path)
-
-
 def test_items_of_tables_need_no_label(tmp_path: Path) -> None:
     assert open_items(write(tmp_path / "t.csv", "path\na.png\n")).paths == (str(tmp_path / "a.png"),)
     assert open_items(parquet(tmp_path / "t.parquet", {"id": ["a"], "feature": features(1)})).sources == ["a"]
-
-
-def test_items_of_a_split_or_of_nothing_are_as_for_a_source(tmp_path: Path) -> None:
-    file = split(tmp_path / "s.json", [["a.png", 0, "cat"]], "val")
-    assert open_items(file, split="val", root="/r").paths == ("/r/a.png",)
-    with pytest.raises(InputError, match="no such file"):
-        open_items(tmp_path / "gone.csv")
 
 
 def opened(arguments: Sequence[object], stdin: Sequence[str] = ()) -> list[Source]:
@@ -718,19 +684,13 @@ def test_lines_of_standard_input_are_paths() -> None:
     assert opened(["-"], []) == []
 
 
-def test_globs_are_expanded_in_name_order(tmp_path: Path) -> None:
-    touch(tmp_path, "b.png", "a.png", "c.txt", "deep/er/d.png")
-    (source,) = opened([f"{tmp_path}/*.png"])
-    assert relative(source, tmp_path) == ["a.png", "b.png"]
-    (source,) = opened([f"{tmp_path}/**/*.png"])
-    assert relative(source, tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
-
-
-def test_a_glob_gives_tables_as_tables_and_passes_folders(tmp_path: Path) -> None:
+def test_a_glob_gives_files_in_name_order_and_passes_folders(tmp_path: Path) -> None:
     """As a shell that expands it would, but for folders, whose images a ** meets anyway."""
-    touch(tmp_path, "deep/er/d.png")
+    touch(tmp_path, "b.png", "a.png", "c.txt", "deep/er/d.png")
+    assert relative(opened([f"{tmp_path}/*.png"])[0], tmp_path) == ["a.png", "b.png"]
+    assert relative(opened([f"{tmp_path}/**/*.png"])[0], tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
     write(tmp_path / "t.csv", "path\nx.png\n")
-    images, table = opened([f"{tmp_path}/**"])
+    images, table = opened([f"{tmp_path}/deep/**", f"{tmp_path}/*.csv"])
     assert relative(images, tmp_path) == ["deep/er/d.png"]
     assert relative(table, tmp_path) == ["x.png"]
 
@@ -744,8 +704,9 @@ def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
 def test_a_glob_or_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file matches"):
         opened([f"{tmp_path}/*.png"])
-    with pytest.raises(InputError, match="no images in this folder"):
-        opened([tmp_path])
+    for given in (lambda: opened([tmp_path]), lambda: open_items(tmp_path)):
+        with pytest.raises(InputError, match="no images in this folder"):
+            given()
 
 
 @pytest.mark.parametrize("name", ["gone.png", "gone.csv", "x" * 5000, "a\0b.png", "\udcff.png", "\ud800"])
@@ -753,10 +714,3 @@ def test_an_image_that_is_not_there_is_left_to_whoever_reads_it(name: str) -> No
     (source,) = opened([name])
     assert source.paths == (name,)
     assert source.sources == [show(name)]
-
-
-def test_warnings_go_to_the_package_logger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    touch(tmp_path, "cat/a.png", "empty/a.txt", "stray.txt")
-    open_source(tmp_path)
-    assert [record.name for record in caplog.records] == ["retrieval_tip.data.folders"] * 3
-    assert {record.levelno for record in caplog.records} == {logging.WARNING}
