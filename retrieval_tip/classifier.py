@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from retrieval_tip.answering import AnsweringIndex
-    from retrieval_tip.backbones.base import Trainable
+    from retrieval_tip.backbones.torch_backbone import TorchBackbone
     from retrieval_tip.report.report import WrittenReport
 
     Loaded = tuple[Any, Any, Any]
@@ -466,7 +466,7 @@ class Classifier:
                 return logits
 
         return Logits(
-            copy.deepcopy(Answer(self.cache.in_memory(), cast("Trainable | None", self.encoder.backbone)))
+            copy.deepcopy(Answer(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone)))
         ).eval()
 
     def push_to_hub(

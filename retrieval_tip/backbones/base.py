@@ -18,8 +18,6 @@ from retrieval_tip.errors import BackboneError, InputError, UsageError, warn_onc
 from retrieval_tip.settings import Precision, Runtime, check_choice
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     import torch
     from PIL import Image
 
@@ -111,45 +109,6 @@ class Backbone(Protocol):
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """Return raw features ``[t, d]`` of sentences. Raises UsageError without a text encoder."""
-
-
-class Trainable(Backbone, Protocol):
-    """A backbone whose towers, ``visual`` and ``text``, can be trained and stored.
-
-    Every method that takes parts raises UsageError for another name.
-    """
-
-    def copy_to_train(self) -> Trainable:
-        """Return a copy in a precision in which small gradients do not vanish."""
-
-    def parameters(self, part: str) -> list[torch.nn.Parameter]:
-        """Return the parameters of one tower in the model's order, without logit scale and bias."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of a view."""
-
-    @property
-    def image_encoder(self) -> torch.nn.Module:
-        """Its image tower as a module, ``[b, 3, h, w]`` to raw features ``[b, d]``, on the backbone's device."""
-
-    def training(self, parts: Sequence[str]) -> AbstractContextManager[list[torch.nn.Parameter]]:
-        """Enable gradients for the parameters of ``parts``, yield them, and disable them on exit."""
-
-    def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, on the backbone's device, with gradient."""
-
-    def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return raw features ``[t, d]`` float32 of sentences, on the backbone's device, with gradient."""
-
-    def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Copy every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
-
-    def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace the tensors of whole towers by those of :meth:`tuned`; the identity follows.
-
-        Raises BackboneError naming a tensor that is unknown, missing, or of another shape or type, and changes nothing.
-        """
 
 
 def unit(features: FloatArray, what: str = "feature") -> FloatArray:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrieval_tip.backbones import open_clip, timm, tower, transformers
-from retrieval_tip.backbones.base import Execution, Identity, Trainable
+from retrieval_tip.backbones.base import Execution, Identity
 from retrieval_tip.backbones.catalogue import named
 from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.errors import BackboneError, UsageError, first_line
@@ -29,7 +29,7 @@ def load_backbone(
     precision: Precision = "auto",
     runtime: Runtime = "auto",
     tuned: str | os.PathLike[str] | None = None,
-) -> Trainable:
+) -> TorchBackbone:
     """Load a backbone by its name, in evaluation mode.
 
     Args:
@@ -67,7 +67,7 @@ def load_backbone(
 
 def load_when_needed(
     identity: Identity, dim: int, *, device: str = "auto", precision: Precision = "auto", runtime: Runtime = "auto"
-) -> Trainable:
+) -> TorchBackbone:
     """Return the backbone ``identity`` of features ``[m, dim]``, which is loaded later if its image tower is kept.
 
     Any other is loaded now. Raises as :func:`load_backbone`; one that is loaded later raises BackboneError then if it
@@ -94,7 +94,7 @@ def _of(
 
 
 def write_tuned(path: str | os.PathLike[str], state: Mapping[str, torch.Tensor]) -> None:
-    """Write the tensors of :meth:`Trainable.tuned` as a safetensors file, for ``load_backbone(..., tuned=path)``.
+    """Write the tensors of :meth:`TorchBackbone.tuned` as a safetensors file, for ``load_backbone(..., tuned=path)``.
 
     The same tensors give the same bytes. Raises BackboneError naming the file where it cannot be written.
     """

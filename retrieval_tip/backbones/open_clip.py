@@ -175,7 +175,7 @@ def _tokenizer(plan: _Plan) -> Tokenizer:
 
 
 class OpenClipBackbone(TorchBackbone):
-    """A :class:`base.Trainable` backbone by open_clip. Make one with :func:`loading.load_backbone`, or :meth:`of`."""
+    """A backbone by open_clip. Make one with :func:`loading.load_backbone`, or :meth:`of`."""
 
     def __init__(
         self,

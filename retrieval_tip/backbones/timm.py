@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TimmBackbone(TorchBackbone):
-    """A :class:`base.Trainable` backbone of one tower, by timm. Make one with :func:`loading.load_backbone`.
+    """A backbone of one tower, by timm. Make one with :func:`loading.load_backbone`.
 
     Its features are those before the classifier, ``timm.create_model(NAME, num_classes=0)``, of a view that the model's
     own configuration describes.

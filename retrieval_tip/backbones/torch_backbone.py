@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 
 from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, Trainable, view_size
+from retrieval_tip.backbones.base import PARTS, Execution, FloatArray, Identity, view_size
 from retrieval_tip.errors import BackboneError, UsageError
 
 if TYPE_CHECKING:
@@ -65,8 +65,11 @@ class Opened:
     tokenizer: Callable[[], Tokenizer] | None
 
 
-class TorchBackbone(Trainable, ABC):
-    """A backbone of a torch module. Make one with :func:`loading.load_backbone`."""
+class TorchBackbone(ABC):
+    """A :class:`base.Backbone` whose towers, ``visual`` and ``text``, can be trained and stored.
+
+    Make one with :func:`loading.load_backbone`. Every method that takes parts raises UsageError for another name.
+    """
 
     def __init__(self, how: Execution, awaited: tuple[Identity, int] | None = None) -> None:
         """Open it at once, or with ``awaited``, its identity and ``d``, when it is first needed."""
@@ -173,6 +176,7 @@ class TorchBackbone(Trainable, ABC):
 
     @property
     def image_encoder(self) -> torch.nn.Module:
+        """Image tower as a module, ``[b, 3, h, w]`` to raw features ``[b, d]``, on the backbone's device."""
         return tower.image_encoder(self._model)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
@@ -223,6 +227,7 @@ class TorchBackbone(Trainable, ABC):
         return _without_gradient(self.forward_texts, texts)
 
     def forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return raw features ``[b, d]`` float32 of views ``[b, 3, h, w]``, on the backbone's device, with gradient."""
         import torch
 
         if self._device.type == "cuda" and pixels.device.type == "cpu":
@@ -232,6 +237,7 @@ class TorchBackbone(Trainable, ABC):
         return self._forward(self._model.encode_image, channels_last)
 
     def forward_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return raw features ``[t, d]`` float32 of sentences, on the backbone's device, with gradient."""
         tokens = self._tokenizer(list(texts)).to(self._device)
         return self._forward(self._model.encode_text, tokens)
 
@@ -256,10 +262,12 @@ class TorchBackbone(Trainable, ABC):
         return copied
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
+        """Return the parameters of one tower in the model's order, without logit scale and bias."""
         return [parameter for name, parameter in self._model.named_parameters() if self._is_of(part, name)]
 
     @contextmanager
     def training(self, parts: Sequence[str]) -> Iterator[list[torch.nn.Parameter]]:
+        """Enable gradients for the parameters of ``parts``, yield them, and disable them on exit."""
         parameters = [parameter for part in parts for parameter in self.parameters(part)]
         if "text" in parts and not self.has_text:
             raise UsageError(f"train text: {self._identity.model} has no text encoder")
@@ -275,12 +283,17 @@ class TorchBackbone(Trainable, ABC):
                 parameter.grad = None
 
     def tuned(self, parts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Copy every tensor of ``parts`` by its name in the model, contiguous and on the CPU."""
         import torch
 
         whole = {name: tensor for part in parts for name, tensor in self._tensors(part).items()}
         return {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in whole.items()}
 
     def adopt(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Replace the tensors of whole towers by those of :meth:`tuned`; the identity follows.
+
+        Raises BackboneError naming a tensor that is unknown, missing, or of another shape or type, and changes nothing.
+        """
         towers = [self._tensors(part) for part in PARTS]
         _check_fit(state, towers, self._identity.model)
         self._model.load_state_dict(dict(state), strict=False)

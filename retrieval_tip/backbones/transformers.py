@@ -28,7 +28,7 @@ ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_toke
 
 
 class TransformersBackbone(TorchBackbone):
-    """A :class:`base.Trainable` backbone by transformers. Make one with :func:`loading.load_backbone`.
+    """A backbone by transformers. Make one with :func:`loading.load_backbone`.
 
     Its features are those of ``get_image_features`` and ``get_text_features``, of views as its own image processor
     makes them (but for half a pixel, where what is cut off is odd) and of sentences padded to the tower's length.

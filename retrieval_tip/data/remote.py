@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeGuard, TypeVar
 
 from retrieval_tip.data.listing import Listing
 from retrieval_tip.errors import InputError, UsageError, first_line, show
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
 SCHEMES = ("s3://", "gs://", "az://")
 
 _T = TypeVar("_T")
-
-
-class FileSystem(Protocol):
-    """The methods of a file system of fsspec that are used here."""
-
-    def cat_file(self, path: str) -> bytes: ...  # noqa: D102
-    def exists(self, path: str) -> bool: ...  # noqa: D102
-    def find(self, path: str) -> list[str]: ...  # noqa: D102
-    def info(self, path: str) -> Mapping[str, object]: ...  # noqa: D102
-    def ls(self, path: str, detail: bool) -> list[str]: ...  # noqa: D102
-    def open(self, path: str, mode: str) -> BinaryIO: ...  # noqa: D102
-    def put_file(self, lpath: str, rpath: str) -> None: ...  # noqa: D102
-    def size(self, path: str) -> int: ...  # noqa: D102
 
 
 def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
@@ -40,7 +30,7 @@ def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
 
 
 @functools.cache
-def filesystem(scheme: str) -> FileSystem:
+def filesystem(scheme: str) -> AbstractFileSystem:
     """Return the file system of ``s3``, ``gs`` or ``az``. Raises UsageError if its packages are not installed."""
     try:
         import fsspec
@@ -49,11 +39,13 @@ def filesystem(scheme: str) -> FileSystem:
         raise UsageError(f"{scheme}:// needs pip install 'retrieval-tip[distributed]'") from None
     register(scheme)
     local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # an object store of one's own
-    system: FileSystem = fsspec.filesystem(scheme, **({"client_options": {"allow_http": True}} if local else {}))
+    system: AbstractFileSystem = fsspec.filesystem(
+        scheme, **({"client_options": {"allow_http": True}} if local else {})
+    )
     return system
 
 
-def system_of(url: str) -> FileSystem:
+def system_of(url: str) -> AbstractFileSystem:
     """Return the file system of a URL."""
     return filesystem(url.partition("://")[0])
 
@@ -62,7 +54,8 @@ def opened(url: str) -> BinaryIO:
     """Open a URL as a seekable binary file. Raises InputError if it cannot be read."""
     system = system_of(url)
     attempt(url, lambda: system.info(url))  # obstore's file reports a missing object outside all handlers
-    return attempt(url, lambda: system.open(url, "rb"))
+    file: BinaryIO = attempt(url, lambda: system.open(url, "rb"))
+    return file
 
 
 def children(folder: str) -> list[str]:
@@ -71,7 +64,7 @@ def children(folder: str) -> list[str]:
 
     def names() -> list[str]:
         with suppress(FileNotFoundError):
-            return system.ls(place, detail=False)
+            return list(system.ls(place, detail=False))
         return []
 
     return sorted(f"{place}/{name.rpartition('/')[2]}" for name in attempt(folder, names))

@@ -63,29 +63,43 @@ class Tar:
             self._file = _plain_tar(place)
             weakref.finalize(self, self._file.close)
             total = os.fstat(self._file.fileno()).st_size
-            for sample in _samples(self._file, name, self.failed):
-                self._add(sample, place, total)
+            samples: dict[str, _Sample] = {}
+            for member in self._members(name):
+                if problem := _add(samples, member, self._file):
+                    self.failed.append(Skipped(f"{name}/{show(member.name)}", problem))
         except (OSError, EOFError, tarfile.TarError, InputError) as error:
-            why = f"cannot be read as a tar: {first_line(error)}"
-            if not self.places:
-                raise InputError(why) from None
-            self.failed.append(Skipped(name, why))
+            raise InputError(f"cannot be read as a tar: {first_line(error)}") from None
+        for key, sample in samples.items():
+            path = f"{place}/{sample.name}"
+            try:
+                if not sample.name:
+                    path = f"{place}/{key}"
+                    raise InputError("no image among the members of this key")
+                if sample.start + sample.size > total:
+                    raise InputError("cut off: the tar ends within it")
+                self.labels[path] = _label(sample)
+                self.places[path] = sample.start, sample.size
+            except InputError as error:
+                self.failed.append(Skipped(show(path), str(error)))
 
-    def _add(self, sample: _Sample, place: str, total: int) -> None:
-        if not sample.name:
-            self.failed.append(Skipped(f"{show(place)}/{sample.key}", "no image among the members of this key"))
-            return
-        path = f"{place}/{sample.name}"
-        try:
-            label = _label(sample)
-            if path in self.places:
-                raise InputError("this name stands twice in the tar")
-            if sample.start + sample.size > total:
-                raise InputError("cut off: the tar ends within it")
-        except InputError as error:
-            self.failed.append(Skipped(show(path), str(error)))
-            return
-        self.places[path], self.labels[path] = (sample.start, sample.size), label
+    def _members(self, name: str) -> Iterator[tarfile.TarInfo]:
+        """Yield the files of the tar, up to its end or to the first damage."""
+        number = 0
+        with tarfile.open(fileobj=self._file, mode="r:", errors="surrogateescape", ignore_zeros=False) as tar:
+            while True:
+                try:
+                    member = tar.next()
+                except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+                    self.failed.append(Skipped(name, f"damaged after {number} members: {first_line(error)}"))
+                    return
+                if member is None:
+                    break
+                tar.members.clear()  # type: ignore[attr-defined]  # it keeps each of them, which adds up
+                if member.isreg() and not member.issparse():
+                    number += 1
+                    yield member
+            if os.pread(self._file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                self.failed.append(Skipped(name, f"damaged or cut off after {number} members: no end mark there"))
 
     def read(self, path: str) -> bytes:
         """Return the bytes of an image. Raises InputError if it is missing, too large or empty."""
@@ -212,13 +226,28 @@ def _named(pattern: str) -> Iterator[str]:
 
 @dataclass
 class _Sample:
-    """Members of one key: the place of the image, and the members that label it."""
+    """Members of one key, a name up to its first dot: the place of the image, and the members that label it."""
 
-    key: str
     name: str = ""
     start: int = 0
     size: int = 0
     labels: dict[str, bytes] = field(default_factory=dict)
+
+
+def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, file: BinaryIO) -> str | None:
+    """Add a member to the sample of its key; return why it is left out, if it is."""
+    folder, _, base = member.name.rpartition("/")
+    stem, _, kind = base.partition(".")
+    sample = samples.setdefault(show(f"{folder}/{stem}" if folder else stem), _Sample())
+    if f".{kind.lower()}" in images.extensions():
+        name = show(member.name)
+        if sample.name:
+            twice = "this name stands twice in the tar"
+            return twice if name == sample.name else f"{sample.name} is the image of this key"
+        sample.name, sample.start, sample.size = name, member.offset_data, member.size
+    elif kind.lower() in LABELS and member.size <= MAX_LABEL_BYTES:
+        sample.labels[kind.lower()] = os.pread(file.fileno(), member.size, member.offset_data)
+    return None
 
 
 def _plain_tar(place: str) -> BinaryIO:
@@ -247,46 +276,6 @@ def _unpack(raw: BinaryIO, file: BinaryIO) -> None:
         except (OSError, EOFError, zlib.error):
             if not file.tell():
                 raise
-
-
-def _samples(file: BinaryIO, name: str, failed: list[Skipped]) -> Iterator[_Sample]:
-    """Yield neighbouring members of one key, the name up to its first dot, together.
-
-    Damage ends the tar and is named in ``failed``.
-    """
-    sample: _Sample | None = None
-    members = 0
-    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", ignore_zeros=False) as tar:
-        while True:
-            try:
-                member = tar.next()
-            except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-                failed.append(Skipped(name, f"damaged after {members} members: {first_line(error)}"))
-                break
-            if member is None:
-                if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                    failed.append(Skipped(name, f"damaged or cut off after {members} members: no end mark there"))
-                break
-            tar.members.clear()  # type: ignore[attr-defined]  # it keeps each of them, which adds up
-            if not member.isreg() or member.issparse():
-                continue
-            members += 1
-            folder, _, base = member.name.rpartition("/")
-            stem, _, kind = base.partition(".")
-            key, kind = show(f"{folder}/{stem}" if folder else stem), kind.lower()
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    yield sample
-                sample = _Sample(key)
-            if f".{kind}" in images.extensions():
-                if sample.name:
-                    failed.append(Skipped(f"{name}/{show(member.name)}", f"{sample.name} is the image of this key"))
-                    continue
-                sample.name, sample.start, sample.size = show(member.name), member.offset_data, member.size
-            elif kind in LABELS and member.size <= MAX_LABEL_BYTES:
-                sample.labels[kind] = os.pread(file.fileno(), member.size, member.offset_data)
-    if sample is not None:
-        yield sample
 
 
 def _label(sample: _Sample) -> str | None:

@@ -30,8 +30,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Trainable
 from retrieval_tip.backbones.loading import write_tuned
+from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.bounds import check_memory
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, Views, view_names
@@ -117,7 +117,7 @@ class Tuned:
     curve: pa.Table
     collapsed: str | None
     choice: search_hp.HyperparameterChoice | None
-    backbone: Trainable | None
+    backbone: TorchBackbone | None
     encoders: dict[str, Tensor]
     record: dict[str, object]
     compared: Comparison | None = None
@@ -415,7 +415,7 @@ class _Material:
     """
 
     encoder: Encoder
-    backbone: Trainable | None
+    backbone: TorchBackbone | None
     shots: Source
     ids: npt.NDArray[np.int64]
     views: Views | None
@@ -718,7 +718,7 @@ def _check_length(cache: CacheModel, name: str, d: int) -> None:
         raise InputError(f"{name}: features of {d} values; those of the index have {cache.d}")
 
 
-def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, Trainable | None]:
+def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, TorchBackbone | None]:
     """The encoder as the run uses it, and the copy of its backbone that is trained, if any is."""
     parts = recipe.encoders
     if not parts:
@@ -727,7 +727,7 @@ def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[E
         raise UsageError(f"train {parts[0]}: there is no encoder; the shots have to be images, and --model known")
     if "text" in parts and not cache.templates:
         raise UsageError("train text: the index has no templates, its text weights come from a table")
-    backbone = cast(Trainable, encoder.backbone).copy_to_train()
+    backbone = cast(TorchBackbone, encoder.backbone).copy_to_train()
     # What an encoder in training makes is no encoding of the backbone that the cache knows.
     return (replace(encoder, backbone=backbone, cache=None) if "visual" in parts else encoder), backbone
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.backbones.base import PARTS, Trainable
+from retrieval_tip.backbones.base import PARTS
 from retrieval_tip.backbones.prompts import prompts_of
+from retrieval_tip.backbones.torch_backbone import TorchBackbone
 from retrieval_tip.bounds import check_count
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import UsageError
@@ -104,7 +105,7 @@ class Trainer:
     ``text_weights`` ``[c, d]`` follow the text encoder where that is trained. ``backbone`` is changed in place.
     """
 
-    def __init__(self, cache: CacheModel, recipe: Recipe, backbone: Trainable | None) -> None:
+    def __init__(self, cache: CacheModel, recipe: Recipe, backbone: TorchBackbone | None) -> None:
         self.cache, self.recipe, self.backbone = cache, recipe, backbone
         self.keys = torch.from_numpy(np.array(cache.keys, dtype=np.float32)).to(cache.device)
         self.values = None if cache.values is None else cache.values.clone()

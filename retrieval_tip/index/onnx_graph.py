@@ -24,7 +24,7 @@ from retrieval_tip.errors import InputError, UsageError, first_line, show
 from retrieval_tip.files import replacing
 
 if TYPE_CHECKING:
-    from retrieval_tip.backbones.base import Trainable
+    from retrieval_tip.backbones.torch_backbone import TorchBackbone
 
 OPSET = 18
 LARGEST = (1 << 31) - (1 << 20)
@@ -43,7 +43,7 @@ class Answer(torch.nn.Module):
     metric_mean: Tensor | None
     metric_transform: Tensor | None
 
-    def __init__(self, cache: CacheModel, backbone: Trainable | None) -> None:
+    def __init__(self, cache: CacheModel, backbone: TorchBackbone | None) -> None:
         super().__init__()
         settings, metric = cache.settings, cache.metric
         self.settings, self.n_classes = settings, len(cache.class_names)
@@ -74,7 +74,9 @@ class Answer(torch.nn.Module):
         return logits, (logits / settings.temperature).softmax(1)
 
 
-def export_onnx(cache: CacheModel, out: str | os.PathLike[str], backbone: Trainable | None = None) -> dict[str, Any]:
+def export_onnx(
+    cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None
+) -> dict[str, Any]:
     """Write an index as an ONNX file, its labels and how pictures are prepared in the file's metadata.
 
     With a ``backbone``, the input is ``pixels`` ``[b, 3, h, w]`` float32, RGB from 0 to 255, of pictures that were
@@ -111,7 +113,7 @@ def export_onnx(cache: CacheModel, out: str | os.PathLike[str], backbone: Traina
     return facts
 
 
-def _trace(answer: Answer, cache: CacheModel, backbone: Trainable | None, file: Path) -> None:
+def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path) -> None:
     """Write the graph as torch does."""
     from retrieval_tip.backbones.tower import traceable
 
@@ -132,7 +134,7 @@ def _trace(answer: Answer, cache: CacheModel, backbone: Trainable | None, file: 
         logger.disabled = False
 
 
-def _facts(cache: CacheModel, backbone: Trainable | None) -> dict[str, Any]:
+def _facts(cache: CacheModel, backbone: TorchBackbone | None) -> dict[str, Any]:
     """What the file says of itself."""
     facts = {"labels": cache.class_names, "settings": asdict(cache.settings), "opset": OPSET}
     facts |= {"index": cache.place, "version": cache.version}
