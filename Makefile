@@ -69,8 +69,8 @@ ifneq ($(wildcard ../shared/models),) # photographs and features of the field's 
 	$(BENCH)/encoding.py --number 5 --large 2 --size 1600 1400 --rounds 1
 	$(BENCH)/gpu.py --device cpu --rounds 1 --size 320 32 16 --queries 20 --training 20 8 32 --epochs 1 --photographs 4
 	$(BENCH)/accuracy.py --dataset food --shots 2 --seeds 1 --finetune
-	$(BENCH)/headline.py
-	$(BENCH)/paper.py --dataset Caltech101 --seeds 1
+	$(BENCH)/headline.py --seeds 1
+	$(BENCH)/paper.py --dataset Caltech101 --seeds 1 --shots 1 --method untouched --method zero-shot
 endif
 
 gpu: setup ## where there is a GPU: doctor, the tests that need one, figures into docs/speed.md; 15 minutes at most

@@ -9,17 +9,13 @@ validation image is used but as shot or as question, and nothing is chosen on th
 from __future__ import annotations
 
 import copy
-import datetime
 import functools
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
+from common import SHARED, machine
 
 from retrieval_tip import CacheModel, Encoder, EncodingCache, build_index, load_backbone, open_source, tip
 from retrieval_tip.backbones.base import unit
@@ -264,7 +260,7 @@ def losses(rows: Sequence[dict[str, Any]]) -> list[tuple[float, str]]:
 
 
 @click.command(help=__doc__)
-@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=Path("../shared"), show_default=True)
+@click.option("--shared", type=click.Path(path_type=Path, exists=True), default=SHARED, show_default=True)
 @click.option("--dataset", "chosen", type=click.Choice(list(DATASETS)), multiple=True, help="[default: all]")
 @click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: all]")
@@ -283,14 +279,9 @@ def main(
     results: Path | None,
 ) -> None:
     """Fit, answer, print."""
-    names = ("retrieval-tip", "torch", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     click.echo(
-        f"{datetime.date.today()}, {machine}, load before {os.getloadavg()[0]:.1f}, Python "
-        f"{platform.python_version()}, {versions}; seeds 1 to {seeds}.\n"
-        "Settings are chosen on the shots alone. Top-1 in %, mean over draws; ECE: expected calibration error in 15 "
-        "bins; s: seconds of the processor to fit, choosing included."
+        f"{machine()}; seeds 1 to {seeds}.\nSettings are chosen on the shots alone. Top-1 in %, mean over draws; "
+        "ECE: expected calibration error in 15 bins; s: seconds of the processor to fit, choosing included."
     )
     methods = methods or tuple(method for method in METHODS if tuning or method != FINE_TUNED)
     every: list[dict[str, Any]] = []

@@ -14,18 +14,16 @@ epochs, as printed.
 from __future__ import annotations
 
 import csv
-import datetime
 import math
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from common import SHARED, machine
 
 from retrieval_tip import Encoder, EncodingCache, build_index, load_backbone, open_source
 from retrieval_tip.backbones.base import PARTS
@@ -81,15 +79,17 @@ def dataset_rows(name: str, root: Path, work: Path, backbone: Any, options: dict
         val = sweep.encode(pool, datasets.open_dataset(name, folder, "val"), encoder)
     except RetrievalTipError:  # ImageNet has none
         val = None
-    options = options | {"methods": sweep.METHODS, "views": (train, encoder)}
+    options = options | {"views": (train, encoder)}
     return list(measure(pool, out, test, val, facts.scale, options))
 
 
-def table_rows(train: Path, test: Path, text: Path, work: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure feature tables."""
-    out = work / f"{train.parent.name}-{train.stem}"
-    pool = build_index(open_source(train), out, Encoder(), text=text, fit="none")
-    items = sweep.encode(pool, open_source(test), Encoder())
+def table_rows(folder: Path, work: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure feature tables: train, test and text of a folder."""
+    train, test = (open_source(folder / f"{part}.parquet") for part in ("train", "test"))
+    out = work / folder.name
+    pool = build_index(train, out, Encoder(), text=folder / "text.parquet", fit="none")
+    items = sweep.encode(pool, test, Encoder())
+    options = options | {"methods": [method for method in options["methods"] if method in sweep.PLAIN]}
     return list(measure(pool, out, items, None, sweep.PAPER_SCALES, options))
 
 
@@ -104,7 +104,7 @@ def measure(
     """Every shot count, seed and method, kept beside the index."""
     digest = read_manifest(out).keys_digest
     results = out.with_suffix(".parquet")
-    yield from sweep.sweep(pool, digest, test, results, shots=SHOTS, val=val, scales=scales, **options)
+    yield from sweep.sweep(pool, digest, test, results, val=val, scales=scales, **options)
 
 
 def print_rows(name: str, label: str, rows: list[dict[str, Any]], facts: list[dict[str, str]]) -> None:
@@ -253,72 +253,28 @@ def direction(before: str, after: str) -> str:
     return "up" if float(after) > float(before) else "down" if float(after) < float(before) else ""
 
 
-def draw(measured: dict[str, list[dict[str, Any]]], facts: list[dict[str, str]], folder: Path) -> None:
-    """Accuracy against shots, and the gain over zero-shot at 16 shots (the paper's Figure 1), as PNG files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in measured.items():
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for method in dict.fromkeys(row["method"] for row in rows):
-            lines = [line for line in sweep.summary(rows) if line["method"] == method]
-            axes.errorbar(
-                [line["shots"] for line in lines],
-                [100 * line["top1"] for line in lines],
-                [100 * (line["half"] or 0) for line in lines],
-                label=method,
-                marker="o",
-                capsize=3,
-            )
-        axes.set(title=name, xlabel="shots a class", ylabel="top-1, %", xscale="log", xticks=SHOTS, xticklabels=SHOTS)
-        axes.legend(fontsize=8)
-        figure.savefig(folder / f"{name}-shots.png", dpi=120)
-        pyplot.close(figure)
-    gains = {}
-    for name, rows in measured.items():
-        at = {line["method"]: 100 * line["top1"] for line in sweep.summary(rows) if line["shots"] == SHOTS[-1]}
-        if {"tip-adapter", "zero-shot"} <= at.keys():
-            gains[f"{name} (measured)"] = at["tip-adapter"] - at["zero-shot"]
-    by = {(row["dataset"], row["method"], row["shots"]): row["accuracy"] for row in facts if row["table"] == "shots"}
-    for name in datasets.names():
-        if (name, "tip-adapter", "16") in by:
-            gains[name] = float(by[name, "tip-adapter", "16"]) - float(by[name, "zero-shot", "0"])
-    ordered = sorted(gains.items(), key=lambda pair: pair[1])
-    figure, axes = pyplot.subplots(figsize=(7, 0.35 * len(ordered) + 1.2), layout="constrained")
-    colours = ["#d55e00" if "measured" in name else "#0072b2" for name, _ in ordered]
-    bars = axes.barh([name for name, _ in ordered], [gain for _, gain in ordered], color=colours)
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.set(title="Gain over zero-shot at 16 shots (blue: published, RN50)", xlabel="points of top-1")
-    figure.savefig(folder / "gain-16-shots.png", dpi=120)
-    pyplot.close(figure)
-
-
 @click.command(help=__doc__)
-@click.option("--root", type=click.Path(path_type=Path), default=Path("../shared/data"), show_default=True)
+@click.option("--root", type=click.Path(path_type=Path), default=SHARED / "data", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("indexes/paper"), show_default=True)
-@click.option("--model", default="local-dir:../shared/models/lit-mini", show_default=True)
+@click.option("--model", default=f"local-dir:{SHARED}/models/lit-mini", show_default=True)
 @click.option("--pretrained")
 @click.option("--dataset", "chosen", multiple=True, help="A dataset; repeat for more.  [default: all that are there]")
-@click.option("--tables", type=(str, str, str), multiple=True, help="Feature tables: train, test, text.")
 @click.option("--seeds", default=3, show_default=True)
+@click.option("--shots", type=int, multiple=True, default=SHOTS, show_default=True)
+@click.option("--method", "methods", type=click.Choice(list(sweep.METHODS)), multiple=True, default=sweep.METHODS)
 @click.option("--protocol", type=click.Choice(["honest", "paper"]), default="honest", show_default=True)
-@click.option("--plots", type=click.Path(path_type=Path), help="Folder for the figures (PNG).")
 @click.option("--table", type=click.Choice(["1"]), help="Run only this table of the paper: minutes of fine-tuning.")
 def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tuple[str, ...], **given: Any) -> None:
     """Run what can be run, and say what cannot."""
     facts = published()
-    names = ("retrieval-tip", "torch", "open_clip_torch", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
-    click.echo(f"{datetime.date.today()}, {platform.machine()}, Python {platform.python_version()}, {versions}")
+    click.echo(machine("open_clip_torch"))
     if given["table"]:
         work.mkdir(parents=True, exist_ok=True)
         finetuning(root, work, model, pretrained, facts)
         return
     click.echo(f"protocol {given['protocol']}, seeds 1 to {given['seeds']}")
-    options = {"seeds": range(1, given["seeds"] + 1), "protocol": given["protocol"]}
+    options = {name: given[name] for name in ("protocol", "shots")} | {"seeds": range(1, given["seeds"] + 1)}
+    options["methods"] = given["methods"]
     work.mkdir(parents=True, exist_ok=True)
     measured: dict[str, list[dict[str, Any]]] = {}
     missing: list[str] = []
@@ -335,21 +291,15 @@ def main(root: Path, work: Path, model: str, pretrained: str | None, chosen: tup
         except RetrievalTipError as error:
             missing.append(f"{name}: {error}")
     food = root / "clip-food9"
-    tables = given["tables"]
-    if not tables and food.is_dir() and not chosen and given["protocol"] == "honest":
-        tables = ((str(food / "train.parquet"), str(food / "test.parquet"), str(food / "text.parquet")),)
-    for train, test, text in tables:
-        name = Path(train).parent.name
-        measured[name] = table_rows(Path(train), Path(test), Path(text), work, options)
-        print_rows(name, "the features of its tables", measured[name], [])
+    if food.is_dir() and not chosen and given["protocol"] == "honest":
+        measured["clip-food9"] = table_rows(food, work, options)
+        print_rows("clip-food9", "the features of its tables", measured["clip-food9"], [])
     print_published("1", "Table 1, what is fine-tuned (16 shots, ImageNet)", "--table 1 runs it", facts)
     print_published("2", "Table 2, ImageNet", "not run, needs ImageNet and ViT-L/14", facts)
     if missing:
         click.echo("\nNot run:")
         for line in missing:
             click.echo(f"  {line}")
-    if given["plots"]:
-        draw(measured, facts, given["plots"])
 
 
 if __name__ == "__main__":
