@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli import options
 from retrieval_tip.cli.group import Group
 from retrieval_tip.cli.messages import about, finish, print_facts, say, warn
 from retrieval_tip.cli.opening import (
@@ -19,26 +20,7 @@ from retrieval_tip.cli.opening import (
     encoder_of,
     source_of,
 )
-from retrieval_tip.cli.options import (
-    BACKBONE,
-    DEVICE,
-    ENCODING,
-    FORMAT,
-    JSON,
-    LETTERS,
-    NORMS,
-    READING,
-    ROOT,
-    VIEWS,
-    BackboneOptions,
-    EncodingOptions,
-    OutputOptions,
-    ReadingOptions,
-    ViewOptions,
-    choice,
-    grouped,
-    options,
-)
+from retrieval_tip.cli.options import BackboneOptions, EncodingOptions, OutputOptions, ReadingOptions, ViewOptions
 from retrieval_tip.cli.parameters import (
     FILE,
     FOLDER,
@@ -66,8 +48,8 @@ if TYPE_CHECKING:
 
 OUT = click.option("--out", "--store", type=INDEX, required=True,
                    help=f"Index folder, or {KIND} ({FORMS}); an index that is there gets a new version.")  # fmt: skip
-_KEYS = options(
-    click.option("--dtype", type=choice(Dtype), default="float32", show_default=True,
+_KEYS = options.several(
+    click.option("--dtype", type=options.choice(Dtype), default="float32", show_default=True,
                  help="Type of the stored keys."),
     click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]"),
     click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]"),
@@ -84,26 +66,26 @@ def index() -> None:
 @OUT
 @click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
               help="TOML file with any of these settings; the command line goes before it.")  # fmt: skip
-@BACKBONE
+@options.BACKBONE
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class, instead of prompts.")
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
 @click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
-@VIEWS
+@options.VIEWS
 @click.option("--index", "factory",
               help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. At an "
                    "address: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat; there auto]")  # fmt: skip
-@click.option("--fit", type=choice(FitName),
+@click.option("--fit", type=options.choice(FitName),
               help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
                    "[default: auto; none where alpha, beta or normalize is given]")  # fmt: skip
-@LETTERS
+@options.LETTERS
 @_KEYS
-@click.option("--normalize", type=choice(Normalize),
+@click.option("--normalize", type=options.choice(Normalize),
               help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
                    "[default: both; none where alpha or beta is given]")  # fmt: skip
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: all; with --index auto its choice]")
 @click.option("--logit-scale", type=POSITIVE, help="Factor of the text logits.  [default: the backbone's, else 100]")
-@READING
-@ENCODING
+@options.READING
+@options.ENCODING
 @click.pass_context
 def build(
     ctx: click.Context,
@@ -170,7 +152,7 @@ def build(
 
 @index.command("info")
 @click.argument("folder", type=INDEX)
-@JSON
+@options.JSON
 def info(folder: Place, as_json: bool) -> None:
     """Describe an index: version, encoder, classes, settings."""
     from retrieval_tip.index.places import at
@@ -184,7 +166,7 @@ def info(folder: Place, as_json: bool) -> None:
 
 @index.command("list")
 @click.argument("folder", type=FOLDER, default="indexes")
-@FORMAT
+@options.FORMAT
 def list_command(folder: Path, printing: OutputOptions) -> None:
     """List the indexes in a folder.
 
@@ -227,7 +209,7 @@ def verify(folder: Place) -> None:
 @index.command("query")
 @click.argument("folder", type=INDEX)
 @click.argument("sql")
-@FORMAT
+@options.FORMAT
 @click.option("--predictions", type=FILE, help="What classify wrote (.parquet, .csv, .json), as table predictions.")
 @click.option("--timeout", type=click.IntRange(1, 86_400), default=60, show_default=True,
               help="Seconds that the answer may take.")  # fmt: skip
@@ -255,10 +237,10 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
               help="FAISS factory to try, repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print, change nothing.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for cost and agreement (needs matplotlib).")
-@ROOT
-@FORMAT
-@BACKBONE
-@ENCODING
+@options.ROOT
+@options.FORMAT
+@options.BACKBONE
+@options.ENCODING
 @click.pass_context
 def tune_command(
     ctx: click.Context,
@@ -310,7 +292,7 @@ def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list
     return [int(part) for part in parts] if texts else None
 
 
-_WHICH = options(
+_WHICH = options.several(
     click.option("--where", metavar="SQL", help="The keys that this condition over the label store holds for."),
     click.option("--key-ids", multiple=True, metavar="ID,...", callback=_ids,
                  help="The keys with these ids; repeat for more."),
@@ -325,9 +307,9 @@ _WHICH = options(
 @click.option("--views", type=VIEWS_COUNT, help="Views that a key is the mean of.  [default: as the index's]")
 @click.option("--seed", type=SEED, help="Draws shots and views.  [default: the index's, else 1]")
 @click.option("--skip-known", is_flag=True, help="Leave out images that the index has under the same label.")
-@BACKBONE
-@READING
-@ENCODING
+@options.BACKBONE
+@options.READING
+@options.ENCODING
 @click.pass_context
 def add_command(
     ctx: click.Context,
@@ -402,7 +384,7 @@ def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[
 @click.argument("old")
 @click.argument("new")
 @click.option("--encode", is_flag=True, help="Encode the new name in place of the old one's words.")
-@grouped("backbone", BackboneOptions, BACKBONE, DEVICE)
+@options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: BackboneOptions) -> None:
     """Rename the class OLD to NEW.
 
@@ -425,10 +407,10 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
 @click.option("-k", "k", type=K(), help="Nearest keys that a query uses.")
 @click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.")
 @click.option("--temperature", type=POSITIVE, help="Divides the logits where they become probabilities.")
-@click.option("--normalize", type=choice(Normalize),
+@click.option("--normalize", type=options.choice(Normalize),
               help="Alpha and beta in units of the shots there are now; both: as a new build has them.")  # fmt: skip
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
-@grouped("backbone", BackboneOptions, BACKBONE, DEVICE)
+@options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def set_command(
     folder: Place,
     alpha: float | None,
@@ -474,7 +456,7 @@ def compact_command(folder: Place) -> None:
 @index.command("rebuild")
 @click.argument("folder", type=INDEX)
 @click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: as it is]")
-@click.option("--dtype", type=choice(Dtype), help="Type of the stored keys.  [default: theirs]")
+@click.option("--dtype", type=options.choice(Dtype), help="Type of the stored keys.  [default: theirs]")
 def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
     """Rebuild the FAISS index from the keys.
 
@@ -487,7 +469,7 @@ def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> 
 
 @index.command("history")
 @click.argument("folder", type=INDEX)
-@FORMAT
+@options.FORMAT
 def history_command(folder: Place, printing: OutputOptions) -> None:
     """List the kept versions of an index, oldest first."""
     from retrieval_tip.cli.output import write_table
@@ -575,7 +557,7 @@ def export_command(
 @OUT
 @click.option("--classes", type=FILE, help="Text file of class names in order, one a line.  [default: class 0 ...]")
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
-@NORMS
+@options.NORMS
 @click.option("--index", "factory", help="As for index build.")
 @_KEYS
 def import_command(
@@ -616,7 +598,7 @@ def import_command(
 @click.option("--all", "borderline", is_flag=True, help="List borderline cases too.")
 @click.option("--apply", "file", type=FILE,
               help="Relabel shots as this table suggests, in one new version; audit --output writes it.")  # fmt: skip
-@FORMAT
+@options.FORMAT
 @click.pass_context
 def audit_command(
     ctx: click.Context, folder: Place, k: KeysMet, borderline: bool, file: Path | None, printing: OutputOptions

@@ -24,7 +24,7 @@ def choice(alias: object) -> click.Choice[str]:
     return click.Choice(get_args(alias))
 
 
-def options(*options: Decorator) -> Decorator:
+def several(*options: Decorator) -> Decorator:
     """Several options as one decorator, in the order that help shows them."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
@@ -42,7 +42,7 @@ def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
             own = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
             return command(*arguments, **values, **{name: kind(**own)})
 
-        return options(*shown)(collecting)
+        return several(*shown)(collecting)
 
     return decorate
 
@@ -159,7 +159,7 @@ PRECISION = BACKBONE_OPTION(
     help="Arithmetic of the backbone (auto: float32, on a GPU float16 autocast) and of the products with all keys "
          "(auto: the fastest that is accurate, measured).",
 )  # fmt: skip
-MODEL = options(
+MODEL = several(
     BACKBONE_OPTION(
         "--model",
         help="Architecture of open_clip, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO (see:"
@@ -170,7 +170,7 @@ MODEL = options(
         help="Tag, checkpoint file, or TAG=FILE for a local copy of a tag's weights.  [default: the recommended tag]",
     ),
 )
-BACKBONE = options(
+BACKBONE = several(
     MODEL,
     PRECISION,
     BACKBONE_OPTION("--runtime", type=choice(Runtime), default="auto", show_default=True,
@@ -204,7 +204,7 @@ VIEWS = grouped(
                  help="1: the centre view; V > 1: mean of V augmented views, as in the paper."),
     click.option("--seed", type=SEED, default=1, show_default=True, help="Draws shots and views."),
 )  # fmt: skip
-LETTERS = options(
+LETTERS = several(
     click.option("--metric", type=choice(MetricName),
                  help="within: directions in which photographs of a class differ count little.  [default: chosen]"),
     click.option("--values", type=choice(ValuesName),
