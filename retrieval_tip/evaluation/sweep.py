@@ -53,13 +53,8 @@ PLAIN = METHODS[:-2]
 LINEAR = {"class-means": class_means, "linear-probe": linear_probe}
 
 
-class Run(TypedDict):
-    """A row of the table of runs.
-
-    ``keys`` is the digest of the keys that shots are drawn from. ``k`` 0 is all; alpha, beta and k are ``None`` for a
-    method that has none. ``seconds`` are those of choosing and answering, without encoding; ``peak_memory`` is that of
-    the process so far, in bytes.
-    """
+class Told(TypedDict):
+    """What tells one run from another; ``keys`` is the digest of the keys that shots are drawn from."""
 
     keys: str
     test: str
@@ -67,6 +62,15 @@ class Run(TypedDict):
     protocol: Protocol
     shots: int
     seed: int
+
+
+class Run(Told):
+    """A row of the table of runs.
+
+    ``k`` 0 is all; alpha, beta and k are ``None`` for a method that has none. ``seconds`` are those of choosing and
+    answering, without encoding; ``peak_memory`` is that of the process so far, in bytes.
+    """
+
     top1: float
     top5: float
     n: int
@@ -87,9 +91,6 @@ def _arrow(kind: object) -> pa.DataType:
 
 
 SCHEMA = pa.schema((name, _arrow(kind)) for name, kind in get_type_hints(Run).items())
-
-Told = tuple[str, str, Method, Protocol, int, int]
-"""What tells one run from another: keys, test, method, protocol, shots and seed."""
 
 
 class Summary(TypedDict):
@@ -151,14 +152,22 @@ def sweep(
         raise UsageError("method tip-adapter-f: needs the images of the pool, or a table of their views")
     pool, path = closed_form.unfitted(pool), Path(results)
     rows = read_results(path) if path.exists() else []
-    done: dict[Told, Run] = {_told(row): row for row in rows}
+    done = {tuple(row.values())[: len(Told.__annotations__)]: row for row in rows}
     for number in shots:
         for seed in seeds:
             drawn: CacheModel | None = None
             seen: Items | None = None
             answering: CacheModel | Linear
             for method in methods:
-                run = (keys_digest, test.name, method, protocol, number, seed)
+                told: Told = {
+                    "keys": keys_digest,
+                    "test": test.name,
+                    "method": method,
+                    "protocol": protocol,
+                    "shots": number,
+                    "seed": seed,
+                }
+                run = tuple(told.values())
                 if run not in done:
                     if drawn is None:
                         drawn, seen = draw(pool, number, seed), _validation(pool, val, number, seed, protocol)
@@ -167,7 +176,7 @@ def sweep(
                         answering, chosen_on = _fine_tune(drawn, *views, seen, seed)
                     else:
                         answering, chosen_on = _set(drawn, method, protocol, scales, seen)
-                    done[run] = _row(run, answering, chosen_on, test, start, pool.backbone)
+                    done[run] = _row(told, answering, chosen_on, test, start, pool.backbone)
                     rows.append(done[run])
                     with replacing(path) as temporary, temporary.open("wb") as file:
                         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
@@ -271,31 +280,21 @@ def _fine_tune(
     return tuned.cache, "nothing" if val is None else val.name
 
 
-def _told(row: Run) -> Told:
-    return row["keys"], row["test"], row["method"], row["protocol"], row["shots"], row["seed"]
-
-
 def _row(
-    run: Told,
+    told: Told,
     answering: CacheModel | Linear,
     chosen_on: str,
     test: Items,
     start: float,
     backbone: Identity | None,
 ) -> Run:
-    """What is written of a run that began at ``start``, by the performance counter."""
+    """The row of a run that began at ``start``, by the performance counter."""
     top1, top5 = _answer(answering, test)
     alpha = beta = k = None
     if isinstance(answering, CacheModel):
         alpha, beta, k = answering.settings.alpha, answering.settings.beta, answering.settings.k or 0
-    keys, name, method, protocol, shots, seed = run
     return {
-        "keys": keys,
-        "test": name,
-        "method": method,
-        "protocol": protocol,
-        "shots": shots,
-        "seed": seed,
+        **told,
         "top1": top1,
         "top5": top5,
         "n": len(test.ids),
@@ -304,7 +303,7 @@ def _row(
         "k": k,
         "chosen_on": chosen_on,
         "seconds": time.perf_counter() - start,
-        "parameters_trained": _trained(answering, method),
+        "parameters_trained": _trained(answering, told["method"]),
         "peak_memory": _peak_memory(),
         "backbone": str(backbone) if backbone else None,
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
