@@ -13,7 +13,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHARED, needs_real, parts_of
+from conftest import SHARED
 from tables import unit_rows, write_table
 
 from retrieval_tip import CacheModel, verify
@@ -351,28 +350,6 @@ def test_labels_are_exact_and_another_spelling_is_warned_of(run: Any, index: Pat
     assert changes.merge(index, tmp_path / "other").alike == {"The_Owl": "the owl"}
 
 
-def test_an_index_without_text_needs_none_for_new_classes(run: Any, table: Path, tmp_path: Path) -> None:
-    assert run("index", "build", "--fit", "none", table, "--out", tmp_path / "i").exit_code == 0
-    more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["owl"])
-    assert run("index", "add", tmp_path / "i", more).exit_code == 0
-    cache = verify(tmp_path / "i")
-    assert cache.class_names == ["cat", "dog", "owl"]
-    assert not cache.has_text
-
-
-def test_further_columns_are_kept_and_null_where_they_were_not_given(index: Path, tmp_path: Path) -> None:
-    more = write_table(tmp_path / "more.parquet", unit_rows(2, D, 4), ["cat", "dog"], lens=["wide", "tele"])
-    changes.add(index, open_source(more), Encoder())
-    rows = {row["key_id"]: row for row in opened(index).labels.to_pylist()}
-    assert [rows[i]["camera"] for i in range(8)] == [*"abcabc", None, None]
-    assert [rows[i]["lens"] for i in range(8)] == [None] * 6 + ["wide", "tele"]
-    before = everything(index)
-    other = write_table(tmp_path / "other.parquet", unit_rows(1, D, 4), ["cat"], camera=pa.array([1.5]))
-    with pytest.raises(InputError, match="columns do not fit"):
-        changes.add(index, open_source(other), Encoder())
-    assert everything(index) == before
-
-
 def test_adding_writes_no_file_of_the_base_again(parted: Path, tmp_path: Path) -> None:
     first, base = store.earlier_manifests(parted)[0], data_files(parted)
     more = write_table(tmp_path / "more.parquet", unit_rows(1, D, 4), ["cat"])
@@ -400,53 +377,6 @@ def test_damage_is_not_copied_into_a_file_whose_digest_fits_it(tmp_path: Path) -
     assert verify(tmp_path / "i").n == 1101
 
 
-def test_damage_that_a_fast_check_left_unseen_is_not_saved_as_whole(tmp_path: Path) -> None:
-    keys, labels = unit_rows(1100, 1024), ["cat", "dog"] * 550
-    CacheModel.from_features(keys, labels, ["cat", "dog"], device="cpu").save(tmp_path / "i")
-    flip(tmp_path / "i" / store.read_manifest(tmp_path / "i").files["keys"].name)
-    cache = opened(tmp_path / "i", verify="fast")
-    cache.add(keys[:1], ["cat"])  # which joins it with the others, so that all are written again
-    with pytest.raises(StoreError):
-        cache.save(tmp_path / "i")
-
-
-def test_key_ids_are_never_given_twice_and_shots_go_on(run: Any, index: Path, tmp_path: Path) -> None:
-    more = write_table(tmp_path / "more.parquet", unit_rows(2, D, 4), ["dog", "cat"])
-    assert run("index", "remove", index, "--key-ids", 5, "--key-ids", 4).exit_code == 0
-    assert changes.add(index, open_source(more), Encoder()).key_ids == [6, 7]
-    assert run("index", "rollback", index, "--version", 1).exit_code == 0
-    assert changes.add(index, open_source(more), Encoder()).key_ids == [8, 9]
-    assert sorted(labels_of(index)) == [0, 1, 2, 3, 4, 5, 8, 9]
-    shots = {row["key_id"]: row["shot"] for row in opened(index).labels.to_pylist()}
-    assert [shots[i] for i in range(6)] == [0, 0, 1, 1, 2, 2]
-    assert [shots[8], shots[9]] == [3, 3]
-    changes.clone(index, tmp_path / "copy")
-    assert changes.add(tmp_path / "copy", open_source(more), Encoder()).key_ids == [10, 11]
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("add", "more.parquet"), ("merge", "other"), ("remove", "--key-ids", 1), ("relabel", "cat", "--key-ids", 1),
-        ("set", "--alpha", 1), ("compact",), ("rebuild",), ("history",), ("rollback",), ("gc",), ("clone", "copy"),
-        ("export", "--out", "t.parquet"), ("audit",),
-    ],
-    ids=lambda command: command[0],
-)  # fmt: skip
-def test_where_there_is_no_index_none_is_made(
-    run: Any, tmp_path: Path, index: Path, command: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.move(index, tmp_path / "other")
-    write_table(tmp_path / "more.parquet", unit_rows(1, D), ["cat"])
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.iterdir())
-    refused(run("index", command[0], "nowhere", *command[1:]), 1, "nowhere", "index build")
-    (tmp_path / "folder").mkdir()
-    refused(run("index", command[0], "folder", *command[1:]), 1, "folder", "not an index")
-    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "folder"])
-    assert list((tmp_path / "folder").iterdir()) == []
-
-
 # --- merge
 
 
@@ -457,34 +387,6 @@ def other(tmp_path: Path) -> Path:
     weights = write_table(tmp_path / "ot.parquet", unit_rows(2, D, 8), ["owl", "cat"])
     build_index(open_source(source), tmp_path / "other", Encoder(), text=weights, device="cpu", fit="none")
     return tmp_path / "other"
-
-
-def test_merging_brings_keys_columns_and_classes_of_another_index(run: Any, index: Path, other: Path) -> None:
-    text, theirs = opened(index).text_weights, opened(other)
-    done = run("index", "merge", index, other)
-    assert done.stdout == f"{index}: version 2, 3 keys added, 1 new class: owl\n"
-    cache = verify(index)
-    assert cache.class_names == ["cat", "dog", "owl"]
-    assert torch.equal(cache.text_weights[:2], text)
-    assert torch.equal(cache.text_weights[2], theirs.text_weights[0])
-    rows = {row["key_id"]: row for row in cache.labels.to_pylist()}
-    assert [rows[i]["lens"] for i in range(9)] == [None] * 6 + ["x", "z", "y"]
-    assert [rows[i]["camera"] for i in (5, 6)] == ["c", None]
-    place = {key_id: row for row, key_id in enumerate(cache.labels["key_id"].to_pylist())}
-    np.testing.assert_array_equal(cache.keys[[place[6], place[7], place[8]]], theirs.keys)
-    assert [rows[i]["source"] for i in (6, 7, 8)] == theirs.labels["source"].to_pylist()
-    assert version(other) == 1
-
-
-def test_several_indexes_are_merged_a_version_each(run: Any, index: Path, other: Path, tmp_path: Path) -> None:
-    changes.clone(other, tmp_path / "third")
-    done = run("index", "merge", index, other, tmp_path / "third")
-    assert [line.split(": ")[1] for line in done.stdout.splitlines()] == [
-        "version 2, 3 keys added, 1 new class",
-        "version 3, 3 keys added",
-    ]
-    assert verify(index).n == 12
-    assert list(labels_of(index)) == list(range(12))
 
 
 def test_what_cannot_be_merged_is_refused_and_changes_nothing(
@@ -516,19 +418,6 @@ def test_what_cannot_be_merged_is_refused_and_changes_nothing(
 
 
 # --- remove, relabel
-
-
-def test_keys_are_removed_by_a_condition_or_by_their_ids(run: Any, index: Path) -> None:
-    done = run("index", "remove", index, "--where", "camera = 'a' OR shot > 1")
-    assert done.stdout == f"{index}: version 2, 4 keys removed\n"
-    assert labels_of(index) == {1: "dog", 2: "cat"}
-    done = run("index", "remove", index, "--key-ids", 2)
-    assert done.stdout == f"{index}: version 3, 1 key removed\n"
-    cache = verify(index)
-    assert cache.class_names == ["cat", "dog"]  # also the one without a key
-    assert cache.classify(QUERIES[:1])[0].neighbours[0].key_id == 1
-    text, _ = parts_of(cache, QUERIES)
-    assert text.shape == (7, 2)
 
 
 @pytest.mark.parametrize("command", [("remove",), ("relabel", "cat")], ids=lambda command: command[0])
@@ -577,15 +466,6 @@ def test_where_nothing_is_to_do_there_is_no_new_version(run: Any, index: Path) -
     assert everything(index) == before
 
 
-def test_a_change_of_no_key_fails(run: Any, index: Path) -> None:
-    before = everything(index)
-    for command in (("remove", index), ("relabel", index, "cat")):
-        refused(run("index", *command, "--where", "label = 'owl'"), 1, "where:", "owl")
-    with pytest.raises(InputError, match="key ids"):
-        changes.remove(index, key_ids=[])
-    assert everything(index) == before
-
-
 def test_an_error_in_the_search_for_duplicates_changes_nothing(
     run: Any, index: Path, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -597,17 +477,6 @@ def test_an_error_in_the_search_for_duplicates_changes_nothing(
     refused(run("index", "add", index, table), 1, "memory")
     refused(run("index", "merge", index, other), 1, "memory")
     assert everything(index) == before
-
-
-def test_an_id_that_is_given_twice_counts_once(index: Path) -> None:
-    assert changes.remove(index, key_ids=[3, 3, 1]) == changes.Changed(2, [3, 1])
-    assert store.history(index)["change"].to_pylist() == ["build", "remove 2 keys"]
-    assert changes.relabel(index, "cat", key_ids=[5, 5]) == changes.Changed(3, [5])
-
-
-def test_the_last_key_stays(run: Any, index: Path) -> None:
-    refused(run("index", "remove", index, "--where", "true"), 1, "at least one key")
-    assert version(index) == 1
 
 
 @pytest.fixture
@@ -627,27 +496,6 @@ def test_fewer_keys_than_lists_are_refused_with_the_way_out(run: Any, lists: Pat
     assert verify(lists).n == 10
 
 
-def test_some_keys_answer_also_where_they_are_fewer_than_the_lists(run: Any, lists: Path, tmp_path: Path) -> None:
-    asked = write_table(tmp_path / "q.parquet", QUERIES)
-    done = run("classify", lists, asked, "--where", "key_id < 10")
-    assert done.exit_code == 0 or "index rebuild" in done.stderr
-
-
-def test_keys_that_are_relabelled_answer_for_their_new_class(run: Any, index: Path) -> None:
-    before = opened(index)
-    done = run("index", "relabel", index, "dog", "--where", "camera = 'a'")
-    assert done.stdout == f"{index}: version 2, 1 key given to dog\n"  # the other one is one already
-    assert labels_of(index) == {0: "dog", 1: "dog", 2: "cat", 3: "dog", 4: "cat", 5: "dog"}
-    cache = verify(index)
-    row = {row["key_id"]: row for row in cache.labels.to_pylist()}[0]
-    assert (row["class_id"], row["shot"], row["source"]) == (1, 3, "item-0")
-    place = {key_id: row for row, key_id in enumerate(before.labels["key_id"].to_pylist())}
-    weight = np.exp(-4 * (1 - QUERIES @ before.keys[place[0]]))
-    moved = cache.terms(QUERIES).cache - before.terms(QUERIES).cache
-    np.testing.assert_allclose(moved, np.stack([-weight, weight], axis=1), atol=1e-5)
-    refused(run("index", "relabel", index, "owl", "--key-ids", 1), 1, "'owl'", "cat, dog")
-
-
 def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> None:
     files, base = store.read_manifest(parted).files, data_files(parted)
     changes.relabel(parted, "cat", key_ids=[6])
@@ -662,25 +510,6 @@ def test_changes_within_a_late_segment_leave_the_base_as_it_is(parted: Path) -> 
 
 
 # --- rename
-
-
-def test_a_class_gets_another_name_and_everything_else_stays(run: Any, parted: Path) -> None:
-    before, files, segments = opened(parted), data_files(parted), store.read_manifest(parted).segments
-    done = run("index", "rename", parted, "dog", "a wolf")
-    assert done.stdout == f"{parted}: version 3, renamed dog to a wolf (4 keys)\n"
-    cache = verify(parted)
-    assert cache.class_names == ["cat", "a wolf"]
-    assert labels_of(parted) == {i: "a wolf" if i in (1, 3, 5, 6) else "cat" for i in range(8)}
-    for mine, theirs in zip(parts_of(cache, QUERIES), parts_of(before, QUERIES), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    now = store.read_manifest(parted).segments
-    assert [one.keys for one in now] == [one.keys for one in segments]  # keys are not written again
-    assert {name: data_files(parted)[name] for name in files} == files
-    assert labels_of_version(parted, 2) == {i: "dog" if i in (1, 3, 5, 6) else "cat" for i in range(8)}
-    assert store.history(parted)["change"].to_pylist()[-1] == "rename dog to a wolf"
-    changes.relabel(parted, "a wolf", key_ids=[0])
-    changes.rollback(parted, 2)
-    assert opened(parted).class_names == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -724,11 +553,6 @@ def test_trained_values_of_merged_classes_add_up(tmp_path: Path) -> None:
     np.testing.assert_allclose(cache.terms(QUERIES).cache, torch.stack([b, a + c], dim=1), atol=1e-5)
 
 
-def labels_of_version(folder: Path, number: int) -> dict[int, str]:
-    table = opened(folder, version=number).labels
-    return dict(sorted(zip(table["key_id"].to_pylist(), table["label"].to_pylist(), strict=True)))
-
-
 def test_names_that_are_none_or_there_already_are_refused(run: Any, index: Path, lit_mini: Backbone) -> None:
     before = everything(index)
     refused(run("index", "rename", index, "owl", "kite"), 1, "'owl' is no class", "cat, dog")
@@ -756,32 +580,6 @@ def test_the_words_of_a_new_name_are_encoded_where_that_is_asked(run: Any, pictu
 
 
 @pytest.mark.parametrize(
-    ("given", "name", "value"),
-    [
-        (("--alpha", 3), "alpha", 3.0),
-        (("--beta", 2.5), "beta", 2.5),
-        (("-k", 4), "k", 4),
-        (("-k", "all"), "k", None),
-        (("--no-tail",), "tail", False),
-        (("--temperature", 0.5), "temperature", 0.5),
-    ],
-)
-def test_a_setting_is_changed_alone_and_no_data_file_written(
-    run: Any, index: Path, given: tuple[Any, ...], name: str, value: Any
-) -> None:
-    changes.configure(index, k=2)
-    before, files = store.read_manifest(index), data_files(index)
-    done = run("index", "set", index, *given)
-    assert done.stdout == f"{index}: version 3, settings changed\n"
-    now = store.read_manifest(index)
-    assert now.settings == replace(before.settings, **{name: value})
-    assert now.provenance[name] == "given"
-    assert (now.files, now.class_names) == (before.files, before.class_names)
-    assert data_files(index) == files
-    assert verify(index).settings == now.settings
-
-
-@pytest.mark.parametrize(
     "given",
     [
         (), ("--alpha", -1), ("--alpha", "nan"), ("--beta", "inf"), ("-k", 0), ("-k", -3), ("-k", "some"),
@@ -798,38 +596,6 @@ def test_settings_that_cannot_work_are_wrong_usage_and_change_nothing(
     assert everything(index) == before
 
 
-@pytest.mark.parametrize("alpha", [1e39, 1e145])
-def test_settings_with_which_no_query_is_answered_become_no_version(
-    run: Any, index: Path, table: Path, text: Path, tmp_path: Path, alpha: float
-) -> None:
-    before, out, given = everything(index), tmp_path / "out", ("--alpha", alpha)
-    torch.save(torch.from_numpy(unit_rows(4, D)).T, tmp_path / "keys_2shots.pt")
-    torch.save(torch.eye(2).repeat(2, 1), tmp_path / "values_2shots.pt")
-    long = write_table(tmp_path / "long.parquet", 100 * unit_rows(4, D), ["cat", "dog"] * 2)
-    scales = np.where(np.arange(50) == 11, 100, 1)[:, None]
-    one = write_table(tmp_path / "one.parquet", scales * unit_rows(50, D), ["cat", "dog"] * 25)
-    endless = write_table(tmp_path / "endless.parquet", 1e20 * unit_rows(4, D), ["cat", "dog"] * 2)
-    for command, named in (
-        (("index", "set", index, *given), f"alpha {alpha:g}"),
-        (("index", "build", "--fit", "none", table, "--text", text, *given, "--out", out), f"alpha {alpha:g}"),
-        (("index", "import", tmp_path / "keys_2shots.pt", *given, "--out", out), f"alpha {alpha:g}"),
-        (("index", "build", "--fit", "none", long, "--norms", "keep", "--beta", 5.5, "--out", out), "beta 5.5"),
-        (("index", "add", index, long, "--norms", "keep"), "beta 4"),
-        (("index", "add", index, one, "--norms", "keep"), "beta 4"),
-        (("index", "build", endless, "--norms", "keep", "--out", out), "endless"),
-    ):
-        result = run(*command)
-        assert result.exit_code in (1, 2)  # of a number that no logit can have, the option says so
-        assert named.partition(" ")[0] in result.stderr
-    cache = opened(index)
-    cache.settings = cache.settings.override(alpha=alpha)
-    for write in (cache.save_settings, cache.save):
-        with pytest.raises(InputError, match=r"^alpha"):
-            write(index)
-    assert everything(index) == before
-    assert not store.is_index(out)
-
-
 def test_templates_make_new_text_weights_by_the_backbone_of_the_index(
     run: Any, pictures: Path, lit_mini: Backbone
 ) -> None:
@@ -844,13 +610,6 @@ def test_templates_make_new_text_weights_by_the_backbone_of_the_index(
     assert (cache.templates, cache.settings.alpha) == (["the {}", "one {}"], 2)
     assert cache.provenance["text"] == "templates"
     assert store.history(pictures)["change"].to_pylist()[-1] == "set alpha 2, 2 templates"
-
-
-def test_templates_without_a_backbone_to_go_with_are_refused(run: Any, index: Path) -> None:
-    refused(run("index", "set", index, "--template", "a {}"), 2, "--model")
-    with pytest.raises(UsageError, match="need a backbone"):
-        changes.configure(index, templates=["a {}"])
-    assert version(index) == 1
 
 
 # --- compact, rebuild
@@ -914,16 +673,6 @@ def test_auto_chooses_the_type_by_the_numbers_and_k_with_it(run: Any, tmp_path: 
     assert (cache.index.factory, cache.settings.k) == auto_factory(n, c) == ("IVF183,Flat", 256)
 
 
-def test_keys_become_half_as_large_and_answers_nearly_the_same(run: Any, parted: Path) -> None:
-    answers, keys = opened(parted).logits(QUERIES), np.asarray(opened(parted).keys)
-    assert run("index", "rebuild", parted, "--dtype", "float16").exit_code == 0
-    cache = verify(parted)
-    assert cache.keys.dtype == np.float16
-    assert cache.segments == 1
-    np.testing.assert_allclose(np.sort(cache.keys, axis=0), np.sort(keys, axis=0), atol=1e-3)
-    np.testing.assert_allclose(cache.logits(QUERIES), answers, atol=0.05)
-
-
 def test_what_cannot_be_rebuilt_leaves_everything(run: Any, wide: Path) -> None:
     before = everything(wide)
     for factory in ("Nonsense", "IVF1000,Flat", "L2norm,Flat", ""):
@@ -951,43 +700,6 @@ def test_a_compaction_that_is_refused_leaves_k() -> None:
 # --- versions
 
 
-def test_history_tells_what_made_each_version(run: Any, parted: Path, tmp_path: Path) -> None:
-    changes.relabel(parted, "cat", key_ids=[1])
-    changes.configure(parted, alpha=2.0, k=3)
-    rows = rows_of(run("index", "history", parted, "--format", "json").stdout)
-    assert [row["change"] for row in rows] == ["build", "add 2 keys", "relabel 1 key as cat", "set alpha 2, k 3"]
-    assert [(row["version"], row["parent"]) for row in rows] == [(1, None), (2, 1), (3, 2), (4, 3)]
-    assert [row["keys"] for row in rows] == [6, 8, 8, 8]
-    assert [row["current"] for row in rows] == [False, False, False, True]
-    assert all(row["classes"] == 2 and row["bytes"] > 0 for row in rows)
-    shown = run("index", "history", parted).stdout
-    assert "relabel 1 key as cat" in shown
-    done = run("index", "history", parted, "--format", "parquet", "--output", tmp_path / "h.parquet")
-    assert (done.exit_code, done.stdout) == (0, "")
-    assert pq.read_table(tmp_path / "h.parquet").to_pylist() == store.history(parted).to_pylist()
-    asked = run("index", "query", parted, "SELECT version FROM versions WHERE change LIKE 'add%'", "--format", "json")
-    assert rows_of(asked.stdout) == [{"version": 2}]
-
-
-def test_rolling_back_brings_an_earlier_version_back_as_a_new_one(run: Any, parted: Path) -> None:
-    first, second = opened(parted, version=1), opened(parted)
-    done = run("index", "rollback", parted)
-    assert done.stdout == f"{parted}: version 3, rolled back\n"
-    assert torch.equal(verify(parted).logits(QUERIES), first.logits(QUERIES))
-    assert store.history(parted)["change"].to_pylist()[-1] == "rollback to version 1"
-    assert run("index", "rollback", parted).exit_code == 0  # the one before is the second
-    assert torch.equal(verify(parted).logits(QUERIES), second.logits(QUERIES))
-    assert run("index", "rollback", parted, "--version", 1).exit_code == 0
-    assert opened(parted).n == 6
-    refused(run("index", "rollback", parted, "--version", 77), 1, "has no version 77", "1, 2, 3, 4, 5")
-    refused(run("index", "rollback", parted, "--version", 0), 2)
-    assert version(parted) == 5
-
-
-def test_the_first_version_has_none_before_it(run: Any, index: Path) -> None:
-    refused(run("index", "rollback", index), 1, "no version before 1")
-
-
 def test_a_damaged_version_is_not_brought_back_and_an_index_that_is_damaged_can_be(index: Path) -> None:
     changes.remove(index, key_ids=[0])
     current, first = store.read_manifest(index), store.earlier_manifests(index)[0]
@@ -1003,68 +715,6 @@ def test_a_damaged_version_is_not_brought_back_and_an_index_that_is_damaged_can_
     assert opened(index).n == 6
 
 
-def test_collecting_gives_up_versions_and_they_cannot_come_back(run: Any, index: Path) -> None:
-    for key_id in (0, 1, 2):
-        changes.remove(index, key_ids=[key_id])
-    before = sum(map(len, everything(index).values()))
-    done = run("index", "gc", index, "--keep", 2)
-    freed = before - sum(map(len, everything(index).values()))
-    assert done.stdout == f"{index}: 2 versions given up, {freed:,} bytes freed\n"
-    assert store.history(index)["version"].to_pylist() == [3, 4]
-    refused(run("index", "rollback", index, "--version", 1), 1, "has no version 1", "there are 3, 4")
-    assert run("index", "gc", index).exit_code == 0
-    refused(run("index", "rollback", index), 1, "has no version 3")
-    refused(run("index", "clone", index, index.parent / "copy", "--version", 2), 1, "has no version 2")
-    assert not (index.parent / "copy").exists()
-    assert run("index", "gc", index).stdout == f"{index}: 0 versions given up, 0 bytes freed\n"
-    refused(run("index", "gc", index, "--keep", 0), 2)
-    assert labels_of(verify(index).folder or index) == {3: "dog", 4: "cat", 5: "dog"}
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(
-    pictures: Path, lit_mini: Backbone, tmp_path: Path, late: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(labelled_keys, "SMALL", 0)
-    new = open_source(photographs(tmp_path / "new", panda=range(4, 6)))
-    changes.add(pictures, new, Encoder(lit_mini))
-    cache = opened(pictures)
-    row = int(np.flatnonzero(cache.labels["key_id"].to_numpy() == (8 if late else 0))[0])
-    marks = [cache.labels[name][row].as_py().encode() for name in ("source", "digest")]
-    marks.append(np.asarray(cache.keys[[row]]).tobytes())
-    changes.remove(pictures, key_ids=[8 if late else 0])
-
-    def held() -> list[bool]:
-        """In which of its files, unpacked where they are packed, each mark is."""
-        files = everything(pictures)
-        tables = [repr(pq.read_table(path).to_pylist()).encode() for path in (pictures / "data").glob("*.parquet")]
-        return [any(mark in raw for raw in [*files.values(), *tables]) for mark in marks]
-
-    assert held() == [True, True, True]  # the version before has it
-    collect(pictures)
-    assert held() == [False, False, False]
-    assert verify(pictures).n == 9
-
-
-def test_a_clone_is_the_index_again_with_a_history_of_its_own(run: Any, parted: Path, tmp_path: Path) -> None:
-    done = run("index", "clone", parted, tmp_path / "copy")
-    assert done.stdout == f"{tmp_path / 'copy'}: version 1, a copy of {parted}\n"
-    one, other = opened(parted), verify(tmp_path / "copy")
-    assert other.segments == 2
-    assert torch.equal(one.logits(QUERIES), other.logits(QUERIES))
-    assert one.labels.equals(other.labels)
-    for name in ("settings", "templates", "provenance", "class_names", "backbone", "next_key_id"):
-        assert getattr(one, name) == getattr(other, name)
-    assert run("index", "clone", parted, tmp_path / "first", "--version", 1).exit_code == 0
-    assert torch.equal(opened(parted, version=1).logits(QUERIES), verify(tmp_path / "first").logits(QUERIES))
-    assert store.history(tmp_path / "first")["change"].to_pylist() == [f"clone version 1 of {parted}"]
-    changes.remove(tmp_path / "copy", key_ids=[0])
-    assert (opened(parted).n, version(parted)) == (8, 2)
-    before = everything(tmp_path / "first")
-    refused(run("index", "clone", parted, tmp_path / "first"), 1, tmp_path / "first", "holds an index already")
-    assert everything(tmp_path / "first") == before
-
-
 def test_damage_is_not_cloned(run: Any, index: Path, tmp_path: Path) -> None:
     file = index / store.read_manifest(index).files["keys"].name
     raw = file.read_bytes()
@@ -1076,57 +726,7 @@ def test_damage_is_not_cloned(run: Any, index: Path, tmp_path: Path) -> None:
 # --- export, import
 
 
-def test_what_is_exported_can_be_built_again(run: Any, parted: Path, tmp_path: Path) -> None:
-    out, text = tmp_path / "keys.parquet", tmp_path / "weights.parquet"
-    done = run("index", "export", parted, "--out", out, "--text", text)
-    assert done.stdout == f"{out}: 8 rows\n{text}: 2 rows\n"
-    built = run(
-        "index", "build", "--fit", "none", out, "--text", text, "--alpha", 1, "--beta", 4, "--out", tmp_path / "again"
-    )
-    assert built.exit_code == 0, built.output
-    one, other = opened(parted), verify(tmp_path / "again")
-    np.testing.assert_allclose(other.logits(QUERIES), one.logits(QUERIES), atol=1e-4)
-    assert sorted(map(str, other.labels.select(["source", "label", "camera"]).to_pylist())) == sorted(
-        map(str, one.labels.select(["source", "label", "camera"]).to_pylist())
-    )
-
-
-def test_keys_of_another_program_become_an_index(run: Any, tmp_path: Path, text: Path) -> None:
-    keys = unit_rows(4, D)
-    torch.save(torch.from_numpy(keys).T, tmp_path / "keys_2shots.pt")
-    torch.save(torch.eye(2).repeat(2, 1), tmp_path / "values_2shots.pt")
-    names = tmp_path / "names.txt"
-    names.write_text("dog\ncat\n")
-    out = tmp_path / "i"
-    done = run("index", "import", tmp_path, "--classes", names, "--text", text, "--out", out)
-    assert done.exit_code == 0, done.output
-    assert done.stdout == f"{out}: version 1, 4 keys of {D}, 2 classes\n"
-    cache = verify(out)
-    np.testing.assert_array_equal(cache.keys, keys[[1, 3, 0, 2]])
-    assert cache.class_names == ["cat", "dog"]
-    assert cache.provenance["source"] == str(tmp_path)
-    refused(run("index", "import", names, "--out", tmp_path / "j"), 2, "names.txt")
-    assert not (tmp_path / "j").exists()
-
-
 # --- audit
-
-
-@needs_real
-def test_a_planted_wrong_label_is_what_an_audit_finds_first(run: Any, pictures: Path, tmp_path: Path) -> None:
-    planted = photographs(tmp_path / "new", panda=range(5, 6))
-    (planted / "panda").rename(planted / "pizza")
-    name = next((planted / "pizza").iterdir())
-    assert run("index", "add", pictures, planted, "--device", "cpu").exit_code == 0
-    rows = rows_of(run("index", "audit", pictures, "--format", "json").stdout)
-    assert (rows[0]["key_id"], rows[0]["source"]) == (8, str(name))
-    assert (rows[0]["label"], rows[0]["suggested"], rows[0]["nearest_label"]) == ("pizza", "panda", "panda")
-    out = tmp_path / "audit.parquet"
-    assert run("index", "audit", pictures, "--format", "parquet", "--output", out).exit_code == 0
-    assert pq.read_table(out)["key_id"].to_pylist() == [row["key_id"] for row in rows]
-    assert run("index", "relabel", pictures, "panda", "--key-ids", 8).exit_code == 0
-    assert 8 not in [row["key_id"] for row in rows_of(run("index", "audit", pictures, "--format", "json").stdout)]
-    refused(run("index", "audit", pictures, "-k", 0), 2)
 
 
 @pytest.fixture
@@ -1230,26 +830,6 @@ def test_a_list_is_applied_by_itself(run: Any, flipped: Path, tmp_path: Path) ->
 # --- predictions beside the labels
 
 
-@pytest.mark.parametrize("style", ["parquet", "json", "csv"])
-def test_predictions_can_be_joined_with_the_labels(run: Any, index: Path, tmp_path: Path, style: str) -> None:
-    asked = write_table(tmp_path / "q.parquet", QUERIES, ids=[f"q{i}" for i in range(7)])
-    out = tmp_path / f"predictions.{style}"
-    options = ("--explain", "--top", 2, "--format", style, "--output", out)
-    assert run("classify", index, asked, *options).exit_code == 0
-    sql = (
-        "SELECT p.input, p.label, count(*) AS shots FROM predictions p JOIN labels l USING (label) "
-        "GROUP BY ALL ORDER BY p.input"
-    )
-    done = run("index", "query", index, sql, "--predictions", out, "--format", "json")
-    expected = [found.label for found in opened(index).classify(QUERIES)]
-    assert rows_of(done.stdout) == [{"input": f"q{i}", "label": label, "shots": 3} for i, label in enumerate(expected)]
-    nearest = "SELECT n.unnest.key_id AS id FROM predictions, UNNEST(neighbours) n WHERE input = 'q0' LIMIT 1"
-    done = run("index", "query", index, nearest, "--predictions", out, "--format", "json")
-    assert rows_of(done.stdout)[0]["id"] == opened(index).classify(QUERIES[:1])[0].neighbours[0].key_id
-    refused(run("index", "query", index, "SELECT * FROM predictions"), 2, "predictions")
-    refused(run("index", "query", index, sql, "--predictions", tmp_path / "none.csv"), 1, "none.csv: no such file")
-
-
 # --- some of the keys
 
 
@@ -1284,12 +864,6 @@ def test_answers_of_some_keys_are_those_of_an_index_of_just_these(
     whole = run("classify", parted, asked, *options, "--where", "true")
     assert whole.stdout == run("classify", parted, asked, *options).stdout
     assert version(parted) == 2
-
-
-def test_a_condition_that_holds_for_none_is_refused(run: Any, index: Path, tmp_path: Path) -> None:
-    asked = write_table(tmp_path / "q.parquet", QUERIES)
-    refused(run("classify", index, asked, "--where", "label = 'owl'"), 2, "holds for none of the 6 keys")
-    refused(run("classify", index, asked, "--where", "true; DROP TABLE labels"), 2, "where:")
 
 
 # --- fast checks
@@ -1415,67 +989,6 @@ def test_saving_what_another_process_has_changed_meanwhile_is_refused(index: Pat
 
 
 # --- fine-tuned indexes
-
-
-def test_an_index_with_trained_values_stays_one_segment_and_gives_what_it_should(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(labelled_keys, "SMALL", 0)
-    keys, labels, values = unit_rows(12, D), ["cat", "dog"] * 6, unit_rows(12, 2, 3)
-    cache = CacheModel.from_features(
-        keys, labels, ["cat", "dog"], device="cpu", values=values, settings=Settings(beta=4.0, alpha=1.0)
-    )
-    folder = tmp_path / "i"
-    cache.save(folder)
-    own = {i: np.append(values[i], 0.0) for i in range(12)}
-    vectors = dict(enumerate(keys))
-
-    def check() -> None:
-        found = verify(folder)
-        assert found.segments == 1
-        ids = found.labels["key_id"].to_pylist()
-        assert sorted(ids) == sorted(own)
-        assert found.values is not None
-        np.testing.assert_allclose(found.values, np.stack([own[i][: len(found.class_names)] for i in ids]), atol=1e-6)
-        weights = np.exp(-4 * (1 - QUERIES @ np.stack([vectors[i] for i in ids]).T))
-        expected = weights @ np.stack([own[i][: len(found.class_names)] for i in ids])
-        np.testing.assert_allclose(found.terms(QUERIES).cache, expected, atol=1e-4)
-
-    check()
-    new = unit_rows(3, D, 4)
-    more = open_source(write_table(tmp_path / "more.parquet", new, ["owl", "cat", "dog"]))
-    assert changes.add(folder, more, Encoder()).classes == ["owl"]
-    own |= {12: np.eye(3)[2], 13: np.eye(3)[0], 14: np.eye(3)[1]}
-    vectors |= dict(zip((12, 13, 14), new, strict=True))
-    check()
-    changes.remove(folder, key_ids=[3, 13])
-    del own[3], own[13]
-    check()
-    changes.relabel(folder, "owl", key_ids=[0, 14])  # what a key was trained to give stays with it
-    check()
-    assert labels_of(folder)[0] == "owl"
-    files = store.read_manifest(folder).files
-    changes.configure(folder, alpha=2.0)
-    assert store.read_manifest(folder).files == files
-    changes.rebuild(folder, index="HNSW32")
-    check()
-    changes.rollback(folder, 1)
-    own = {i: values[i] for i in range(12)}
-    check()
-
-
-def test_backbone_errors_are_what_the_functions_say(pictures: Path, lit_mini: Backbone, tmp_path: Path) -> None:
-    from test_backbone import tiny
-
-    from retrieval_tip.backbones.loading import load_backbone
-
-    other = load_backbone(f"local-dir:{tiny(tmp_path / 'model')}", device="cpu")
-    new = open_source(photographs(tmp_path / "new", panda=range(4, 5)))
-    with pytest.raises(BackboneError, match="cannot be compared"):
-        changes.add(pictures, new, Encoder(other))
-    with pytest.raises(BackboneError, match="cannot be compared"):
-        changes.configure(pictures, templates=["a {}"], backbone=other)
-    assert changes.add(pictures, new, Encoder(lit_mini)).key_ids == [8]
 
 
 def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Path) -> None:

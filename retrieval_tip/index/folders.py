@@ -41,21 +41,17 @@ class FolderChange(Change):
 
     @property
     def cache(self) -> CacheModel:
-        """The index, to be edited."""
         return self._cache
 
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """See :meth:`Change.rebuild`."""
         self._cache.compact(index, dtype, again=True)
 
     def refit(self, beta: float) -> FormChoice:
-        """See :meth:`Change.refit`."""
         choice = closed_form.refit(self._cache, beta)
         self._cache.solve()
         return choice
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """See :meth:`Change.duplicates_of`."""
         cache = self._cache
         fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
         # Other indexes compare with very many keys.

@@ -11,26 +11,33 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, one_line
 from retrieval_tip.files import real
 
-CONNECT_SECONDS, ANSWER_SECONDS, RETRY_SECONDS, RETRIES = 4, 8, 10, 4
-"""Seconds that a server may take to be connected to and to answer; no request is tried again later or more often.
-One that cannot be reached has failed after ``RETRY_SECONDS + ANSWER_SECONDS``."""
-
-S3_CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-GCS_CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS to the file of a service account"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
-
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _UNLIKE = re.compile(r'[\\%#*\[\]{}^"<>|`]')
 """Characters that obstore and LanceDB would not both take for the same key."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds that a server may take to be connected to and to answer; a request is tried again ``retries`` times.
+
+    A server that cannot be reached has failed after ``retry + answer`` seconds.
+    """
+
+    connect: float = 4
+    answer: float = 8
+    retry: float = 10
+    retries: int = 4
+
+
+PATIENCE = Patience()
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,10 @@ class Address:
         """
         scheme, _, rest = text.partition("://")
         scheme = scheme.lower()
-        first = rest.partition("/")[0]
-        local = scheme == "lance"
-        if ("@" in first) if not local else (":" in first and "@" in first) or re.search(r"^[^/@]*:[^@]*@", rest):
+        local, first = scheme == "lance", rest.partition("/")[0]
+        if re.search(r"^[^/@]*:[^@]*@", rest) or ("@" in first and not local):
             raise UsageError(f"{scheme}://...: an address holds no user and password; {set_credentials(scheme)}")
-        if not local and ":" in first:  # a port, or a password with a slash in it: nothing of it is repeated
+        if ":" in first and not local:
             raise UsageError(f"{scheme}://...: an address begins with a bucket's name; a server is AWS_ENDPOINT_URL")
         rest, query, _ = rest.partition("?")
         shown = one_line(f"{scheme}://{rest}")
@@ -69,16 +75,14 @@ class Address:
         if local:
             path = Path(re.sub(r"^/+", "/", rest)).as_posix()
             if not rest or Path(path).name in ("", ".."):
-                raise UsageError(
-                    f"{shown}: no path; an address is lance://indexes/NAME, or lance:///NAME from the root"
-                )
+                raise UsageError(f"{shown}: no path; an address is lance://PATH, or lance:///PATH from the root")
             return cls("lance", "", path)
         bucket, _, prefix = rest.partition("/")
         parts = [part for part in prefix.split("/") if part]
         if not _BUCKET.fullmatch(bucket) or not parts:
-            what = "no path, and a store is no whole bucket" if parts == [] and bucket else "no bucket's name"
+            what = "no path, and a store is no whole bucket" if bucket and not parts else "no bucket's name"
             raise UsageError(f"{shown}: {what}; an address is {scheme}://BUCKET/NAME")
-        if "." in parts or ".." in parts:
+        if {".", ".."} & set(parts):
             raise UsageError(f"{shown}: '.' or '..' in an address of a bucket; give the path itself")
         if unlike := _UNLIKE.search(prefix):
             raise UsageError(f"{shown}: {unlike[0]!r} in an address, which not all programs read alike; leave it out")
@@ -100,58 +104,48 @@ class Address:
         return str(real(self.local) if ".." in self.local.parts else self.local.absolute())
 
 
-def storage_options(address: Address) -> dict[str, str]:
+def storage_options(address: Address, patience: Patience = PATIENCE) -> dict[str, str]:
     """Options of ``lancedb.connect``, which :class:`objects.Objects` follows too: both ask one server as patiently.
 
-    No credential is among it: those are read from the environment. Empty for a local folder. Raises StoreError where
-    the environment's endpoint is none.
+    No credential is among them: those are read from the environment. Empty for a local folder. Raises StoreError if
+    the environment's endpoint is wrong.
     """
     if address.local is not None:
         return {}
     options = {
-        "connect_timeout": f"{CONNECT_SECONDS}s",
-        "read_timeout": f"{ANSWER_SECONDS}s",
-        "client_max_retries": str(RETRIES),
-        "client_retry_timeout": str(RETRY_SECONDS),
+        "connect_timeout": f"{patience.connect}s",
+        "read_timeout": f"{patience.answer}s",
+        "client_max_retries": str(patience.retries),
+        "client_retry_timeout": f"{patience.retry:.0f}",
         "allow_http": str(_allow_http()).lower(),
     }
-    if endpoint := _endpoint(address):
-        options["aws_endpoint"] = endpoint
-    if address.scheme == "s3" and (region := _first_of(_REGIONS)):
-        options["aws_region"] = region
+    if address.scheme == "s3":  # of these variables, both clients know all, but not in one order
+        if variable := _first_set(_ENDPOINTS):
+            options["aws_endpoint"] = _endpoint(address, variable)
+        if variable := _first_set(_REGIONS):
+            options["aws_region"] = os.environ[variable]
     return options
 
 
 def set_credentials(scheme: str) -> str:
     """The advice how to give credentials."""
-    return f"set {GCS_CREDENTIALS if scheme == 'gs' else S3_CREDENTIALS} in the environment"
+    if scheme == "gs":
+        return "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account in the environment"
+    return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
 
 
-def _endpoint(address: Address) -> str | None:
-    """The server that the environment names: both clients know the three variables, but not in one order.
-
-    Raises StoreError where it is no address of one, holds a password, or has no TLS and that is not allowed.
-    """
-    endpoint = _first_of(_ENDPOINTS) if address.scheme == "s3" else None
-    if endpoint is None:
-        return None
-    variable = next(name for name in _ENDPOINTS if os.environ.get(name))
-    place = one_line(str(address))
-    try:
-        parts = urlsplit(endpoint)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        usable = False
-    if not usable or "@" in parts.netloc:
+def _endpoint(address: Address, variable: str) -> str:
+    """The server that a variable names. Raises StoreError for a wrong one, for a password, and for one without TLS."""
+    endpoint, place = os.environ[variable], one_line(str(address))
+    if not re.fullmatch(r"https?://[^\s/@\[\]]+/*", endpoint):
         raise StoreError(f"{place}: {variable} is not the address of a server; set it to https://HOST, without a user")
-    if parts.scheme == "http" and not _allow_http():
-        host = one_line(parts.netloc)
-        raise StoreError(f"{place}: {variable} names {host} without TLS; set AWS_ALLOW_HTTP=true if that is meant")
+    if endpoint.startswith("http:") and not _allow_http():
+        raise StoreError(f"{place}: {variable} names a server without TLS; set AWS_ALLOW_HTTP=true if that is meant")
     return endpoint.rstrip("/")
 
 
-def _first_of(names: Iterable[str]) -> str | None:
-    return next((value for name in names if (value := os.environ.get(name))), None)
+def _first_set(names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if os.environ.get(name)), None)
 
 
 def _allow_http() -> bool:

@@ -145,7 +145,6 @@ class LanceDraft(LanceModel, EditableIndex):
         return model
 
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
-        """See :meth:`CacheModel.add_classes`."""
         names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
         old, more = self.classes, ((0, len(names)), (0, 0))
         self.classes = Classes(
@@ -354,7 +353,6 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def solve(self) -> None:
-        """See :meth:`CacheModel.solve`."""
         if self.whole is not None:
             self._settled_whole().solve()
             self._follow()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
-import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 VECTOR, POINT, VERSION, ROW = "vector", "_point", "version", "_rowid"
+VALUES = {"float32": pa.float32(), "float16": pa.float16()}
 FLAT, CLASSES = "Flat", "Classes"
 """No index; and one over the class ids, by which the keys of a few classes are read."""
 KINDS = {"IvfFlat": 1, "IvfSq": 4, "HnswSq": 4}
@@ -78,7 +78,7 @@ def _session() -> Any:
 
 def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: bool = False) -> pa.Schema:
     """Columns of a table of keys of ``d`` values, and of their points."""
-    value = pa.float32() if dtype == "float32" else pa.float16()
+    value = VALUES[dtype]
     own = [*LABEL_SCHEMA, pa.field(VERSION, pa.int64())]
     vectors = [pa.field(name, pa.list_(value, d)) for name in ((VECTOR, POINT) if points else (VECTOR,))]
     return pa.schema([*own, *extra, *vectors])
@@ -139,7 +139,6 @@ class KeyTable:
         self.address, self.name = address, name
         self._table, self._process = table, os.getpid()
         self._lists: int | None = None
-        self._lock = threading.Lock()
 
     @classmethod
     def at(cls, address: Address, name: str, version: int) -> KeyTable:
@@ -214,28 +213,18 @@ class KeyTable:
         return POINT if self.has_points else VECTOR
 
     @property
-    def vectors(self) -> list[str]:
-        """The columns of keys and points."""
-        return [VECTOR, POINT] if self.has_points else [VECTOR]
-
-    @property
     def label_columns(self) -> list[str]:
         """All columns but these."""
         return [name for name in self.schema.names if name not in (VECTOR, POINT)]
 
     @property
-    def vector_type(self) -> tuple[int, str]:
-        """Length ``d`` and dtype of the keys. Raises StoreError where the table holds none."""
-        kind = self.schema.field(VECTOR).type if VECTOR in self.schema.names else None
-        own = all(field.type == self.schema.field(field.name).type for field in LABEL_SCHEMA if field.name in
-                  self.schema.names)  # fmt: skip
-        missing = set(LABEL_SCHEMA.names) - set(self.schema.names)
-        if missing or not own or kind is None or not pa.types.is_fixed_size_list(kind):
+    def vector_type(self) -> tuple[int, pa.DataType]:
+        """Length ``d`` and type of the keys' values. Raises StoreError if it is not a table of keys."""
+        schema = self.schema
+        if not {VECTOR, *LABEL_SCHEMA.names} <= set(schema.names):
             raise StoreError(f"{self.address}: its table is none of keys and labels; build the store again")
-        dtype = {pa.float32(): "float32", pa.float16(): "float16"}.get(kind.value_type)
-        if dtype is None:
-            raise StoreError(f"{self.address}: its keys are {kind.value_type}; build the store again")
-        return kind.list_size, dtype
+        kind = schema.field(VECTOR).type
+        return kind.list_size, kind.value_type
 
     def scan(
         self, columns: Sequence[str], where: str | None = None, *, with_rows: bool = False
@@ -309,39 +298,21 @@ class KeyTable:
             raise StoreError(f"{self.address}: class ids are out of range; check it with index verify")
         return ids
 
-    def index(self) -> str:
-        """The type of the index, ``Flat`` where there is none. Raises StoreError for one of keys that is of no dot."""
-        entry = self._entry()
-        if entry is None or list(entry.columns) == ["class_id"]:
-            return FLAT if entry is None else CLASSES
-        details = entry.index_details or {}
-        if str(details.get("metric_type", "DOT")).lower() != "dot":
-            raise StoreError(f"{self.address}: its index is by {details['metric_type']}, not dot; rebuild it")
-        names = {name.lower(): name for name in KINDS} | {"ivfhnswsq": "HnswSq"}
-        return names.get(str(entry.index_type).replace("_", "").lower(), str(entry.index_type))
-
-    def _entry(self) -> Any | None:
-        """The engine's own of the index over :attr:`met`, or else over the class ids; ``None`` where there is none."""
-        with _said(self.address, "reading its indexes"):
-            entries = {tuple(entry.columns): entry for entry in self.table.list_indices()}
-        return entries.get((self.met,), entries.get(("class_id",)))
-
-    def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray, IntArray]:
+    def search(self, features: FloatArray, k: int, kind: str) -> tuple[FloatArray, IntArray, IntArray]:
         """The ``k`` rows that the index finds nearest: affinities, largest first, row numbers, class ids, ``[q, k]``.
 
-        Affinities are float32 products with the keys, or their points, which come with the hits; the engine's own
-        ``_distance`` is 1 - affinity, of a compressed copy where the index has one. Where fewer are found, the rest has
-        row -1.
+        ``kind`` is the type of the index. Affinities are float32 products with the keys, or their points, which come
+        with the hits; the engine's own ``_distance`` may be that of a compressed copy. Slots without a hit have row -1.
         """
-        q, d = features.shape
+        (q, d), met = features.shape, self.met
         affinity = np.zeros((q, k), dtype=np.float32)
         rows, ids = np.full((q, k), -1), np.full((q, k), -1)
         step = max(1, SEARCHED // (k * d))
         for start in range(0, q, step):
             part = np.ascontiguousarray(features[start : start + step], dtype=np.float32)
-            hits = self._hits(part, k)
+            hits = self._hits(part, k, kind, met)
             query = hits["query_index"].to_numpy() if "query_index" in hits.column_names else np.zeros(len(hits), int)
-            products = np.einsum("md,md->m", part[query], self.matrix(hits[self._met]).astype(np.float32, copy=False))
+            products = np.einsum("md,md->m", part[query], self.matrix(hits[met]).astype(np.float32, copy=False))
             order = np.lexsort((-products, query))
             query = query[order]
             place = np.arange(len(query)) - np.searchsorted(query, query)
@@ -350,54 +321,42 @@ class KeyTable:
             ids[at] = hits["class_id"].to_numpy()[order]
         return affinity, rows, ids
 
-    def _hits(self, features: FloatArray, k: int) -> pa.Table:
-        kind, lists = self._searched()
+    def _hits(self, features: FloatArray, k: int, kind: str, met: str) -> pa.Table:
+        lists = self._lists = self._lists or lists_for(self.rows, kind)
         with _said(self.address, "searching its table"):
-            query = self.table.search(features, vector_column_name=self._met).distance_type("dot").limit(k)
-            query = query.select(["class_id", self._met, "_distance"]).with_row_id(True)
-            if kind != FLAT:
-                query = query.nprobes(min(lists, max(8, round(PROBED * lists))))
-            if KINDS.get(kind, 1) > 1:
+            query = self.table.search(features, vector_column_name=met).distance_type("dot").limit(k)
+            query = query.select(["class_id", met, "_distance"]).with_row_id(True)
+            query = query.nprobes(min(lists, max(8, round(PROBED * lists))))
+            if KINDS[kind] > 1:
                 query = query.refine_factor(KINDS[kind])
             if kind == "HnswSq":
                 query = query.ef(max(128, 2 * k) * KINDS[kind])
             hits: pa.Table = query.to_arrow()
         return hits
 
-    def _searched(self) -> tuple[str, int]:
-        """The type of the index and its number of lists."""
-        with self._lock:
-            if self._lists is None:
-                self._kind, self._met = self.index(), self.met
-                self._lists = lists_for(self.rows, self._kind)
-            return self._kind, self._lists
-
     def append(self, rows: pa.Table) -> None:
-        """Add rows; columns that the table lacks are added to it. Raises StoreError where another process writes."""
+        """Add rows; columns that the table lacks are added to it."""
         there = self.schema
         new = [rows.schema.field(name) for name in rows.column_names if name not in there.names]
         if new:
-            with self._next("adding columns"):
+            with _said(self.address, "adding columns"):
                 self.table.add_columns(pa.schema(new))
             there = self.schema
         lacking = [name for name in there.names if name not in rows.column_names]
         for name in lacking:
             rows = rows.append_column(name, pa.nulls(len(rows), there.field(name).type))
-        with self._next("adding rows"):
+        with _said(self.address, "adding rows"):
             self.table.add(rows.select(there.names).cast(there))
 
     def delete(self, key_ids: Sequence[int]) -> None:
-        """Remove the rows of these keys. Raises StoreError where another process writes."""
+        """Remove the rows of these keys."""
         for start in range(0, len(key_ids), ASKED_AT_ONCE):
-            with self._next("removing rows"):
+            with _said(self.address, "removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
     def change(self, where: str, values: dict[str, Any] | None = None, *, sql: dict[str, str] | None = None) -> None:
-        """Set columns of the rows that match a condition, to ``values`` or to what ``sql`` computes from the row.
-
-        Raises StoreError as :meth:`delete`.
-        """
-        with self._next("changing rows"):
+        """Set columns of the rows that match a condition, to ``values`` or to what ``sql`` computes from the row."""
+        with _said(self.address, "changing rows"):
             self.table.update(where=where, values=values, values_sql=sql)
 
     def restore(self, version: int) -> None:
@@ -405,17 +364,6 @@ class KeyTable:
         with _said(self.address, f"going back to version {version} of its table"):
             self.table.checkout(version)
             self.table.restore()
-
-    @contextmanager
-    def _next(self, what: str) -> Iterator[None]:
-        """One write that makes the next version of the table, and no other one's between."""
-        before = self.version
-        with _said(self.address, what):
-            yield
-        if self.version != before + 1:
-            raise StoreError(
-                f"{self.address}: was written by another process meanwhile; nothing was changed, try again"
-            )
 
     def build_index(self, kind: str) -> None:
         """Build the index over all keys, or their points, or class ids (``Classes``), anew, or have none (``Flat``)."""
@@ -427,32 +375,34 @@ class KeyTable:
                 self.table.create_index("class_id", config=lancedb().index.BTree())
             elif kind != FLAT:
                 config = getattr(lancedb().index, kind)
-                lists, settings = (
-                    lists_for(self.rows, kind),
-                    {"sample_rate": TRAINED_ON, "max_iterations": KMEANS_ITERATIONS},
+                self.table.create_index(
+                    self.met,
+                    config=config(
+                        distance_type="dot",
+                        num_partitions=lists_for(self.rows, kind),
+                        sample_rate=TRAINED_ON,
+                        max_iterations=KMEANS_ITERATIONS,
+                    ),
                 )
-                self.table.create_index(self.met, config=config(distance_type="dot", num_partitions=lists, **settings))
 
     def drop_points(self) -> None:
         """Have the points no more, nor the index over them."""
         self.build_index(FLAT)
-        with self._next("removing points"):
+        with _said(self.address, "removing points"):
             self.table.drop_columns([POINT])
 
     def unindexed(self) -> int:
         """Rows that the index does not hold; 0 where there is none."""
-        entry = self._entry()
         with _said(self.address, "reading its index"):
-            stats = None if entry is None else self.table.index_stats(entry.name)
-        return 0 if stats is None else int(stats.num_unindexed_rows)
+            stats = [self.table.index_stats(entry.name) for entry in self.table.list_indices()]
+        return max((int(own.num_unindexed_rows) for own in stats if own is not None), default=0)
 
     @property
     def fragments(self) -> int:
         """Number of pieces that the rows are in."""
         with _said(self.address, "reading its statistics"):
             stats = self.table.stats()
-        fragments = stats["fragment_stats"] if isinstance(stats, dict) else stats.fragment_stats
-        return int(fragments["num_fragments"] if isinstance(fragments, dict) else fragments.num_fragments)
+        return int(stats["fragment_stats"]["num_fragments"])
 
     def optimize(self) -> None:
         """Put small pieces together, and what is beside the index into it; no version is given up."""
@@ -461,29 +411,30 @@ class KeyTable:
             self.table.optimize(cleanup_older_than=FOREVER)  # its own default gives up versions after seven days
 
     def prune(self, kept: Sequence[int]) -> None:
-        """Give up versions before the first of those to be kept, and the data that only they have."""
+        """Give up versions before the first of those to be kept, and the data that only they have.
+
+        The engine gives up by age and refuses what has a tag, so versions to be kept are tagged meanwhile.
+        """
         tags = {f"{TAG}{uuid.uuid4().hex}": version for version in kept}
         try:
             with _said(self.address, "marking versions"):
-                for tag in self.table.tags.list():  # of one that was killed here: they would keep versions for ever
+                for tag in self.table.tags.list():  # of a writer that was killed here
                     if tag.startswith(TAG):
                         self.table.tags.delete(tag)
-                for tag, version in tags.items():  # the engine refuses to give up what has a tag: a net
+                for tag, version in tags.items():
                     self.table.tags.create(tag, version)
                 made = {entry["version"]: entry["timestamp"] for entry in self.table.list_versions()}
             self.optimize()  # so that giving up comes at once below: its clock starts when it is asked
-            slack = datetime.timedelta(seconds=0.002)
             oldest = min(made[version] for version in kept)  # a clock that was set back since makes that a later one
-            while True:
+            for slack in (datetime.timedelta(seconds=0.002 * 2**doubled) for doubled in range(22)):  # time goes by
                 age = max(datetime.datetime.now(oldest.tzinfo) - oldest, datetime.timedelta()) + slack
                 try:
                     with _said(self.address, "giving up versions"):
                         self.table.optimize(cleanup_older_than=age)
                     return
                 except StoreError as error:
-                    if "tagged" not in str(error) or slack > datetime.timedelta(hours=1):
+                    if "tagged" not in str(error):
                         raise
-                slack *= 2  # time went by before it looked
         finally:
             with suppress(Exception):
                 for tag in tags:

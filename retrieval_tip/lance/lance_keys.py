@@ -190,6 +190,6 @@ class LanceRetrieval(Retrieval):
             return self.keys.nearest(points, k)
         if self.by_class:
             return self.nearest_of_classes(points, self._near_classes(points, k), k)
-        hits = self.keys.table.search(points.cpu().numpy(), k)
+        hits = self.keys.table.search(points.cpu().numpy(), k, self.kind)
         affinity, rows, ids = (torch.from_numpy(part).to(points.device) for part in hits)
         return Nearest(affinity, rows, ids.masked_fill_(rows < 0, self.keys.n_classes))

@@ -28,7 +28,7 @@ from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
 from retrieval_tip.lance.key_table import FLAT, POINT, VECTOR, VERSION, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
 from retrieval_tip.lance.row_digest import hexadecimal, with_rows
-from retrieval_tip.lance.versions import Classes, LanceVersions
+from retrieval_tip.lance.versions import RESTORE, Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.retrieval.logits import Retrieval
@@ -104,24 +104,29 @@ class LanceModel(AnsweringIndex):
 
     @classmethod
     def _of(cls, place: LanceVersions, manifest: Manifest, table: KeyTable, device: str, **more: Any) -> Self:
-        names, arrays = ("settings", "templates", "provenance", "built", "dtype", "fitted"), place.arrays(manifest)
+        arrays = place.arrays(manifest)
         model = cls(
             store=place,
             table=table,
             classes=place.classes(manifest),
+            dtype=manifest.dtype,
             next_key_id=manifest.next_key_id or 1,
             index_type=manifest.index,
+            settings=manifest.settings,
+            templates=manifest.templates,
             backbone=Identity.from_dict(manifest.backbone) if manifest.backbone else None,
+            provenance=manifest.provenance,
+            built=manifest.built,
             device=device,
             manifest=manifest,
             version=manifest.version,
-            metric=metric_of(arrays["metric"]) if "metric" in arrays else None,
-            second=arrays.get("second"),
-            **{name: getattr(manifest, name) for name in names},
+            metric=None if arrays.metric is None else metric_of(arrays.metric),
+            fitted=manifest.fitted,
+            second=arrays.second,
             **more,
         )
-        if "values" in arrays:
-            model.hold(arrays["values"])
+        if arrays.values is not None:
+            model.hold(arrays.values)
         return model
 
     def hold(self, values: npt.NDArray[np.float32]) -> None:
@@ -132,7 +137,6 @@ class LanceModel(AnsweringIndex):
         self._follow()
 
     def in_memory(self) -> CacheModel:
-        """See :meth:`answering.AnsweringIndex.in_memory`."""
         if self.whole is not None:
             return self.whole.with_settings(self.settings)
         self._check_taken(self.n)
@@ -212,7 +216,6 @@ class LanceModel(AnsweringIndex):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """See :meth:`answering.AnsweringIndex.find`."""
         columns = self.table.label_columns
         if key_ids:
             rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
@@ -274,7 +277,6 @@ class LanceModel(AnsweringIndex):
         return keys
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-        """See :meth:`answering.AnsweringIndex.stored_blocks`."""
         return self.blocks_of([name for name in self.table.label_columns if name != VERSION])
 
     def blocks_of(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
@@ -288,12 +290,12 @@ class LanceModel(AnsweringIndex):
             self.whole.with_settings(self.settings).save(folder, change)
             return
         labels = self.labels.drop_columns([VERSION]).sort_by(IN_ORDER)
-        key_ids = labels["key_id"].to_numpy()
-        by_id = np.argsort(key_ids)
+        places = np.argsort(labels["key_id"].to_numpy())
+        key_ids = labels["key_id"].to_numpy()[places]
         with write(Path(folder)) as writer:
             staged, array = writer.stage_array("keys", (self.n, self.d), self.dtype)
             for part, keys in self.stored_blocks():
-                array[by_id[np.searchsorted(key_ids, part["key_id"].to_numpy(), sorter=by_id)]] = keys
+                array[places[np.searchsorted(key_ids, part["key_id"].to_numpy())]] = keys
             array.flush()  # type: ignore[attr-defined]  # a memmap
             del array
             keys = np.load(writer.seal("keys", staged, self.n), mmap_mode="c")
@@ -301,19 +303,23 @@ class LanceModel(AnsweringIndex):
 
     def _in_memory(self, keys: npt.NDArray[Any], labels: pa.Table) -> CacheModel:
         """A classifier over keys and their labels, grouped by class, with this metric and these settings; exact."""
-        names = ("settings", "templates", "backbone", "provenance", "built", "metric", "fitted")
-        ids = labels["class_id"].to_numpy().astype(np.int64)
-        points = points_of(self.metric, keys, self.device)
+        ids, points = labels["class_id"].to_numpy().astype(np.int64), points_of(self.metric, keys, self.device)
         return CacheModel(
             keys=keys,
             labels=labels,
             class_names=self.class_names,
             text_weights=self.text_weights,
             index=index_over(keys if points is None else points, ids, len(self.class_names), FLAT, self.device),
-            points=points,
+            settings=self.settings,
+            templates=self.templates,
+            backbone=self.backbone,
+            provenance=self.provenance,
             device=self.device,
             next_key_id=self.next_key_id,
-            **{name: getattr(self, name) for name in names},
+            metric=self.metric,
+            points=points,
+            fitted=self.fitted,
+            built=self.built,
         )
 
     @property
@@ -343,60 +349,39 @@ def verify(place: LanceVersions) -> LanceModel:
 
 
 def check(place: LanceVersions, manifest: Manifest, seen: set[tuple[str, str]]) -> LanceModel:
-    """Check every row and every object of a version, and that they fit together; return it, opened.
+    """Check every row and object of a version, and that they fit together; return it, opened.
 
     Files that were ``seen`` are not read again (:meth:`LanceVersions.check_files`), others are added to them. Raises
     StoreError naming what is damaged or does not fit.
     """
     place.check_files(manifest, seen)
     model = LanceModel._of(place, manifest, place.table(manifest), "cpu")
-    remedy = "go back to a version before, or build the store again"
-    small: list[npt.NDArray[Any]] = [model.classes.text, model.classes.sums, *place.arrays(manifest).values()]
-    if not all(bool(np.isfinite(array).all()) for array in small):
-        raise StoreError(f"{place}: text weights, sums, metric or values that are not finite; {remedy}")
-    _check_rows(model, remedy)
-    if model.table.index() != model.index_type:
-        raise StoreError(f"{place}: has another index than its manifest says; mend it with index rebuild --index auto")
+    _check_rows(model)
     return model
 
 
-def _check_rows(model: LanceModel, remedy: str) -> None:
-    """Raise StoreError where rows of the table do not fit each other, or what is known of their classes."""
+def _check_rows(model: LanceModel) -> None:
+    """Raise StoreError if rows differ from their digest, or do not add up to what is known of their classes."""
     place, classes, c = model.store, model.classes, len(model.class_names)
     of_keys, of_points = Along(c, model.d, LEAST), Along(c, model.d, LEAST)
-    seen: list[IntArray] = []
     known = None if model.manifest is None or model.manifest.digests is None else model.manifest.digests.rows
-    digest = None if known is None else 0
-    names = pa.array(model.class_names, pa.string())
+    digest = 0
     for batch in model.table.scan(model.table.schema.names):
-        own, keys = batch.select(["key_id", "class_id", "label"]), model.table.matrix(batch[VECTOR])
-        if any(column.null_count for column in own.columns):
-            raise StoreError(f"{place}: rows without key id, class id or label; {remedy}")
-        ids = own["class_id"].to_numpy().astype(np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < c:
-            raise StoreError(f"{place}: class ids are out of range; {remedy}")
-        if not own["label"].equals(names.take(pa.array(ids))):
-            raise StoreError(f"{place}: labels are not those of their class ids; {remedy}")
-        if not np.isfinite(keys).all():
-            raise StoreError(f"{place}: keys that are not finite; {remedy}")
+        try:
+            digest = digest if known is None else with_rows(digest, batch)
+        except (InputError, ValueError) as error:
+            raise StoreError(f"{place}: {first_line(error)}; {RESTORE}") from None
+        ids, keys = model.table.class_ids(batch["class_id"], c), model.table.matrix(batch[VECTOR])
         of_keys.count(keys, ids)
         if model.table.has_points:
             points, expected = model.table.matrix(batch[POINT]), points_of(model.metric, keys, "cpu")
             if expected is None or not np.allclose(points, expected, atol=MOVED[model.dtype]):
                 raise StoreError(f"{place}: points that are not those of their keys; mend them with index rebuild")
             of_points.count(points, ids)
-        seen.append(own["key_id"].to_numpy())
-        try:
-            digest = None if digest is None else with_rows(digest, batch)
-        except (InputError, ValueError) as error:
-            raise StoreError(f"{place}: {first_line(error)}; {remedy}") from None
-    every = np.concatenate(seen)
-    if len(np.unique(every)) != len(every) or every.max() >= model.next_key_id:
-        raise StoreError(f"{place}: key ids are there twice, or were never given; {remedy}")
-    if digest is not None and hexadecimal(digest) != known:
-        raise StoreError(f"{place}: rows are damaged (their digest is not the manifest's); {remedy}")
+    if known is not None and hexadecimal(digest) != known:
+        raise StoreError(f"{place}: rows are damaged (their digest is not the manifest's); {RESTORE}")
     fit = of_keys.has(classes.counts, classes.sums)
     if not fit or (classes.points is not None and not of_points.has(classes.counts, classes.points)):
-        raise StoreError(f"{place}: keys do not add up to what is known of their classes; {remedy}")
+        raise StoreError(f"{place}: keys do not add up to what is known of their classes; {RESTORE}")
     if model.second is not None and not of_keys.has_second(model.second):
         raise StoreError(f"{place}: products of keys do not add up to what is known of them; fit the index again")

@@ -41,7 +41,6 @@ class LanceStore(LanceVersions, Store):
         return self.address.local
 
     def stamp(self) -> Hashable:
-        """See :meth:`Store.stamp`."""
         return time.monotonic_ns()
 
     def create(self, material: Material) -> LanceModel:
@@ -124,7 +123,6 @@ class LanceStore(LanceVersions, Store):
 
     @contextmanager
     def change(self) -> Iterator[Change]:
-        """See :meth:`Store.change`."""
         with self._draft() as (draft, change):
             yield change
             if change.what:
@@ -142,7 +140,6 @@ class LanceStore(LanceVersions, Store):
     def fit(
         self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
     ) -> FormChoice:
-        """See :meth:`Store.fit`."""
         from retrieval_tip.lance import shots
 
         model = None if queries is None else self.load(device="cpu")
@@ -158,15 +155,12 @@ class LanceStore(LanceVersions, Store):
         """There is no trained encoder."""
 
     def has_text(self, manifest: Manifest) -> bool:
-        """See :meth:`Store.has_text`."""
         return bool(self.classes(manifest).text.any())
 
     def next_key_id(self, manifest: Manifest) -> int:
-        """See :meth:`Store.next_key_id`."""
         return manifest.next_key_id or 0
 
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
-        """See :meth:`Store.read_labels`."""
         return self.table(manifest).read(columns)
 
     def verify(self) -> LanceModel:
@@ -176,7 +170,6 @@ class LanceStore(LanceVersions, Store):
         return verify(self)
 
     def check(self, manifest: Manifest) -> None:
-        """See :meth:`Store.check`."""
         from retrieval_tip.lance.lance_model import check
 
         check(self, manifest, set())
@@ -190,7 +183,6 @@ class LanceChange(Change):
 
     @property
     def cache(self) -> LanceDraft:
-        """The index, to be edited."""
         return self._draft
 
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
@@ -198,7 +190,6 @@ class LanceChange(Change):
         self._draft.rewrite(index, dtype)
 
     def refit(self, beta: float) -> FormChoice:
-        """See :meth:`Change.refit`."""
         from retrieval_tip.lance import shots
 
         return shots.refit(self._draft, beta)

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retrieval_tip.errors import StoreError, one_line
 from retrieval_tip.lance.objects import Objects
@@ -37,20 +37,18 @@ MOST_BYTES = 1 << 14
 
 
 @contextmanager
-def held(objects: Objects, wait: float | None = None) -> Iterator[Callable[[], None]]:
-    """The right to be the one writer of a store, within the context; one waits its turn, up to ``wait`` seconds.
+def held(objects: Objects, wait: float | None = None, seconds: float | None = None) -> Iterator[Callable[[], None]]:
+    """Be the one writer of a store within the context; wait for it up to ``wait`` seconds (:data:`lock.LOCK_WAIT`).
 
-    By default that is :data:`lock.LOCK_WAIT`.
-
-    It is given as a function to be called right before a commit, which raises StoreError where another may have taken
-    it meanwhile. Any exception ends it too. One whose process died holds it for :data:`LEASE` seconds in a bucket, and
-    no longer at all on a disk. Raises StoreError: another one writes, or the disk or the service fails.
+    Yields a function to be called right before a commit, which raises StoreError if another may have taken over. A
+    process that died holds it for ``seconds`` (:data:`LEASE`) in a bucket, and no longer on a disk. Raises StoreError
+    if another one writes, or the disk or the service fails.
     """
     if objects.address.local is not None:
         with locked(objects.address.local, objects.address, wait):
             yield lambda: None  # the system keeps it
         return
-    lease = _Lease(objects)
+    lease = _Lease(objects, LEASE if seconds is None else seconds)
     try:
         lease.take(lock.LOCK_WAIT if wait is None else wait)
         yield lease.still_held
@@ -61,8 +59,8 @@ def held(objects: Objects, wait: float | None = None) -> Iterator[Callable[[], N
 class _Lease:
     """The lease in a bucket. All that is written says whose it is, so that nobody takes another's for its own."""
 
-    def __init__(self, objects: Objects) -> None:
-        self._objects, self._token, self._beats = objects, uuid.uuid4().hex, 0
+    def __init__(self, objects: Objects, seconds: float) -> None:
+        self._objects, self._seconds, self._token, self._beats = objects, seconds, uuid.uuid4().hex, 0
         self._version: UpdateVersion | None = None
         self._lost: str | None = None
         self._renewed = 0.0
@@ -77,11 +75,12 @@ class _Lease:
             now = time.monotonic()  # after the look: what is seen is not older
             if look != seen:
                 seen, since = look, now
-            if (version is None or said.get("released") is True or now - since >= LEASE) and self._write(version):
+            free = version is None or said.get("released") is True or now - since >= self._seconds
+            if free and self._write(version):
                 break
             if time.monotonic() >= until:
                 raise busy(self._objects.address, _owner(said))
-            time.sleep(max(0.0, min(POLL, LEASE / 8, until - time.monotonic())))
+            time.sleep(max(0.0, min(POLL, self._seconds / 8, until - time.monotonic())))
         self._thread.start()
 
     def still_held(self) -> None:
@@ -92,7 +91,7 @@ class _Lease:
             raise StoreError(one_line(text))
 
     def release(self) -> None:
-        """Let the next one have it. What fails here costs that one :data:`LEASE` seconds, and nothing else."""
+        """Let the next one have it. What fails here costs that one some seconds, and nothing else."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()  # or else a late sign of life would take the release back
@@ -101,7 +100,7 @@ class _Lease:
             if self._taken_by(said) is None:
                 self._write(version, released=True)
 
-    def _look(self) -> tuple[dict[str, Any], UpdateVersion | None]:
+    def _look(self) -> tuple[dict[str, object], UpdateVersion | None]:
         """The facts of the lease and its version; ``None`` where there is none.
 
         One that is damaged has no facts, and ends as that of a dead holder does.
@@ -131,19 +130,19 @@ class _Lease:
 
     def _live(self) -> None:
         """Give signs of life until it is released or lost."""
-        while self._lost is None and not self._ended.wait(LEASE / 4):
+        while self._lost is None and not self._ended.wait(self._seconds / 4):
             try:
                 if not self._write(self._version):
                     self._lost = self._taken_by(self._look()[0])
             except StoreError as error:
-                if time.monotonic() - self._renewed >= LEASE:
+                if time.monotonic() - self._renewed >= self._seconds:
                     self._lost = f"it could not be renewed: {error}"
 
-    def _taken_by(self, said: dict[str, Any]) -> str | None:
+    def _taken_by(self, said: dict[str, object]) -> str | None:
         """The loss of the lease, in words; ``None``: it is ours."""
         return None if said.get("token") == self._token else f"it was taken over by {_owner(said)}"
 
 
-def _owner(said: dict[str, Any]) -> str:
+def _owner(said: dict[str, object]) -> str:
     owner = said.get("owner")
     return ascii(owner[:200]).strip("'") if isinstance(owner, str) and owner else "another process"

@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from retrieval_tip.errors import StoreError, UsageError, one_line
 from retrieval_tip.files import make_folders, sync
-from retrieval_tip.lance import address
-from retrieval_tip.lance.address import Address, set_credentials, storage_options
+from retrieval_tip.lance.address import PATIENCE, Address, Patience, set_credentials, storage_options
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode, PutResult, UpdateVersion
-    from obstore.store import GCSStore, LocalStore, S3Store
+    from obstore.store import ClientConfig, GCSStore, LocalStore, RetryConfig, S3Config, S3Store
 
     Client = GCSStore | LocalStore | S3Store
 
@@ -46,13 +45,13 @@ class Objects:
     service refuses, cannot be reached or cannot be understood, and for a name that no object can have.
     """
 
-    def __init__(self, place: Address) -> None:
-        self.address, self._root = place, place.local
+    def __init__(self, place: Address, patience: Patience = PATIENCE) -> None:
+        self.address, self._root, self._patience = place, place.local, patience
         try:
             import obstore  # noqa: F401 - only whether it is there
         except ImportError:
             raise UsageError(f"{one_line(str(place))}: needs pip install 'retrieval-tip[distributed]'") from None
-        self._bucket = None if self._root is not None else self._connected(address.ANSWER_SECONDS)
+        self._bucket = None if self._root is not None else self._connected(patience.answer)
 
     def get(self, name: str, most: int | None = None) -> bytes:
         """All of an object. Raises FileNotFoundError; StoreError too where it has more than ``most`` bytes."""
@@ -171,19 +170,27 @@ class Objects:
         from obstore.exceptions import BaseError
         from obstore.store import GCSStore, S3Store
 
-        own, options = self.address, storage_options(self.address)
-        config: Any = {name: options[f"aws_{name}"] for name in ("endpoint", "region") if f"aws_{name}" in options}
-        client: Any = {
-            "connect_timeout": timedelta(seconds=address.CONNECT_SECONDS),
+        own, options = self.address, storage_options(self.address, self._patience)
+        client: ClientConfig = {
+            "connect_timeout": timedelta(seconds=self._patience.connect),
             "read_timeout": timedelta(seconds=seconds),
             "timeout": timedelta(minutes=10),
             "allow_http": options["allow_http"] == "true",  # the environment's is not read where options are given
         }
-        retry: Any = {"max_retries": address.RETRIES, "retry_timeout": timedelta(seconds=address.RETRY_SECONDS)}
+        retry: RetryConfig = {
+            "max_retries": self._patience.retries,
+            "retry_timeout": timedelta(seconds=self._patience.retry),
+        }
+        config: S3Config = {}
+        if "aws_endpoint" in options:
+            config["endpoint"] = options["aws_endpoint"]
+        if "aws_region" in options:
+            config["region"] = options["aws_region"]
         try:
-            kind = GCSStore if own.scheme == "gs" else S3Store
-            return kind(own.bucket, prefix=own.path, config=config, client_options=client, retry_config=retry)
-        except (BaseError, ValueError, OSError) as error:  # e.g. a file of credentials that is none
+            if own.scheme == "gs":
+                return GCSStore(own.bucket, prefix=own.path, client_options=client, retry_config=retry)
+            return S3Store(own.bucket, prefix=own.path, config=config, client_options=client, retry_config=retry)
+        except (BaseError, ValueError, OSError) as error:  # e.g. a damaged file of credentials
             raise self._explained("connected to", "", error) from None
 
     def _asked(self, what: str, name: str, ask: Callable[[Client], T]) -> T:
@@ -214,50 +221,42 @@ class Objects:
         return isinstance(error, FileNotFoundError) and not _is_bucket_missing(str(error))
 
     def _explained(self, what: str, name: str, error: Exception) -> StoreError:
-        """One line of an error whose text has many, among them what the server said, which may repeat a key's id."""
+        """Say in one line what went wrong: the error's text has many, and may repeat what a server said of a key."""
         text, scheme = str(error), self.address.scheme
-        code = (re.search(r"<Code>(\w{1,64})</Code>", text) or ("", ""))[1]
-        status = (re.search(r"status code: (\d{3})", text) or ("", ""))[1]
-        url = (re.search(r"Error performing [A-Z]+ (\S+)", text) or ("", ""))[1]
-        said = code or f"status {status}"
-        denied = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError") or status in ("401", "403")
-        unasked = not url and re.search(
-            r"Missing ?(AccessKeyId|SecretAccessKey)|service account|credential", text, re.I
-        )
+
+        def found(pattern: str) -> str:
+            return (re.search(pattern, text) or ("", ""))[1]
+
+        code, status = found(r"<Code>(\w{1,64})</Code>"), found(r"status code: (\d{3})")
+        said, url = code or f"status {status}", found(r"Error performing [A-Z]+ (\S+)")
         if self._root is not None and (number := _number(error)):
             why = f"cannot be {what}: {os.strerror(number)}"
             if "UnableToCopyFile" in text and number in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
                 why = f"cannot be {what}: the file system has no hard links, which a commit needs; use another disk"
         elif _is_bucket_missing(text):
             why = f"no such bucket; make {self.address.bucket}, or give another address"
-        elif unasked or re.search(r"^https?://[^/]+/(latest/(api/token|meta-data)|computeMetadata)\b", url):
+        elif re.search(r"^https?://[^/]+/(latest/(api/token|meta-data)|computeMetadata)\b", url) or (
+            not url and re.search(r"Missing ?(AccessKeyId|SecretAccessKey)|service account|credential", text, re.I)
+        ):
             why = f"no credentials; {set_credentials(scheme)}"
-        elif code in ("PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed") or (
-            status[:1] == "3" or "BareRedirect" in text
+        elif (
+            "Redirect" in code or code == "AuthorizationHeaderMalformed" or status[:1] == "3" or "BareRedirect" in text
         ):
             why = "the bucket is in another region; set AWS_REGION to its own"
-        elif denied:
+        elif status in ("401", "403") or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
             why = f"access denied ({said}); {set_credentials(scheme)}, of an account that may"
-        elif url and not status:
-            host = urlsplit(url).netloc.rpartition("@")[2]
-            if re.search("InvalidCertificate|UnknownIssuer|invalid peer certificate", text):
-                why = f"the certificate of {host} is not trusted"
-            elif "kind: Timeout" in text or "TimedOut" in text:
-                why = f"no answer from {host}"
-            else:
-                why = f"cannot connect to {host}"
-            why += "; is it the right server, and running? " + (
-                "It is set by AWS_ENDPOINT_URL, with AWS_ALLOW_HTTP=true for one without TLS"
-                if scheme == "s3"
-                else "Is there a network?"
-            )
         elif status:
             why = f"the service answers {said}; try later, or ask who runs it"
+        elif url:
+            silent = "kind: Timeout" in text or "TimedOut" in text
+            why = "no answer from" if silent else "cannot connect to"
+            why += (
+                f" {urlsplit(url).netloc.rpartition('@')[2]}; is it the right server (AWS_ENDPOINT_URL), and running?"
+            )
         else:
             line = text.partition("\n")[0].partition("<")[0].strip() or type(error).__name__
             why = re.sub(r"//[^/\s]*@", "//", line)[:200]
-        place = f"{self.address}/{name}" if name else str(self.address)
-        return StoreError(one_line(f"{place}: {why}"))
+        return StoreError(one_line(f"{self.address}{'/' if name else ''}{name}: {why}"))
 
 
 @functools.cache

@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +37,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retrieval_tip.data.tables import vectors
-from retrieval_tip.errors import StoreError, UsageError, first_line
+from retrieval_tip.errors import StoreError, UsageError
 from retrieval_tip.files import sha256_of, sync
 from retrieval_tip.lance import lease
 from retrieval_tip.lance.address import Address
-from retrieval_tip.lance.key_table import KeyTable
+from retrieval_tip.lance.key_table import VALUES, KeyTable
 from retrieval_tip.lance.objects import Objects, flush
 from retrieval_tip.lance.row_digest import hexadecimal
 from retrieval_tip.store import history
@@ -55,6 +54,7 @@ T = TypeVar("T")
 TABLE = "keys"
 DIGESTED = ("data", "_deletions", "_indices")
 """Folders of a table on a disk whose files have digests. Their names are never used twice."""
+RESTORE = "go back to a version before, or build the store again"
 PRUNED_EVERY = 16
 """Versions from one that gives up those of the table to the next: that puts all small pieces together anew."""
 OBJECT_BYTES = 1 << 34
@@ -87,24 +87,25 @@ class Classes:
         return sink.getvalue()
 
     @classmethod
-    def from_bytes(cls, raw: bytes, manifest: Manifest, name: str) -> Classes:
-        """The inverse of :meth:`to_bytes`. Raises StoreError where it is not that of the manifest."""
-        damaged = f"{name}: does not fit its manifest; go back to a version before, or build the store again"
-        try:
-            table = pq.read_table(io.BytesIO(raw))
-            text, *sums = (
-                table[column].combine_chunks().flatten().to_numpy().reshape(-1, manifest.d).copy()
-                for column in ("text", "sum", *(("point_sum",) if manifest.has_points else ()))
-            )
-            classes = cls(manifest.class_names, text, table["keys"].to_numpy().astype(np.int64), *sums)
-            names = table["label"].to_pylist()
-        except (OSError, KeyError, ValueError, AttributeError, pa.ArrowException) as error:
-            raise StoreError(f"{damaged} ({first_line(error)})") from None
-        whole = text.dtype == np.float32 and all(part.dtype == np.float64 for part in sums)
-        whole = whole and all(len(part) == len(names) for part in (text, *sums))
-        if not whole or names != manifest.class_names or classes.counts.sum() != manifest.n or classes.counts.min() < 0:
-            raise StoreError(damaged)
-        return classes
+    def from_bytes(cls, raw: bytes, d: int) -> Classes:
+        """The inverse of :meth:`to_bytes`, for features of length ``d``."""
+        table = pq.read_table(io.BytesIO(raw))
+
+        def matrix(name: str) -> npt.NDArray[np.float64]:
+            values: npt.NDArray[np.float64] = table[name].combine_chunks().flatten().to_numpy().reshape(-1, d).copy()
+            return values
+
+        points = matrix("point_sum") if "point_sum" in table.column_names else None
+        text, counts = matrix("text").astype(np.float32), table["keys"].to_numpy().astype(np.int64)
+        return cls(table["label"].to_pylist(), text, counts, matrix("sum"), points)
+
+
+class Arrays(NamedTuple):
+    """Arrays of a version, as far as it has them: ``[d, d]``, ``[1 + d, d]`` and ``[n, c]``."""
+
+    second: npt.NDArray[np.float64] | None
+    metric: npt.NDArray[np.float32] | None
+    values: npt.NDArray[np.float32] | None
 
 
 class TableWriter:
@@ -183,20 +184,19 @@ class TableWriter:
 
         Only new files are read. Raises StoreError where one cannot be.
         """
-        engine, root = _engine_name(table), self.store.address.local
+        engine = _engine_name(table)
         before = {} if self.parent is None or self.parent.digests is None else self.parent.digests.files
         files = {}
         with suppress(FileNotFoundError):  # an engine of another version may name it in another way
             files[engine] = hashlib.sha256(self.store.objects.get(engine)).hexdigest()
         for path, changed in sorted(self.store.table_files()):
-            name = str(path).removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
-            if name.split("/")[1] not in DIGESTED:
-                continue
-            if (path, changed) not in self._files:
-                with self._on_disk("read"):
-                    files[name] = sha256_of(path)
-            elif name in before:
-                files[name] = before[name]
+            name = path.relative_to(self.store.root).as_posix()
+            if name.split("/")[1] in DIGESTED:
+                if (path, changed) not in self._files:
+                    with self._on_disk("read"):
+                        files[name] = sha256_of(path)
+                elif name in before:
+                    files[name] = before[name]
         return TableDigests(None if rows is None else hexadecimal(rows), files)
 
     @contextmanager
@@ -210,10 +210,11 @@ class TableWriter:
 
     def _flush(self) -> None:
         """Flush the files of the table that are new on a disk, and the folders that hold them."""
-        root, new = self.store.address.local, [path for path, _ in self.store.table_files() - self._files]
+        new = [path for path, _ in self.store.table_files() - self._files]
         with self._on_disk("flushed"):
             for path in new:
                 flush(path)
+        root = self.store.root
         for folder in {folder for path in new for folder in path.parents if root in (folder, *folder.parents)}:
             sync(folder)
 
@@ -263,48 +264,41 @@ class LanceVersions:
 
     def classes(self, manifest: Manifest) -> Classes:
         """The classes of a version. Raises StoreError where their table is missing or damaged."""
-        name = manifest.files["classes"].name
-        return Classes.from_bytes(self._object(manifest, "classes"), manifest, f"{self}/{name}")
+        file = manifest.files["classes"]
+        return Classes.from_bytes(self._checked(file.name, file.sha256), manifest.d)
 
-    def arrays(self, manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of a version by kind, as far as it has them. Raises StoreError where one is missing or damaged.
+    def arrays(self, manifest: Manifest) -> Arrays:
+        """The arrays of a version. Raises StoreError where one is missing or damaged."""
 
-        ``second`` ``[d, d]`` float64, ``metric`` ``[1 + d, d]`` and ``values`` ``[n, c]`` float32.
-        """
-        n, d, c = manifest.n, manifest.d, len(manifest.class_names)
-        kinds = {"second": ((d, d), np.float64), "metric": ((d + 1, d), np.float32), "values": ((n, c), np.float32)}
-        arrays = {}
-        for kind in manifest.files.keys() & kinds.keys():
-            shape, dtype = kinds[kind]
-            try:
-                array = np.load(io.BytesIO(self._object(manifest, kind)), allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                array = first_line(error)
-            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
-                raise StoreError(f"{self}/{manifest.files[kind].name}: does not fit its manifest; go back to a version "
-                                 "before, or build the store again")  # fmt: skip
-            arrays[kind] = array
-        return arrays
+        def read(kind: str) -> npt.NDArray[Any] | None:
+            file = manifest.files.get(kind)
+            return None if file is None else np.load(io.BytesIO(self._checked(file.name, file.sha256)))
+
+        return Arrays(read("second"), read("metric"), read("values"))
 
     def check_objects(self, manifest: Manifest) -> None:
         """Check the objects of a version. Raises StoreError where one is missing or damaged."""
-        self.classes(manifest)
-        self.arrays(manifest)
+        for file in manifest.data_files:
+            self._checked(file.name, file.sha256)
 
-    def _object(self, manifest: Manifest, kind: str) -> bytes:
-        entry = manifest.files[kind]
+    def _checked(self, name: str, sha256: str) -> bytes:
+        """Read an object. Raises StoreError where it is missing, or has another digest."""
         try:
-            raw = self.objects.get(entry.name, OBJECT_BYTES)
+            raw = self.objects.get(name, OBJECT_BYTES)
         except FileNotFoundError:
-            raise StoreError(f"{self}/{entry.name}: missing; go back to a version before, or build again") from None
-        if len(raw) != entry.bytes or hashlib.sha256(raw).hexdigest() != entry.sha256:
-            raise self._damaged(entry.name, "go back to a version before, or build again")
+            raise StoreError(f"{self}/{name}: missing; {RESTORE}") from None
+        if hashlib.sha256(raw).hexdigest() != sha256:
+            raise self._damaged(name)
         return raw
+
+    @property
+    def root(self) -> Path:
+        """The folder on a disk."""
+        return self.address.local or Path()
 
     def table_files(self) -> set[tuple[Path, int]]:
         """Files of the table on a disk, with the times of their last change; none of one in a bucket."""
-        root = self.address.local
-        paths = [] if root is None else root.glob(f"{TABLE}.lance/**/*")
+        paths = [] if self.address.local is None else self.root.glob(f"{TABLE}.lance/**/*")
         return {(path, path.stat().st_mtime_ns) for path in paths if path.is_file()}
 
     def table(self, manifest: Manifest) -> KeyTable:
@@ -312,7 +306,7 @@ class LanceVersions:
         assert manifest.table is not None
         self.check_engine(manifest)
         table = KeyTable.at(self.address, manifest.table.name, manifest.table.version)
-        own = table.vector_type == (manifest.d, manifest.dtype) and table.has_points == manifest.has_points
+        own = table.vector_type == (manifest.d, VALUES[manifest.dtype]) and table.has_points == manifest.has_points
         if not own or table.rows != manifest.n:
             raise StoreError(f"{self}: its table does not fit version {manifest.version}; go back to one before")
         return table
@@ -324,15 +318,9 @@ class LanceVersions:
         StoreError where the file is missing or damaged.
         """
         assert manifest.table is not None
-        name, known = _engine_name(manifest.table), manifest.digests
-        if known is None or name not in known.files:
-            return
-        try:
-            digest = hashlib.sha256(self.objects.get(name, OBJECT_BYTES)).hexdigest()
-        except FileNotFoundError:
-            raise StoreError(f"{self}/{name}: missing; restore it, or build the store again") from None
-        if digest != known.files[name]:
-            raise self._damaged(name, "restore it, or build the store again")
+        name = _engine_name(manifest.table)
+        if manifest.digests is not None and name in manifest.digests.files:
+            self._checked(name, manifest.digests.files[name])
 
     def check_files(self, manifest: Manifest, seen: set[tuple[str, str]]) -> None:
         """Compare the files of the table on a disk with their digests, except those that were ``seen`` before.
@@ -340,24 +328,19 @@ class LanceVersions:
         A missing file does not count: it may be of an earlier version only, and the engine names one that it needs.
         Raises StoreError where a file is damaged.
         """
-        root = self.address.local
-        if root is None or manifest.digests is None:
-            return
-        for name, digest in manifest.digests.files.items():
-            if (name, digest) in seen or not (root / name).is_file():
-                continue
+        files = {} if self.address.local is None or manifest.digests is None else manifest.digests.files
+        for name, digest in files.items() - seen:
             try:
-                whole = sha256_of(root / name) == digest
-            except FileNotFoundError:  # deleted just now
+                if sha256_of(self.root / name) != digest:
+                    raise self._damaged(name)
+            except FileNotFoundError:
                 continue
             except OSError as error:
                 raise StoreError(f"{self}/{name}: cannot be read: {error.strerror}") from None
-            if not whole:
-                raise self._damaged(name, "go back to a version before, or build the store again")
             seen.add((name, digest))
 
-    def _damaged(self, name: str, remedy: str) -> StoreError:
-        return StoreError(f"{self}/{name}: damaged (its SHA-256 is not the manifest's); {remedy}")
+    def _damaged(self, name: str) -> StoreError:
+        return StoreError(f"{self}/{name}: damaged (its SHA-256 is not the manifest's); {RESTORE}")
 
     @contextmanager
     def write(self, wait: float | None = None) -> Iterator[TableWriter]:
