@@ -183,8 +183,7 @@ class AnsweringIndex(ABC):
     @property
     def counts(self) -> list[int]:
         """Keys of each class ``[c]``."""
-        counts: list[int] = self.retrieval.keys.counts.long().tolist()
-        return counts
+        return list(self.retrieval.keys.counts.long().tolist())
 
     def __repr__(self) -> str:
         return (
@@ -195,9 +194,8 @@ class AnsweringIndex(ABC):
 
     def _repr_html_(self) -> str:
         """For notebooks: what this index holds, its settings, and where it comes from."""
-        few = ", ".join(
-            f"{name} {number}" for name, number in zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
-        )
+        shown = zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
+        few = ", ".join(f"{name} {number}" for name, number in shown)
         more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
         own = self.settings
         settings = f"alpha {own.alpha:.4g}, beta {own.beta:.4g}, k {own.k or 'all'}, "
@@ -368,37 +366,8 @@ class AnsweringIndex(ABC):
             self._check(terms)
         size = min(PREDICTED, max(1, ARROW_LENGTH // len(self.class_names)))
         parts = slices(len(f), size) if len(f) else [slice(0)]
-        columns = [self._columns(f[part], terms.queries(part), retrieval, top, shown) for part in parts]
+        columns = [_columns(self, f[part], terms.queries(part), retrieval, top, shown) for part in parts]
         return Predictions(pa.concat_tables(columns)).named(pa.array(np.arange(len(f))).cast(pa.string()))
-
-    def _columns(self, f: Tensor, terms: AnswerTerms, retrieval: Retrieval, top: int, neighbours: int) -> pa.Table:
-        """Return the columns of :class:`Predictions`; ``input`` is empty."""
-        logits, shots = terms.logits(self.settings), terms.shots
-        ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
-        chances = _doubles(tip.probabilities(logits, self.settings.temperature).gather(1, ranked))
-        winner = ranked[:, :1]
-        if shots is None and neighbours > 0:
-            shots = retrieval.contributors(retrieval.points(f), *first_two(logits), neighbours)
-        m, names = ranked.shape[1], pa.array(self.class_names, pa.string())
-        labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
-        columns = {
-            "input": pa.nulls(len(f), pa.string()),
-            "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
-            "probability": chances[:, 0],
-            "labels": lists(labels, m),
-            "probabilities": lists(chances, m),
-            "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
-            "cache_logit": self.settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
-            "neighbours": self._neighbours(None if shots is None else shots.supporting, ranked),
-            "opposing": self._opposing(None if shots is None else shots.opposing, ranked),
-            "logits": lists(logits.cpu().numpy(), logits.shape[1]),
-        }
-        if terms.keys is not None:
-            columns["keys"] = terms.keys.cpu().numpy()
-        if self.settings.least_cache is not None:
-            columns["unlike"] = (terms.cache.amax(dim=1) < self.settings.least_cache).cpu().numpy()
-        known = [column for column in PREDICTIONS if column in columns]
-        return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
 
     def classify_source(
         self,
@@ -483,38 +452,6 @@ class AnsweringIndex(ABC):
             )
         return np.array([position[label] for label in labels], dtype=np.int64)
 
-    def _neighbours(self, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-        """Return the keys of each query with what they contribute to its ``classes`` ``[q, m]``, most to the first."""
-        kind = PREDICTIONS["neighbours"]
-        if near is None:
-            ends = np.zeros(len(classes) + 1, np.int32)
-            return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
-        there = near.rows >= 0
-        ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends), self._described(near, classes))
-
-    def _opposing(self, near: Nearest | None, classes: Tensor) -> pa.StructArray:
-        """Return the key that counts most against each answer, null where there is none."""
-        if near is None:
-            return pa.nulls(len(classes), PREDICTIONS["opposing"])
-        there = (near.rows[:, 0] >= 0).cpu().numpy()
-        return self._described(near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
-
-    def _described(self, near: Nearest, classes: Tensor) -> pa.StructArray:
-        """Return all keys of ``near`` that are there as one column, query by query."""
-        there = near.rows >= 0
-        weight = tip.weight(near.affinity, self.settings.beta)
-        if self.values is None:
-            values = (near.class_ids[:, :, None] == classes[:, None]).float()
-        else:
-            values = self.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
-        used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
-        described = self.described(used, ["key_id", "source", "label"]).take(pa.array(places))
-        named = [column.combine_chunks() for column in described.columns]
-        figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
-        gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
-        return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
-
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
         return self.retrieval.keys.blocks()
@@ -574,6 +511,73 @@ class EditableIndex(AnsweringIndex):
     @abstractmethod
     def compact(self) -> None:
         """Make all keys one piece, indexed as the first one is."""
+
+
+def _columns(
+    index: AnsweringIndex, f: Tensor, terms: AnswerTerms, retrieval: Retrieval, top: int, neighbours: int
+) -> pa.Table:
+    """Return the columns of :class:`Predictions`; ``input`` is empty."""
+    logits, shots = terms.logits(index.settings), terms.shots
+    ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
+    chances = _doubles(tip.probabilities(logits, index.settings.temperature).gather(1, ranked))
+    winner = ranked[:, :1]
+    if shots is None and neighbours > 0:
+        shots = retrieval.contributors(retrieval.points(f), *first_two(logits), neighbours)
+    m, names = ranked.shape[1], pa.array(index.class_names, pa.string())
+    labels = names.take(pa.array(ranked.cpu().numpy().reshape(-1)))
+    columns = {
+        "input": pa.nulls(len(f), pa.string()),
+        "label": labels if m == 1 else names.take(pa.array(ranked[:, 0].cpu().numpy())),
+        "probability": chances[:, 0],
+        "labels": lists(labels, m),
+        "probabilities": lists(chances, m),
+        "text_logit": _doubles(terms.text.gather(1, winner))[:, 0],
+        "cache_logit": index.settings.alpha * _doubles(terms.cache.gather(1, winner))[:, 0],
+        "neighbours": _neighbours(index, None if shots is None else shots.supporting, ranked),
+        "opposing": _opposing(index, None if shots is None else shots.opposing, ranked),
+        "logits": lists(logits.cpu().numpy(), logits.shape[1]),
+    }
+    if terms.keys is not None:
+        columns["keys"] = terms.keys.cpu().numpy()
+    if index.settings.least_cache is not None:
+        columns["unlike"] = (terms.cache.amax(dim=1) < index.settings.least_cache).cpu().numpy()
+    known = [column for column in PREDICTIONS if column in columns]
+    return pa.table([columns[column] for column in known], schema=pa.schema([SCHEMA.field(c) for c in known]))
+
+
+def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.ListArray:
+    """Return the keys of each query with what they contribute to its ``classes`` ``[q, m]``, most to the first."""
+    kind = PREDICTIONS["neighbours"]
+    if near is None:
+        ends = np.zeros(len(classes) + 1, np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array([], kind.value_type))
+    there = near.rows >= 0
+    ends = np.concatenate([[0], there.sum(dim=1).cumsum(dim=0).cpu().numpy()]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), _described(index, near, classes))
+
+
+def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.StructArray:
+    """Return the key that counts most against each answer, null where there is none."""
+    if near is None:
+        return pa.nulls(len(classes), PREDICTIONS["opposing"])
+    there = (near.rows[:, 0] >= 0).cpu().numpy()
+    return _described(index, near, classes).take(pa.array(there.cumsum() - 1, mask=~there))
+
+
+def _described(index: AnsweringIndex, near: Nearest, classes: Tensor) -> pa.StructArray:
+    """Return all keys of ``near`` that are there as one column, query by query."""
+    there = near.rows >= 0
+    weight = tip.weight(near.affinity, index.settings.beta)
+    if index.values is None:
+        values = (near.class_ids[:, :, None] == classes[:, None]).float()
+    else:
+        values = index.values[near.rows.clamp_min(0)[:, :, None], classes[:, None]]
+    used, places = np.unique(near.rows[there].cpu().numpy(), return_inverse=True)
+    described = index.described(used, ["key_id", "source", "label"]).take(pa.array(places))
+    named = [column.combine_chunks() for column in described.columns]
+    figures = [pa.array(_doubles(figure[there])) for figure in (near.affinity, weight)]
+    gives = lists(_doubles((weight[:, :, None] * values)[there]), classes.shape[1])
+    return pa.StructArray.from_arrays([*named, *figures, gives], fields=list(PREDICTIONS["opposing"]))
 
 
 def _doubles(values: Tensor) -> npt.NDArray[np.float64]:

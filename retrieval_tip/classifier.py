@@ -30,7 +30,7 @@ from retrieval_tip.data.sources import Source, kind_of, open_inputs, open_source
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
 from retrieval_tip.evaluation.evaluate import Evaluation, evaluate
 from retrieval_tip.html import markup, table
-from retrieval_tip.index import changes, places
+from retrieval_tip.index import changes, hub, places
 from retrieval_tip.index.build import build_index
 from retrieval_tip.predictions import Prediction, Predictions
 from retrieval_tip.settings import KeysMet, MetricName, ValuesName
@@ -206,14 +206,8 @@ class Classifier:
         its backbone cannot be had, or ``model`` is another one.
         """
         cache = places.at(place).load(device=device)
-        identity, backbone = cache.backbone, None
-        if model is not None:
-            backbone = _backbone(model, None, device)
-        elif identity is not None and cache.tuned is not None:
-            backbone = load_backbone(identity.model, identity.pretrained, device=device, tuned=cache.tuned)
-        elif identity is not None:
-            backbone = load_when_needed(identity, cache.d, device=device)
-        check_backbone(identity, cache.d, backbone, [])
+        backbone = _own_backbone(cache, device) if model is None else _backbone(model, None, device)
+        check_backbone(cache.backbone, cache.d, backbone, [])
         return cls(cache, Encoder(backbone, cache=EncodingCache.at(None)))
 
     @classmethod
@@ -230,16 +224,7 @@ class Classifier:
         It is stored in ``folder``, by default ``indexes/NAME``. ``model`` and ``device`` are those of :meth:`load`.
         Raises as it does, and InputError if the download fails.
         """
-        from huggingface_hub import snapshot_download
-
-        place = Path("indexes", repository.rpartition("/")[2]) if folder is None else Path(folder)
-        try:
-            snapshot_download(repository, local_dir=place)
-        except Exception as error:  # the hub, httpx and the disk each raise their own
-            raise InputError(f"{repository}: cannot be fetched: {str(error).splitlines()[0]}") from error
-        return cls.load(place, model, device=device)
-
-    # ------------------------------------------------------------------------------------------------------- answers
+        return cls.load(hub.download(repository, folder), model, device=device)
 
     @property
     def classes(self) -> list[str]:
@@ -302,31 +287,12 @@ class Classifier:
             return answers[0] if what.ndim == 1 else answers
         if isinstance(what, str | os.PathLike) and kind_of(what) != "image":
             given = [Pictures(source, read_item) for source in open_inputs([os.fspath(what)])]
-            return self._answers(given, replace(self.encoder, norms=norms), top, k, tail, neighbours, certify)
+            return _answers(self.cache, given, replace(self.encoder, norms=norms), top, k, tail, neighbours, certify)
         encoder = replace(self.encoder, strict=True)
-        answers = self._answers([pictures(what)], encoder, top, k, tail, neighbours, certify)
+        answers = _answers(self.cache, [pictures(what)], encoder, top, k, tail, neighbours, certify)
         return answers[0] if is_one(what) else answers
 
     __call__ = predict
-
-    def _answers(
-        self,
-        given: Iterable[Pictures],
-        encoder: Encoder,
-        top: int,
-        k: KeysMet,
-        tail: bool | None,
-        neighbours: int,
-        certify: bool,
-    ) -> Predictions:
-        answers: list[Predictions] = []
-        for part in given:
-            reader = replace(encoder, read=part.read)
-            try:
-                answers += self.cache.classify_source(part.source, reader, top, k, tail, neighbours, certify)
-            except InputError as error:
-                raise InputError(str(error).partition("; leave out --strict")[0]) from None
-        return Predictions.joined(answers)
 
     def explain(
         self,
@@ -340,11 +306,9 @@ class Classifier:
     ) -> Explanation:
         """Classify one photo, and show it in a notebook beside its nearest shots. Arguments as for :meth:`predict`."""
         given, encoder = pictures(what), replace(self.encoder, strict=True)
-        prediction = self._answers([given], encoder, top, k, tail, neighbours, certify)[0]
+        prediction = _answers(self.cache, [given], encoder, top, k, tail, neighbours, certify)[0]
         own = given.read(given.source.paths[0]) if given.source.paths else b""
         return Explanation(prediction, own, [_file(neighbour.source) for neighbour in prediction.neighbours])
-
-    # ------------------------------------------------------------------------------------------------------- changes
 
     def add(
         self,
@@ -394,8 +358,6 @@ class Classifier:
         if self.cache.place is None:
             raise UsageError("the index has no folder yet; give it one with its cache.save(FOLDER)")
         return self.cache.place
-
-    # ------------------------------------------------------------------------------------------------------- figures
 
     def evaluate(
         self,
@@ -449,25 +411,12 @@ class Classifier:
         and cut to the backbone's size; ``features`` where the index has no backbone. Raises UsageError for an index
         that retrieves its keys, or as :meth:`answering.AnsweringIndex.in_memory`.
         """
-        import torch
-
-        from retrieval_tip.index.onnx_graph import Answer
+        from retrieval_tip.index.onnx_graph import Answer, Logits
 
         if (self.cache.settings.k or self.cache.n) < self.cache.n:
             raise UsageError("as_module: takes an index whose queries meet all keys (k all)")
-
-        class Logits(torch.nn.Module):
-            def __init__(self, answer: Answer) -> None:
-                super().__init__()
-                self.answer = answer
-
-            def forward(self, given: torch.Tensor) -> torch.Tensor:
-                logits: torch.Tensor = self.answer(given)[0]
-                return logits
-
-        return Logits(
-            copy.deepcopy(Answer(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone)))
-        ).eval()
+        answer = Answer(self.cache.in_memory(), cast("TorchBackbone | None", self.encoder.backbone))
+        return Logits(copy.deepcopy(answer)).eval()
 
     def push_to_hub(
         self,
@@ -483,22 +432,8 @@ class Classifier:
         features, labels, and the paths of its shots. Earlier versions stay here too. Raises InputError if the hub
         refuses.
         """
-        from huggingface_hub import HfApi
-
-        card = _card(self, repository, None if test is None else self.evaluate(test))
-        hub = HfApi(token=token)
-        with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as place:
-            folder = Path(place) / "index"
-            changes.clone(self._place(), folder)
-            try:
-                hub.create_repo(repository, private=private, exist_ok=True)
-                hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
-                done = hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["lock", ".*"])
-            except Exception as error:  # the hub and httpx each raise their own
-                raise InputError(f"{repository}: the hub takes nothing: {str(error).splitlines()[0]}") from error
-        return str(done)
-
-    # --------------------------------------------------------------------------------------------------------- shown
+        figures = None if test is None else self.evaluate(test).to_dict()
+        return hub.upload(self._place(), repository, hub.card(self.cache, repository, figures), private, token)
 
     def __len__(self) -> int:
         """Number of keys."""
@@ -541,6 +476,26 @@ class Explanation:
         return asked + table(columns, rows, "the shots behind the answer", numbers=(2, 3))
 
 
+def _answers(
+    index: AnsweringIndex,
+    given: Iterable[Pictures],
+    encoder: Encoder,
+    top: int,
+    k: KeysMet,
+    tail: bool | None,
+    neighbours: int,
+    certify: bool,
+) -> Predictions:
+    answers: list[Predictions] = []
+    for part in given:
+        reader = replace(encoder, read=part.read)
+        try:
+            answers += index.classify_source(part.source, reader, top, k, tail, neighbours, certify)
+        except InputError as error:
+            raise InputError(str(error).partition("; leave out --strict")[0]) from None
+    return Predictions.joined(answers)
+
+
 def _shown(data: bytes | None) -> Any:
     try:
         small = images.thumbnail(data or b"", THUMBNAIL)
@@ -560,6 +515,14 @@ def _opened(source: str | os.PathLike[str] | Source, part: str) -> Source:
     return source if isinstance(source, Source) else open_source(source, split=part)
 
 
+def _own_backbone(cache: AnsweringIndex, device: str) -> Backbone | None:
+    """Return the backbone that an index names, ``None`` if it names none."""
+    identity = cache.backbone
+    if identity is not None and cache.tuned is not None:
+        return load_backbone(identity.model, identity.pretrained, device=device, tuned=cache.tuned)
+    return None if identity is None else load_when_needed(identity, cache.d, device=device)
+
+
 def _backbone(model: str | Backbone | Loaded | None, pretrained: str | None, device: str) -> Backbone:
     """The backbone that a name, a backbone, or what open_clip has loaded stands for."""
     if model is None or isinstance(model, str):
@@ -569,36 +532,3 @@ def _backbone(model: str | Backbone | Loaded | None, pretrained: str | None, dev
 
         return OpenClipBackbone.of(*model)
     return model
-
-
-CARD = """---
-library_name: retrieval-tip
-pipeline_tag: image-classification
-tags: [few-shot, retrieval, tip-adapter]
----
-# {name}
-
-An index of {n} photographs of {c} classes ({few}) for few-shot image classification as retrieval, made with
-[retrieval-tip](https://pypi.org/project/retrieval-tip/) and the backbone `{backbone}`. It holds features, labels and
-the paths of its photographs, not the photographs.
-
-```python
-from retrieval_tip import Classifier
-
-clf = Classifier.from_hub("{name}")
-clf.predict("photograph.jpg")
-```
-{figures}"""
-
-
-def _card(clf: Classifier, name: str, evaluation: Evaluation | None) -> str:
-    """The card of an index, in Markdown, with the figures of an evaluation where there is one."""
-    figures = ""
-    if evaluation is not None:
-        facts = {name: value for name, value in evaluation.to_dict().items() if isinstance(value, float)}
-        rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in facts.items())
-        figures = f"\n## Judged by {evaluation.n} other photographs\n\n| figure | |\n|---|---|\n{rows}"
-    few = ", ".join(clf.classes[:8]) + (" ..." if len(clf.classes) > 8 else "")
-    return CARD.format(
-        name=name, n=clf.cache.n, c=len(clf.classes), few=few, backbone=clf.cache.backbone, figures=figures
-    )

@@ -119,7 +119,7 @@ class Shots(Protocol):
     def set_fitted(
         self, metric: tip.Metric | None, values: Tensor | None, fitted: Fitted | None, factory: str | None = None
     ) -> None:
-        """See :meth:`CacheModel.set_fitted`."""
+        """See :meth:`cache_model.KeyEdits.set_fitted`."""
 
 
 STEPS, REACH = 60, 4.0
@@ -443,7 +443,7 @@ def refit(cache: Shots, beta: float) -> FormChoice:
     """Fit alpha, temperature and what is ``unlike`` any shot for another beta; the form stays as it was fitted.
 
     They are judged by folds as in :func:`fit`, and stay as they are if there are too few shots. Solved values are
-    still those of the old beta: :meth:`CacheModel.solve` follows. Returns what the folds say of the result.
+    still those of the old beta: :meth:`cache_model.KeyEdits.solve` follows. Returns what the folds say of the result.
     """
     start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
     folds, judged_on = _judged_by(cache, None, images_of(cache.labels))

@@ -103,7 +103,7 @@ def add(
 
     Labels are exact: another spelling is another class, with a warning (:attr:`Added.alike`). If the index has text,
     new classes get their text weights from its templates by the encoder's backbone, or from ``text``. The cost depends
-    on what is added (:meth:`CacheModel.add`).
+    on what is added (:meth:`cache_model.KeyEdits.add`).
 
     Args:
         folder: the index.
@@ -193,7 +193,7 @@ def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | 
 
     Their bytes leave the folder with the last version that has them: see :func:`writer.collect`. A store that only
     marks rows as removed needs :func:`rebuild` before. Raises UsageError unless exactly one of ``where``
-    and ``key_ids`` is given and can work; InputError if no key matches, or as :meth:`CacheModel.remove`.
+    and ``key_ids`` is given and can work; InputError if no key matches, or as :meth:`cache_model.KeyEdits.remove`.
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)

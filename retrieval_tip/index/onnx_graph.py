@@ -74,6 +74,19 @@ class Answer(torch.nn.Module):
         return logits, (logits / settings.temperature).softmax(1)
 
 
+class Logits(torch.nn.Module):
+    """The logits ``[b, c]`` of an :class:`Answer`, alone."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, given: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.answer(given)[0]
+        return logits
+
+
 def export_onnx(
     cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None
 ) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def fit(
 
 
 def refit(draft: LanceDraft, beta: float) -> FormChoice:
-    """See :meth:`Change.refit`. Raises InputError as :meth:`CacheModel.solve`."""
+    """See :meth:`Change.refit`. Raises InputError as :meth:`cache_model.KeyEdits.solve`."""
     shots: CacheModel | TableShots = draft.whole or TableShots(draft)
     shots.settings = draft.settings
     choice = closed_form.refit(shots, beta)

@@ -1,0 +1,77 @@
+"""An index on the Hugging Face hub: downloaded, and uploaded with a card that says what it is."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from retrieval_tip.answering import AnsweringIndex
+from retrieval_tip.errors import InputError
+from retrieval_tip.index import changes
+
+CARD = """---
+library_name: retrieval-tip
+pipeline_tag: image-classification
+tags: [few-shot, retrieval, tip-adapter]
+---
+# {name}
+
+An index of {n} photographs of {c} classes ({few}) for few-shot image classification as retrieval, made with
+[retrieval-tip](https://pypi.org/project/retrieval-tip/) and the backbone `{backbone}`. It holds features, labels and
+the paths of its photographs, not the photographs.
+
+```python
+from retrieval_tip import Classifier
+
+clf = Classifier.from_hub("{name}")
+clf.predict("photograph.jpg")
+```
+{figures}"""
+
+
+def download(repository: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Download the index at ``ORG/NAME`` of the hub into a folder, by default ``indexes/NAME``, and return the folder.
+
+    Raises InputError if the download fails.
+    """
+    from huggingface_hub import snapshot_download
+
+    place = Path("indexes", repository.rpartition("/")[2]) if folder is None else Path(folder)
+    try:
+        snapshot_download(repository, local_dir=place)
+    except Exception as error:  # the hub, httpx and the disk each raise their own
+        raise InputError(f"{repository}: cannot be fetched: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def upload(place: str, repository: str, card: str, private: bool = False, token: str | None = None) -> str:
+    """Upload the current version of an index to ``ORG/NAME`` of the hub with its ``card``, and return the address.
+
+    Raises InputError if the hub refuses, and as :func:`changes.clone`.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as temporary:
+        folder = Path(temporary) / "index"
+        changes.clone(place, folder)
+        try:
+            hub.create_repo(repository, private=private, exist_ok=True)
+            hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
+            done = hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["lock", ".*"])
+        except Exception as error:  # the hub and httpx each raise their own
+            raise InputError(f"{repository}: upload refused: {str(error).splitlines()[0]}") from error
+    return str(done)
+
+
+def card(index: AnsweringIndex, name: str, figures: Mapping[str, object] | None = None) -> str:
+    """Return the card of an index in Markdown, with the figures of an evaluation if there is one."""
+    judged = ""
+    if figures is not None:
+        rows = "".join(f"| {figure} | {value:.4g} |\n" for figure, value in figures.items() if isinstance(value, float))
+        judged = f"\n## Judged by {figures['n']} other photographs\n\n| figure | |\n|---|---|\n{rows}"
+    names = index.class_names
+    few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+    return CARD.format(name=name, n=index.n, c=len(names), few=few, backbone=index.backbone, figures=judged)
