@@ -175,7 +175,7 @@ class LanceDraft(LanceModel, EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`CacheModel.add`.
+        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`answering.EditableIndex.add`.
 
         Raises InputError also where keys with solved values would be too many for memory (:meth:`check_held`).
         """
@@ -257,7 +257,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return self.table.matrix(rows[VECTOR]), self.table.matrix(rows[POINT]) if POINT in rows.column_names else None
 
     def remove(self, key_ids: Sequence[int]) -> None:
-        """Remove keys by their id; classes stay. See :meth:`CacheModel.remove`."""
+        """Remove keys by their id; classes stay. See :meth:`answering.EditableIndex.remove`."""
         rows = self._of_ids(key_ids, self.table.schema.names)
         if len(rows) == self.n:
             raise InputError("remove: an index needs at least one key; give up the folder instead")
@@ -279,7 +279,7 @@ class LanceDraft(LanceModel, EditableIndex):
         return rows
 
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
-        """Give keys to another class each, or all to one, as its last shots. See :meth:`CacheModel.relabel`."""
+        """See :meth:`answering.EditableIndex.relabel`."""
         wanted = inputs.new_ids(key_ids, labels, self.class_names)
         moved = self._of_ids(list(wanted), self.table.schema.names).sort_by("key_id")
         ids = np.array([wanted[key_id] for key_id in moved["key_id"].to_pylist()], dtype=np.int64)
@@ -313,7 +313,7 @@ class LanceDraft(LanceModel, EditableIndex):
             self._digest(self._changed(rows, columns(rows)))
 
     def rename(self, old: str, new: str) -> None:
-        """Give a class another name, or its keys to the class that has it. See :meth:`CacheModel.rename`."""
+        """See :meth:`answering.EditableIndex.rename`."""
         class_id, names = inputs.renamed(self.class_names, old, new)
         if len(names) < len(self.class_names):
             self._merge(class_id, new, names)
