@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tables import unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.fit import search_hp
 from retrieval_tip.fit.search_hp import Queries, leave_one_out, right_between, search, search_paper
 from retrieval_tip.settings import Built, Settings
@@ -304,17 +304,6 @@ def test_one_source_of_validation_has_to_be_named(run, tmp_path):
         refused = run("search-hp", tmp_path / "i", *options)
         assert refused.exit_code == 2
         assert "--leave-one-out" in refused.stderr
-
-
-def test_settings_of_an_index_that_changed_meanwhile_are_not_written(tmp_path):
-    cache = made()
-    cache.save(tmp_path / "i")
-    other = CacheModel.load(tmp_path / "i")
-    other.settings = other.settings.override(alpha=9.0)
-    other.save_settings(tmp_path / "i")
-    with pytest.raises(StoreError, match="version 2, not at 1"):
-        cache.save_settings(tmp_path / "i")
-    assert CacheModel.load(tmp_path / "i").settings.alpha == 9.0
 
 
 @needs_real

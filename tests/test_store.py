@@ -35,7 +35,7 @@ from retrieval_tip.settings import Settings
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
-from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, TableDigests, named_in
+from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, OPTIONAL_KINDS, TableDigests, named_in
 from retrieval_tip.store.writer import write
 
 CLASSES = ["cat", "dog", "owl", "eel"]
@@ -425,6 +425,7 @@ LEFTOVERS = [
     "data/.labels-0123456789abcdef0123456789abcdef.parquet.tmp", "data/keys-0123456789abcdef.npy",
     "data/index-0123456789abcdef.faiss", "manifests/.000001.json.0123456789abcdef0123456789abcdef.tmp",
     ".manifest.json.0123456789abcdef0123456789abcdef.tmp",
+    *(f"data/{kind}-0123456789abcdef{suffix}" for kind, suffix in OPTIONAL_KINDS.items()),
 ]  # fmt: skip
 
 

@@ -32,8 +32,7 @@ from retrieval_tip.fit.search_hp import Queries, folds, leave_one_out, search, u
 from retrieval_tip.store import contents
 from retrieval_tip.store import folder as store
 from retrieval_tip.store.folder import Manifest
-from retrieval_tip.store.manifest import KINDS, OPTIONAL_KINDS
-from retrieval_tip.store.writer import write
+from retrieval_tip.store.manifest import KINDS
 
 Array = npt.NDArray[Any]
 C, D, Q = 5, 16, 23
@@ -567,56 +566,11 @@ def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest
     verify(index)
 
 
-def test_leftovers_of_these_kinds_are_collected_too(index: Path) -> None:
-    left = [
-        f"data/{name}"
-        for kind, suffix in OPTIONAL_KINDS.items()
-        for name in (f".{kind}-{'0' * 32}{suffix}.tmp", f"{kind}-{'0' * 16}{suffix}")
-    ]
-    for name in left:
-        (index / name).write_bytes(b"x")
-    with write(index):
-        assert not [name for name in left if (index / name).exists()]
-    assert verify(index).version == 1
-
-
-@pytest.mark.parametrize("kind", ["values", "weights", "curve"])
-def test_a_damaged_or_missing_file_is_named(index: Path, kind: str) -> None:
-    path = index / names(index)[kind]
-    raw = path.read_bytes()
-    for what, data in (("damaged", raw[:-1]), ("damaged", b"y" + raw[1:]), ("missing", None)):
-        path.unlink() if data is None else path.write_bytes(data)
-        for opened in (CacheModel.load, verify):
-            with pytest.raises(StoreError) as error:
-                opened(index)
-            assert str(error.value).startswith(f"{path}: {what}")
-            assert "\n" not in str(error.value)
-    model(values=None).save(index)
-    with pytest.raises(StoreError, match="missing"):  # of the version before, which is kept
-        verify(index)
-
-
-@pytest.mark.parametrize("kind", ["values", "weights", "curve"])
-def test_a_manifest_with_a_wrong_entry_is_refused(index: Path, kind: str) -> None:
+def test_values_have_a_row_a_key(index: Path) -> None:
     files = body_of(index)["files"]
-    entry = files[kind]
-    wrong: list[dict[str, Any]] = [
-        *({"rows": value} for value in (0, 1.5, None)),
-        *({"bytes": value} for value in (0, "1")),
-        *({"sha256": value} for value in ("", "0" * 64)),
-        *({"name": value} for value in ("/etc/passwd", entry["name"] + "x", files["keys"]["name"], None)),
-        {"extra": 1},
-    ]
-    if kind == "values":
-        wrong += [{"rows": N + 1}, {"rows": C}]
-    for change in wrong:
-        written(index, files | {kind: entry | change})
-        with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
-            CacheModel.load(index)
-    for missing in KINDS:  # the others do not make up for it
-        written(index, {k: v for k, v in files.items() if k != missing})
-        with pytest.raises(StoreError, match=r"manifest\.json: damaged \(.*files"):
-            CacheModel.load(index)
+    written(index, files | {"values": files["values"] | {"rows": N + 1}})
+    with pytest.raises(StoreError, match=r"manifest\.json: damaged"):
+        CacheModel.load(index)
 
 
 def save_array(array: Array) -> Callable[[Path], None]:
