@@ -449,14 +449,11 @@ def test_serving_says_what_it_needs(things: Path, run: Callable[..., Result], mo
     assert "pip install 'retrieval-tip[serve]'" in result.stderr
 
 
-def test_a_version_is_let_go_when_the_next_one_answers(
-    random_things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_is_let_go_when_the_next_one_answers(random_things: Path, tmp_path: Path) -> None:
     """With the files that it maps, and without a search for garbage, which would hold up every answer."""
-    monkeypatch.setattr("retrieval_tip.server.service.POLL", 0.1)
     folder = shutil.copytree(random_things, tmp_path / "index")
     served = open_all([folder], "cpu", "float32", "fast")
-    with running(create_app(served)) as place:
+    with running(create_app(served, Limits(poll=0.1))) as place:
         url = "http://{}:{}/v1/classify?explain=true".format(*place)
         before, first = weakref.ref(served["index"].now.cache), served["index"].now.manifest.version
         gc.disable()

@@ -53,7 +53,7 @@ def create_app(
     for kind in HANDLED:
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(Exception, _unexpected)
-    for router in (routes.about, routes.reads, routes.changes):
+    for router in (routes.reads, routes.about, routes.changes):
         app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.get("/", include_in_schema=False)(_page)

@@ -39,6 +39,10 @@ class Limits:
     several queries (:meth:`served.Version.cells`). All requests together: ``queue`` images wait at most, and
     ``QUEUED_ROWS`` times as many rows; bodies, and answers of more than :data:`PART`, have ``held`` bytes.
     ``indexes`` is the largest number of indexes, ``hosts`` the names that the server answers to: ``None`` for any.
+
+    Work that takes long: a map is made of at most ``mapped`` values of keys, accuracy is estimated of at most
+    ``estimated`` keys, at most ``values`` are sent. A request waits ``patience`` seconds for it, then has to ask again.
+    New versions of the indexes are looked for every ``poll`` seconds.
     """
 
     bytes: int = 32 << 20
@@ -52,6 +56,11 @@ class Limits:
     held: int = 256 << 20
     indexes: int = 100
     hosts: frozenset[str] | None = None
+    mapped: int = 1 << 24
+    estimated: int = 1 << 12
+    values: int = 1 << 18
+    patience: float = 10.0
+    poll: float = 1.0
 
     def check_host(self, host: str) -> None:
         """Raise Problem 421 for another host: a page elsewhere may point a name of its own at this machine."""

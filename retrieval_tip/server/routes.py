@@ -108,6 +108,29 @@ changes = APIRouter(prefix="/v1", dependencies=[Depends(_allowed)], responses=sc
 UNHURRIED = [Depends(_unhurried)]
 
 
+# The busiest route is the first one, which is matched first.
+@reads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY, responses=SENT)
+async def classify(
+    request: Request,
+    service: TheService,
+    index: Annotated[str | None, Query(description="Which index; needed where several are served.")] = None,
+    alpha: Positive = None,
+    beta: Positive = None,
+    k: Annotated[str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Nearest keys, or all.")] = None,
+    tail: Annotated[bool | None, Query(description="Estimate the keys that were not retrieved.")] = None,
+    top: Annotated[int, Query(ge=1, le=1000, description="Classes to report.")] = 5,
+    neighbours: Annotated[int, Query(ge=0, le=1000, description="Shots to report: those that contributed most.")] = 5,
+    logits: Annotated[bool, Query(description="Logits of every class.")] = False,
+    evidence: Annotated[bool, Query(description="The parts of the answer.")] = False,
+    norms: Norms = "check",
+) -> Response:
+    """Classify images or features. Inputs that cannot be read are named in `skipped`, unless none can."""
+    version = service.index(index).now
+    sent = await read(request, service.limits, norms, version.cache.d)
+    met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
+    return _json(await service.classify(version, Ask(alpha, beta, met, tail, top, neighbours, logits, evidence), sent))
+
+
 @about.get("/healthz")
 async def health(service: TheService) -> schemas.Health:
     """Whether the server answers."""
@@ -271,28 +294,6 @@ async def values(service: TheService, version: Now) -> Response:
 async def exemplars(service: TheService, version: Now) -> schemas.Exemplars:
     """Show a shot of each class, and how similar shots are."""
     return await service.exemplars(version)
-
-
-@reads.post("/classify", response_model=schemas.Classified, openapi_extra=schemas.CLASSIFY, responses=SENT)
-async def classify(
-    request: Request,
-    service: TheService,
-    index: Annotated[str | None, Query(description="Which index; needed where several are served.")] = None,
-    alpha: Positive = None,
-    beta: Positive = None,
-    k: Annotated[str | None, Query(pattern="^(all|[1-9][0-9]{0,8})$", description="Nearest keys, or all.")] = None,
-    tail: Annotated[bool | None, Query(description="Estimate the keys that were not retrieved.")] = None,
-    top: Annotated[int, Query(ge=1, le=1000, description="Classes to report.")] = 5,
-    neighbours: Annotated[int, Query(ge=0, le=1000, description="Shots to report: those that contributed most.")] = 5,
-    logits: Annotated[bool, Query(description="Logits of every class.")] = False,
-    evidence: Annotated[bool, Query(description="The parts of the answer.")] = False,
-    norms: Norms = "check",
-) -> Response:
-    """Classify images or features. Inputs that cannot be read are named in `skipped`, unless none can."""
-    version = service.index(index).now
-    sent = await read(request, service.limits, norms, version.cache.d)
-    met: KeysMet = int(k) if k not in (None, "all") else "all" if k else None
-    return _json(await service.classify(version, Ask(alpha, beta, met, tail, top, neighbours, logits, evidence), sent))
 
 
 def _json(answer: object) -> Response:

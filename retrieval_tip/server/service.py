@@ -39,31 +39,19 @@ from retrieval_tip.server.uploads import Sent
 
 log = logging.getLogger(__name__)
 
-POLL = 1.0
-"""Seconds between two looks at whether an index has a new version."""
-PATIENCE = 10.0
-"""Seconds that a request waits for a map or an audit; then it is told to ask again."""
 ROWS_AT_A_TIME = 256
 PIXELS = 4_000_000
-"""An image counts against ``--queue`` once, and once more for so many pixels."""
+"""Pixels of an image that count as a further image against ``--queue``."""
 DECODED = 32
-"""Images that are decoded and not yet encoded, at most: the next one to be decoded is chosen late."""
+"""Largest number of images that are decoded and not yet encoded."""
 THUMBNAIL_BYTES, THUMBNAIL_OVERHEAD = 64 << 20, 1 << 10
-"""Of pictures of shots that are kept, and what each takes beyond its own bytes."""
-DRAWN_AT_ONCE, SLOW_AT_ONCE = 256, 4
-"""Pictures of shots, and maps and audits, that are made or wait for it at most; more are answered with 503."""
-SLOW_KEPT = 32
-"""Maps and audits that are kept."""
-MAPPED = 1 << 24
-"""Values of the keys that a map is made of at most: 64 MiB of float32, and a few times that."""
+"""Bytes of pictures of shots that are kept, and what each takes beyond its own."""
+DRAWN_AT_ONCE, SLOW_AT_ONCE, SLOW_KEPT = 256, 4, 32
+"""Pictures of shots, and maps and audits, that are made or wait at most; maps and audits that are kept."""
 AUDITED, MOST_AUDITED = 1000, 1 << 15
-"""Suspicious shots that are kept of an audit; keys that one may have here: each is compared with each."""
-ESTIMATED = 1 << 12
-"""Largest number of keys of an index whose accuracy is estimated here: it takes 5 s of one core."""
-VALUES_SENT = 1 << 18
-"""Values that are sent at most, each key's to each class: a few megabytes of JSON."""
+"""Suspicious shots of an audit that are kept; largest number of keys, each of which is compared with each."""
 SHOWN_KEYS, LIKENED = 1 << 15, 1 << 11
-"""Keys that exemplars are looked for among, and keys that are compared with each other to say how like they are."""
+"""Keys among which exemplars are looked for, and keys that are compared with each other for their mean affinities."""
 
 T = TypeVar("T")
 
@@ -99,12 +87,11 @@ class Service:
             room=QUEUED_ROWS * limits.queue,
         )
         self._drawing = ThreadPoolExecutor(threads, thread_name_prefix="draw")
-        self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
-            ThreadPoolExecutor(1, thread_name_prefix=name)
-            for name in ("weigh", "find", "follow", "change", "slow", "slower")
+        self._weighing, self._finding, self._following, self._changing = (
+            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("weigh", "find", "follow", "change")
         )
+        self._slow = ThreadPoolExecutor(2, thread_name_prefix="slow")
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
-        self._mapped: Kept[Hashable, Any] = Kept(self._slower, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self._thumbnails: Kept[Hashable, bytes] = Kept(
             self._drawing, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
         )
@@ -122,12 +109,11 @@ class Service:
         self._decoding.close()
         for pool in (self._weighing, self._drawing, self._finding, self._following, self._changing):
             pool.shutdown()
-        for pool in (self._slow, self._slower):
-            pool.shutdown(cancel_futures=True)
+        self._slow.shutdown(cancel_futures=True)
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(self.limits.poll)
             for one in list(self.served.values()):
                 if one.changed():
                     try:
@@ -374,8 +360,10 @@ class Service:
         values = getattr(version.cache, "values", None)
         if values is None:
             raise Problem(422, "the values are one-hot: each key gives 1 to its own class")
-        if values.numel() > VALUES_SENT:
-            raise Problem(422, f"{values.numel():,} values are more than {VALUES_SENT:,}: ask for logits instead")
+        if values.numel() > self.limits.values:
+            raise Problem(
+                422, f"{values.numel():,} values are more than {self.limits.values:,}: ask for logits instead"
+            )
         key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
         return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
 
@@ -413,15 +401,14 @@ class Service:
         if method not in methods():
             raise Problem(422, f"method {method!r}: expected one of {', '.join(methods())}")
         cache = version.cache
-        limit = min(limit, cache.n, max(1, MAPPED // cache.d))
+        limit = min(limit, cache.n, max(1, self.limits.mapped // cache.d))
 
         def call() -> Projection:
             if method != "pca" and self.served[version.name].now is not version:  # while it waited its turn
                 raise Problem(503, "the index has changed meanwhile", {"Retry-After": "1"})
             return projected(cache, method, limit)
 
-        kept = self._made if method == "pca" else self._mapped  # audits need not wait for a map of neighbours
-        found = await self._once(version, ("map", method, limit), call, kept)
+        found = await self._once(version, ("map", method, limit), call)
         x, y = found.places.T.copy()
         explained, axes = (None if one is None else list(one) for one in (found.explained, found.axes))
         return schemas.Map(
@@ -445,22 +432,19 @@ class Service:
     async def accuracy(self, version: Version) -> schemas.Accuracy:
         """Estimate the accuracy of a version, once (:func:`closed_form.estimate`). Raises Problem 503 as :meth:`audit`.
 
-        It is unknown if the index has more than :data:`ESTIMATED` keys.
+        It is unknown if the index has more than ``limits.estimated`` keys.
         """
         cache = version.cache
         known: dict[str, float | None] = dict.fromkeys(("photos", "words", "both"))
-        if cache.n <= ESTIMATED:
+        if cache.n <= self.limits.estimated:
             known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
         return schemas.Accuracy(known["photos"], known["words"], known["both"], version.manifest.version)
 
-    async def _once(
-        self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
-    ) -> T:
-        """The result of ``call``, made once a version."""
+    async def _once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
+        """Return the result of ``call``, made once a version. Raises Problem 503 while it takes long."""
         try:
-            async with asyncio.timeout(PATIENCE):
-                key = (weakref.ref(version), what)  # which keeps no version alive
-                answer: T = await (kept or self._made)(key, call)
+            async with asyncio.timeout(self.limits.patience):
+                answer: T = await self._made((weakref.ref(version), what), call)  # the key keeps no version alive
                 return answer
         except TimeoutError:
             raise Problem(503, "it is still being computed; ask again in 5 s", {"Retry-After": "5"}) from None
