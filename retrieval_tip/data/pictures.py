@@ -1,4 +1,4 @@
-"""Photographs as people hold them: paths, PIL pictures, arrays, bytes, datasets of torch and of Hugging Face."""
+"""Photos as Python holds them: paths, PIL pictures, arrays, bytes, datasets of torch and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -16,20 +16,31 @@ from PIL import Image, ImageOps
 from retrieval_tip.data.sources import Source, of_images, read_item
 from retrieval_tip.errors import InputError, UsageError, counted, few
 
-Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, Any]
+Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, object]
 """A path; an encoded image; a PIL picture; an array ``[h, w]`` or ``[h, w, 3]`` uint8; a row of a Hugging Face dataset,
 or its ``bytes`` and ``path``."""
 
 
+class HuggingFace(Protocol):
+    """A dataset of Hugging Face; a streamed one lacks ``__len__`` and ``__getitem__``."""
+
+    @property
+    def features(self) -> Mapping[str, object]: ...  # noqa: D102
+    def with_format(self, kind: None, /) -> HuggingFace: ...  # noqa: D102
+    def cast_column(self, column: str, feature: object, /) -> HuggingFace: ...  # noqa: D102
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: int | str, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Pictures:
-    """Photographs as a source, and ``read``, which gives the encoded bytes of each by its path in the source."""
+    """Photos as a source, and ``read``, which returns the encoded bytes of each by its path in the source."""
 
     source: Source
     read: Callable[[str], bytes]
 
     def labelled(self, label: str | Sequence[str]) -> Pictures:
-        """The same photographs, all of one class, or each of its own. Raises InputError where these are not as many."""
+        """Label the photos, all alike or one by one. Raises InputError for another number of labels."""
         labels = [label] * len(self.source) if isinstance(label, str) else list(label)
         if len(labels) != len(self.source):
             raise InputError(f"labels: {len(labels)} for {len(self.source)} pictures; give one each, or one for all")
@@ -39,11 +50,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a Hugging Face dataset: ``image``, ``label``, and the ``names`` that its labels stand for."""
+    """The columns of a Hugging Face dataset, and the ``names`` of its numbered labels."""
 
     image: str
     label: str | None
-    names: Sequence[str] | None
+    names: Sequence[object] | None
 
     @classmethod
     def of(cls, given: object) -> Columns | None:
@@ -51,42 +62,42 @@ class Columns:
 
         Raises UsageError for a dataset in parts, and for one without a single column of images.
         """
-        if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _features(part)]):
+        if isinstance(given, Mapping) and (parts := [name for name, part in given.items() if _is_hugging_face(part)]):
             raise UsageError(f"dataset: is in parts; give one of them, for example dataset[{parts[0]!r}]")
-        if (features := _features(given)) is None:
+        if not _is_hugging_face(given):
             return None
+        features = given.features
         image, label = _column(features, "Image", "image"), _column(features, "ClassLabel", "label")
         if image is None:
             raise UsageError(f"dataset: no single column of images among {few(list(map(repr, features)))}; select one")
         return cls(image, label, None if label is None else getattr(features[label], "names", None))
 
 
-def _features(given: object) -> Mapping[str, Any] | None:
-    features = getattr(given, "features", None)
-    return features if isinstance(features, Mapping) and hasattr(given, "cast_column") else None
+def _is_hugging_face(given: object) -> TypeGuard[HuggingFace]:
+    return isinstance(getattr(given, "features", None), Mapping) and hasattr(given, "cast_column")
 
 
-def _column(features: Mapping[str, Any], kind: str, name: str) -> str | None:
-    """The column of that type: the one of that name if there are several, the one of that name of any type if none."""
+def _column(features: Mapping[str, object], kind: str, name: str) -> str | None:
+    """Return the column of a type: the one called ``name`` if there are several; of any type if there is none."""
     found = [column for column, feature in features.items() if type(feature).__name__ == kind]
     return found[0] if len(found) == 1 else name if name in (found or features) else None
 
 
 def is_one(given: object) -> bool:
-    """Whether something is a picture, and not several."""
+    """Tell whether something is one picture."""
     if isinstance(given, np.ndarray):
         return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
     return isinstance(given, str | os.PathLike | bytes | Image.Image | Mapping)
 
 
 def pictures(given: Picture | Iterable[Picture]) -> Pictures:
-    """One photo or several, in their order. A photo without a path is called ``picture 0``, ``picture 1`` ...
+    """Take one photo or several, in order. A photo without a path is called ``picture 0``, ``picture 1`` ...
 
-    The photos of a Hugging Face dataset are read from it when they are needed. Raises InputError for what is no photo,
-    UsageError as :meth:`Columns.of`.
+    The photos of a Hugging Face dataset are read from it when they are needed. Raises InputError for anything but
+    photos, UsageError as :meth:`Columns.of`.
     """
     columns = Columns.of(given)
-    if columns is not None and hasattr(given, "__len__"):
+    if columns is not None and _is_hugging_face(given) and hasattr(given, "__len__"):
         return _stored(given, columns.image)
     held: dict[str, bytes] = {}
     paths: list[str] = []
@@ -94,7 +105,7 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
         data: object = picture
         if isinstance(data, Mapping):  # a row of a Hugging Face dataset
             data = data.get("image" if columns is None else columns.image, data)
-        if isinstance(data, Mapping):  # its picture; without bytes it stayed on disk
+        if isinstance(data, Mapping):  # its picture, which without bytes is a file
             data = data.get("bytes") or data.get("path")
         if isinstance(data, str | os.PathLike):
             paths.append(os.fspath(data))
@@ -105,9 +116,10 @@ def pictures(given: Picture | Iterable[Picture]) -> Pictures:
     return Pictures(of_images(paths), lambda path: held[path] if path in held else read_item(path))
 
 
-def _stored(dataset: Any, image: str) -> Pictures:
-    """The photos in a column of a Hugging Face dataset, as the files that they are there."""
-    rows = dataset.with_format(None).cast_column(image, type(dataset.features[image])(decode=False))
+def _stored(dataset: HuggingFace, image: str) -> Pictures:
+    """Take the photos in a column of a Hugging Face dataset as the encoded files that it holds."""
+    kind: Any = type(dataset.features[image])
+    rows = dataset.with_format(None).cast_column(image, kind(decode=False))
     names = [f"picture {place}" for place in range(len(rows))]
     if names and not (rows[0][image] or {}).get("bytes"):  # a dataset of files: they have paths
         own = [row["path"] if row and not row["bytes"] else None for row in rows[image]]
@@ -125,13 +137,13 @@ def _stored(dataset: Any, image: str) -> Pictures:
     return Pictures(of_images(names), read)
 
 
-def labelled_pictures(given: Any, labels: Iterable[Any] | None = None) -> Pictures:
-    """Photos with a label each, in their order: with ``labels`` beside them, as pairs ``(photo, label)``, or a dataset.
+def labelled_pictures(given: Any, labels: Iterable[object] | None = None) -> Pictures:
+    """Take photos with a label each: with ``labels`` beside them, as pairs ``(photo, label)``, or a dataset.
 
     A torch dataset is a sequence of such pairs; a Hugging Face dataset has a column of images and one of labels. A
-    number as a label stands for one of the dataset's ``classes`` or ``ClassLabel`` names, also in a part of a dataset;
-    without these it is the name itself. Raises UsageError without labels, InputError for what is no photo, and for a
-    label that is missing or stands for no name.
+    numbered label is one of the dataset's ``classes`` or ``ClassLabel`` names, also in a part of a dataset; without
+    these it is the name itself. Raises UsageError without labels, InputError for anything but photos, and for a missing
+    or unnamed label.
     """
     whole = given
     while not hasattr(whole, "classes") and hasattr(whole, "dataset"):
@@ -141,16 +153,13 @@ def labelled_pictures(given: Any, labels: Iterable[Any] | None = None) -> Pictur
     if labels is None:
         given, labels = _apart(given, columns)
     made = pictures(given).labelled([_name(label, names, place) for place, label in enumerate(labels)])
-    ordered = tuple(name for name in map(str, names or ()) if name in made.source.class_names)
-    return (
-        made
-        if len(ordered) < len(made.source.class_names)
-        else replace(made, source=replace(made.source, class_names=ordered))
-    )
+    own = made.source.class_names
+    ordered = tuple(name for name in map(str, names or ()) if name in own)
+    return made if len(ordered) < len(own) else replace(made, source=replace(made.source, class_names=ordered))
 
 
-def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[Any]]:
-    """Photos and labels of a dataset or of pairs, apart."""
+def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[object]]:
+    """Return the photos and the labels of a dataset or of pairs."""
     label = None if columns is None else columns.label
     if label is not None and hasattr(given, "__len__") and Columns.of(given) == columns:
         return given, given.with_format(None)[label]
@@ -163,7 +172,7 @@ def _apart(given: Any, columns: Columns | None) -> tuple[Any, Iterable[Any]]:
     return [pair[0] for pair in items], [pair[1] for pair in items]
 
 
-def _name(label: Any, names: Sequence[Any] | None, place: int) -> str:
+def _name(label: object, names: Sequence[object] | None, place: int) -> str:
     if label is None:
         raise InputError(f"picture {place}: has no label")
     if names is None or not isinstance(label, Integral):
@@ -175,7 +184,7 @@ def _name(label: Any, names: Sequence[Any] | None, place: int) -> str:
 
 
 def _encoded(picture: object, name: str) -> bytes:
-    """A picture as an image file, without loss."""
+    """Encode a picture as an image file, without loss."""
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or not is_one(picture):
             raise InputError(f"{name}: {picture.dtype} of shape {picture.shape}; a picture is [h, w, 3] uint8")
