@@ -105,10 +105,10 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
     if as_json:
         click.echo(json_line(result))
         return
-    per_class, confusions = result.pop("per_class"), result.pop("confusions")
-    worst = sorted(per_class.items(), key=lambda pair: pair[1])[:5]
+    del result["per_class"], result["confusions"]
+    worst = sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:5]
     result["worst classes"] = ", ".join(f"{name} {shown(value)}" for name, value in worst)
-    result["confusions"] = ", ".join(f"{a} as {b} ({times})" for a, b, times in confusions) or "none"
+    result["confusions"] = ", ".join(f"{a} as {b} ({times})" for a, b, times in evaluation.confusions) or "none"
     print_facts(result, 15)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -65,20 +66,22 @@ def under(heading: str, *, folded: bool = False) -> Callable[..., Callable[[Func
     return partial(click.option, cls=Option, heading=heading, folded=folded)
 
 
-def _general(*names: str, **more: Any) -> Option:
-    return Option(names, heading="General", is_eager=True, expose_value=False, **more)
+_early = partial(Option, heading="General", is_eager=True, expose_value=False)
+_GENERAL = [
+    _early(["-q", "--quiet"], is_flag=True, callback=_quiet, help="No warnings, no progress."),
+    _early(["-v", "--verbose"], count=True, callback=_verbose, help="Say more; -vv all."),
+    _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Every option."),
+]
+"""The options that every command has."""
 
 
 class Command(click.Command):
     """A command whose options stand under headings, and whose errors name its own usage."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.params += [
-            _general("-q", "--quiet", is_flag=True, callback=_quiet, help="No warnings, no progress."),
-            _general("-v", "--verbose", count=True, callback=_verbose, help="Say more; -vv all."),
-            _general("--help-all", "all_help", is_flag=True, callback=_all_help, help="Every option."),
-        ]
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Give every command the general options, before --help."""
+        *own, shown = super().get_params(ctx)
+        return [*own, *_GENERAL, shown]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings: the command's own first, those of all commands last."""
@@ -131,7 +134,7 @@ class Command(click.Command):
             if one.required and given.get(one.name or "") in (None, (), click.core.UNSET)  # type: ignore[attr-defined]
         ]
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """As click; what goes wrong is said with the command's own usage."""
         with in_one_line(ctx):
             return super().invoke(ctx)
@@ -142,13 +145,11 @@ class Group(click.Group):
 
     command_class = Command
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self.headings: dict[str, tuple[click.Command, ...]] = {}
+    headings: Mapping[str, tuple[click.Command, ...]] = MappingProxyType({})
 
     def section(self, heading: str, *commands: click.Command) -> None:
         """Add commands, which help shows under a heading."""
-        self.headings[heading] = commands
+        self.headings = {**self.headings, heading: commands}
         for one in commands:
             self.add_command(one)
 
@@ -159,7 +160,9 @@ class Group(click.Group):
             with formatter.section(heading):
                 formatter.write_dl([(one.name or "", one.get_short_help_str(room)) for one in own])
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click; a name that is no command's is compared with all of them, here and in other groups."""
         try:
             return super().resolve_command(ctx, args)

@@ -621,7 +621,8 @@ def audit_command(
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
 
-    cache = checked(FOLDER.convert(folder, None, ctx), "auto")
+    FOLDER.convert(folder, None, ctx)  # refuses an address
+    cache = checked(Path(folder), "auto")
     write_table(audit(cache, k=k, borderline=borderline), printing.style, printing.output)
 
 

@@ -38,7 +38,7 @@ def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
 
     def decorate(command: Function) -> Function:
         @functools.wraps(command)
-        def collecting(*arguments: Any, **values: Any) -> Any:
+        def collecting(*arguments: object, **values: object) -> object:
             own = {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
             return command(*arguments, **values, **{name: kind(**own)})
 

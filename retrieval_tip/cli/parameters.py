@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,10 +22,15 @@ LARGEST_FILE = 10**15
 """Bytes of the largest file that is taken."""
 
 
+Place = str | os.PathLike[str]
+Named = str | bytes | os.PathLike[str]
+"""What a path option takes, and what click makes of it."""
+
+
 class Folder(click.Path):
     """A path, and no address."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
         """The path."""
         if parse(str(value)) is not None:
             self.fail(
@@ -62,7 +68,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 class SourceType(Folder):
     """A source: a path, or the URL of an object store."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
         """A path, or the URL as it is."""
         return value if is_remote(value) else super().convert(value, param, ctx)
 
@@ -70,7 +76,7 @@ class SourceType(Folder):
 class Output(click.Path):
     """A file to write; with ``--engine ray`` a folder, or the URL of one."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: Place, param: click.Parameter | None, ctx: click.Context | None) -> Named:
         """A path, or the URL as it is."""
         engine = ctx.params.get("engine") if ctx is not None else None
         if engine == "ray":

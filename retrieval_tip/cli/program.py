@@ -33,18 +33,20 @@ from retrieval_tip.errors import InputError, message
 class _Program(Group):
     """Turns errors, the package's and click's, into one line on standard error and the exit status that fits them."""
 
-    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
         try:
             _fill_closed_streams()
             with in_one_line():
                 if sys.stdout is None:
                     raise InputError("standard output: is closed; send it to a file or to /dev/null")
-                return super().make_context(*arguments, **more)
+                return super().make_context(info_name, args, parent, **extra)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise click.exceptions.Exit(128 + signal.SIGINT) from None
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             with _orderly_end(), in_one_line(ctx):
                 return super().invoke(ctx)

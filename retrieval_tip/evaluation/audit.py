@@ -154,7 +154,7 @@ def _table(cache: CacheModel, shots: dict[str, npt.NDArray[Any]]) -> pa.Table:
     shots = {name: column[order] for name, column in shots.items()}
     unjudged = ~shots["judged"]
 
-    def described(name: str, column: str) -> Any:
+    def described(name: str, column: str) -> pa.ChunkedArray:
         rows = shots[name]
         return cache.labels[column].take(pa.array(rows, pa.int64(), mask=rows < 0))
 

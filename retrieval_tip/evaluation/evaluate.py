@@ -114,10 +114,10 @@ class Evaluation:
     coverage: float | None = None
     selective_top1: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As ``evaluate --json`` prints it; ``k`` is ``"all"`` where every key is used."""
         left_out = {"answers"} | ({"abstain", "coverage", "selective_top1"} if self.abstain is None else set())
-        facts: dict[str, Any] = {}
+        facts: dict[str, object] = {}
         for field_ in fields(self):
             if field_.name == "settings":
                 facts |= self.settings.shown()
@@ -291,7 +291,7 @@ class _Pairs:
         self._same = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
         self._other = torch.zeros(AFFINITY_BINS, dtype=torch.int64)
 
-    def add(self, features: npt.NDArray[Any], truth: torch.Tensor) -> None:
+    def add(self, features: npt.NDArray[np.float32], truth: torch.Tensor) -> None:
         """Count the pairs of these queries ``[q, d]``, of classes ``truth`` ``[q]``, with every key."""
         cache, device = self._cache, self._cache.device
         for first in range(0, len(features), QUERY_BLOCK):
