@@ -28,7 +28,8 @@ OPERATIONS: dict[str, Operation] = living.OPERATIONS | {
     "merge": lambda folder, place, _: changes.merge(folder, place / "others"),
     "set": lambda folder, *_: changes.configure(folder, alpha=3.0),
 }
-del OPERATIONS["gc"]
+for _name in ("first", "fit to values", "gc", "grow"):
+    del OPERATIONS[_name]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.timeout(120)
 
 KINDS = ("folder", "lance", "s3")
 TRIED = KINDS if SOAK else KINDS[:2]
-"""A bucket outside of a soak: where two stores meet, by the command line, and in test_objects and test_stores_kill."""
+"""A bucket outside of a soak: where two stores meet, by the command line, and in test_objects and test_kill_changes."""
 D, N = 16, 60
 HOSTILE = "it's; DROP TABLE keys --"
 NAMES = ["cat", HOSTILE, 'naïve "日本" %_\\']

@@ -29,6 +29,7 @@ from retrieval_tip.lance.key_table import (
     VERSION,
     KeyTable,
     grouped,
+    literal,
     rows_of,
     schema_of,
 )
@@ -46,6 +47,8 @@ from retrieval_tip.store.contents import array_of
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after, shots_of
 from retrieval_tip.store.manifest import Manifest, Table
 from retrieval_tip.store.sums import Sums
+
+Column = npt.NDArray[np.integer[Any]] | list[str]
 
 MOST_ASKED, NEIGHBOURS = 512, 4
 """New keys that are compared with the nearest ones, at most, and with how many."""
@@ -159,7 +162,6 @@ class LanceDraft(LanceModel, EditableIndex):
         self._follow()
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
-        """Take other text weights ``[c, d]``, made from these templates."""
         self.classes, self.templates = replace(self.classes, text=weights), list(templates)
         if self.whole is not None:
             self.whole.set_text(weights, templates)
@@ -175,14 +177,10 @@ class LanceDraft(LanceModel, EditableIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys ``[m, d]`` of known classes; returns their key ids. See :meth:`answering.EditableIndex.add`.
-
-        Raises InputError also where keys with solved values would be too many for memory (:meth:`check_held`).
-        """
+        """See :meth:`answering.EditableIndex.add`. Raises InputError as :meth:`check_held` too."""
         array, ids = inputs.keys_to_add(keys, labels, self.class_names, self.d, self.dtype)
         key_ids = np.arange(self.next_key_id, self.next_key_id + len(array))
-        columns: dict[str, Any] = {"views": views, "digests": digests, "extra": extra}
-        added = label_table(self.class_names, ids, sources, key_ids=key_ids, **columns)
+        added = label_table(self.class_names, ids, sources, key_ids=key_ids, views=views, digests=digests, extra=extra)
         self._check_columns(added)
         added = shots_after(added, ids, self._next_shots(np.unique(ids)))
         order, array = np.argsort(ids, kind="stable"), array.astype(self.dtype)
@@ -190,13 +188,9 @@ class LanceDraft(LanceModel, EditableIndex):
         self.check_lengths(array if points is None else points)
         if self.whole is not None:
             self.check_held(self.n + len(array))
-            self._settled_whole().add(array, ids, sources, **columns)
-        points = points if self.table.has_points else None
-        ordered = None if points is None else points[order]
-        rows = rows_of(added.take(pa.array(order)), array[order], self.writer.number, ordered)
-        self.table.append(rows)
-        self._digest(rows)
-        self._count(lambda sums: sums.added(array, ids), points, ids, 1)
+            self._settled_whole().add(array, ids, sources, views=views, digests=digests, extra=extra)
+        ordered = points[order] if points is not None and self.table.has_points else None
+        self._move(rows_of(added.take(pa.array(order)), array[order], self.writer.number, ordered), 1)
         self.next_key_id += len(array)
         return key_ids.tolist()
 
@@ -237,91 +231,80 @@ class LanceDraft(LanceModel, EditableIndex):
         """The sums that a metric is fitted from, where they are known."""
         return None if self.second is None else Sums(self.classes.counts, self.classes.sums, self.second)
 
-    def _count(self, change: Callable[[Sums], Sums], points: npt.NDArray[Any] | None, ids: IntArray, sign: int) -> None:
-        """Follow a change of the keys, of which these ``points`` were added to classes (1), or left them (-1)."""
-        unknown = Sums(self.classes.counts, self.classes.sums, np.zeros((self.d, self.d)))
-        now, point_sums = change(self.sums or unknown), self.classes.points
-        if point_sums is not None and points is not None:
-            point_sums = point_sums.copy()
-            np.add.at(point_sums, ids, sign * points.astype(np.float64))
-            point_sums[now.counts == 0] = 0
+    def _move(self, rows: pa.Table, sign: int) -> None:
+        """Let rows come into the table (1) or leave it (-1); its digest and the sums of classes follow."""
+        if sign > 0:
+            self.table.append(rows)
+        else:
+            self.table.delete(rows["key_id"].to_pylist())
+        self._digest(rows, sign)
+        ids, keys = rows["class_id"].to_numpy().astype(np.int64), self.table.matrix(rows[VECTOR])
+        known = self.sums or Sums(self.classes.counts, self.classes.sums, np.zeros((self.d, self.d)))
+        now, points = known.added(keys, ids) if sign > 0 else known.removed(keys, ids), self.classes.points
+        if points is not None and POINT in rows.column_names:
+            points = points.copy()
+            np.add.at(points, ids, sign * self.table.matrix(rows[POINT]).astype(np.float64))
+            points[now.counts == 0] = 0
         self.second = None if self.second is None else now.second
-        self.classes = replace(self.classes, counts=now.counts, sums=now.sums, points=point_sums)
+        self.classes = replace(self.classes, counts=now.counts, sums=now.sums, points=points)
         self._follow()
 
     def _digest(self, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> None:
         """Count rows that come into the table, or leave it (-1), into its digest."""
         self.digest = None if self.digest is None else with_rows(self.digest, rows, sign)
 
-    def _vectors(self, rows: pa.Table) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-        return self.table.matrix(rows[VECTOR]), self.table.matrix(rows[POINT]) if POINT in rows.column_names else None
-
     def remove(self, key_ids: Sequence[int]) -> None:
-        """Remove keys by their id; classes stay. See :meth:`answering.EditableIndex.remove`."""
-        rows = self._of_ids(key_ids, self.table.schema.names)
+        rows = self._of_ids(key_ids)
         if len(rows) == self.n:
             raise InputError("remove: an index needs at least one key; give up the folder instead")
         if len(rows):
-            keys, points = self._vectors(rows)
-            ids = rows["class_id"].to_numpy().astype(np.int64)
             if self.whole is not None:
                 self._settled_whole().remove(key_ids)
-            self.table.delete(rows["key_id"].to_pylist())
-            self._digest(rows, -1)
-            self._count(lambda sums: sums.removed(keys, ids), points, ids, -1)
+            self._move(rows, -1)
 
-    def _of_ids(self, key_ids: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    def _of_ids(self, key_ids: Sequence[int]) -> pa.Table:
         """Rows of keys. Raises InputError naming ids that are not there."""
-        rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), columns)
+        rows = self.table.of_ids("key_id", list(dict.fromkeys(key_ids)), self.table.schema.names)
         missing = sorted(set(key_ids) - set(rows["key_id"].to_pylist()))
         if missing:
             raise InputError(f"key ids {', '.join(map(str, missing[:5]))}: not in this index")
         return rows
 
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
-        """See :meth:`answering.EditableIndex.relabel`."""
         wanted = inputs.new_ids(key_ids, labels, self.class_names)
-        moved = self._of_ids(list(wanted), self.table.schema.names).sort_by("key_id")
+        moved = self._of_ids(list(wanted)).sort_by("key_id")
         ids = np.array([wanted[key_id] for key_id in moved["key_id"].to_pylist()], dtype=np.int64)
         changed = moved["class_id"].to_numpy() != ids
         moved, ids = moved.filter(pa.array(changed)), ids[changed]
         if not len(moved):
             return
         names = [self.class_names[class_id] for class_id in ids]
-        old, (keys, points) = moved["class_id"].to_numpy().astype(np.int64), self._vectors(moved)
         if self.whole is not None:
             self._settled_whole().relabel(moved["key_id"].to_pylist(), names)
-        self._digest(moved, -1)
         shots = self._next_shots(np.unique(ids))[ids] + shots_of(ids)
-        moved = self._changed(moved, {"class_id": ids.astype(np.int32), "label": names, "shot": shots})
-        self.table.delete(moved["key_id"].to_pylist())
-        self.table.append(moved)
-        self._digest(moved)
-        self._count(lambda sums: sums.moved(keys, old, ids), points, old, -1)
-        self._count(lambda sums: sums, points, ids, 1)
+        self._move(moved, -1)
+        self._move(self._changed(moved, class_id=ids.astype(np.int32), label=names, shot=shots), 1)
 
-    def _changed(self, rows: pa.Table | pa.RecordBatch, columns: dict[str, Any]) -> pa.Table | pa.RecordBatch:
+    def _changed(self, rows: pa.Table | pa.RecordBatch, **columns: Column) -> pa.Table | pa.RecordBatch:
         """Return rows with other columns, brought by the version in the making."""
         for name, column in {**columns, VERSION: np.full(len(rows), self.writer.number)}.items():
             rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(column))
         return rows
 
-    def _digest_changed(self, where: str, columns: Callable[[pa.RecordBatch], dict[str, Any]]) -> None:
-        """Count into the digest that rows which a condition holds for are about to get other columns."""
+    def _update(self, where: str, name: str, values: Callable[[pa.RecordBatch], Column], sql: str) -> None:
+        """Set a column of the rows that a condition holds for to ``values``, which ``sql`` computes too."""
         for rows in () if self.digest is None else self.table.scan(self.table.schema.names, where):
             self._digest(rows, -1)
-            self._digest(self._changed(rows, columns(rows)))
+            self._digest(self._changed(rows, **{name: values(rows)}))
+        self.table.change(where, {name: sql, VERSION: str(self.writer.number)})
 
     def rename(self, old: str, new: str) -> None:
-        """See :meth:`answering.EditableIndex.rename`."""
         class_id, names = inputs.renamed(self.class_names, old, new)
         if len(names) < len(self.class_names):
             self._merge(class_id, new, names)
             return
         if self.classes.counts[class_id]:
-            where = f"class_id = {class_id}"
-            self._digest_changed(where, lambda rows: {"label": [new] * len(rows)})
-            self.table.change(where, {"label": new, VERSION: self.writer.number})
+            self._update(f"class_id = {class_id}", "label", lambda rows: [new] * len(rows), literal(new))
         self.classes = replace(self.classes, names=names)
         if self.whole is not None:
             self.whole.rename(old, new)
@@ -334,9 +317,8 @@ class LanceDraft(LanceModel, EditableIndex):
         if self.whole is not None:
             self.whole.rename(old, into)
         if self.classes.counts[class_id + 1 :].any():
-            where, shifted = f"class_id > {class_id}", {"class_id": "class_id - 1", VERSION: str(self.writer.number)}
-            self._digest_changed(where, lambda rows: {"class_id": rows["class_id"].to_numpy() - 1})
-            self.table.change(where, sql=shifted)
+            later = f"class_id > {class_id}"
+            self._update(later, "class_id", lambda rows: rows["class_id"].to_numpy() - 1, "class_id - 1")
         classes = self.classes
         self.classes = Classes(
             names,
@@ -434,7 +416,7 @@ class LanceDraft(LanceModel, EditableIndex):
             self.table.optimize()
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """Return those of some new keys whose image is in another class too: nothing but their neighbours is read."""
+        """See :meth:`Change.duplicates_of`. Only the keys' neighbours, and keys of the same images, are read."""
         asked = np.asarray(key_ids[:MOST_ASKED])
         retrieval = self.retrieval
         points = retrieval.points(torch.from_numpy(self.keys_of(asked).astype(np.float32)))

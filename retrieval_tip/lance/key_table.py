@@ -258,7 +258,7 @@ class KeyTable:
         """The same, some at a time, as :meth:`scan`."""
         values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
         for start in range(0, len(values), ASKED_AT_ONCE):
-            wanted = ", ".join(map(_literal, values[start : start + ASKED_AT_ONCE]))
+            wanted = ", ".join(map(literal, values[start : start + ASKED_AT_ONCE]))
             yield from self.scan(columns, f"{column} IN ({wanted})", with_rows=with_rows)
 
     def take(self, rows: IntArray, columns: Sequence[str]) -> pa.Table:
@@ -354,10 +354,10 @@ class KeyTable:
             with _said(self.address, "removing rows"):
                 self.table.delete(f"key_id IN ({', '.join(map(str, key_ids[start : start + ASKED_AT_ONCE]))})")
 
-    def change(self, where: str, values: dict[str, Any] | None = None, *, sql: dict[str, str] | None = None) -> None:
-        """Set columns of the rows that match a condition, to ``values`` or to what ``sql`` computes from the row."""
+    def change(self, where: str, sql: dict[str, str]) -> None:
+        """Set columns of the rows that match a condition to what ``sql`` computes from the row."""
         with _said(self.address, "changing rows"):
-            self.table.update(where=where, values=values, values_sql=sql)
+            self.table.update(where=where, values_sql=sql)
 
     def restore(self, version: int) -> None:
         """Make an earlier version the newest one: what writers that were interrupted left is in none any more."""
@@ -450,7 +450,7 @@ def _connected(address: Address) -> Any:
     return lancedb().connect(address.uri, storage_options=storage_options(address) or None, session=_session())
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """A value as it stands in a condition."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"

@@ -195,5 +195,4 @@ class LanceChange(Change):
         return shots.refit(self._draft, beta)
 
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """See :meth:`Change.duplicates_of`. New keys are compared with the nearest ones and those of their images."""
         return self._draft.duplicates_of(key_ids)
