@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_features import IDENTITY, Fake, folder, picture, reads, source_of, unit_rows, with_identity  # noqa: F401
+from test_features import IDENTITY, Fake, Reads, folder, picture, source_of, unit_rows, with_identity  # noqa: F401
 
 from retrieval_tip.backbones.base import unit
-from retrieval_tip.data import feature_tables, images
+from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder, view_names
 from retrieval_tip.data.encoding_cache import EncodingCache
+from retrieval_tip.data.feature_tables import TABLE_ROWS
 from retrieval_tip.data.sources import Source, of_images, open_items, open_source
 from retrieval_tip.errors import BackboneError, InputError, UsageError
 
@@ -95,12 +95,12 @@ def test_more_views_encode_only_what_is_new(folder: Path, cache: EncodingCache) 
     assert np.array_equal(alone.features, many.features)
 
 
-def test_a_path_that_comes_again_is_one_shot(folder: Path, reads: Counter[str]) -> None:
-    source = source_of(folder).take([3, 0, 3, 11, 0, 5])
-    found = Encoder(Fake(), batch_size=2).encode_views(source, ["centre"])
+def test_a_path_that_comes_again_is_one_shot(folder: Path) -> None:
+    source, reads = source_of(folder).take([3, 0, 3, 11, 0, 5]), Reads()
+    found = Encoder(Fake(), batch_size=2, read=reads).encode_views(source, ["centre"])
     assert found.positions.tolist() == [0, 1, 3, 5]
     assert found.starts.tolist() == [0, 1, 2, 3, 4]
-    assert reads["decoded"] == 4
+    assert sum(reads.values()) == 4
     for feature, number in zip(found.features, [3, 0, 11, 5], strict=True):
         np.testing.assert_allclose(feature, Fake().expected(picture(number)), atol=1e-6)
 
@@ -142,17 +142,16 @@ def table(path: Path, ids: list[str], rows: np.ndarray) -> Source:
     return open_items(path)
 
 
-@pytest.mark.parametrize("table_rows", [2, 8192])
-def test_rows_that_share_an_id_are_the_views_of_a_shot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table_rows: int
-) -> None:
-    monkeypatch.setattr(feature_tables, "TABLE_ROWS", table_rows)
+def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
     rows = unit_rows(7)
     source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
     found = Encoder().encode_views(source, [])
     assert found.positions.tolist() == [0, 1, 3, 6]
     assert found.starts.tolist() == [0, 3, 5, 6, 7]
     assert np.array_equal(found.features, rows[[0, 2, 5, 1, 4, 3, 6]])
+    far = Encoder().encode_views(source.take([0, 1] * TABLE_ROWS), [])  # in several blocks
+    assert far.starts.tolist() == [0, TABLE_ROWS, 2 * TABLE_ROWS]
+    assert np.array_equal(far.features[::TABLE_ROWS], rows[[0, 1]])
     turned = source.take([6, 4, 0, 5, 1])
     found = Encoder().encode_views(turned, [])
     assert found.positions.tolist() == [0, 1, 2]
@@ -226,19 +225,17 @@ def test_pixels_leave_out_and_name_once_what_cannot_be_read(folder: Path) -> Non
         epoch(encoder, source.take([4, 5]), "centre", 2)
 
 
-def test_the_next_chunk_is_decoded_while_one_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_chunk_is_decoded_while_one_is_used(folder: Path) -> None:
     opened: list[str] = []
     several = threading.Event()
-    read = images.read
 
     def watched(path: str) -> bytes:
         opened.append(path)
         if len(opened) == 8:
             several.set()
-        return read(path)
+        return images.read(path)
 
-    monkeypatch.setattr(images, "read", watched)
-    chunks = Encoder(Fake(), workers=2).pixels(source_of(folder), "centre", 4)
+    chunks = Encoder(Fake(), workers=2, read=watched).pixels(source_of(folder), "centre", 4)
     next(chunks)
     assert several.wait(30)
     chunks.close()  # type: ignore[attr-defined]
