@@ -45,35 +45,32 @@ from retrieval_tip.store.sums import Sums
 IntArray = npt.NDArray[np.int64]
 
 FOLDS, MOST_FOLDS = 4, 8
-"""Folds that a form is chosen by, and those that the chosen one is judged by where the keys are few."""
-
+"""Folds that choose a form; and those that judge the chosen one, if the keys are few."""
 CHOSEN_ON, CHOSEN_SHOTS, JUDGED = 2048, 32, 4096
-"""Keys that a form is chosen on, those of a class among them, and photographs that the chosen one is judged by."""
-
+"""Keys that choose a form, and keys of one class among them; and photographs that judge the chosen one."""
 LEAST_SHOTS = 3
 """Photographs a class from which a form is chosen: folds of two leave one, which says little of what two will do."""
-
 AFFINITIES = 1 << 28
-"""Affinities that the chosen form is judged by, about, where there are very many keys."""
-
+"""Affinities that judge the chosen form, if there are very many keys."""
 LEAST_OF_A_FOLD = 0.1
-"""The share of a fold, beyond the first, that has to be judged: to solve it costs the same, however few these are."""
-
-OFFSETS = (None, 0.1, 0.05)
-"""Offsets of the logarithm of the cache that are tried where values were solved; ``None`` is no logarithm."""
-
+"""Smallest share of a further fold to judge: solving without the fold costs the same, however little is judged."""
 LEAST_JUDGED = 8
-"""Photographs that can be judged, without which nothing is chosen."""
-
+"""Photographs that have to be judged for a choice."""
+OFFSETS = (None, 0.1, 0.05)
+"""Offsets of the logarithm of the cache to try if values were solved; ``None`` is no logarithm."""
 UNLIKE = 0.05
-"""The share of the shots whose largest cache logit, without them, is smaller than that of what is like some shot."""
-
+"""Share of held-out shots whose largest cache logit counts as unlike any shot."""
 LONG, GROWN = 1.1, 5.0
-"""Norm of keys from which a fit warns; and the largest beta (norm^2 - 1) of a form without a metric, whose weights
-exp(beta (A - 1)) else outgrow any ridge."""
-
+"""Norm of keys from which a fit warns; and the largest beta (norm^2 - 1) of a form without a metric, beyond which its
+weights exp(beta (A - 1)) outgrow any ridge."""
 LEAST_NORM = 1e-9
-"""Norm that the longest key has to have: torch takes shorter vectors for 0 when it normalises them."""
+"""Norm that the longest key needs: torch takes shorter vectors for 0 when it normalises them."""
+STEPS, REACH = 60, 4.0
+"""Newton's method: largest number of steps, and how far a logarithm may go from that of logits of unit spread."""
+ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
+"""Cache weight for one shot a class, where nothing can be held out: beside well-calibrated text, at most beside any
+text, and without text. Chosen on real CLIP features of four datasets, where 12 to 18 do as well, and on one of a weak
+text tower. And the number of photographs that the backbone's own temperature counts as: few say little of another."""
 
 
 class Shots(Protocol):
@@ -94,7 +91,7 @@ class Shots(Protocol):
 
     @property
     def fitted(self) -> Fitted | None:
-        """How they were fitted before."""
+        """The form in which they were fitted before."""
 
     @property
     def keys(self) -> Keys:
@@ -102,15 +99,15 @@ class Shots(Protocol):
 
     @property
     def n(self) -> int:
-        """Their number."""
+        """Number of keys."""
 
     @property
     def segments(self) -> int:
-        """Number of their segments."""
+        """Number of segments."""
 
     @property
     def index_type(self) -> str:
-        """Factory of the index over them."""
+        """Factory of the index over the keys."""
 
     @property
     def has_text(self) -> bool:
@@ -122,18 +119,9 @@ class Shots(Protocol):
         """See :meth:`cache_model.KeyEdits.set_fitted`."""
 
 
-STEPS, REACH = 60, 4.0
-"""Newton's method: largest number of steps, and how far a logarithm may go from that of logits of unit spread."""
-
-ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0, 25
-"""Cache weight for one shot a class, where nothing can be held out: beside well-calibrated text, at most beside any
-text, and without text. Chosen on real CLIP features of four datasets, where 12 to 18 do as well, and on one of a weak
-text tower. And the number of photographs that the backbone's own temperature counts as: few say little of another."""
-
-
 @dataclass(frozen=True)
 class Blend:
-    """How much words and photographs count: ``softmax(a text + b cache)`` is most likely, by what was held out.
+    """Weights of text and cache: ``softmax(a text + b cache)`` is most likely for what was held out.
 
     Without text ``a`` is 0. ``losses`` ``[q]`` are in nats; ``right`` ``[q]`` says which answers are.
     """
@@ -144,18 +132,18 @@ class Blend:
     right: Tensor
 
     def settings(self, settings: Settings, beta: float) -> Settings:
-        """Settings by which an index answers so: ``alpha = b / a`` and ``temperature = 1 / a``."""
+        """Return settings that answer by this blend: ``alpha = b / a`` and ``temperature = 1 / a``."""
         if not self.a:
             return replace(settings, alpha=self.b, beta=beta, temperature=1.0)
         return replace(settings, alpha=self.b / self.a, beta=beta, temperature=1 / self.a)
 
 
 def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
-    """The most likely ``a`` and ``b`` for text and cache logits ``[q, c]`` of queries of classes ``ids`` ``[q]``.
+    """Find the most likely ``a`` and ``b`` for text and cache logits ``[q, c]`` of queries of classes ``ids`` ``[q]``.
 
     Minimises the cross-entropy of ``softmax(a text + b cache)``, convex in ``a, b >= 0``, by Newton's method in
-    ``log a, log b``. As in Platt's scaling (1999) a label counts ``(q + 1) / (q + 2)``, the rest is spread over the
-    other classes: where all answers are right, nothing else would keep ``a`` and ``b`` finite.
+    ``log a, log b``. As in Platt's scaling (1999) a label counts ``(q + 1) / (q + 2)``, and the rest is spread over the
+    other classes: if all answers are right, nothing else keeps ``a`` and ``b`` finite.
     """
     q, c = cache.shape
     parts = torch.stack([part.double() for part in ((cache,) if text is None else (text, cache))])
@@ -195,7 +183,7 @@ def blend(text: Tensor | None, cache: Tensor, ids: Tensor) -> Blend:
 
 @dataclass(frozen=True)
 class Held:
-    """What is judged: features ``[q, d]`` float32 of class ids ``[q]``, by an index over these ``rows`` of the keys."""
+    """Queries ``[q, d]`` float32 of class ids ``[q]`` that judge an index over these ``rows`` of the keys."""
 
     features: Tensor
     ids: Tensor
@@ -206,7 +194,7 @@ class Held:
 class Folds:
     """Keys ``[n, d]``, their class ids ``[n]``, scaled ``text`` weights ``[c, d]``, and what is held out in turn.
 
-    ``sums`` of all keys are made where they are needed first, unless they are known.
+    ``sums`` of all keys are computed when they are first needed, unless they are given.
     """
 
     keys: Keys
@@ -229,9 +217,9 @@ class Folds:
         judged: int,
         sums: Sums | None = None,
     ) -> Folds:
-        """``number`` folds of the images of keys, as many as the smallest class allows; about ``judged`` are judged.
+        """Deal the images of keys into ``number`` folds, or as many as the smallest class has; judge about ``judged``.
 
-        What is judged is left out, with its views; of a fold that is more than that, the rest stays.
+        What is judged is left out, with its views; the rest of a larger fold stays.
         """
         folds, first = _folds(images, ids, number)
         held: list[Held] = []
@@ -259,7 +247,7 @@ class Folds:
         return self.n >= LEAST_JUDGED and self.c > 1
 
     def scatter(self, rows: Tensor) -> Scatter:
-        """How some of the keys spread; of more than ``d``, by the sums of all, less those of the other keys."""
+        """Return how some of the keys spread; of more than ``d``, by the sums of all less those of the other keys."""
         if len(rows) < self.keys.shape[1]:
             return Scatter.of_few(*self.taken(rows), self.c)
         every = np.arange(len(self.ids))
@@ -269,22 +257,21 @@ class Folds:
         return Scatter.of(self.sums - self._sums_of(others) if len(others) else self.sums)
 
     def taken(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Some of the keys, float32, and their class ids."""
+        """Return some of the keys, float32, and their class ids."""
         return _taken(self.keys, rows), self.ids[rows]
 
     def _sums_of(self, rows: IntArray) -> Sums:
-        """The sums of some of the keys, each of which is read once."""
+        """Sum some of the keys; each is read once."""
         ids = self.ids.numpy()
         blocks = ((keys, ids[part]) for keys, part in _blocks(self.keys, rows))
         return Sums.of(blocks, self.c, self.keys.shape[1])
 
     def judge(self, form: Form) -> Blend:
-        """How a form does when it is fitted without each fold."""
-        text, cache, ids = self.logits(form)
-        return blend(text, cache, ids)
+        """Judge a form, fitted without each fold."""
+        return blend(*self.logits(form))
 
     def logits(self, form: Form) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Text and cache logits ``[q, c]`` and class ids ``[q]`` of what is held out, by a form fitted without it."""
+        """Return text and cache logits ``[q, c]`` and ids ``[q]`` of what is held out, by a form fitted without it."""
         cache = torch.cat([self._cache(form, held, fold) for fold, held in enumerate(self.held)])
         features, ids = (torch.cat([getattr(held, name) for held in self.held]) for name in ("features", "ids"))
         return None if self.text is None else tip.affinity(features, self.text), cache, ids
@@ -302,7 +289,7 @@ class Folds:
         return metric, form.values.fit(keys if metric is None else metric(keys), ids, self.c, form.beta)
 
     def _cache(self, form: Form, held: Held, fold: int) -> Tensor:
-        """Cache logits ``[q, c]`` of what is held out by an index over the other keys."""
+        """Return cache logits ``[q, c]`` of what is held out, by an index over the other keys."""
         metric, values = self.fitted(form, held.rows, fold)
         queries = held.features if metric is None else metric(held.features)
         cache = torch.zeros(len(queries), self.c)
@@ -327,11 +314,11 @@ class FormTrial:
 
 @dataclass(frozen=True)
 class FormChoice:
-    """What was chosen, and how it does on the ``n`` photographs that were held out, in ``folds``.
+    """The chosen form, and its accuracy on the ``n`` photographs that were held out, in ``folds``.
 
     ``photos``, ``words`` and ``both`` are accuracies by the cache alone, the text alone and the blend; ``words`` is
-    ``None`` without text. ``n`` is 0 where nothing could be judged, and then there are no accuracies. ``longest`` is
-    the largest norm of the keys.
+    ``None`` without text, and all are if nothing could be judged (``n`` is 0). ``longest`` is the largest norm of the
+    keys.
     """
 
     form: Form
@@ -355,7 +342,7 @@ class FormChoice:
 
     @property
     def warnings(self) -> Iterator[str]:
-        """What a user should know of it."""
+        """What a user should know of the choice."""
         if self.words is not None and self.photos is not None and self.both is not None and self.photos > self.both:
             yield (
                 f"words do not help: photos alone {100 * self.photos:.1f} %, with words {100 * self.both:.1f} %; "
@@ -367,9 +354,9 @@ class FormChoice:
                 "photos and other features of norm 1 get wrong answers"
             )
 
-    def provenance(self) -> dict[str, Any]:
-        """What goes into the manifest."""
-        parts = {name: getattr(self, name) for name in ("photos", "words", "both")}
+    def provenance(self) -> dict[str, object]:
+        """Return what goes into the manifest."""
+        parts = {"photos": self.photos, "words": self.words, "both": self.both}
         return {
             "summary": str(self),
             "judged_on": self.judged_on,
@@ -395,21 +382,20 @@ def fit(
     ``validation`` images that are none of the keys. The first form stands unless another is right at least as often,
     and its cross-entropy smaller by more than two standard errors of the difference: few shots choose badly among many
     forms. Classes of one photograph take part without being judged; if there are no others, the settings are the
-    documented ones (:func:`_unjudged`). The temperature comes with the blend (:func:`blend`), and what is ``unlike``
-    any shot from what the others say of held-out shots.
+    documented ones (:func:`_unjudged`). The temperature comes with the blend (:func:`blend`).
 
     Args:
         cache: keys as they were built or added, in one segment; its present metric and values do not matter.
         metric: chosen from the shots by default.
-        values: chosen from the shots by default. They are one-hot if the index retrieves ``k`` keys, which would miss
-            what the others take back, and above :data:`MOST_SOLVED` keys.
+        values: chosen by default; one-hot if the index retrieves ``k`` keys, which would miss what the others take
+            back, and above :data:`MOST_SOLVED` keys.
         validation: what to judge by in place of the shots.
         factory: type of the index over the points, by default the present one.
-        forms: the forms to choose from; the first one stands unless another is better.
+        forms: the forms to choose from.
 
-    On disk after :meth:`CacheModel.save`. Returns the choice. Raises UsageError for another metric or other values, and
-    for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments, and for keys
-    whose norms are too large for the wanted metric, or too small for float32.
+    Returns the choice; :meth:`CacheModel.save` writes the index. Raises UsageError for another metric or other values,
+    and for solved ones that cannot be; InputError for an index that was fine-tuned or has several segments, and for
+    keys whose norms are too large for the wanted metric, or too small for float32.
     """
     start = time.perf_counter()
     longest = _longest(cache)
@@ -484,9 +470,9 @@ def _accuracies(photos: Tensor, words: Tensor | None, both: Tensor, ids: Tensor)
 
 
 def unfitted(cache: CacheModel) -> CacheModel:
-    """The same keys as Tip-Adapter has them: no metric, one-hot values, untouched alpha and beta; itself, where it is.
+    """Return the same keys as Tip-Adapter has them: no metric, one-hot values, untouched alpha and beta.
 
-    The index over them is built anew, in memory; ``cache`` stays as it is.
+    The index over them is built again, in memory; ``cache`` stays as it is.
     """
     if cache.fitted is None:
         return cache
@@ -539,7 +525,7 @@ def _forms(
 
 
 def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tuple[Folds, str]:
-    """What the chosen form is judged by, and what that is called."""
+    """Return what judges the chosen form, and its name."""
     ids, c = cache.class_ids.cpu(), len(cache.class_names)
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
@@ -551,9 +537,9 @@ def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tu
 
 
 def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
-    """The form that is chosen and those that were tried: none, where there are too few shots to choose by.
+    """Return the chosen form, and the ones that were tried: none, if there are too few shots to choose by.
 
-    ``images`` of the keys, where the shots judge: they then choose by fewer folds, and by a sample of very many keys.
+    With ``images`` of the keys, the shots judge, by fewer folds and a sample of very many keys.
     """
     if len(forms) == 1 or (images is not None and len(np.unique(images)) < LEAST_SHOTS * folds.c):
         return forms[0], []
@@ -563,7 +549,7 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
 
 
 def _settled(settings: Settings, form: Form, folds: Folds) -> tuple[Settings, dict[str, float | None]]:
-    """The settings of a form that go best with what is held out, and how text, cache and both do on it."""
+    """Return the settings of a form that fit what is held out best, and the accuracies on it."""
     text, cache, ids = folds.logits(form)
     blended, offset = _linked(text, cache, ids, OFFSETS if form.values is not None else (None,))
     least = float(tip.log_cache(cache, offset).amax(1).quantile(UNLIKE))
@@ -572,11 +558,11 @@ def _settled(settings: Settings, form: Form, folds: Folds) -> tuple[Settings, di
 
 
 def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
-    """The form and settings of shots that cannot be judged: :data:`ONE_SHOT`, or the untouched ones where it cannot be.
+    """Return form and settings for shots that cannot be judged: :data:`ONE_SHOT`, or else the untouched settings.
 
     The shots do judge the text, which has not seen them: its temperature T is fitted, so that weak words count little.
-    Where these were too sure, T > 1, photographs count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``, made
-    less sure as a whole where that is more than photographs can be.
+    If they were too sure, T > 1, photographs count T^2 times as much: ``softmax(text / T + 13 T^2 cache)``, made less
+    sure as a whole if that is more than photographs can be.
     """
     if all(form.values is None for form in forms):
         alpha, beta = untouched_settings(cache.keys, cache.class_ids.cpu().numpy())
@@ -596,7 +582,7 @@ def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:
 
 
 def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntArray) -> Folds:
-    """Folds of as many classes as :data:`CHOSEN_ON` keys allow, and of :data:`CHOSEN_SHOTS` keys a class at most."""
+    """Deal folds of at most about :data:`CHOSEN_ON` keys, and at most :data:`CHOSEN_SHOTS` keys a class."""
     if len(ids) > CHOSEN_ON:
         draw = np.random.default_rng(0)
         few = np.flatnonzero(_ranks(ids, draw) < CHOSEN_SHOTS)
@@ -612,13 +598,13 @@ def _sample(keys: Keys, ids: IntArray, c: int, text: Tensor | None, images: IntA
 def _linked(
     text: Tensor | None, cache: Tensor, ids: Tensor, offsets: Sequence[float | None]
 ) -> tuple[Blend, float | None]:
-    """The most likely of the blends with the cache as it is, or by its logarithm with one of these offsets."""
+    """Return the most likely blend with the cache as it is, or by its logarithm with one of these offsets."""
     blends = [(blend(text, tip.log_cache(cache.clone(), offset), ids), offset) for offset in offsets]
     return min(blends, key=lambda pair: float(pair[0].losses.mean()))
 
 
 def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]:
-    """The first form, or the best of those that are surely better than it: see :func:`fit`."""
+    """Return the first form, or the best of those that are surely better (:func:`fit`)."""
     stands = folds.judge(forms[0])
     best, trials = (forms[0], float(stands.losses.mean())), []
     for form in forms:
@@ -632,7 +618,7 @@ def _choose(folds: Folds, forms: Sequence[Form]) -> tuple[Form, list[FormTrial]]
 
 
 def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
-    """The place of each ``[n]`` within its class, once all are mixed."""
+    """Mix all, and return the place of each ``[n]`` within its class."""
     order = draw.permutation(len(ids))
     order = order[np.argsort(ids[order], kind="stable")]
     ranks = np.empty(len(ids), dtype=np.int64)
@@ -641,7 +627,7 @@ def _ranks(ids: IntArray, draw: np.random.Generator) -> IntArray:
 
 
 def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
-    """Keys at some rows, and these, a block at a time, in their order unless they are read in place."""
+    """Yield the keys at some rows, and these rows, a block at a time, in order unless the keys are read in place."""
     if isinstance(keys, KeysInPlace):
         return keys.blocks(rows)
     parts = (rows[part] for part in slices(len(rows), KEY_BLOCK))
@@ -649,15 +635,15 @@ def _blocks(keys: Keys, rows: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntA
 
 
 def _taken(keys: Keys, rows: Tensor) -> Tensor:
-    """Some rows of the keys, float32."""
+    """Return some rows of the keys, float32."""
     return torch.from_numpy(np.asarray(keys[rows.numpy()], dtype=np.float32))
 
 
 def _folds(images: IntArray, ids: IntArray, number: int) -> tuple[IntArray, IntArray]:
-    """The fold of each key ``[n]``, -1 for what is never held out; and the first key of each image.
+    """Return the fold of each key ``[n]``, -1 if it is never held out; and the first key of each image.
 
-    The images of a class, mixed, are dealt out in turn, into ``number`` folds, or as many as the smallest class has
-    images that has two or more.
+    The images of a class, mixed, are dealt in turn into ``number`` folds, or as many as the smallest class with two or
+    more has images.
     """
     _, first, image = np.unique(images, return_index=True, return_inverse=True)
     own = ids[first]

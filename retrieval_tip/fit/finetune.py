@@ -52,38 +52,28 @@ Checkpoint = dict[str, Any]
 """The state of a run after an epoch: tensors, numbers and text."""
 STATE = ("epoch", "seconds", "curve", "kept_epoch", "kept", "collapsed")
 """Attributes of a run that a checkpoint keeps."""
-
 FLATTER, STRONGER = 0.1, (1, 4, 16)
-"""Settings that are tried beside the index's own: beta in units of the spread of affinities between classes (an index
-untouched has 1), and alpha as a multiple of what fits the validation images best."""
+"""Settings to try beside the index's own: beta in units of the spread of affinities between classes (an untouched index
+has 1), and alpha as a multiple of the one that fits the validation images best."""
 TRIAL = 0.25
-"""How much of the epochs a trial gets."""
-
+"""Share of the epochs for a trial of settings."""
 COLLAPSE = 0.5
-"""An epoch that is right on less than this part of its queries, compared with the best one so far, is a collapse."""
-
+"""Training has collapsed if the accuracy of an epoch falls below this share of the best one so far."""
 HELD_OUT, FOLDS = 1000, 4
-"""Shots that judge a training without validation images, at most, and the folds in which they are held out."""
-
+"""Largest number of shots that judge a training without validation images, and the folds that hold them out."""
 CURVE = pa.schema(
-    [
-        ("epoch", pa.int64()),
-        ("loss", pa.float64()),
-        ("accuracy", pa.float64()),
-        ("val_loss", pa.float64()),
-        ("val_accuracy", pa.float64()),
-        ("seconds", pa.float64()),
-    ]
+    [("epoch", pa.int64())]
+    + [(name, pa.float64()) for name in ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")]
 )
-"""One row an epoch, epoch 0 before any training: ``loss`` and ``accuracy`` over the epoch's queries as they were met,
-``val_`` over the validation images after it, ``seconds`` of training so far."""
+"""Columns of a loss curve, a row an epoch, epoch 0 before any training: ``loss`` and ``accuracy`` over the epoch's
+queries as they were met, ``val_`` over the validation images after it, ``seconds`` of training so far."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies of an index ``before`` and ``after`` a training, in ``[0, 1]``, on ``n`` images of ``source``.
+    """Accuracies of an index ``before`` and ``after`` a training, on ``n`` images of ``source`` that neither has seen.
 
-    Before it, the index answers by its own fit and settings. Neither has seen the images.
+    Before it, the index answers by its own fit and settings.
     """
 
     before: float
@@ -105,11 +95,11 @@ class Comparison:
 class Tuned:
     """The result of a fine-tuning.
 
-    ``cache`` is the new index, not yet on disk (:meth:`save`). ``epoch`` was kept (0: no training was better) of those
-    in ``curve`` (columns of :data:`CURVE`). ``collapsed`` says how training fell apart, where it did; ``choice`` is the
-    search for alpha, beta and k afterwards (``None`` without validation images). ``backbone`` has trained encoders in
-    place, and ``encoders`` their tensors by name. ``record`` describes the run. :func:`finetune_into` adds ``compared``
-    (``None`` where nothing could be held out) and ``as_it_was``: ``cache`` is then a copy of the index that was given.
+    ``cache`` is the new index, not yet on disk (:meth:`save`). ``epoch`` of ``curve`` (columns of :data:`CURVE`) was
+    kept; 0: no training was better. ``collapsed`` says how training fell apart, if it did. ``choice`` is the search for
+    alpha, beta and k afterwards, ``None`` without validation images. ``backbone`` has the trained encoders in place,
+    ``encoders`` their tensors by name. ``record`` describes the run. :func:`finetune_into` adds ``compared`` (``None``
+    if nothing could be held out) and ``as_it_was``: ``cache`` is then a copy of the given index.
     """
 
     cache: CacheModel
@@ -140,7 +130,8 @@ class Tuned:
         for name in ("loss", "accuracy"):
             value = math.nan if kept is None else self.curve[name][kept].as_py()
             facts[f"train_{name}"] = None if math.isnan(value) else value
-        facts |= {name: self.cache.settings.shown()[name] for name in ("alpha", "beta", "k")}
+        shown = self.cache.settings.shown()
+        facts |= {name: shown[name] for name in ("alpha", "beta", "k")}
         return facts | {"collapsed": self.collapsed, "seconds": self.record["seconds"]}
 
 
@@ -163,11 +154,9 @@ def finetune_into(
 ) -> Tuned:
     """Fine-tune as :func:`finetune` does, and write the better index into the folder ``out``: trained, or as it was.
 
-    Both answer ``val``, or else shots that are held out (:func:`_compared`). Where those say that training does not
-    help, it ends there. ``keep_last`` writes the trained index anyway. A training of encoders keeps a checkpoint beside
-    ``out`` until the index is there; it remembers the comparison.
-
-    Raises as :func:`finetune`, and as :meth:`Tuned.save`: StoreError for a name that no index folder can have.
+    Both answer ``val``, or else held-out shots (:func:`_compared`); if training does not help, it ends there.
+    ``keep_last`` writes the trained index anyway. A training of encoders keeps a checkpoint beside ``out`` until the
+    index is there. Raises as :func:`finetune`, and as :meth:`Tuned.save`.
     """
     check_name(Path(out))
     make_folders(Path(out).parent)
@@ -216,27 +205,26 @@ def finetune(
     """Train an index by the cross-entropy of ``logit_scale f W^T + alpha C`` over its shots (paper, equation 6).
 
     Args:
-        cache: the index; it stays as it is. The settings it is trained with: ``recipe.settings``. What was fitted in
-            closed form is left out: training starts from Tip-Adapter, as in the paper.
-        shots: what to train on: by rights the index's own shots (see :func:`own_shots`), as images, or as a feature
-            table whose rows are views; rows that share an id are views of one shot.
-        encoder: makes features of them, and has the backbone; its ``views`` and ``seed`` are not looked at. A backbone
-            whose encoders are trained is copied first.
+        cache: the index; it stays as it is. Training starts from Tip-Adapter over its keys, as in the paper, without
+            what was fitted in closed form, with the settings of the recipe.
+        shots: the index's own shots (:func:`own_shots`), as images, or as a feature table whose rows are views; rows
+            with the same id are views of one shot.
+        encoder: makes features and has the backbone, which is copied to train it; its ``views`` and ``seed`` are
+            ignored.
         recipe: what is trained, and how.
-        val: labelled validation images, or features of some where no image encoder is trained. The latest epoch within
-            a standard error of the best on them is kept (none, where no epoch is better than no training), and alpha,
-            beta and k are searched on them again, cautiously. Without, the last epoch is kept and the settings stay.
+        val: labelled validation images, or their features if no image encoder is trained. The latest epoch within a
+            standard error of the best on them is kept (or none, if no epoch is better than no training), and a cautious
+            search chooses alpha, beta and k. Without, the last epoch is kept and the settings stay.
         parent: name of the index, for the record.
-        checkpoint: file for the state of the run after each epoch, if an encoder is trained: keys and values alone are
-            quickly trained again. The caller removes it.
-        on_epoch: is called with each row of the curve (:data:`CURVE`) when it is known, the first before any training:
-            for a logger of experiments. What it raises ends the run.
-        resume: go on from ``checkpoint`` where there is one: the result is that of an unbroken run, bit for bit on the
-            same device with as many threads.
+        checkpoint: file for the state of the run after each epoch, if an encoder is trained. The caller removes it.
+        on_epoch: called with each row of the curve (:data:`CURVE`), the first before any training; an exception ends
+            the run.
+        resume: go on from ``checkpoint`` if it exists. The result is that of an unbroken run, bit for bit on the same
+            device with as many threads.
 
     Raises:
         UsageError: a recipe that this index or backbone cannot follow, or that does not fit in memory; a checkpoint of
-            another run, or of a training without encoders.
+            another run, or for a training without encoders.
         InputError: shots or validation images that do not fit the index; a damaged checkpoint.
     """
     recipe, place = recipe or Recipe(), None if checkpoint is None else Path(checkpoint)
@@ -267,10 +255,7 @@ def _trained(
     compared: Comparison | None = None,
     on_epoch: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Tuned:
-    """Train what :func:`_untrained` gives. ``held`` is the checkpoint at ``place`` to go on from.
-
-    Other arguments and errors are those of :func:`finetune`.
-    """
+    """Train what :func:`_untrained` returns, from the checkpoint ``held`` of ``place`` if it is given."""
     if cache.device == "cpu":
         queries = min(recipe.batch, len(material.shots))
         check_memory(4 * queries * cache.n, f"batch {queries} x {cache.n} keys", "use a smaller batch")
@@ -301,8 +286,8 @@ def _compared(
     """Compare an index with its trained self on shots that are held out from both; return the last training, too.
 
     A quarter of each class is held out at a time, with its views, until :data:`HELD_OUT` shots are judged; only one
-    quarter where an encoder is trained. The index is fitted anew, and trained, on the rest. Nothing is returned where
-    no class has two photos.
+    quarter if an encoder is trained. The index is fitted again, and trained, on the rest. Returns nothing if no class
+    has two photos.
     """
     whole = cache.whole()
     images, c = images_of(whole.labels), len(whole.class_names)
@@ -336,9 +321,9 @@ def _right(cache: CacheModel, queries: search_hp.Queries) -> int:
 
 
 def _held(place: Path | None, resume: bool) -> Checkpoint | None:
-    """Return the state of an interrupted run that is to be resumed.
+    """Return the state of an interrupted run to be resumed.
 
-    Raises UsageError to resume a training without encoders, and InputError if the checkpoint is damaged, or is no file.
+    Raises UsageError to resume a training without encoders, and InputError for a damaged checkpoint or no file.
     """
     if place is None:
         if resume:
@@ -376,9 +361,9 @@ def _unfit(place: Path, error: Exception) -> InputError:
 
 
 def shots_of(cache: CacheModel) -> Source:
-    """The shots of an index, where it found them: images by their paths, or rows of the feature table.
+    """Return the shots of an index from where it found them: images by their paths, or rows of the feature table.
 
-    Raises InputError naming what is no longer there.
+    Raises InputError naming a shot that is missing.
     """
     table = cache.labels.select(["source", "label"])
     paths = table["source"].to_pylist()
@@ -392,9 +377,9 @@ def shots_of(cache: CacheModel) -> Source:
 
 
 def own_shots(cache: CacheModel, source: Source) -> Source:
-    """The items of a source that are shots of the index: whose path or id is the ``source`` of a key.
+    """Return the items of a source that are shots of the index, by the path or id that is the ``source`` of a key.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     own = set(cache.labels["source"].to_pylist())
     positions = [position for position, name in enumerate(source.sources) if name in own]
@@ -410,8 +395,8 @@ def own_shots(cache: CacheModel, source: Source) -> Source:
 class _Material:
     """What a run learns from and is judged by.
 
-    ``ids``: the class of each item of ``shots``; ``views``: their cached views (``None`` where each epoch has its own);
-    ``queries``: the validation images; ``backbone``: the one in training.
+    ``ids``: the class of each item of ``shots``; ``views``: their cached views (``None``: fresh ones each epoch);
+    ``val`` and ``queries``: the validation images and their features; ``backbone``: the one in training.
     """
 
     encoder: Encoder
@@ -424,12 +409,7 @@ class _Material:
 
     @classmethod
     def of(
-        cls,
-        cache: CacheModel,
-        shots: Source,
-        encoder: Encoder,
-        recipe: Recipe,
-        val: Source | search_hp.Queries | None,
+        cls, cache: CacheModel, shots: Source, encoder: Encoder, recipe: Recipe, val: Source | search_hp.Queries | None
     ) -> _Material:
         encoder, backbone = _in_training(cache, replace(encoder, views=1), recipe)
         if shots.paths is not None:  # each image once; of a feature table every row is a view
@@ -463,7 +443,7 @@ class _Material:
         return own, self.shots.take(np.flatnonzero(out))
 
     def batches(self, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Queries (pixels where visual is trained) and class ids: each shot once, in one of its views."""
+        """Yield queries (pixels where visual is trained) and class ids: each shot once, in one of its views."""
         random = np.random.default_rng((recipe.seed, epoch))
         fresh = f"fresh/{recipe.seed}/{epoch}"
         if "visual" in recipe.train:
@@ -480,7 +460,7 @@ class _Material:
             yield torch.from_numpy(views.features[rows[batch]]), torch.from_numpy(ids)
 
     def steps(self, recipe: Recipe) -> int:
-        """Steps an epoch."""
+        """Return the number of steps an epoch."""
         return math.ceil(len(self.shots if self.views is None else self.views.positions) / recipe.batch)
 
     def encode_queries_again(self, cache: CacheModel) -> None:
@@ -518,13 +498,8 @@ class _Run:
             self._record(math.nan, math.nan)
             self.on_epoch(dict(self.curve[-1]))
         hidden = None if self.material.encoder.progress else True
-        with tqdm(
-            total=self.steps,
-            initial=self.epoch * self.steps // self.recipe.epochs,
-            unit="step",
-            disable=hidden,
-            leave=False,
-        ) as bar:
+        done = self.epoch * self.steps // self.recipe.epochs
+        with tqdm(total=self.steps, initial=done, unit="step", disable=hidden, leave=False) as bar:
             while self.epoch < self.recipe.epochs and self.collapsed is None:
                 self._one_epoch(bar)
                 self.seconds = time.monotonic() - began
@@ -557,7 +532,7 @@ class _Run:
         self._record(loss / max(seen, 1), right / max(seen, 1))
 
     def _record(self, loss: float, accuracy: float) -> None:
-        """A row of the curve; the state as it is becomes the kept one, where it is good."""
+        """Add a row to the curve, and keep the state if it is good."""
         row: dict[str, float] = {"epoch": self.epoch, "loss": loss, "accuracy": accuracy, "seconds": self.seconds}
         row["val_loss"], row["val_accuracy"] = self._validate() if self.collapsed is None else (math.nan, math.nan)
         self.curve.append(row)
@@ -583,14 +558,14 @@ class _Run:
         return bool(self.curve[-1]["val_accuracy"] >= best - error)
 
     def _settle(self) -> None:
-        """Go back to no training, where no epoch was better on the validation images."""
+        """Go back to no training if no epoch was better on the validation images."""
         if self.material.queries is not None:
             first, *later = [(row["val_accuracy"], -row["val_loss"]) for row in self.curve]
             if all(not other > first for other in later):
                 self.kept_epoch, self.kept = 0, self.untrained
 
     def _validate(self) -> tuple[float, float]:
-        """Loss and accuracy on the validation images."""
+        """Return loss and accuracy on the validation images."""
         if "visual" in self.recipe.train:
             self.material.encode_queries_again(self.cache)
         queries = self.material.queries
@@ -624,10 +599,10 @@ class _Run:
             raise _unfit(place, error) from None
 
     def result(self, parent: str) -> Tuned:
-        """The index with the best state, its settings searched again."""
+        """Return the index with the best state, its settings searched again."""
         trainer, backbone = self.trainer, self.trainer.backbone
         trainer.restore(self.kept)
-        keys = trainer.keys.cpu().numpy().astype(self.cache.keys.dtype)
+        keys, ids = trainer.keys.cpu().numpy().astype(self.cache.keys.dtype), self.cache.class_ids.cpu().numpy()
         encoders, record = trainer.encoders(), self._facts(parent)
         kept = {name: value for name, value in self.cache.provenance.items() if name != "temperature"}
         cache = replace(
@@ -635,13 +610,7 @@ class _Run:
             keys=keys,
             values=trainer.values,
             text_weights=trainer.text_weights,
-            index=index_over(
-                keys,
-                self.cache.class_ids.cpu().numpy(),
-                len(self.cache.class_names),
-                self.cache.index.factory,
-                self.cache.device,
-            ),
+            index=index_over(keys, ids, len(self.cache.class_names), self.cache.index.factory, self.cache.device),
             settings=replace(self.cache.settings, temperature=1.0),
             backbone=backbone.identity if encoders and backbone is not None else self.cache.backbone,
             provenance=kept | {"alpha": "finetune", "beta": "finetune", "finetune": record},
@@ -685,7 +654,7 @@ def _told(cache: CacheModel, material: _Material, recipe: Recipe) -> dict[str, o
 
 
 def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[float, float]:
-    """The alpha and beta to train with."""
+    """Return the alpha and beta to train with."""
     own = (cache.settings.alpha, cache.settings.beta)
     statistics = measure(cache.keys, cache.class_ids.cpu().numpy())
     given = recipe.alpha is not None or recipe.beta is not None
@@ -704,7 +673,7 @@ def _settings(cache: CacheModel, material: _Material, recipe: Recipe) -> tuple[f
 
 
 def _fitting_alpha(cache: CacheModel, queries: search_hp.Queries) -> float:
-    """The alpha of the least cross-entropy on the queries."""
+    """Return the alpha with the least cross-entropy on the queries."""
     terms, settings = cache.terms(queries.features, "all"), cache.settings
     ids = torch.from_numpy(queries.ids).to(cache.device)
     alphas = [float(alpha) for alpha in np.geomspace(1e-3, 1e6, 91)]
@@ -719,7 +688,7 @@ def _check_length(cache: CacheModel, name: str, d: int) -> None:
 
 
 def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[Encoder, TorchBackbone | None]:
-    """The encoder as the run uses it, and the copy of its backbone that is trained, if any is."""
+    """Return the encoder as the run uses it, and the copy of its backbone to train, if any."""
     parts = recipe.encoders
     if not parts:
         return encoder, None
@@ -734,7 +703,7 @@ def _in_training(cache: CacheModel, encoder: Encoder, recipe: Recipe) -> tuple[E
 
 @contextmanager
 def _repeatable(device: str) -> Iterator[None]:
-    """Sums in one order on a GPU too, those of attention included, which only their plain form has."""
+    """Add in one order on a GPU too, also in attention, of which only the plain form does."""
     if device == "cpu":
         yield
         return
