@@ -106,14 +106,6 @@ def test_text_weights_of_another_length_are_refused(tmp_path, table):
     assert not (tmp_path / "i").exists()
 
 
-def test_float16_keys_answer_within_their_rounding(table, tmp_path):
-    half, full = build(table, tmp_path / "h", dtype="float16"), build(table, tmp_path / "f")
-    assert half.keys.dtype == np.float16
-    queries = unit_rows(20, 8, 4)
-    np.testing.assert_allclose(half.logits(queries), full.logits(queries), rtol=5e-3, atol=5e-3)
-    np.testing.assert_allclose(half.logits(queries, 6), full.logits(queries, 6), rtol=5e-3, atol=5e-3)
-
-
 def test_building_again_makes_a_version_and_shares_what_is_the_same(table, tmp_path):
     first, second = build(table, tmp_path / "i"), build(table, tmp_path / "i", beta=2.0)
     assert (first.version, second.version) == (1, 2)

@@ -24,7 +24,7 @@ from test_stores import STEPS, copied, done, everything, labels_of, made, put, s
 from retrieval_tip.cli import main
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import InputError, UsageError, warn_once
+from retrieval_tip.errors import InputError, warn_once
 from retrieval_tip.fit import closed_form
 from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
@@ -33,7 +33,6 @@ from retrieval_tip.index.fit import fit_index
 from retrieval_tip.lance import draft, lance_model, shots
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
-from retrieval_tip.settings import Fitted
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -383,18 +382,6 @@ def test_a_damaged_object_is_named(built, kind, damage, tmp_path):
         said(call, entry.name)
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_half_precision_keys_are_fitted_as_such(built, name, tmp_path):
-    places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
-    for place in places:
-        changes.rebuild(place, dtype="float16")
-        fit_index(place, **dict(zip(("metric", "values"), LETTERS[name], strict=True)))
-        changes.remove(place, key_ids=[3])
-    one, other = opened(*places)
-    assert other.dtype == "float16"
-    same(one, other)
-
-
 def test_points_that_are_of_other_keys_are_found(built, tmp_path):
     place = copied(tmp_path, "lance", built["metric", "lance"])
     changes.add(place, open_source(table(tmp_path / "more.parquet", 1, 9, "more")), Encoder())
@@ -402,20 +389,6 @@ def test_points_that_are_of_other_keys_are_found(built, tmp_path):
     wrong = model.metric
     model.metric = type(wrong)(wrong.mean, wrong.transform.flip(0))
     said(lambda: lance_model._check_rows(model), "points", "rebuild")
-
-
-def test_letters_that_do_not_go_together_are_refused(built, tmp_path):
-    out = made(tmp_path, "lance")
-    source = open_source(table(tmp_path / "train.parquet"))
-    how = {"device": "cpu"}
-    said(lambda: build_index(source, out, Encoder(), alpha=1.0, fit="auto", **how), "alpha", error=UsageError)
-    said(lambda: build_index(source, out, Encoder(), index="IVF4", **how), "IVF4", error=UsageError)
-    assert not stores.at(out).exists()
-    plain = build_index(source, out, Encoder(), fit="none", **how)
-    assert (plain.fitted, plain.metric, plain.values) == (None, None, None)
-    one = build_index(source, out, Encoder(), metric="none", values="one-hot", **how)
-    assert one.fitted == Fitted("none", "one-hot", None, None, 40)
-    assert stores.at(out).verify().version == 2
 
 
 # --- served

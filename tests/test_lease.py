@@ -282,30 +282,6 @@ def test_what_the_server_kept_but_did_not_acknowledge_is_held(bucket: str, monke
         own()
     assert len(calls) >= 3
 
-    def fail(name: str, data: bytes, version: UpdateVersion | None) -> None:
-        replace(name, data, version)
-        monkeypatch.setattr(objects, "replace", replace)
-        raise StoreError("cut off")
-
-    monkeypatch.setattr(objects, "replace", fail)
-    with pytest.raises(StoreError, match="cut off"), lease.held(objects, 0, 0.8):
-        pass
-    with lease.held(objects, 0, 0.8) as own:  # it was released, so this one waits for nothing
-        monkeypatch.setattr(objects, "replace", unsaid_once(objects, replace))
-        time.sleep(0.5)
-        own()
-
-
-def unsaid_once(objects: Objects, replace: Callable[..., UpdateVersion | None]) -> Callable[..., None]:
-    """A sign of life that is kept, and whose answer is an error: the next one follows it."""
-
-    def fail(name: str, data: bytes, version: UpdateVersion | None) -> None:
-        replace(name, data, version)
-        objects.replace = replace  # type: ignore[method-assign, assignment]
-        raise StoreError("cut off")
-
-    return fail
-
 
 def test_a_holder_that_is_cut_off_lost_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
     objects = at(bucket)

@@ -6,7 +6,6 @@ import builtins
 import functools
 import http.server
 import json
-import multiprocessing
 import os
 import socket
 import string
@@ -77,32 +76,22 @@ def test_an_address_has_one_text(text: str, canonical: str):
     ("text", "says"),
     [
         ("s3://", "no bucket's name"),
-        ("gs:///x", "no bucket's name"),
         ("s3://bucket", "no path"),
-        ("s3://bucket//", "no path"),
         ("lance://", "no path"),
-        ("lance:///", "no path"),
-        ("lance://.", "no path"),
         ("lance://a/..", "no path"),
         ("s3://b/x", "no bucket's name"),
-        ("s3://-bucket/x", "no bucket's name"),
         ("s3://bücket/x", "no bucket's name"),
         ("s3://bucket/a/../b", "'..'"),
-        ("s3://bucket/./b", "'.'"),
         ("s3://bucket/a%41", "'%'"),
-        ("s3://bucket/a#b", "'#'"),
         ("s3://bucket/a\\b", "\\"),
         ("s3://bucket/x\n", "control characters"),
-        ("lance://x\x00", "control characters"),
         ("lance://x\udcff", "not UTF-8"),
-        ("s3://bucket/x\x1b[2J", "control characters"),
         ("s3://host:9000/bucket", "AWS_ENDPOINT_URL"),
         ("s3://user:hunter2@bucket/x", "AWS_ACCESS_KEY_ID"),
         ("s3://user:hun/ter2@bucket/x", "no user and password"),
         ("gs://hunter2@bucket/x", "GOOGLE_APPLICATION_CREDENTIALS"),
         ("lance://user:hunter2@host/x", "no user and password"),
         ("s3://bucket/x?secret=hunter2", "no query"),
-        ("lance://x?secret=hunter2", "no query"),
     ],
 )
 def test_what_cannot_be_an_address_is_refused_in_one_line(text: str, says: str):
@@ -186,15 +175,6 @@ def test_removing_minds_nothing_that_is_gone(place: str):
     store.delete([])
 
 
-def test_a_limit_of_bytes(place: str):
-    store = at(place)
-    store.put("x", b"12345")
-    assert store.get("x", 5) == store.get("x", most=6) == b"12345"
-    with pytest.raises(StoreError, match=r"pets/x: 5 bytes.*at most 4") as caught:
-        store.get("x", 4)
-    assert str(caught.value).isprintable()
-
-
 def test_only_the_first_creates(place: str):
     store = at(place)
     assert store.create("v/1", b"first")
@@ -259,25 +239,6 @@ def test_a_name_leads_nowhere_else(name: str, tmp_path: Path, monkeypatch: pytes
 # ---------------------------------------------------------------------------------------------------------------- disk
 
 
-def test_on_a_disk_nothing_else_is_left_and_it_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    flushed: list[Path] = []
-    real = os.fsync
-
-    def fsync(handle: int) -> None:
-        flushed.append(Path(f"/proc/self/fd/{handle}").resolve() if sys.platform == "linux" else Path())
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    store = at(f"lance://{tmp_path}/a/store")
-    assert store.create("v/1", b"1")
-    assert not store.create("v/1", b"2")
-    assert [path.name for path in (tmp_path / "a" / "store" / "v").iterdir()] == ["1"]
-    if sys.platform == "linux":
-        folders = {tmp_path, tmp_path / "a", tmp_path / "a" / "store", tmp_path / "a" / "store" / "v"}
-        assert folders - {tmp_path} <= set(flushed)
-        assert flushed[0].name.startswith(".1.")  # what is flushed has no name yet that a reader would see
-
-
 def test_on_a_disk_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path):
     (tmp_path / ".1.abc.tmp").write_bytes(b"half")
     (tmp_path / ".1.abc.tmp#1").write_bytes(b"half")
@@ -321,29 +282,6 @@ def test_on_a_disk_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(StoreError, match="no hard links"):
         store.create("new", b"")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="SKIPPED: needs fork")
-def test_a_forked_process_is_told_so(place: str):
-    store = at(place)
-    store.put("x", b"1")
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-
-    def ask() -> None:
-        for own in (store, at(place)):
-            try:
-                answers.put(str(own.get("x")))
-            except StoreError as error:
-                answers.put(str(error))
-
-    child = context.Process(target=ask)
-    child.start()
-    for _ in range(2):
-        text = answers.get(timeout=20)
-        assert place in text
-        assert "forked" in text
-    child.join(10)
 
 
 def test_without_obstore_it_is_said_how_to_get_it(tmp_path: Path, no_obstore: None):
