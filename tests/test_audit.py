@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
-from conftest import examples, needs_real
+from conftest import examples
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tables import unit_rows, write_table
-from test_duplicates import KINDS
 
 from retrieval_tip.cache_model import CacheModel
-from retrieval_tip.data.encoder import Encoder
-from retrieval_tip.data.sources import open_source
 from retrieval_tip.errors import UsageError
 from retrieval_tip.evaluation import audit as audits
 from retrieval_tip.evaluation.audit import CLEAR, audit
 from retrieval_tip.fit import closed_form
-from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval.defaults import untouched_settings
-from retrieval_tip.retrieval.duplicates import NEAR, describe_duplicates, duplicates
+from retrieval_tip.retrieval.duplicates import NEAR
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 from retrieval_tip.settings import Settings
@@ -245,55 +237,6 @@ def test_trained_values_are_ignored():
     trained = CacheModel.from_features(keys, ids, list("abcd"), device="cpu", values=unit_rows(40, 4))
     assert audit(trained).equals(audit(plain))
     assert set(audit(plain)["key_id"].to_pylist()) == {0, 1, 2}
-
-
-# ---- real features and photographs
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    return tmp_path_factory.mktemp("photographs")
-
-
-@needs_real
-def test_swapped_photographs_come_first(shared, lit_mini, photographs, monkeypatch):
-    folder = shared / "data/caltech101/101_ObjectCategories"
-    classes = ["panda", "pizza", "dalmatian", "camera", "butterfly", "Motorbikes"]
-    files = {name: sorted((folder / name).iterdir())[:6] for name in classes}
-    swapped = {files["panda"][0]: "pizza", files["pizza"][1]: "dalmatian", files["Motorbikes"][2]: "camera"}
-    for name in classes:
-        (photographs / name).mkdir()
-    for name in classes:
-        for file in files[name]:
-            target = photographs / swapped.get(file, name) / f"{name}-{file.name}"
-            target.write_bytes(file.read_bytes())
-    poison = photographs / "butterfly" / "twin.jpg"  # one photograph in two classes, another saved again
-    poison.write_bytes(files["camera"][3].read_bytes())
-    again = io.BytesIO()
-    Image.open(files["dalmatian"][4]).convert("RGB").save(again, "JPEG", quality=80)
-    (photographs / "pizza" / "again.jpg").write_bytes(again.getvalue())
-    cache = build_index(open_source(photographs), photographs / "index", Encoder(lit_mini), device="cpu", fit="none")
-
-    rows = audit(cache).to_pylist()
-    wrong = {f"{'panda'}-{files['panda'][0].name}": "panda", f"pizza-{files['pizza'][1].name}": "pizza"}
-    wrong |= {f"Motorbikes-{files['Motorbikes'][2].name}": "Motorbikes", "twin.jpg": "camera", "again.jpg": "dalmatian"}
-    first = {row["source"].rpartition("/")[2]: row["suggested"] for row in rows[:5]}
-    assert first == wrong
-
-    found = duplicates(cache.keys, cache.labels)
-    kinds = {
-        frozenset({pair.source.rpartition("/")[2], pair.other_source.rpartition("/")[2]}): pair.kind
-        for pair in found.pairs
-    }
-    assert kinds == {
-        frozenset({"twin.jpg", f"camera-{files['camera'][3].name}"}): KINDS[0],
-        frozenset({"again.jpg", f"dalmatian-{files['dalmatian'][4].name}"}): KINDS[2],
-    }
-    assert describe_duplicates(found, 1)[0].endswith("identical image")
-    twins = {row["key_id"]: row["duplicate_of"] for row in rows if row["duplicate_of"] is not None}
-    assert twins == {a: b for p in found.pairs for a, b in ((p.key_id, p.other_key_id), (p.other_key_id, p.key_id))}
-    assert asdict(found.pairs[0])["affinity"] == pytest.approx(1, abs=1e-6)
-    assert torch.equal(cache.class_ids, torch.from_numpy(cache.labels["class_id"].to_numpy().astype(np.int64)))
 
 
 def test_a_fitted_index_agrees_with_no_wrong_label() -> None:

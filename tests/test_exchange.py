@@ -348,25 +348,6 @@ def test_fine_tuned_keys_leave_as_they_are_and_build_with_norms_kept(tmp_path, c
     assert "trained values of the index cannot be in a table" in caplog.text
 
 
-class Sliced:
-    """Keys that can be sliced and nothing else."""
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self._keys, self.shape, self.dtype = keys, keys.shape, keys.dtype
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        assert isinstance(rows, slice)
-        return self._keys[rows]
-
-
-def test_keys_need_no_more_than_slicing(tmp_path):
-    cache = cache_of()
-    expected = np.asarray(cache.keys)
-    cache.keys = Sliced(expected)
-    assert export_table(cache, tmp_path / "t.parquet") == 40
-    np.testing.assert_array_equal(rows_of(tmp_path / "t.parquet"), expected)
-
-
 def test_keys_without_a_source_are_named_by_their_id(tmp_path):
     cache = cache_of(4, sources=["a", "", None, "  "])
     export_table(cache, tmp_path / "t.parquet")
