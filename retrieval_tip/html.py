@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from retrieval_tip.errors import one_line
 
@@ -39,8 +39,8 @@ def markup(text: str) -> Markup:
     return Markup(text)  # noqa: S704
 
 
-def render(template: str, **values: Any) -> str:
-    """A template of this package, by its path within, filled with values."""
+def render(template: str, **values: object) -> str:
+    """Fill a template of this package, given by its path within."""
     return _templates().get_template(template).render(values)
 
 

@@ -136,11 +136,8 @@ def test_flowers_come_from_torchvision(tmp_path, monkeypatch):
 
 
 def test_the_mistake_that_is_shown_is_the_most_certain_one():
-    rows = [
-        {"input": "1.png", "label": "cat", "probability": 0.99},
-        {"input": "2.png", "label": "dog", "probability": 0.6},
-        {"input": "3.png", "label": "cat", "probability": 0.7},
-    ]
+    answers = (("1.png", "cat", 0.99), ("2.png", "dog", 0.6), ("3.png", "cat", 0.7))
+    rows = [dict(zip(("input", "label", "probability"), answer, strict=True)) for answer in answers]
     truth = {"1.png": "cat", "2.png": "cat", "3.png": "dog"}
     assert demo.most_certain_mistake(rows, truth) == "3.png"
     assert demo.most_certain_mistake(rows[:1], truth) is None

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jinja2 import UndefinedError
 
 from retrieval_tip import CacheModel
-from retrieval_tip.html import markup, render, table
+from retrieval_tip.html import markup, table
 from retrieval_tip.predictions import SHOWN_PREDICTIONS, Predictions
 from retrieval_tip.settings import Settings
 
@@ -70,11 +69,6 @@ def test_a_value_is_escaped_once_and_on_one_line():
     assert (head, *cells) == ('<a href="x">&\'', "<", "150.0%", "a\\nb\\u202ec\\ud800")
     assert markup("<b>{}</b>").format("<") == "<b>&lt;</b>"
     assert Page(table([], [["{{ 7 * 7 }}{% raw %}"]])).words == ["{{ 7 * 7 }}{% raw %}"]
-
-
-def test_a_name_that_is_not_given_is_an_error():
-    with pytest.raises(UndefinedError):
-        render("report/page.html.j2", title="")
 
 
 def test_a_table_has_headings_and_aligns_numbers():

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +63,8 @@ class Judged:
             return kept
         return [digest for block in self.blocks for digest in block.digests]
 
-    def record(self, name: str) -> dict[str, Any]:
-        """What the index remembers of its ``search`` for settings or its ``finetune``; empty where that is nothing."""
+    def record(self, name: str) -> dict[str, object]:
+        """Return the index's record of its ``search`` for settings or its ``finetune``, empty if there is none."""
         kept = self.cache.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,31 +69,29 @@ class Pair:
     keys: list[tuple[Neighbour, Picture]]
 
 
-def worst_mistakes(answers: Answers, most: int = MISTAKES) -> list[int]:
-    """Wrong answers whose true class is least probable, as places in ``answers``; ties in the order of the source."""
-    assert answers.details is not None
-    return _lowest(answers, answers.details.log_truth, most)
-
-
-def certain_mistakes(answers: Answers, most: int = MISTAKES) -> list[int]:
-    """Wrong answers of the highest probability, as places in ``answers``; ties in the order of the source."""
-    assert answers.details is not None
-    return _lowest(answers, answers.details.log_doubt, most)
-
-
-def _lowest(answers: Answers, values: npt.NDArray[np.float64], most: int) -> list[int]:
+def wrong_answers(answers: Answers, by: npt.NDArray[np.float64]) -> list[int]:
+    """Return the places of the wrong answers of lowest value in ``by``; ties in the order of the source."""
     wrong = np.flatnonzero(~answers.right)
-    order: list[int] = wrong[np.argsort(values[wrong], kind="stable")][:most].tolist()
+    order: list[int] = wrong[np.argsort(by[wrong], kind="stable")][:MISTAKES].tolist()
     return order
 
 
-def mistakes(judged: Judged) -> dict[str, Any]:
-    """The ``worst`` mistakes and the most ``certain`` ones, numbered in this order; some may be both."""
-    worst, certain = worst_mistakes(judged.answers), certain_mistakes(judged.answers)
+class Mistakes(NamedTuple):
+    """Wrong answers, numbered: true class least probable, answer most probable (some may be both), and their number."""
+
+    worst: list[Mistake]
+    certain: list[Mistake]
+    wrong: int
+
+
+def mistakes(judged: Judged) -> Mistakes:
+    """Return the worst mistakes and the most certain ones."""
+    answers = judged.answers
+    worst, certain = (wrong_answers(answers, by) for by in (judged.details.log_truth, judged.details.log_doubt))
     places = list(dict.fromkeys([*worst, *certain]))
     made = dict(zip(places, _explained(judged, places), strict=True)) if places else {}
-    lists = {"worst": [made[place] for place in worst], "certain": [made[place] for place in certain]}
-    return lists | {"wrong": int((~judged.answers.right).sum())}
+    wrong = int((~answers.right).sum())
+    return Mistakes([made[place] for place in worst], [made[place] for place in certain], wrong)
 
 
 def _explained(judged: Judged, places: Sequence[int]) -> list[Mistake]:
@@ -118,7 +116,7 @@ def _explained(judged: Judged, places: Sequence[int]) -> list[Mistake]:
 
 
 def confusions(judged: Judged) -> list[Pair]:
-    """The pairs of classes that are confused most often, with the most certain of the items and keys near them."""
+    """Return the pairs of classes that are confused most often, with their most certain items and keys near them."""
     answers, names = judged.answers, judged.cache.class_names
     pairs = [(names.index(truth), names.index(answer), n) for truth, answer, n in judged.evaluation.confusions[:PAIRS]]
     if not pairs:
@@ -153,7 +151,7 @@ def _with_pictures(judged: Judged, keys: Sequence[Neighbour]) -> list[tuple[Neig
 
 
 def thumbnail(path: str, digest: str | None, side: int) -> str | None:
-    """A JPEG file of a picture in base64, ``side`` pixels at most; ``None`` where there is none of that digest."""
+    """Return a picture as JPEG in base64, ``side`` pixels at most; ``None`` if there is none of that digest."""
     try:
         data = read_item(path)
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:

@@ -1,7 +1,7 @@
-"""Diagrams as PNG files, or as SVG within a report. What they show is computed by the upper half, drawn by the lower.
+"""Diagrams as PNG files, or as SVG within a report: the upper half computes what they show, the lower draws.
 
-Drawing needs matplotlib, which is imported when it is used: ``pip install 'retrieval-tip[plot]'``. Colours are those of
-Okabe and Ito and of the map cividis, which readers without red or green vision tell apart.
+Drawing imports matplotlib (``pip install 'retrieval-tip[plot]'``). Readers without red or green vision can tell the
+colours apart: they are Okabe and Ito's, and the map cividis.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +32,10 @@ from retrieval_tip.html import markup
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
+    from retrieval_tip.evaluation.sweep import Run, Summary
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.index.tune import Trial, Tuning
 
@@ -42,26 +44,20 @@ PAPER = "#fefefe"
 THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
 """What colours become in a page that has a light and a dark side; grey is seen on both."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
-"""Up to so many classes are all drawn; of more than that, so many: those of most errors."""
+"""Largest number of classes that are all drawn; number drawn of more than that, those with most errors."""
 WRITTEN = 20
-"""Up to so many classes, the cells of the confusion matrix carry their numbers."""
+"""Largest confusion matrix with numbers in its cells."""
 ENOUGH = 20
-"""Answers of which an accuracy says something: a bar of fewer is drawn fainter."""
+"""Number of answers below which a bar is drawn fainter."""
 AFFINITY_BARS = 80
 LONGEST_NAME, LONGEST_ABOUT = 26, 60
-LOOKS = {
-    "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 12,
-    "axes.titleweight": "bold", "figure.constrained_layout.use": True, "figure.titlesize": 12,
-    "figure.titleweight": "bold", "image.cmap": "cividis", "legend.edgecolor": "none", "legend.fontsize": 8,
-    "legend.framealpha": 0.9, "savefig.dpi": 200, "svg.fonttype": "none",
-}  # fmt: skip
-"""How every diagram looks, beside matplotlib's defaults."""
+LOOKS = Path(__file__).with_name("plots.mplstyle")
 PANELS = 6
 """Heat maps of one accuracy surface."""
 POINTS = 5
-"""A heat map of settings tells so many points below the best apart."""
+"""Points of accuracy below the best that a heat map tells apart."""
 MARKS = (0.5, 0.9, 0.99)
-"""Thresholds that are marked on the curve of accuracy against coverage."""
+"""Thresholds marked on the curve of accuracy against coverage."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -112,10 +108,7 @@ def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
 
 
 def affinity_bars(affinities: Affinities, bars: int = AFFINITY_BARS) -> tuple[Floats, Floats, Floats]:
-    """Histograms of at most ``bars`` equal bins over the affinities that occur: edges, and the shares of the pairs.
-
-    Shares of ``same`` and of ``other`` each add up to 1 (to 0 where there are no such pairs).
-    """
+    """Return the edges of at most ``bars`` bins over the affinities, and the shares of ``same`` and ``other`` pairs."""
     either = np.flatnonzero(affinities.same + affinities.other)
     if not either.size:
         return affinities.edges[[0, -1]], np.zeros(1), np.zeros(1)
@@ -130,7 +123,7 @@ def affinity_bars(affinities: Affinities, bars: int = AFFINITY_BARS) -> tuple[Fl
 
 
 def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
-    """Mean affinity of one of the histograms, to half of a fine bin; ``None`` where it is empty."""
+    """Return the mean affinity of a histogram, ``None`` if it is empty."""
     centres = (affinities.edges[1:] + affinities.edges[:-1]) / 2
     return float(np.average(centres, weights=counts)) if counts.sum() else None
 
@@ -173,14 +166,14 @@ def surface_panels(surface: pa.Table) -> list[Panel]:
 
 
 def check(folder: Path) -> None:
-    """Raise UsageError, before any work is done, where no diagram could be drawn or the folder is something else."""
+    """Raise UsageError if no diagram can be drawn, or the folder is a file."""
     needs_matplotlib()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{show(folder)}: is a file; --plot writes into a folder, give another one")
 
 
 def needs_matplotlib(what: str = "--plot") -> None:
-    """Raise UsageError where it is not installed, naming what needs it."""
+    """Raise UsageError, naming what needs matplotlib, if it is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -188,29 +181,24 @@ def needs_matplotlib(what: str = "--plot") -> None:
 
 
 def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[Path]:
-    """Write the diagrams of an evaluation into a folder, which is made where it is missing; returns the files.
+    """Write the diagrams of an evaluation into a folder, and return the files.
 
-    ``about``, and the date, stand in each, here and wherever a diagram is written. They are confusion.png,
-    per_class.png, reliability.png, coverage.png and, where affinities were counted, affinity.png. Files of these names
-    are replaced. Raises UsageError as :func:`check`; InputError where the folder cannot be written.
+    They are confusion.png, per_class.png, reliability.png, coverage.png and, if affinities were counted, affinity.png.
+    Each shows ``about`` and the date. Raises UsageError as :func:`check`; InputError if the folder cannot be written.
     """
     check(folder)
-    drawings = [draw_confusion, draw_per_class, draw_reliability, draw_coverage]
-    if evaluation.answers.affinities is not None:
-        drawings.append(draw_affinity)
+    drawings = {"confusion": draw_confusion, "per_class": draw_per_class, "reliability": draw_reliability,
+                "coverage": draw_coverage, "affinity": draw_affinity}  # fmt: skip
+    if evaluation.answers.affinities is None:
+        del drawings["affinity"]
     make_folders(folder)
-    written = []
-    for draw in drawings:
-        written.append(folder / f"{draw.__name__.removeprefix('draw_')}.png")
-        write(partial(draw, evaluation), written[-1], about)
-    return written
+    for name, draw in drawings.items():
+        write(partial(draw, evaluation), folder / f"{name}.png", about)
+    return [folder / f"{name}.png" for name in drawings]
 
 
 def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
-    """Write a diagram as SVG where the name of the file says so, else as PNG, with ``about`` as :func:`write_plots`.
-
-    Raises UsageError without matplotlib; InputError where the file cannot be written.
-    """
+    """Write a diagram as SVG if the file is named so, else as PNG. Raises as :func:`write_plots`."""
     needs_matplotlib()
     form = "svg" if path.suffix.lower() == ".svg" else "png"
     with _style(), replacing(path) as temporary:
@@ -236,19 +224,13 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
         for i, j in zip(*np.nonzero(matrix.counts), strict=True):
             colour = "white" if shares[i, j] < 45 else "black"
             axes.text(j, i, str(matrix.counts[i, j]), ha="center", va="center", color=colour, fontsize=8)
-    for line in (axes.axhline, axes.axvline):  # to follow a row or a column by
-        for at in range(1, m):
-            line(at - 0.5, color="white", alpha=0.12, linewidth=0.5)
-    size = 8 if m <= FEWER_CLASSES else 6.5
-    names = list(map(_name, matrix.names))
+    names, size = list(map(_name, matrix.names)), 8 if m <= FEWER_CLASSES else 6.5
     axes.set_xticks(range(m), names, rotation=90, fontsize=size)
     axes.set_yticks(range(m), names, fontsize=size)
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100],
-                          label="share of the true class's items, %")  # fmt: skip
-    bar.outline.set_visible(False)
+    label = "share of the true class's items, %"
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100], label=label)
     some = f"the {m} classes of most errors, of {matrix.of}" if m < matrix.of else counted(m, "class")
     _title(axes, "Confusion matrix", f"{some}; {_items(evaluation)}, top-1 {evaluation.top1:.1%}")
     return figure
@@ -260,10 +242,8 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
     m, of = len(names), len(evaluation.per_class)
     figure, axes = _figure(7, max(2.8, 0.17 * m + 1.5))
     y = np.arange(m)[::-1]
-    axes.barh(y, 100 * accuracies, color=BLUE, height=0.75)
-    for row, value in zip(y, accuracies, strict=True):
-        axes.text(100 * value + 0.7, row, f"{100 * value:.0f}", va="center", fontsize=7, color=BLACK, zorder=3,
-                  bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    bars = axes.barh(y, 100 * accuracies, color=BLUE, height=0.75)
+    axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7, color=BLACK)
     axes.axvline(100 * evaluation.mean_per_class, color=ORANGE, linestyle="--", linewidth=1.2)
     axes.set_yticks(y, list(map(_name, names)), fontsize=8 if m <= FEWER_CLASSES else 7)
     axes.set(xlim=(0, 106), ylim=(-0.7, m - 0.3), xticks=range(0, 101, 20), xlabel="top-1 accuracy, %")
@@ -281,9 +261,8 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     width = bins[0].high - bins[0].low
     accuracy = 100 * np.array([b.accuracy for b in bins], dtype=np.float64)
     confidence = 100 * np.array([b.confidence for b in bins], dtype=np.float64)
-    few = np.array([min(1.0, 0.25 + 0.75 * b.count / ENOUGH) for b in bins])  # a bar of three answers says little
-    for centre, height, shade in zip(centres, accuracy, few, strict=True):
-        axes.bar(centre, height, width * 0.92, color=BLUE, alpha=shade)
+    shades = [(BLUE, min(1.0, 0.25 + 0.75 * b.count / ENOUGH)) for b in bins]  # a bar of three answers says little
+    axes.bar(centres, accuracy, width * 0.92, color=shades)
     axes.bar([0], [0], 0, color=BLUE, label="accuracy of the answers")
     axes.hlines(confidence, centres - width * 0.46, centres + width * 0.46, color=ORANGE, linewidth=2.5,
                 label="mean probability of the answers")  # fmt: skip
@@ -306,26 +285,19 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
     curve = accuracy_coverage(answers.confidence, answers.right)
     figure, axes = _figure(6, 4.4)
     axes.step(100 * curve.coverage, 100 * curve.accuracy, where="post", color=BLUE, linewidth=1.8)
-    lowest = 100 * float(curve.accuracy.min())
-    bottom = max(0.0, lowest - max(2.0, 0.15 * (100 - lowest)))
-    top = 100 + 0.06 * (100 - bottom)
-    marks = [(evaluation.abstain, ORANGE)] if evaluation.abstain is not None else []  # first, so that it has its label
-    marks += [(p, GREY) for p in MARKS if p != evaluation.abstain]
-    taken: list[float] = []
-    for threshold, colour in marks:
-        answered = int((curve.threshold >= threshold).sum())
-        if answered:
-            x, y = 100 * curve.coverage[answered - 1], 100 * curve.accuracy[answered - 1]
-            axes.plot([x, x], [bottom, y], color=colour, linewidth=1, linestyle=":")
-            axes.plot(x, y, "o", color=colour, markersize=6)
-            if all(abs(x - other) > 4 for other in taken):
-                axes.text(x - 0.8, bottom + 0.02 * (top - bottom), f"P ≥ {threshold:g}", rotation=90, ha="right",
-                          va="bottom", fontsize=8, color=BLACK)  # fmt: skip
-                taken.append(x)
-    wrong = 100 * curve.coverage[curve.accuracy < curve.accuracy.max()]
-    first = min([*wrong, *taken, 100.0])  # to the left of it nothing happens
+    marks = {*MARKS, *(() if evaluation.abstain is None else (evaluation.abstain,))}
+    left = 100.0
+    for threshold in sorted(marks):
+        if answered := int((curve.threshold >= threshold).sum()):
+            colour, x = ORANGE if threshold == evaluation.abstain else GREY, 100 * curve.coverage[answered - 1]
+            axes.axvline(x, color=colour, linewidth=1, linestyle=":")
+            axes.plot(x, 100 * curve.accuracy[answered - 1], "o", color=colour, markersize=6)
+            axes.text(x, 0.02, f"P ≥ {threshold:g} ", rotation=90, ha="right", fontsize=8, color=BLACK,
+                      transform=axes.get_xaxis_transform())  # fmt: skip
+            left = min(left, x)
+    first = min([*(100 * curve.coverage[curve.accuracy < curve.accuracy.max()]), left])  # nothing happens before
     axes.set(xlim=(max(0.0, 0.9 * first - 5), 101), xlabel="coverage: share of the items that are answered, %")
-    axes.set(ylim=(bottom, top), ylabel="accuracy of the answers, %")
+    axes.set_ylabel("accuracy of the answers, %")
     said = f"everything answered: {evaluation.top1:.1%}"
     if evaluation.abstain is not None and evaluation.selective_top1 is not None:
         said += f"; P ≥ {evaluation.abstain:g}: {evaluation.selective_top1:.1%} of {evaluation.coverage:.1%}"
@@ -356,11 +328,9 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
 
 
 def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
-    """Write the accuracy surface of a search as a PNG or SVG file: beta against alpha, a panel for each k (0 is all).
+    """Write the accuracy ``surface`` of a search (columns k, beta, alpha, accuracy), a panel for each k (0 is all).
 
-    ``surface`` has the columns k, beta, alpha, accuracy, and every combination of the first three. Of more than
-    ``PANELS`` k, those that reach most are drawn; accuracies below the lowest quarter share one colour. Raises as
-    :func:`write`.
+    Of more than ``PANELS`` k, those that reach most are drawn; accuracies below the lowest quarter share one colour.
     """
     write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
 
@@ -404,16 +374,12 @@ def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
     image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
     row, column = panel.nearest(alpha, beta)
     axes.plot(column + 0.5, row + 0.5, "X", markersize=10, color=ORANGE, markeredgecolor="white")
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min", label="accuracy, %")
-    bar.outline.set_visible(False)
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min", label="accuracy, %")
     return figure
 
 
-def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy over shots, a line a method; bars are 95 % intervals over seeds, dots single draws.
-
-    ``lines`` as :func:`sweep.summary` gives them (method, shots, top1, half), ``rows`` the runs (method, shots, top1).
-    """
+def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
+    """Accuracy over shots, a line a method; bars are 95 % intervals over seeds, dots single draws."""
     figure, axes = _figure(6.8, 4.2)
     colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
     for place, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
@@ -427,8 +393,7 @@ def draw_shots(lines: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, A
         axes.errorbar(shots, means, yerr=halves, color=colour, linestyle=style, linewidth=1.8, capsize=3, label=method)
         axes.plot(*zip(*single, strict=True), "o", color=colour, alpha=0.45, markersize=4)
     seen = [100 * row["top1"] for row in rows]
-    room = 0.15 * (max(seen) - min(seen)) + 1
-    axes.set_ylim(max(0.0, min(seen) - room), min(100.5, max(seen) + room))  # of few draws the bars reach beyond
+    axes.set_ylim(max(0.0, min(seen) - 3), min(100.5, max(seen) + 3))  # of few draws the bars reach beyond
     ticks = sorted({line["shots"] for line in lines})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(str, ticks)))
@@ -479,10 +444,9 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
 
 
 def svg(draw: Callable[[], Figure], label: str) -> Markup:
-    """A diagram as an element of an HTML page: ``<svg>`` with an accessible ``label``, its colours those of the page.
+    """Return a diagram as an ``<svg>`` element with an accessible ``label``, which refers to nothing outside itself.
 
-    Text stays text. Nothing in it refers to anywhere but itself. The page has to define ``--paper``, ``--blue``,
-    ``--orange`` and ``--sans``.
+    The page defines its colours and font: ``--paper``, ``--blue``, ``--orange`` and ``--sans``.
     """
     buffer = io.StringIO()
     themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
@@ -490,11 +454,8 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
     with _style(themed | {"svg.hashsalt": label}):
         figure = draw()
         width, height = (72 * side for side in figure.get_size_inches())
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    drawn = buffer.getvalue()
-    drawn = drawn[drawn.index("<svg") :]
-    drawn = drawn[drawn.index(">") + 1 :]
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    drawn = buffer.getvalue().partition("<svg")[2].partition(">")[2]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
     drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the same in every diagram, and never referred to
     drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
@@ -511,7 +472,7 @@ def _themed(style: re.Match[str]) -> str:
     return themed
 
 
-def _heat(axes: Axes, panel: Panel, low: float, high: float) -> Any:
+def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
     """The cells of one panel in colours from ``low`` to ``high`` %, a circle at the best, and its axes."""
     shown = 100 * panel.accuracy
     image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
@@ -520,21 +481,20 @@ def _heat(axes: Axes, panel: Panel, low: float, high: float) -> Any:
     for values, at in ((panel.alphas, axes.xaxis), (panel.betas, axes.yaxis)):
         some = np.unique(np.linspace(0, len(values) - 1, min(6, len(values))).round().astype(int))
         at.set_ticks(some + 0.5, [f"{values[i]:{'.3g' if values[i] < 1000 else '.0e'}}" for i in some], fontsize=8)
-    axes.set_xlabel("alpha (residual ratio)", fontsize=9)
-    axes.set_ylabel("beta (sharpness)", fontsize=9)
+    axes.set(xlabel="alpha (residual ratio)", ylabel="beta (sharpness)")
     return image
 
 
 @contextmanager
-def _style(settings: dict[Any, Any] | None = None) -> Iterator[None]:
-    """Plain and legible, whatever the user's own matplotlib settings are, but for these."""
+def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
+    """Draw as :data:`LOOKS` and ``settings`` say, whatever the user's own matplotlib settings are."""
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
     date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # nonsense in it would be an error, though no date is written
     with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(LOOKS | (settings or {}))
+        matplotlib.rc_file(LOOKS)
+        matplotlib.rcParams.update(settings or {})
         logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class name in a script without a font
         try:
@@ -549,12 +509,15 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _grid(width: float, height: float, down: int, across: int, **how: Any) -> tuple[Figure, list[Axes]]:
-    """A figure, without pyplot and its windows, and its axes row by row."""
+def _grid(
+    width: float, height: float, down: int, across: int, *, sharex: bool = False, sharey: bool = False,
+    height_ratios: Sequence[float] | None = None,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """Return a figure, without pyplot and its windows, and its axes row by row."""
     from matplotlib.figure import Figure as New
 
     figure = New(figsize=(width, height))
-    made: Any = figure.subplots(down, across, squeeze=False, **how)
+    made = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey, height_ratios=height_ratios)
     return figure, list(made.flat)
 
 

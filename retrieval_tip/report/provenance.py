@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from typing import Any
 
 from retrieval_tip import doctor
 from retrieval_tip.errors import counted, show
@@ -21,8 +20,8 @@ KEPT = {"source": "source", "dataset": "dataset", "shots": "shots", "seed": "see
 """What a build remembers, and what it is called here."""
 
 
-def provenance(judged: Judged) -> dict[str, Any]:
-    """Rows on the ``settings``, the ``search`` for them, the ``index`` and the ``machine``, and ``when`` this was."""
+def provenance(judged: Judged) -> dict[str, object]:
+    """Return rows on the ``settings``, the ``search`` for them, the ``index`` and the ``machine``, and ``when``."""
     folder, version, manifest = judged.folder, judged.cache.version, None
     if folder is not None:  # what it says of this version, where that is known
         manifest = read_manifest(folder) if version is None else read_version(folder, version)

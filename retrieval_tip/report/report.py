@@ -1,8 +1,7 @@
-"""A report on an index and a test source as one HTML file, which needs nothing else to be read, script or network.
+"""A report on an index and a test source as one HTML file without scripts or links; ``page.html.j2`` lays it out.
 
-Test labels are looked at to judge answers, never to choose a setting: those of the curves over shots, and the surface
-of alpha and beta, come from the shots themselves, each left out, or from validation images. What is computed here is
-laid out by ``page.html.j2``.
+Test labels judge answers, and never choose a setting: the curves over shots and the surface of alpha and beta come from
+the shots themselves, each left out, or from validation images.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as remembered
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from retrieval_tip.data.sources import Source
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, counted, show
 from retrieval_tip.evaluation import sweep
 from retrieval_tip.evaluation.calibration import expected_calibration_error
-from retrieval_tip.evaluation.evaluate import Evaluation, judge
+from retrieval_tip.evaluation.evaluate import Evaluation, Part, judge
 from retrieval_tip.files import replacing
 from retrieval_tip.fit import closed_form, search_hp
 from retrieval_tip.fit.finetune import CURVE
@@ -49,18 +49,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CLASSES = 1000
-"""Classes that are shown, the worst first."""
+"""Largest number of classes in the table, the worst first."""
 AFFINITY_PAIRS = 2_000_000_000
-"""Of more pairs of an item and a key, affinities are not counted."""
+"""Largest number of pairs of an item and a key whose affinities are counted."""
 SHOTS = tuple(2**i for i in range(10))
 RIVAL_KEYS = 1 << 14
-"""Of more keys, what else the same shots allow is left out: a linear probe takes minutes."""
+"""Largest number of keys with rivals: a linear probe of more takes minutes."""
 CURVE_KEYS = 4096
-"""Draws of more keys are left out of the curves unless they are asked for: a search costs by the square of the keys."""
+"""Largest draw of the curves by default: a search costs by the square of the keys."""
 SURFACE_KEYS, SURFACE_QUERIES = 20_000, 2_000
-"""Of more keys there is no surface of alpha and beta; of more queries, so many are drawn."""
+"""Largest number of keys with a surface of alpha and beta; largest number of its queries."""
 AROUND = np.geomspace(1 / 8, 4, 26)
-"""Multiples of the index's beta that the surface shows: far beyond, only the scale of alpha changes."""
+"""Multiples of the index's beta on the surface: far beyond, only the scale of alpha changes."""
 SEEDS = 3
 Z = NormalDist().inv_cdf(0.975)
 
@@ -70,7 +70,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """What was written: the file, its size in ``bytes``, the evaluation in it, and why parts were ``left_out``."""
+    """The file, its size in ``bytes``, the evaluation in it, and why parts were ``left_out``."""
 
     path: Path
     bytes: int
@@ -97,21 +97,19 @@ def write_report(
     Args:
         cache: the index, answering by its ``settings``.
         test: labelled images or features; the figures are those of :func:`evaluate.evaluate`.
-        encoder: makes features of them; ``encoder.skipped`` names what could not be read.
+        encoder: makes their features; ``encoder.skipped`` names the items that could not be read.
         out: the file, replaced in one step when the report is whole.
-        val: labelled validation source, which settings of the curves are chosen on and the surface of alpha and beta is
-            drawn from; without it both are from the shots themselves, each left out.
+        val: validation source for the settings of the curves and the surface of alpha and beta; by default both come
+            from the shots themselves, each left out.
         shots: draws of the curves, keys a class; by default 1, 2, 4 ... as far as every class has keys.
         seeds: draws of each number of shots.
-        curves: whether accuracy over shots is to be drawn.
-        folder: the index folder, where ``cache`` no longer knows it.
-        where: the condition that the keys were restricted by, for the record.
+        curves: draw accuracy over shots.
+        folder: the index folder, if ``cache`` does not know it.
+        where: the condition that restricted the keys, for the record.
         command: the command line, for the record.
 
-    The interval of an accuracy of ``h`` hits of ``n`` is Wilson's (:func:`wilson`), 95 %.
-
-    Raises UsageError without matplotlib, for ``shots`` that classes do not have, or where ``val`` is ``test``;
-    InputError as :func:`evaluate.evaluate`, and where ``out`` cannot be written. After any of them nothing was written.
+    Raises UsageError without matplotlib, for ``shots`` that classes do not have, or if ``val`` is ``test``;
+    InputError as :func:`evaluate.evaluate`, and if ``out`` cannot be written. Then nothing was written.
     """
     path = Path(out)
     check(path)
@@ -132,15 +130,14 @@ def write_report(
         cache, test, encoder, blocks, ids, evaluation,
         val=items, shots=shots, seeds=seeds, curves=curves, folder=place, where=where, command=command,
     )  # fmt: skip
-    parts, left_out = _parts(judged)
-    page = _page(judged, parts, left_out).encode()
+    page, left_out = _page(judged)
     with replacing(path) as temporary:
-        temporary.write_bytes(page)
-    return WrittenReport(path, len(page), evaluation, left_out)
+        temporary.write_bytes(encoded := page.encode())
+    return WrittenReport(path, len(encoded), evaluation, left_out)
 
 
 def check(out: Path) -> None:
-    """Raise before any work is done: UsageError without matplotlib, InputError where no file can be written."""
+    """Raise UsageError without matplotlib, InputError if the file cannot be written."""
     plots.needs_matplotlib("a report")
     if out.is_dir():
         raise InputError(f"{show(out)}: is a folder; give a file")
@@ -149,10 +146,7 @@ def check(out: Path) -> None:
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95% interval of a fraction, ``hits`` of ``n`` (E. B. Wilson, 1927), with ``p = hits / n`` and ``z = 1.96``.
-
-    ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``; within 0 to 1, also at 0 and n hits.
-    """
+    """Return the 95% interval of a fraction, ``hits`` of ``n`` (E. B. Wilson, 1927), within 0 to 1."""
     p, share = hits / n, Z**2 / n
     centre, half = p + share / 2, Z * math.sqrt(p * (1 - p) / n + share / (4 * n))
     low, high = (centre - half) / (1 + share), (centre + half) / (1 + share)
@@ -160,9 +154,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def _fewest(cache: CacheModel) -> tuple[int, str]:
-    """The class that has fewest keys, of those that have any: how many, and its name."""
-    some = (pair for pair in zip(cache.counts, cache.class_names, strict=True) if pair[0])
-    return min(some, key=lambda pair: pair[0])
+    """Return the smallest number of keys that a class with keys has, and the class."""
+    return min((n, name) for n, name in zip(cache.counts, cache.class_names, strict=True) if n)
 
 
 class _LeftOutError(Exception):
@@ -175,78 +168,69 @@ class Plot(NamedTuple):
     svg: Markup
     caption: str
 
+    @classmethod
+    def of(cls, draw: Callable[[], Figure], caption: str, before: str = "") -> Plot:
+        """Draw; the caption, after the words ``before``, is also for those who do not see the diagram."""
+        return cls(plots.svg(draw, before + caption), caption)
 
-def _plot(draw: Callable[[], Figure], said: str, before: str = "") -> Plot:
-    """A diagram, and what is said of it, for those who do not see it after the words ``before``."""
-    return Plot(plots.svg(draw, before + said), said)
 
-
-def _parts(judged: Judged) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the sections show, by their name, and why others are left out."""
-    makers: dict[str, Callable[[Judged], Any]] = {
-        "accuracy": _accuracy, "shots": _over_shots, "settings": _surface, "training": _training,
-        "mistakes": mistakes, "confusions": _confusions, "classes": _classes, "probabilities": _probabilities,
-        "affinities": _affinities, "provenance": provenance,
+def _page(judged: Judged) -> tuple[str, dict[str, str]]:
+    """Return the page, and why sections are left out of it."""
+    makers: dict[str, Callable[[Judged], object]] = {
+        "shots": _over_shots, "settings": _surface, "training": _training, "mistakes": mistakes,
+        "confusions": _confusions, "classes": _classes, "probabilities": _probabilities, "affinities": _affinities,
+        "provenance": provenance,
     }  # fmt: skip
     if not judged.is_tuned:
         del makers["training"]
-    made, left_out = {}, {}
+    ways, missing = _accuracy(judged)
+    parts: dict[str, object] = {"accuracy": {"ways": ways, "missing": missing}}
+    left_out: dict[str, str] = {}
     for name, make in makers.items():
         try:
-            made[name] = make(judged)
+            parts[name] = make(judged)
         except _LeftOutError as reason:
             left_out[name] = str(reason)
-    return made, left_out
-
-
-def _page(judged: Judged, parts: dict[str, Any], left_out: dict[str, str]) -> str:
     cache, digests = judged.cache, [digest for digest in judged.digests if digest is not None]
     shared = pc.sum(pc.is_in(pa.array(digests, pa.string()), value_set=cache.labels["digest"])).as_py() or 0
-    name, evaluation = show(judged.folder.name) if judged.folder is not None else "an index", judged.evaluation
-    ways = parts["accuracy"]["ways"]
-    values = {
-        "title": f"How well {name} knows {Path(judged.test.name).name}", "sentences": list(sentences(judged, ways)),
-        "actions": list(actions(judged, ways)), "judged": judged, "cache": cache, "evaluation": evaluation,
-        "blend": _blend(judged), "interval": wilson(int(judged.answers.right.sum()), evaluation.n), "shared": shared,
-        "parts": parts, "left_out": left_out, "counted": counted, "show": show, "thumbnail": remembered(thumbnail),
-        "shown_probability": shown_probability,
-    }  # fmt: skip
-    return render("report/page.html.j2", **values)
+    named, evaluation = show(judged.folder.name) if judged.folder is not None else "an index", judged.evaluation
+    page = render(
+        "report/page.html.j2", title=f"How well {named} knows {Path(judged.test.name).name}", judged=judged,
+        sentences=list(sentences(judged, ways)), actions=list(actions(judged, ways)), cache=cache,
+        evaluation=evaluation, blend=_blend(judged), shared=shared, parts=parts, left_out=left_out, counted=counted,
+        interval=wilson(int(judged.answers.right.sum()), evaluation.n), show=show, thumbnail=remembered(thumbnail),
+        shown_probability=shown_probability,
+    )  # fmt: skip
+    return page, left_out
 
 
 # ----------------------------------------------------------------------------------------------------------- accuracy
 
 
-def _accuracy(judged: Judged) -> dict[str, Any]:
-    """The ways of answering, what else the same shots allow among them, and why some of it is missing."""
+def _accuracy(judged: Judged) -> tuple[list[Way], str]:
+    """Return the ways of answering, rivals of the same shots among them, and why some are missing."""
     evaluation, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
-    text, alone, ways, missing = details.text, details.cache, [], ""
+    ways, missing = [], ""
     if evaluation.zero_shot_top1 is not None:
-        right = text.predicted == truth
-        ece = expected_calibration_error(text.confidence, right)
-        ways.append(_way("zero-shot", "text weights alone", right, truth, ece))
-    right = alone.predicted == truth
-    known = expected_calibration_error(alone.confidence, right) if evaluation.settings.alpha else None
-    ways.append(_way("cache alone", "fine-tuned keys alone" if tuned else "keys alone", right, truth, known))
+        ways.append(_part("zero-shot", "text weights alone", details.text, truth))
+    alone = _part("cache alone", "fine-tuned keys alone" if tuned else "keys alone", details.cache, truth)
+    ways.append(alone if evaluation.settings.alpha else alone._replace(ece=None))
     try:
-        ways += _others(judged, _parent(judged) if tuned else judged.cache)
+        ways += _rivals(judged, _parent(judged) if tuned else judged.cache)
     except _LeftOutError as reason:
         missing = str(reason)
     what = "text and fine-tuned cache" if tuned else "text and cache, blended"
-    ways.append(_way(_blend(judged), what, judged.answers.right, truth, evaluation.ece))
-    return {"ways": ways, "missing": missing}
+    return [*ways, _way(_blend(judged), what, judged.answers.right, truth, evaluation.ece)], missing
 
 
-def _others(judged: Judged, shots: CacheModel) -> list[Way]:
-    """What else the same shots allow: the field's simple rivals, Tip-Adapter, and the index before fine-tuning."""
-    ways, truth = [], judged.answers.truth
+def _rivals(judged: Judged, shots: CacheModel) -> list[Way]:
+    """Return the field's simple rivals, Tip-Adapter, and the index before fine-tuning."""
+    ways = []
     if shots.n <= RIVAL_KEYS:
         for name, rival in sweep.LINEAR.items():
-            logits = rival(shots).logits(judged.features)
-            confidence, predicted = tip.probabilities(logits).max(1)
-            right = predicted.numpy() == truth
-            ece = expected_calibration_error(confidence.numpy(), right)
-            ways.append(_way(name.replace("-", " "), "of the same shots, without text", right, truth, ece))
+            confidence, predicted = tip.probabilities(rival(shots).logits(judged.features)).max(1)
+            part = Part(predicted.numpy(), confidence.numpy())
+            ways.append(_part(name.replace("-", " "), "of the same shots, without text", part, judged.answers.truth))
         if shots.fitted is not None:
             ways.append(_answering(judged, closed_form.unfitted(shots), "of the same shots, nothing fitted"))
     if judged.is_tuned:
@@ -255,7 +239,6 @@ def _others(judged: Judged, shots: CacheModel) -> list[Way]:
 
 
 def _answering(judged: Judged, shots: CacheModel, what: str) -> Way:
-    """Another index answering the same items."""
     other = judge(shots, judged.blocks, judged.ids)
     name = "Tip-Adapter" if shots.fitted is None else "fitted"
     return _way(name, what, other.answers.right, other.answers.truth, other.ece)
@@ -263,6 +246,11 @@ def _answering(judged: Judged, shots: CacheModel, what: str) -> Way:
 
 def _blend(judged: Judged) -> str:
     return "Tip-Adapter-F" if judged.is_tuned else "Tip-Adapter" if judged.cache.fitted is None else "fitted"
+
+
+def _part(name: str, what: str, part: Part, truth: Ints) -> Way:
+    right = part.predicted == truth
+    return _way(name, what, right, truth, expected_calibration_error(part.confidence, right))
 
 
 def _way(name: str, what: str, right: Bools, truth: Ints, ece: float | None) -> Way:
@@ -292,7 +280,7 @@ def _parent(judged: Judged) -> CacheModel:
 
 
 def _drawn(judged: Judged) -> tuple[list[int], str]:
-    """How many shots are drawn, and what is said about those that are not."""
+    """Return the numbers of shots to draw, and a sentence about those that are left out."""
     if not judged.curves:
         raise _LeftOutError("not asked for")
     if judged.is_tuned:
@@ -306,14 +294,13 @@ def _drawn(judged: Judged) -> tuple[list[int], str]:
     possible = [number for number in SHOTS if number <= least]
     few = [number for number in possible if number * classes <= CURVE_KEYS]
     if not few:
-        raise _LeftOutError(
-            f"one key of each of {classes:,} classes are more than {CURVE_KEYS:,}; --shots N draws them anyway"
-        )
+        many = f"one key of each of {classes:,} classes are more than {CURVE_KEYS:,}"
+        raise _LeftOutError(f"{many}; --shots N draws them anyway")
     return few, f" Draws of more than {CURVE_KEYS:,} keys are left out." if len(few) < len(possible) else ""
 
 
-def _over_shots(judged: Judged) -> dict[str, Any]:
-    """Accuracy over shots: method, shots, draws, mean, half of the interval, lowest and highest; and a diagram."""
+def _over_shots(judged: Judged) -> dict[str, object]:
+    """Return a diagram of accuracy over shots, and rows: method, shots, draws, mean, half of the interval, range."""
     numbers, more = _drawn(judged)
     last: sweep.Method = "cache-alone" if judged.cache.fitted is None else "closed-form"
     methods: tuple[sweep.Method, ...] = ("zero-shot", "tip-adapter", last) if judged.cache.has_text else (last,)
@@ -344,21 +331,16 @@ def _over_shots(judged: Judged) -> dict[str, Any]:
 
 
 def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[sweep.Method]) -> list[sweep.Run]:
-    """The runs of a sweep over draws of the index's own keys."""
+    """Sweep over draws of the index's own keys."""
     counts = {number for number in judged.cache.counts if number}
     test = sweep.Items(judged.features, judged.answers.truth, judged.test.name)
-    total, quiet = len(numbers) * judged.seeds * len(methods), None if judged.encoder.progress else True
     runs: list[sweep.Run] = []
     pool = closed_form.unfitted(judged.cache)  # once, not for each number
-    with tempfile.TemporaryDirectory() as place, tqdm(total=total, unit="draw", disable=quiet, leave=False) as bar:
-        for number in numbers:
+    with tempfile.TemporaryDirectory() as place:
+        for number in tqdm(numbers, unit="draw", disable=None if judged.encoder.progress else True, leave=False):
             seeds = range(1, 2 if counts == {number} else judged.seeds + 1)  # each draw may be of the same keys
-            for run in sweep.sweep(
-                pool, "", test, Path(place) / "runs.parquet",
-                shots=[number], seeds=seeds, methods=methods, val=judged.val,
-            ):  # fmt: skip
-                runs.append(run)
-                bar.update()
+            file, val = Path(place) / "runs.parquet", judged.val
+            runs += sweep.sweep(pool, "", test, file, shots=[number], seeds=seeds, methods=methods, val=val)
     return runs
 
 
@@ -366,9 +348,7 @@ def _surface(judged: Judged) -> Plot:
     """Accuracy over alpha and beta, on the shots or on validation items."""
     cache, val = judged.cache, judged.val
     if judged.is_tuned:
-        raise _LeftOutError(
-            "fine-tuned keys know their own shots, and belong to the alpha and beta that they were trained with"
-        )
+        raise _LeftOutError("fine-tuned keys know their own shots, and belong to the alpha and beta of their training")
     if cache.n > SURFACE_KEYS:
         raise _LeftOutError(f"{cache.n:,} keys are more than {SURFACE_KEYS:,}; search-hp --surface draws it")
     settings = cache.settings
@@ -389,19 +369,19 @@ def _surface(judged: Judged) -> Plot:
         f"{' (alpha is beyond the edge)' if beyond else ''}. Circle: the highest, {panel.accuracy.max():.1%}. "
         f"Cells more than {plots.POINTS} points below it share one colour."
     )
-    return _plot(lambda: plots.draw_heat(panel, settings.alpha, settings.beta), said, "Accuracy over alpha and beta. ")
+    draw = partial(plots.draw_heat, panel, settings.alpha, settings.beta)
+    return Plot.of(draw, said, "Accuracy over alpha and beta. ")
 
 
 def _some(queries: search_hp.Queries) -> search_hp.Queries:
-    """No more queries than :data:`SURFACE_QUERIES`, drawn by seed 0."""
     if len(queries.ids) <= SURFACE_QUERIES:
         return queries
     rows = np.sort(np.random.default_rng(0).choice(len(queries.ids), SURFACE_QUERIES, replace=False))
     return replace(queries, features=queries.features[rows], ids=queries.ids[rows], hidden=queries.hidden[rows])
 
 
-def _training(judged: Judged) -> dict[str, Any]:
-    """What the index remembers of its fine-tuning, and the curve, where there is one."""
+def _training(judged: Judged) -> dict[str, object]:
+    """Return the record of the fine-tuning, and its curve if the index has one."""
     facts, curve = judged.record("finetune"), judged.cache.curve
     rows = [(name, described(value)) for name, value in facts.items()]
     if curve is None:
@@ -411,26 +391,27 @@ def _training(judged: Judged) -> dict[str, Any]:
     except (KeyError, pa.ArrowException):
         raise _LeftOutError("the index has a curve of another kind") from None
     epoch, loss, accuracy = (curve[name].to_pylist()[-1] for name in ("epoch", "loss", "accuracy"))
-    kept = facts["epoch"] if isinstance(facts.get("epoch"), int) else epoch
+    recorded = facts.get("epoch")
+    kept = recorded if isinstance(recorded, int) else epoch
     said = (
         f"Cross-entropy and accuracy on the shots by epoch, as they were met; epoch {kept} was kept. "
         f"In the last one the loss was {loss:.4g}, the accuracy {accuracy:.1%}."
     )
-    return {"plot": _plot(lambda: plots.draw_training(curve, kept), said), "rows": rows}
+    return {"plot": Plot.of(partial(plots.draw_training, curve, kept), said), "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------ classes and figures
 
 
-def _confusions(judged: Judged) -> dict[str, Any]:
+def _confusions(judged: Judged) -> dict[str, object]:
     pairs, classes = confusions(judged), counted(len(judged.evaluation.per_class), "class")
     label = f"Confusion matrix of {classes}, as shares of the true class"
-    matrix = plots.svg(lambda: plots.draw_confusion(judged.evaluation), label) if pairs else ""
-    return {"pairs": pairs, "matrix": matrix}
+    draw = partial(plots.draw_confusion, judged.evaluation)
+    return {"pairs": pairs, "matrix": plots.svg(draw, label) if pairs else ""}
 
 
-def _classes(judged: Judged) -> dict[str, Any]:
-    """Classes, the worst first: name, accuracy, its interval, items, keys, and what it is most often taken for."""
+def _classes(judged: Judged) -> dict[str, object]:
+    """Return rows of classes, the worst first: name, accuracy, interval, items, keys, most frequent mistake."""
     answers, names, evaluation = judged.answers, judged.cache.class_names, judged.evaluation
     rows, keys = [], judged.cache.counts
     for name, accuracy in sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:CLASSES]:
@@ -441,8 +422,11 @@ def _classes(judged: Judged) -> dict[str, Any]:
         low, high = wilson(int(answers.right[own].sum()), int(own.sum()))
         rows.append((name, accuracy, f"{low:.1%} to {high:.1%}", int(own.sum()), keys[i], most))
     said = f"Mean over classes {evaluation.mean_per_class:.1%}; the lowest, {rows[0][0]}, {rows[0][1]:.1%}."
-    svg = plots.svg(lambda: plots.draw_per_class(evaluation), f"Accuracy by class. {said}")
-    return {"said": said, "rows": rows, "svg": svg}
+    return {
+        "said": said,
+        "rows": rows,
+        "svg": Plot.of(partial(plots.draw_per_class, evaluation), said, "Accuracy by class. ").svg,
+    }
 
 
 def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
@@ -451,10 +435,8 @@ def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
     said = f"Mean probability of an answer {evaluation.answers.confidence.mean():.1%}, accuracy {evaluation.top1:.1%}"
     said += f", expected calibration error {evaluation.ece:.3f}."
     covered = "Accuracy of the answers that are given, as those of the lowest probability are withheld."
-    return (
-        _plot(lambda: plots.draw_reliability(evaluation), said, "Reliability. "),
-        _plot(lambda: plots.draw_coverage(evaluation), covered),
-    )
+    reliability = Plot.of(partial(plots.draw_reliability, evaluation), said, "Reliability. ")
+    return reliability, Plot.of(partial(plots.draw_coverage, evaluation), covered)
 
 
 def _affinities(judged: Judged) -> Plot:
@@ -464,4 +446,4 @@ def _affinities(judged: Judged) -> Plot:
     means = (plots.mean_affinity(seen, counts) for counts in (seen.same, seen.other))
     same, other = ("-" if mean is None else f"{mean:.3f}" for mean in means)
     said = f"Affinities of test items to keys: mean to the same class {same}, to other classes {other}."
-    return _plot(lambda: plots.draw_affinity(judged.evaluation), said)
+    return Plot.of(partial(plots.draw_affinity, judged.evaluation), said)
