@@ -1,246 +1,98 @@
-"""Both engines side by side: answers from Parquet to Parquet and their memory, images encoded, and Ray's start.
+"""Both engines side by side: made queries classified from Parquet to Parquet, and photos encoded.
 
 \b
-    python benchmarks/distributed.py                          # 1,000,000 queries of 64 values, and the photographs
-    python benchmarks/distributed.py --only classify --queries 100000
-    python benchmarks/distributed.py --only encode --model ViT-B-32 --pretrained openai --images FOLDER
+    python benchmarks/distributed.py                          # 1,000,000 queries of 64 values, and the photos
+    python benchmarks/distributed.py --queries 100000 --images FOLDER --model ViT-B-32 --pretrained openai
 
-classify: a feature table of made queries (benchmarks/made.py) and an index of 16 keys a class; the real command writes
-predictions as Parquet by each engine. Anonymous memory (not pages of files) of the command and of the processes below
-it is sampled four times a second, on Linux: of the local engine the one process, of Ray's the command by itself, its
-largest worker, and everything together with Ray's own processes. It is flat where it does not grow from the second
-quarter of the time in which answers come to the last.
-
-encode: the real command, without an encoding cache, on a folder of images; the start of interpreter, model and workers
-is in the time, and told apart by a second run on few images.
-
-start: until a Ray that is started here takes work, and until the first actor that holds torch answers.
+Times are those of the real commands, without an encoding cache. A second run on few items tells the start of
+interpreter, model and actors apart.
 """
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import SEED, machine
+from common import machine
 from made import ROWS, Made
 
 from retrieval_tip.data import images
+from retrieval_tip.data.tables import open_parquet, table_files
 
-MIB = 2**20
-SHOTS = 16
-SAMPLE_SECONDS = 0.25
-FEW = 32
-"""Images of the run that is taken off, for its start."""
+SHOTS, FEW = 16, 32
+"""Keys a class of the index; items of the run that only shows how long the start takes."""
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-COMMAND = Path(sys.executable).with_name("retrieval-tip")
-
-Measure = tuple[str, str, int, str, float, str]
-"""Section, engine, number of items, what was measured, value, unit."""
+ENGINES = {"local": (".parquet", ()), "ray": (".parts", ("--engine", "ray"))}
 
 
-@dataclass
-class Watched:
-    """A command that ran: its seconds, and anonymous memory in bytes: its own, its largest worker's, that of all."""
-
-    seconds: float = 0.0
-    times: list[float] = field(default_factory=list)
-    own: list[int] = field(default_factory=list)
-    worker: list[int] = field(default_factory=list)
-    every: list[int] = field(default_factory=list)
-
-
-def anonymous(pid: int) -> int:
-    """Anonymous memory of a process in bytes; 0 where it is gone or the system does not tell."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
-def watch(*command: object) -> Watched:
-    """Run a command to its end, looking at its memory; its failure is ours."""
-    found = Watched()
+def seconds(*command: object) -> float:
+    """Run a command of the package; its failure is ours. Status 3 means that some photos could not be read."""
     start = time.perf_counter()
-    said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with it
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=said)
-    while process.poll() is None:
-        try:
-            below = psutil.Process(process.pid).children(recursive=True)
-            workers = [anonymous(one.pid) for one in below if one.name().startswith("ray::")]
-            others = sum(anonymous(one.pid) for one in below if not one.name().startswith("ray::"))
-        except psutil.Error:
-            continue
-        own = anonymous(process.pid)
-        found.times.append(time.perf_counter() - start)
-        found.own.append(own)
-        found.worker.append(max(workers, default=0))
-        found.every.append(own + sum(workers) + others)
-        time.sleep(SAMPLE_SECONDS)
-    found.seconds = time.perf_counter() - start
-    if process.returncode not in (0, 3):  # 3: done, but for some inputs
-        said.seek(0)
-        text = said.read().decode()
-        said.close()
-        raise click.ClickException(f"{' '.join(map(str, command))}: {process.returncode}: {text}")
-    said.close()
-    return found
+    done = subprocess.run([sys.executable, "-m", "retrieval_tip", "-q", *map(str, command)], capture_output=True)
+    if done.returncode not in (0, 3):
+        raise click.ClickException(f"{' '.join(map(str, command))}: {done.stderr.decode()}")
+    return time.perf_counter() - start
 
 
-def write_queries(path: Path, made: Made, n: int) -> None:
-    """A feature table of ``n`` queries, a block at a time."""
-    asked = made.classes(n, 2)
+def write_table(path: Path, made: Made, ids: np.ndarray, rows: np.ndarray | None = None) -> Path:
+    """A feature table of these rows, or else of queries of these classes, drawn a block at a time."""
     schema = pa.schema([("id", pa.string()), ("label", pa.string()), ("feature", pa.list_(pa.float32(), made.d))])
     with pq.ParquetWriter(path, schema, compression="none") as writer:
-        for start in range(0, n, ROWS):
-            ids = asked[start : start + ROWS]
-            column = pa.FixedSizeListArray.from_arrays(pa.array(made.draw(ids, 3 + start).reshape(-1)), made.d)
-            names = [f"query-{row}" for row in range(start, start + len(ids))]
-            writer.write_table(pa.table([names, [f"class {i}" for i in ids], column], schema=schema))
+        for start in range(0, len(ids), ROWS):
+            some = ids[start : start + ROWS]
+            values = made.draw(some, 3 + start) if rows is None else rows[start : start + ROWS]
+            column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), made.d)
+            names = [f"{path.stem}-{start + i}" for i in range(len(some))]
+            writer.write_table(pa.table([names, [f"class {i}" for i in some], column], schema=schema))
+    return path
 
 
-def write_index(folder: Path, made: Made) -> Path:
-    """An index of ``SHOTS`` keys a class, by the real command."""
-    ids = np.arange(made.c * SHOTS) % made.c
-    for name, rows, labels in (("keys", made.draw(ids, 1), ids), ("text", made.text, np.arange(made.c))):
-        column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), made.d)
-        names = [f"class {i}" for i in labels]
-        numbers = [f"{name}-{i}" for i in range(len(names))]
-        pq.write_table(pa.table({"id": numbers, "label": names, "feature": column}), folder / f"{name}.parquet")
-    tables = (folder / "keys.parquet", "--text", folder / "text.parquet")
-    watch(COMMAND, "-q", "index", "build", "--fit", "none", *tables, "--out", folder / "index", "--device", "cpu")
-    return folder / "index"
-
-
-def quarters(watched: Watched, values: list[int], engine: str, first: float) -> tuple[float, float, float]:
-    """MiB of ``values``: medians in the second and the last quarter of the time in which answers come, and the peak.
-
-    That is while there is a worker, and here from ``first`` on.
-    """
-    every = zip(watched.times, watched.worker, values, strict=True)
-    later = [value for t, worker, value in every if (worker > 0 if engine == "ray" else t >= first)]
-    second, last = later[len(later) // 4 : len(later) // 2], later[3 * len(later) // 4 :]
-    both = [statistics.median(part) / MIB if part else float("nan") for part in (second, last)]
-    return both[0], both[1], max(values) / MIB
-
-
-def classify(folder: Path, given: dict[str, Any]) -> Iterator[Measure]:
-    """Predictions of made queries from Parquet to Parquet."""
-    n, made = given["queries"], Made(given["classes"], given["dim"], SEED)
-    write_queries(folder / "queries.parquet", made, n)
-    index = write_index(folder, made)
-    asked = (COMMAND, "-q", "classify", index, folder / "queries.parquet", "--format", "parquet", "--output")
-    few = folder / "few.parquet"
-    write_queries(few, made, FEW)
-    for engine, out, more in (
-        ("local", folder / "local.parquet", ()),
-        ("ray", folder / "parts", ("--engine", "ray")),
-    ):
-        begun = watch(COMMAND, "-q", "classify", index, few, "--format", "parquet", "--output", f"{out}-few", *more)
-        found = watch(*asked, out, *more)
-        parts = sorted(out.glob("part-*")) if out.is_dir() else [out]
-        rows = sum(pq.ParquetFile(part).metadata.num_rows for part in parts)
-        if rows != n:
-            raise click.ClickException(f"{out}: {rows} rows instead of {n}")
-        yield "classify", engine, n, "whole command", found.seconds, "s"
-        yield "classify", engine, n, f"of it start and end: the same with {FEW} queries", begun.seconds, "s"
-        yield "classify", engine, n, "rate beyond that", n / max(found.seconds - begun.seconds, 1e-9), "queries/s"
-        held = [("command", found.own)] + ([("largest worker", found.worker)] if engine == "ray" else [])
-        for what, values in [*held, ("all processes", found.every)]:
-            second, last, peak = quarters(found, values, engine, begun.seconds / 2)
-            yield "classify", engine, n, f"anonymous memory, {what}: second quarter", second, "MiB"
-            yield "classify", engine, n, f"anonymous memory, {what}: last quarter", last, "MiB"
-            yield "classify", engine, n, f"anonymous memory, {what}: peak", peak, "MiB"
-    local, ray = pq.ParquetFile(folder / "local.parquet"), sorted((folder / "parts").glob("part-*"))
-    same = agreement(local, ray)
-    yield "classify", "both", n, "queries with the same label", 100 * same, "%"
-
-
-def agreement(local: pq.ParquetFile, parts: list[Path]) -> float:
-    """The fraction of rows in which two engines give the same label for the same input."""
-    columns = ["input", "label"]
-    one = local.read(columns=columns)
-    other = pa.concat_tables([pq.ParquetFile(part).read(columns=columns) for part in parts])
-    if not one["input"].equals(other["input"]):
-        raise click.ClickException("the two engines have answered other inputs, or in another order")
-    return float(np.mean(one["label"].to_numpy() == other["label"].to_numpy()))
-
-
-def encode(folder: Path, given: dict[str, Any]) -> Iterator[Measure]:
-    """Images to features by each engine."""
-    found = [str(path) for path in images.find(given["images"])]
-    number = given["number"] or len(found)
-    every = (found * -(-number // len(found)))[:number]
-    for name, paths in (("images", every), ("few", every[:FEW])):
-        pq.write_table(pa.table({"path": paths}), folder / f"{name}.parquet")
-    model = ("--model", given["model"]) + (("--pretrained", given["pretrained"]) if given["pretrained"] else ())
-    for engine, suffix, more in (("local", ".parquet", ()), ("ray", "", ("--engine", "ray"))):
-        seconds = [
-            watch(COMMAND, "-q", "encode", folder / f"{name}.parquet", *model, "--no-cache", *more,
-                  "--out", folder / f"encoded-{engine}-{name}{suffix}").seconds
-            for name in ("few", "images")
-        ]  # fmt: skip
-        yield "encode", engine, number, "whole command", seconds[1], "s"
-        yield "encode", engine, number, f"of it start and end: the same with {FEW} images", seconds[0], "s"
-        beyond = (number - FEW) / max(seconds[1] - seconds[0], 1e-9)
-        yield "encode", engine, number, "rate beyond that", beyond, "images/s"
-
-
-def start(_: Path, given: dict[str, Any]) -> Iterator[Measure]:
-    """A Ray of one's own, from nothing."""
-    from retrieval_tip.distributed.cluster import connected
-
-    def answer() -> int:
-        import torch
-
-        return torch.get_num_threads()
-
-    begun = time.perf_counter()
-    with connected() as ray:
-        yield "start", "ray", 1, "until it takes work, its import included", time.perf_counter() - begun, "s"
-        begun = time.perf_counter()
-        ray.get(ray.remote(num_cpus=1)(answer).remote())
-        yield "start", "ray", 1, "first process with torch", time.perf_counter() - begun, "s"
-        begun = time.perf_counter()
-    yield "start", "ray", 1, "until it has ended", time.perf_counter() - begun, "s"
-
-
-SECTIONS = {"classify": classify, "encode": encode, "start": start}
+def compare(name: str, n: int, every: Sequence[object], few: Sequence[object], out: Path) -> None:
+    """Print times and rates of a command by both engines; ``every`` and ``few`` end where the output's name follows."""
+    for engine, (suffix, more) in ENGINES.items():
+        start = seconds(*few, out / f"{name}-few{suffix}", *more)
+        whole = seconds(*every, out / f"{name}{suffix}", *more)
+        rate = (n - FEW) / max(whole - start, 1e-9)
+        click.echo(f"{name:<9}{engine:<6}{n:>10,} items{whole:>9.1f} s, of it start {start:.1f} s; then {rate:,.0f}/s")
 
 
 @click.command(help=__doc__)
-@click.option("--only", type=click.Choice(list(SECTIONS)), multiple=True, help="Repeat for more.  [default: all]")
-@click.option("--queries", type=click.IntRange(min=1), default=1_000_000, show_default=True)
+@click.option("--queries", type=click.IntRange(min=FEW + 1), default=1_000_000, show_default=True)
 @click.option("--dim", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--classes", type=click.IntRange(min=2), default=100, show_default=True)
-@click.option("--images", type=click.Path(path_type=Path), default=SHARED / "data/caltech101/101_ObjectCategories",
-              show_default=True)  # fmt: skip
-@click.option("--number", type=click.IntRange(min=1), help="Images to encode.  [default: as many as there are]")
+@click.option("--images", "folder", type=click.Path(path_type=Path), show_default=True,
+              default=SHARED / "data/caltech101/101_ObjectCategories")  # fmt: skip
 @click.option("--model", default=f"local-dir:{SHARED / 'models/lit-mini'}", show_default=True)
 @click.option("--pretrained")
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), default=tempfile.gettempdir, help="For files.")
-def main(only: tuple[str, ...], folder: Path, **given: Any) -> None:
+def main(queries: int, dim: int, classes: int, folder: Path, model: str, pretrained: str | None) -> None:
     """Measure and print."""
     click.echo(machine("ray"))
-    for name in only or SECTIONS:
-        with tempfile.TemporaryDirectory(prefix="retrieval-tip-distributed-", dir=folder) as place:
-            for section, engine, n, measure, value, unit in SECTIONS[name](Path(place), given):
-                click.echo(f"{section:<9}{engine:<6}{n:>10,}  {measure:<56}{value:>12,.2f} {unit}")
+    made, ids = Made(classes, dim), np.arange(classes)
+    with tempfile.TemporaryDirectory(prefix="retrieval-tip-distributed-") as place:
+        out = Path(place)
+        keys = write_table(out / "keys.parquet", made, ids.repeat(SHOTS))
+        text = write_table(out / "text.parquet", made, ids, made.text)
+        seconds("index", "build", "--fit", "none", keys, "--text", text, "--out", out / "index", "--device", "cpu")
+        asked = [write_table(out / f"{n}.parquet", made, made.classes(n, 2)) for n in (queries, FEW)]
+        options = ("--format", "parquet", "--output")
+        compare("classify", queries, *([("classify", out / "index", one, *options) for one in asked]), out)
+        tables = [pa.concat_tables([open_parquet(file).read(["input", "label"]) for file in table_files(out / name)])
+                  for name in ("classify.parquet", "classify.parts")]  # fmt: skip
+        click.echo(f"classify both: inputs and labels {'are the same' if tables[0].equals(tables[1]) else 'differ'}")
+        paths = [str(path) for path in images.find(folder)]
+        for name, some in (("photos", paths), ("few", paths[:FEW])):
+            pq.write_table(pa.table({"path": some}), out / f"{name}.parquet")
+        model_options = ("--model", model, *(("--pretrained", pretrained) if pretrained else ()), "--no-cache", "--out")
+        sources = [("encode", out / f"{name}.parquet", *model_options) for name in ("photos", "few")]
+        compare("encode", len(paths), *sources, out)
 
 
 if __name__ == "__main__":

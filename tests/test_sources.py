@@ -149,8 +149,8 @@ def test_one_level_too_deep_is_told(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_kinds_of_paths_are_told_apart(tmp_path: Path, name: str, kind: str) -> None:
-    touch(tmp_path, "folder/a.png", "t.csv", "T.PARQUET", "parts/run.json", "s.json", "t.tar", "tars/1.tar", "a[1].png")
-    touch(tmp_path, "a.zip")
+    touch(tmp_path, "folder/a.png", "t.csv", "T.PARQUET", "parts/_run.json", "s.json", "t.tar", "tars/1.tar")
+    touch(tmp_path, "a[1].png", "a.zip")
     assert kind_of(tmp_path / name) == kind
     assert kind_of("https://x.org/a.jpg") == "web address"
     assert kind_of("s3://bucket/a.jpg") == "image"

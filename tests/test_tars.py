@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import few
 from serving import photographs
-from test_shards import jpeg, tar
+from tarring import jpeg, tar
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data import remote, tars

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +14,7 @@ import click
 
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, say, say_skipped
-from retrieval_tip.cli.on_ray import asked_of, encoding_for, encoding_of, named, parts, ray_of, shards_of
-from retrieval_tip.cli.opening import backbone_of, encoder_for, encoder_of, index_with, source_of
+from retrieval_tip.cli.opening import UNNAMED, backbone_of, encoder_for, encoder_of, index_with, name_of, source_of
 from retrieval_tip.cli.options import (
     ANSWER,
     ANSWER_OPTION,
@@ -34,10 +34,15 @@ from retrieval_tip.cli.options import (
 )
 from retrieval_tip.cli.parameters import INDEX, OUTPUT, SOURCE, Abstaining, count
 from retrieval_tip.cli.stdin import paths_on_stdin
-from retrieval_tip.errors import UsageError, show
+from retrieval_tip.errors import Skipped, UsageError, counted, show
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from retrieval_tip.answering import AnsweringIndex
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.sources import Source
+    from retrieval_tip.distributed.ray_data import Piece, Question
     from retrieval_tip.index.places import Place
     from retrieval_tip.predictions import Abstain
 
@@ -67,16 +72,15 @@ def encode(
     """
     from retrieval_tip.data.encoder import encode_table
 
-    ray = ray_of(ctx, engine, encoding.device)
-    if ray is not None:
-        from retrieval_tip.distributed import tasks
+    if engine.is_ray:
+        from retrieval_tip.data import tars
+        from retrieval_tip.distributed.ray_data import cut
 
-        shards = shards_of(source, reading, ray.size, "train", labelled=False)
-        name = None if all(shard.features for shard in shards) else named(encoding)
-        how = encoding_of(encoding, name, views)
-        made = tasks.encode(shards, out, how, ray, say=say_skipped)
-        about(out, f"{made.rows} rows{parts(made)}")
-        finish(ctx, made.failed)
+        found = None if reading.dataset else tars.find(str(source))
+        pieces = found or cut(source_of(source, reading, "train", labelled=False))
+        what, skipped = _on_ray(ctx, pieces, out, engine, encoding, views=views)
+        about(out, what)
+        finish(ctx, skipped)
         return
     items = source_of(source, reading, "train", labelled=False)
     with encoder_of(ctx, backbone_of(items, encoding), encoding, views) as encoder:
@@ -157,36 +161,40 @@ def classify(
     from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.predictions import PREDICTIONS
 
-    ray = ray_of(ctx, engine, encoding.device)
     loaded = index_with(folder, answer, encoding)
-    if ray is not None:
-        from retrieval_tip.distributed import tasks
-        from retrieval_tip.distributed.shards import cut_inputs
+    columns = rows.columns(loaded)
+    schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
+    if engine.is_ray:
+        from retrieval_tip.data.tables import open_parquet, table_files
+        from retrieval_tip.distributed.ray_data import Question, cut_inputs
+        from retrieval_tip.index.places import at
 
         if printing.style != "parquet" or printing.output is None:
             raise UsageError("--engine ray writes parts: give --format parquet and --output FOLDER")
-        shards = cut_inputs(inputs, paths_on_stdin(), ray.size)
-        how = encoding_for(loaded, shards, encoding)
-        asked = asked_of(loaded, answer, encoding.precision)
-        shown = tasks.Rows(rows.columns(loaded), rows.top, rows.shown_neighbours, rows.certify, rows.abstain)
-        made = tasks.classify(folder, shards, printing.output, how, ray, asked=asked, rows=shown, say=say_skipped)
-        say(f"{show(printing.output)}: {made.rows} rows{parts(made)}")
-        if made.settled:
-            _say_settled(loaded, made.settled)
-        finish(ctx, made.failed)
+        pieces = cut_inputs(inputs, paths_on_stdin())
+        question = Question(
+            str(folder),
+            at(folder).manifest().to_bytes(),
+            "float32" if encoding.precision == "auto" else encoding.precision,  # the fastest one differs by machine
+            loaded.settings,
+            answer.where,
+            schema,
+            partial(_rows, rows, schema),
+        )
+        what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
+        say(f"{show(printing.output)}: {what}")
+        if rows.certify:
+            keys = (open_parquet(file).read(["keys"])["keys"].to_pylist() for file in table_files(printing.output))
+            _say_settled(loaded, Counter(chain.from_iterable(keys)))
+        finish(ctx, skipped)
         return
     sources = list(open_inputs(inputs, paths_on_stdin()))
-    columns = rows.columns(loaded)
-    schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     settled: Counter[int] = Counter()
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
 
         def answers() -> Iterator[pa.Table]:
             for source in sources:
-                for block in loaded.classify_source(
-                    source, encoder, rows.top, neighbours=rows.shown_neighbours, certify=rows.certify
-                ):
-                    table = block.written(columns, rows.abstain)
+                for table in _rows(rows, schema, loaded, source, encoder):
                     settled.update(table["keys"].to_pylist() if rows.certify else ())
                     yield table
 
@@ -197,8 +205,57 @@ def classify(
     finish(ctx, encoder.skipped)
 
 
+def _rows(
+    rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, source: Source, encoder: Encoder
+) -> Iterator[pa.Table]:
+    """Answer a source by an index."""
+    answers = index.classify_source(source, encoder, rows.top, neighbours=rows.shown_neighbours, certify=rows.certify)
+    return (block.written(schema.names, rows.abstain) for block in answers)
+
+
 def _say_settled(cache: AnsweringIndex, settled: dict[int, int]) -> None:
     """Say how many answers took how many keys."""
     how = "proved" if cache.exact_search else "agreed with"
     by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
     say(f"{how} the answer of all keys: {', '.join(by)}")
+
+
+def _on_ray(
+    ctx: click.Context,
+    pieces: Sequence[Piece],
+    out: Path | str,
+    engine: EngineOptions,
+    encoding: EncodingOptions,
+    *,
+    views: ViewOptions | None = None,
+    index: AnsweringIndex | None = None,
+    question: Question | None = None,
+) -> tuple[str, list[Skipped]]:
+    """Encode pieces on Ray, or ask ``index`` about them; return what to say of the parts, and what was skipped."""
+    from retrieval_tip.backbones.loading import load_backbone
+    from retrieval_tip.data.encoder import Encoder
+    from retrieval_tip.data.encoding_cache import EncodingCache
+    from retrieval_tip.distributed.ray_data import Work, write_parts
+
+    identity, tuned = (None, None) if index is None else (index.backbone, index.tuned)
+    backbone = None
+    if encoding.model or any(isinstance(piece, str) or piece.table is None for piece in pieces):
+        if index is not None and identity is None and not encoding.model:
+            raise UsageError(UNNAMED)
+        load = partial(load_backbone, *name_of(encoding, identity), tuned=tuned)
+        backbone = partial(load, precision=encoding.precision, runtime=encoding.runtime)
+    cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
+    work = Work(Encoder(**encoding.settings(views)), backbone, cache, question)
+    rows, kept, skipped = write_parts(
+        work,
+        pieces,
+        out,
+        address=engine.ray_address,
+        actors=engine.actors,
+        device=encoding.device,
+        progress=not ctx.obj,
+    )
+    for one in skipped:
+        say_skipped(one)
+    before = f", {kept} of them kept from before" if kept else ""
+    return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING
 import click
 
 from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import about, finish, print_facts, say, say_skipped, shown
-from retrieval_tip.cli.on_ray import asked_of, encoding_for, ray_of, shards_of
+from retrieval_tip.cli.messages import about, finish, print_facts, say, shown
 from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
 from retrieval_tip.cli.options import (
     ANSWER,
     ANSWER_OPTION,
     BACKBONE,
     ENCODING,
-    ENGINE,
     JSON,
     OUTPUT_OPTION,
     PROTOCOL,
@@ -27,7 +25,6 @@ from retrieval_tip.cli.options import (
     SCALES,
     AnswerOptions,
     EncodingOptions,
-    EngineOptions,
     ReadingOptions,
 )
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
@@ -47,7 +44,6 @@ if TYPE_CHECKING:
 @ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers of a probability below P.")
 @click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
 @JSON
-@ENGINE
 @BACKBONE
 @READING
 @ENCODING
@@ -60,7 +56,6 @@ def evaluate_command(
     abstain: float | None,
     plot: Path | None,
     as_json: bool,
-    engine: EngineOptions,
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
@@ -70,33 +65,20 @@ def evaluate_command(
     and of the cache alone. ece is the expected calibration error of the probabilities in 15 bins. With --abstain,
     coverage is the fraction of the items that are answered and selective_top1 the accuracy of these.
     """
-    ray = ray_of(ctx, engine, encoding.device)
-    if ray is not None and plot:
-        raise UsageError("--engine ray does not go with --plot; leave it out")
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
 
     if plot:
         plots.check(plot)
     loaded = index_with(folder, answer, encoding)
-    if ray is not None:
-        from retrieval_tip.distributed import tasks
-
-        shards = shards_of(source, reading, ray.size, "test")
-        evaluation, skipped = tasks.evaluate(
-            loaded, folder, shards, encoding_for(loaded, shards, encoding), ray,
-            asked=asked_of(loaded, answer, encoding.precision), abstain=abstain, say=say_skipped,
-        )  # fmt: skip
-    else:
-        test = source_of(source, reading, "test")
-        with encoder_for(ctx, loaded, [test], encoding) as encoder:
-            evaluation = evaluate(loaded, test, encoder, abstain=abstain, affinities=plot is not None)
-        skipped = encoder.skipped
+    test = source_of(source, reading, "test")
+    with encoder_for(ctx, loaded, [test], encoding) as encoder:
+        evaluation = evaluate(loaded, test, encoder, abstain=abstain, affinities=plot is not None)
     if plot:
         files = plots.write_plots(evaluation, plot, f"{show(Path(str(folder)).name)} on {show(Path(str(source)).name)}")
         say(f"{show(plot)}: {', '.join(file.name for file in files)}")
     _print_evaluation(evaluation, as_json)
-    finish(ctx, skipped)
+    finish(ctx, encoder.skipped)
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:

@@ -13,12 +13,10 @@ import click
 
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import finish, print_facts, say, warn
-from retrieval_tip.cli.on_ray import encoding_views, ray_of
 from retrieval_tip.cli.opening import Origin, checked, encoder_for, source_of, validation
 from retrieval_tip.cli.options import (
     BACKBONE,
     ENCODING,
-    ENGINE,
     JSON,
     LETTERS,
     MODEL,
@@ -27,7 +25,6 @@ from retrieval_tip.cli.options import (
     ROOT,
     SCALES,
     EncodingOptions,
-    EngineOptions,
     ReadingOptions,
     grouped,
 )
@@ -202,16 +199,14 @@ class TrainingOptions:
     beta: float | None
     seed: int
 
-    def recipe(self, on_ray: bool) -> Recipe:
-        """The recipe of the training. Raises UsageError for views that do not go together, or with Ray."""
+    def recipe(self) -> Recipe:
+        """The recipe of the training. Raises UsageError for views that do not go together."""
         from retrieval_tip.fit.trainer import VIEWS, Recipe
 
         if self.views and self.views_cache:
             raise UsageError("--views fresh and --views-cache: give one of them")
         encoders = {"visual", "text"} & set(self.train)
         fresh = self.views or (encoders and not self.views_cache)
-        if on_ray and fresh:
-            raise UsageError("--engine ray encodes the views once, before the training: give --views-cache M")
         return Recipe(
             train=tuple(dict.fromkeys(self.train)),
             views=None if fresh else self.views_cache or VIEWS,
@@ -269,7 +264,6 @@ _TRAINING = grouped(
 @click.option("--keep-last", is_flag=True, help="Write the trained index even if it is less accurate than before.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for loss and accuracy by epoch (needs matplotlib).")
 @JSON
-@ENGINE
 @MODEL
 @READING
 @ENCODING
@@ -286,7 +280,6 @@ def finetune_command(
     keep_last: bool,
     plot: Path | None,
     as_json: bool,
-    engine: EngineOptions,
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
@@ -300,17 +293,14 @@ def finetune_command(
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
     from retrieval_tip.report import plots
 
-    ray = ray_of(ctx, engine, encoding.device)
     if plot:
         plots.needs_matplotlib()
-    recipe = training.recipe(ray is not None)
+    recipe = training.recipe()
     cache = checked(folder, encoding.device)
     shots = shots_of(cache) if source is None else own_shots(cache, source_of(source, reading, "train"))
     unseen = None if val is None else validation(cache, val, reading.root, val_shots)
     sources = [shots] if unseen is None else [shots, unseen]
     with encoder_for(ctx, cache, sources, encoding) as encoder, _to_be_resumed(checkpoint_of(out)):
-        if ray is not None:
-            encoder = encoding_views(encoder, cache, encoding, ray)
         tuned = finetune_into(
             out, cache, shots, encoder, recipe, val=unseen, parent=show(folder), resume=resume, keep_last=keep_last
         )

@@ -111,12 +111,18 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The engine that does the work: here, or by shards on Ray."""
+    """The engine that does the work: this process, or actors of a Ray cluster."""
 
     engine: str
     actors: int | None
-    shard_size: int | None
     ray_address: str | None
+
+    @property
+    def is_ray(self) -> bool:
+        """Whether the work runs on Ray. Raises UsageError for options of Ray without it."""
+        if self.engine != "ray" and (self.actors or self.ray_address):
+            raise UsageError(f"--{'actors' if self.actors else 'ray-address'} needs --engine ray")
+        return self.engine == "ray"
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ class OutputOptions:
     @property
     def style(self) -> str:
         """The format that was named, else that of the file's suffix. Raises UsageError for one that has none."""
-        suffix = self.output.suffix.lower() if self.output else ""
+        suffix = Path(self.output).suffix.lower() if self.output else ""  # it may be a URL
         style = self.named or _SUFFIXES.get(suffix)
         if style is None:
             known = ", ".join(name for name in _SUFFIXES if name)
@@ -223,15 +229,12 @@ ANSWER = grouped(
 ENGINE = grouped(
     "engine", EngineOptions,
     ENGINE_OPTION("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
-                 help="ray: by shards on a pool of processes, here or on a cluster, into a folder of parts that a "
-                      "second run completes; takes tars and s3:// too."),
+                  help="ray: actors here or on a cluster, into a folder of parts that a second run completes, on a "
+                       "disk or in a bucket."),
     ENGINE_OPTION("--actors", type=count("actors"), metavar="N",
-                 help="With --engine ray: processes that work, at most.  [default: what there is room for]"),
-    ENGINE_OPTION("--shard-size", type=count(), metavar="N",
-                 help="With --engine ray: items that are done, and done again, together.  "
-                      "[default: 256 images, 16384 rows of features; a tar is one shard]"),
+                  help="Most actors of Ray.  [default: one a GPU, or up to 8 a node]"),
     ENGINE_OPTION("--ray-address", metavar="HOST:PORT",
-                 help="Head of a Ray cluster, or auto.  [default: a Ray that is started here]"),
+                  help="Head of a Ray cluster, or auto.  [default: a Ray that is started here]"),
 )  # fmt: skip
 PROTOCOL = click.option("--protocol", type=choice(Protocol), default="honest", show_default=True,
                         help="paper: the published grid over the whole validation source.")  # fmt: skip

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from retrieval_tip.backbones.base import Backbone, Identity, unit, view_size
+from retrieval_tip.backbones.base import Backbone, unit, view_size
 from retrieval_tip.bounds import check_count, check_memory
 from retrieval_tip.data import images
 from retrieval_tip.data.encoding_cache import EncodingCache
@@ -440,30 +440,23 @@ def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) 
 
     It is written beside ``out`` and renamed at the end. Returns the number of rows.
     """
+    schema, tables = encoded(source, encoder)
+    with replacing(Path(out)) as temporary:
+        return write_blocks(temporary, schema, row_groups_of(tables))
+
+
+def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    """Schema and rows of the feature table of a source, encoded as they are asked for."""
     if source.table is not None:
         dim, identity = table_dim(source.table), table_identity(source.table)
     else:
         backbone = encoder.needed_backbone(source)
         dim, identity = backbone.dim, backbone.identity
-    with replacing(Path(out)) as temporary:
-        return write_encoded(source, temporary, encoder, dim, identity)
-
-
-def write_encoded(
-    source: Source,
-    file: Path,
-    encoder: Encoder,
-    dim: int,
-    identity: Identity | None,
-    metadata: Mapping[bytes, bytes] | None = None,
-) -> int:
-    """:func:`encode_table` into this very file, of features of ``dim`` values, with more key-value metadata."""
     own = source.items.schema
     kept = [field for field in own if field.name not in ("source", "label", FEATURE, "digest", "id")]
     with_digest = source.table is not None and pa.field("digest", pa.string()) in list(own)
     further = [pa.field("digest", pa.string()), *(pa.field(field.name, field.type) for field in kept)]
     schema = schema_of(dim, np.float32, further, identity)
-    schema = schema.with_metadata({**(schema.metadata or {}), **(metadata or {})} or None)
 
     def tables() -> Iterator[pa.Table]:
         for block in encoder.blocks(source):
@@ -473,4 +466,4 @@ def write_encoded(
             columns["digest"] = items["digest"] if with_digest else pa.array(block.digests, pa.string())
             yield table_of(schema, items["source"], labels, block.features, columns)
 
-    return write_blocks(file, schema, row_groups_of(tables()))
+    return schema, tables()

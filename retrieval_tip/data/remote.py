@@ -33,15 +33,12 @@ def is_remote(path: str | os.PathLike[str]) -> TypeGuard[str]:
 def filesystem(scheme: str) -> AbstractFileSystem:
     """Return the file system of ``s3``, ``gs`` or ``az``. Raises UsageError if its packages are not installed."""
     try:
-        import fsspec
-        from obstore.fsspec import register
+        from obstore.fsspec import FsspecStore
     except ImportError:
         raise UsageError(f"{scheme}:// needs pip install 'retrieval-tip[distributed]'") from None
-    register(scheme)
     local = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")  # an object store of one's own
-    system: AbstractFileSystem = fsspec.filesystem(
-        scheme, **({"client_options": {"allow_http": True}} if local else {})
-    )
+    options = {"client_options": {"allow_http": True}} if local else {}
+    system: AbstractFileSystem = FsspecStore(scheme, **options)  # type: ignore[call-overload]  # Ray can pickle it
     return system
 
 

@@ -317,17 +317,9 @@ def _open_table(where: str, _: Sequence[str], wanted: _Wanted) -> Source:
     return _read_table(where if remote.is_remote(where) else Path(where), wanted.root, labelled=wanted.labelled)
 
 
-def _read_table(
-    file: Path | str,
-    root: str | os.PathLike[str] | None,
-    *,
-    labelled: bool,
-    first: int = 0,
-    last: int | None = None,
-    whole: bool = True,
-) -> Source:
+def _read_table(file: Path | str, root: str | os.PathLike[str] | None, *, labelled: bool) -> Source:
     name = show(file)
-    items, has_features = items_of(file, first, last, whole=whole)
+    items, has_features = items_of(file)
     key = "id" if has_features else "path"
     items = renamed(items, *(["label"] if has_features else ["path", "label"]))
     missing = [column for column in (key, "label")[: 1 + labelled] if column not in items.column_names]
@@ -336,26 +328,18 @@ def _read_table(
         kind = f"a table of images has path ({path}) and label, one of features has feature ({feature})"
         kind = "a feature table has id, label and feature" if has_features else kind
         raise InputError(f"{name}: no column {missing[0]!r} among {few_names(items.column_names)}; {kind}")
-    front = {"source": texts(items[key], name, key, needed=True, first=first)}
+    front = {"source": texts(items[key], name, key, needed=True)}
     if "label" in items.column_names:
-        front["label"] = texts(items["label"], name, "label", needed=labelled, first=first)
+        front["label"] = texts(items["label"], name, "label", needed=labelled)
     items = pa.table(front | {c: items[c] for c in items.column_names if c not in (key, *front)})
-    check_texts(items, name, first)
+    check_texts(items, name)
     names = tuple(sorted(pc.unique(items["label"]).drop_null().to_pylist())) if "label" in front else ()
     if has_features:
-        return Source(name, items, names, table=file, rows=np.arange(first, first + len(items), dtype=np.int64))
+        return Source(name, items, names, table=file, rows=np.arange(len(items), dtype=np.int64))
     folder = root or (file.rpartition("/")[0] if isinstance(file, str) else file.parent)
     paths = [path if remote.is_remote(path) else os.path.join(folder, path) for path in items["source"].to_pylist()]
     items = items.set_column(0, "source", pa.array([show(path) for path in paths], pa.string()))
     return Source(name, items, names, tuple(paths))
-
-
-def open_rows(file: Path | str, first: int, last: int, *, root: str | None = None, labelled: bool = False) -> Source:
-    """Open rows ``first`` to ``last`` of one Parquet file, reading only the row groups that hold them.
-
-    Raises as :func:`open_source`, with the rows' numbers in the file.
-    """
-    return _read_table(file, root, labelled=labelled, first=first, last=last, whole=False)
 
 
 def _if(is_kind: Callable[[str], bool]) -> Callable[[str], Sequence[str]]:

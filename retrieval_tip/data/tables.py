@@ -29,7 +29,7 @@ NAMES = {
 }
 """Names of the columns of a table, the first existing one counts."""
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-RUN, COMPLETE = "run.json", "complete.json"
+RUN, COMPLETE = "_run.json", "_complete.json"
 """Files in a folder of parts: its description, and the mark, written last, that all parts exist."""
 MAX_TEXT = 4096
 """Longest label or id, in characters: a longer one means a table read wrongly."""
@@ -86,15 +86,20 @@ def is_table(where: str) -> bool:
 
 def is_parquet(where: str) -> bool:
     """Tell whether a path or a URL is a Parquet file, or a folder of the parts of a table."""
-    if remote.is_remote(where):
-        run = f"{where.rstrip('/')}/{RUN}"
-        return where.lower().endswith(".parquet") or remote.attempt(where, lambda: remote.system_of(where).exists(run))
-    return (where.lower().endswith(".parquet") and os.path.isfile(where)) or is_parts(where)
+    is_file = where.lower().endswith(".parquet") and (remote.is_remote(where) or os.path.isfile(where))
+    return is_file or is_parts(where)
 
 
 def is_parts(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder holds the parts of a table, complete or not."""
-    return os.path.isfile(os.path.join(folder, RUN))
+    """Tell whether a folder, or the URL of one, holds the parts of a table, complete or not."""
+    return _holds(os.fspath(folder), RUN)
+
+
+def _holds(folder: str, name: str) -> bool:
+    place = os.path.join(folder, name)
+    if remote.is_remote(folder):
+        return bool(remote.attempt(folder, lambda: remote.system_of(folder).exists(place)))
+    return os.path.isfile(place)
 
 
 def table_files(table: Path | str) -> list[Path | str]:
@@ -102,31 +107,34 @@ def table_files(table: Path | str) -> list[Path | str]:
 
     Raises InputError for a folder without all of its parts.
     """
-    if remote.is_remote(table) and not table.endswith(".parquet"):
-        places = remote.children(table)
-    elif os.path.isdir(table):
-        places = [entry.path for entry in os.scandir(table)]
-    else:
+    where = os.fspath(table)
+    if where.endswith(".parquet") if remote.is_remote(table) else not os.path.isdir(table):
         return [table]
-    names = {place.rpartition("/")[2]: place for place in places}
-    if RUN not in names:
-        raise InputError(f"{show(table)}: no feature table; a folder of parts has {RUN}")
-    if COMPLETE not in names:
-        raise InputError(f"{show(table)}: some of its parts are missing; repeat the command that makes it")
-    parts = [names[part] for part in sorted(names) if part.startswith("part-") and part.endswith(".parquet")]
-    return [place if remote.is_remote(place) else Path(place) for place in parts]
+    if not is_parts(where):
+        raise InputError(f"{show(where)}: no feature table; a folder of parts has {RUN}")
+    if not _holds(where, COMPLETE):
+        raise InputError(f"{show(where)}: some of its parts are missing; repeat the command that makes it")
+    return part_files(where)
 
 
-def items_of(file: Path | str, first: int, last: int | None, *, whole: bool) -> tuple[pa.Table, bool]:
+def part_files(folder: str) -> list[Path | str]:
+    """Return the files in a folder of parts, in order."""
+    if not remote.is_remote(folder):
+        return sorted(Path(folder).glob("part=*/*.parquet"))
+    names = remote.attempt(folder, lambda: remote.system_of(folder).find(folder))
+    return [f"{folder.partition('://')[0]}://{name}" for name in sorted(names) if name.endswith(".parquet")]
+
+
+def items_of(file: Path | str) -> tuple[pa.Table, bool]:
     """Return every column of a table but the features, and whether it has features. Missing ids are row numbers."""
     name = show(file)
-    if not str(file).lower().endswith(".parquet") and not os.path.isdir(file):
+    if str(file).lower().endswith((".csv", ".tsv", ".jsonl")) and not os.path.isdir(file):
         items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
         number, has_features = len(items), False
         _check_rows(number, name)
     else:
         tables, number, has_features = [], 0, False
-        for part in table_files(file) if whole else [file]:
+        for part in table_files(file):
             parquet = open_parquet(part)
             columns = parquet.schema_arrow.names
             _once(columns, name)
@@ -135,14 +143,13 @@ def items_of(file: Path | str, first: int, last: int | None, *, whole: bool) -> 
             _check_rows(number, name)
             kept = [column for column in columns if column != feature]
             with reading(show(part)):
-                tables.append(_sound(_rows(parquet, kept, first, last)))
+                tables.append(_sound(parquet.read(columns=kept)))
         with reading(name):
             items = pa.concat_tables(tables)
     if number == 0:
         raise InputError(f"{name}: has no rows")
     if has_features and "id" not in items.column_names:
-        last = number if last is None else min(last, number)
-        ids = pa.array([str(row) for row in range(first, last)])
+        ids = pa.array([str(row) for row in range(number)])
         items = items.append_column("id", ids) if items.num_columns else pa.table({"id": ids})
     return items, has_features
 
@@ -168,14 +175,6 @@ def renamed(items: pa.Table, *wanted: str) -> pa.Table:
         if there and there[0] != column:
             items = items.rename_columns([column if name == there[0] else name for name in items.column_names])
     return items
-
-
-def _rows(parquet: pq.ParquetFile, columns: list[str], first: int, last: int | None) -> pa.Table:
-    """Read rows ``first`` to ``last`` of a file, by the row groups that hold them."""
-    if first == 0 and last is None:
-        return parquet.read(columns=columns)
-    groups, start = row_groups(parquet, first, last)
-    return parquet.read_row_groups(groups, columns=columns).slice(first - start, None if last is None else last - first)
 
 
 def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[list[int], int]:
@@ -327,7 +326,7 @@ def _once(columns: Sequence[str], name: str) -> None:
         raise InputError(f"{name}: a column name stands twice in {few_names(columns)}")
 
 
-def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first: int = 0) -> pa.ChunkedArray:
+def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool) -> pa.ChunkedArray:
     """Read ids, paths or labels as text: blanks are missing, whole numbers become digits. Raises InputError."""
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -341,19 +340,19 @@ def texts(column: pa.ChunkedArray, name: str, what: str, *, needed: bool, first:
         values.validate(full=True)
     values = pc.if_else(pc.equal(pc.utf8_trim_whitespace(values), ""), None, values)
     if needed and values.null_count:
-        rows = row_list(np.flatnonzero(values.is_null().to_numpy()) + first)
+        rows = row_list(np.flatnonzero(values.is_null().to_numpy()))
         raise InputError(f"{name}: {rows} without {'an' if what[0] in 'aeiou' else 'a'} {what}")
     return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values])
 
 
-def check_texts(items: pa.Table, name: str, first: int = 0) -> None:
+def check_texts(items: pa.Table, name: str) -> None:
     """Raise InputError naming the rows whose source or label is longer than :data:`MAX_TEXT`."""
     for column in ("source", "label"):
         if column in items.column_names:
             long = pc.greater(pc.utf8_length(items[column]), MAX_TEXT).fill_null(False).to_numpy()
             if long.any():
                 raise InputError(
-                    f"{name}: {row_list(np.flatnonzero(long) + first)}: {column} longer than {MAX_TEXT} characters"
+                    f"{name}: {row_list(np.flatnonzero(long))}: {column} longer than {MAX_TEXT} characters"
                 )
 
 

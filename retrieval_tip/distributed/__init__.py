@@ -1,1 +1,1 @@
-"""Work that is spread over the processes and machines of a Ray cluster; ``ray`` is imported only when it is needed."""
+"""Encode and classify on a Ray cluster; ``ray`` is imported only when it is needed."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -171,7 +170,7 @@ def judge(
 
 @dataclass(frozen=True)
 class Seen:
-    """What an evaluation needs of each item that could be read, ``[n]`` each, in order; parts of it can be joined.
+    """What an evaluation needs of each item that could be read, ``[n]`` each, in order.
 
     ``positions`` in the source and class ids ``truth``; ``ranked`` ``[n, m + 2]``: the ids of the ``m`` (5 at most)
     largest blended logits, of the largest text logit and of the largest cache logit; ``confidence`` of the answer;
@@ -184,14 +183,6 @@ class Seen:
     confidence: Floats
     chances: Floats
     affinities: Affinities | None = None
-
-    @classmethod
-    def joined(cls, parts: Sequence[Seen]) -> Seen:
-        """Parts as one, in this order; affinities cannot be joined, since each part has edges of its own."""
-        parts = [part for part in parts if len(part.truth)] or list(parts[:1])
-        names = ("positions", "truth", "ranked", "confidence", "chances")
-        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return cls(**arrays)
 
 
 def see(
