@@ -26,6 +26,15 @@ from retrieval_tip.backbones.loading import load_backbone
 from retrieval_tip.errors import BackboneError, UsageError
 
 
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """The hub's library asks the hub, and has nothing in its cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return tmp_path / "hub"
+
+
 @pytest.mark.parametrize(
     ("said", "name", "tag"),
     [
@@ -63,11 +72,8 @@ def test_every_architecture_with_weights_has_a_recommended_tag():
     assert catalogue.recommended("RN50") == "openai"
 
 
-def test_the_models_that_have_a_word_in_their_name(monkeypatch):
+def test_the_models_that_have_a_word_in_their_name(online, monkeypatch):
     asked = []
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/nowhere")
-    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: asked.append(address) or [])
     found = {model.model: model for model in catalogue.search("vit-b-32")}
     assert asked == []  # a list fetches nothing
@@ -96,12 +102,11 @@ def test_models_lists_them(run):
     assert "RN50" in wrong.stderr
 
 
-def test_the_size_is_said_before_weights_are_fetched(monkeypatch, caplog):
+def test_the_size_is_said_before_weights_are_fetched(online, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "retrieval_tip")
     files = [
         SimpleNamespace(rfilename=name, size=size) for name, size in (("a", 1), (catalogue.WEIGHTS[0], 605 * 10**6))
     ]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
     catalogue.ask_hub("some/model")
     assert "605 MB" in caplog.text
@@ -109,7 +114,7 @@ def test_the_size_is_said_before_weights_are_fetched(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("mute", [False, True])
-def test_a_hub_that_does_not_answer_is_asked_once(mute, monkeypatch, tmp_path):
+def test_a_hub_that_does_not_answer_is_asked_once(mute, online, monkeypatch):
     asked, over = [], threading.Event()
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -127,16 +132,13 @@ def test_a_hub_that_does_not_answer_is_asked_once(mute, monkeypatch, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{server.server_port}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://{host}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
         for model in ("hf:some/clip", "hf-hub:some/model"):
             del asked[:]
             with pytest.raises(BackboneError, match=f"{model}.*{host}"):
                 load_backbone(model, device="cpu")
             assert len(asked) == 1
-        weights = tmp_path / "models--some--model/snapshots/abc/of-another-name.bin"
+        weights = online / "models--some--model/snapshots/abc/of-another-name.bin"
         weights.parent.mkdir(parents=True)
         weights.touch()
         catalogue.ask_hub("some/model")  # there is nothing to fetch

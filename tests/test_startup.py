@@ -185,9 +185,10 @@ def opened(monkeypatch):
 
 @pytest.fixture
 def known(tmp_path, monkeypatch):
-    """A model folder with its identity and d, whose image tower nobody has kept."""
+    """A model folder with its identity and d, whose image tower is kept."""
     monkeypatch.setenv("RETRIEVAL_TIP_CACHE", str(tmp_path / "cache"))
     model = load_backbone(f"local-dir:{tiny(tmp_path / 'known')}", device="cpu")
+    model.encode_images(model.preprocess(picture()).repeat(2, 1, 1, 1))
     return tmp_path / "known", model.identity, model.dim
 
 
@@ -201,6 +202,7 @@ def test_a_known_backbone_is_loaded_when_something_is_encoded(known, opened):
     assert not opened
     pixels = waiting.preprocess(picture())[None]
     np.testing.assert_array_equal(waiting.encode_images(pixels), plain.encode_images(pixels))
+    assert not opened
     np.testing.assert_array_equal(waiting.encode_texts(["a cat"]), plain.encode_texts(["a cat"]))
     assert waiting.identity == identity
     assert waiting.logit_scale == plain.logit_scale
@@ -234,21 +236,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_another_model_in_the_folder_is_seen_at_once(known, opened, change):
-    folder, identity, dim = known
-    change(folder)
-    assert load_when_needed(identity, dim, device="cpu").identity.fingerprint != identity.fingerprint
-    assert opened
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_another_model_that_comes_into_the_folder_meanwhile_is_refused(known, change):
     folder, identity, dim = known
     waiting = load_when_needed(identity, dim, device="cpu")
     change(folder)
     for _ in range(2):
         with pytest.raises(BackboneError, match=r"is needed, but .* is in use"):
-            waiting.encode_images(waiting.preprocess(picture())[None])
+            waiting.encode_texts(["a cat"])
 
 
 # what loading a model leaves out
@@ -339,18 +333,6 @@ def test_nothing_of_a_damaged_index_is_opened(index, monkeypatch):
     monkeypatch.setattr(cache_model.VectorIndex, "load", lambda *_: pytest.fail("opened"))
     with pytest.raises(StoreError, match="SHA-256"):
         CacheModel.load(index)
-
-
-def test_a_half_precision_file_is_known_too(known, opened):
-    from safetensors.torch import load_file, save_file
-
-    folder, _, dim = known
-    file = folder / "open_clip_model.safetensors"
-    save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
-    identity = load_backbone(f"local-dir:{folder}", device="cpu").identity
-    opened.clear()
-    assert load_when_needed(identity, dim, device="cpu").identity == identity
-    assert not opened
 
 
 def test_garbage_is_collected_again_behind_the_loading(tmp_path):
