@@ -956,3 +956,14 @@ def test_key_ids_may_be_several_in_one_option(run: Any, index: Path) -> None:
     for wrong in ("1,", "x", "1.5", "1;2", "²"):
         refused(run("index", "relabel", index, "cat", "--key-ids", wrong), 2, "is no key id")
     assert version(index) == 2
+
+
+def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Path) -> None:
+    cache = opened(index)
+    cache.relabel([0], "dog")
+    cache.settings = cache.settings.override(alpha=3.0)
+    cache.save_settings(index)
+    assert (opened(index).settings.alpha, labels_of(index)[0]) == (3.0, "cat")
+    cache.save(index)
+    assert labels_of(index)[0] == "dog"
+    assert torch.equal(verify(index).logits(QUERIES), cache.logits(QUERIES))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,7 @@ from retrieval_tip.index.stores import Change
 from retrieval_tip.retrieval.defaults import measure
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
+from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import Dtype, MetricName, ValuesName
 from retrieval_tip.store.labels import label_table
@@ -125,7 +125,7 @@ def fit(
 
 def _write_keys(
     writer: Writer, made: Material, order: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[str | None]]:
+) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
     """Stream features into the keys' file; the keys, which of ``order`` they are, and their images' digests."""
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))

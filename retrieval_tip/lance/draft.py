@@ -40,6 +40,7 @@ from retrieval_tip.retrieval import inputs
 from retrieval_tip.retrieval.duplicates import Duplicates, duplicates
 from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.keys import points_of
+from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Fitted
 from retrieval_tip.store import history
@@ -85,7 +86,7 @@ class LanceDraft(LanceModel, EditableIndex):
     def create(
         cls,
         writer: TableWriter,
-        blocks: Iterable[tuple[pa.Table, npt.NDArray[Any]]],
+        blocks: Iterable[tuple[pa.Table, KeyArray]],
         class_names: Sequence[str],
         text_weights: npt.NDArray[np.float32] | None,
         dtype: Dtype = "float32",
@@ -474,7 +475,7 @@ class LanceDraft(LanceModel, EditableIndex):
         with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
             self.store.forget_old(writer.still_held, prunes)
 
-    def _arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    def _arrays(self) -> Iterator[tuple[str, KeyArray]]:
         """What goes into objects beside the classes, by kind."""
         if (
             self.second is not None

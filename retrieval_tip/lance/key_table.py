@@ -25,6 +25,7 @@ import pyarrow as pa
 from retrieval_tip.data.tables import vectors
 from retrieval_tip.errors import RetrievalTipError, StoreError, UsageError, first_line
 from retrieval_tip.lance.address import Address, storage_options
+from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.settings import Dtype
 from retrieval_tip.store.labels import LABEL_SCHEMA
 
@@ -84,7 +85,7 @@ def schema_of(d: int, dtype: Dtype, extra: Iterable[pa.Field] = (), *, points: b
     return pa.schema([*own, *extra, *vectors])
 
 
-def rows_of(labels: pa.Table, keys: npt.NDArray[Any], version: int, points: npt.NDArray[Any] | None = None) -> pa.Table:
+def rows_of(labels: pa.Table, keys: KeyArray, version: int, points: KeyArray | None = None) -> pa.Table:
     """Rows of keys ``[m, d]``, and their points, with the labels that describe them.
 
     They are of this ``version``, where the labels do not say which.
@@ -247,13 +248,13 @@ class KeyTable:
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches(list(self.scan(columns, where)), schema)
 
-    def of_ids(self, column: str, values: Sequence[Any], columns: Sequence[str]) -> pa.Table:
+    def of_ids(self, column: str, values: Sequence[int | str], columns: Sequence[str]) -> pa.Table:
         """Rows whose ``column`` is one of ``values``; a number that no row can have finds none."""
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.Table.from_batches(list(self.scan_of(column, values, columns)), schema)
 
     def scan_of(
-        self, column: str, values: Sequence[Any], columns: Sequence[str], *, with_rows: bool = False
+        self, column: str, values: Sequence[int | str], columns: Sequence[str], *, with_rows: bool = False
     ) -> Iterator[pa.RecordBatch]:
         """The same, some at a time, as :meth:`scan`."""
         values = [value for value in values if isinstance(value, str) or -LARGEST <= value <= LARGEST]
@@ -281,14 +282,14 @@ class KeyTable:
             taken: pa.Table = self.table.take_offsets(places.tolist()).select(list(columns)).to_arrow()
         return taken
 
-    def matrix(self, column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    def matrix(self, column: pa.Array | pa.ChunkedArray) -> KeyArray:
         """The vectors ``[m, d]`` of a column of this table, as they are stored. Raises StoreError where one is none."""
         if isinstance(column, pa.ChunkedArray):
             column = column.combine_chunks()
         values = column.flatten()
         if column.null_count or values.null_count:
             raise StoreError(f"{self.address}: a key lacks values; go back to a version before, or build it again")
-        matrix: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
+        matrix: KeyArray = values.to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)
         return matrix
 
     def class_ids(self, column: pa.Array | pa.ChunkedArray, n_classes: int) -> IntArray:
@@ -450,7 +451,7 @@ def _connected(address: Address) -> Any:
     return lancedb().connect(address.uri, storage_options=storage_options(address) or None, session=_session())
 
 
-def literal(value: Any) -> str:
+def literal(value: int | str) -> str:
     """A value as it stands in a condition."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from retrieval_tip.lance.versions import Classes
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
 from retrieval_tip.retrieval.logits import Retrieval
+from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import Product
 
 HELD_BYTES = 1 << 29
@@ -126,7 +126,7 @@ class LanceKeys(KeyStream):
             part = slice(int(firsts[place]), int(firsts[place] + counts[place]))
             yield place, every[part], every_row[part]
 
-    def _of(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, npt.NDArray[Any], IntArray]]:
+    def _of(self, class_ids: Sequence[int]) -> Iterator[tuple[IntArray, KeyArray, IntArray]]:
         """Class ids, keys and the numbers of rows of some classes, some at a time, as they lie in the table."""
         for batch in self.table.scan_of("class_id", class_ids, ["class_id", self.table.met], with_rows=True):
             if len(batch):

@@ -32,6 +32,7 @@ from retrieval_tip.lance.versions import RESTORE, Classes, LanceVersions
 from retrieval_tip.retrieval.defaults import SAMPLE, Statistics, measure
 from retrieval_tip.retrieval.keys import index_over, points_of
 from retrieval_tip.retrieval.logits import Retrieval
+from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.settings import Built, Dtype, Fitted, Settings
 from retrieval_tip.store.contents import metric_of
 from retrieval_tip.store.labels import labelled_digests, rows_with
@@ -203,14 +204,14 @@ class LanceModel(AnsweringIndex):
         rows: IntArray = torch.cat([rows for _, _, rows in self._keys.numbered_blocks()]).cpu().numpy()
         return rows
 
-    def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
+    def some(self, m: int) -> tuple[KeyArray, pa.Table]:
         """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
         if self.whole is not None:
             return self.whole.some(m)
         some = self.table.offsets(spread(self.n, m), ["key_id", "class_id", VECTOR])
         return self.table.matrix(some[VECTOR]), some.select(["key_id", "class_id"])
 
-    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, npt.NDArray[Any]]]:
+    def of_classes(self, class_ids: IntArray) -> Iterator[tuple[IntArray, KeyArray]]:
         """Class ids and keys, as they are stored, of some classes, a block at a time."""
         for batch in self.table.scan_of("class_id", class_ids.tolist(), ["class_id", VECTOR]):
             yield batch["class_id"].to_numpy().astype(np.int64), self.table.matrix(batch[VECTOR])
@@ -268,18 +269,18 @@ class LanceModel(AnsweringIndex):
                 f"index into a folder: retrieval-tip index clone {self.store} DIR"
             )
 
-    def keys_of(self, key_ids: IntArray) -> npt.NDArray[Any]:
+    def keys_of(self, key_ids: IntArray) -> KeyArray:
         """Keys ``[m, d]`` as they are stored, by their ids, each of which is there."""
         some = self.table.of_ids("key_id", key_ids.tolist(), ["key_id", VECTOR])
         found = some["key_id"].to_numpy()
         order = np.argsort(found)
-        keys: npt.NDArray[Any] = self.table.matrix(some[VECTOR])[order[np.searchsorted(found, key_ids, sorter=order)]]
+        keys: KeyArray = self.table.matrix(some[VECTOR])[order[np.searchsorted(found, key_ids, sorter=order)]]
         return keys
 
-    def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+    def stored_blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
         return self.blocks_of([name for name in self.table.label_columns if name != VERSION])
 
-    def blocks_of(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
+    def blocks_of(self, columns: Sequence[str]) -> Iterator[tuple[pa.Table, KeyArray]]:
         """Columns, and keys as they are stored, of all rows, some at a time."""
         for batch in self.table.scan([*columns, VECTOR]):
             yield pa.Table.from_batches([batch]).drop_columns([VECTOR]), self.table.matrix(batch[VECTOR])
@@ -301,7 +302,7 @@ class LanceModel(AnsweringIndex):
             keys = np.load(writer.seal("keys", staged, self.n), mmap_mode="c")
             self._in_memory(keys, labels).commit(writer, change)
 
-    def _in_memory(self, keys: npt.NDArray[Any], labels: pa.Table) -> CacheModel:
+    def _in_memory(self, keys: KeyArray, labels: pa.Table) -> CacheModel:
         """A classifier over keys and their labels, grouped by class, with this metric and these settings; exact."""
         ids, points = labels["class_id"].to_numpy().astype(np.int64), points_of(self.metric, keys, self.device)
         return CacheModel(

@@ -122,20 +122,15 @@ class LanceStore(LanceVersions, Store):
         return LanceModel.load(self, device=device, version=version)
 
     @contextmanager
-    def change(self) -> Iterator[Change]:
-        with self._draft() as (draft, change):
-            yield change
-            if change.what:
-                draft.commit(change.what)
-
-    @contextmanager
-    def _draft(self) -> Iterator[tuple[LanceDraft, LanceChange]]:
+    def change(self) -> Iterator[LanceChange]:
         from retrieval_tip.lance.draft import LanceDraft
 
         self.manifest()  # where there is no index, nothing is made
         with self.write() as writer:
-            draft = LanceDraft.changing(writer)
-            yield draft, LanceChange(draft)
+            change = LanceChange(LanceDraft.changing(writer))
+            yield change
+            if change.what:
+                change.cache.commit(change.what)
 
     def fit(
         self, metric: MetricName | None, values: ValuesName | None, queries: Callable[[AnsweringIndex], Queries] | None
@@ -144,12 +139,11 @@ class LanceStore(LanceVersions, Store):
 
         model = None if queries is None else self.load(device="cpu")
         judged_by = None if queries is None or model is None else queries(model)
-        with self._draft() as (draft, _):
-            if model is not None and draft.version != model.version:
+        with self.change() as change:
+            if model is not None and change.cache.version != model.version:
                 raise StoreError(f"{self}: was changed by another process meanwhile; try again")
-            choice = shots.fit(draft, metric, values, judged_by)
-            draft.commit("fit")
-        return choice
+            change.what = "fit"
+            return shots.fit(change.cache, metric, values, judged_by)
 
     def tuned(self, manifest: Manifest) -> None:
         """There is no trained encoder."""

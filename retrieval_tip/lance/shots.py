@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.lance.draft import LanceDraft
 from retrieval_tip.lance.key_table import CLASSES, VECTOR, KeyTable
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
-from retrieval_tip.retrieval.segments import KeysInPlace
+from retrieval_tip.retrieval.segments import KeyArray, KeysInPlace
 from retrieval_tip.settings import Fitted, MetricName, ValuesName
 
 IntArray = npt.NDArray[np.int64]
@@ -37,13 +36,13 @@ class OrderedKeys(KeysInPlace):
         self.table, self.shape = table, (len(offsets), d)
         self._offsets, self._places = offsets, np.argsort(offsets)
 
-    def __getitem__(self, places: IntArray) -> npt.NDArray[Any]:
+    def __getitem__(self, places: IntArray) -> KeyArray:
         """See :meth:`KeysInPlace.__getitem__`."""
         offsets, where = np.unique(self._offsets[places], return_inverse=True)
-        keys: npt.NDArray[Any] = self.table.matrix(self.table.offsets(offsets, [VECTOR])[VECTOR])[where]
+        keys: KeyArray = self.table.matrix(self.table.offsets(offsets, [VECTOR])[VECTOR])[where]
         return keys
 
-    def blocks(self, places: IntArray) -> Iterator[tuple[npt.NDArray[Any], IntArray]]:
+    def blocks(self, places: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
         """See :meth:`KeysInPlace.blocks`: the table is read once."""
         wanted, start = np.zeros(len(self), dtype=bool), 0
         wanted[self._offsets[places]] = True

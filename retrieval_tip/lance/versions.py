@@ -11,9 +11,9 @@ data/values-<digest>.npy       of a fitted index: solved values of the keys, in 
 keys.lance/                    the table of keys and labels, whose own version each manifest names
 lock                           held by the process that writes; in a bucket an object, ``lease`` (:mod:`lance.lease`)
 
-LanceDB's own versions were tried as the commit, and lose a concurrent add: ``create_table(mode="overwrite")`` drops it
-in silence, and ``mode="create"``, raced on a disk, told both that they had succeeded in 5 of 20 races. So the manifest,
-an object that is created only where it is not there (If-None-Match, or a hard link), stays the commit.
+LanceDB's own versions cannot be the commit: ``create_table(mode="overwrite")`` drops a concurrent add in silence, and
+of two that raced with ``mode="create"`` on a disk both succeeded in 5 of 20 races. So the commit is the manifest, an
+object that is created only where it is not there (If-None-Match, or a hard link).
 
 A writer that was killed leaves versions of the table that no manifest names; the next one starts from the one that its
 manifest names, so nothing is there twice. On a disk all new files of the table are flushed before the manifest is
@@ -44,6 +44,7 @@ from retrieval_tip.lance.address import Address
 from retrieval_tip.lance.key_table import VALUES, KeyTable
 from retrieval_tip.lance.objects import Objects, flush
 from retrieval_tip.lance.row_digest import hexadecimal
+from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.store import history
 from retrieval_tip.store.folder import MANIFEST_BYTES, VERSIONS_TRIED
 from retrieval_tip.store.manifest import SUFFIXES, DataFile, Manifest, Table, TableDigests
@@ -146,7 +147,7 @@ class TableWriter:
             self.store.objects.put(entry.name, raw)
         return entry
 
-    def put_array(self, kind: str, array: npt.NDArray[Any]) -> DataFile:
+    def put_array(self, kind: str, array: KeyArray | npt.NDArray[np.float64]) -> DataFile:
         """The same of an array."""
         sink = io.BytesIO()
         np.save(sink, np.ascontiguousarray(array), allow_pickle=False)
@@ -410,16 +411,16 @@ class LanceVersions:
                     continue
         return manifests
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The facts that ``index info`` prints."""
 
-        def read(manifest: Manifest) -> dict[str, Any]:
+        def read(manifest: Manifest) -> dict[str, object]:
             counts, table = self.classes(manifest).counts, self.table(manifest)
             return history.described(self, manifest, self.earlier(manifest), counts, not_indexed=table.unindexed())
 
         return self.opened(read)
 
-    def query(self, sql: str, predictions: Any = None, timeout: float = TIMEOUT) -> pa.Table:
+    def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
         """The answer of a SELECT (:func:`folder.query`); table ``labels`` is read into memory, without the keys."""
 
         def labels(manifest: Manifest) -> pa.Table:
