@@ -49,7 +49,7 @@ size: setup ## lines, largest classes and functions, names that exist twice (CLO
 test: setup ## the tests that have to pass before a commit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: setup ## every test at its full size: all kills, ten thousand damaged files, Ray, the browser
+soak: setup ## every test at its full size: all kills, Ray, the browser
 	RETRIEVAL_TIP_SOAK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 check: lint test ## what has to pass before a commit
@@ -87,5 +87,5 @@ site: setup ## the documentation as a site, in build/site
 wheel: setup ## wheel and sdist: built, installed into a fresh environment, and asked
 	PYTHON=$(BIN)/python .ci/wheel
 
-attack: setup ## hostile inputs over the commands and the server, 10 minutes at most; prints a table
-	$(BIN)/python benchmarks/attack.py
+attack: setup ## hostile inputs by the thousand, other ones each time: readers, index folders, commands, server; 10 minutes
+	RETRIEVAL_TIP_ATTACK=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 tests/test_hostile.py tests/test_openapi.py

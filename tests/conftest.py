@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -30,8 +29,7 @@ from hypothesis import settings
 
 from retrieval_tip import CacheModel, errors
 from retrieval_tip.answering import AnsweringIndex
-from retrieval_tip.backbones import tower
-from retrieval_tip.backbones.base import Backbone, Identity
+from retrieval_tip.backbones.base import Backbone
 from retrieval_tip.cli import main
 from retrieval_tip.settings import Settings
 
@@ -63,6 +61,8 @@ SHARED = _shared()
 
 SOAK = bool(os.environ.get("RETRIEVAL_TIP_SOAK"))
 """``make soak``: every kill, every damaged file, Ray, the browser. Without it the same tests take a sample."""
+ATTACK = bool(os.environ.get("RETRIEVAL_TIP_ATTACK"))
+"""``make attack``: many hostile inputs, others each time. Without it the same few each time."""
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"SKIPPED: no shared data at {SHARED}")
 needs_real = pytest.mark.skipif(
@@ -77,7 +77,7 @@ NO_GPU = "SKIPPED: torch sees no CUDA GPU, so nothing that needs one was tried; 
 LONG = [
     f"test_{name}.py"
     for name in (
-        "page", "ray", "stores", "serve", "readme", "fuzz", "report", "changes", "server", "hostile", "sql",
+        "page", "ray", "stores", "serve", "readme", "report", "changes", "server", "hostile",
         "finetune", "startup", "backbone", "tower", "concurrent", "cli", "tip", "kill", "stores_kill", "tars",
         "finetune_kill", "kill_changes", "plots", "living", "full_disk",
     )
@@ -104,8 +104,8 @@ def few(cases: Iterable[T], number: int = 4) -> list[T]:
 
 
 def examples(number: int) -> int:
-    """How many examples of a property are tried: so many in a soak, else a quarter, and ten at least."""
-    return number if SOAK else min(number, max(10, number // 4))
+    """Return how many examples of a property are tried: all in a soak, else a quarter, and ten at least."""
+    return number if SOAK or ATTACK else min(number, max(10, number // 4))
 
 
 settings.register_profile("sized", max_examples=examples(100), deadline=None)
@@ -142,37 +142,6 @@ def encodings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = for_all(tmp_path_factory, "encodings")
     os.environ["RETRIEVAL_TIP_CACHE"] = str(folder)
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def made_once(encodings: Path) -> Iterator[None]:
-    """What nothing ever changes is made once, not by every command: towers that the run keeps, and tokenizers."""
-    towers: dict[tuple[Path, str, int], tower.Tower | None] = {}
-    tokenizers: dict[str, dict[str, Any]] = {}
-    kept = tower.kept
-
-    def kept_once(identity: Identity, precision: str) -> tower.Tower | None:
-        folder = tower._folder(identity)
-        if folder is None or not folder.is_relative_to(encodings):  # a test's own, which it may damage
-            return kept(identity, precision)
-        own = folder, precision, threading.get_ident()  # one answers one thread at a time
-        if towers.get(own) is None:
-            towers[own] = kept(identity, precision)
-        return towers[own]
-
-    def init(self: Any, *arguments: Any, **options: Any) -> None:
-        own = repr((arguments, options))
-        if own not in tokenizers:
-            fill(self, *arguments, **options)
-            tokenizers[own] = vars(self)
-        vars(self).update(tokenizers[own])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tower, "kept", kept_once)
-        if tokenizer := sys.modules.get("open_clip.tokenizer"):
-            fill = tokenizer.SimpleTokenizer.__init__
-            patch.setattr(tokenizer.SimpleTokenizer, "__init__", init)
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -37,3 +37,15 @@ def sealed(body: Mapping[str, Any]) -> bytes:
 def body_of(folder: Path) -> dict[str, Any]:
     body: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
     return body
+
+
+def resealed(index: Path, name: str, data: bytes) -> Path:
+    """Put these bytes in place of a data file of the first segment, and make name and manifest fit; the new file."""
+    body, digest = body_of(index), hashlib.sha256(data).hexdigest()
+    entry = next(entry for entry in body["files"].values() if entry["name"] == name)
+    (index / name).unlink()
+    entry["name"] = f"{name[: name.rindex('-') + 1]}{digest[:16]}{Path(name).suffix}"
+    entry |= {"sha256": digest, "bytes": len(data)}
+    (index / entry["name"]).write_bytes(data)
+    (index / "manifest.json").write_bytes(sealed(body))
+    return index / str(entry["name"])

@@ -185,3 +185,39 @@ def test_labels_of_photographs_are_those_of_the_text_however_spelled(tmp_path):
     cache = build_index(open_source(shots), tmp_path / "i", Encoder(), text=words, fit="none", device="cpu")
     assert cache.class_names == ["grand_piano", "Cat"]
     assert cache.counts == [2, 2]
+
+
+D = 8
+TEXTS = {
+    "another dimension": (unit_rows(3, 16), NAMES, "16"),
+    "a class missing": (unit_rows(2, D), NAMES[:2], "cat"),
+    "other classes": (unit_rows(3, D), ["x", "y", "z"], "ant, bee, cat"),
+    "no labels": (unit_rows(3, D), [None] * 3, "label"),
+    "NaN": ([*unit_rows(2, D), [np.nan] * D], NAMES, "row 2"),
+    "zero": ([*unit_rows(2, D), [0.0] * D], NAMES, "row 2"),
+    "not normalised": (unit_rows(3, D) * 3, NAMES, "norm 3"),
+    "prompts that cancel out": ([*unit_rows(3, D), -unit_rows(3, D)[0]], [*NAMES, "ant"], "cancel out"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_text_table_that_does_not_fit_is_refused(table, tmp_path, case):
+    rows, labels, words = TEXTS[case]
+    text = write_table(tmp_path / "text.parquet", rows, pa.array(labels, pa.string()))
+    with pytest.raises(InputError, match=words):
+        build(table, tmp_path / "out", text=text)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("norms", ["unit", "keep"])
+def test_text_weights_have_norm_1_whatever_their_rows_had(table, tmp_path, norms):
+    texts = [write_table(tmp_path / f"{scale}.parquet", unit_rows(3, D, 2) * scale, NAMES) for scale in (1, 3)]
+    made = [build_index(open_source(table), tmp_path / path.stem, Encoder(norms=norms), text=path, fit="none") for path in texts]  # fmt: skip  # noqa: E501
+    np.testing.assert_allclose(made[0].logits(unit_rows(4, D, 3)), made[1].logits(unit_rows(4, D, 3)), rtol=1e-5)
+
+
+def test_kept_norms_that_float16_cannot_hold_are_refused(tmp_path):
+    table = write_table(tmp_path / "t.parquet", unit_rows(6, D) * 1e6, NAMES * 2)
+    with pytest.raises(InputError, match="float16"):
+        build_index(open_source(table), tmp_path / "out", Encoder(norms="keep"), dtype="float16")
+    assert not (tmp_path / "out").exists()

@@ -19,12 +19,15 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.types import FloatParamType, IntParamType, Tuple
 from conftest import few
+from PIL import Image
 from tables import unit_rows, write_table
 
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.cli import program as cli
 from retrieval_tip.cli import stdin
+from retrieval_tip.cli.parameters import K
 from retrieval_tip.errors import InputError
 
 
@@ -458,3 +461,68 @@ def test_a_closed_standard_error_changes_nothing(small, queries, tmp_path):
     command = f"{shlex.quote(sys.executable)} -m retrieval_tip encode {queries} --out {tmp_path / 'o.parquet'} 2>&-"
     subprocess.run(["sh", "-c", command], check=True)
     assert pq.read_table(tmp_path / "o.parquet").num_rows == 5
+
+
+def command_of(words):
+    command = cli.main
+    for word in words:
+        command = command.commands[word]
+    return command
+
+
+NUMBERS = [
+    (" ".join(words), one)
+    for words in commands()
+    for one in command_of(words).params
+    if isinstance(one.type, IntParamType | FloatParamType | K | Tuple) and not getattr(one, "count", False)
+]
+
+
+@pytest.mark.parametrize(("name", "parameter"), NUMBERS, ids=[f"{name} {one.name}" for name, one in NUMBERS])
+def test_every_number_has_bounds_and_is_one(name, parameter):
+    for kind in parameter.type.types if isinstance(parameter.type, Tuple) else [parameter.type]:
+        for value in ("nan", "inf", "-inf", "1e400", "1e308", "-1", str(10**400), "9" * 5000, "", "x", "0x1"):
+            with pytest.raises(click.BadParameter):
+                kind.convert(value, parameter, None)
+
+
+NAMES = [
+    "  two  ", 'quo"te', "new\nline", "日本語", "שלום", "a,b;c", "*", "[x]", "{}", "$HOME", "-dash", "--out", "#", "%s",
+    "é.png", "\x1b[31mred", "\udcff", "x" * 200, "~",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_works_for_images_classes_and_tables(run, shared, tmp_path, name):
+    image, built, out = tmp_path / "photos" / name / f"{name}.jpg", tmp_path / "index", tmp_path / f"{name}.parquet"
+    image.parent.mkdir(parents=True)
+    shutil.copy(next((shared / "data/caltech101/101_ObjectCategories/panda").iterdir()), image)
+    model = ("--model", f"local-dir:{shared / 'models' / 'lit-mini'}")
+    assert run("index", "build", "--fit", "none", tmp_path / "photos", *model, "--out", built).exit_code == 0
+    assert run("encode", tmp_path / "photos", *model, "--out", out).exit_code == 0
+    shown = os.fsencode(image).decode("utf-8", "backslashreplace")
+    found = run("classify", built, image, image.parent, out, "--format", "json").stdout.splitlines()
+    assert [json.loads(line)["input"] for line in found] == [shown] * 3
+    assert json.loads(found[0])["label"] == os.fsencode(name).decode("utf-8", "backslashreplace")
+    table = run("classify", built, image).stdout  # a name breaks no table and reaches no terminal raw
+    assert len(table.splitlines()) == 2
+    assert "\x1b" not in table
+
+
+def test_no_library_writes_between_the_lines(things, tmp_path, warm_path):
+    """Damaged images are named, a line each, and nothing else speaks."""
+    buffer = io.BytesIO()
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x03\0\x31\x01\x02\0\x04\0\0\x7fsix\0"
+    Image.effect_noise((40, 30), 50).convert("RGB").save(buffer, "JPEG", exif=exif)
+    raw = {"exif.jpg": buffer.getvalue(), "cut.jpg": buffer.getvalue()[:-300], "head.tif": b"II*\0\x08\0\0\0"}
+    for name, data in raw.items():
+        (tmp_path / name).write_bytes(data)
+    program = str(shutil.which("retrieval-tip", path=warm_path))
+    done = subprocess.run(
+        [program, "classify", things, *(tmp_path / name for name in raw)], capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert len(done.stdout.splitlines()) == 2
+    *skipped, total = done.stderr.splitlines()
+    assert all(name in line for name, line in zip(("cut.jpg", "head.tif"), skipped, strict=True))
+    assert "2" in total

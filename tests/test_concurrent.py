@@ -17,7 +17,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,44 +352,6 @@ def test_a_build_that_fails_does_not_take_its_new_folder_from_another(server: ki
         assert verify(folder).version == 1
 
 
-def test_an_index_that_is_made_at_any_look_at_a_new_folder_is_no_other_thing_in_it(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = CacheModel.load(index, device="cpu")
-    other = CacheModel.load(index, device="cpu")
-    state, acquire = dict[str, int](), filelock.FileLock.acquire
-
-    def locking(*arguments: Any, **named: Any) -> Any:
-        state["at"] = -1  # behind the lock nobody else writes
-        return acquire(*arguments, **named)
-
-    for number in range(1000):
-        folder = tmp_path / str(number)
-        state.update(count=0, at=number)
-        folder.mkdir()
-
-        def looking(call: Callable[..., Any], folder: Path) -> Callable[..., Any]:
-            def look(*arguments: Any, **named: Any) -> Any:
-                state["count"] += 1
-                if state["count"] - 1 == state["at"]:
-                    state["at"] = -1
-                    other.save(folder)
-                return call(*arguments, **named)
-
-            return look
-
-        with monkeypatch.context() as patch:
-            for module, name in ((os, "stat"), (os, "listdir"), (os, "mkdir")):
-                patch.setattr(module, name, looking(getattr(module, name), folder))
-            patch.setattr(filelock.FileLock, "acquire", locking)
-            replace(cache).save(folder)
-        if store.read_manifest(folder).version == 1:
-            break
-        assert [row["version"] for row in store.history(folder).to_pylist()] == [1, 2]
-        verify(folder)
-    assert number > 5
-
-
 def test_a_folder_that_a_failed_build_removes_is_made_again_by_the_one_that_waits(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,24 +367,6 @@ def test_a_folder_that_a_failed_build_removes_is_made_again_by_the_one_that_wait
             waiting.result()
             assert verify(folder).version == 1
             shutil.rmtree(tmp_path / "deep")
-
-
-def test_a_folder_that_is_removed_while_it_is_found_there_is_made_again(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``mkdir`` says that it exists, and then it does not."""
-    make, tried = lock.make_folders, []
-
-    def late(path: Path) -> None:
-        if not tried:
-            tried.append(path)
-            raise FileExistsError(17, "File exists", str(path))
-        make(path)
-
-    monkeypatch.setattr(lock, "make_folders", late)
-    CacheModel.load(index, device="cpu").save(tmp_path / "new")
-    assert tried
-    assert verify(tmp_path / "new").version == 1
 
 
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrieval_tip.cli.output import FORMATS, WIDE, prediction_details, write_table, write_tables
-from retrieval_tip.errors import json_line, one_line
+from retrieval_tip.errors import InputError, json_line, one_line
 from retrieval_tip.predictions import rows_of
 
 OBEYED = "\x1b[2J\x07\x9b31m\u202e\u2066\u200f\u2028\r\n\t\x7f"
@@ -184,3 +187,25 @@ def test_one_long_cell_does_not_make_every_line_long(tmp_path: Path) -> None:
     write_table(table, "table", tmp_path / "out")
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[:3] == ["a  b", f"{long}  z", "y  z"]
+
+
+def test_a_pipe_that_is_named_as_output_is_written_to_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        write_table(pa.table({"a": [1, 2]}), "csv", pipe)
+        assert reader.communicate()[0].splitlines() == ["a", "1", "2"]
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("style", FORMATS)
+def test_a_failure_midway_leaves_the_output_that_was_there(tmp_path: Path, style: str) -> None:
+    def tables() -> Iterator[pa.Table]:
+        yield pa.table({"a": [1, 2]})
+        raise InputError("the rest cannot be read")
+
+    (tmp_path / "o").write_text("what was there")
+    with pytest.raises(InputError):
+        write_tables(tables(), pa.schema({"a": pa.int64()}), style, tmp_path / "o")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("o", "what was there")]

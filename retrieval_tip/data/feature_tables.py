@@ -127,6 +127,8 @@ def _column(file: pq.ParquetFile, name: str) -> str:
     column = feature_column(file.schema_arrow)
     if column is None:
         raise InputError(f"{name}: no column {FEATURE!r} among {few_names(file.schema_arrow.names)}")
+    if len(file.schema_arrow.get_all_field_indices(column)) > 1:
+        raise InputError(f"{name}: column {column!r} stands twice")
     kind = file.schema_arrow.field(column).type
     if not is_vector(kind):
         raise InputError(f"{name}: column {column!r} is {kind}; expected lists of float32 or float16")
