@@ -555,9 +555,6 @@ def test_recipes_that_cannot_be_are_refused_in_one_line(changes: dict[str, Any],
     with pytest.raises(UsageError, match=f"^{named}") as error:
         Recipe(**changes)
     assert "\n" not in str(error.value)
-
-
-def test_recipes_at_the_edge_are_allowed() -> None:
     Recipe(weight_decay=0.0, epochs=1, batch=1, views=1, seed=0)
     Recipe(train=("keys", "values", "visual", "text"), views=None)
 

@@ -257,7 +257,7 @@ def cache() -> CacheModel:
 
 def test_what_training_keeps_is_kept_on_the_cpu(cache) -> None:
     made = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)
-    made.keys = made.keys.to("meta")  # a device that is not the CPU; it has no numbers
+    made._trained["keys"] = made.keys.to("meta")  # a device that is not the CPU; it has no numbers
     with pytest.raises(NotImplementedError, match="meta"):
         made.trained()
     made = Trainer(cache, Recipe(train=("keys", "values"), precision="float32"), None)

@@ -536,7 +536,7 @@ def test_everything_is_carried_into_the_next_version(index: Path, encoder_file: 
         assert torch.equal(found.logits(QUERIES, 9), cache.logits(QUERIES, 9))
 
 
-def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, encoder_file: Path) -> None:
+def test_settings_alone_take_nothing_from_memory(index: Path) -> None:
     cache = replace(
         CacheModel.load(index, device="cpu"),
         values=None,
@@ -548,12 +548,6 @@ def test_settings_alone_take_nothing_from_memory(index: Path, tmp_path: Path, en
     cache.save_settings(index)
     assert names(index) == before
     assert CacheModel.load(index, device="cpu").settings.beta == 7.0
-    plain = model(values=None)
-    plain.save(tmp_path / "plain")
-    plain.tuned = encoder_file
-    plain.save_settings(tmp_path / "plain")
-    assert plain.tuned == encoder_file
-    assert names(tmp_path / "plain").keys() == KINDS.keys()
 
 
 def test_a_version_without_them_lets_go_of_them(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

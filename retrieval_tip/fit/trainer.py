@@ -122,11 +122,14 @@ class Trainer:
         if backbone is not None and "text" in recipe.train:
             self._text = _Tower(backbone.parameters("text"), backbone.forward_texts, TEXTS)
         self._prompts = prompts_of(cache.class_names, cache.templates) if self._text else []
-        matrices = [tensor for part, tensor in self._matrices() if part in recipe.train]
-        for tensor in matrices:
-            tensor.grad = torch.empty_like(tensor)
+        matrices = {"keys": self.keys, "values": self.values}
+        self._trained = {
+            part: matrix for part, matrix in matrices.items() if matrix is not None and part in recipe.train
+        }
+        for matrix in self._trained.values():
+            matrix.grad = torch.empty_like(matrix)
         encoders = [parameter for tower in (self._visual, self._text) if tower for parameter in tower.parameters]
-        groups = [{"params": matrices, "rate": 1.0}, {"params": encoders, "rate": ENCODER_RATE}]
+        groups = [{"params": [*self._trained.values()], "rate": 1.0}, {"params": encoders, "rate": ENCODER_RATE}]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=recipe.lr,
@@ -187,17 +190,14 @@ class Trainer:
 
     def trained(self) -> dict[str, Tensor]:
         """Copies on the CPU of what is trained, by name; encoders' tensors as ``encoder.NAME``."""
-        matrices: dict[str, Tensor] = {part: tensor for part, tensor in self._matrices() if part in self.recipe.train}
-        if self._text is not None:
-            matrices["text_weights"] = self.text_weights
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in matrices.items()}
+        weights = {} if self._text is None else {"text_weights": self.text_weights}
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in (self._trained | weights).items()}
         return copies | {f"encoder.{name}": tensor for name, tensor in self.encoders().items()}
 
     def restore(self, trained: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`trained`."""
-        for part, tensor in self._matrices():
-            if part in self.recipe.train:
-                tensor.copy_(trained[part])
+        for part, matrix in self._trained.items():
+            matrix.copy_(trained[part])
         if self._text is not None:
             self.text_weights = trained["text_weights"].to(self.cache.device)
         encoders = {name.partition(".")[2]: part for name, part in trained.items() if name.startswith("encoder.")}
@@ -210,9 +210,6 @@ class Trainer:
         if self.backbone is None or not self.recipe.encoders:
             return {}
         return self.backbone.tuned(self.recipe.encoders if self.cache.tuned is None else PARTS)
-
-    def _matrices(self) -> list[tuple[str, Tensor]]:
-        return [(part, matrix) for part, matrix in (("keys", self.keys), ("values", self.values)) if matrix is not None]
 
     def _encoders_in_training(self) -> AbstractContextManager[object]:
         if self.backbone is None:
