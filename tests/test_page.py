@@ -864,7 +864,9 @@ def test_files_that_are_no_images_are_one_line(opened: Open, tmp_path: Path) -> 
     classified(page)
     lines = page.locator("#troubles p")
     expect(lines).to_have_count(2)
-    expect(lines.filter(has_text="2 files were left out (no image, or damaged): ")).to_contain_text("notes.jpg")
+    expect(
+        lines.filter(has_text="2 files were left out (not a JPEG, PNG or WebP image, or damaged): ")
+    ).to_contain_text("notes.jpg")
     expect(lines.filter(has_text="HEIC")).to_contain_text("save as JPEG")
     lines.first.get_by_role("button", name="Dismiss").click()
     expect(lines).to_have_count(1)

@@ -173,19 +173,6 @@ def test_evidence_gives_the_logits_by_the_definition(both: Client, k: str, tail:
         assert len(set(own["key_ids"])) == 144
 
 
-def test_features_are_classified_as_in_python(both: Client, food: Path) -> None:
-    queries = pq.read_table(SHARED / "data" / "clip-food9" / "test.parquet")["feature"].to_pylist()[:20]
-    sent = {"features": queries, "inputs": [f"plate {i}" for i in range(20)]}
-    found = both.post("/v1/classify?index=food", json=sent).json()
-    cache = CacheModel.load(food, device="cpu", precision="float32")
-    expected = cache.classify(np.array(queries, dtype=np.float32), 5, cache.settings.k, cache.settings.tail)
-    assert [one["input"] for one in found["results"]] == sent["inputs"]
-    assert [one["labels"] for one in found["results"]] == [one.labels for one in expected]
-    for one, other in zip(found["results"], expected, strict=True):
-        np.testing.assert_allclose(one["probabilities"], other.probabilities, rtol=1e-4, atol=1e-6)
-    assert found["k"] == "all"
-
-
 def test_indexes_are_described(both: Client, things: Path, food: Path) -> None:
     listed = both.get("/v1/indexes").json()["indexes"]
     assert [one["name"] for one in listed] == ["things", "food"]
@@ -306,25 +293,6 @@ def test_few_maps_and_audits_wait(own: Path, made: list[int], monkeypatch: pytes
             while client.get(f"/v1/indexes/own/map?limit={limit}").status_code == 503:
                 pass
     assert sorted(made) == [*range(1, service_module.SLOW_AT_ONCE + 1), 29]
-
-
-def test_a_picture_is_drawn_once_however_many_ask(both: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, here = [], threading.Barrier(8)
-    real = service_module.images.thumbnail
-
-    def counted(*arguments: object, **options: object) -> bytes:
-        drawn.append(arguments[1])
-        return bytes(real(*arguments, **options))
-
-    def ask(_: int) -> int:
-        here.wait(30)
-        return int(both.get("/v1/indexes/things/keys/9/image?size=77").status_code)
-
-    monkeypatch.setattr(service_module.images, "thumbnail", counted)
-    with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(ask, range(8))) == {200}
-    assert both.get("/v1/indexes/things/keys/9/image?size=77").status_code == 200
-    assert drawn == [77]
 
 
 def test_changes_need_the_token(own: Path, both: Client, photo: bytes) -> None:
@@ -1067,20 +1035,6 @@ def test_an_index_whose_backbone_cannot_be_had_takes_features(
     assert "takes features only" in caplog.text
     assert answers.tell() == 0
     assert not (tmp_path / "model" / "ran").exists()
-
-
-def test_shots_that_were_fine_tuned_answer_too(own: Path, lit_mini: object) -> None:
-    cache = CacheModel.load(own, device="cpu")
-    ids = cache.class_ids.numpy()
-    values = np.eye(10, dtype=np.float32)[ids] * 1.5
-    tuned = CacheModel.from_features(np.asarray(cache.keys), ids, cache.class_names, cache.text_weights, values=values)
-    tuned.save(own.parent / "tuned")
-    with serving(own.parent / "tuned") as client:
-        described = client.get("/v1/indexes").json()["indexes"][0]
-        assert described["values"] == "trained"
-        sent = {"features": np.asarray(cache.keys[:2]).tolist()}
-        found = client.post("/v1/classify?logits=true", json=sent).json()
-        np.testing.assert_allclose([one["logits"] for one in found["results"]], tuned.logits(cache.keys[:2]), rtol=1e-4)
 
 
 def test_encoder_and_server_make_the_same_feature(both: Client, lit_mini: object, tmp_path: Path, photo: bytes) -> None:

@@ -1,7 +1,7 @@
-"""Image files to upright 8-bit RGB. A damaged or oversized file gives one line that says why, not an exception.
+"""Image files to upright 8-bit RGB, or one line that says why not.
 
-Pillow reads the formats and refuses decompression bombs by their header. The bounds here are on bytes, pixels, the work
-before the first pixel, and the number of large images that are decoded at the same time.
+Pillow reads them and refuses decompression bombs by their header. Bounds here are on bytes, pixels, the work before the
+first pixel, and the number of large images that are decoded at the same time.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
 
     Inside the context, whatever Pillow raises becomes an InputError.
     """
+    file, known = _Bounded(data), only or formats()
     try:
-        file = _Bounded(data)
-        with Image.open(file, formats=only or formats()) as image:
+        with Image.open(file, formats=known) as image:
             if "progressive" in image.info and data.count(b"\xff\xda") * image.width * image.height > MAX_SCANNED:
                 raise InputError(f"{image.width} x {image.height} pixels in too many scans: save it as PNG")
             file.effort += 2 * len(data)
@@ -182,7 +182,7 @@ def _opened(data: bytes, only: tuple[str, ...] | None = None) -> Iterator[Image.
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"not an image ({', '.join(only or formats())}), or damaged") from None
+        raise InputError(f"not an image of a format that is read ({', '.join(known)}), or damaged") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"refused before decoding: {error}") from error
     except MemoryError:

@@ -24,6 +24,7 @@ from retrieval_tip.data.encoder import FloatArray, pixels_of
 from retrieval_tip.data.sources import spelled_alike
 from retrieval_tip.errors import InputError, json_line, show
 from retrieval_tip.evaluation.audit import audit
+from retrieval_tip.evaluation.exemplars import exemplars
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
 from retrieval_tip.fit.closed_form import estimate
 from retrieval_tip.index import changes
@@ -32,7 +33,7 @@ from retrieval_tip.retrieval.duplicates import describe_duplicates
 from retrieval_tip.server import metrics, schemas, shots
 from retrieval_tip.server.batching import Batcher, FairPool, Kept, Turn
 from retrieval_tip.server.limits import QUEUED_ROWS, Limits
-from retrieval_tip.server.problems import Problem
+from retrieval_tip.server.problems import NAMED, Problem
 from retrieval_tip.server.schemas import Row, Unread
 from retrieval_tip.server.served import NEIGHBOUR_CELLS, Ask, Maker, Served, Version, encoded
 from retrieval_tip.server.uploads import Sent
@@ -50,8 +51,6 @@ DRAWN_AT_ONCE, SLOW_AT_ONCE, SLOW_KEPT = 256, 4, 32
 """Pictures of shots, and maps and audits, that are made or wait at most; maps and audits that are kept."""
 AUDITED, MOST_AUDITED = 1000, 1 << 15
 """Suspicious shots of an audit that are kept; largest number of keys, each of which is compared with each."""
-SHOWN_KEYS, LIKENED = 1 << 15, 1 << 11
-"""Keys among which exemplars are looked for, and keys that are compared with each other for their mean affinities."""
 
 T = TypeVar("T")
 
@@ -87,11 +86,12 @@ class Service:
             room=QUEUED_ROWS * limits.queue,
         )
         self._drawing = ThreadPoolExecutor(threads, thread_name_prefix="draw")
-        self._weighing, self._finding, self._following, self._changing = (
-            ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("weigh", "find", "follow", "change")
+        self._weighing, self._finding, self._following, self._changing, self._slow, self._slower = (
+            ThreadPoolExecutor(1, thread_name_prefix=name)
+            for name in ("weigh", "find", "follow", "change", "slow", "slower")
         )
-        self._slow = ThreadPoolExecutor(2, thread_name_prefix="slow")
         self._made: Kept[Hashable, Any] = Kept(self._slow, most=SLOW_KEPT, room=SLOW_AT_ONCE)
+        self._mapped: Kept[Hashable, Any] = Kept(self._slower, most=SLOW_KEPT, room=SLOW_AT_ONCE)
         self._thumbnails: Kept[Hashable, bytes] = Kept(
             self._drawing, most=THUMBNAIL_BYTES, room=DRAWN_AT_ONCE, size=lambda data: len(data) + THUMBNAIL_OVERHEAD
         )
@@ -109,7 +109,8 @@ class Service:
         self._decoding.close()
         for pool in (self._weighing, self._drawing, self._finding, self._following, self._changing):
             pool.shutdown()
-        self._slow.shutdown(cancel_futures=True)
+        for pool in (self._slow, self._slower):
+            pool.shutdown(cancel_futures=True)
 
     async def _follow(self) -> None:
         while True:
@@ -153,12 +154,13 @@ class Service:
         skipped: list[Unread] = []
         names, features = sent.names, list(sent.features) if sent.features is not None else []
         if sent.images is not None:
-            encoded = await self._features(version, sent.images)
-            skipped = _skipped(names, encoded)
-            names = [name for name, one in zip(names, encoded, strict=True) if not isinstance(one, InputError)]
-            features = [one for one in encoded if not isinstance(one, InputError)]
-            if not features:
-                raise Problem(422, _said(skipped))
+            backbone = _backbone_of(version)
+
+            async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
+                return _unit((await self._encode(backbone, [pixels]))[0])
+
+            encoded, skipped = await self._decoded(sent.names, sent.images, backbone, feature)
+            names, features = [names[place] for place in encoded], list(encoded.values())
         results = await self._answer((version, ask), features)
         for name, result in zip(names, results, strict=True):
             result["input"] = name
@@ -170,21 +172,16 @@ class Service:
             results, [caution] if caution else [], skipped,
         )  # fmt: skip
 
-    async def _features(self, version: Version, datas: Sequence[bytes]) -> list[FloatArray | InputError]:
-        """Return the feature of each encoded image, or why there is none. Raises Problem 429 where many wait."""
-        backbone = _backbone_of(version)
-
-        async def feature(pixels: torch.Tensor) -> FloatArray | InputError:
-            return _unit((await self._encode(backbone, [pixels]))[0])
-
-        return await self._decoded(datas, backbone, feature)
-
     async def _decoded(
-        self, datas: Sequence[bytes], backbone: Backbone, use: Callable[[torch.Tensor], Awaitable[T]]
-    ) -> list[T | InputError]:
-        """Return what ``use`` makes of each decoded image, or why it cannot be read.
+        self,
+        names: Sequence[str],
+        datas: Sequence[bytes],
+        backbone: Backbone,
+        use: Callable[[torch.Tensor], Awaitable[T | InputError]],
+    ) -> tuple[dict[int, T], list[Unread]]:
+        """Return what ``use`` makes of the images that can be read, by their places, and name the others.
 
-        Raises Problem 429 where too many wait.
+        Raises Problem 422 if none can be read, 429 where too many wait.
         """
 
         async def used(turn: Turn[torch.Tensor | InputError]) -> T | InputError:
@@ -198,7 +195,13 @@ class Service:
         areas = [await self._in(self._weighing, self._area, data) for data in datas]
         calls = [partial(self._pixels, data, backbone) for data in datas]
         with self._decoding.turns(calls, [1 + area / PIXELS for area in areas]) as turns:
-            return await asyncio.gather(*map(used, turns))
+            made = await asyncio.gather(*map(used, turns))
+        pairs = zip(names, made, strict=True)
+        skipped = [Unread(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
+        if len(skipped) == len(made):
+            lines = [f"{one.input}: {one.reason}" for one in skipped]
+            raise Problem(422, "; ".join(lines[:NAMED]) + (f"; and {len(lines) - NAMED} more" if lines[NAMED:] else ""))
+        return {place: one for place, one in enumerate(made) if not isinstance(one, InputError)}, skipped
 
     def _area(self, data: bytes) -> int:
         return images.area(data, most=self.limits.pixels, only=images.uploads())
@@ -209,16 +212,6 @@ class Service:
         except InputError as error:
             return InputError(str(error))  # without the traceback, which holds the image and what was made of it
 
-    async def _readable(
-        self, names: Sequence[str], datas: Sequence[bytes], backbone: Backbone
-    ) -> tuple[list[int], list[Unread]]:
-        """Return the places of the images that can be read, and the others. Raises Problem 422 if none can."""
-        decoded = await self._decoded(datas, backbone, _nothing)
-        skipped = _skipped(names, decoded)
-        if len(skipped) == len(decoded):
-            raise Problem(422, _said(skipped))
-        return [i for i, one in enumerate(decoded) if not isinstance(one, InputError)], skipped
-
     async def add(self, one: Served, sent: Sent) -> schemas.AddedShots:
         """Add shots; the index is at the new version when this returns. Raises as :func:`changes.add`."""
         backbone = one.now.backbone
@@ -227,8 +220,8 @@ class Service:
             added = await self._in(self._changing, shots.add_features, one, backbone, sent)
         else:
             backbone = _backbone_of(one.now)
-            good, skipped = await self._readable(sent.names, sent.images, backbone)
-            datas = [sent.images[i] for i in good]
+            good, skipped = await self._decoded(sent.names, sent.images, backbone, _nothing)
+            datas = [sent.images[place] for place in good]
             added = await self._in(
                 self._changing, shots.add_images, one, backbone, sent.labels[0], datas, self._uploads
             )
@@ -267,8 +260,8 @@ class Service:
         assert sent.images is not None
         self._creating += 1
         try:
-            good, skipped = await self._readable(sent.names, sent.images, backbone)
-            labelled = [(sent.labels[i], sent.images[i]) for i in good]
+            good, skipped = await self._decoded(sent.names, sent.images, backbone, _nothing)
+            labelled = [(sent.labels[place], sent.images[place]) for place in good]
             one = await self._in(
                 self._changing, lambda: Served(shots.build(into / name, backbone, labelled, self._uploads), backbones)
             )
@@ -371,10 +364,12 @@ class Service:
         """Return the key that is typical of each class, and mean affinities. Raises Problem 503 while it takes long."""
 
         def call() -> schemas.Exemplars:
-            shown, own, other = _exemplars(version)
-            rows = self._pictured(version, version.cache.find(key_ids=shown).select(["key_id", "class_id", "source"]))
-            exemplars = [schemas.Exemplar(row["class_id"], row["key_id"], row["image"]) for row in rows]
-            return schemas.Exemplars(version.manifest.version, exemplars, own, other)
+            found = exemplars(version.cache)
+            keys = version.cache.find(key_ids=found.key_ids).select(["key_id", "class_id", "source"])
+            shown = [
+                schemas.Exemplar(row["class_id"], row["key_id"], row["image"]) for row in self._pictured(version, keys)
+            ]
+            return schemas.Exemplars(version.manifest.version, shown, found.own, found.other)
 
         return await self._once(version, "exemplars", call)
 
@@ -408,7 +403,8 @@ class Service:
                 raise Problem(503, "the index has changed meanwhile", {"Retry-After": "1"})
             return projected(cache, method, limit)
 
-        found = await self._once(version, ("map", method, limit), call)
+        kept = self._made if method == "pca" else self._mapped  # audits need not wait for a map of neighbours
+        found = await self._once(version, ("map", method, limit), call, kept)
         x, y = found.places.T.copy()
         explained, axes = (None if one is None else list(one) for one in (found.explained, found.axes))
         return schemas.Map(
@@ -440,11 +436,14 @@ class Service:
             known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
         return schemas.Accuracy(known["photos"], known["words"], known["both"], version.manifest.version)
 
-    async def _once(self, version: Version, what: Hashable, call: Callable[[], T]) -> T:
+    async def _once(
+        self, version: Version, what: Hashable, call: Callable[[], T], kept: Kept[Hashable, Any] | None = None
+    ) -> T:
         """Return the result of ``call``, made once a version. Raises Problem 503 while it takes long."""
         try:
             async with asyncio.timeout(self.limits.patience):
-                answer: T = await self._made((weakref.ref(version), what), call)  # the key keeps no version alive
+                key = (weakref.ref(version), what)  # which keeps no version alive
+                answer: T = await (kept or self._made)(key, call)
                 return answer
         except TimeoutError:
             raise Problem(503, "it is still being computed; ask again in 5 s", {"Retry-After": "5"}) from None
@@ -488,32 +487,6 @@ def _answered(key: tuple[Version, Ask], rows: list[FloatArray]) -> list[Row]:
     return version.answer(ask, np.stack(rows))
 
 
-def _exemplars(version: Version) -> tuple[list[int], float | None, float | None]:
-    """Key ids, of each class the key nearest to its mean; mean affinities of keys of one class, and of two classes.
-
-    Of at most :data:`SHOWN_KEYS` keys, in the metric.
-    """
-    blocks, most = [], SHOWN_KEYS
-    for block, block_ids in version.cache.key_blocks():
-        blocks.append((block[:most].float().cpu(), block_ids[:most].cpu()))
-        most -= len(blocks[-1][0])
-        if not most:
-            break
-    keys, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    c = len(version.cache.class_names)
-    means = torch.zeros(c, keys.shape[1]).index_add_(0, ids, keys)
-    near = (keys * means[ids]).sum(dim=1)
-    order = np.lexsort((near.numpy(), ids.numpy()))  # by class, the nearest of each last
-    best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
-    rows = version.cache.every_row()[best]
-    shown = version.cache.described(rows, ["key_id"])["key_id"].to_pylist()
-    step = max(1, len(keys) // LIKENED)
-    affinities, same = keys[::step] @ keys[::step].T, ids[::step, None] == ids[None, ::step]
-    other = affinities[~same]
-    own = affinities[same & ~torch.eye(len(same), dtype=torch.bool)]
-    return shown, *(float(part.mean()) if part.numel() else None for part in (own, other))
-
-
 def _backbone_of(version: Version) -> Backbone:
     if version.backbone is None:
         raise Problem(422, f"index {version.name!r} takes features only: the backbone that made its keys is not here")
@@ -535,13 +508,3 @@ def _of_spelling(name: str, alike: Mapping[str, str]) -> list[str]:
         f"{new!r} is a new class beside {known!r}; if they are one: {route} {json_line({'of': new, 'label': known})}"
         for new, known in alike.items()
     ]
-
-
-def _skipped(names: Sequence[str], results: Sequence[object]) -> list[Unread]:
-    pairs = zip(names, results, strict=True)
-    return [Unread(name, str(one)) for name, one in pairs if isinstance(one, InputError)]
-
-
-def _said(skipped: Sequence[Unread]) -> str:
-    lines = [f"{one.input}: {one.reason}" for one in skipped]
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")

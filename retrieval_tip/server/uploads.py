@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import orjson
 from fastapi import Request
-from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.types import Message
 
 from retrieval_tip.data.encoder import FloatArray
 from retrieval_tip.data.feature_tables import check_norms
-from retrieval_tip.errors import InputError, first_line
+from retrieval_tip.errors import InputError
 from retrieval_tip.retrieval.inputs import matrix
 from retrieval_tip.server.limits import Limits
 from retrieval_tip.server.problems import Problem
@@ -57,88 +55,79 @@ class Sent:
     index: str | None = None
 
 
-class _Form(MultiPartParser):
-    """A parser of a form that tells whether the form was whole."""
-
-    is_whole = False
-
-    def on_end(self) -> None:
-        """Take note of the last boundary."""
-        self.is_whole = True
-
-
 async def read(request: Request, limits: Limits, norms: Norms, d: int, *, labelled: bool = False) -> Sent:
-    """The images or features that were sent, for an index of features of ``d`` values.
+    """Read the images or features of a request, for an index of features of ``d`` values.
 
-    Raises Problem 400 where it cannot be parsed, 413 where it is too much, 415 where it is of another kind, 422 where
-    something is missing, superfluous or of another shape; InputError for features that cannot be used.
+    Raises Problem 400 for a body that cannot be parsed, 413 for a large one, 415 for another content type, 422 if
+    something is missing or superfluous; InputError for features that cannot be used.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == FORM:
-        return await _form(request, limits, labelled=labelled)
+    kind = _kind(request)
     if kind == JSON:
         body = await _body(request, limits)
         parse = partial(_json, body, limits, norms, d, labelled=labelled)
         return parse() if len(body) <= SHORT else await asyncio.get_running_loop().run_in_executor(_PARSING, parse)
-    raise Problem(415, f"content type {kind!r}: expected {FORM} with images, or {JSON} with features")
+    if kind != FORM:
+        raise Problem(415, f"content type {kind!r}: expected {FORM} with images, or {JSON} with features")
+    names, images, texts = await _form(request, limits, ["label"] if labelled else [])
+    labels = [_label(text) for text in texts["label"]]
+    if labelled and len(labels) != 1:
+        raise Problem(422, f"label: expected one for all images, got {len(labels)}")
+    return Sent(names, images, None, labels)
 
 
 async def read_index(request: Request, limits: Limits) -> Sent:
-    """The images that a new index is to be made of, with a label each, in order, and its name. Raises as above."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != FORM:
+    """Read the images of a new index, with a label each in their order, and its name. Raises as :func:`read`."""
+    if (kind := _kind(request)) != FORM:
         raise Problem(415, f"content type {kind!r}: expected {FORM} with name, images, and a label for each image")
-    return await _form(request, limits, labelled=True, new=True)
+    names, images, texts = await _form(request, limits, ["label", "name"])
+    labels = [_label(text) for text in texts["label"]]
+    if len(texts["name"]) != 1:
+        raise Problem(422, f"name: expected one, that of the new index, got {len(texts['name'])}")
+    if len(labels) != len(images):
+        raise Problem(422, f"label: expected one for each image, in order, got {len(labels)} for {len(images)} images")
+    return Sent(names, images, None, labels, _index(texts["name"][0]))
 
 
-async def _form(request: Request, limits: Limits, *, labelled: bool, new: bool = False) -> Sent:
-    fields = ("images", *(["label"] if labelled else []), *(["name"] if new else []))
-    indexes: list[str] = []
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _form(
+    request: Request, limits: Limits, fields: list[str]
+) -> tuple[list[str], list[bytes], defaultdict[str, list[object]]]:
+    """Names and bytes of the images of a form, and its texts by field."""
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some of Python's codecs take long, or fail
         raise Problem(415, f"content type {FORM}: its text has to be UTF-8")
-    bounds = {"max_files": limits.images, "max_fields": limits.images + 8, "max_part_size": LONGEST_FIELD}
+    last = b"--%s--" % options.get(b"boundary", b"")
+    end = b""
 
-    async def body() -> AsyncGenerator[bytes, None]:
-        async for part in request.stream():
-            yield part
-        if not parser.is_whole:
-            raise MultiPartException("the form breaks off before its last boundary; send all of it")
+    async def receive() -> Message:
+        nonlocal end
+        message = await request.receive()
+        end = (end + message.get("body", b""))[-len(last) - 4 :]
+        if message["type"] == "http.request" and not message.get("more_body") and last not in end:
+            raise Problem(400, f"content type {FORM}: the form breaks off before its last boundary; send all of it")
+        return message
 
-    parser = _Form(request.headers, body(), **bounds)
-    try:
-        form = await parser.parse()
-    except (MultiPartException, FormParserError) as error:  # the latter by older versions of starlette
-        raise Problem(400, f"content type {FORM}: {first_line(error)}") from None
-    try:
-        names: list[str] = []
-        images: list[bytes] = []
-        labels: list[str] = []
+    names: list[str] = []
+    images: list[bytes] = []
+    texts: defaultdict[str, list[object]] = defaultdict(list)
+    most = {"max_files": limits.images, "max_fields": limits.images + 8, "max_part_size": LONGEST_FIELD}
+    async with Request(request.scope, receive).form(**most) as form:
         for field, value in form.multi_items():
-            if field not in fields:
-                raise Problem(422, f"field {field!r}: expected {' and '.join(fields)}")
+            if field not in ("images", *fields):
+                raise Problem(422, f"field {field!r}: expected {' and '.join(['images', *fields])}")
             if isinstance(value, UploadFile) != (field == "images"):
                 raise Problem(422, f"field {field!r}: expected {'files' if field == 'images' else 'text'}")
             if isinstance(value, UploadFile):
                 names.append(_text("images", value.filename or f"image {len(names)}"))
                 images.append(await value.read())
-            elif field == "name":
-                indexes.append(_index(value))
             else:
-                labels.append(_label(value))
-    finally:
-        await form.close()
+                texts[field].append(value)
     if not images:
         raise Problem(422, "images: none; send at least one file in the field 'images'")
-    if new:
-        if len(indexes) != 1:
-            raise Problem(422, f"name: {len(indexes)} of them; send one, that of the new index")
-        if len(labels) != len(images):
-            raise Problem(422, f"label: {len(labels)} of them for {len(images)} images; send one for each, in order")
-        return Sent(names, images, None, labels, indexes[0])
-    if len(labels) != labelled:
-        raise Problem(422, f"label: {len(labels)} of them; send one, which is for all images")
-    return Sent(names, images, None, labels)
+    return names, images, texts
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
@@ -182,7 +171,7 @@ def _check_parts(body: bytes, rows: int, d: int) -> None:
         raise Problem(413, f"JSON of more parts than {rows} features of {d} values have; send fewer at once")
 
 
-def _features(sent: list[Any], d: int, norms: Norms) -> FloatArray:
+def _features(sent: list[object], d: int, norms: Norms) -> FloatArray:
     """Rows of JSON as features; what they hold is looked at first, for an array of texts takes their longest for each.
 
     Raises InputError.

@@ -67,7 +67,7 @@ function reasonOf({ name }, { message }) {
   const reason = message.startsWith(`${name}: `) ? message.slice(name.length + 2) : message;
   if (/\.hei[cf]$/i.test(name) && /not an image of a format/.test(reason))
     return "HEIC, which this server cannot open: save as JPEG, or install retrieval-tip[heic] there";
-  if (/not an image of a format/.test(reason)) return "no image, or damaged";
+  if (/not an image of a format/.test(reason)) return "not a JPEG, PNG or WebP image, or damaged";
   return reason;
 }
 

@@ -1,0 +1,47 @@
+"""A typical key of each class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from retrieval_tip.answering import AnsweringIndex
+
+KEYS, COMPARED = 1 << 15, 1 << 11
+"""Keys among which exemplars are looked for, and keys that are compared with each other for their mean affinities."""
+
+
+@dataclass(frozen=True)
+class TypicalKeys:
+    """The ids of the exemplars, and the mean affinities of keys of one class (``own``), and of two classes (``other``).
+
+    A mean is ``None`` where there are no such pairs.
+    """
+
+    key_ids: list[int]
+    own: float | None
+    other: float | None
+
+
+def exemplars(cache: AnsweringIndex) -> TypicalKeys:
+    """Find the key of each class that is nearest to the class's mean, in the metric, among the first :data:`KEYS`."""
+    blocks, most = [], KEYS
+    for block, block_ids in cache.key_blocks():
+        blocks.append((block[:most].float().cpu(), block_ids[:most].cpu()))
+        most -= len(blocks[-1][0])
+        if not most:
+            break
+    keys, ids = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    c = len(cache.class_names)
+    means = torch.zeros(c, keys.shape[1]).index_add_(0, ids, keys)
+    near = (keys * means[ids]).sum(dim=1)
+    order = np.lexsort((near.numpy(), ids.numpy()))  # by class, the nearest of each last
+    best = order[np.flatnonzero(np.diff(ids.numpy()[order], append=c))]
+    shown = cache.described(cache.every_row()[best], ["key_id"])["key_id"].to_pylist()
+    step = max(1, len(keys) // COMPARED)
+    affinities, same = keys[::step] @ keys[::step].T, ids[::step, None] == ids[None, ::step]
+    pairs = affinities[same & ~torch.eye(len(same), dtype=torch.bool)], affinities[~same]
+    own, other = (float(part.mean()) if part.numel() else None for part in pairs)
+    return TypicalKeys(shown, own, other)
