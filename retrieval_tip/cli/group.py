@@ -131,7 +131,7 @@ class Command(click.Command):
         return [
             f"argument {one.make_metavar(ctx)}" if isinstance(one, click.Argument) else f"option {one.opts[0]}"
             for one in self.get_params(ctx)
-            if one.required and given.get(one.name or "") in (None, (), click.core.UNSET)  # type: ignore[attr-defined]
+            if one.required and not (isinstance(value := given.get(one.name or ""), str | Sequence) and len(value))
         ]
 
     def invoke(self, ctx: click.Context) -> object:
