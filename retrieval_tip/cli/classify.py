@@ -12,25 +12,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, say, say_skipped
 from retrieval_tip.cli.opening import UNNAMED, backbone_of, encoder_for, encoder_of, index_with, name_of, source_of
 from retrieval_tip.cli.options import (
-    ANSWER,
-    ANSWER_OPTION,
-    BACKBONE,
-    ENCODING,
-    ENGINE,
-    FORMAT,
-    READING,
-    VIEWS,
     AnswerOptions,
     EncodingOptions,
     EngineOptions,
     OutputOptions,
     ReadingOptions,
     ViewOptions,
-    grouped,
 )
 from retrieval_tip.cli.parameters import INDEX, OUTPUT, SOURCE, Abstaining, count
 from retrieval_tip.cli.stdin import paths_on_stdin
@@ -50,11 +42,11 @@ if TYPE_CHECKING:
 @command()
 @click.argument("source", type=SOURCE)
 @click.option("--out", type=OUTPUT, required=True, help="Feature table to write (.parquet).")
-@ENGINE
-@BACKBONE
-@VIEWS
-@READING
-@ENCODING
+@options.ENGINE
+@options.BACKBONE
+@options.VIEWS
+@options.READING
+@options.ENCODING
 @click.pass_context
 def encode(
     ctx: click.Context,
@@ -115,15 +107,15 @@ class RowOptions:
         return columns + (["keys"] if self.certify else [])
 
 
-_ROWS = grouped(
+_ROWS = options.grouped(
     "rows", RowOptions,
-    ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Classes to report."),
-    ANSWER_OPTION("--explain", is_flag=True, help="Shots that contributed most; text and cache logits of the answer."),
-    ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True, help="Shots shown by --explain."),
-    ANSWER_OPTION("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
-    ANSWER_OPTION("--certify", is_flag=True,
+    options.ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Classes to report."),
+    options.ANSWER_OPTION("--explain", is_flag=True, help="Shots that contributed most; text and cache logits."),
+    options.ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True, help="Shots shown by --explain."),
+    options.ANSWER_OPTION("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
+    options.ANSWER_OPTION("--certify", is_flag=True,
                  help="More keys where k do not settle an answer, at last all; says how many took what."),
-    ANSWER_OPTION("--abstain", type=Abstaining(),
+    options.ANSWER_OPTION("--abstain", type=Abstaining(),
                  help="Withhold answers of a probability below P; auto: below 0.5, or unlike any shot."),
 )  # fmt: skip
 
@@ -131,12 +123,12 @@ _ROWS = grouped(
 @command()
 @click.argument("folder", type=INDEX)
 @click.argument("inputs", nargs=-1, required=True)
-@ANSWER
+@options.ANSWER
 @_ROWS
-@ENGINE
-@FORMAT
-@BACKBONE
-@ENCODING
+@options.ENGINE
+@options.FORMAT
+@options.BACKBONE
+@options.ENCODING
 @click.pass_context
 def classify(
     ctx: click.Context,
@@ -233,7 +225,6 @@ def _on_ray(
 ) -> tuple[str, list[Skipped]]:
     """Encode pieces on Ray, or ask ``index`` about them; return what to say of the parts, and what was skipped."""
     from retrieval_tip.backbones.loading import load_backbone
-    from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, write_parts
 
@@ -245,7 +236,7 @@ def _on_ray(
         load = partial(load_backbone, *name_of(encoding, identity), tuned=tuned)
         backbone = partial(load, precision=encoding.precision, runtime=encoding.runtime)
     cache = None if encoding.no_cache else str(encoding.cache or EncodingCache.default_folder())
-    work = Work(Encoder(**encoding.settings(views)), backbone, cache, question)
+    work = Work(encoding.encoder(views), backbone, cache, question)
     rows, kept, skipped = write_parts(
         work,
         pieces,

@@ -10,23 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import about, finish, print_facts, say, shown
 from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
-from retrieval_tip.cli.options import (
-    ANSWER,
-    ANSWER_OPTION,
-    BACKBONE,
-    ENCODING,
-    JSON,
-    OUTPUT_OPTION,
-    PROTOCOL,
-    READING,
-    SCALES,
-    AnswerOptions,
-    EncodingOptions,
-    ReadingOptions,
-)
+from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
 from retrieval_tip.errors import UsageError, json_line, show
 
@@ -40,13 +28,13 @@ if TYPE_CHECKING:
 @command("evaluate")
 @click.argument("folder", type=INDEX)
 @click.argument("source", type=SOURCE)
-@ANSWER
-@ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers of a probability below P.")
+@options.ANSWER
+@options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers of a probability below P.")
 @click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
-@JSON
-@BACKBONE
-@READING
-@ENCODING
+@options.JSON
+@options.BACKBONE
+@options.READING
+@options.ENCODING
 @click.pass_context
 def evaluate_command(
     ctx: click.Context,
@@ -104,12 +92,12 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 @click.option("--method", "methods", multiple=True, metavar="NAME",
               help="A method, repeat for more.  [default: all but linear-probe and tip-adapter-f]")  # fmt: skip
 @click.option("--val", type=SOURCE, help="Source to choose settings on.  [default: leave-one-out]")
-@PROTOCOL
-@SCALES
-@OUTPUT_OPTION("--json", "as_json", is_flag=True, help="One JSON object a run.")
-@BACKBONE
-@READING
-@ENCODING
+@options.PROTOCOL
+@options.SCALES
+@options.OUTPUT_OPTION("--json", "as_json", is_flag=True, help="One JSON object a run.")
+@options.BACKBONE
+@options.READING
+@options.ENCODING
 @click.pass_context
 def sweep_command(
     ctx: click.Context,
@@ -178,10 +166,10 @@ def sweep_command(
               help="Keys a class that are drawn for the curves; repeat for more.  [default: 1, 2, 4 ...]")  # fmt: skip
 @click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Draws of each number: seeds 1 to N.")
 @click.option("--no-curves", is_flag=True, help="No accuracy over shots, which takes longest.")
-@ANSWER
-@BACKBONE
-@READING
-@ENCODING
+@options.ANSWER
+@options.BACKBONE
+@options.READING
+@options.ENCODING
 @click.pass_context
 def report_command(
     ctx: click.Context,

@@ -11,23 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import finish, print_facts, say, warn
 from retrieval_tip.cli.opening import Origin, checked, encoder_for, source_of, validation
-from retrieval_tip.cli.options import (
-    BACKBONE,
-    ENCODING,
-    JSON,
-    LETTERS,
-    MODEL,
-    PROTOCOL,
-    READING,
-    ROOT,
-    SCALES,
-    EncodingOptions,
-    ReadingOptions,
-    grouped,
-)
+from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
 from retrieval_tip.errors import Skipped, UsageError, show
 
@@ -49,11 +37,11 @@ if TYPE_CHECKING:
 @command("fit")
 @click.argument("folder", type=INDEX)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, in place of the shots.")
-@LETTERS
+@options.LETTERS
 @click.option("--plot", type=FILE, help="PNG or SVG file for the forms that were tried (needs matplotlib).")
-@ROOT
-@BACKBONE
-@ENCODING
+@options.ROOT
+@options.BACKBONE
+@options.ENCODING
 @click.pass_context
 def fit_command(
     ctx: click.Context,
@@ -101,8 +89,8 @@ def fit_command(
 @click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden.")
 @click.option("--val-shots", type=K("shots"),
               help="Validation images a class, or all.  [default: min(shots, 4), as published]")  # fmt: skip
-@PROTOCOL
-@SCALES
+@options.PROTOCOL
+@options.SCALES
 @click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for the same as a heat map (needs matplotlib).")
 @click.option(
@@ -111,10 +99,10 @@ def fit_command(
     help="Take the best found even where so few images cannot tell it from the untouched settings.",
 )
 @click.option("--dry-run", is_flag=True, help="Report only; the index keeps its settings.")
-@JSON
-@ROOT
-@BACKBONE
-@ENCODING
+@options.JSON
+@options.ROOT
+@options.BACKBONE
+@options.ENCODING
 @click.pass_context
 def search_command(
     ctx: click.Context,
@@ -223,7 +211,7 @@ class TrainingOptions:
         )
 
 
-_TRAINING = grouped(
+_TRAINING = options.grouped(
     "training", TrainingOptions,
     click.option("--epochs", type=count("epochs"), default=20, show_default=True, help="Passes over the shots."),
     click.option("--batch", type=count("batch"), default=256, show_default=True, help="Queries a step."),
@@ -263,10 +251,10 @@ _TRAINING = grouped(
 )
 @click.option("--keep-last", is_flag=True, help="Write the trained index even if it is less accurate than before.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for loss and accuracy by epoch (needs matplotlib).")
-@JSON
-@MODEL
-@READING
-@ENCODING
+@options.JSON
+@options.MODEL
+@options.READING
+@options.ENCODING
 @click.pass_context
 def finetune_command(
     ctx: click.Context,
@@ -329,9 +317,9 @@ def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=SOURCE, required=True,
               help="Labelled validation source, neither shots nor test; of a split .json its val part.")  # fmt: skip
-@ROOT
-@BACKBONE
-@ENCODING
+@options.ROOT
+@options.BACKBONE
+@options.ENCODING
 @click.pass_context
 def calibrate_command(
     ctx: click.Context, folder: Path, source: Path | str, root: Path | None, encoding: EncodingOptions

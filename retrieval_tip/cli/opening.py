@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,12 +181,11 @@ def encoder_of(
     ctx: click.Context, backbone: Backbone | None, encoding: EncodingOptions, views: ViewOptions | None = None
 ) -> Iterator[Encoder]:
     """The encoder of a command's inputs; the encoding cache is closed at the end."""
-    from retrieval_tip.data.encoder import Encoder
     from retrieval_tip.data.encoding_cache import EncodingCache
 
     cache = None if backbone is None or encoding.no_cache else EncodingCache.at(encoding.cache)
     began = time.monotonic()
-    encoder = Encoder(backbone=backbone, cache=cache, progress=not ctx.obj, **encoding.settings(views))
+    encoder = replace(encoding.encoder(views), backbone=backbone, cache=cache, progress=not ctx.obj)
     try:
         yield encoder
         seconds = time.monotonic() - began

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -15,6 +15,9 @@ from retrieval_tip.cli.group import Function, under
 from retrieval_tip.cli.parameters import FOLDER, NUMBER, OUTPUT, POSITIVE, SEED, VIEWS_COUNT, K, count
 from retrieval_tip.errors import UsageError, show
 from retrieval_tip.settings import KeysMet, MetricName, Norms, Precision, Protocol, Runtime, ValuesName, Verify
+
+if TYPE_CHECKING:
+    from retrieval_tip.data.encoder import Encoder
 
 Decorator = Callable[[Function], Function]
 
@@ -75,8 +78,8 @@ class ReadingOptions:
 class ViewOptions:
     """Views that a key is the mean of, and the seed that draws shots and views."""
 
-    views: int
-    seed: int
+    views: int = 1
+    seed: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +94,20 @@ class EncodingOptions(BackboneOptions):
     reduce: bool
     strict: bool
 
-    def settings(self, views: ViewOptions | None = None) -> dict[str, Any]:
-        """The arguments of an encoder by name; without those of views, where a command has none."""
-        names = ("norms", "batch_size", "workers", "reduce", "strict")
-        return {name: getattr(self, name) for name in names} | (asdict(views) if views else {})
+    def encoder(self, views: ViewOptions | None = None) -> Encoder:
+        """Make an encoder without a backbone and a cache; a command without options for views takes the centre one."""
+        from retrieval_tip.data.encoder import Encoder
+
+        views = views or ViewOptions()
+        return Encoder(
+            norms=self.norms,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            reduce=self.reduce,
+            strict=self.strict,
+            views=views.views,
+            seed=views.seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from retrieval_tip import tip
 from retrieval_tip.answering import AnsweringIndex
@@ -163,96 +165,46 @@ def judge(
     ``skipped`` is looked at when all blocks were met; ``details``: also keep more about each item. Raises UsageError
     for ``abstain`` outside of 0 to 1.
     """
-    check_abstain(abstain)
-    seen = see(cache, blocks, ids, affinities=affinities, details=details)
-    return conclude(cache, seen, len(skipped), abstain=abstain)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What an evaluation needs of each item that could be read, ``[n]`` each, in order.
-
-    ``positions`` in the source and class ids ``truth``; ``ranked`` ``[n, m + 2]``: the ids of the ``m`` (5 at most)
-    largest blended logits, of the largest text logit and of the largest cache logit; ``confidence`` of the answer;
-    ``chances`` ``[n, 4]`` are the columns of :class:`Details` where they were asked for, else ``[n, 0]``.
-    """
-
-    positions: Ints
-    truth: Ints
-    ranked: Ints
-    confidence: Floats
-    chances: Floats
-    affinities: Affinities | None = None
-
-
-def see(
-    cache: AnsweringIndex, blocks: Iterable[FeatureBlock], ids: Ints, *, affinities: bool = False, details: bool = False
-) -> Seen:
-    """Classify ``blocks`` of a source whose class ids are ``ids``, and keep what :func:`conclude` needs."""
-    truth, settings = torch.from_numpy(ids), cache.settings
+    if abstain is not None and not 0 <= abstain <= 1:
+        raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
     pairs = _Pairs(cache) if affinities else None
-    most = min(5, len(cache.class_names))
-    parts: list[torch.Tensor] = [torch.zeros((0, most + 2), dtype=torch.int64)]
-    chances: list[torch.Tensor] = [torch.zeros((0, 1))]
-    more: list[torch.Tensor] = [torch.zeros((0, 4 if details else 0), dtype=torch.float64)]
-    positions: list[Ints] = [np.zeros(0, dtype=np.int64)]
+    parts: list[_Part] = []
     for block in blocks:
         for part in cache.parts(len(block.positions)):
-            terms = cache.terms(block.features[part])
-            text, alone, logits = terms.text, terms.cache, terms.logits(settings)
-            ranked = logits.topk(most, dim=1).indices
-            parts.append(torch.cat([ranked, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1).cpu())
-            chances.append(tip.probabilities(logits, settings.temperature).gather(1, ranked[:, :1]).cpu())
-            positions.append(block.positions[part])
-            true = truth[torch.from_numpy(positions[-1])]
+            parts.append(_answer(cache, block.features[part], block.positions[part], ids, details))
             if pairs is not None:
-                pairs.add(block.features[part], true)
-            if details:
-                of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
-                logs = (logits.double() / settings.temperature).log_softmax(dim=1)
-                log_truth = logs.gather(1, true.to(logits.device)[:, None])
-                log_doubt = logs.scatter(1, ranked[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
-                more.append(torch.cat([log_truth, log_doubt, *of_parts], dim=1).cpu())
-    every = np.concatenate(positions)
-    return Seen(
-        positions=every,
-        truth=ids[every],
-        ranked=torch.cat(parts).numpy(),
-        confidence=torch.cat(chances)[:, 0].double().numpy(),
-        chances=torch.cat([part.double() for part in more]).numpy(),
-        affinities=pairs.counted() if pairs is not None else None,
+                pairs.add(block.features[part], torch.from_numpy(ids[block.positions[part]]))
+    positions = np.concatenate([part.positions for part in parts])
+    ranked, confidence, chances = (
+        torch.cat([getattr(part, name) for part in parts]).numpy() for name in ("ranked", "confidence", "chances")
     )
-
-
-def conclude(cache: AnsweringIndex, seen: Seen, skipped: int, *, abstain: float | None = None) -> Evaluation:
-    """The figures of what was seen with these settings; ``skipped`` items could not be read."""
-    confidence, classes, predicted = seen.confidence, seen.truth, seen.ranked[:, 0]
-    hits = torch.from_numpy(seen.ranked == classes[:, None])
-    right = hits[:, 0].numpy()
-    per_class = {cache.class_names[i]: float(right[classes == i].mean()) for i in np.unique(classes)}
-    wrong = Counter(zip(classes[~right].tolist(), predicted[~right].tolist(), strict=True))
+    truth, predicted = ids[positions], ranked[:, 0]
+    hits = ranked == truth[:, None]
+    right = hits[:, 0]
+    per_class = {cache.class_names[i]: float(right[truth == i].mean()) for i in np.unique(truth)}
+    wrong = Counter(zip(truth[~right].tolist(), predicted[~right].tolist(), strict=True))
     answered = None if abstain is None else confidence >= abstain
     return Evaluation(
         top1=float(right.mean()),
-        top5=float(hits[:, :-2].any(dim=1).double().mean()),
-        zero_shot_top1=float(hits[:, -2].double().mean()) if cache.has_text else None,
-        cache_top1=float(hits[:, -1].double().mean()),
+        top5=float(hits[:, :-2].any(axis=1).mean()),
+        zero_shot_top1=float(hits[:, -2].mean()) if cache.has_text else None,
+        cache_top1=float(hits[:, -1].mean()),
         mean_per_class=float(np.mean(list(per_class.values()))),
         ece=expected_calibration_error(confidence, right),
-        n=len(classes),
-        skipped=skipped,
+        n=len(truth),
+        skipped=len(skipped),
         settings=cache.settings,
         per_class=per_class,
         confusions=[
             (cache.class_names[a], cache.class_names[b], times) for (a, b), times in wrong.most_common(CONFUSIONS)
         ],
         answers=Answers(
-            truth=classes,
+            truth=truth,
             predicted=predicted,
             confidence=confidence,
             class_names=cache.class_names,
-            affinities=seen.affinities,
-            details=_details(seen) if seen.chances.shape[1] else None,
+            affinities=None if pairs is None else pairs.counted(),
+            details=_details(positions, ranked, chances) if details else None,
         ),
         abstain=abstain,
         coverage=None if answered is None else float(answered.mean()),
@@ -260,17 +212,42 @@ def conclude(cache: AnsweringIndex, seen: Seen, skipped: int, *, abstain: float 
     )
 
 
-def check_abstain(abstain: float | None) -> None:
-    """Raise UsageError unless ``abstain`` is ``None`` or a probability."""
-    if abstain is not None and not 0 <= abstain <= 1:
-        raise UsageError(f"abstain is {abstain}: expected a probability, 0 to 1")
+class _Part(NamedTuple):
+    """Some items: ``positions`` in the source, and what is known of each.
+
+    ``ranked`` ``[q, m + 2]``: the ids of the ``m`` (5 at most) largest blended logits, of the largest text logit and of
+    the largest cache logit; ``confidence`` of the answer; ``chances`` ``[q, 4]`` are the columns of :class:`Details`
+    where they were asked for, else ``[q, 0]``.
+    """
+
+    positions: Ints
+    ranked: Tensor
+    confidence: Tensor
+    chances: Tensor
 
 
-def _details(seen: Seen) -> Details:
-    log_truth, log_doubt, text, cache = seen.chances.T
-    return Details(
-        seen.positions, log_truth, log_doubt, Part(seen.ranked[:, -2], text), Part(seen.ranked[:, -1], cache)
-    )
+def _answer(
+    cache: AnsweringIndex, features: npt.NDArray[np.float32], positions: Ints, ids: Ints, details: bool
+) -> _Part:
+    """Classify features of the items at ``positions``."""
+    terms, settings = cache.terms(features), cache.settings
+    text, alone, logits = terms.text, terms.cache, terms.logits(settings)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    ranked = torch.cat([best, text.argmax(1, keepdim=True), alone.argmax(1, keepdim=True)], dim=1)
+    confidence = tip.probabilities(logits, settings.temperature).gather(1, best[:, :1])[:, 0].double()
+    chances = confidence.new_zeros((len(best), 0))
+    if details:
+        logs = (logits.double() / settings.temperature).log_softmax(dim=1)
+        log_truth = logs.gather(1, torch.from_numpy(ids[positions])[:, None].to(logs.device))
+        log_doubt = logs.scatter(1, best[:, :1], -torch.inf).logsumexp(dim=1, keepdim=True)
+        of_parts = [tip.probabilities(z, 1.0).amax(1, keepdim=True) for z in (text, settings.alpha * alone)]
+        chances = torch.cat([log_truth, log_doubt, *of_parts], dim=1)
+    return _Part(positions, ranked.cpu(), confidence.cpu(), chances.cpu())
+
+
+def _details(positions: Ints, ranked: Ints, chances: Floats) -> Details:
+    log_truth, log_doubt, text, cache = chances.T
+    return Details(positions, log_truth, log_doubt, Part(ranked[:, -2], text), Part(ranked[:, -1], cache))
 
 
 class _Pairs:
