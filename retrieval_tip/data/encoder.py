@@ -28,12 +28,11 @@ from retrieval_tip.data.feature_tables import (
     table_dim,
     table_identity,
     table_of,
-    write_blocks,
+    write_table,
 )
 from retrieval_tip.data.sources import Source, read_item
 from retrieval_tip.data.tables import FEATURE, row_groups_of
 from retrieval_tip.errors import InputError, Skipped, UsageError, counted, show
-from retrieval_tip.files import replacing
 from retrieval_tip.settings import Norms, check_choice
 
 if TYPE_CHECKING:
@@ -441,8 +440,7 @@ def encode_table(source: Source, out: str | os.PathLike[str], encoder: Encoder) 
     It is written beside ``out`` and renamed at the end. Returns the number of rows.
     """
     schema, tables = encoded(source, encoder)
-    with replacing(Path(out)) as temporary:
-        return write_blocks(temporary, schema, row_groups_of(tables))
+    return write_table(Path(out), schema, row_groups_of(tables))
 
 
 def encoded(source: Source, encoder: Encoder) -> tuple[pa.Schema, Iterator[pa.Table]]:

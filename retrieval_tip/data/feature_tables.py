@@ -204,21 +204,16 @@ def write_table(out: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int
 
     Raises InputError if it cannot be written; then nothing is left of it.
     """
+    number, plain = 0, [name for name in schema.names if name != FEATURE]
     try:
-        with replacing(out) as temporary:
-            return write_blocks(temporary, schema, blocks)
+        with (
+            replacing(out) as temporary,
+            temporary.open("wb") as raw,
+            pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
+        ):
+            for block in blocks:
+                writer.write_table(block)
+                number += len(block)
     except pa.ArrowException as error:  # a type that Parquet lacks
         raise InputError(f"{show(out)}: cannot be written: {first_line(error)}") from None
-
-
-def write_blocks(file: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> int:
-    """:func:`write_table` into this very file. Errors are OSError and Arrow's."""
-    number, plain = 0, [name for name in schema.names if name != FEATURE]
-    with (
-        file.open("wb") as raw,
-        pq.ParquetWriter(raw, schema, use_dictionary=plain, compression="none") as writer,
-    ):
-        for block in blocks:
-            writer.write_table(block)
-            number += len(block)
     return number

@@ -80,14 +80,8 @@ def _text_paths(field: pa.Field, within: str = "") -> Iterator[str]:
 def is_table(where: str) -> bool:
     """Tell whether a path or a URL is a table: a file with one of ``SUFFIXES`` (Parquet, if remote), or its parts."""
     if remote.is_remote(where):
-        return is_parquet(where)
+        return where.lower().endswith(".parquet") or is_parts(where)
     return (where.lower().endswith(SUFFIXES) and os.path.isfile(where)) or is_parts(where)
-
-
-def is_parquet(where: str) -> bool:
-    """Tell whether a path or a URL is a Parquet file, or a folder of the parts of a table."""
-    is_file = where.lower().endswith(".parquet") and (remote.is_remote(where) or os.path.isfile(where))
-    return is_file or is_parts(where)
 
 
 def is_parts(folder: str | os.PathLike[str]) -> bool:
@@ -131,7 +125,6 @@ def items_of(file: Path | str) -> tuple[pa.Table, bool]:
     if str(file).lower().endswith((".csv", ".tsv", ".jsonl")) and not os.path.isdir(file):
         items = (_read_json_lines if str(file).lower().endswith(".jsonl") else _read_csv)(Path(file))
         number, has_features = len(items), False
-        _check_rows(number, name)
     else:
         tables, number, has_features = [], 0, False
         for part in table_files(file):
@@ -140,7 +133,8 @@ def items_of(file: Path | str) -> tuple[pa.Table, bool]:
             _once(columns, name)
             feature = feature_column(parquet.schema_arrow)
             number, has_features = number + parquet.metadata.num_rows, feature is not None
-            _check_rows(number, name)
+            if number > MAX_ROWS:
+                raise InputError(f"{name}: {number:,} rows, more than {MAX_ROWS:,}")
             kept = [column for column in columns if column != feature]
             with reading(show(part)):
                 tables.append(_sound(parquet.read(columns=kept)))
@@ -188,11 +182,6 @@ def row_groups(parquet: pq.ParquetFile, first: int, last: int | None) -> tuple[l
             groups.append(group)
         start += rows
     return groups, begins
-
-
-def _check_rows(number: int, name: str) -> None:
-    if number > MAX_ROWS:
-        raise InputError(f"{name}: {number:,} rows, more than {MAX_ROWS:,}")
 
 
 def _sound(items: pa.Table) -> pa.Table:

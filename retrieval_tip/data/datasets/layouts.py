@@ -62,21 +62,16 @@ def class_folders(dataset: Dataset, folder: Path, split: str) -> Source:
 
     Raises InputError for a folder without a name, and without images.
     """
-    root = folder / dataset.images[split]
-    paths: list[str] = []
-    labels: list[str] = []
-    folders = named_folders(dataset, folder, split)
+    root, folders = folder / dataset.images[split], named_folders(dataset, folder, split)
     if len(folders) < dataset.classes:
         log.warning("%s: %d of the %d class folders of %s", show(root), len(folders), dataset.classes, dataset.name)
-    for class_name, path in folders.items():
-        own = [str(image) for image in images.find(path)]
-        paths += own
-        labels += [class_name] * len(own)
-        if not own:
-            log.warning("%s: class folder without images", show(path))
-    if not paths:
-        raise InputError(f"{show(root)}: no images; expected {_IMAGES[dataset.layout]}")
-    return of_images(paths, show(root), labels, list(folders))
+    inside = {class_name: [str(image) for image in images.find(path)] for class_name, path in folders.items()}
+    for class_name in [class_name for class_name, own in inside.items() if not own]:
+        log.warning("%s: class folder without images", show(folders[class_name]))
+    labels = [class_name for class_name, own in inside.items() for _ in own]
+    if not labels:
+        raise InputError(f"{show(root)}: no images; expected {EXPECTED[dataset.layout][1]}")
+    return of_images([path for own in inside.values() for path in own], show(root), labels, list(folders))
 
 
 def named_folders(dataset: Dataset, folder: Path, split: str) -> dict[str, Path]:
@@ -132,7 +127,8 @@ READERS: Mapping[Layout, Callable[[Dataset, Path, str], Source]] = {
 
 def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str]:
     """Name missing folders and listing files of these parts, and how they should look."""
-    files = {folder / dataset.listing: _LISTINGS[dataset.layout]}
+    listing, images_look = EXPECTED[dataset.layout]
+    files = {folder / dataset.listing: listing}
     if dataset.layout == "variant lists":
         files |= {variant_list(folder, split): "a line for each image: its number and its variant" for split in splits}
     if not os.path.isdir(folder):
@@ -141,48 +137,45 @@ def lacking(dataset: Dataset, folder: Path, splits: tuple[str, ...]) -> list[str
         return [f"{show(folder)}: no such folder; expected in it: {', '.join(inside)}"]
     missing = [f"{show(file)}: no such file; {look}" for file, look in files.items() if not os.path.isfile(file)]
     parts = dict.fromkeys(folder / dataset.images[split] for split in splits)
-    return missing + [
-        f"{show(part)}: no such folder; {_IMAGES[dataset.layout]}" for part in parts if not os.path.isdir(part)
-    ]
+    return missing + [f"{show(part)}: no such folder; {images_look}" for part in parts if not os.path.isdir(part)]
 
 
 def look_into(dataset: Dataset, folder: Path, split: str) -> list[str]:
     """Find what is wrong with the classes of a part, and with a sample of its images. Raises InputError."""
-    expected = ""
-    if dataset.layout in ("class folders", "numbered class folders"):
-        expected = f": {_IMAGES[dataset.layout]}"
-        folders = named_folders(dataset, folder, split)
-        where, number = show(folder / dataset.images[split]), len(folders)
-        sample = list(folders.values())[:: max(1, number // SAMPLE)]
-        gone = [show(path) for path in sample if next(images.find(path), None) is None]
-        what = "class folders have no image"
+    if in_folders := dataset.layout in ("class folders", "numbered class folders"):
+        places = list(named_folders(dataset, folder, split).values())
+        where, number = show(folder / dataset.images[split]), len(places)
     else:
         source = READERS[dataset.layout](dataset, folder, split)
-        where, number = source.name, len(source.class_names)
-        paths = source.paths or ()
-        sample = [Path(path) for path in paths[:: max(1, len(paths) // SAMPLE)]]
-        gone = [show(path) for path in sample if not os.path.isfile(path)]
-        what = "images are not there"
+        where, number, places = source.name, len(source.class_names), [Path(path) for path in source.paths or ()]
+    sample = places[:: max(1, len(places) // SAMPLE)]
+    gone = [path for path in sample if not (any(images.find(path)) if in_folders else os.path.isfile(path))]
     problems = []
     if number != dataset.classes:
-        problems.append(f"{where}: {number} classes; {dataset.name} has {dataset.classes}{expected}")
+        look = f": {EXPECTED[dataset.layout][1]}" if in_folders else ""
+        problems.append(f"{where}: {number} classes; {dataset.name} has {dataset.classes}{look}")
     if gone:
-        problems.append(f"{where}: of a sample of {len(sample)}, {len(gone)} {what}, {gone[0]} first")
+        what = "class folders have no image" if in_folders else "images are not there"
+        problems.append(f"{where}: of a sample of {len(sample)}, {len(gone)} {what}, {show(gone[0])} first")
     return problems
 
 
-_LISTINGS: Mapping[Layout, str] = {
-    "split file": "CoOp's split file, with train, val and test as lists of [path, label, class name]",
-    "variant lists": "a class name a line",
-    "class folders": "a line for each class: its folder (n01440764) and its name",
-    "numbered class folders": "a line for each class: its folder in ImageNet (n01440764) and its name",
+EXPECTED: Mapping[Layout, tuple[str, str]] = {
+    "split file": (
+        "CoOp's split file, with train, val and test as lists of [path, label, class name]",
+        "the images, where the split file says",
+    ),
+    "variant lists": ("a class name a line", "the images, as 0034309.jpg"),
+    "class folders": (
+        "a line for each class: its folder (n01440764) and its name",
+        "a folder for each class (n01440764), with its images",
+    ),
+    "numbered class folders": (
+        "a line for each class: its folder in ImageNet (n01440764) and its name",
+        "a folder for each class (0 to 999), with its images",
+    ),
 }
-_IMAGES: Mapping[Layout, str] = {
-    "split file": "the images, where the split file says",
-    "variant lists": "the images, as 0034309.jpg",
-    "class folders": "a folder for each class (n01440764), with its images",
-    "numbered class folders": "a folder for each class (0 to 999), with its images",
-}
+"""How the listing file and the images of each layout should look."""
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
@@ -198,9 +191,8 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise InputError(f"{show(file)}: empty")
-    for number, line in lines:
-        if len(line) > MAX_TEXT:
-            raise InputError(f"{show(file)}: line {number} is longer than {MAX_TEXT} characters")
+    if long := [number for number, line in lines if len(line) > MAX_TEXT]:
+        raise InputError(f"{show(file)}: line {long[0]} is longer than {MAX_TEXT} characters")
     return lines
 
 
