@@ -63,8 +63,8 @@ bench: setup ## every benchmark at its smallest size: does it run? README and do
 	$(BENCH)/scale.py --keys 3000 --dim 64 --classes 50 --queries 40 --exact-queries 20 --store lance
 	$(BENCH)/scale.py --memory --keys 3000 --dim 64 --classes 50 --queries 40
 	$(BENCH)/living.py --keys 6000 --added 20 --dim 32 --classes 40 --times 1
-	$(BENCH)/distributed.py --only classify --queries 1000 --dim 16 --classes 5
 ifneq ($(wildcard ../shared/models),) # photographs and features of the field's datasets
+	$(BENCH)/distributed.py --queries 100 --dim 16 --classes 5 --images $(abspath ../shared/data/caltech101/101_ObjectCategories/panda)
 	$(BENCH)/startup.py --runs 1 --images 2 --keys 500 --dim 16
 	$(BENCH)/encoding.py --number 5 --large 2 --size 1600 1400 --rounds 1
 	$(BENCH)/gpu.py --device cpu --rounds 1 --size 320 32 16 --queries 20 --training 20 8 32 --epochs 1 --photographs 4

@@ -339,7 +339,7 @@ def test_ties_go_by_the_order_of_the_source():
     assert wrong_answers(answers, np.array([-2.0, -1, -2, 0, -900])) == [4, 0, 2, 1]
 
 
-def test_the_curves_are_those_of_evaluate_with_shots(food, tmp_path):
+def test_the_curves_are_those_of_a_sweep_and_features_get_placeholders(food, tmp_path):
     folder, test = food
     out = tmp_path / "r.html"
     done("-q", "report", folder, "--test", test, "--out", out, "--seeds", 2)
@@ -357,6 +357,12 @@ def test_the_curves_are_those_of_evaluate_with_shots(food, tmp_path):
         assert draws == (1 if n == 4 else 2)
         assert mean == pytest.approx(own[0] if n == 4 else np.mean(own))
     assert "its own shots, each left out" in section(read(out), "shots").text
+    holders = list(read(out).all("span", role="img"))  # features have no pictures
+    assert holders
+    assert not list(read(out).all("img"))
+    sources = CacheModel.load(folder, device="cpu").labels["source"]
+    assert {holder.text for holder in holders} <= {*pq.read_table(test)["id"].to_pylist(), *sources.to_pylist()}
+    assert all(", no picture: " in holder.attributes["aria-label"] for holder in holders)
 
 
 def test_the_surface_is_that_of_the_shots_and_never_of_the_test(food, tmp_path):
@@ -395,19 +401,6 @@ def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photograph
         assert np.abs(pair[0] - pair[1]).mean() < 8
     assert written[0].stat().st_size < 2_000_000
     assert not list(page.all("span", role="img"))
-
-
-def test_features_without_pictures_get_placeholders(food, tmp_path):
-    folder, test = food
-    out = tmp_path / "r.html"
-    done("-q", "report", folder, "--test", test, "--out", out, "--no-curves")
-    page = read(out)
-    assert not list(page.all("img"))
-    holders = list(page.all("span", role="img"))
-    assert holders
-    sources = CacheModel.load(folder, device="cpu").labels["source"]
-    assert {holder.text for holder in holders} <= {*pq.read_table(test)["id"].to_pylist(), *sources.to_pylist()}
-    assert all(", no picture: " in holder.attributes["aria-label"] for holder in holders)
 
 
 def test_a_picture_that_moved_or_changed_is_not_shown(photographs, tmp_path):
