@@ -287,33 +287,34 @@ def _request(content_type: str, body: bytes, index: str) -> bytes:
 def compare(material: Material, clients: tuple[int, ...], seconds: float, rounds: int, device: str) -> None:
     """Both servers on the same requests, at each number of clients."""
     what, folders = material.what, [material.index]
-    with serving("ours", folders, what, device) as ours, serving("plain", folders, what, device) as plain_one:
-        servers = {"ours": ours, "plain": plain_one}
+    with serving("ours", folders, what, device) as ours, serving("plain", folders, what, device) as other:
+        servers = {"ours": ours, "plain": other}
         click.echo(f"\n{material.title}\n{agreement(material, servers, max(clients))}")
         lines: list[dict[str, object]] = []
         for number in clients:
-            loads: dict[str, list[tuple[Load, float]]] = {name: [] for name in servers}
+            figures: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
 
-            def turn(name: str, number: int = number, loads: dict[str, list[tuple[Load, float]]] = loads) -> float:
+            def turn(name: str, number: int = number, figures: dict[str, list[dict[str, float]]] = figures) -> float:
                 before = servers[name].processor()
                 seen = Load(servers[name].port, material.requests, number, seconds).run()
                 seen.check(f"{what}, {name}, {number} clients")
-                loads[name].append((seen, 1000 * (servers[name].processor() - before) / len(seen.taken)))
+                processor = 1000 * (servers[name].processor() - before) / len(seen.taken)
+                waits = {"p50, ms": seen.wait(0.5), "p99, ms": seen.wait(0.99)}
+                figures[name].append(waits | {"processor, ms": processor})
                 return seen.lasted / len(seen.taken)
 
             title = f"{what}, {number} clients"
             sides: dict[str, Side] = {name: lambda _, name=name, turn=turn: turn(name) for name in servers}
             taken = take_turns(title, sides, rounds)
             ratio = statistics.median(a / b for a, b in zip(taken["plain"], taken["ours"], strict=True))
-            for name, seen in loads.items():
-                waits = {f"p{share:.0%}, ms".replace("%", ""): [load.wait(share) for load, _ in seen[1:]]
-                         for share in (0.5, 0.99)}  # fmt: skip
-                waits["processor, ms"] = [processor for _, processor in seen[1:]]
+            for name, turns in figures.items():
                 line = {"clients": number, "server": name, "requests/s": 1 / statistics.median(taken[name])}
-                line |= {"ratio": ratio if name == "ours" else 1.0}
-                lines.append(line | {wait: statistics.median(values) for wait, values in waits.items()})
-                for wait, values in waits.items():
-                    record(title, f"{name}, {wait}", values)
+                line["ratio"] = ratio if name == "ours" else 1.0
+                for figure in turns[0]:
+                    values = [own[figure] for own in turns[1:]]  # the first turn warmed up
+                    line[figure] = statistics.median(values)
+                    record(title, f"{name}, {figure}", values)
+                lines.append(line)
         show(f"{what}, medians of {rounds} turns", lines)
 
 
