@@ -148,24 +148,12 @@ def _build(job: killing.Job) -> None:
     )
 
 
-def _hold(job: killing.Job) -> None:
-    """End while writing, and leave a process behind that has the lock's file open."""
-    folder = Path(job["folder"])
-    with write(folder):
-        for entry in list(Path("/proc/self/fd").iterdir()):
-            if entry.resolve() == folder.resolve() / "lock":
-                os.set_inheritable(int(entry.name), True)
-        left = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        Path(job["out"]).write_text(json.dumps([os.getpid(), left.pid]))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _configure(job: killing.Job) -> None:
     changes.configure(job["folder"], k=7)
 
 
 WORK: dict[str, Callable[[killing.Job], Any]] = {
-    "write": _write, "read": _read, "build": _build, "hold": _hold, "configure": _configure
+    "write": _write, "read": _read, "build": _build, "configure": _configure
 }  # fmt: skip
 
 
@@ -474,21 +462,3 @@ def test_a_lock_that_a_stopped_process_holds_is_named_by_its_owner(
         assert verify(index).version == first + 1  # it went on
         assert changes.configure(index, k=8).version == first + 2
     assert named > (10 if SOAK else 3)
-
-
-def test_a_lock_that_was_left_to_a_child_is_said_to_be(server: killing.Server, index: Path, tmp_path: Path) -> None:
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("SKIPPED: needs /proc to hand a lock on")
-    assert server.run({"work": "hold", "folder": str(index), "out": str(tmp_path / "pids")}) == -signal.SIGKILL
-    owner, left = json.loads((tmp_path / "pids").read_text())
-    try:
-        with pytest.raises(StoreError) as error:
-            changes.configure(index, k=7)
-        started = f"something that process {owner} on {socket.gethostname()} started before it ended"
-        assert str(error.value) == (f"{index}: is being written by {started}, which has to be ended too; try later")
-        assert verify(index).version == 1
-    finally:
-        os.kill(left, signal.SIGKILL)
-    with write(index, wait=60.0):
-        pass
-    assert changes.configure(index, k=7).version == 2

@@ -809,30 +809,6 @@ def test_query_and_load_work_whatever_the_folder_is_called(
         assert answer(CacheModel.load(folder, device="cpu")) == answer(cache)
 
 
-def test_query_of_a_damaged_index_is_refused(index: Path) -> None:
-    path = index / store.read_manifest(index).files["labels"].name
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(StoreError) as error:
-        store.query(index, "SELECT 1")
-    one_line(error, path)
-
-
-def test_query_prints_its_answer_and_nothing_else(index: Path) -> None:
-    """The command itself, with every warning on."""
-    environment = os.environ | {"PYTHONWARNINGS": "always"}
-    command = [str(Path(sys.executable).with_name("retrieval-tip")), "index", "query", str(index)]
-
-    def ask(sql: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, sql, "--format", "json"], capture_output=True, text=True, env=environment)
-
-    answered = ask("SELECT label, keys FROM class_counts LIMIT 1")
-    assert (answered.returncode, answered.stdout, answered.stderr) == (0, '{"label": "cat", "keys": 10}\n', "")
-    refused = ask("SELECT * FROM read_text('/etc/hostname')")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.splitlines()[-1].startswith("Error: query: Permission Error")
-    assert "Traceback" not in refused.stderr
-
-
 def test_settings_may_be_numpy_numbers(tmp_path: Path) -> None:
     cache = model(1)
     cache.settings = cache.settings.override(alpha=np.float32(2), beta=np.float64(3))

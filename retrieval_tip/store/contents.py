@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,15 +55,15 @@ class Contents:
     ``None``: their files are opened by who knows FAISS.
     """
 
-    segments: Sequence[npt.NDArray[Any]]
+    segments: Sequence[npt.NDArray[np.floating]]
     labels: pa.Table
-    text: Any
-    values: Any = None
+    text: npt.NDArray[np.floating] | torch.Tensor
+    values: npt.NDArray[np.floating] | torch.Tensor | None = None
     curve: pa.Table | None = None
     weights: Path | None = None
     index: SavedIndex | None = None
     metric: tip.Metric | None = None
-    points: npt.NDArray[Any] | None = None
+    points: npt.NDArray[np.floating] | None = None
     sums: Sums | None = None
 
     @classmethod
@@ -140,7 +140,7 @@ class Contents:
                 writer.seal_later(part, labels)
 
 
-def array_of(held: Any) -> npt.NDArray[Any]:
+def array_of(held: npt.NDArray[np.floating] | torch.Tensor | tip.Metric | Sums) -> npt.NDArray[np.floating]:
     """What the file of a part holds."""
     if isinstance(held, Sums):
         return held.to_array()
@@ -156,10 +156,10 @@ def _sums(folder: Path, manifest: Manifest, labels: pa.Table) -> Sums:
         raise StoreError(
             f"{folder / file.name}: is of other keys; go back to the version before, or build the index again"
         )
-    return Sums.of_array(array, c)
+    return Sums.of_array(array.astype(np.float64, copy=False), c)
 
 
-def metric_of(array: npt.NDArray[Any]) -> tip.Metric:
+def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
     """The metric of an array ``[1 + d, d]`` float32: its mean, then its transform."""
     whole = torch.from_numpy(np.array(array))
     return tip.Metric(whole[0], whole[1:])
@@ -194,7 +194,7 @@ class Stored:
         same = real(self.check.folder) == real(writer.folder)
         return same and writer.parent is not None and writer.parent.version == self.manifest.version
 
-    def segment_of(self, array: npt.NDArray[Any]) -> Segment | None:
+    def segment_of(self, array: npt.NDArray[np.floating]) -> Segment | None:
         """The files of a segment, where this version has it."""
         if self.contents is None:
             return None

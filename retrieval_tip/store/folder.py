@@ -189,14 +189,14 @@ def _problem(folder: Path, file: DataFile, verify: Verify) -> str | None:
 
 def read_array(
     folder: Path, file: DataFile, shape: tuple[int, int], dtypes: Sequence[npt.DTypeLike] = (np.float32, np.float16)
-) -> npt.NDArray[Any]:
+) -> npt.NDArray[np.floating]:
     """A ``.npy`` file of an index, memory-mapped (copy on write, so that torch takes it without a copy).
 
     Raises StoreError where it cannot be read, or is not of this shape and one of these dtypes.
     """
     path = folder / file.name
     try:
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")  # what it maps it does not unpickle
+        array: npt.NDArray[np.floating] = np.lib.format.open_memmap(path, mode="c")  # what it maps it does not unpickle
     except Exception as error:  # damaged headers fail anywhere in numpy's parser
         raise StoreError(f"{path}: cannot be read ({first_line(error)})") from None
     if array.shape != shape or array.dtype not in dtypes:

@@ -70,7 +70,7 @@ def history_table(earlier: Sequence[Manifest], current: Manifest) -> pa.Table:
 
 
 def described(
-    place: object, manifest: Manifest, earlier: Sequence[Manifest], counts: npt.NDArray[np.int64], **more: Any
+    place: object, manifest: Manifest, earlier: Sequence[Manifest], counts: npt.NDArray[np.int64], **more: object
 ) -> dict[str, Any]:
     """The facts that ``index info`` prints of a version: its manifest, its keys of each class ``[c]``, and ``more``."""
     facts = dataclasses.asdict(manifest)

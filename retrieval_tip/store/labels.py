@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +48,7 @@ def label_table(
     sources: Sequence[str] | pa.ChunkedArray | None = None,
     *,
     key_ids: npt.NDArray[np.int64] | None = None,
-    views: int | npt.NDArray[np.integer[Any]] = 1,
+    views: int | npt.NDArray[np.integer] = 1,
     digests: Sequence[str | None] | None = None,
     extra: pa.Table | None = None,
 ) -> pa.Table:
@@ -148,7 +147,7 @@ def _string(values: Sequence[str] | pa.ChunkedArray) -> pa.Array | pa.ChunkedArr
     return values if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
 
 
-def versions_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+def versions_table(rows: Sequence[Mapping[str, object]]) -> pa.Table:
     """The history of an index as a table of ``VERSIONS_SCHEMA``; what a row lacks is null.
 
     ``created_at`` is ISO text, UTC where it names no zone; text that is no time becomes null. Raises InputError for a

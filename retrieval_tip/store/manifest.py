@@ -144,8 +144,9 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """JSON whose last entry is the SHA-256 of the rest: no byte can change unseen."""
-        body: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
-        body |= body.pop("settings")  # which lie beside the rest, by name
+        body: dict[str, object] = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        del body["settings"]
+        body |= asdict(self.settings)  # beside the rest, by name
         if self.digests is None:  # else older programs would refuse the folders that they can read
             del body["digests"]
         return _seal(body)
@@ -303,10 +304,10 @@ def named_in(raw: bytes) -> set[str] | None:
     return {name.decode() for name in _NAMED.findall(raw)}
 
 
-def _built(provenance: object) -> dict[str, Any]:
+def _built(provenance: object) -> dict[str, object]:
     """The way an index was built, by the provenance of a format before 5, as far as it can be that."""
     stated = provenance if isinstance(provenance, dict) else {}
-    said: dict[str, Any] = {"auto_index": stated.get("index") == "auto"}
+    said: dict[str, object] = {"auto_index": stated.get("index") == "auto"}
     for name in ("source", "shots", "seed", "views"):
         if (value := stated.get(name)) is not None:
             with suppress(UsageError):
@@ -314,12 +315,12 @@ def _built(provenance: object) -> dict[str, Any]:
     return said
 
 
-def _shallow(value: Any, depth: int) -> bool:
+def _shallow(value: object, depth: int) -> bool:
     """Whether JSON is not nested deeper: Python goes through it by recursion."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_shallow(part, depth - 1) for part in parts)
 
 
-def _seal(body: Mapping[str, Any]) -> bytes:
+def _seal(body: Mapping[str, object]) -> bytes:
     digest = hashlib.sha256(json.dumps(body, indent=1, ensure_ascii=False).encode()).hexdigest()
     return json.dumps(dict(body) | {"sha256": digest}, indent=1, ensure_ascii=False).encode()

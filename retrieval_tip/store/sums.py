@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ LEFT = 1e-5
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-Blocks = Iterable[tuple[npt.NDArray[Any], IntArray]]
+Blocks = Iterable[tuple[npt.NDArray[np.floating], IntArray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,7 @@ class Sums:
             made.count(keys, ids)
         return made
 
-    def count(self, keys: npt.NDArray[Any], ids: IntArray, sign: int = 1) -> None:
+    def count(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int = 1) -> None:
         """Add keys ``[b, d]`` of class ids ``[b]`` here, or take them away (-1): to what nobody else has yet.
 
         In place, for of very many classes a copy is large.
@@ -76,17 +75,17 @@ class Sums:
         c, d = len(self.counts), len(self.second)
         return 8 * (c + d) * (1 + d)
 
-    def added(self, keys: npt.NDArray[Any], ids: IntArray) -> Sums:
+    def added(self, keys: npt.NDArray[np.floating], ids: IntArray) -> Sums:
         """With further keys ``[m, d]`` of class ids ``[m]``."""
         return self._counted(keys, ids, 1)
 
-    def removed(self, keys: npt.NDArray[Any], ids: IntArray) -> Sums:
+    def removed(self, keys: npt.NDArray[np.floating], ids: IntArray) -> Sums:
         """Without some of the keys ``[m, d]``, which are of class ids ``[m]``."""
         less = self._counted(keys, ids, -1)
         less.sums[less.counts == 0] = 0  # and not what rounding left
         return less
 
-    def _counted(self, keys: npt.NDArray[Any], ids: IntArray, sign: int) -> Sums:
+    def _counted(self, keys: npt.NDArray[np.floating], ids: IntArray, sign: int) -> Sums:
         other = Sums(np.array(self.counts), np.array(self.sums), np.array(self.second))
         other.count(keys, ids, sign)
         return other
@@ -95,7 +94,7 @@ class Sums:
         """Whether enough is left of what was there before a removal, so that these are as good as summed anew."""
         return bool(self.second.trace() >= LEFT * before.second.trace())
 
-    def moved(self, keys: npt.NDArray[Any], ids: IntArray, new_ids: IntArray) -> Sums:
+    def moved(self, keys: npt.NDArray[np.floating], ids: IntArray, new_ids: IntArray) -> Sums:
         """Move some of the keys ``[m, d]`` from classes ``ids`` ``[m]`` to classes ``new_ids`` ``[m]``."""
         there = self.removed(keys, ids).added(keys, new_ids)
         return Sums(there.counts, there.sums, self.second)
@@ -117,7 +116,7 @@ class Sums:
         return along.has(self.counts, self.sums) and along.has_second(self.second)
 
     @classmethod
-    def of_array(cls, array: npt.NDArray[Any], c: int) -> Sums:
+    def of_array(cls, array: FloatArray, c: int) -> Sums:
         """The inverse of :meth:`to_array`, of ``c`` classes; what is mapped from a disk stays there."""
         return cls(array[:c, 0].astype(np.int64), array[:c, 1:], array[c:, 1:])
 
@@ -139,7 +138,7 @@ class Along:
         self._direction = np.random.default_rng().standard_normal(d)
         self._counts, self._sums, self._second, self._squares = np.zeros(c, np.int64), np.zeros(c), np.zeros(d), 0.0
 
-    def count(self, keys: npt.NDArray[Any], ids: IntArray) -> None:
+    def count(self, keys: npt.NDArray[np.floating], ids: IntArray) -> None:
         """Meet keys ``[b, d]`` of class ids ``[b]``."""
         wide = np.asarray(keys, np.float64)
         products = wide @ self._direction
@@ -157,7 +156,7 @@ class Along:
         every = np.abs(second.diagonal())
         return self._fit(second, self._second, every, every / self._counts.sum())
 
-    def _fit(self, known: FloatArray, found: FloatArray, every: npt.NDArray[Any], one: float | FloatArray) -> bool:
+    def _fit(self, known: FloatArray, found: FloatArray, every: IntArray | FloatArray, one: float | FloatArray) -> bool:
         """Whether sums are as found; by Cauchy and Schwarz they are at most ``(every sum_i (k_i . r)^2)^(1/2)``."""
         most = np.sqrt(every * self._squares)
         least = np.sqrt(one * self._squares / self._counts.sum())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,9 @@ class Writer:
         self._staged.append(path)
         return path
 
-    def stage_array(self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> tuple[Path, npt.NDArray[Any]]:
+    def stage_array(
+        self, kind: str, shape: tuple[int, int], dtype: npt.DTypeLike
+    ) -> tuple[Path, npt.NDArray[np.floating]]:
         """A writable memory-mapped array, its disk space reserved first (a full disk must not end in SIGBUS)."""
         path = self.stage(kind)
         with path.open("wb") as file:
@@ -88,41 +90,39 @@ class Writer:
         self._staged.remove(staged)
         return entry
 
-    def seal_array(self, kind: str, array: npt.NDArray[Any]) -> Path:
+    def seal_array(self, kind: str, array: npt.NDArray[np.floating]) -> None:
         """Write a large array ``[rows, columns]`` as the data file of this kind."""
-        return self.seal(kind, self._written(kind, array), len(array))
+        self._files[kind] = self._array(kind, array)
 
-    def _written(self, kind: str, array: npt.NDArray[Any]) -> Path:
+    def _array(self, kind: str, array: npt.NDArray[np.floating]) -> DataFile:
         staged = self.stage(kind)
         with staged.open("wb") as file:  # a map of it would count as this process's memory
             _write_header(file, array.shape, array.dtype)
             file.write(np.ascontiguousarray(array).data)
-        return staged
+        return self._seal(kind, staged, len(array))
 
-    def seal_table(self, kind: str, table: pa.Table) -> Path:
-        """Write a table as the data file of this kind. Raises InputError as :func:`write_table`."""
-        return self.seal(kind, self._written_table(kind, table), len(table))
+    def seal_table(self, kind: str, table: pa.Table) -> None:
+        """Write a table as the data file of this kind. Raises InputError if Parquet cannot hold one of its types."""
+        self._files[kind] = self._table(kind, table)
 
-    def _written_table(self, kind: str, table: pa.Table) -> Path:
+    def _table(self, kind: str, table: pa.Table) -> DataFile:
         staged = self.stage(kind)
-        write_table(staged, table, kind)
-        return staged
+        try:
+            with staged.open("wb") as file:
+                pq.write_table(table, file)
+        except pa.ArrowException as error:
+            raise InputError(f"{kind}: a column cannot be kept ({first_line(error)})") from None
+        return self._seal(kind, staged, len(table))
 
-    def seal_later(self, keys: npt.NDArray[Any], labels: pa.Table) -> Segment:
+    def seal_later(self, keys: npt.NDArray[np.floating], labels: pa.Table) -> Segment:
         """Write a segment ``[m, d]`` that comes after those before, with its labels, which are grouped by class."""
-        rows = len(labels)
-        self.keep_later(
-            Segment(
-                self._seal("keys", self._written("keys", keys), rows),
-                self._seal("labels", self._written_table("labels", labels), rows),
-            )
-        )
+        self._later.append(Segment(self._array("keys", keys), self._table("labels", labels)))
         return self._later[-1]
 
     def keep_later(self, segment: Segment, labels: pa.Table | None = None) -> None:
         """Share a segment, or with other ``labels`` its keys, with the version before; it comes after those before."""
         if labels is not None:
-            segment = replace(segment, labels=self._seal("labels", self._written_table("labels", labels), len(labels)))
+            segment = replace(segment, labels=self._table("labels", labels))
         self._later.append(segment)
 
     def seal_weights(self, path: Path) -> Path:
@@ -314,18 +314,6 @@ def _forget(folder: Path, keep: int) -> list[int]:
     for path in gone:
         path.unlink()
     return [int(path.stem) for path in gone if path.stem.isdecimal()]
-
-
-def write_table(path: Path, table: pa.Table, what: str) -> None:
-    """Write a Parquet file: the label store or the loss curve, which ``what`` names.
-
-    Raises InputError where a column has a type that Parquet cannot hold.
-    """
-    try:
-        with path.open("wb") as file:
-            pq.write_table(table, file)
-    except pa.ArrowException as error:
-        raise InputError(f"{what}: a column cannot be kept ({first_line(error)})") from None
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
