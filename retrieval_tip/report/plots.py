@@ -80,7 +80,7 @@ class Confusion:
 
 
 def confusion(answers: Answers) -> Confusion:
-    """The confusion matrix over the classes that occur, in the index's order; see :class:`Confusion`."""
+    """Count answers by true and predicted class, in the index's order."""
     c = len(answers.class_names)
     truth, predicted = answers.truth, answers.predicted
     totals = np.bincount(truth, minlength=c)
@@ -90,20 +90,16 @@ def confusion(answers: Answers) -> Confusion:
         wrong = ~answers.right
         errors = np.bincount(truth[wrong], minlength=c) + np.bincount(predicted[wrong], minlength=c)
         chosen = np.sort(np.argsort(-errors, kind="stable")[:FEWER_CLASSES])
-    place = np.full(c, -1)
-    place[chosen] = np.arange(len(chosen))
-    rows, columns = place[truth], place[predicted]
-    both = (rows >= 0) & (columns >= 0)
+    both = np.isin(truth, chosen) & np.isin(predicted, chosen)
     counts = np.zeros((len(chosen), len(chosen)), dtype=np.int64)
-    np.add.at(counts, (rows[both], columns[both]), 1)
+    np.add.at(counts, tuple(np.searchsorted(chosen, ids[both]) for ids in (truth, predicted)), 1)
     return Confusion([answers.class_names[i] for i in chosen], counts, totals[chosen], len(occurring))
 
 
 def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
     """Classes and their accuracy, best first; of more than ``MOST_CLASSES`` the worst ``FEWER_CLASSES``."""
     ordered = sorted(per_class.items(), key=lambda pair: -pair[1])
-    if len(ordered) > MOST_CLASSES:
-        ordered = ordered[-FEWER_CLASSES:]
+    ordered = ordered[-FEWER_CLASSES:] if len(ordered) > MOST_CLASSES else ordered
     return [name for name, _ in ordered], np.array([value for _, value in ordered])
 
 
@@ -240,8 +236,7 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
     """Accuracy of each class as bars, the worst at the bottom."""
     names, accuracies = class_accuracies(evaluation.per_class)
     m, of = len(names), len(evaluation.per_class)
-    figure, axes = _figure(7, max(2.8, 0.17 * m + 1.5))
-    y = np.arange(m)[::-1]
+    (figure, axes), y = _figure(7, max(2.8, 0.17 * m + 1.5)), np.arange(m)[::-1]
     bars = axes.barh(y, 100 * accuracies, color=BLUE, height=0.75)
     axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7, color=BLACK)
     axes.axvline(100 * evaluation.mean_per_class, color=ORANGE, linestyle="--", linewidth=1.2)
@@ -408,11 +403,8 @@ def draw_choice(choice: FormChoice) -> Figure:
     trials = sorted(choice.trials, key=lambda trial: -trial.loss)
     figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
     places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
-    columns = (
-        ("cross-entropy, nats", [trial.loss for trial in trials]),
-        ("top-1, %", [100 * t.accuracy for t in trials]),
-    )
-    for axes, (label, figures) in zip(drawn, columns, strict=True):
+    losses, right = [trial.loss for trial in trials], [100 * trial.accuracy for trial in trials]
+    for axes, label, figures in zip(drawn, ("cross-entropy, nats", "top-1, %"), (losses, right), strict=True):
         axes.hlines(places, min(figures), figures, color=GREY, linewidth=1)
         axes.scatter(figures, places, color=[ORANGE if chosen else BLUE for chosen in own], zorder=3)
         axes.set(xlabel=label)
@@ -427,9 +419,8 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
 
     figure, drawn = _grid(9.4, 3.8, 1, 2)
     epochs = curve["epoch"].to_numpy()
-    for axes, name, scale, label in zip(
-        drawn, ("loss", "accuracy"), (1, 100), ("cross-entropy", "top-1, %"), strict=True
-    ):
+    columns = (("loss", 1, "cross-entropy"), ("accuracy", 100, "top-1, %"))
+    for axes, (name, scale, label) in zip(drawn, columns, strict=True):
         met, held_out = (scale * curve[f"{part}{name}"].to_numpy() for part in ("", "val_"))
         axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="shots, as they were met")
         if np.isfinite(held_out).any():

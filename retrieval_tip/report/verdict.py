@@ -62,14 +62,11 @@ def sentences(judged: Judged, ways: Sequence[Way]) -> Iterator[str]:
     yield f"{'; '.join(parts)}."
     answers = evaluation.answers
     sure = answers.confidence >= SURE
+    said = f"It is never {SURE:.0%} sure"
     if sure.any():
-        yield (
-            f"Where it is {SURE:.0%} sure or more, which is {sure.mean():.0%} of the items, it is right in "
-            f"{answers.right[sure].mean():.1%}; its probabilities are off by {100 * evaluation.ece:.1f} points on "
-            "average."
-        )
-    else:
-        yield f"It is never {SURE:.0%} sure; its probabilities are off by {100 * evaluation.ece:.1f} points on average."
+        said = f"Where it is {SURE:.0%} sure or more, which is {sure.mean():.0%} of the items, it is right in "
+        said += f"{answers.right[sure].mean():.1%}"
+    yield f"{said}; its probabilities are off by {100 * evaluation.ece:.1f} points on average."
     if evaluation.confusions:
         truth, answer, times = evaluation.confusions[0]
         yield f"Most often, {truth} is taken for {answer} ({times} of {int((~own.right).sum())} mistakes)."
