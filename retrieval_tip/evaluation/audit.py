@@ -1,5 +1,19 @@
 """Suspicious shots: those whose label the other shots contradict, and those that are in another class too.
 
+Each key i is a query, and every key of the same image (:func:`images_of`), its own too, is hidden from it. Of the
+``n_c`` keys of class c that are left, the score is the mean weight, so that no class gains by its number of shots::
+
+    score(i, c) = 1 / n_c * sum over keys j of class c that are not hidden of exp(-beta (1 - K_i K_j))
+    suggested   = argmax over c of score(i, c)             # or its own label (see audit)
+    margin      = log(score(i, suggested) / score(i, own label))
+
+at the beta that these keys have untouched (:func:`defaults.untouched_settings`), whatever the index's own: margins
+grow with beta, and would mean something else in each index. Trained ``values`` are ignored: this is about whose
+neighbours the shots are. A fitted index is judged by its raw keys (:func:`closed_form.unfitted`): its metric knows
+each shot's own label, and would agree with a wrong one. A class without a key that is not hidden has no score. A
+shot that is its class's only image cannot be judged: its suggestion, scores, margin and rank are null, and it is
+listed only as a duplicate.
+
 Everything is done a block at a time, so that memory stays flat. The formula is :mod:`tip`'s.
 """
 
@@ -43,20 +57,6 @@ def audit(cache: CacheModel, *, k: KeysMet = None, borderline: bool = False) -> 
 
     A shot looks mislabelled if another class fits clearly better (:data:`CLEAR`), or better at all with ``borderline``.
     Any other shot that is listed is suggested its own label.
-
-    Each key i is a query, and every key of the same image (:func:`images_of`), its own too, is hidden from it. Of the
-    ``n_c`` keys of class c that are left, the score is the mean weight, so that no class gains by its number of shots::
-
-        score(i, c) = 1 / n_c * sum over keys j of class c that are not hidden of exp(-beta (1 - K_i K_j))
-        suggested   = argmax over c of score(i, c)             # or its own label, as above
-        margin      = log(score(i, suggested) / score(i, own label))
-
-    at the beta that these keys have untouched (:func:`defaults.untouched_settings`), whatever the index's own: margins
-    grow with beta, and would mean something else in each index. Trained ``values`` are ignored: this is about whose
-    neighbours the shots are. A fitted index is judged by its raw keys (:func:`closed_form.unfitted`): its metric knows
-    each shot's own label, and would agree with a wrong one. A class without a key that is not hidden has no score. A
-    shot that is its class's only image cannot be judged: its suggestion, scores, margin and rank are null, and it is
-    listed only as a duplicate.
 
     ``k = "all"`` meets all keys: exact, ``n^2`` affinities (16,000 keys of 512 take 3 s on two cores). With a number
     the sum is over so many nearest by the cache's index, and the others count 0. ``None`` is all up to
