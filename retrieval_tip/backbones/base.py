@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PARTS = ("visual", "text")
 
 FloatArray = npt.NDArray[np.float32]
+Preprocess = Mapping[str, Any]
+"""How a backbone prepares pictures, as JSON: open_clip's or timm's settings."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Identity:
     pretrained: str | None
     weights: str
     config: str
-    preprocess: Mapping[str, Any]  # JSON
+    preprocess: Preprocess
 
     @property
     def fingerprint(self) -> str:
@@ -65,7 +67,7 @@ class Identity:
         return cls(**{key: data[key] for key in kinds})
 
 
-def view_size(preprocess: Mapping[str, Any]) -> tuple[int, int]:
+def view_size(preprocess: Preprocess) -> tuple[int, int]:
     """Return height and width of a view by an identity's ``preprocess``."""
     size = preprocess["size"]
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -29,11 +29,15 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from retrieval_tip.backbones.torch_backbone import Model, Tokenizer
+    from retrieval_tip.backbones.torch_backbone import Tokenizer
+    from retrieval_tip.backbones.tower import Model
 
     _Created = tuple[Model, object, Callable[[Image.Image], torch.Tensor]]
 
 log = logging.getLogger(__name__)
+
+Config = dict[str, Any]
+"""A configuration of open_clip, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class _Plan:
     model: str
     pretrained: str | None
     checkpoint: str | None
-    arguments: dict[str, Any]
+    arguments: Config
     wanted: str
     repository: str | None = None
     """Repository on huggingface.co that the weights come from."""
@@ -56,7 +60,7 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
         folder = Path(model.removeprefix("local-dir:"))
         config = _local_config(folder)
         arguments = {}
-        text: dict[str, Any] = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
+        text: Config = config["text_cfg"] if isinstance(config.get("text_cfg"), dict) else {}
         tower = text.get("hf_model_name")
         if tower and not Path(tower).is_dir() and (folder / "config.json").is_file():
             # the text tower lies in this very folder, wherever we run from
@@ -94,13 +98,13 @@ def _plan(model: str, pretrained: str | None) -> _Plan:
     )
 
 
-def _remote(facts: Mapping[str, Any]) -> str:
+def _remote(facts: Config) -> str:
     """Name the place that open_clip fetches a tag's weights from."""
     repository, _, file = facts.get("hf_hub", "").rpartition("/")
     return f"{file or 'open_clip_model.safetensors'} of huggingface.co/{repository}" if repository else facts["url"]
 
 
-def _local_config(folder: Path) -> dict[str, Any]:
+def _local_config(folder: Path) -> Config:
     path = folder / "open_clip_config.json"
     if not folder.is_dir():
         raise BackboneError(f"{folder}: no such model folder; give its place with --model local-dir:PATH")
@@ -115,10 +119,10 @@ def _local_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tag_arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _tag_arguments(facts: Config) -> Config:
     """Return activation and preprocessing of a tag: open_clip only warns if the activation differs."""
     keys = ("mean", "std", "interpolation", "resize_mode")
-    arguments: dict[str, Any] = {f"image_{key}": facts[key] for key in keys if facts.get(key) is not None}
+    arguments: Config = {f"image_{key}": facts[key] for key in keys if facts.get(key) is not None}
     if facts.get("quick_gelu"):
         arguments["force_quick_gelu"] = True
     return arguments
@@ -247,7 +251,7 @@ def _filled_once(create: Callable[[], _Created]) -> _Created:
 
     class Undrawn(TorchFunctionMode):
         def __torch_function__(
-            self, func: Callable[..., object], types: object, args: Any = (), kwargs: dict[str, Any] | None = None
+            self, func: Callable[..., object], types: object, args: Any = (), kwargs: Config | None = None
         ) -> object:
             kwargs = kwargs or {}
             if getattr(func, "__name__", None) in draws:
@@ -280,13 +284,13 @@ def _has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin", "*.pth"))
 
 
-def _config_digest(config: Mapping[str, Any], *, quick_gelu: bool) -> str:
+def _config_digest(config: Config, *, quick_gelu: bool) -> str:
     """Digest the architecture, without names of files and hubs, whose content is in the weights."""
 
-    def plain(part: Mapping[str, Any]) -> dict[str, Any]:
+    def plain(part: Config) -> Config:
         names = ("hf_model_name", "hf_tokenizer_name", "hf_model_pretrained", "timm_model_pretrained")
         kept = {key: value for key, value in part.items() if key not in names}
-        return {key: plain(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+        return {key: plain(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
     what = plain(config) | {"quick_gelu": quick_gelu or bool(config.get("quick_gelu"))}
     return f"sha256:{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}"

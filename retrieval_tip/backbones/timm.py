@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from retrieval_tip.backbones.base import Execution, Identity
+from retrieval_tip.backbones.base import Execution, Identity, Preprocess
 from retrieval_tip.backbones.catalogue import ask_hub, timm_tags, unfetched, unknown_timm
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
-    from retrieval_tip.backbones.torch_backbone import Model
+    from retrieval_tip.backbones.tower import Model
 
 
 class TimmBackbone(TorchBackbone):
@@ -72,7 +70,7 @@ def _image_model(tower: torch.nn.Module) -> Model:
     """Make a module like an open_clip model of an image tower."""
     import torch
 
-    class ImageModel(torch.nn.Module):
+    class VisualOnly(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.visual = tower
@@ -81,10 +79,10 @@ def _image_model(tower: torch.nn.Module) -> Model:
             features: torch.Tensor = self.visual(pixels)
             return features
 
-    return cast("Model", ImageModel())
+    return cast("Model", VisualOnly())
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(settings: Preprocess) -> Preprocess:
     """Return timm's settings of a view as JSON, with the size under open_clip's name."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     return plain | {"size": plain.pop("input_size")[1:]}

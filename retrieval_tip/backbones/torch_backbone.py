@@ -23,16 +23,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from retrieval_tip.backbones.tower import Model
+
     Tokenizer = Callable[[list[str]], torch.Tensor]
-
-    class Model(torch.nn.Module):
-        """An open_clip model, or a module like one; the text parts are missing without a text tower."""
-
-        visual: torch.nn.Module
-        logit_scale: torch.Tensor
-
-        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor: ...
-        def encode_text(self, tokens: torch.Tensor) -> torch.Tensor: ...
 
 
 _T = TypeVar("_T")

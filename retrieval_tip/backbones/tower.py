@@ -12,15 +12,14 @@ import logging
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrieval_tip.backbones.base import FloatArray, Identity, view_size
+from retrieval_tip.backbones.base import FloatArray, Identity, Preprocess, view_size
 from retrieval_tip.errors import first_line, show
 from retrieval_tip.files import cache_folder, make_folders, sha256_of, temporary
 
@@ -32,6 +31,16 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    class Model(torch.nn.Module):
+        """An open_clip model, or a module like one; the text parts are missing without a text tower."""
+
+        visual: torch.nn.Module
+        logit_scale: torch.Tensor
+
+        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+        def encode_text(self, tokens: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
+
+
 log = logging.getLogger(__name__)
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.99}
@@ -42,13 +51,6 @@ FORM = 1
 """Version of the kept files; a change makes new ones."""
 
 _GRAPH, _WEIGHTS, _FACTS = "tower.xml", "tower.bin", "digests.json"
-
-
-class ImageModel(Protocol):
-    """A torch module with an image encoder, as open_clip's models."""
-
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return raw features ``[b, d]`` of views ``[b, 3, h, w]``."""
 
 
 class Tower:
@@ -101,7 +103,7 @@ def kept(identity: Identity, precision: str) -> Tower | None:
 
 
 def converted(
-    model: ImageModel, identity: Identity, size: tuple[int, int], precision: str, least: float | None = None
+    model: Model, identity: Identity, size: tuple[int, int], precision: str, least: float | None = None
 ) -> Tower | None:
     """Convert and keep the tower of a torch model.
 
@@ -134,7 +136,7 @@ def _openvino() -> ModuleType:
     return module
 
 
-def image_encoder(model: ImageModel) -> torch.nn.Module:
+def image_encoder(model: Model) -> torch.nn.Module:
     """Return the ``encode_image`` of a model as a module, ``[b, 3, h, w]`` to ``[b, d]``."""
     import torch
 
@@ -150,7 +152,7 @@ def image_encoder(model: ImageModel) -> torch.nn.Module:
     return encoder
 
 
-def _graph(model: ImageModel, size: tuple[int, int]) -> openvino.Model:
+def _graph(model: Model, size: tuple[int, int]) -> openvino.Model:
     """Return the model's ``encode_image`` as a graph of OpenVINO, for any number of views of this size."""
     import torch
 
@@ -208,14 +210,14 @@ def _digests(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in (_GRAPH, _WEIGHTS)}
 
 
-def can_view(preprocess: Mapping[str, Any]) -> bool:
+def can_view(preprocess: Preprocess) -> bool:
     """Tell whether :func:`view` can prepare pictures as a backbone wants them."""
     with suppress(KeyError, TypeError, ValueError):
         return shorter_side(preprocess) is not None and len(preprocess["mean"]) == len(preprocess["std"]) == 3
     return False
 
 
-def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
+def view(image: Image.Image, preprocess: Preprocess) -> torch.Tensor:
     """Return the centre view ``[3, h, w]`` float32 of a picture, equal to open_clip's and timm's to the last bit.
 
     It is resized, cropped to the middle, divided by 255, less ``mean``, divided by ``std``.
@@ -239,7 +241,7 @@ def view(image: Image.Image, preprocess: Mapping[str, Any]) -> torch.Tensor:
     return pixels.sub_(mean).div_(std)
 
 
-def shorter_side(preprocess: Mapping[str, Any]) -> int | None:
+def shorter_side(preprocess: Preprocess) -> int | None:
     """Return the shorter side of a resized picture before it is cropped; ``None`` if it is not known here."""
     size = view_size(preprocess)
     if size[0] != size[1] or preprocess.get("interpolation") not in ("bilinear", "bicubic"):

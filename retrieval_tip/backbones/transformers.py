@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from retrieval_tip.backbones.base import Execution, Identity
+from retrieval_tip.backbones.base import Execution, Identity, Preprocess
 from retrieval_tip.backbones.catalogue import ask_hub, check_code, is_cached, quiet, reason_of, unfetched
 from retrieval_tip.backbones.torch_backbone import Opened, TorchBackbone, frozen
 from retrieval_tip.errors import BackboneError, UsageError
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from open_clip.transform import PreprocessCfg
 
-    from retrieval_tip.backbones.torch_backbone import Model, Tokenizer
+    from retrieval_tip.backbones.torch_backbone import Tokenizer
+    from retrieval_tip.backbones.tower import Model
 
 KINDS = ("clip", "siglip")
 """Accepted kinds of models; SigLIP 2 of a fixed resolution is a ``siglip``."""
@@ -125,7 +126,7 @@ def _dual(model: Any) -> Model:
     return cast("Model", Dual())
 
 
-def _settings(processor: Mapping[str, Any], place: str) -> PreprocessCfg:
+def _settings(processor: Preprocess, place: str) -> PreprocessCfg:
     """Return the settings of an image processor as open_clip's. Raises BackboneError for others."""
     from open_clip.transform import PreprocessCfg
     from PIL.Image import Resampling
