@@ -10,6 +10,7 @@ import orjson
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from python_multipart.exceptions import FormParserError
 from starlette.exceptions import HTTPException
 
 from retrieval_tip.errors import InputError, RetrievalTipError, UsageError, one_line
@@ -46,6 +47,8 @@ def of(error: Exception) -> Problem:
         )
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail), error.headers)
+    if isinstance(error, FormParserError):  # which newer versions of starlette turn into an HTTPException
+        return Problem(400, f"multipart/form-data: {error}")
     if isinstance(error, InputError | UsageError):
         return Problem(422, str(error))
     return Problem(503, str(error), {"Retry-After": str(BUSY)})  # an index that cannot be read or written now
@@ -61,4 +64,4 @@ async def handle(_: Request, error: Exception) -> Response:
     return answer(of(error))
 
 
-HANDLED = (Problem, RequestValidationError, HTTPException, RetrievalTipError)
+HANDLED = (Problem, RequestValidationError, HTTPException, FormParserError, RetrievalTipError)
