@@ -264,21 +264,6 @@ def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
     assert quiet.stderr == ""
 
 
-def test_photographs_that_cannot_be_read_are_named_and_left_out(run: Any, pictures: Path, tmp_path: Path) -> None:
-    new = photographs(tmp_path / "new", panda=range(4, 7))
-    broken = sorted((new / "panda").iterdir())[1]
-    broken.write_bytes(broken.read_bytes()[:500])
-    done = run("index", "add", pictures, new, "--device", "cpu")
-    assert done.exit_code == 3
-    assert f"skipped {broken}: damaged image" in done.stderr
-    assert "2 keys added" in done.stdout
-    assert str(broken) not in opened(pictures).labels["source"].to_pylist()
-    before = everything(pictures)
-    strict = run("index", "add", pictures, new, "--strict", "--device", "cpu")
-    assert strict.exit_code == 1
-    assert everything(pictures) == before
-
-
 def test_another_backbone_is_refused_with_both_named(run: Any, pictures: Path, tmp_path: Path) -> None:
     from test_backbone import tiny
 
@@ -659,14 +644,6 @@ def test_what_cannot_be_rebuilt_leaves_everything(run: Any, wide: Path) -> None:
     large.save(wide.parent / "large")
     refused(run("index", "rebuild", wide.parent / "large", "--dtype", "float16"), 1, "too large for float16")
     assert everything(wide) == before
-
-
-def test_a_compaction_that_is_refused_leaves_k() -> None:
-    keys = 1e6 * unit_rows(2100, D)
-    cache = CacheModel.from_features(keys, np.arange(2100) % 3, list("abc"), device="cpu", settings=Settings(beta=1e-6))
-    with pytest.raises(InputError):
-        cache.compact("auto", "float16")
-    assert cache.settings.k is None
 
 
 # --- versions

@@ -30,7 +30,7 @@ from retrieval_tip.index import changes
 from retrieval_tip.index import places as stores
 from retrieval_tip.index.build import build_index
 from retrieval_tip.index.fit import fit_index
-from retrieval_tip.lance import draft, lance_model, shots
+from retrieval_tip.lance import draft, lance_keys, lance_model, shots
 from retrieval_tip.server.app import create_app
 from retrieval_tip.server.served import open_all
 
@@ -107,15 +107,26 @@ def test_a_store_is_fitted_as_a_folder_is(built, name):
     assert store.table.has_points == (name == "metric")  # of values all keys are met, which are in memory
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_whole_classes_are_met_as_in_a_folder(built, name, tmp_path):
+@pytest.mark.parametrize("held", [1000, 20, 5])
+@pytest.mark.parametrize("name", [*LETTERS, "plain"])
+def test_whole_classes_are_met_as_in_a_folder(built, name, held, tmp_path, monkeypatch):
+    """All keys at once, some classes, or part of one."""
+    monkeypatch.setattr(lance_keys, "PIECE", held * 4 * QUERIES.shape[1])
     places = [copied(tmp_path, kind, built[name, kind], kind) for kind in KINDS]
+    more = open_source(table(tmp_path / "more.parquet", 1, 9, "more"))
     for place in places:
         changes.rebuild(place, index="Classes")
+        changes.add(place, more, Encoder())
+        changes.relabel(place, NAMES[2], key_ids=[1, 20, 41])
     folder, store = opened(*places)
     assert folder.index_type == store.index_type == "Classes"
-    if name == "metric":
-        same(folder, store)
+    if name in ("metric", "plain"):
+        keys, sums = store.retrieval.keys, torch.zeros(5, QUERIES.shape[1])
+        for place, part in keys.of_classes(np.arange(5)):
+            sums[place] += part.sum(dim=0)
+        np.testing.assert_allclose(sums, keys.sums, atol=1e-4)
+        if held > max(folder.counts):  # else the slack is that of other keys
+            same(folder, store)
     else:  # a store has solved values, and their keys, in memory, where the nearest are met
         same(folder, store, every=[("all", True)])
     for place in places:

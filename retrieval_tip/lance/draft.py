@@ -18,6 +18,7 @@ from retrieval_tip import tip
 from retrieval_tip.answering import EditableIndex
 from retrieval_tip.cache_model import SUMS_FROM, CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError
+from retrieval_tip.index.folders import PAIRS
 from retrieval_tip.index.items import Material
 from retrieval_tip.lance.key_table import (
     CLASSES,
@@ -27,13 +28,14 @@ from retrieval_tip.lance.key_table import (
     UNINDEXED,
     VECTOR,
     VERSION,
+    IntArray,
     KeyTable,
     grouped,
     literal,
     rows_of,
     schema_of,
 )
-from retrieval_tip.lance.lance_model import IntArray, LanceModel, check
+from retrieval_tip.lance.lance_model import LanceModel, check
 from retrieval_tip.lance.row_digest import with_rows
 from retrieval_tip.lance.versions import Classes, TableWriter
 from retrieval_tip.retrieval import inputs
@@ -53,8 +55,6 @@ Column = npt.NDArray[np.integer[Any]] | list[str]
 
 MOST_ASKED, NEIGHBOURS = 512, 4
 """New keys that are compared with the nearest ones, at most, and with how many."""
-PAIRS = 1 << 26
-"""Largest number of affinities that an addition is checked with: half a second on two cores."""
 INDEX_FROM = 50_000
 """Keys from which an index is worth its time: fewer are compared with every query sooner."""
 MOST_HELD = 1 << 30

@@ -14,7 +14,7 @@ from torch import Tensor
 from retrieval_tip import tip
 from retrieval_tip.answering import spread
 from retrieval_tip.errors import StoreError
-from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, KeyTable
+from retrieval_tip.lance.key_table import CLASSES, FLAT, ROW, IntArray, KeyTable
 from retrieval_tip.lance.versions import Classes
 from retrieval_tip.retrieval.evidence import Nearest
 from retrieval_tip.retrieval.keys import SPREAD_CLASSES, SPREAD_KEYS, SPREAD_QUERIES, KeyStream
@@ -28,8 +28,6 @@ PIECE = 1 << 26
 """Bytes of keys, as float32, that are read of some classes at a time."""
 SPREAD_BYTES, SPREAD_LEAST = 1 << 28, 8
 """Bytes of keys that are read for the sample of :meth:`KeyStream.slack`, unless that has too few queries then."""
-
-IntArray = npt.NDArray[np.int64]
 
 
 class LanceKeys(KeyStream):

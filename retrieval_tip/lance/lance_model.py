@@ -25,7 +25,7 @@ from retrieval_tip.answering import AnsweringIndex, spread
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError, first_line
-from retrieval_tip.lance.key_table import FLAT, POINT, VECTOR, VERSION, KeyTable
+from retrieval_tip.lance.key_table import FLAT, POINT, VECTOR, VERSION, IntArray, KeyTable
 from retrieval_tip.lance.lance_keys import LanceKeys, LanceRetrieval
 from retrieval_tip.lance.row_digest import hexadecimal, with_rows
 from retrieval_tip.lance.versions import RESTORE, Classes, LanceVersions
@@ -48,8 +48,6 @@ MOST_ORDERED = 1 << 26
 """Keys of which all ids are read to take the sample that a folder would: 2 GiB."""
 IN_ORDER = [("class_id", "ascending"), ("key_id", "ascending")]
 """The order of the keys in a folder."""
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(repr=False, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -17,12 +16,11 @@ from retrieval_tip.fit import closed_form
 from retrieval_tip.fit.closed_form import FormChoice
 from retrieval_tip.fit.search_hp import Queries
 from retrieval_tip.lance.draft import LanceDraft
-from retrieval_tip.lance.key_table import CLASSES, VECTOR, KeyTable
+from retrieval_tip.lance.key_table import CLASSES, VECTOR, IntArray, KeyTable
 from retrieval_tip.retrieval.ridge import MOST_SOLVED
 from retrieval_tip.retrieval.segments import KeyArray, KeysInPlace
 from retrieval_tip.settings import Fitted, MetricName, ValuesName
 
-IntArray = npt.NDArray[np.int64]
 LABELS = ("key_id", "class_id", "digest", "source")
 
 
