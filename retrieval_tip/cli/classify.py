@@ -144,8 +144,7 @@ def classify(
 
     INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input. With
     --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability. unlike says
-    that it is unlike any shot, where the index was fitted. With
-    --engine ray, --output is a folder of Parquet parts.
+    that it is unlike any shot, where the index was fitted. With --engine ray, --output is a folder of Parquet parts.
     """
     import pyarrow as pa
 
@@ -157,28 +156,7 @@ def classify(
     columns = rows.columns(loaded)
     schema = pa.schema([(column, PREDICTIONS[column]) for column in columns])
     if engine.is_ray:
-        from retrieval_tip.data.tables import open_parquet, table_files
-        from retrieval_tip.distributed.ray_data import Question, cut_inputs
-        from retrieval_tip.index.places import at
-
-        if printing.style != "parquet" or printing.output is None:
-            raise UsageError("--engine ray writes parts: give --format parquet and --output FOLDER")
-        pieces = cut_inputs(inputs, paths_on_stdin())
-        question = Question(
-            str(folder),
-            at(folder).manifest().to_bytes(),
-            "float32" if encoding.precision == "auto" else encoding.precision,  # the fastest one differs by machine
-            loaded.settings,
-            answer.where,
-            schema,
-            partial(_rows, rows, schema),
-        )
-        what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
-        say(f"{show(printing.output)}: {what}")
-        if rows.certify:
-            keys = (open_parquet(file).read(["keys"])["keys"].to_pylist() for file in table_files(printing.output))
-            _say_settled(loaded, Counter(chain.from_iterable(keys)))
-        finish(ctx, skipped)
+        _classify_on_ray(ctx, folder, inputs, loaded, answer, rows, schema, engine, printing, encoding)
         return
     sources = list(open_inputs(inputs, paths_on_stdin()))
     settled: Counter[int] = Counter()
@@ -195,6 +173,42 @@ def classify(
     if rows.certify:
         _say_settled(loaded, settled)
     finish(ctx, encoder.skipped)
+
+
+def _classify_on_ray(
+    ctx: click.Context,
+    folder: Place,
+    inputs: tuple[str, ...],
+    loaded: AnsweringIndex,
+    answer: AnswerOptions,
+    rows: RowOptions,
+    schema: pa.Schema,
+    engine: EngineOptions,
+    printing: OutputOptions,
+    encoding: EncodingOptions,
+) -> None:
+    from retrieval_tip.data.tables import open_parquet, table_files
+    from retrieval_tip.distributed.ray_data import Question, cut_inputs
+    from retrieval_tip.index.places import at
+
+    if printing.style != "parquet" or printing.output is None:
+        raise UsageError("--engine ray writes parts: give --format parquet and --output FOLDER")
+    pieces = cut_inputs(inputs, paths_on_stdin())
+    question = Question(
+        str(folder),
+        at(folder).manifest().to_bytes(),
+        "float32" if encoding.precision == "auto" else encoding.precision,  # the fastest one differs by machine
+        loaded.settings,
+        answer.where,
+        schema,
+        partial(_rows, rows, schema),
+    )
+    what, skipped = _on_ray(ctx, pieces, printing.output, engine, encoding, index=loaded, question=question)
+    say(f"{show(printing.output)}: {what}")
+    if rows.certify:
+        keys = (open_parquet(file).read(["keys"])["keys"].to_pylist() for file in table_files(printing.output))
+        _say_settled(loaded, Counter(chain.from_iterable(keys)))
+    finish(ctx, skipped)
 
 
 def _rows(

@@ -80,17 +80,22 @@ def fit_command(
     finish(ctx, skipped)
 
 
+_JUDGED = options.several(
+    click.option(
+        "--leave-one-out", is_flag=True, help="Score each shot with its own image's keys hidden; needs no images."
+    ),
+    click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden."),
+    click.option("--val-shots", type=K("shots"),
+                  help="Validation images a class, or all.  [default: min(shots, 4), as published]"),
+    options.PROTOCOL,
+    options.SCALES,
+)  # fmt: skip
+
+
 @command("search-hp")
 @click.argument("folder", type=FOLDER)
 @click.option("--val", "source", type=SOURCE, help="Labelled validation source; of a split .json its val part.")
-@click.option(
-    "--leave-one-out", is_flag=True, help="Score each shot with its own image's keys hidden; needs no images."
-)
-@click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden.")
-@click.option("--val-shots", type=K("shots"),
-              help="Validation images a class, or all.  [default: min(shots, 4), as published]")  # fmt: skip
-@options.PROTOCOL
-@options.SCALES
+@_JUDGED
 @click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
 @click.option("--plot", type=FILE, help="PNG or SVG file for the same as a heat map (needs matplotlib).")
 @click.option(

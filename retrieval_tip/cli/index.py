@@ -56,6 +56,25 @@ _KEYS = options.several(
 )  # fmt: skip
 
 
+_INDEXING = options.several(
+    click.option("--index", "factory",
+                  help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. At an "
+                       "address: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat; there auto]"),
+    click.option("--fit", type=options.choice(FitName),
+                  help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter."
+                       "  [default: auto; none where alpha, beta or normalize is given]"),
+    options.LETTERS,
+    _KEYS,
+    click.option("--normalize", type=options.choice(Normalize),
+                  help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
+                       "[default: both; none where alpha or beta is given]"),
+    click.option("-k", "k", type=K(),
+                  help="Nearest keys that a query uses.  [default: all; with --index auto its choice]"),
+    click.option("--logit-scale", type=POSITIVE,
+                  help="Factor of the text logits.  [default: the backbone's, else 100]"),
+)  # fmt: skip
+
+
 @click.group("index", cls=Group)
 def index() -> None:
     """Build, describe, check, query and change indexes."""
@@ -71,19 +90,7 @@ def index() -> None:
 @click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
 @click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
 @options.VIEWS
-@click.option("--index", "factory",
-              help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. At an "
-                   "address: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat; there auto]")  # fmt: skip
-@click.option("--fit", type=options.choice(FitName),
-              help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter.  "
-                   "[default: auto; none where alpha, beta or normalize is given]")  # fmt: skip
-@options.LETTERS
-@_KEYS
-@click.option("--normalize", type=options.choice(Normalize),
-              help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
-                   "[default: both; none where alpha or beta is given]")  # fmt: skip
-@click.option("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: all; with --index auto its choice]")
-@click.option("--logit-scale", type=POSITIVE, help="Factor of the text logits.  [default: the backbone's, else 100]")
+@_INDEXING
 @options.READING
 @options.ENCODING
 @click.pass_context

@@ -12,7 +12,7 @@ import click
 
 from retrieval_tip.cli.group import command
 from retrieval_tip.cli.messages import say
-from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, grouped
+from retrieval_tip.cli.options import DEVICE, PRECISION, VERIFY, grouped, several
 from retrieval_tip.cli.parameters import FOLDER, INDEX, Number, count
 from retrieval_tip.errors import UsageError, counted
 
@@ -42,33 +42,31 @@ _LIMITS = grouped(
 )  # fmt: skip
 
 
+_ACCESS = several(
+    click.option("--host", default="127.0.0.1", show_default=True,
+                  help="Address to listen at; one that others reach shows them the indexes."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one."),
+    click.option("--token", envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True,
+                  help="Secret required to change indexes.  [default: on localhost a new one, in the printed URL; "
+                       "otherwise changes are refused]"),
+    click.option("--read-only", is_flag=True, help="Nobody may change indexes."),
+    click.option("--uploads", type=FOLDER,
+                  help="Folder for images that are added.  [default: DIR-shots, beside each DIR]"),
+    click.option("--into", type=FOLDER,
+                  help="Folder for indexes that are made in the page.  [default: beside the first DIR]"),
+    click.option("--model", metavar="NAME",
+                  help="Encoder of indexes that are made.  [default: the first DIR's, without one ViT-B-32]"),
+    click.option("--pretrained", metavar="TAG", help="Weights of --model."),
+    click.option("--root", type=FOLDER, help="Folder that relative paths of shots' pictures start from."),
+    click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
+                  help="A further name that requests may ask for; repeat for more.  "
+                       "[default: this machine's own, and any where --host is another]"),
+)  # fmt: skip
+
+
 @command("serve")
 @click.argument("folders", type=INDEX, nargs=-1, metavar="[DIR...]")
-@click.option("--host", default="127.0.0.1", show_default=True,
-              help="Address to listen at; one that others reach shows them the indexes.")  # fmt: skip
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one.")
-@click.option(
-    "--token",
-    envvar="RETRIEVAL_TIP_TOKEN",
-    show_envvar=True,
-    help="Who sends this may change indexes.  "
-    "[default: at an address of this machine alone a new one, which the printed address has; else nobody]",
-)
-@click.option("--read-only", is_flag=True, help="Nobody may change indexes.")  # fmt: skip
-@click.option("--uploads", type=FOLDER, help="Folder for images that are added.  [default: DIR-shots, beside each DIR]")
-@click.option(
-    "--into", type=FOLDER, help="Folder for indexes that are made in the page.  [default: beside the first DIR]"
-)
-@click.option(
-    "--model",
-    metavar="NAME",
-    help="Encoder of indexes that are made.  [default: the first DIR's, without one ViT-B-32]",
-)
-@click.option("--pretrained", metavar="TAG", help="Weights of --model.")
-@click.option("--root", type=FOLDER, help="Folder that relative paths of shots' pictures start from.")
-@click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
-              help="A further name that requests may ask for; repeat for more.  "
-                   "[default: this machine's own, and any where --host is another]")  # fmt: skip
+@_ACCESS
 @_LIMITS
 @PRECISION
 @VERIFY
