@@ -191,7 +191,8 @@ def test_two_nodes_encode_and_classify_as_one_process_does(run, head, shared, tm
         for a, b in zip(figures, others, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     ended.set()
-    assert len(nodes) == 2
+    raylets = [" ".join(psutil.Process(node).cmdline()) for node in nodes if psutil.pid_exists(node)]
+    assert sum(head.partition(":")[2] in raylet for raylet in raylets) == 2
     if kind == "folder":  # without one of its parts, the same command makes that one
         parts = tmp_path / "classify.parts"
         shutil.rmtree(parts / "part=000001")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ def _on_ray(
         address=engine.ray_address,
         actors=engine.actors,
         device=encoding.device,
-        progress=not ctx.obj,
+        progress=sys.stderr.isatty() and not ctx.obj,
     )
     for one in skipped:
         say_skipped(one)

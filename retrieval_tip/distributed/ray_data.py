@@ -29,6 +29,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from retrieval_tip.answering import AnsweringIndex
 from retrieval_tip.backbones.base import Backbone
@@ -166,7 +167,7 @@ def _stream(
         dataset.write_parquet(
             folder.place,
             partition_cols=["part"],
-            filesystem=folder.system,
+            filesystem=PyFileSystem(FSSpecHandler(folder.system)),
             ray_remote_args={"num_cpus": 0},  # actors may have every CPU
             concurrency=actors,
             use_dictionary=False,
