@@ -31,7 +31,7 @@ from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import of_images, open_items
 from retrieval_tip.data.tables import open_parquet, table_files
 from retrieval_tip.distributed.cluster import room
-from retrieval_tip.distributed.ray_data import Folder, Work, Worker, cut, cut_inputs
+from retrieval_tip.distributed.ray_data import PartsFolder, Work, Worker, cut, cut_inputs
 from retrieval_tip.errors import InputError, UsageError
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_run_is_refused(run, monkeypatch, tmp_path, arguments, named
 
 
 def test_a_folder_holds_the_parts_of_one_run_each_once_and_whole(tmp_path):
-    folder = Folder(f"{tmp_path}/parts/")
+    folder = PartsFolder(f"{tmp_path}/parts/")
     assert not folder.claim("a")
     for part, name, rows in (("000000", "a", 3), ("000000", "b", 3), ("000001", "a", 2), ("000002", "a", 1)):
         path = tmp_path / f"parts/part={part}/{name}.parquet"
@@ -107,7 +107,7 @@ def test_a_folder_holds_the_parts_of_one_run_each_once_and_whole(tmp_path):
     table = open_items(tmp_path / "parts")
     assert table.sources == ["000000-0", "000000-1", "000000-2", "000001-0", "000001-1"]
     assert np.array_equal(Encoder().encode(table.take([4])).features, unit_rows(2, 4)[1:])
-    for other in (folder, Folder(tmp_path)):
+    for other in (folder, PartsFolder(tmp_path)):
         with pytest.raises(UsageError, match=other.place):
             other.claim("b")
 
@@ -120,7 +120,9 @@ def test_an_actor_makes_the_rows_of_a_piece_and_reports_what_it_could_not_read(t
     pieces = {"000000": of_images([paths[0], str(tmp_path / "bad.jpg"), paths[1]]), "000001": f"{tmp_path}/no.tar"}
     found = [worker(pa.table({"part": [part], "piece": [pickle.dumps(piece)]})) for part, piece in pieces.items()]
     assert [(rows["id"].to_pylist(), rows["part"].to_pylist()) for rows in found] == [(paths, ["000000"] * 2), ([], [])]
-    failed = {part: [skipped.source for skipped in some] for part, some in Folder(tmp_path / "out").failed().items()}
+    failed = {
+        part: [skipped.source for skipped in some] for part, some in PartsFolder(tmp_path / "out").failed().items()
+    }
     assert failed == {"000000": [str(tmp_path / "bad.jpg")], "000001": [f"{tmp_path}/no.tar"]}
 
 

@@ -115,7 +115,7 @@ def write_parts(
     Returns the number of rows, and of parts that were there before, and what could not be read. Raises UsageError if
     ``out`` holds something else, or as :func:`connected`; InputError if nothing could be read; what an actor raises.
     """
-    folder = Folder(out)
+    folder = PartsFolder(out)
     pickled = {f"{number:06}": pickle.dumps(piece) for number, piece in enumerate(pieces)}
     rows_depend_on = replace(work, encoder=replace(work.encoder, batch_size=None, workers=1, strict=False))
     complete = folder.claim(hashlib.sha256(pickle.dumps((rows_depend_on, pickled))).hexdigest())
@@ -140,7 +140,7 @@ def write_parts(
 
 
 def _stream(
-    work: Work, missing: list[dict[str, object]], folder: Folder, most: int | None, device: str, progress: bool
+    work: Work, missing: list[dict[str, object]], folder: PartsFolder, most: int | None, device: str, progress: bool
 ) -> None:
     """Send pieces through actors into Parquet files."""
     import ray
@@ -185,7 +185,7 @@ class Worker:
     def __init__(self, work: Work, out: str, device: str, started_in: Path) -> None:
         with suppress(OSError):  # relative paths start there, if this machine has that folder
             os.chdir(started_in)
-        self._work, self._folder, self._device = work, Folder(out), device
+        self._work, self._folder, self._device = work, PartsFolder(out), device
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Make the rows of a piece, with the number of their part."""
@@ -223,7 +223,7 @@ class Worker:
         return index if asked.where is None else index.take(rows_where(index.labels, asked.where))
 
 
-class Folder:
+class PartsFolder:
     """A folder of parts, by its path or URL; ``files`` are named from there."""
 
     system: AbstractFileSystem
