@@ -109,7 +109,7 @@ def random_index(folder: Path, n: int, d: int, classes: int) -> Path:
 def running(app: FastAPI) -> Iterator[tuple[str, int]]:
     """An application as ``serve`` runs it, in a thread of this process: its address."""
     with run.listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(run.configured(app, 1))
+        server = uvicorn.Server(run.configured(app, 20))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
