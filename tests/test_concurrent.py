@@ -16,7 +16,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from tables import unit_rows, write_table
 from retrieval_tip import CacheModel, verify
 from retrieval_tip.data.encoder import Encoder
 from retrieval_tip.data.sources import open_source
-from retrieval_tip.errors import InputError, StoreError
+from retrieval_tip.errors import StoreError
 from retrieval_tip.index import changes
 from retrieval_tip.index.build import build_index
 from retrieval_tip.retrieval import labelled_keys, vector_index
@@ -338,23 +338,6 @@ def test_a_build_that_fails_does_not_take_its_new_folder_from_another(server: ki
         status = server.wait()
         assert (status if number % 2 else status[::-1]) == [1, 0]
         assert verify(folder).version == 1
-
-
-def test_a_folder_that_a_failed_build_removes_is_made_again_by_the_one_that_waits(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "deep" / "new"
-    monkeypatch.setattr("retrieval_tip.store.lock.LOCK_WAIT", 60.0)
-    with ThreadPoolExecutor(1) as pool:
-        for pause in (0.0, 0.01, 0.05):
-            with pytest.raises(InputError), write(folder) as writer:  # noqa: PT012 - the wait is part of it
-                writer.stage("keys").write_bytes(b"x")
-                waiting = pool.submit(CacheModel.load(index, device="cpu").save, folder)
-                time.sleep(pause)
-                raise InputError("x")
-            waiting.result()
-            assert verify(folder).version == 1
-            shutil.rmtree(tmp_path / "deep")
 
 
 @pytest.mark.parametrize("name", ["lock", "data", "folder"])

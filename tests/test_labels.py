@@ -69,17 +69,6 @@ def test_predictions_come_back_from_every_format(tmp_path: Path, style: str, nam
     ]
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_predictions_of_few_columns_have_no_others(tmp_path: Path, style: str) -> None:
-    columns = ["input", "label", "probability"]
-    rows = [
-        {"input": str(i), "label": None, "probability": float(i)} for i in range(3)
-    ]  # all withheld, names of digits
-    table = read_predictions(written(tmp_path / "p", rows, style, columns))
-    assert table.column_names == columns
-    assert table.to_pylist() == rows
-
-
 @given(
     rows=st.lists(
         st.fixed_dictionaries(

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sealing import one_line, snapshot
 
-from retrieval_tip.errors import InputError, RetrievalTipError, UsageError
+from retrieval_tip.errors import InputError, UsageError
 from retrieval_tip.store import query as module
 from retrieval_tip.store.query import ask, rows_where
 
@@ -31,13 +32,6 @@ LABELS = pa.table(
         "checked": [True, None, False, True, None],
     }
 )
-
-
-def one_line(error: pytest.ExceptionInfo[RetrievalTipError], *parts: object) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert str(part) in text
 
 
 # --- questions in SQL
@@ -143,10 +137,6 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
 @pytest.mark.parametrize("sql", REACHING)
 def test_sql_reaches_no_file_no_network_and_no_setting(secrets: Path, sql: str) -> None:
     before = snapshot(secrets)
@@ -219,13 +209,6 @@ def test_rows_where_takes_one_boolean_expression_only(condition: str) -> None:
     one_line(error, "where: ")
     said = "not UTF-8" in str(error.value) or "open parentheses" in str(error.value)
     assert said or "over the columns key_id, cl" in str(error.value)
-
-
-def test_rows_where_says_what_is_not_a_condition() -> None:
-    with pytest.raises(UsageError, match=r"^where: is INTEGER; expected one condition that is true or false of a row"):
-        rows_where(LABELS, "shot")
-    with pytest.raises(UsageError, match=r'^where: Binder Error: .*"lable".*; expected one condition'):
-        rows_where(LABELS, "lable = 'cat'")
 
 
 @pytest.mark.parametrize("names", [["position"], ["POSITION", "position_"], ["rowid", "Position", "position__"]])

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SOAK, few
+from conftest import SOAK
 from sealing import body_of, one_line, resealed, sealed, snapshot
 
 from retrieval_tip import CacheModel, verify
@@ -604,14 +604,12 @@ class Faults:
         return run
 
 
-NO_SPACE, NO_DISK = OSError(28, "No space left on device"), OSError(5, "Input/output error")
+NO_DISK = OSError(errno.EIO, "Input/output error")
 
 
-@pytest.mark.parametrize(
-    ("error", "existing"), few([(NO_SPACE, True), (NO_DISK, True), (NO_SPACE, False), (NO_DISK, False)], 2), ids=str
-)
+@pytest.mark.parametrize("existing", [True, False])
 def test_a_call_that_fails_leaves_the_old_version_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, existing: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
     place = tmp_path / "place"
     place.mkdir()
@@ -629,7 +627,7 @@ def test_a_call_that_fails_leaves_the_old_version_or_the_new(
         place.mkdir(exist_ok=True)
         new = model(2)
         with monkeypatch.context() as patch:
-            faults = Faults(patch, error)
+            faults = Faults(patch, NO_DISK)
             faults.at = at
             problem = None
             try:
@@ -640,7 +638,7 @@ def test_a_call_that_fails_leaves_the_old_version_or_the_new(
         if problem is not None:
             failures += 1
             assert "\n" not in problem
-            assert error.strerror in problem
+            assert NO_DISK.strerror in problem
             # Where tidying up is what fails, some leftover may stay, for the next writer.
             for name, data in before.items():
                 assert (place / name).is_dir() if data is None else (place / name).read_bytes() == data

@@ -27,11 +27,11 @@ from retrieval_tip.store.sums import Sums
 from retrieval_tip.store.writer import Writer
 
 HELD = ("text", "values", "curve", "metric", "points", "sums")
-"""Parts that are one file each, and written again only where it is another object."""
+"""Parts of one file each, which is written again only for another object."""
 
 
 class SavedIndex(Protocol):
-    """A FAISS index as a folder keeps it: over ``indexed`` vectors, in the file ``path`` where it is saved."""
+    """A FAISS index of ``indexed`` vectors, and the file ``path`` that it was saved in."""
 
     path: Path | None
 
@@ -45,14 +45,12 @@ class SavedIndex(Protocol):
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of the data files of a version, as arrays or tensors.
+    """The contents of a version's data files, as arrays or tensors.
 
-    ``segments`` are the keys ``[n_i, d]``, float32 or float16, the first of which the ``index`` is over; ``labels``
-    describes them all, row by row; ``text`` ``[c, d]`` float32. ``values`` ``[n, c]`` float32 were solved or trained;
-    the ``metric`` of a fitted index makes the first segment its ``points``, of the keys' dtype, and the ``sums`` that
-    it is fitted from are of all keys; the loss ``curve`` and the ``weights`` of an encoder (a safetensors file) are
-    those of a fine-tuned one, Where contents were just read, indexes are
-    ``None``: their files are opened by who knows FAISS.
+    ``segments`` are keys ``[n_i, d]``, float32 or float16; the ``index`` is over the first. ``labels`` describes all
+    keys, row by row; ``text`` ``[c, d]`` and ``values`` ``[n, c]`` are float32. A fitted index has a ``metric``, the
+    first segment's ``points`` in it, and the ``sums`` of all keys; a fine-tuned one the loss ``curve``, and ``weights``
+    of its encoder (a safetensors file). Contents that were just read have no ``index``: the caller opens it by FAISS.
     """
 
     segments: Sequence[npt.NDArray[np.floating]]
@@ -167,10 +165,10 @@ def metric_of(array: npt.NDArray[np.floating]) -> tip.Metric:
 
 @dataclass(frozen=True)
 class Stored:
-    """A version of an index folder, and the objects in memory that its files hold: these need not be written again.
+    """A version of an index folder, and the objects in memory that its files hold and that need no new file.
 
-    ``check`` is the comparison of its files with their digests; ``contents`` are ``None`` where they are not known.
-    ``named``: the classes are called as its labels say.
+    ``check`` compares its files with their digests; ``contents`` are ``None`` if unknown. ``named``: its labels have
+    the classes' current names.
     """
 
     check: Check
@@ -207,9 +205,9 @@ class Stored:
         return file is not None and index.path == self.check.folder / file.name
 
     def check_copied(self, contents: Contents, *, shared: bool) -> None:
-        """Check in full what is copied from this version, where it was not: else damage gets a digest that fits it.
+        """Verify every file before copying it, so that damage is not sealed again under a valid digest.
 
-        ``shared`` says whether files are shared with it. Raises StoreError naming the file that is damaged.
+        ``shared``: files are shared with this version. Raises StoreError naming the damaged file.
         """
         if self.check.verify == "full":
             return

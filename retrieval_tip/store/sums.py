@@ -12,11 +12,11 @@ BLOCK = 2048
 """Keys that are made float64 at a time."""
 
 TOLERANCE, LEAST = 1e-9, 1e-8
-"""Of :class:`Along`, as a share of what such a sum can be: far above rounding, and below one key in 10^8. And of one
-key, for sums that are kept however many keys were removed: what rounding leaves of these."""
+"""Relative tolerances of :class:`Along`: of the largest such sum (above rounding error, below the effect of one key in
+10^8), and of one key, for sums that stay however many keys are removed."""
 
 LEFT = 1e-5
-"""The share of the squares that has to be left after a removal, for the rounding of what was there not to show."""
+"""Share of the squares that must be left after a removal; with less, the rounding of the removed keys would show."""
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
