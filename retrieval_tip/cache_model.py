@@ -70,17 +70,14 @@ class KeyEdits(EditableIndex):
 
     @property
     def n(self) -> int:
-        """Number of keys."""
         return int(self.keys.shape[0])
 
     @property
     def d(self) -> int:
-        """Length of a feature."""
         return int(self.keys.shape[1])
 
     @property
     def dtype(self) -> Dtype:
-        """Of the stored keys: float32 or float16."""
         return "float16" if self.keys.dtype == np.float16 else "float32"
 
     @property
@@ -117,7 +114,6 @@ class KeyEdits(EditableIndex):
         return index
 
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
-        """See :meth:`answering.EditableIndex.add_classes`. On disk after :meth:`CacheModel.save`, as every edit."""
         names, weights = inputs.new_classes(names, self.class_names, text_weights, self.d, self.has_text)
         self.class_names = [*self.class_names, *names]
         self.text_weights = torch.cat([self.text_weights, weights.to(self.text_weights)])
@@ -300,7 +296,6 @@ class KeyEdits(EditableIndex):
         self._follow()
 
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
-        """See :meth:`answering.EditableIndex.set_text`."""
         self.templates, self.text_weights = list(templates), torch.from_numpy(weights).to(self.device)
 
     def _follow(self) -> None:
@@ -387,7 +382,6 @@ class CacheModel(KeyEdits):
 
     @property
     def retrieval(self) -> IndexRetrieval:
-        """The retrieval of keys, with the settings as they are now."""
         return IndexRetrieval(
             keys=self._keys,
             index=self.index,
@@ -399,12 +393,10 @@ class CacheModel(KeyEdits):
 
     @property
     def index_type(self) -> str:
-        """Factory of the index over the keys."""
         return self.index.factory
 
     @property
     def exact_search(self) -> bool:
-        """Whether the nearest keys are always found."""
         return self.index.exact_search
 
     @classmethod
@@ -470,40 +462,32 @@ class CacheModel(KeyEdits):
         )
 
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Columns of the label store of some keys, by row ``[m]``."""
         return self.labels.select(list(columns)).take(pa.array(rows))
 
     def every_row(self) -> npt.NDArray[np.int64]:
-        """The rows of all keys ``[n]``."""
         return np.arange(self.n)
 
     def some(self, m: int) -> tuple[KeyArray, pa.Table]:
-        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
         rows = spread(self.n, m)
         return np.asarray(self.keys[rows]), self.described(rows, ["key_id", "class_id"])
 
     def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], KeyArray]]:
-        """Class ids and keys, as they are stored, of some classes, a block at a time."""
         every = self.labels["class_id"].to_numpy().astype(np.int64)
         rows = np.flatnonzero(np.isin(every, class_ids))
         for part in slices(len(rows), KEY_BLOCK):
             yield every[rows[part]], np.asarray(self.keys[rows[part]])
 
     def stored_blocks(self) -> Iterator[tuple[pa.Table, KeyArray]]:
-        """Labels and keys, as they are stored, a block at a time."""
         for part in runs(self.keys, KEY_BLOCK):
             yield self.labels.slice(part.start, part.stop - part.start), self.keys[part]
 
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """See :meth:`answering.AnsweringIndex.find`."""
         return rows_with(self.labels, labels, source, key_ids)
 
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-        """Digest and label of the keys that have one of these digests."""
         return labelled_digests(self.labels, digests)
 
     def statistics(self) -> Statistics | None:
-        """:func:`defaults.measure` of what queries meet."""
         return measure(self.met, self.class_ids.cpu().numpy())
 
     def exact_logits(self, features: Features) -> Tensor:
@@ -554,12 +538,10 @@ class CacheModel(KeyEdits):
 
     @property
     def place(self) -> str | None:
-        """Folder that this was loaded from or saved to."""
         return None if self.folder is None else str(self.folder)
 
     @property
     def manifest(self) -> Manifest | None:
-        """That of the version that this was loaded from or saved as."""
         return None if self._stored is None else self._stored.manifest
 
     @classmethod
@@ -595,7 +577,6 @@ class CacheModel(KeyEdits):
         return cache
 
     def in_memory(self) -> Self:
-        """See :meth:`answering.AnsweringIndex.in_memory`."""
         return self
 
     def on(self, device: str, precision: Precision) -> Self:
