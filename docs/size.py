@@ -29,8 +29,7 @@ def spans(paths: list[Path], kind: type[ast.AST] | tuple[type[ast.AST], ...]) ->
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kind):
-                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                yield node.end_lineno - first + 1, f"{path.stem}.{node.name}"
+                yield node.end_lineno - node.lineno + 1, f"{path.stem}.{node.name}"
 
 
 def words(paths: list[Path], pattern: str | re.Pattern[str]) -> int:

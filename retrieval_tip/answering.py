@@ -32,7 +32,8 @@ from retrieval_tip.retrieval.inputs import Features, Labels
 from retrieval_tip.retrieval.logits import LOGITS, AnswerTerms, Retrieval, first_two, slices
 from retrieval_tip.retrieval.vector_index import GPU_MAX_K
 from retrieval_tip.settings import Built, Dtype, Fitted, KeysMet, Norms, Settings
-from retrieval_tip.store.manifest import Manifest
+from retrieval_tip.store import history
+from retrieval_tip.store.manifest import DataFile, Manifest, Segment, Table, TableDigests
 
 if TYPE_CHECKING:
     from retrieval_tip.cache_model import CacheModel
@@ -511,6 +512,42 @@ class EditableIndex(AnsweringIndex):
     @abstractmethod
     def compact(self) -> None:
         """Make all keys one piece, indexed as the first one is."""
+
+
+def manifest_of(
+    index: AnsweringIndex,
+    number: int,
+    parent: Manifest | None,
+    change: str,
+    files: dict[str, DataFile],
+    *,
+    later: Sequence[Segment] = (),
+    table: Table | None = None,
+    digests: TableDigests | None = None,
+) -> Manifest:
+    """Return the manifest of an index as the version ``number`` after its ``parent``; ``change`` is what made it."""
+    return Manifest(
+        version=number,
+        parent=None if parent is None else parent.version,
+        **history.stamp(),
+        n=index.n,
+        d=index.d,
+        dtype=index.dtype,
+        class_names=index.class_names,
+        templates=index.templates,
+        settings=index.settings,
+        index=index.index_type,
+        backbone=index.backbone.to_dict() if index.backbone else None,
+        provenance=index.provenance,
+        files=files,
+        later=list(later),
+        next_key_id=index.next_key_id,
+        change=change,
+        table=table,
+        fitted=index.fitted,
+        built=index.built,
+        digests=digests,
+    )
 
 
 def _columns(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval_tip import tip
-from retrieval_tip.answering import AnsweringIndex, EditableIndex, spread
+from retrieval_tip.answering import AnsweringIndex, EditableIndex, manifest_of, spread
 from retrieval_tip.backbones.base import Identity, resolve_device
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.files import real
@@ -38,7 +38,6 @@ from retrieval_tip.retrieval.ridge import MOST_SOLVED, Ridge
 from retrieval_tip.retrieval.segments import KeyArray, Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Built, Dtype, Fitted, Precision, Settings, Verify
-from retrieval_tip.store import history
 from retrieval_tip.store.contents import Contents, Stored
 from retrieval_tip.store.folder import Check, check_earlier, opened, read_manifest, read_version
 from retrieval_tip.store.labels import label_table, labelled_digests, rows_with
@@ -705,35 +704,11 @@ def _commit(cache: CacheModel, writer: Writer, change: str) -> Check:
     Raises as :meth:`answering.AnsweringIndex.check_answers`.
     """
     cache.check_answers()
-    manifest = _manifest(cache, writer, change)
+    number = writer.parent.version + 1 if writer.parent else 1
+    manifest = manifest_of(cache, number, writer.parent, change, writer.files, later=writer.later)
     writer.commit(manifest)
     cache.version, cache.folder = manifest.version, writer.folder
     return Check(writer.folder, manifest, known=manifest.data_files)
-
-
-def _manifest(cache: CacheModel, writer: Writer, change: str) -> Manifest:
-    """The manifest of the version that the writer makes."""
-    parent = writer.parent.version if writer.parent else None
-    return Manifest(
-        version=(parent or 0) + 1,
-        parent=parent,
-        **history.stamp(),
-        n=cache.n,
-        d=cache.d,
-        dtype=cache.dtype,
-        class_names=cache.class_names,
-        templates=cache.templates,
-        settings=cache.settings,
-        index=cache.index.factory,
-        backbone=cache.backbone.to_dict() if cache.backbone else None,
-        provenance=cache.provenance,
-        files=writer.files,
-        later=writer.later,
-        next_key_id=cache.next_key_id,
-        change=change,
-        fitted=cache.fitted,
-        built=cache.built,
-    )
 
 
 def verify(folder: str | os.PathLike[str]) -> CacheModel:

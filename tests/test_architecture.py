@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 from conftest import ROOT
@@ -37,6 +38,17 @@ def test_a_reference_in_a_docstring_that_leads_nowhere_is_found(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert [line.partition("not found: ")[2].split()[0] for line in done.stderr.splitlines()] == ["two.gone"]
+
+
+def test_no_class_and_no_function_is_too_long_and_each_class_name_is_used_once():
+    names = Counter()
+    for path in sorted((ROOT / "retrieval_tip").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                most = 400 if isinstance(node, ast.ClassDef) else 70
+                assert node.end_lineno - node.lineno < most, f"{path.name}: {node.name}"
+                names[node.name] += isinstance(node, ast.ClassDef)
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_the_method_needs_torch_only():

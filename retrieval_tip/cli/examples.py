@@ -1,5 +1,7 @@
 """Two examples of each command, as its help and the reference show them."""
 
+from retrieval_tip.index.addresses import EXAMPLE
+
 EXAMPLES = {
     "index build": [
         "index build photos --out indexes/things",
@@ -31,7 +33,7 @@ EXAMPLES = {
         "index rename indexes/things cat 'tabby cat' --encode",
     ],
     "index set": ["index set indexes/things --alpha 2 --beta 5.5", "index set indexes/things -k 64"],
-    "index compact": ["index compact indexes/things", "index compact lance://indexes/things.lance"],
+    "index compact": ["index compact indexes/things", f"index compact {EXAMPLE}"],
     "index rebuild": [
         "index rebuild indexes/things --dtype float16",
         "index rebuild indexes/things --index HNSW32",
@@ -41,7 +43,7 @@ EXAMPLES = {
     "index gc": ["index gc indexes/things", "index gc indexes/things --keep 5"],
     "index clone": [
         "index clone indexes/things indexes/copy",
-        "index clone indexes/things lance://indexes/things.lance",
+        f"index clone indexes/things {EXAMPLE}",
     ],
     "index export": [
         "index export indexes/things --out keys.parquet",

@@ -13,7 +13,7 @@ import click.shell_completion
 
 from retrieval_tip.bounds import MANY, MOST
 from retrieval_tip.data.remote import is_remote
-from retrieval_tip.index.addresses import KIND, parse
+from retrieval_tip.index.addresses import KIND, METAVAR, parse
 
 LARGEST = 1e30
 """The largest number that is taken: what is computed with it, in float32, reaches to 3e38."""
@@ -45,7 +45,7 @@ class Folder(click.Path):
 class IndexType(click.ParamType[Path | str]):
     """An index: a folder, or an address."""
 
-    name = "DIR|lance://PATH|s3://..."
+    name = METAVAR
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         """The folder's path, or the address."""

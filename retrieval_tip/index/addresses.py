@@ -15,6 +15,8 @@ PLUGS = dict.fromkeys(("lance", "s3", "gs"), "retrieval_tip.lance")
 """The package that keeps the indexes of each scheme."""
 KIND, FORMS = "LanceDB store", "lance://PATH, s3://BUCKET/PATH, gs://BUCKET/PATH"
 """What help and messages call these stores, and their addresses."""
+METAVAR, EXAMPLE = "DIR|lance://PATH|s3://...", "lance://indexes/things.lance"
+"""How help shows a place, and an example of an address."""
 
 
 class Plug(Protocol):

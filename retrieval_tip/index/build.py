@@ -58,49 +58,41 @@ def build_index(
         encoder: backbone, views, seed and caching; ``encoder.skipped`` names the images that could not be read.
         shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
         templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
-        text: a feature table of text features instead, labelled by class: one or more prompts a class. Its classes, in
-            its order, are the index's; a class without an image is allowed, an unknown label is not.
-        index: of a folder a FAISS factory string, ``Classes``, or ``auto`` (:func:`keys.auto_for`), by default
-            ``Flat``; of another store one of its own types, by default ``auto``.
-        dtype: of the stored keys, ``float32`` or ``float16``.
+        text: a feature table of prompts instead, one or more a class; its classes, in its order, are the index's.
+        index: FAISS factory string, ``Classes`` or ``auto`` (:func:`keys.auto_for`), by default ``Flat``; of another
+            store one of its own types, by default ``auto``.
+        dtype: of the stored keys.
         alpha: residual ratio.
         beta: sharpness.
-        normalize: the units of alpha and beta (see :func:`defaults.plain_settings`), by default the paper's where one
-            of them is given: the other is then 1.0 or 5.5. Else they follow from the shots' own affinities (``both``).
-        fit: ``auto`` fits metric, values and settings to the shots (:func:`closed_form.fit`); ``none`` is Tip-Adapter,
-            and the default where alpha, beta or normalize is given.
-        metric: ``none`` or ``within``, where the fit is not to choose.
-        values: ``one-hot`` or ``solved``, where the fit is not to choose.
-        k: how many keys a query uses by default, or ``all``; ``None`` is what goes with the choice of ``index="auto"``,
-            all with any other.
-        logit_scale: the backbone's own by default, 100 where there is none.
+        normalize: units of alpha and beta (:func:`defaults.plain_settings`), by default the paper's if one of them is
+            given: the other is then 1.0 or 5.5. Else they follow from the shots' affinities (``both``).
+        fit: ``auto``: :func:`closed_form.fit`; ``none``: Tip-Adapter, the default if alpha, beta or normalize is given.
+        metric: ``none`` or ``within``, and
+        values: ``one-hot`` or ``solved``, if the fit is not to choose.
+        k: keys that a query uses by default, or ``all``; ``None`` follows ``index="auto"``, else it is all.
+        logit_scale: the backbone's own by default, 100 without one.
         device: of the classifier that is returned, for which ``auto`` chooses an index.
 
-    Raises:
-        InputError, UsageError, BackboneError: as their messages say; nothing was changed.
-        StoreError: the folder cannot be written, or is being written by another process.
+    Raises InputError, UsageError and BackboneError, as their messages say, and StoreError if the place cannot be
+    written, or another process writes it; then nothing was changed.
     """
     check_choice("dtype", dtype, Dtype)
-    if logit_scale is None and encoder.backbone is not None:
-        logit_scale = encoder.backbone.logit_scale
-    settings = Settings().override(alpha=alpha, beta=beta, logit_scale=logit_scale, k=k)
-    form = normalize or ("both" if alpha is None and beta is None else "none")
-    check_choice("normalize", form, Normalize)
-    store = places.at(out)
-    fits = _fits(fit, (metric, values), (alpha, beta, normalize))
+    scale = logit_scale if logit_scale is not None or encoder.backbone is None else encoder.backbone.logit_scale
+    asked = _asked(Settings().override(alpha=alpha, beta=beta, logit_scale=scale, k=k), alpha, beta, normalize, k)
+    fitted = Fit(metric, values) if _fits(fit, (metric, values), (alpha, beta, normalize)) else None
     words = _text(source, encoder, templates, text)
     source, ids = _drawn(source, words.class_names, text, shots, encoder.seed)
-    made = store.create(
+    made = places.at(out).create(
         Material(
             source=source,
             encoder=encoder,
             ids=ids,
             words=words,
-            asked=Asked(settings, alpha, beta, form, k is not None),
+            asked=asked,
             shots=shots,
             index=index,
             dtype=dtype,
-            fit=Fit(metric, values) if fits else None,
+            fit=fitted,
             device=resolve_device(device),
         )
     )
@@ -119,6 +111,14 @@ def _drawn(
         return source, ids
     drawn = draw_shots(ids, class_names, shots, seed)
     return source.take(drawn), ids[drawn]
+
+
+def _asked(
+    settings: Settings, alpha: float | None, beta: float | None, normalize: Normalize | None, k: KeysMet
+) -> Asked:
+    form = normalize or ("both" if alpha is None and beta is None else "none")
+    check_choice("normalize", form, Normalize)
+    return Asked(settings, alpha, beta, form, k is not None)
 
 
 def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from retrieval_tip import tip
-from retrieval_tip.answering import EditableIndex
+from retrieval_tip.answering import EditableIndex, manifest_of
 from retrieval_tip.cache_model import SUMS_FROM, CacheModel
 from retrieval_tip.errors import InputError, StoreError, UsageError
 from retrieval_tip.index.folders import PAIRS
@@ -45,10 +45,9 @@ from retrieval_tip.retrieval.keys import points_of
 from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import auto_factory, inner_factory
 from retrieval_tip.settings import Dtype, Fitted
-from retrieval_tip.store import history
 from retrieval_tip.store.contents import array_of
 from retrieval_tip.store.labels import LABEL_SCHEMA, label_table, shots_after, shots_of
-from retrieval_tip.store.manifest import Manifest, Table
+from retrieval_tip.store.manifest import Table
 from retrieval_tip.store.sums import Sums
 
 Column = npt.NDArray[np.integer[Any]] | list[str]
@@ -447,45 +446,25 @@ class LanceDraft(LanceModel, EditableIndex):
         self.check_answers()
         self._keep_up(prunes)
         files = {"classes": writer.put("classes", self.classes.to_bytes(), len(self.class_names))}
-        files |= {kind: writer.put_array(kind, array) for kind, array in self._arrays()}
+        files |= {kind: writer.put_array(kind, array) for kind, array in _arrays(self)}
         table = Table(self.table.name, self.table.version, self.n)
-        self.manifest = Manifest(
-            version=writer.number,
-            parent=writer.parent.version if writer.parent else None,
-            **history.stamp(),
-            n=self.n,
-            d=self.d,
-            dtype=self.dtype,
-            class_names=self.class_names,
-            templates=self.templates,
-            settings=self.settings,
-            index=self.index_type,
-            backbone=self.backbone.to_dict() if self.backbone else None,
-            provenance=self.provenance,
-            built=self.built,
-            fitted=self.fitted,
-            files=files,
-            next_key_id=self.next_key_id,
-            change=change,
-            table=table,
-            digests=writer.digests(table, self.digest),
-        )
+        digests = writer.digests(table, self.digest)
+        self.manifest = manifest_of(self, writer.number, writer.parent, change, files, table=table, digests=digests)
         writer.commit(self.manifest)
         self.version = self.manifest.version
         with suppress(StoreError):  # the new version stands; what is not given up here a later one gives up
             self.store.forget_old(writer.still_held, prunes)
 
-    def _arrays(self) -> Iterator[tuple[str, KeyArray]]:
-        """What goes into objects beside the classes, by kind."""
-        if (
-            self.second is not None
-            and self.second.nbytes * SUMS_FROM <= self.n * self.d * np.dtype(self.dtype).itemsize
-        ):
-            yield "second", self.second
-        if self.metric is not None:
-            yield "metric", array_of(self.metric)
-        if self.whole is not None:
-            yield "values", values_by_id(self.whole)
+
+def _arrays(draft: LanceDraft) -> Iterator[tuple[str, KeyArray]]:
+    """Yield what goes into objects beside the classes, by kind."""
+    second, keys = draft.second, draft.n * draft.d * np.dtype(draft.dtype).itemsize
+    if second is not None and second.nbytes * SUMS_FROM <= keys:
+        yield "second", second
+    if draft.metric is not None:
+        yield "metric", array_of(draft.metric)
+    if draft.whole is not None:
+        yield "values", values_by_id(draft.whole)
 
 
 def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[np.float32]]]:

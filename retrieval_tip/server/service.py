@@ -326,16 +326,7 @@ class Service:
 
     async def rollback(self, one: Served, to: int, since: int | None) -> schemas.ChangedShots:
         """Go back to a version. Raises Problem 404 where it is not kept, 409 where the index is not at ``since``."""
-
-        def call() -> changes.Changed:
-            kept = [row["version"] for row in one.place.history().to_pylist()]
-            if since is not None and kept[-1] != since:
-                raise Problem(409, f"the index was changed meanwhile: it is at version {kept[-1]}, not {since}")
-            if to not in kept:
-                raise Problem(404, f"index {one.name!r} keeps no version {to}; it keeps {', '.join(map(str, kept))}")
-            return changes.rollback(one.folder, to)
-
-        return await self._changed(one, call)
+        return await self._changed(one, lambda: _rolled_back(one, to, since))
 
     async def history(self, one: Served) -> list[Row]:
         """List the versions that are kept, oldest first."""
@@ -350,15 +341,7 @@ class Service:
 
     def values(self, version: Version) -> schemas.KeyValues:
         """Return the value of each key for each class. Raises Problem 422 if values are one-hot or too many."""
-        values = getattr(version.cache, "values", None)
-        if values is None:
-            raise Problem(422, "the values are one-hot: each key gives 1 to its own class")
-        if values.numel() > self.limits.values:
-            raise Problem(
-                422, f"{values.numel():,} values are more than {self.limits.values:,}: ask for logits instead"
-            )
-        key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
-        return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
+        return _values(version, self.limits.values)
 
     async def exemplars(self, version: Version) -> schemas.Exemplars:
         """Return the key that is typical of each class, and mean affinities. Raises Problem 503 while it takes long."""
@@ -474,6 +457,25 @@ class Service:
 
 async def _nothing(_: torch.Tensor) -> None:
     """Make nothing of an image: that it could be decoded is enough."""
+
+
+def _values(version: Version, most: int) -> schemas.KeyValues:
+    values = getattr(version.cache, "values", None)
+    if values is None:
+        raise Problem(422, "the values are one-hot: each key gives 1 to its own class")
+    if values.numel() > most:
+        raise Problem(422, f"{values.numel():,} values are more than {most:,}: ask for logits instead")
+    key_ids = version.cache.described(version.cache.every_row(), ["key_id"])["key_id"].to_numpy()
+    return schemas.KeyValues(version.manifest.version, key_ids, list(values.float().cpu().numpy()))
+
+
+def _rolled_back(one: Served, to: int, since: int | None) -> changes.Changed:
+    kept = [row["version"] for row in one.place.history().to_pylist()]
+    if since is not None and kept[-1] != since:
+        raise Problem(409, f"the index was changed meanwhile: it is at version {kept[-1]}, not {since}")
+    if to not in kept:
+        raise Problem(404, f"index {one.name!r} keeps no version {to}; it keeps {', '.join(map(str, kept))}")
+    return changes.rollback(one.folder, to)
 
 
 def _judged(one: Served) -> schemas.Judgement:
