@@ -152,7 +152,7 @@ def feature_column(schema: pa.Schema) -> str | None:
     """Return the column of features: ``feature``, or lists of numbers by another of its ``NAMES``."""
     if FEATURE in schema.names:
         return FEATURE
-    names = [name for name in NAMES[FEATURE] if name in schema.names and is_vector(schema.field(name).type)]
+    names = [name for name in NAMES[FEATURE] if schema.names.count(name) == 1 and is_vector(schema.field(name).type)]
     return names[0] if names else None
 
 
