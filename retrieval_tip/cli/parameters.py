@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import click
 import click.shell_completion
@@ -111,29 +110,21 @@ class K(click.ParamType[int | Literal["all"]]):
         return number
 
 
-class _Ranged(click.ParamType[Any]):
-    """A number with bounds that nobody meets by accident: errors name them, help does not."""
+class Count(click.ParamType[int]):
+    """A whole number with bounds that nobody meets by accident: errors name them, help does not."""
 
-    min: Any
-    max: Any
-    min_open: bool
+    name = "N"
 
-    def _describe_range(self) -> str:
-        return ""
+    def __init__(self, least: int = 1, most: int = MANY) -> None:
+        self.least, self.most = least, most
 
-    def fail(self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None) -> NoReturn:
-        """Raise the error, with the range where it is about that."""
-        least = f"{'above' if self.min_open else 'from'} {self.min:,}"
-        most = f" to {self.max:,}" if self.max < MANY else ""
-        super().fail(message.replace("not in the range .", f"not a number {least}{most}"), param, ctx)
-
-
-class Count(_Ranged, click.IntRange):
-    """A whole number."""
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """As help calls it."""
-        return "N"
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        number: int = click.INT.convert(value, param, ctx)
+        if not self.least <= number <= self.most:
+            most = f" to {self.most:,}" if number > self.most or self.most < MANY else ""
+            self.fail(f"{number} is not a number from {self.least:,}{most}", param, ctx)
+        return number
 
 
 def count(kind: str = "", least: int = 1) -> Count:
@@ -144,21 +135,20 @@ def count(kind: str = "", least: int = 1) -> Count:
 SHOTS, VIEWS_COUNT, SEEDS, SEED = count("shots"), count("views"), count("seeds"), count("seed", 0)
 
 
-class Number(_Ranged, click.FloatRange):
-    """A number: neither NaN, which lies in every range, nor infinite."""
+class Number(click.ParamType[float]):
+    """A number ``above`` a bound, or from it on, neither NaN nor infinite."""
+
+    name = "X"
 
     def __init__(self, least: float = 0.0, most: float = LARGEST, *, above: bool = False) -> None:
-        super().__init__(least, most, min_open=above)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """As help calls it."""
-        return "X"
+        self.least, self.most, self.above = least, most, above
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number", param, ctx)
+        number: float = click.FLOAT.convert(value, param, ctx)
+        if not self.least <= number <= self.most or (self.above and number == self.least):
+            most = f" to {self.most:g}" if number > self.most or self.most < LARGEST else ""
+            self.fail(f"{number} is not a number {'above' if self.above else 'from'} {self.least:g}{most}", param, ctx)
         return number
 
 
