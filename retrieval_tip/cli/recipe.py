@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from retrieval_tip.cli.parameters import K
+from retrieval_tip.cli.parameters import Count, K, Number
 from retrieval_tip.errors import InputError
 from retrieval_tip.files import read_regular
 
@@ -52,9 +52,9 @@ def _kind(parameter: click.Parameter) -> str:
         return "true or false"
     if isinstance(parameter.type, K):
         return "a whole number or 'all'"
-    if isinstance(parameter.type, click.types.IntParamType):
+    if isinstance(parameter.type, Count):
         return "a whole number"
-    return "a number" if isinstance(parameter.type, click.types.FloatParamType) else "text"
+    return "a number" if isinstance(parameter.type, Number) else "text"
 
 
 def _fits(value: object, kind: str) -> bool:
