@@ -129,7 +129,7 @@ def png(width: int, height: int, data: bytes, colour: int = 2) -> bytes:
 PICTURES = [
     picture("PNG"), picture("PNG", "P"), picture("PNG", "I;16"), picture("JPEG"), picture("JPEG", progressive=True),
     picture("JPEG", "CMYK"), picture("WEBP"), picture("GIF"), picture("BMP"), picture("TIFF"),
-    picture("TIFF", compression="tiff_deflate"), picture("TIFF", "F"), picture("PPM"),
+    picture("TIFF", compression="tiff_deflate"), picture("TIFF", "F"), picture("PPM"), picture("MPO"),
 ]  # fmt: skip
 BOMBS = [
     png(30_000, 30_000, b""), png(2**31 - 1, 1, b""), png(9000, 9000, zlib.compress(bytes(9000 * 9001), 1), 0),
