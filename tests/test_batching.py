@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -33,6 +33,14 @@ class Gate:
         return [f"{key}{item}" for item in items]
 
 
+def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    @functools.wraps(test)
+    def run() -> None:
+        asyncio.run(test())
+
+    return run
+
+
 async def soon(ready: Callable[[], bool]) -> None:
     for _ in range(1000):
         if ready():
@@ -41,21 +49,25 @@ async def soon(ready: Callable[[], bool]) -> None:
     raise AssertionError("never")
 
 
-def test_what_waits_meanwhile_becomes_one_batch() -> None:
-    gate = Gate()
+@asynccontextmanager
+async def occupied(gate: Gate, most: int, room: int) -> AsyncIterator[tuple[Batcher, asyncio.Task]]:
+    """A batcher that is busy with a first call until the gate opens."""
+    batcher = Batcher("test", gate, most=lambda _: most, room=room)
+    first = asyncio.create_task(batcher("a", [0]))
+    await soon(lambda: not batcher._waiting and batcher._worker is not None)
+    yield batcher, first
+    await batcher.close()
 
-    async def ask() -> None:
-        batcher = Batcher("test", gate, most=lambda _: 100, room=100)
-        first = asyncio.create_task(batcher("a", [0]))
-        await soon(lambda: not batcher._waiting and batcher._worker is not None)
+
+@in_a_loop
+async def test_what_waits_meanwhile_becomes_one_batch() -> None:
+    gate = Gate()
+    async with occupied(gate, 100, 100) as (batcher, first):
         others = [asyncio.create_task(batcher("a", [i, -i])) for i in range(1, 11)]
         await asyncio.sleep(0)
         gate.open.set()
         assert await first == ["a0"]
         assert await asyncio.gather(*others) == [[f"a{i}", f"a{-i}"] for i in range(1, 11)]
-        await batcher.close()
-
-    asyncio.run(ask())
     assert gate.batches == [("a", [0]), ("a", [x for i in range(1, 11) for x in (i, -i)])]
 
 
@@ -82,13 +94,10 @@ def test_each_call_gets_its_own_answer(calls: list[tuple[str, list[int]]], most:
     assert all(size <= max(most, 4) for _, size in seen)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+@in_a_loop
+async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     gate = Gate()
-
-    async def ask() -> None:
-        batcher = Batcher("test", gate, most=lambda _: 1, room=3)
-        first = asyncio.create_task(batcher("a", [0]))
-        await soon(lambda: not batcher._waiting and batcher._worker is not None)
+    async with occupied(gate, 1, 3) as (batcher, first):
         waiting = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(Problem, match="3 items wait") as refused:
@@ -98,9 +107,6 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         gate.open.set()
         await asyncio.gather(first, *waiting)
         assert await batcher("a", list(range(10))) == [f"a{i}" for i in range(10)]  # more than the room, alone
-        await batcher.close()
-
-    asyncio.run(ask())
 
 
 def test_an_error_reaches_those_that_it_was_made_for() -> None:
@@ -139,13 +145,10 @@ def test_nobody_gets_an_error_for_what_others_sent() -> None:
     assert found == [[i, i] for i in range(20) if i != 13]
 
 
-def test_who_has_gone_is_not_answered() -> None:
+@in_a_loop
+async def test_who_has_gone_is_not_answered() -> None:
     gate = Gate()
-
-    async def ask() -> None:
-        batcher = Batcher("test", gate, most=lambda _: 10, room=10)
-        first = asyncio.create_task(batcher("a", [0]))
-        await soon(lambda: not batcher._waiting and batcher._worker is not None)
+    async with occupied(gate, 10, 10) as (batcher, first):
         gone, stays = asyncio.create_task(batcher("a", [1])), asyncio.create_task(batcher("a", [2]))
         await asyncio.sleep(0)
         gone.cancel()
@@ -153,10 +156,7 @@ def test_who_has_gone_is_not_answered() -> None:
         gate.open.set()
         assert await stays == ["a2"]
         assert await first == ["a0"]
-        await batcher.close()
-        assert batcher._items == 0
-
-    asyncio.run(ask())
+    assert batcher._items == 0
     assert gate.batches == [("a", [0]), ("a", [2])]
 
 
@@ -195,85 +195,73 @@ class Calls:
             self.gates[name].set()
 
 
-def test_a_small_call_does_not_wait_for_large_ones() -> None:
+@in_a_loop
+async def test_a_small_call_does_not_wait_for_large_ones() -> None:
     calls = Calls()
-
-    async def ask() -> None:
-        pool: FairPool[str] = FairPool("test", threads=2, room=100, held=10)
-        large = calls.named("a0", "a1", "a2")
-        with pool.turns(large, [9, 9, 9]) as first, pool.turns(calls.named("b"), [1]) as second:
-            calls.let_go("b")
-            assert await second[0].result == "b"
-            assert set(calls.began) == {"a0", "a1", "b"}
-            calls.let_go()
-            assert [await turn.result for turn in first] == ["a0", "a1", "a2"]
-        pool.close()
-
-    asyncio.run(ask())
+    pool: FairPool[str] = FairPool("test", threads=2, room=100, held=10)
+    large = calls.named("a0", "a1", "a2")
+    with pool.turns(large, [9, 9, 9]) as first, pool.turns(calls.named("b"), [1]) as second:
+        calls.let_go("b")
+        assert await second[0].result == "b"
+        assert set(calls.began) == {"a0", "a1", "b"}
+        calls.let_go()
+        assert [await turn.result for turn in first] == ["a0", "a1", "a2"]
+    pool.close()
 
 
-def test_calls_begin_in_the_order_of_what_their_requests_have_asked_for() -> None:
+@in_a_loop
+async def test_calls_begin_in_the_order_of_what_their_requests_have_asked_for() -> None:
     calls = Calls()
+    pool: FairPool[str] = FairPool("test", threads=1, room=100, held=10)
+    with ExitStack() as stack:
 
-    async def ask() -> None:
-        pool: FairPool[str] = FairPool("test", threads=1, room=100, held=10)
-        with ExitStack() as stack:
+        def line(names: str, *costs: float) -> None:
+            turns.extend(stack.enter_context(pool.turns(calls.named(*names), costs)))
 
-            def line(names: str, *costs: float) -> None:
-                turns.extend(stack.enter_context(pool.turns(calls.named(*names), costs)))
-
-            turns: list[Any] = []
-            line("xy", 1, 1)  # they run; until y begins, all else is counted from there
-            line("abc", 1.5, 1.5, 1.5)
-            line("de", 1, 1)
-            line("f", 1.2)
-            calls.let_go()
-            await asyncio.gather(*(turn.result for turn in turns))
-        pool.close()
-
-    asyncio.run(ask())
+        turns: list[Any] = []
+        line("xy", 1, 1)  # they run; until y begins, all else is counted from there
+        line("abc", 1.5, 1.5, 1.5)
+        line("de", 1, 1)
+        line("f", 1.2)
+        calls.let_go()
+        await asyncio.gather(*(turn.result for turn in turns))
+    pool.close()
     assert "".join(calls.began) in ("xydfaebc", "yxdfaebc")
 
 
-def test_too_much_before_a_request_is_refused_and_what_goes_first_is_not() -> None:
+@in_a_loop
+async def test_too_much_before_a_request_is_refused_and_what_goes_first_is_not() -> None:
     calls = Calls()
-
-    async def ask() -> None:
-        pool: FairPool[str] = FairPool("test", threads=1, room=10, held=10)
-        with pool.turns(calls.named(*"abcd"), [50, 5, 5, 5]) as first:  # more than the room, alone
-            for costs in ([56], [1] * 56):
-                with pytest.raises(Problem) as refused, pool.turns(calls.named(*map(str, range(len(costs)))), costs):
-                    pass
-                assert refused.value.status == 429
-                assert int(refused.value.headers["Retry-After"]) >= 1
-            with pool.turns(calls.named("e"), [4]) as second:
-                calls.let_go()
-                assert await second[0].result == "e"
-            assert [await turn.result for turn in first] == list("abcd")
-        pool.close()
-
-    asyncio.run(ask())
+    pool: FairPool[str] = FairPool("test", threads=1, room=10, held=10)
+    with pool.turns(calls.named(*"abcd"), [50, 5, 5, 5]) as first:  # more than the room, alone
+        for costs in ([56], [1] * 56):
+            with pytest.raises(Problem) as refused, pool.turns(calls.named(*map(str, range(len(costs)))), costs):
+                pass
+            assert refused.value.status == 429
+            assert int(refused.value.headers["Retry-After"]) >= 1
+        with pool.turns(calls.named("e"), [4]) as second:
+            calls.let_go()
+            assert await second[0].result == "e"
+        assert [await turn.result for turn in first] == list("abcd")
+    pool.close()
 
 
-def test_what_is_in_use_or_given_up_leaves_no_trace() -> None:
+@in_a_loop
+async def test_what_is_in_use_or_given_up_leaves_no_trace() -> None:
     calls = Calls()
-
-    async def ask() -> None:
-        pool: FairPool[str] = FairPool("test", threads=4, room=100, held=2)
-        with pool.turns(calls.named(*"abcd"), [1] * 4) as turns:
-            calls.let_go()
-            assert [await turn.result for turn in turns[:2]] == ["a", "b"]
-            await asyncio.sleep(0.05)
-            assert sorted(calls.began) == ["a", "b"]  # these are held
-            pool.release(turns[0])
-            assert await turns[2].result == "c"
-        assert turns[3].result.cancelled()
-        with pool.turns(calls.named("e"), [1]) as later:
-            calls.let_go()
-            assert await later[0].result == "e"
-        pool.close()
-
-    asyncio.run(ask())
+    pool: FairPool[str] = FairPool("test", threads=4, room=100, held=2)
+    with pool.turns(calls.named(*"abcd"), [1] * 4) as turns:
+        calls.let_go()
+        assert [await turn.result for turn in turns[:2]] == ["a", "b"]
+        await asyncio.sleep(0.05)
+        assert sorted(calls.began) == ["a", "b"]  # these are held
+        pool.release(turns[0])
+        assert await turns[2].result == "c"
+    assert turns[3].result.cancelled()
+    with pool.turns(calls.named("e"), [1]) as later:
+        calls.let_go()
+        assert await later[0].result == "e"
+    pool.close()
     assert "d" not in calls.began
 
 
@@ -294,60 +282,51 @@ class Maker:
         return make
 
 
-def test_what_is_kept_is_made_once() -> None:
+@in_a_loop
+async def test_what_is_kept_is_made_once() -> None:
     maker = Maker()
-
-    async def ask() -> None:
-        with ThreadPoolExecutor(4) as pool:
-            kept: Kept[str, str] = Kept(pool, most=8, room=10, size=len)
-            calls = [asyncio.create_task(kept(key, maker.of(key))) for key in ["aaaa"] * 50 + ["bbbb"] * 50]
-            await asyncio.sleep(0)
-            gone = calls.pop(0)
-            gone.cancel()  # which leaves it to the others
-            maker.open.set()
-            assert await asyncio.gather(*calls) == ["aaaa"] * 49 + ["bbbb"] * 50
-            assert sorted(maker.made) == ["aaaa", "bbbb"]
-            assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
-            assert await kept("cc", maker.of("cc")) == "cc"  # for which the one that was not asked for last goes
-            assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
-            assert sorted(maker.made) == ["aaaa", "bbbb", "cc"]
-            assert list(kept._results) == ["cc", "aaaa"]
-            assert kept._size == 6
-            assert await kept("too large", maker.of("too large")) == "too large"
-            assert (kept._size, kept._results) == (0, {})
-
-    asyncio.run(ask())
+    with ThreadPoolExecutor(4) as pool:
+        kept: Kept[str, str] = Kept(pool, most=8, room=10, size=len)
+        calls = [asyncio.create_task(kept(key, maker.of(key))) for key in ["aaaa"] * 50 + ["bbbb"] * 50]
+        await asyncio.sleep(0)
+        gone = calls.pop(0)
+        gone.cancel()  # which leaves it to the others
+        maker.open.set()
+        assert await asyncio.gather(*calls) == ["aaaa"] * 49 + ["bbbb"] * 50
+        assert sorted(maker.made) == ["aaaa", "bbbb"]
+        assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
+        assert await kept("cc", maker.of("cc")) == "cc"  # for which the one that was not asked for last goes
+        assert await kept("aaaa", maker.of("aaaa")) == "aaaa"
+        assert sorted(maker.made) == ["aaaa", "bbbb", "cc"]
+        assert list(kept._results) == ["cc", "aaaa"]
+        assert kept._size == 6
+        assert await kept("too large", maker.of("too large")) == "too large"
+        assert (kept._size, kept._results) == (0, {})
 
 
-def test_what_failed_is_not_kept() -> None:
+@in_a_loop
+async def test_what_failed_is_not_kept() -> None:
     maker = Maker()
     maker.open.set()
-
-    async def ask() -> None:
-        with ThreadPoolExecutor(1) as pool:
-            kept: Kept[str, str] = Kept(pool, most=8, room=1)
-            for number in (1, 2):
-                with pytest.raises(InputError):
-                    await kept("a", maker.of("bad"))
-                assert len(maker.made) == number
-
-    asyncio.run(ask())
+    with ThreadPoolExecutor(1) as pool:
+        kept: Kept[str, str] = Kept(pool, most=8, room=1)
+        for number in (1, 2):
+            with pytest.raises(InputError):
+                await kept("a", maker.of("bad"))
+            assert len(maker.made) == number
 
 
-def test_no_more_is_made_than_there_is_room_for() -> None:
+@in_a_loop
+async def test_no_more_is_made_than_there_is_room_for() -> None:
     maker = Maker()
-
-    async def ask() -> None:
-        with ThreadPoolExecutor(1) as pool:
-            kept: Kept[str, str] = Kept(pool, most=8, room=2)
-            calls = [asyncio.create_task(kept(key, maker.of(key))) for key in "abab"]
-            await asyncio.sleep(0)
-            with pytest.raises(Problem) as refused:
-                await kept("c", maker.of("c"))
-            assert refused.value.status == 503
-            assert int(refused.value.headers["Retry-After"]) >= 1
-            maker.open.set()
-            assert await asyncio.gather(*calls) == list("abab")
-            assert await kept("c", maker.of("c")) == "c"
-
-    asyncio.run(ask())
+    with ThreadPoolExecutor(1) as pool:
+        kept: Kept[str, str] = Kept(pool, most=8, room=2)
+        calls = [asyncio.create_task(kept(key, maker.of(key))) for key in "abab"]
+        await asyncio.sleep(0)
+        with pytest.raises(Problem) as refused:
+            await kept("c", maker.of("c"))
+        assert refused.value.status == 503
+        assert int(refused.value.headers["Retry-After"]) >= 1
+        maker.open.set()
+        assert await asyncio.gather(*calls) == list("abab")
+        assert await kept("c", maker.of("c")) == "c"
