@@ -150,12 +150,6 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_is_taken(
     assert not fake.prepared
 
 
-def test_a_cache_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "encodings.sqlite")
-    with pytest.raises(InputError, match=r"not a file.*--no-cache"):
-        EncodingCache(tmp_path)
-
-
 def with_cache(folder: Path, use: Callable[[EncodingCache], Any]) -> Any:
     cache = EncodingCache(folder)
     try:
@@ -293,14 +287,10 @@ def test_a_path_that_comes_again_is_read_once(folder: Path, batch_size: int) -> 
 def test_equal_contents_are_encoded_once_a_batch(folder: Path) -> None:
     (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
     backbone = Fake()
-    _, found = all_of(Encoder(backbone, batch_size=64), source_of(folder))
+    (block,) = Encoder(backbone, batch_size=64).blocks(source_of(folder))
     assert sum(backbone.batches) == 12
-    assert np.array_equal(found[0], found[12])
-
-
-def test_digests_are_those_of_the_files(folder: Path) -> None:
-    (block,) = Encoder(Fake()).blocks(source_of(folder).take([4]))
-    assert block.digests == [hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()]
+    assert np.array_equal(block.features[0], block.features[12])
+    assert block.digests[4] == hashlib.sha256((folder / "04.png").read_bytes()).hexdigest()
 
 
 def test_an_image_that_cannot_be_read_is_named_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -444,7 +434,9 @@ def test_damage_that_is_met_while_writing_is_put_aside(folder: Path, tmp_path: P
 def test_a_cache_that_cannot_be_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "d/encodings.sqlite").mkdir(parents=True)
-    for place in (tmp_path / "file", tmp_path / "file/below", tmp_path / "d"):
+    (tmp_path / "p").mkdir()
+    os.mkfifo(tmp_path / "p/encodings.sqlite")
+    for place in (tmp_path / "file", tmp_path / "file/below", tmp_path / "d", tmp_path / "p"):
         with pytest.raises(InputError, match="--no-cache"):
             EncodingCache(place)
 
@@ -613,10 +605,8 @@ GOOD = [1.0, 0.0, 0.0, 0.0]
     [
         ([GOOD, None, GOOD, None], "rows 1, 3 without a feature"),
         ([GOOD, GOOD, [1.0, 0.0]], "row 2 has 2 values, the rows before have 4"),
-        ([GOOD, []], "row 1 has 0 values"),
         ([[], []], "row 0 has no values"),
         ([GOOD, [1.0, None, 0.0, 0.0]], "row 1 with a missing value"),
-        ([GOOD, [np.nan, 0, 0, 0], GOOD], "row 1: the feature holds NaN or infinity"),
         ([[np.inf, 0, 0, 0], GOOD, [0, -np.inf, 0, 0]], "rows 0, 2: the feature holds NaN or infinity"),
         ([GOOD, [1e300, 0, 0, 0]], "row 1: the feature holds NaN or infinity"),
         ([GOOD, [0.0, 0, 0, 0]], "row 1: the feature is zero"),
@@ -646,11 +636,8 @@ def test_rows_are_counted_over_the_whole_table(tmp_path: Path) -> None:
     "column",
     [
         pa.array([1.0, 2.0]),
-        pa.array(["a", "b"]),
         pa.array([[1, 0], [0, 1]]),
-        pa.array([["a"], ["b"]]),
         pa.array([[[1.0]], [[1.0]]]),
-        pa.array([b"1234", b"1234"]),
         pa.array([{"x": 1.0}, {"x": 1.0}]),
         pa.nulls(2),
         pa.array([[None], [None]]),
@@ -681,11 +668,8 @@ def test_norms_can_be_made_or_kept(tmp_path: Path) -> None:
     assert read_all(zero, "keep").tolist() == [GOOD, [0.0] * 4]
     with pytest.raises(InputError, match="row 1: the feature is zero"):
         read_all(zero, "unit")
-
-
-def test_half_precision_passes_for_unit_norm(tmp_path: Path) -> None:
-    rows = unit_rows(50, 512).astype(np.float16)
-    assert np.array_equal(read_all(table_of(tmp_path / "t.parquet", list(rows))), rows.astype(np.float32))
+    half = unit_rows(50, 512).astype(np.float16)  # which has unit norm as far as it can
+    assert np.array_equal(read_all(table_of(tmp_path / "h.parquet", list(half))), half.astype(np.float32))
 
 
 def test_a_column_named_like_a_part_of_the_feature_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -704,11 +688,6 @@ def test_rows_are_picked_in_any_order_and_again(tmp_path: Path, order: Sequence[
     positions, found = all_of(Encoder(), source)
     assert positions.tolist() == list(range(len(order)))
     assert np.array_equal(found, rows[order])
-
-
-def test_a_table_in_order_streams(tmp_path: Path) -> None:
-    source = open_items(table_of(tmp_path / "t.parquet", list(unit_rows(20_000))))
-    assert [len(block.positions) for block in Encoder().blocks(source)] == [TABLE_ROWS, TABLE_ROWS, 3616]
 
 
 def with_identity(path: Path, raw: bytes | None, rows: np.ndarray | None = None) -> Path:
@@ -774,16 +753,13 @@ def test_encoding_a_table_again_keeps_it(folder: Path, tmp_path: Path) -> None:
     assert one.equals(two, check_metadata=True)
 
 
-def test_unlabelled_images_have_null_labels(folder: Path, tmp_path: Path) -> None:
-    encode_table(source_of(folder), tmp_path / "o.parquet", Encoder(Fake()))
-    assert pq.read_table(tmp_path / "o.parquet")["label"].to_pylist() == [None] * 12
-
-
 def test_what_cannot_be_read_leaves_no_row(folder: Path, tmp_path: Path) -> None:
     (folder / "03.png").write_bytes(b"")
     encoder = Encoder(Fake())
     assert encode_table(source_of(folder), tmp_path / "o.parquet", encoder) == 11
-    assert "03.png" not in "".join(pq.read_table(tmp_path / "o.parquet")["id"].to_pylist())
+    table = pq.read_table(tmp_path / "o.parquet")
+    assert "03.png" not in "".join(table["id"].to_pylist())
+    assert table["label"].to_pylist() == [None] * 11
     assert len(encoder.skipped) == 1
 
 
@@ -801,6 +777,7 @@ def test_further_columns_of_any_type_are_kept(tmp_path: Path) -> None:
     encode_table(open_items(path), tmp_path / "o.parquet", Encoder())
     found = pq.read_table(tmp_path / "o.parquet")
     for name, column in more.items():
+        assert open_items(path).items[name].type == column.type
         assert found[name].to_pylist() == column.to_pylist()
 
 

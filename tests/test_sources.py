@@ -19,7 +19,6 @@ from retrieval_tip.data.folders import kinds
 from retrieval_tip.data.sources import (
     Source,
     kind_of,
-    of_images,
     open_inputs,
     open_items,
     open_source,
@@ -215,14 +214,12 @@ def test_two_folders_that_show_alike_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "caf\\xe9", "two")
 
 
-@pytest.mark.parametrize(
-    "name", ["with space", 'quo"te', "apo'strophe", "new\nline", "日本語", "a,b", "*[x]?", "-dash", "é"]
-)
-def test_any_name_can_be_a_class(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, f"{name}/{name}.png")
+def test_any_name_can_be_a_class(tmp_path: Path) -> None:
+    names = ["with space", 'quo"te', "apo'strophe", "new\nline", "日本語", "a,b", "*[x]?", "-dash", "é"]
+    touch(tmp_path, *(f"{name}/{name}.png" for name in names))
     source = open_source(tmp_path)
-    assert source.class_names == (name,)
-    assert relative(source, tmp_path) == [f"{name}/{name}.png"]
+    assert source.class_names == tuple(sorted(names))
+    assert relative(source, tmp_path) == [f"{name}/{name}.png" for name in sorted(names)]
 
 
 # -- CSV and TSV --
@@ -292,10 +289,8 @@ def test_lines_of_json_are_rows(tmp_path: Path) -> None:
     ("text", "words"),
     [
         (b"", ["no rows"]),
-        (b"\n", ["no rows"]),
         (b'{"path": "a.png", "label": "cat"\n', ["cannot be read as JSON lines"]),
         (b'["a.png", "cat"]\n', ["a line is no object"]),
-        (b"7\n", ["a line is no object"]),
         (b'{"path": "a.png", "label": "\xff"}\n', ["cannot be read as JSON lines"]),
         (b'{"path": "a.png", "label": "\\ud800"}\n', ["cannot be read as JSON lines"]),
         (b"[" * 50_000, ["cannot be read as JSON lines"]),
@@ -351,27 +346,19 @@ def test_blanks_are_missing_and_counted(tmp_path: Path, rows: str, words: str) -
     refused(write(tmp_path / "t.csv", f"path,label\n{rows}"), words)
 
 
-def test_the_same_path_can_stand_twice(tmp_path: Path) -> None:
-    table = write(tmp_path / "t.csv", "path,label\nx.png,cat\nx.png,dog\nx.png,cat\n")
-    assert len(open_source(table)) == 3
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         (b"", ["cannot be read"]),
-        (b"\n\n", ["cannot be read"]),
         (b"path,label\n", ["no rows"]),
         (b"place,label\nx.png,cat\n", ["no column 'path'", "place, label"]),
         (b"path,kind\nx.png,cat\n", ["no column 'label'", "path, kind"]),
         (b"path,label,path\nx.png,cat,y.png\n", ["twice"]),
         (b"path,label\nx.png,cat,more\n", ["cannot be read"]),
-        (b"path,label\nx.png\n", ["cannot be read"]),
         ("path,label\nü.png,cat\n".encode() + b"\xff.png,cat\n", ["cannot be read", "UTF8"]),
         ("path,label\nx.png,cat\n".encode("utf-16")[:-1], ["cannot be read", "truncated"]),
         (b"path,label\n\xff\x81.png,cat\n", ["cannot be read"]),
         (b"\x00" * 100, []),
-        (b"PAR1garbage", []),
         (b"path,label\nx.png," + b"c" * 5000 + b"\n", ["row 0", "longer than"]),
         (b'path,label\n"x.png,cat\n', []),
     ],
@@ -460,29 +447,6 @@ def test_a_feature_table_is_told_by_its_column(tmp_path: Path) -> None:
     assert source.items.column_names == ["source", "label", "who", "path", "feature.note"]
 
 
-def test_features_without_ids_are_numbered(tmp_path: Path) -> None:
-    assert open_items(parquet(tmp_path / "t.parquet", {"feature": features(3)})).sources == ["0", "1", "2"]
-    table = parquet(tmp_path / "u.parquet", {"feature": features(2), "label": ["a", "b"]})
-    assert open_source(table).sources == ["0", "1"]
-
-
-def test_further_columns_keep_their_types(tmp_path: Path) -> None:
-    more = pa.table(
-        {
-            "path": ["a.png", "b.png"],
-            "label": ["x", "y"],
-            "tags": [["a"], []],
-            "box": [{"x": 1}, {"x": 2}],
-            "when": pa.array([1, None], pa.timestamp("us", "UTC")),
-            "meta.dotted": [1.5, 2.5],
-        }
-    )
-    items = open_source(parquet(tmp_path / "t.parquet", more)).items
-    for name in ("tags", "box", "when", "meta.dotted"):
-        assert items[name].to_pylist() == more[name].to_pylist()
-        assert items[name].type == more[name].type
-
-
 def test_parquet_that_cannot_be_is_refused(tmp_path: Path) -> None:
     bad_text = pa.Array.from_buffers(
         pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
@@ -523,7 +487,9 @@ def test_classes_of_a_split_are_in_the_order_of_its_label_numbers(tmp_path: Path
 def test_each_part_of_a_split_can_be_asked_for(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     file = split(tmp_path / "s.json", [["a.png", 0, "ant"]], "test")
-    assert open_source(file, split="test").labels == ["ant"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        saved = write(tmp_path / f"{encoding}.json", file.read_text().encode(encoding))
+        assert open_source(saved, split="test").labels == ["ant"]
     refused(file, "(train)", "empty")
     refused(file, "no part 'validation'", "'train', 'val', 'test'", split="validation")
 
@@ -538,13 +504,6 @@ def test_an_image_folder_that_is_given_is_not_searched_for(tmp_path: Path) -> No
     file = split(tmp_path / "s.json", [["cat/1.png", 0, "cat"]])
     assert open_source(file, root="/images").paths == open_items(file, root="/images").paths == ("/images/cat/1.png",)
     refused(file, "cat/1.png", "--root")
-
-
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_split_with_a_byte_order_mark_is_read(tmp_path: Path, encoding: str) -> None:
-    touch(tmp_path, "a.png")
-    text = json.dumps({"train": [["a.png", 0, "ant"]]})
-    assert len(open_source(write(tmp_path / "s.json", text.encode(encoding)))) == 1
 
 
 def test_half_a_surrogate_pair_is_shown_escaped(tmp_path: Path) -> None:
@@ -575,19 +534,15 @@ def test_an_entry_of_another_shape_is_named(tmp_path: Path, entry: object) -> No
     ("text", "words"),
     [
         ("", ["not JSON"]),
-        ("{", ["not JSON"]),
         ("[" * 100_000, ["not JSON"]),
         (b"\xff\xfe\xff", ["not JSON"]),
         ("[]", ["no parts at all"]),
-        ("null", ["no parts at all"]),
         ('{"a": []}', ["no part 'train'", "'a'"]),
         ('{"train": {}}', ["entry 0"]),
-        ('{"train": "abc"}', ["entry 0"]),
         ('{"train": []}', ["empty"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 0, "y"]]}', ["entry 1", "'x'", "'y'"]),
         ('{"train": [["a.png", 0, "x"], ["a.png", 1, "x"]]}', ["'x'", "several"]),
         ('{"train": [["a.png", 0, ""]]}', ["entry 0"]),
-        ('{"train": [["a.png", 0, "  "]]}', ["entry 0"]),
         ('{"train": [["a.png", 0, "%s"]]}' % ("x" * 5000), ["row 0", "longer"]),
         ('{"train": [["a.png", %s, "x"]]}' % ("9" * 5000), ["not JSON"]),
     ],
@@ -632,11 +587,6 @@ def test_take_picks_items_in_any_order_and_again(tmp_path: Path) -> None:
     assert len(source.take([])) == 0
 
 
-def test_a_source_without_labels_says_what_is_needed() -> None:
-    with pytest.raises(InputError, match="has no labels"):
-        _ = of_images(["a.png"]).labels
-
-
 def test_paths_are_shown_as_text_that_every_file_can_hold() -> None:
     for path in ("plain", "é", "\udcff", "\ud800", "日本"):
         show(path).encode("utf-8")
@@ -646,22 +596,19 @@ def test_paths_are_shown_as_text_that_every_file_can_hold() -> None:
 # -- things to classify --
 
 
-def test_items_of_a_folder_of_images_have_no_labels(tmp_path: Path) -> None:
+def test_items_need_no_labels(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "a.jpg", ".c.png", ".thumbs/b.png", "empty/notes.txt")
     (tmp_path / "loop").symlink_to("loop")
     source = open_items(tmp_path)
     assert relative(source, tmp_path) == ["a.jpg", "b.png"]
     assert source.class_names == ()
-
-
-def test_items_of_class_folders_have_labels(tmp_path: Path) -> None:
-    touch(tmp_path, "cat/b.png")
-    assert open_items(tmp_path).labels == ["cat"]
-
-
-def test_items_of_tables_need_no_label(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no labels"):
+        _ = source.labels
+    touch(tmp_path, "classes/cat/b.png")
+    assert open_items(tmp_path / "classes").labels == ["cat"]
     assert open_items(write(tmp_path / "t.csv", "path\na.png\n")).paths == (str(tmp_path / "a.png"),)
     assert open_items(parquet(tmp_path / "t.parquet", {"id": ["a"], "feature": features(1)})).sources == ["a"]
+    assert open_items(parquet(tmp_path / "u.parquet", {"feature": features(3)})).sources == ["0", "1", "2"]
 
 
 def opened(arguments: Sequence[object], stdin: Sequence[str] = ()) -> list[Source]:
@@ -689,16 +636,12 @@ def test_a_glob_gives_files_in_name_order_and_passes_folders(tmp_path: Path) -> 
     touch(tmp_path, "b.png", "a.png", "c.txt", "deep/er/d.png")
     assert relative(opened([f"{tmp_path}/*.png"])[0], tmp_path) == ["a.png", "b.png"]
     assert relative(opened([f"{tmp_path}/**/*.png"])[0], tmp_path) == ["a.png", "b.png", "deep/er/d.png"]
+    touch(tmp_path, "a[1].png")
+    assert relative(opened([tmp_path / "a[1].png"])[0], tmp_path) == ["a[1].png"]  # a file of this name is itself
     write(tmp_path / "t.csv", "path\nx.png\n")
     images, table = opened([f"{tmp_path}/deep/**", f"{tmp_path}/*.csv"])
     assert relative(images, tmp_path) == ["deep/er/d.png"]
     assert relative(table, tmp_path) == ["x.png"]
-
-
-def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
-    touch(tmp_path, "a[1].png", "a1.png")
-    (source,) = opened([tmp_path / "a[1].png"])
-    assert relative(source, tmp_path) == ["a[1].png"]
 
 
 def test_a_glob_or_folder_without_images_is_refused(tmp_path: Path) -> None:
