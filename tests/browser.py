@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
@@ -81,28 +81,3 @@ def drag_files(
     for kind in kinds:
         session.send("Input.dispatchDragEvent", {"type": kind, "x": at[0], "y": at[1], "data": data})
     session.detach()
-
-
-def contrast(element: Locator) -> float:
-    """WCAG's contrast of an element's text with what is painted behind it (1 to 21)."""
-    ink, *behind = element.evaluate(
-        """element => {
-            const colours = [getComputedStyle(element).color];
-            for (let e = element; e; e = e.parentElement) colours.push(getComputedStyle(e).backgroundColor);
-            return colours.map((colour) => {
-                const context = new OffscreenCanvas(1, 1).getContext("2d");
-                context.fillStyle = colour;
-                context.fillRect(0, 0, 1, 1);
-                return [...context.getImageData(0, 0, 1, 1).data];
-            });
-        }"""
-    )
-    paper = next(colour for colour in behind if colour[3] == 255)
-    light = [
-        sum(
-            weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
-            for weight, c in zip((0.2126, 0.7152, 0.0722), (v / 255 for v in colour[:3]), strict=True)
-        )
-        for colour in (ink, paper)
-    ]
-    return (max(light) + 0.05) / (min(light) + 0.05)
