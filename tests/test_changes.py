@@ -944,3 +944,28 @@ def test_what_only_settings_were_saved_of_is_saved_whole_the_next_time(index: Pa
     cache.save(index)
     assert labels_of(index)[0] == "dog"
     assert torch.equal(verify(index).logits(QUERIES), cache.logits(QUERIES))
+
+
+def test_a_removed_photograph_leaves_no_byte_once_it_is_collected(pictures: Path) -> None:
+    cache = opened(pictures)
+    row = int(np.flatnonzero(cache.labels["key_id"].to_numpy() == 0)[0])
+    marks = [cache.labels[name][row].as_py().encode() for name in ("source", "digest")]
+    marks.append(np.asarray(cache.keys[[row]]).tobytes())
+    changes.remove(pictures, key_ids=[0])
+
+    def held() -> list[bool]:
+        """In which of its files, unpacked where they are packed, each mark is."""
+        files = everything(pictures)
+        tables = [repr(pq.read_table(path).to_pylist()).encode() for path in (pictures / "data").glob("*.parquet")]
+        return [any(mark in raw for raw in [*files.values(), *tables]) for mark in marks]
+
+    assert held() == [True, True, True]  # the version before has it
+    collect(pictures)
+    assert held() == [False, False, False]
+    assert verify(pictures).n == 7
+
+
+def test_a_clone_into_the_index_itself_is_refused(index: Path) -> None:
+    with pytest.raises(StoreError, match="lies in the index itself"):
+        changes.clone(index, index / "copy")
+    assert not (index / "copy").exists()
