@@ -281,49 +281,36 @@ def test_method_agrees_with_a_dense_reference(page: Page) -> None:
         text = random.normal(0, 10, c) * int(random.integers(0, 2))
         k = "all" if random.random() < 0.3 else int(random.integers(1, n + 3))
         alpha = float(random.choice([0, 1, 10 ** random.uniform(-2, 5)]))
-        settings = {
-            "alpha": alpha,
-            "beta": float(random.choice([0, 5.5, 40])),
-            "k": k,
-            "tail": bool(random.random() < 0.5),
-        }
+        beta, tail = float(random.choice([0, 5.5, 40])), bool(random.random() < 0.5)
+        settings = {"alpha": alpha, "beta": beta, "k": k, "tail": tail}
         temperature = float(random.choice([1, 0.3]))
         counted = n if k == "all" else min(k, n)
         values = random.normal(size=(n, c)) if random.random() < 0.5 else one_hot
         offset = 0.01 if values is not one_hot and random.random() < 0.5 else None
-        cache = np.exp(-settings["beta"] * (1 - affinities[:counted])) @ values[:counted]
+        cache = np.exp(-beta * (1 - affinities[:counted])) @ values[:counted]
         left = one_hot[counted:].sum(0)
-        if settings["tail"] and k != "all":
+        if tail and k != "all":
             mean = (affinities[counted:] @ one_hot[counted:]) / np.maximum(left, 1)
-            cache += np.exp(-settings["beta"] * (1 - mean))[class_ids[counted:]] @ values[counted:]
+            cache += np.exp(-beta * (1 - mean))[class_ids[counted:]] @ values[counted:]
         if offset:
             cache = np.log1p(np.maximum(cache, 0) / offset)
         logits = text + alpha * cache
         powers = np.exp((logits - logits.max()) / temperature)
         order = np.argsort(-logits, kind="stable")
-        expected.append((logits, powers / powers.sum(), text, alpha * cache, order[:3]))
+        expected += 2 * [(logits, powers / powers.sum(), text, alpha * cache, order[:3])]
         evidence = {
             "feature": [], "text": text.tolist(),
             "key_ids": list(range(n)), "class_ids": class_ids.tolist(), "affinities": affinities.tolist(),
             "counts": one_hot.sum(0).tolist(), "sums": (affinities @ one_hot).tolist(), "complete": True,
         }  # fmt: skip
-        model = {"values": None if values is one_hot else values.tolist(), "offset": offset, "temperature": temperature}
-        cases.append([evidence, settings, model])
-        other = {"key_ids": [n], "class_ids": [0], "affinities": [1.0]}  # the same photograph: not to count
-        itself = evidence | {name: [*more, *evidence[name]] for name, more in other.items()}
-        itself |= {
-            "counts": (one_hot.sum(0) + np.eye(c)[0]).tolist(),
-            "sums": (affinities @ one_hot + np.eye(c)[0]).tolist(),
-        }
-        cases.append(
-            [
-                itself,
-                settings,
-                model | {"values": values.tolist() and model["values"] and [*model["values"], [9.0] * c]},
-                [n],
-            ]
-        )
-        expected.append(expected[-1])
+        rows = None if values is one_hot else values.tolist()
+        model = {"values": rows, "offset": offset, "temperature": temperature}
+        first = np.eye(c)[0]
+        itself = evidence | {  # the same photograph, of the first class: not to count
+            "key_ids": [n, *range(n)], "class_ids": [0, *class_ids.tolist()], "affinities": [1.0, *affinities.tolist()],
+            "counts": (one_hot.sum(0) + first).tolist(), "sums": (affinities @ one_hot + first).tolist(),
+        }  # fmt: skip
+        cases += [[evidence, settings, model], [itself, settings, model | {"values": rows and [*rows, [9.0] * c]}, [n]]]
     found = page.evaluate(
         """async cases => {
             const { classify, evidenceOf } = await import("/page/method.js");
