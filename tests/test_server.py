@@ -25,8 +25,6 @@ from PIL import Image
 from serving import photographs, random_index
 
 from retrieval_tip import CacheModel
-from retrieval_tip.backbones.base import Backbone
-from retrieval_tip.backbones.prompts import text_weights
 from retrieval_tip.cli import main
 from retrieval_tip.data import images
 from retrieval_tip.data.encoder import Encoder
@@ -447,9 +445,8 @@ def test_many_shots_get_their_labels_in_one_version(own: Path) -> None:
         assert client.get("/v1/indexes/own").json()["version"] == 2
 
 
-def test_a_class_gets_another_name_and_the_words_of_it(own: Path, lit_mini: Backbone) -> None:
-    before = CacheModel.load(own, device="cpu")
-    first, other = before.class_names[:2]
+def test_a_class_gets_another_name(own: Path) -> None:
+    first, other = CacheModel.load(own, device="cpu").class_names[:2]
     with serving(own, token=TOKEN) as client:
         change = functools.partial(changed, client, "rename")
         ids = [row["key_id"] for row in client.get(f"/v1/indexes/own/keys?label={first}").json()["keys"]]
@@ -460,10 +457,6 @@ def test_a_class_gets_another_name_and_the_words_of_it(own: Path, lit_mini: Back
         refused = [(("no such", "x"), 404), ((other, "a\nb"), 422), ((other, ""), 422)]
         assert [change(of=of, label=label)[0] for (of, label), _ in refused] == [status for _, status in refused]
         assert client.post("/v1/indexes/own/rename", json={"of": other, "label": "x"}).status_code == 401
-    now = CacheModel.load(own, device="cpu")
-    expected = text_weights(lit_mini, ["squeeze <box>"], now.templates)[0]
-    np.testing.assert_allclose(now.text_weights[0].numpy(), expected, atol=1e-5)
-    np.testing.assert_array_equal(now.text_weights[1:].numpy(), before.text_weights[1:].numpy())
 
 
 def test_exemplars_are_nearest_to_the_mean_of_their_class(both: Client, things: Path) -> None:
