@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,4 +31,16 @@ def write_table(
 def unit_rows(n: int, d: int, seed: int = 0) -> npt.NDArray[np.float32]:
     """Return random features of norm 1."""
     rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit(rows)
+
+
+def unit(rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return the rows with norm 1."""
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def touch(folder: Path, *paths: str) -> None:
+    """Make empty files, and the folders that they are in."""
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()

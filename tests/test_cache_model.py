@@ -18,6 +18,7 @@ import torch
 from conftest import cache_of, examples, needs_real, parts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import unit
 
 import retrieval_tip
 from retrieval_tip import CacheModel
@@ -36,10 +37,6 @@ ALPHA, BETA, SCALE = 1.3, 5.5, 100.0
 
 EXACT_TYPES = ["Flat", "IVF16,Flat", "HNSW32"]
 COMPRESSED = ["SQfp16", "SQ8", "IVF16,SQfp16", "PQ8", "PCA16,Flat"]
-
-
-def unit(x: Array) -> npt.NDArray[np.float32]:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 _rng = np.random.default_rng(0)

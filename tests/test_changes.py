@@ -40,21 +40,14 @@ from retrieval_tip.store import folder as store
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.writer import collect
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = npt.NDArray[Any]
 D = 8
 CALTECH = SHARED / "data" / "caltech101" / "101_ObjectCategories"
 MODEL = f"local-dir:{(SHARED / 'models' / 'lit-mini').resolve()}"
 TEMPLATES = ["a photo of a {}.", "a drawing of a {}."]
 QUERIES = unit_rows(7, D, 50)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The sums here are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def photographs(folder: Path, **classes: range) -> Path:

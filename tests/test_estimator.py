@@ -22,6 +22,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from tables import unit
 
 from retrieval_tip import CacheModel, TipAdapterClassifier
 from retrieval_tip.data.encoder import Encoder
@@ -35,10 +36,6 @@ D, C = 16, 4
 NAMES = np.array(["dog", "ant", "cat", "bee"])
 SORTED = np.array(["ant", "bee", "cat", "dog"])
 SORTING = [1, 3, 2, 0]
-
-
-def unit(x: Array) -> npt.NDArray[np.float32]:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 _rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import cache_of
+from tables import unit
 
 from retrieval_tip import CacheModel
 from retrieval_tip.data.encoder import Encoder
@@ -24,10 +25,6 @@ from retrieval_tip.evaluation.evaluate import CONFUSIONS, Evaluation, evaluate
 Array = npt.NDArray[Any]
 C, D, SHOTS, Q = 8, 16, 4, 300
 NAMES = [f"class {i}" for i in range(C)]
-
-
-def unit(x: Array) -> npt.NDArray[np.float32]:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 _rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ import torch
 from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import unit_rows
 
 from retrieval_tip.backbones.base import Identity
 from retrieval_tip.cache_model import CacheModel
@@ -33,11 +34,6 @@ from retrieval_tip.index.items import read_text_table
 from retrieval_tip.settings import Settings
 
 IDENTITY = Identity("fake", "tag", "sha256:00", "sha256:01", {"size": 4})
-
-
-def unit_rows(n: int, d: int, seed: int = 0) -> np.ndarray:
-    rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def rows_of(table: Path) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from conftest import cache_of, examples, few, needs_real
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tables import unit_rows, write_table
+from tables import unit, unit_rows, write_table
 from test_backbone import tiny
 from test_search_hp import C, D, clusters
 from torch.nn import functional
@@ -33,22 +32,11 @@ from retrieval_tip.fit.finetune import CURVE, FLATTER, _Material, _Run, own_shot
 from retrieval_tip.fit.trainer import ENCODER_RATE, Recipe, Trainer
 from retrieval_tip.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = [f"class {i}" for i in range(C)]
 SHOTS = 37  # classes of 8 and 7 shots
 OWN = Recipe(settings="own", batch=16, epochs=4, precision="float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The products here are tiny: on a busy machine, threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def unit(rows: Any) -> Any:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 def index(**changes: Any) -> CacheModel:
@@ -354,22 +342,11 @@ def test_the_kept_epoch_is_that_of_the_rule(material: _Material) -> None:
         drilled(run, curve)
         assert run.kept_epoch == slowly_kept(curve, 60)
         np.testing.assert_allclose(run.kept["keys"] - run.kept_epoch, cache.keys, atol=1e-5)
+        assert len(run.curve) == len(curve)  # all were tried
         kept.add(min(run.kept_epoch, 2))
 
     check()
     assert kept == {0, 1, 2}
-
-
-def test_where_no_epoch_is_better_the_index_stays_and_it_is_said(
-    shots: Source, val: Source, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (1.0, 0.5))
-    cache = index()
-    tuned = finetune.finetune(cache, shots, Encoder(), OWN, val=val)
-    assert tuned.epoch == 0
-    assert np.array_equal(tuned.cache.keys, cache.keys)
-    assert "no epoch does better on the validation images than no training" in caplog.text
-    assert len(tuned.curve) == OWN.epochs + 1  # all were tried
 
 
 def test_validation_labels_choose_and_do_not_teach(shots: Source, val: Source, tmp_path: Path) -> None:
@@ -609,18 +586,12 @@ def image_index(pictures: Path, model: Any) -> CacheModel:
 
 def of_images(folder: Path, model: Any) -> CacheModel:
     source = open_source(folder)
-    encoded = Encoder(model).encode(source)
-    names = list(source.class_names)
+    features, names, templates = Encoder(model).encode(source).features, list(source.class_names), ["a {} thing.", "{}"]
+    text, own = text_weights(model, names, templates), Settings(logit_scale=model.logit_scale)
     cache = CacheModel.from_features(
-        encoded.features,
-        source.labels,
-        names,
-        text_weights(model, names, ["a {} thing.", "{}"]),
-        settings=Settings(logit_scale=model.logit_scale),
-        device="cpu",
-        sources=source.sources,
+        features, source.labels, names, text, settings=own, device="cpu", sources=source.sources
     )
-    cache.templates, cache.backbone = ["a {} thing.", "{}"], model.identity
+    cache.templates, cache.backbone = templates, model.identity
     return cache
 
 
@@ -814,15 +785,10 @@ def test_fine_tuning_on_real_clip_features_does_not_lose_to_the_untrained(shared
     before, after = [], []
     for seed in (1, 2):
         own = train.take(few_shot(train.labels, 16, seed))
-        encoded = Encoder().encode(own).features
+        own_settings = Settings(alpha=1.17, beta=5.5)
+        features = Encoder().encode(own).features
         cache = CacheModel.from_features(
-            encoded,
-            own.labels,
-            words.labels,
-            text,
-            settings=Settings(alpha=1.17, beta=5.5),
-            sources=own.sources,
-            device="cpu",
+            features, own.labels, words.labels, text, settings=own_settings, sources=own.sources, device="cpu"
         )
         tuned = finetune.finetune(cache, own_shots(cache, own), Encoder(), Recipe(settings="own", seed=seed)).cache
         queries, ids = Encoder().encode(test).features, cache.ids_of(test)
@@ -859,15 +825,8 @@ def test_gpu_trains_encoders_as_the_cpu_does(model_folder: Path, pictures: Path)
     for device in ("cpu", "cuda"):
         backbone = load_backbone(f"local-dir:{model_folder}", device=device, precision="float32")
         cache = of_images(pictures / "train", backbone)
-        keys = torch.from_numpy(cache.keys)
-        cache = CacheModel.from_features(
-            keys,
-            cache.class_ids.cpu().numpy(),
-            cache.class_names,
-            cache.text_weights,
-            settings=Settings(beta=2.0),
-            device=device,
-        )
+        parts = (torch.from_numpy(cache.keys), cache.class_ids.cpu().numpy(), cache.class_names, cache.text_weights)
+        cache = CacheModel.from_features(*parts, settings=Settings(beta=2.0), device=device)
         cache.templates = ["a {} thing.", "{}"]
         curves.append(losses(finetune.finetune(cache, source, Encoder(backbone), recipe)))
     np.testing.assert_allclose(*curves, rtol=1e-2)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, features
+from tables import touch
 
 from retrieval_tip.data import images
 from retrieval_tip.data.images import decode, find, read, thumbnail
@@ -322,12 +323,6 @@ def test_read_refuses_a_huge_file_unread(tmp_path: Path) -> None:
 
 def names(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in find(folder)]
-
-
-def touch(folder: Path, *paths: str) -> None:
-    for path in paths:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).touch()
 
 
 def test_find_takes_images_depth_first_in_name_order(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import unit
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrieval_tip.errors import InputError, UsageError
@@ -38,10 +39,6 @@ def made_module() -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
-
-
-def unit(x: Array) -> Array:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def dense(features: Array, array: Array, ids: Array, c: int, beta: float, values: Array | None = None) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,10 @@ from retrieval_tip.retrieval.segments import Segments, joined, runs, segments_of
 from retrieval_tip.retrieval.vector_index import VectorIndex
 from retrieval_tip.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = npt.NDArray[Any]
 NAMES = [f"class {i}" for i in range(C)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The sums here are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- the array

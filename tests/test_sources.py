@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tables import touch
 
 from retrieval_tip.data.feature_tables import read_features
 from retrieval_tip.data.folders import kinds
@@ -25,12 +26,6 @@ from retrieval_tip.data.sources import (
     spelled_alike,
 )
 from retrieval_tip.errors import InputError, show
-
-
-def touch(folder: Path, *paths: str) -> None:
-    for path in paths:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).touch()
 
 
 def write(path: Path, text: str | bytes) -> Path:

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from sealing import body_of, sealed, snapshot
-from torch.utils._python_dispatch import TorchDispatchMode
+from tables import unit
+from test_keys import Largest
 
 from retrieval_tip import CacheModel, tip, verify
 from retrieval_tip.data.encoder import Encoder
@@ -39,10 +40,6 @@ C, D, Q = 5, 16, 23
 NAMES = [f"class {i}" for i in range(C)]
 COUNTS = [12, 1, 0, 30, 21]
 N, BETA, SCALE = sum(COUNTS), 4.0, 20.0
-
-
-def unit(x: Array) -> npt.NDArray[np.float32]:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 _rng = np.random.default_rng(0)
@@ -176,26 +173,13 @@ def test_a_tail_needs_the_sums() -> None:
         tip.cache_logits(case.near, case.ids, 2, 1.0, case.totals(), tip.Values(torch.from_numpy(case.V), case.rows))
 
 
-class Largest(TorchDispatchMode):
-    """The number of values in the largest tensor that any operation made."""
-
-    made = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.made = max(self.made, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("tail", [False, True])
 def test_no_array_of_queries_by_keys_by_classes_is_made(tail: bool) -> None:
     case = Case(2, [20] * 10, q=30, k=50, slots=5)
     values, totals = case.values(case.V), case.totals()
     with Largest() as largest:
         tip.cache_logits(case.near, case.ids, case.c, 2.0, totals if tail else None, values)
-    assert largest.made == 30 * 55
+    assert largest.most == 30 * 55
 
 
 # --- the model
