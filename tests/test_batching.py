@@ -109,40 +109,34 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         assert await batcher("a", list(range(10))) == [f"a{i}" for i in range(10)]  # more than the room, alone
 
 
-def test_an_error_reaches_those_that_it_was_made_for() -> None:
+@in_a_loop
+async def test_an_error_reaches_those_that_it_was_made_for() -> None:
     def run(key: str, items: list[int]) -> list[int]:
         if key == "bad":
             raise InputError("no such thing")
         return items
 
-    async def ask() -> list[object]:
-        batcher = Batcher("test", run, most=lambda _: 10, room=10)
-        calls = [batcher("bad", [1]), batcher("good", [2]), batcher("bad", [3])]
-        found = await asyncio.gather(*calls, return_exceptions=True)
-        await batcher.close()
-        return found
-
-    one, two, three = asyncio.run(ask())
+    batcher = Batcher("test", run, most=lambda _: 10, room=10)
+    calls = [batcher("bad", [1]), batcher("good", [2]), batcher("bad", [3])]
+    one, two, three = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(one, InputError)
     assert two == [2]
     assert isinstance(three, InputError)
+    await batcher.close()
 
 
-def test_nobody_gets_an_error_for_what_others_sent() -> None:
+@in_a_loop
+async def test_nobody_gets_an_error_for_what_others_sent() -> None:
     def run(_: str, items: list[int]) -> list[int]:
         if 13 in items:
             raise InputError("no such thing")
         return items
 
-    async def ask() -> list[object]:
-        batcher = Batcher("test", run, most=lambda _: 100, room=100)
-        found = await asyncio.gather(*(batcher("a", [i, i]) for i in range(20)), return_exceptions=True)
-        await batcher.close()
-        return found
-
-    found = asyncio.run(ask())
+    batcher = Batcher("test", run, most=lambda _: 100, room=100)
+    found = await asyncio.gather(*(batcher("a", [i, i]) for i in range(20)), return_exceptions=True)
     assert isinstance(found.pop(13), InputError)
     assert found == [[i, i] for i in range(20) if i != 13]
+    await batcher.close()
 
 
 @in_a_loop
@@ -160,18 +154,15 @@ async def test_who_has_gone_is_not_answered() -> None:
     assert gate.batches == [("a", [0]), ("a", [2])]
 
 
-def test_closing_answers_what_was_taken() -> None:
+@in_a_loop
+async def test_closing_answers_what_was_taken() -> None:
     gate = Gate()
-
-    async def ask() -> list[str]:
-        batcher = Batcher("test", gate, most=lambda _: 1, room=10)
-        calls = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
-        await asyncio.sleep(0)
-        gate.open.set()
-        await batcher.close()
-        return [call.result()[0] for call in calls]
-
-    assert asyncio.run(ask()) == ["a0", "a1", "a2"]
+    batcher = Batcher("test", gate, most=lambda _: 1, room=10)
+    calls = [asyncio.create_task(batcher("a", [i])) for i in range(3)]
+    await asyncio.sleep(0)
+    gate.open.set()
+    await batcher.close()
+    assert [call.result()[0] for call in calls] == ["a0", "a1", "a2"]
 
 
 class Calls:

@@ -363,7 +363,9 @@ def test_validation_labels_choose_and_do_not_teach(shots: Source, val: Source, t
 # --- settings
 
 
-def test_flatter_settings_are_tried_and_taken_where_the_own_ones_saturate(shots: Source, val: Source) -> None:
+def test_flatter_settings_are_tried_and_taken_where_the_own_ones_saturate(
+    shots: Source, val: Source, caplog: pytest.LogCaptureFixture
+) -> None:
     sharp = index(beta=300.0)
     own, tried, again = (
         finetune.finetune(sharp, shots, Encoder(), Recipe(batch=16, epochs=8, settings=how), val=val)
@@ -377,6 +379,8 @@ def test_flatter_settings_are_tried_and_taken_where_the_own_ones_saturate(shots:
     assert facts(tried)["alpha"] == facts(again)["alpha"]
     assert tried.curve["val_accuracy"].to_pylist()[-1] > own.curve["val_accuracy"].to_pylist()[-1]
     assert tried.epoch > own.epoch == 0
+    assert "no epoch does better" in caplog.text  # of the own ones
+    assert np.array_equal(own.cache.keys, keys)
 
 
 def test_settings_are_among_the_candidates_and_the_better_one_wins(

@@ -163,10 +163,8 @@ def done(*arguments, status=0):
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
+def photographs(shared, tmp_path_factory):
     """Shots and test photographs of classes that look alike, and an index of the shots."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}")
     place = tmp_path_factory.mktemp("photographs")
     for name in ALIKE:
         files = sorted((IMAGES / name).iterdir())
@@ -187,17 +185,12 @@ def written(photographs):
 
 
 @pytest.fixture(scope="module")
-def food(tmp_path_factory):
+def food(shared, tmp_path_factory):
     """An index of food features, 4 shots, and the test table: no pictures anywhere."""
-    tmp_path = tmp_path_factory.mktemp("food")
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}")
-    data = SHARED / "data/clip-food9"
-    done(
-        "-q", "index", "build", "--fit", "none", data / "train.parquet", "--text", data / "text.parquet", "--shots",
-        4, "--out", tmp_path / "food",
-    )  # fmt: skip
-    return tmp_path / "food", data / "test.parquet"
+    data, out = shared / "data/clip-food9", tmp_path_factory.mktemp("food") / "food"
+    options = ("--text", data / "text.parquet", "--shots", 4, "--out", out)
+    done("-q", "index", "build", "--fit", "none", data / "train.parquet", *options)
+    return out, data / "test.parquet"
 
 
 def made(tmp_path, labels=("cat", "dog", "owl"), text=True, n=24, test_labels=None, noise=0.7, **table):
