@@ -296,8 +296,8 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For sums that are tiny: on a busy machine, threads would wait for each other far longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """Torch and FAISS with one thread each."""
+    import killing
+
+    with killing.one_thread():
+        yield

@@ -47,7 +47,7 @@ SECONDS = float(os.environ.get("RETRIEVAL_TIP_SECONDS", "8" if SOAK else "2"))
 SMALL = 8
 QUERIES = unit_rows(4, D, 99)
 
-pytestmark = killing.needs_fork
+pytestmark = [killing.needs_fork, pytest.mark.usefixtures("one_thread")]
 
 
 def vector(source: str) -> npt.NDArray[np.float32]:
@@ -169,12 +169,6 @@ if __name__ == "__main__":
     labelled_keys.SMALL, lock.LOCK_WAIT = SMALL, 120.0
     killing.serve(_work)
     raise SystemExit
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with killing.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -352,11 +352,6 @@ def test_find_goes_as_deep_as_paths_can(tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # too deep for pytest to tidy
 
 
-def test_find_takes_names_that_are_not_utf8(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png")).touch()
-    assert [os.fsencode(path.name) for path in find(tmp_path)] == [b"\xff\xfe.png"]
-
-
 # -- JPEGs at a reduced size --
 
 

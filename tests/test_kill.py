@@ -27,7 +27,7 @@ if __name__ != "__main__":
     from retrieval_tip import verify
     from retrieval_tip.store.folder import is_index, read_manifest
 
-pytestmark = killing.needs_fork
+pytestmark = [killing.needs_fork, pytest.mark.usefixtures("one_thread")]
 
 
 def _build(job: dict[str, Any], steps: killing.Steps) -> None:
@@ -42,12 +42,6 @@ def _build(job: dict[str, Any], steps: killing.Steps) -> None:
 if __name__ == "__main__":
     killing.serve(_build)
     raise SystemExit
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with killing.one_thread():
-        yield
 
 
 class Builder(killing.Server):

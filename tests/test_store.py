@@ -19,7 +19,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import killing
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,15 +37,11 @@ from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 from retrieval_tip.store.manifest import FORMAT_VERSION, KINDS, OPTIONAL_KINDS, TableDigests, named_in
 from retrieval_tip.store.writer import write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = ["cat", "dog", "owl", "eel"]
 N, D = 40, 8
 POSITIONS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with killing.one_thread():
-        yield
 
 
 def model(seed: int = 0, n: int = N, d: int = D) -> CacheModel:
