@@ -240,6 +240,17 @@ def asked(rows: int, query: str = "") -> bytes:
     return POST.replace(b"classify", b"classify" + query.encode()) + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
+def test_a_body_that_turns_out_malformed_is_no_error_of_the_server(
+    random_things: Path, local: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n\r\n"
+    for _ in range(20):
+        with socket.create_connection(local, timeout=30) as link:
+            link.sendall(raw)
+            link.recv(1)
+    assert "Exception in ASGI" not in caplog.text
+
+
 def test_what_is_promised_takes_no_room(random_things: Path) -> None:
     """What has come of a body does, for a while."""
     served = open_all([random_things], "cpu", "float32", "fast")

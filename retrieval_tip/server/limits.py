@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import dataclass
 
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -98,7 +99,10 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY.items():
                     headers.setdefault(name, value)
-            await send(message)
+            try:
+                await send(message)
+            except LocalProtocolError:  # uvicorn has refused the rest of the request meanwhile
+                raise ClientDisconnect from None
 
         try:
             headers = Headers(scope=scope)

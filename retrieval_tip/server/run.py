@@ -63,7 +63,7 @@ def configured(app: FastAPI, seconds: float) -> uvicorn.Config:
 
 def serve(app: FastAPI, listening: socket.socket, seconds: float) -> None:
     """Answer until SIGINT or SIGTERM; then accept nothing more, finish within ``seconds``, and return."""
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # no line for each request that is malformed
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what is malformed
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if soft == resource.RLIM_INFINITY else min(soft, FILES), hard))
