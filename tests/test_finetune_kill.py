@@ -24,7 +24,6 @@ if __name__ != "__main__":
     import torch
     from test_backbone import tiny
     from test_finetune import (  # noqa: F401 - fixtures
-        _one_thread,
         image_index,
         index,
         model,
@@ -42,6 +41,7 @@ if __name__ != "__main__":
     from retrieval_tip.fit import finetune
     from retrieval_tip.fit.trainer import Recipe, Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS, STEPS = 3, 2
 RECIPE: dict[str, Any] = {
     "train": ("keys", "visual"), "views": None, "batch": 6, "epochs": EPOCHS, "lr": 0.3, "precision": "float32",

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_features import IDENTITY, Fake, Reads, folder, picture, source_of, unit_rows, with_identity  # noqa: F401
+from tables import unit_rows
+from test_features import IDENTITY, Fake, Reads, folder, picture, source_of, with_identity  # noqa: F401
 
 from retrieval_tip.backbones.base import unit
 from retrieval_tip.data import images
@@ -143,7 +144,7 @@ def table(path: Path, ids: list[str], rows: np.ndarray) -> Source:
 
 
 def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
-    rows = unit_rows(7)
+    rows = unit_rows(7, 4)
     source = table(tmp_path / "t.parquet", ["b", "a", "b", "c", "a", "b", "z"], rows)
     found = Encoder().encode_views(source, [])
     assert found.positions.tolist() == [0, 1, 3, 6]
@@ -160,7 +161,7 @@ def test_rows_that_share_an_id_are_the_views_of_a_shot(tmp_path: Path) -> None:
 
 
 def test_one_row_a_shot_is_the_table_itself(tmp_path: Path) -> None:
-    rows = unit_rows(5)
+    rows = unit_rows(5, 4)
     found = Encoder().encode_views(table(tmp_path / "t.parquet", list("edcba"), rows), view_names(1, 4))
     assert found.positions.tolist() == [0, 1, 2, 3, 4]
     assert found.starts.tolist() == [0, 1, 2, 3, 4, 5]
@@ -168,12 +169,12 @@ def test_one_row_a_shot_is_the_table_itself(tmp_path: Path) -> None:
 
 
 def test_tables_raise_as_blocks_do(tmp_path: Path) -> None:
-    rows = unit_rows(3)
+    rows = unit_rows(3, 4)
     rows[1] *= 2
     source = table(tmp_path / "t.parquet", ["a", "a", "b"], rows)
     with pytest.raises(InputError, match="row 1: norm 2"):
         Encoder().encode_views(source, [])
-    assert np.allclose(Encoder(norms="unit").encode_views(source, []).features, unit_rows(3), atol=1e-6)
+    assert np.allclose(Encoder(norms="unit").encode_views(source, []).features, unit_rows(3, 4), atol=1e-6)
     other = with_identity(tmp_path / "o.parquet", json.dumps(replace(IDENTITY, weights="sha256:09").to_dict()).encode())
     with pytest.raises(BackboneError, match=r"o\.parquet"):
         Encoder(Fake()).encode_views(open_items(other), [])
@@ -244,7 +245,7 @@ def test_the_next_chunk_is_decoded_while_one_is_used(folder: Path) -> None:
 
 def test_pixels_need_images_a_backbone_and_a_size(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"t\.parquet: a feature table has no pixels"):
-        next(Encoder(Fake()).pixels(table(tmp_path / "t.parquet", ["a"], unit_rows(1)), "centre", 4))
+        next(Encoder(Fake()).pixels(table(tmp_path / "t.parquet", ["a"], unit_rows(1, 4)), "centre", 4))
     with pytest.raises(UsageError, match="--model"):
         next(Encoder().pixels(source_of(folder), "centre", 4))
     with pytest.raises(UsageError, match="size is 0"):
