@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import faiss
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import cache_of, examples, parts_of
@@ -559,61 +554,6 @@ def test_precision_is_that_of_all_keys_and_no_part_of_what_is_saved(
     assert "precision" not in one
     assert CacheModel.load(tmp_path / "index", device="cpu").precision == "auto"
     assert CacheModel.load(tmp_path / "index", device="cpu", precision="float32").precision == "float32"
-
-
-# ---------------------------------------------------------------------------------------------------- older indexes
-
-
-def test_an_index_as_it_was_written_before_there_were_classes_still_opens(tmp_path: Path) -> None:
-    """Its files made here by hand, with the fields that a manifest had then."""
-    rng = np.random.default_rng(0)
-    array, text = unit(rng.standard_normal((6, 4))), unit(rng.standard_normal((3, 4)))
-    (tmp_path / "data").mkdir()
-    made: dict[str, tuple[Path, int]] = {kind: (tmp_path / f"new-{kind}", 6) for kind in ("keys", "index", "labels")}
-    made["text"] = (tmp_path / "new-text", 3)
-    with made["keys"][0].open("wb") as file:
-        np.save(file, array)
-    with made["text"][0].open("wb") as file:
-        np.save(file, text)
-    flat = faiss.IndexFlatIP(4)
-    flat.add(array)
-    faiss.write_index(flat, str(made["index"][0]))
-    ids = [0, 0, 1, 1, 2, 2]
-    columns = {
-        "key_id": pa.array(range(6), pa.int64()),
-        "class_id": pa.array(ids, pa.int32()),
-        "label": pa.array([f"class {i}" for i in ids]),
-        "source": pa.array([f"shot {i}" for i in range(6)]),
-        "shot": pa.array([0, 1] * 3, pa.int32()),
-        "views": pa.array([1] * 6, pa.int32()),
-        "digest": pa.array([None] * 6, pa.string()),
-        "added_at": pa.array([datetime.datetime.now(datetime.UTC)] * 6, pa.timestamp("us", "UTC")),
-    }
-    pq.write_table(pa.table(columns), made["labels"][0])
-    files = {}
-    for kind, suffix in {"keys": "npy", "index": "faiss", "labels": "parquet", "text": "npy"}.items():
-        path, rows = made[kind]
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        name = f"data/{kind}-{digest[:16]}.{suffix}"
-        files[kind] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
-        path.rename(tmp_path / name)
-    body: dict[str, Any] = {
-        "format": "retrieval-tip index", "format_version": 1, "version": 1, "parent": None,
-        "created_at": "2026-11-20T09:42:52+00:00", "created_by": "retrieval-tip 0.1.0", "n": 6, "d": 4,
-        "dtype": "float32", "class_names": ["class 0", "class 1", "class 2"], "templates": [], "logit_scale": 100.0,
-        "alpha": 1.0, "beta": 5.5, "k": None, "tail": True, "temperature": 1.0, "index": "Flat", "backbone": None,
-        "provenance": {}, "files": files,
-    }  # fmt: skip
-    seal = hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest()
-    (tmp_path / "manifest.json").write_text(json.dumps(body | {"sha256": seal}, indent=1))
-    cache = verify(tmp_path)
-    assert (cache.n, cache.settings.k, cache.index.factory, cache.version) == (6, None, "Flat", 1)
-    f = unit(rng.standard_normal((5, 4)))
-    text_, alone = exact_parts(cache, f)
-    np.testing.assert_allclose(cache.logits(f), text_ + alone, atol=1e-4)
-    check_winners((cache.certified(f, 1).text + cache.certified(f, 1).cache).argmax(1), text_, alone, 1.0)
-    cache.save_settings(tmp_path)
-    assert verify(tmp_path).version == 2
 
 
 def test_half_precision_leaves_close_answers_to_float32() -> None:
