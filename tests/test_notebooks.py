@@ -19,7 +19,7 @@ REACHED = {
         and names["learned"].label == names["wrong"][0].split("/")[-2]
         and len(names["clf"]) == 41
     ),
-    "features-from-elsewhere": lambda names: 0.2 < names["by_colour"] == names["by_table"] < 0.6,
+    "features-from-elsewhere": lambda names: names["same"] and 0.2 < names["by_colour"] == names["by_table"] < 0.6,
     "reproduce-a-table": lambda names: (
         len(names["rows"]) == 2 * 3 * 4
         and len(names["sweep"].summary(names["rows"])) == 2 * 4

@@ -264,17 +264,6 @@ def test_weight_of_one_key(beta: float) -> None:
     assert (tip.weight(torch.rand(5), 0) == 1).all()
 
 
-@settings(max_examples=examples(50), deadline=None)
-@given(cases(), st.floats(0, 20), st.floats(0.5, 200), betas)
-def test_blend_is_text_plus_alpha_cache(case: Case, alpha: float, scale: float, beta: float) -> None:
-    f, K, y = case.tensors()
-    text = tip.text_logits(f, torch.from_numpy(case.W), scale)
-    logits = tip.blend(text, tip.cache_logits(tip.affinity(f, K), y, case.c, beta), alpha)
-    expected = scale * (case.f @ case.W.T) + alpha * dense(case.A, case.y, case.c, beta)
-    np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-10)
-    assert torch.equal(tip.blend(text, logits, 0), text)
-
-
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=9), st.floats(0, 30))
 def test_keys_at_their_mean_affinity_never_add_more_than_at_their_own(own: list[float], beta: float) -> None:
     affinity = torch.tensor(own, dtype=torch.float64)
