@@ -712,7 +712,10 @@ def test_folders_are_dropped_and_taught_and_long_work_is_cancelled(
     drop_folders(page, place / "crab", place / "butterfly")
     names = page.locator(".class-card input[type=text]")
     expect(names).to_have_count(2)
-    assert sorted(name.input_value() for name in names.all()) == ["butterfly", "crab"]
+    page.wait_for_function(
+        "() => Array.from(document.querySelectorAll('.class-card input[type=text]'), name => name.value).sort().join()"
+        " === 'butterfly,crab'"
+    )
     expect(page.locator("#notice")).to_contain_text("1 file was skipped")
     expect(page.locator("#teach-go")).to_have_text("Teach 32 photographs in 2 classes")
     held: list[Route] = []
