@@ -128,11 +128,23 @@ async function valuesOf({ name }) {
   }
 }
 
+const pending = new WeakMap();
+
 /** Open a dialog; its return value once it is closed ("" where it was dismissed). */
 export function ask(dialog) {
+  pending.get(dialog)?.(""); // it was dismissed, and opens again before its close event has come
   dialog.returnValue = "";
   dialog.showModal();
-  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true }));
+  return new Promise((resolve) => {
+    const closed = () => dialog.open || end(dialog.returnValue);
+    const end = (value) => {
+      dialog.removeEventListener("close", closed);
+      pending.delete(dialog);
+      resolve(value);
+    };
+    pending.set(dialog, end);
+    dialog.addEventListener("close", closed);
+  });
 }
 
 async function askToken(refused) {
