@@ -24,7 +24,6 @@ from retrieval_tip.retrieval.keys import KEY_BLOCK, auto_for, index_over
 from retrieval_tip.retrieval.segments import KeyArray
 from retrieval_tip.retrieval.vector_index import BY_CLASS
 from retrieval_tip.settings import Dtype, MetricName, ValuesName
-from retrieval_tip.store.labels import label_table
 from retrieval_tip.store.writer import Writer, write
 
 PAIRS = 1 << 26
@@ -77,16 +76,7 @@ def create(folder: Path, made: Material) -> CacheModel:
         made.warn_of_bare(np.bincount(ids, minlength=c))
         statistics = measure(keys, ids)
         factory, met = (asked, None) if asked != "auto" else auto_for((len(keys), d), made.dtype, c, made.device)
-        columns = made.columns(order, digests)
-        labels = label_table(
-            names,
-            ids,
-            columns.sources,
-            key_ids=order,
-            views=made.views,
-            digests=columns.digests,
-            extra=columns.extra,
-        )
+        labels = made.labels(order, digests)
         warn_of(duplicates(keys, labels))
         cache = CacheModel(
             keys=keys,

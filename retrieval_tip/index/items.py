@@ -23,7 +23,7 @@ from retrieval_tip.errors import InputError, counted, few
 from retrieval_tip.retrieval.defaults import Statistics, plain_settings
 from retrieval_tip.retrieval.duplicates import Duplicates, describe_duplicates
 from retrieval_tip.settings import Built, Dtype, MetricName, Normalize, Norms, Settings, ValuesName
-from retrieval_tip.store.labels import LABEL_SCHEMA
+from retrieval_tip.store.labels import LABEL_SCHEMA, label_table
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +126,18 @@ class Material:
                 )
             yield block
 
-    def columns(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> ItemColumns:
-        """Return the columns of some items, in this order, whose images have these digests."""
-        return ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
+    def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
+        """Return the label store of some items, in this order, whose images have these digests."""
+        columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
+        return label_table(
+            self.words.class_names,
+            self.ids[rows],
+            columns.sources,
+            key_ids=rows,
+            views=self.views,
+            digests=columns.digests,
+            extra=columns.extra,
+        )
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
         """The provenance, with what is known when all items are read."""

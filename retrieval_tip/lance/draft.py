@@ -472,16 +472,7 @@ def labelled_blocks(material: Material) -> Iterator[tuple[pa.Table, npt.NDArray[
     names = material.words.class_names
     following = np.zeros(len(names), dtype=np.int32)
     for block in material.blocks():
-        ids, columns = material.ids[block.positions], material.columns(block.positions, block.digests)
-        labels = label_table(
-            names,
-            ids,
-            columns.sources,
-            key_ids=block.positions,
-            views=material.views,
-            digests=columns.digests,
-            extra=columns.extra,
-        )
+        ids, labels = material.ids[block.positions], material.labels(block.positions, block.digests)
         yield shots_after(labels, ids, following), block.features
         following += np.bincount(ids, minlength=len(names)).astype(np.int32)
 
