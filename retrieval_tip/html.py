@@ -1,7 +1,7 @@
 """HTML from Jinja2 templates, which lie beside the modules that fill them.
 
-A value is escaped and on one line, characters that do not print, like those that turn the direction of writing, as
-escapes; only what a template says itself is markup, and :func:`markup` of our own.
+Values are escaped and put on one line, with unprintable characters (control characters, marks that reverse the
+direction of text) as escapes. Only the templates and :func:`markup` produce markup.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @cache
 def _templates() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # 0.1 s, so not before something is shown
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # takes 0.1 s, so only on demand
 
     return Environment(
         loader=PackageLoader("retrieval_tip", "."),
@@ -33,19 +33,19 @@ def _templates() -> Environment:
 
 
 def markup(text: str) -> Markup:
-    """Text that is HTML already: ours, never that of a name."""
+    """Mark text of our own as HTML; never a name or any other input."""
     from markupsafe import Markup
 
     return Markup(text)  # noqa: S704
 
 
 def render(template: str, **values: object) -> str:
-    """Fill a template of this package, given by its path within."""
+    """Fill a template, given by its path within this package."""
     return _templates().get_template(template).render(values)
 
 
 def table(
     columns: Sequence[object], rows: Iterable[Sequence[object]], caption: object = "", numbers: Collection[int] = ()
 ) -> str:
-    """A table for a notebook, as ``table.html.j2`` says; it reads in light and in dark."""
+    """Return an HTML table for a notebook (``table.html.j2``), legible on light and dark backgrounds."""
     return str(_templates().get_template("table.html.j2").module.table(columns, rows, caption, numbers))  # type: ignore[attr-defined]

@@ -213,7 +213,7 @@ def test_a_file_in_the_way_and_a_missing_matplotlib_are_said_before_any_work(run
     (tmp_path / "file").write_text("")
     refused = run("evaluate", tmp_path / "no index", tmp_path / "none", "--plot", tmp_path / "file")
     assert refused.exit_code == 2
-    assert "is a file; --plot writes into a folder" in refused.stderr
+    assert "file: is a file; " in refused.stderr
     request.getfixturevalue("no_matplotlib")
     with pytest.raises(UsageError, match=r"pip install 'retrieval-tip\[plot\]'"):
         plots.check(tmp_path)

@@ -250,8 +250,8 @@ def test_the_figures_are_those_of_evaluate(written, photographs):
     found = figures(page)
     assert 0.5 < facts["top1"] < 1
     assert found["Tip-Adapter"] == (facts["top1"], facts["mean_per_class"], facts["ece"])
-    assert found["zero-shot"][0] == facts["zero_shot_top1"]
-    assert found["cache alone"][0] == facts["cache_top1"]
+    assert found["class names only"][0] == facts["zero_shot_top1"]
+    assert found["examples only"][0] == facts["cache_top1"]
     shown = section(page, "accuracy").text
     low, high = wilson(round(facts["top1"] * 54), 54)
     assert f"{low:.1%} to {high:.1%}" in shown
@@ -264,8 +264,8 @@ def test_the_figures_are_those_of_evaluate(written, photographs):
     for (true, answer, times), pair in zip(
         facts["confusions"], section(page, "confusions").all("li", class_="pair"), strict=False
     ):
-        assert pair.first("h3").text == f"{true} taken for {answer}"
-        assert f"{times} of 9 items" in pair.text
+        assert pair.first("h3").text == f"{true} classified as {answer}"
+        assert f"{times} of 9 photos" in pair.text
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 7), (7, 7), (1, 1), (879, 999), (3, 10), (1, 10**6)])
@@ -355,7 +355,7 @@ def test_the_curves_are_those_of_a_sweep_and_features_get_placeholders(food, tmp
     assert not list(page.all("img"))
     sources = CacheModel.load(folder, device="cpu").labels["source"]
     assert {holder.text for holder in holders} <= {*pq.read_table(test)["id"].to_pylist(), *sources.to_pylist()}
-    assert all(", no picture: " in holder.attributes["aria-label"] for holder in holders)
+    assert all(", no preview: " in holder.attributes["aria-label"] for holder in holders)
 
 
 def test_the_surface_is_that_of_the_shots_and_never_of_the_test(food, tmp_path):
@@ -367,9 +367,9 @@ def test_the_surface_is_that_of_the_shots_and_never_of_the_test(food, tmp_path):
     )
     two = section(reported(tmp_path, folder, tmp_path / "t.parquet", "--no-curves"), "settings")
     assert one.text == two.text  # whatever the test says
-    assert "On its own shots, each left out, 36 items, k = all; not on test" in one.text
+    assert "36 photos, k = all), not on the test photos" in one.text
     page = reported(tmp_path, folder, test, "--no-curves", "--val", SHARED / "data/clip-food9/train.parquet")
-    assert "train.parquet, 1,800 items" in section(page, "settings").text
+    assert "train.parquet (1,800 photos" in section(page, "settings").text
 
 
 # ---------------------------------------------------------------------------------------------------- pictures, names
@@ -384,7 +384,10 @@ def test_pictures_are_thumbnails_of_the_items_and_their_keys(written, photograph
         assert query.attributes["title"] == card.attributes["data-item"]
         assert len(list(card.all("img", class_="key"))) == 6  # five for the answer, one against it
         data = base64.b64decode(query.attributes["src"].removeprefix("data:image/jpeg;base64,"))
-        with Image.open(io.BytesIO(data)) as small, Image.open(query.attributes["title"]) as large:
+        with (
+            Image.open(io.BytesIO(data)) as small,
+            Image.open(photographs / "test" / query.attributes["title"]) as large,
+        ):
             assert max(small.size) == 180
             assert small.size[0] / small.size[1] == pytest.approx(large.size[0] / large.size[1], rel=0.02)
             pair = [np.asarray(image.convert("L").resize((16, 16)), dtype=float) for image in (small, large)]
@@ -457,7 +460,7 @@ def test_hostile_names_stay_names(tmp_path):
     shutil.move(folder, place / "in'dex\"")
     moved = shutil.move(test, place / "t<b>.parquet")
     page = reported(tmp_path, place / "in'dex\"", moved, "--where", "label <> '<i>'")
-    assert "How well in'dex\" knows t<b>.parquet" in page.first("h1").text
+    assert 'Accuracy of "in\'dex"" on "t<b>.parquet"' in page.first("h1").text
     assert "label <> '<i>'" in section(page, "provenance").text
     shown = {row[0] for row in section(page, "classes").first("table").rows()[1:]}
     assert shown == {one_line(label) for label in labels}
@@ -479,19 +482,19 @@ def test_a_fine_tuned_index_is_set_beside_what_it_was_made_from(photographs, tmp
     )
     assert found["Tip-Adapter"] == (before["top1"], before["mean_per_class"], before["ece"])
     assert found["Tip-Adapter-F"] == (after["top1"], after["mean_per_class"], after["ece"])
-    assert f"{photographs / 'index'}, version 1, before fine-tuning" in section(page, "accuracy").text
+    assert "/index, version 1, before fine-tuning" in section(page, "accuracy").text
     training = section(page, "training").text
     assert "epoch 3 was kept" in training
     assert "weight_decay" in training
     for name in ("shots", "settings"):
-        assert "Left out: " in section(page, name).text
+        assert "Not shown: " in section(page, name).text
         assert "fine-tuned" in section(page, name).text
     away = shutil.copytree(photographs / "index", tmp_path / "away")
     done("-q", "finetune", away, "--out", tuned, "--views-cache", 1, "--epochs", 1, "--keep-last")
     shutil.rmtree(away)
     page = reported(tmp_path, tuned, photographs / "test")
     assert "Tip-Adapter" not in figures(page)
-    assert f"it was made from {away}, which cannot be asked" in section(page, "accuracy").text
+    assert f"{tmp_path.name}/away, cannot be used" in section(page, "accuracy").text
 
 
 def test_a_fitted_index_is_set_beside_what_else_its_shots_allow(tmp_path):
@@ -503,26 +506,30 @@ def test_a_fitted_index_is_set_beside_what_else_its_shots_allow(tmp_path):
     done("-q", "fit", folder)
     page = reported(tmp_path, folder, test, "--shots", 4)
     ways = {name: way[0] for name, way in figures(page).items()}
-    assert set(ways) == {"zero-shot", "cache alone", "class means", "linear probe", "Tip-Adapter", "fitted"}
+    assert set(ways) == {"class names only", "examples only", "class means", "linear probe", "Tip-Adapter", "fitted"}
     same = {"class-means": "class means", "linear-probe": "linear probe", "untouched": "Tip-Adapter"}
     assert accuracy == {name: ways[shown] for name, shown in same.items()}
     rows = section(page, "shots").first("table").rows()[1:]
     assert {row[0] for row in rows} == {"zero-shot", "tip-adapter", "closed-form"}
 
 
-def test_the_verdict_comes_first_and_says_what_to_do(tmp_path):
+def test_the_verdict_comes_first_and_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder, test = made(tmp_path, n=60, noise=2.0)
     page = reported(tmp_path, folder, test, "--no-curves")
     facts = json.loads(done("-q", "evaluate", folder, test, "--json").stdout)
     verdict = page.first("div", class_="verdict").text
-    assert f"{round(60 * facts['top1'])} of 60 test items are named right, {facts['top1']:.1%}" in verdict
-    assert f"Photographs alone give {facts['cache_top1']:.1%}; words alone {facts['zero_shot_top1']:.1%}" in verdict
+    assert f"{round(60 * facts['top1'])} of 60 test photos were classified correctly: {facts['top1']:.1%}" in verdict
+    alone, names = facts["cache_top1"], facts["zero_shot_top1"]
+    assert f"The examples alone reach {alone:.1%}, the class names alone {names:.1%}" in verdict
     truth, answer, times = facts["confusions"][0]
-    assert f"Most often, {truth} is taken for {answer} ({times} of " in verdict
+    assert f"{truth} classified as {answer} ({times} times)" in verdict
+    weakest = min(facts["per_class"], key=facts["per_class"].get)
+    assert f"The weakest class is {weakest}: " in verdict
     first = page.first("ol", class_="actions").first("li")
     command = first.first("code").text
     assert first.text.startswith("Fit the index: ")
-    assert command == f"retrieval-tip fit {folder}"
+    assert command == "retrieval-tip fit index"
     done("-q", *command.split()[1:])
     after = list(reported(tmp_path, folder, test, "--no-curves").all("ol", class_="actions"))
     assert not after or "Fit the index" not in after[0].text
@@ -531,11 +538,11 @@ def test_the_verdict_comes_first_and_says_what_to_do(tmp_path):
 def test_the_verdict_spells_the_best_rival_as_it_is_called():
     right = np.array([True, False])
     ways = [Way(name, "", share, 0, 1, share, None, right) for name, share in
-            (("cache alone", 0.4), ("linear probe", 0.5), ("Tip-Adapter", 0.6), ("fitted", 0.7))]  # fmt: skip
+            (("examples only", 0.4), ("linear probe", 0.5), ("Tip-Adapter", 0.6), ("fitted", 0.7))]  # fmt: skip
     answers = SimpleNamespace(confidence=np.zeros(2), right=right)
     judged = SimpleNamespace(evaluation=SimpleNamespace(n=2, ece=0.1, confusions=[], answers=answers))
-    assert "Photographs alone give 40.0%" in (said := " ".join(sentences(judged, ways)))
-    assert "Tip-Adapter is best with 60.0%" in said
+    assert "The examples alone reach 40.0%" in (said := " ".join(sentences(judged, ways)))
+    assert "Tip-Adapter, reaches 60.0%" in said
 
 
 def test_weak_classes_want_photographs_and_contradicted_shots_a_look(tmp_path):
@@ -546,9 +553,9 @@ def test_weak_classes_want_photographs_and_contradicted_shots_a_look(tmp_path):
     moved = [*cats[:3], owls[0]]  # three of four, and one
     done("-q", "index", "relabel", folder, "dog", "--key-ids", ",".join(map(str, moved)))
     said = reported(tmp_path, folder, test, "--no-curves").first("ol", class_="actions").text
-    assert "Add photographs of cat" in said
-    assert "1 shot" in said
-    assert "Check the labels of shots" in said
+    assert "Add photos of cat" in said
+    assert "1 example looks mislabelled" in said
+    assert "Check labels" in said
 
 
 @pytest.mark.parametrize(("one", "other", "differs"), [(5, 5, False), (9, 1, True), (4, 0, True), (3, 0, False)])
@@ -562,7 +569,7 @@ def test_ways_differ_by_more_than_chance(one, other, differs):
 def test_an_index_without_text_has_no_zero_shot(tmp_path):
     folder, test = made(tmp_path, text=False)
     page = reported(tmp_path, folder, test, "--shots", 2)
-    assert set(figures(page)) == {"cache alone", "class means", "linear probe", "Tip-Adapter"}
+    assert set(figures(page)) == {"examples only", "class means", "linear probe", "Tip-Adapter"}
     assert "no text weights" in section(page, "accuracy").text
     assert {row[0] for row in section(page, "shots").first("table").rows()[1:]} == {"cache-alone"}
 
@@ -571,8 +578,8 @@ def test_an_index_without_text_has_no_zero_shot(tmp_path):
 def test_a_test_without_mistakes_has_no_list_of_them(tmp_path):
     folder, test = made(tmp_path, noise=0.1)
     page = reported(tmp_path, folder, test, "--no-curves")
-    assert "None: all 24 answers are right." in section(page, "mistakes").text
-    assert section(page, "confusions").text == "Confusions None."
+    assert "No mistakes in 24 test photos." in section(page, "mistakes").text
+    assert section(page, "confusions").text == "Confusions No confusions."
 
 
 @pytest.mark.usefixtures("drawn")
@@ -581,7 +588,7 @@ def test_a_test_of_one_class(labels, tmp_path):
     folder, test = made(tmp_path, labels, test_labels=[0] * 7, noise=2.5)
     page = reported(tmp_path, folder, test)
     assert [row[0] for row in section(page, "classes").first("table").rows()] == ["class", "cat"]
-    said = "2 of the 3 classes of the index have no test item"
+    said = "2 of the 3 classes in the index have no test photo"
     assert (said in page.first("header").text) == (len(labels) == 3)
 
 
@@ -589,21 +596,21 @@ def test_what_cannot_be_drawn_says_why(tmp_path, monkeypatch):
     table = write_table(tmp_path / "one.parquet", unit_rows(3, 8), ["a", "a", "b"])
     done("-q", "index", "build", "--fit", "none", table, "--out", tmp_path / "one")
     page = reported(tmp_path, tmp_path / "one", table)
-    assert "Left out: class 'b' has one key; draws need 2 keys a class or more." in section(page, "shots").text
-    assert "class 'b' has one image; at least 2 a class are needed" in section(page, "settings").text
+    assert "Not shown: class 'b' has one example" in section(page, "shots").text
+    assert "class 'b' has one image" in section(page, "settings").text
     folder, test = made(tmp_path)
     monkeypatch.setattr(report, "SURFACE_KEYS", 11)
     monkeypatch.setattr(report, "CURVE_KEYS", 2)
     page = reported(tmp_path, folder, test)
-    assert "one key of each of 3 classes are more than 2" in section(page, "shots").text
-    assert "12 keys are more than 11" in section(page, "settings").text
+    assert "3 classes are more than 2" in section(page, "shots").text
+    assert "12 examples are more than 11" in section(page, "settings").text
     monkeypatch.setattr(report, "CURVE_KEYS", 6)
     monkeypatch.setattr(report, "SURFACE_KEYS", 12)
     monkeypatch.setattr(report, "SURFACE_QUERIES", 5)
     page = reported(tmp_path, folder, test)
-    assert "Draws of more than 6 keys are left out." in section(page, "shots").text
+    assert "Draws of more than 6 examples are skipped." in section(page, "shots").text
     assert {row[1] for row in section(page, "shots").first("table").rows()[1:]} == {"1", "2"}
-    assert "5 items, k = all" in section(page, "settings").text
+    assert "5 photos, k = all" in section(page, "settings").text
 
 
 def test_settings_say_where_they_come_from(tmp_path):
@@ -613,14 +620,14 @@ def test_settings_say_where_they_come_from(tmp_path):
     rows = {row[0]: row[1:] for row in section(page, "provenance").first("table").rows()}
     kept = CacheModel.load(folder, device="cpu")
     assert rows["alpha"] == [f"{kept.settings.alpha:.4g}", "search-hp"]
-    assert rows["beta"] == ["7", f"given for this report; the index has {kept.settings.beta:.4g}"]
+    assert rows["beta"] == ["7", f"set for this report; the index has {kept.settings.beta:.4g}"]
     assert rows["k"][0] == "4"
-    assert rows["tail"] == ["False", "given for this report; the index has True"]
-    assert "its own shots, each left out" in section(page, "provenance").text
+    assert rows["tail"] == ["False", "set for this report; the index has True"]
+    assert "its own shots, each " in section(page, "provenance").text
     assert "version 2," in section(page, "provenance").text
     done("-q", "search-hp", folder, "--val", test, "--val-shots", "all")
     page = reported(tmp_path, folder, test, "--no-curves")
-    assert "chosen on this very source" in page.first("header").text
+    assert "chosen on these test photos" in page.first("header").text
 
 
 def test_test_items_that_are_keys_are_counted(photographs, tmp_path):
@@ -628,7 +635,7 @@ def test_test_items_that_are_keys_are_counted(photographs, tmp_path):
     for file in sorted((photographs / "shots" / ALIKE[0]).iterdir())[:2]:
         shutil.copy(file, tmp_path / "test" / ALIKE[4] / f"x{file.name}")
     page = reported(tmp_path, photographs / "index", tmp_path / "test", "--no-curves")
-    assert "2 test items of 56" in page.first("header").text
+    assert "2 of 56 test photos are also in the index" in page.first("header").text
 
 
 # ------------------------------------------------------------------------------------------------- what can go wrong
@@ -645,10 +652,11 @@ def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
     assert "1 input could not be read" in result.stderr
     assert "of 54 items" in result.stdout
     page = read(tmp_path / "r.html")
-    assert "1 item could not be read" in page.first("header").text
+    assert "1 photo could not be read" in page.first("header").text
     said = section(page, "provenance").text
-    assert "54 answered, 1 could not be read" in said
-    assert f"{bad}: " in said
+    assert "54 classified, 1 could not be read" in said
+    assert f"{ALIKE[0]}/<b>ad.jpg: " in said
+    assert str(tmp_path) not in (tmp_path / "r.html").read_text()
     out = (tmp_path / "r.html").read_bytes()
     refused = done(*arguments, "--strict", status=1)
     assert "<b>ad.jpg" in refused.stderr
@@ -668,7 +676,7 @@ def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
         (("--test", test, "--out", folder), 2, "is a directory"),
         (("--test", test, "--out", out, "--shots", 5), 2, "shots 5: class 'cat' has 4 keys"),
         (("--test", test, "--out", out, "--shots", 1, "--no-curves"), 2, "give one of them"),
-        (("--test", test, "--out", out, "--val", test), 2, "is the test source; settings are never chosen on it"),
+        (("--test", test, "--out", out, "--val", test), 2, "is the test source"),
         (("--test", test, "--out", out, "--val", unknown), 1, "unicorn"),
         (("--out", out), 2, "--test"),
     ):
@@ -694,12 +702,12 @@ def test_from_python(tmp_path):
     assert found.left_out == {}
     page = read(found.path)
     assert figures(page)["Tip-Adapter"][0] == found.evaluation.top1
-    assert page.first("h1").text == "How well index knows test.parquet"
+    assert page.first("h1").text == 'Accuracy of "index" on "test.parquet"'
     loose = cache.take(np.arange(cache.n))
     found = write_report(loose, source, Encoder(), tmp_path / "r.html", curves=False)
     assert set(found.left_out) == {"shots"}
-    assert "How well an index knows" in read(found.path).first("h1").text
-    with pytest.raises(UsageError, match="seeds is 0"):
+    assert "Accuracy of an index on" in read(found.path).first("h1").text
+    with pytest.raises(UsageError, match="seeds: 0"):
         write_report(cache, source, Encoder(), tmp_path / "r.html", seeds=0)
     with pytest.raises(InputError, match="is a folder"):
         write_report(cache, source, Encoder(), tmp_path)

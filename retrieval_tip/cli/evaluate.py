@@ -189,6 +189,7 @@ def report_command(
     It opens anywhere, and shows accuracy, mistakes and settings. Its figures are those of evaluate. Curves over shots
     and the surface of alpha and beta never choose on the test source. Needs matplotlib.
     """
+    from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report
 
     if shots and no_curves:
@@ -210,7 +211,7 @@ def report_command(
             curves=not no_curves,
             folder=folder,
             where=answer.where,
-            command=shlex.join(["retrieval-tip", *sys.argv[1:]]),
+            command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
         )
     figures = written.evaluation
     about(out, f"{written.bytes / 1e6:.1f} MB, top1 {shown(figures.top1)} of {figures.n} items")

@@ -1,7 +1,9 @@
-"""What a report is about: test items as an index answered them, and what was asked to be shown beside."""
+"""Data of a report: test items as an index classified them, and the options of the report."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +16,16 @@ import pyarrow as pa
 from retrieval_tip.cache_model import CacheModel
 from retrieval_tip.data.encoder import Encoder, FeatureBlock
 from retrieval_tip.data.sources import Source
+from retrieval_tip.errors import show
 from retrieval_tip.evaluation.evaluate import Answers, Details, Evaluation
 from retrieval_tip.evaluation.sweep import Items
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A test source judged by an index, and what :func:`report.write_report` was asked beside.
+    """A test source classified by an index, and the arguments of :func:`report.write_report`.
 
-    ``ids`` ``[m]`` are the classes of all its items, ``blocks`` and ``evaluation`` are of the ``n`` that could be read.
+    ``ids`` ``[m]`` are the classes of all items; ``blocks`` and ``evaluation`` cover the ``n`` readable ones.
     """
 
     cache: CacheModel
@@ -41,35 +44,48 @@ class Judged:
 
     @property
     def answers(self) -> Answers:
-        """Item by item ``[n]``."""
+        """Answers to the readable items ``[n]``."""
         return self.evaluation.answers
 
     @property
     def details(self) -> Details:
-        """More of each item ``[n]``."""
+        """Details of these answers ``[n]``."""
         assert self.answers.details is not None
         return self.answers.details
 
     @cached_property
     def features(self) -> npt.NDArray[np.float32]:
-        """The items' features ``[n, d]``."""
+        """Features of the readable items ``[n, d]``."""
         return np.concatenate([block.features for block in self.blocks])
 
     @cached_property
     def digests(self) -> list[str | None]:
-        """The content digests of the items' images ``[n]``, also where a table of features has kept them."""
+        """Content digests of their images ``[n]``, also from the column ``digest`` of a feature table."""
         if self.test.table is not None and pa.field("digest", pa.string()) in list(self.test.items.schema):
             kept: list[str | None] = self.test.items["digest"].take(pa.array(self.details.positions)).to_pylist()
             return kept
         return [digest for block in self.blocks for digest in block.digests]
 
     def record(self, name: str) -> dict[str, object]:
-        """Return the index's record of its ``search`` for settings or its ``finetune``, empty if there is none."""
+        """Return the index's record of its ``search`` or ``finetune``, empty if there is none."""
         kept = self.cache.provenance.get(name)
         return kept if isinstance(kept, dict) else {}
 
     @property
     def is_tuned(self) -> bool:
-        """Whether the keys are fine-tuned ones."""
+        """Whether the keys are fine-tuned."""
         trained = self.cache.values is not None and self.cache.fitted is None
         return bool(self.record("finetune")) or self.cache.curve is not None or trained
+
+
+def portable(text: str | os.PathLike[str]) -> str:
+    """Return a path, or a text that quotes paths, without the folders of this machine: reports are made to be sent.
+
+    An absolute path becomes relative to the working directory, or keeps its last two parts if it lies elsewhere.
+    """
+    return re.sub(r"(?:^|(?<=[\s:=(']))/(?=[^/\s])[^:,]*", _shortened, show(text))
+
+
+def _shortened(path: re.Match[str]) -> str:
+    full, here = Path(path[0]), Path.cwd()
+    return str(full.relative_to(here) if full.is_relative_to(here) else Path(*full.parts[-2:]))

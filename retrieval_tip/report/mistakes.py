@@ -1,4 +1,4 @@
-"""Mistakes and confusions: wrong answers, with the pictures of their items and of the keys that made them."""
+"""Mistakes and confusions: wrong answers, with thumbnails of their photos and of the keys behind them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from retrieval_tip.predictions import Neighbour
 from retrieval_tip.report.judged import Judged
 
 MISTAKES, PAIRS, EXAMPLES, NEIGHBOURS = 12, 8, 3, 5
-"""Mistakes of each list, confused pairs, pictures of each pair, and keys that are shown beside a mistake."""
+"""Largest number of mistakes in a list, of confused pairs, of photos per pair, and of keys per mistake."""
 
 
 class Picture(NamedTuple):
-    """An image, the ``digest`` of its bytes where known, and ``alt``, what it should be."""
+    """An image by its path, the ``digest`` of its bytes if known, and its ``alt`` text."""
 
     path: str
     digest: str | None
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """A class of an answer: its probability, the two parts of its logit; ``kind`` is ``answer``, ``true`` or empty."""
+    """A class with its probability and both parts of its logit; ``kind`` is ``answer``, ``true`` or empty."""
 
     name: str
     kind: str
@@ -45,7 +45,7 @@ class Chance(NamedTuple):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer to an ``item``: its most probable classes, and the shots behind the answer with their pictures."""
+    """A wrong answer to an ``item``: the most probable classes, and the shots behind the answer."""
 
     number: int
     item: str
@@ -59,7 +59,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Pair:
-    """Items of a class, ``times`` of ``total``, that were answered with another; some of them, and keys near these."""
+    """A class confused with another ``times`` of ``total``, with some of these items and keys near them."""
 
     truth: str
     answer: str
@@ -70,14 +70,14 @@ class Pair:
 
 
 def wrong_answers(answers: Answers, by: npt.NDArray[np.float64]) -> list[int]:
-    """Return the places of the wrong answers of lowest value in ``by``; ties in the order of the source."""
+    """Return the positions of the wrong answers with the lowest ``by``; ties keep the order of the source."""
     wrong = np.flatnonzero(~answers.right)
     order: list[int] = wrong[np.argsort(by[wrong], kind="stable")][:MISTAKES].tolist()
     return order
 
 
 class Mistakes(NamedTuple):
-    """Wrong answers, numbered: true class least probable, answer most probable (some may be both), and their number."""
+    """The worst mistakes (true class least probable), the most certain ones, and the number of all."""
 
     worst: list[Mistake]
     certain: list[Mistake]
@@ -85,7 +85,7 @@ class Mistakes(NamedTuple):
 
 
 def mistakes(judged: Judged) -> Mistakes:
-    """Return the worst mistakes and the most certain ones."""
+    """Explain the worst mistakes and the most certain ones."""
     answers = judged.answers
     worst, certain = (wrong_answers(answers, by) for by in (judged.details.log_truth, judged.details.log_doubt))
     places = list(dict.fromkeys([*worst, *certain]))
@@ -116,7 +116,7 @@ def _explained(judged: Judged, places: Sequence[int]) -> list[Mistake]:
 
 
 def confusions(judged: Judged) -> list[Pair]:
-    """Return the pairs of classes that are confused most often, with their most certain items and keys near them."""
+    """Return the most confused pairs of classes, with their most certain mistakes and keys near these."""
     answers, names = judged.answers, judged.cache.class_names
     pairs = [(names.index(truth), names.index(answer), n) for truth, answer, n in judged.evaluation.confusions[:PAIRS]]
     if not pairs:
@@ -140,18 +140,18 @@ def _of_item(judged: Judged, place: int) -> Picture:
     test, position = judged.test, int(judged.details.positions[place])
     path = test.paths[position] if test.paths is not None else test.sources[position]
     label = judged.cache.class_names[int(judged.answers.truth[place])]
-    return Picture(path, judged.digests[place], f"test item of {label}")
+    return Picture(path, judged.digests[place], f"test photo of {label}")
 
 
 def _with_pictures(judged: Judged, keys: Sequence[Neighbour]) -> list[tuple[Neighbour, Picture]]:
     labels = judged.cache.labels.select(["key_id", "digest"])
     rows = labels.filter(pc.is_in(labels["key_id"], value_set=pa.array([key.key_id for key in keys], pa.int64())))
     digests = dict(zip(rows["key_id"].to_pylist(), rows["digest"].to_pylist(), strict=True))
-    return [(key, Picture(key.source, digests.get(key.key_id), f"key of {key.label}")) for key in keys]
+    return [(key, Picture(key.source, digests.get(key.key_id), f"example of {key.label}")) for key in keys]
 
 
 def thumbnail(path: str, digest: str | None, side: int) -> str | None:
-    """Return a picture as JPEG in base64, ``side`` pixels at most; ``None`` if there is none of that digest."""
+    """Return an image as base64 JPEG of at most ``side`` pixels; ``None`` if unreadable or of another digest."""
     try:
         data = read_item(path)
         if digest is not None and hashlib.sha256(data).hexdigest() != digest:

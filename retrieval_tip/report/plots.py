@@ -1,7 +1,7 @@
-"""Diagrams as PNG files, or as SVG within a report: the upper half computes what they show, the lower draws.
+"""Diagrams as PNG or SVG files, or as SVG within a report: first the data, then the drawing.
 
-Drawing imports matplotlib (``pip install 'retrieval-tip[plot]'``). Readers without red or green vision can tell the
-colours apart: they are Okabe and Ito's, and the map cividis.
+Drawing imports matplotlib (``pip install 'retrieval-tip[plot]'``). The colours suit colour-blind readers: Okabe and
+Ito's palette, and the map cividis.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"
 PAPER = "#fefefe"
 THEME = {BLACK: "currentColor", PAPER: "var(--paper)", BLUE: "var(--blue)", ORANGE: "var(--orange)"}
-"""What colours become in a page that has a light and a dark side; grey is seen on both."""
+"""Colours as CSS variables of a page with light and dark themes; grey suits both."""
 MOST_CLASSES, FEWER_CLASSES = 100, 40
-"""Largest number of classes that are all drawn; number drawn of more than that, those with most errors."""
+"""Largest number of classes drawn in full; beyond it, number of classes drawn, those with most errors."""
 WRITTEN = 20
-"""Largest confusion matrix with numbers in its cells."""
+"""Size of the largest confusion matrix with numbers in its cells."""
 ENOUGH = 20
 """Number of answers below which a bar is drawn fainter."""
 AFFINITY_BARS = 80
 LONGEST_NAME, LONGEST_ABOUT = 26, 60
 LOOKS = Path(__file__).with_name("plots.mplstyle")
 PANELS = 6
-"""Heat maps of one accuracy surface."""
+"""Largest number of heat maps for one accuracy surface."""
 POINTS = 5
-"""Points of accuracy below the best that a heat map tells apart."""
+"""Range of a heat map, in points of accuracy below the best."""
 MARKS = (0.5, 0.9, 0.99)
 """Thresholds marked on the curve of accuracy against coverage."""
 
@@ -63,14 +63,15 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-# ---------------------------------------------------------------------------------------------------- what is shown
+# ----------------------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """``counts[i, j]``: items of class ``names[i]`` that were answered ``names[j]``; ``totals[i]``: items of ``i``.
+    """A confusion matrix: ``counts[i, j]`` items of class ``names[i]`` were classified as ``names[j]``.
 
-    ``of`` is the number of classes that occur; where more, ``counts`` holds those of most errors only.
+    ``totals[i]`` is the number of items of class ``i``. ``of`` is the number of classes that occur; ``counts`` holds
+    only those with most errors if there are more.
     """
 
     names: list[str]
@@ -80,7 +81,7 @@ class Confusion:
 
 
 def confusion(answers: Answers) -> Confusion:
-    """Count answers by true and predicted class, in the index's order."""
+    """Count answers by true and predicted class, in the order of the index."""
     c = len(answers.class_names)
     truth, predicted = answers.truth, answers.predicted
     totals = np.bincount(truth, minlength=c)
@@ -97,14 +98,14 @@ def confusion(answers: Answers) -> Confusion:
 
 
 def class_accuracies(per_class: dict[str, float]) -> tuple[list[str], Floats]:
-    """Classes and their accuracy, best first; of more than ``MOST_CLASSES`` the worst ``FEWER_CLASSES``."""
+    """Return classes and accuracies, best first; only the ``FEWER_CLASSES`` worst of more than ``MOST_CLASSES``."""
     ordered = sorted(per_class.items(), key=lambda pair: -pair[1])
     ordered = ordered[-FEWER_CLASSES:] if len(ordered) > MOST_CLASSES else ordered
     return [name for name, _ in ordered], np.array([value for _, value in ordered])
 
 
 def affinity_bars(affinities: Affinities, bars: int = AFFINITY_BARS) -> tuple[Floats, Floats, Floats]:
-    """Return the edges of at most ``bars`` bins over the affinities, and the shares of ``same`` and ``other`` pairs."""
+    """Return edges of at most ``bars`` bins over the affinities, and the shares of ``same`` and ``other`` pairs."""
     either = np.flatnonzero(affinities.same + affinities.other)
     if not either.size:
         return affinities.edges[[0, -1]], np.zeros(1), np.zeros(1)
@@ -119,14 +120,14 @@ def affinity_bars(affinities: Affinities, bars: int = AFFINITY_BARS) -> tuple[Fl
 
 
 def mean_affinity(affinities: Affinities, counts: Ints) -> float | None:
-    """Return the mean affinity of a histogram, ``None`` if it is empty."""
+    """Return the mean affinity of a histogram, or ``None`` if it is empty."""
     centres = (affinities.edges[1:] + affinities.edges[:-1]) / 2
     return float(np.average(centres, weights=counts)) if counts.sum() else None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Accuracy ``[betas, alphas]`` at one k; 0 is all."""
+    """Accuracy ``[betas, alphas]`` at one ``k`` (0: all keys)."""
 
     k: int
     alphas: Floats
@@ -134,7 +135,7 @@ class Panel:
     accuracy: Floats
 
     def nearest(self, alpha: float, beta: float) -> tuple[int, int]:
-        """Row and column of the cell next to these settings, by ratio; alpha 0 has a column of its own."""
+        """Return row and column of the cell nearest to these settings by ratio; alpha 0 has its own column."""
         with np.errstate(divide="ignore"):
             column, row = (
                 int(np.abs(np.log(values) - np.log(value)).argmin()) if value else 0
@@ -144,7 +145,7 @@ class Panel:
 
 
 def surface_panels(surface: pa.Table) -> list[Panel]:
-    """An accuracy surface by k, all first; of more than ``PANELS`` those of highest accuracy."""
+    """Split an accuracy surface by k, all keys first, and keep the best ``PANELS``."""
     k, beta, alpha, accuracy = (surface[name].to_numpy() for name in ("k", "beta", "alpha", "accuracy"))
     panels = []
     for value in np.unique(k):
@@ -158,18 +159,18 @@ def surface_panels(surface: pa.Table) -> list[Panel]:
     return sorted(best, key=lambda panel: panel.k or float("inf"), reverse=True)
 
 
-# ------------------------------------------------------------------------------------------------------ how it looks
+# --------------------------------------------------------------------------------------------------------- drawing
 
 
 def check(folder: Path) -> None:
-    """Raise UsageError if no diagram can be drawn, or the folder is a file."""
+    """Raise UsageError without matplotlib, or if the folder is a file."""
     needs_matplotlib()
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{show(folder)}: is a file; --plot writes into a folder, give another one")
+        raise UsageError(f"{show(folder)}: is a file; --plot needs a folder, give another path")
 
 
 def needs_matplotlib(what: str = "--plot") -> None:
-    """Raise UsageError, naming what needs matplotlib, if it is not installed."""
+    """Raise UsageError if matplotlib, which ``what`` needs, is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -177,10 +178,11 @@ def needs_matplotlib(what: str = "--plot") -> None:
 
 
 def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[Path]:
-    """Write the diagrams of an evaluation into a folder, and return the files.
+    """Write the diagrams of an evaluation into a folder and return their paths.
 
-    They are confusion.png, per_class.png, reliability.png, coverage.png and, if affinities were counted, affinity.png.
-    Each shows ``about`` and the date. Raises UsageError as :func:`check`; InputError if the folder cannot be written.
+    The files are confusion.png, per_class.png, reliability.png, coverage.png and, if affinities were counted,
+    affinity.png. Each shows ``about`` and the date. Raises UsageError as :func:`check`; InputError if the folder cannot
+    be written.
     """
     check(folder)
     drawings = {"confusion": draw_confusion, "per_class": draw_per_class, "reliability": draw_reliability,
@@ -194,7 +196,7 @@ def write_plots(evaluation: Evaluation, folder: Path, about: str = "") -> list[P
 
 
 def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
-    """Write a diagram as SVG if the file is named so, else as PNG. Raises as :func:`write_plots`."""
+    """Write a diagram as SVG if ``path`` ends in .svg, else as PNG. Raises as :func:`write_plots`."""
     needs_matplotlib()
     form = "svg" if path.suffix.lower() == ".svg" else "png"
     with _style(), replacing(path) as temporary:
@@ -206,7 +208,7 @@ def write(draw: Callable[[], Figure], path: Path, about: str) -> None:
 
 
 def draw_confusion(evaluation: Evaluation) -> Figure:
-    """Confusion matrix, rows true, columns predicted, as shares of the true class."""
+    """Draw the confusion matrix (rows: true, columns: predicted), as shares of the true class."""
     from matplotlib.colors import PowerNorm
 
     matrix = confusion(evaluation.answers)
@@ -225,15 +227,15 @@ def draw_confusion(evaluation: Evaluation) -> Figure:
     axes.set_yticks(range(m), names, fontsize=size)
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.spines[:].set_visible(False)
-    label = "share of the true class's items, %"
+    label = "share of the true class, %"
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 100], label=label)
-    some = f"the {m} classes of most errors, of {matrix.of}" if m < matrix.of else counted(m, "class")
-    _title(axes, "Confusion matrix", f"{some}; {_items(evaluation)}, top-1 {evaluation.top1:.1%}")
+    some = f"the {m} of {matrix.of} classes with most errors" if m < matrix.of else counted(m, "class")
+    _title(axes, "Confusion matrix", f"{some}; {counted(evaluation.n, 'photo')}, top-1 {evaluation.top1:.1%}")
     return figure
 
 
 def draw_per_class(evaluation: Evaluation) -> Figure:
-    """Accuracy of each class as bars, the worst at the bottom."""
+    """Draw the accuracy of each class as a bar, worst at the bottom."""
     names, accuracies = class_accuracies(evaluation.per_class)
     m, of = len(names), len(evaluation.per_class)
     (figure, axes), y = _figure(7, max(2.8, 0.17 * m + 1.5)), np.arange(m)[::-1]
@@ -248,7 +250,7 @@ def draw_per_class(evaluation: Evaluation) -> Figure:
 
 
 def draw_reliability(evaluation: Evaluation) -> Figure:
-    """Accuracy against confidence in bins, with the number of answers below."""
+    """Draw accuracy against confidence in bins, with the number of answers below."""
     answers = evaluation.answers
     bins = [b for b in reliability(answers.confidence, answers.right) if b.count]
     figure, (axes, below) = _grid(5.4, 6.2, 2, 1, sharex=True, height_ratios=[3.2, 1])
@@ -270,12 +272,12 @@ def draw_reliability(evaluation: Evaluation) -> Figure:
     below.yaxis.set_major_formatter("{x:,.0f}")
     below.yaxis.set_minor_formatter("")
     facts = f"expected calibration error {evaluation.ece:.3f}; temperature {evaluation.settings.temperature:.4g}"
-    _title(axes, "Reliability", f"{facts}; {_items(evaluation)}")
+    _title(axes, "Reliability", f"{facts}; {counted(evaluation.n, 'photo')}")
     return figure
 
 
 def draw_coverage(evaluation: Evaluation) -> Figure:
-    """Accuracy of the answers that are given, as ever less probable ones are withheld."""
+    """Draw accuracy against coverage, as the least probable answers are withheld."""
     answers = evaluation.answers
     curve = accuracy_coverage(answers.confidence, answers.right)
     figure, axes = _figure(6, 4.4)
@@ -291,17 +293,17 @@ def draw_coverage(evaluation: Evaluation) -> Figure:
                       transform=axes.get_xaxis_transform())  # fmt: skip
             left = min(left, x)
     first = min([*(100 * curve.coverage[curve.accuracy < curve.accuracy.max()]), left])  # nothing happens before
-    axes.set(xlim=(max(0.0, 0.9 * first - 5), 101), xlabel="coverage: share of the items that are answered, %")
+    axes.set(xlim=(max(0.0, 0.9 * first - 5), 101), xlabel="coverage: share of photos answered, %")
     axes.set_ylabel("accuracy of the answers, %")
-    said = f"everything answered: {evaluation.top1:.1%}"
+    said = f"all photos: {evaluation.top1:.1%}"
     if evaluation.abstain is not None and evaluation.selective_top1 is not None:
-        said += f"; P ≥ {evaluation.abstain:g}: {evaluation.selective_top1:.1%} of {evaluation.coverage:.1%}"
-    _title(axes, "Accuracy against coverage", f"{said}; {_items(evaluation)}")
+        said += f"; P ≥ {evaluation.abstain:g}: {evaluation.selective_top1:.1%} at {evaluation.coverage:.1%} coverage"
+    _title(axes, "Accuracy against coverage", f"{said}; {counted(evaluation.n, 'photo')}")
     return figure
 
 
 def draw_affinity(evaluation: Evaluation) -> Figure:
-    """Affinities of queries to keys of their own class and of others."""
+    """Draw affinities of queries to keys of the same and of other classes."""
     affinities = evaluation.answers.affinities
     assert affinities is not None
     edges, same, other = affinity_bars(affinities)
@@ -315,17 +317,17 @@ def draw_affinity(evaluation: Evaluation) -> Figure:
         if mean is not None:
             axes.axvline(mean, ymax=0.8, color=colour, linestyle="--", linewidth=1.2)
     axes.set_ylim(0, 125 * max(same.max(), other.max(), 1e-9))  # room for the legend
-    axes.set(xlabel="affinity of query and key (inner product)")
-    axes.set(ylabel=f"share of the pairs, % in a bin of {edges[1] - edges[0]:.3f}")
+    axes.set(xlabel="affinity of photo and example (inner product)")
+    axes.set(ylabel=f"share of pairs, % per bin of {edges[1] - edges[0]:.3f}")
     axes.legend(loc="upper left")
-    _title(axes, "Affinity to the keys", f"{_items(evaluation)}; dashed: means")
+    _title(axes, "Affinity to the examples", f"{counted(evaluation.n, 'photo')}; dashed: means")
     return figure
 
 
 def draw_surface(surface: pa.Table, path: Path, about: str = "") -> None:
-    """Write the accuracy ``surface`` of a search (columns k, beta, alpha, accuracy), a panel for each k (0 is all).
+    """Write the accuracy ``surface`` of a search (columns k, beta, alpha, accuracy), one panel per k (0: all keys).
 
-    Of more than ``PANELS`` k, those that reach most are drawn; accuracies below the lowest quarter share one colour.
+    Draws the ``PANELS`` most accurate k; the lowest quarter of accuracies shares one colour.
     """
     write(partial(_draw_panels, surface_panels(surface), 100 * surface["accuracy"].to_numpy()), path, about)
 
@@ -334,19 +336,19 @@ def _draw_panels(panels: list[Panel], reached: Floats) -> Figure:
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure, drawn = _grid(max(3.6 * across + 1.6, 6.6), 3.2 * down + 0.7, down, across)
-    low, high = float(np.quantile(reached, 0.25)), float(reached.max())  # the colours are for where it is good
+    low, high = float(np.quantile(reached, 0.25)), float(reached.max())
     for axes, panel in zip(drawn, panels, strict=False):
         image = _heat(axes, panel, low, high)
-        axes.set_title(f"k = {panel.k or 'all'}: at best {panel.accuracy.max():.1%}", size=9.5, weight="normal")
+        axes.set_title(f"k = {panel.k or 'all'}: best {panel.accuracy.max():.1%}", size=9.5, weight="normal")
     for axes in drawn[len(panels) :]:
         axes.set_visible(False)
     figure.colorbar(image, ax=drawn, fraction=0.03, pad=0.02, extend="min", label="accuracy, %")
-    figure.suptitle("Accuracy by alpha, beta and k (circle: the best of a panel)")
+    figure.suptitle("Accuracy by alpha, beta and k (circle: best of each panel)")
     return figure
 
 
 def draw_frontier(tuning: Tuning) -> Figure:
-    """What a query costs against how often its answer is that over all keys, a point a setting."""
+    """Draw cost per query against disagreement with an exact search, one point per setting."""
     figure, axes = _figure(7, 4.2)
 
     def points(trials: list[Trial]) -> tuple[list[float], list[float]]:
@@ -356,14 +358,14 @@ def draw_frontier(tuning: Tuning) -> Figure:
         axes.scatter(*points([t for t in tuning.trials if t.index == factory]), s=24, label=factory)
     axes.plot(*points([t for t in tuning.trials if t.best]), color=GREY, linewidth=1.2, zorder=0)
     axes.scatter(*points([tuning.chosen]), s=120, facecolors="none", edgecolors=BLACK, label="chosen")
-    axes.set(xscale="log", xlabel="microseconds a query", ylabel="answers other than those over all keys, %")
+    axes.set(xscale="log", xlabel="microseconds per query", ylabel="answers that differ from an exact search, %")
     axes.set_yscale("symlog", linthresh=100 / tuning.n)
     axes.legend()
     return figure
 
 
 def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
-    """Accuracy over alpha and beta at one k: a circle at the best, a cross at the cell next to these settings."""
+    """Draw accuracy over alpha and beta at one k: circle at the best cell, cross at these settings."""
     figure, axes = _figure(6.8, 4.4)
     best = 100 * float(panel.accuracy.max())
     image = _heat(axes, panel, max(best - POINTS, 100 * float(panel.accuracy.min())), best)
@@ -374,12 +376,12 @@ def draw_heat(panel: Panel, alpha: float, beta: float) -> Figure:
 
 
 def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
-    """Accuracy over shots, a line a method; bars are 95 % intervals over seeds, dots single draws."""
+    """Draw accuracy over shots, one line per method, with 95 % intervals over seeds and dots for single draws."""
     figure, axes = _figure(6.8, 4.2)
     colours = {"tip-adapter": BLUE, "cache-alone": ORANGE}
     for place, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
         own = [line for line in lines if line["method"] == method]
-        aside = 2 ** (0.04 * (place - 1))  # so that bars do not hide each other
+        aside = 2 ** (0.04 * (place - 1))  # keeps error bars apart
         colour = colours.get(method, GREY)
         shots, means = [aside * line["shots"] for line in own], [100 * line["top1"] for line in own]
         halves = [100 * (line["half"] or 0.0) for line in own]
@@ -388,18 +390,18 @@ def draw_shots(lines: Sequence[Summary], rows: Sequence[Run]) -> Figure:
         axes.errorbar(shots, means, yerr=halves, color=colour, linestyle=style, linewidth=1.8, capsize=3, label=method)
         axes.plot(*zip(*single, strict=True), "o", color=colour, alpha=0.45, markersize=4)
     seen = [100 * row["top1"] for row in rows]
-    axes.set_ylim(max(0.0, min(seen) - 3), min(100.5, max(seen) + 3))  # of few draws the bars reach beyond
+    axes.set_ylim(max(0.0, min(seen) - 3), min(100.5, max(seen) + 3))
     ticks = sorted({line["shots"] for line in lines})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
-    axes.set(xlabel="shots: keys a class", ylabel="top-1 accuracy on test, %")
+    axes.set(xlabel="examples per class", ylabel="test accuracy, %")
     axes.legend(fontsize=9)
     return figure
 
 
 def draw_choice(choice: FormChoice) -> Figure:
-    """The forms that were tried when an index was fitted, a line each, the most likely one on top."""
+    """Draw the forms tried by a fit, one line each, lowest cross-entropy on top."""
     trials = sorted(choice.trials, key=lambda trial: -trial.loss)
     figure, drawn = _grid(9.4, 0.9 + 0.34 * len(trials), 1, 2, sharey=True)
     places, own = np.arange(len(trials)), [trial.form == choice.form for trial in trials]
@@ -409,12 +411,12 @@ def draw_choice(choice: FormChoice) -> Figure:
         axes.scatter(figures, places, color=[ORANGE if chosen else BLUE for chosen in own], zorder=3)
         axes.set(xlabel=label)
     drawn[0].set_yticks(places, [str(trial.form) for trial in trials], fontsize=8)
-    figure.suptitle("Forms on folds of the shots; orange: chosen")
+    figure.suptitle("Forms tried on held-out photos (orange: chosen)")
     return figure
 
 
 def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
-    """Cross-entropy and accuracy by epoch; ``curve`` has the columns of :data:`finetune.CURVE`, ``kept`` is one."""
+    """Draw loss and accuracy by epoch from a ``curve`` (:data:`finetune.CURVE`) and mark the epoch ``kept``."""
     from matplotlib.ticker import MaxNLocator
 
     figure, drawn = _grid(9.4, 3.8, 1, 2)
@@ -422,10 +424,10 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
     columns = (("loss", 1, "cross-entropy"), ("accuracy", 100, "top-1, %"))
     for axes, (name, scale, label) in zip(drawn, columns, strict=True):
         met, held_out = (scale * curve[f"{part}{name}"].to_numpy() for part in ("", "val_"))
-        axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="shots, as they were met")
+        axes.plot(epochs, met, color=BLUE, linewidth=1.8, label="training photos")
         if np.isfinite(held_out).any():
-            axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation images")
-        axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="the epoch that was kept")
+            axes.plot(epochs, held_out, color=ORANGE, linewidth=1.8, label="validation photos")
+        axes.axvline(kept, color=GREY, linestyle="--", linewidth=1.2, label="epoch kept")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel=label)
     drawn[0].legend()
@@ -435,9 +437,9 @@ def draw_training(curve: pa.Table, kept: int, title: str = "") -> Figure:
 
 
 def svg(draw: Callable[[], Figure], label: str) -> Markup:
-    """Return a diagram as an ``<svg>`` element with an accessible ``label``, which refers to nothing outside itself.
+    """Return a diagram as a self-contained ``<svg>`` element with an accessible ``label``.
 
-    The page defines its colours and font: ``--paper``, ``--blue``, ``--orange`` and ``--sans``.
+    The page defines colours and font: ``--paper``, ``--blue``, ``--orange`` and ``--sans``.
     """
     buffer = io.StringIO()
     themed = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), BLACK)
@@ -448,14 +450,14 @@ def svg(draw: Callable[[], Figure], label: str) -> Markup:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     drawn = buffer.getvalue().partition("<svg")[2].partition(">")[2]
     drawn = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the same in every diagram, and never referred to
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)  # the same in every diagram, never used
     drawn = re.sub(r'style="[^"<>]*"', _themed, drawn)
-    start = markup('<svg viewBox="0 0 {:g} {:g}" width="{:g}" role="img" aria-label="{}">')  # px: an inch has 96
+    start = markup('<svg viewBox="0 0 {:g} {:g}" width="{:g}" role="img" aria-label="{}">')  # 96 pixels per inch
     return start.format(width, height, width * 4 / 3, one_line(label)) + markup(drawn.strip())
 
 
 def _themed(style: re.Match[str]) -> str:
-    """A style attribute in the fonts and colours of the page."""
+    """Return a style attribute with the fonts and colours of the page."""
     themed = re.sub(r"font:( \w+)? ([\d.]+)px [^;\"]*", r"font:\1 \2px var(--sans)", style[0])  # before matplotlib 3.10
     themed = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", themed)
     for colour, name in THEME.items():
@@ -464,7 +466,7 @@ def _themed(style: re.Match[str]) -> str:
 
 
 def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
-    """The cells of one panel in colours from ``low`` to ``high`` %, a circle at the best, and its axes."""
+    """Draw the cells of one panel in colours from ``low`` to ``high`` %, with a circle at the best."""
     shown = 100 * panel.accuracy
     image = axes.pcolormesh(shown, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), rasterized=True)
     row, column = np.unravel_index(int(panel.accuracy.argmax()), panel.accuracy.shape)
@@ -478,11 +480,11 @@ def _heat(axes: Axes, panel: Panel, low: float, high: float) -> QuadMesh:
 
 @contextmanager
 def _style(settings: dict[Any, str] | None = None) -> Iterator[None]:
-    """Draw as :data:`LOOKS` and ``settings`` say, whatever the user's own matplotlib settings are."""
+    """Draw with :data:`LOOKS` and ``settings``, whatever the user's own matplotlib settings."""
     import matplotlib
 
     level = logging.getLogger("matplotlib.font_manager").level
-    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # nonsense in it would be an error, though no date is written
+    date = os.environ.pop("SOURCE_DATE_EPOCH", None)  # an invalid one is an error, though no date is written
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rc_file(LOOKS)
         matplotlib.rcParams.update(settings or {})
@@ -504,7 +506,7 @@ def _grid(
     width: float, height: float, down: int, across: int, *, sharex: bool = False, sharey: bool = False,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """Return a figure, without pyplot and its windows, and its axes row by row."""
+    """Return a figure without pyplot (no windows), and its axes row by row."""
     from matplotlib.figure import Figure as New
 
     figure = New(figsize=(width, height))
@@ -517,12 +519,7 @@ def _title(axes: Axes, title: str, facts: str) -> None:
     axes.annotate(facts, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8.5, color=BLACK, va="bottom")
 
 
-def _items(evaluation: Evaluation) -> str:
-    return counted(evaluation.n, "item")
-
-
 def _name(name: str) -> str:
-    """A class name as a label: one line, not too long, and no mathematics."""
     text = one_line(name)
     return _plain(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…")
 

@@ -1,4 +1,4 @@
-"""Where the figures of a report come from: the settings, the index, and the machine, as rows of names and values."""
+"""Provenance of a report: settings, index and machine, as rows of names and values."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import datetime
 from collections.abc import Iterator
 
 from retrieval_tip import doctor
-from retrieval_tip.errors import counted, show
-from retrieval_tip.report.judged import Judged
+from retrieval_tip.errors import counted
+from retrieval_tip.report.judged import Judged, portable
 from retrieval_tip.store.folder import read_manifest, read_version
 from retrieval_tip.store.manifest import Manifest
 
 LISTED = 50
-"""Parts of a value that are listed."""
+"""Largest number of items listed of one value."""
 
 KEPT = {"source": "source", "dataset": "dataset", "shots": "shots", "seed": "seed", "views": "views",
         "text": "text weights", "affinity_other_classes": "affinity_other_classes",
         "skipped": "skipped at build"}  # fmt: skip
-"""What a build remembers, and what it is called here."""
+"""Records of a build, with their names in the report."""
 
 
 def provenance(judged: Judged) -> dict[str, object]:
-    """Return rows on the ``settings``, the ``search`` for them, the ``index`` and the ``machine``, and ``when``."""
+    """Return rows for ``settings``, ``search``, ``index`` and ``machine``, and the time as ``when``."""
     folder, version, manifest = judged.folder, judged.cache.version, None
-    if folder is not None:  # what it says of this version, where that is known
+    if folder is not None:
         manifest = read_manifest(folder) if version is None else read_version(folder, version)
     return {
         "settings": list(_settings(judged, manifest)),
@@ -35,35 +35,34 @@ def provenance(judged: Judged) -> dict[str, object]:
 
 
 def _settings(judged: Judged, manifest: Manifest | None) -> Iterator[tuple[str, str, str]]:
-    """Each setting of the answers: name, value, and where it comes from."""
+    """Yield name, value and origin of each setting."""
     kept, searched = judged.cache.provenance, "search-hp" if judged.record("search") else "the index"
     known = {"alpha": kept.get("alpha"), "beta": kept.get("beta"), "k": searched, "tail": "the index"}
     known |= {"temperature": kept.get("temperature", "not fitted")}
     for name, origin in known.items():
         value = getattr(judged.evaluation.settings, name)
         own = getattr(manifest.settings, name) if manifest is not None else value
-        given = f"given for this report; the index has {_setting(own)}"
+        given = f"set for this report; the index has {_setting(own)}"
         yield name, _setting(value), described(origin) if own == value else given
     yield "logit_scale", _setting(judged.cache.settings.logit_scale), "the index"
 
 
 def _index(judged: Judged, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
-    """The index: its version, its keys and classes, what they were made of, and by which backbone."""
     cache = judged.cache
     if judged.folder is not None and manifest is not None:
-        yield "folder", show(judged.folder)
+        yield "folder", portable(judged.folder)
         yield "version", f"{manifest.version}, {manifest.created_at}, by {manifest.created_by}"
         yield "last change", manifest.change or "-"
-        yield "keys' digest", manifest.keys_digest
-    yield "keys", f"{cache.n:,} of {cache.d:,} values, {cache.keys.dtype}, {counted(cache.segments, 'segment')}"
+        yield "digest of the keys", manifest.keys_digest
+    yield "examples", f"{cache.n:,} of {cache.d:,} values, {cache.keys.dtype}, {counted(cache.segments, 'segment')}"
     if judged.where is not None:
-        yield "restricted by", judged.where
+        yield "restricted to", judged.where
     yield "classes", f"{len(cache.class_names):,}"
     yield "FAISS index", f"{cache.index.factory} on {cache.device}"
     yield "templates", " | ".join(cache.templates) or "-"
     if cache.backbone is not None:
-        yield "backbone", str(cache.backbone)
-        yield "backbone's weights", cache.backbone.weights
+        yield "encoder", portable(str(cache.backbone))
+        yield "digest of its weights", cache.backbone.weights
         yield "preprocessing", described(dict(cache.backbone.preprocess))
     for name, called in KEPT.items():
         if cache.provenance.get(name) not in (None, []):
@@ -71,13 +70,13 @@ def _index(judged: Judged, manifest: Manifest | None) -> Iterator[tuple[str, str
 
 
 def described(value: object) -> str:
-    """A value of a manifest, of whatever kind."""
+    """Return a value of a manifest as text."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {described(part)}" for name, part in value.items())
     if isinstance(value, list):
         more = f" ... ({len(value)} in all)" if len(value) > LISTED else ""
         return ", ".join(map(described, value[:LISTED])) + more
-    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else portable(str(value))
 
 
 def _setting(value: object) -> str:

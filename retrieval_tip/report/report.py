@@ -1,12 +1,11 @@
-"""A report on an index and a test source as one HTML file without scripts or links; ``page.html.j2`` lays it out.
+"""Accuracy reports: one HTML file without scripts or links, laid out by ``page.html.j2``.
 
-Test labels judge answers, and never choose a setting: the curves over shots and the surface of alpha and beta come from
-the shots themselves, each left out, or from validation images.
+Test labels judge answers and never choose a setting. The curves over shots and the surface of alpha and beta come from
+the shots, each held out in turn, or from validation images.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections import Counter
@@ -15,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cache as remembered
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -39,30 +37,29 @@ from retrieval_tip.fit.finetune import CURVE
 from retrieval_tip.html import render
 from retrieval_tip.predictions import shown_probability
 from retrieval_tip.report import plots
-from retrieval_tip.report.judged import Judged
+from retrieval_tip.report.judged import Judged, portable
 from retrieval_tip.report.mistakes import confusions, mistakes, thumbnail
 from retrieval_tip.report.provenance import described, provenance
-from retrieval_tip.report.verdict import Way, actions, sentences
+from retrieval_tip.report.verdict import CLASS_NAMES, EXAMPLES, Way, actions, sentences, wilson
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
 CLASSES = 1000
-"""Largest number of classes in the table, the worst first."""
+"""Largest number of classes in the table, weakest first."""
 AFFINITY_PAIRS = 2_000_000_000
-"""Largest number of pairs of an item and a key whose affinities are counted."""
+"""Largest number of (item, key) pairs whose affinities are counted."""
 SHOTS = tuple(2**i for i in range(10))
 RIVAL_KEYS = 1 << 14
-"""Largest number of keys with rivals: a linear probe of more takes minutes."""
+"""Largest number of keys for a comparison with rivals: a linear probe of more takes minutes."""
 CURVE_KEYS = 4096
-"""Largest draw of the curves by default: a search costs by the square of the keys."""
+"""Largest default draw of the curves: the cost of a search grows with the square of the keys."""
 SURFACE_KEYS, SURFACE_QUERIES = 20_000, 2_000
-"""Largest number of keys with a surface of alpha and beta; largest number of its queries."""
+"""Largest number of keys for a surface of alpha and beta, and of its queries."""
 AROUND = np.geomspace(1 / 8, 4, 26)
-"""Multiples of the index's beta on the surface: far beyond, only the scale of alpha changes."""
+"""Multiples of the index's beta on the surface; beyond them only the scale of alpha changes."""
 SEEDS = 3
-Z = NormalDist().inv_cdf(0.975)
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -70,7 +67,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """The file, its size in ``bytes``, the evaluation in it, and why parts were ``left_out``."""
+    """A written report: file, size in ``bytes``, evaluation, and the reasons for sections ``left_out``."""
 
     path: Path
     bytes: int
@@ -92,35 +89,35 @@ def write_report(
     where: str | None = None,
     command: str | None = None,
 ) -> WrittenReport:
-    """Judge an index by a labelled test source, and write what is known about both as one HTML file.
+    """Evaluate an index on a labelled test source and write an accuracy report as one HTML file.
 
     Args:
         cache: the index, answering by its ``settings``.
-        test: labelled images or features; the figures are those of :func:`evaluate.evaluate`.
-        encoder: makes their features; ``encoder.skipped`` names the items that could not be read.
-        out: the file, replaced in one step when the report is whole.
-        val: validation source for the settings of the curves and the surface of alpha and beta; by default both come
-            from the shots themselves, each left out.
-        shots: draws of the curves, keys a class; by default 1, 2, 4 ... as far as every class has keys.
-        seeds: draws of each number of shots.
-        curves: draw accuracy over shots.
+        test: labelled images or features, evaluated as by :func:`evaluate.evaluate`.
+        encoder: makes the features; ``encoder.skipped`` names unreadable items.
+        out: the file, replaced in one step once the report is complete.
+        val: validation source that chooses the settings of the curves and draws the surface of alpha and beta; by
+            default the shots, each held out in turn.
+        shots: keys per class to draw for the curves; by default 1, 2, 4 ... up to the smallest class.
+        seeds: draws for each number of shots.
+        curves: whether to draw accuracy over shots.
         folder: the index folder, if ``cache`` does not know it.
         where: the condition that restricted the keys, for the record.
         command: the command line, for the record.
 
-    Raises UsageError without matplotlib, for ``shots`` that classes do not have, or if ``val`` is ``test``;
-    InputError as :func:`evaluate.evaluate`, and if ``out`` cannot be written. Then nothing was written.
+    Raises UsageError without matplotlib, for ``shots`` beyond the smallest class, or if ``val`` is ``test``;
+    InputError as :func:`evaluate.evaluate`, and if ``out`` cannot be written. After an error nothing is written.
     """
     path = Path(out)
     check(path)
     if seeds < 1:
-        raise UsageError(f"seeds is {seeds}: at least 1 is needed")
+        raise UsageError(f"seeds: {seeds}; give at least 1")
     if val is not None and val.name == test.name:
-        raise UsageError(f"val: {val.name} is the test source; settings are never chosen on it")
+        raise UsageError(f"val: {val.name} is the test source; give other photos to choose settings on")
     least, rare = _fewest(cache)
     for number in shots or ():
         if number > least or number < 1:
-            raise UsageError(f"shots {number}: class {rare!r} has {counted(least, 'key')}, and draws are from these")
+            raise UsageError(f"shots {number}: class {rare!r} has {counted(least, 'key')}; give 1 to {least}")
     ids, blocks = cache.ids_of(test), list(encoder.blocks(test))
     few = sum(len(block.positions) for block in blocks) * cache.n <= AFFINITY_PAIRS
     evaluation = judge(cache, blocks, ids, list(encoder.skipped), affinities=few, details=True)
@@ -140,42 +137,34 @@ def check(out: Path) -> None:
     """Raise UsageError without matplotlib, InputError if the file cannot be written."""
     plots.needs_matplotlib("a report")
     if out.is_dir():
-        raise InputError(f"{show(out)}: is a folder; give a file")
+        raise InputError(f"{show(out)}: is a folder; give a file name")
     if not out.parent.is_dir():
-        raise InputError(f"{show(out)}: cannot be written: there is no folder {show(out.parent)}")
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95% interval of a fraction, ``hits`` of ``n`` (E. B. Wilson, 1927), within 0 to 1."""
-    p, share = hits / n, Z**2 / n
-    centre, half = p + share / 2, Z * math.sqrt(p * (1 - p) / n + share / (4 * n))
-    low, high = (centre - half) / (1 + share), (centre + half) / (1 + share)
-    return max(0.0, low) if hits else 0.0, min(1.0, high) if hits < n else 1.0
+        raise InputError(f"{show(out)}: there is no folder {show(out.parent)}; create it first")
 
 
 def _fewest(cache: CacheModel) -> tuple[int, str]:
-    """Return the smallest number of keys that a class with keys has, and the class."""
+    """Return the size and name of the smallest class that has keys."""
     return min((n, name) for n, name in zip(cache.counts, cache.class_names, strict=True) if n)
 
 
 class _LeftOutError(Exception):
-    """A part that cannot be made, with the reason as the reader gets it."""
+    """A section that cannot be made, with the reason as the reader sees it."""
 
 
 class Plot(NamedTuple):
-    """A diagram and what is said beneath it."""
+    """A diagram with its caption."""
 
     svg: Markup
     caption: str
 
     @classmethod
     def of(cls, draw: Callable[[], Figure], caption: str, before: str = "") -> Plot:
-        """Draw; the caption, after the words ``before``, is also for those who do not see the diagram."""
+        """Draw a diagram; ``before`` and the caption become its accessible label."""
         return cls(plots.svg(draw, before + caption), caption)
 
 
 def _page(judged: Judged) -> tuple[str, dict[str, str]]:
-    """Return the page, and why sections are left out of it."""
+    """Return the page, and the reasons for missing sections by name."""
     makers: dict[str, Callable[[Judged], object]] = {
         "shots": _over_shots, "settings": _surface, "training": _training, "mistakes": mistakes,
         "confusions": _confusions, "classes": _classes, "probabilities": _probabilities, "affinities": _affinities,
@@ -183,6 +172,8 @@ def _page(judged: Judged) -> tuple[str, dict[str, str]]:
     }  # fmt: skip
     if not judged.is_tuned:
         del makers["training"]
+    if judged.cache.fitted is not None and judged.cache.fitted.solved and judged.val is None:
+        del makers["settings"]  # solved values know all shots, so none can be held out
     ways, missing = _accuracy(judged)
     parts: dict[str, object] = {"accuracy": {"ways": ways, "missing": missing}}
     left_out: dict[str, str] = {}
@@ -190,16 +181,16 @@ def _page(judged: Judged) -> tuple[str, dict[str, str]]:
         try:
             parts[name] = make(judged)
         except _LeftOutError as reason:
-            left_out[name] = str(reason)
+            left_out[name] = portable(str(reason))
     cache, digests = judged.cache, [digest for digest in judged.digests if digest is not None]
     shared = pc.sum(pc.is_in(pa.array(digests, pa.string()), value_set=cache.labels["digest"])).as_py() or 0
-    named, evaluation = show(judged.folder.name) if judged.folder is not None else "an index", judged.evaluation
+    named, evaluation = f'"{show(judged.folder.name)}"' if judged.folder is not None else "an index", judged.evaluation
     page = render(
-        "report/page.html.j2", title=f"How well {named} knows {Path(judged.test.name).name}", judged=judged,
+        "report/page.html.j2", title=f'Accuracy of {named} on "{Path(judged.test.name).name}"', judged=judged,
         sentences=list(sentences(judged, ways)), actions=list(actions(judged, ways)), cache=cache,
         evaluation=evaluation, blend=_blend(judged), shared=shared, parts=parts, left_out=left_out, counted=counted,
-        interval=wilson(int(judged.answers.right.sum()), evaluation.n), show=show, thumbnail=remembered(thumbnail),
-        shown_probability=shown_probability,
+        interval=wilson(int(judged.answers.right.sum()), evaluation.n), portable=portable,
+        thumbnail=remembered(thumbnail), shown_probability=shown_probability,
     )  # fmt: skip
     return page, left_out
 
@@ -208,33 +199,36 @@ def _page(judged: Judged) -> tuple[str, dict[str, str]]:
 
 
 def _accuracy(judged: Judged) -> tuple[list[Way], str]:
-    """Return the ways of answering, rivals of the same shots among them, and why some are missing."""
+    """Return the ways of classifying, including rivals, and why some are missing."""
     evaluation, details, truth, tuned = judged.evaluation, judged.details, judged.answers.truth, judged.is_tuned
     ways, missing = [], ""
     if evaluation.zero_shot_top1 is not None:
-        ways.append(_part("zero-shot", "text weights alone", details.text, truth))
-    alone = _part("cache alone", "fine-tuned keys alone" if tuned else "keys alone", details.cache, truth)
+        ways.append(_part(CLASS_NAMES, "zero-shot: text weights alone", details.text, truth))
+    what = "cache logits alone, fine-tuned" if tuned else "cache logits alone"
+    alone = _part(EXAMPLES, what, details.cache, truth)
     ways.append(alone if evaluation.settings.alpha else alone._replace(ece=None))
     try:
         ways += _rivals(judged, _parent(judged) if tuned else judged.cache)
     except _LeftOutError as reason:
-        missing = str(reason)
-    what = "text and fine-tuned cache" if tuned else "text and cache, blended"
+        missing = portable(str(reason))
+    what = "fine-tuned examples and class names" if tuned else "examples and class names"
     return [*ways, _way(_blend(judged), what, judged.answers.right, truth, evaluation.ece)], missing
 
 
 def _rivals(judged: Judged, shots: CacheModel) -> list[Way]:
-    """Return the field's simple rivals, Tip-Adapter, and the index before fine-tuning."""
+    """Return simple rivals, Tip-Adapter, and the index before fine-tuning."""
     ways = []
     if shots.n <= RIVAL_KEYS:
         for name, rival in sweep.LINEAR.items():
             confidence, predicted = tip.probabilities(rival(shots).logits(judged.features)).max(1)
             part = Part(predicted.numpy(), confidence.numpy())
-            ways.append(_part(name.replace("-", " "), "of the same shots, without text", part, judged.answers.truth))
+            ways.append(_part(name.replace("-", " "), "same examples, no class names", part, judged.answers.truth))
         if shots.fitted is not None:
-            ways.append(_answering(judged, closed_form.unfitted(shots), "of the same shots, nothing fitted"))
+            ways.append(_answering(judged, closed_form.unfitted(shots), "same examples, not fitted"))
     if judged.is_tuned:
-        ways.append(_answering(judged, shots, f"{shots.place}, version {shots.version}, before fine-tuning"))
+        ways.append(
+            _answering(judged, shots, f"{portable(str(shots.place))}, version {shots.version}, before fine-tuning")
+        )
     return ways
 
 
@@ -260,19 +254,19 @@ def _way(name: str, what: str, right: Bools, truth: Ints, ece: float | None) -> 
 
 
 def _parent(judged: Judged) -> CacheModel:
-    """The index that this one was fine-tuned from."""
+    """Load the index that this one was fine-tuned from."""
     cache, facts = judged.cache, judged.record("finetune")
     name, version = facts.get("parent"), facts.get("parent_version")
     if not isinstance(name, str) or not name:
-        raise _LeftOutError("the record does not say what the index was made from")
+        raise _LeftOutError("the index does not name the index it was made from")
     try:
         number = version if isinstance(version, int) else None
         parent = CacheModel.load(name, device=cache.device, precision=cache.precision, version=number)
         check_backbone(parent.backbone, parent.d, judged.encoder.backbone, [judged.test])
         if parent.class_names != cache.class_names:
-            raise InputError(f"{name}: has other classes")
+            raise InputError("other classes")
     except (RetrievalTipError, OSError, ValueError) as error:
-        raise _LeftOutError(f"it was made from {name}, which cannot be asked ({error})") from None
+        raise _LeftOutError(f"the index before fine-tuning, {name}, cannot be used ({error})") from None
     return parent
 
 
@@ -280,23 +274,22 @@ def _parent(judged: Judged) -> CacheModel:
 
 
 def _drawn(judged: Judged) -> tuple[list[int], str]:
-    """Return the numbers of shots to draw, and a sentence about those that are left out."""
+    """Return the numbers of shots to draw, and a sentence about skipped ones."""
     if not judged.curves:
-        raise _LeftOutError("not asked for")
+        raise _LeftOutError("switched off for this report")
     if judged.is_tuned:
-        raise _LeftOutError("the keys are fine-tuned together: a draw of them is no index of fewer shots")
+        raise _LeftOutError("the keys were fine-tuned together, so draws of them say nothing about fewer examples")
     if judged.shots is not None:
         return list(dict.fromkeys(judged.shots)), ""
     least, rare = _fewest(judged.cache)
     if least < 2:
-        raise _LeftOutError(f"class {rare!r} has one key; draws need 2 keys a class or more")
+        raise _LeftOutError(f"class {rare!r} has one example; at least 2 per class are needed")
     classes = np.count_nonzero(judged.cache.counts)
     possible = [number for number in SHOTS if number <= least]
     few = [number for number in possible if number * classes <= CURVE_KEYS]
     if not few:
-        many = f"one key of each of {classes:,} classes are more than {CURVE_KEYS:,}"
-        raise _LeftOutError(f"{many}; --shots N draws them anyway")
-    return few, f" Draws of more than {CURVE_KEYS:,} keys are left out." if len(few) < len(possible) else ""
+        raise _LeftOutError(f"{classes:,} classes are more than {CURVE_KEYS:,}; give --shots N to draw them anyway")
+    return few, f" Draws of more than {CURVE_KEYS:,} examples are skipped." if len(few) < len(possible) else ""
 
 
 def _over_shots(judged: Judged) -> dict[str, object]:
@@ -315,9 +308,9 @@ def _over_shots(judged: Judged) -> dict[str, object]:
             chosen_on.setdefault(Path(run["chosen_on"]).name, []).append(str(run["shots"]))
     chosen = "; ".join(f"{', '.join(of)}: {name}" for name, of in chosen_on.items())
     caption = (
-        f"Draws by the published rule from the index's own keys, seeds 1 to {judged.seeds}, one where a draw is all "
-        f"keys. Alpha, beta and k are chosen without the test items (shots {chosen}). Bars are 95% intervals of "
-        f"the mean over draws, dots single draws.{more}"
+        f"Drawn from the index's own examples by the published rule, with seeds 1 to {judged.seeds}, or once if a draw "
+        f"takes all examples. Alpha, beta and k are chosen without the test photos (shots {chosen}). Bars are 95% "
+        f"intervals of the mean over draws; dots are single draws.{more}"
     )
     rows = []
     for line in sorted(lines, key=lambda line: methods.index(line["method"])):
@@ -331,26 +324,24 @@ def _over_shots(judged: Judged) -> dict[str, object]:
 
 
 def _runs(judged: Judged, numbers: Sequence[int], methods: Sequence[sweep.Method]) -> list[sweep.Run]:
-    """Sweep over draws of the index's own keys."""
     counts = {number for number in judged.cache.counts if number}
     test = sweep.Items(judged.features, judged.answers.truth, judged.test.name)
     runs: list[sweep.Run] = []
-    pool = closed_form.unfitted(judged.cache)  # once, not for each number
+    pool = closed_form.unfitted(judged.cache)
     with tempfile.TemporaryDirectory() as place:
         for number in tqdm(numbers, unit="draw", disable=None if judged.encoder.progress else True, leave=False):
-            seeds = range(1, 2 if counts == {number} else judged.seeds + 1)  # each draw may be of the same keys
+            seeds = range(1, 2 if counts == {number} else judged.seeds + 1)  # every draw is the same
             file, val = Path(place) / "runs.parquet", judged.val
             runs += sweep.sweep(pool, "", test, file, shots=[number], seeds=seeds, methods=methods, val=val)
     return runs
 
 
 def _surface(judged: Judged) -> Plot:
-    """Accuracy over alpha and beta, on the shots or on validation items."""
     cache, val = judged.cache, judged.val
     if judged.is_tuned:
-        raise _LeftOutError("fine-tuned keys know their own shots, and belong to the alpha and beta of their training")
+        raise _LeftOutError("fine-tuned keys know their own photos and belong to one alpha and beta")
     if cache.n > SURFACE_KEYS:
-        raise _LeftOutError(f"{cache.n:,} keys are more than {SURFACE_KEYS:,}; search-hp --surface draws it")
+        raise _LeftOutError(f"{cache.n:,} examples are more than {SURFACE_KEYS:,}; use search-hp --surface")
     settings = cache.settings
     try:
         unseen = None if val is None else search_hp.unseen(cache, val.features, val.ids, val.name)
@@ -364,10 +355,10 @@ def _surface(judged: Judged) -> Plot:
     own = panel.nearest(settings.alpha, settings.beta)
     beyond = not panel.alphas[0] <= settings.alpha <= panel.alphas[-1]
     said = (
-        f"On {Path(queries.name).name}, {counted(len(queries.ids), 'item')}, k = {k or 'all'}; not on test. "
-        f"Cross: this report's alpha {settings.alpha:.4g} and beta {settings.beta:.4g}, {panel.accuracy[own]:.1%}"
-        f"{' (alpha is beyond the edge)' if beyond else ''}. Circle: the highest, {panel.accuracy.max():.1%}. "
-        f"Cells more than {plots.POINTS} points below it share one colour."
+        f"Measured on {Path(queries.name).name} ({counted(len(queries.ids), 'photo')}, k = {k or 'all'}), not on the "
+        f"test photos. Cross: alpha {settings.alpha:.4g} and beta {settings.beta:.4g} of this report, "
+        f"{panel.accuracy[own]:.1%}{' (alpha is beyond the edge)' if beyond else ''}. Circle: the best, "
+        f"{panel.accuracy.max():.1%}. Cells more than {plots.POINTS} points below the best share one colour."
     )
     draw = partial(plots.draw_heat, panel, settings.alpha, settings.beta)
     return Plot.of(draw, said, "Accuracy over alpha and beta. ")
@@ -381,7 +372,7 @@ def _some(queries: search_hp.Queries) -> search_hp.Queries:
 
 
 def _training(judged: Judged) -> dict[str, object]:
-    """Return the record of the fine-tuning, and its curve if the index has one."""
+    """Return the record of fine-tuning, and its curve if the index has one."""
     facts, curve = judged.record("finetune"), judged.cache.curve
     rows = [(name, described(value)) for name, value in facts.items()]
     if curve is None:
@@ -389,13 +380,13 @@ def _training(judged: Judged) -> dict[str, object]:
     try:
         curve = curve.select(CURVE.names).cast(CURVE)
     except (KeyError, pa.ArrowException):
-        raise _LeftOutError("the index has a curve of another kind") from None
+        raise _LeftOutError("the training curve of the index has an unknown format") from None
     epoch, loss, accuracy = (curve[name].to_pylist()[-1] for name in ("epoch", "loss", "accuracy"))
     recorded = facts.get("epoch")
     kept = recorded if isinstance(recorded, int) else epoch
     said = (
-        f"Cross-entropy and accuracy on the shots by epoch, as they were met; epoch {kept} was kept. "
-        f"In the last one the loss was {loss:.4g}, the accuracy {accuracy:.1%}."
+        f"Cross-entropy and accuracy on the examples during each epoch; epoch {kept} was kept. "
+        f"The last epoch had loss {loss:.4g} and accuracy {accuracy:.1%}."
     )
     return {"plot": Plot.of(partial(plots.draw_training, curve, kept), said), "rows": rows}
 
@@ -411,7 +402,7 @@ def _confusions(judged: Judged) -> dict[str, object]:
 
 
 def _classes(judged: Judged) -> dict[str, object]:
-    """Return rows of classes, the worst first: name, accuracy, interval, items, keys, most frequent mistake."""
+    """Return rows of classes, weakest first: name, accuracy, interval, items, keys, most frequent mistake."""
     answers, names, evaluation = judged.answers, judged.cache.class_names, judged.evaluation
     rows, keys = [], judged.cache.counts
     for name, accuracy in sorted(evaluation.per_class.items(), key=lambda pair: pair[1])[:CLASSES]:
@@ -421,7 +412,7 @@ def _classes(judged: Judged) -> dict[str, object]:
         most = f"{names[wrong[0][0]]} ({wrong[0][1]})" if wrong else "-"
         low, high = wilson(int(answers.right[own].sum()), int(own.sum()))
         rows.append((name, accuracy, f"{low:.1%} to {high:.1%}", int(own.sum()), keys[i], most))
-    said = f"Mean over classes {evaluation.mean_per_class:.1%}; the lowest, {rows[0][0]}, {rows[0][1]:.1%}."
+    said = f"Mean over classes: {evaluation.mean_per_class:.1%}. Weakest class: {rows[0][0]}, {rows[0][1]:.1%}."
     return {
         "said": said,
         "rows": rows,
@@ -430,11 +421,12 @@ def _classes(judged: Judged) -> dict[str, object]:
 
 
 def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
-    """Reliability, and accuracy against coverage."""
     evaluation = judged.evaluation
-    said = f"Mean probability of an answer {evaluation.answers.confidence.mean():.1%}, accuracy {evaluation.top1:.1%}"
-    said += f", expected calibration error {evaluation.ece:.3f}."
-    covered = "Accuracy of the answers that are given, as those of the lowest probability are withheld."
+    said = (
+        f"Mean probability of the answers {evaluation.answers.confidence.mean():.1%}, accuracy {evaluation.top1:.1%}, "
+        f"expected calibration error {evaluation.ece:.3f}."
+    )
+    covered = "Accuracy of the remaining answers when the least probable ones are withheld."
     reliability = Plot.of(partial(plots.draw_reliability, evaluation), said, "Reliability. ")
     return reliability, Plot.of(partial(plots.draw_coverage, evaluation), covered)
 
@@ -442,8 +434,8 @@ def _probabilities(judged: Judged) -> tuple[Plot, Plot]:
 def _affinities(judged: Judged) -> Plot:
     seen = judged.answers.affinities
     if seen is None:
-        raise _LeftOutError(f"more than {AFFINITY_PAIRS:,} pairs of an item and a key; evaluate --plot counts them")
+        raise _LeftOutError(f"more than {AFFINITY_PAIRS:,} pairs of photo and example; use evaluate --plot")
     means = (plots.mean_affinity(seen, counts) for counts in (seen.same, seen.other))
     same, other = ("-" if mean is None else f"{mean:.3f}" for mean in means)
-    said = f"Affinities of test items to keys: mean to the same class {same}, to other classes {other}."
+    said = f"Affinity of test photos to examples: mean {same} within a class, {other} between classes."
     return Plot.of(partial(plots.draw_affinity, judged.evaluation), said)

@@ -1,31 +1,37 @@
-"""What a report says first: a verdict in a few sentences, and what to do next."""
+"""The head of a report: a verdict in a few sentences, and what to do next."""
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from retrieval_tip.errors import counted, show
+from retrieval_tip.errors import counted
 from retrieval_tip.evaluation.audit import audit
-from retrieval_tip.report.judged import Judged
+from retrieval_tip.report.judged import Judged, portable
 
 Bools = npt.NDArray[np.bool_]
 
 SURE = 0.9
-"""An answer of such a probability says that it is sure."""
+"""Probability from which an answer counts as certain."""
 WEAK, NAMED = 0.5, 5
-"""A class is weak where fewer than this share of its items are right; so many classes are named."""
+"""Accuracy below which a class is always weak; largest number of weak classes named."""
 AUDITED = 1 << 14
 """Largest number of keys that a report audits."""
 MISCALIBRATED = 0.05
+Z = NormalDist().inv_cdf(0.975)
+
+EXAMPLES, CLASS_NAMES = "examples only", "class names only"
+"""Names of the ways that use one part of the logits."""
 
 
 class Way(NamedTuple):
-    """One way of answering: its accuracy, the interval, the mean over classes, its ECE where known, what was right."""
+    """A way of classifying: accuracy with interval, mean over classes, ECE if known, and which answers are right."""
 
     name: str
     what: str
@@ -38,83 +44,96 @@ class Way(NamedTuple):
 
 
 class Action(NamedTuple):
-    """What to do, and why; and the ``command`` that does it, where one does."""
+    """A recommendation, its reason, and a ``command`` for it if there is one."""
 
     what: str
     why: str
     command: str = ""
 
 
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Return the 95% interval of a fraction, ``hits`` of ``n`` (E. B. Wilson, 1927), within 0 to 1."""
+    p, share = hits / n, Z**2 / n
+    centre, half = p + share / 2, Z * math.sqrt(p * (1 - p) / n + share / (4 * n))
+    low, high = (centre - half) / (1 + share), (centre + half) / (1 + share)
+    return max(0.0, low) if hits else 0.0, min(1.0, high) if hits < n else 1.0
+
+
 def sentences(judged: Judged, ways: Sequence[Way]) -> Iterator[str]:
-    """How good the answers are, beside what else there is; how much to believe their probabilities; what goes wrong."""
+    """Yield the verdict: accuracy, the alternatives, how far to trust the probabilities, and what goes wrong."""
     evaluation, own, by = judged.evaluation, ways[-1], {way.name: way for way in ways}
     yield (
-        f"{int(own.right.sum()):,} of {counted(evaluation.n, 'test item')} are named right, {own.accuracy:.1%}; other "
-        f"items of the same kind would give {own.low:.0%} to {own.high:.0%}."
+        f"{int(own.right.sum()):,} of {counted(evaluation.n, 'test photo')} were classified correctly: "
+        f"{own.accuracy:.1%} (95% interval {own.low:.0%} to {own.high:.0%})."
     )
-    parts = [f"Photographs alone give {by['cache alone'].accuracy:.1%}"]
-    if "zero-shot" in by:
-        parts.append(f"words alone {by['zero-shot'].accuracy:.1%}")
-    rivals = [way for way in ways[:-1] if way.name not in ("cache alone", "zero-shot")]
+    parts = [f"The examples alone reach {by[EXAMPLES].accuracy:.1%}"]
+    if CLASS_NAMES in by:
+        parts.append(f"the class names alone {by[CLASS_NAMES].accuracy:.1%}")
+    yield f"{', '.join(parts)}."
+    rivals = [way for way in ways[:-1] if way.name not in (EXAMPLES, CLASS_NAMES)]
     if rivals:
         best = max(rivals, key=lambda way: way.accuracy)
-        parts.append(f"of what else the same photographs allow, {best.name} is best with {best.accuracy:.1%}")
-    yield f"{'; '.join(parts)}."
+        yield f"The best alternative with the same examples, {best.name}, reaches {best.accuracy:.1%}."
     answers = evaluation.answers
     sure = answers.confidence >= SURE
-    said = f"It is never {SURE:.0%} sure"
     if sure.any():
-        said = f"Where it is {SURE:.0%} sure or more, which is {sure.mean():.0%} of the items, it is right in "
-        said += f"{answers.right[sure].mean():.1%}"
-    yield f"{said}; its probabilities are off by {100 * evaluation.ece:.1f} points on average."
-    if evaluation.confusions:
-        truth, answer, times = evaluation.confusions[0]
-        yield f"Most often, {truth} is taken for {answer} ({times} of {int((~own.right).sum())} mistakes)."
+        share, accuracy = sure.mean(), answers.right[sure].mean()
+        yield f"When it is at least {SURE:.0%} certain ({share:.0%} of photos), it is right {accuracy:.1%} of the time."
     else:
-        yield "No answer is wrong."
+        yield f"It is never {SURE:.0%} certain."
+    yield f"Its probabilities are off by {100 * evaluation.ece:.1f} points on average."
+    if not evaluation.confusions:
+        yield "No photo was misclassified."
+        return
+    wrong, (name, right, n, _) = int((~own.right).sum()), _weakest(judged)[0]
+    yield (
+        f"The weakest class is {name}: {right} of {counted(n, 'photo')} correct, "
+        f"{n - right} of all {counted(wrong, 'mistake')}."
+    )
+    truth, answer, times = evaluation.confusions[0]
+    if times > 1:
+        yield f"The most frequent mistake is {truth} classified as {answer} ({times} times)."
 
 
 def actions(judged: Judged, ways: Sequence[Way]) -> Iterator[Action]:
-    """What is likely to help, the most likely first."""
+    """Yield what is likely to help, most likely first."""
     cache, evaluation, own = judged.cache, judged.evaluation, ways[-1]
-    folder = None if judged.folder is None else shlex.quote(show(judged.folder))
+    folder = None if judged.folder is None else shlex.quote(portable(judged.folder))
     fit = f"retrieval-tip fit {folder}" if folder else ""
     better = [way for way in ways[:-1] if way.accuracy > own.accuracy and differ(way.right, own.right)]
     if cache.fitted is None and not judged.is_tuned:
-        why = f"{better[0].name} is better by more than chance" if better else "nothing was fitted to its shots yet"
+        why = f"{better[0].name} is significantly better" if better else "it has not been fitted to its examples yet"
         yield Action("Fit the index", why, fit)
     elif cache.fitted is not None and cache.fitted.keys != cache.n:
-        yield Action("Fit the index again", f"it was fitted to {cache.fitted.keys:,} keys, and has {cache.n:,}", fit)
+        why = f"it was fitted to {cache.fitted.keys:,} examples and now has {cache.n:,}"
+        yield Action("Fit the index again", why, fit)
     elif better:
-        yield Action(
-            f"Compare with {better[0].name}",
-            f"here it is better by more than chance, {better[0].accuracy:.1%}; further test items tell if it stays",
-        )
-    if weak := _weak(judged):
-        yield Action(f"Add photographs of {', '.join(name for name, _ in weak)}", "; ".join(what for _, what in weak))
+        why = f"it is significantly better here ({better[0].accuracy:.1%}); check this on other test photos"
+        yield Action(f"Compare with {better[0].name}", why)
+    weak = [
+        (name, f"{name}: {right} of {n} correct, {counted(keys, 'example')}")
+        for name, right, n, keys in _weakest(judged)[:NAMED]
+        if n > 1 and (right < WEAK * n or wilson(right, n)[1] < own.accuracy)
+    ]
+    if weak:
+        yield Action(f"Add photos of {', '.join(name for name, _ in weak)}", "; ".join(why for _, why in weak))
     if cache.n <= AUDITED and not judged.is_tuned and (suspicious := len(audit(cache))):
         command = f"retrieval-tip index audit {folder}" if folder else ""
-        yield Action(
-            "Check the labels of shots", f"{counted(suspicious, 'shot', 'looks', 'look')} mislabelled", command
-        )
+        yield Action("Check labels", f"{counted(suspicious, 'example', 'looks', 'look')} mislabelled", command)
     if evaluation.ece > MISCALIBRATED:
         command = f"retrieval-tip calibrate {folder} --val SOURCE" if folder else ""
         yield Action("Calibrate the probabilities", f"they are off by {100 * evaluation.ece:.1f} points", command)
 
 
 def differ(one: Bools, other: Bools) -> bool:
-    """Whether two ways of answering the same items differ by more than chance (McNemar, 95 %)."""
+    """Return whether two ways of classifying the same items differ by more than chance (McNemar, 95%)."""
     change = abs(int(one.sum()) - int(other.sum()))
     return bool(change > 1.96 * np.sqrt((one != other).sum()))
 
 
-def _weak(judged: Judged) -> list[tuple[str, str]]:
-    """The weakest classes by name, and what is known of each."""
-    cache, truth, right = judged.cache, judged.answers.truth, judged.answers.right
-    weak = []
-    for name, accuracy in sorted(judged.evaluation.per_class.items(), key=lambda pair: pair[1])[:NAMED]:
-        own = truth == cache.class_names.index(name)
-        if accuracy < WEAK and own.sum() > 1:
-            keys = cache.counts[cache.class_names.index(name)]
-            weak.append((name, f"{name}: {int(right[own].sum())} of {int(own.sum())} right, {counted(keys, 'shot')}"))
-    return weak
+def _weakest(judged: Judged) -> list[tuple[str, int, int, int]]:
+    """Return (class, right answers, test items, keys), lowest accuracy first, then most mistakes."""
+    names, answers = judged.cache.class_names, judged.answers
+    totals, rights = (np.bincount(ids, minlength=len(names)) for ids in (answers.truth, answers.truth[answers.right]))
+    order = sorted(np.flatnonzero(totals), key=lambda i: (rights[i] / totals[i], -totals[i]))
+    return [(names[i], int(rights[i]), int(totals[i]), judged.cache.counts[i]) for i in order]
