@@ -204,7 +204,7 @@ def test_duplicates_of_what_does_not_fit_are_refused():
     with pytest.raises(InputError, match="labels: 4 rows for 3 keys"):
         duplicates(keys[:3], labels)
     for row in (-1, 4):
-        with pytest.raises(InputError, match=f"fresh: row {row} is none of the 4 keys"):
+        with pytest.raises(InputError, match=f"^fresh: row {row} "):
             duplicates(keys, labels, [0, row])
     assert duplicates(keys, labels, []) == Duplicates([], 0, "all")
 

@@ -235,7 +235,7 @@ def test_partial_fit_needs_to_know_the_classes() -> None:
             made.partial_fit(X, Y, classes=wrong)
         with pytest.raises(UsageError, match="they cannot change"):
             classifier().partial_fit(X, Y, classes=wrong)
-    with pytest.raises(InputError, match=r"row 1 is .*cow.*none of the 4 classes"):
+    with pytest.raises(InputError, match=r"row 1 is .*cow.* 4 classes"):
         made.partial_fit(X[:2], ["ant", "cow"])
     with pytest.raises(ValueError, match="expecting 16 features"):
         made.partial_fit(X[:, 1:], Y)

@@ -179,7 +179,7 @@ def test_more_lists_than_a_gpu_probes_are_cut_for_the_copy_alone(gpus, caplog) -
     index.search(QUERIES, 1)
     assert fake.copies[0][3] == 3
     assert index.effort == 7
-    assert "probes 3 lists at most, where the CPU probes 7" in caplog.text
+    assert "at most 3 lists on a GPU; the CPU would probe 7" in caplog.text
     index.effort = 8
     index.effort = 2
     assert fake.probes == [3, 2]
@@ -195,10 +195,10 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     ("free", "number", "device", "fails", "told"),
     [
-        (100, 1, "cuda", "", f"it takes {SIZE:,} bytes, and half of what is free on the GPU is 50"),
-        (100, 4, "cuda:1", "", "half of what is free"),
+        (100, 1, "cuda", "", f"{SIZE:,} bytes, more than half of the GPU's free memory (50 bytes)"),
+        (100, 4, "cuda:1", "", "more than half of the GPU's free memory"),
         (1 << 30, 1, "cuda", "this index is not implemented on GPU", "this index is not implemented on GPU"),
-        (1 << 30, 0, "cuda", "", "FAISS finds no GPU, though torch does"),
+        (1 << 30, 0, "cuda", "", "FAISS finds no GPU"),
     ],
 )
 def test_where_the_cpu_searches_for_a_gpu_it_is_said_once(
@@ -226,7 +226,7 @@ def test_more_keys_than_faiss_finds_there_are_searched_for_on_the_cpu_which_is_s
     for k in (6, 7, 8):
         assert index.search(QUERIES, k)[1].shape == (5, k)
     assert searched == [6]
-    assert said(caplog) == ["FAISS on a GPU finds 6 keys at most: more are searched for on the CPU"]
+    assert said(caplog) == ["FAISS finds at most 6 keys on a GPU; searching on the CPU for more"]
 
 
 def test_memory_that_faiss_lacks_on_a_gpu_is_what_is_said(gpus) -> None:

@@ -1,8 +1,8 @@
-"""Which keys and classes a query may leave out: bounds of the logits, from what it has met.
+"""Bounds of the logits, which show the keys and classes that a query may skip.
 
-Cache logits over some of the keys, the others left out or counted at their class's mean affinity
-(:func:`tip.at_mean`), are lower bounds of those over all keys. ``L = text + alpha * cache`` is then a lower bound of
-the logits, for one-hot values and settings of 0 or more.
+Suppose cache logits cover some keys, and the others are omitted or count at their class's mean affinity
+(:func:`tip.at_mean`). They are then lower bounds of the cache logits over all keys, and ``L = text + alpha * cache`` is
+a lower bound of the logits. This holds for one-hot values and non-negative settings.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from retrieval_tip.settings import Settings
 
 
 def uncertain(terms: tip.Terms, settings: Settings, error: float) -> Tensor:
-    """Return for which queries relative errors up to ``error`` in the cache logits may change the winner, ``[q]`` bool.
+    """Return whether relative errors up to ``error`` in the cache logits could change the winner, ``[q]`` bool.
 
-    Cache logits have to be 0 or more.
+    Cache logits must be non-negative.
     """
     winner = terms.logits(settings).argmax(dim=1, keepdim=True)
     return _highest_other(terms, settings, error, winner) >= _at(terms, settings, winner, -error)
 
 
 def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> tuple[Tensor, Tensor]:
-    """Return the classes whose keys a query should meet, from terms in which all keys count at their class's mean.
+    """Return the classes whose keys each query should visit; in ``terms``, all keys count at their class's mean.
 
-    With a class's keys themselves its cache logit grows by a fraction of ``slack``, hardly ever more. So only classes
-    with ``L_c + alpha slack cache_c >= max L`` can win.
+    Visiting the keys of a class raises its cache logit by at most a fraction ``slack``, with rare exceptions. So only
+    classes with ``L_c + alpha slack cache_c >= max L`` can win.
 
-    Returns the ``p = min(most, c)`` classes of the largest ``L``, ``[q, p]`` int64, largest first, and which of them
-    can win, ``[q, p]`` bool (always the first).
+    Returns the ``p = min(most, c)`` classes of the largest ``L``, ``[q, p]`` int64, largest first, and whether each can
+    win, ``[q, p]`` bool (always true for the first).
     """
     highest, classes = terms.logits(settings).topk(min(most, terms.text.shape[1]), dim=1)
     can = highest + settings.alpha * slack * terms.cache.gather(1, classes) >= highest[:, :1]
@@ -40,22 +40,22 @@ def promising(terms: tip.Terms, settings: Settings, slack: float, most: int) -> 
 
 
 def settled(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
-    """Return for which queries only the :func:`promising` ``classes`` ``[q, p]`` can win, ``[q]`` bool."""
+    """Return whether only the :func:`promising` ``classes`` ``[q, p]`` can win, ``[q]`` bool."""
     return _highest_other(terms, settings, slack, classes) < _at(terms, settings, classes[:, :1])
 
 
 def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: Settings) -> Tensor:
-    """Return which predictions from retrieved keys provably equal those from all keys, ``[q]`` bool.
+    """Return whether the prediction from retrieved keys provably equals the one from all keys, ``[q]`` bool.
 
-    ``terms`` are over the keys that were retrieved (``near``, ``[q, k]``), with or without the tail, before the link;
-    either way the logits are a lower bound of the exact ones. Other keys have an affinity of at most ``s_k``, the
-    smallest retrieved one, so the logit of class ``c`` can rise by at most
-    ``alpha r_c (exp(-beta (1 - s_k)) - what the tail already counts)``. The prediction is proved where the winner's
-    logit exceeds every other class's raised one by more than rounding can make: the relative error of a weight is
-    ``1 + beta`` times that of an affinity, and text and cache may cancel out in a logit.
+    ``terms`` cover the retrieved keys (``near``, ``[q, k]``), with or without the tail, before the link; both give a
+    lower bound of the exact logits. Each of the other ``r_c`` keys of class ``c`` has at most the smallest retrieved
+    affinity ``s_k``. So the logit of ``c`` can rise by at most ``alpha r_c (exp(-beta (1 - s_k)) - t_c)``, where
+    ``t_c`` is the weight of each in the tail. The prediction is proved if the winner's logit exceeds all raised ones by
+    more than rounding can explain: a weight's relative error is ``1 + beta`` times that of its affinity, and text and
+    cache may cancel in a logit.
 
-    Holds for one-hot values (trained ones may be negative, and then what is left out can lower a logit too) and exact
-    retrieval; after approximate search it is evidence, not proof.
+    The proof needs one-hot values, because a key with negative trained values can also lower a logit. It needs exact
+    retrieval, too; after an approximate search it is only evidence.
     """
     logits, affinity, class_ids = terms.logits(settings), near.affinity, near.class_ids
     alpha, beta, n_classes = settings.alpha, settings.beta, totals.counts.shape[0]
@@ -73,11 +73,11 @@ def certificate(terms: tip.Terms, near: Nearest, totals: tip.Totals, settings: S
 
 
 def _highest_other(terms: tip.Terms, settings: Settings, slack: float, classes: Tensor) -> Tensor:
-    """Return the largest upper bound of the logits of all but some ``classes`` ``[q, p]``, ``[q]``."""
+    """Return the largest upper bound of the logits outside ``classes`` ``[q, p]``, ``[q]``."""
     return terms.logits(settings, slack).scatter_(1, classes, -torch.inf).amax(dim=1)
 
 
 def _at(terms: tip.Terms, settings: Settings, classes: Tensor, slack: float = 0.0) -> Tensor:
-    """Return the logit of one class of each query, ``classes`` ``[q, 1]``, its cache a fraction ``slack`` larger."""
+    """Return each query's logit ``[q]`` for its class in ``classes`` ``[q, 1]``, with the cache raised by ``slack``."""
     chosen = tip.Terms(terms.text.gather(1, classes), terms.cache.gather(1, classes))
     return chosen.logits(settings, slack)[:, 0]

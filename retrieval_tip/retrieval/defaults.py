@@ -1,7 +1,7 @@
-"""Settings that work untouched: alpha and beta in units of the shots themselves, for any backbone and number of shots.
+"""Default alpha and beta for any backbone and any number of shots.
 
-The paper's alpha 1 and beta 5.5 fit CLIP's cosines and 16 shots. The cache term grows with the shots, and how far
-affinities spread is the backbone's: two constants in their units carry from one to the other.
+The paper's alpha 1 and beta 5.5 suit CLIP's cosines and 16 shots. But the cache term grows with the number of shots,
+and the spread of affinities depends on the backbone. Constants in units of both carry over.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from retrieval_tip.retrieval.segments import Keys
 from retrieval_tip.settings import Normalize, check_choice
 
 UNTOUCHED = {"both": (0.7, 1.0), "shots": (20.0, 5.5), "affinity": (0.035, 1.0), "none": (1.0, 5.5)}
-"""alpha and beta of each form; ``none`` is the paper's, the others agree with each other at 16 shots."""
+"""Default alpha and beta of each form: the paper's for ``none``; the others agree with each other at 16 shots."""
 
 DOUBT = 4
-"""Shots that a class is credited with beside its own: a mean over few is trusted less (chosen on validation data)."""
+"""Pseudo-shots added to each class, so that a few shots weigh less (chosen on validation data)."""
 
 STEEPEST = 60.0
-"""Exponent ``beta (1 - mean)`` of a default, at most: beyond, where images are nearly the same, float32 overflows."""
+"""Largest exponent ``beta (1 - mean)`` of a default. Nearly identical images would exceed it and overflow float32."""
 
 SAMPLE = 4096
-"""Keys that the affinities are measured on, at most."""
+"""Largest number of keys to measure affinities on."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Affinities between keys of different classes, ``mean`` and ``std``, and the mean number of ``shots`` a class."""
+    """``mean`` and ``std`` of affinities between classes, and the mean number of ``shots`` per class."""
 
     mean: float
     std: float
@@ -39,7 +39,7 @@ class Statistics:
 
 
 def measure(keys: Keys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
-    """Statistics of keys ``[n, d]`` with these class ids; ``None`` where all are of one class or nothing spreads."""
+    """Measure keys ``[n, d]`` of class ids ``[n]``; ``None`` for a single class or constant affinities."""
     rows = np.arange(len(keys))
     if len(keys) > SAMPLE:
         rows = np.sort(np.random.default_rng(0).choice(len(keys), SAMPLE, replace=False))
@@ -52,30 +52,30 @@ def measure(keys: Keys, class_ids: npt.NDArray[np.int64]) -> Statistics | None:
 
 
 def untouched_settings(keys: Keys, class_ids: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Alpha and beta of an index over these keys where nothing else is asked for."""
+    """Return default alpha and beta for keys ``[n, d]`` of class ids ``[n]``."""
     return plain_settings(None, None, "both", measure(keys, class_ids))
 
 
 def plain_settings(
     alpha: float | None, beta: float | None, normalize: Normalize, statistics: Statistics | None
 ) -> tuple[float, float]:
-    """Alpha and beta of the method's own formula (equation 6) for settings in the units of a form.
+    """Convert alpha and beta from the units of ``normalize`` to those of the paper's equation 6.
 
-    ``affinity`` standardises affinities, ``A' = (A - mean) / std``, so that a key counts ``exp(beta A')``; ``shots``
-    divides the cache by the shots a class (and :data:`DOUBT` more). Both only move constants::
+    ``affinity`` standardises affinities, ``A' = (A - mean) / std``, so that a key's weight is ``exp(beta A')``.
+    ``shots`` divides the cache by the shots per class plus :data:`DOUBT`. ``both`` does both::
 
         beta_plain  = beta / std
         alpha_plain = alpha exp(beta_plain (1 - mean)) / (shots + 4)
 
-    ``None`` is the form's own default, with which float32 holds the logits of keys of unit norm (:data:`STEEPEST`).
-    Without statistics the paper's settings are taken where none are given.
+    ``None`` takes the form's default, or the paper's if there are no statistics. A default beta is limited
+    (:data:`STEEPEST`), so that logits of unit-norm keys fit float32.
 
-    Raises UsageError for an unknown form, and where statistics are missing for given settings.
+    Raises UsageError for an unknown form, or if given settings need statistics and there are none.
     """
     check_choice("normalize", normalize, Normalize)
     if statistics is None and normalize != "none":
         if alpha is not None or beta is not None:
-            raise UsageError(f"normalize {normalize!r}: needs keys of at least two classes that differ; use none")
+            raise UsageError(f"normalize {normalize!r}: needs distinct keys of at least two classes; use none")
         normalize = "none"
     alpha, chosen = UNTOUCHED[normalize][0] if alpha is None else alpha, beta is None
     beta = UNTOUCHED[normalize][1] if beta is None else beta
@@ -88,7 +88,7 @@ def plain_settings(
         try:
             alpha *= math.exp(beta * (1 - statistics.mean))
         except OverflowError:
-            raise UsageError(f"beta {beta * statistics.std:g}: too large in units of these affinities") from None
+            raise UsageError(f"beta {beta * statistics.std:g}: too large for these affinities; give less") from None
     if normalize in ("both", "shots"):
         alpha /= statistics.shots + DOUBT
     return alpha, beta

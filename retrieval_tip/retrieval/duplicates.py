@@ -1,7 +1,4 @@
-"""Keys of different classes that show the same image, or nearly the same: one of their labels is wrong, or both are.
-
-Keys are read a block at a time, so that memory stays flat.
-"""
+"""Find the same image in two classes: at least one of its labels must be wrong."""
 
 from __future__ import annotations
 
@@ -25,22 +22,24 @@ from retrieval_tip.retrieval.vector_index import faiss
 from retrieval_tip.store.labels import digest_codes
 
 NEAR = 0.98
-"""Cosine from which two keys are near-identical. Of 2999 Caltech101 photographs in lit-mini, JPEG copies of quality 75
-reach it always and of quality 90 in 99.7 %, enlarged ones in 94 %, cropped by 1 % in 27 %, reduced to three quarters in
-19 %; distinct photographs of two classes reach 0.82 at most (of one class 0.995: frames of a cartoon). In CLIP's
-features of nine foods, distinct ones reach 0.92 between classes, and 0.974 within one."""
+"""Lowest cosine of near-identical keys.
+
+Measured on 2999 Caltech101 images with lit-mini. Share of copies that reach it: JPEG quality 75, 100 %; quality 90,
+99.7 %; enlarged, 94 %; cropped by 1 %, 27 %; scaled to 75 %, 19 %. Different images reach at most 0.82 between classes
+and 0.995 within one (frames of a cartoon). With CLIP on nine foods, the maxima are 0.92 and 0.974.
+"""
 
 PAIRS = 1 << 28
-"""Pairs of keys that are compared for a warning by the way: 16,000 keys with each other, in 1 s on two cores."""
+"""Default limit on compared pairs: all pairs of 16,000 keys, which take 1 s on two cores."""
 
 MOST = 1000
-"""Pairs of duplicates that are described."""
+"""Default limit on pairs in a result."""
 
 BLOCK = 128
-"""Keys that meet the others at a time: where 16,000 are all alike, their pairs take 300 MiB."""
+"""Keys per block of an all-pairs comparison. If 16,000 keys are all alike, the pairs of a block take 300 MiB."""
 
 NEIGHBOURS = 32
-"""Keys that a search is asked for, for each fresh one."""
+"""Nearest keys to retrieve for each fresh key."""
 
 KINDS = ("identical image", "identical feature", "near-identical")
 
@@ -55,10 +54,10 @@ Near = tuple[IntArray, IntArray, FloatArray]
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Two keys of different classes that show the same: the one with the lower key id, and the ``other`` one.
+    """A pair of keys of different classes that show the same image; the ``other`` key has the higher key id.
 
-    ``affinity`` is their cosine; ``kind`` is ``identical image`` (the content digests agree), ``identical feature``
-    (each value does), or ``near-identical`` (the cosine is high).
+    ``affinity`` is their cosine. ``kind`` is ``identical image`` (equal content digests), ``identical feature`` (equal
+    values) or ``near-identical`` (a high cosine).
     """
 
     key_id: int
@@ -73,11 +72,11 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Duplicates across classes, identical images first, then by affinity; and how they were looked for.
+    """Duplicates across classes: identical images first, then by descending affinity.
 
-    ``pairs`` are the closest, ``total`` counts all that were found. ``compared`` is ``all`` (every pair of keys, and
-    the total is exact), ``nearest`` (each fresh key with the nearest ones), or ``digests`` (identical images only and,
-    where all keys were looked at, identical features).
+    ``pairs`` holds the closest ones; ``total`` counts all that were found. ``compared`` names the method: ``all``
+    (every pair of keys, so ``total`` is exact), ``nearest`` (each fresh key with its nearest keys) or ``digests``
+    (identical images only; without ``fresh``, identical features too).
     """
 
     pairs: list[Duplicate]
@@ -95,24 +94,23 @@ def duplicates(
     search: Search | None = None,
     most: int = MOST,
 ) -> Duplicates:
-    """Pairs of keys of different classes that show the same; one image several times within a class is none.
+    """Find pairs of keys of different classes that show the same image. Repeats within a class do not count.
 
-    Two keys are duplicates where their content digests agree, or ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|) >= least``.
-    Digests are always compared. Cosines are, of every pair, while these are at most ``budget``; beyond it of each fresh
-    key with its nearest, given a ``search``. Without one, features are compared bit by bit, and those of fresh keys are
-    not: that would cost by what is there.
+    Two keys are duplicates if their content digests agree, or ``cos(K_i, K_j) = K_i K_j / (|K_i| |K_j|) >= least``.
+    Digests are always compared, and so are the cosines of up to ``budget`` pairs. Beyond ``budget``, each fresh key is
+    compared with the nearest keys that ``search`` returns; without ``fresh``, features are compared for equality.
 
     Args:
-        keys: ``[n, d]`` float32 or float16, an array or what slices and takes row numbers like one.
-        labels: the label store, row by row: ``key_id``, ``class_id``, ``label``, ``source``, ``digest``.
-        fresh: row numbers of the keys that were just added: only pairs with one of these count. ``None`` is all.
-        least: cosine of near-identical keys.
-        budget: pairs to compare at most, keys asked for times ``n``.
-        search: from features ``[m, d]``, a float32 tensor on the CPU, and k, to affinities and rows of ``keys``
-            ``[m, k]``, -1 for none: ``CacheModel.nearest`` of a cache that holds the fresh keys too.
-        most: pairs to describe.
+        keys: ``[n, d]`` float32 or float16.
+        labels: the label store, one row per key: ``key_id``, ``class_id``, ``label``, ``source``, ``digest``.
+        fresh: rows of newly added keys; at least one key of a pair must be among them. ``None`` means all.
+        least: lowest cosine of near-identical keys.
+        budget: largest number of pairs to compare, ``len(fresh) * n``.
+        search: maps features ``[m, d]`` (a float32 tensor on the CPU) and k to affinities and rows ``[m, k]``, -1 where
+            empty, like ``CacheModel.nearest`` of a cache that includes the fresh keys.
+        most: largest number of pairs to return.
 
-    Raises InputError where ``labels`` are not one a key, or ``fresh`` are no rows.
+    Raises InputError if ``labels`` does not have one row per key, or ``fresh`` is out of range.
     """
     n = int(keys.shape[0])
     if len(labels) != n:
@@ -120,14 +118,14 @@ def duplicates(
     class_ids = labels["class_id"].to_numpy().astype(np.int64)
     asked = np.arange(n) if fresh is None else np.unique(np.asarray(fresh, dtype=np.int64))
     if asked.size and not 0 <= asked[0] <= asked[-1] < n:
-        raise InputError(f"fresh: row {int(asked[0] if asked[0] < 0 else asked[-1])} is none of the {n} keys")
+        raise InputError(f"fresh: row {int(asked[0] if asked[0] < 0 else asked[-1])} is out of range for {n} keys")
     new = np.zeros(n, dtype=bool)
     new[asked] = True
     images = digest_codes(labels, None if fresh is None else asked)
     a, b, total = _equal(images, class_ids, new, most)
 
     def remain(x: IntArray, y: IntArray) -> Bools:
-        """Which pairs are of different classes, and not of one image, which are counted already."""
+        """Select pairs of two classes, except identical images, which are counted already."""
         keep: Bools = (class_ids[x] != class_ids[y]) & ((images[x] != images[y]) | (images[x] < 0))
         return keep
 
@@ -138,7 +136,7 @@ def duplicates(
         compared, more = "nearest", _closest([_nearest(keys, asked, search, least, remain)], most)
     elif fresh is None and not isinstance(keys, KeysInPlace):
         features = _identical(keys)
-        x, y, every = _equal(features, class_ids, new, most + len(a))  # where more are of one image, a is full
+        x, y, every = _equal(features, class_ids, new, most + len(a))  # identical images among them drop out below
         kept = remain(x, y)
         both = np.where((features < 0) | (images < 0), -1, features * (n + 1) + images)
         more = x[kept], y[kept], every - _equal(both, class_ids, new, 0)[2]
@@ -148,7 +146,7 @@ def duplicates(
 
 
 def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
-    """Lines for a warning: the first ``limit`` pairs, and how many more there are."""
+    """Format a warning: a line for each of the first ``limit`` pairs, then the number of the others."""
     lines = [
         one_line(f"{pair.source} ({pair.label}) and {pair.other_source} ({pair.other_label}): {pair.kind}")
         + (f" (affinity {pair.affinity:.4f})" if pair.kind == KINDS[2] else "")
@@ -159,18 +157,18 @@ def describe_duplicates(duplicates: Duplicates, limit: int = 5) -> list[str]:
 
 
 def _equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple[IntArray, IntArray, int]:
-    """Pairs of rows of one code (but -1) and two classes, at least one of them new: ``most`` of them, and the count.
+    """Return up to ``most`` pairs of rows of equal code (-1 excluded) and different classes, and the total count.
 
-    Sorted by code and class, the partners of a row are a run: from the end of its class to the end of its code; where
-    it is not new itself, the new ones of them. (A join in duckdb is no shorter, takes 0.1 s to begin, and seconds where
-    one image stands in 100,000 rows.)
+    At least one row of a pair is new. With rows sorted by code and class, the partners of a row are a run, from the end
+    of its class to the end of its code. (A join in duckdb takes 0.1 s to start, and seconds for one image in 100,000
+    rows.)
     """
     rows = np.flatnonzero((codes >= 0) & np.isin(codes, codes[new]))
     rows = rows[np.lexsort((class_ids[rows], codes[rows]))]
     code = np.unique(codes[rows], return_inverse=True)[1]
     both = code * (class_ids.max(initial=0) + 1) + class_ids[rows]
     first, last = (np.searchsorted(numbers, numbers, side="right") for numbers in (both, code))
-    before = np.concatenate([[0], np.cumsum(new[rows])])  # new rows before each
+    before = np.concatenate([[0], np.cumsum(new[rows])])  # number of new rows before each row
     count = np.where(new[rows], last - first, before[last] - before[first])
     pairs: list[tuple[int, int]] = []
     for at in np.flatnonzero(count)[:most]:
@@ -182,9 +180,9 @@ def _equal(codes: IntArray, class_ids: IntArray, new: Bools, most: int) -> tuple
 
 
 def _identical(keys: KeyArray | Segments) -> IntArray:
-    """A number a key that agrees for keys of equal bytes, -1 where no other key has them.
+    """Return a code for each key, equal for keys of equal bytes; -1 for unique keys.
 
-    Sums of their words modulo 2^64 cost as little as reading the keys, but may agree by chance: such keys are hashed.
+    Sums modulo 2^64 cost no more than reading the keys, but may collide, so keys of equal sums are hashed.
     """
     n, width = int(keys.shape[0]), math.gcd(8, int(keys.shape[1]) * keys.dtype.itemsize)
     words = (np.ascontiguousarray(keys[part]).view(f"u{width}") for part in slices(n, KEY_BLOCK))
@@ -198,14 +196,14 @@ def _identical(keys: KeyArray | Segments) -> IntArray:
 
 
 def _unit(keys: Keys, rows: IntArray) -> Tensor:
-    """Some keys ``[m, d]`` float32, scaled to norm 1: fine-tuned ones are not."""
+    """Return keys ``[m, d]`` float32, scaled to norm 1, which fine-tuned keys do not have."""
     return normalize(torch.from_numpy(np.asarray(keys[rows], dtype=np.float32)), dim=-1)
 
 
 def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain) -> Iterator[Near]:
-    """Pairs of a row that is asked for and any other of cosine above ``least``, of those that ``remain``, in blocks.
+    """Yield blocks of pairs that ``remain``: a row of ``asked`` and any other row, with a cosine above ``least``.
 
-    The rows that are asked for come first, and each row meets those of them that come before it.
+    Asked rows come first in the order, and each row is compared with the asked rows before it.
     """
     order = np.concatenate([asked, np.flatnonzero(~new)])
     index = faiss().IndexFlatIP(int(keys.shape[1]))
@@ -220,7 +218,7 @@ def _near(keys: Keys, asked: IntArray, new: Bools, least: float, remain: Remain)
 
 
 def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: Remain) -> Near:
-    """Pairs of a row that is asked for and one near it of cosine at least ``least``, of those that ``remain``."""
+    """Return pairs that ``remain``: a row of ``asked`` and a retrieved one, with a cosine of at least ``least``."""
     pairs, cosines = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.float32)]
     for part in slices(len(asked), QUERY_BLOCK):
         features = torch.from_numpy(np.asarray(keys[asked[part]], dtype=np.float32))
@@ -236,7 +234,7 @@ def _nearest(keys: Keys, asked: IntArray, search: Search, least: float, remain: 
 
 
 def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int]:
-    """The ``most`` pairs of the highest cosine, highest first, and how many there are."""
+    """Return the ``most`` pairs of the highest cosine, highest first, and the total count."""
     total, a, b = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     cosine = np.empty(0, dtype=np.float32)
     for x, y, near in blocks:
@@ -248,7 +246,7 @@ def _closest(blocks: Iterable[Near], most: int) -> tuple[IntArray, IntArray, int
 
 
 def _described(keys: Keys, labels: pa.Table, a: IntArray, b: IntArray, kinds: IntArray) -> list[Duplicate]:
-    """Pairs of rows, described; those of a high cosine are told apart from those of equal values."""
+    """Describe pairs of rows; near-identical pairs of equal values become identical features."""
     cosine = torch.einsum("nd,nd->n", _unit(keys, a).double(), _unit(keys, b).double()).numpy()
     kinds = np.where((kinds == 2) & (np.asarray(keys[a]) == np.asarray(keys[b])).all(axis=1), 1, kinds)
     key_ids = labels["key_id"].to_numpy()

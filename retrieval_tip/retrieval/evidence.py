@@ -1,7 +1,7 @@
-"""Which shots produced an answer: the keys that contributed most to it, and the one that counted most against it.
+"""Explain an answer by its shots: those that contributed most to it, and the one that counted most against it.
 
-Key ``i`` contributes ``w_i V_ic`` to class ``c``: its weight ``w_i = exp(-beta (1 - A_i))`` times its value. With
-one-hot values that is the weight for the key's own class and 0 for the others; fitted values may be negative.
+Key ``i`` contributes ``w_i V_ic`` to class ``c``: its weight ``w_i = exp(-beta (1 - A_i))`` times its value. One-hot
+values are 1 for the key's own class and 0 elsewhere; fitted values may be negative.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Nearest:
-    """Keys found for ``q`` queries: ``[q, k]`` each, nearest first unless said otherwise.
+    """Retrieved keys of ``q`` queries, nearest first by default; each tensor is ``[q, k]``.
 
-    ``affinity`` float32, exact; ``rows`` int64, what :meth:`answering.AnsweringIndex.described` knows a key by;
-    ``class_ids`` int64. An empty slot has affinity 0, row -1 and the class id ``c``.
+    ``affinity`` float32, exact; ``rows`` int64, as :meth:`answering.AnsweringIndex.described` takes them; ``class_ids``
+    int64. An empty slot has affinity 0, row -1 and class id ``c``.
     """
 
     affinity: Tensor
@@ -31,25 +31,25 @@ class Nearest:
         return self.affinity, self.rows, self.class_ids
 
     def queries(self, part: slice | Tensor) -> Nearest:
-        """Return the keys of some of the queries."""
+        """Return the keys of the queries in ``part``."""
         return Nearest(*(column[part] for column in self.columns))
 
     def put(self, part: Tensor, other: Nearest) -> None:
-        """Replace the keys of some of the queries."""
+        """Replace the keys of the queries in ``part``."""
         for column, replacement in zip(self.columns, other.columns, strict=True):
             column[part] = replacement
 
     def ordered(self, by: Tensor) -> Nearest:
-        """Sort each query's keys by ``by`` ``[q, k]``, largest first; ties keep their order, empty slots are last."""
+        """Sort each query's keys by ``by`` ``[q, k]``, largest first; stable, with empty slots last."""
         by = by.masked_fill(self.rows < 0, -torch.inf)
         return self.at(by.argsort(dim=1, descending=True, stable=True))
 
     def at(self, places: Tensor) -> Nearest:
-        """Return the keys at ``places`` ``[q, m]`` of each query."""
+        """Return each query's keys at ``places`` ``[q, m]``."""
         return Nearest(*(column.gather(1, places) for column in self.columns))
 
     def first(self, number: int) -> Nearest:
-        """Return the first ``number`` keys of each query."""
+        """Return each query's first ``number`` keys."""
         return Nearest(*(column[:, :number] for column in self.columns))
 
     def without(self, dropped: Tensor, n_classes: int) -> Nearest:
@@ -62,12 +62,12 @@ class Nearest:
 
     @classmethod
     def beside(cls, parts: Sequence[Nearest]) -> Nearest:
-        """Join the keys of the same queries."""
+        """Concatenate keys of the same queries."""
         return cls._joined(parts, dim=1)
 
     @classmethod
     def joined(cls, parts: Sequence[Nearest]) -> Nearest:
-        """Join the keys of consecutive queries."""
+        """Concatenate the keys of consecutive queries."""
         return cls._joined(parts, dim=0)
 
     @classmethod
@@ -77,7 +77,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest contributions ``[q, m]`` among the keys seen so far, largest first, with these keys."""
+    """The largest contributions ``[q, m]`` so far, largest first, with the affinities and rows of their keys."""
 
     given: Tensor
     affinity: Tensor
@@ -85,12 +85,12 @@ class Largest:
 
     @classmethod
     def none(cls, q: int, number: int, device: str) -> Largest:
-        """Start with no key: -inf, affinity 0 and row -1."""
+        """Return empty slots: contribution -inf, affinity 0, row -1."""
         given = torch.full((q, number), -torch.inf, device=device)
         return cls(given, torch.zeros_like(given), torch.full((q, number), -1, device=device))
 
     def add(self, part: slice, given: Tensor, affinity: Tensor, first: int) -> None:
-        """Take a block of keys ``[p, b]``, rows from ``first`` on, for some of the queries."""
+        """Merge a block ``[p, b]`` of keys, whose rows start at ``first``, for the queries in ``part``."""
         number = self.given.shape[1]
         if number == 1:  # several times as fast as topk
             largest, place = given.max(dim=1, keepdim=True)
@@ -108,30 +108,30 @@ class Largest:
 class Contributors:
     """The shots behind the answers to ``q`` queries.
 
-    ``supporting`` ``[q, m]``: the keys with the largest contributions to the winning class, largest first.
-    ``opposing`` ``[q, 1]``: the key with the lowest contribution; if none is negative, as with one-hot values, the key
-    that contributes most to the runner-up. Its slot is empty if no key counts against the answer.
+    ``supporting`` ``[q, m]``: the keys that contribute most to the winning class, largest contribution first.
+    ``opposing`` ``[q, 1]``: the key with the most negative contribution, else (as with one-hot values) the key that
+    contributes most to the runner-up; empty if no key counts against the answer.
     """
 
     supporting: Nearest
     opposing: Nearest
 
     def queries(self, part: slice) -> Contributors:
-        """Return the shots of some of the queries."""
+        """Return the shots of the queries in ``part``."""
         return Contributors(self.supporting.queries(part), self.opposing.queries(part))
 
     @classmethod
     def joined(cls, parts: Sequence[Contributors]) -> Contributors:
-        """Join the shots of consecutive queries."""
+        """Concatenate the shots of consecutive queries."""
         return cls(
             Nearest.joined([part.supporting for part in parts]), Nearest.joined([part.opposing for part in parts])
         )
 
     @classmethod
     def among(cls, near: Nearest, winner: Tensor, rival: Tensor, n_classes: int, number: int) -> Contributors:
-        """Choose among keys ``[q, k]`` that each query met, by their contributions to two classes.
+        """Choose ``number`` shots from retrieved keys ``[q, k]``.
 
-        ``winner`` and ``rival`` ``[q, k]``: what each key contributes to the winning class and to the runner-up.
+        ``winner`` and ``rival`` ``[q, k]`` are the keys' contributions to the winning class and to the runner-up.
         """
         there = near.rows >= 0
         nearest_first = near.affinity.masked_fill(~there, -torch.inf).argsort(dim=1, descending=True, stable=True)

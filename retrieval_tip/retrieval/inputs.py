@@ -1,4 +1,4 @@
-"""Arguments of callers, as arrays that fit: every error names the argument and what was expected."""
+"""Validate arguments and convert them to arrays; each error names the argument and the expected value."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from retrieval_tip.errors import InputError, few
 from retrieval_tip.retrieval.segments import KeyArray
 
 LONGEST_NAME = 1024
-"""Characters of a class's name, where it is given one by itself."""
+"""Most characters of a new class name."""
 
 Labels = Sequence[str] | Sequence[int] | npt.NDArray[np.integer]
 Features = npt.NDArray[np.floating] | Tensor
 
 
 def matrix(features: Features, what: str) -> KeyArray:
-    """Features as a finite ``[n, d]`` array of float32 (float16 stays)."""
+    """Convert features to a finite array ``[n, d]`` float32; float16 is kept. Raises InputError naming ``what``."""
     array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else _array(features, what)
     if array.ndim != 2 or 0 in array.shape:
         raise InputError(f"{what}: shape {array.shape}; expected [n, d] with n and d at least 1")
@@ -40,14 +40,14 @@ def _array(values: object, what: str) -> npt.NDArray[Any]:
     try:
         array = np.asarray(values)
     except ValueError:
-        raise InputError(f"{what}: rows of unequal length; expected an array") from None
+        raise InputError(f"{what}: rows of unequal length; give an array") from None
     if what != "labels" and array.dtype.kind not in "fiu":
         raise InputError(f"{what}: {array.dtype}; expected floating-point numbers")
     return array
 
 
 def queries(features: Features, d: int) -> Tensor:
-    """Queries as a finite tensor ``[q, d]`` float32, wherever they are. Raises InputError naming the row."""
+    """Convert queries to a finite tensor ``[q, d]`` float32, on the device they are on. Raises InputError."""
     if isinstance(features, Tensor):
         f = features.detach().float()
     else:
@@ -68,26 +68,26 @@ def check_unit(f: Tensor) -> None:
     if len(wrong):
         row = int(wrong[0])
         raise InputError(
-            f"features: row {row} has norm {float(norms[row]):.4g} instead of 1; divide each row by its norm, as the "
-            "keys were (retrieval_tip.backbones.base.unit), or give norms='keep' where it is meant"
+            f"features: row {row} has norm {float(norms[row]):.4g} instead of 1; divide each row by its norm "
+            "(retrieval_tip.backbones.base.unit), or pass norms='keep' to use it as given"
         )
 
 
 def names(names: Sequence[str]) -> list[str]:
-    """Class names as a list. Raises InputError where there are none, or one is empty or stands twice."""
+    """Check class names and return them as a list. Raises InputError for an empty list or name, or a duplicate."""
     result = list(names)
     if not result or not all(isinstance(name, str) and name for name in result):
         raise InputError("class_names: expected at least one name, each a non-empty string")
     if len(set(result)) < len(result):
-        raise InputError(f"class_names: {next(n for n in result if result.count(n) > 1)!r} stands twice")
+        raise InputError(f"class_names: {next(n for n in result if result.count(n) > 1)!r} occurs twice")
     return result
 
 
 def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np.int64]:
-    """Class ids ``[n]`` int64 of labels by name or by position. Raises InputError naming the row that is no class."""
+    """Convert labels, names or positions, to class ids ``[n]`` int64. Raises InputError naming the first bad row."""
     array = _array(labels, "labels")
     if array.shape != (n,):
-        raise InputError(f"labels: shape {array.shape} for {n} keys; expected one a key")
+        raise InputError(f"labels: shape {array.shape} for {n} keys; give one label per key")
     if np.issubdtype(array.dtype, np.integer):
         bad = np.flatnonzero((array < 0) | (array >= len(class_names)))
         ids = array.astype(np.int64)
@@ -97,15 +97,15 @@ def ids_of(labels: Labels, class_names: Sequence[str], n: int) -> npt.NDArray[np
         bad = np.flatnonzero(ids < 0)
     if bad.size:
         raise InputError(
-            f"labels: row {int(bad[0])} is {array[bad].tolist()[0]!r}, which is none of the {len(class_names)} classes"
+            f"labels: row {int(bad[0])} is {array[bad].tolist()[0]!r}; expected one of the {len(class_names)} classes"
         )
     return ids
 
 
 def new_ids(key_ids: Sequence[int], labels: str | Sequence[str], class_names: Sequence[str]) -> dict[int, int]:
-    """Map key ids to class ids, by a label each or one for all.
+    """Map key ids to class ids, given one label for all or a label for each.
 
-    Raises InputError for a label that is not a class, or a key id that occurs twice with a label each.
+    Raises InputError for a label that is not a class, or for a repeated key id with a label for each.
     """
     if isinstance(labels, str):
         return dict.fromkeys(key_ids, int(ids_of([labels], class_names, 1)[0]))
@@ -116,41 +116,40 @@ def new_ids(key_ids: Sequence[int], labels: str | Sequence[str], class_names: Se
 
 
 def text_weights(weights: Features | None, c: int, d: int) -> Tensor:
-    """Text weights ``[c, d]`` float32, a copy; zeros where there are none. Raises InputError where they do not fit."""
+    """Copy text weights to ``[c, d]`` float32; ``None`` gives zeros. Raises InputError for another shape."""
     if weights is None:
         return torch.zeros(c, d)
     array = matrix(weights, "text_weights")
-    check_shape("text_weights", array.shape, (c, d), "one a class")
-    return torch.from_numpy(np.array(array, dtype=np.float32))  # a copy: what the caller does to theirs is theirs
+    check_shape("text_weights", array.shape, (c, d), "one per class")
+    return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
 def new_classes(
     names_: Sequence[str], present: Sequence[str], weights: Features | None, d: int, has_text: bool
 ) -> tuple[list[str], Tensor]:
-    """Classes to be added, with their text weights ``[m, d]``.
+    """Return the names and text weights ``[m, d]`` of new classes.
 
-    Raises InputError for names that are there, or weights that are missing or do not fit.
+    Raises InputError for a name that is in use, or for weights that are missing or have another shape.
     """
     new = names(names_)
     if again := sorted(set(new) & set(present)):
-        raise InputError(f"classes: {again[0]!r} is a class of the index already")
+        raise InputError(f"classes: {again[0]!r} is already a class of the index")
     if weights is None and has_text:
-        raise InputError(f"classes: {new[0]!r} needs a text weight, as every class of this index has one")
+        raise InputError(f"classes: {new[0]!r} has no text weight; give one, as for the other classes of the index")
     return new, text_weights(weights, len(new), d)
 
 
 def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[str]]:
-    """Return the position of the class ``old``, and all names with it called ``new``: once, if that is a class too.
+    """Return the position of the class ``old``, and all names with it renamed to ``new``, or merged into that class.
 
-    Raises InputError if there is no class ``old``, or ``new`` cannot be a name.
+    Raises InputError if ``old`` is not a class, or ``new`` is not a valid name.
     """
     if old not in class_names:
-        raise InputError(f"{old!r} is no class of the index; its classes are {few(class_names)}")
+        raise InputError(f"{old!r} is not a class of this index ({few(class_names)})")
     if new != new.strip() or not new.isprintable() or not 0 < len(new) <= LONGEST_NAME:
         shown = new if len(new) <= LONGEST_NAME else f"{new[:20]}..."
         raise InputError(
-            f"class name {shown!r}: expected 1 to {LONGEST_NAME:,} characters without control characters, and no "
-            "white space at either end"
+            f"class name {shown!r}: expected 1 to {LONGEST_NAME:,} printable characters, no white space at either end"
         )
     at = class_names.index(old)
     merged = new != old and new in class_names
@@ -160,23 +159,23 @@ def renamed(class_names: Sequence[str], old: str, new: str) -> tuple[int, list[s
 def keys_to_add(
     keys: Features, labels: Labels, class_names: Sequence[str], d: int, dtype: str
 ) -> tuple[KeyArray, npt.NDArray[np.int64]]:
-    """Keys ``[m, d]`` that an index of this dtype can hold, and their class ids. Raises InputError where it cannot."""
+    """Check keys ``[m, d]`` to add to an index of ``dtype``; return them and class ids ``[m]``. Raises InputError."""
     array = matrix(keys, "keys")
     if array.shape[1] != d:
-        raise InputError(f"keys: have {array.shape[1]} values, the index has {d}")
+        raise InputError(f"keys: have {array.shape[1]} values each; the index needs {d}")
     if np.abs(array).max() > np.finfo(dtype).max:
-        raise InputError(f"keys: hold values too large for the {dtype} of the index")
+        raise InputError(f"keys: values are too large for the index's {dtype}")
     return array, ids_of(labels, class_names, len(array))
 
 
 def values_of(values: Features, n: int, c: int) -> Tensor:
-    """Trained values ``[n, c]`` float32. Raises InputError where they do not fit."""
+    """Convert trained values to ``[n, c]`` float32. Raises InputError for another shape."""
     array = matrix(values, "values")
-    check_shape("values", array.shape, (n, c), "one row a key")
+    check_shape("values", array.shape, (n, c), "one row per key")
     return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
 
 
 def check_shape(what: str, shape: Sequence[int], expected: tuple[int, int], meaning: str) -> None:
-    """Raise InputError naming what is of another shape than expected, and what that means."""
+    """Raise InputError unless the shape of ``what`` is as expected; ``meaning`` explains the first dimension."""
     if tuple(shape) != expected:
         raise InputError(f"{what}: shape {tuple(shape)}; expected [{expected[0]}, {expected[1]}], {meaning}")

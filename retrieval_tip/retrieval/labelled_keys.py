@@ -1,4 +1,4 @@
-"""Keys and the labels that describe them, row by row, as one value: an edit makes another one."""
+"""Keys and their labels as one immutable value; each edit returns a new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_tip.retrieval.segments import KeyArray, Segments, joined, segment
 from retrieval_tip.store.labels import LABEL_SCHEMA, shots_after, shots_of
 
 SMALL = 4096
-"""Keys up to which a segment is not worth keeping apart: it is written again together with what is added."""
+"""Most keys of a small segment, which an addition merges instead of keeping it separate."""
 
 IntArray = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -25,11 +25,11 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LabelledKeys:
-    """Keys ``[n, d]``, in segments that are each grouped by class, and their ``labels``, a row a key.
+    """Keys ``[n, d]`` and their ``labels``, one row per key; each segment of the keys is grouped by class.
 
-    ``points``, where there is a metric: the keys in it, in the same segments. ``values`` ``[n, c]``, where they are
-    solved or trained: what each key gives to each class. Values are one array, and so are then their keys. The first
-    segment is what the index is over: a change that leaves it alone shares it.
+    ``points`` are the keys in the metric, if there is one, in the same segments. ``values`` ``[n, c]`` are present if
+    solved or trained; keys with values are a single segment. The FAISS index covers the first segment, which a change
+    shares unless it touches it.
     """
 
     keys: KeyArray | Segments
@@ -39,21 +39,21 @@ class LabelledKeys:
 
     @property
     def met(self) -> KeyArray | Segments:
-        """The keys as queries meet them: the points, or the keys themselves."""
+        """The keys that queries are compared with: the points, or the keys without a metric."""
         return self.keys if self.points is None else self.points
 
     @property
     def class_ids(self) -> IntArray:
-        """Class id of each key ``[n]``."""
+        """Class ids ``[n]`` int64."""
         return np.asarray(self.labels["class_id"].to_numpy(), dtype=np.int64)
 
     @property
     def key_ids(self) -> IntArray:
-        """Id of each key ``[n]``."""
+        """Key ids ``[n]`` int64."""
         return np.asarray(self.labels["key_id"].to_numpy(), dtype=np.int64)
 
     def rows_of(self, key_ids: Sequence[int]) -> IntArray:
-        """The rows of keys, ascending. Raises InputError naming ids that are not there."""
+        """Return the rows of ``key_ids``, ascending. Raises InputError naming unknown ids."""
         present, wanted = self.key_ids, np.asarray(list(key_ids), dtype=np.int64)
         missing = np.setdiff1d(wanted, present)
         if missing.size:
@@ -61,24 +61,24 @@ class LabelledKeys:
         return np.flatnonzero(np.isin(present, wanted))
 
     def of_rows(self, rows: IntArray) -> tuple[KeyArray, IntArray]:
-        """Some of the keys ``[m, d]``, and their class ids ``[m]``."""
+        """Return the keys ``[m, d]`` at ``rows``, and their class ids ``[m]``."""
         return np.asarray(self.keys[rows]), self.class_ids[rows]
 
     def order(self) -> IntArray:
-        """The rows by class, and within a class by key id: the order of an index that is built at once."""
+        """Return the rows sorted by class, then key id, which is the order of a newly built index."""
         return np.lexsort((self.key_ids, self.class_ids))
 
     def take(self, rows: IntArray) -> LabelledKeys:
-        """Some of the keys, in this order, as one segment."""
+        """Return the keys at ``rows``, in this order, as one segment."""
         values = None if self.values is None else self.values[rows]
         points = None if self.points is None else np.asarray(self.points[rows])
         return LabelledKeys(np.asarray(self.keys[rows]), self.labels.take(pa.array(rows)), values, points)
 
     def with_added(self, new: LabelledKeys, n_classes: int) -> LabelledKeys:
-        """With ``new`` ones, ``[m, d]``, whose shots are counted on from those of their class.
+        """Append ``new`` keys as a segment, and continue the shot numbers of their classes.
 
-        They become a segment of their own. Segments before it that are not larger, or small, are joined with it, so
-        that there are few. Raises InputError where columns of the labels do not fit.
+        To keep segments few, earlier ones that are small or not larger are merged into it. Raises InputError if the
+        columns of the labels do not match.
         """
         added = new.labels
         ids = added["class_id"].to_numpy().astype(np.int64)
@@ -86,7 +86,7 @@ class LabelledKeys:
         try:
             labels = pa.concat_tables([self.labels, added], promote_options="default")
         except pa.ArrowException as error:
-            raise InputError(f"labels: their columns do not fit the index's ({first_line(error)})") from None
+            raise InputError(f"labels: columns do not match those of the index ({first_line(error)})") from None
         values = None
         if self.values is not None and new.values is not None:
             values = torch.cat([self.values, new.values.to(self.values)])
@@ -95,27 +95,27 @@ class LabelledKeys:
         while first and (len(parts[first - 1]) <= max(SMALL, sum(map(len, parts[first:]))) or values is not None):
             first -= 1
         start = sum(map(len, parts[:first]))
-        lying: list[KeyArray] | None = None
+        points: list[KeyArray] = []
         if self.points is not None and new.points is not None:
-            lying = [*segments_of(self.points), np.asarray(new.points).astype(self.keys.dtype)]
-        points = None if lying is None else np.concatenate(lying[first:])
-        late = LabelledKeys(np.concatenate(parts[first:]), labels.slice(start), values, points)
+            points = [*segments_of(self.points), np.asarray(new.points).astype(self.keys.dtype)]
+        merged_points = np.concatenate(points[first:]) if points else None
+        late = LabelledKeys(np.concatenate(parts[first:]), labels.slice(start), values, merged_points)
         late = late.take(late.order())
         if not first:
             return late
         labels = pa.concat_tables([labels.slice(0, start), late.labels])
-        points_now = None if lying is None or late.points is None else joined([*lying[:first], np.asarray(late.points)])
-        return LabelledKeys(joined([*parts[:first], np.asarray(late.keys)]), labels, None, points_now)
+        all_points = joined([*points[:first], np.asarray(late.points)]) if points else None
+        return LabelledKeys(joined([*parts[:first], np.asarray(late.keys)]), labels, None, all_points)
 
     def without(self, rows: IntArray) -> LabelledKeys:
-        """Without some of the keys, by row."""
+        """Remove the keys at ``rows``."""
         gone = np.zeros(len(self.labels), dtype=bool)
         gone[rows] = True
         return self._arranged(gone, ~gone)
 
     def relabelled(self, rows: IntArray, class_ids: IntArray, class_names: Sequence[str]) -> LabelledKeys:
-        """Move the keys at ``rows`` ``[m]`` to classes ``class_ids`` ``[m]``, as their last shots; values stay."""
-        order = np.argsort(self.key_ids[rows])  # segments need not lie by key id, and a table of keys does
+        """Move the keys at ``rows`` ``[m]`` to ``class_ids`` ``[m]``, as the last shots there; values stay."""
+        order = np.argsort(self.key_ids[rows])  # rows of a segment need not ascend by key id
         rows, class_ids = rows[order], class_ids[order]
         ids, names = self.class_ids.copy(), self.labels["label"].to_numpy().copy()
         shots = self.labels["shot"].to_numpy().copy()
@@ -131,15 +131,15 @@ class LabelledKeys:
         return replace(self, labels=labels)._arranged(touched, np.ones(len(ids), dtype=bool))
 
     def _next_shots(self, n_classes: int) -> npt.NDArray[np.int32]:
-        """The number of the next shot of each class ``[c]``."""
+        """Return the next shot number of each class ``[c]``."""
         following = np.zeros(n_classes, dtype=np.int32)
         np.maximum.at(following, self.class_ids, self.labels["shot"].to_numpy() + 1)
         return following
 
     def _arranged(self, touched: Bools, keep: Bools) -> LabelledKeys:
-        """Only those to ``keep``, in order again: segments of which none is ``touched`` are shared.
+        """Return the keys to ``keep``, in order; untouched segments are shared.
 
-        The index is over the first segment, so where that is touched all become one.
+        If the first segment, which the index covers, is ``touched``, all become one segment.
         """
         parts = segments_of(self.keys)
         points = None if self.points is None else segments_of(self.points)
@@ -147,7 +147,7 @@ class LabelledKeys:
             rows = np.flatnonzero(keep)
             return self.take(rows[np.lexsort((self.key_ids[rows], self.class_ids[rows]))])
         kept, orders = [parts[0]], [np.arange(len(parts[0]))]
-        lying = [] if points is None else [points[0]]
+        kept_points = [] if points is None else [points[0]]
         starts = np.cumsum([0, *map(len, parts)]).tolist()
         for number, (start, stop) in enumerate(itertools.pairwise(starts[1:]), 1):
             part = parts[number]
@@ -157,7 +157,7 @@ class LabelledKeys:
             if len(own):
                 kept.append(part[own] if changed else part)
                 if points is not None:
-                    lying.append(points[number][own] if changed else points[number])
+                    kept_points.append(points[number][own] if changed else points[number])
                 orders.append(own + start)
         labels = self.labels.take(pa.array(np.concatenate(orders)))
-        return LabelledKeys(joined(kept), labels, None, joined(lying) if lying else None)
+        return LabelledKeys(joined(kept), labels, None, joined(kept_points) if kept_points else None)

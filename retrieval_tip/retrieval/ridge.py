@@ -1,4 +1,4 @@
-"""Values that were solved, as keys come and go: what a key gives depends on the keys around it."""
+"""Solve the values of keys, and update them as keys are added, removed or relabelled."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from retrieval_tip.retrieval.labelled_keys import LabelledKeys
 IntArray = npt.NDArray[np.int64]
 
 MOST_SOLVED = 1 << 14
-"""Keys whose values are solved at once, at most: the system has n^2 numbers, and takes n^3 / 3 steps."""
+"""Most keys whose values are solved at once: the system has n^2 entries and takes n^3 / 3 operations."""
 
 SOLVED_AGAIN = 4096
-"""Keys up to which a change solves all values anew, a second at most; beyond, those of the keys that it touches."""
+"""Most keys for which a change solves all values again, within a second; beyond, it solves only those it touches."""
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """The system that values solve, ``(G + lambda I) V = Y`` (:func:`tip.ridge_values`), of ``c`` classes."""
+    """The linear system of solved values, ``(G + lambda I) V = Y`` (:func:`tip.ridge_values`), for ``c`` classes."""
 
     n_classes: int
     beta: float
@@ -35,24 +35,24 @@ class Ridge:
     device: str
 
     def values(self, points: Tensor, ids: Tensor) -> Tensor:
-        """Solve the values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` of classes ``ids`` ``[n]`` at once.
+        """Solve the values ``[n, c]`` float32 of keys at ``points`` ``[n, d]`` with class ids ``[n]``.
 
-        Raises InputError if keys are so far from norm 1 that float32 cannot solve them.
+        Raises InputError if the norms of the keys are too far from 1 for float32.
         """
         return self._solve(points, self._gram(points), one_hot(ids, self.n_classes).float())
 
     def solved(self, labelled: LabelledKeys) -> LabelledKeys:
-        """With the values of all keys solved anew, where they are few enough for that to cost little."""
+        """Solve the values of all keys again, or return ``labelled`` if it has over :data:`SOLVED_AGAIN` keys."""
         if len(labelled.keys) > SOLVED_AGAIN:
             return labelled
         ids = torch.from_numpy(labelled.class_ids).to(self.device)
         return replace(labelled, values=self.values(self._on_device(np.asarray(labelled.met)), ids))
 
     def added(self, keys: Keys, values: Tensor, points: npt.NDArray[np.floating], ids: IntArray) -> Tensor:
-        """Values ``[m, c]`` of new keys at ``points`` ``[m, d]``, among keys that have ``values`` ``[n, c]``.
+        """Return values ``[m, c]`` of new keys at ``points`` ``[m, d]``, beside keys with ``values`` ``[n, c]``.
 
-        They answer what the others leave, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block
-        Gauss-Seidel, a block of the new keys after the other. Where all will be :meth:`solved`, the targets.
+        They fit the residual of the other keys, ``V_b = (G_bb + lambda I)^-1 (Y_b - G_ba V_a)``: one step of block
+        Gauss-Seidel for each block of new keys. If :meth:`solved` will solve all keys, returns the targets.
         """
         wanted = self._wanted(ids)
         if keys.n + len(ids) <= SOLVED_AGAIN:
@@ -66,10 +66,10 @@ class Ridge:
         return torch.cat(parts)
 
     def relabelled(self, keys: Keys, labelled: LabelledKeys, rows: IntArray, class_ids: IntArray) -> LabelledKeys:
-        """Solve the values of the keys at ``rows`` ``[m]`` for classes ``class_ids`` ``[m]``; the others stay."""
+        """Solve the values of the keys at ``rows`` ``[m]`` for new ``class_ids`` ``[m]``; keep the others."""
         assert labelled.values is not None
         if len(labelled.keys) <= SOLVED_AGAIN:
-            return labelled  # all will be solved
+            return labelled  # `solved` will solve all of them
         own = self._on_device(np.asarray(labelled.met[rows]))
         gram, values = self._gram(own), labelled.values.clone()
         others = keys.cache_logits(own, self.beta, values) - gram @ values[rows]
@@ -82,7 +82,7 @@ class Ridge:
                 return tip.ridge_values(gram, targets, self.ridge)
         longest = float(torch.linalg.vector_norm(points.double(), dim=1).max())
         raise InputError(
-            f"keys: no values can be solved at beta {self.beta:g} for keys of norm {longest:.4g}; "
+            f"keys: cannot solve values at beta {self.beta:g} for keys of norm {longest:.4g}; "
             "scale keys to norm 1 (norms unit)"
         )
 

@@ -1,4 +1,4 @@
-"""Several arrays as one: an index that grows keeps what it had, and adds what is new beside it."""
+"""Several arrays as one, so that an index can grow without copying its existing keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KeyArray = npt.NDArray[np.floating]
 
 
 class KeysInPlace(ABC):
-    """Keys ``[n, d]`` that are more than memory: a few are read by row, many in one pass, in the order they lie in."""
+    """Keys ``[n, d]`` that exceed memory; read a few by row, or many in one pass in storage order."""
 
     shape: tuple[int, int]
 
@@ -25,18 +25,18 @@ class KeysInPlace(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: IntArray) -> KeyArray:
-        """A few keys ``[m, d]``, as they are stored."""
+        """Return a few keys ``[m, d]`` in their stored dtype."""
 
     @abstractmethod
     def blocks(self, rows: IntArray) -> Iterator[tuple[KeyArray, IntArray]]:
-        """Keys ``[b, d]`` at some rows, and these ``[b]``, a block at a time."""
+        """Yield blocks of the keys ``[b, d]`` at ``rows``, with their row numbers ``[b]``."""
 
 
 class Segments:
-    """Arrays ``[n_i, d]`` of one dtype, one after the other, as one ``[n, d]``; nothing is copied to make it.
+    """Arrays ``[n_i, d]`` of one dtype, concatenated to ``[n, d]`` without a copy.
 
-    Slices within one part are views of it; anything else that is taken is a copy. Raises InputError where there are no
-    parts, or they do not fit together.
+    A slice within one part is a view; other selections are copies. Raises InputError if there are no parts, or their
+    shapes or dtypes differ.
     """
 
     def __init__(self, parts: Sequence[KeyArray]) -> None:
@@ -61,7 +61,7 @@ class Segments:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | int | Sequence[int] | IntArray) -> KeyArray:
-        """Rows by a slice, by numbers (negative ones from the end) or a mask, as an array; one row by its number."""
+        """Return rows by slice, row numbers (negative from the end) or mask, or a single row by number."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             if step != 1:
@@ -76,7 +76,7 @@ class Segments:
         rows = np.asarray(rows) if np.size(rows) else np.empty(np.shape(rows), dtype=np.int64)
         rows = np.arange(len(self))[rows] if rows.dtype == bool else np.where(rows < 0, rows + len(self), rows)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"row out of range of {len(self)}")
+            raise IndexError(f"row out of range for {len(self)} rows")
         out = np.empty((*rows.shape, self.shape[1]), dtype=self.dtype)
         for part, at in zip(self.parts, self.starts[:-1], strict=True):
             own = (rows >= at) & (rows < at + len(part))
@@ -86,26 +86,26 @@ class Segments:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> KeyArray:
         if copy is False:
-            raise ValueError("several segments are one array only as a copy")
+            raise ValueError("segments: become one array only as a copy")
         return np.concatenate(self.parts, dtype=dtype)
 
 
 Keys = KeyArray | Segments | KeysInPlace
-"""Keys ``[n, d]``, wherever they are."""
+"""Keys ``[n, d]`` in memory, memory-mapped or in place."""
 
 
 def segments_of(array: KeyArray | Segments) -> tuple[KeyArray, ...]:
-    """The parts that an array consists of: its own, or itself."""
+    """Return the parts of ``array``, or the array itself as the only part."""
     return array.parts if isinstance(array, Segments) else (array,)
 
 
 def joined(parts: Sequence[KeyArray]) -> KeyArray | Segments:
-    """Parts as one: the array itself where there is but one."""
+    """Join parts; return a single part unchanged."""
     return parts[0] if len(parts) == 1 else Segments(parts)
 
 
 def runs(array: KeyArray | Segments, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` rows that cover an array, none of them over two parts."""
+    """Yield slices of at most ``size`` rows that cover ``array``, each within one part."""
     at = 0
     for part in segments_of(array):
         for start in range(0, len(part), size):

@@ -1,4 +1,4 @@
-"""The FAISS inner-product index over the keys, or over the means of their classes, on a GPU where there is one."""
+"""FAISS inner-product indexes over keys or over class means, on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch  # before FAISS: on macOS each brings an OpenMP runtime, and torch's has to be the first
+import torch  # before FAISS: on macOS each brings an OpenMP runtime, and torch's must load first
 from torch import Tensor
 
 from retrieval_tip import tip
@@ -27,34 +27,32 @@ IntArray = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 FaissIndex = Any
-"""An index of FAISS, which ships no types."""
+"""A FAISS index. FAISS ships no types."""
 
 HEADER = 45
-"""Bytes of the smallest index file, a flat one without vectors: its kind, d, n, and what is not used here."""
-
+"""Bytes of the smallest index file: the header of a flat index without vectors."""
 
 GPU_MAX_K = 2048
-"""FAISS on a GPU retrieves no more keys, and probes no more lists; beyond that many keys the CPU copy answers."""
+"""Most keys that FAISS retrieves on a GPU, and most lists that it probes. The CPU index answers a larger k."""
 
 PRODUCTS, QUERIES = 1 << 27, 4096
-"""Affinities at a time on a GPU, 512 MiB of float32, and of how many queries."""
+"""Most affinities (512 MiB of float32) and queries in one block on a GPU."""
 
 _GPU = threading.RLock()
-"""FAISS's resources are one stream and one scratch memory for all indexes of a process: one thread at a time."""
+"""Lock of FAISS's GPU resources: a process has one stream and one scratch memory for all its indexes."""
 
 TRAINING_PER_LIST = 256
-"""Keys a list that a clustered index is trained on; FAISS itself uses no more."""
-
+"""Training keys per list of a clustered index. FAISS itself uses no more."""
 
 BY_CLASS = "Classes"
-"""Factory of an index over the means of the classes: ``Classes``, or ``Classes,`` and a FAISS factory for the means."""
+"""Factory of an index over class means: ``Classes``, optionally followed by ``,`` and a FAISS factory for the means."""
 
 MOST_LINKS = 1024
-"""Of a key in a graph."""
+"""Most links per key of a graph index."""
 
 FLAT = ("IndexFlat", "IndexFlatIP")
 UNCOMPRESSED = (*FLAT, "IndexIVFFlat", "IndexHNSWFlat", "IndexNSGFlat")
-"""FAISS's classes that compare with the vectors themselves."""
+"""FAISS classes that store the vectors uncompressed."""
 
 _SCALARS = "SQ(4|6|8|fp16|bf16)"
 _FACTORY = re.compile(
@@ -63,25 +61,25 @@ _FACTORY = re.compile(
     rf"(Flat|{_SCALARS}|PQ[0-9]{{1,9}}(x([3-9]|1[0-2]))?(fsr?|np)?|RaBitQ[1-9]?(fs)?))"
     rf"(,RFlat|,Refine\((Flat|{_SCALARS})\))?"
 )
-"""Known factories. FAISS knows more, but some of that ends the process (``Refine(IVF4,Flat)``), comes to no end
-(``NSG16``, where keys repeat), writes where it must not (``PCA7,OPQ60_300,Flat``), takes gigabytes (``RQ2x24``), or is
-for vectors of another kind (``SQ8_direct``: of bytes)."""
+"""Accepted factories. Others that FAISS knows may crash the process (``Refine(IVF4,Flat)``), never end (``NSG16`` with
+repeated keys), write out of bounds (``PCA7,OPQ60_300,Flat``), take gigabytes (``RQ2x24``), or expect other vectors
+(``SQ8_direct``: bytes)."""
 
 
 def inner_factory(factory: str) -> str | None:
-    """FAISS's part of a factory over class means (``Flat`` where it names none); ``None`` for one over the keys."""
+    """Return FAISS's part of a factory over class means (default ``Flat``); ``None`` for one over the keys."""
     name, _, rest = factory.partition(",")
     return (rest or "Flat") if name == BY_CLASS else None
 
 
 def auto_factory(n: int, c: int) -> tuple[str, int | None]:
-    """The type of index, and the keys that a query meets, for ``n`` keys of ``c`` classes (``--index auto``).
+    """Choose the factory and k for ``n`` keys of ``c`` classes (``--index auto``).
 
-    Measured by benchmarks/throughput.py (``--index``), on features like CLIP's:
+    The limits come from benchmarks/throughput.py (``--index``), on features like CLIP's:
 
-    - up to 4 keys a class, or 2048 in all: every key (``Flat``, k = all). The text weights cost as much as the keys.
-    - up to ``4 sqrt(n)`` keys a class: whole classes (``Classes``), 8 at most.
-    - more: an inverted file over the keys, of ``4 sqrt(n)`` lists; the 256 nearest.
+    - up to 4 keys per class, or 2048 in all: every key (``Flat``, k = all). The text weights cost as much as the keys.
+    - up to ``4 sqrt(n)`` keys per class: whole classes (``Classes``), at most 8.
+    - more: the 256 nearest keys, by an inverted file of ``4 sqrt(n)`` lists.
     """
     if n <= max(4 * c, 2048):
         return "Flat", None
@@ -91,27 +89,26 @@ def auto_factory(n: int, c: int) -> tuple[str, int | None]:
 
 
 def lists_for(n: int) -> str:
-    """An inverted file for ``n`` vectors."""
+    """Return the factory of an inverted file for ``n`` vectors."""
     return f"IVF{round(4 * n**0.5)},Flat"
 
 
 @cache
 def faiss() -> Any:  # a module without types
-    """The FAISS module, imported when it is first needed. Raises StoreError saying how to repair an installation."""
+    """Import FAISS when first needed. Raises StoreError if that fails."""
     try:
         module = importlib.import_module("faiss")
     except ImportError as error:
         raise StoreError(f"faiss cannot be imported ({error}); run retrieval-tip doctor") from error
-    module.cvar.distance_compute_blas_threshold = 1  # untouched, a few dozen queries would be searched one by one
+    module.cvar.distance_compute_blas_threshold = 1  # by default, FAISS searches a few dozen queries one by one
     return module
 
 
 class VectorIndex:
-    """Maximum inner product search over vectors ``[n, d]``; row i is id i. It never normalises.
+    """Maximum inner product search over vectors ``[n, d]``, without normalisation; the id of row i is i.
 
-    The vectors are the keys, or the means of their classes where the factory is ``Classes`` (``by_class``). ``path``
-    is the file that it was read from, as long as it holds what that does. Vectors beside it (:meth:`plus`) are compared
-    with every query, and are not saved.
+    The vectors are the keys, or class means if the factory is ``Classes`` (``by_class``). ``path`` is the file that the
+    index was read from, until it changes. Vectors added by :meth:`plus` are compared with every query and not saved.
     """
 
     def __init__(
@@ -130,10 +127,10 @@ class VectorIndex:
     def build(
         cls, keys: KeyArray | Segments, factory: str = "Flat", device: str = "auto", block: int = 65536
     ) -> VectorIndex:
-        """Train (where the type needs it) and fill an index over ``keys`` ``[n, d]`` float32 or float16.
+        """Build an index over ``keys`` ``[n, d]`` float32 or float16, with training if its type needs it.
 
-        Keys are read in blocks, so they may be memory-mapped. Raises UsageError for a factory string that FAISS does
-        not know or is not to be asked for, that would normalise, or that cannot be trained on so few keys.
+        Keys may be memory-mapped; they are read in blocks. Raises UsageError for a factory that is unknown, unsafe or
+        normalises, or if there are too few keys to train it.
         """
         n, d = keys.shape
         inner = inner_factory(factory) or factory
@@ -152,28 +149,28 @@ class VectorIndex:
         return cls(index, factory, device, keys.dtype == np.float16)
 
     def refresh(self, keys: KeyArray, block: int = 65536) -> None:
-        """Hold these keys ``[n, d]`` instead; what was trained (lists, codes) stays as it was."""
+        """Replace the vectors by ``keys`` ``[n, d]``, without new training of lists or codes."""
         self._gpu.drop()
         self._cpu.reset()
         self._late, self._late_rows, self.path = None, self._late_rows[:0], None
         _fill(self._cpu, keys, self.factory, block)
 
     def plus(self, rows: IntArray, vectors: Callable[[], FloatArray]) -> VectorIndex:
-        """The same index with other vectors ``[m, d]`` beside it, as ascending rows ``[m]``: further ones, or in place.
+        """Return this index with other ``vectors`` ``[m, d]`` at ascending ``rows`` ``[m]``, without training.
 
-        Further ones leave no gap. It takes no training, every search compares with all of them, and they are asked for
-        when the first one does.
+        They replace vectors of these rows, or follow the last row without a gap. The first search calls ``vectors``;
+        every search compares its queries with all of them.
         """
         longer = copy.copy(self)
         longer._late, longer._late_rows, longer._late_vectors = None, rows, vectors
         return longer
 
     def bare(self) -> VectorIndex:
-        """The same index without what is beside it."""
+        """Return this index without the vectors of :meth:`plus`."""
         return self.plus(np.empty(0, dtype=np.int64), lambda: np.empty((0, self.d), dtype=np.float32))
 
     def _beside(self) -> FaissIndex:
-        """FAISS's index over the vectors beside this one."""
+        """Return the flat index over the vectors of :meth:`plus`, built on first use."""
         with self._lock:
             if self._late is None:
                 late = faiss().IndexFlatIP(self.d)
@@ -183,12 +180,12 @@ class VectorIndex:
 
     @property
     def indexed(self) -> int:
-        """Vectors that the index itself holds, without those that were put beside it."""
+        """Number of vectors in the index itself, without :meth:`plus`."""
         return int(self._cpu.ntotal)
 
     @classmethod
     def load(cls, path: Path, factory: str, device: str = "auto", half: bool = False) -> VectorIndex:
-        """Read an index file, memory-mapped where its type allows; ``half`` says that its vectors are half precision.
+        """Read an index file, memory-mapped if its type allows; with ``half``, a GPU holds it in half precision.
 
         Raises StoreError naming the file.
         """
@@ -204,9 +201,9 @@ class VectorIndex:
         return cls(index, factory, device, half, path)
 
     def save(self, path: Path) -> None:
-        """Write the index file, from the CPU copy."""
+        """Write the index, as it is on the CPU, to ``path``."""
         try:
-            with path.open("wb") as file:  # by its name FAISS would take a full disk for success
+            with path.open("wb") as file:  # given a name, FAISS ignores a full disk
                 faiss().write_index(self._cpu, faiss().PyCallbackIOWriter(file.write))
         except RuntimeError as error:
             raise StoreError(f"{path}: FAISS cannot write it ({_reason(error)})") from None
@@ -225,24 +222,24 @@ class VectorIndex:
 
     @property
     def device(self) -> str:
-        """The device that searches run on: ``cpu`` or ``cuda``."""
+        """Device of searches: ``cpu`` or ``cuda``."""
         return "cpu" if self._gpu.get() is None else "cuda"
 
     @property
     def exact_search(self) -> bool:
-        """Whether the nearest keys are always found: only by ``Flat``."""
+        """Whether a search always finds the nearest keys (``Flat`` only)."""
         return not self.by_class and _is_one_of(FLAT, self._cpu)
 
     @property
     def exact_affinity(self) -> bool:
-        """Whether the affinities it returns are those of the vectors, not of a compressed copy."""
+        """Whether returned affinities are exact, because the vectors are not compressed."""
         return _is_one_of(UNCOMPRESSED, self._cpu)
 
     @property
     def effort(self) -> int | None:
-        """Lists that a search probes, or candidates of a graph that it keeps; ``None`` where it has no such setting.
+        """Number of lists that a search probes, or of graph candidates; ``None`` for types without such a setting.
 
-        Higher finds more of the nearest vectors and takes longer; it is saved with the index.
+        A higher effort finds more of the nearest vectors and takes longer. It is saved with the index.
         """
         return next((int(getattr(*place)) for place in _effort_of(self._cpu)), None)
 
@@ -257,7 +254,7 @@ class VectorIndex:
 
     @contextmanager
     def limited(self, effort: int) -> Iterator[None]:
-        """Search with at most this :attr:`effort` inside the context; what is saved stays as it is."""
+        """Limit :attr:`effort` inside the context, without a change to the saved index."""
         before, path = self.effort, self.path
         self.effort = None if before is None else min(before, effort)
         try:
@@ -268,12 +265,12 @@ class VectorIndex:
 
     @property
     def effort_limit(self) -> int | None:
-        """The largest effort that makes a difference, ``None`` where there is no such setting."""
+        """Largest useful :attr:`effort`, or ``None``."""
         lists = _lists(self._cpu)
         return lists or (self.n if self.effort is not None else None)
 
     def vectors(self) -> FloatArray:
-        """The vectors ``[n, d]`` float32 that it holds, exactly so where :attr:`exact_affinity`."""
+        """Return the vectors ``[n, d]`` float32, approximate unless :attr:`exact_affinity`."""
         for part in _inner(self._cpu):
             if hasattr(part, "make_direct_map"):
                 part.make_direct_map()
@@ -284,9 +281,9 @@ class VectorIndex:
         return vectors
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Affinities ``[q, k]`` float32, largest first, and rows ``[q, k]`` int64 of the k nearest vectors.
+        """Return affinities ``[q, k]`` float32, largest first, and rows ``[q, k]`` int64 of the k nearest vectors.
 
-        Where an approximate index finds fewer, the rest has row -1. ``k`` is cut to the number of vectors.
+        ``k`` is limited to the number of vectors. Row -1 fills up what an approximate index does not find.
         """
         k = int(min(k, self.n))
         features = np.ascontiguousarray(features, dtype=np.float32)
@@ -295,7 +292,7 @@ class VectorIndex:
         return self._search_indexed(features, k)
 
     def _search_both(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
-        """Hits of the index without what was replaced since, and of what came since, as one."""
+        """Merge the index's hits, without replaced vectors, and hits among the vectors of :meth:`plus`."""
         replaced = int(np.searchsorted(self._late_rows, self.indexed))
         asked = min(k + min(replaced, k), self.indexed)
         while True:
@@ -321,12 +318,12 @@ class VectorIndex:
         with self._explained():
             affinity, rows = self._gpu.search(features, k) or self._cpu.search(features, k)
         if rows.size and not -1 <= rows.min() <= rows.max() < self.indexed:
-            raise StoreError(f"{self._name}: finds rows that it does not have; rebuild the index")
+            raise StoreError(f"{self._name}: damaged (finds rows out of range); rebuild the index")
         return affinity, rows
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What FAISS raises, as errors that name the index, or memory that a GPU lacks."""
+        """Raise FAISS's errors as StoreError naming the index, or as torch's OutOfMemoryError."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -337,7 +334,7 @@ class VectorIndex:
             raise StoreError(f"{self._name}: FAISS cannot search it ({_reason(error)}); rebuild the index") from None
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """:meth:`search` of queries on torch's device, with the answers there; on a GPU the host holds none of them."""
+        """Run :meth:`search` on a tensor, with results on its device; on a GPU, nothing passes through the host."""
         k = int(min(k, self.n))
         with self._explained():
             found = None if len(self._late_rows) else self._gpu.search_tensor(features, k)
@@ -348,11 +345,11 @@ class VectorIndex:
 
 
 class GpuCopy:
-    """What a GPU holds of a FAISS index, from the first search that needs it on: who never searches pays nothing.
+    """GPU copy of a FAISS index, made by the first search.
 
-    Of ``Flat`` the vectors alone, ``half`` precision if so said: torch multiplies them with the queries. Of what else
-    has a form there, FAISS's own copy; where one GPU has no room for that, and none was named, every GPU holds a part.
-    ``auto`` is the GPU that torch would use. Where a CPU searches in a GPU's place, a warning says so, once.
+    For ``Flat``, the GPU holds only the vectors (in half precision if ``half``), and torch computes their products.
+    Other supported types are cloned by FAISS, over all GPUs if one is too small and the device names none. ``auto`` is
+    torch's current GPU. If the CPU has to search instead, a warning says so once.
     """
 
     def __init__(self, index: FaissIndex, device: str, half: bool) -> None:
@@ -361,7 +358,7 @@ class GpuCopy:
         self._tried, self._held = False, None
 
     def get(self) -> FaissIndex | None:
-        """The copy, ``None`` where searches run on the CPU."""
+        """Return the copy, made if necessary; ``None`` if searches run on the CPU."""
         if not self._wanted:
             return None
         with _GPU:
@@ -370,18 +367,18 @@ class GpuCopy:
             return self._held
 
     def drop(self) -> None:
-        """Give its memory back. The next search copies the index as it is then."""
+        """Free the copy. The next search makes a new one."""
         with _GPU:
             self._tried, self._held = False, None
 
     def probe(self, lists: int) -> None:
-        """Let searches probe so many lists, or as many as FAISS does on a GPU."""
+        """Set the number of lists to probe, limited to :data:`GPU_MAX_K`."""
         with _GPU:
             if self._held is not None and not isinstance(self._held, Product):
                 faiss().GpuParameterSpace().set_index_parameter(self._held, "nprobe", min(lists, GPU_MAX_K))
 
     def search(self, features: FloatArray, k: int) -> tuple[FloatArray, IntArray] | None:
-        """Affinities and rows ``[q, k]`` of the nearest vectors; ``None`` where the CPU is to find them."""
+        """Return affinities and rows ``[q, k]`` of the nearest vectors; ``None`` if the CPU must search."""
         copied = self._for(k)
         if copied is None:
             return None
@@ -393,58 +390,58 @@ class GpuCopy:
         return found
 
     def search_tensor(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """The same of tensors; ``None`` where arrays have to be given."""
+        """Run :meth:`search` on a tensor; ``None`` if this copy only takes arrays."""
         copied = None if features.device.type == "cpu" else self._for(k)
         if isinstance(copied, Product):
             return copied.search(features, k)
-        # A transform around a copy, and parts on several GPUs, take arrays; they have no getDevice either.
+        # Transforms around a copy, and copies on several GPUs, only take arrays; they have no getDevice.
         if getattr(copied, "getDevice", lambda: None)() != features.device.index or copied is None:
             return None
-        importlib.import_module("faiss.contrib.torch_utils")  # from then on FAISS takes tensors too
-        with _GPU, torch.cuda.device(features.device):  # whose stream FAISS then follows
+        importlib.import_module("faiss.contrib.torch_utils")  # lets FAISS take tensors
+        with _GPU, torch.cuda.device(features.device):  # FAISS uses its stream
             found: tuple[Tensor, Tensor] = copied.search(features.contiguous(), k)
         return found
 
     def _for(self, k: int) -> FaissIndex | None:
-        """The copy, where it can find so many."""
+        """Return the copy if it can retrieve ``k`` vectors."""
         copied = self.get()
         if copied is None or isinstance(copied, Product) or k <= GPU_MAX_K:
             return copied
-        warn_once(f"FAISS on a GPU finds {GPU_MAX_K:,} keys at most: more are searched for on the CPU")
+        warn_once(f"FAISS finds at most {GPU_MAX_K:,} keys on a GPU; searching on the CPU for more")
         return None
 
     def _made(self) -> FaissIndex | None:
         try:
             return self._copied()
         except RuntimeError as error:
-            warn_once(f"an index is searched on the CPU: {_reason(error)}")
+            warn_once(f"searching an index on the CPU: {_reason(error)}")
             return None
 
     def _copied(self) -> FaissIndex:
-        """Raises RuntimeError saying why there is no copy."""
+        """Make the copy. Raises RuntimeError with the reason if that is impossible."""
         number = int(self._number or torch.cuda.current_device())
         size, room = _bytes_on_gpu(self._index, self._half), int(torch.cuda.mem_get_info(number)[0]) // 2
         if _is_one_of(FLAT, self._index) and size <= room:
             return Product.of(self._index, f"cuda:{number}", self._half)
         gpus = int(faiss().get_num_gpus())
         if not gpus:
-            raise RuntimeError("FAISS finds no GPU, though torch does (see doctor)")
+            raise RuntimeError("FAISS finds no GPU, but torch does (see retrieval-tip doctor)")
         if size <= room:
             return self._cloned(lambda options: faiss().index_cpu_to_gpu(resources(), number, self._index, options))
         if gpus > 1 and not self._number:
             return self._cloned(lambda options: faiss().index_cpu_to_all_gpus(self._index, options), shard=True)
-        raise RuntimeError(f"it takes {size:,} bytes, and half of what is free on the GPU is {room:,}")
+        raise RuntimeError(f"it takes {size:,} bytes, more than half of the GPU's free memory ({room:,} bytes)")
 
     def _cloned(self, clone: Callable[[object], FaissIndex], shard: bool = False) -> FaissIndex:
-        """FAISS's copy, which probes as many lists as it can where the index has a larger number."""
+        """Clone the index by FAISS, with at most :data:`GPU_MAX_K` lists to probe."""
         options = faiss().GpuMultipleClonerOptions()
-        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # it rounds queries as well
+        options.useFloat16 = self._half and not _is_one_of(UNCOMPRESSED, self._index)  # would round queries, too
         options.use_cuvs = "CUVS" in faiss().get_compile_options().upper()
         options.shard = shard
         cut = [(part, lists) for part in _inner(self._index) if (lists := getattr(part, "nprobe", 0)) > GPU_MAX_K]
         try:
             for part, _ in cut:
-                warn_once(f"FAISS on a GPU probes {GPU_MAX_K:,} lists at most, where the CPU probes {part.nprobe:,}")
+                warn_once(f"FAISS probes at most {GPU_MAX_K:,} lists on a GPU; the CPU would probe {part.nprobe:,}")
                 part.nprobe = GPU_MAX_K
             return clone(options)
         finally:
@@ -453,14 +450,14 @@ class GpuCopy:
 
 
 class Product:
-    """Vectors ``[n, d]`` float32 or float16 on a GPU, and the nearest of them by the product with all, exactly."""
+    """Exact search on a GPU, by products of the queries with all vectors ``[n, d]`` float32 or float16."""
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
 
     @classmethod
     def of(cls, index: FaissIndex, device: str, half: bool) -> Product:
-        """The vectors of a flat FAISS index."""
+        """Copy the vectors of a flat FAISS index to ``device``."""
         n, d = int(index.ntotal), int(index.d)
         vectors = torch.empty(n, d, dtype=torch.float16 if half else torch.float32, device=device)
         for start in range(0, n, 65536):
@@ -469,9 +466,9 @@ class Product:
         return cls(vectors)
 
     def search(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Affinities ``[q, k]`` float32, largest first, and rows of the ``k <= n`` nearest, on the GPU.
+        """Return affinities ``[q, k]``, largest first, and rows of the ``k <= n`` nearest, on the GPU.
 
-        Products are float32, whatever the vectors are.
+        Products are float32, also of float16 vectors.
         """
         features = features.to(self.vectors.device)
         affinity = features.new_empty(len(features), k)
@@ -496,7 +493,7 @@ class Product:
 
 @cache
 def resources() -> object:
-    """FAISS's memory on GPUs: of what it would take from the start, 1.5 GiB a GPU and 256 MiB pinned, a part."""
+    """Return FAISS's GPU resources, with less memory than by default (1.5 GiB per GPU, 256 MiB pinned)."""
     made = faiss().StandardGpuResources()
     made.setTempMemory(512 << 20)
     made.setPinnedMemory(32 << 20)
@@ -508,7 +505,7 @@ def _is_one_of(kinds: tuple[str, ...], index: FaissIndex) -> bool:
 
 
 def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
-    """About what an index takes there: its vectors, or their codes, and their ids."""
+    """Estimate the GPU memory of an index: vectors or codes, and ids."""
     if _is_one_of(FLAT, index):
         return int(index.ntotal) * int(index.d) * (2 if half else 4)
     codes = [int(part.code_size) for part in _inner(index) if hasattr(part, "code_size")]
@@ -516,18 +513,18 @@ def _bytes_on_gpu(index: FaissIndex, half: bool) -> int:
 
 
 def _factory_problem(factory: str, n: int, d: int) -> str | None:
-    """Why FAISS is not to be asked for an index of this factory over ``n`` vectors of ``d`` values, if it is not."""
+    """Return the fault of a factory for ``n`` vectors of ``d`` values, or ``None``."""
     if "norm" in factory.lower():
-        return "normalises, which an index must not: fine-tuned keys are not unit vectors"
+        return "normalises, but fine-tuned keys are not unit vectors; use a factory without normalisation"
     if not _FACTORY.fullmatch(factory):
         return (
-            "no type that can be used here; give Flat, IVF256,Flat, HNSW32, SQ8, PQ16, RaBitQ4 or what is made of "
-            "these, as PCA64,IVF256,PQ16,RFlat"
+            "unsupported factory; use Flat, IVF256,Flat, HNSW32, SQ8, PQ16, RaBitQ4 or a combination such as "
+            "PCA64,IVF256,PQ16,RFlat"
         )
     for name, count in re.findall(r"(IVF|HNSW|PQ|PCAW?R?|RR|_)([0-9]+)", factory):  # OPQ ends in PQ
         least, most = {"IVF": (1, n), "HNSW": (2, MOST_LINKS)}.get(name, (1, d))
         if not least <= int(count) <= most:
-            return f"{count} in it is not from {least} to {most:,}, as it has to be for {n:,} vectors of {d:,} values"
+            return f"{count} is out of range; use {least} to {most:,} for {n:,} vectors of {d:,} values"
     return None
 
 
@@ -536,7 +533,7 @@ def _shown(factory: str) -> str:
 
 
 def _size_problem(path: Path) -> str | None:
-    """The fault of a file's size: FAISS's mapped reader may crash on one that ends too early."""
+    """Return the fault of a file's size, or ``None``: FAISS may crash when it maps a truncated file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -564,13 +561,13 @@ def _attempt(factory: str, run: Callable[[], T], when: str = "") -> T:
 
 
 def _reason(error: Exception) -> str:
-    """The text of FAISS's error, without the place in its source."""
+    """Return the text of FAISS's error, without the location in its source."""
     text = str(error).strip()
     return text.rpartition("' failed: ")[2] if "' failed: " in text else text.rpartition(": ")[2] or text
 
 
 def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
-    """The index and those that it wraps."""
+    """Yield the index, then those that it wraps."""
     while index is not None:
         index = faiss().downcast_index(index)
         yield index
@@ -578,7 +575,7 @@ def _inner(index: FaissIndex) -> Iterator[FaissIndex]:
 
 
 def _effort_of(index: FaissIndex) -> Iterator[tuple[FaissIndex, str]]:
-    """The place of an index's effort: object and name of an attribute, the outermost first."""
+    """Yield the object and attribute that hold the effort, if there is one."""
     for part in _inner(index):
         if hasattr(part, "nprobe"):
             yield part, "nprobe"
@@ -593,15 +590,15 @@ def _lists(index: FaissIndex) -> int:
 
 
 def _set_search_effort(index: FaissIndex) -> None:
-    """FAISS probes one list and keeps 16 candidates by default: far too few for a cache, whose keys all count."""
+    """Raise FAISS's defaults, 1 list and 16 candidates: too few for a cache, where all keys count."""
     for part in _inner(index):
         if hasattr(part, "cp"):
-            part.cp.min_points_per_centroid = 1  # FAISS prints a warning where there are fewer than 39
+            part.cp.min_points_per_centroid = 1  # below 39, FAISS prints a warning
         if hasattr(part, "nprobe"):
             part.nprobe = min(int(part.nlist), max(8, round(2 * int(part.nlist) ** 0.5)), GPU_MAX_K)
         if hasattr(part, "k_factor"):
-            part.k_factor = 4  # of a compressed index, so many times the candidates are compared exactly
+            part.k_factor = 4  # a compressed index compares 4 k candidates exactly
         if hasattr(part, "hnsw"):
             part.hnsw.efSearch = 128
         if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False  # seconds a subquantizer, for a search by Hamming distance
+            part.do_polysemous_training = False  # takes seconds, only for Hamming distances
