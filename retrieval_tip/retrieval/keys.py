@@ -1,7 +1,7 @@
-"""The keys, grouped by class, and what queries meet of them: all, whole classes, or the nearest.
+"""Keys grouped by class, and the cache logits of queries over all of them or over whole classes.
 
-Everything is done a block at a time, so that memory stays flat whatever the number of keys and queries, and in memory
-that is used again: a fresh page costs as much as the sums that go into it. The formula is :mod:`tip`'s.
+Work proceeds in blocks, so that memory stays flat for any number of keys and queries. Blocks reuse memory, because a
+fresh page costs as much as the sums that go into it. For the formula see :mod:`tip`.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from retrieval_tip.retrieval.vector_index import Product, VectorIndex, auto_fact
 from retrieval_tip.settings import Precision, check_choice
 
 QUERY_BLOCK, KEY_BLOCK = 512, 2048
-"""The largest affinity block that exists at a time is [2048, 512] float32, 4 MiB: it stays in a processor's cache."""
+"""Shape of the largest affinity block: [2048, 512] float32, 4 MiB, which stays in a processor's cache."""
 
 GPU_BLOCKS = 8
-"""On a GPU a block has so many times the queries and so many times the keys."""
+"""Factor of both block sizes on a GPU."""
 
 GATHERED = 1 << 23
-"""Values of keys that are gathered at a time where each query meets its own: 32 MiB of float32."""
+"""Most values gathered at a time if each query has its own keys: 32 MiB of float32."""
 
 FEW = 8
-"""Queries of a class up to which a product runs along its keys; for more of them, keys are packed for it first."""
+"""Most queries of a class for which keys are the rows of the product; beyond, packing the keys pays off."""
 
 SPREAD_QUERIES, SPREAD_CLASSES, SPREAD_KEYS = 256, 8, 64
-"""The sample of :meth:`KeyStream.slack`: keys as queries, the nearest classes of each, keys of these."""
+"""Sample sizes of :meth:`KeyStream.slack`: keys used as queries, nearest classes per query, keys per class."""
 
 SPREAD_QUANTILE = 0.999
 MOST_SLACK = 1e9
-"""More says nothing else: every class can win."""
+"""Upper limit of the slack; every class can win at this value already."""
 
 HALF_FROM = 1 << 22
-"""Values of the keys from which ``auto`` tries half precision: below it, there is nothing to gain."""
+"""Smallest number of key values for which ``auto`` tries half precision."""
 HALF_FROM_QUERIES = 64
-"""Queries at a time from which ``auto`` tries it: halving the keys and measuring take longer than a few answers."""
+"""Smallest batch for which ``auto`` tries half precision; for fewer queries, converting the keys costs more."""
 HALF_GAIN = 1.3
-"""The factor by which half-precision products have to be faster for ``auto`` to take them."""
+"""Speed-up that half precision needs for ``auto`` to use it."""
 HALF_ERROR = 2e-3
-"""Relative root mean square error of cache logits that ``auto`` accepts: a tenth of a percent of what decides."""
+"""Largest relative root mean square error of cache logits that ``auto`` accepts."""
 
 _COPYING = threading.Lock()
 
@@ -59,15 +59,15 @@ IntArray = npt.NDArray[np.int64]
 
 
 def room_on(device: str) -> int:
-    """Bytes that torch can have on a GPU: what is free there, and what it keeps from earlier."""
+    """Return the bytes that torch can allocate on a GPU: free memory, and unused memory that it has reserved."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, device: str) -> tuple[str, int | None]:
-    """Type of index and keys met (:func:`vector_index.auto_factory`) for keys ``[n, d]``, where they are asked.
+    """Choose the factory and k (:func:`vector_index.auto_factory`) for keys ``[n, d]`` on ``device``.
 
-    On a GPU that has them all, all of them: there an index costs more than it leaves out.
+    A GPU that can hold all keys compares all of them (``Flat``), because an index would cost more than it saves.
     """
     if device != "cpu" and shape[0] * shape[1] * np.dtype(dtype).itemsize < room_on(device) // 2:
         return "Flat", None
@@ -77,20 +77,24 @@ def auto_for(shape: tuple[int, int], dtype: npt.DTypeLike, n_classes: int, devic
 def index_over(
     keys: KeyArray | Segments, class_ids: IntArray, n_classes: int, factory: str, device: str = "auto"
 ) -> VectorIndex:
-    """The FAISS index over keys ``[n, d]`` grouped by class, or over the means of the classes (``Classes``).
+    """Build the FAISS index over keys ``[n, d]`` grouped by class, or over class means (``Classes``).
 
-    Raises UsageError as :meth:`VectorIndex.build`.
+    Class means are searched with four times the usual effort, because a missed class counts nothing. Raises UsageError
+    like :meth:`VectorIndex.build`.
     """
     if inner_factory(factory) is None:
         return VectorIndex.build(keys, factory, device)
-    return _of_classes(VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device))
+    index = VectorIndex.build(Keys(keys, class_ids, n_classes).means.numpy(), factory, device)
+    if index.effort is not None and index.effort_limit is not None:
+        index.effort = min(4 * index.effort, index.effort_limit)
+    return index
 
 
 def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, counts: IntArray) -> VectorIndex:
-    """The index over the first segment, with ``late`` ones beside it, whose keys have ``class_ids`` ``[m]``.
+    """Extend the index over the first segment by ``late`` segments, whose keys have ``class_ids`` ``[m]``.
 
-    They are further rows. Where the index is over class means, those of their classes change; the first segment has
-    ``counts`` ``[c]`` keys a class.
+    Their keys become further rows; an index over class means gets the new means of their classes. The first segment has
+    ``counts`` ``[c]`` keys per class.
     """
     bare = index.bare()
     if not index.by_class:
@@ -114,17 +118,10 @@ def beside(index: VectorIndex, late: Sequence[KeyArray], class_ids: IntArray, co
     return bare.plus(changed, means)
 
 
-def _of_classes(index: VectorIndex) -> VectorIndex:
-    """With four times the usual effort: a class that is missed counts nothing, where a missed key counts at a mean."""
-    if index.effort is not None and index.effort_limit is not None:
-        index.effort = min(4 * index.effort, index.effort_limit)
-    return index
-
-
 def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """Affinities ``[q, k]`` of queries ``[q, d]`` to vectors of their own, by row ``[q, k]``; 0 where a row is -1.
+    """Return affinities ``[q, k]`` of queries ``[q, d]`` to vectors at their own ``rows`` ``[q, k]``; 0 for row -1.
 
-    ``gather`` gives the vectors ``[b, k, d]`` of rows ``[b, k]``; it is asked for few at a time.
+    ``gather`` returns the vectors ``[b, k, d]`` at rows ``[b, k]``; it is called for a few queries at a time.
     """
     affinity = features.new_zeros(rows.shape)
     step = max(1, GATHERED // max(1, rows.shape[1] * features.shape[1]))
@@ -135,7 +132,7 @@ def own_affinity(features: Tensor, rows: Tensor, gather: Callable[[Tensor], Tens
 
 
 def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArray | None:
-    """``phi`` of keys ``[m, d]``, of their dtype; ``None`` without a metric, which is on the device."""
+    """Apply a metric on ``device`` to keys ``[m, d]``, and return points of their dtype; ``None`` without a metric."""
     if metric is None:
         return None
     points = np.empty(keys.shape, dtype=keys.dtype)
@@ -146,10 +143,10 @@ def points_of(metric: tip.Metric | None, keys: KeyArray, device: str) -> KeyArra
 
 
 class KeyStream(ABC):
-    """Keys ``[n, d]`` that are read a block at a time, wherever they are kept; sums are float32, on ``device``.
+    """Keys ``[n, d]`` of any store, read in blocks; sums are float32 on ``device``.
 
-    ``counts`` ``[c]`` float32: keys of each class. ``means`` gives the class means ``[c, d]`` where they are known;
-    else they take reading all keys.
+    ``counts`` ``[c]`` float32 are the keys per class. ``means`` returns the class means ``[c, d]``; without it, they
+    are computed from all keys.
     """
 
     def __init__(
@@ -166,70 +163,70 @@ class KeyStream(ABC):
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
+        """Yield blocks of keys ``[b, d]`` float32 and their class ids ``[b]``, on the device.
 
-        Each is grouped by class. Blocks may share their memory, and have :data:`KEY_BLOCK` keys at most, on a GPU
-        :data:`GPU_BLOCKS` times as many.
+        Each block is grouped by class and has at most :data:`KEY_BLOCK` keys, on a GPU :data:`GPU_BLOCKS` times as
+        many. Blocks may share memory.
         """
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
-        """The dtype of products of ``q`` queries with all keys: float32."""
+        """Return the dtype for products of ``q`` queries with all keys: float32."""
         return torch.float32
 
     def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of keys less their mean, in half precision."""
+        """Yield blocks of keys minus their mean, in half precision."""
         yield from (((keys - self._centre).to(products), ids) for keys, ids in self.blocks())
 
     @cached_property
     def mean_count(self) -> float:
-        """Keys a class, over the classes that have any."""
+        """Mean number of keys per class, over non-empty classes."""
         return self.n / int((self.counts > 0).sum())
 
     @cached_property
     def sums(self) -> Tensor:
-        """Sum of the keys of each class ``[c, d]``: what a tail needs of the keys that are not met."""
+        """Sum of the keys of each class ``[c, d]``, which the tail needs for unretrieved keys."""
         if self._known_means is not None:
             return self.means * self.counts[:, None]
         return self.by_class(self.blocks(), self.d)
 
     @cached_property
     def means(self) -> Tensor:
-        """Mean key of each class ``[c, d]``, zeros where it has none; not of unit norm."""
+        """Mean key of each class ``[c, d]``, not normalised; zeros for an empty class."""
         if self._known_means is not None:
             return torch.from_numpy(self._known_means()).to(self.device)
         return self.sums / self.counts.clamp_min(1)[:, None]
 
     def by_class(self, blocks: Iterable[tuple[Tensor, Tensor]], columns: int) -> Tensor:
-        """Sums ``[c, columns]`` over blocks of rows and their class ids; no rounding adds up, however many rows."""
+        """Sum blocks of rows by class id, ``[c, columns]`` float32, accumulated in float64."""
         sums = torch.zeros(self.n_classes, columns, dtype=torch.float64, device=self.device)
         for rows, ids in blocks:
-            if self.device != "cpu":  # where a class at a time is a launch at a time
+            if self.device != "cpu":  # where each class would be a kernel launch
                 tip.add_rows(sums, ids, rows.double())
                 continue
             present, counts = ids.unique_consecutive(return_counts=True)
             if len(rows) < 16 * len(present):
                 sums.index_add_(0, ids, rows.double())
                 continue
-            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times as fast
+            for class_id, part in zip(present.tolist(), rows.split(counts.tolist()), strict=True):  # 6 times faster
                 sums[class_id] += part.sum(0, dtype=torch.float64)
         return sums.float()
 
     @abstractmethod
     def of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor]]:
-        """The keys ``[b, d]`` of some classes, ascending, on the device, each with the place of its class among these.
+        """Yield each class's position in ascending ``class_ids`` with its keys ``[b, d]``, on the device.
 
-        They are as they are stored, or float32. A class may come in several blocks, which may share their memory.
+        Keys have their stored dtype, or float32. A class may come in several blocks, which may share memory.
         """
 
     @abstractmethod
     def numbered_of_classes(self, class_ids: IntArray) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield :meth:`of_classes`, float32, with the rows ``[b]`` int64 of the keys. Blocks may share their memory."""
+        """Yield :meth:`of_classes`, in float32, with the rows ``[b]`` int64 of the keys."""
 
     def class_logits(self, features: Tensor, classes: Tensor, met: Tensor, beta: float) -> Tensor:
-        """Cache logits ``[q, p]`` of some classes of each query, each summed over all of its keys.
+        """Compute exact cache logits ``[q, p]`` of each query's ``classes`` ``[q, p]`` int64.
 
-        ``classes`` ``[q, p]`` int64; where ``met`` ``[q, p]`` is false, the logit is 0 and no key is read. Queries that
-        meet a class meet it together, so that its keys are read once.
+        Where ``met`` ``[q, p]`` is false, the logit is 0 and no key is read. All queries of a class share one read of
+        its keys.
         """
         query, slot = met.nonzero(as_tuple=True)
         ids, order = classes[query, slot].sort()
@@ -252,10 +249,11 @@ class KeyStream(ABC):
         return logits
 
     def slack(self, beta: float) -> float:
-        """The excess of a class's cache logit over what its mean affinity says, as a fraction, hardly ever exceeded.
+        """Estimate the largest relative excess of a class's cache logit over its value at the mean affinity.
 
-        ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class near to a query, measured once
-        on a sample of keys as queries and their nearest other classes; the quantile :data:`SPREAD_QUANTILE`.
+        The excess is ``mean of exp(beta a_i) / exp(beta mean of a_i) - 1`` over the keys of a class near a query. It is
+        measured once, on a sample of keys as queries and their nearest other classes. Returns the quantile
+        :data:`SPREAD_QUANTILE`.
         """
         if beta not in self._slack:
             self._slack[beta] = self._measured_slack(beta)
@@ -267,29 +265,29 @@ class KeyStream(ABC):
         near.scatter_(1, own[:, None], -torch.inf)
         highest, classes = near.topk(min(SPREAD_CLASSES, self.n_classes), dim=1)
         affinity = self._spread(features, classes).double()
-        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # of nothing that underflows
+        excess = ((affinity - affinity.mean(2, keepdim=True)) * beta).exp().mean(2) - 1  # centred: no underflow
         excess = excess[highest > -torch.inf].clamp(0, MOST_SLACK)
         return float(excess.quantile(SPREAD_QUANTILE)) if len(excess) else 0.0
 
     @abstractmethod
     def _sample(self) -> tuple[Tensor, Tensor]:
-        """At most :data:`SPREAD_QUERIES` keys as queries ``[m, d]`` float32, and their class ids ``[m]``."""
+        """Return at most :data:`SPREAD_QUERIES` keys as queries ``[m, d]`` float32, and their class ids ``[m]``."""
 
     @abstractmethod
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Affinities ``[m, p, s]`` of queries to ``s`` (:data:`SPREAD_KEYS`) keys of each of their classes ``[m, p]``.
+        """Return affinities ``[m, p, SPREAD_KEYS]`` of queries to keys of their ``classes`` ``[m, p]``.
 
-        What stands for a class without keys does not matter.
+        Those of an empty class are arbitrary.
         """
 
     def cache_logits(
         self, features: Tensor, beta: float, values: Tensor | None = None, products: torch.dtype | None = None
     ) -> Tensor:
-        """Cache logits ``[q, c]`` over every key: ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
+        """Compute cache logits over all keys, ``C[:, c] = sum over i of class c of exp(-beta (1 - A[:, i]))``.
 
-        ``features`` ``[q, d]`` float32 on the device; ``values`` ``[n, c]`` where each key gives to every class.
-        ``products`` (by default :meth:`products`) in half precision take keys relative to their mean ``m``,
-        ``A = f m + f (K - m)``: what is rounded is then the part that tells them apart, a quarter of the whole.
+        ``features`` ``[q, d]`` are float32 on the device; ``values`` ``[n, c]`` replace one-hot values. Returns
+        ``[q, c]``. Products in half precision (default :meth:`products`) take keys relative to their mean ``m``,
+        ``A = f m + f (K - m)``, so that only the second term is rounded, about a quarter of the whole.
         """
         if values is not None:
             products = torch.float32
@@ -311,7 +309,7 @@ class KeyStream(ABC):
     def _sum_all(
         self, features: Tensor, beta: float, values: Tensor | None, products: torch.dtype, memory: Tensor
     ) -> Tensor:
-        """Cache logits ``[c, q]``: keys along the rows, so that each sum by class is a run over the queries."""
+        """Compute cache logits ``[c, q]``. With keys as rows, each sum by class runs along the queries."""
         cache, start = features.new_zeros(self.n_classes, len(features)), 0
         for affinity, ids in self._affinities(features, products, memory):
             own = None if values is None else tip.Values(values[start : start + len(ids)])
@@ -320,7 +318,7 @@ class KeyStream(ABC):
         return cache
 
     def _affinities(self, features: Tensor, products: torch.dtype, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Affinities ``[b, q]`` of the keys, a block at a time in ``memory``, and their class ids ``[b]``."""
+        """Yield affinities ``[b, q]`` of each block of keys, in ``memory``, and their class ids ``[b]``."""
         q = len(features)
         if products == torch.float32:
             for keys, ids in self.blocks():
@@ -335,19 +333,16 @@ class KeyStream(ABC):
 
     @cached_property
     def _centre(self) -> Tensor:
-        """Mean of all keys ``[d]``."""
         centre: Tensor = self.sums.sum(0) / self.n
         return centre
 
 
 class Keys(KeyStream):
-    """Keys ``[n, d]`` float32 or float16, on disk or in memory; sums are float32, on ``device``.
+    """Keys ``[n, d]`` float32 or float16, in memory or memory-mapped, each segment grouped by class.
 
-    They are grouped by class, or are segments of which each is grouped by class.
-
-    ``precision`` is that of the products with all keys (:meth:`cache_logits`): float32, bfloat16, float16, or ``auto``,
-    the fastest that is accurate enough, by measurement here. Raises InputError where ``class_ids`` ``[n]`` do not
-    ascend, UsageError for an unknown precision. ``means`` as for :class:`KeyStream`.
+    ``precision`` applies to products with all keys (:meth:`cache_logits`): float32, bfloat16, float16, or ``auto`` for
+    the fastest that a measurement finds accurate enough. ``means`` as for :class:`KeyStream`. Raises InputError if
+    ``class_ids`` ``[n]`` of a segment do not ascend, UsageError for an unknown precision.
     """
 
     def __init__(
@@ -362,14 +357,12 @@ class Keys(KeyStream):
         bounds = np.cumsum([0, *(len(part) for part in segments_of(array))])
         descends = np.flatnonzero(class_ids[1:] < class_ids[:-1]) + 1
         if len(class_ids) != len(array) or not np.isin(descends, bounds).all():
-            raise InputError(
-                "labels: keys are not grouped by class, in the order of the classes; build the index again"
-            )
+            raise InputError("labels: keys are not grouped by class; build the index again")
         check_choice("precision", precision, Precision)
         self.array, self.precision = array, precision
         counts = np.array([np.bincount(class_ids[a:b], minlength=n_classes) for a, b in itertools.pairwise(bounds)])
         self.starts = bounds[:-1, None] + np.pad(np.cumsum(counts, axis=1), ((0, 0), (1, 0)))
-        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # not Arrow's own
+        self.class_ids = torch.from_numpy(np.require(class_ids, np.int64, ["W"])).to(device)  # Arrow's are read-only
         total = torch.from_numpy(counts.sum(axis=0).astype(np.float32)).to(device)
         super().__init__((int(array.shape[0]), int(array.shape[1])), total, device, means)
         self._runs = list(runs(array, self._block_size()))
@@ -381,10 +374,7 @@ class Keys(KeyStream):
         self._value_sums: tuple[Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device.
-
-        On a GPU all keys stay there, where half of its free memory holds them. Blocks may share their memory.
-        """
+        """See :meth:`KeyStream.blocks`. A GPU keeps all keys if they fit half of its free memory."""
         converted = torch.empty(self._block_size(), self.d, device=self.device)
         for part in self._runs:
             rows = self._rows(part)
@@ -394,9 +384,9 @@ class Keys(KeyStream):
 
     @property
     def resident(self) -> Tensor | None:
-        """All keys ``[n, d]`` as they are stored, on the GPU, where half of what torch can have there holds them."""
+        """All keys ``[n, d]`` in their stored dtype on the GPU, or ``None`` if they exceed half of its free memory."""
         if self.device != "cpu" and self._fits is None:
-            with _COPYING:  # one of the threads that ask
+            with _COPYING:
                 if self._fits is None:
                     self._copy()
         return self._on_device
@@ -406,21 +396,20 @@ class Keys(KeyStream):
         if fits:
             self._on_device = torch.from_numpy(np.asarray(self.array)).to(self.device)
         else:
-            warn_once(f"{self.device}: half of its free memory does not hold the keys: every answer copies them there")
+            warn_once(f"{self.device}: the keys exceed half of its free memory, so every answer copies them there")
         self._fits = fits
 
     def _rows(self, part: slice) -> Tensor:
-        """Some keys as they are stored, on the device."""
         resident = self.resident
         return torch.from_numpy(self.array[part]).to(self.device) if resident is None else resident[part]
 
     def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-        """Affinities and rows ``[q, k]`` of the nearest keys, by product with all; ``None`` unless a GPU has them."""
+        """Find the ``k`` nearest keys by exact search: affinities and rows ``[q, k]``; ``None`` unless on a GPU."""
         resident = self.resident
         return None if resident is None else Product(resident).search(features, min(k, self.n))
 
     def value_sums(self, values: Tensor) -> Tensor:
-        """Sum of the ``values`` ``[n, c]`` of the keys of each class ``[c, c]``: what a tail needs with values."""
+        """Sum the ``values`` ``[n, c]`` by class, ``[c, c]``; the tail needs them."""
         if self._value_sums is None or self._value_sums[0] is not values:
             parts = [slice(start, start + KEY_BLOCK) for start in range(0, self.n, KEY_BLOCK)]
             blocks = ((values[part], self.class_ids[part]) for part in parts)
@@ -428,7 +417,7 @@ class Keys(KeyStream):
         return self._value_sums[1]
 
     def _halved(self, products: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of keys less their mean, in half precision; kept, but for keys that are on disk."""
+        """Yield blocks of keys minus their mean, in half precision; kept unless keys on disk exceed 2 GiB."""
         if isinstance(segments_of(self.array)[0], np.memmap) and self.array.nbytes > 1 << 31:
             yield from super()._halved(products)
             return
@@ -437,9 +426,8 @@ class Keys(KeyStream):
             yield halved[part], self.class_ids[part]
 
     def _all_halved(self, products: torch.dtype) -> Tensor:
-        """All keys less their mean, in half precision."""
         if self._kept_halved is None or self._kept_halved.dtype != products:
-            self._kept_halved = None  # before another one comes
+            self._kept_halved = None  # frees it first
             kept, start = torch.empty(self.array.shape, dtype=products, device=self.device), 0
             for keys, _ in self.blocks():
                 kept[start : start + len(keys)] = keys - self._centre
@@ -448,10 +436,10 @@ class Keys(KeyStream):
         return self._kept_halved
 
     def products(self, beta: float, q: int = HALF_FROM_QUERIES) -> torch.dtype:
-        """The dtype of products of ``q`` queries with all keys, as ``precision`` says; ``auto`` is measured once.
+        """Return the dtype for products of ``q`` queries with all keys, by ``precision``; ``auto`` is measured once.
 
         ``auto`` is float32, unless half precision is :data:`HALF_GAIN` times as fast on a block of these keys and the
-        root mean square error of cache logits stays within :data:`HALF_ERROR` of them.
+        relative root mean square error of cache logits is at most :data:`HALF_ERROR`.
         """
         if self.precision != "auto":
             dtype: torch.dtype = getattr(torch, self.precision)
@@ -506,9 +494,9 @@ class Keys(KeyStream):
                     yield place, self._rows(part).float(), torch.arange(part.start, part.stop, device=self.device)
 
     def rows_of(self, classes: Tensor, met: Tensor) -> Tensor:
-        """Rows ``[q, m]`` int64 of the keys of some classes ``[q, p]`` of each query, where ``met``; -1 fills up."""
+        """Return the rows ``[q, m]`` int64 of the keys of ``classes`` ``[q, p]`` where ``met``; -1 fills up."""
         firsts, lasts = (self._starts[:, ids].permute(1, 2, 0).flatten(1) for ids in (classes, classes + 1))
-        met = met.repeat_interleave(len(self.starts), dim=1)  # each class has a run of rows in each segment
+        met = met.repeat_interleave(len(self.starts), dim=1)  # a class has a run of rows in each segment
         lengths = torch.where(met, lasts - firsts, 0)
         ends = lengths.cumsum(1)
         query = torch.arange(len(classes), device=self.device).repeat_interleave(ends[:, -1])
@@ -521,7 +509,7 @@ class Keys(KeyStream):
         return rows
 
     def affinity(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Affinities ``[q, k]`` of queries ``[q, d]`` to keys of their own, by row ``[q, k]``; 0 where a row is -1."""
+        """Return affinities ``[q, k]`` of queries ``[q, d]`` to keys at their own ``rows`` ``[q, k]``; 0 for row -1."""
         return own_affinity(features, rows, self._gathered)
 
     def _gathered(self, rows: Tensor) -> Tensor:
@@ -533,12 +521,12 @@ class Keys(KeyStream):
     def _sample(self) -> tuple[Tensor, Tensor]:
         rows = torch.linspace(
             0, self.n - 1, min(self.n, SPREAD_QUERIES), dtype=torch.float64, device=self.device
-        ).long()  # in float32 the last one would be n from 16,777,220 keys on
+        ).long()  # float32 would round the last one to n from 16,777,220 keys on
         return self._gathered(rows).float(), self.class_ids[rows]
 
     def _spread(self, features: Tensor, classes: Tensor) -> Tensor:
         every = np.diff(self.starts, axis=1)
-        most = every.argmax(axis=0), np.arange(self.n_classes)  # the segment that holds most of a class stands for it
+        most = every.argmax(axis=0), np.arange(self.n_classes)  # a class's largest segment stands for it
         starts, counts = (torch.from_numpy(x[most]).to(self.device) for x in (self.starts[:, :-1], every))
         steps = torch.arange(SPREAD_KEYS, device=self.device)
         rows = (starts[classes, None] + counts[classes, None] * steps // SPREAD_KEYS).clamp_max(self.n - 1)
