@@ -108,7 +108,7 @@ def test_json_csv_and_parquet_tell_the_same(run, small, queries, tmp_path):
     rows = list(csv.DictReader(io.StringIO(run("classify", small, queries, *options, "--format", "csv").stdout)))
     target = tmp_path / "out.parquet"
     done = run("classify", small, queries, *options, "--format", "parquet", "--output", target)
-    assert (done.exit_code, done.stdout) == (0, "")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", f"{target}: classified 5 inputs\n")
     table = pq.read_table(target).to_pylist()
     columns = ["input", "label", "probability", "labels", "probabilities", "logits"]
     columns += ["text_logit", "cache_logit", "neighbours", "opposing"]
@@ -117,7 +117,9 @@ def test_json_csv_and_parquet_tell_the_same(run, small, queries, tmp_path):
     for line, row, record in zip(lines, rows, table, strict=True):
         for column in ("labels", "neighbours", "opposing"):
             assert json.loads(row[column] or "null") == line[column] == record[column]
-        assert float(row["probability"]) == line["probability"] == record["probability"]
+        assert line["probability"] == record["probability"]
+        assert float(row["probability"]) == float(f"{line['probability']:.4g}")
+        assert json.loads(row["probabilities"]) == [float(f"{chance:.4g}") for chance in line["probabilities"]]
         assert record["logits"] == pytest.approx(line["logits"])
         assert line["label"] == line["labels"][0]
         assert line["text_logit"] + line["cache_logit"] == pytest.approx(max(line["logits"]), rel=1e-5)

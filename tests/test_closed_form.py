@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -324,7 +325,7 @@ def test_one_photograph_a_class_takes_the_documented_settings():
     cooled = max(1.0, cache.settings.temperature)
     assert cache.settings.alpha == pytest.approx(closed_form.ONE_SHOT_ALPHA * cooled**2 * cache.settings.temperature)
     assert cache.settings.least_cache is None
-    assert "nothing to judge by" in str(choice)
+    assert "not estimated" in str(choice)
 
 
 def test_words_that_are_sure_and_wrong_leave_one_photograph_a_class_to_decide():
@@ -357,7 +358,7 @@ def test_validation_images_judge_in_place_of_the_shots():
     cache = model()
     queries, truth = clusters(8, seed=5)
     choice = closed_form.fit(cache, validation=search_hp.unseen(cache, queries, truth, "val"))
-    assert choice.judged_on == "val (n=40)"
+    assert choice.judged_on == "40 photos of val"
     assert choice.both == pytest.approx((cache.logits(queries).argmax(1).numpy() == truth).mean())
 
 
@@ -504,18 +505,26 @@ def test_a_build_fits_and_says_what_it_judged_and_fits_again_after_add(run, tabl
     out = tables / "index"
     built = run("index", "build", tables / "train.parquet", "--text", tables / "text.parquet", "--out", out)
     assert built.exit_code == 0, built.output
-    assert "judged on your own photos, each left out (n=30): photos alone" in built.stderr
+    estimate = r"Estimated accuracy: ([\d.]+) % \(30 photos, each held out in turn; photos alone [\d.]+ %, class names"
+    assert (percent := re.search(estimate, built.stderr))
+    assert "Chosen form" not in built.stderr
+    fit = CacheModel.load(out).provenance["fit"]
+    assert float(percent[1]) == pytest.approx(100 * fit["both"], abs=0.06)
+    assert sum(held - right for _, right, held in fit["weakest"]) == round(30 * (1 - fit["both"]))  # all 5 classes
+    rates = [right / held for _, right, held in fit["weakest"]]
+    assert rates == sorted(rates)
     answers = run("classify", out, tables / "test.parquet", "--format", "json")
     assert set(json.loads(answers.stdout.splitlines()[0])) == {"input", "label", "probability", "unlike"}
     assert run("index", "add", out, tables / "more.parquet").exit_code == 0
     assert json.loads(run("index", "info", out, "--json").stdout)["fitted"]["keys"] == 30
-    fitted = run("fit", out, "--metric", "within", "--values", "one-hot")
+    fitted = run("-v", "fit", out, "--metric", "within", "--values", "one-hot")
     assert fitted.exit_code == 0, fitted.output
+    assert "Chosen form: within-class metric" in fitted.stderr
     assert "one-hot values" in fitted.stderr
     info = json.loads(run("index", "info", out, "--json").stdout)
     assert (info["fitted"]["keys"], info["version"], info["change"]) == (40, 3, "fit")
     judged = run("fit", out, "--val", tables / "test.parquet")
-    assert "n=100" in judged.stderr
+    assert "100 photos of" in judged.stderr
     assert run("index", "verify", out).exit_code == 0
 
 

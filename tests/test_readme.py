@@ -14,20 +14,27 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROGRAMS, ROOT
+from conftest import PROGRAMS, ROOT, SHARED
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import demo
 
 WRITES = bool(os.environ.get("RETRIEVAL_TIP_WRITE_DOCS"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?P<skipped><!-- not run[^\n]*-->\n)?```(?P<language>console|python)\n(?P<body>.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<skipped><!-- not run[^\n]*-->\n)?(<!-- printed with (?P<options>[^\n]*) -->\n)?"
+    r"```(?P<language>console|python)\n(?P<body>.*?)```",
+    re.DOTALL,
+)
 
 
 def blocks(page):
-    """Fenced blocks of a page, but those that a comment before them says are not run."""
+    """Return language, body, and options of a page's fenced blocks, except those marked ``not run``.
+
+    A block marked ``printed with OPTIONS`` builds its index with these options, and shows standard error too.
+    """
     found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [(match["language"], match["body"]) for match in found if not match["skipped"]]
+    return [(match["language"], match["body"], match["options"]) for match in found if not match["skipped"]]
 
 
 RUN = [page for page in PAGES if blocks(page)]
@@ -47,8 +54,11 @@ def fetched():
 
 @pytest.fixture
 def place(fetched, tmp_path):
-    """The folder that a page's examples are run in: photographs, and an encoder."""
-    return laid_out(tmp_path, fetched)
+    """Folder in which a page's examples run: photos, an encoder, and lit-mini beside it."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (tmp_path / "shared").symlink_to(SHARED)
+    return laid_out(clone, fetched)
 
 
 def laid_out(place, fetched):
@@ -90,16 +100,17 @@ def same_word(said, printed):
     return said in ("...", printed)
 
 
-def typed_and_printed(typed, place, path):
+def typed_and_printed(typed, place, path, with_messages=False):
     done = subprocess.run(
         ["bash", "-c", re.sub(r"\\\n\s*", " ", typed)],
         cwd=place,
         env=os.environ | {"PATH": path},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if with_messages else subprocess.PIPE,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, f"{typed}\n{done.stderr}"
+    assert done.returncode == 0, f"{typed}\n{done.stdout if with_messages else done.stderr}"
     return done.stdout
 
 
@@ -108,7 +119,9 @@ def typed_and_printed(typed, place, path):
 def test_examples_print_what_the_page_says(page, place, things, warm_path, monkeypatch):
     monkeypatch.chdir(place)
     text = page.read_text(encoding="utf-8")
-    for language, body in blocks(page):
+    for language, body, options in blocks(page):
+        if options and not SHARED.exists():
+            pytest.skip(f"SKIPPED: {page.name} needs ../shared for {options}")
         if language == "python":
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
@@ -118,10 +131,14 @@ def test_examples_print_what_the_page_says(page, place, things, warm_path, monke
             continue
         written = ""
         for typed, said in session(body):
-            if "indexes/things" in typed and not (place / "indexes/things").exists():
+            makes = bool(options) and "index build" in typed
+            if "indexes/things" in typed and not makes and not (place / "indexes/things").exists():
                 shutil.copytree(things[0], place / "indexes/things")
-            path = PROGRAMS if "serve" in typed else warm_path  # the others need not show that the program starts
-            printed = things[1] if typed == BUILD else typed_and_printed(typed, place, path)
+            path = (
+                PROGRAMS if options or "serve" in typed else warm_path
+            )  # the others need not show that the program starts
+            asked = f"{typed} {options}" if makes else typed
+            printed = things[1] if typed == BUILD else typed_and_printed(asked, place, path, bool(options))
             written += f"$ {typed}\n{printed}"
             assert WRITES or same(said, printed), f"$ {typed}\n{printed}\n--- the page says\n{said}"
         text = text.replace(f"```console\n{body}```", f"```console\n{written}```")

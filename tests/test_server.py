@@ -501,7 +501,7 @@ def test_an_index_is_made_of_photographs(own: Path, tmp_path: Path, lit_mini: An
         )  # fmt: skip
         assert added.json()["version"] == 2
         fitted = client.post("/v1/indexes/my things/fit", headers=AUTHORISED).json()
-        assert (fitted["version"], fitted["judged"]["summary"][:9]) == (3, "judged on")
+        assert (fitted["version"], fitted["judged"]["summary"][:9]) == (3, "Estimated")
         assert client.post("/v1/indexes", **sent("my things"), headers=AUTHORISED).status_code == 409
         assert client.post("/v1/indexes", **sent("own-shots/.."), headers=AUTHORISED).status_code == 422
         wrong = sent("other")

@@ -148,8 +148,9 @@ def classify(
     that it is unlike any shot, where the index was fitted. With --engine ray, --output is a folder of Parquet parts.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    from retrieval_tip.cli.output import prediction_details, write_tables
+    from retrieval_tip.cli.output import prediction_details, rounded, write_tables
     from retrieval_tip.data.sources import open_inputs
     from retrieval_tip.predictions import PREDICTIONS
 
@@ -161,16 +162,23 @@ def classify(
         return
     sources = list(open_inputs(inputs, paths_on_stdin()))
     settled: Counter[int] = Counter()
+    total, unmatched = 0, 0
     with encoder_for(ctx, loaded, sources, encoding) as encoder:
 
         def answers() -> Iterator[pa.Table]:
+            nonlocal total, unmatched
             for source in sources:
                 for table in _rows(rows, schema, loaded, source, encoder):
                     settled.update(table["keys"].to_pylist() if rows.certify else ())
-                    yield table
+                    total += len(table)
+                    unmatched += pc.sum(table["unlike"]).as_py() or 0 if "unlike" in columns else 0
+                    yield rounded(table) if printing.style == "csv" else table
 
         known = {"input": chain.from_iterable(source.sources for source in sources), "label": loaded.class_names}
         write_tables(answers(), schema, printing.style, printing.output, prediction_details, known)
+    if printing.output is not None and not ctx.obj:
+        no_match = f", {unmatched:,} with no match" if "unlike" in columns else ""
+        say(f"{show(printing.output)}: classified {counted(total, 'input')}{no_match}")
     if rows.certify:
         _say_settled(loaded, settled)
     finish(ctx, encoder.skipped)

@@ -13,7 +13,7 @@ import click
 
 from retrieval_tip.cli import options
 from retrieval_tip.cli.group import command
-from retrieval_tip.cli.messages import finish, print_facts, say, warn
+from retrieval_tip.cli.messages import finish, print_facts, say_fit, warn
 from retrieval_tip.cli.opening import Origin, checked, encoder_for, source_of, validation
 from retrieval_tip.cli.options import EncodingOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, NUMBER, POSITIVE, SEED, SOURCE, VIEWS_COUNT, K, count
@@ -72,7 +72,7 @@ def fit_command(
             choice = fit_index(folder, metric=metric, values=values, validation=val, encoder=encoder)
         skipped = encoder.skipped
     warn(choice.warnings)
-    say(f"{choice} ({choice.seconds:.1f} s)")
+    say_fit(choice.provenance())
     if plot and choice.trials:
         plots.write(lambda: plots.draw_choice(choice), plot, show(at(folder).name))
     elif plot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 
 from retrieval_tip.cli import options
 from retrieval_tip.cli.group import Group
-from retrieval_tip.cli.messages import about, finish, print_facts, say, warn
+from retrieval_tip.cli.messages import about, finish, print_facts, say, say_fit, warn
 from retrieval_tip.cli.opening import (
     Origin,
     backbone_for,
@@ -149,12 +150,29 @@ def build(
             logit_scale=logit_scale,
             device=encoding.device,
         )
-    if "fit" in cache.provenance:
-        say(cache.provenance["fit"]["summary"])
-    _say_version(out, cache.version or 1, _held(cache))
-    if (cache.version or 1) > 1 and not ctx.obj:
-        say(f"the version before is kept: retrieval-tip index rollback {out}")
+    version = cache.version or 1
+    _say_version(out, version, _held(cache))
+    if not ctx.obj:
+        if "fit" in cache.provenance:
+            say_fit(cache.provenance["fit"])
+        if version > 1:
+            restore = shlex.join(["retrieval-tip", "index", "rollback", str(out)])
+            say(f"Version {version - 1} is kept; to restore it: {restore}")
+        say(f"Next: {_next_step(out, cache)}")
     finish(ctx, encoder.skipped)
+
+
+LEAST_RIGHT = 0.9
+"""Estimated accuracy of a class below which a build suggests more photos of it."""
+
+
+def _next_step(out: Place, cache: AnsweringIndex) -> str:
+    """Return the command that helps most after a build: more photos of a weak class, else a look at the answers."""
+    name, right, held = (cache.provenance.get("fit", {}).get("weakest") or [("", 1, 1)])[0]
+    if right < LEAST_RIGHT * held:
+        add, audit = (shlex.join(["retrieval-tip", "index", command, str(out)]) for command in ("add", "audit"))
+        return f"add photos of {name} ({add} FOLDER), or check labels ({audit})"
+    return shlex.join(["retrieval-tip", "serve", str(out)]) + " opens it in the browser"
 
 
 @index.command("info")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import click
 
@@ -26,6 +27,15 @@ def warn(warnings: Iterable[str]) -> None:
 def say_skipped(skipped: Skipped) -> None:
     """Say this as an encoder does."""
     warn([f"skipped {skipped}"])
+
+
+def say_fit(fit: Mapping[str, Any]) -> None:
+    """Print the estimate of a fit (``provenance["fit"]``) and its weakest classes; with -v, the form it chose."""
+    say(fit["summary"])
+    if fit["weakest"]:
+        classes = (f"{name} {100 * right / held:.0f} % ({right} of {held})" for name, right, held in fit["weakest"])
+        say(f"Weakest classes: {', '.join(classes)}")
+    logging.getLogger("retrieval_tip").info("Chosen form: %s", fit["form"])
 
 
 def about(place: object, what: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from wcwidth import wcswidth
 
 from retrieval_tip.data.tables import parquet_writer, row_groups_of
@@ -83,6 +84,20 @@ def prediction_details(row: Row) -> Iterator[str]:
     others = list(zip(row.get("labels", ()), row.get("probabilities", ()), strict=True))
     if others:
         yield "    " + ", ".join(f"{one_line(label)} {shown_probability(chance)}" for label, chance in others)
+
+
+def rounded(table: pa.Table) -> pa.Table:
+    """Round the probabilities of predictions to 4 significant digits, for CSV."""
+    for place, field in enumerate(table.schema):
+        if field.name not in ("probability", "probabilities"):
+            continue
+        values = (value if isinstance(value, list) else [value] for value in table.column(place).to_pylist())
+        short = [[float(f"{chance:.4g}") for chance in row] for row in values]
+        column = pa.array(short, pa.list_(pa.float64()))
+        table = table.set_column(
+            place, field.name, column if field.name == "probabilities" else pc.list_flatten(column)
+        )
+    return table
 
 
 def write_table(table: pa.Table, style: str, path: Path | None) -> None:

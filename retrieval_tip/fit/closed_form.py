@@ -19,7 +19,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,8 @@ LEAST_OF_A_FOLD = 0.1
 """Smallest share of a further fold to judge: solving without the fold costs the same, however little is judged."""
 LEAST_JUDGED = 8
 """Photographs that have to be judged for a choice."""
+WEAKEST = 5
+"""Classes with mistakes that a fit lists."""
 OFFSETS = (None, 0.1, 0.05)
 """Offsets of the logarithm of the cache to try if values were solved; ``None`` is no logarithm."""
 UNLIKE = 0.05
@@ -71,6 +73,15 @@ ONE_SHOT_ALPHA, ONE_SHOT_MOST, ONE_SHOT_ALONE, ONE_SHOT_DOUBT = 13.0, 50.0, 70.0
 """Cache weight for one shot a class, where nothing can be held out: beside well-calibrated text, at most beside any
 text, and without text. Chosen on real CLIP features of four datasets, where 12 to 18 do as well, and on one of a weak
 text tower. And the number of photographs that the backbone's own temperature counts as: few say little of another."""
+
+
+class Judged(TypedDict, total=False):
+    """Accuracies of a form on held-out photos, as fields of :class:`FormChoice`."""
+
+    photos: float | None
+    words: float | None
+    both: float | None
+    weakest: Sequence[tuple[str, int, int]]
 
 
 class Shots(Protocol):
@@ -314,11 +325,12 @@ class FormTrial:
 
 @dataclass(frozen=True)
 class FormChoice:
-    """The chosen form, and its accuracy on the ``n`` photographs that were held out, in ``folds``.
+    """The chosen form, and its accuracy on ``n`` held-out photos, in ``folds``.
 
-    ``photos``, ``words`` and ``both`` are accuracies by the cache alone, the text alone and the blend; ``words`` is
-    ``None`` without text, and all are if nothing could be judged (``n`` is 0). ``longest`` is the largest norm of the
-    keys.
+    ``photos``, ``words`` and ``both`` are the accuracies of cache, text and blend. ``words`` is ``None`` without text;
+    all three are ``None`` if no photo could be held out (``n`` is 0). ``weakest`` lists classes with mistakes, the
+    least accurate first, with their correct answers and their held-out photos. ``longest`` is the largest norm of a
+    key.
     """
 
     form: Form
@@ -330,28 +342,31 @@ class FormChoice:
     photos: float | None = None
     words: float | None = None
     both: float | None = None
+    weakest: Sequence[tuple[str, int, int]] = ()
     longest: float | None = None
 
     def __str__(self) -> str:
         if self.photos is None or self.both is None:
-            return f"nothing to judge by, with one photograph a class or one class alone -> {self.form}"
-        parts = [f"photos alone {100 * self.photos:.1f} %"]
+            return "Accuracy not estimated: no photo can be held out with one photo per class, or with a single class"
+        parts = [self.judged_on]
         if self.words is not None:
-            parts += [f"words alone {100 * self.words:.1f} %", f"both {100 * self.both:.1f} %"]
-        return f"judged on {self.judged_on}: {', '.join(parts)} -> {self.form}"
+            parts += [f"photos alone {100 * self.photos:.1f} %, class names alone {100 * self.words:.1f} %"]
+        return (
+            f"Estimated accuracy: {100 * self.both:.1f} % ({'; '.join([parts[0], ', '.join(parts[1:])][: len(parts)])})"
+        )
 
     @property
     def warnings(self) -> Iterator[str]:
         """What a user should know of the choice."""
         if self.words is not None and self.photos is not None and self.both is not None and self.photos > self.both:
             yield (
-                f"words do not help: photos alone {100 * self.photos:.1f} %, with words {100 * self.both:.1f} %; "
-                "so they are given little weight"
+                f"class names do not help: photos alone {100 * self.photos:.1f} %, with class names "
+                f"{100 * self.both:.1f} %; the fit gives them little weight"
             )
         if self.longest is not None and self.longest > LONG:
             yield (
-                f"keys have norms up to {self.longest:.4g}: classify features of the same norms (norms keep); "
-                "photos and other features of norm 1 get wrong answers"
+                f"keys have norms up to {self.longest:.4g}; classify features of the same norms (norms keep), because "
+                "photos and features of norm 1 get wrong answers"
             )
 
     def provenance(self) -> dict[str, object]:
@@ -359,10 +374,12 @@ class FormChoice:
         parts = {"photos": self.photos, "words": self.words, "both": self.both}
         return {
             "summary": str(self),
+            "form": str(self.form),
             "judged_on": self.judged_on,
             "queries": self.n,
             "folds": self.folds,
             **{name: None if part is None else round(part, 6) for name, part in parts.items()},
+            "weakest": [list(one) for one in self.weakest],
             "trials": [[str(trial.form), round(trial.loss, 6), round(trial.accuracy, 6)] for trial in self.trials],
         }
 
@@ -409,15 +426,15 @@ def fit(
     folds, judged_on = _judged_by(cache, validation, images)
     if folds.can_judge:
         form, trials = _chosen(cache, forms, folds, images if validation is None else None)
-        settings, accuracies = _settled(cache.settings, form, folds)
+        settings, judged = _settled(cache.settings, form, folds, cache.class_names)
         where = f"fitted on {judged_on}"
     else:
-        (form, settings), trials, accuracies = _unjudged(cache, forms), [], {}
+        (form, settings), trials, judged = _unjudged(cache, forms), [], {}
         where = "documented for shots that cannot be judged"
     fitted_metric, fitted_values = folds.fitted(form, torch.arange(len(folds.ids)))
     fitted = (form if fitted_metric is not None else replace(form, metric=None)).fitted(cache.n)
     n, seconds = folds.n if folds.can_judge else 0, time.perf_counter() - start
-    choice = FormChoice(form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **accuracies)
+    choice = FormChoice(form, trials, judged_on, n, len(folds.held), seconds, longest=longest, **judged)
     provenance = dict.fromkeys(("alpha", "beta", "temperature"), where) | {"fit": choice.provenance()}
     cache.set_fitted(fitted_metric, fitted_values, fitted, factory)
     cache.sums = folds.sums
@@ -433,17 +450,17 @@ def refit(cache: Shots, beta: float) -> FormChoice:
     """
     start, settings, form = time.perf_counter(), replace(cache.settings, beta=beta), Form.of(cache.fitted, beta)
     folds, judged_on = _judged_by(cache, None, images_of(cache.labels))
-    accuracies: dict[str, float | None] = {}
+    judged: Judged = {}
     if folds.can_judge:
-        settings, accuracies = _settled(settings, form, folds)
+        settings, judged = _settled(settings, form, folds, cache.class_names)
         cache.provenance = cache.provenance | dict.fromkeys(("alpha", "temperature"), f"fitted on {judged_on}")
-    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), time.perf_counter() - start, **accuracies)
+    choice = FormChoice(form, [], judged_on, folds.n, len(folds.held), time.perf_counter() - start, **judged)
     cache.settings = settings
     cache.provenance = cache.provenance | {"fit": choice.provenance()}
     return choice
 
 
-def estimate(cache: CacheModel) -> dict[str, float | None]:
+def estimate(cache: CacheModel) -> Judged:
     """Estimate the accuracy of an index by folds of its own shots, as :func:`fit` judges a form; nothing is changed.
 
     Metric and values are solved again without each fold, alpha, beta and temperature stay, and queries meet all keys.
@@ -454,18 +471,23 @@ def estimate(cache: CacheModel) -> dict[str, float | None]:
     """
     settings, (folds, _) = cache.settings, _judged_by(cache, None, images_of(cache.labels))
     if cache.curve is not None or not folds.can_judge:
-        return dict.fromkeys(("photos", "words", "both"))
+        return {"photos": None, "words": None, "both": None}
     text, photos, ids = folds.logits(Form.of(cache.fitted, settings.beta))
     linked = tip.log_cache(photos.clone(), settings.log_offset)
     both = linked if text is None else tip.Terms(text, linked).logits(settings)
     return _accuracies(photos, text, both.argmax(1) == ids, ids)
 
 
-def _accuracies(photos: Tensor, words: Tensor | None, both: Tensor, ids: Tensor) -> dict[str, float | None]:
-    """Return the shares that cache logits, text logits, and both together get right; of the latter, which are right."""
-    rights = {"photos": photos.argmax(1) == ids, "words": None if words is None else words.argmax(1) == ids}
+def _accuracies(photos: Tensor, words: Tensor | None, right: Tensor, ids: Tensor) -> Judged:
+    """Return the accuracies of cache and text logits ``[q, c]``, and of answers that are ``right`` ``[q]``."""
+
+    def accuracy(logits: Tensor) -> float:
+        return float((logits.argmax(1) == ids).double().mean())
+
     return {
-        name: None if own is None else float(own.double().mean()) for name, own in (rights | {"both": both}).items()
+        "photos": accuracy(photos),
+        "words": None if words is None else accuracy(words),
+        "both": float(right.double().mean()),
     }
 
 
@@ -530,10 +552,10 @@ def _judged_by(cache: Shots, validation: Queries | None, images: IntArray) -> tu
     text = cache.text_weights.cpu() * cache.settings.logit_scale if cache.has_text else None
     if validation is not None:
         held = Held(torch.from_numpy(validation.features), torch.from_numpy(validation.ids), torch.arange(cache.n))
-        return Folds(cache.keys, ids, c, text, [held], cache.sums), f"{validation.name} (n={len(held.ids)})"
+        return Folds(cache.keys, ids, c, text, [held], cache.sums), f"{len(held.ids):,} photos of {validation.name}"
     number, judged = MOST_FOLDS if cache.n <= JUDGED else FOLDS, int(min(JUDGED, max(256, AFFINITIES / cache.n)))
     folds = Folds.of_shots(cache.keys, ids.numpy(), c, text, images, number, judged, cache.sums)
-    return folds, f"your own photos, each left out (n={folds.n})"
+    return folds, f"{folds.n:,} photos, each held out in turn"
 
 
 def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray | None) -> tuple[Form, list[FormTrial]]:
@@ -548,13 +570,22 @@ def _chosen(cache: Shots, forms: Sequence[Form], folds: Folds, images: IntArray 
     return _choose(folds, forms)
 
 
-def _settled(settings: Settings, form: Form, folds: Folds) -> tuple[Settings, dict[str, float | None]]:
-    """Return the settings of a form that fit what is held out best, and the accuracies on it."""
+def _settled(settings: Settings, form: Form, folds: Folds, class_names: Sequence[str]) -> tuple[Settings, Judged]:
+    """Return the settings of a form that make the held-out photos most likely, and its accuracies on them."""
     text, cache, ids = folds.logits(form)
     blended, offset = _linked(text, cache, ids, OFFSETS if form.values is not None else (None,))
     least = float(tip.log_cache(cache, offset).amax(1).quantile(UNLIKE))
     settings = replace(blended.settings(settings.unfitted(), form.beta), least_cache=least, log_offset=offset)
-    return settings, _accuracies(cache, text, blended.right, ids)
+    judged: Judged = {"weakest": _weakest(class_names, blended.right, ids)}
+    return settings, judged | _accuracies(cache, text, blended.right, ids)
+
+
+def _weakest(class_names: Sequence[str], right: Tensor, ids: Tensor) -> list[tuple[str, int, int]]:
+    """Return at most :data:`WEAKEST` classes with mistakes, least accurate first: name, correct answers, photos."""
+    held, correct = (torch.bincount(part, minlength=len(class_names)) for part in (ids, ids[right]))
+    missed = torch.nonzero(held > correct)[:, 0].tolist()
+    missed.sort(key=lambda c: (int(correct[c]) / int(held[c]), -int(held[c])))
+    return [(class_names[c], int(correct[c]), int(held[c])) for c in missed[:WEAKEST]]
 
 
 def _unjudged(cache: Shots, forms: Sequence[Form]) -> tuple[Form, Settings]:

@@ -26,7 +26,7 @@ from retrieval_tip.errors import InputError, json_line, show
 from retrieval_tip.evaluation.audit import audit
 from retrieval_tip.evaluation.exemplars import exemplars
 from retrieval_tip.evaluation.projection import Method, Projection, methods, projected
-from retrieval_tip.fit.closed_form import estimate
+from retrieval_tip.fit.closed_form import Judged, estimate
 from retrieval_tip.index import changes
 from retrieval_tip.index.fit import fit_index
 from retrieval_tip.retrieval.duplicates import describe_duplicates
@@ -414,7 +414,7 @@ class Service:
         It is unknown if the index has more than ``limits.estimated`` keys.
         """
         cache = version.cache
-        known: dict[str, float | None] = dict.fromkeys(("photos", "words", "both"))
+        known: Judged = {"photos": None, "words": None, "both": None}
         if cache.n <= self.limits.estimated:
             known = await self._once(version, "accuracy", lambda: estimate(cache.in_memory()))
         return schemas.Accuracy(known["photos"], known["words"], known["both"], version.manifest.version)
