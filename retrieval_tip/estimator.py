@@ -42,37 +42,37 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     """Tip-Adapter over features, with scikit-learn's interface: for its searches, pipelines and calibration.
 
     The rows of ``X`` given to :meth:`fit` become the keys of a :class:`CacheModel`, which answers every query:
-    ``logits = logit_scale * f W^T + alpha * C`` (:mod:`retrieval_tip.tip`; the paper's equations 4 to 6). Parameters
-    are read by :meth:`fit` and by the first :meth:`partial_fit`; what is set later counts from the next fit.
+    ``logits = logit_scale * f W^T + alpha * C`` (:mod:`retrieval_tip.tip`; the paper's equations 4 to 6). :meth:`fit`
+    and the first :meth:`partial_fit` read the parameters; later changes take effect at the next fit.
 
     Args:
-        text_weights: ``[c, d]`` unit vectors ``W``, one a class in sorted order (or that of ``class_names``), used as
-            they are. ``None`` leaves the decision to the cache alone.
-        class_names: the ``c`` labels in the order of ``text_weights``. It may name classes that ``y`` lacks, which
-            are then decided by their text alone. ``None``: the sorted labels of ``y``.
-        alpha: weight of the cache beside the text; 0 or more. ``auto`` fits metric, values, alpha, beta and
-            temperature to the rows in closed form, as ``retrieval-tip index build`` does
+        text_weights: unit vectors ``W`` ``[c, d]``, one per class in sorted order (or that of ``class_names``), used
+            unchanged. ``None`` classifies by the shots alone.
+        class_names: the ``c`` labels in the order of ``text_weights``. Classes missing in ``y`` are scored by their
+            text alone. ``None``: the sorted labels of ``y``.
+        alpha: weight of the cache relative to the text; at least 0. ``auto`` fits metric, values, alpha, beta and
+            temperature to the rows in closed form, like ``retrieval-tip index build``
             (:func:`retrieval_tip.fit.closed_form.fit`). A number is Tip-Adapter as published.
-        beta: sharpness of the exponential; 0 or more, by default 5.5. Give it with a number as ``alpha`` only.
+        beta: sharpness of the exponential; at least 0, by default 5.5. Needs a number as ``alpha``.
         metric: with ``alpha="auto"``: ``none`` or ``within``; ``None`` lets the fit choose.
         values: with ``alpha="auto"``: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
-        k: how many of the nearest keys a query uses; ``None`` is all of them, Tip-Adapter exactly.
-        tail: with ``k``, estimate what the other keys add.
+        k: number of nearest keys per query; ``None`` uses all of them, Tip-Adapter exactly.
+        tail: with ``k``, estimate the contribution of the other keys.
         logit_scale: factor of the text logits, the backbone's own (100 for OpenAI's CLIP).
         index: FAISS factory string: ``Flat``, ``IVF256,Flat``, ``HNSW32`` ...
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         normalize: scale each row of ``X`` to unit length. A zero row has no direction and stays zero: its affinity to
-            everything is 0, so that as a query it gets the class with the most keys. ``False`` uses rows as they are;
-            fine-tuned keys are not unit vectors.
+            every key is 0, so as a query it gets the class with the most keys. ``False`` uses rows unchanged, for
+            fine-tuned keys, which are not unit vectors.
 
     Attributes:
-        classes_: ``[c]`` the labels in sorted order, of the dtype they came in.
+        classes_: the sorted labels ``[c]``, in their original dtype.
         n_features_in_: ``d``, the length of a feature.
-        feature_names_in_: ``[d]`` names of the columns, where ``X`` had some.
-        cache_: the :class:`CacheModel` behind it, its key ids being rows of ``X``; ``cache_.save`` makes it an index.
+        feature_names_in_: column names ``[d]``, if ``X`` had any.
+        cache_: the underlying :class:`CacheModel`, whose key ids are rows of ``X``; ``cache_.save`` writes an index.
 
-    A fitted estimator can be pickled: the keys are, and the FAISS index is built again from them (an approximate
-    one may then retrieve slightly different keys). As with any pickle, open only your own.
+    A fitted estimator can be pickled. The FAISS index is rebuilt from the keys, so an approximate one may retrieve
+    slightly different keys. As with any pickle, only open your own.
     """
 
     classes_: Array
@@ -110,25 +110,25 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.normalize = normalize
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Make the rows of ``X`` ``[n, d]`` (real, finite) the keys, of the classes ``y`` ``[n]`` (any labels).
+        """Use the rows of ``X`` ``[n, d]`` (real, finite) as keys, with labels ``y`` ``[n]`` of any type.
 
         Raises:
-            ValueError: what scikit-learn says of ``X`` and ``y`` that cannot be used.
-            InputError: a label outside ``class_names``; ``text_weights`` that are not ``[c, d]``. A ValueError too.
-            UsageError: alpha, beta, k, logit_scale, index or device that cannot work. A ValueError too.
+            ValueError: scikit-learn rejects ``X`` or ``y``.
+            InputError: a label is not in ``class_names``, or ``text_weights`` are not ``[c, d]``. A ValueError too.
+            UsageError: alpha, beta, k, logit_scale, index or device is invalid. A ValueError too.
         """
         return self._first(X, y, self.class_names)
 
     def partial_fit(self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None) -> Self:
-        """Add the rows of ``X`` ``[m, d]``, of the classes ``y`` ``[m]``, to the keys.
+        """Add the rows of ``X`` ``[m, d]`` with labels ``y`` ``[m]`` to the keys.
 
-        The result is that of :meth:`fit` on all rows given so far. Each call builds the index again, and with
-        ``alpha="auto"`` fits it again, so give many rows at a time. ``classes`` lists all labels that will ever come:
-        the first call needs it if there are no ``class_names``. Errors as for :meth:`fit`; an error changes nothing.
+        The result is that of :meth:`fit` on all rows so far. Each call rebuilds the index, and fits again with
+        ``alpha="auto"``, so pass many rows at once. ``classes`` lists all possible labels; the first call needs it
+        unless ``class_names`` are set. Errors are those of :meth:`fit` and change nothing.
         """
         if not hasattr(self, "cache_"):
             if classes is None and self.class_names is None:
-                raise UsageError("classes: missing; the first partial_fit needs all classes, here or as class_names")
+                raise UsageError("classes: missing; list all classes in the first partial_fit, or set class_names")
             if classes is not None and self.class_names is not None:
                 _same_classes(classes, _classes(self.class_names, once=True)[0])
             return self._first(X, y, classes if self.class_names is None else self.class_names)
@@ -136,7 +136,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             _same_classes(classes, self.classes_)
         rows, labels = validate_data(self, X, y, reset=False, dtype=_dtypes(self._normalize))
         check_classification_targets(labels)
-        cache = copy.copy(self.cache_)  # an error below leaves the keys as they were
+        cache = copy.copy(self.cache_)  # so that an error below changes nothing
         if self._letters is not None:
             cache.set_fitted(None, None, None)  # the new fit solves the values
         cache.add(_rows(rows, self._normalize), _ids(labels, self._names))
@@ -149,9 +149,9 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def decision_function(self, X: npt.ArrayLike) -> FloatArray:
         """Return the logits ``logit_scale * f W^T + alpha * C`` of queries ``X`` ``[q, d]``, float32.
 
-        ``[q, c]`` in the order of ``classes_``; for two classes, as scikit-learn wants, the second's logit minus the
-        first's, ``[q]``. Raises NotFittedError, ValueError for an ``X`` that cannot be used, and InputError where
-        logits overflow, as they can without ``normalize``.
+        The shape is ``[q, c]``, in the order of ``classes_``. For two classes it is ``[q]``: the second logit minus the
+        first, as scikit-learn requires. Raises NotFittedError, ValueError for an invalid ``X``, and InputError if
+        logits overflow, which can happen without ``normalize``.
         """
         logits = self._logits(X)
         scores = logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
@@ -161,7 +161,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def predict_proba(self, X: npt.ArrayLike) -> FloatArray:
         """Return ``softmax(logits / temperature)`` of queries ``X`` ``[q, d]``: ``[q, c]`` float32.
 
-        The temperature is 1 unless it was fitted. Errors as for :meth:`decision_function`.
+        The temperature is 1 unless fitted. Errors as for :meth:`decision_function`.
         """
         logits = self._logits(X)
         probabilities: FloatArray = tip.probabilities(logits, self.cache_.settings.temperature).cpu().numpy()
@@ -170,23 +170,23 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def predict(self, X: npt.ArrayLike) -> Array:
         """Return the label with the largest logit for each query ``X`` ``[q, d]``: ``[q]``, of ``classes_``'s dtype.
 
-        Equal logits give the class that sorts first. Errors as for :meth:`decision_function`.
+        Ties go to the class that sorts first. Errors as for :meth:`decision_function`.
         """
         scores = self.decision_function(X)
         labels: Array = self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
         return labels
 
     def kneighbors(self, X: npt.ArrayLike, n_neighbors: int = 5) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-        """The nearest keys of queries ``X`` ``[q, d]``.
+        """Return the nearest keys of queries ``X`` ``[q, d]``.
 
-        Returns affinities (inner products, not distances) ``[q, m]`` float32, largest first, and the rows ``[q, m]``
-        int64 of the keys in the ``X`` they were fitted on, counted on over the calls of :meth:`partial_fit`. ``m`` is
-        ``n_neighbors``, at most the number of keys. Where an approximate index finds fewer, the affinity is -inf and
-        the row -1. Raises UsageError where ``n_neighbors`` is below 1; else as :meth:`decision_function`.
+        Returns affinities (inner products, not distances) ``[q, m]`` float32, largest first, and the row numbers
+        ``[q, m]`` int64 of the keys in the fitted ``X``, counted across calls of :meth:`partial_fit`. ``m`` is
+        ``n_neighbors`` or, if smaller, the number of keys. Slots that an approximate index leaves empty have affinity
+        -inf and row -1. Raises UsageError if ``n_neighbors`` is below 1, otherwise as :meth:`decision_function`.
         """
         features = self._queries(X)
         if not (isinstance(n_neighbors, int | np.integer) and n_neighbors >= 1):
-            raise UsageError(f"n_neighbors is {n_neighbors}: expected a whole number of keys, at least 1")
+            raise UsageError(f"n_neighbors is {n_neighbors}: expected a whole number, at least 1")
         queries = torch.from_numpy(features).to(self.cache_.device)
         nearest, rows = self.cache_.nearest(queries, int(n_neighbors))
         affinity = np.where(rows < 0, -np.inf, nearest.cpu().numpy()).astype(np.float32)
@@ -213,15 +213,15 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         super().__setstate__(state)
 
     def _first(self, X: npt.ArrayLike, y: npt.ArrayLike, labels: npt.ArrayLike | None) -> Self:
-        """Fit on the first rows; ``labels`` are all that there can be, ``None`` for those of ``y``."""
+        """Fit on the first rows; ``labels`` lists all classes, ``None`` takes those of ``y``."""
         normalize = bool(self.normalize)
         rows, own = validate_data(self, X, y, dtype=_dtypes(normalize))
         check_classification_targets(own)
         auto = isinstance(self.alpha, str) and self.alpha == "auto"
         if not auto and (self.metric is not None or self.values is not None):
-            raise UsageError('metric and values: are fitted; give alpha="auto" with them, or leave them out')
+            raise UsageError('metric and values: need alpha="auto"; set it, or remove them')
         if auto and self.beta is not None:
-            raise UsageError('beta: is fitted with alpha="auto"; give a number as alpha too, or leave beta out')
+            raise UsageError('beta: alpha="auto" fits it; give a number as alpha too, or remove beta')
         alpha = Settings.alpha if auto else cast(float, self.alpha)
         settings = Settings(
             alpha, Settings.beta if self.beta is None else self.beta, self.logit_scale, self.k, self.tail
@@ -234,7 +234,7 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             text = check_array(text, dtype=_dtypes(normalize), input_name="text_weights")
             if len(text) != len(classes):
                 raise InputError(
-                    f"text_weights: {len(text)} rows for {len(classes)} classes; where y lacks some, give class_names"
+                    f"text_weights: {len(text)} rows for {len(classes)} classes; if y lacks classes, give class_names"
                 )
         cache = CacheModel.from_features(
             _rows(rows, normalize),
@@ -257,20 +257,20 @@ class TipAdapterClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         return _rows(validate_data(self, X, reset=False, dtype=_dtypes(self._normalize)), self._normalize)
 
     def _logits(self, X: npt.ArrayLike) -> torch.Tensor:
-        """Logits ``[q, c]`` of queries, in the order of ``classes_``."""
-        features = self._queries(X)  # raises first if nothing was fitted
+        """Return logits ``[q, c]`` of queries, in the order of ``classes_``."""
+        features = self._queries(X)  # first, so that it raises if not fitted
         cache = self.cache_
         logits = cache.logits(features) if cache.values is None else cache.exact_logits(features)
         return logits if self._order is None else logits[:, self._order]
 
 
 def _dtypes(normalize: bool) -> list[type] | type:
-    """An array as scikit-learn's validation makes it: what is not scaled has to fit the float32 of a key."""
+    """Return dtypes for scikit-learn's validation; unscaled rows have to fit the float32 of a key."""
     return [np.float64, np.float32] if normalize else np.float32
 
 
 def _rows(X: Array, normalize: bool) -> FloatArray:
-    """Features ``[m, d]`` float32; normalised, each row but a zero one has length 1, however long or short it was."""
+    """Return features ``[m, d]`` float32; normalising gives every nonzero row length 1, at any scale."""
     if not normalize:
         return np.require(X, np.float32, ["C", "W"])
     _, exponent = np.frexp(np.abs(X).max(axis=1, keepdims=True))
@@ -282,12 +282,12 @@ def _rows(X: Array, normalize: bool) -> FloatArray:
 
 
 def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
-    """The labels that there are, sorted, and where each stands in the given ones."""
+    """Return the sorted distinct labels, and the position of each in the given ones."""
     given = np.asarray(labels)
     try:
         classes, order = np.unique(given, return_index=True)
     except TypeError:
-        raise InputError("classes: labels of different kinds, which cannot be sorted") from None
+        raise InputError("classes: labels of different types cannot be sorted; use one type") from None
     if given.ndim != 1 or (once and len(classes) < len(given)):
         raise InputError(f"class_names: shape {given.shape}, {len(classes)} of them distinct; expected each label once")
     return classes, order
@@ -295,7 +295,7 @@ def _classes(labels: npt.ArrayLike, *, once: bool) -> tuple[Array, Array]:
 
 def _same_classes(given: npt.ArrayLike, known: Array) -> None:
     if not np.array_equal(_classes(given, once=False)[0], known):
-        raise UsageError("classes: not those that are known; they cannot change, leave them out or fit again")
+        raise UsageError("classes: differ from the first call's; remove them, or fit again")
 
 
 def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
@@ -303,18 +303,18 @@ def _ids(labels: Array, classes: Array) -> npt.NDArray[np.int64]:
     ids = np.array([position.get(label, -1) for label in labels.tolist()], dtype=np.int64)
     if (ids < 0).any():
         row = int(np.argmin(ids))
-        raise InputError(f"y: row {row} is {labels[row]!r}, which is none of the {len(classes)} classes")
+        raise InputError(f"y: row {row} is {labels[row]!r}, not one of the {len(classes)} classes")
     return ids
 
 
 class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
-    """A transformer of photographs to unit features ``[n, d]`` float32, for pipelines that begin with paths.
+    """A transformer from photos to unit features ``[n, d]`` float32, for pipelines that begin with paths.
 
-    ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``. There is nothing to fit.
+    ``make_pipeline(ImageEncoder("ViT-B-32"), TipAdapterClassifier())``. It needs no fitting.
 
     Args:
-        model: a backbone by its name, or a backbone (:func:`load_backbone`).
-        pretrained: with a name, its tag or weights.
+        model: name of a backbone, or a backbone (:func:`load_backbone`).
+        pretrained: tag or weights of a named backbone.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
@@ -334,7 +334,7 @@ class ImageEncoder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # sc
         return self
 
     def transform(self, X: Picture | Iterable[Picture]) -> FloatArray:
-        """Features of paths, PIL pictures or arrays ``[n]``. Raises InputError naming what cannot be read."""
+        """Return features of paths, PIL images or arrays ``[n]``. Raises InputError naming unreadable ones."""
         check_is_fitted(self, "backbone_")
         given = pictures(X)
         encoder = Encoder(self.backbone_, cache=EncodingCache.at(None), read=given.read, strict=True)

@@ -373,11 +373,11 @@ def test_an_index_goes_to_the_hub_and_comes_back(place, clf, tmp_path, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert clf.push_to_hub("me/colours", test=place / "new").endswith("me/colours")
     card = (Hub.folder / "me/colours/README.md").read_text()
-    assert "18 photographs of 3 classes" in card
+    assert "18 photos in 3 classes" in card
     assert f"| top1 | {clf.evaluate(place / 'new').top1:.4g} |" in card
     again = Classifier.from_hub("me/colours", tmp_path / "fetched", device="cpu")
     assert again.predict(place / "new/red/6.png") == clf.predict(place / "new/red/6.png")
-    with pytest.raises(InputError, match="me/nothing: cannot be fetched: 404"):
+    with pytest.raises(InputError, match=r"me/nothing: .*404"):
         Classifier.from_hub("me/nothing", tmp_path / "none")
 
 

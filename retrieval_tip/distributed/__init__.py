@@ -1,1 +1,1 @@
-"""Encode and classify on a Ray cluster; ``ray`` is imported only when it is needed."""
+"""Encode and classify on a Ray cluster; ``ray`` is imported only when needed."""

@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, or start one on this machine, and count the actors that it has room for."""
+"""Connect to a Ray cluster, or start one on this machine, and count how many actors fit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from retrieval_tip.errors import UsageError, first_line
 
 ACTORS_A_NODE = 8
-"""Most actors on the largest node without a GPU: each holds an encoder or an index, and gets its share of the CPUs."""
+"""Upper bound for actors per node without GPUs: each holds an encoder or an index, and a share of the CPUs."""
 PATIENCE = 5.0
-"""Seconds until the head of a cluster accepts a connection; Ray would try for minutes."""
+"""Seconds to wait for a connection to the head of a cluster; Ray would try for minutes."""
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def connected(address: str | None) -> Iterator[None]:
     Raises UsageError if Ray is not installed or no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the rest goes to standard error, past Python's loggers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it, old releases warn
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # other levels bypass Python's loggers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of old releases
     try:
         import ray
     except ImportError:
@@ -47,9 +47,9 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def room(nodes: Iterable[Mapping[str, Any]], device: str) -> tuple[int, int, int]:
-    """Number of actors for the nodes that ``ray.nodes()`` lists, one a GPU if there are any; CPUs and GPUs of each.
+    """Return the number of actors for the nodes of ``ray.nodes()``, and the CPUs and GPUs of each actor.
 
-    Raises UsageError if no node has a whole CPU.
+    Each GPU gets one actor. Raises UsageError if no node has a whole CPU.
     """
     found = [node["Resources"] for node in nodes if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in found]

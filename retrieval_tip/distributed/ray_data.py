@@ -1,14 +1,14 @@
 """Encode or classify the pieces of a source on a Ray cluster, into a folder of Parquet parts on a disk or in a bucket.
 
-Ray Data sends each piece to an actor, which holds the encoder and the index, and writes the rows that come back:
+Ray Data sends each piece to an actor, which holds the encoder and the index, and writes the resulting rows:
 
-    _run.json               digest of the work and of its source, so that no other run mixes its parts in
-    part=000012/            rows of piece 12; absent if none of it could be read
-    _failed/000012.json     inputs of piece 12 that could not be read, each with the reason
+    _run.json               digest of the work and its source, so that two runs never mix their parts
+    part=000012/            rows of piece 12; absent if none of its items could be read
+    _failed/000012.json     unreadable inputs of piece 12, each with the reason
     _complete.json          written last
 
-The same call again makes the parts that are missing. Ray retries what a dead worker or node leaves behind. Readers of
-Parquet skip names with an underscore, so other programs read the folder as one table.
+Repeating the call makes the missing parts. Ray retries the pieces of a dead worker or node. Readers of Parquet skip
+names with an underscore, so other programs read the folder as one table.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from retrieval_tip.settings import Precision, Settings
 from retrieval_tip.store.query import rows_where
 
 IMAGES, ROWS = 256, 16_384
-"""Most items of a piece: images, or rows of a feature table."""
+"""Largest piece, in images or rows of a feature table."""
 PIECES = 64
-"""Pieces of a source that is too small for as many of the largest size, down to a sixteenth of that."""
+"""Pieces of a small source; each still has at least a sixteenth of the largest size."""
 FAILED = "_failed"
 
 Piece = Source | str
-"""Items of a source, or the path or URL of a tar, which the actor opens."""
+"""Items of a source, or the path or URL of a tar that the actor opens."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question to the index at ``folder``, which has this manifest: what ``rows`` answers, by these settings."""
+    """A question to the index at ``folder`` with this manifest: ``rows`` answers it, with these settings."""
 
     folder: str
     manifest: bytes
@@ -70,9 +70,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Work:
-    """What an actor does with each piece: encode it, or answer a ``question`` about it.
+    """The work of an actor: to encode each piece, or to answer a ``question`` about it.
 
-    The actor completes ``encoder``: ``backbone`` loads one onto a device, ``cache`` is the encoding cache's folder.
+    The actor completes ``encoder``: ``backbone`` loads one onto a device, ``cache`` is the folder of the encoding
+    cache.
     """
 
     encoder: Encoder
@@ -90,7 +91,7 @@ def cut(source: Source) -> list[Piece]:
 
 
 def cut_inputs(arguments: Iterable[str], stdin: Iterable[str] = ()) -> list[Piece]:
-    """Cut what ``classify`` takes into pieces: each tar is one, everything else is opened by :func:`open_inputs`."""
+    """Cut the inputs of ``classify`` into pieces: one per tar; :func:`open_inputs` opens all others."""
     pieces: list[Piece] = []
     for of_tar, some in groupby(arguments, lambda one: one != "-" and bool(tars.find(one))):
         if of_tar:
@@ -110,10 +111,10 @@ def write_parts(
     device: str = "auto",
     progress: bool = False,
 ) -> tuple[int, int, list[Skipped]]:
-    """Do the work on every piece whose part is not in the folder ``out`` yet, which all nodes of the cluster share.
+    """Process every piece whose part is missing in the folder ``out``, which all nodes of the cluster must share.
 
-    Returns the number of rows, and of parts that were there before, and what could not be read. Raises UsageError if
-    ``out`` holds something else, or as :func:`connected`; InputError if nothing could be read; what an actor raises.
+    Returns the number of rows, the number of earlier parts, and the unreadable inputs. Raises UsageError if ``out``
+    holds other files, or as :func:`connected`; InputError if no input could be read; and the errors of actors.
     """
     folder = PartsFolder(out)
     pickled = {f"{number:06}": pickle.dumps(piece) for number, piece in enumerate(pieces)}
@@ -129,12 +130,12 @@ def write_parts(
     rows, failed = folder.rows(), folder.failed()
     if lost := pickled.keys() - rows.keys() - failed.keys():
         raise InputError(
-            f"{show(folder.place)}: part {min(lost)} was written, and is not there; "
-            "give a folder that every node of the cluster shares, or one in a bucket"
+            f"{show(folder.place)}: part {min(lost)} was written but is missing; "
+            "give a folder that all nodes of the cluster share, or one in a bucket"
         )
     skipped = list(dict.fromkeys(chain.from_iterable(failed.values())))
     if not rows:
-        raise InputError(f"none of the items could be read ({skipped[0] if skipped else 'there are none'})")
+        raise InputError(f"no item could be read ({skipped[0] if skipped else 'the source is empty'})")
     folder.files.pipe_file(COMPLETE, b"{}")
     return sum(rows.values()), len(kept), skipped
 
@@ -153,7 +154,7 @@ def _stream(
     context.enable_progress_bars = progress
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.target_max_block_size = None  # else a large part would become two files
+    context.target_max_block_size = None  # or a large part would become two files
     dataset = data.from_items(missing, override_num_blocks=len(missing)).map_batches(
         Worker,
         batch_size=1,
@@ -168,27 +169,27 @@ def _stream(
             folder.place,
             partition_cols=["part"],
             filesystem=PyFileSystem(FSSpecHandler(folder.system)),
-            ray_remote_args={"num_cpus": 0},  # actors may have every CPU
+            ray_remote_args={"num_cpus": 0},  # actors may occupy every CPU
             concurrency=actors,
             use_dictionary=False,
         )
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, RetrievalTipError):
-            raise type(cause)(first_line(cause)) from None  # Ray adds lines of its own
-        raise InputError(f"Ray failed ({first_line(cause)}); the same command makes what is missing") from error
+            raise type(cause)(first_line(cause)) from None  # without Ray's own lines
+        raise InputError(f"Ray failed ({first_line(cause)}); run the command again for the missing parts") from error
 
 
 class Worker:
-    """An actor: it loads the encoder and the index once, and makes the rows of one piece at a time."""
+    """An actor that loads the encoder and the index once, and makes the rows of one piece at a time."""
 
     def __init__(self, work: Work, out: str, device: str, started_in: Path) -> None:
-        with suppress(OSError):  # relative paths start there, if this machine has that folder
+        with suppress(OSError):  # for relative paths, if the folder exists here
             os.chdir(started_in)
         self._work, self._folder, self._device = work, PartsFolder(out), device
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Make the rows of a piece, with the number of their part."""
+        """Make the rows of a piece, with its part number."""
         part, piece = batch["part"][0].as_py(), pickle.loads(batch["piece"][0].as_py())  # noqa: S301 - our own
         source = of_tars(show(piece), [piece], labelled=False) if isinstance(piece, str) else piece
         encoder = replace(self._encoder, skipped=[])
@@ -224,7 +225,7 @@ class Worker:
 
 
 class PartsFolder:
-    """A folder of parts, by its path or URL; ``files`` are named from there."""
+    """A folder of parts at a path or URL; names in ``files`` are relative to it."""
 
     system: AbstractFileSystem
 
@@ -236,7 +237,7 @@ class PartsFolder:
         self.files = DirFileSystem(self.place.rpartition("://")[2], self.system)
 
     def claim(self, digest: str) -> bool:
-        """Begin a run or go on with it; return whether it is complete. Raises UsageError if the folder holds others."""
+        """Begin or continue a run; return whether it is complete. Raises UsageError for a folder with other files."""
         names, run = self.files.find(""), json.dumps({"run": digest}).encode()
         if names and (RUN not in names or self.files.cat_file(RUN) != run):
             raise UsageError(f"{show(self.place)}: holds other files, or parts of another run; give another folder")
@@ -244,14 +245,14 @@ class PartsFolder:
         return COMPLETE in names
 
     def rows(self) -> dict[str, int]:
-        """Number of rows of each part. Removes files that a killed run left unfinished, or wrote twice."""
+        """Return the number of rows of each part. Removes files that a killed run left unfinished or wrote twice."""
         rows: dict[str, int] = {}
         for file in part_files(self.place):
             part = os.fspath(file).split("/")[-2].removeprefix("part=")
             try:
                 number = open_parquet(file).metadata.num_rows
             except InputError:
-                if remote.is_remote(self.place):  # where every file is whole: the store did not answer
+                if remote.is_remote(self.place):  # every file there is whole, so the store did not answer
                     raise
                 number = None
             if number is None or part in rows:
@@ -261,6 +262,6 @@ class PartsFolder:
         return rows
 
     def failed(self) -> dict[str, list[Skipped]]:
-        """Inputs of each piece that could not be read."""
+        """Return the unreadable inputs of each piece."""
         names = sorted(self.files.find(FAILED))
         return {Path(name).stem: [Skipped(*one) for one in json.loads(self.files.cat_file(name))] for name in names}

@@ -1,1 +1,1 @@
-"""The verbs of ``retrieval-tip index``: build, change, tune, copy; and the places where an index may lie."""
+"""Build, change, tune and copy indexes in folders and other stores."""

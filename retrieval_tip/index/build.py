@@ -1,4 +1,4 @@
-"""From labelled images or features to an index."""
+"""Build an index from labelled images or features."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def build_index(
     logit_scale: float | None = None,
     device: str = "auto",
 ) -> AnsweringIndex:
-    """Build an index from a labelled source, as a new version where there is one already.
+    """Build an index from a labelled source. An existing index gets a new version.
 
     Features stream from the encoder into the store, so a feature table may be larger than memory.
 
@@ -56,25 +56,25 @@ def build_index(
         source: labelled images or features (see :func:`sources.open_source`).
         out: the index folder, or the address of another store (:mod:`index.addresses`).
         encoder: backbone, views, seed and caching; ``encoder.skipped`` names the images that could not be read.
-        shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
+        shots: shots to draw per class by CoOp's sampling rule and the encoder's seed; ``None`` takes every item.
         templates: prompts for the text weights, with ``{}`` for the class name (needs a backbone).
-        text: a feature table of prompts instead, one or more a class; its classes, in its order, are the index's.
-        index: FAISS factory string, ``Classes`` or ``auto`` (:func:`keys.auto_for`), by default ``Flat``; of another
-            store one of its own types, by default ``auto``.
-        dtype: of the stored keys.
+        text: a feature table of prompts instead, one or more per class. The index takes its classes, in its order.
+        index: FAISS factory string, ``Classes`` or ``auto`` (:func:`keys.auto_for`), by default ``Flat``. Other stores
+            have types of their own; their default is ``auto``.
+        dtype: dtype of the stored keys.
         alpha: residual ratio.
         beta: sharpness.
-        normalize: units of alpha and beta (:func:`defaults.plain_settings`), by default the paper's if one of them is
-            given: the other is then 1.0 or 5.5. Else they follow from the shots' affinities (``both``).
+        normalize: units of alpha and beta (:func:`defaults.plain_settings`). If one of the two is given, the default is
+            the paper's units, and the other is 1.0 or 5.5. Otherwise both follow from the shots' affinities (``both``).
         fit: ``auto``: :func:`closed_form.fit`; ``none``: Tip-Adapter, the default if alpha, beta or normalize is given.
-        metric: ``none`` or ``within``, and
-        values: ``one-hot`` or ``solved``, if the fit is not to choose.
-        k: keys that a query uses by default, or ``all``; ``None`` follows ``index="auto"``, else it is all.
-        logit_scale: the backbone's own by default, 100 without one.
-        device: of the classifier that is returned, for which ``auto`` chooses an index.
+        metric: ``none`` or ``within``; ``None`` lets the fit choose.
+        values: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
+        k: number of keys per query, or ``all``; ``None`` follows ``index="auto"``, and is all keys for other types.
+        logit_scale: by default the backbone's own, 100 without a backbone.
+        device: device of the returned classifier; ``index="auto"`` chooses for it.
 
-    Raises InputError, UsageError and BackboneError, as their messages say, and StoreError if the place cannot be
-    written, or another process writes it; then nothing was changed.
+    Raises InputError, UsageError and BackboneError for wrong input, and StoreError if the place cannot be written or is
+    being written by another process. An error changes nothing.
     """
     check_choice("dtype", dtype, Dtype)
     scale = logit_scale if logit_scale is not None or encoder.backbone is None else encoder.backbone.logit_scale
@@ -103,7 +103,7 @@ def build_index(
 def _drawn(
     source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None, shots: int | None, seed: int
 ) -> tuple[Source, npt.NDArray[np.int64]]:
-    """The items that become keys, and their class ids ``[m]``."""
+    """Return the items that become keys, and their class ids ``[m]``."""
     source = source.known_as(class_names)
     ids = ids_in(source, class_names)
     _warn_of_layout(source, class_names, text)
@@ -122,38 +122,38 @@ def _asked(
 
 
 def _fits(fit: FitName | None, letters: Sequence[str | None], settings: Sequence[float | str | None]) -> bool:
-    """Whether a build fits. Raises UsageError for what does not go together."""
+    """Return whether to fit. Raises UsageError for options that exclude each other."""
     if fit is not None:
         check_choice("fit", fit, FitName)
     given, wanted = any(setting is not None for setting in settings), any(letter is not None for letter in letters)
     if given and (fit == "auto" or wanted):
-        raise UsageError("fit: finds alpha and beta itself; leave out alpha, beta and normalize, or the fit")
+        raise UsageError("fit: sets alpha and beta itself; remove alpha, beta and normalize, or give fit none")
     if fit == "none" and wanted:
-        raise UsageError("fit none: has neither metric nor values to choose")
+        raise UsageError("fit none: uses neither metric nor values; remove them, or give fit auto")
     return not given and fit != "none"
 
 
 def _warn_of_layout(source: Source, class_names: Sequence[str], text: str | os.PathLike[str] | None) -> None:
-    """Say what a source probably should not be: of one class, of one photograph here and there, or the text."""
+    """Warn of a single class, of classes with one shot, and of swapped shot and text tables."""
     counts = Counter(source.labels)
     if len(counts) == 1:
-        log.warning("%s: holds one class only, %s: every answer will be that", source.name, class_names[0])
+        log.warning("%s: only one class, %s; every answer will be that class", source.name, class_names[0])
     single = [name for name, number in counts.items() if number == 1]
     if single and len(single) < len(counts):
-        log.warning("%s: one photograph only of %s: nothing tells how well it is known", source.name, few(single))
+        log.warning("%s: only one photo of %s; its accuracy cannot be estimated", source.name, few(single))
     if text is not None and source.table is not None and len(single) == len(counts):
         rows = len(open_source(text))
         if rows > len(source):
-            log.warning("%s has a row a class, and --text %s rows: have they been swapped?", source.name, f"{rows:,}")
+            log.warning("%s: one row per class, but --text has %s rows; did you swap them?", source.name, f"{rows:,}")
 
 
 def _text(
     source: Source, encoder: Encoder, templates: Sequence[str] | None, text: str | os.PathLike[str] | None
 ) -> Words:
-    """The classes and their text weights: from a table, from prompts, or none."""
+    """Return the classes and their text weights, from a table, from prompts, or without text."""
     if text is not None:
         if templates:
-            raise UsageError("text and templates: give one of them; a text table already holds the prompts' features")
+            raise UsageError("text and templates: give only one; a text table holds features of its own prompts")
         class_names, weights = read_text_table(text, encoder.norms)
         theirs, ours = table_identity(Path(text)), identity_of(source, encoder)
         if theirs is not None and ours is not None:
@@ -165,19 +165,19 @@ def _text(
         return Words(source.class_names, weights, prompts, "templates")
     if templates:
         raise UsageError("templates: text weights from templates need a backbone; give --model")
-    if encoder.backbone is not None:  # an image encoder alone was asked for
+    if encoder.backbone is not None:  # without a text encoder
         return Words(source.class_names, None, [], None)
-    log.warning("no text weights (neither --text nor --model): the classes are told apart by the cache alone")
+    log.warning("no text weights (neither --text nor --model): only the shots tell the classes apart")
     return Words(source.class_names, None, [], None)
 
 
 def warn_of_spelling(place: Place, class_names: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Warn of ``new`` classes that are spelled almost as one before them is, and return these pairs."""
+    """Warn of ``new`` classes spelled almost like an earlier one, and return these pairs."""
     pairs = spelled_alike(class_names)
     alike = {name: pairs[name] for name in new if name in pairs}
     for name, known in itertools.islice(alike.items(), SHOWN):
         rename = shlex.join(["retrieval-tip", "index", "rename", str(place), name, known])
-        log.warning("%r is a new class beside %r; if they are one: %s", name, known, rename)
+        log.warning("%r is a new class, spelled almost like %r; to merge them: %s", name, known, rename)
     if len(alike) > SHOWN:
-        log.warning("%d more new classes are spelled almost as others are", len(alike) - SHOWN)
+        log.warning("%d more new classes are spelled almost like others", len(alike) - SHOWN)
     return alike

@@ -1,6 +1,6 @@
-"""Changes of an index: each function makes one new version of it, alone, or fails and changes nothing.
+"""Changes of an index. Each function writes one new version exclusively, or fails and changes nothing.
 
-What takes long, encoding above all, is done before other writers have to wait.
+Slow work, above all encoding, is done before other writers have to wait.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from retrieval_tip.store.query import rows_where
 Folder = str | os.PathLike[str]
 
 COMPARED = 1 << 18
-"""Keys that new features are compared with, at most, where what is known is only to be counted."""
+"""Upper bound for the keys that new features are compared with if duplicates are only counted."""
 
 
 @dataclass(frozen=True)
 class Changed:
-    """The ``version`` of the index that a change made, or found where there was nothing to do, and the keys of it."""
+    """Result of a change: the current ``version``, which is the old one if nothing was to be done, and its key ids."""
 
     version: int
     key_ids: list[int]
@@ -55,21 +55,21 @@ class Changed:
 
 @dataclass(frozen=True)
 class Renamed(Changed):
-    """The result of renaming: whether the class was ``merged`` into one that had the new name."""
+    """Result of renaming: whether the class was ``merged`` into an existing one."""
 
     merged: bool
 
 
 @dataclass(frozen=True)
 class Configured(Changed):
-    """The result of changing settings, and the ``summary`` of the fit if that took one."""
+    """Result of changing settings, with the ``summary`` of a fit if there was one."""
 
     summary: str | None
 
 
 @dataclass(frozen=True)
 class Collected:
-    """The ``versions`` that were deleted, the number of ``photos``, and the bytes that were ``freed``."""
+    """Deleted ``versions``, number of deleted ``photos``, and ``freed`` bytes."""
 
     versions: list[int]
     photos: int
@@ -78,9 +78,9 @@ class Collected:
 
 @dataclass(frozen=True)
 class Added(Changed):
-    """The result of adding: new ``classes``, how many images were ``known``, and new keys that are in two classes.
+    """Result of adding: new ``classes``, number of images already ``known``, and new keys that are in two classes.
 
-    ``alike`` maps a new class to the one beside it that differs only in case, ``_``, ``-`` or spaces, if there is one.
+    ``alike`` maps a new class to an earlier one that differs only in case, ``_``, ``-`` or spaces.
     """
 
     classes: list[str]
@@ -99,23 +99,23 @@ def add(
     skip_known: bool = False,
     manifest: Manifest | None = None,
 ) -> Added:
-    """Add the labelled images or features of a source; new classes come after those of the index, in its order.
+    """Add the labelled images or features of a source. New classes follow those of the index, in source order.
 
-    Labels are exact: another spelling is another class, with a warning (:attr:`Added.alike`). If the index has text,
-    new classes get their text weights from its templates by the encoder's backbone, or from ``text``. The cost depends
-    on what is added (:meth:`cache_model.KeyEdits.add`).
+    Labels are exact: another spelling makes another class, with a warning (:attr:`Added.alike`). If the index has text,
+    the text weights of new classes come from its templates and the encoder's backbone, or from ``text``. The cost
+    depends only on the size of the addition (:meth:`cache_model.KeyEdits.add`).
 
     Args:
         folder: the index.
         source: labelled images or features.
-        encoder: backbone, views and caching, as the index's; ``encoder.skipped`` names what could not be read.
+        encoder: backbone, views and caching, as for the index; ``encoder.skipped`` names unreadable images.
         text: a table of text features labelled by class, for the new classes.
-        shots: draw so many a class by the published rule with the encoder's seed; ``None`` takes every item.
-        skip_known: leave out what the index has under the same label: images by the digest of their bytes, features
-            without one by their values, as they are stored.
-        manifest: that of the current version, where it was read before.
+        shots: shots to draw per class by CoOp's sampling rule and the encoder's seed; ``None`` takes every item.
+        skip_known: skip items that the index has under the same label: images by the digest of their bytes, features
+            without a digest by their stored values.
+        manifest: the current version's manifest, if already read.
 
-    Raises InputError, UsageError, BackboneError as their messages say; StoreError as :func:`writer.write`.
+    Raises InputError, UsageError and BackboneError for wrong input; StoreError as :func:`writer.write`.
     """
     store = places.at(folder)
     manifest = manifest or store.manifest()
@@ -144,7 +144,7 @@ def add(
                 digests=added.digests,
                 extra=added.extra,
             )
-            found = change.duplicates_of(key_ids)  # an error here changes nothing yet
+            found = change.duplicates_of(key_ids)  # an error up to here changes nothing
         if len(rows) or classes:
             change.what = _said(f"add {counted(len(rows), 'key')}", classes)
     alike = warn_of_spelling(folder, cache.class_names, classes)
@@ -152,20 +152,18 @@ def add(
 
 
 def merge(folder: Place, other: Place) -> Added:
-    """Add the keys of another index of the same backbone; classes that are new bring their text weights.
+    """Add the keys of another index of the same backbone; new classes bring their text weights.
 
-    Keys get ids of this index, and keep their source, digest, views and further columns. Raises BackboneError where the
-    backbones differ, InputError where the other index has trained values, which are of no use among other keys, or has
-    no text where this one has; StoreError as :func:`writer.write`.
+    Keys get new ids, and keep their source, digest, views and extra columns. Raises BackboneError if the backbones
+    differ. Raises InputError if the other index has trained values, which mean nothing among other keys, or lacks text
+    that this one has. Raises StoreError as :func:`writer.write`.
     """
     target, source = places.at(folder), places.at(other)
     if target.resolved == source.resolved:
-        raise UsageError(f"{other}: is the index itself; its keys would be there twice")
+        raise UsageError(f"{other}: is the same index; give another one to merge")
     theirs = source.load(device="cpu", precision="float32").in_memory()
     if theirs.values is not None and theirs.fitted is None:
-        raise InputError(
-            f"{other}: has trained values, which are of no use among other keys; merge the index before them"
-        )
+        raise InputError(f"{other}: has trained values, which cannot be merged; merge its version before the training")
     ours = _backbone_of(target.manifest())
     if ours is not None and theirs.backbone is not None:
         same_backbone(theirs.backbone, ours, str(other))
@@ -183,17 +181,17 @@ def merge(folder: Place, other: Place) -> Added:
             digests=columns.digests,
             extra=columns.extra,
         )
-        found = change.duplicates_of(key_ids)  # an error here changes nothing yet
+        found = change.duplicates_of(key_ids)  # an error up to here changes nothing
         change.what = _said(f"merge {show(str(source))}: {counted(len(key_ids), 'key')}", classes)
     return Added(_version(cache), key_ids, classes, 0, found, warn_of_spelling(folder, cache.class_names, classes))
 
 
 def remove(folder: Place, *, where: str | None = None, key_ids: Sequence[int] | None = None) -> Changed:
-    """Remove keys, chosen by a condition in SQL over the label store or by their ids; classes stay.
+    """Remove keys chosen by an SQL condition over the label store or by their ids; classes stay.
 
-    Their bytes leave the folder with the last version that has them: see :func:`writer.collect`. A store that only
-    marks rows as removed needs :func:`rebuild` before. Raises UsageError unless exactly one of ``where``
-    and ``key_ids`` is given and can work; InputError if no key matches, or as :meth:`cache_model.KeyEdits.remove`.
+    Their bytes leave the folder with the last version that has them (:func:`writer.collect`). In a store that only
+    marks rows as removed, :func:`rebuild` first. Raises UsageError unless exactly one of ``where`` and ``key_ids`` is
+    given and valid. Raises InputError if no key matches, or as :meth:`cache_model.KeyEdits.remove`.
     """
     with places.at(folder).change() as change:
         chosen = _chosen(change.cache, where, key_ids)
@@ -212,15 +210,15 @@ def relabel(
     where: str | None = None,
     key_ids: Sequence[int] | None = None,
 ) -> Changed:
-    """Give keys to other classes of the index: keys chosen as for :func:`remove` to one, or a label to each key id.
+    """Move keys to other classes of the index: chosen keys (see :func:`remove`) to one label, or a label per key id.
 
-    Returns those that had another label. Raises UsageError where a mapping comes with ``where`` or ``key_ids``,
-    InputError for an unknown key id or label, else as :func:`remove`.
+    Returns the keys that changed. Raises UsageError if a mapping comes with ``where`` or ``key_ids``, InputError for an
+    unknown key id or label, otherwise as :func:`remove`.
     """
     with places.at(folder).change() as change:
         cache = change.cache
         if not isinstance(label, str) and (where is not None or key_ids is not None):
-            raise UsageError("label: names its keys already; leave where and key_ids out")
+            raise UsageError("label: a mapping already names its keys; remove where and key_ids")
         for name in [label] if isinstance(label, str) else dict.fromkeys(label.values()):
             _check_class(cache, name)
         if isinstance(label, str):
@@ -234,12 +232,12 @@ def relabel(
 def apply_audit(folder: Place, file: Folder) -> Changed:
     """Relabel shots as a table of :func:`audit.audit` suggests, all in one new version.
 
-    ``file`` is CSV, JSON lines or Parquet, as ``index audit --output`` writes it, possibly edited. Three columns count:
-    ``key_id``, ``label``, which must still be the key's label, and ``suggested``, its new one. Rows that suggest
-    nothing, or the same label, are skipped.
+    ``file`` is CSV, JSON lines or Parquet, as ``index audit --output`` writes it, possibly edited. It needs the columns
+    ``key_id``, ``label``, which must still be the key's label, and ``suggested``, the new label. Rows whose suggestion
+    is empty or the same label are skipped.
 
-    Raises InputError, and changes nothing, for a file that cannot be read, a key that is unknown, occurs twice or has
-    another label by now, and a suggestion that is not a class of the index.
+    Raises InputError and changes nothing for an unreadable file, a key that is unknown, repeated or relabelled since,
+    and a suggestion that is not a class of the index.
     """
     name, place = show(file), places.at(folder)
     table = read_columns(Path(file), ("key_id", "label", "suggested"), place.manifest().n)
@@ -249,7 +247,7 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
     suggested = texts(table["suggested"], name, "suggested", needed=False).to_pylist()
     old = dict(zip(ids, labels.to_pylist(), strict=True))
     if len(old) < len(ids):
-        raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} occurs twice; keep one row")
+        raise InputError(f"{name}: key {Counter(ids).most_common(1)[0][0]} is repeated; keep one row")
     wanted = {key_id: new for key_id, new in zip(ids, suggested, strict=True) if new not in (None, old[key_id])}
     with place.change() as change:
         now = _labels_of(change.cache, list(wanted))
@@ -264,22 +262,20 @@ def apply_audit(folder: Place, file: Folder) -> Changed:
 
 
 def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) -> Renamed:
-    """Give a class another name, or merge it into the class that has that name; returns the ids of its keys.
+    """Rename a class, or merge it into the class that already has the new name; returns the ids of its keys.
 
-    The text weight stays: of the class itself, or of the class that it is merged into. If a ``backbone`` is given, it
-    becomes that of the new name in the index's templates.
+    The text weight stays that of the class, or of the class it is merged into. With a ``backbone``, the new name is
+    encoded with the index's templates instead.
 
-    Raises InputError if there is no class ``old``, or ``new`` cannot be a name; UsageError for a backbone
-    without a text encoder, or where the index has no templates; BackboneError where that is not the index's.
+    Raises InputError if there is no class ``old``, or ``new`` cannot be a name. Raises UsageError for a backbone
+    without a text encoder, or an index without templates; BackboneError for another backbone than the index's.
     """
     weights = None
     if backbone is not None:
         manifest = places.at(folder).manifest()
         check_backbone(_backbone_of(manifest), manifest.d, backbone, [])
         if not manifest.templates:
-            raise UsageError(
-                f"{folder}: its text weights are of no templates, so none is encoded; leave the backbone out"
-            )
+            raise UsageError(f"{folder}: its text weights did not come from templates; rename without a backbone")
         weights = text_weights(backbone, [new], manifest.templates)[0]
     with places.at(folder).change() as change:
         cache = change.cache
@@ -293,7 +289,7 @@ def rename(folder: Place, old: str, new: str, backbone: Backbone | None = None) 
             text[cache.class_names.index(new)] = weights
             cache.set_text(text, cache.templates)
         change.what = f"merge {old} into {new}" if merged else f"rename {old} to {new}"
-        change.what += ", with words of its own" if weights is not None else ""
+        change.what += ", with a new text weight" if weights is not None else ""
     return Renamed(_version(cache), sorted(key_ids), merged)
 
 
@@ -309,16 +305,16 @@ def configure(
     templates: Sequence[str] = (),
     backbone: Backbone | None = None,
 ) -> Configured:
-    """Change settings of an index; what is ``None`` stays. Templates make new text weights, by the ``backbone``.
+    """Change settings of an index; ``None`` keeps a setting. Templates and a ``backbone`` make new text weights.
 
-    Another beta of a fitted index fits again what depends on it (:meth:`Change.refit`): solved values, alpha,
-    temperature and what is unlike any shot; a given alpha or temperature counts after that.
+    In a fitted index another beta refits the parts that depend on it (:meth:`Change.refit`): solved values, alpha,
+    temperature and the ``unlike`` threshold. A given alpha or temperature is set after that.
 
-    With ``normalize``, alpha and beta are in units of the shots that there are now, and where they are left out, the
-    defaults that a new build takes (:func:`defaults.plain_settings`).
+    With ``normalize``, alpha and beta are in units of the current shots; omitted ones get the defaults of a new build
+    (:func:`defaults.plain_settings`).
 
-    Raises UsageError where nothing is given, a setting cannot work, or templates come without a backbone; BackboneError
-    where that is not the index's.
+    Raises UsageError if nothing is given, a setting is invalid, or templates come without a backbone; BackboneError for
+    another backbone than the index's.
     """
     if not templates and all(value is None for value in (alpha, beta, k, tail, temperature, normalize)):
         raise UsageError("nothing to set: give alpha, beta, k, tail, temperature, normalize or templates")
@@ -346,7 +342,7 @@ def configure(
         )
         if prompts:
             if weights.keys() != set(cache.class_names):
-                raise StoreError(f"{folder}: got other classes meanwhile; try again")
+                raise StoreError(f"{folder}: its classes changed meanwhile; try again")
             cache.set_text(np.stack([weights[name] for name in cache.class_names]), prompts)
         given = {"alpha": own_alpha, "beta": own_beta, "k": k, "tail": tail, "temperature": temperature}
         given = {name: value for name, value in given.items() if value is not None}
@@ -361,9 +357,9 @@ def configure(
 
 
 def compact(folder: Place) -> Changed:
-    """Make all keys one segment, indexed as the first one is; nothing is done where they are one.
+    """Merge all keys into one segment, indexed as the first one; does nothing if there is only one.
 
-    Answers are as of a new build of the same keys. Raises StoreError as :func:`writer.write`.
+    Answers are those of a new build from the same keys. Raises StoreError as :func:`writer.write`.
     """
     with places.at(folder).change() as change:
         segments = change.cache.segments
@@ -374,10 +370,10 @@ def compact(folder: Place) -> Changed:
 
 
 def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = None) -> Changed:
-    """Build the index anew from the keys, as another type (``index``) or from keys of another ``dtype``.
+    """Build the index again from its keys, with another ``index`` type or ``dtype``.
 
-    Another store than a folder writes every row anew, without what was removed.
-    Raises UsageError for a type or dtype that cannot work, InputError where keys are too large for it.
+    A store other than a folder writes every row again, without removed ones. Raises UsageError for an invalid type or
+    dtype, InputError if keys overflow the dtype.
     """
     if dtype is not None:
         check_choice("dtype", dtype, Dtype)
@@ -388,18 +384,18 @@ def rebuild(folder: Place, *, index: str | None = None, dtype: Dtype | None = No
 
 
 def rollback(folder: Place, version: int | None = None) -> Changed:
-    """Make an earlier version, by default the one before, the content of a new one; history goes on in one line.
+    """Copy an earlier version, by default the parent, into a new version, so that history stays linear.
 
-    Key ids that were given since are not given again. Raises StoreError where that version is not there or damaged.
+    Key ids assigned since are not reused. Raises StoreError if that version is missing or damaged.
     """
     return Changed(places.at(folder).rollback(version), [])
 
 
 def gc(folder: Place, keep: int = 1) -> Collected:
-    """Delete all versions but the last ``keep``, and the files and photos that only they have.
+    """Delete all versions except the last ``keep``, with the files and photos that only they use.
 
-    Photos are those that were added over HTTP (:func:`photos.remove_unused`). Raises StoreError as
-    :func:`writer.write`, UsageError where ``keep`` is below 1.
+    Photos are those added over HTTP (:func:`photos.remove_unused`). Raises StoreError as :func:`writer.write`,
+    UsageError if ``keep`` is below 1.
     """
     store = places.at(folder)
     versions, freed = store.collect(keep)
@@ -408,20 +404,20 @@ def gc(folder: Place, keep: int = 1) -> Collected:
 
 
 def clone(folder: Place, out: Place, version: int | None = None) -> Changed:
-    """Copy the current, or an earlier, version of an index to a new place, checked on the way.
+    """Copy the current or an earlier version of an index to a new place, and verify it on the way.
 
-    From one kind of store to another, keys, labels, settings and what was fitted are the same; the index over the keys
-    is that of a new build: ``Flat`` in a folder, ``auto`` elsewhere.
+    Between kinds of store, keys, labels, settings and fit stay the same; the index over the keys is that of a new
+    build: ``Flat`` in a folder, ``auto`` elsewhere.
 
-    Raises StoreError where there is an index in ``out`` already, InputError as :meth:`Store.copy_from`.
+    Raises StoreError if ``out`` already holds an index, InputError as :meth:`Store.copy_from`.
     """
     source, target = places.at(folder), places.at(out)
     if target.exists():
-        raise StoreError(f"{out}: holds an index already; give another folder")
+        raise StoreError(f"{out}: already holds an index; give another folder")
     if target.local is not None and Path(target.resolved).is_relative_to(source.resolved):
-        raise StoreError(f"{out}: lies in the index itself; give a folder outside of it")
+        raise StoreError(f"{out}: is inside the index; give a folder outside it")
     manifest = source.manifest(version)
-    source.check(manifest)  # else damage would get digests that fit it
+    source.check(manifest)  # or damage would get valid digests
     cache = source.load(device="cpu", version=manifest.version, verify="fast")
     what = f"clone version {cache.version} of {show(str(source))}"
     return Changed(target.copy_from(cache, what), [])
@@ -441,8 +437,8 @@ def import_index(
 ) -> AnsweringIndex:
     """Build an index from a cache that Tip-Adapter's code wrote (:func:`imports.import_table`).
 
-    ``source`` and ``classes`` are that function's; ``norms`` as for :class:`encoder.Encoder`, the others as for
-    :func:`build.build_index`. Classes are in the order of ``text``, else in alphabetical order. Raises as these two.
+    ``source`` and ``classes`` are that function's; ``norms`` is :class:`encoder.Encoder`'s, the others are
+    :func:`build.build_index`'s. Classes are in the order of ``text``, or else alphabetical. Raises as these functions.
     """
     with tempfile.TemporaryDirectory(prefix="retrieval-tip-") as folder:
         table = Path(folder) / "keys.parquet"
@@ -470,7 +466,7 @@ def _backbone_of(manifest: Manifest) -> Identity | None:
 def _weights_of(
     class_names: Sequence[str], manifest: Manifest, encoder: Encoder, text: Folder | None
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Text weights of the classes that the index does not have, as far as there is something to make them from."""
+    """Return the text weights of new classes, if ``text`` or templates and a backbone can provide them."""
     known = set(manifest.class_names)
     new = [name for name in class_names if name not in known]
     if not new:
@@ -481,7 +477,9 @@ def _weights_of(
         if theirs is not None and manifest.backbone is not None:
             same_backbone(theirs, Identity.from_dict(manifest.backbone), str(text))
         if weights.shape[1] != manifest.d:
-            raise InputError(f"{text}: text features of {weights.shape[1]} values, the index has {manifest.d}")
+            raise InputError(
+                f"{text}: features have {weights.shape[1]} values, the index {manifest.d}; use its backbone"
+            )
         return {name: row for name, row in zip(names, weights, strict=True) if name in new}
     if encoder.backbone is None or not manifest.templates:
         return {}
@@ -489,7 +487,7 @@ def _weights_of(
 
 
 def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, npt.NDArray[np.float32]]) -> list[str]:
-    """Add the classes that the index does not have, in order, with their text weights where it has text."""
+    """Add the classes that the index lacks, in order, with their text weights if it has text."""
     new = _needed(names, cache.class_names, weights, cache.has_text)
     if new:
         cache.add_classes(new, np.stack([weights[name] for name in new]) if cache.has_text else None)
@@ -499,16 +497,16 @@ def _add_classes(cache: EditableIndex, names: Sequence[str], weights: dict[str, 
 def _needed(
     names: Sequence[str], present: Sequence[str], weights: Mapping[str, npt.NDArray[np.float32]], has_text: bool
 ) -> list[str]:
-    """The classes that the index does not have, in order. Raises InputError where one lacks a text weight."""
+    """Return the classes that the index lacks, in order. Raises InputError if one has no text weight."""
     known = set(present)
     new = [name for name in names if name not in known]
     missing = [name for name in new if name not in weights] if has_text else []
     if missing:
         alike = spelled_alike([*present, missing[0]])
         raise InputError(
-            f"class {missing[0]!r}: is new and needs a text weight, as every class of this index has one; give its "
-            "text features (text) or, where the index has templates, the encoder (model)"
-            + (f"; or label it {alike[missing[0]]!r}, if that is the same class" if missing[0] in alike else "")
+            f"class {missing[0]!r}: is new and needs a text weight, like every class of this index; give its text "
+            "features (text) or, if the index has templates, the encoder (model)"
+            + (f"; if it is the same class as {alike[missing[0]]!r}, use that label" if missing[0] in alike else "")
         )
     return new
 
@@ -520,10 +518,10 @@ def _known(
     features: npt.NDArray[np.float32],
     most: int | None,
 ) -> npt.NDArray[np.bool_]:
-    """Which of some images ``[m]`` the index has under the same label.
+    """Return which of some images ``[m]`` the index has under the same label.
 
-    Where there is no digest, it is a key of the class that has the same ``features`` ``[m, d]``; these are not looked
-    for where the classes have more than ``most`` keys.
+    Images without a digest are compared by their ``features`` ``[m, d]``, unless their classes have more than ``most``
+    keys.
     """
     by_digest = cache.known([digest or None for digest in digests])
     known = np.array([pair in by_digest for pair in zip(digests, labels.tolist(), strict=True)], dtype=bool)
@@ -533,13 +531,13 @@ def _known(
     classes = np.unique(ids[bare])
     if not len(bare) or (most is not None and sum(np.array(cache.counts)[classes].tolist()) > most):
         return known
-    with np.errstate(over="ignore"):  # what is too large is refused where it is added
-        rows = features[bare].astype(cache.dtype) + np.zeros((), cache.dtype)  # and 0 is not -0
+    with np.errstate(over="ignore"):  # adding refuses overflow
+        rows = features[bare].astype(cache.dtype) + np.zeros((), cache.dtype)  # turns -0 into 0
     wanted = {(class_id, row.tobytes()): False for class_id, row in zip(ids[bare].tolist(), rows, strict=True)}
     first = np.unique(rows[:, 0])
     for class_ids, keys in cache.of_classes(classes):
         near = np.searchsorted(first, keys[:, 0]).clip(max=len(first) - 1)
-        alike = np.flatnonzero(first[near] == keys[:, 0])  # few, so that no more are looked at one by one
+        alike = np.flatnonzero(first[near] == keys[:, 0])  # few keys are left to compare one by one
         for class_id, key in zip(class_ids[alike].tolist(), keys[alike] + np.zeros((), cache.dtype), strict=True):
             if (class_id, key.tobytes()) in wanted:
                 wanted[class_id, key.tobytes()] = True
@@ -548,9 +546,9 @@ def _known(
 
 
 def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | None) -> list[int]:
-    """Return the ids of the chosen keys. Raises InputError if an id is not there, or no key matches."""
+    """Return the ids of the chosen keys. Raises InputError for an unknown id, or if no key matches."""
     if (where is None) == (key_ids is None):
-        raise UsageError("which keys: give a condition (--where) or ids (--key-ids), one of them")
+        raise UsageError("which keys: give either a condition (--where) or ids (--key-ids)")
     if where is None:
         chosen = list(dict.fromkeys(key_ids or []))
         if missing := sorted(set(chosen).difference(_labels_of(cache, chosen))):
@@ -565,22 +563,22 @@ def _chosen(cache: AnsweringIndex, where: str | None, key_ids: Sequence[int] | N
 
 
 def _labels_of(cache: AnsweringIndex, key_ids: Sequence[int]) -> dict[int, str]:
-    """Return the labels of those of some keys that the index has."""
+    """Return the labels of the given keys that the index has."""
     possible = [key_id for key_id in key_ids if -(2**63) <= key_id < 2**63]
     rows = cache.find(key_ids=possible) if possible else cache.labels.slice(0, 0)
     return dict(zip(rows["key_id"].to_pylist(), rows["label"].to_pylist(), strict=True))
 
 
 def _check_class(cache: AnsweringIndex, label: str, where: str = "") -> None:
-    """Raise InputError where the index has no class of this name; ``where`` says which file named it."""
+    """Raise InputError if the index has no such class; ``where`` is the prefix of the message."""
     if label not in cache.class_names:
         raise InputError(
-            f"{where}{label!r} is not a class of this index ({few(cache.class_names)}); index add makes new classes"
+            f"{where}{label!r} is not a class of this index ({few(cache.class_names)}); add new classes with index add"
         )
 
 
 def _relabel(change: Change, wanted: Mapping[int, str], now: Mapping[int, str]) -> list[int]:
-    """Give keys their ``wanted`` labels where they differ from those of ``now``; return the ids that moved."""
+    """Give keys their ``wanted`` labels if these differ from ``now``; return the changed ids."""
     moved = {key_id: label for key_id, label in wanted.items() if label != now[key_id]}
     if moved:
         change.cache.relabel(list(moved), list(moved.values()))

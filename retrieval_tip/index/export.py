@@ -1,4 +1,4 @@
-"""Feature tables of an index: its keys, or its text weights."""
+"""Write the keys or the text weights of an index as a feature table."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 
 
 def export_table(cache: CacheModel, out: Path) -> int:
-    """Write the keys of an index as a feature table, in the order of the index; returns the number of rows.
+    """Write the keys of an index as a feature table, in the order of the index, and return the number of rows.
 
-    ``id`` (the key's source), ``label``, ``feature`` ``[d]`` of the keys' dtype, as they are, then ``key_id``,
-    ``shot``, ``views``, ``digest``, ``added_at`` and the further columns of the label store; the backbone's identity in
-    the metadata. Trained values and a tuned encoder have no place in a table: a warning says so.
+    Columns: ``id`` (the key's source), ``label``, ``feature`` ``[d]`` in the dtype of the keys, ``key_id``, ``shot``,
+    ``views``, ``digest``, ``added_at`` and extra columns of the label store. The metadata names the backbone. A table
+    cannot hold trained values or a tuned encoder; a warning says so.
 
-    Raises InputError where ``out`` cannot be written; then nothing is left of it.
+    Raises InputError and leaves no file if ``out`` cannot be written.
     """
     _outside(cache, out)
-    trained = cache.values if cache.fitted is None else None  # solved ones are fitted anew
+    trained = cache.values if cache.fitted is None else None  # solved values can be fitted again
     for part, what in ((trained, "trained values"), (cache.tuned, "the fine-tuned encoder")):
         if part is not None:
-            log.warning("%s: %s of the index cannot be in a table; what is built from it lacks them", show(out), what)
+            log.warning("%s: a table cannot hold %s; an index built from it will lack them", show(out), what)
     table = cache.labels
     own = {"class_id", "label", "source", "id", FEATURE}
     further = [table.schema.field(name).remove_metadata() for name in table.column_names if name not in own]
@@ -55,14 +55,14 @@ def export_table(cache: CacheModel, out: Path) -> int:
 
 
 def export_text(cache: CacheModel, out: Path) -> int:
-    """Write the text weights ``[c, d]`` of an index as a table of text features, a row a class, as ``--text`` takes it.
+    """Write the text weights ``[c, d]`` of an index as a feature table for ``--text``, one row per class.
 
-    Returns the number of classes. Raises UsageError where the index has no text weights, InputError where some class
-    has none, or ``out`` cannot be written; then nothing is left of it.
+    Returns the number of classes. Raises UsageError if the index has no text weights. Raises InputError and leaves no
+    file if a class has no text weight or ``out`` cannot be written.
     """
     _outside(cache, out)
     if not cache.has_text:
-        raise UsageError("text: the index has no text weights to export; its keys alone are all there is")
+        raise UsageError("text: this index has no text weights; export its keys instead")
     weights = cache.text_weights.cpu().numpy()
     bare = np.flatnonzero(~weights.any(axis=1))
     if bare.size:
@@ -74,6 +74,6 @@ def export_text(cache: CacheModel, out: Path) -> int:
 
 
 def _outside(cache: CacheModel, out: Path) -> None:
-    """Raise UsageError where a table would be written into the index itself."""
+    """Raise UsageError if ``out`` is inside the index folder."""
     if cache.folder is not None and real(out).is_relative_to(real(cache.folder)):
-        raise UsageError(f"{show(out)}: lies in the index itself; give a place outside of it")
+        raise UsageError(f"{show(out)}: is inside the index; give a path outside it")

@@ -1,4 +1,4 @@
-"""Fit an index to its shots as a new version, wherever it lies."""
+"""Fit an index to its shots as a new version, in any store."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def fit_index(
 
     Args:
         folder: the index.
-        metric: ``none`` or ``within``, where it is not to be chosen.
-        values: ``one-hot`` or ``solved``, where they are not to be chosen.
-        validation: labelled images or features to judge by, in place of the shots; they need an ``encoder``.
-        encoder: backbone and caching, as the index's.
+        metric: ``none`` or ``within``; ``None`` lets the fit choose.
+        values: ``one-hot`` or ``solved``; ``None`` lets the fit choose.
+        validation: labelled images or features to choose by, instead of the held-out shots; they need an ``encoder``.
+        encoder: backbone and caching, as for the index.
 
-    Raises as :func:`closed_form.fit`, and StoreError as :meth:`Store.load` and :meth:`Store.change`; then nothing was
-    changed.
+    Raises as :func:`closed_form.fit`, and StoreError as :meth:`Store.load` and :meth:`Store.change`. An error changes
+    nothing.
     """
     queries: Callable[[AnsweringIndex], Queries] | None = None
     if validation is not None and encoder is not None:

@@ -1,4 +1,4 @@
-"""An index folder as a store makes and changes it: built from a source, edited, fitted."""
+"""Build, edit and fit an index in a folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from retrieval_tip.settings import Dtype, MetricName, ValuesName
 from retrieval_tip.store.writer import Writer, write
 
 PAIRS = 1 << 26
-"""Largest number of affinities that an addition is checked with: half a second on two cores."""
+"""Upper bound for the affinities computed to check an addition: half a second on two cores."""
 EFFORT = 16
-"""Lists to probe for nearly identical keys, which lie in the nearest one or beside it."""
+"""Lists probed for nearly identical keys: these are in the nearest list or next to it."""
 
 
 class FolderChange(Change):
-    """A :class:`CacheModel` that is to become the next version of its folder."""
+    """A :class:`CacheModel` that becomes the next version of its folder."""
 
     def __init__(self, cache: CacheModel) -> None:
         self._cache = cache
@@ -53,14 +53,14 @@ class FolderChange(Change):
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
         cache = self._cache
         fresh = np.flatnonzero(np.isin(cache.labels["key_id"].to_numpy(), key_ids))
-        # Other indexes compare with very many keys.
+        # Exact and class-wise indexes compare with very many keys.
         cheap = not (cache.metric or cache.index.by_class or cache.index.exact_search)
         with cache.index.limited(EFFORT):
             return duplicates(cache.keys, cache.labels, fresh, budget=PAIRS, search=cache.nearest if cheap else None)
 
 
 def create(folder: Path, made: Material) -> CacheModel:
-    """Build the next version of a folder: keys sorted by class in a file, then the index over them or their points."""
+    """Build the next version of a folder: keys sorted by class in a file, and the index over them or their points."""
     names, weights, templates, _ = made.words
     asked = made.index or "Flat"
     order = np.argsort(made.ids, kind="stable")  # keys are grouped by class: row r of the index is item order[r]
@@ -70,8 +70,8 @@ def create(folder: Path, made: Material) -> CacheModel:
         ids, d, c = made.ids[order], keys.shape[1], len(names)
         if weights is not None and weights.shape[1] != d:
             raise InputError(
-                f"{made.source.name}: features of {d} values, but text weights of {weights.shape[1]}; "
-                "they have to come from the same backbone"
+                f"{made.source.name}: features have {d} values, text weights {weights.shape[1]}; "
+                "use the same backbone for both"
             )
         made.warn_of_bare(np.bincount(ids, minlength=c))
         statistics = measure(keys, ids)
@@ -116,7 +116,7 @@ def fit(
 def _write_keys(
     writer: Writer, made: Material, order: npt.NDArray[np.int64]
 ) -> tuple[KeyArray, npt.NDArray[np.int64], list[str | None]]:
-    """Stream features into the keys' file; the keys, which of ``order`` they are, and their images' digests."""
+    """Stream features into the keys' file. Returns the keys, their places in ``order``, and image digests."""
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     blocks = made.blocks()
@@ -132,7 +132,7 @@ def _write_keys(
         for row, digest in zip(rows.tolist(), block.digests, strict=True):
             digests[row] = digest
     kept = np.flatnonzero(present)
-    if len(kept) < len(order):  # images that could not be read leave no hole
+    if len(kept) < len(order):  # close the gaps of unreadable images
         whole, old = writer.stage_array("keys", (len(kept), shape[1]), made.dtype)
         for start in range(0, len(kept), KEY_BLOCK):
             old[start : start + KEY_BLOCK] = array[kept[start : start + KEY_BLOCK]]

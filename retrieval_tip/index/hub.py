@@ -1,4 +1,4 @@
-"""An index on the Hugging Face hub: downloaded, and uploaded with a card that says what it is."""
+"""Download an index from the Hugging Face hub, or upload one with a model card."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ tags: [few-shot, retrieval, tip-adapter]
 ---
 # {name}
 
-An index of {n} photographs of {c} classes ({few}) for few-shot image classification as retrieval, made with
+An index of {n} photos in {c} classes ({few}) for few-shot image classification as retrieval, made with
 [retrieval-tip](https://pypi.org/project/retrieval-tip/) and the backbone `{backbone}`. It holds features, labels and
-the paths of its photographs, not the photographs.
+the paths of the photos, but not the photos.
 
 ```python
 from retrieval_tip import Classifier
 
 clf = Classifier.from_hub("{name}")
-clf.predict("photograph.jpg")
+clf.predict("photo.jpg")
 ```
 {figures}"""
 
 
 def download(repository: str, folder: str | os.PathLike[str] | None = None) -> Path:
-    """Download the index at ``ORG/NAME`` of the hub into a folder, by default ``indexes/NAME``, and return the folder.
+    """Download the index ``ORG/NAME`` from the hub into a folder, by default ``indexes/NAME``; return the folder.
 
     Raises InputError if the download fails.
     """
@@ -41,13 +41,13 @@ def download(repository: str, folder: str | os.PathLike[str] | None = None) -> P
     place = Path("indexes", repository.rpartition("/")[2]) if folder is None else Path(folder)
     try:
         snapshot_download(repository, local_dir=place)
-    except Exception as error:  # the hub, httpx and the disk each raise their own
-        raise InputError(f"{repository}: cannot be fetched: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # hub, httpx and disk raise many types
+        raise InputError(f"{repository}: download failed: {str(error).splitlines()[0]}") from error
     return place
 
 
 def upload(place: str, repository: str, card: str, private: bool = False, token: str | None = None) -> str:
-    """Upload the current version of an index to ``ORG/NAME`` of the hub with its ``card``, and return the address.
+    """Upload the current version of an index and its ``card`` to ``ORG/NAME`` on the hub; return the address.
 
     Raises InputError if the hub refuses, and as :func:`changes.clone`.
     """
@@ -61,17 +61,17 @@ def upload(place: str, repository: str, card: str, private: bool = False, token:
             hub.create_repo(repository, private=private, exist_ok=True)
             hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=repository)
             done = hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["lock", ".*"])
-        except Exception as error:  # the hub and httpx each raise their own
+        except Exception as error:  # hub and httpx raise many types
             raise InputError(f"{repository}: upload refused: {str(error).splitlines()[0]}") from error
     return str(done)
 
 
 def card(index: AnsweringIndex, name: str, figures: Mapping[str, object] | None = None) -> str:
-    """Return the card of an index in Markdown, with the figures of an evaluation if there is one."""
+    """Return the model card of an index in Markdown, with the figures of an evaluation if given."""
     judged = ""
     if figures is not None:
         rows = "".join(f"| {figure} | {value:.4g} |\n" for figure, value in figures.items() if isinstance(value, float))
-        judged = f"\n## Judged by {figures['n']} other photographs\n\n| figure | |\n|---|---|\n{rows}"
+        judged = f"\n## Evaluated on {figures['n']} other photos\n\n| figure | |\n|---|---|\n{rows}"
     names = index.class_names
     few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
     return CARD.format(name=name, n=index.n, c=len(names), few=few, backbone=index.backbone, figures=judged)

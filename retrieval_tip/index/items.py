@@ -1,4 +1,4 @@
-"""What an index is built from: a labelled source, its classes and text weights, and what was asked for."""
+"""Inputs of a build: a labelled source, its classes and text weights, and the requested settings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ItemColumns:
-    """Columns that a source has of its items, for the label store: sources, digests, and further ones."""
+    """Columns of a source's items for the label store: sources, digests, and extra columns."""
 
     sources: pa.ChunkedArray
     digests: list[str | None]
@@ -38,7 +38,7 @@ class ItemColumns:
 
     @classmethod
     def of(cls, items: pa.Table, digests: Sequence[str | None]) -> ItemColumns:
-        """Return the columns of a table of items; its own digests go before those of the images that were read."""
+        """Return the columns of a table of items. Its own ``digest`` column overrides ``digests``."""
         if "digest" in items.column_names and pa.types.is_string(items["digest"].type):
             digests = items["digest"].to_pylist()
         extra = items.select([c for c in items.column_names if c not in (*LABEL_SCHEMA.names, "id")])
@@ -51,7 +51,7 @@ class ItemColumns:
 
 
 class Words(NamedTuple):
-    """The classes in order, their text weights ``[c, d]``, the templates of the prompts, and where this comes from."""
+    """Classes in order, their text weights ``[c, d]``, the prompt templates, and the origin of the weights."""
 
     class_names: Sequence[str]
     weights: npt.NDArray[np.float32] | None
@@ -61,7 +61,7 @@ class Words(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """Settings as they were asked for: ``alpha`` and ``beta`` in units of ``form``, or neither."""
+    """Requested settings: ``alpha`` and ``beta`` in units of ``form``; ``None`` for the defaults."""
 
     settings: Settings
     alpha: float | None
@@ -70,13 +70,13 @@ class Asked:
     keeps_k: bool
 
     def plain(self, statistics: Statistics | None, met: int | None) -> Settings:
-        """The settings, with alpha and beta in plain units, and ``met`` keys where nothing was said of these."""
+        """Return the settings with alpha and beta in plain units, and ``met`` as k unless k was given."""
         alpha, beta = plain_settings(self.alpha, self.beta, self.form, statistics)
         return self.settings.override(alpha=alpha, beta=beta, k=None if self.keeps_k else met)
 
 
 class Fit(NamedTuple):
-    """A fit to the shots: its ``metric`` and ``values``, where these are not to be chosen."""
+    """A requested fit: its ``metric`` and ``values``, each ``None`` to let the fit choose."""
 
     metric: MetricName | None
     values: ValuesName | None
@@ -84,10 +84,10 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Material:
-    """Inputs of a build, the same for every store: items and their class ids ``[m]``, classes, and what was asked.
+    """Inputs of a build, the same for every store: items, their class ids ``[m]``, classes and settings.
 
-    ``index`` is the type of the index, ``dtype`` that of the stored keys; ``fit`` is ``None`` for plain Tip-Adapter.
-    ``device`` is that of the classifier that is returned.
+    ``index`` is the index type and ``dtype`` that of the stored keys. ``fit`` is ``None`` for plain Tip-Adapter, and
+    ``device`` holds the returned classifier.
     """
 
     source: Source
@@ -103,31 +103,29 @@ class Material:
 
     @property
     def built(self) -> Built:
-        """The way it is built, for the manifest."""
+        """Build parameters for the manifest."""
         drawn = self.shots is not None or self.encoder.views > 1
         return Built(self.source.name, self.shots, self.encoder.seed if drawn else 1, self.encoder.views)
 
     @property
     def views(self) -> int:
-        """Views that a key is the mean of."""
+        """Number of views averaged into a key."""
         return self.encoder.views if self.source.table is None else 1
 
     @property
     def backbone(self) -> Identity | None:
-        """The backbone of the features."""
+        """Backbone of the features."""
         return identity_of(self.source, self.encoder)
 
     def blocks(self) -> Iterator[FeatureBlock]:
-        """Read the items, a block at a time. Raises InputError for features too large for the dtype."""
+        """Read the items block by block. Raises InputError if a feature overflows the dtype."""
         for block in self.encoder.blocks(self.source):
             if np.abs(block.features).max() > np.finfo(self.dtype).max:
-                raise InputError(
-                    f"{self.source.name}: features hold values too large for {self.dtype}; use --dtype float32"
-                )
+                raise InputError(f"{self.source.name}: feature values overflow {self.dtype}; use --dtype float32")
             yield block
 
     def labels(self, rows: npt.NDArray[np.int64], digests: Sequence[str | None]) -> pa.Table:
-        """Return the label store of some items, in this order, whose images have these digests."""
+        """Return the label store of some items, in this order, with the digests of their images."""
         columns = ItemColumns.of(self.source.items.take(pa.array(rows)), digests)
         return label_table(
             self.words.class_names,
@@ -140,7 +138,7 @@ class Material:
         )
 
     def described(self, statistics: Statistics | None) -> dict[str, object]:
-        """The provenance, with what is known when all items are read."""
+        """Return the provenance, which is complete once all items are read."""
         views, asked = self.encoder.views, self.asked
         return {
             "source": self.source.name,
@@ -156,13 +154,13 @@ class Material:
         }
 
     def warn_of_bare(self, counts: npt.NDArray[np.int64]) -> None:
-        """Warn of classes without a key, from the number of keys of each ``[c]``."""
+        """Warn of classes without a key, given the number of keys per class ``[c]``."""
         if bare := [name for name, number in zip(self.words.class_names, counts, strict=True) if not number]:
             log.warning("%s no key: %s", counted(len(bare), "class", "has", "have"), few(bare))
 
 
 def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """Positions of the published draw of so many a class (:func:`shots.few_shot`), in the order of the source."""
+    """Return the positions of the shots drawn for each class (:func:`shots.few_shot`), in source order."""
     rare = [class_names[i] for i, times in Counter(ids.tolist()).items() if times < shots]
     if rare:
         have = counted(len(rare), "class", "has", "have")
@@ -171,7 +169,7 @@ def draw_shots(ids: npt.NDArray[np.int64], class_names: Sequence[str], shots: in
 
 
 def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Class ids of the items of a source. Raises InputError for labels that are no class."""
+    """Return the class ids of the items of a source. Raises InputError for an unknown label."""
     position = {name: i for i, name in enumerate(class_names)}
     labels = source.labels
     unknown = sorted(set(labels) - position.keys())
@@ -181,7 +179,7 @@ def ids_in(source: Source, class_names: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def identity_of(source: Source, encoder: Encoder) -> Identity | None:
-    """The backbone that the features came from: the one in use, or the one that the table names."""
+    """Return the backbone of the features: the encoder's, or the one that the table names."""
     if encoder.backbone is not None:
         return encoder.backbone.identity
     return table_identity(source.table) if source.table is not None else None
@@ -190,14 +188,14 @@ def identity_of(source: Source, encoder: Encoder) -> Identity | None:
 def read_text_table(
     path: str | os.PathLike[str], norms: Norms = "check"
 ) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
-    """Class names and text weights ``[c, d]`` of a table of text features, classes in order of first appearance.
+    """Return class names and text weights ``[c, d]`` of a table of text features, in order of first appearance.
 
     Rows of one class are prompts of norm 1 (or scaled to it, unless ``norms`` is ``check``): averaged, then normalised.
-    Raises InputError where the table is none.
+    Raises InputError if it is not a feature table.
     """
     table = open_source(path)
     if table.table is None:
-        raise InputError(f"{table.name}: has no column 'feature'; text weights are a feature table labelled by class")
+        raise InputError(f"{table.name}: no column 'feature'; give a feature table labelled by class")
     features = np.concatenate(list(read_features(table.table, "check" if norms == "check" else "unit")))
     rows: dict[str, list[int]] = {}
     for row, label in enumerate(table.labels):
@@ -207,18 +205,18 @@ def read_text_table(
 
 
 def provenance_of(given: float | None, form: str) -> str:
-    """The origin of a setting, in words."""
+    """Describe the origin of a setting."""
     if given is not None:
         return "given" if form == "none" else f"given as {given:g}, normalize {form}"
     return "the paper's default" if form == "none" else f"default, normalize {form}"
 
 
 def warn_of(duplicates: Duplicates) -> None:
-    """Say which images are in two classes: one of the labels is wrong, or both are."""
+    """Warn of images that are in two classes: at least one of the labels is wrong."""
     warn(f"in two classes: {line}" for line in describe_duplicates(duplicates))
 
 
 def warn(lines: Iterable[str]) -> None:
-    """Log these warnings."""
+    """Log warnings."""
     for line in lines:
         log.warning("%s", line)

@@ -1,4 +1,4 @@
-"""An index as one ONNX graph: from pixels or features to logits, in any runtime and without this package."""
+"""Export an index as one ONNX graph, from pixels or features to logits, for runtimes without this package."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 OPSET = 18
 LARGEST = (1 << 31) - (1 << 20)
-"""Bytes that a graph may have, its weights inside: protobuf ends at 2 GiB."""
+"""Upper bound for the bytes of a graph with its weights, below protobuf's limit of 2 GiB."""
 
 
 class Answer(torch.nn.Module):
-    """What an index answers, as a module: :func:`export_onnx` says what goes in and comes out."""
+    """A module that answers as an index does; see :func:`export_onnx` for its input and outputs."""
 
     mean: Tensor
     std: Tensor
@@ -54,13 +54,13 @@ class Answer(torch.nn.Module):
         self.register_buffer("text", cache.text_weights.float().cpu())
         self.register_buffer("keys", torch.from_numpy(np.asarray(cache.met[:], dtype=np.float32)))
         self.register_buffer("ids", cache.class_ids.cpu())
-        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # a sum that ONNX lacks
+        values = one_hot(self.ids, self.n_classes) if cache.values is None else cache.values  # ONNX cannot sum by class
         self.register_buffer("values", values.float().cpu())
         self.register_buffer("metric_mean", None if metric is None else metric.mean.cpu())
         self.register_buffer("metric_transform", None if metric is None else metric.transform.cpu())
 
     def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities ``[b, c]``."""
+        """Return logits and probabilities ``[b, c]``."""
         settings, features = self.settings, given
         if self.tower is not None:
             features = normalize(self.tower((given - self.mean) / self.std))
@@ -75,7 +75,7 @@ class Answer(torch.nn.Module):
 
 
 class Logits(torch.nn.Module):
-    """The logits ``[b, c]`` of an :class:`Answer`, alone."""
+    """The logits ``[b, c]`` of an :class:`Answer`, without the probabilities."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__()
@@ -90,16 +90,16 @@ class Logits(torch.nn.Module):
 def export_onnx(
     cache: CacheModel, out: str | os.PathLike[str], backbone: TorchBackbone | None = None
 ) -> dict[str, Any]:
-    """Write an index as an ONNX file, its labels and how pictures are prepared in the file's metadata.
+    """Write an index as an ONNX file, with its labels and image preprocessing in the metadata.
 
-    With a ``backbone``, the input is ``pixels`` ``[b, 3, h, w]`` float32, RGB from 0 to 255, of pictures that were
-    resized and cut as ``preprocess`` in the metadata says; the graph subtracts the mean and divides by the deviation
-    itself. Without one, it is ``features`` ``[b, d]`` float32 of unit norm. The outputs are ``logits`` and
-    ``probabilities`` ``[b, c]``, in the order of ``labels``; all of the formula of :mod:`tip` is inside.
+    With a ``backbone``, the input is ``pixels`` ``[b, 3, h, w]`` float32, RGB from 0 to 255, resized and cropped as
+    ``preprocess`` in the metadata says. The graph itself subtracts the mean and divides by the deviation. Without a
+    backbone, the input is ``features`` ``[b, d]`` float32 of unit norm. The outputs are ``logits`` and
+    ``probabilities`` ``[b, c]``, in the order of ``labels``. The graph computes the whole formula of :mod:`tip`.
 
-    Returns the metadata, with the size in ``bytes``. Raises UsageError without the package onnx, for an index that
-    answers by ``k`` keys, which needs retrieval, and for what exceeds 2 GiB; InputError where the file cannot be
-    written, or torch cannot express the encoder in ONNX.
+    Returns the metadata, with the size in ``bytes``. Raises UsageError if the package onnx is missing, if the index
+    answers by ``k`` keys, which needs retrieval, and above 2 GiB. Raises InputError if the file cannot be written, or
+    torch cannot express the encoder in ONNX.
     """
     try:
         import onnx
@@ -107,13 +107,13 @@ def export_onnx(
         raise UsageError("an ONNX file needs onnx: pip install 'retrieval-tip[onnx]'") from None
     if cache.settings.k is not None and cache.settings.k < cache.n:
         raise UsageError(
-            f"k {cache.settings.k}: this index retrieves keys, and a graph meets them all; "
-            "give --k all, or build it again with --index Flat"
+            f"k {cache.settings.k}: an ONNX graph uses all keys and cannot retrieve; "
+            "give --k all, or build the index again with --index Flat"
         )
     answer = Answer(cache, backbone).eval()
     size = sum(part.numel() * part.element_size() for part in answer.state_dict().values())
     if size > LARGEST:
-        raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; ONNX ends at 2 GB")
+        raise UsageError(f"{show(Path(out))}: keys, values and encoder take {size / 1e9:.1f} GB; ONNX holds 2 GB")
     facts = _facts(cache, backbone)
     with replacing(Path(out)) as temporary:
         _trace(answer, cache, backbone, temporary)
@@ -127,7 +127,7 @@ def export_onnx(
 
 
 def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, file: Path) -> None:
-    """Write the graph as torch does."""
+    """Write the graph with torch's exporter."""
     from retrieval_tip.backbones.tower import traceable
 
     name, shape = ("features", (2, cache.d)) if backbone is None else ("pixels", (2, 3, *backbone.size))
@@ -141,14 +141,14 @@ def _trace(answer: Answer, cache: CacheModel, backbone: TorchBackbone | None, fi
                 answer, (torch.zeros(shape),), file, input_names=[name], output_names=["logits", "probabilities"],
                 dynamic_axes=axes, opset_version=OPSET, dynamo=False,
             )  # fmt: skip
-    except Exception as error:  # torch raises many
+    except Exception as error:  # torch raises many types
         raise InputError(f"{cache.backbone or 'features'}: cannot be written as ONNX: {first_line(error)}") from None
     finally:
         logger.disabled = False
 
 
 def _facts(cache: CacheModel, backbone: TorchBackbone | None) -> dict[str, Any]:
-    """What the file says of itself."""
+    """Return the metadata of the file."""
     facts = {"labels": cache.class_names, "settings": asdict(cache.settings), "opset": OPSET}
     facts |= {"index": cache.place, "version": cache.version}
     if backbone is not None:

@@ -1,4 +1,4 @@
-"""Photos that were added over HTTP: files ``DIR-shots/CLASS/HEX.EXT`` beside an index DIR, named by their SHA-256."""
+"""Photos added over HTTP: files ``DIR-shots/CLASS/HEX.EXT`` beside an index DIR, named by their SHA-256."""
 
 from __future__ import annotations
 
@@ -23,48 +23,49 @@ from retrieval_tip.store import lock
 log = logging.getLogger(__name__)
 
 HEX = 16
-"""Hexadecimal digits of the SHA-256 in the name of a photo."""
+"""Hexadecimal digits of the SHA-256 in the file name of a photo."""
 
 _NAME = re.compile(rf"([0-9a-f]{{{HEX}}})\.\w{{1,8}}")
 _IN_SOURCE = rf"(?:^|[/\\])(?P<digits>[0-9a-f]{{{HEX}}})\.\w{{1,8}}$"
 
 
 def folder_of(store: Store) -> Path | None:
-    """Return the folder ``DIR-shots`` of an index; ``None`` for one in a bucket."""
+    """Return the folder ``DIR-shots`` of an index; ``None`` for an index in a bucket."""
     return None if store.local is None else real(store.local).with_name(f"{store.name}-shots")
 
 
 def class_folder(folder: Path, label: str) -> Path:
-    """Return the folder of the photos of a class."""
+    """Return the folder for the photos of a class."""
     name = quote(label, safe=" ()+,-=@")[:120]
     return folder / (name if not name.startswith(".") else f"%2E{name[1:]}")
 
 
 def file_of(folder: Path, label: str, data: bytes) -> Path:
-    """Return the place of a photo. Raises InputError where it is no image."""
+    """Return the path for a photo. Raises InputError if it is not an image."""
     return class_folder(folder, label) / (hashlib.sha256(data).hexdigest()[:HEX] + images.extension(data))
 
 
 @contextmanager
 def adding(folder: Path) -> Iterator[None]:
-    """Keep :func:`remove_unused` away while photos are in a folder that no version names yet. Raises OSError."""
+    """Block :func:`remove_unused` while photos are added that no version names yet. Raises OSError."""
     make_folders(folder)
     with locked_folder(folder, alone=False, wait=lock.LOCK_WAIT):
         yield
 
 
 def remove_unused(store: Store) -> tuple[int, int]:
-    """Remove the photos in ``DIR-shots`` that no kept version has: their number, and bytes that are free now.
+    """Remove the photos in ``DIR-shots`` that no kept version uses; return their number and the freed bytes.
 
-    A version has a photo by its digest, or by a source of that name. What is not named by its own SHA-256, and what a
-    link leads to, is left alone. Where photos are being added, or a version cannot be read, all stay, with a warning.
+    A version uses a photo if it has its digest, or a source with its file name. Files not named by their own SHA-256
+    and links are left alone. Removes nothing, with a warning, while photos are being added or if a version cannot be
+    read.
     """
     folder = folder_of(store)
     if folder is None or folder.is_symlink() or not folder.is_dir():
         return 0, 0
     with locked_folder(folder, alone=True, wait=lock.LOCK_WAIT) as held:
         if not held:
-            log.warning("%s: photos are being added, so none was removed; run index gc again", show(folder))
+            log.warning("%s: photos are being added; none was removed; run index gc again", show(folder))
             return 0, 0
         try:
             photos = _photos(folder)
@@ -76,14 +77,14 @@ def remove_unused(store: Store) -> tuple[int, int]:
 
 
 def _photos(folder: Path) -> list[Path]:
-    """Return the files in the class folders that have the name of a photo."""
+    """Return the files in the class folders that are named like a photo."""
     classes = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     entries = [entry for place in classes for entry in os.scandir(place) if entry.is_file(follow_symlinks=False)]
     return [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name)]
 
 
 def _used(store: Store, names: set[str]) -> set[str]:
-    """Return those of some names, without their extension, that a kept version has."""
+    """Return the ``names``, without extension, that a kept version uses."""
     used: set[str] = set()
     wanted = pa.array(names, pa.string())
     for version in store.history()["version"].to_pylist() if names else ():
@@ -95,7 +96,7 @@ def _used(store: Store, names: set[str]) -> set[str]:
 
 
 def _remove(folder: Path, photos: list[Path]) -> tuple[int, int]:
-    """Remove photos that are named by their own SHA-256, and class folders that are empty then."""
+    """Remove photos that are named by their own SHA-256, and class folders that become empty."""
     number = freed = 0
     for path in photos:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The places of an index: a folder, or the address of another store."""
+"""Places of an index: a folder, or the address of another store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 from retrieval_tip.store.writer import Writer, collect, write
 
-if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import takes a second
+if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to import
     from retrieval_tip.answering import AnsweringIndex
     from retrieval_tip.cache_model import CacheModel
     from retrieval_tip.fit.closed_form import FormChoice
@@ -31,7 +31,7 @@ Place = str | os.PathLike[str]
 
 
 class FolderStore(Store):
-    """An index folder: see :mod:`store.folder`."""
+    """An index folder; see :mod:`store.folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = self.local = folder
@@ -44,7 +44,7 @@ class FolderStore(Store):
 
     def stamp(self) -> Hashable | None:
         try:
-            status = (self.folder / "manifest.json").stat()  # which each version replaces
+            status = (self.folder / "manifest.json").stat()  # replaced by each version
         except OSError:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
@@ -73,7 +73,7 @@ class FolderStore(Store):
     ) -> CacheModel:
         verify = verify or "full"
         check = None if version is not None else index_folder.Check(self.folder, verify=verify)
-        from retrieval_tip.cache_model import CacheModel  # files are hashed while torch is imported
+        from retrieval_tip.cache_model import CacheModel  # files are hashed during this import
 
         return CacheModel.load(
             self.folder, device=device, precision=precision, verify=verify, check=check, version=version
@@ -87,9 +87,9 @@ class FolderStore(Store):
         from retrieval_tip.cache_model import CacheModel
         from retrieval_tip.index.folders import FolderChange
 
-        index_folder.check_there(self.folder)  # where there is no index, nothing is made
+        index_folder.check_there(self.folder)  # make nothing without an index
         with write(self.folder) as writer:
-            check = index_folder.Check(self.folder, writer.parent, "fast")  # what is copied is checked in any case
+            check = index_folder.Check(self.folder, writer.parent, "fast")  # copied files are hashed anyway
             cache = CacheModel.load(self.folder, device="cpu", precision="float32", check=check)
             change = FolderChange(cache)
             yield change
@@ -138,18 +138,18 @@ class FolderStore(Store):
 
 
 def at(place: Place) -> Store:
-    """The store at a folder or an address, whether there is an index or not. Raises UsageError for a wrong address."""
+    """Return the store at a folder or an address, even without an index. Raises UsageError for a wrong address."""
     plug = plug_of(place) if isinstance(place, str) else None
     return FolderStore(Path(place)) if plug is None else plug.store_at(str(place))
 
 
 def listed(folder: Path) -> list[tuple[str, Manifest]]:
-    """The index folders directly in a folder, in name order: path and current version of each.
+    """Return the index folders directly in a folder, in name order: path and current version of each.
 
-    What is no index, or a damaged one, is left out. Raises InputError where there is no such folder.
+    Skips other files and damaged indexes. Raises InputError if the folder does not exist.
     """
     if not folder.is_dir():
-        raise InputError(f"{show(folder)}: no such folder; give the one that holds indexes")
+        raise InputError(f"{show(folder)}: no such folder; give the folder that holds indexes")
     found = []
     for place in sorted(folder.iterdir()):
         with suppress(StoreError):

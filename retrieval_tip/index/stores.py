@@ -1,4 +1,4 @@
-"""The contract of a store: the versions of one index, in whatever kind of place."""
+"""Interface of a store: the versions of one index, in any kind of place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from retrieval_tip.store import history
 from retrieval_tip.store.manifest import Manifest
 from retrieval_tip.store.query import TIMEOUT
 
-if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import takes a second
+if TYPE_CHECKING:  # reading a manifest needs no torch, which takes a second to import
     from retrieval_tip.answering import AnsweringIndex, EditableIndex
     from retrieval_tip.fit.closed_form import FormChoice
     from retrieval_tip.fit.search_hp import Queries
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a question about a manifest needs no torch, whose import ta
 
 
 class VersionWriter(Protocol):
-    """The next version of an index in the making, after its ``parent``."""
+    """A writer of the next version of an index, which follows ``parent``."""
 
     parent: Manifest | None
 
@@ -35,34 +35,34 @@ class VersionWriter(Protocol):
 
 
 class Change(ABC):
-    """An index in the making: ``what`` is said of it in its history, and nothing is written where it stays empty."""
+    """An index being changed. Set ``what``, the line for its history, or nothing is written."""
 
     what = ""
 
     @property
     @abstractmethod
     def cache(self) -> EditableIndex:
-        """The index, to be edited."""
+        """The index to edit."""
 
     @abstractmethod
     def rebuild(self, index: str | None, dtype: Dtype | None) -> None:
-        """Build the index anew from its keys, as another type or dtype."""
+        """Build the index again from its keys, with another type or dtype."""
 
     @abstractmethod
     def refit(self, beta: float) -> FormChoice:
-        """Fit what depends on beta for another one, in a fitted index: :func:`closed_form.refit`, and solved values."""
+        """Refit a fitted index for another beta (:func:`closed_form.refit`), including solved values."""
 
     @abstractmethod
     def duplicates_of(self, key_ids: Sequence[int]) -> Duplicates:
-        """Return those of some new keys, at least one, whose image is in another class too."""
+        """Return the new keys, of at least one, whose image is in another class too."""
 
 
 class Store(ABC):
-    """The versions of one index, of which readers see one whole, and writers make the next one alone.
+    """The versions of one index. Readers see one whole version; one writer at a time makes the next.
 
-    ``local`` is the folder on this machine that it lies in, ``None`` in a bucket; ``look_every`` the seconds between
-    two looks of a server for another version. Errors are StoreError: it is not there, is damaged, is being written, or
-    cannot be written. What fails, or is killed at any moment, changes nothing.
+    ``local`` is the folder on this machine, ``None`` in a bucket. ``look_every`` is the number of seconds after which a
+    server looks for a new version. StoreError means that the store is missing, damaged, locked or not writable. An
+    error, or a kill at any moment, changes nothing.
     """
 
     local: Path | None
@@ -70,42 +70,42 @@ class Store(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The folder or address."""
+        """Return the folder or address."""
 
     @property
     def resolved(self) -> str:
-        """A text that is the same for the same place."""
+        """Text that is the same for the same place."""
         return str(self) if self.local is None else str(real(self.local))
 
     @property
     def name(self) -> str:
-        """The last part of the folder or address."""
+        """Last part of the folder or address."""
         return self.resolved.rpartition("/")[2] if self.local is None else Path(self.resolved).name
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is an index (in whatever state)."""
+        """Return whether there is an index, in any state."""
 
     @abstractmethod
     def stamp(self) -> Hashable | None:
-        """Return a value that changes with the current version, without asking a service; ``None``: there is none.
+        """Return a value that changes with the current version, without asking a service; ``None`` without an index.
 
-        Where only asking tells, it changes always.
+        In a store that must be asked, every value is new.
         """
 
     @abstractmethod
     def manifest(self, version: int | None = None) -> Manifest:
-        """Return the current version, or an earlier one."""
+        """Return the manifest of the current version, or of an earlier one."""
 
     @abstractmethod
     def create(self, material: Material) -> AnsweringIndex:
-        """Build the next version, the first one where there is none, and return it, opened."""
+        """Build the first or next version, and return it, opened."""
 
     @abstractmethod
     def copy_from(self, model: AnsweringIndex, what: str) -> int:
-        """Write an opened index as the next version, and return that; ``what`` is said of it in its history.
+        """Write an opened index as the next version, and return its number; ``what`` goes into the history.
 
-        Raises InputError for a part that this kind of store does not keep.
+        Raises InputError for a part that this kind of store cannot hold.
         """
 
     @abstractmethod
@@ -119,14 +119,14 @@ class Store(ABC):
     ) -> AnsweringIndex:
         """Open the current version, or an earlier one.
 
-        ``precision`` is that of the products with all keys. ``verify`` ``full`` checks every byte first, ``fast`` only
-        small files, and others by their size; the default is what this kind of store does soon. Raises UsageError for
-        a precision that it does not have.
+        ``precision`` is that of the products with all keys. ``verify="full"`` checks every byte first; ``fast`` checks
+        small files, and the size of others. The default depends on the kind of store. Raises UsageError for a precision
+        that the store lacks.
         """
 
     @abstractmethod
     def change(self) -> AbstractContextManager[Change]:
-        """Open the current version, alone, to become the next one, unless nothing is said of it."""
+        """Open the current version for exclusive editing. A change without a description writes nothing."""
 
     @abstractmethod
     def fit(
@@ -134,32 +134,32 @@ class Store(ABC):
     ) -> FormChoice:
         """Fit the current version (:func:`closed_form.fit`), and write the next one.
 
-        ``queries`` makes validation queries of the opened index.
+        ``queries`` makes validation queries from the opened index.
         """
 
     @abstractmethod
     def tuned(self, manifest: Manifest) -> Path | None:
-        """Return the weights of the fine-tuned encoder of a version, if it has one."""
+        """Return the weights of a version's fine-tuned encoder, if it has one."""
 
     @abstractmethod
     def has_text(self, manifest: Manifest) -> bool:
-        """Whether a version has text weights that are not all zero."""
+        """Return whether a version has text weights that are not all zero."""
 
     @abstractmethod
     def write(self, wait: float | None = None) -> AbstractContextManager[VersionWriter]:
-        """Write the next version, alone: another writer waits its turn, ``wait`` seconds."""
+        """Write the next version exclusively. Other writers wait up to ``wait`` seconds."""
 
     @abstractmethod
     def verify(self) -> AnsweringIndex:
-        """Check every byte, or every row, of the current version, and that its parts fit together; return it."""
+        """Check every byte or row of the current version, and that its parts fit together; return it."""
 
     @abstractmethod
     def check(self, manifest: Manifest) -> None:
-        """Check that a version can be made current again."""
+        """Check that a version can become current again."""
 
     @abstractmethod
     def next_key_id(self, manifest: Manifest) -> int:
-        """Return the first key id that was never given up to a version."""
+        """Return the first key id that no version up to this one has used."""
 
     @abstractmethod
     def read_labels(self, manifest: Manifest, columns: Sequence[str]) -> pa.Table:
@@ -167,7 +167,7 @@ class Store(ABC):
 
     @abstractmethod
     def history(self) -> pa.Table:
-        """Return the versions that are kept, oldest first: a table of :data:`labels.VERSIONS_SCHEMA`."""
+        """Return the kept versions, oldest first, as a table of :data:`labels.VERSIONS_SCHEMA`."""
 
     @abstractmethod
     def describe(self) -> dict[str, object]:
@@ -175,20 +175,20 @@ class Store(ABC):
 
     @abstractmethod
     def query(self, sql: str, predictions: Path | None = None, timeout: float = TIMEOUT) -> pa.Table:
-        """Return the answer of a SELECT over the label store (:func:`folder.query`)."""
+        """Run a SELECT over the label store (:func:`folder.query`)."""
 
     @abstractmethod
     def collect(self, keep: int = 1) -> tuple[list[int], int]:
-        """Give up all versions but the last ``keep``: versions, bytes that are free now."""
+        """Delete all versions except the last ``keep``. Returns their numbers and the freed bytes."""
 
     def rollback(self, version: int | None = None) -> int:
-        """Make an earlier version, by default the one before, the content of a new one; returns the current version."""
-        self.manifest()  # where there is no index, nothing is made
+        """Copy an earlier version, by default the parent, into a new one; return the current version's number."""
+        self.manifest()  # make nothing without an index
         with self.write() as writer:
             current = writer.parent or self.manifest()
             wanted = version if version is not None else current.parent
             if wanted is None:
-                raise StoreError(f"{self}: has no version before {current.version}")
+                raise StoreError(f"{self}: no version before {current.version}; there is nothing to go back to")
             if wanted == current.version:
                 return current.version
             old = self.manifest(wanted)

@@ -1,4 +1,4 @@
-"""The cheapest index, and number of keys that a query meets, whose answers agree with those over all keys."""
+"""Choose the cheapest index and k whose answers agree with those over all keys."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from retrieval_tip.retrieval.keys import index_over
 from retrieval_tip.retrieval.vector_index import BY_CLASS, VectorIndex, inner_factory, lists_for
 
 CLASSES = (1, 2, 4, 8, 16)
-"""Classes that a query may meet whole, of an index over classes."""
+"""Whole classes to try per query, for an index over classes."""
 KEYS = (16, 64, 256)
-"""Keys that a query meets, of an index over keys."""
+"""Keys to try per query, for an index over keys."""
 EFFORTS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Lists that are probed, or candidates that are kept (:attr:`VectorIndex.effort`)."""
+"""Lists probed or candidates kept (:attr:`VectorIndex.effort`)."""
 
 ROUNDS = 3
 LEAST_QUERIES = 100
@@ -32,11 +32,11 @@ LEAST_QUERIES = 100
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting: how often its answers agree with those over all keys, and what a query costs.
+    """One setting: how often it agrees with the answers over all keys, and what a query costs.
 
-    ``index`` and ``effort`` (:attr:`VectorIndex.effort`) as they were tried, ``k`` ``None`` for all keys; ``agreement``
-    a fraction of the queries; ``microseconds`` a query, in one batch of all, median; ``best``: no setting agrees as
-    often and costs less.
+    ``index`` and ``effort`` (:attr:`VectorIndex.effort`) are the tried ones; ``k`` is ``None`` for all keys.
+    ``agreement`` is a fraction of the queries, and ``microseconds`` the median time per query, in one batch. ``best``
+    means that no cheaper setting agrees as often.
     """
 
     index: str
@@ -49,10 +49,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The ``trials``, cheapest first, and the ``chosen`` one with the index that it stands for.
-
-    They were tried on ``n`` queries of ``source``.
-    """
+    """The ``trials`` on ``n`` queries of ``source``, cheapest first, and the ``chosen`` one with its index."""
 
     trials: list[Trial]
     chosen: Trial
@@ -61,9 +58,9 @@ class Tuning:
     source: str = ""
 
     def apply(self, cache: CacheModel, folder: str | os.PathLike[str] | None = None) -> None:
-        """Give the index of the ``cache`` that was tuned the chosen type, effort and k, and say where they come from.
+        """Give the tuned ``cache`` the chosen index type, effort and k, and record their origin.
 
-        With a ``folder``, that becomes a new version of it; raises as :meth:`CacheModel.save`.
+        With a ``folder``, write a new version there; raises as :meth:`CacheModel.save`.
         """
         where = f"tuned on {self.source}, n={self.n}, agreement {self.chosen.agreement:.4g}"
         cache.index, cache.settings = self.index, cache.settings.override(k=self.chosen.k or "all", tail=True)
@@ -75,7 +72,7 @@ class Tuning:
 def tune_on(
     cache: CacheModel, source: Source, encoder: Encoder, *, agreement: float = 0.999, factories: Sequence[str] = ()
 ) -> Tuning:
-    """Tune, as :func:`tune`, on the images or features of a source. What was added to the index is compacted first."""
+    """Tune on the images or features of a source, as :func:`tune`. Merges segments of the index first."""
     if cache.segments > 1:
         cache.compact()
     features = encoder.encode(source).features
@@ -89,20 +86,21 @@ def tune(
     agreement: float = 0.999,
     factories: Sequence[str] = (),
 ) -> Tuning:
-    """Try indexes on queries ``[q, d]``, and choose the cheapest whose winners are those over all keys often enough.
+    """Try indexes on queries ``[q, d]``, and choose the cheapest whose winners agree with those over all keys.
 
-    Tried are ``Classes`` and an inverted file, or ``factories``, each with several numbers of keys and efforts, with
-    the tail, at the cache's own alpha and beta. All keys are a setting too, and always agree. Labels are not needed.
+    Tries ``Classes`` and an inverted file, or the given ``factories``, each with several numbers of keys and efforts.
+    All use the tail and the cache's own alpha and beta. All keys are a setting too, and always agree. Labels are not
+    needed.
 
-    Raises UsageError for an agreement outside of 0 to 1 and a factory that FAISS does not know; InputError for fewer
-    than 100 queries, which cannot tell one agreement from another.
+    Raises UsageError for an ``agreement`` outside 0 to 1 or a factory that FAISS does not know. Raises InputError for
+    fewer than 100 queries, which are too few to measure agreement.
     """
     if not 0 < agreement <= 1:
         raise UsageError(f"agreement is {agreement}: expected a fraction above 0, at most 1")
     if len(features) < LEAST_QUERIES:
-        raise InputError(f"{len(features)} queries to tune on: at least {LEAST_QUERIES} are needed to see disagreement")
+        raise InputError(f"{len(features)} queries to tune on: give at least {LEAST_QUERIES}")
     if cache.segments > 1:
-        raise InputError("the index has segments beside it, which a new one would not be over; compact it first")
+        raise InputError("the index has several segments; merge them first (index compact)")
     f = torch.from_numpy(np.ascontiguousarray(features)).to(cache.device)
     winners, cost = _timed(cache, f, None)
     trials = {Trial(cache.index.factory, cache.index.effort, None, 1.0, cost): cache.index}
@@ -127,7 +125,7 @@ def _usual(cache: CacheModel) -> list[str]:
 
 
 def _settings(cache: CacheModel) -> Iterator[tuple[int | None, int]]:
-    """Efforts and numbers of keys that are worth trying with an index."""
+    """Yield the efforts and numbers of keys worth trying with an index."""
     if inner_factory(cache.index.factory) is not None:
         shots = cache.n / len(cache.class_names)
         ks = sorted({max(1, round(number * shots)) for number in CLASSES})
@@ -139,8 +137,8 @@ def _settings(cache: CacheModel) -> Iterator[tuple[int | None, int]]:
 
 
 def _timed(cache: CacheModel, f: torch.Tensor, k: int | None) -> tuple[torch.Tensor, float]:
-    """Winners ``[q]``, and microseconds a query."""
-    winners = _winners(cache, f, k)  # the first time measures what is measured once
+    """Return the winners ``[q]``, and microseconds per query."""
+    winners = _winners(cache, f, k)  # warm-up
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -154,7 +152,7 @@ def _winners(cache: CacheModel, f: torch.Tensor, k: int | None) -> torch.Tensor:
 
 
 def _frontier(trials: list[Trial]) -> list[Trial]:
-    """Cheapest first; the best are those that no cheaper one equals."""
+    """Sort trials by cost, and mark the best: those that no cheaper one equals."""
     ordered, highest = [], -1.0
     for trial in sorted(trials, key=lambda trial: (trial.microseconds, -trial.agreement)):
         ordered.append(replace(trial, best=trial.agreement > highest))
