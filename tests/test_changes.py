@@ -153,7 +153,7 @@ def test_photographs_that_are_added_are_the_keys_a_build_would_make(
     before = opened(pictures)
     done = run("index", "add", pictures, new, "--device", "cpu")
     assert done.exit_code == 0, done.output
-    assert done.stdout == f"{pictures}: version 2, 4 keys added, 1 new class: okapi\n"
+    assert done.stdout == f"{pictures}: version 2, added 4 shots, 1 new class: okapi\n"
     cache = verify(pictures)
     assert cache.class_names == ["panda", "pizza", "okapi"]  # those that were there keep their place
     np.testing.assert_allclose(cache.text_weights[2], text_weights(lit_mini, ["okapi"], TEMPLATES)[0], atol=1e-5)
@@ -190,14 +190,14 @@ def test_views_and_seed_are_those_of_the_index_unless_given(run: Any, lit_mini: 
 def test_known_images_are_left_out_where_that_is_asked_for(run: Any, pictures: Path, tmp_path: Path) -> None:
     new = photographs(tmp_path / "new", panda=range(2, 6))
     done = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
-    assert done.stdout == f"{pictures}: version 2, 2 keys added, 2 known images left out\n"
+    assert done.stdout == f"{pictures}: version 2, added 2 shots, skipped 2 known images\n"
     again = run("index", "add", pictures, new, "--skip-known", "--device", "cpu")
-    assert again.stdout == f"{pictures}: version 2, 0 keys added, 4 known images left out\n"
+    assert again.stdout == f"{pictures}: version 2, added 0 shots, skipped 4 known images\n"
     assert opened(pictures).n == 10
     twice = run("index", "add", pictures, new, "--device", "cpu")
-    assert twice.stdout == f"{pictures}: version 3, 4 keys added\n"
+    assert twice.stdout == f"{pictures}: version 3, added 4 shots\n"
     assert twice.stderr == (  # an image twice in one class is no poison
-        "warning: 4 images of them were there already, under the same label; --skip-known would leave them out\n"
+        "warning: 4 images were already in the index under the same label; --skip-known skips such images\n"
     )
 
 
@@ -218,21 +218,21 @@ def test_known_features_are_left_out_where_that_is_asked_for(
         == 0
     )
     add = ("index", "add", place, "--norms", "keep", "--skip-known")
-    assert run(*add, first).stdout == f"{place}: version 1, 0 keys added, 4 known images left out\n"
+    assert run(*add, first).stdout == f"{place}: version 1, added 0 shots, skipped 4 known images\n"
     done = run(*add, second)  # two are there, of which none under another label
-    assert done.stdout == f"{place}: version 2, 4 keys added, 1 new class: emu, 2 known images left out\n"
+    assert done.stdout == f"{place}: version 2, added 4 shots, 1 new class: emu, skipped 2 known images\n"
     for again in (first, second):
-        assert "version 2, 0 keys added" in run(*add, again).stdout
+        assert "version 2, added 0 shots" in run(*add, again).stdout
     other = write_table(
         tmp_path / "other.parquet", rows[:4], ["dog", "cat", "cat", "emu"]
     )  # under other labels but one
-    assert run(*add, other).stdout == f"{place}: version 3, 3 keys added, 1 known image left out\n"
+    assert run(*add, other).stdout == f"{place}: version 3, added 3 shots, skipped 1 known image\n"
     plain = run("index", "add", place, "--norms", "keep", second)
-    assert plain.stdout == f"{place}: version 4, 6 keys added\n"
-    assert "6 images of them were there already, under the same label; --skip-known" in plain.stderr
+    assert plain.stdout == f"{place}: version 4, added 6 shots\n"
+    assert "6 images were already in the index under the same label; --skip-known" in plain.stderr
     monkeypatch.setattr(changes, "COMPARED", 3)  # more costs too much where nothing depends on it
     assert "--skip-known" not in run("index", "add", place, "--norms", "keep", first).stderr
-    assert run(*add, first).stdout == f"{place}: version 5, 0 keys added, 4 known images left out\n"
+    assert run(*add, first).stdout == f"{place}: version 5, added 0 shots, skipped 4 known images\n"
 
 
 def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
@@ -244,7 +244,7 @@ def test_the_same_photograph_in_two_classes_is_warned_about_at_build_and_at_add(
     shutil.copyfile(known, wrong / "pizza" / "x.jpg")
     done = run("index", "add", pictures, wrong, "--skip-known", "--device", "cpu")  # known, but not as this
     assert done.exit_code == 0
-    assert done.stdout == f"{pictures}: version 2, 1 key added\n"
+    assert done.stdout == f"{pictures}: version 2, added 1 shot\n"
     assert "in two classes:" in done.stderr
     assert "x.jpg (pizza)" in done.stderr
     assert f"{known.name} (panda)" in done.stderr
@@ -294,13 +294,13 @@ def test_labels_are_exact_and_another_spelling_is_warned_of(run: Any, index: Pat
     refused(run("index", "add", index, more), 1, "'CAT'", "'cat'")  # which has no words yet
     text = write_table(tmp_path / "new.parquet", unit_rows(2, D, 5), ["CAT", "the owl"])
     done = run("index", "add", index, more, "--text", text)
-    assert done.stdout == f"{index}: version 2, 3 keys added, 2 new classes: CAT, the owl\n"
+    assert done.stdout == f"{index}: version 2, added 3 shots, 2 new classes: CAT, the owl\n"
     (warning,) = done.stderr.splitlines()
     command = f"retrieval-tip index rename {index} CAT cat"
     assert "'CAT'" in warning
     assert "'cat'" in warning
     assert warning.endswith(command)
-    assert run(*shlex.split(command)[1:]).stdout == f"{index}: version 3, merged CAT into cat (1 key)\n"
+    assert run(*shlex.split(command)[1:]).stdout == f"{index}: version 3, merged CAT into cat (1 shot)\n"
     assert opened(index).class_names == ["cat", "dog", "the owl"]
     assert labels_of(index)[6] == "cat"
     other = CacheModel.from_features(
@@ -415,8 +415,8 @@ def test_a_condition_that_is_none_or_reaches_further_is_refused(
 def test_where_nothing_is_to_do_there_is_no_new_version(run: Any, index: Path) -> None:
     before = everything(index)
     for command, said in (
-        (("relabel", index, "cat", "--where", "label = 'cat'"), "0 keys given to cat"),
-        (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "0 keys given to cat"),
+        (("relabel", index, "cat", "--where", "label = 'cat'"), "relabelled 0 shots as cat"),
+        (("relabel", index, "cat", "--key-ids", 0, "--key-ids", 2), "relabelled 0 shots as cat"),
         (("compact", index), "one segment"),
     ):
         done = run("index", *command)
@@ -517,7 +517,7 @@ def test_names_that_are_none_or_there_already_are_refused(run: Any, index: Path,
     refused(run("index", "rename", index, "owl", "kite"), 1, "'owl'", "cat, dog")
     for wrong in ("", " dog", "a\nb", "x" * 1025):
         refused(run("index", "rename", index, "dog", wrong), 1, "class name", "1,024")
-    assert run("index", "rename", index, "dog", "dog").stdout == f"{index}: version 1, renamed dog to dog (0 keys)\n"
+    assert run("index", "rename", index, "dog", "dog").stdout == f"{index}: version 1, renamed dog to dog (0 shots)\n"
     with pytest.raises(BackboneError):
         changes.rename(index, "dog", "wolf", lit_mini)
     assert everything(index) == before
@@ -528,7 +528,7 @@ def test_the_words_of_a_new_name_are_encoded_where_that_is_asked(run: Any, pictu
     assert run("index", "rename", pictures, "panda", "crayfish").exit_code == 0
     np.testing.assert_array_equal(opened(pictures).text_weights.numpy(), old)
     done = run("index", "rename", pictures, "crayfish", "starfish", "--encode")
-    assert "starfish (4 keys)" in done.stdout, done.output
+    assert "starfish (4 shots)" in done.stdout, done.output
     weights = verify(pictures).text_weights.numpy()
     np.testing.assert_allclose(weights[0], text_weights(lit_mini, ["starfish"], TEMPLATES)[0], atol=1e-6)
     np.testing.assert_array_equal(weights[1], old[1])
@@ -716,7 +716,7 @@ def test_a_list_of_suspects_is_edited_and_applied_as_one_version(
     rows["item-10"]["suggested"] = "cat"
     write_rows(table, [rows["item-0"], rows["item-10"]])
     done = run("index", "audit", flipped, "--apply", table)
-    assert (done.exit_code, done.stdout) == (0, f"{flipped}: version 2, 2 shots relabelled\n"), done.output
+    assert (done.exit_code, done.stdout) == (0, f"{flipped}: version 2, relabelled 2 shots\n"), done.output
     found = opened(flipped).labels
     labels = dict(zip(found["source"].to_pylist(), found["label"].to_pylist(), strict=True))
     assert (labels["item-0"], labels["item-10"], labels["item-29"]) == ("cat", "cat", "cat")
@@ -921,10 +921,10 @@ def test_columns_of_another_length_are_refused(index: Path, wrong: dict[str, Any
 
 def test_key_ids_may_be_several_in_one_option(run: Any, index: Path) -> None:
     done = run("index", "remove", index, "--key-ids", "0, 3", "--key-ids", 4)
-    assert done.stdout == f"{index}: version 2, 3 keys removed\n"
+    assert done.stdout == f"{index}: version 2, removed 3 shots\n"
     assert sorted(labels_of(index)) == [1, 2, 5]
     for wrong in ("1,", "x", "1.5", "1;2", "²"):
-        refused(run("index", "relabel", index, "cat", "--key-ids", wrong), 2, "is no key id")
+        refused(run("index", "relabel", index, "cat", "--key-ids", wrong), 2, "key id")
     assert version(index) == 2
 
 

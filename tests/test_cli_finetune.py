@@ -108,7 +108,7 @@ def test_alpha_and_beta_of_the_command_line_are_trained_with_and_kept(run, place
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache: give one of them"),
+        (["--views", "fresh", "--views-cache", "4"], 2, "--views fresh and --views-cache"),
         (["--train", "visual"], 2, "train visual: there is no encoder"),
         (["--resume"], 2, "resume: only for encoders"),
         (["--lr", "nan"], 2, "--lr"),

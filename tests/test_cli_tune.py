@@ -213,8 +213,8 @@ def test_every_format_tells_the_keys_that_settled_an_answer(run: Any, place: Pat
     assert pq.read_table(out)["keys"].to_pylist() == keys
     cache = CacheModel.load(place / "index", device="cpu", precision="float32")
     assert [row["label"] for row in rows] == [NAMES[i] for i in labels(cache, features, None)]
-    parts = [f"{keys.count(k)} by {'all' if k == C * SHOTS else k} keys" for k in sorted(set(keys))]
-    assert as_json.stderr.strip() == f"proved the answer of all keys: {', '.join(parts)}"
+    parts = [f"{keys.count(k)} with {'all' if k == C * SHOTS else k} keys" for k in sorted(set(keys))]
+    assert as_json.stderr.strip() == f"answers proved equal to those over all keys: {', '.join(parts)}"
 
 
 @pytest.mark.parametrize("index", ["Classes", "IVF4,Flat"])
@@ -222,8 +222,8 @@ def test_after_approximate_search_nothing_is_called_proved(run: Any, place: Path
     build(run, place, "other", "--index", index)
     result = run("classify", place / "other", place / "queries.parquet", "--certify", "-k", 16, "--format", "json")
     assert result.exit_code == 0, result.stderr
-    assert re.fullmatch(r"agreed with the answer of all keys: \d+ by .*keys", result.stderr.strip())
-    counted = sum(int(n) for n in re.findall(r"(\d+) by", result.stderr))
+    assert re.fullmatch(r"answers in agreement with those over all keys: \d+ with .*keys", result.stderr.strip())
+    counted = sum(int(n) for n in re.findall(r"(\d+) with", result.stderr))
     assert counted == len(json_rows(result.stdout)) == Q
 
 

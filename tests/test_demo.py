@@ -160,7 +160,7 @@ def test_the_demo_runs_on_photos_of_ones_own_and_its_next_commands_run(tmp_path,
     done = CliRunner().invoke(demo.main, options)
     assert done.exit_code == 0, done.output
     assert "18 keys of 1280, 3 classes" in done.stdout
-    assert "version 2, 6 keys added" in done.stdout
+    assert "version 2, added 6 shots" in done.stdout
     assert done.stdout.count("affinity") >= 4
     assert taught.exists()
     assert len((tmp_path / "work/answers.json").read_text().splitlines()) == 6

@@ -255,7 +255,7 @@ def test_the_figures_are_those_of_evaluate(written, photographs):
     shown = section(page, "accuracy").text
     low, high = wilson(round(facts["top1"] * 54), 54)
     assert f"{low:.1%} to {high:.1%}" in shown
-    assert result.stdout.strip() == f"{out}: {out.stat().st_size / 1e6:.1f} MB, top1 {facts['top1']:.4g} of 54 items"
+    assert result.stdout.strip() == f"{out}: {out.stat().st_size / 1e6:.1f} MB, accuracy {facts['top1']:.4g} on 54 items"
     every = {row[0]: row for row in section(page, "classes").first("table").rows()[1:]}
     assert set(every) == set(ALIKE)
     for name, accuracy in facts["per_class"].items():
@@ -650,7 +650,7 @@ def test_items_that_could_not_be_read_are_named(photographs, tmp_path):
     )  # fmt: skip
     result = done(*arguments, status=3)
     assert "1 input could not be read" in result.stderr
-    assert "of 54 items" in result.stdout
+    assert "on 54 items" in result.stdout
     page = read(tmp_path / "r.html")
     assert "1 photo could not be read" in page.first("header").text
     said = section(page, "provenance").text
@@ -675,7 +675,7 @@ def test_after_a_failure_nothing_was_written(tmp_path, monkeypatch):
         (("--test", test, "--out", tmp_path / "no" / "r.html"), 1, f"there is no folder {tmp_path / 'no'}"),
         (("--test", test, "--out", folder), 2, "is a directory"),
         (("--test", test, "--out", out, "--shots", 5), 2, "shots 5: class 'cat' has 4 keys"),
-        (("--test", test, "--out", out, "--shots", 1, "--no-curves"), 2, "give one of them"),
+        (("--test", test, "--out", out, "--shots", 1, "--no-curves"), 2, "--shots and --no-curves"),
         (("--test", test, "--out", out, "--val", test), 2, "is the test source"),
         (("--test", test, "--out", out, "--val", unknown), 1, "unicorn"),
         (("--out", out), 2, "--test"),

@@ -1412,9 +1412,9 @@ def test_the_command_line_changes_a_store(run, in_bucket):
 
     before = answers(own)
     np.testing.assert_allclose(before, in_bucket.truth.logits(QUERIES, 8), atol=1e-3)
-    assert done(run("index", "add", own, more)) == f"{own}: version 2, 2 keys added\n"
-    assert done(run("index", "remove", own, "--where", f"label = '{BARE}'")) == f"{own}: version 3, 1 key removed\n"
-    assert done(run("index", "verify", own)) == f"{own}: version 3 is whole (61 keys, 4 classes)\n"
+    assert done(run("index", "add", own, more)) == f"{own}: version 2, added 2 shots\n"
+    assert done(run("index", "remove", own, "--where", f"label = '{BARE}'")) == f"{own}: version 3, removed 1 shot\n"
+    assert done(run("index", "verify", own)) == f"{own}: version 3 is intact (61 shots, 4 classes)\n"
     facts = json.loads(done(run("index", "info", own, "--json")))
     assert (facts["folder"], facts["n"]) == (own, 61)
     sql = "SELECT count(*) AS keys FROM labels"
@@ -1422,7 +1422,7 @@ def test_the_command_line_changes_a_store(run, in_bucket):
     history = [json.loads(line) for line in done(run("index", "history", own, "--format", "json")).splitlines()]
     assert [(row["version"], row["keys"]) for row in history] == [(1, 60), (2, 62), (3, 61)]
     assert done(run("index", "rollback", own, "--version", 1)) == f"{own}: version 4, rolled back\n"
-    assert done(run("index", "gc", own)).startswith(f"{own}: 3 versions given up, ")
+    assert done(run("index", "gc", own)).startswith(f"{own}: deleted 3 versions, ")
     assert run("index", "rollback", own).exit_code == 1
     for to in KINDS:
         out = made(in_bucket.tables, to, f"copy-{to}")

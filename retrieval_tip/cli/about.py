@@ -1,4 +1,4 @@
-"""The commands about what is here: ``datasets`` and ``doctor``."""
+"""Commands about this machine: ``datasets``, ``models``, ``cache``, ``completion`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from retrieval_tip.errors import counted, json_line, one_line, show
 
 @click.group(cls=Group, name="datasets")
 def datasets_group() -> None:
-    """List and check the datasets that --dataset knows."""
+    """List and check the datasets known to --dataset."""
 
 
 @datasets_group.command("list")
 @FORMAT
 def datasets_list(printing: OutputOptions) -> None:
-    """List datasets: name, folder, classes, templates."""
+    """List datasets: folder, number of classes, templates."""
     import pyarrow as pa
 
     from retrieval_tip.cli.output import write_rows
@@ -39,8 +39,8 @@ def datasets_list(printing: OutputOptions) -> None:
 def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> None:
     """Check that datasets are complete.
 
-    They lie in the folder ROOT as CoOp lays them out. NAMES are datasets, by default all. The exit status is 0 if all
-    named datasets are there, or, where none is named, any.
+    ROOT is the folder that holds them, laid out as in CoOp. NAMES are the datasets to check, by default all. The exit
+    status is 0 if every named dataset is complete or, without NAMES, at least one.
     """
     from retrieval_tip.data import datasets
 
@@ -61,9 +61,9 @@ def datasets_check(ctx: click.Context, root: Path, names: tuple[str, ...]) -> No
 def models_command(word: str, printing: OutputOptions) -> None:
     """List available encoders.
 
-    Each has a name, weights (the recommended first), a size, and may be on this machine already. WORD is any part of a
-    name (dinov2, ViT-B/32, siglip); without it a few are listed that are a good start. An encoder without words
-    compares photographs alone.
+    WORD is any part of a name (dinov2, ViT-B/32, siglip); without it, a few recommended encoders are listed. Columns:
+    words, whether the encoder has a text tower (without one, it compares images only); cached, whether its weights are
+    on this machine; pretrained, its weights, the recommended ones first.
     """
     import pyarrow as pa
 
@@ -75,21 +75,20 @@ def models_command(word: str, printing: OutputOptions) -> None:
     rows = [vars(one) | {"size": None if one.bytes is None else megabytes(one.bytes)} for one in search(word)]
     write_rows(rows, types, printing.style, printing.output)
     if not word:
-        say("retrieval-tip models WORD searches all of them")
+        say("to search all encoders: retrieval-tip models WORD")
 
 
 @command("cache")
 @click.option("--cache", type=FOLDER,
-              help="Its folder.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]")  # fmt: skip
-@click.option("--prune", is_flag=True, help="Remove all encodings; they are made again when they are needed.")
-@click.option("--max-size", type=Size(), help="Largest size of the cache, from now on.  [default: 8GB]")
+              help="Folder of the cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]")  # fmt: skip
+@click.option("--prune", is_flag=True, help="Remove all encodings; they are computed again when needed.")
+@click.option("--max-size", type=Size(), help="Size limit of the cache, from now on.  [default: 8GB]")
 @JSON
 def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json: bool) -> None:
     """Show, limit or clear the encoding cache.
 
-    What was encoded once is not encoded again by the same backbone, until the cache is full: then the encodings that
-    were not used for the longest time make room. Weights of backbones are not in here: they are in the cache of the
-    Hugging Face hub (hf cache ls).
+    An encoder never encodes the same image twice while its encoding is cached. A full cache drops the encodings unused
+    for longest. Weights of encoders are not stored here, but in the Hugging Face cache (hf cache ls).
     """
     from retrieval_tip.data.encoding_cache import EncodingCache
 
@@ -103,7 +102,7 @@ def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json
     finally:
         kept.close()
     if prune:
-        say(f"{counted(removed, 'encoding')} removed")
+        say(f"removed {counted(removed, 'encoding')}")
     if as_json:
         click.echo(json_line(facts))
     else:
@@ -116,8 +115,8 @@ def cache_command(cache: Path | None, prune: bool, max_size: int | None, as_json
 def completion_command(ctx: click.Context, shell: str) -> None:
     """Print a shell completion script.
 
-    Put eval "$(retrieval-tip completion bash)" into ~/.bashrc, the same with zsh into ~/.zshrc; with fish, write it to
-    ~/.config/fish/completions/retrieval-tip.fish.
+    For bash, add eval "$(retrieval-tip completion bash)" to ~/.bashrc; for zsh, the same with zsh to ~/.zshrc. For
+    fish, write the script to ~/.config/fish/completions/retrieval-tip.fish.
     """
     from click.shell_completion import get_completion_class
 
@@ -127,7 +126,6 @@ def completion_command(ctx: click.Context, shell: str) -> None:
 
 
 def _cache_size() -> str:
-    """Return where the encoding cache is, its size, and the largest size that it may have."""
     from retrieval_tip.backbones.catalogue import megabytes
     from retrieval_tip.data.encoding_cache import size_of
     from retrieval_tip.files import cache_folder

@@ -1,4 +1,4 @@
-"""The commands that make features and answers of images: ``encode`` and ``classify``."""
+"""The commands ``encode`` and ``classify``."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def encode(
 ) -> None:
     """Encode images into a feature table.
 
-    The table serves wherever images do. SOURCE as for index build, or a folder of images without labels. With --engine
-    ray, --out is a folder of parts, which serves as the table does.
+    Every command that reads images also reads this table. SOURCE is the same as for index build, or a folder of
+    unlabelled images. With --engine ray, --out is a folder of Parquet parts, which works like a table.
     """
     from retrieval_tip.data.encoder import encode_table
 
@@ -84,7 +84,7 @@ def encode(
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The classes, reasons and logits that the row of an input has, and when its answer is withheld."""
+    """Contents of a result row, and when to withhold its label."""
 
     top: int
     explain: bool
@@ -93,13 +93,8 @@ class RowOptions:
     certify: bool
     abstain: Abstain
 
-    @property
-    def shown_neighbours(self) -> int:
-        """Neighbours that are shown."""
-        return self.neighbours if self.explain else 0
-
     def columns(self, cache: AnsweringIndex) -> list[str]:
-        """The columns of a row of an index."""
+        """Return the names of the columns."""
         columns = ["input", "label", "probability"]
         columns += ["unlike"] if cache.settings.least_cache is not None else []
         columns += ["labels", "probabilities"] if self.top > 1 else []
@@ -110,19 +105,22 @@ class RowOptions:
 
 _ROWS = options.grouped(
     "rows", RowOptions,
-    options.ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Classes to report."),
-    options.ANSWER_OPTION("--explain", is_flag=True, help="Shots that contributed most; text and cache logits."),
-    options.ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True, help="Shots shown by --explain."),
-    options.ANSWER_OPTION("--logits", "with_logits", is_flag=True, help="Logits of every class, in the index's order."),
+    options.ANSWER_OPTION("--top", type=count(), default=1, show_default=True, help="Number of classes to report."),
+    options.ANSWER_OPTION("--explain", is_flag=True,
+                 help="Show the shots that contributed most, and the text and cache logits."),
+    options.ANSWER_OPTION("--neighbours", type=count(), default=5, show_default=True,
+                 help="Number of shots shown by --explain."),
+    options.ANSWER_OPTION("--logits", "with_logits", is_flag=True,
+                 help="Show the logits of all classes, in the index's order."),
     options.ANSWER_OPTION("--certify", is_flag=True,
-                 help="More keys where k do not settle an answer, at last all; says how many took what."),
+                 help="Use more keys, up to all, if k do not decide the answer; report how many were needed."),
     options.ANSWER_OPTION("--abstain", type=Abstaining(),
-                 help="Withhold answers of a probability below P; auto: below 0.5, or unlike any shot."),
+                 help="Withhold the label if its probability is below P; auto: below 0.5, or no match."),
 )  # fmt: skip
 
 
 @command()
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("inputs", nargs=-1, required=True)
 @options.ANSWER
 @_ROWS
@@ -143,9 +141,10 @@ def classify(
 ) -> None:
     """Classify images or features with an index.
 
-    INPUTS are images, folders, globs, tables of paths, feature tables, or - for paths on standard input. With
-    --abstain, an answer of a lower probability has no label (null, in a table -) and keeps its probability. unlike says
-    that it is unlike any shot, where the index was fitted. With --engine ray, --output is a folder of Parquet parts.
+    INPUTS are images, folders, globs, tables of paths, feature tables, or - to read paths from standard input. The
+    column unlike is true for an image that resembles no shot; only a fitted index has this column. With --abstain, an
+    uncertain answer has no label (null, or - in a table) but keeps its probability. With --engine ray, --output is a
+    folder of Parquet parts.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -201,12 +200,12 @@ def _classify_on_ray(
     from retrieval_tip.index.places import at
 
     if printing.style != "parquet" or printing.output is None:
-        raise UsageError("--engine ray writes parts: give --format parquet and --output FOLDER")
+        raise UsageError("--engine ray: writes Parquet parts; give --format parquet and --output FOLDER")
     pieces = cut_inputs(inputs, paths_on_stdin())
     question = Question(
         str(folder),
         at(folder).manifest().to_bytes(),
-        "float32" if encoding.precision == "auto" else encoding.precision,  # the fastest one differs by machine
+        "float32" if encoding.precision == "auto" else encoding.precision,  # auto may differ between machines
         loaded.settings,
         answer.where,
         schema,
@@ -223,16 +222,16 @@ def _classify_on_ray(
 def _rows(
     rows: RowOptions, schema: pa.Schema, index: AnsweringIndex, source: Source, encoder: Encoder
 ) -> Iterator[pa.Table]:
-    """Answer a source by an index."""
-    answers = index.classify_source(source, encoder, rows.top, neighbours=rows.shown_neighbours, certify=rows.certify)
+    answers = index.classify_source(
+        source, encoder, rows.top, neighbours=rows.neighbours if rows.explain else 0, certify=rows.certify
+    )
     return (block.written(schema.names, rows.abstain) for block in answers)
 
 
 def _say_settled(cache: AnsweringIndex, settled: dict[int, int]) -> None:
-    """Say how many answers took how many keys."""
-    how = "proved" if cache.exact_search else "agreed with"
-    by = (f"{number} by {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
-    say(f"{how} the answer of all keys: {', '.join(by)}")
+    how = "proved equal to" if cache.exact_search else "in agreement with"
+    used = (f"{number} with {'all' if keys == cache.n else keys} keys" for keys, number in sorted(settled.items()))
+    say(f"answers {how} those over all keys: {', '.join(used)}")
 
 
 def _on_ray(
@@ -246,7 +245,7 @@ def _on_ray(
     index: AnsweringIndex | None = None,
     question: Question | None = None,
 ) -> tuple[str, list[Skipped]]:
-    """Encode pieces on Ray, or ask ``index`` about them; return what to say of the parts, and what was skipped."""
+    """Encode pieces on Ray, or answer them with ``index``; return a summary and the skipped inputs."""
     from retrieval_tip.backbones.loading import load_backbone
     from retrieval_tip.data.encoding_cache import EncodingCache
     from retrieval_tip.distributed.ray_data import Work, write_parts
@@ -271,5 +270,5 @@ def _on_ray(
     )
     for one in skipped:
         say_skipped(one)
-    before = f", {kept} of them kept from before" if kept else ""
+    before = f", {kept} kept from an earlier run" if kept else ""
     return f"{rows} rows in {counted(len(pieces), 'part')}{before}", skipped

@@ -1,4 +1,4 @@
-"""The commands that judge an index by a labelled source: ``evaluate``, ``sweep`` and ``report``."""
+"""Commands that test an index on labelled images: ``evaluate``, ``sweep`` and ``report``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from retrieval_tip.cli.messages import about, finish, print_facts, say, shown
 from retrieval_tip.cli.opening import checked, encoder_for, index_with, source_of
 from retrieval_tip.cli.options import AnswerOptions, EncodingOptions, ReadingOptions
 from retrieval_tip.cli.parameters import FILE, FOLDER, INDEX, SEEDS, SHARE, SHOTS, SOURCE
-from retrieval_tip.errors import UsageError, json_line, show
+from retrieval_tip.errors import UsageError, counted, json_line, show
 
 if TYPE_CHECKING:
     from retrieval_tip.evaluation.evaluate import Evaluation
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 @command("evaluate")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("source", type=SOURCE)
 @options.ANSWER
-@options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers of a probability below P.")
-@click.option("--plot", type=FOLDER, help="Folder for diagrams (PNG): confusions, classes, calibration, affinities.")
+@options.ANSWER_OPTION("--abstain", type=SHARE, metavar="P", help="Withhold answers with a probability below P.")
+@click.option("--plot", type=FOLDER, help="Folder for PNG diagrams: confusions, classes, calibration, affinities.")
 @options.JSON
 @options.BACKBONE
 @options.READING
@@ -49,9 +49,9 @@ def evaluate_command(
 ) -> None:
     """Measure the accuracy of an index on labelled photos.
 
-    Of a split .json, the test part counts. Three accuracies are printed: of the index, of the text alone (zero-shot)
-    and of the cache alone. ece is the expected calibration error of the probabilities in 15 bins. With --abstain,
-    coverage is the fraction of the items that are answered and selective_top1 the accuracy of these.
+    Prints the accuracy of the index (top1), of the text alone (zero-shot) and of the cache alone. ece is the expected
+    calibration error of the probabilities, in 15 bins. With --abstain, coverage is the share of images answered and
+    selective_top1 the accuracy on them. A split .json gives its test part.
     """
     from retrieval_tip.evaluation.evaluate import evaluate
     from retrieval_tip.report import plots
@@ -70,7 +70,6 @@ def evaluate_command(
 
 
 def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
-    """Print the figures, as JSON or a line each, with the worst classes and the most frequent confusions."""
     result = evaluation.to_dict()
     if as_json:
         click.echo(json_line(result))
@@ -83,18 +82,20 @@ def _print_evaluation(evaluation: Evaluation, as_json: bool) -> None:
 
 
 @command("sweep")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.argument("source", type=SOURCE)
 @click.option("--shots", type=SHOTS, multiple=True, required=True,
-              help="Shots to draw per class, again for each seed and method; repeat for more.")  # fmt: skip
-@click.option("--results", type=FILE, required=True, help="Parquet file, one row a run; a run that has a row is kept.")
-@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Draws of each number: seeds 1 to N.")
+              help="Shots to draw per class, for each seed and method; repeat for more.")  # fmt: skip
+@click.option(
+    "--results", type=FILE, required=True, help="Parquet file with one row per run; runs already in it are kept."
+)
+@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Number of draws, with seeds 1 to N.")
 @click.option("--method", "methods", multiple=True, metavar="NAME",
-              help="A method, repeat for more.  [default: all but linear-probe and tip-adapter-f]")  # fmt: skip
-@click.option("--val", type=SOURCE, help="Source to choose settings on.  [default: leave-one-out]")
+              help="Method; repeat for more.  [default: all but linear-probe and tip-adapter-f]")  # fmt: skip
+@click.option("--val", type=SOURCE, help="Labelled source to choose settings on.  [default: leave-one-out]")
 @options.PROTOCOL
 @options.SCALES
-@options.OUTPUT_OPTION("--json", "as_json", is_flag=True, help="One JSON object a run.")
+@options.OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print one JSON object per run.")
 @options.BACKBONE
 @options.READING
 @options.ENCODING
@@ -116,8 +117,8 @@ def sweep_command(
 ) -> None:
     """Measure accuracy over shots, seeds and methods.
 
-    The index is a pool of labelled keys. Every run draws its shots from it by the published rule, chooses its settings
-    without the test source, and becomes a row of --results. Of a split .json, the test part counts.
+    The index is a pool of labelled keys. Each run draws its shots from the pool by CoOp's sampling rule, chooses its
+    settings without the test source, and adds a row to --results. A split .json gives its test part.
     """
     from retrieval_tip.cli.output import table_lines
     from retrieval_tip.evaluation import sweep
@@ -155,17 +156,17 @@ def sweep_command(
 
 
 @command("report")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--test", "source", type=SOURCE, required=True,
-              help="Labelled test source; of a split .json its test part.")  # fmt: skip
+              help="Labelled test source; a split .json gives its test part.")  # fmt: skip
 @click.option("--out", type=FILE, default="report.html", show_default=True, help="HTML file to write.")
 @click.option("--val", type=SOURCE,
-              help="Labelled validation source, for curves and surface; of a split .json its val part.  "
-                   "[default: the shots, each left out]")  # fmt: skip
+              help="Labelled validation source for the curves and surface; a split .json gives its val part.  "
+                   "[default: the shots, each held out in turn]")  # fmt: skip
 @click.option("--shots", type=SHOTS, multiple=True,
-              help="Keys a class that are drawn for the curves; repeat for more.  [default: 1, 2, 4 ...]")  # fmt: skip
-@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Draws of each number: seeds 1 to N.")
-@click.option("--no-curves", is_flag=True, help="No accuracy over shots, which takes longest.")
+              help="Shots per class in the accuracy curves; repeat for more.  [default: 1, 2, 4 ...]")  # fmt: skip
+@click.option("--seeds", type=SEEDS, default=3, show_default=True, help="Number of draws, with seeds 1 to N.")
+@click.option("--no-curves", is_flag=True, help="Skip the accuracy curves, which take longest.")
 @options.ANSWER
 @options.BACKBONE
 @options.READING
@@ -184,16 +185,16 @@ def report_command(
     reading: ReadingOptions,
     encoding: EncodingOptions,
 ) -> None:
-    """Write a report on an index as one HTML file.
+    """Write an accuracy report (one HTML file).
 
-    It opens anywhere, and shows accuracy, mistakes and settings. Its figures are those of evaluate. Curves over shots
-    and the surface of alpha and beta never choose on the test source. Needs matplotlib.
+    The file opens in any browser, offline, and shows accuracy, mistakes and settings. Its figures match evaluate. The
+    accuracy curves and the surface over alpha and beta never use the test source to choose. Needs matplotlib.
     """
     from retrieval_tip.report.judged import portable
     from retrieval_tip.report.report import check, write_report
 
     if shots and no_curves:
-        raise UsageError("--shots and --no-curves: give one of them")
+        raise UsageError("--shots and --no-curves: give only one")
     check(out)
     cache = index_with(folder, answer, encoding).in_memory()
     test = source_of(source, reading, "test")
@@ -214,5 +215,5 @@ def report_command(
             command=shlex.join(["retrieval-tip", *map(portable, sys.argv[1:])]),
         )
     figures = written.evaluation
-    about(out, f"{written.bytes / 1e6:.1f} MB, top1 {shown(figures.top1)} of {figures.n} items")
+    about(out, f"{written.bytes / 1e6:.1f} MB, accuracy {shown(figures.top1)} on {counted(figures.n, 'item')}")
     finish(ctx, encoder.skipped)

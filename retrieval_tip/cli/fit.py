@@ -1,4 +1,4 @@
-"""The commands that fit, choose settings and train: ``fit``, ``search-hp``, ``finetune`` and ``calibrate``."""
+"""Commands that fit and train an index: ``fit``, ``search-hp``, ``finetune`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 @command("fit")
-@click.argument("folder", type=INDEX)
-@click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, in place of the shots.")
+@click.argument("folder", type=INDEX, metavar="INDEX")
+@click.option("--val", "source", type=SOURCE, help="Labelled validation source to judge by, instead of the shots.")
 @options.LETTERS
-@click.option("--plot", type=FILE, help="PNG or SVG file for the forms that were tried (needs matplotlib).")
+@click.option("--plot", type=FILE, help="PNG or SVG diagram of the forms that were tried (needs matplotlib).")
 @options.ROOT
 @options.BACKBONE
 @options.ENCODING
@@ -55,8 +55,8 @@ def fit_command(
 ) -> None:
     """Fit an index to its shots again, in closed form.
 
-    As index build does: metric, values and settings are fitted, after shots were added or to judge by the validation
-    images of --val, never on test: a split .json gives its val part. Makes a new version of the index.
+    Fits metric, values and settings as index build does, for example after you added shots. With --val, validation
+    images judge the fit instead of held-out shots; a split .json gives its val part. Makes a new version of the index.
     """
     from retrieval_tip.index.fit import fit_index
     from retrieval_tip.index.places import at
@@ -76,34 +76,34 @@ def fit_command(
     if plot and choice.trials:
         plots.write(lambda: plots.draw_choice(choice), plot, show(at(folder).name))
     elif plot:
-        warn(["--plot: nothing was tried, so nothing is drawn; the documented form stands"])
+        warn(["--plot: no diagram written, because no forms were compared"])
     finish(ctx, skipped)
 
 
 _JUDGED = options.several(
     click.option(
-        "--leave-one-out", is_flag=True, help="Score each shot with its own image's keys hidden; needs no images."
+        "--leave-one-out", is_flag=True, help="Score each shot with the keys of its image hidden; needs no images."
     ),
-    click.option("--folds", type=count(least=2), help="Score each shot with its fold's keys hidden."),
+    click.option("--folds", type=count(least=2), help="Score each shot with the keys of its fold hidden, in N folds."),
     click.option("--val-shots", type=K("shots"),
-                  help="Validation images a class, or all.  [default: min(shots, 4), as published]"),
+                  help="Validation images per class, or all.  [default: min(shots, 4), as published]"),
     options.PROTOCOL,
     options.SCALES,
 )  # fmt: skip
 
 
 @command("search-hp")
-@click.argument("folder", type=FOLDER)
-@click.option("--val", "source", type=SOURCE, help="Labelled validation source; of a split .json its val part.")
+@click.argument("folder", type=FOLDER, metavar="INDEX")
+@click.option("--val", "source", type=SOURCE, help="Labelled validation source; a split .json gives its val part.")
 @_JUDGED
-@click.option("--surface", type=FILE, help="Parquet file for the accuracy by k, beta and alpha.")
-@click.option("--plot", type=FILE, help="PNG or SVG file for the same as a heat map (needs matplotlib).")
+@click.option("--surface", type=FILE, help="Parquet file for the accuracy at each k, beta and alpha.")
+@click.option("--plot", type=FILE, help="PNG or SVG heat map of the same (needs matplotlib).")
 @click.option(
     "--greedy",
     is_flag=True,
-    help="Take the best found even where so few images cannot tell it from the untouched settings.",
+    help="Take the best settings found, even if the gain over the untouched ones may be chance.",
 )
-@click.option("--dry-run", is_flag=True, help="Report only; the index keeps its settings.")
+@click.option("--dry-run", is_flag=True, help="Print the choice without changing the index.")
 @options.JSON
 @options.ROOT
 @options.BACKBONE
@@ -128,13 +128,13 @@ def search_command(
 ) -> None:
     """Choose alpha, beta and k, as in Tip-Adapter.
 
-    They are chosen on validation images or on the shots themselves, and written into the index. Never on test: a split
-    .json gives its val part. The choice is exact in alpha, and makes a new version of the index.
+    Chooses on validation images (--val) or on the shots (--leave-one-out or --folds), never on test images; a split
+    .json gives its val part. The choice is exact in alpha. Makes a new version of the index.
     """
     from retrieval_tip.fit import search_hp
 
     if sum((source is not None, leave_one_out, folds is not None)) != 1:
-        raise UsageError("give one of --val SOURCE, --leave-one-out and --folds N: settings are chosen on one of them")
+        raise UsageError("search-hp: give exactly one of --val SOURCE, --leave-one-out and --folds N")
     cache = checked(folder, encoding.device)
     skipped: list[Skipped] = []
     paper = protocol == "paper"
@@ -164,7 +164,7 @@ def search_command(
 
 
 def _print_choice(choice: HyperparameterChoice, k: int | None, version: int | None, as_json: bool) -> None:
-    """Print the chosen settings and what is known about them; an interval without end ends with null in JSON."""
+    """Print the choice. In JSON, an unbounded interval ends with null."""
     facts = {name: value for name, value in vars(choice).items() if name not in ("surface", "warnings")}
     facts |= {"k": k or "all", "version": version}
     if as_json:
@@ -176,7 +176,7 @@ def _print_choice(choice: HyperparameterChoice, k: int | None, version: int | No
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The parts that are trained, and the recipe."""
+    """Parts to train, and how."""
 
     train: tuple[TrainedPart, ...]
     epochs: int
@@ -193,11 +193,11 @@ class TrainingOptions:
     seed: int
 
     def recipe(self) -> Recipe:
-        """The recipe of the training. Raises UsageError for views that do not go together."""
+        """Return the training recipe. Raises UsageError for conflicting options of views."""
         from retrieval_tip.fit.trainer import VIEWS, Recipe
 
         if self.views and self.views_cache:
-            raise UsageError("--views fresh and --views-cache: give one of them")
+            raise UsageError("--views fresh and --views-cache: give only one")
         encoders = {"visual", "text"} & set(self.train)
         fresh = self.views or (encoders and not self.views_cache)
         return Recipe(
@@ -219,43 +219,41 @@ class TrainingOptions:
 _TRAINING = options.grouped(
     "training", TrainingOptions,
     click.option("--epochs", type=count("epochs"), default=20, show_default=True, help="Passes over the shots."),
-    click.option("--batch", type=count("batch"), default=256, show_default=True, help="Queries a step."),
+    click.option("--batch", type=count("batch"), default=256, show_default=True, help="Queries per step."),
     click.option("--lr", type=POSITIVE, default=1e-3, show_default=True,
-                 help="Learning rate, falling along a cosine; of encoders a thousandth."),
-    click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="AdamW's."),
-    click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="AdamW's."),
+                 help="Initial learning rate, with cosine decay; encoders use a thousandth of it."),
+    click.option("--eps", type=POSITIVE, default=1e-4, show_default=True, help="Epsilon of AdamW."),
+    click.option("--weight-decay", type=NUMBER, default=0.01, show_default=True, help="Weight decay of AdamW."),
     click.option("--views-cache", type=VIEWS_COUNT, metavar="M",
-                 help="Encode M augmented views of each shot once, and draw from them.  "
-                      "[default: 16; with an encoder in training, fresh ones]"),
-    click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode another view of each shot every epoch."),
+                 help="Augmented views of each shot to encode once and draw from.  "
+                      "[default: 16; fresh views if an encoder is trained]"),
+    click.option("--views", type=click.Choice(["fresh"]), help="fresh: encode a new view of each shot in every epoch."),
     click.option("--precision", "products", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
                  show_default=True,
-                 help="Of the matrix products; auto: bfloat16 where it is measured to be worth it."),
+                 help="Type of the matrix products; auto: bfloat16 if it is measured to be faster."),
     click.option("--settings", type=click.Choice(["tried", "own"]), default="tried", show_default=True,
-                 help="Alpha and beta to train with; tried: with --val, the best of a few; own: the index's."),
-    click.option("--alpha", type=NUMBER, help="Train with this alpha instead.  [implies --settings own]"),
-    click.option("--beta", type=NUMBER, help="Train with this beta instead.  [implies --settings own]"),
-    click.option("--seed", type=SEED, default=1, show_default=True, help="Draws batches and views."),
+                 help="Alpha and beta for training; tried: with --val, the best of a few; own: the index's."),
+    click.option("--alpha", type=NUMBER, help="Alpha for training.  [implies --settings own]"),
+    click.option("--beta", type=NUMBER, help="Beta for training.  [implies --settings own]"),
+    click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing batches and views."),
 )  # fmt: skip
 
 
 @command("finetune")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--out", type=FOLDER, required=True, help="Index folder for the result.")
 @click.option("--train", multiple=True, type=click.Choice(["keys", "values", "visual", "text"]), default=["keys"],
-              show_default=True, help="What is trained; repeat for more.")  # fmt: skip
+              show_default=True, help="Part to train; repeat for more.")  # fmt: skip
 @click.option("--source", type=SOURCE,
-              help="The shots, as images or as a table whose rows are views (rows of one id: of one shot).  "
-                   "[default: where the index was built from]")  # fmt: skip
-@click.option("--val", type=SOURCE, help="Labelled validation source, which chooses epoch and settings; of a "
-                                         "split .json its val part.")  # fmt: skip
-@click.option("--val-shots", type=K("shots"), help="Validation images a class, or all.  [default: min(shots, 4)]")
+              help="Shots as images, or as a feature table of views in which an id names a shot.  "
+                   "[default: the source that the index was built from]")  # fmt: skip
+@click.option("--val", type=SOURCE, help="Labelled validation source to choose the epoch and settings on; a "
+                                         "split .json gives its val part.")  # fmt: skip
+@click.option("--val-shots", type=K("shots"), help="Validation images per class, or all.  [default: min(shots, 4)]")
 @_TRAINING
-@click.option(
-    "--resume", is_flag=True, help="Go on with an interrupted training of encoders, whose state is OUT.checkpoint."
-)
+@click.option("--resume", is_flag=True, help="Continue an interrupted training of encoders from OUT.checkpoint.")
 @click.option("--keep-last", is_flag=True, help="Write the trained index even if it is less accurate than before.")
-@click.option("--plot", type=FILE, help="PNG or SVG file for loss and accuracy by epoch (needs matplotlib).")
+@click.option("--plot", type=FILE, help="PNG or SVG diagram of loss and accuracy per epoch (needs matplotlib).")
 @options.JSON
 @options.MODEL
 @options.READING
@@ -278,10 +276,10 @@ def finetune_command(
 ) -> None:
     """Fine-tune an index on its shots (Tip-Adapter-F).
 
-    The result is another index folder. Trains the keys, or what --train names, with AdamW on augmented views of the
-    shots. Held-out shots, or --val, judge the index before and after, and the better one is written. --val also chooses
-    the epoch, and then alpha, beta and k. --resume continues a training of
-    encoders that was interrupted from its last epoch, with an identical result.
+    Trains the keys, or the parts in --train, with AdamW on augmented views of the shots. Held-out shots or --val
+    measure the accuracy before and after, and the better index is written to --out. --val also chooses the epoch, then
+    alpha, beta and k. --resume continues an interrupted training of encoders from its last epoch, with identical
+    results.
     """
     from retrieval_tip.fit.finetune import checkpoint_of, finetune_into, own_shots, shots_of
     from retrieval_tip.report import plots
@@ -309,19 +307,19 @@ def finetune_command(
 
 @contextmanager
 def _to_be_resumed(checkpoint: Path) -> Iterator[None]:
-    """Say how an interrupted run goes on."""
+    """Add the command that continues an interrupted run to the message."""
     try:
         yield
     except KeyboardInterrupt as error:
         if checkpoint.exists():
-            error.add_note("the same command with --resume goes on from the last checkpoint")
+            error.add_note("to continue from the last checkpoint, repeat the command with --resume")
         raise
 
 
 @command("calibrate")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--val", "source", type=SOURCE, required=True,
-              help="Labelled validation source, neither shots nor test; of a split .json its val part.")  # fmt: skip
+              help="Labelled validation source, neither shots nor test; a split .json gives its val part.")  # fmt: skip
 @options.ROOT
 @options.BACKBONE
 @options.ENCODING
@@ -331,9 +329,8 @@ def calibrate_command(
 ) -> None:
     """Fit the temperature of the probabilities.
 
-    It is fitted on validation images, and makes a new version of the index. Predictions stay; their probabilities
-    become softmax(logits / temperature). It is fitted for the index's own keys, alpha, beta, k and tail: calibrate
-    again when these change.
+    Fits it on validation images and makes a new version of the index. Predicted classes do not change; their
+    probabilities become softmax(logits / temperature). Calibrate again if keys, alpha, beta, k or tail change.
     """
     from retrieval_tip.evaluation.calibration import apply, calibrate
 

@@ -68,9 +68,9 @@ def under(heading: str, *, folded: bool = False) -> Callable[..., Callable[[Func
 
 _early = partial(Option, heading="General", is_eager=True, expose_value=False)
 _GENERAL = [
-    _early(["-q", "--quiet"], is_flag=True, callback=_quiet, help="No warnings, no progress."),
-    _early(["-v", "--verbose"], count=True, callback=_verbose, help="Say more; -vv all."),
-    _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Every option."),
+    _early(["-q", "--quiet"], is_flag=True, callback=_quiet, help="Hide warnings and progress."),
+    _early(["-v", "--verbose"], count=True, callback=_verbose, help="Show more messages; -vv: all."),
+    _early(["--help-all", "all_help"], is_flag=True, callback=_all_help, help="Show every option in full and exit."),
 ]
 """The options that every command has."""
 
@@ -95,7 +95,7 @@ class Command(click.Command):
                     folded.add(heading)
         for heading, own in records.items():
             if own:
-                with formatter.section(f"{heading} (--help-all says more)" if heading in folded else heading):
+                with formatter.section(f"{heading} (--help-all shows more)" if heading in folded else heading):
                     if heading in folded:
                         formatter.write_text(", ".join(names.split(" ")[0].rstrip(",") for names, _ in own))
                     else:

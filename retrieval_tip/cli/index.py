@@ -1,4 +1,4 @@
-"""The commands under ``index``: each parses, makes one library call, and prints."""
+"""Commands under ``index``: each parses, makes one library call and prints."""
 
 from __future__ import annotations
 
@@ -48,48 +48,52 @@ if TYPE_CHECKING:
 
 
 OUT = click.option("--out", "--store", type=INDEX, required=True,
-                   help=f"Index folder, or {KIND} ({FORMS}); an index that is there gets a new version.")  # fmt: skip
+                   help=f"Index folder, or {KIND} ({FORMS}); an existing index gets a new version.")  # fmt: skip
 _KEYS = options.several(
     click.option("--dtype", type=options.choice(Dtype), default="float32", show_default=True,
                  help="Type of the stored keys."),
-    click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: from the shots]"),
-    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: from the shots]"),
+    click.option("--alpha", type=NUMBER,
+                 help="Weight of the cache relative to the text.  [default: chosen on the shots]"),
+    click.option("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: chosen on the shots]"),
 )  # fmt: skip
 
 
 _INDEXING = options.several(
     click.option("--index", "factory",
-                  help="FAISS factory string; Classes: likely classes are met whole; auto: by the numbers. At an "
-                       "address: Flat, Classes, IvfFlat, IvfSq, HnswSq, auto.  [default: Flat; there auto]"),
+                  help="FAISS factory string; Classes: search likely classes in full; auto: by the number of keys. At "
+                       "an address: Flat, Classes, IvfFlat, IvfSq, HnswSq or auto.  [default: Flat; auto at an "
+                       "address]"),
     click.option("--fit", type=options.choice(FitName),
-                  help="auto: metric, values, alpha, beta and temperature that the shots speak for; none: Tip-Adapter."
-                       "  [default: auto; none where alpha, beta or normalize is given]"),
+                  help="auto: fit metric, values, alpha, beta and temperature to the shots; none: plain Tip-Adapter.  "
+                       "[default: auto; none if --alpha, --beta or --normalize is given]"),
     options.LETTERS,
     _KEYS,
     click.option("--normalize", type=options.choice(Normalize),
-                  help="Units of alpha and beta; none: the paper's formula and its 1 and 5.5.  "
-                       "[default: both; none where alpha or beta is given]"),
+                  help="Units of alpha and beta; none: the paper's, with alpha 1 and beta 5.5.  "
+                       "[default: both; none if --alpha or --beta is given]"),
     click.option("-k", "k", type=K(),
-                  help="Nearest keys that a query uses.  [default: all; with --index auto its choice]"),
+                  help="Number of nearest keys used per query.  [default: all; with --index auto, its choice]"),
     click.option("--logit-scale", type=POSITIVE,
-                  help="Factor of the text logits.  [default: the backbone's, else 100]"),
+                  help="Factor of the text logits.  [default: the encoder's, else 100]"),
 )  # fmt: skip
 
 
 @click.group("index", cls=Group)
 def index() -> None:
-    """Build, describe, check, query and change indexes."""
+    """Build, inspect, query and change indexes."""
 
 
 @index.command("build")
 @click.argument("source", type=SOURCE)
 @OUT
 @click.option("--recipe", type=FILE, is_eager=True, expose_value=False, callback=recipe,
-              help="TOML file with any of these settings; the command line goes before it.")  # fmt: skip
+              help="TOML file with any of these options; command-line options override it.")  # fmt: skip
 @options.BACKBONE
-@click.option("--text", type=FILE, help="Feature table of text features, labelled by class, instead of prompts.")
-@click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
-@click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
+@click.option("--text", type=FILE, help="Feature table of text features, labelled by class, used instead of prompts.")
+@click.option(
+    "--template", "template", multiple=True, help="Prompt with {} for the class name; repeat for an ensemble."
+)
+@click.option("--shots", type=SHOTS, help="Shots to draw per class, by CoOp's sampling rule.  [default: all]")
 @options.VIEWS
 @_INDEXING
 @options.READING
@@ -118,10 +122,10 @@ def build(
 ) -> None:
     """Build an index from labelled images or features.
 
-    SOURCE is a folder of class folders, a .csv, .tsv, .jsonl or .parquet with path and label, a feature table
-    (.parquet with id, label and feature), a split .json (its train part), or webdataset tars
-    ("shards/{000..099}.tar"); folders, tables and tars may lie on s3://, gs:// or az://. With --dataset, it is the
-    folder that holds the datasets, and the prompts are the dataset's own.
+    SOURCE is a folder of class folders; a .csv, .tsv, .jsonl or .parquet table with columns path and label; a feature
+    table (.parquet with id, label and feature); a split .json (its train part); or webdataset tars
+    ("shards/{000..099}.tar"). Folders, tables and tars may be on s3://, gs:// or az://. With --dataset, SOURCE is the
+    folder that holds the datasets, and the dataset's own prompts are used.
     """
     from retrieval_tip.data.datasets import facts
     from retrieval_tip.index.build import build_index
@@ -176,7 +180,7 @@ def _next_step(out: Place, cache: AnsweringIndex) -> str:
 
 
 @index.command("info")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @options.JSON
 def info(folder: Place, as_json: bool) -> None:
     """Describe an index: version, encoder, classes, settings."""
@@ -195,7 +199,7 @@ def info(folder: Place, as_json: bool) -> None:
 def list_command(folder: Path, printing: OutputOptions) -> None:
     """List the indexes in a folder.
 
-    Each has a name, version, keys, classes and encoder. The folder is indexes/ by default.
+    The default FOLDER is indexes. Shows the name, version, keys, classes and encoder of each index.
     """
     import pyarrow as pa
 
@@ -219,32 +223,33 @@ def list_command(folder: Path, printing: OutputOptions) -> None:
 
 
 @index.command("verify")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 def verify(folder: Place) -> None:
-    """Check every byte of an index and that its parts fit.
+    """Check every byte of an index and that its parts match.
 
-    In a bucket, check every row of the current version, and the small objects of earlier ones.
+    In a bucket, checks every row of the current version and the small objects of earlier versions.
     """
     from retrieval_tip.index.places import at
 
     cache = at(folder).verify()
-    about(folder, f"version {cache.version} is whole ({cache.n} keys, {len(cache.class_names)} classes)")
+    shots, classes = counted(cache.n, "shot"), counted(len(cache.class_names), "class")
+    about(folder, f"version {cache.version} is intact ({shots}, {classes})")
 
 
 @index.command("query")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("sql")
 @options.FORMAT
-@click.option("--predictions", type=FILE, help="What classify wrote (.parquet, .csv, .json), as table predictions.")
+@click.option("--predictions", type=FILE, help="Output of classify (.parquet, .csv, .json), as table predictions.")
 @click.option("--timeout", type=click.IntRange(1, 86_400), default=60, show_default=True,
-              help="Seconds that the answer may take.")  # fmt: skip
+              help="Time limit of the query, in seconds.")  # fmt: skip
 def query(folder: Place, sql: str, predictions: Path | None, timeout: int, printing: OutputOptions) -> None:
     """Query the label store with SQL.
 
-    SQL is one SELECT, read-only, without access to other files. The table labels has key_id, class_id, label, source,
-    shot, views, digest, added_at and the further columns of the table that the index was built from; the view
-    class_counts has class_id, label and keys; the table versions is what index history prints. A fine-tuned index has
-    its loss curve as table curve. With --predictions, what classify wrote is table predictions, to be joined.
+    SQL is one read-only SELECT; it cannot access other files. The table labels has the columns key_id, class_id, label,
+    source, shot, views, digest and added_at, and any further columns of the table that the index was built from. The
+    view class_counts has class_id, label and keys. The table versions is the output of index history. A fine-tuned
+    index has its loss curve in the table curve. With --predictions, the output of classify is the table predictions.
     """
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.index.places import at
@@ -253,15 +258,15 @@ def query(folder: Place, sql: str, predictions: Path | None, timeout: int, print
 
 
 @index.command("tune")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--val", "source", type=SOURCE, required=True,
-              help="Images or features to tune on, not the shots; of a split .json its val part.")  # fmt: skip
+              help="Images or features to tune on, not the shots; a split .json gives its val part.")  # fmt: skip
 @click.option("--agreement", type=Number(0, 1, above=True), default=0.999, show_default=True,
-              help="Share of the answers that have to be those over all keys.")  # fmt: skip
+              help="Required share of answers that equal those over all keys.")  # fmt: skip
 @click.option("--index", "factories", multiple=True,
-              help="FAISS factory to try, repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print, change nothing.")
-@click.option("--plot", type=FILE, help="PNG or SVG file for cost and agreement (needs matplotlib).")
+              help="FAISS factory to try; repeat for more.  [default: Classes and an inverted file]")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print the results without changing the index.")
+@click.option("--plot", type=FILE, help="PNG or SVG diagram of cost and agreement (needs matplotlib).")
 @options.ROOT
 @options.FORMAT
 @options.BACKBONE
@@ -281,9 +286,9 @@ def tune_command(
 ) -> None:
     """Find the cheapest index and k with the same answers.
 
-    The answers have to be those over all keys; the choice makes a new version. Prints the settings that no cheaper one
-    equals, and what a query costs with each here, in one batch. Labels are not needed. The answers over all keys stay
-    what they are: -k all gives them.
+    Compares the answers of each candidate with those over all keys, and measures its cost per query on this machine, in
+    one batch. Prints the candidates that no cheaper one matches, and saves the chosen one as a new version. Needs no
+    labels. -k all still gives the answers over all keys.
     """
     import pyarrow as pa
 
@@ -310,28 +315,28 @@ def tune_command(
 
 
 def _ids(ctx: click.Context, _: click.Parameter, texts: tuple[str, ...]) -> list[int] | None:
-    """Key ids, however many in each option; ``None`` where there is no option."""
+    """Return the key ids in all options; ``None`` without any option."""
     parts = [part.strip() for text in texts for part in text.split(",")]
     if wrong := [part for part in parts if not re.fullmatch(r"-?[0-9]{1,40}", part)]:
-        raise click.BadParameter(f"{wrong[0]!r} is no key id, a whole number", ctx)
+        raise click.BadParameter(f"{wrong[0]!r} is not a key id; give whole numbers", ctx)
     return [int(part) for part in parts] if texts else None
 
 
 _WHICH = options.several(
-    click.option("--where", metavar="SQL", help="The keys that this condition over the label store holds for."),
+    click.option("--where", metavar="SQL", help="Condition over the label store that selects shots."),
     click.option("--key-ids", multiple=True, metavar="ID,...", callback=_ids,
-                 help="The keys with these ids; repeat for more."),
+                 help="Key ids of the shots; repeat for more."),
 )  # fmt: skip
 
 
 @index.command("add")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("source", type=SOURCE)
-@click.option("--text", type=FILE, help="Feature table of text features of the new classes, instead of prompts.")
-@click.option("--shots", type=SHOTS, help="Draw so many a class, as published.  [default: all]")
-@click.option("--views", type=VIEWS_COUNT, help="Views that a key is the mean of.  [default: as the index's]")
-@click.option("--seed", type=SEED, help="Draws shots and views.  [default: the index's, else 1]")
-@click.option("--skip-known", is_flag=True, help="Leave out images that the index has under the same label.")
+@click.option("--text", type=FILE, help="Feature table of text features for new classes, used instead of prompts.")
+@click.option("--shots", type=SHOTS, help="Shots to draw per class, by CoOp's sampling rule.  [default: all]")
+@click.option("--views", type=VIEWS_COUNT, help="Views averaged per key.  [default: as in the index]")
+@click.option("--seed", type=SEED, help="Seed for drawing shots and views.  [default: the index's, else 1]")
+@click.option("--skip-known", is_flag=True, help="Skip images that the index already has under the same label.")
 @options.BACKBONE
 @options.READING
 @options.ENCODING
@@ -350,8 +355,8 @@ def add_command(
 ) -> None:
     """Add labelled images or features to an index.
 
-    SOURCE is as for index build. Classes that are new come after those there are, with text weights from the index's
-    templates or --text. It costs by what is added; index compact makes one of what was added since.
+    SOURCE is the same as for index build. New classes are appended, with text weights from the index's templates or
+    from --text. The cost depends only on how much you add; index compact later merges all additions.
     """
     from retrieval_tip.index import changes
 
@@ -368,12 +373,12 @@ def add_command(
 
 
 @index.command("merge")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("others", nargs=-1, required=True, type=INDEX)
 def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
-    """Add the keys of OTHERS to an index.
+    """Add the shots of other indexes to an index.
 
-    They are indexes of the same encoder. Each makes a version.
+    OTHERS are indexes of the same encoder. Each one makes a new version.
     """
     from retrieval_tip.index import changes
 
@@ -382,39 +387,44 @@ def merge_command(folder: Place, others: tuple[Place, ...]) -> None:
 
 
 @index.command("remove")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @_WHICH
 def remove_command(folder: Place, where: str | None, key_ids: list[int] | None) -> None:
-    """Remove keys; their classes stay. Older versions have them until index gc."""
+    """Remove shots from an index.
+
+    Their classes stay. Earlier versions keep the shots until index gc deletes those versions.
+    """
     from retrieval_tip.index import changes
 
     removed = changes.remove(folder, where=where, key_ids=key_ids)
-    _say_version(folder, removed.version, f"{counted(len(removed.key_ids), 'key')} removed")
+    _say_version(folder, removed.version, f"removed {counted(len(removed.key_ids), 'shot')}")
 
 
 @index.command("relabel")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("label")
 @_WHICH
 def relabel_command(folder: Place, label: str, where: str | None, key_ids: list[int] | None) -> None:
-    """Give keys to the class LABEL, one of the index's."""
+    """Move shots to another class.
+
+    LABEL is a class of the index. To add a class, use index add; to rename one, index rename.
+    """
     from retrieval_tip.index import changes
 
     changed = changes.relabel(folder, label, where=where, key_ids=key_ids)
-    _say_version(folder, changed.version, f"{counted(len(changed.key_ids), 'key')} given to {label}")
+    _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')} as {label}")
 
 
 @index.command("rename")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("old")
 @click.argument("new")
-@click.option("--encode", is_flag=True, help="Encode the new name in place of the old one's words.")
+@click.option("--encode", is_flag=True, help="Replace the text weights with an encoding of the new name.")
 @options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: BackboneOptions) -> None:
     """Rename the class OLD to NEW.
 
-    If NEW is a class already, OLD is merged into it. Its words stay as they are encoded, unless --encode or a --model
-    is given.
+    If NEW already exists, OLD is merged into it. The text weights stay unchanged unless --encode or --model is given.
     """
     from retrieval_tip.index import changes
 
@@ -422,19 +432,21 @@ def rename_command(folder: Place, old: str, new: str, encode: bool, backbone: Ba
     loaded = backbone_for(Origin.of(folder), [], backbone, needed=True) if encode else None
     renamed = changes.rename(folder, old, new, loaded)
     what = f"merged {old} into {new}" if renamed.merged else f"renamed {old} to {new}"
-    _say_version(folder, renamed.version, f"{what} ({counted(len(renamed.key_ids), 'key')})")
+    _say_version(folder, renamed.version, f"{what} ({counted(len(renamed.key_ids), 'shot')})")
 
 
 @index.command("set")
-@click.argument("folder", type=INDEX)
-@click.option("--alpha", type=NUMBER, help="Weight of the cache beside the text.")
+@click.argument("folder", type=INDEX, metavar="INDEX")
+@click.option("--alpha", type=NUMBER, help="Weight of the cache relative to the text.")
 @click.option("--beta", type=NUMBER, help="Sharpness of the affinity.")
-@click.option("-k", "k", type=K(), help="Nearest keys that a query uses.")
-@click.option("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.")
-@click.option("--temperature", type=POSITIVE, help="Divides the logits where they become probabilities.")
+@click.option("-k", "k", type=K(), help="Number of nearest keys used per query.")
+@click.option("--tail/--no-tail", default=None, help="Estimate the contribution of keys that are not retrieved.")
+@click.option("--temperature", type=POSITIVE, help="Temperature T of the probabilities, softmax(logits / T).")
 @click.option("--normalize", type=options.choice(Normalize),
-              help="Alpha and beta in units of the shots there are now; both: as a new build has them.")  # fmt: skip
-@click.option("--template", "template", multiple=True, help="Prompt with {} for the class; repeat for an ensemble.")
+              help="Units of alpha and beta, measured on the current shots; both: as in a new build.")  # fmt: skip
+@click.option(
+    "--template", "template", multiple=True, help="Prompt with {} for the class name; repeat for an ensemble."
+)
 @options.grouped("backbone", BackboneOptions, options.BACKBONE, options.DEVICE)
 def set_command(
     folder: Place,
@@ -447,9 +459,9 @@ def set_command(
     template: tuple[str, ...],
     backbone: BackboneOptions,
 ) -> None:
-    """Change settings of an index. Templates replace its text weights.
+    """Change the settings of an index.
 
-    Another beta of a fitted index also fits its values, alpha and temperature again.
+    Templates replace the text weights. A new beta for a fitted index also refits its values, alpha and temperature.
     """
     from retrieval_tip.index import changes
 
@@ -470,22 +482,22 @@ def set_command(
 
 
 @index.command("compact")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 def compact_command(folder: Place) -> None:
-    """Merge added segments into one, as a new build would."""
+    """Merge later additions into one segment."""
     from retrieval_tip.index import changes
 
     _say_version(folder, changes.compact(folder).version, "one segment")
 
 
 @index.command("rebuild")
-@click.argument("folder", type=INDEX)
-@click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: as it is]")
-@click.option("--dtype", type=options.choice(Dtype), help="Type of the stored keys.  [default: theirs]")
+@click.argument("folder", type=INDEX, metavar="INDEX")
+@click.option("--index", "factory", help="FAISS factory string, Classes or auto.  [default: unchanged]")
+@click.option("--dtype", type=options.choice(Dtype), help="Type of the stored keys.  [default: unchanged]")
 def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> None:
     """Rebuild the FAISS index from the keys.
 
-    The index may be of another type, or the keys of another precision.
+    Options change the type of the FAISS index or the precision of the keys.
     """
     from retrieval_tip.index import changes
 
@@ -493,7 +505,7 @@ def rebuild_command(folder: Place, factory: str | None, dtype: Dtype | None) -> 
 
 
 @index.command("history")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @options.FORMAT
 def history_command(folder: Place, printing: OutputOptions) -> None:
     """List the kept versions of an index, oldest first."""
@@ -504,54 +516,54 @@ def history_command(folder: Place, printing: OutputOptions) -> None:
 
 
 @index.command("rollback")
-@click.argument("folder", type=INDEX)
-@click.option("--version", type=count(), help="Version to go back to.  [default: the one before]")
+@click.argument("folder", type=INDEX, metavar="INDEX")
+@click.option("--version", type=count(), help="Version to restore.  [default: the previous one]")
 def rollback_command(folder: Place, version: int | None) -> None:
-    """Make an earlier version the content of a new one."""
+    """Restore an earlier version, as a new version."""
     from retrieval_tip.index import changes
 
     _say_version(folder, changes.rollback(folder, version).version, "rolled back")
 
 
 @index.command("gc")
-@click.argument("folder", type=INDEX)
-@click.option("--keep", type=count(), default=1, show_default=True, help="Versions to keep, the last ones.")
+@click.argument("folder", type=INDEX, metavar="INDEX")
+@click.option("--keep", type=count(), default=1, show_default=True, help="Number of latest versions to keep.")
 def gc_command(folder: Place, keep: int) -> None:
-    """Delete earlier versions, and the files that only they have.
+    """Delete earlier versions and the files that only they use.
 
-    Photos that were added over HTTP, and that no kept version has, are deleted too: they are in FOLDER-shots.
+    Photos added over HTTP (in INDEX-shots) are deleted too if no kept version uses them.
     """
     from retrieval_tip.index import changes
 
     done = changes.gc(folder, keep)
-    photos = f"{counted(done.photos, 'photo')} removed, " if done.photos else ""
-    about(folder, f"{counted(len(done.versions), 'version')} given up, {photos}{done.freed:,} bytes freed")
+    photos = f" and {counted(done.photos, 'photo')}" if done.photos else ""
+    about(folder, f"deleted {counted(len(done.versions), 'version')}{photos}, freed {done.freed:,} bytes")
 
 
 @index.command("clone")
-@click.argument("folder", type=INDEX)
+@click.argument("folder", type=INDEX, metavar="INDEX")
 @click.argument("out", type=INDEX)
 @click.option("--version", type=count(), help="Version to copy.  [default: the current one]")
 def clone_command(folder: Place, out: Place, version: int | None) -> None:
-    """Copy an index into a new folder OUT, checked on the way."""
+    """Copy an index to OUT, verifying it on the way."""
     from retrieval_tip.index import changes
 
-    _say_version(out, changes.clone(folder, out, version).version, f"a copy of {folder}")
+    _say_version(out, changes.clone(folder, out, version).version, f"copied from {folder}")
 
 
 @index.command("export")
-@click.argument("folder", type=FOLDER)
+@click.argument("folder", type=FOLDER, metavar="INDEX")
 @click.option("--out", type=FILE, help="Feature table to write (.parquet).")
-@click.option("--text", type=FILE, help="Feature table for the text weights, as index build --text takes it.")
-@click.option("--onnx", type=FILE, help="ONNX graph to write, from pixels to logits (needs onnx).")
-@click.option("--features", is_flag=True, help="With --onnx: from features to logits, without the image encoder.")
-@click.option("--k", type=K(), help="With --onnx, all: as if every query met all keys, which a graph does.")
+@click.option("--text", type=FILE, help="Feature table to write for the text weights; index build --text reads it.")
+@click.option("--onnx", type=FILE, help="ONNX file to write; a graph from pixels to logits (needs onnx).")
+@click.option("--features", is_flag=True, help="With --onnx: start from features, without the image encoder.")
+@click.option("--k", type=K(), help="With --onnx, all: use every key, as a graph must, although the index uses k.")
 def export_command(
     folder: Path, out: Path | None, text: Path | None, onnx: Path | None, features: bool, k: KeysMet
 ) -> None:
-    """Write keys as a feature table, or an index as ONNX.
+    """Export keys as a feature table, or an index as ONNX.
 
-    The ONNX graph holds the whole index, for any runtime.
+    The ONNX graph contains the whole index and runs in any ONNX runtime.
     """
     from retrieval_tip.index.export import export_table, export_text
 
@@ -569,8 +581,8 @@ def export_command(
             )
         facts = export_onnx(cache.with_settings(cache.settings.override(k=k)), onnx, backbone)
         given = "features" if backbone is None else "pixels"
-        size, opset = facts["bytes"] / 1e6, facts["opset"]
-        about(onnx, f"{given} to logits of {len(facts['labels'])} classes, {size:.1f} MB, opset {opset}")
+        size, classes = f"{facts['bytes'] / 1e6:.1f} MB", counted(len(facts["labels"]), "class")
+        about(onnx, f"{given} to logits of {classes}, {size}, opset {facts['opset']}")
     if out is not None:
         about(out, f"{export_table(cache, out)} rows")
     if text is not None:
@@ -580,7 +592,7 @@ def export_command(
 @index.command("import")
 @click.argument("source", type=FOLDER)
 @OUT
-@click.option("--classes", type=FILE, help="Text file of class names in order, one a line.  [default: class 0 ...]")
+@click.option("--classes", type=FILE, help="Text file of class names in order, one per line.  [default: class 0 ...]")
 @click.option("--text", type=FILE, help="Feature table of text features, labelled by class.")
 @options.NORMS
 @click.option("--index", "factory", help="As for index build.")
@@ -596,10 +608,10 @@ def import_command(
     alpha: float | None,
     beta: float | None,
 ) -> None:
-    """Build an index from a cache of Tip-Adapter's code.
+    """Build an index from a cache of the Tip-Adapter code.
 
-    SOURCE is its keys_16shots.pt, with values_16shots.pt beside it, or the folder of both. Keys of other programs
-    become a feature table in ten lines of Python: docs/features.md.
+    SOURCE is a keys_16shots.pt with values_16shots.pt beside it, or the folder of both. For keys of other programs,
+    docs/features.md shows how to write a feature table in ten lines of Python.
     """
     from retrieval_tip.index.changes import import_index
 
@@ -618,11 +630,11 @@ def import_command(
 
 
 @index.command("audit")
-@click.argument("folder", type=INDEX)
-@click.option("-k", "k", type=K(), help="Nearest keys that judge a shot, or all.  [default: all, while they are few]")
-@click.option("--all", "borderline", is_flag=True, help="List borderline cases too.")
+@click.argument("folder", type=INDEX, metavar="INDEX")
+@click.option("-k", "k", type=K(), help="Nearest keys that judge a shot, or all.  [default: all in small indexes]")
+@click.option("--all", "borderline", is_flag=True, help="Include borderline cases.")
 @click.option("--apply", "file", type=FILE,
-              help="Relabel shots as this table suggests, in one new version; audit --output writes it.")  # fmt: skip
+              help="Table from audit --output; its suggestions are applied in one new version.")  # fmt: skip
 @options.FORMAT
 @click.pass_context
 def audit_command(
@@ -630,23 +642,23 @@ def audit_command(
 ) -> None:
     """List shots that look mislabelled, or relabel them.
 
-    Images that are in two classes are listed too. Each shot is judged by all others, without those of the same image;
-    the most suspicious come first. Write the list with --output suspects.csv (or .json, .parquet), delete rows and
-    change suggestions as you like, and give it to --apply. That reads three columns: key_id, label, which must still be
-    the shot's label, and suggested, its new one.
+    Each shot is judged by all others except those of the same image. The most suspicious shots come first; images in
+    two classes are listed too. To correct labels, save the list with --output suspects.csv (or .json, .parquet), delete
+    rows or edit suggestions, and pass the file to --apply. It reads three columns: key_id, label (which must still be
+    the shot's label) and suggested (the new label).
     """
     if file is not None:
         from retrieval_tip.index.changes import apply_audit
 
         if k is not None or borderline or printing != OutputOptions(None, None):
-            raise UsageError("--apply: takes no other option")
+            raise UsageError("--apply: cannot be combined with other options")
         changed = apply_audit(folder, file)
-        _say_version(folder, changed.version, f"{counted(len(changed.key_ids), 'shot')} relabelled")
+        _say_version(folder, changed.version, f"relabelled {counted(len(changed.key_ids), 'shot')}")
         return
     from retrieval_tip.cli.output import write_table
     from retrieval_tip.evaluation.audit import audit
 
-    FOLDER.convert(folder, None, ctx)  # refuses an address
+    FOLDER.convert(folder, None, ctx)  # rejects an address
     cache = checked(Path(folder), "auto")
     write_table(audit(cache, k=k, borderline=borderline), printing.style, printing.output)
 
@@ -660,19 +672,19 @@ def _held(cache: AnsweringIndex) -> str:
 
 
 def _say_added(folder: Place, added: Added, skipped: bool = False) -> None:
-    """Print how much was added, and warn of what is suspicious about it."""
+    """Print how much was added, and warn of duplicates."""
     from retrieval_tip.index.items import warn_of
 
-    what = f"{counted(len(added.key_ids), 'key')} added"
+    what = f"added {counted(len(added.key_ids), 'shot')}"
     if added.classes:
         what += f", {counted(len(added.classes), 'new class')}: {few(added.classes)}"
     if added.known and skipped:
-        what += f", {counted(added.known, 'known image')} left out"
+        what += f", skipped {counted(added.known, 'known image')}"
     _say_version(folder, added.version, what)
     if added.known and not skipped:
-        known = counted(added.known, "image")
-        warn([f"{known} of them were there already, under the same label; --skip-known would leave them out"])
+        known = counted(added.known, "image", "was", "were")
+        warn([f"{known} already in the index under the same label; --skip-known skips such images"])
     if added.duplicates is not None:
         warn_of(added.duplicates)
         if added.duplicates.compared == "digests":
-            warn(["near-identical images were not looked for among so many keys: index audit does"])
+            warn(["the index is too large to look for near-identical images while adding; index audit finds them"])

@@ -1,4 +1,4 @@
-"""The options that commands share. A group of them reaches a command as one value, a frozen dataclass."""
+"""Options shared by commands. A command receives each group of options as one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ Decorator = Callable[[Function], Function]
 
 
 def choice(alias: object) -> click.Choice[str]:
-    """Return the type of an option that takes the words of a ``Literal``."""
+    """Return an option type that accepts the values of a ``Literal``."""
     return click.Choice(get_args(alias))
 
 
 def several(*options: Decorator) -> Decorator:
-    """Several options as one decorator, in the order that help shows them."""
+    """Combine options into one decorator, in the order that help shows them."""
     return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
-    """Options as one decorator, whose values a command gets together: as its parameter ``name``, of the type ``kind``.
+    """Combine options into one decorator that passes their values as parameter ``name``, an instance of ``kind``.
 
-    Each field of ``kind`` is the option of that name, whichever decorator of the command it comes from; a field of
-    which the command has no option keeps its default.
+    Each field of ``kind`` takes the option of its name, from any decorator of the command, or else its default.
     """
 
     def decorate(command: Function) -> Function:
@@ -52,7 +51,7 @@ def grouped(name: str, kind: type[Any], *shown: Decorator) -> Decorator:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """The backbone that is named, if one is; its arithmetic and that of the products with all keys; the device."""
+    """Backbone, arithmetic, runtime and device. ``model`` and ``pretrained`` are ``None`` for the default."""
 
     model: str | None
     pretrained: str | None
@@ -63,20 +62,20 @@ class BackboneOptions:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """Options for reading a source: the dataset that it holds, the part of it, and where relative paths start from."""
+    """Dataset and part to read from a source, and the folder that relative paths start from."""
 
     dataset: str | None = None
     split: str | None = None
     root: Path | None = None
 
     def without_split(self) -> ReadingOptions:
-        """The options for another source, whose part is not that of the first one."""
+        """Return the options for a second source, without the part chosen for the first."""
         return replace(self, split=None)
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Views that a key is the mean of, and the seed that draws shots and views."""
+    """Number of views averaged per key, and the seed for drawing shots and views."""
 
     views: int = 1
     seed: int = 1
@@ -84,7 +83,7 @@ class ViewOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions(BackboneOptions):
-    """Options for encoding: backbone, checks of feature tables, batches, threads, and the encoding cache."""
+    """Options for encoding: backbone, feature norms, batches, threads and the encoding cache."""
 
     norms: Norms
     batch_size: int | None
@@ -95,7 +94,7 @@ class EncodingOptions(BackboneOptions):
     strict: bool
 
     def encoder(self, views: ViewOptions | None = None) -> Encoder:
-        """Make an encoder without a backbone and a cache; a command without options for views takes the centre one."""
+        """Return an encoder without backbone and cache; ``None`` encodes the centre view."""
         from retrieval_tip.data.encoder import Encoder
 
         views = views or ViewOptions()
@@ -112,7 +111,7 @@ class EncodingOptions(BackboneOptions):
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options for answering: settings, where its own are not to hold, over which keys, and how it is checked first."""
+    """Settings that override the index's own, a condition on the keys, and how to check the index."""
 
     k: KeysMet = None
     tail: bool | None = None
@@ -124,7 +123,7 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The engine that does the work: this process, or actors of a Ray cluster."""
+    """Engine that runs the work: this process or the actors of a Ray cluster."""
 
     engine: str
     actors: int | None
@@ -132,27 +131,29 @@ class EngineOptions:
 
     @property
     def is_ray(self) -> bool:
-        """Whether the work runs on Ray. Raises UsageError for options of Ray without it."""
+        """Whether the work runs on Ray. Raises UsageError for Ray's options with another engine."""
         if self.engine != "ray" and (self.actors or self.ray_address):
-            raise UsageError(f"--{'actors' if self.actors else 'ray-address'} needs --engine ray")
+            raise UsageError(f"--{'actors' if self.actors else 'ray-address'}: needs --engine ray")
         return self.engine == "ray"
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """The form in which rows are printed, and the file that they go to in place of standard output."""
+    """Output format and file; ``None`` for the default format and for standard output."""
 
     named: str | None
     output: Path | None
 
     @property
     def style(self) -> str:
-        """The format that was named, else that of the file's suffix. Raises UsageError for one that has none."""
+        """Given format, or the format of the file's suffix. Raises UsageError for an unknown suffix."""
         suffix = Path(self.output).suffix.lower() if self.output else ""  # it may be a URL
         style = self.named or _SUFFIXES.get(suffix)
         if style is None:
             known = ", ".join(name for name in _SUFFIXES if name)
-            raise UsageError(f"--output {show(str(self.output))}: {suffix} is no format; give {known}, or --format too")
+            raise UsageError(
+                f"--output {show(str(self.output))}: unknown suffix {suffix}; use {known} or give --format"
+            )
         return "json" if style == "jsonl" else style
 
 
@@ -160,45 +161,45 @@ _SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"
 _SUFFIXES |= {".txt": "table", "": "table"}
 
 
-BACKBONE_OPTION = under("Backbone")
-READING_OPTION = under("Reading images and tables", folded=True)
+BACKBONE_OPTION = under("Encoder")
+READING_OPTION = under("Input", folded=True)
 ANSWER_OPTION = under("Answers")
 OUTPUT_OPTION = under("Output")
-ENGINE_OPTION = under("Past one machine", folded=True)
+ENGINE_OPTION = under("Distributed with Ray", folded=True)
 
 VERIFY = ANSWER_OPTION("--verify", type=choice(Verify),
-                       help="Check every byte of the index first, or of large files only the size.  "
+                       help="Check of the index before use; full: every byte, fast: only the size of large files.  "
                             "[default: full; fast at an address]")  # fmt: skip
-ROOT = READING_OPTION("--root", type=FOLDER, help="Folder that the paths of a table or split .json are relative to.")
+ROOT = READING_OPTION("--root", type=FOLDER, help="Folder that relative paths in a table or split .json start from.")
 NORMS = READING_OPTION("--norms", type=choice(Norms), default="check", show_default=True,
-                       help="Rows of feature tables must have norm 1, are scaled to it, or are kept.")  # fmt: skip
-DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+                       help="Norms of feature rows; check: must be 1, unit: scale to 1, keep: accept any.")  # fmt: skip
+DEVICE = BACKBONE_OPTION("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
 PRECISION = BACKBONE_OPTION(
     "--precision", type=choice(Precision), default="auto", show_default=True,
-    help="Arithmetic of the backbone (auto: float32, on a GPU float16 autocast) and of the products with all keys "
-         "(auto: the fastest that is accurate, measured).",
+    help="Arithmetic of the encoder (auto: float32; on a GPU, float16 autocast) and of the products with all keys "
+         "(auto: the fastest that is measured to be accurate).",
 )  # fmt: skip
 MODEL = several(
     BACKBONE_OPTION(
         "--model",
-        help="Architecture of open_clip, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO (see:"
-        " retrieval-tip models).  [default: ViT-B-32]",
+        help="An open_clip architecture, timm:NAME, local-dir:PATH, hf-hub:ORG/REPO or hf:ORG/REPO (see retrieval-tip"
+        " models).  [default: ViT-B-32]",
     ),
     BACKBONE_OPTION(
         "--pretrained",
-        help="Tag, checkpoint file, or TAG=FILE for a local copy of a tag's weights.  [default: the recommended tag]",
+        help="Weights: a tag, a checkpoint file, or TAG=FILE for a local copy.  [default: the recommended tag]",
     ),
 )
 BACKBONE = several(
     MODEL,
     PRECISION,
     BACKBONE_OPTION("--runtime", type=choice(Runtime), default="auto", show_default=True,
-                    help="What encodes images on a CPU (auto: OpenVINO, where its features are torch's)."),
+                    help="Runtime for encoding images on a CPU; auto: OpenVINO if its features match torch's."),
 )  # fmt: skip
 READING = grouped(
     "reading", ReadingOptions,
     READING_OPTION("--dataset", metavar="NAME",
-                 help="SOURCE is the folder that holds this dataset's folder (names: datasets list)."),
+                   help="Known dataset (see datasets list); SOURCE is the folder that holds its folder."),
     READING_OPTION("--split", help="Part of a split .json or dataset: train, val or test."),
     ROOT,
 )  # fmt: skip
@@ -206,57 +207,62 @@ ENCODING = grouped(
     "encoding", EncodingOptions,
     NORMS,
     READING_OPTION("--batch-size", type=count("batch_size"),
-                 help="Images encoded at a time.  [default: the backbone's best, 16 on a CPU, 256 on a GPU]"),
+                   help="Images encoded at a time.  [default: the encoder's best, 16 on a CPU, 256 on a GPU]"),
     READING_OPTION("--workers", type=count("workers"), default=min(16, os.cpu_count() or 1), show_default="cores",
-                 help="Threads that read and decode images."),
+                   help="Number of threads that read and decode images."),
     READING_OPTION("--cache", type=FOLDER,
-                 help="Folder of the encoding cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"),
-    READING_OPTION("--no-cache", is_flag=True, help="Encode without a cache."),
+                   help="Folder of the encoding cache.  [default: $RETRIEVAL_TIP_CACHE or ~/.cache/retrieval-tip]"),
+    READING_OPTION("--no-cache", is_flag=True, help="Do not use the encoding cache."),
     READING_OPTION("--reduce/--no-reduce", default=True, show_default=True,
-                 help="Decode large JPEGs at a reduced size for the centre view: faster, nearly the same features."),
+                   help="Decode large JPEGs at reduced size for the centre view: faster, with nearly the same "
+                        "features."),
     READING_OPTION("--strict", is_flag=True, help="Fail on the first image that cannot be read."),
     DEVICE,
 )  # fmt: skip
 VIEWS = grouped(
     "views", ViewOptions,
     click.option("--views", type=VIEWS_COUNT, default=1, show_default=True,
-                 help="1: the centre view; V > 1: mean of V augmented views, as in the paper."),
-    click.option("--seed", type=SEED, default=1, show_default=True, help="Draws shots and views."),
+                 help="Views averaged per key; 1: the centre view, more: augmented views, as in the paper."),
+    click.option("--seed", type=SEED, default=1, show_default=True, help="Seed for drawing shots and views."),
 )  # fmt: skip
 LETTERS = several(
     click.option("--metric", type=choice(MetricName),
-                 help="within: directions in which photographs of a class differ count little.  [default: chosen]"),
+                 help="Similarity; within: directions in which photos of one class differ count less.  "
+                      "[default: chosen on the shots]"),
     click.option("--values", type=choice(ValuesName),
-                 help="solved: by ridge regression, what each key gives to each class.  [default: chosen]"),
+                 help="Weights of keys for classes; solved: by ridge regression.  [default: chosen on the shots]"),
 )  # fmt: skip
 ANSWER = grouped(
     "answer",
     AnswerOptions,
-    ANSWER_OPTION("-k", "k", type=K(), help="Nearest keys that a query uses.  [default: the index's]"),
-    ANSWER_OPTION("--tail/--no-tail", default=None, help="Estimate the keys that were not retrieved.  [default: tail]"),
-    ANSWER_OPTION("--alpha", type=NUMBER, help="Weight of the cache beside the text.  [default: the index's]"),
+    ANSWER_OPTION("-k", "k", type=K(), help="Number of nearest keys used per query.  [default: the index's]"),
+    ANSWER_OPTION("--tail/--no-tail", default=None,
+                  help="Estimate the contribution of keys that are not retrieved.  [default: the index's]"),
+    ANSWER_OPTION("--alpha", type=NUMBER, help="Weight of the cache relative to the text.  [default: the index's]"),
     ANSWER_OPTION("--beta", type=NUMBER, help="Sharpness of the affinity.  [default: the index's]"),
-    ANSWER_OPTION("--where", metavar="SQL", help="Use only keys for which this condition over the label store holds."),
+    ANSWER_OPTION("--where", metavar="SQL", help="Condition over the label store; only matching keys are used."),
     VERIFY,
-)
+)  # fmt: skip
 ENGINE = grouped(
     "engine", EngineOptions,
     ENGINE_OPTION("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, is_eager=True,
-                  help="ray: actors here or on a cluster, into a folder of parts that a second run completes, on a "
-                       "disk or in a bucket."),
+                  help="Where to run; ray: actors on this machine or a cluster, which write a folder of parts, on disk "
+                       "or in a bucket. Running the command again completes the folder."),
     ENGINE_OPTION("--actors", type=count("actors"), metavar="N",
-                  help="Most actors of Ray.  [default: one a GPU, or up to 8 a node]"),
+                  help="Maximum number of Ray actors.  [default: one per GPU, or up to 8 per node]"),
     ENGINE_OPTION("--ray-address", metavar="HOST:PORT",
-                  help="Head of a Ray cluster, or auto.  [default: a Ray that is started here]"),
+                  help="Head of a Ray cluster, or auto.  [default: start Ray on this machine]"),
 )  # fmt: skip
 PROTOCOL = click.option("--protocol", type=choice(Protocol), default="honest", show_default=True,
-                        help="paper: the published grid over the whole validation source.")  # fmt: skip
+                        help="How to choose settings; paper: published grid on the whole validation "
+                             "source.")  # fmt: skip
 SCALES = click.option("--scales", type=(POSITIVE, POSITIVE), metavar="X X", default=(7.0, 3.0), show_default=True,
                        help="Largest beta and alpha of the published grid.")  # fmt: skip
 FORMAT = grouped(
     "printing", OutputOptions,
     OUTPUT_OPTION("--format", "named", type=click.Choice(["table", "json", "jsonl", "csv", "parquet"]),
-                 help="json and jsonl: one object a line.  [default: by the suffix of --output, else table]"),
+                  help="Output format; json and jsonl: one object per line.  [default: by the suffix of --output, else "
+                       "table]"),
     OUTPUT_OPTION("--output", type=OUTPUT, help="File to write instead of standard output."),
 )  # fmt: skip
-JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="One JSON object.")
+JSON = OUTPUT_OPTION("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -101,13 +101,13 @@ def _orderly_end() -> Iterator[None]:
 
 @click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, package_name="retrieval-tip")
-@click.option("-q", "--quiet", is_flag=True, help="No warnings, no progress.")
-@click.option("-v", "--verbose", count=True, help="Say more; -vv all.")
+@click.option("-q", "--quiet", is_flag=True, help="Hide warnings and progress.")
+@click.option("-v", "--verbose", count=True, help="Show more messages; -vv: all.")
 @click.pass_context
 def main(ctx: click.Context, quiet: bool, verbose: int) -> None:
     """Few-shot image classification as retrieval (Tip-Adapter on a FAISS index).
 
-    Exit status: 0 done; 1 failed, nothing was changed; 2 wrong usage; 3 done, but some inputs could not be read; 130
+    Exit status: 0 success; 1 failure, nothing changed; 2 wrong usage; 3 finished, but some inputs were skipped; 130
     interrupted (128 + the signal).
     """
     handler = _Said()
@@ -152,7 +152,7 @@ class _Said(logging.Handler):
             self.handleError(record)
 
 
-main.section("Answers", classify, evaluate_command, sweep_command, report_command, serve_command)
-main.section("Indexes", index, encode, models_command, datasets_group)
-main.section("Settings and training", fit_command, search_command, finetune_command, calibrate_command)
-main.section("This machine", cache_command, completion_command, doctor)
+main.section("Classify and evaluate", classify, evaluate_command, sweep_command, report_command, serve_command)
+main.section("Indexes and features", index, encode, models_command, datasets_group)
+main.section("Fit and train", fit_command, search_command, finetune_command, calibrate_command)
+main.section("Setup", cache_command, completion_command, doctor)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LimitOptions:
-    """The most that a request may take, in bytes, pixels and seconds, and that may wait."""
+    """Limits per request (bytes, pixels, seconds), and on images in the queue."""
 
     max_bytes: int
     max_pixels: int
@@ -33,39 +33,39 @@ class LimitOptions:
 
 _LIMITS = grouped(
     "most", LimitOptions,
-    click.option("--max-bytes", type=count(), default=32 << 20, show_default=True, help="Of a request."),
-    click.option("--max-pixels", type=count(), default=50_000_000, show_default=True, help="Of an image."),
+    click.option("--max-bytes", type=count(), default=32 << 20, show_default=True, help="Largest request, in bytes."),
+    click.option("--max-pixels", type=count(), default=50_000_000, show_default=True, help="Largest image, in pixels."),
     click.option("--queue", type=count("queue"), default=256, show_default=True,
-                 help="Images that may wait, large ones counting several times; more are answered with 429."),
+                 help="Images that may wait; a large one counts several times. Beyond, requests get status 429."),
     click.option("--timeout", type=Number(0.1, 86_400), default=30.0, show_default=True, metavar="SECONDS",
-                 help="Until an answer."),
+                 help="Time limit for an answer."),
 )  # fmt: skip
 
 
 _ACCESS = several(
     click.option("--host", default="127.0.0.1", show_default=True,
-                  help="Address to listen at; one that others reach shows them the indexes."),
+                  help="Address to listen on; everyone who can reach it can see the indexes."),
     click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one."),
     click.option("--token", envvar="RETRIEVAL_TIP_TOKEN", show_envvar=True,
                   help="Secret required to change indexes.  [default: on localhost a new one, in the printed URL; "
-                       "otherwise changes are refused]"),
-    click.option("--read-only", is_flag=True, help="Nobody may change indexes."),
+                       "elsewhere none, and changes are refused]"),
+    click.option("--read-only", is_flag=True, help="Refuse all changes."),
     click.option("--uploads", type=FOLDER,
-                  help="Folder for images that are added.  [default: DIR-shots, beside each DIR]"),
+                  help="Folder for added images.  [default: INDEX-shots, next to each INDEX]"),
     click.option("--into", type=FOLDER,
-                  help="Folder for indexes that are made in the page.  [default: beside the first DIR]"),
+                  help="Folder for indexes created in the page.  [default: next to the first INDEX]"),
     click.option("--model", metavar="NAME",
-                  help="Encoder of indexes that are made.  [default: the first DIR's, without one ViT-B-32]"),
+                  help="Encoder of indexes created in the page.  [default: that of the first INDEX, else ViT-B-32]"),
     click.option("--pretrained", metavar="TAG", help="Weights of --model."),
-    click.option("--root", type=FOLDER, help="Folder that relative paths of shots' pictures start from."),
+    click.option("--root", type=FOLDER, help="Folder that relative paths of shots start from."),
     click.option("--allow-host", "hosts", multiple=True, metavar="NAME",
-                  help="A further name that requests may ask for; repeat for more.  "
-                       "[default: this machine's own, and any where --host is another]"),
+                  help="Additional host name that requests may use; repeat for more.  "
+                       "[default: only localhost; any name if --host is another address]"),
 )  # fmt: skip
 
 
 @command("serve")
-@click.argument("folders", type=INDEX, nargs=-1, metavar="[DIR...]")
+@click.argument("folders", type=INDEX, nargs=-1, metavar="[INDEX...]")
 @_ACCESS
 @_LIMITS
 @PRECISION
@@ -88,10 +88,10 @@ def serve_command(
     verify: Verify | None,
     device: str,
 ) -> None:
-    """Serve indexes over HTTP, with a page at /.
+    """Serve indexes as a web page and an HTTP API.
 
-    Ends with Ctrl+C or SIGTERM, in order. Without a DIR the page makes the first index. An index that gets a new
-    version is followed. Needs pip install 'retrieval-tip[serve]'.
+    Without an INDEX, you create the first one in the page. New versions of an index are picked up while serving. Ctrl+C
+    or SIGTERM stops the server cleanly. Needs pip install 'retrieval-tip[serve]'.
     """
     try:
         import fastapi  # noqa: F401
@@ -104,9 +104,9 @@ def serve_command(
     from retrieval_tip.server.served import Maker, open_all
 
     if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
-        raise UsageError("--token: give a secret of printable ASCII characters, or leave it out")
+        raise UsageError("--token: must consist of printable ASCII characters; give another one or omit the option")
     if token is not None and read_only:
-        raise UsageError("--token and --read-only: give one of them")
+        raise UsageError("--token and --read-only: give only one")
     limits = Limits(bytes=most.max_bytes, pixels=most.max_pixels, queue=most.queue, seconds=most.timeout)
     with listen(host, port) as listening:
         here = listening.getsockname()[0].startswith(("127.", "::1"))
@@ -119,12 +119,11 @@ def serve_command(
             backbone = load_backbone(model, pretrained, device=device, precision=precision)
             maker = Maker(into or Path("indexes"), backbone, device, precision, verify)
         elif into is not None:
-            raise UsageError("--into: needs --model too, where indexes are served already")
+            raise UsageError("--into: needs --model when an INDEX is given; add --model NAME")
         named = (f"{name} ({counted(one.now.cache.n, 'key')})" for name, one in served.items())
         what = ", ".join(named) or "no index yet"
         at = address(listening)
-        opened = f" open {at}/#token={made} to look, correct and teach;" if made else ""
-        line = f"serving {what} at {at};{opened} Ctrl+C ends it"
-        ready = partial(say, line)
+        opened = f" open {at}/#token={made} to view and change it;" if made else ""
+        ready = partial(say, f"serving {what} at {at};{opened} Ctrl+C stops the server")
         app = create_app(served, limits, token=token or made, uploads=uploads, root=root, maker=maker, ready=ready)
         serve(app, listening, most.timeout)
