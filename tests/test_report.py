@@ -255,7 +255,9 @@ def test_the_figures_are_those_of_evaluate(written, photographs):
     shown = section(page, "accuracy").text
     low, high = wilson(round(facts["top1"] * 54), 54)
     assert f"{low:.1%} to {high:.1%}" in shown
-    assert result.stdout.strip() == f"{out}: {out.stat().st_size / 1e6:.1f} MB, accuracy {facts['top1']:.4g} on 54 items"
+    assert (
+        result.stdout.strip() == f"{out}: {out.stat().st_size / 1e6:.1f} MB, accuracy {facts['top1']:.4g} on 54 items"
+    )
     every = {row[0]: row for row in section(page, "classes").first("table").rows()[1:]}
     assert set(every) == set(ALIKE)
     for name, accuracy in facts["per_class"].items():
