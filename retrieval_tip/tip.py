@@ -1,16 +1,15 @@
-"""The method, once: Tip-Adapter (Zhang et al., ECCV 2022, section 3) as functions of torch tensors.
+"""The method: Tip-Adapter (Zhang et al., ECCV 2022, section 3) as functions of torch tensors.
 
-Letters used throughout:
+Notation:
 
-- ``f`` features of the queries, ``[q, d]``, unit norm
-- ``K`` keys, ``[n, d]``: features of the labelled shots (unit norm, unless they were fine-tuned)
-- ``V`` values of the keys, ``[n, c]``: what each gives to the classes. One-hot, 1 for its own class, unless they were
-  solved or trained
+- ``f`` query features, ``[q, d]``, unit norm
+- ``K`` keys, ``[n, d]``: features of the labelled shots, unit norm unless fine-tuned
+- ``V`` values, ``[n, c]``: what each key adds to each class. One-hot labels, unless solved or trained
 - ``W`` text weights of the classes, ``[c, d]``
 
-:func:`answer` is the whole method. Everything else here and in the package computes the same numbers faster, from fewer
-keys, or for more keys than memory holds. Read this file first, then ``retrieval/logits.py`` (which keys a query meets),
-``answering.py`` (from logits to predictions) and ``cache_model.py`` (the product).
+:func:`answer` is the whole method. The other functions, and the rest of the package, compute the same numbers faster,
+from fewer keys, or from more keys than fit in memory. Start here, then read ``retrieval/logits.py`` (which keys a query
+uses), ``answering.py`` (from logits to predictions) and ``cache_model.py`` (the index that you edit and save).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch.nn.functional import embedding_bag
 from retrieval_tip.settings import Settings
 
 LARGEST = torch.finfo(torch.float32).max
-"""Torch refuses a larger factor. Where it matters the logits overflow anyway."""
+"""Largest factor that torch accepts. Where this limit matters, the logits overflow anyway."""
 
 
 def answer(
@@ -40,10 +39,10 @@ def answer(
     phi: Callable[[Tensor], Tensor] = lambda x: x,
     offset: float | None = None,
 ) -> Tensor:
-    """Return the logits ``[q, c]``: the whole method. The softmax of the logits / temperature is the answer.
+    """Return the logits ``[q, c]``. The class probabilities are ``softmax(logits / temperature)``.
 
-    Tip-Adapter has no metric (``phi(x) = x``), one-hot values and no ``offset`` ``o``. All three can be fitted to the
-    shots in closed form (:mod:`fit.closed_form`); the other settings are those of :class:`settings.Settings`.
+    Plain Tip-Adapter has no metric (``phi(x) = x``), one-hot values and no ``offset``. All three can be fitted to the
+    shots in closed form (:mod:`fit.closed_form`). :class:`settings.Settings` describes the other parameters.
     """
     A = phi(f) @ phi(K).T  # affinity
     C = torch.exp(-beta * (1 - A)) @ V  # cache
@@ -54,64 +53,63 @@ def answer(
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric ``phi(x) = unit((x - m) T)``: features ``[q, d]`` to unit vectors ``[q, d]``, float32.
+    """A metric ``phi(x) = unit((x - m) T)``, from features ``[q, d]`` to unit vectors ``[q, d]``, float32.
 
-    ``mean`` ``m`` ``[d]`` and ``transform`` ``T`` ``[d, d]``, both float32. Queries and keys go through it alike, text
-    weights do not.
+    ``mean`` is ``m`` ``[d]`` and ``transform`` is ``T`` ``[d, d]``, both float32. The metric applies to queries and
+    keys, not to text weights.
     """
 
     mean: Tensor
     transform: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """``phi`` of features ``[q, d]``; one that equals the mean becomes 0."""
+        """Apply the metric to features ``[q, d]``. A feature equal to the mean becomes 0."""
         return torch.nn.functional.normalize((features - self.mean) @ self.transform)
 
     def to(self, device: str) -> Metric:
-        """The same on a device."""
+        """Return this metric on another device."""
         return Metric(self.mean.to(device), self.transform.to(device))
 
     def double(self) -> Metric:
-        """Return the same metric in float64."""
+        """Return this metric in float64."""
         return Metric(self.mean.double(), self.transform.double())
 
 
 def affinity(features: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
-    """Inner products ``A = f K^T``: features ``[q, d]`` and keys ``[n, d]`` to ``[q, n]`` (paper, equation 4).
+    """Return the inner products ``A = f K^T`` ``[q, n]`` of features ``[q, d]`` and keys ``[n, d]`` (equation 4).
 
-    With a metric, of ``phi(f)`` and ``phi(K)``.
+    With a metric, pass ``phi(f)`` and ``phi(K)``.
     """
     return torch.mm(features, keys.T, out=out)
 
 
 def weight(affinity: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """The weight of one key in the cache logit of its class: ``exp(-beta (1 - A))``, elementwise (paper, equation 4).
+    """Return ``exp(-beta (1 - A))``, elementwise: how much each key adds to the cache logit of its class (equation 4).
 
-    ``beta`` is the sharpness: at 0 every key counts 1, and the larger it is the more only near keys count.
+    ``beta`` is the sharpness. At 0, every key has weight 1; the larger ``beta``, the more the nearest keys dominate.
     """
-    return torch.sub(affinity, 1, out=out).mul_(beta).exp_()  # one allocation at most: this is the largest array
+    return torch.sub(affinity, 1, out=out).mul_(beta).exp_()  # the largest array: allocate it once at most
 
 
 def at_mean(number: Tensor, mean: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """The tail: ``r_c`` keys of a class at their mean affinity ``m_c``, ``r_c exp(-beta (1 - m_c))``, elementwise.
+    """Return the tail ``r_c exp(-beta (1 - m_c))``, elementwise: ``r_c`` keys, all at their mean affinity ``m_c``.
 
-    The exponential is convex, so this never exceeds what they add at their own affinities.
+    The exponential is convex, so the tail never exceeds the exact sum over these keys.
     """
     return weight(mean, beta, out=out).mul_(number)
 
 
 def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor | None = None) -> Tensor:
-    """Sum values over the keys of each class, ``[q, k]`` to ``[q, c]``, without the one-hot product.
+    """Sum values ``[q, k]`` over the keys of each class, to ``[q, c]``, without a one-hot product.
 
-    ``class_ids`` is ``[k]`` where all queries meet the same keys, or ``[q, k]`` where each met its own. The id ``c``
-    marks an empty slot and is left out. With ``out`` ``[q, c]`` the sums are added to it; all queries meet the same
-    keys then, and no slot is empty.
+    ``class_ids`` is ``[k]`` if all queries use the same keys, else ``[q, k]``. Slots with the id ``c`` are empty and
+    ignored. With ``out`` ``[q, c]``, add the sums to it; this needs shared keys and no empty slots.
     """
     if out is not None:
         add_rows(out.T, class_ids, values.T)
         return out
     q = values.shape[0]
-    if class_ids.ndim == 1:  # keys along the rows: each addition is one contiguous run over the queries
+    if class_ids.ndim == 1:  # one row per key: each addition is one contiguous run over the queries
         return add_rows(values.new_zeros(n_classes + 1, q), class_ids, values.T)[:n_classes].T
     sums = values.new_zeros(q, n_classes + 1)
     if values.is_cuda:  # as in add_rows
@@ -121,10 +119,9 @@ def sum_by_class(values: Tensor, class_ids: Tensor, n_classes: int, out: Tensor 
 
 
 def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """``sums[places[i]] += rows[i]`` ``[m, ...]``, in place and always in one order.
+    """Add ``rows[i]`` to ``sums[places[i]]`` in place, always in the same order.
 
-    On a GPU ``index_add_`` adds as its threads come, so that the last bit differs from run to run; there what
-    ``index_put_`` adds up is sorted first.
+    On a GPU ``index_add_`` adds in thread order, so the last bit varies between runs; ``index_put_`` sorts first.
     """
     if sums.is_cuda:
         return sums.index_put_((places,), rows, accumulate=True)
@@ -133,11 +130,11 @@ def add_rows(sums: Tensor, places: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Totals:
-    """Facts of all keys of each class before any is retrieved: enough to estimate those that are not.
+    """Statistics over all keys of each class, from which the contribution of unretrieved keys is estimated.
 
-    ``counts`` ``[c]`` (or ``[q, c]``, where queries meet different keys): the number of keys ``n_c``. ``affinities``
-    ``[q, c]``: the sum of the affinities to all keys of the class, ``n_c f mu_c``, which costs one product with the
-    ``c`` sums of keys instead of the ``n`` keys.
+    ``counts`` is the number of keys ``n_c``, ``[c]``, or ``[q, c]`` if queries use different keys. ``affinities``
+    ``[q, c]`` is the sum of affinities to all keys of a class, ``n_c f mu_c``. It costs one product with ``c`` key sums
+    instead of ``n`` keys.
     """
 
     counts: Tensor
@@ -145,14 +142,14 @@ class Totals:
 
     @classmethod
     def of(cls, features: Tensor, key_sums: Tensor, counts: Tensor) -> Totals:
-        """Totals of queries ``f`` ``[q, d]`` for classes whose keys sum to ``key_sums`` ``[c, d]``."""
+        """Return the totals of queries ``[q, d]`` for classes whose keys sum to ``key_sums`` ``[c, d]``."""
         return cls(counts.to(features.dtype), affinity(features, key_sums))
 
     def rest(self, affinity: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Number ``r_c`` and mean affinity ``m_c`` of the keys of each class that are not among the given ones.
+        """Return the number ``r_c`` and mean affinity ``m_c`` of each class's keys other than the given ones.
 
-        ``m_c = (n_c f mu_c - sum of the given affinities of c) / r_c``, exact up to rounding; both ``[q, c]``.
-        Where ``r_c`` is 0 the mean is 0.
+        ``m_c = (n_c f mu_c - sum of given affinities of c) / r_c``, exact up to rounding, and 0 if ``r_c`` is 0. Both
+        are ``[q, c]``.
         """
         n_classes = self.counts.shape[-1]
         number = self.counts - sum_by_class(torch.ones_like(affinity), class_ids, n_classes)
@@ -163,11 +160,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Values:
-    """Values: what each key gives to each class, in place of 1 to its own: values that were solved or trained.
+    """Solved or trained values: what each key adds to each class. One-hot rows give plain Tip-Adapter.
 
-    ``matrix`` ``[n, c]``: row i is ``V_i``, of the dtype of the weights; one-hot rows are plain Tip-Adapter. ``rows``
-    ``[q, k]`` int64: the row of each retrieved key (any row for an empty slot); ``None`` where column j of the affinity
-    is row j. ``sums`` ``[c, c]``: row g is the sum of the values of all keys of class g; only a tail needs it.
+    ``matrix`` ``[n, c]`` holds ``V_i`` in row i, in the dtype of the weights. ``rows`` ``[q, k]`` int64 is the row of
+    each retrieved key (any row for an empty slot); ``None`` if column j of the affinity is row j. ``sums`` ``[c, c]``
+    holds in row g the sum of the values of class g's keys; only a tail needs it.
     """
 
     matrix: Tensor
@@ -175,10 +172,10 @@ class Values:
     sums: Tensor | None = None
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """``sum over the given keys i of weights[:, i] V_i``: ``[q, k]`` to ``[q, c]``, without a ``[q, k, c]``."""
+        """Return the sum over keys i of ``weights[:, i] V_i``, ``[q, k]`` to ``[q, c]``, without a ``[q, k, c]``."""
         if self.rows is None:
             return weights @ self.matrix
-        if not self.rows.shape[1]:  # which embedding_bag refuses
+        if not self.rows.shape[1]:  # embedding_bag refuses an empty bag
             return weights.new_zeros(len(weights), self.matrix.shape[1])
         return embedding_bag(self.rows, self.matrix, per_sample_weights=weights, mode="sum")
 
@@ -192,20 +189,20 @@ def cache_logits(
     values: Values | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Cache logits ``C[:, c] = sum over the given keys i of class c of exp(-beta (1 - A[:, i]))`` (equation 5).
+    """Return the cache logits ``C``: the sum of key weights in each class, ``[q, c]`` (equation 5).
 
-    - ``k = all``: ``affinity`` ``[q, n]`` to every key and ``class_ids`` ``[n]``. Exact. Sums over disjoint blocks of
-      keys add up.
-    - ``k = N``: ``affinity`` and ``class_ids`` ``[q, N]`` of the retrieved keys.
-    - with ``tail``: the ``r_c`` keys of class ``c`` that were not retrieved count at their mean affinity ``m_c``, as
-      ``r_c exp(-beta (1 - m_c))`` (:func:`at_mean`), which never exceeds what they would add.
-    - with ``values``: key i gives ``V_i`` in place of 1 to its own class, ``C = exp(-beta (1 - A)) V``. With a tail
-      too, a key of class g that was not retrieved gives ``exp(-beta (1 - m_g)) V_i``.
-    - with ``out`` ``[q, c]``, as for a block of all keys: what these give is added to it, and ``affinity`` becomes
-      their weights. Both are fastest as transposes of contiguous tensors, keys along the rows.
+    ``C[:, c] = sum over keys i of class c of exp(-beta (1 - A[:, i]))``, in the dtype of ``affinity``.
 
-    Returns ``[q, c]`` of the dtype of ``affinity``. Empty slots have the class id ``c``. Raises ValueError for a tail
-    with values that lack ``sums``.
+    - All keys: ``affinity`` ``[q, n]`` and ``class_ids`` ``[n]``. Exact; the results of disjoint blocks add up.
+    - Retrieved keys: ``affinity`` and ``class_ids`` ``[q, k]``. An empty slot has the class id ``c``.
+    - ``tail`` adds ``r_c exp(-beta (1 - m_c))`` for the keys of class c that were not retrieved, at their mean affinity
+      ``m_c``. This never exceeds their exact sum.
+    - ``values`` replaces the one-hot labels: ``C = exp(-beta (1 - A)) V``. With a tail, an unretrieved key i of class g
+      adds ``exp(-beta (1 - m_g)) V_i``.
+    - ``out`` ``[q, c]``, for a block of all keys: add the logits to it and turn ``affinity`` into weights, in place.
+      Fastest if both are transposes of contiguous tensors, one row per key.
+
+    Raises ValueError for a tail with values that lack ``sums``.
     """
     if out is not None:
         weights = weight(affinity, beta, out=affinity)
@@ -231,15 +228,15 @@ def _valued(
     tail: Totals | None,
     values: Values,
 ) -> Tensor:
-    """``sum over the given keys i of (w_i - t[:, y_i]) V_i + t sums``, ``t[:, g]`` the weight of a key left of class g.
+    """Return ``sum over keys i of (w_i - t[:, y_i]) V_i + t sums``, where ``t[:, g]`` is the tail weight of class g.
 
-    ``t sums`` counts every key at the weight of one that is left; what was given of its class takes that back.
+    ``t sums`` counts every key at the tail weight; the first term corrects the retrieved ones.
     """
     filled = class_ids < n_classes
     if tail is None:
         return values.weighted(weights.where(filled, 0))
     if values.sums is None:
-        raise ValueError("values: without sums; a tail needs the sum of the values of each class, [c, c]")
+        raise ValueError("values: no sums; a tail needs the sum of the values of each class, [c, c]")
     number, mean = tail.rest(affinity, class_ids)
     left = weight(mean, beta).where(number > 0, 0)
     own = left.gather(1, class_ids.clamp_max(n_classes - 1).expand_as(weights))
@@ -247,55 +244,54 @@ def _valued(
 
 
 def ridge_values(gram: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """Values that answer the keys themselves: ``V = (G + lambda I)^-1 Y``, kernel ridge regression.
+    """Solve for the values that classify the keys themselves: ``V = (G + lambda I)^-1 Y``, kernel ridge regression.
 
-    ``gram`` ``G = exp(-beta (1 - phi(K) phi(K)^T))`` ``[n, n]``, ``targets`` ``[n, c]``, one-hot for keys of their own
-    class; ``ridge`` ``lambda`` above 0. By Cholesky's factorisation in the dtype of ``gram``, whose memory is used.
-    Source: ProKeR (Bendou et al., CVPR 2025, equation 6); with the identity in place of the inverse it is Tip-Adapter.
-    Raises torch.linalg.LinAlgError where the system cannot be solved in that dtype.
+    ``gram`` is ``G = exp(-beta (1 - phi(K) phi(K)^T))`` ``[n, n]`` and is overwritten. ``targets`` ``Y`` ``[n, c]`` are
+    the one-hot labels; ``ridge`` is ``lambda`` > 0. Uses Cholesky factorisation in the dtype of ``gram``.
+    Source: ProKeR (Bendou et al., CVPR 2025, equation 6). With the identity for the inverse, this is Tip-Adapter.
+    Raises torch.linalg.LinAlgError if the system cannot be solved in that dtype.
     """
     gram.diagonal().add_(ridge)
     return torch.cholesky_solve(targets, torch.linalg.cholesky(gram))
 
 
 def log_cache(cache: Tensor, offset: float | None) -> Tensor:
-    """``log(1 + max(C, 0) / o)`` of cache logits ``[q, c]``, in their memory: what solved values give spans decades.
+    """Apply the link ``log(1 + max(C, 0) / o)`` to cache logits ``[q, c]`` in place. Without an offset, do nothing.
 
-    With one-hot targets ``C`` is near the chance of each class, and a logarithm makes a logit of it; the offset ``o``
-    says below which chance classes are no longer told apart. It changes no order but of classes below 0. Without an
-    offset they stay as they are.
+    Solved values give a ``C`` near the probability of each class, over several decades; the logarithm makes it a logit.
+    Probabilities well below the offset ``o`` are no longer told apart. The order of classes with ``C > 0`` stays.
     """
     return cache if offset is None else cache.clamp_min_(0).div_(offset).log1p_()
 
 
 def text_logits(features: Tensor, text_weights: Tensor, logit_scale: float, out: Tensor | None = None) -> Tensor:
-    """CLIP's zero-shot logits ``logit_scale * f W^T``: ``[q, d]`` and ``[c, d]`` to ``[q, c]``."""
+    """Return CLIP's zero-shot logits ``logit_scale * f W^T`` ``[q, c]``."""
     return affinity(features, text_weights, out=out).mul_(logit_scale)
 
 
 def blend(text_logits: Tensor, cache_logits: Tensor, alpha: float) -> Tensor:
-    """The classifier's logits, text plus ``alpha`` (the residual ratio) times cache (paper, equation 6)."""
+    """Return the classifier's logits: text plus ``alpha`` (the residual ratio) times cache (equation 6)."""
     return torch.add(text_logits, cache_logits, alpha=min(alpha, LARGEST))
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms of the logits of ``q`` queries: ``text`` and ``cache`` (after the link, without alpha), ``[q, c]`` each."""
+    """The two terms of the logits, ``[q, c]`` each: ``text``, and ``cache`` after the link and without alpha."""
 
     text: Tensor
     cache: Tensor
 
     def logits(self, settings: Settings, slack: float = 0.0) -> Tensor:
-        """Return the logits ``[q, c]``: ``text + alpha * cache``.
+        """Return the logits ``text + alpha * cache`` ``[q, c]``.
 
-        With ``slack``, an upper bound of them for a cache that may be larger by this fraction.
+        With ``slack``, return an upper bound for a cache that may be larger by this fraction.
         """
         return blend(self.text, self.cache, settings.alpha * (1 + slack))
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """``softmax(logits / T)``, ``[q, c]`` to ``[q, c]`` float32. The temperature T > 0 changes no ranking.
+    """Return ``softmax(logits / T)`` ``[q, c]`` float32. The temperature T > 0 never changes the ranking.
 
-    Finite for every T: the winner's logit is subtracted first, and the division is in float64.
+    The result is finite for every T: the largest logit is subtracted first, and the division is in float64.
     """
     return ((logits - logits.amax(dim=1, keepdim=True)).double() / temperature).softmax(dim=1).float()
