@@ -1,4 +1,4 @@
-"""Answers: what an index says of a query, wherever its keys are kept."""
+"""From logits to predictions, for an index in a folder or in a LanceDB store."""
 
 from __future__ import annotations
 
@@ -39,31 +39,31 @@ if TYPE_CHECKING:
     from retrieval_tip.cache_model import CacheModel
 
 SHOWN_CLASSES = 8
-"""Classes that a notebook shows."""
+"""Classes shown in a notebook."""
 
 ASKED = 16
-"""Keys that are asked about, before they become a version."""
+"""Keys whose logits are checked before they become a version."""
 
 MOST_EXPONENT = 80.0
-"""Largest exponent of a key's weight; from 88 on, float32 overflows."""
+"""Largest exponent of a key's weight. float32 overflows from 88 on."""
 
 PREDICTED, ARROW_LENGTH = 1 << 16, (1 << 31) - 1
-"""Predictions that are made columns of at a time, and the largest length of an Arrow list or text column."""
+"""Predictions turned into columns at a time, and the maximum length of an Arrow list or text column."""
 
 GROWTH, ALL_FROM = 4, 8
-"""A query that is not settled meets so many times the keys; where these are more than an eighth of all, all.
+"""An unsettled query is retried with 4 times as many keys, and with all of them beyond an eighth.
 
-A GPU meets all keys faster than it retrieves more than FAISS does there."""
+A GPU computes all keys faster than it retrieves more than ``GPU_MAX_K``."""
 
 
 class AnsweringIndex(ABC):
-    """An index that answers: keys, wherever they are kept, and ``text_weights`` ``[c, d]`` float32 of the classes.
+    """An index that classifies: keys in memory or in a table, and ``text_weights`` ``[c, d]`` float32 of the classes.
 
-    ``settings`` are those kept with an index: calls answer by them unless told otherwise. ``values`` are what each key
-    gives to each class, where they were solved or trained, ``tuned`` the weights of a fine-tuned encoder. ``metric``
-    and ``fitted`` are what was fitted. ``labels`` is the label store, a row a key; ids from ``next_key_id`` on were
-    never given to a key.
-    ``folder`` and ``version`` say which version of what this is.
+    - ``settings``: defaults of every call
+    - ``labels``: the label store, one row per key; key ids from ``next_key_id`` on have never been used
+    - ``metric`` and ``values``: fitted or trained parts of the method (:mod:`tip`), described by ``fitted``
+    - ``tuned``: weights file of a fine-tuned encoder
+    - ``place`` and ``version``: where this was loaded from
     """
 
     labels: pa.Table
@@ -95,27 +95,27 @@ class AnsweringIndex(ABC):
     @property
     @abstractmethod
     def dtype(self) -> Dtype:
-        """Of the stored keys: float32 or float16."""
+        """Type of the stored keys: float32 or float16."""
 
     @property
     @abstractmethod
     def retrieval(self) -> Retrieval:
-        """The retrieval of keys, with the settings as they are now."""
+        """Retrieval of the keys with the current settings."""
 
     @property
     @abstractmethod
     def index_type(self) -> str:
-        """Factory of the index over the keys."""
+        """FAISS factory string of the index over the keys."""
 
     @property
     @abstractmethod
     def exact_search(self) -> bool:
-        """Whether the nearest keys are always found."""
+        """Whether a search always finds the nearest keys."""
 
     @property
     @abstractmethod
     def manifest(self) -> Manifest | None:
-        """That of the version that this was loaded from or saved as."""
+        """Manifest of the version that this was loaded from or saved as."""
 
     @property
     @abstractmethod
@@ -124,7 +124,7 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def reload(self) -> AnsweringIndex:
-        """The current version of what this was loaded from or saved to; itself, where this is that."""
+        """Return the current version of the folder or store, or this index if it is current."""
 
     @abstractmethod
     def described(self, rows: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
@@ -132,58 +132,55 @@ class AnsweringIndex(ABC):
 
     @abstractmethod
     def every_row(self) -> npt.NDArray[np.int64]:
-        """The rows that :meth:`described` knows the keys by ``[n]``, in the order of :meth:`key_blocks`."""
+        """Return the row numbers ``[n]`` of all keys for :meth:`described`, in the order of :meth:`key_blocks`."""
 
     @abstractmethod
     def some(self, m: int) -> tuple[npt.NDArray[Any], pa.Table]:
-        """At most ``m`` keys, spread evenly over all, as they are stored, and their ``key_id`` and ``class_id``."""
+        """Return at most ``m`` stored keys, spread evenly over all, with their ``key_id`` and ``class_id``."""
 
     @abstractmethod
     def find(self, labels: Sequence[str] = (), source: str | None = None, key_ids: Sequence[int] = ()) -> pa.Table:
-        """The label store's rows of these classes and key ids (all, where none is named) whose source has that text.
+        """Return the label store's rows of these classes and key ids (default: all) whose source contains ``source``.
 
-        Case does not matter in ``source``.
+        ``source`` ignores case.
         """
 
     @property
     @abstractmethod
     def segments(self) -> int:
-        """Number of pieces that the keys are in."""
+        """Number of segments of the keys."""
 
     @abstractmethod
     def known(self, digests: Sequence[str | None]) -> set[tuple[str, str]]:
-        """Return digest and label of the keys that have one of these digests."""
+        """Return the digest and label of each key that has one of these digests."""
 
     @abstractmethod
     def of_classes(self, class_ids: npt.NDArray[np.int64]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]:
-        """Yield class ids and keys, as they are stored, of some classes, a block at a time."""
+        """Yield the class ids and stored keys of some classes, one block at a time."""
 
     @abstractmethod
     def stored_blocks(self) -> Iterator[tuple[pa.Table, npt.NDArray[Any]]]:
-        """Yield labels and keys, as they are stored, a block at a time."""
+        """Yield the labels and stored keys, one block at a time."""
 
     @abstractmethod
     def statistics(self) -> Statistics | None:
-        """Return :func:`defaults.measure` of what queries meet; ``None`` if nothing spreads."""
+        """Return :func:`defaults.measure` of the keys in the metric, ``None`` if they have no spread."""
 
     @abstractmethod
     def take(self, rows: npt.NDArray[np.int64]) -> CacheModel:
-        """Return an index in memory over some of the keys, by their places in ``labels``.
-
-        Raises UsageError if they are too many.
-        """
+        """Return an index in memory over some of the keys, by row of ``labels``. Raises UsageError for too many."""
 
     @abstractmethod
     def in_memory(self) -> CacheModel:
-        """Return the same index with all keys in memory; itself, if they are. Raises UsageError for too many."""
+        """Return this index with all keys in memory. Raises UsageError for too many."""
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str], change: str = "save") -> None:
-        """Write the next version of an index folder; ``change`` is what its history says of it."""
+        """Write the next version of an index folder; ``change`` is its entry in the history."""
 
     @property
     def counts(self) -> list[int]:
-        """Keys of each class ``[c]``."""
+        """Number of keys of each class ``[c]``."""
         return list(self.retrieval.keys.counts.long().tolist())
 
     def __repr__(self) -> str:
@@ -194,7 +191,7 @@ class AnsweringIndex(ABC):
         )
 
     def _repr_html_(self) -> str:
-        """For notebooks: what this index holds, its settings, and where it comes from."""
+        """Show contents, settings and origin in a notebook."""
         shown = zip(self.class_names[:SHOWN_CLASSES], self.counts, strict=False)
         few = ", ".join(f"{name} {number}" for name, number in shown)
         more = f" and {len(self.class_names) - SHOWN_CLASSES:,} more" if len(self.class_names) > SHOWN_CLASSES else ""
@@ -214,23 +211,20 @@ class AnsweringIndex(ABC):
 
     @property
     def has_text(self) -> bool:
-        """Whether there are text weights; without them zero-shot logits are 0 and the cache alone decides."""
+        """Whether there are text weights. Without them, zero-shot logits are 0 and the cache alone decides."""
         return bool(self.text_weights.any())
 
     def caution(self, settings: Settings) -> str | None:
-        """Return a warning if answers by these settings are worse than they need be: a fit holds for one beta."""
+        """Return a warning if ``settings`` have another beta than the fit."""
         if self.fitted is None or settings.beta == self.settings.beta:
             return None
         return (
-            f"beta: this index was fitted for {self.settings.beta:g}, and another one gives worse answers and "
-            "probabilities; index set --beta fits it again"
+            f"beta: the index was fitted for {self.settings.beta:g}; any other beta makes answers and probabilities "
+            "worse; refit with index set --beta"
         )
 
     def with_settings(self, settings: Settings) -> Self:
-        """Return the same keys, answering by other settings; what was measured on the keys is shared.
-
-        Warns once about another beta than the one that the index was fitted for.
-        """
+        """Return an index with other settings that shares these keys. Warns once if beta is not the fitted one."""
         if settings == self.settings:
             return self
         if (caution := self.caution(settings)) is not None:
@@ -243,25 +237,19 @@ class AnsweringIndex(ABC):
         return inputs.queries(features, self.d).to(self.device)
 
     def _retrieval(self, k: KeysMet, tail: bool | None) -> Retrieval:
-        """Return the retrieval of keys, with ``k`` and ``tail`` overridden where given."""
-        if k is None and tail is None:
-            return self.retrieval
         return replace(self.retrieval, settings=self.settings.override(k=k, tail=tail))
 
     def terms(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
-        """Return the terms of the logits, text ``logit_scale * f W^T`` and cache ``C`` (without alpha).
+        """Return the terms of the logits: text ``logit_scale * f W^T``, and cache ``C`` without alpha.
 
-        Arguments and errors as for :meth:`logits`.
+        Takes and raises the same as :meth:`logits`.
         """
         terms = self._retrieval(k, tail).terms(self._queries(features))
         self._check(terms)
         return terms
 
     def check_answers(self) -> None:
-        """Raise unless this can answer: of a few of its own keys, as unit queries, the logits over these keys.
-
-        So it costs the same however many keys there are. UsageError and InputError as :meth:`logits`.
-        """
+        """Raise InputError if logits overflow. Tests a few of the index's own keys as queries, whatever its size."""
         settings = self.settings
         keys, described = self.some(ASKED)
         own = torch.from_numpy(keys.astype(np.float32)).to(self.device)
@@ -274,37 +262,35 @@ class AnsweringIndex(ABC):
         self._check(tip.Terms(tip.text_logits(queries, self.text_weights, settings.logit_scale), cache))
 
     def check_lengths(self, keys: npt.NDArray[Any]) -> None:
-        """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, as queries meet them."""
+        """Raise InputError if a unit query could overflow at one of these keys ``[m, d]``, given in the metric."""
         longest = float(np.sqrt(np.einsum("ij,ij->i", keys, keys, dtype=np.float64).max()))
         if self.settings.beta * (longest - 1) > MOST_EXPONENT:
             raise InputError(
                 f"beta {self.settings.beta:g}: exp(beta (affinity - 1)) overflows for a key of norm {longest:.4g}; "
-                "scale keys to norm 1 (norms unit)"
+                "scale the keys to norm 1 (norms unit)"
             )
 
     def _check(self, terms: tip.Terms) -> None:
-        """Raise InputError, naming the setting, if the logits are not finite."""
         if not len(terms.text):
             return
         settings, largest = self.settings, tip.Terms(_largest(terms.text), _largest(terms.cache))
         if not torch.isfinite(largest.cache):
             raise InputError(
-                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller one"
+                f"beta {settings.beta:g}: exp(beta (affinity - 1)) overflows for these keys; use a smaller beta"
             )
         if not torch.isfinite(largest.logits(settings)):
             raise InputError(
-                f"alpha {settings.alpha:g} or logit_scale {settings.logit_scale:g}: too large, the logits overflow; "
-                "use smaller ones"
+                f"alpha {settings.alpha:g}, logit_scale {settings.logit_scale:g}: logits overflow; use smaller values"
             )
 
     def certified(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> AnswerTerms:
-        """Return terms whose winners are those over all keys, from as few keys as settle each query.
+        """Return terms with the same winners as over all keys, retrieving as few keys as each query needs.
 
-        A query meets ``k`` keys, then four times as many, at last all, until no key that it has not met can change its
-        winner (:func:`certify.certificate`; with an index over classes :func:`certify.settled`). ``keys`` of the terms
-        says how many. After exact search the winners are proven; after approximate search they agree with those over
-        all keys as far as it looked. Solved or trained values always take all keys: they may be negative. Arguments
-        and errors as for :meth:`logits`.
+        A query starts with ``k`` keys, then takes four times as many, and finally all, until no other key can change
+        its winner (:func:`certify.certificate`; for an index over classes, :func:`certify.settled`). ``keys`` of the
+        result is the number used. With exact search the winners are proven. With approximate search, keys that it
+        misses are not considered. Solved or trained values can be negative, so they always need all keys. Takes and
+        raises the same as :meth:`logits`.
         """
         f, retrieval = self._queries(features), self._retrieval(k, tail)
         text = f.new_empty(len(f), len(self.class_names))
@@ -324,16 +310,15 @@ class AnsweringIndex(ABC):
         return answers
 
     def logits(self, features: Features, k: KeysMet = None, tail: bool | None = None) -> Tensor:
-        """Blended logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, classes in the index's order.
+        """Return the logits ``logit_scale * f W^T + alpha * C`` ``[q, c]`` float32, in the order of the classes.
 
         Args:
             features: ``[q, d]`` unit-norm features, array or tensor.
-            k: how many of the nearest keys a query uses, or ``all``, Tip-Adapter exactly; by default the index's own.
-            tail: with ``k``, estimate what the keys that were not retrieved add (see :func:`tip.cache_logits`); by
-                default as the index has it.
+            k: number of nearest keys per query, or ``"all"``, which is exact Tip-Adapter. [default: from settings]
+            tail: with ``k``, estimate the contribution of keys that were not retrieved (:func:`tip.cache_logits`).
+                [default: from settings]
 
-        Raises InputError where features are not finite or not ``[q, d]``, or logits overflow; UsageError where ``k``
-        is below 1.
+        Raises InputError if features are not finite or not ``[q, d]``, or if logits overflow; UsageError if ``k`` < 1.
         """
         return self.terms(features, k, tail).logits(self.settings)
 
@@ -347,13 +332,17 @@ class AnsweringIndex(ABC):
         certify: bool = False,
         norms: Norms = "check",
     ) -> Predictions:
-        """Answer queries: label, probability, and the ``neighbours`` shots that contributed most to each answer.
+        """Classify features ``[q, d]``: label, probability, and the shots that contributed most to each answer.
 
-        :class:`retrieval.evidence.Contributors` defines contributions. With ``k``, only keys that a query meets count.
+        Args:
+            features: as for :meth:`logits`, like ``k`` and ``tail``.
+            top: number of classes to report, most probable first.
+            neighbours: number of shots to report (:class:`retrieval.evidence.Contributors`). With ``k``, only retrieved
+                keys count.
+            certify: retrieve as many keys as it takes to settle each label (:meth:`certified`).
+            norms: ``"check"`` that features have norm 1, or ``"keep"`` them unchecked.
 
-        Arguments as for :meth:`logits`; ``top`` classes are reported, most probable first; with ``certify`` each query
-        meets as many keys as settle its label (:meth:`certified`). ``norms``: ``check`` that features have norm 1, as
-        their keys had, or ``keep`` them. Raises InputError naming the row that has not, which raw features have not.
+        Raises the same as :meth:`logits`, and InputError naming the first row whose norm is not 1.
         """
         check_count("top", top)
         retrieval, f = self._retrieval(k, tail), self._queries(features)
@@ -380,10 +369,10 @@ class AnsweringIndex(ABC):
         neighbours: int = 5,
         certify: bool = False,
     ) -> Iterator[Predictions]:
-        """Classify images or a feature table, as it is read: answers to the items that could be, in order, by name.
+        """Classify images or a feature table while reading it, and yield the predictions in order, with item names.
 
-        ``encoder`` needs the backbone of this index for images; ``encoder.skipped`` names what could not be read. The
-        other arguments as for :meth:`classify`.
+        Images need an ``encoder`` with this index's backbone. Unreadable items are left out and listed in
+        ``encoder.skipped``. The other arguments are those of :meth:`classify`.
         """
         column = source.items["source"]
         for block in encoder.blocks(source):
@@ -394,9 +383,9 @@ class AnsweringIndex(ABC):
                 yield answers.named(column.take(pa.array(block.positions[part])))
 
     def evidence(self, features: Features, complete: int = 1 << 14, nearest: int = 2048) -> list[Evidence]:
-        """Return :class:`predictions.Evidence` of queries ``[q, d]``: all of up to ``complete`` keys, else ``nearest``.
+        """Return the evidence for queries ``[q, d]``: all keys if there are at most ``complete``, else ``nearest``.
 
-        Raises InputError where features are not finite or not ``[q, d]``.
+        Raises InputError if features are not finite or not ``[q, d]``.
         """
         f, retrieval = self._queries(features), self.retrieval
         keys = retrieval.keys
@@ -432,13 +421,13 @@ class AnsweringIndex(ABC):
         return Nearest(affinity, rows[order], ids[order])
 
     def parts(self, q: int) -> Iterator[slice]:
-        """Slices of ``q`` queries that have :data:`LOGITS` logits at most."""
+        """Split ``q`` queries into slices of at most :data:`LOGITS` logits."""
         return slices(q, max(1, LOGITS // len(self.class_names)))
 
     def ids_of(self, source: Source) -> npt.NDArray[np.int64]:
-        """Class ids of the items of a labelled source, whose labels may be spelled otherwise (:meth:`Source.known_as`).
+        """Return the class ids of a labelled source's items. :meth:`Source.known_as` matches other spellings.
 
-        Raises InputError where it has no items, or labels that are no class of the index.
+        Raises InputError if it has no items, or a label that is not a class of the index.
         """
         position = {name: i for i, name in enumerate(self.class_names)}
         labels = source.known_as(self.class_names).labels
@@ -446,31 +435,30 @@ class AnsweringIndex(ABC):
             raise InputError(f"{source.name}: has no items")
         unknown = sorted(set(labels) - position.keys())
         if unknown:
-            are = counted(len(unknown), "label", "is", "are")
             raise InputError(
-                f"{source.name}: {are} no class of the index: {', '.join(unknown[:5])}; "
-                f"its classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
+                f"{source.name}: {counted(len(unknown), 'unknown label')}: {', '.join(unknown[:5])}; "
+                f"the classes are {', '.join(self.class_names[:5])}{' ...' if len(self.class_names) > 5 else ''}"
             )
         return np.array([position[label] for label in labels], dtype=np.int64)
 
     def key_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The keys, in the metric, ``[b, d]`` float32 and their class ids ``[b]``, a block at a time, on the device."""
+        """Yield the keys in the metric ``[b, d]`` float32 and their class ids ``[b]``, on the device, in blocks."""
         return self.retrieval.keys.blocks()
 
 
 class EditableIndex(AnsweringIndex):
-    """An index that is to become the next version of its store. An edit that raises changes nothing."""
+    """An index whose edits become the next version of its folder or store. An edit that raises changes nothing."""
 
     @abstractmethod
     def add_classes(self, names: Sequence[str], text_weights: Features | None = None) -> None:
-        """Add classes after those there are, without a key; an index with text needs their ``text_weights`` ``[m, d]``.
+        """Append classes without keys. An index with text needs their ``text_weights`` ``[m, d]``.
 
-        Raises InputError for names that are there, or weights that are missing or do not fit.
+        Raises InputError if a name exists, or weights are missing or of the wrong shape.
         """
 
     @abstractmethod
     def set_text(self, weights: npt.NDArray[np.float32], templates: Sequence[str]) -> None:
-        """Take other text weights ``[c, d]``, made from these templates."""
+        """Replace the text weights ``[c, d]`` and the templates that they were made from."""
 
     @abstractmethod
     def add(
@@ -483,35 +471,34 @@ class EditableIndex(AnsweringIndex):
         digests: Sequence[str | None] | None = None,
         extra: pa.Table | None = None,
     ) -> list[int]:
-        """Add keys ``[m, d]`` of known classes, and return their key ids.
+        """Add keys ``[m, d]`` of existing classes, and return their key ids.
 
         ``views``, ``digests`` (SHA-256 of the images) and ``extra`` columns go into the label store. Raises InputError
-        for keys or labels that do not fit.
+        for keys of the wrong shape and unknown labels.
         """
 
     @abstractmethod
     def remove(self, key_ids: Sequence[int]) -> None:
-        """Remove keys by id; classes stay. Raises InputError for an unknown id, and if no key would be left."""
+        """Remove keys by id; classes stay. Raises InputError for an unknown id, or if no key would remain."""
 
     @abstractmethod
     def relabel(self, key_ids: Sequence[int], labels: str | Sequence[str]) -> None:
-        """Give keys to another class each, or all to one, as its last shots.
+        """Move keys to other classes: one label for each, or one for all. They become the last shots of their class.
 
-        Raises InputError for an unknown id or label, or an id that occurs twice.
+        Raises InputError for an unknown id or label, or a repeated id.
         """
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
-        """Give a class another name; its keys and text weight stay.
+        """Rename a class; its keys and text weight stay.
 
-        If ``new`` is a class already, the two become one: the keys join those of ``new``, whose text weight stays, and
-        the ids of later classes move down by one. Raises InputError if there is no class ``old`` or ``new`` cannot be
-        a name.
+        If ``new`` exists, merge the two: the keys move to ``new``, which keeps its text weight, and the ids of later
+        classes decrease by one. Raises InputError if ``old`` does not exist or ``new`` is not a valid name.
         """
 
     @abstractmethod
     def compact(self) -> None:
-        """Make all keys one piece, indexed as the first one is."""
+        """Merge all segments into one, with an index of the same type."""
 
 
 def manifest_of(
@@ -525,7 +512,7 @@ def manifest_of(
     table: Table | None = None,
     digests: TableDigests | None = None,
 ) -> Manifest:
-    """Return the manifest of an index as the version ``number`` after its ``parent``; ``change`` is what made it."""
+    """Return the manifest of version ``number``, made from ``parent`` by ``change``."""
     return Manifest(
         version=number,
         parent=None if parent is None else parent.version,
@@ -553,9 +540,8 @@ def manifest_of(
 def _columns(
     index: AnsweringIndex, f: Tensor, terms: AnswerTerms, retrieval: Retrieval, top: int, neighbours: int
 ) -> pa.Table:
-    """Return the columns of :class:`Predictions`; ``input`` is empty."""
     logits, shots = terms.logits(index.settings), terms.shots
-    ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # no temperature can change it
+    ranked = logits.topk(min(top, logits.shape[1]), dim=1).indices  # the same at any temperature
     chances = _doubles(tip.probabilities(logits, index.settings.temperature).gather(1, ranked))
     winner = ranked[:, :1]
     if shots is None and neighbours > 0:
@@ -583,7 +569,7 @@ def _columns(
 
 
 def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.ListArray:
-    """Return the keys of each query with what they contribute to its ``classes`` ``[q, m]``, most to the first."""
+    """Return the supporting keys of each query, with their contributions to its ``classes`` ``[q, m]``."""
     kind = PREDICTIONS["neighbours"]
     if near is None:
         ends = np.zeros(len(classes) + 1, np.int32)
@@ -594,7 +580,7 @@ def _neighbours(index: AnsweringIndex, near: Nearest | None, classes: Tensor) ->
 
 
 def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> pa.StructArray:
-    """Return the key that counts most against each answer, null where there is none."""
+    """Return the strongest key against each answer, or null."""
     if near is None:
         return pa.nulls(len(classes), PREDICTIONS["opposing"])
     there = (near.rows[:, 0] >= 0).cpu().numpy()
@@ -602,7 +588,7 @@ def _opposing(index: AnsweringIndex, near: Nearest | None, classes: Tensor) -> p
 
 
 def _described(index: AnsweringIndex, near: Nearest, classes: Tensor) -> pa.StructArray:
-    """Return all keys of ``near`` that are there as one column, query by query."""
+    """Return the keys of ``near``, without empty slots, as one column, query by query."""
     there = near.rows >= 0
     weight = tip.weight(near.affinity, index.settings.beta)
     if index.values is None:
@@ -618,16 +604,15 @@ def _described(index: AnsweringIndex, near: Nearest, classes: Tensor) -> pa.Stru
 
 
 def _doubles(values: Tensor) -> npt.NDArray[np.float64]:
-    """Figures as they are written."""
     doubles: npt.NDArray[np.float64] = values.double().cpu().numpy()
     return doubles
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """The largest absolute value, NaN where there is one; without a copy of the logits."""
+    """Return the largest absolute value, or NaN if there is one, without copying the logits."""
     return torch.stack(logits.aminmax()).abs().amax()
 
 
 def spread(n: int, m: int) -> npt.NDArray[np.int64]:
-    """At most ``m`` of ``n`` places, ascending and evenly spread."""
+    """Return at most ``m`` of ``n`` positions, ascending and evenly spread."""
     return np.unique(np.linspace(0, n - 1, min(n, m)).round().astype(np.int64))

@@ -124,10 +124,8 @@ def test_unknown_labels_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         evaluate(model(), labelled(tmp_path, labels, QUERIES[:10]), Encoder())
     message = str(caught.value)
-    assert "7 labels are no class of the index: odd 0, odd 1, odd 2, odd 3, odd 4; " in message
-    assert "features.parquet" in message
-    assert "its classes are class 0, class 1, class 2, class 3, class 4 ..." in message
-    assert "\n" not in message
+    assert "features.parquet: 7 unknown labels: odd 0, odd 1, odd 2, odd 3, odd 4; " in message
+    assert message.endswith("class 0, class 1, class 2, class 3, class 4 ...")
 
 
 def test_a_source_without_items_is_refused(source: Source) -> None:
